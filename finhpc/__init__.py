@@ -1,0 +1,49 @@
+"""Low-rank, quantised language models: pretrain, compress, finetune and compare.
+
+The rooms, from the top down (imports point down only):
+
+- `cli`            the `finhpc` command: one verb per job
+- `orchestration`  Ray Train runs, MLflow tracking, what is on the screen
+- `training`       engine, loop, checkpoint, metrics: torch and DeepSpeed, no Ray
+- `data`           text on disk -> token shards (`prepare`) -> ordered streams (Ray Data)
+- `models`         Hugging Face models cut into pipeline layers; presets; load and save
+- `lowrank`        y = B(A x): the layers, their initialisation, where they go in a model
+- `config`, `errors`
+
+`import finhpc` is light: torch, Ray and the rest are imported by what needs them.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+# No usage report leaves the machine unless the user turned it on before importing finhpc.
+TELEMETRY_OFF = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+}
+for _name, _value in TELEMETRY_OFF.items():
+    os.environ.setdefault(_name, _value)
+
+_PUBLIC = {
+    "load_model": "finhpc.models.loading",
+    "prepare": "finhpc.data.prepare",
+    "pretrain": "finhpc.orchestration.pretrain",
+    "PretrainConfig": "finhpc.config",
+    "PrepareConfig": "finhpc.config",
+    "FinhpcError": "finhpc.errors",
+    "ConfigError": "finhpc.errors",
+}
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'finhpc' has no attribute {name!r}; public names: {__all__}")

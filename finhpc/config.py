@@ -1,0 +1,248 @@
+"""Every setting of a run: typed, validated together, YAML in and out.
+
+`load(cls, source, overrides)` resolves defaults < recipe or YAML < flags and raises one
+`ConfigError` that lists every problem.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from finhpc.errors import ConfigError
+
+LINEAR_KINDS = ("attention", "mlp", "head", "embedding")
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+
+class Model(Section):
+    """Which transformer. A preset names a shape; the other keys change parts of it."""
+
+    preset: str = Field("gpt2-tiny", description="named shape; `finhpc pretrain --help` lists them")
+    layers: int | None = Field(None, ge=1, description="transformer blocks")
+    width: int | None = Field(None, ge=1, description="hidden size")
+    heads: int | None = Field(None, ge=1, description="attention heads")
+    kv_heads: int | None = Field(None, ge=1, description="key/value heads (Llama)")
+    mlp_width: int | None = Field(None, ge=1, description="inner size of the feed-forward part")
+    context: int | None = Field(None, ge=2, description="longest sequence the model can take")
+    vocab_size: int | None = Field(None, ge=2, description="default: the shards' tokeniser's")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    tie_embeddings: bool | None = Field(
+        None, description="share embedding and head; default: as the preset; never with a low-rank head"
+    )
+
+
+class Method(Section):
+    """How a linear layer is made."""
+
+    kind: Literal["dense", "low_rank"] = Field("low_rank", description="dense, or y = B(A x) from scratch (method 1)")
+    rank: int = Field(64, description="rank of every pair that `ranks` does not name")
+    ranks: dict[str, int] = Field(
+        default_factory=dict, description=f"rank for a kind of layer: any of {', '.join(LINEAR_KINDS)}"
+    )
+    init: Literal["spectral", "normal", "cola"] = Field(
+        "spectral", description="how A and B start; spectral: SVD of the dense initialisation, split as square roots"
+    )
+    embedding: Literal["dense", "low_rank"] = Field("dense", description="the token embedding")
+    head: Literal["low_rank", "dense"] = Field("low_rank", description="the output layer")
+
+
+class Data(Section):
+    shards: str | None = Field(None, description="folder written by `finhpc prepare`")
+    seq_len: int = Field(256, ge=2, description="tokens a sample; must divide the shards' block length")
+    eval_samples: int = Field(128, ge=1, description="held-out samples scored at each evaluation")
+
+
+class Optimizer(Section):
+    lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
+    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="final over peak learning rate (cosine)")
+    warmup_steps: int = Field(20, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0, description="on matrices; never on biases and norms")
+    grad_clip: float = Field(1.0, ge=0, description="largest gradient norm over the whole model; 0: no clipping")
+
+
+class Parallel(Section):
+    stages: int = Field(1, ge=1, description="pipeline stages")
+    replicas: int = Field(1, ge=1, description="copies of the whole pipeline (data parallel)")
+    micro_batch_size: int = Field(4, ge=1, description="samples a micro-batch")
+    micro_batches: int = Field(1, ge=1, description="micro-batches a step and replica")
+    global_batch_size: int | None = Field(
+        None, ge=1, description="checked: micro_batch_size x micro_batches x replicas (derived when absent)"
+    )
+
+    @property
+    def workers(self) -> int:
+        return self.stages * self.replicas
+
+    @property
+    def samples_per_step(self) -> int:
+        return self.micro_batch_size * self.micro_batches * self.replicas
+
+
+class Train(Section):
+    steps: int = Field(300, ge=1, description="optimiser steps")
+    eval_every: int = Field(50, ge=0, description="steps between evaluations; 0: only at the end")
+    checkpoint_every: int = Field(100, ge=0, description="steps between checkpoints; 0: only at the end")
+    keep_checkpoints: int = Field(2, ge=1, description="newest complete checkpoints kept")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast over float32 weights")
+    seed: int = Field(0, ge=0)
+    sample_prompt: str = Field("", description="start of the text sampled at the end")
+    sample_tokens: int = Field(0, ge=0, description="tokens sampled at the end; 0: none")
+
+
+class Run(Section):
+    name: str = Field("pretrain", description="the run's name: the same name resumes")
+    storage: str = Field("runs", description="folder of run folders; every node must see it")
+    tracking_uri: str | None = Field(None, description="MLflow server; default: sqlite in run.storage")
+    experiment: str = Field("finhpc", description="MLflow experiment")
+    max_failures: int = Field(3, ge=0, description="worker failures survived by restarting from the checkpoint")
+
+
+class Resources(Section):
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    cpus_per_worker: float = Field(1, gt=0, description="CPUs Ray reserves for a worker")
+    threads: int = Field(1, ge=1, description="torch threads a worker")
+    gpus_per_worker: float = Field(1, gt=0, description="GPUs Ray reserves for a worker when device is cuda")
+
+
+class PretrainConfig(Section):
+    """Settings of `finhpc pretrain`."""
+
+    model: Model = Field(default_factory=Model)
+    method: Method = Field(default_factory=Method)
+    data: Data = Field(default_factory=Data)
+    optimizer: Optimizer = Field(default_factory=Optimizer)
+    parallel: Parallel = Field(default_factory=Parallel)
+    train: Train = Field(default_factory=Train)
+    run: Run = Field(default_factory=Run)
+    resources: Resources = Field(default_factory=Resources)
+
+
+class PrepareConfig(Section):
+    """Settings of `finhpc prepare`."""
+
+    source: list[str] = Field(
+        default_factory=list, description="files or folders of text, hf:NAME, or docs (repeat for several)"
+    )
+    tokenizer: str = Field("train:8192", description="gpt2, a tokeniser folder or hub id, or train:N")
+    out: str = Field("", description="folder for the shards")
+    block_len: int = Field(1024, ge=2, description="tokens a block (a row of a shard)")
+    shard_blocks: int = Field(4096, ge=1, description="blocks a shard")
+    val_fraction: float = Field(0.01, gt=0, lt=1, description="share of documents held out, chosen by hash")
+    text_field: str = Field("text", description="field or column that holds the text")
+    hf_split: str = Field("train", description="split of an hf: source")
+    on_error: Literal["strict", "skip"] = Field("strict", description="what a broken record does; skips are counted")
+    workers: int = Field(0, ge=0, description="parallel tasks; 0: one a core")
+
+
+C = TypeVar("C", bound=Section)
+
+
+def recipes() -> dict[str, Path]:
+    """Named configs that ship with finhpc: name -> YAML file."""
+    folder = Path(str(files("finhpc") / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load(cls: type[C], source: str | None, overrides: dict[str, Any] | None = None) -> C:
+    """Resolve defaults < `source` (a recipe's name or a YAML file) < `overrides` ({"a.b": value}).
+
+    Raises `ConfigError` with every unknown key and every bad value.
+    """
+    tree = _read(source) if source else {}
+    for dotted, value in (overrides or {}).items():
+        _put(tree, dotted, value)
+    return build(cls, tree)
+
+
+def build(cls: type[C], tree: dict[str, Any]) -> C:
+    """Validate a nested dictionary; every problem in one `ConfigError`."""
+    try:
+        return cls.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError([_explain(cls, dict(item)) for item in error.errors()]) from None
+
+
+def to_yaml(config: Section) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def keys(cls: type[Section], prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> field of every leaf setting."""
+    found: dict[str, Any] = {}
+    for name, field in cls.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            found |= keys(kind, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = field
+    return found
+
+
+def flatten(config: Section) -> dict[str, Any]:
+    """Dotted name -> value of every leaf setting."""
+    flat: dict[str, Any] = {}
+    for dotted in keys(type(config)):
+        value: Any = config
+        for part in dotted.split("."):
+            value = getattr(value, part)
+        flat[dotted] = value
+    return flat
+
+
+def nearest(name: str, valid: list[str]) -> str:
+    """', nearest: X' for a mistyped name, or the whole list when nothing is near."""
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"valid: {', '.join(valid)}."
+
+
+def _read(source: str) -> dict[str, Any]:
+    known = recipes()
+    path = known.get(source, Path(source))
+    if not path.is_file():
+        if os.sep in source or source.endswith((".yaml", ".yml")):
+            raise ConfigError(f"config={source} is not a file; give a YAML file or one of: {', '.join(known)}.")
+        raise ConfigError(f"config={source} is no recipe; {nearest(source, list(known))}")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config={source} is not valid YAML: {error}; correct that line.") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config={source} must hold sections (`model:`, `train:`, ...), not {type(tree).__name__}.")
+    return tree
+
+
+def _put(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, leaf = dotted.split(".")
+    for part in parents:
+        inner = tree.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{dotted}: {part} is a value, not a section; valid keys are in --help.")
+        tree = inner
+    tree[leaf] = value
+
+
+def _explain(cls: type[Section], item: dict[str, Any]) -> str:
+    where = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return f"{where} is not a setting; {nearest(where, list(keys(cls)))}"
+    field = keys(cls).get(where)
+    hint = ""
+    if item["type"] == "literal_error" and field is not None:
+        near = difflib.get_close_matches(str(item["input"]), [str(a) for a in get_args(field.annotation)], n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+    elif field is not None and field.description:
+        hint = f" ({where}: {field.description})"
+    reason = item["msg"][0].lower() + item["msg"][1:]
+    return f"{where}={item['input']!r} is refused: {reason}{hint}."

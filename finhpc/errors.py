@@ -1,0 +1,48 @@
+"""What can go wrong, each kind with what the user can do about it.
+
+A message names the value, why it does not do, and the remedy. The command prints it without a
+traceback and exits with `exit_code`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class FinhpcError(Exception):
+    """A problem the user can act on."""
+
+    exit_code = 1
+
+
+class ConfigError(FinhpcError):
+    """Settings or inputs that cannot work; lists every problem found, not only the first."""
+
+    exit_code = 2
+
+    def __init__(self, problems: str | Sequence[str]) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[list[str]]]:
+        return type(self), (self.problems,)
+
+
+class DataError(FinhpcError):
+    """Text or shards that cannot be read, or are not what they should be."""
+
+
+class CheckpointError(FinhpcError):
+    """A checkpoint or model folder that is missing, damaged or of another run."""
+
+
+class NonFiniteError(FinhpcError):
+    """A loss or gradient that is NaN or infinite."""
+
+
+class RunBusyError(FinhpcError):
+    """Another process works on the run of that name right now."""
+
+
+class TrainingFailedError(FinhpcError):
+    """The workers failed more often than the run allows."""
