@@ -1,0 +1,1 @@
+"""Hugging Face models: shapes by name, cut into pipeline layers, saved and loaded."""

@@ -1,0 +1,1 @@
+"""Training without Ray: the DeepSpeed engine, the loop, checkpoints, the journal."""

@@ -1,0 +1,51 @@
+"""The two low-rank layers: a linear layer and an embedding as a product of narrow matrices.
+
+FinGPT-HPC, section III.B, eq. (5): W (out x in) becomes B A with A (rank x in), B (out x rank).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LowRankLinear(nn.Module):
+    """y = B(A x) + bias.
+
+    `A`: (rank, in_features). `B`: (out_features, rank). `bias`: (out_features,) or None.
+    Maps (..., in_features) to (..., out_features).
+    """
+
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.A = nn.Parameter(torch.empty(rank, in_features))
+        self.B = nn.Parameter(torch.empty(out_features, rank))
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.A), self.B, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in={self.in_features}, out={self.out_features}, rank={self.rank}, bias={self.bias is not None}"
+
+
+class LowRankEmbedding(nn.Module):
+    """The row of A for each token, mapped by B: the embedding matrix is A B^T.
+
+    `A`: (num_embeddings, rank), stored so that a token is one row. `B`: (dim, rank).
+    Maps int64 (...) to (..., dim).
+    """
+
+    def __init__(self, num_embeddings: int, dim: int, rank: int) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim, self.rank = num_embeddings, dim, rank
+        self.A = nn.Parameter(torch.empty(num_embeddings, rank))
+        self.B = nn.Parameter(torch.empty(dim, rank))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.linear(F.embedding(tokens, self.A), self.B)
+
+    def extra_repr(self) -> str:
+        return f"num_embeddings={self.num_embeddings}, dim={self.embedding_dim}, rank={self.rank}"

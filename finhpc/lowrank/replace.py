@@ -1,0 +1,102 @@
+"""Where low-rank layers go in a Hugging Face model.
+
+`Ranks` says the rank of each kind of layer (None: stays dense); `make_low_rank` swaps the modules
+in place, keeping every module's own name.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from finhpc.config import LINEAR_KINDS, Method
+from finhpc.errors import ConfigError
+from finhpc.lowrank.layers import LowRankEmbedding, LowRankLinear
+
+Ranks = dict[str, int | None]
+
+EMBEDDINGS = ("transformer.wte", "model.embed_tokens")
+
+
+def ranks_of(method: Method) -> Ranks:
+    """Rank of each kind of layer that `method` asks for; None where the layer stays dense."""
+    unknown = sorted(set(method.ranks) - set(LINEAR_KINDS))
+    if unknown:
+        raise ConfigError(
+            [f"method.ranks.{kind} is no kind of layer; valid: {', '.join(LINEAR_KINDS)}." for kind in unknown]
+        )
+    if method.kind == "dense":
+        return dict.fromkeys(LINEAR_KINDS)
+    ranks: Ranks = {kind: method.ranks.get(kind, method.rank) for kind in LINEAR_KINDS}
+    if method.head == "dense":
+        ranks["head"] = None
+    if method.embedding == "dense":
+        ranks["embedding"] = None
+    return ranks
+
+
+def layer_kind(name: str) -> str | None:
+    """Kind of the linear layer or embedding of that Hugging Face name; None for everything else."""
+    if name == "lm_head":
+        return "head"
+    if name in EMBEDDINGS:
+        return "embedding"
+    if "attn" in name:
+        return "attention"
+    if ".mlp." in name:
+        return "mlp"
+    return None
+
+
+def dense_shape(module: nn.Module) -> tuple[int, int] | None:
+    """(out_features, in_features) of a linear layer or embedding, else None."""
+    if isinstance(module, Conv1D):
+        return module.weight.shape[1], module.weight.shape[0]
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    if isinstance(module, nn.Embedding):
+        return module.embedding_dim, module.num_embeddings
+    return None
+
+
+def targets(model: nn.Module, ranks: Ranks) -> dict[str, int]:
+    """Name -> rank of every module that becomes low-rank.
+
+    Raises `ConfigError` naming every layer that its rank does not fit.
+    """
+    chosen: dict[str, int] = {}
+    problems: list[str] = []
+    for name, module in model.named_modules():
+        shape, kind = dense_shape(module), layer_kind(name)
+        rank = ranks.get(kind) if kind else None
+        if shape is None or rank is None:
+            continue
+        if not 1 <= rank <= min(shape):
+            problems.append(
+                f"method.rank={rank} does not fit {name} ({shape[0]} x {shape[1]}); use 1 to {min(shape)}"
+                f" (method.ranks.{kind} sets this kind alone)."
+            )
+        chosen[name] = rank
+    if problems:
+        raise ConfigError(problems)
+    return chosen
+
+
+def make_low_rank(model: nn.Module, ranks: Ranks) -> None:
+    """Replace every chosen dense layer of `model` in place (method 1, FinGPT-HPC section IV.A)."""
+    for name, rank in targets(model, ranks).items():
+        module = model.get_submodule(name)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, low_rank_twin(module, rank))
+
+
+def low_rank_twin(module: nn.Module, rank: int) -> nn.Module:
+    """The low-rank layer that takes the place of a dense one (uninitialised, same device)."""
+    shape = dense_shape(module)
+    assert shape is not None, type(module)
+    out_features, in_features = shape
+    device = next(module.parameters()).device
+    with device:
+        if isinstance(module, nn.Embedding):
+            return LowRankEmbedding(in_features, out_features, rank)
+        return LowRankLinear(in_features, out_features, rank, bias=module.bias is not None)

@@ -1,0 +1,92 @@
+"""GPT-2: dense (transformers' own) and low-rank."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from finhpc.lowrank.replace import make_low_rank
+from finhpc.models import flow
+from finhpc.models.family import Family, Flow, Part
+from finhpc.models.presets import Shape
+
+
+class LowRankGPT2Config(GPT2Config):
+    """GPT2Config and `low_rank`: kind of layer -> rank, or None where it is dense."""
+
+    model_type = "lowrank_gpt2"
+    low_rank: dict[str, int | None] | None = None
+
+
+class LowRankGPT2LMHeadModel(GPT2LMHeadModel):
+    """transformers' GPT-2 with its linear layers as B A."""
+
+    config_class = LowRankGPT2Config
+
+    def __init__(self, config: LowRankGPT2Config) -> None:
+        super().__init__(config)
+        make_low_rank(self, config.low_rank or {})
+
+
+def _settings(shape: Shape) -> dict[str, Any]:
+    return dict(
+        vocab_size=shape.vocab_size,
+        n_positions=shape.context,
+        n_embd=shape.width,
+        n_layer=shape.layers,
+        n_head=shape.heads,
+        n_inner=shape.mlp_width or None,
+        resid_pdrop=shape.dropout,
+        embd_pdrop=shape.dropout,
+        attn_pdrop=shape.dropout,
+        tie_word_embeddings=shape.tie_embeddings,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+
+
+def dense_config(shape: Shape) -> GPT2Config:
+    return GPT2Config(**_settings(shape))
+
+
+def low_rank_config(shape: Shape, ranks: dict[str, int | None]) -> LowRankGPT2Config:
+    tied = shape.tie_embeddings and ranks.get("head") is None and ranks.get("embedding") is None
+    return LowRankGPT2Config(**(_settings(shape) | {"tie_word_embeddings": tied}), low_rank=ranks)
+
+
+def add_positions(module: nn.Module, data: Flow) -> Flow:
+    hidden, tokens = data
+    positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
+    return hidden + module(positions), tokens
+
+
+def run_block(module: nn.Module, data: Flow) -> Flow:
+    hidden, tokens = data
+    return module(hidden), tokens
+
+
+def parts(config: GPT2Config) -> list[Part]:
+    tied = config.tie_word_embeddings
+    blocks = [Part(f"transformer.h.{i}", "block", run_block) for i in range(config.n_layer)]
+    return [
+        Part("transformer.wte", "embedding", flow.embed),
+        Part("transformer.wpe", "positions", add_positions),
+        *([Part("transformer.drop", "dropout", flow.norm)] if config.embd_pdrop else []),
+        *blocks,
+        Part("transformer.ln_f", "norm", flow.norm),
+        Part("transformer.wte", "head", flow.tied_head) if tied else Part("lm_head", "head", flow.head),
+    ]
+
+
+def init_std(name: str, config: GPT2Config) -> float:
+    """Standard deviation of a weight at the start; residual projections shrink with depth (GPT-2)."""
+    if name.endswith("c_proj"):
+        return float(config.initializer_range) / math.sqrt(2 * config.n_layer)
+    return float(config.initializer_range)
+
+
+FAMILY = Family("gpt2", dense_config, low_rank_config, GPT2LMHeadModel, LowRankGPT2LMHeadModel, parts, init_std)

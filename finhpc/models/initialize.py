@@ -1,0 +1,69 @@
+"""The numbers a model starts from: a function of (seed, name of the weight) alone.
+
+So any cut into stages, any replica and the plain model start bit-equal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from finhpc.lowrank.initialize import SCHEMES
+from finhpc.lowrank.layers import LowRankEmbedding, LowRankLinear
+from finhpc.lowrank.replace import dense_shape
+from finhpc.models.families import family_of
+
+
+def initialize(module: nn.Module, name: str, config: Any, seed: int, scheme: str) -> None:
+    """Fill `module`, whose Hugging Face name is `name`, in place.
+
+    Matrices are drawn on the CPU in float32, so every device starts from the same numbers.
+    """
+    for sub_name, sub in module.named_modules():
+        if any(True for _ in sub.parameters(recurse=False)):
+            full = f"{name}.{sub_name}" if sub_name else name
+            with torch.no_grad():
+                _fill(sub, full, family_of(config).init_std(full, config), seed, scheme)
+
+
+def _fill(module: nn.Module, name: str, std: float, seed: int, scheme: str) -> None:
+    generator = _generator(seed, name)
+    if isinstance(module, LowRankLinear):
+        dense = torch.randn(module.out_features, module.in_features, generator=generator) * std
+        a, b = SCHEMES[scheme](dense, module.rank, generator)
+        module.A.copy_(a)
+        module.B.copy_(b)
+        if module.bias is not None:
+            module.bias.zero_()
+    elif isinstance(module, LowRankEmbedding):
+        dense = torch.randn(module.num_embeddings, module.embedding_dim, generator=generator) * std
+        a, b = SCHEMES[scheme](dense.T, module.rank, generator)
+        module.A.copy_(a.T)
+        module.B.copy_(b)
+    elif dense_shape(module) is not None:
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        shape = dense_shape(module)
+        assert shape is not None
+        # Drawn as (out, in), or (rows, dim) for an embedding, whatever the module stores.
+        drawn = shape[::-1] if isinstance(module, nn.Embedding) else shape
+        dense = torch.randn(*drawn, generator=generator) * std
+        weight.copy_(dense if weight.shape == dense.shape and not _transposed(module) else dense.T)
+        bias = getattr(module, "bias", None)
+        if bias is not None:
+            bias.zero_()
+    else:  # a norm: scale 1, shift 0
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            parameter.fill_(0.0 if parameter_name == "bias" else 1.0)
+
+
+def _transposed(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D"
+
+
+def _generator(seed: int, name: str) -> Generator:
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

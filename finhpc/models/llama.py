@@ -1,0 +1,90 @@
+"""Llama: dense (transformers' own) and low-rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from finhpc.lowrank.replace import make_low_rank
+from finhpc.models import flow
+from finhpc.models.family import Family, Flow, Part
+from finhpc.models.presets import Shape
+
+
+class LowRankLlamaConfig(LlamaConfig):
+    """LlamaConfig and `low_rank`: kind of layer -> rank, or None where it is dense."""
+
+    model_type = "lowrank_llama"
+    low_rank: dict[str, int | None] | None = None
+
+
+class LowRankLlamaForCausalLM(LlamaForCausalLM):
+    """transformers' Llama with its linear layers as B A."""
+
+    config_class = LowRankLlamaConfig
+
+    def __init__(self, config: LowRankLlamaConfig) -> None:
+        super().__init__(config)
+        make_low_rank(self, config.low_rank or {})
+
+
+def _settings(shape: Shape) -> dict[str, Any]:
+    return dict(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.width,
+        intermediate_size=shape.mlp_width or 4 * shape.width,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads or shape.heads,
+        max_position_embeddings=shape.context,
+        tie_word_embeddings=shape.tie_embeddings,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+
+
+def dense_config(shape: Shape) -> LlamaConfig:
+    return LlamaConfig(**_settings(shape))
+
+
+def low_rank_config(shape: Shape, ranks: dict[str, int | None]) -> LowRankLlamaConfig:
+    tied = shape.tie_embeddings and ranks.get("head") is None and ranks.get("embedding") is None
+    return LowRankLlamaConfig(**(_settings(shape) | {"tie_word_embeddings": tied}), low_rank=ranks)
+
+
+class RunBlock:
+    """A decoder layer with its rotary positions; one instance serves all blocks of a stage."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        self.config = config
+        self.rotary: LlamaRotaryEmbedding | None = None
+
+    def __call__(self, module: nn.Module, data: Flow) -> Flow:
+        hidden, tokens = data
+        if self.rotary is None:  # made on first use: the skeleton's own lies on the meta device
+            self.rotary = LlamaRotaryEmbedding(self.config).to(hidden.device)
+        positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
+        return module(hidden, position_embeddings=self.rotary(hidden, positions)), tokens
+
+
+def parts(config: LlamaConfig) -> list[Part]:
+    tied = config.tie_word_embeddings
+    run_block = RunBlock(config)
+    blocks = [Part(f"model.layers.{i}", "block", run_block) for i in range(config.num_hidden_layers)]
+    return [
+        Part("model.embed_tokens", "embedding", flow.embed),
+        *blocks,
+        Part("model.norm", "norm", flow.norm),
+        Part("model.embed_tokens", "head", flow.tied_head) if tied else Part("lm_head", "head", flow.head),
+    ]
+
+
+def init_std(name: str, config: LlamaConfig) -> float:
+    return float(config.initializer_range)
+
+
+FAMILY = Family("llama", dense_config, low_rank_config, LlamaForCausalLM, LowRankLlamaForCausalLM, parts, init_std)

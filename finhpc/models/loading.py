@@ -1,0 +1,78 @@
+"""Model folders in Hugging Face's layout: open one, write one, start a new model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from finhpc.errors import CheckpointError
+from finhpc.models.families import skeleton
+from finhpc.models.initialize import initialize
+from finhpc.models.pipeline import parts_of
+
+
+def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Open a model folder that finhpc or transformers wrote: dense or low-rank, in eval mode.
+
+    Weights are read from safetensors only. Raises `CheckpointError` when the folder is no model.
+    """
+    path = Path(path)
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{path} has no config.json; give a model folder (a run's `model` folder).")
+    if not list(path.glob("*.safetensors")):
+        raise CheckpointError(f"{path} holds no .safetensors file; pickled weights are not opened; convert them first.")
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, local_files_only=True, use_safetensors=True
+    )
+    return model.eval()
+
+
+def initial_model(hf_config: Any, seed: int, scheme: str) -> Any:
+    """The whole model as training starts it, on the CPU: what every cut into stages starts from."""
+    model: Any = skeleton(hf_config).to_empty(device="cpu")
+    for part in parts_of(hf_config):
+        initialize(model.get_submodule(part.name), part.name, hf_config, seed, scheme)
+    model.tie_weights()
+    if hasattr(model, "model") and hasattr(model.model, "rotary_emb"):  # a buffer, not a weight
+        model.model.rotary_emb = type(model.model.rotary_emb)(hf_config)
+    return model
+
+
+def save_model(
+    folder: Path, hf_config: Any, shards: Sequence[Callable[[], dict[str, Tensor]]], tokenizer: Path | None
+) -> None:
+    """Write config.json, safetensors (one file a shard) and the tokeniser's files; complete or absent.
+
+    Each of `shards` returns Hugging Face name -> tensor and is called once, in turn, so the memory
+    needed is one shard.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    index: dict[str, str] = {}
+    total = 0
+    for i, shard in enumerate(shards):
+        tensors = shard()
+        name = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        save_file(tensors, partial / name, metadata={"format": "pt"})
+        index |= dict.fromkeys(tensors, name)
+        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if len(shards) > 1:
+        text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2)
+        (partial / "model.safetensors.index.json").write_text(text)
+    hf_config.architectures = [type(skeleton(hf_config)).__name__]
+    hf_config.dtype = "float32"
+    hf_config.save_pretrained(partial)
+    if tokenizer is not None:
+        for file in sorted(tokenizer.iterdir()):
+            shutil.copy2(file, partial / file.name)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)

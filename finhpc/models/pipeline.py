@@ -1,0 +1,113 @@
+"""A Hugging Face model as a row of pipeline layers that keep their Hugging Face names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finhpc.models.families import family_of
+from finhpc.models.family import Part
+from finhpc.models.initialize import initialize
+
+
+class Layer(nn.Module):
+    """One part of the model, built from the skeleton on the device it will run on.
+
+    With `bf16` the part runs under autocast over float32 weights.
+    """
+
+    def __init__(
+        self, part: Part, skeleton: nn.Module, device: torch.device, seed: int, scheme: str, bf16: bool = False
+    ) -> None:
+        super().__init__()
+        self.part, self.bf16, self.device_type = part, bf16, device.type
+        module = skeleton.get_submodule(part.name)
+        if any(parameter.is_meta for parameter in module.parameters()):
+            module.to_empty(device=device)
+            initialize(module, part.name, skeleton.config, seed, scheme)
+        self.module = module
+
+    def forward(self, data: Any) -> Any:
+        return self.run(self.part, data)
+
+    def run(self, part: Part, data: Any) -> Any:
+        with torch.autocast(self.device_type, dtype=torch.bfloat16, enabled=self.bf16):
+            return part.run(self.module, data)
+
+    def parameters_by_name(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(Hugging Face name, parameter) of every parameter of this part."""
+        for name, parameter in self.module.named_parameters():
+            yield f"{self.part.name}.{name}", parameter
+
+
+def parts_of(config: Any) -> list[Part]:
+    """The parts of a model in the order data flows through them; a tied head is its embedding's module again."""
+    return family_of(config).parts(config)
+
+
+def is_tied(config: Any) -> bool:
+    return bool(config.tie_word_embeddings)
+
+
+def operations(part: Part, skeleton: nn.Module, seq_len: int) -> float:
+    """Multiplications a token of a part's forward pass: what the cut into stages balances.
+
+    Two operations a weight are one multiplication each; a block adds its attention products, and
+    the loss over the vocabulary counts as much as 60 multiplications a word (exponentials and
+    three passes over float32 logits; measured on a CPU).
+    """
+    module = skeleton.get_submodule(part.name)
+    if part.kind in ("embedding", "positions", "dropout"):
+        return 0.0
+    weights = sum(p.numel() for p in module.parameters() if p.dim() == 2)
+    config: Any = skeleton.config
+    if part.kind == "block":
+        return weights + float(seq_len * config.hidden_size)
+    if part.kind == "head":
+        return weights + 60.0 * config.vocab_size
+    return 0.0
+
+
+def cut(costs: list[float], blocks: list[int], stages: int) -> list[int]:
+    """Borders [0, ..., len(costs)] of the contiguous cut whose dearest stage is cheapest.
+
+    Every stage gets at least one of the transformer `blocks` (indices into `costs`), so borders lie
+    between the first and the last block. Exact: dynamic programming over the borders.
+    """
+    prefix = [0.0]
+    for cost in costs:
+        prefix.append(prefix[-1] + cost)
+    borders = blocks[1:]  # a stage may begin at any block but the first
+    best: dict[tuple[int, int], tuple[float, list[int]]] = {(0, 0): (0.0, [0])}
+    for stage in range(1, stages):
+        for border in borders:
+            options = [
+                (max(peak, prefix[border] - prefix[start]), [*path, border])
+                for (done, start), (peak, path) in best.items()
+                if done == stage - 1 and start < border
+            ]
+            if options:
+                best[(stage, border)] = min(options)
+    end = len(costs)
+    final = [
+        (max(peak, prefix[end] - prefix[start]), [*path, end])
+        for (done, start), (peak, path) in best.items()
+        if done == stages - 1
+    ]
+    return min(final)[1]
+
+
+def stage_borders(config: Any, skeleton: nn.Module, stages: int, seq_len: int) -> list[int]:
+    """Where each stage begins and the last ends, balanced by counted operations."""
+    row = parts_of(config)
+    blocks = [i for i, part in enumerate(row) if part.kind == "block"]
+    return cut([operations(part, skeleton, seq_len) for part in row], blocks, stages)
+
+
+def total_parameters(layers: list[Layer]) -> int:
+    """Parameters of some layers, a tied one counted once."""
+    unique: dict[int, Tensor] = {id(p): p for layer in layers for p in layer.parameters()}
+    return sum(p.numel() for p in unique.values())

@@ -1,0 +1,201 @@
+"""The one engine of every topology: a DeepSpeed pipeline of stages x replicas.
+
+Weights, gradients and AdamW's moments are float32; `bf16` runs the parts under autocast. DeepSpeed
+moves activations and averages gradients; clipping is ours, by the norm over all stages, because
+the engine's own uses a wrong norm with more than one stage in float32.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe import schedule
+from torch import Tensor, nn
+
+from finhpc.config import PretrainConfig
+from finhpc.errors import NonFiniteError
+from finhpc.models.families import skeleton as make_skeleton
+from finhpc.models.pipeline import Layer, is_tied, parts_of, stage_borders
+from finhpc.training.optimizer import make_optimizer
+
+Batch = tuple[Tensor, Tensor]
+
+
+class CutPipeline(PipelineModule):  # type: ignore[misc]
+    """A PipelineModule cut at the borders we choose, not by DeepSpeed's parameter counts."""
+
+    def __init__(self, layers: list[LayerSpec], borders: list[int]) -> None:
+        self.parts = borders
+        super().__init__(layers=layers, num_stages=len(borders) - 1)
+
+    def _partition_layers(self, method: str = "") -> None:
+        stage = self._topo.get_coord(self.global_rank).pipe
+        self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
+
+
+class Engine:
+    """A model being trained on this process's stage.
+
+    `hf_config` is the transformers config of the model; the process group must exist, with
+    stages x replicas processes.
+    """
+
+    def __init__(self, config: PretrainConfig, hf_config: Any, device: torch.device) -> None:
+        self.config, self.hf_config, self.device = config, hf_config, device
+        parallel = config.parallel
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # inference only; compiling it takes a minute
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+        specs, borders = self._layers()
+        pipeline = CutPipeline(specs, borders)
+        self.layers = _layers_of(pipeline)
+        self.optimizer = make_optimizer(self.named_parameters(), config.optimizer)
+        self.optimizer.register_step_pre_hook(self._before_step)
+        self.pipe, *_ = deepspeed.initialize(
+            model=pipeline,
+            optimizer=self.optimizer,
+            config={
+                "train_micro_batch_size_per_gpu": parallel.micro_batch_size,
+                "gradient_accumulation_steps": parallel.micro_batches,
+                "gradient_clipping": 0.0,
+                "steps_per_print": 2**31,
+                "zero_optimization": {"stage": 0},
+            },
+        )
+        self.stage: int = self.pipe.grid.get_stage_id()
+        self.replica: int = self.pipe.grid.get_data_parallel_id()
+        self.step = 0
+        self.grad_norm = float("nan")
+        self.busy_s = 0.0  # time in forward and backward passes, since `take_times`
+        self.wait_s = 0.0  # time waiting for data
+        self._time_passes()
+
+    def _layers(self) -> tuple[list[LayerSpec], list[int]]:
+        config = self.config
+        model = make_skeleton(self.hf_config)
+        bf16 = config.train.precision == "bf16"
+        arguments = (model, self.device, config.train.seed, config.method.init, bf16)
+        specs: list[LayerSpec] = []
+        for part in parts_of(self.hf_config):
+            if is_tied(self.hf_config) and part.kind in ("embedding", "head"):
+
+                def run(layer: Layer, data: Any, part: Any = part) -> Any:
+                    return layer.run(part, data)
+
+                specs.append(
+                    TiedLayerSpec(
+                        "embedding", Layer, part, *arguments, forward_fn=run, tied_weight_attr=["module.weight"]
+                    )
+                )
+            else:
+                specs.append(LayerSpec(Layer, part, *arguments))
+        return specs, stage_borders(self.hf_config, model, config.parallel.stages, config.data.seq_len)
+
+    # -- names ------------------------------------------------------------------------------
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Hugging Face name -> parameter, of this stage. A tied matrix is on the first and last stage."""
+        return {name: p for layer in self.layers for name, p in layer.parameters_by_name()}
+
+    def owned_names(self) -> list[str]:
+        """Names this stage answers for: all it has but the last stage's copy of a tied matrix."""
+        embedding = next(part.name for part in parts_of(self.hf_config) if part.kind == "embedding")
+        copy = is_tied(self.hf_config) and self.stage > 0
+        return [name for name in self.named_parameters() if not (copy and name.startswith(embedding + "."))]
+
+    # -- steps ------------------------------------------------------------------------------
+
+    def train_step(self, batches: Iterator[Tensor], lr: float) -> float:
+        """One optimiser step over `micro_batches` micro-batches; returns the mean loss in nats.
+
+        `batches` yields int64 tokens (micro_batch_size, seq_len) on the first stage; the others read
+        nothing. Raises `NonFiniteError` on every process, before the weights change, when the loss
+        or the gradient is not finite.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        loss = float(self.pipe.train_batch(self._inputs(batches)).item())
+        if loss != loss or abs(loss) == float("inf"):
+            raise NonFiniteError(f"train_loss={loss} at step {self.step + 1}")
+        self.step += 1
+        return loss
+
+    def evaluate(self, batches: Iterator[Tensor], micro_batches: int) -> float:
+        """Mean loss in nats over `micro_batches` micro-batches of every replica, without a step."""
+        return float(self.pipe.eval_batch(self._inputs(batches), num_micro_batches=micro_batches).item())
+
+    def _inputs(self, batches: Iterator[Tensor]) -> Iterator[Batch]:
+        """What DeepSpeed wants: (inputs, labels). Labels travel with the hidden states instead."""
+        nothing = torch.zeros(1)
+        first = self.stage == 0
+
+        def pairs() -> Iterator[Batch]:
+            while True:
+                if first:
+                    start = time.perf_counter()
+                    tokens = next(batches)
+                    self.wait_s += time.perf_counter() - start
+                    yield tokens, nothing
+                else:
+                    yield nothing, nothing
+
+        return pairs()
+
+    def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        """Clip by the norm over the whole model, after DeepSpeed has averaged the gradients."""
+        named = self.named_parameters()
+        own = [named[name].grad for name in self.owned_names() if named[name].grad is not None]
+        squares = torch.zeros((), dtype=torch.float64, device=self.device)
+        if own:
+            norms = torch.stack(torch._foreach_norm(own))  # type: ignore[arg-type]
+            squares = norms.double().square().sum()
+        if self.config.parallel.stages > 1:
+            dist.all_reduce(squares, group=self.pipe.grid.get_pipe_parallel_group())
+        self.grad_norm = float(squares.sqrt().item())
+        if self.grad_norm != self.grad_norm or self.grad_norm == float("inf"):
+            raise NonFiniteError(f"gradient norm={self.grad_norm} at step {self.step + 1}")
+        limit = self.config.optimizer.grad_clip
+        if limit and self.grad_norm > limit:
+            grads = [p.grad for p in named.values() if p.grad is not None]
+            torch._foreach_mul_(grads, limit / (self.grad_norm + 1e-6))
+
+    # -- how busy ---------------------------------------------------------------------------
+
+    def _time_passes(self) -> None:
+        """Count the time this worker spends in forward and backward passes."""
+        engine = type(self.pipe)
+
+        def timed(instruction: Any) -> Any:
+            def run(pipe: Any, *args: Any, **kwargs: Any) -> None:
+                self._synchronize()
+                start = time.perf_counter()
+                instruction(pipe, *args, **kwargs)
+                self._synchronize()
+                self.busy_s += time.perf_counter() - start
+
+            return run
+
+        self.pipe._INSTRUCTION_MAP = engine._INSTRUCTION_MAP | {
+            schedule.ForwardPass: timed(engine._exec_forward_pass),
+            schedule.BackwardPass: timed(engine._exec_backward_pass),
+        }
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def take_times(self) -> tuple[float, float]:
+        """(busy, waiting for data) seconds since the last call."""
+        times = self.busy_s, self.wait_s
+        self.busy_s = self.wait_s = 0.0
+        return times
+
+
+def _layers_of(pipeline: PipelineModule) -> list[Layer]:
+    """The Layer objects of this stage, a tied one once."""
+    return [module for module in pipeline.modules() if isinstance(module, Layer)]

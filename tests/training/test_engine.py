@@ -1,0 +1,164 @@
+"""Numerics: every topology against a plain torch loop over transformers' own model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from finhpc.config import PretrainConfig, build
+from finhpc.lowrank.replace import ranks_of
+from finhpc.models.families import make_config
+from finhpc.models.loading import initial_model
+from finhpc.models.presets import resolve_shape
+from tests.training.processes import run_processes
+
+SAMPLES, SEQ, VOCAB = 16, 32, 211
+CASES = {
+    "gpt2-untied-low-rank": {"model": {"preset": "gpt2-tiny"}, "method": {"kind": "low_rank", "rank": 8}},
+    "gpt2-tied-dense": {"model": {"preset": "gpt2-tiny"}, "method": {"kind": "dense"}},
+    "llama-low-rank-embedding": {
+        "model": {"preset": "llama-tiny"},
+        "method": {"kind": "low_rank", "rank": 8, "embedding": "low_rank"},
+    },
+}
+
+
+def settings(case: str, stages: int, replicas: int, micro_batches: int, **train: Any) -> PretrainConfig:
+    tree: dict[str, Any] = {
+        **CASES[case],
+        "data": {"seq_len": SEQ},
+        "optimizer": {"lr": 2e-3, "grad_clip": train.pop("grad_clip", 0.1), "warmup_steps": 3},
+        "parallel": {
+            "stages": stages,
+            "replicas": replicas,
+            "micro_batches": micro_batches,
+            "micro_batch_size": SAMPLES // replicas // micro_batches,
+        },
+        "train": {"seed": 3, **train},
+    }
+    tree["model"] = {**tree["model"], "vocab_size": VOCAB, "context": SEQ, "layers": 3, "width": 32, "heads": 4}
+    if tree["model"]["preset"] == "llama-tiny":
+        tree["model"] |= {"mlp_width": 48}
+    return build(PretrainConfig, tree)
+
+
+def hf_config(config: PretrainConfig) -> Any:
+    return make_config(resolve_shape(config.model), ranks_of(config.method))
+
+
+def tokens(step: int) -> Tensor:
+    return torch.randint(0, VOCAB, (SAMPLES, SEQ), generator=torch.Generator().manual_seed(step))
+
+
+def lr_at(config: PretrainConfig, step: int) -> float:
+    from finhpc.training.optimizer import learning_rate
+
+    return learning_rate(config.optimizer, step, 20)
+
+
+def plain_loop(case: str, steps: int, **train: Any) -> dict[str, Any]:
+    """transformers' model, one process, whole batch at once, torch's clipping and AdamW."""
+    config = settings(case, 1, 1, 1, **train)
+    torch.set_num_threads(1)
+    model = initial_model(hf_config(config), config.train.seed, config.method.init)
+    model.train()
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=config.optimizer.betas, eps=config.optimizer.eps)
+    out: dict[str, Any] = {"losses": [], "norms": []}
+    for step in range(1, steps + 1):
+        batch = tokens(step)
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bf16"):
+            loss = model(batch, labels=batch).loss
+        loss.backward()
+        if step == 1:
+            out["raw"] = {n: p.grad.clone() for n, p in model.named_parameters()}
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip or float("inf"))
+        if step == 1:
+            out["clipped"] = {n: p.grad.clone() for n, p in model.named_parameters()}
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(config, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        out["losses"].append(loss.item())
+        out["norms"].append(norm.item())
+    with torch.no_grad():
+        model.eval()
+        out["eval"] = model(tokens(99), labels=tokens(99)).loss.item()
+    out["weights"] = {n: p.detach().clone() for n, p in model.named_parameters()}
+    return out
+
+
+def engine_runs(runs: list[tuple[str, int, int, int, dict[str, Any]]], steps: int) -> list[dict[str, Any]]:
+    """In one process of the group: each run's losses, norms, this stage's gradients and weights."""
+    from finhpc.training.engine import Engine
+
+    class Recorder(Engine):
+        """Keeps the gradients of the first step, before and after clipping."""
+
+        def _before_step(self, *args: Any) -> None:
+            named = self.named_parameters()
+            if self.step == 0:
+                self.raw = {name: named[name].grad.clone() for name in self.owned_names()}
+            super()._before_step(*args)
+            if self.step == 0:
+                self.clipped = {name: named[name].grad.clone() for name in self.owned_names()}
+
+    results = []
+    for case, stages, replicas, micro_batches, train in runs:
+        config = settings(case, stages, replicas, micro_batches, **train)
+        engine = Recorder(config, hf_config(config), torch.device("cpu"))
+        out: dict[str, Any] = {"losses": [], "norms": []}
+        per_replica = SAMPLES // replicas
+        size = config.parallel.micro_batch_size
+
+        def batches(batch: Tensor, engine: Any = engine, n: int = per_replica, size: int = size) -> Any:
+            return iter(batch[engine.replica * n : (engine.replica + 1) * n].split(size))
+
+        for step in range(1, steps + 1):
+            out["losses"].append(engine.train_step(batches(tokens(step)), lr_at(config, step)))
+            out["norms"].append(engine.grad_norm)
+        out["eval"] = engine.evaluate(batches(tokens(99)), micro_batches)
+        out |= {"raw": engine.raw, "clipped": engine.clipped}
+        named = engine.named_parameters()
+        out["weights"] = {name: named[name].detach().clone() for name in engine.owned_names()}
+        results.append(out)
+    return results
+
+
+def merged(results: list[dict[str, Any]], key: str) -> dict[str, Tensor]:
+    return {name: value for result in results for name, value in result[key].items()}
+
+
+def assert_same(ours: dict[str, Tensor], plain: dict[str, Tensor], relative: float, what: str) -> None:
+    assert ours.keys() == plain.keys()
+    # A floor: some gradients (GPT-2's key bias) are zero but for rounding.
+    floor = 1e-3 * max(float(value.norm()) for value in plain.values())
+    for name, value in plain.items():
+        difference = float((ours[name] - value).norm()) / max(float(value.norm()), floor)
+        assert difference <= relative, f"{what}: {name} differs by {difference:.2e}"
+
+
+TOPOLOGIES = [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2), (3, 2)]
+
+
+@pytest.mark.parametrize(("stages", "replicas"), TOPOLOGIES)
+def test_every_topology_equals_the_plain_loop_in_float32(stages: int, replicas: int) -> None:
+    runs: list[Any] = [(case, stages, replicas, m, {}) for case in CASES for m in (1, 8)]
+    by_rank = run_processes(engine_runs, stages * replicas, runs, 20)
+    for i, (case, *_, micro_batches, _train) in enumerate(runs):
+        plain = plain_loop(case, 20)
+        assert max(plain["norms"]) > 0.1, "clipping must be active"
+        results = [rank[i] for rank in by_rank]
+        label = f"{case}, {stages} stages, {replicas} replicas, {micro_batches} micro-batches"
+        for result in results:
+            assert result["losses"] == pytest.approx(plain["losses"], rel=1e-5), label
+            assert result["norms"] == pytest.approx(plain["norms"], rel=1e-5), label
+            assert result["eval"] == pytest.approx(plain["eval"], rel=1e-5), label
+        assert_same(merged(results, "raw"), plain["raw"], 1e-5, f"raw gradients, {label}")
+        assert_same(merged(results, "clipped"), plain["clipped"], 1e-5, f"clipped gradients, {label}")
+        assert_same(merged(results, "weights"), plain["weights"], 1e-3, f"weights, {label}")
