@@ -18,7 +18,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class Journal:
 
     def write(self, kind: str, **fields: Any) -> None:
         record = {"kind": kind, "time": time.time(), **fields}
-        line = json.dumps(_finite(record), allow_nan=False, ensure_ascii=False) + "\n"
+        line = strict_json(record) + "\n"
         # A line cut by an earlier writer's death must not swallow this one.
         data = (("\n" if self._torn else "") + line).encode()
         written = os.write(self._file, data)
@@ -89,6 +89,11 @@ def latest(records: Iterable[Record], kind: str) -> dict[int, Record]:
     return {record["step"]: record for record in records if record["kind"] == kind}
 
 
+def strict_json(value: Any, indent: int | None = None) -> str:
+    """JSON that every reader takes: floats that are not finite as strings."""
+    return json.dumps(_finite(value), allow_nan=False, ensure_ascii=False, indent=indent)
+
+
 def _parse(line: bytes, path: str | Path, offset: int) -> list[Record]:
     try:
         record = _restore(json.loads(line))
@@ -103,7 +108,7 @@ def _parse(line: bytes, path: str | Path, offset: int) -> list[Record]:
 def _finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(float(value))
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {key: _finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_finite(inner) for inner in value]

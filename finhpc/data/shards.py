@@ -1,0 +1,240 @@
+"""Token shards on disk: fixed-length blocks in parquet files, and the manifest that makes them a whole.
+
+A prepared folder holds `manifest.json`, `tokenizer/`, `train-00000.parquet` ... and
+`val-00000.parquet` ... . A shard has one column, `tokens`: lists of `block_len` ids, 16-bit where
+the vocabulary allows. The manifest is written last: a folder without one is not prepared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from finhpc.errors import ConfigError, DataError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer"
+Split = Literal["train", "val"]
+Tokens = npt.NDArray[Any]  # uint16 or uint32
+
+
+class ShardFile(BaseModel):
+    """One parquet file of a split; `blocks` rows, `bytes` on disk."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    file: str
+    blocks: int
+    sha256: str
+    bytes: int
+
+
+class SplitCounts(BaseModel):
+    """What went into a split: documents, their UTF-8 bytes, and the ids in its blocks (end-of-text included)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    documents: int = 0
+    bytes: int = 0
+    tokens: int = 0
+
+
+class Manifest(BaseModel):
+    """What a prepared folder holds and where it came from."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: int = FORMAT
+    block_len: int
+    vocab_size: int
+    eot_id: int
+    dtype: Literal["uint16", "uint32"]
+    tokenizer_sha256: str
+    fingerprint: str
+    splits: dict[str, list[ShardFile]]
+    counts: dict[str, SplitCounts]
+    dropped: dict[str, int]
+    val_unigram_entropy_nats: float
+    source: list[dict[str, Any]]
+    settings: dict[str, Any]
+    settings_sha256: str
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Shards:
+    """A prepared folder, opened. Cheap to copy to another process: it holds the manifest, no tokens."""
+
+    folder: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Shards:
+        """Open a folder written by `finhpc prepare`; every file must be there at its full size.
+
+        Raises `ConfigError` where the folder is none of ours or unfinished, `DataError` where a
+        file is missing or cut.
+        """
+        folder = Path(folder).absolute()
+        manifest = _read_manifest(folder)
+        for shard in (shard for split in manifest.splits.values() for shard in split):
+            path = folder / shard.file
+            if not path.is_file():
+                raise DataError(f"{path} is missing, but the manifest lists it; run the same prepare into a new folder.")
+            if path.stat().st_size != shard.bytes:
+                raise DataError(
+                    f"{path} has {path.stat().st_size} bytes, the manifest says {shard.bytes}: it is damaged; "
+                    "restore it, or run the same prepare into a new folder."
+                )
+        return cls(folder, manifest)
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokeniser's folder; `transformers.AutoTokenizer.from_pretrained` opens it."""
+        return self.folder / TOKENIZER
+
+    def verify(self) -> None:
+        """Read every byte and compare it with the manifest; raises `DataError` at the first difference."""
+        known = {shard.file: shard.sha256 for split in self.manifest.splits.values() for shard in split}
+        known[f"{TOKENIZER}/tokenizer.json"] = self.manifest.tokenizer_sha256
+        for name, expected in known.items():
+            if file_sha256(self.folder / name) != expected:
+                raise DataError(f"{self.folder / name} is not the file that was prepared (sha256 differs); restore it.")
+
+    def check_seq_len(self, seq_len: int) -> None:
+        """Raise `ConfigError` unless blocks can be cut into samples of `seq_len` tokens."""
+        block_len = self.manifest.block_len
+        if seq_len < 1 or block_len % seq_len:
+            divisors = [d for d in range(2, block_len + 1) if block_len % d == 0]
+            near = sorted(divisors, key=lambda d: abs(d - seq_len))[:4]
+            raise ConfigError(
+                f"data.seq_len={seq_len} does not divide the shards' block_len={block_len}; "
+                f"use one of: {', '.join(map(str, sorted(near)))}."
+            )
+
+    def shard_samples(self, split: Split, seq_len: int) -> list[int]:
+        """Samples of `seq_len` tokens in each shard of a split, in file order."""
+        self.check_seq_len(seq_len)
+        per_block = self.manifest.block_len // seq_len
+        return [shard.blocks * per_block for shard in self.manifest.splits[split]]
+
+    def num_samples(self, split: Split, seq_len: int) -> int:
+        """Samples of `seq_len` tokens in a split."""
+        return sum(self.shard_samples(split, seq_len))
+
+    def read_shard(self, split: Split, index: int) -> Tokens:
+        """All blocks of a shard: (blocks, block_len), uint16 or uint32, read-only.
+
+        Raises `DataError` where the file is not the parquet the manifest describes, or holds an id
+        outside the vocabulary.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        shard, manifest = self.manifest.splits[split][index], self.manifest
+        path = self.folder / shard.file
+        expected = pa.list_(pa.from_numpy_dtype(np.dtype(manifest.dtype)), manifest.block_len)
+        try:
+            table = pq.ParquetFile(path, memory_map=True).read(use_threads=False)
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{path} cannot be read ({error}); restore it, or prepare again.") from None
+        if table.schema.names != ["tokens"] or not table.schema.field("tokens").type.equals(expected):
+            raise DataError(f"{path} holds {table.schema.to_string()!r}, not tokens: {expected}; restore it.")
+        if table.num_rows != shard.blocks or table.column("tokens").null_count:
+            raise DataError(f"{path} has {table.num_rows} rows, the manifest says {shard.blocks}; restore it.")
+        blocks = _flat(table.column("tokens")).reshape(-1, manifest.block_len)
+        if blocks.size and (largest := int(blocks.max())) >= manifest.vocab_size:
+            raise DataError(f"{path} holds id {largest}, the vocabulary ends at {manifest.vocab_size - 1}; restore it.")
+        return blocks
+
+    def eval_samples(self, n: int, seq_len: int) -> npt.NDArray[np.int64]:
+        """At most `n` held-out samples, (<=n, seq_len) int64, spread evenly over the split; always the same."""
+        sizes = self.shard_samples("val", seq_len)
+        total = sum(sizes)
+        n = min(n, total)
+        chosen = np.arange(n, dtype=np.int64) * total // max(n, 1)
+        starts = np.concatenate([[0], np.cumsum(sizes)])
+        parts = []
+        for index, (start, stop) in enumerate(zip(starts, starts[1:], strict=False)):
+            inside = chosen[(chosen >= start) & (chosen < stop)] - start
+            if len(inside):
+                parts.append(self.read_shard("val", index).reshape(-1, seq_len)[inside].astype(np.int64))
+        return np.concatenate(parts) if parts else np.empty((0, seq_len), np.int64)
+
+
+def encode_shard(blocks: Tokens) -> bytes:
+    """The parquet file of blocks (n, block_len); the same bytes for the same blocks."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    flat = pa.array(np.ascontiguousarray(blocks).reshape(-1))
+    table = pa.table({"tokens": pa.FixedSizeListArray.from_arrays(flat, blocks.shape[1])})
+    sink = pa.BufferOutputStream()
+    # Parquet stores 16-bit integers in 32 bits; splitting the bytes lets zstd squeeze the zero half out.
+    pq.write_table(table, sink, compression="zstd", use_dictionary=False, column_encoding="BYTE_STREAM_SPLIT")
+    return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write a file that is there whole or not at all, also after a power cut."""
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file; raises `DataError` where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); restore it.") from None
+
+
+def dataset_fingerprint(shards: Sequence[ShardFile], tokenizer_sha256: str, block_len: int) -> str:
+    """One hash of everything a model trained on the folder depends on."""
+    parts = [*(shard.sha256 for shard in shards), tokenizer_sha256, str(block_len)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    if not folder.is_dir():
+        raise ConfigError(f"data.shards={folder} is no folder; give the folder written by `finhpc prepare`.")
+    path = folder / MANIFEST
+    if not path.is_file():
+        if not any(folder.iterdir()):
+            raise ConfigError(f"data.shards={folder} is empty; write shards there with `finhpc prepare --out {folder}`.")
+        raise ConfigError(
+            f"data.shards={folder} has no {MANIFEST}: not prepared, or interrupted; run the same `finhpc prepare` again."
+        )
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise DataError(f"{path} is damaged or of another version ({where}: {first['msg']}); prepare again.") from None
+
+
+def _flat(column: Any) -> Tokens:
+    """The values of a fixed-size list column, without a copy where parquet gave one chunk."""
+    chunks = [chunk.flatten().to_numpy(zero_copy_only=True) for chunk in column.chunks]
+    if len(chunks) == 1:
+        return chunks[0]  # type: ignore[no-any-return]
+    return np.concatenate(chunks) if chunks else np.empty(0, np.uint16)

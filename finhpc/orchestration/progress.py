@@ -1,0 +1,147 @@
+"""Training on the screen: a bar on a terminal, plain lines elsewhere; stderr only.
+
+It follows the run's journals like any other reader, so it can neither slow nor stop a step.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable
+from datetime import timedelta
+from pathlib import Path
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from finhpc.training.journal import DRIVER_FILE, WORKER_FILE, Record, read
+
+POLL_S = 0.5
+
+
+class Progress:
+    """`with Progress(total_steps, folder) as progress:` shows what is written into the folder meanwhile.
+
+    `say` prints a line of its own; `show` takes records by hand.
+    """
+
+    def __init__(
+        self, total_steps: int, folder: str | Path, stream: TextIO | None = None, line_every_s: float = 5.0
+    ) -> None:
+        self.total_steps = total_steps
+        self._console = Console(file=stream or sys.stderr, soft_wrap=True)
+        self._line_every_s = line_every_s
+        self._last_line = 0.0
+        self._train: Record = {}
+        self._val_loss: float | None = None
+        self._pace: deque[tuple[float, int]] = deque(maxlen=20)  # (time, step) of the newest steps
+        # What earlier attempts wrote was shown then.
+        self._offsets = {path: _size(path) for path in (Path(folder) / WORKER_FILE, Path(folder) / DRIVER_FILE)}
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._bar = self._make_bar() if self._console.is_terminal else None
+
+    def __enter__(self) -> Progress:
+        if self._bar:
+            self._bar.start()
+        self._thread = threading.Thread(target=self._follow, name="finhpc-progress", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        if self._thread:
+            self._thread.join()
+        self._poll()
+        if self._bar:
+            self._bar.stop()
+
+    def say(self, text: str) -> None:
+        with self._lock:
+            self._print(text)
+
+    def show(self, records: Iterable[Record]) -> None:
+        with self._lock:
+            for record in records:
+                self._show(record)
+
+    def _show(self, record: Record) -> None:
+        kind = record["kind"]
+        if kind == "message":
+            self._print(str(record["text"]))
+        elif kind == "train":
+            self._train = record
+            self._pace.append((record["time"], record["step"]))
+            if self._bar:
+                self._bar.update(self._task, completed=record["step"], figures=self._figures())
+            elif time.monotonic() - self._last_line >= self._line_every_s:
+                self._print_line()
+        elif kind == "eval":
+            self._val_loss = record.get("val_loss")
+            if self._bar:
+                self._bar.update(self._task, figures=self._figures())
+            else:
+                self._train = {**self._train, "step": record["step"]}
+                self._print_line()
+        elif kind == "checkpoint":
+            self._print(f"checkpoint of step {record['step']}: {record.get('path', '')}")
+
+    def _print_line(self) -> None:
+        self._last_line = time.monotonic()
+        self._print(f"step {self._train['step']}/{self.total_steps}  {self._figures()}")
+
+    def _figures(self) -> str:
+        record, parts = self._train, []
+        for name, key, form in (("loss", "train_loss", ".3f"), ("val", "", ".3f"), ("lr", "lr", ".1e")):
+            value = record.get(key) if key else self._val_loss
+            if value is not None:
+                parts.append(f"{name} {value:{form}}")
+        if record.get("tokens_per_s") is not None:
+            parts.append(f"{record['tokens_per_s']:,.0f} tokens/s")
+        if (left := self._seconds_left()) is not None:
+            parts.append(f"{timedelta(seconds=round(left))} left")
+        return "  ".join(parts)
+
+    def _seconds_left(self) -> float | None:
+        if len(self._pace) < 2 or self._pace[-1][1] <= self._pace[0][1]:
+            return None  # too early, or a resumed run went back
+        (start, first), (end, last) = self._pace[0], self._pace[-1]
+        return max(0.0, (end - start) / (last - first) * (self.total_steps - last))
+
+    def _make_bar(self) -> Bar:
+        columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[figures]}"))
+        bar = Bar(*columns, console=self._console)
+        self._task = bar.add_task("training", total=self.total_steps, figures="")
+        return bar
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False)
+
+    def _follow(self) -> None:
+        while not self._stop.wait(POLL_S):
+            self._poll()
+
+    def _poll(self) -> None:
+        for path, offset in self._offsets.items():
+            records, self._offsets[path] = read(path, offset)
+            self.show(records)
+
+
+def summary_table(title: str, rows: list[tuple[str, str]], stream: TextIO | None = None) -> None:
+    """A short two-column table on stderr."""
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, value)
+    Console(file=stream or sys.stderr, markup=False, highlight=False).print(table)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0

@@ -1,0 +1,244 @@
+"""Checkpoints: complete or absent, written beside the training, readable by any topology.
+
+    checkpoints/step_00000100/
+        stage-0.safetensors     param.NAME, exp_avg.NAME, exp_avg_sq.NAME of stage 0, float32
+        rank-0.safetensors      random state of worker 0
+        rank-0.done             what worker 0 wrote: name, bytes, sha256
+        manifest.json           all of it, and the state of the run; written last
+
+Workers talk through the shared folder, not through collectives: each writes its files in a thread,
+and worker 0's thread waits for all and writes the manifest. A folder without one is no checkpoint.
+Tensors bear Hugging Face names, so a run resumes with any number of stages and replicas.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from finhpc.errors import CheckpointError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A complete checkpoint on disk."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.manifest["step"])
+
+    def tensors(self, prefix: str) -> dict[str, Tensor]:
+        """Hugging Face name -> tensor of everything stored as `prefix.NAME`, over all stages."""
+        return {name: t for file in self.stage_files() for name, t in read_stage(file, prefix).items()}
+
+    def stage_files(self) -> list[Path]:
+        return sorted(self.path / name for name in self.manifest["files"] if name.startswith("stage-"))
+
+    def verify(self) -> None:
+        """Raises `CheckpointError` naming the first file that is not as it was written."""
+        for name, expected in self.manifest["files"].items():
+            file = self.path / name
+            if not file.is_file():
+                raise CheckpointError(f"{file} is missing")
+            if file.stat().st_size != expected["bytes"]:
+                raise CheckpointError(f"{file} has {file.stat().st_size} bytes, not {expected['bytes']}")
+            if sha256(file) != expected["sha256"]:
+                raise CheckpointError(f"{file} is not what was written (sha256 differs)")
+
+
+def read_stage(file: Path, prefix: str) -> dict[str, Tensor]:
+    """Hugging Face name -> tensor stored as `prefix.NAME` in one stage's file."""
+    with safe_open(file, framework="pt") as opened:
+        names = [key for key in opened.keys() if key.startswith(prefix + ".")]  # noqa: SIM118
+        return {key[len(prefix) + 1 :]: opened.get_tensor(key) for key in names}
+
+
+def complete(folder: Path) -> list[Saved]:
+    """Complete checkpoints in `folder`, newest first; contents not verified."""
+    found = []
+    for path in sorted(folder.glob("step_*"), reverse=True):
+        try:
+            found.append(Saved(path, json.loads((path / MANIFEST).read_text())))
+        except (FileNotFoundError, ValueError):
+            continue
+    return found
+
+
+def newest_good(folder: Path, say: Callable[[str], None]) -> Saved | None:
+    """The newest checkpoint whose every file is as it was written; says which it passed over."""
+    for saved in complete(folder):
+        try:
+            saved.verify()
+            return saved
+        except CheckpointError as error:
+            say(f"checkpoint {saved.path.name} is damaged ({error}); trying the one before.")
+    return None
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what an interrupted save left."""
+    good = {saved.path for saved in complete(folder)}
+    for path in folder.glob("step_*"):
+        if path not in good:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+class Checkpointer:
+    """Saves one worker's part of each checkpoint in a background thread.
+
+    `attempt` is the same for all workers of one start and differs between starts, so that files
+    left by a killed start are never taken for new ones. Worker 0 completes the checkpoint and keeps
+    the `keep` newest.
+    """
+
+    def __init__(self, folder: Path, keep: int, attempt: str, rank: int, ranks: int) -> None:
+        self.folder, self.keep, self.attempt, self.rank, self.ranks = folder, keep, attempt, rank, ranks
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, step: int, stage_file: str | None, state: dict[str, Tensor], extra: dict[str, Any]) -> None:
+        """Copy `state` and return; a thread writes it. Waits for the save before, if still under way.
+
+        `stage_file`: name for the stage's tensors, None on replicas that do not write them. `extra`
+        goes into the manifest (worker 0's) but for `consumed`, which is summed over workers.
+        """
+        self.wait()
+        copy = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
+        random_state = {"torch": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            random_state["cuda"] = torch.cuda.get_rng_state()
+        arguments = (self.folder / f"step_{step:08d}", step, stage_file, copy, random_state, extra)
+        self._thread = threading.Thread(target=self._guarded, args=arguments, daemon=True, name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until the save under way is complete; raises `CheckpointError` if it failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise CheckpointError(
+                f"a checkpoint could not be written to {self.folder}: {error}; make room or check the disk. "
+                "The checkpoints before it are untouched."
+            )
+
+    def _guarded(self, *arguments: Any) -> None:
+        try:
+            self._write(*arguments)
+        except BaseException as error:  # kept for the training thread, which raises it
+            self._error = error
+
+    def _write(
+        self,
+        path: Path,
+        step: int,
+        stage_file: str | None,
+        state: dict[str, Tensor],
+        random_state: dict[str, Tensor],
+        extra: dict[str, Any],
+    ) -> None:
+        path.mkdir(parents=True, exist_ok=True)
+        files = {f"rank-{self.rank}.safetensors": random_state} | ({stage_file: state} if stage_file else {})
+        written = {name: _save(path / name, tensors) for name, tensors in files.items()}
+        done = {"attempt": self.attempt, "files": written, "consumed": extra.get("consumed", "0")}
+        write_json(path / f"rank-{self.rank}.done", done)
+        if self.rank == 0:
+            self._complete(path, step, extra)
+
+    def _complete(self, path: Path, step: int, extra: dict[str, Any]) -> None:
+        parts = [self._wait_for(path / f"rank-{rank}.done") for rank in range(self.ranks)]
+        consumed = sum(int(part["consumed"], 16) for part in parts) % 2**256
+        manifest = {
+            "format": FORMAT,
+            "step": step,
+            "ranks": self.ranks,
+            **extra,
+            "consumed": f"{consumed:064x}",
+            "files": {name: about for part in parts for name, about in part["files"].items()},
+        }
+        write_json(path / MANIFEST, manifest)
+        for old in complete(self.folder)[self.keep :]:
+            (old.path / MANIFEST).unlink()  # first, so that a half-removed one is not taken for complete
+            shutil.rmtree(old.path, ignore_errors=True)
+
+    def _wait_for(self, file: Path, timeout_s: float = 1800) -> dict[str, Any]:
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            try:
+                part: dict[str, Any] = json.loads(file.read_text())
+                if part["attempt"] == self.attempt:
+                    return part
+            except (FileNotFoundError, ValueError):
+                pass
+            time.sleep(0.02)
+        raise TimeoutError(f"{file} did not appear within {timeout_s:.0f} s")
+
+
+def load_stage(saved: Saved, wanted: list[str], prefix: str) -> dict[str, Tensor]:
+    """The tensors `prefix.NAME` for each of `wanted`, from whichever stage's file holds them."""
+    found: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        for file in saved.stage_files():
+            opened = stack.enter_context(safe_open(file, framework="pt"))
+            stored = set(opened.keys())
+            for name in wanted:
+                if name not in found and f"{prefix}.{name}" in stored:
+                    found[name] = opened.get_tensor(f"{prefix}.{name}")
+    missing = sorted(set(wanted) - set(found))
+    if missing:
+        raise CheckpointError(f"{saved.path} lacks {', '.join(missing[:5])}; it belongs to another model.")
+    return found
+
+
+def load_random_state(saved: Saved, rank: int, ranks: int) -> bool:
+    """Restore this worker's random state; False when the checkpoint was made by another number of workers."""
+    if saved.manifest["ranks"] != ranks:
+        return False
+    with safe_open(saved.path / f"rank-{rank}.safetensors", framework="pt") as opened:
+        torch.set_rng_state(opened.get_tensor("torch"))
+        if torch.cuda.is_available() and "cuda" in opened.keys():  # noqa: SIM118
+            torch.cuda.set_rng_state(opened.get_tensor("cuda"))
+    return True
+
+
+def sha256(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _save(file: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    save_file(tensors, file, metadata={"format": "pt"})
+    with open(file, "rb") as opened:
+        os.fsync(opened.fileno())
+    return {"bytes": file.stat().st_size, "sha256": sha256(file)}
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Atomically: a reader sees the whole file or none."""
+    partial = file.with_name(file.name + f".{os.getpid()}.partial")
+    with open(partial, "w", encoding="utf-8") as opened:
+        json.dump(content, opened, indent=1)
+        opened.flush()
+        os.fsync(opened.fileno())
+    partial.replace(file)

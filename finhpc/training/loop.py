@@ -1,0 +1,253 @@
+"""The training loop of one worker: steps, evaluations, checkpoints; resumes where the run stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from finhpc.config import PretrainConfig
+from finhpc.training import checkpoint
+from finhpc.training.checkpoint import Checkpointer
+from finhpc.training.engine import Engine
+from finhpc.training.journal import Journal
+from finhpc.training.memory import counted_peak, peak_resident_bytes
+from finhpc.training.optimizer import learning_rate
+
+MicroBatch = dict[str, Any]  # tokens: int64 (micro_batch_size, seq_len); sample: int64 (micro_batch_size,)
+OpenStream = Callable[[int, int], Iterator[MicroBatch]]  # (first step, replica) -> micro-batches
+TIMES_EVERY = 10  # steps between sums of busy times over all workers
+
+
+@dataclass
+class Worker:
+    """One worker's whole training. `open_stream` is called on the first stage only."""
+
+    config: PretrainConfig
+    hf_config: Any
+    device: torch.device
+    folder: Path
+    journal_path: Path
+    open_stream: OpenStream
+    held_out: np.ndarray[Any, Any]  # int64 (samples, seq_len), the same on every worker
+    consumed: int = 0  # sum of sample hashes this worker read, see `_consume`
+    resumed_from: int = 0
+    _window: dict[str, float] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """Train to `train.steps`. Raises `NonFiniteError` on every worker when the loss is not finite."""
+        self._set_up()
+        self.started = time.perf_counter()
+        for step in range(self.engine.step + 1, self.config.train.steps + 1):
+            self._step(step)
+            last = step == self.config.train.steps
+            if last or _due(step, self.config.train.eval_every):
+                self._evaluate(step)
+            if last or _due(step, self.config.train.checkpoint_every):
+                self._checkpoint(step)
+        self.saver.wait()
+        dist.barrier()
+        self._finish()
+
+    # -- start ------------------------------------------------------------------------------
+
+    def _set_up(self) -> None:
+        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        torch.manual_seed(self.config.train.seed * 1_000_003 + self.rank)
+        self.journal = Journal(self.journal_path) if self.rank == 0 else None
+        self.engine = Engine(self.config, self.hf_config, self.device)
+        checkpoints = self.folder / "checkpoints"
+        plan: list[Any] = [None, None]
+        if self.rank == 0:
+            checkpoints.mkdir(parents=True, exist_ok=True)
+            saved = checkpoint.newest_good(checkpoints, self._say)
+            checkpoint.remove_partial(checkpoints)
+            plan = [uuid.uuid4().hex, saved]
+        dist.broadcast_object_list(plan)
+        attempt, saved = plan
+        self.saver = Checkpointer(checkpoints, self.config.train.keep_checkpoints, attempt, self.rank, self.ranks)
+        if saved is not None:
+            self._load(saved)
+        self.batches = self._micro_batches()
+        if self.journal:
+            parallel = self.config.parallel
+            self.journal.write(
+                "start",
+                step=self.engine.step,
+                attempt=attempt,
+                stages=parallel.stages,
+                replicas=parallel.replicas,
+                workers=self.ranks,
+                threads=torch.get_num_threads(),
+                val_samples=self._eval_samples(),
+            )
+
+    def _load(self, saved: checkpoint.Saved) -> None:
+        engine = self.engine
+        named = engine.named_parameters()
+        for prefix in ("param", "exp_avg", "exp_avg_sq"):
+            for name, value in checkpoint.load_stage(saved, list(named), prefix).items():
+                if prefix == "param":
+                    with torch.no_grad():
+                        named[name].copy_(value)
+                else:
+                    engine.optimizer.state[named[name]][prefix] = value.to(self.device)
+        for parameter in named.values():
+            on = self.device if self.device.type == "cuda" else None
+            engine.optimizer.state[parameter]["step"] = torch.tensor(float(saved.step), device=on)
+        engine.step = self.resumed_from = saved.step
+        self.consumed = int(saved.manifest["consumed"], 16) if self.rank == 0 else 0
+        if not checkpoint.load_random_state(saved, self.rank, self.ranks):
+            torch.manual_seed(hash((self.config.train.seed, saved.step, self.rank)))
+            if self.config.model.dropout:
+                self._say("the number of workers changed: dropout draws differ from an unbroken run's.")
+        self._say(f"resumed from step {saved.step}")
+
+    # -- data -------------------------------------------------------------------------------
+
+    def _micro_batches(self) -> Iterator[Tensor]:
+        """Tokens for the engine, in the run's order; counts what is consumed."""
+        if self.engine.stage > 0:
+            return iter(())
+        stream = self.open_stream(self.engine.step, self.engine.replica)
+        per_step = self.config.parallel.samples_per_step
+        share = per_step // self.config.parallel.replicas
+        position = self.engine.step * per_step + self.engine.replica * share
+
+        def tokens() -> Iterator[Tensor]:
+            nonlocal position
+            for i, batch in enumerate(stream):
+                self._consume(position, batch["sample"])
+                position += len(batch["sample"])
+                if (i + 1) % self.config.parallel.micro_batches == 0:
+                    position += per_step - share
+                yield torch.from_numpy(batch["tokens"])
+
+        return tokens()
+
+    def _consume(self, position: int, samples: np.ndarray[Any, Any]) -> None:
+        """Add each sample's sha256("position:id") modulo 2^256.
+
+        The sum says which sample was read at which place of the run, whoever read it: it is the
+        same for any number of replicas and any number of interruptions.
+        """
+        for i, sample in enumerate(samples.tolist()):
+            digest = hashlib.sha256(f"{position + i}:{sample}".encode()).digest()
+            self.consumed = (self.consumed + int.from_bytes(digest, "big")) % 2**256
+
+    def _eval_samples(self) -> int:
+        share = self.config.parallel.micro_batch_size * self.config.parallel.replicas
+        return len(self.held_out) // share * share
+
+    # -- work -------------------------------------------------------------------------------
+
+    def _step(self, step: int) -> None:
+        config, engine = self.config, self.engine
+        lr = learning_rate(config.optimizer, step, config.train.steps)
+        begin = time.perf_counter()
+        if step == self.resumed_from + 2 and self.device.type == "cpu":
+            loss, self.peak = counted_peak(lambda: engine.train_step(self.batches, lr))
+        else:
+            loss = engine.train_step(self.batches, lr)
+        step_s = time.perf_counter() - begin
+        per_step = config.parallel.samples_per_step * config.data.seq_len
+        record: dict[str, Any] = dict(
+            step=step,
+            tokens=step * per_step,
+            train_loss=loss,
+            lr=lr,
+            grad_norm=engine.grad_norm,
+            step_s=step_s,
+            tokens_per_s=per_step / step_s,
+        )
+        self._window["span"] = self._window.get("span", 0.0) + step_s
+        if step % TIMES_EVERY == 0 or step == config.train.steps:
+            record |= self._times()
+        if self.journal:
+            self.journal.write("train", **record)
+
+    def _times(self) -> dict[str, float]:
+        """Shares of the steps since the last call: workers computing, first stages waiting for data."""
+        busy, wait = self.engine.take_times()
+        sums = torch.tensor([busy, wait], dtype=torch.float64, device=self.device)
+        dist.all_reduce(sums)
+        span = self._window.pop("span")
+        return {
+            "pipeline_utilization": sums[0].item() / (span * self.ranks),
+            "data_wait_fraction": sums[1].item() / (span * self.config.parallel.replicas),
+        }
+
+    def _evaluate(self, step: int) -> None:
+        size = self.config.parallel.micro_batch_size
+        samples = self._eval_samples()
+        share = samples // self.config.parallel.replicas
+        first = self.engine.replica * share
+        mine = torch.from_numpy(self.held_out[first : first + share])
+        loss = self.engine.evaluate(iter(mine.split(size)), share // size)
+        if self.journal:
+            tokens = step * self.config.parallel.samples_per_step * self.config.data.seq_len
+            self.journal.write("eval", step=step, tokens=tokens, val_loss=loss, val_perplexity=_exp(loss))
+        self.engine.take_times()
+        self._window.pop("span", None) if step % TIMES_EVERY == 0 else None
+
+    def _checkpoint(self, step: int) -> None:
+        engine = self.engine
+        named = engine.named_parameters()
+        state: dict[str, Tensor] = {}
+        writes = engine.replica == 0
+        for name in engine.owned_names() if writes else ():
+            moments = engine.optimizer.state[named[name]]
+            state[f"param.{name}"] = named[name]
+            state[f"exp_avg.{name}"] = moments["exp_avg"]
+            state[f"exp_avg_sq.{name}"] = moments["exp_avg_sq"]
+        extra = {
+            "consumed": f"{self.consumed:064x}",
+            "samples": step * self.config.parallel.samples_per_step,
+            "stages": self.config.parallel.stages,
+            "replicas": self.config.parallel.replicas,
+        }
+        self.saver.save(step, f"stage-{engine.stage:05d}.safetensors" if writes else None, state, extra)
+        if self.journal:
+            self.journal.write("checkpoint", step=step, path=f"checkpoints/step_{step:08d}")
+
+    def _finish(self) -> None:
+        if self.device.type == "cuda":
+            self.peak = torch.cuda.max_memory_allocated(self.device)
+        mine = (getattr(self, "peak", None), peak_resident_bytes(), self.engine.stage)
+        everyone: list[Any] = [None] * self.ranks
+        dist.all_gather_object(everyone, mine)
+        if self.journal:
+            self.journal.write(
+                "memory",
+                step=self.engine.step,
+                peak_memory_bytes=[peak for peak, _, _ in everyone],
+                peak_resident_bytes=[resident for _, resident, _ in everyone],
+            )
+            self.journal.write(
+                "finished",
+                step=self.engine.step,
+                resumed_from_step=self.resumed_from,
+                train_wall_s=time.perf_counter() - self.started,
+            )
+
+    def _say(self, text: str) -> None:
+        if self.journal:
+            self.journal.write("message", text=text)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _exp(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else float("inf")

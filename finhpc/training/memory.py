@@ -1,0 +1,50 @@
+"""The peak of a worker's memory, each kind under its own name."""
+
+from __future__ import annotations
+
+import gc
+import resource
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+T = TypeVar("T")
+
+
+def live_tensor_bytes() -> int:
+    """Bytes of all CPU tensors this process holds, a storage counted once."""
+    storages = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu":
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+            if thing.is_leaf and thing.grad is not None:
+                grad = thing.grad.untyped_storage()
+                storages[grad.data_ptr()] = grad.nbytes()
+    return sum(storages.values())
+
+
+def counted_peak(work: Callable[[], T]) -> tuple[T, int]:
+    """Run `work` and count the peak of live CPU tensor bytes from its allocations and frees.
+
+    Exact for tensors of torch's CPU allocator; costs the profiler's overhead, so use it for one step.
+    """
+    before = live_tensor_bytes()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = work()
+    level = peak = before
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        if event.device_type() == torch.autograd.DeviceType.CPU:
+            level += event.nbytes()
+            peak = max(peak, level)
+    return result, peak
+
+
+def peak_resident_bytes() -> int:
+    """Peak resident bytes of this process since it started (the operating system's count)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
