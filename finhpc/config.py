@@ -146,6 +146,13 @@ class PrepareConfig(Section):
     workers: int = Field(0, ge=0, description="parallel tasks; 0: one a core")
 
 
+class UiConfig(Section):
+    """Settings of `finhpc ui`."""
+
+    run: Run = Field(default_factory=Run)
+    port: int = Field(5000, ge=1, le=65535, description="port on 127.0.0.1")
+
+
 C = TypeVar("C", bound=Section)
 
 

@@ -89,7 +89,9 @@ class Shards:
         for shard in (shard for split in manifest.splits.values() for shard in split):
             path = folder / shard.file
             if not path.is_file():
-                raise DataError(f"{path} is missing, but the manifest lists it; run the same prepare into a new folder.")
+                raise DataError(
+                    f"{path} is missing, but the manifest lists it; run the same prepare into a new folder."
+                )
             if path.stat().st_size != shard.bytes:
                 raise DataError(
                     f"{path} has {path.stat().st_size} bytes, the manifest says {shard.bytes}: it is damaged; "
@@ -220,7 +222,9 @@ def _read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
         if not any(folder.iterdir()):
-            raise ConfigError(f"data.shards={folder} is empty; write shards there with `finhpc prepare --out {folder}`.")
+            raise ConfigError(
+                f"data.shards={folder} is empty; write shards there with `finhpc prepare --out {folder}`."
+            )
         raise ConfigError(
             f"data.shards={folder} has no {MANIFEST}: not prepared, or interrupted; run the same `finhpc prepare` again."
         )

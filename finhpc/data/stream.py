@@ -28,7 +28,8 @@ def ray_dataset(stream: ReplicaStream) -> Dataset:
     visits = stream.visits()
     rows = [dict(zip(Visit._fields, map(int, visit), strict=True)) for visit in visits]
     dataset = ray.data.from_items(rows, override_num_blocks=max(1, min(len(rows), MAX_TASKS)))
-    dataset = dataset.map_batches(partial(_read_visits, stream=stream), batch_size=1, num_cpus=0, concurrency=2)
+    two = ray.data.TaskPoolStrategy(size=2)
+    dataset = dataset.map_batches(partial(_read_visits, stream=stream), batch_size=1, num_cpus=0, compute=two)
     # Set after the last step: every step copies the context of the one before it.
     dataset.context.target_max_block_size = BLOCK_BYTES
     dataset.context.execution_options.preserve_order = True

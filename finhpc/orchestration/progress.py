@@ -5,6 +5,7 @@ It follows the run's journals like any other reader, so it can neither slow nor 
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import time
@@ -36,7 +37,7 @@ class Progress:
         self.total_steps = total_steps
         self._console = Console(file=stream or sys.stderr, soft_wrap=True)
         self._line_every_s = line_every_s
-        self._last_line = 0.0
+        self._last_line = -math.inf
         self._train: Record = {}
         self._val_loss: float | None = None
         self._pace: deque[tuple[float, int]] = deque(maxlen=20)  # (time, step) of the newest steps

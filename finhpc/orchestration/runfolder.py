@@ -104,7 +104,8 @@ class RunFolder:
         if old_data and dataset_fingerprint and old_data != dataset_fingerprint:
             problems.append(
                 f"data.shards={config.data.shards} holds other data (fingerprint {dataset_fingerprint[:12]}) than the "
-                f"run was trained on ({old_data[:12]}, {before.data.shards}); use another run.name or restore the shards."
+                f"run was trained on ({old_data[:12]}, {before.data.shards}); "
+                f"use another run.name or restore the shards."
             )
         if problems:
             raise ConfigError(problems)
@@ -186,14 +187,12 @@ def _differences(before: PretrainConfig, now: PretrainConfig) -> list[str]:
 
 def _git() -> dict[str, Any]:
     """Commit of the checkout finhpc runs from, else of the working directory; null where neither is one."""
-    package = Path(__file__).resolve().parent
-    for folder, mine in (
-        (package, ["ls-files", "--error-unmatch", Path(__file__).name]),
-        (Path.cwd(), ["status", "-s"]),
-    ):
-        # A virtual environment inside some other checkout is not that checkout: the file must be tracked.
-        if _run_git(folder, *mine) is not None and (commit := _run_git(folder, "rev-parse", "HEAD")):
-            return {"git_commit": commit, "git_dirty": bool(_run_git(folder, "status", "--porcelain"))}
+    here = Path(__file__).resolve()
+    # A virtual environment inside some other checkout is not that checkout: the file must be tracked.
+    tracked = _run_git(here.parent, "ls-files", "--error-unmatch", here.name) is not None
+    folder = here.parent if tracked else Path.cwd()
+    if commit := _run_git(folder, "rev-parse", "HEAD"):
+        return {"git_commit": commit, "git_dirty": bool(_run_git(folder, "status", "--porcelain"))}
     return {"git_commit": None, "git_dirty": None}
 
 

@@ -66,11 +66,9 @@ def read(path: str | Path, offset: int = 0, limit: int | None = None) -> tuple[l
     will never be whole; it is skipped with a warning.
     """
     records: list[Record] = []
-    try:
-        file = open(path, "rb")
-    except FileNotFoundError:
+    if not Path(path).exists():  # nothing was written yet
         return records, offset
-    with file:
+    with open(path, "rb") as file:
         if offset > os.fstat(file.fileno()).st_size:
             log.warning("%s is shorter than what was read of it before (%d bytes); read from its start", path, offset)
             offset = 0

@@ -41,8 +41,9 @@ class Worker:
     open_stream: OpenStream
     held_out: np.ndarray[Any, Any]  # int64 (samples, seq_len), the same on every worker
     consumed: int = 0  # sum of sample hashes this worker read, see `_consume`
+    labels: dict[str, Any] = field(default_factory=dict)  # goes into every checkpoint's manifest
     resumed_from: int = 0
-    _window: dict[str, float] = field(default_factory=dict)
+    _span: float = 0.0  # seconds of the steps since times were last summed
 
     def run(self) -> None:
         """Train to `train.steps`. Raises `NonFiniteError` on every worker when the loss is not finite."""
@@ -170,7 +171,7 @@ class Worker:
             step_s=step_s,
             tokens_per_s=per_step / step_s,
         )
-        self._window["span"] = self._window.get("span", 0.0) + step_s
+        self._span += step_s
         if step % TIMES_EVERY == 0 or step == config.train.steps:
             record |= self._times()
         if self.journal:
@@ -181,7 +182,7 @@ class Worker:
         busy, wait = self.engine.take_times()
         sums = torch.tensor([busy, wait], dtype=torch.float64, device=self.device)
         dist.all_reduce(sums)
-        span = self._window.pop("span")
+        span, self._span = self._span, 0.0
         return {
             "pipeline_utilization": sums[0].item() / (span * self.ranks),
             "data_wait_fraction": sums[1].item() / (span * self.config.parallel.replicas),
@@ -193,12 +194,12 @@ class Worker:
         share = samples // self.config.parallel.replicas
         first = self.engine.replica * share
         mine = torch.from_numpy(self.held_out[first : first + share])
+        times = self.engine.busy_s, self.engine.wait_s  # of training steps; evaluation must not count
         loss = self.engine.evaluate(iter(mine.split(size)), share // size)
+        self.engine.busy_s, self.engine.wait_s = times
         if self.journal:
             tokens = step * self.config.parallel.samples_per_step * self.config.data.seq_len
             self.journal.write("eval", step=step, tokens=tokens, val_loss=loss, val_perplexity=_exp(loss))
-        self.engine.take_times()
-        self._window.pop("span", None) if step % TIMES_EVERY == 0 else None
 
     def _checkpoint(self, step: int) -> None:
         engine = self.engine
@@ -211,6 +212,7 @@ class Worker:
             state[f"exp_avg.{name}"] = moments["exp_avg"]
             state[f"exp_avg_sq.{name}"] = moments["exp_avg_sq"]
         extra = {
+            **self.labels,
             "consumed": f"{self.consumed:064x}",
             "samples": step * self.config.parallel.samples_per_step,
             "stages": self.config.parallel.stages,

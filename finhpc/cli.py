@@ -1,0 +1,176 @@
+"""The `finhpc` command: one verb a job.
+
+    finhpc VERB --config FILE_OR_RECIPE --section.key VALUE ...
+
+Settings come from defaults < recipe or YAML < flags. All messages go to stderr; with `--json` the
+result is the last line of stdout.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import finhpc
+from finhpc.errors import ConfigError, FinhpcError
+
+USAGE = """usage: finhpc VERB [--config FILE_OR_RECIPE] [--KEY VALUE ...]
+
+verbs:
+  prepare    text on disk -> token shards
+  pretrain   token shards -> a low-rank (or dense) model
+  ui         open MLflow's page of what was tracked, on this machine only
+
+options of every verb:
+  --config NAME      a recipe's name or a YAML file
+  --KEY VALUE        set one key, e.g. --method.rank 96 (finhpc VERB --help lists them)
+  --json             print the result as one JSON object, the last line of stdout
+  --print_config     show the resolved settings and stop
+  --dry_run          check and count everything, start nothing (pretrain)
+
+finhpc --version"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns its exit code: 0, 1 for a failed job, 2 for a user's mistake."""
+    words = sys.argv[1:] if argv is None else argv
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(finhpc.__version__)
+        return 0
+    try:
+        result = _run(words[0], words[1:])
+    except FinhpcError as error:
+        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BaseException as error:
+        if type(error).__name__ == "Terminated":
+            return 143
+        raise
+    if "--json" in words:
+        print(json.dumps(result), flush=True)
+    return 0
+
+
+def _run(verb: str, words: list[str]) -> dict[str, Any] | None:
+    from finhpc import config
+
+    verbs: dict[str, tuple[type[config.Section], Callable[..., dict[str, Any] | None]]] = {
+        "prepare": (config.PrepareConfig, _prepare),
+        "pretrain": (config.PretrainConfig, _pretrain),
+        "ui": (config.UiConfig, _ui),
+    }
+    if verb not in verbs:
+        raise ConfigError(f"{verb} is no verb; {config.nearest(verb, list(verbs))}")
+    cls, work = verbs[verb]
+    if "-h" in words or "--help" in words:
+        print(_help(verb, cls))
+        return None
+    options, overrides = parse(words, cls)
+    settings = config.load(cls, options.get("config"), overrides)
+    if "print_config" in options:
+        print(config.to_yaml(settings), end="")
+        return None
+    return work(settings, "dry_run" in options)
+
+
+def parse(words: list[str], cls: type[Any]) -> tuple[dict[str, str], dict[str, Any]]:
+    """Split `--key value` (or `--key=value`) words into the verb's options and settings.
+
+    Values are YAML (`[8, 16]`, `true`, `1e-3`); a key of several values may be repeated. Raises
+    `ConfigError` with every word that does not fit.
+    """
+    from finhpc import config
+
+    fields, options, overrides, problems = config.keys(cls), {}, {}, []
+    i = 0
+    while i < len(words):
+        word, i = words[i], i + 1
+        if not word.startswith("--"):
+            problems.append(f"{word} is no flag; settings are given as --key value.")
+            continue
+        name, equals, value = word[2:].partition("=")
+        if name in ("json", "dry_run", "print_config"):
+            options[name] = ""
+            continue
+        if not equals:
+            if i == len(words) or words[i].startswith("--"):
+                problems.append(f"--{name} has no value; give one: --{name} VALUE.")
+                continue
+            value, i = words[i], i + 1
+        known = name == "config" or name in fields or name.rpartition(".")[0] in fields
+        if not known:
+            problems.append(f"--{name} is not a setting; {config.nearest(name, ['config', *fields])}")
+        elif name == "config":
+            options["config"] = value
+        elif str(fields[name].annotation if name in fields else "").startswith("list"):
+            overrides.setdefault(name, []).append(value)
+        else:
+            overrides[name] = _value(value, fields.get(name))
+    if problems:
+        raise ConfigError(problems)
+    return options, overrides
+
+
+def _value(text: str, field: Any) -> Any:
+    """A flag's text as YAML, but as plain text where the setting is text; `1e-3` is a number."""
+    import yaml
+
+    if field is not None and "str" in str(field.annotation) and "dict" not in str(field.annotation):
+        return None if text == "null" else text
+    try:
+        return float(text) if not text.lstrip("+-").isdigit() else int(text)
+    except ValueError:
+        pass
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _help(verb: str, cls: type[Any]) -> str:
+    from finhpc import config
+
+    lines = [f"usage: finhpc {verb} [--config FILE_OR_RECIPE] [--KEY VALUE ...]", "", "settings (default):"]
+    for name, field in config.keys(cls).items():
+        default = field.get_default(call_default_factory=True)
+        about = f"  {field.description}" if field.description else ""
+        lines.append(f"  --{name} ({'none' if default is None else default}){about}")
+    if verb == "pretrain":
+        from finhpc.models.presets import PRESETS
+
+        lines += ["", f"shapes for --model.preset: {', '.join(PRESETS)}"]
+    if verb in ("prepare", "pretrain"):
+        named = [name for name in config.recipes() if name.startswith("prepare") == (verb == "prepare")]
+        lines += ["", f"recipes for --config: {', '.join(named)}"]
+    return "\n".join(lines)
+
+
+def _prepare(settings: Any, dry_run: bool) -> dict[str, Any]:
+    from finhpc.data.prepare import prepare
+
+    return prepare(settings)
+
+
+def _pretrain(settings: Any, dry_run: bool) -> dict[str, Any]:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from finhpc.orchestration.pretrain import pretrain
+
+    return pretrain(settings, dry_run=dry_run)
+
+
+def _ui(settings: Any, dry_run: bool) -> None:
+    from finhpc.orchestration.ui import ui
+
+    ui(settings.run.storage, settings.run.tracking_uri, settings.port)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

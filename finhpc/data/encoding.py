@@ -1,0 +1,118 @@
+"""One unit of text to one file of ids: what a parallel task of `prepare` does (no Ray in here).
+
+A unit's file has a row a document: `tokens` (its ids and end-of-text), `digest` (128 bits of
+blake2b over its UTF-8 bytes) and `bytes`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from functools import lru_cache
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from finhpc.config import PrepareConfig
+from finhpc.data import sources, tokenizer
+from finhpc.data.tokenizer import Encoder
+from finhpc.data.unit import Faults, Unit
+
+BATCH_BYTES = 1 << 20  # text encoded at a time: bounds a task's memory, whatever the unit's size
+DIGEST_BYTES = 16
+
+
+def unit_file(work: Path, index: int) -> Path:
+    return work / f"unit-{index:05d}.parquet"
+
+
+def encode_unit(unit: Unit, config: PrepareConfig, folder: Path, target: Path) -> dict[str, int]:
+    """Write a unit's documents as ids to `target` (whole or not at all); returns what was dropped and why.
+
+    `folder` holds the tokeniser. Raises `DataError` as reading does.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tasks are parallel already
+    encoder = _encoder(folder)
+    schema = work_schema(encoder.dtype)
+    faults, dropped = Faults(config.on_error), Counter[str]()
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        with pq.ParquetWriter(partial, schema, compression="zstd", use_dictionary=False) as writer:
+            for texts in _batches(sources.read(unit, config, faults), dropped):
+                raw = [text.encode() for text in texts]
+                ids, lengths = encoder.encode(texts)
+                offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+                columns = {
+                    "tokens": pa.ListArray.from_arrays(offsets, ids),
+                    "digest": pa.array([digest(text) for text in raw], pa.binary(DIGEST_BYTES)),
+                    "bytes": pa.array([len(text) for text in raw], pa.int64()),
+                }
+                writer.write_table(pa.table(columns, schema=schema))
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return {"empty": dropped["empty"], "broken": faults.broken}
+
+
+def digest(text: bytes) -> bytes:
+    """What makes two documents the same, and decides which are held out."""
+    return blake2b(text, digest_size=DIGEST_BYTES).digest()
+
+
+def held_out(digests: npt.NDArray[np.uint64], fraction: float) -> npt.NDArray[np.bool_]:
+    """Which documents are held out, by their digests (n, 2)."""
+    mask: npt.NDArray[np.bool_] = digests[:, 0] < np.uint64(fraction * 2**64)
+    return mask
+
+
+def training_sample(units: list[Unit], config: PrepareConfig) -> Iterator[str]:
+    """Text for training a tokeniser: the beginning of every unit, evenly, without held-out documents."""
+    quota = tokenizer.TRAINING_BYTES // max(1, len(units))
+    for unit in units:
+        left = quota
+        for text in sources.read(unit, config, Faults(config.on_error)):
+            raw = text.encode()
+            if held_out(np.frombuffer(digest(raw), np.dtype("<u8"))[None], config.val_fraction)[0]:
+                continue
+            yield text if len(raw) <= left else raw[:left].decode(errors="ignore")
+            left -= len(raw)
+            if left <= 0:
+                break
+
+
+def work_schema(dtype: np.dtype[Any]) -> Any:
+    import pyarrow as pa
+
+    ids = pa.list_(pa.from_numpy_dtype(dtype))
+    return pa.schema({"tokens": ids, "digest": pa.binary(DIGEST_BYTES), "bytes": pa.int64()})
+
+
+def _batches(texts: Iterator[str], dropped: Counter[str]) -> Iterator[list[str]]:
+    """Texts in groups of about `BATCH_BYTES`; those with nothing but spaces are dropped and counted."""
+    group: list[str] = []
+    size = 0
+    for text in texts:
+        if not text or text.isspace():
+            dropped["empty"] += 1
+            continue
+        group.append(text)
+        size += len(text)
+        if size >= BATCH_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+@lru_cache(maxsize=1)
+def _encoder(folder: Path) -> Encoder:
+    return Encoder(folder)

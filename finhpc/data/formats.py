@@ -1,0 +1,337 @@
+"""Readers of the file formats: a unit in, the texts of its documents out, one at a time.
+
+Each cutter (`jsonl_units` ...) divides files into units; each reader yields texts in file order and
+names file and line (or row) of what it cannot read.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import lzma
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from finhpc.config import PrepareConfig
+from finhpc.data.unit import UNIT_BYTES, Faults, Unit
+from finhpc.errors import ConfigError, DataError
+
+COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
+ARCHIVES = (".tar", ".tar.xz", ".xz")
+FILES_A_UNIT = 2000
+
+
+# JSON lines
+
+
+def jsonl_units(path: Path) -> Iterator[Unit]:
+    """Byte ranges of a plain file; a compressed one is a single unit, it can only be read from its start."""
+    size = path.stat().st_size
+    if path.suffix in COMPRESSION:
+        yield Unit("jsonl", (str(path),), 0, size, size=size)
+        return
+    pieces = max(1, round(size / UNIT_BYTES))
+    edges = [size * i // pieces for i in range(pieces + 1)]
+    for start, stop in zip(edges, edges[1:], strict=False):
+        yield Unit("jsonl", (str(path),), start, stop, size=stop - start)
+
+
+def read_jsonl(unit: Unit, config: PrepareConfig, faults: Faults) -> Iterator[str]:
+    """The lines that begin in [start, stop)."""
+    for number, line in enumerate(_lines(unit), 1):
+        if line.isspace():
+            continue
+        found = _text_of(line, config.text_field)
+        if isinstance(found, str):
+            yield found
+        else:
+            faults.record(lambda n=number: f"{unit.paths[0]} line {_lines_before(unit) + n}", *found)
+
+
+def _lines(unit: Unit) -> Iterator[bytes]:
+    path = unit.paths[0]
+    if compression := COMPRESSION.get(Path(path).suffix):
+        import pyarrow as pa
+
+        with _whole(path), io.BufferedReader(pa.input_stream(path, compression=compression)) as file:
+            yield from file
+        return
+    with open(path, "rb") as plain:
+        position = _first_line(plain, unit.start)
+        while position < unit.stop and (line := plain.readline()):
+            position += len(line)
+            yield line
+
+
+def _first_line(file: IO[bytes], start: int) -> int:
+    """Go to the first line that begins at `start` or after it, and return where that is."""
+    if start == 0:
+        return 0
+    file.seek(start - 1)
+    return start - 1 + len(file.readline())
+
+
+def _lines_before(unit: Unit) -> int:
+    """Lines of the file before the unit's first; read only when an error is shown."""
+    if unit.start == 0:
+        return 0
+    with open(unit.paths[0], "rb") as file:
+        left, lines = _first_line(file, unit.start), 0
+        file.seek(0)
+        while left and (part := file.read(min(left, 1 << 20))):
+            lines += part.count(b"\n")
+            left -= len(part)
+    return lines
+
+
+def _text_of(line: bytes, field: str) -> str | tuple[str, str]:
+    """The text of a JSON line, or what is wrong with it and the remedy."""
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return f"not UTF-8 (byte {error.start + 1} of the line)", "convert the file to UTF-8"
+    except (ValueError, RecursionError) as error:
+        return f"broken JSON ({error})", "correct the line"
+    if not isinstance(record, dict):
+        return f"a JSON {type(record).__name__}, not an object", f'write {{"{field}": "..."}}'
+    if field not in record:
+        texts = [name for name, value in record.items() if isinstance(value, str)]
+        return f'no field "{field}"', f"use --text_field with one of: {', '.join(texts) or '(no field holds text)'}"
+    return _checked(record[field], field)
+
+
+def _checked(value: Any, field: str) -> str | tuple[str, str]:
+    if not isinstance(value, str):
+        return f'field "{field}" holds {type(value).__name__}, not text', "correct it"
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return f'field "{field}" holds half a surrogate pair, which is no character', "correct it"
+    return value
+
+
+# Parquet
+
+
+def parquet_units(path: Path, config: PrepareConfig) -> Iterator[Unit]:
+    """Runs of row groups."""
+    with _parquet(str(path)) as file:
+        _check_column(path, file.schema_arrow, config.text_field)
+        first, size = 0, 0
+        groups = file.metadata.num_row_groups
+        for group in range(groups):
+            size += file.metadata.row_group(group).total_byte_size
+            if size >= UNIT_BYTES or group == groups - 1:
+                yield Unit("parquet", (str(path),), first, group + 1, size=size)
+                first, size = group + 1, 0
+
+
+def read_parquet(unit: Unit, config: PrepareConfig, faults: Faults) -> Iterator[str]:
+    import pyarrow as pa
+
+    field = config.text_field
+    with _parquet(unit.paths[0]) as file:
+        row = sum(file.metadata.row_group(group).num_rows for group in range(unit.start))
+        groups = list(range(unit.start, unit.stop))
+        for batch in file.iter_batches(batch_size=512, row_groups=groups, columns=[field], use_threads=False):
+            column = batch.column(0)
+            if pa.types.is_dictionary(column.type):
+                column = column.dictionary_decode()
+            for value in _values(column):
+                row += 1
+                found = ("not UTF-8", "convert it") if isinstance(value, bytes) else _checked(value, field)
+                if isinstance(found, str):
+                    yield found
+                else:
+                    faults.record(lambda n=row: f"{unit.paths[0]} row {n}", *found)
+
+
+def _values(column: Any) -> list[Any]:
+    """Text as str, null as None, what is no UTF-8 as bytes."""
+    try:
+        return column.to_pylist()  # type: ignore[no-any-return]
+    except UnicodeDecodeError:
+        import pyarrow as pa
+
+        wide = pa.types.is_large_string(column.type)
+        raw = column.cast(pa.large_binary() if wide else pa.binary()).to_pylist()
+        return [_decoded(value) for value in raw]
+
+
+def _decoded(value: bytes | None) -> str | bytes | None:
+    try:
+        return None if value is None else value.decode()
+    except UnicodeDecodeError:
+        return value
+
+
+def _check_column(path: Path, schema: Any, field: str) -> None:
+    import pyarrow as pa
+
+    def holds_text(kind: Any) -> bool:
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+    texts = ", ".join(column.name for column in schema if holds_text(column.type)) or "(no column holds text)"
+    if field not in schema.names:
+        raise DataError(f'{path}: no column "{field}"; use --text_field with one of: {texts}.')
+    if not holds_text(schema.field(field).type):
+        kind = schema.field(field).type
+        raise DataError(f'{path}: column "{field}" holds {kind}, not text; use --text_field with one of: {texts}.')
+
+
+@contextmanager
+def _parquet(path: str) -> Iterator[Any]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path, memory_map=True) as file:
+            yield file
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path} is no whole parquet file ({_first(error)}); fetch or write it again.") from None
+
+
+# Text files, one document each
+
+
+def text_units(paths: list[Path]) -> Iterator[Unit]:
+    """Groups of files."""
+    group: list[str] = []
+    size = 0
+    for path in paths:
+        group.append(str(path))
+        size += path.stat().st_size
+        if size >= UNIT_BYTES or len(group) == FILES_A_UNIT:
+            yield Unit("text", tuple(group), size=size)
+            group, size = [], 0
+    if group:
+        yield Unit("text", tuple(group), size=size)
+
+
+def read_text(unit: Unit, config: PrepareConfig, faults: Faults) -> Iterator[str]:
+    for path in unit.paths:
+        yield from _document(Path(path).read_bytes(), path, faults)
+
+
+def _document(content: bytes, where: str, faults: Faults) -> Iterator[str]:
+    try:
+        yield content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        faults.record(lambda: f"{where} line {line}", "not UTF-8", "convert it (iconv -f LATIN1 -t UTF-8)")
+
+
+# Archives: a tar of .txt files, or of further archives, as OpenWebText comes
+
+
+def archive_units(path: Path) -> Iterator[Unit]:
+    """One unit for each archive inside a plain tar; else the whole file, which can only be read from its start."""
+    whole = Unit("archive", (str(path),), 0, path.stat().st_size, name=path.name, size=path.stat().st_size)
+    if path.suffix != ".tar":
+        yield whole
+        return
+    with _whole(str(path)), tarfile.open(path, "r:") as tar:
+        members = [member for member in tar if member.isfile()]
+    if not members or not all(member.name.endswith(ARCHIVES) for member in members):
+        yield whole
+        return
+    for member in sorted(members, key=lambda member: member.name):
+        stop = member.offset_data + member.size
+        yield Unit("archive", (str(path),), member.offset_data, stop, name=member.name, size=member.size)
+
+
+def read_archive(unit: Unit, config: PrepareConfig, faults: Faults) -> Iterator[str]:
+    with _whole(str(unit)), open(unit.paths[0], "rb") as file:
+        # An archive inside a plain tar is a run of the outer file's bytes.
+        part = io.BufferedReader(_Part(file, unit.start, unit.stop))
+        yield from _texts_in(part, unit.name, str(unit), faults)
+
+
+def _texts_in(file: IO[bytes], name: str, where: str, faults: Faults) -> Iterator[str]:
+    """The .txt members of a tar, and of the tars in it, in their order."""
+    stream: Any = lzma.open(file) if name.endswith(".xz") else file
+    with tarfile.open(fileobj=stream, mode="r|") as tar:
+        for member in tar:
+            content = tar.extractfile(member) if member.isfile() else None
+            if content is None:
+                continue
+            if member.name.endswith(".txt"):
+                yield from _document(content.read(), f"{where} {member.name}", faults)
+            elif member.name.endswith(ARCHIVES):
+                yield from _texts_in(content, member.name, f"{where} {member.name}", faults)
+    while stream.read(1 << 20):  # to the end: an archive cut behind its last document is damaged, too
+        pass
+
+
+class _Part(io.RawIOBase):
+    """Bytes [start, stop) of a file, read forwards."""
+
+    def __init__(self, file: IO[bytes], start: int, stop: int) -> None:
+        file.seek(start)
+        self.file, self.left = file, stop - start
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        content = self.file.read(min(len(buffer), self.left))
+        buffer[: len(content)] = content
+        self.left -= len(content)
+        return len(content)
+
+
+@contextmanager
+def _whole(where: str) -> Iterator[None]:
+    """A compressed file that is cut or damaged: said in our words."""
+    try:
+        yield
+    except (OSError, EOFError, lzma.LZMAError, tarfile.TarError) as error:
+        raise DataError(f"{where} is damaged or cut ({_first(error)}); fetch it again.") from None
+
+
+# Data sets of the hub, streamed
+
+
+def hf_units(spec: str, config: PrepareConfig) -> Iterator[Unit]:
+    """One unit for each of the data set's own shards; `spec` is NAME or NAME:CONFIGURATION."""
+    name, _, configuration = spec.partition(":")
+    dataset = _stream(name, configuration, config)
+    if dataset.column_names and config.text_field not in dataset.column_names:
+        raise DataError(
+            f'hf:{spec}: no column "{config.text_field}"; '
+            f"use --text_field with one of: {', '.join(dataset.column_names)}."
+        )
+    for index in range(dataset.num_shards):
+        yield Unit("hf", (name,), index, dataset.num_shards, name=configuration)
+
+
+def read_hf(unit: Unit, config: PrepareConfig, faults: Faults) -> Iterator[str]:
+    dataset = _stream(unit.paths[0], unit.name, config).shard(unit.stop, unit.start)
+    for row, record in enumerate(dataset, 1):
+        found = _checked(record.get(config.text_field), config.text_field)
+        if isinstance(found, str):
+            yield found
+        else:
+            faults.record(lambda n=row: f"hf:{unit.paths[0]} shard {unit.start} row {n}", *found)
+
+
+def _stream(name: str, configuration: str, config: PrepareConfig) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, configuration or None, split=config.hf_split, streaming=True)
+    except Exception as error:  # the library raises many kinds, from a wrong split to a dead network
+        raise ConfigError(
+            f"source=hf:{name} with --hf_split {config.hf_split} cannot be opened ({_first(error)}); check the "
+            "name (hf:NAME or hf:NAME:CONFIGURATION), the split and the network, or give a local folder."
+        ) from None
+
+
+def _first(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -1,0 +1,297 @@
+"""Text on disk -> token shards: `finhpc prepare`.
+
+Two phases. Parallel Ray Data tasks turn units of the source into files of ids under `out/.work`;
+then one process packs those, in order, into shards. Finished units are kept, so an interrupted run
+continues; the manifest comes last, so it never looks finished.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from finhpc.config import PrepareConfig
+from finhpc.data import sources
+from finhpc.data.encoding import encode_unit, training_sample, unit_file
+from finhpc.data.packing import Packed, pack
+from finhpc.data.progress import Progress
+from finhpc.data.shards import FORMAT, MANIFEST, TOKENIZER, Manifest, dataset_fingerprint, file_sha256, write_atomic
+from finhpc.data.tokenizer import Encoder, save, trained_size
+from finhpc.data.unit import Unit
+from finhpc.errors import ConfigError, DataError, FinhpcError, RunBusyError
+
+WORK = ".work"
+RESULT = "result.json"
+MAX_BLOCKS = 4096  # Ray Data blocks that hold the units; beyond, a task takes several
+
+
+def prepare(config: PrepareConfig) -> dict[str, Any]:
+    """Write shards of `config.source` into `config.out`; returns what result.json holds.
+
+    Continues an interrupted run of the same settings, and only reports where it is already done.
+    Starts a local Ray where none runs. Raises `ConfigError` for settings and sources that cannot
+    work, `DataError` for text that cannot be read, `RunBusyError` where another process prepares
+    the same folder.
+    """
+    began = time.monotonic()
+    if not config.out:
+        raise ConfigError("out is not set; give --out with a folder for the shards.")
+    trained_size(config.tokenizer)
+    out = Path(config.out).absolute()
+    units, described = sources.units(config)
+    settings = settings_sha256(config, units)
+    if (done := _finished(out, settings)) is not None:
+        return done
+    with _workplace(out, settings) as work:
+        encoder = _tokenizer(work / TOKENIZER, units, config)
+        dropped = _encode(units, config, work)
+        for stale in [*out.glob("train-*.parquet"), *out.glob("val-*.parquet")]:
+            stale.unlink()
+        packed = pack([unit_file(work, i) for i in range(len(units))], out, config, encoder.vocab_size)
+        packed.dropped |= dropped
+        result = _finish(out, work, config, packed, encoder, described, settings, began)
+    _summary(result)
+    return result
+
+
+def settings_sha256(config: PrepareConfig, units: list[Unit]) -> str:
+    """One hash of everything the shards depend on: settings, and every input file's size and time of change."""
+    names = sorted({path for unit in units for path in unit.paths})
+    files = [(name, status.st_size, status.st_mtime_ns) for name in names if (status := _status(name))]
+    kept = config.model_dump(exclude={"out", "workers", "source"})
+    chosen = Path(config.tokenizer) / "tokenizer.json"
+    kept["tokenizer_sha256"] = file_sha256(chosen) if chosen.is_file() else None
+    pieces = [[unit.kind, unit.paths, unit.start, unit.stop, unit.name] for unit in units]
+    return hashlib.sha256(json.dumps([FORMAT, kept, files, pieces]).encode()).hexdigest()
+
+
+def _status(name: str) -> os.stat_result | None:
+    """None where the name is not a file's: a data set of the hub."""
+    return os.stat(name) if os.path.exists(name) else None
+
+
+def _finished(out: Path, settings: str) -> dict[str, Any] | None:
+    """The result of an earlier run with the same settings, if `out` holds it."""
+    if not (out / MANIFEST).is_file():
+        return None
+    manifest = Manifest.model_validate_json((out / MANIFEST).read_bytes())
+    if manifest.settings_sha256 != settings:
+        raise ConfigError(
+            f"out={out} already holds shards of other settings or another source ({MANIFEST} says which); "
+            "choose another --out, or remove that folder."
+        )
+    _say(f"{out} is already prepared with these settings; nothing to do")
+    stored = out / RESULT
+    return json.loads(stored.read_bytes()) if stored.is_file() else _result(out, manifest, None)
+
+
+@contextmanager
+def _workplace(out: Path, settings: str) -> Iterator[Path]:
+    """`out/.work`, locked for this process, with what an earlier run of the same settings left there."""
+    work = out / WORK
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"out={out} is a file; give a folder.")
+    if out.is_dir() and not work.is_dir() and any(out.iterdir()):
+        raise ConfigError(f"out={out} holds other files; choose an empty or new folder.")
+    work.mkdir(parents=True, exist_ok=True)
+    with open(work / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunBusyError(f"out={out} is being prepared by another process; wait for it.") from None
+        key = work / "settings"
+        if key.is_file() and key.read_text() != settings:
+            _say(f"{out}: an interrupted run had other settings; its work is discarded")
+            for path in [path for path in work.iterdir() if path.name != "lock"]:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        write_atomic(key, settings.encode())
+        yield work
+
+
+def _tokenizer(folder: Path, units: list[Unit], config: PrepareConfig) -> Encoder:
+    if not folder.is_dir():
+        if trained_size(config.tokenizer) is not None:
+            _say(f"training the tokeniser {config.tokenizer}")
+        fresh = folder.with_name(".tokenizer.partial")
+        save(config.tokenizer, fresh, lambda: training_sample(units, config))
+        os.rename(fresh, folder)
+    return Encoder(folder)
+
+
+def _encode(units: list[Unit], config: PrepareConfig, work: Path) -> dict[str, int]:
+    """Phase 1: every unit that has no file yet, in parallel; returns what all units dropped."""
+    pending = [index for index in range(len(units)) if not unit_file(work, index).is_file()]
+    if len(pending) < len(units):
+        _say(f"continuing: {len(units) - len(pending)} of {len(units)} units are done")
+    sized = all(units[index].size for index in pending)
+    total = sum(units[index].size if sized else 1 for index in pending)
+    if pending:
+        with _ray(config), Progress("tokenising", total, bytes_=sized) as progress:
+            for row in _run_tasks(pending, units, config, work):
+                if row["error"]:
+                    raise (ConfigError if row["kind"] == "ConfigError" else DataError)(row["error"])
+                progress.advance(units[row["index"]].size if sized else 1)
+    dropped = Counter[str]()
+    for index in range(len(units)):
+        dropped.update(json.loads(_dropped_file(work, index).read_bytes()))
+    return dict(dropped)
+
+
+def _run_tasks(pending: list[int], units: list[Unit], config: PrepareConfig, work: Path) -> Iterator[dict[str, Any]]:
+    """One row a unit, as soon as it is done."""
+    import ray
+
+    rows = [{"index": index, "unit": units[index]} for index in pending]
+    dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS))
+    pool = ray.data.TaskPoolStrategy(size=config.workers or None)
+    dataset = dataset.map(partial(_task, config=config, work=work), num_cpus=1, compute=pool)
+    dataset.context.enable_progress_bars = False
+    yield from dataset.iter_rows()
+
+
+def _task(row: dict[str, Any], config: PrepareConfig, work: Path) -> dict[str, Any]:
+    """Encode one unit; what goes wrong comes back as data, to be raised once and in our words."""
+    index, unit = row["index"], row["unit"]
+    error, kind = "", ""
+    try:
+        dropped = encode_unit(unit, config, work / TOKENIZER, work / f"encoded-{index:05d}.parquet")
+        # The counts first: a unit's file under its final name means that both are there.
+        write_atomic(_dropped_file(work, index), json.dumps(dropped).encode())
+        os.replace(work / f"encoded-{index:05d}.parquet", unit_file(work, index))
+    except FinhpcError as problem:
+        error, kind = str(problem), type(problem).__name__
+    except Exception as problem:  # a full disk, a file that vanished: named with its unit, not as a Ray traceback
+        error = f"{unit}: {type(problem).__name__}: {problem}; mend that and run the same prepare again."
+    return {"index": index, "error": error, "kind": kind}
+
+
+def _dropped_file(work: Path, index: int) -> Path:
+    return work / f"dropped-{index:05d}.json"
+
+
+@contextmanager
+def _ray(config: PrepareConfig) -> Iterator[None]:
+    """The Ray that runs already, or a local one for as long as it is needed."""
+    import logging
+
+    import ray
+
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    if ray.is_initialized():
+        yield
+        return
+    cpus = config.workers or os.cpu_count()
+    ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="WARNING")
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _finish(
+    out: Path,
+    work: Path,
+    config: PrepareConfig,
+    packed: Packed,
+    encoder: Encoder,
+    described: list[dict[str, Any]],
+    settings: str,
+    began: float,
+) -> dict[str, Any]:
+    """Tokeniser, manifest, result, in that order; then the working files go."""
+    shutil.rmtree(out / TOKENIZER, ignore_errors=True)
+    shutil.copytree(work / TOKENIZER, out / TOKENIZER)
+    sha256 = file_sha256(out / TOKENIZER / "tokenizer.json")
+    shards = [shard for split in packed.splits.values() for shard in split]
+    manifest = Manifest(
+        block_len=config.block_len,
+        vocab_size=encoder.vocab_size,
+        eot_id=encoder.eot_id,
+        dtype=encoder.dtype.name,
+        tokenizer_sha256=sha256,
+        fingerprint=dataset_fingerprint(shards, sha256, config.block_len),
+        splits=packed.splits,
+        counts=packed.counts,
+        dropped=packed.dropped,
+        val_unigram_entropy_nats=packed.val_unigram_entropy_nats,
+        source=described,
+        settings=config.model_dump(mode="json", exclude={"out", "workers"}),
+        settings_sha256=settings,
+        versions=_versions(),
+    )
+    write_atomic(out / MANIFEST, manifest.model_dump_json(indent=1).encode() + b"\n")
+    result = _result(out, manifest, time.monotonic() - began)
+    write_atomic(out / RESULT, json.dumps(result, indent=1).encode() + b"\n")
+    shutil.rmtree(work)
+    return result
+
+
+def _versions() -> dict[str, str]:
+    import pyarrow
+    import tokenizers
+
+    import finhpc
+
+    return {
+        "finhpc": finhpc.__version__,
+        "python": platform.python_version(),
+        "pyarrow": pyarrow.__version__,
+        "tokenizers": tokenizers.__version__,
+    }
+
+
+def _result(out: Path, manifest: Manifest, wall_s: float | None) -> dict[str, Any]:
+    train, val = manifest.counts["train"], manifest.counts["val"]
+    tokens = train.tokens + val.tokens
+    return {
+        "status": "done",
+        "out": str(out),
+        "documents": train.documents + val.documents,
+        "documents_val": val.documents,
+        "bytes": train.bytes + val.bytes,
+        "tokens": tokens,
+        "tokens_val": val.tokens,
+        "dropped": manifest.dropped,
+        "shards": sum(map(len, manifest.splits.values())),
+        "shard_bytes": sum(shard.bytes for split in manifest.splits.values() for shard in split),
+        "block_len": manifest.block_len,
+        "vocab_size": manifest.vocab_size,
+        "val_unigram_entropy_nats": manifest.val_unigram_entropy_nats,
+        "fingerprint": manifest.fingerprint,
+        "tokenizer_sha256": manifest.tokenizer_sha256,
+        "wall_s": wall_s,
+        "tokens_per_s": tokens / wall_s if wall_s else None,
+    }
+
+
+def _summary(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    dropped = ", ".join(f"{name} {count:,}" for name, count in result["dropped"].items() if count)
+    table = Table(show_header=False, title=f"prepared {result['out']}")
+    table.add_row("documents", f"{result['documents']:,} ({result['documents_val']:,} held out)")
+    table.add_row("text", f"{result['bytes'] / 1e6:,.1f} MB")
+    table.add_row("tokens", f"{result['tokens']:,} ({result['tokens_val']:,} held out)")
+    table.add_row("dropped", dropped or "nothing")
+    table.add_row("vocabulary", f"{result['vocab_size']:,}")
+    table.add_row("held-out unigram entropy", f"{result['val_unigram_entropy_nats']:.3f} nats a token")
+    table.add_row("shards", f"{result['shards']:,} files, {result['shard_bytes'] / 1e6:,.1f} MB")
+    table.add_row("time", f"{result['wall_s']:.1f} s, {result['tokens_per_s']:,.0f} tokens/s")
+    Console(stderr=True).print(table)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

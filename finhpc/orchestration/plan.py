@@ -1,0 +1,156 @@
+"""A run before it starts: everything checked together, everything that can be counted, counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finhpc.config import Method, PretrainConfig
+from finhpc.data.shards import Shards
+from finhpc.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a valid config amounts to."""
+
+    config: PretrainConfig
+    shards: Shards
+    hf_config: Any
+    params_total: int
+    params_dense: int
+    stage_params: list[int]
+
+    @property
+    def compression_ratio(self) -> float:
+        return self.params_dense / self.params_total
+
+    def state_bytes(self) -> list[int]:
+        """Bytes of weights, gradients and AdamW's two moments in float32, by stage."""
+        return [count * 4 * 4 for count in self.stage_params]
+
+
+def hf_config_of(config: PretrainConfig, shards: Shards) -> Any:
+    """transformers config of the run's model, its special tokens those of the shards' tokeniser."""
+    from finhpc.lowrank.replace import ranks_of
+    from finhpc.models.families import make_config
+    from finhpc.models.presets import resolve_shape
+
+    hf_config = make_config(resolve_shape(config.model, shards.manifest.vocab_size), ranks_of(config.method))
+    hf_config.bos_token_id = hf_config.eos_token_id = shards.manifest.eot_id
+    return hf_config
+
+
+def make_plan(config: PretrainConfig) -> Plan:
+    """Check `config` against the model, the shards and itself; raises one `ConfigError` with every problem."""
+    from finhpc.models.families import parameter_count, skeleton
+    from finhpc.models.pipeline import stage_borders
+
+    problems: list[str] = []
+    with _collect(problems):
+        _check_parallel(config)
+    shards = hf_config = None
+    with _collect(problems):
+        shards = _open_shards(config)
+    if shards is not None:
+        with _collect(problems):
+            _check_data(config, shards)
+        with _collect(problems):
+            hf_config = hf_config_of(config, shards)
+            _check_model(config, hf_config)
+            skeleton(hf_config)
+    if problems:
+        raise ConfigError(problems)
+    assert shards is not None
+    dense = config.model_copy(update={"method": Method(kind="dense")})
+    params_dense = parameter_count(hf_config_of(dense, shards))
+    model = skeleton(hf_config)
+    borders = stage_borders(hf_config, model, config.parallel.stages, config.data.seq_len)
+    return Plan(config, shards, hf_config, parameter_count(hf_config), params_dense, _by_stage(hf_config, borders))
+
+
+def _by_stage(hf_config: Any, borders: list[int]) -> list[int]:
+    from finhpc.models.families import skeleton
+    from finhpc.models.pipeline import parts_of
+
+    model, row = skeleton(hf_config), parts_of(hf_config)
+    counts = []
+    for first, last in zip(borders, borders[1:], strict=False):
+        modules = {part.name: model.get_submodule(part.name) for part in row[first:last]}
+        counts.append(sum(p.numel() for module in modules.values() for p in module.parameters()))
+    return counts
+
+
+@contextmanager
+def _collect(problems: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except ConfigError as error:
+        problems += error.problems
+    except DataError as error:
+        problems.append(str(error))
+
+
+def _open_shards(config: PretrainConfig) -> Shards:
+    if not config.data.shards:
+        raise ConfigError("data.shards is not set; give the folder that `finhpc prepare --out FOLDER` wrote.")
+    return Shards.open(config.data.shards)
+
+
+def _check_parallel(config: PretrainConfig) -> None:
+    parallel = config.parallel
+    asked, derived = parallel.global_batch_size, parallel.samples_per_step
+    if asked is not None and asked != derived:
+        raise ConfigError(
+            f"parallel.global_batch_size={asked} is not micro_batch_size x micro_batches x replicas = "
+            f"{parallel.micro_batch_size} x {parallel.micro_batches} x {parallel.replicas} = {derived}; "
+            "change one of them, or leave global_batch_size out."
+        )
+
+
+def _check_data(config: PretrainConfig, shards: Shards) -> None:
+    problems: list[str] = []
+    with _collect(problems):
+        shards.check_seq_len(config.data.seq_len)
+        held_out = min(config.data.eval_samples, shards.num_samples("val", config.data.seq_len))
+        share = config.parallel.micro_batch_size * config.parallel.replicas
+        if held_out < share:
+            problems.append(
+                f"an evaluation has {held_out} held-out samples, fewer than micro_batch_size x replicas = {share}; "
+                "raise data.eval_samples, hold out more documents (prepare --val_fraction), or use smaller micro-batches."
+            )
+    if problems:
+        raise ConfigError(problems)
+
+
+def _check_model(config: PretrainConfig, hf_config: Any) -> None:
+    problems = []
+    layers, context = hf_config.num_hidden_layers, hf_config.max_position_embeddings
+    if config.parallel.stages > layers:
+        problems.append(
+            f"parallel.stages={config.parallel.stages} does not fit {layers} transformer blocks; use 1 to {layers}."
+        )
+    if config.data.seq_len > context:
+        problems.append(
+            f"data.seq_len={config.data.seq_len} is longer than the model's context of {context}; "
+            "lower it or raise model.context."
+        )
+    if problems:
+        raise ConfigError(problems)
+
+
+def check_tokenizer(config: PretrainConfig, shards: Shards, checkpoints: Path) -> None:
+    """Raise `ConfigError` when a checkpoint to resume from was trained on another tokeniser's ids."""
+    from finhpc.training.checkpoint import complete
+
+    for saved in complete(checkpoints)[:1]:
+        trained = saved.manifest.get("tokenizer_sha256")
+        if trained and trained != shards.manifest.tokenizer_sha256:
+            raise ConfigError(
+                f"data.shards={config.data.shards} was made with another tokeniser (sha256 "
+                f"{shards.manifest.tokenizer_sha256[:12]}) than the checkpoint {saved.path.name} ({trained[:12]}); "
+                "use the shards the run began with, or another run.name."
+            )

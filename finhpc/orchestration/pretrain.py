@@ -1,0 +1,187 @@
+"""`finhpc pretrain`: one run from its settings to its model, resumable at any moment."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from finhpc.config import PretrainConfig, flatten
+from finhpc.errors import FinhpcError, TrainingFailedError
+from finhpc.orchestration import outcome
+from finhpc.orchestration.cluster import check_fits, ray_cluster, use_cuda
+from finhpc.orchestration.plan import Plan, check_tokenizer, make_plan
+from finhpc.orchestration.progress import Progress, summary_table
+from finhpc.orchestration.runfolder import RunFolder
+from finhpc.orchestration.tracking import Tracker, default_tracking_uri
+from finhpc.orchestration.worker import FATAL, train_worker
+
+Say = Callable[[str], None]
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived: the run stops here and the same command resumes it."""
+
+
+def pretrain(config: PretrainConfig, dry_run: bool = False) -> dict[str, Any]:
+    """Train a model as `config` says and return the content of `result.json`.
+
+    The same `run.name` and `run.storage` resume; a finished run returns its result at once.
+    With `dry_run` everything is checked and counted, and nothing starts. Raises `ConfigError` for
+    settings that cannot work, `TrainingFailedError` or another `FinhpcError` when training fails.
+    """
+    begin = time.perf_counter()
+    folder = RunFolder(config.run.storage, config.run.name)
+    plan = make_plan(config)
+    folder.check_resume(config, plan.shards.manifest.fingerprint)
+    check_tokenizer(config, plan.shards, folder.path / "checkpoints")
+    if dry_run:
+        return _dry_run(plan)
+    with folder.lock(), _terminable():
+        before = folder.result()
+        folder.check_resume(config, plan.shards.manifest.fingerprint)  # again: now nobody else writes
+        folder.write_config(config, plan.shards.manifest.fingerprint)
+        environment = folder.write_environment()
+        (folder.path / FATAL).unlink(missing_ok=True)
+        with Progress(config.train.steps, folder.path) as progress:
+            tracker = _tracker(plan, folder, environment, progress.say).start()
+            status, result = "FAILED", None
+            try:
+                if _is_done(before, config):
+                    progress.say(f"run {config.run.name} is finished; this is its result (another run.name trains anew).")
+                    result = before
+                else:
+                    _train(plan, folder, progress.say)
+                    result = outcome.collect(plan, folder.path, time.perf_counter() - begin)
+                    result["sample"] = outcome.sample_text(config, folder.path / "model", progress.say)
+                status = "FINISHED"
+            except (KeyboardInterrupt, Terminated):
+                status = "KILLED"
+                progress.say("stopped; the same command resumes from the newest checkpoint.")
+                raise
+            finally:
+                final = result or outcome.unfinished(plan, folder.path, status)
+                final |= {"mlflow_run_id": tracker.run_id, "tracking_uri": tracker.uri}
+                folder.write_result(final)
+                done = status == "FINISHED"
+                logged = {key: value for key, value in final.items() if key != "sample"}
+                tracker.finish(status, logged, folder.path / "model" if done else None, timeout_s=60 if done else 15)
+                final["mlflow_run_id"] = tracker.run_id
+                folder.write_result(final)
+    summary_table(f"pretrain {config.run.name}", outcome.summary(plan, final))
+    return final
+
+
+def _train(plan: Plan, folder: RunFolder, say: Say) -> None:
+    config = plan.config
+    say("starting Ray and the workers (10 to 30 s)")
+    with ray_cluster():
+        cuda = use_cuda(config)
+        check_fits(config, cuda)
+        device = "GPU" if cuda else "CPU"
+        say(
+            f"{config.parallel.workers} {device} workers ({config.parallel.stages} stages x "
+            f"{config.parallel.replicas} replicas), {config.resources.threads} threads each, {config.train.precision}"
+        )
+        _fit(plan, folder, cuda)
+
+
+def _fit(plan: Plan, folder: RunFolder, cuda: bool) -> None:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    config = plan.config
+    for name in ("ray.train", "ray.data"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    resources = {"CPU": config.resources.cpus_per_worker}
+    if cuda:
+        resources["GPU"] = config.resources.gpus_per_worker
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"config": config.model_dump(mode="json"), "folder": str(folder.path), "cuda": cuda},
+        torch_config=TorchConfig(backend="nccl" if cuda else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=config.parallel.workers, use_gpu=cuda, resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            # Ray's own record of the run: a new one each time, because the run's state is our checkpoints.
+            name=f"attempt-{int(time.time() * 1000)}",
+            storage_path=str(folder.path / "ray"),
+            failure_config=FailureConfig(max_failures=config.run.max_failures),
+        ),
+    )
+    problem: str | None = None
+    try:
+        trainer.fit()
+    except Exception as error:
+        problem = _first_lines(error)
+    fatal = folder.path / FATAL
+    if fatal.exists():
+        raise TrainingFailedError(json.loads(fatal.read_text())["message"])
+    if problem is not None:
+        raise TrainingFailedError(
+            f"the workers failed more than run.max_failures={config.run.max_failures} times; the last error: "
+            f"{problem}\nlogs: {folder.path / 'ray'} and Ray's session logs (/tmp/ray/session_latest/logs/train). "
+            "The same command resumes from the newest checkpoint."
+        )
+
+
+def _first_lines(error: Exception) -> str:
+    """The innermost message of what Ray Train raises, without its traceback."""
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        error = next(iter(failures.values()))
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def _tracker(plan: Plan, folder: RunFolder, environment: dict[str, Any], say: Say) -> Tracker:
+    config = plan.config
+    params = flatten(config) | {"params_total": plan.params_total, "params_dense": plan.params_dense}
+    packages = {f"version.{name}": value for name, value in environment["packages"].items() if value}
+    tags = {
+        "mlflow.source.git.commit": environment.get("git_commit"),
+        "finhpc.dataset_fingerprint": plan.shards.manifest.fingerprint,
+        **packages,
+    }
+    uri = config.run.tracking_uri or default_tracking_uri(config.run.storage)
+    return Tracker(
+        folder.path, uri, config.run.experiment, config.run.name, params, {k: v for k, v in tags.items() if v}, say
+    )
+
+
+def _is_done(before: dict[str, Any] | None, config: PretrainConfig) -> bool:
+    return bool(before) and before["status"] == "finished" and before["steps"] >= config.train.steps  # type: ignore[index]
+
+
+def _dry_run(plan: Plan) -> dict[str, Any]:
+    result = outcome.counted(plan) | {"status": "dry_run", "steps": plan.config.train.steps}
+    result["tokens"] = plan.config.train.steps * plan.config.parallel.samples_per_step * plan.config.data.seq_len
+    summary_table(f"dry run of {plan.config.run.name}", outcome.dry_summary(plan))
+    return result
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Turn SIGTERM into an exception, so that workers, run and lock are let go in order."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise Terminated
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread: whoever runs it handles signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,107 @@
+"""What the screen shows, on a terminal and elsewhere."""
+
+from __future__ import annotations
+
+import io
+import os
+import pty
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from finhpc.orchestration.progress import Progress, summary_table
+from finhpc.training.journal import Journal
+
+SHOW = """
+import sys, time
+from finhpc.orchestration.progress import Progress
+from finhpc.training.journal import Journal
+journal = Journal(sys.argv[1] + "/journal.jsonl")
+with Progress(4, sys.argv[1]) as progress:
+    for step in range(1, 5):
+        journal.write("train", step=step, train_loss=5.0 - step, lr=1e-3, tokens_per_s=12345.6)
+    journal.write("message", text="[bold]as it is")
+    journal.write("eval", step=4, val_loss=5.301)
+"""
+
+
+def _train(step: int, when: float) -> dict[str, object]:
+    return {
+        "kind": "train",
+        "time": when,
+        "step": step,
+        "train_loss": 5.1234,
+        "lr": 9.1e-4,
+        "tokens_per_s": 12345.2,
+        "grad_norm": None,
+    }
+
+
+def test_plain_lines(tmp_path: Path) -> None:
+    screen = io.StringIO()
+    progress = Progress(300, tmp_path, screen, line_every_s=3600)
+    progress.show([_train(1, 0.0)])
+    progress.show([_train(step, 0.5 * step) for step in range(2, 41)])  # too soon for another line
+    progress.show([{"kind": "eval", "time": 20.0, "step": 40, "val_loss": 5.301}])
+    progress.show([{"kind": "checkpoint", "time": 20.0, "step": 40, "path": "checkpoints/40"}])
+    progress.show([{"kind": "message", "time": 20.0, "text": "[a] https://x " + "y" * 300}])
+    assert screen.getvalue().splitlines() == [
+        "step 1/300  loss 5.123  lr 9.1e-04  12,345 tokens/s",
+        "step 40/300  loss 5.123  val 5.301  lr 9.1e-04  12,345 tokens/s  0:02:10 left",
+        "checkpoint of step 40: checkpoints/40",
+        "[a] https://x " + "y" * 300,
+    ]
+
+
+def test_a_resumed_run_that_goes_back_shows_no_nonsense(tmp_path: Path) -> None:
+    screen = io.StringIO()
+    progress = Progress(300, tmp_path, screen, line_every_s=0)
+    progress.show([_train(50, 1.0), _train(41, 2.0), _train(42, 3.0)])
+    assert "left" not in screen.getvalue()
+    progress.show([_train(step, step - 39.0) for step in range(43, 80)])
+    assert screen.getvalue().rstrip().endswith("0:03:41 left")
+
+
+def test_it_follows_the_journal_from_now_on(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.write("message", text="of an earlier attempt")
+    screen = io.StringIO()
+    with Progress(10, tmp_path, screen) as progress:
+        journal.write("message", text="from the worker")
+        Journal(tmp_path / "driver.jsonl").write("message", text="from the driver")
+        deadline = time.monotonic() + 10
+        while "driver" not in screen.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert sorted(screen.getvalue().splitlines()) == ["from the driver", "from the worker"]
+        progress.say("by hand")
+        journal.write("message", text="last")
+    assert screen.getvalue().splitlines()[-2:] == ["by hand", "last"]
+
+
+def test_a_terminal_gets_a_bar_and_stdout_nothing(tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    env = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
+    done = subprocess.Popen(
+        [sys.executable, "-c", SHOW, tmp_path], stderr=theirs, stdout=subprocess.PIPE, text=True, env=env
+    )
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            shown += os.read(ours, 65536)
+        except OSError:  # the other end is closed
+            break
+    out, _ = done.communicate()
+    text = shown.decode()
+    assert out == ""
+    assert "4/4" in text
+    assert "val 5.301" in text
+    assert "[bold]as it is" in text
+
+
+def test_summary_table() -> None:
+    screen = io.StringIO()
+    summary_table("Run demo", [("val_loss", "5.1"), ("open", "finhpc ui [port]")], screen)
+    assert "Run demo" in screen.getvalue()
+    assert "finhpc ui [port]" in screen.getvalue()
