@@ -11,7 +11,8 @@ import json
 import lzma
 import tarfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,12 +36,16 @@ def jsonl_units(path: Path) -> Iterator[Unit]:
         return
     pieces = max(1, round(size / UNIT_BYTES))
     edges = [size * i // pieces for i in range(pieces + 1)]
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         yield Unit("jsonl", (str(path),), start, stop, size=stop - start)
 
 
 def read_jsonl(unit: Unit, config: PrepareConfig, faults: Faults) -> Iterator[str]:
     """The lines that begin in [start, stop)."""
+
+    def where(number: int) -> str:
+        return f"{unit.paths[0]} line {_lines_before(unit) + number}"
+
     for number, line in enumerate(_lines(unit), 1):
         if line.isspace():
             continue
@@ -48,7 +53,7 @@ def read_jsonl(unit: Unit, config: PrepareConfig, faults: Faults) -> Iterator[st
         if isinstance(found, str):
             yield found
         else:
-            faults.record(lambda n=number: f"{unit.paths[0]} line {_lines_before(unit) + n}", *found)
+            faults.record(where, number, *found)
 
 
 def _lines(unit: Unit) -> Iterator[bytes]:
@@ -133,6 +138,9 @@ def parquet_units(path: Path, config: PrepareConfig) -> Iterator[Unit]:
 def read_parquet(unit: Unit, config: PrepareConfig, faults: Faults) -> Iterator[str]:
     import pyarrow as pa
 
+    def where(number: int) -> str:
+        return f"{unit.paths[0]} row {number}"
+
     field = config.text_field
     with _parquet(unit.paths[0]) as file:
         row = sum(file.metadata.row_group(group).num_rows for group in range(unit.start))
@@ -147,7 +155,7 @@ def read_parquet(unit: Unit, config: PrepareConfig, faults: Faults) -> Iterator[
                 if isinstance(found, str):
                     yield found
                 else:
-                    faults.record(lambda n=row: f"{unit.paths[0]} row {n}", *found)
+                    faults.record(where, row, *found)
 
 
 def _values(column: Any) -> list[Any]:
@@ -223,7 +231,9 @@ def _document(content: bytes, where: str, faults: Faults) -> Iterator[str]:
         yield content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        faults.record(lambda: f"{where} line {line}", "not UTF-8", "convert it (iconv -f LATIN1 -t UTF-8)")
+        faults.record(
+            lambda number: f"{where} line {number}", line, "not UTF-8", "convert it (iconv -f LATIN1 -t UTF-8)"
+        )
 
 
 # Archives: a tar of .txt files, or of further archives, as OpenWebText comes
@@ -254,18 +264,18 @@ def read_archive(unit: Unit, config: PrepareConfig, faults: Faults) -> Iterator[
 
 def _texts_in(file: IO[bytes], name: str, where: str, faults: Faults) -> Iterator[str]:
     """The .txt members of a tar, and of the tars in it, in their order."""
-    stream: Any = lzma.open(file) if name.endswith(".xz") else file
-    with tarfile.open(fileobj=stream, mode="r|") as tar:
-        for member in tar:
-            content = tar.extractfile(member) if member.isfile() else None
-            if content is None:
-                continue
-            if member.name.endswith(".txt"):
-                yield from _document(content.read(), f"{where} {member.name}", faults)
-            elif member.name.endswith(ARCHIVES):
-                yield from _texts_in(content, member.name, f"{where} {member.name}", faults)
-    while stream.read(1 << 20):  # to the end: an archive cut behind its last document is damaged, too
-        pass
+    with lzma.open(file) if name.endswith(".xz") else nullcontext(file) as stream:
+        with tarfile.open(fileobj=stream, mode="r|") as tar:
+            for member in tar:
+                content = tar.extractfile(member) if member.isfile() else None
+                if content is None:
+                    continue
+                if member.name.endswith(".txt"):
+                    yield from _document(content.read(), f"{where} {member.name}", faults)
+                elif member.name.endswith(ARCHIVES):
+                    yield from _texts_in(content, member.name, f"{where} {member.name}", faults)
+        while stream.read(1 << 20):  # to the end: an archive cut behind its last document is damaged, too
+            pass
 
 
 class _Part(io.RawIOBase):
@@ -311,13 +321,16 @@ def hf_units(spec: str, config: PrepareConfig) -> Iterator[Unit]:
 
 
 def read_hf(unit: Unit, config: PrepareConfig, faults: Faults) -> Iterator[str]:
+    def where(number: int) -> str:
+        return f"hf:{unit.paths[0]} shard {unit.start} row {number}"
+
     dataset = _stream(unit.paths[0], unit.name, config).shard(unit.stop, unit.start)
     for row, record in enumerate(dataset, 1):
         found = _checked(record.get(config.text_field), config.text_field)
         if isinstance(found, str):
             yield found
         else:
-            faults.record(lambda n=row: f"hf:{unit.paths[0]} shard {unit.start} row {n}", *found)
+            faults.record(where, row, *found)
 
 
 def _stream(name: str, configuration: str, config: PrepareConfig) -> Any:

@@ -21,12 +21,12 @@ Mask = npt.NDArray[np.bool_]
 
 
 class Visit(NamedTuple):
-    """One shard in one epoch: stream positions [first, first + count)."""
+    """One shard in one epoch: stream positions [first, first + size)."""
 
     epoch: int
     shard: int
     first: int
-    count: int
+    size: int
 
 
 class Order:
@@ -50,16 +50,16 @@ class Order:
             # The first visit that ends after `start`, up to the last that begins before `stop`.
             first = int(np.searchsorted(ends, start - base, side="right"))
             for shard, end in zip(order[first:].tolist(), ends[first:].tolist(), strict=True):
-                count = int(self.sizes[shard])
-                if base + end - count >= stop:
+                size = int(self.sizes[shard])
+                if base + end - size >= stop:
                     break
-                if count:
-                    found.append(Visit(epoch, shard, base + end - count, count))
+                if size:
+                    found.append(Visit(epoch, shard, base + end - size, size))
         return found
 
     def samples(self, visit: Visit) -> Ints:
-        """The shard's own sample numbers 0..count-1 in the order of this visit: (count,)."""
-        return _permutation(visit.count, 2, self.seed, visit.epoch, visit.shard)
+        """The shard's own sample numbers 0..size-1 in the order of this visit: (size,)."""
+        return _permutation(visit.size, 2, self.seed, visit.epoch, visit.shard)
 
     def _epoch(self, epoch: int) -> tuple[Ints, Ints]:
         """The shards in the order of an epoch, and where in the epoch each visit ends."""

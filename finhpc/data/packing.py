@@ -150,7 +150,7 @@ def _documents(path: Path) -> Iterator[tuple[Tokens, npt.NDArray[np.int64], npt.
 def _too_small(packer: Packer, config: PrepareConfig) -> str:
     what = "held-out" if packer.split == "val" else "train"
     return (
-        f"the {what} split has {packer.counts.documents} documents of {packer.held_tokens} tokens in all, less than one "
-        f"block of {config.block_len}; give more text, a smaller --block_len (now {config.block_len})"
+        f"the {what} split has {packer.counts.documents} documents of {packer.held_tokens} tokens in all, less than "
+        f"one block of {config.block_len}; give more text, a smaller --block_len (now {config.block_len})"
         + (f" or a larger --val_fraction (now {config.val_fraction})." if packer.split == "val" else ".")
     )

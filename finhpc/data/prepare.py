@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import pickle
 import platform
 import shutil
 import sys
@@ -21,6 +22,8 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from finhpc.config import PrepareConfig
 from finhpc.data import sources
@@ -153,7 +156,7 @@ def _run_tasks(pending: list[int], units: list[Unit], config: PrepareConfig, wor
     """One row a unit, as soon as it is done."""
     import ray
 
-    rows = [{"index": index, "unit": units[index]} for index in pending]
+    rows = [{"index": index, "unit": pickle.dumps(units[index])} for index in pending]
     dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS))
     pool = ray.data.TaskPoolStrategy(size=config.workers or None)
     dataset = dataset.map(partial(_task, config=config, work=work), num_cpus=1, compute=pool)
@@ -163,7 +166,7 @@ def _run_tasks(pending: list[int], units: list[Unit], config: PrepareConfig, wor
 
 def _task(row: dict[str, Any], config: PrepareConfig, work: Path) -> dict[str, Any]:
     """Encode one unit; what goes wrong comes back as data, to be raised once and in our words."""
-    index, unit = row["index"], row["unit"]
+    index, unit = row["index"], pickle.loads(row["unit"])
     error, kind = "", ""
     try:
         dropped = encode_unit(unit, config, work / TOKENIZER, work / f"encoded-{index:05d}.parquet")
@@ -187,13 +190,14 @@ def _ray(config: PrepareConfig) -> Iterator[None]:
     import logging
 
     import ray
+    import ray.data  # sets up its own log, to be quietened after
 
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     if ray.is_initialized():
         yield
         return
     cpus = config.workers or os.cpu_count()
-    ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="WARNING")
+    ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         yield
     finally:
@@ -219,7 +223,7 @@ def _finish(
         block_len=config.block_len,
         vocab_size=encoder.vocab_size,
         eot_id=encoder.eot_id,
-        dtype=encoder.dtype.name,
+        dtype="uint16" if encoder.dtype == np.uint16 else "uint32",
         tokenizer_sha256=sha256,
         fingerprint=dataset_fingerprint(shards, sha256, config.block_len),
         splits=packed.splits,

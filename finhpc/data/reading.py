@@ -58,7 +58,7 @@ class ReplicaStream:
 
     def pieces(self, visit: Visit) -> Iterator[Batch]:
         """This replica's samples of one visit, in order: tokens (n, seq_len) as stored, sample (n,) int64."""
-        positions = visit.first + np.arange(visit.count, dtype=np.int64)
+        positions = visit.first + np.arange(visit.size, dtype=np.int64)
         mine = replica_mask(positions, self.samples_per_step, self.replica, self.replicas)
         mine &= positions >= self.start_step * self.samples_per_step
         mine &= positions < self.stop_step * self.samples_per_step

@@ -11,6 +11,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -166,7 +167,7 @@ class Shards:
         chosen = np.arange(n, dtype=np.int64) * total // max(n, 1)
         starts = np.concatenate([[0], np.cumsum(sizes)])
         parts = []
-        for index, (start, stop) in enumerate(zip(starts, starts[1:], strict=False)):
+        for index, (start, stop) in enumerate(pairwise(starts)):
             inside = chosen[(chosen >= start) & (chosen < stop)] - start
             if len(inside):
                 parts.append(self.read_shard("val", index).reshape(-1, seq_len)[inside].astype(np.int64))
@@ -226,7 +227,7 @@ def _read_manifest(folder: Path) -> Manifest:
                 f"data.shards={folder} is empty; write shards there with `finhpc prepare --out {folder}`."
             )
         raise ConfigError(
-            f"data.shards={folder} has no {MANIFEST}: not prepared, or interrupted; run the same `finhpc prepare` again."
+            f"data.shards={folder} has no {MANIFEST}: not prepared, or interrupted; run `finhpc prepare` again."
         )
     try:
         return Manifest.model_validate_json(path.read_bytes())

@@ -8,7 +8,7 @@ from typing import Literal
 
 from finhpc.errors import DataError
 
-UNIT_BYTES = 16 << 20  # input a unit aims at: seconds of work, and little lost when a task dies
+UNIT_BYTES = 4 << 20  # input a unit aims at: a second of work, so that small sources share out evenly, too
 Kind = Literal["jsonl", "parquet", "text", "archive", "hf", "docs"]
 
 
@@ -34,8 +34,10 @@ class Faults:
         self.strict = on_error == "strict"
         self.broken = 0
 
-    def record(self, where: Callable[[], str], problem: str, remedy: str = "correct it") -> None:
-        """A record that cannot be used; `where` is asked only when the place is shown."""
+    def record(self, where: Callable[[int], str], number: int, problem: str, remedy: str) -> None:
+        """A record that cannot be used; `where` (of the record's number) is asked only to show the place."""
         if self.strict:
-            raise DataError(f"{where()}: {problem}; {remedy}, or count and skip such records with --on_error skip.")
+            raise DataError(
+                f"{where(number)}: {problem}; {remedy}, or count and skip such records with --on_error skip."
+            )
         self.broken += 1

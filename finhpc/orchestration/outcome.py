@@ -175,7 +175,8 @@ def _below(result: dict[str, Any]) -> str:
     entropy, loss = result["val_unigram_entropy"], result["val_loss"]
     if loss is None:
         return ""
-    return f" ({entropy - loss:.2f} nat below the unigram entropy of {entropy:.4f})"
+    where = "below" if loss <= entropy else "above"
+    return f" ({abs(entropy - loss):.2f} nat {where} the unigram entropy of the same split, {entropy:.4f})"
 
 
 def _memory(result: dict[str, Any]) -> str:

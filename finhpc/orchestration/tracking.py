@@ -8,6 +8,7 @@ batch again is harmless: MLflow drops a metric of equal name, step, time and val
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -59,11 +60,17 @@ def default_tracking_uri(storage: str | Path) -> str:
     return f"sqlite:///{folder}/mlflow.db"
 
 
-def artifact_location(tracking_uri: str) -> str | None:
-    """Where a sqlite database's artifacts lie: beside it. A server decides for itself."""
+def database_file(tracking_uri: str) -> Path | None:
+    """The file of a sqlite address; None for a server."""
     if not tracking_uri.startswith("sqlite:///"):
         return None
-    return str(Path(tracking_uri.removeprefix("sqlite:///")).parent / "mlartifacts")
+    return Path(tracking_uri.removeprefix("sqlite:///"))
+
+
+def artifact_location(tracking_uri: str) -> str | None:
+    """Where a sqlite database's artifacts lie: beside it. A server decides for itself."""
+    database = database_file(tracking_uri)
+    return str(database.parent / "mlartifacts") if database else None
 
 
 class Tracker:
@@ -103,8 +110,8 @@ class Tracker:
         return self._state.run_id
 
     def start(self) -> Tracker:
-        # A short wait: what is not sent now is sent later, and the thread must notice the end of the run.
-        for name, value in (("MAX_RETRIES", "1"), ("TIMEOUT", REQUEST_TIMEOUT_S)):
+        # Short waits and no retries of its own: the thread tries again anyway, and must notice the run's end.
+        for name, value in (("MAX_RETRIES", "0"), ("TIMEOUT", REQUEST_TIMEOUT_S)):
             os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{name}", value)
         # MLflow prints addresses on stdout, which belongs to results.
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
@@ -292,6 +299,7 @@ class _Mirror:
         if self._client is None:
             from mlflow import MlflowClient
 
+            _make_database(self.tracking_uri)
             self._client = MlflowClient(tracking_uri=self.tracking_uri)
             if not self._run_is_alive():
                 self.state.forget_run()
@@ -408,6 +416,26 @@ class _Mirror:
             self.client.log_batch(self.run_id, tags=pending[begin : begin + PARAMS_A_BATCH])
         for begin in range(0, len(metrics), METRICS_A_BATCH):
             self.client.log_batch(self.run_id, metrics=metrics[begin : begin + METRICS_A_BATCH])
+
+
+def _make_database(tracking_uri: str) -> None:
+    """Build a new sqlite database aside and move it into place.
+
+    MLflow builds its tables for seconds at the first use. A second process that looks in meanwhile, or a
+    kill, leaves a database that nothing can open.
+    """
+    if (path := database_file(tracking_uri)) is None or path.exists():
+        return
+    from mlflow import MlflowClient
+
+    with open(path.with_name(f".{path.name}.lock"), "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists():  # another run was first
+            return
+        draft = path.with_name(f".{path.name}.draft")
+        draft.unlink(missing_ok=True)
+        MlflowClient(f"sqlite:///{draft}").search_experiments(max_results=1)
+        os.rename(draft, path)
 
 
 def _translate(

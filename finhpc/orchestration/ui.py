@@ -16,7 +16,7 @@ from urllib.request import urlopen
 
 from finhpc.errors import ConfigError, FinhpcError
 from finhpc.orchestration.runfolder import redact
-from finhpc.orchestration.tracking import artifact_location, default_tracking_uri
+from finhpc.orchestration.tracking import artifact_location, database_file, default_tracking_uri
 
 HOST = "127.0.0.1"
 START_S = 60.0
@@ -63,10 +63,8 @@ def server_environment() -> dict[str, str]:
 
 
 def _check_database(tracking_uri: str) -> None:
-    if not tracking_uri.startswith("sqlite:///"):
-        return
-    database = Path(tracking_uri.removeprefix("sqlite:///"))
-    if not database.is_file():
+    database = database_file(tracking_uri)
+    if database and not database.is_file():
         raise ConfigError(
             f"{database} does not exist: nothing was tracked there yet; "
             f"train something first, or give the --run.storage that runs were written to."

@@ -125,9 +125,9 @@ def test_passwords_reach_no_file(tmp_path: Path) -> None:
         folder.write_config(_config(run__tracking_uri=address))
         argv = ["/a/b/finhpc", "pretrain", "--run.tracking_uri", address, "--hub.token", "hunter2", "--api-key=hunter2"]
         found = folder.write_environment([*argv, "--tokenizer", "gpt2", "--train.sample_tokens", "8"])
-    assert found["command"] == (
+    assert " ".join(found["command"]) == (
         "finhpc pretrain --run.tracking_uri https://host:5000/x --hub.token *** --api-key=*** "
-        "--tokenizer gpt2 --train.sample_tokens 8".split()
+        "--tokenizer gpt2 --train.sample_tokens 8"
     )
     written = [path.read_text() for path in folder.path.iterdir()]
     assert any("https://host:5000/x" in text for text in written)

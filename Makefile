@@ -1,0 +1,32 @@
+# make setup   build .venv from pyproject.toml and constraints.txt (a few minutes, once)
+# make demo    prepare a small corpus, pretrain a low-rank GPT-2 on it, show the result
+# make test    lint, types, import rule and tests
+# make slow    the tests that take minutes
+
+PYTHON ?= python3.11
+BIN := .venv/bin
+DEMO := runs/demo
+
+.PHONY: setup demo test slow clean
+
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not on PATH; install Python 3.11, or name another: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 2; }
+	@echo "setting up .venv (a few minutes, about 2.5 GB)"
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/finhpc prepare --config prepare-demo --out $(DEMO)/shards
+	$(BIN)/finhpc pretrain --config demo --data.shards $(DEMO)/shards --run.storage $(DEMO)/runs --run.name demo-$$(date +%Y%m%d-%H%M%S)
+
+test: setup
+	$(BIN)/python -m pytest
+
+slow: setup
+	$(BIN)/python -m pytest -m 'slow and not gpu'
+
+clean:
+	rm -rf runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
