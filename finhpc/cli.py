@@ -89,7 +89,10 @@ def parse(words: list[str], cls: type[Any]) -> tuple[dict[str, str], dict[str, A
     """
     from finhpc import config
 
-    fields, options, overrides, problems = config.keys(cls), {}, {}, []
+    fields = config.keys(cls)
+    options: dict[str, str] = {}
+    overrides: dict[str, Any] = {}
+    problems: list[str] = []
     i = 0
     while i < len(words):
         word, i = words[i], i + 1

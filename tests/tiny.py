@@ -20,7 +20,8 @@ from finhpc.data.shards import (
     write_atomic,
 )
 
-WORDS = "the bank rate rises and falls as prices move while markets wait for news of growth".split()
+TEXT = "the bank rate rises and falls as prices move while markets wait for news of growth"
+WORDS = TEXT.split()
 
 
 def tiny_shards(folder: Path, blocks: int = 96, block_len: int = 64, vocab: int = 300, seed: int = 0) -> Path:

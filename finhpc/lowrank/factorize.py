@@ -24,7 +24,8 @@ def truncated_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     values, vectors = values[-rank:].flip(0), vectors[:, -rank:].flip(1)
     largest = vectors.abs().argmax(0, keepdim=True)
     vectors = vectors * vectors.gather(0, largest).sign()
-    root = values.clamp_min(torch.finfo(torch.float64).tiny).pow(0.25)  # sqrt of the singular value
+    # Square roots of the singular values; those that are zero but for rounding must not be divided by.
+    root = values.clamp_min(max(float(values[0]), 1e-300) * torch.finfo(torch.float64).eps).pow(0.25)
     if wide:
         b = vectors * root
         a = (vectors / root).T @ w

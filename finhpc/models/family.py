@@ -33,7 +33,7 @@ class Family:
     name: str
     dense_config: Callable[[Shape], Any]
     low_rank_config: Callable[..., Any]
-    dense_class: type
-    low_rank_class: type
+    dense_class: Any
+    low_rank_class: Any
     parts: Callable[[Any], list[Part]]
     init_std: Callable[[str, Any], float]

@@ -33,20 +33,20 @@ class LowRankGPT2LMHeadModel(GPT2LMHeadModel):
 
 
 def _settings(shape: Shape) -> dict[str, Any]:
-    return dict(
-        vocab_size=shape.vocab_size,
-        n_positions=shape.context,
-        n_embd=shape.width,
-        n_layer=shape.layers,
-        n_head=shape.heads,
-        n_inner=shape.mlp_width or None,
-        resid_pdrop=shape.dropout,
-        embd_pdrop=shape.dropout,
-        attn_pdrop=shape.dropout,
-        tie_word_embeddings=shape.tie_embeddings,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
+    return {
+        "vocab_size": shape.vocab_size,
+        "n_positions": shape.context,
+        "n_embd": shape.width,
+        "n_layer": shape.layers,
+        "n_head": shape.heads,
+        "n_inner": shape.mlp_width or None,
+        "resid_pdrop": shape.dropout,
+        "embd_pdrop": shape.dropout,
+        "attn_pdrop": shape.dropout,
+        "tie_word_embeddings": shape.tie_embeddings,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
 
 
 def dense_config(shape: Shape) -> GPT2Config:

@@ -33,18 +33,18 @@ class LowRankLlamaForCausalLM(LlamaForCausalLM):
 
 
 def _settings(shape: Shape) -> dict[str, Any]:
-    return dict(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.width,
-        intermediate_size=shape.mlp_width or 4 * shape.width,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads or shape.heads,
-        max_position_embeddings=shape.context,
-        tie_word_embeddings=shape.tie_embeddings,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
+    return {
+        "vocab_size": shape.vocab_size,
+        "hidden_size": shape.width,
+        "intermediate_size": shape.mlp_width or 4 * shape.width,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads or shape.heads,
+        "max_position_embeddings": shape.context,
+        "tie_word_embeddings": shape.tie_embeddings,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
 
 
 def dense_config(shape: Shape) -> LlamaConfig:

@@ -67,7 +67,7 @@ def operations(part: Part, skeleton: nn.Module, seq_len: int) -> float:
     if part.kind == "block":
         return weights + float(seq_len * config.hidden_size)
     if part.kind == "head":
-        return weights + 60.0 * config.vocab_size
+        return weights + 60.0 * float(config.vocab_size)
     return 0.0
 
 

@@ -77,7 +77,8 @@ def resolve_shape(model: Model, vocab_size: int | None = None) -> Shape:
         problems.append(f"model.dropout={shape.dropout} is for GPT-2 shapes; Llama has none; use 0.")
     if vocab_size is not None and shape.vocab_size < vocab_size:
         problems.append(
-            f"model.vocab_size={shape.vocab_size} is smaller than the tokeniser's {vocab_size}; leave it out or raise it."
+            f"model.vocab_size={shape.vocab_size} is smaller than the tokeniser's {vocab_size}; "
+            "leave it out or raise it."
         )
     if problems:
         raise ConfigError(problems)

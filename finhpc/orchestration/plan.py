@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def _by_stage(hf_config: Any, borders: list[int]) -> list[int]:
 
     model, row = skeleton(hf_config), parts_of(hf_config)
     counts = []
-    for first, last in zip(borders, borders[1:], strict=False):
+    for first, last in pairwise(borders):
         modules = {part.name: model.get_submodule(part.name) for part in row[first:last]}
         counts.append(sum(p.numel() for module in modules.values() for p in module.parameters()))
     return counts
@@ -120,7 +121,8 @@ def _check_data(config: PretrainConfig, shards: Shards) -> None:
         if held_out < share:
             problems.append(
                 f"an evaluation has {held_out} held-out samples, fewer than micro_batch_size x replicas = {share}; "
-                "raise data.eval_samples, hold out more documents (prepare --val_fraction), or use smaller micro-batches."
+                "raise data.eval_samples, hold out more documents (prepare --val_fraction), or use smaller "
+                "micro-batches."
             )
     if problems:
         raise ConfigError(problems)

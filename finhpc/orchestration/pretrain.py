@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from finhpc.config import PretrainConfig, flatten
-from finhpc.errors import FinhpcError, TrainingFailedError
+from finhpc.errors import TrainingFailedError
 from finhpc.orchestration import outcome
 from finhpc.orchestration.cluster import check_fits, ray_cluster, use_cuda
 from finhpc.orchestration.plan import Plan, check_tokenizer, make_plan
 from finhpc.orchestration.progress import Progress, summary_table
 from finhpc.orchestration.runfolder import RunFolder
-from finhpc.orchestration.tracking import Tracker, default_tracking_uri
+from finhpc.orchestration.tracking import Status, Tracker, default_tracking_uri
 from finhpc.orchestration.worker import FATAL, train_worker
 
 Say = Callable[[str], None]
@@ -52,10 +50,13 @@ def pretrain(config: PretrainConfig, dry_run: bool = False) -> dict[str, Any]:
         (folder.path / FATAL).unlink(missing_ok=True)
         with Progress(config.train.steps, folder.path) as progress:
             tracker = _tracker(plan, folder, environment, progress.say).start()
-            status, result = "FAILED", None
+            status: Status = "FAILED"
+            result: dict[str, Any] | None = None
             try:
                 if _is_done(before, config):
-                    progress.say(f"run {config.run.name} is finished; this is its result (another run.name trains anew).")
+                    progress.say(
+                        f"run {config.run.name} is finished; this is its result (another run.name trains anew)."
+                    )
                     result = before
                 else:
                     _train(plan, folder, progress.say)
@@ -82,7 +83,7 @@ def pretrain(config: PretrainConfig, dry_run: bool = False) -> dict[str, Any]:
 def _train(plan: Plan, folder: RunFolder, say: Say) -> None:
     config = plan.config
     say("starting Ray and the workers (10 to 30 s)")
-    with ray_cluster():
+    with ray_cluster(), _terminable():  # again, because connecting to Ray replaces the handler
         cuda = use_cuda(config)
         check_fits(config, cuda)
         device = "GPU" if cuda else "CPU"
@@ -107,9 +108,7 @@ def _fit(plan: Plan, folder: RunFolder, cuda: bool) -> None:
         train_worker,
         train_loop_config={"config": config.model_dump(mode="json"), "folder": str(folder.path), "cuda": cuda},
         torch_config=TorchConfig(backend="nccl" if cuda else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=config.parallel.workers, use_gpu=cuda, resources_per_worker=resources
-        ),
+        scaling_config=ScalingConfig(num_workers=config.parallel.workers, use_gpu=cuda, resources_per_worker=resources),
         run_config=RunConfig(
             # Ray's own record of the run: a new one each time, because the run's state is our checkpoints.
             name=f"attempt-{int(time.time() * 1000)}",

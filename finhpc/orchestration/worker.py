@@ -38,8 +38,8 @@ def _train(config: PretrainConfig, folder: Path, cuda: bool) -> None:
     import ray.train.torch
     import torch
 
-    from finhpc.data.shards import Shards
     from finhpc.data.reading import ReplicaStream
+    from finhpc.data.shards import Shards
     from finhpc.data.stream import ray_dataset, worker_batches
     from finhpc.orchestration.plan import hf_config_of
     from finhpc.training.journal import WORKER_FILE
@@ -47,7 +47,7 @@ def _train(config: PretrainConfig, folder: Path, cuda: bool) -> None:
 
     torch.set_num_threads(config.resources.threads)
     torch.set_float32_matmul_precision("highest")
-    shards = Shards.open(config.data.shards)
+    shards = Shards.open(str(config.data.shards))
 
     def open_stream(first_step: int, replica: int) -> Iterator[dict[str, Any]]:
         # Made here, not handed to the trainer: only now is it known at which step the run goes on.

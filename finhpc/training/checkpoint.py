@@ -79,7 +79,7 @@ def complete(folder: Path) -> list[Saved]:
     for path in sorted(folder.glob("step_*"), reverse=True):
         try:
             found.append(Saved(path, json.loads((path / MANIFEST).read_text())))
-        except (FileNotFoundError, ValueError):
+        except (OSError, ValueError):
             continue
     return found
 

@@ -162,15 +162,15 @@ class Worker:
             loss = engine.train_step(self.batches, lr)
         step_s = time.perf_counter() - begin
         per_step = config.parallel.samples_per_step * config.data.seq_len
-        record: dict[str, Any] = dict(
-            step=step,
-            tokens=step * per_step,
-            train_loss=loss,
-            lr=lr,
-            grad_norm=engine.grad_norm,
-            step_s=step_s,
-            tokens_per_s=per_step / step_s,
-        )
+        record: dict[str, Any] = {
+            "step": step,
+            "tokens": step * per_step,
+            "train_loss": loss,
+            "lr": lr,
+            "grad_norm": engine.grad_norm,
+            "step_s": step_s,
+            "tokens_per_s": per_step / step_s,
+        }
         self._span += step_s
         if step % TIMES_EVERY == 0 or step == config.train.steps:
             record |= self._times()

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 T = TypeVar("T")
@@ -38,7 +39,7 @@ def counted_peak(work: Callable[[], T]) -> tuple[T, int]:
     level = peak = before
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     for event in sorted(events, key=lambda e: e.start_ns()):
-        if event.device_type() == torch.autograd.DeviceType.CPU:
+        if event.device_type() == DeviceType.CPU:
             level += event.nbytes()
             peak = max(peak, level)
     return result, peak

@@ -139,9 +139,7 @@ def test_a_stopped_driver_resumes_with_the_same_command(
     assert_same_run(resumed, unbroken)
 
 
-def test_another_number_of_stages_resumes_within_rounding(
-    shards: Path, tmp_path: Path
-) -> None:
+def test_another_number_of_stages_resumes_within_rounding(shards: Path, tmp_path: Path) -> None:
     without_dropout = ("--model.dropout", "0")
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()

@@ -297,7 +297,9 @@ def _kill(server: subprocess.Popen[bytes]) -> None:
     server.wait()
 
 
-def test_a_server_that_is_down_then_up_then_killed(storage: Path, servers: list[subprocess.Popen[bytes]]) -> None:
+def test_a_server_that_is_down_then_up_then_killed(
+    storage: Path, servers: list[subprocess.Popen[bytes]], capsys: pytest.CaptureFixture[str]
+) -> None:
     said: list[str] = []
     port = _free_port()
     uri, folder, client = f"http://127.0.0.1:{port}", storage / "one", _client(storage)
@@ -330,6 +332,7 @@ def test_a_server_that_is_down_then_up_then_killed(storage: Path, servers: list[
     run = client.get_run(again.run_id or "")
     assert run.info.status == "FINISHED"
     assert run.data.params["empty"] == ""
+    assert capsys.readouterr().out == ""
 
 
 def test_a_server_that_never_answers_holds_nothing_up(storage: Path) -> None:

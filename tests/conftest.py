@@ -1,0 +1,31 @@
+"""What several rooms' tests share: one Ray, and the real text that lies beside the repository."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import finhpc  # turns usage reports off before Ray is imported
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One local Ray for the whole run; more logical CPUs than cores, so that Ray Data finds room beside workers."""
+    import ray
+
+    assert finhpc.TELEMETRY_OFF
+    ray.init("local", num_cpus=6, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real text and labels: FINHPC_DATA, or ../shared/data beside the repository."""
+    folder = Path(os.environ.get("FINHPC_DATA") or Path(__file__).parents[2] / "shared" / "data")
+    if not (folder / "text").is_dir():
+        pytest.skip(f"no real text at {folder}; set FINHPC_DATA to a folder that holds text/*.jsonl")
+    return folder

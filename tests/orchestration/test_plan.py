@@ -1,0 +1,96 @@
+"""What a config is refused for, before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finhpc.config import PretrainConfig, build
+from finhpc.errors import ConfigError
+from finhpc.orchestration.plan import check_tokenizer, make_plan
+from finhpc.training.checkpoint import write_json
+from tests.tiny import tiny_shards
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_shards(tmp_path_factory.mktemp("data") / "shards")
+
+
+def config(shards: Path, **sections: Any) -> PretrainConfig:
+    tree: dict[str, Any] = {
+        "model": {"preset": "gpt2-tiny", "width": 32, "context": 64},
+        "method": {"rank": 8},
+        "data": {"shards": str(shards), "seq_len": 32},
+    }
+    for section, values in sections.items():
+        tree[section] = tree.get(section, {}) | values
+    return build(PretrainConfig, tree)
+
+
+def test_a_good_config_is_counted(shards: Path) -> None:
+    plan = make_plan(config(shards, parallel={"stages": 2}))
+    assert sum(plan.stage_params) == plan.params_total < plan.params_dense
+    assert plan.state_bytes() == [16 * count for count in plan.stage_params]
+    assert plan.hf_config.eos_token_id == plan.shards.manifest.eot_id
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"method": {"rank": 33}}, "method.rank=33 does not fit transformer.h.0.attn.c_attn (96 x 32); use 1 to 32"),
+        ({"method": {"rank": 0}}, "method.rank=0 does not fit"),
+        ({"parallel": {"stages": 5}}, "parallel.stages=5 does not fit 4 transformer blocks; use 1 to 4."),
+        ({"parallel": {"micro_batches": 3, "global_batch_size": 16}}, "parallel.global_batch_size=16 is not"),
+        (
+            {"data": {"seq_len": 48}},
+            "data.seq_len=48 does not divide the shards' block_len=64; use one of: 8, 16, 32, 64",
+        ),
+        ({"model": {"context": 16}}, "data.seq_len=32 is longer than the model's context of 16"),
+        ({"model": {"vocab_size": 17}}, "model.vocab_size=17 is smaller than the tokeniser's"),
+        ({"data": {"eval_samples": 2}}, "an evaluation has 2 held-out samples, fewer than"),
+    ],
+)
+def test_bad_settings_say_value_reason_and_remedy(shards: Path, sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_plan(config(shards, **sections))
+    assert message in str(caught.value)
+
+
+def test_all_problems_come_together(shards: Path) -> None:
+    bad = config(shards, method={"rank": 99}, data={"seq_len": 48}, parallel={"global_batch_size": 5})
+    with pytest.raises(ConfigError) as caught:
+        make_plan(bad)
+    text = str(caught.value)
+    assert "global_batch_size=5" in text
+    assert "seq_len=48" in text
+    assert "rank=99" in text
+
+
+@pytest.mark.parametrize(
+    ("prepared", "message"),
+    [(None, "is no folder"), ("empty", "is empty"), ("half", "not prepared, or interrupted")],
+)
+def test_folders_that_are_no_shards(shards: Path, prepared: str | None, message: str, tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    if prepared:
+        folder.mkdir()
+    if prepared == "half":
+        (folder / "train-00000.parquet").write_bytes(b"")
+    with pytest.raises(ConfigError, match=message):
+        make_plan(config(folder))
+
+
+def test_shards_of_another_tokeniser_are_refused(shards: Path, tmp_path: Path) -> None:
+    plan = make_plan(config(shards))
+    saved = tmp_path / "step_00000010"
+    saved.mkdir()
+    write_json(saved / "manifest.json", {"step": 10, "files": {}, "tokenizer_sha256": "0" * 64})
+    with pytest.raises(ConfigError, match="was made with another tokeniser"):
+        check_tokenizer(plan.config, plan.shards, tmp_path)
+    write_json(
+        saved / "manifest.json", {"step": 10, "files": {}, "tokenizer_sha256": plan.shards.manifest.tokenizer_sha256}
+    )
+    check_tokenizer(plan.config, plan.shards, tmp_path)

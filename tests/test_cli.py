@@ -1,0 +1,99 @@
+"""The command: quick help, clear refusals, clean stdout."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from finhpc.cli import main, parse
+from finhpc.config import PrepareConfig, PretrainConfig
+from finhpc.errors import ConfigError
+from tests.tiny import tiny_shards
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; sys.argv=['finhpc','--help']; from finhpc.cli import main; main();"
+        "heavy={'torch','ray','mlflow','transformers','deepspeed','pyarrow','numpy'} & set(sys.modules);"
+        "assert not heavy, heavy"
+    )
+    begin = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "pretrain" in done.stdout
+    assert time.perf_counter() - begin < 5  # a bound for a loaded machine; measured 0.05 s
+
+
+def test_flags_are_parsed_by_the_type_of_their_setting() -> None:
+    line = "--config demo --optimizer.lr 1e-3 --method.ranks.mlp 8 --run.name 123 --optimizer.betas [0.9,0.99]"
+    words = line.split()
+    options, values = parse(words, PretrainConfig)
+    assert options == {"config": "demo"}
+    assert values == {"optimizer.lr": 1e-3, "method.ranks.mlp": 8, "run.name": "123", "optimizer.betas": [0.9, 0.99]}
+    _, values = parse(["--source", "a", "--source=b", "--json"], PrepareConfig)
+    assert values == {"source": ["a", "b"]}
+
+
+def test_every_wrong_word_is_named() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(["--metod.rank", "3", "word", "--train.steps"], PretrainConfig)
+    assert caught.value.problems == [
+        "--metod.rank is not a setting; did you mean method.rank?",
+        "word is no flag; settings are given as --key value.",
+        "--train.steps has no value; give one: --train.steps VALUE.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["pretrian"], "did you mean pretrain?"),
+        (["pretrain"], "data.shards is not set"),
+        (["pretrain", "--data.shards", "/no/such/folder"], "is no folder"),
+        (["pretrain", "--config", "demmo"], "did you mean demo?"),
+        (["prepare", "--source", "/no/such/file"], "out is not set"),
+    ],
+)
+def test_a_users_mistake_exits_2_without_a_traceback(
+    words: list[str], message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    out, err = capfd.readouterr()
+    assert message in err
+    assert "Traceback" not in err
+    assert out == ""
+
+
+def test_json_is_the_only_line_on_stdout(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    shards = tiny_shards(tmp_path / "shards")
+    words = [
+        "pretrain",
+        "--data.shards",
+        str(shards),
+        "--data.seq_len",
+        "32",
+        "--method.rank",
+        "8",
+        "--dry_run",
+        "--json",
+    ]
+    assert main([*words, "--run.storage", str(tmp_path / "runs")]) == 0
+    out, err = capfd.readouterr()
+    result = json.loads(out)
+    assert result["status"] == "dry_run"
+    assert result["params_total"] < result["params_dense"]
+    assert result["train_loss"] is None
+    assert "compression" in err
+    assert not (tmp_path / "runs").exists(), "a dry run writes nothing"
+
+
+def test_print_config_round_trips(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["pretrain", "--config", "demo", "--method.rank", "5", "--print_config"]) == 0
+    file = tmp_path / "printed.yaml"
+    file.write_text(capfd.readouterr().out)
+    assert main(["pretrain", "--config", str(file), "--print_config"]) == 0
+    assert capfd.readouterr().out == file.read_text()

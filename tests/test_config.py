@@ -1,0 +1,68 @@
+"""Settings: resolution, and errors that list everything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from finhpc.config import PrepareConfig, PretrainConfig, build, flatten, keys, load, recipes, to_yaml
+from finhpc.errors import ConfigError
+
+
+def test_flags_win_over_yaml_over_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("method: {rank: 16, kind: low_rank}\ntrain: {steps: 7}\n")
+    config = load(PretrainConfig, str(file), {"method.rank": 32})
+    assert (config.method.rank, config.train.steps, config.optimizer.lr) == (32, 7, 1e-3)
+
+
+def test_yaml_round_trip() -> None:
+    config = load(PretrainConfig, "demo", {"method.ranks.mlp": 8, "optimizer.betas": [0.8, 0.99]})
+    import yaml
+
+    assert build(PretrainConfig, yaml.safe_load(to_yaml(config))) == config
+
+
+def test_every_problem_is_listed_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(PretrainConfig, None, {"method.ranc": 8, "train.steps": "x", "method.kind": "lowrank", "optimizer.lr": -1})
+    text = str(caught.value)
+    assert len(caught.value.problems) == 4
+    assert "method.ranc is not a setting; did you mean method.rank?" in text
+    assert "train.steps='x' is refused" in text
+    assert "did you mean low_rank?" in text
+    assert "optimizer.lr=-1 is refused: input should be greater than 0" in text
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("dmo", "config=dmo is no recipe; did you mean demo?"),
+        ("no/such.yaml", "config=no/such.yaml is not a file"),
+    ],
+)
+def test_unknown_configs(source: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(PretrainConfig, source)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1\n", "just words"])
+def test_files_that_hold_no_settings(text: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"bad\.yaml"):
+        load(PretrainConfig, str(tmp_path / "bad.yaml"))
+
+
+@pytest.mark.parametrize("name", list(recipes()))
+def test_every_recipe_is_valid(name: str) -> None:
+    config = load(PrepareConfig if name.startswith("prepare") else PretrainConfig, name)
+    if isinstance(config, PretrainConfig) and name != "demo":
+        from finhpc.models.presets import resolve_shape
+
+        resolve_shape(config.model)
+
+
+def test_flatten_and_keys_agree() -> None:
+    assert set(flatten(PretrainConfig())) == set(keys(PretrainConfig))

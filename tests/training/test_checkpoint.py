@@ -1,0 +1,125 @@
+"""Checkpoints: complete or absent, verified, kept by number, read by any topology."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from finhpc.errors import CheckpointError
+from finhpc.training import checkpoint
+from finhpc.training.checkpoint import Checkpointer, complete, load_random_state, load_stage, newest_good
+
+
+def state(value: float) -> dict[str, Tensor]:
+    return {f"{prefix}.w": torch.full((3, 4), value) for prefix in ("param", "exp_avg", "exp_avg_sq")}
+
+
+def save(folder: Path, step: int, value: float = 1.0, attempt: str = "a", keep: int = 2) -> None:
+    saver = Checkpointer(folder, keep, attempt, rank=0, ranks=1)
+    saver.save(step, "stage-00000.safetensors", state(value), {"consumed": "ff"})
+    saver.wait()
+
+
+def test_a_save_is_read_back_and_old_ones_go(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        save(tmp_path, step, value=step)
+    found = complete(tmp_path)
+    assert [saved.step for saved in found] == [30, 20]
+    found[0].verify()
+    assert torch.equal(load_stage(found[0], ["w"], "param")["w"], torch.full((3, 4), 30.0))
+    assert int(found[0].manifest["consumed"], 16) == 255
+
+
+def test_the_copy_is_taken_before_save_returns(tmp_path: Path) -> None:
+    weights = state(1.0)
+    saver = Checkpointer(tmp_path, 2, "a", 0, 1)
+    saver.save(1, "stage-00000.safetensors", weights, {})
+    weights["param.w"].fill_(99.0)  # the next step changes the weights in place
+    saver.wait()
+    assert complete(tmp_path)[0].tensors("param")["w"].max() == 1.0
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "delete"])
+def test_a_damaged_newest_is_passed_over_and_said(tmp_path: Path, damage: str) -> None:
+    save(tmp_path, 10)
+    save(tmp_path, 20)
+    file = tmp_path / "step_00000020" / "stage-00000.safetensors"
+    content = bytearray(file.read_bytes())
+    if damage == "flip":
+        content[-1] ^= 1
+        file.write_bytes(content)
+    elif damage == "cut":
+        file.write_bytes(content[:-5])
+    else:
+        file.unlink()
+    said: list[str] = []
+    good = newest_good(tmp_path, said.append)
+    assert good is not None
+    assert good.step == 10
+    assert "step_00000020 is damaged" in said[0]
+
+
+def test_a_folder_without_manifest_is_no_checkpoint(tmp_path: Path) -> None:
+    save(tmp_path, 10)
+    save(tmp_path, 20)
+    (tmp_path / "step_00000020" / "manifest.json").write_text("{")
+    assert [saved.step for saved in complete(tmp_path)] == [10]
+    checkpoint.remove_partial(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000010"]
+
+
+def test_files_of_a_killed_start_are_not_taken_for_new_ones(tmp_path: Path) -> None:
+    """Worker 1's file of an earlier attempt lies there: worker 0 must wait for the new one."""
+    first = [Checkpointer(tmp_path, 2, "old", rank, 2) for rank in (0, 1)]
+    first[1].save(10, None, {}, {})
+    first[1].wait()
+    second = [Checkpointer(tmp_path, 2, "new", rank, 2) for rank in (0, 1)]
+    second[0].save(10, "stage-00000.safetensors", state(1.0), {})
+    second[0]._thread.join(0.5)  # type: ignore[union-attr]
+    assert complete(tmp_path) == []
+    second[1].save(10, None, {}, {"consumed": "2"})
+    second[1].wait()
+    second[0].wait()
+    assert complete(tmp_path)[0].manifest["ranks"] == 2
+
+
+def test_a_failed_write_is_raised_and_the_one_before_is_intact(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    save(folder, 10)
+    saver = Checkpointer(folder, 2, "a", 0, 1)
+    (folder / "step_00000020").write_text("a file where the folder must go")
+    saver.save(20, "stage-00000.safetensors", state(2.0), {})
+    with pytest.raises(CheckpointError, match="checkpoints before it are untouched"):
+        saver.wait()
+    complete(folder)[0].verify()
+    saver.wait()  # raised once
+
+
+def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
+    save(tmp_path, 10)
+    with pytest.raises(CheckpointError, match="lacks other"):
+        load_stage(complete(tmp_path)[0], ["w", "other"], "param")
+
+
+def test_random_state_comes_back(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    save(tmp_path, 10)
+    expected = torch.rand(3)
+    torch.manual_seed(6)
+    assert load_random_state(complete(tmp_path)[0], rank=0, ranks=1)
+    assert torch.equal(torch.rand(3), expected)
+    assert not load_random_state(complete(tmp_path)[0], rank=0, ranks=2)
+
+
+def test_a_half_removed_checkpoint_is_not_complete(tmp_path: Path) -> None:
+    save(tmp_path, 10)
+    shutil.copytree(tmp_path / "step_00000010", tmp_path / "step_00000020")
+    (tmp_path / "step_00000020" / "rank-0.safetensors").unlink()
+    said: list[str] = []
+    good = newest_good(tmp_path, said.append)
+    assert good is not None
+    assert good.path.name == "step_00000010"
