@@ -6,6 +6,7 @@ blake2b over its UTF-8 bytes) and `bytes`.
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -24,14 +25,15 @@ from finhpc.data.unit import Faults, Unit
 
 BATCH_BYTES = 1 << 20  # text encoded at a time: bounds a task's memory, whatever the unit's size
 DIGEST_BYTES = 16
+DROPPED = "finhpc.dropped"
 
 
 def unit_file(work: Path, index: int) -> Path:
     return work / f"unit-{index:05d}.parquet"
 
 
-def encode_unit(unit: Unit, config: PrepareConfig, folder: Path, target: Path) -> dict[str, int]:
-    """Write a unit's documents as ids to `target` (whole or not at all); returns what was dropped and why.
+def encode_unit(unit: Unit, config: PrepareConfig, folder: Path, target: Path) -> None:
+    """Write a unit's documents as ids to `target`, whole or not at all; what was dropped stands in its footer.
 
     `folder` holds the tokeniser. Raises `DataError` as reading does.
     """
@@ -41,7 +43,7 @@ def encode_unit(unit: Unit, config: PrepareConfig, folder: Path, target: Path) -
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tasks are parallel already
     encoder = _encoder(folder)
     schema = work_schema(encoder.dtype)
-    faults, dropped = Faults(config.on_error), Counter[str]()
+    faults, dropped = Faults(config.on_error), Counter({"empty": 0})
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         with pq.ParquetWriter(partial, schema, compression="zstd", use_dictionary=False) as writer:
@@ -55,12 +57,21 @@ def encode_unit(unit: Unit, config: PrepareConfig, folder: Path, target: Path) -
                     "bytes": pa.array([len(text) for text in raw], pa.int64()),
                 }
                 writer.write_table(pa.table(columns, schema=schema))
+            dropped["broken"] = faults.broken
+            writer.add_key_value_metadata({DROPPED: json.dumps(dropped)})
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
-    return {"empty": dropped["empty"], "broken": faults.broken}
+
+
+def unit_dropped(path: Path) -> dict[str, int]:
+    """How many documents a unit's file left out, by reason."""
+    import pyarrow.parquet as pq
+
+    counts: dict[str, int] = json.loads(pq.read_metadata(path).metadata[DROPPED.encode()])
+    return counts
 
 
 def digest(text: bytes) -> bytes:

@@ -27,7 +27,7 @@ import numpy as np
 
 from finhpc.config import PrepareConfig
 from finhpc.data import sources
-from finhpc.data.encoding import encode_unit, training_sample, unit_file
+from finhpc.data.encoding import encode_unit, training_sample, unit_dropped, unit_file
 from finhpc.data.packing import Packed, pack
 from finhpc.data.progress import Progress
 from finhpc.data.shards import FORMAT, MANIFEST, TOKENIZER, Manifest, dataset_fingerprint, file_sha256, write_atomic
@@ -148,7 +148,7 @@ def _encode(units: list[Unit], config: PrepareConfig, work: Path) -> dict[str, i
                 progress.advance(units[row["index"]].size if sized else 1)
     dropped = Counter[str]()
     for index in range(len(units)):
-        dropped.update(json.loads(_dropped_file(work, index).read_bytes()))
+        dropped.update(unit_dropped(unit_file(work, index)))
     return dict(dropped)
 
 
@@ -169,19 +169,12 @@ def _task(row: dict[str, Any], config: PrepareConfig, work: Path) -> dict[str, A
     index, unit = row["index"], pickle.loads(row["unit"])
     error, kind = "", ""
     try:
-        dropped = encode_unit(unit, config, work / TOKENIZER, work / f"encoded-{index:05d}.parquet")
-        # The counts first: a unit's file under its final name means that both are there.
-        write_atomic(_dropped_file(work, index), json.dumps(dropped).encode())
-        os.replace(work / f"encoded-{index:05d}.parquet", unit_file(work, index))
+        encode_unit(unit, config, work / TOKENIZER, unit_file(work, index))
     except FinhpcError as problem:
         error, kind = str(problem), type(problem).__name__
     except Exception as problem:  # a full disk, a file that vanished: named with its unit, not as a Ray traceback
         error = f"{unit}: {type(problem).__name__}: {problem}; mend that and run the same prepare again."
     return {"index": index, "error": error, "kind": kind}
-
-
-def _dropped_file(work: Path, index: int) -> Path:
-    return work / f"dropped-{index:05d}.json"
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -116,20 +117,36 @@ def _fit(plan: Plan, folder: RunFolder, cuda: bool) -> None:
             failure_config=FailureConfig(max_failures=config.run.max_failures),
         ),
     )
-    problem: str | None = None
-    try:
-        trainer.fit()
-    except Exception as error:
-        problem = _first_lines(error)
+    problem = _run_in_thread(trainer.fit)
     fatal = folder.path / FATAL
     if fatal.exists():
         raise TrainingFailedError(json.loads(fatal.read_text())["message"])
     if problem is not None:
         raise TrainingFailedError(
             f"the workers failed more than run.max_failures={config.run.max_failures} times; the last error: "
-            f"{problem}\nlogs: {folder.path / 'ray'} and Ray's session logs (/tmp/ray/session_latest/logs/train). "
+            f"{_first_lines(problem)}\nlogs: {folder.path / 'ray'} and Ray's session logs (/tmp/ray/session_latest/logs/train). "
             "The same command resumes from the newest checkpoint."
         )
+
+
+def _run_in_thread(work: Callable[[], object]) -> Exception | None:
+    """Run `work` beside the main thread, which stays free for signals; returns what it raised.
+
+    A signal handler that raises inside Ray's own waiting is swallowed there.
+    """
+    raised: list[Exception] = []
+
+    def run() -> None:
+        try:
+            work()
+        except Exception as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, daemon=True, name="ray-train")
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+    return raised[0] if raised else None
 
 
 def _first_lines(error: Exception) -> str:

@@ -281,6 +281,7 @@ class _Mirror:
         self.folder, self.tracking_uri, self.state = folder, tracking_uri, state
         self.params = {key: redact(str(value))[:PARAM_LENGTH] for key, value in params.items()}
         self.tags = {key: redact(str(value))[:TAG_LENGTH] for key, value in tags.items()}
+        self._began = round(time.time() * 1000)
         self._client: MlflowClient | None = None
         self._described = self._running = False
 
@@ -371,7 +372,8 @@ class _Mirror:
 
     def _create_run(self) -> str:
         tags = {UID_TAG: self.state.run_uid}
-        run = self.client.create_run(self._experiment_id(), tags=tags, run_name=self.state.run_name)
+        # The run began when its driver did, not when MLflow first answered.
+        run = self.client.create_run(self._experiment_id(), self._began, tags, self.state.run_name)
         return str(run.info.run_id)
 
     def _experiment_id(self) -> str:

@@ -319,7 +319,7 @@ def test_a_server_that_is_down_then_up_then_killed(
     _until(lambda: len(said) == 3)
     begin = time.monotonic()
     assert not tracker.finish("FINISHED", {"steps": 200}, timeout_s=2)
-    assert time.monotonic() - begin < 4
+    assert time.monotonic() - begin < 7
     assert "run the same command again" in said[-1]
     assert str(folder) in said[-1]
 
@@ -341,9 +341,9 @@ def test_a_server_that_never_answers_holds_nothing_up(storage: Path) -> None:
         begin = time.monotonic()
         tracker = _tracker(storage, f"http://127.0.0.1:{silent.getsockname()[1]}", say=said.append)
         _write_steps(storage / "one", range(1, 101))
-        assert time.monotonic() - begin < 1
+        assert time.monotonic() - begin < 3
         assert not tracker.finish("FAILED", {"steps": 100}, timeout_s=1)
-        assert time.monotonic() - begin < 4
+        assert time.monotonic() - begin < 7  # a request alone waits 10 s
     assert "did not take everything" in said[-1]
 
 
