@@ -20,8 +20,8 @@ from finhpc.errors import ConfigError, DataError
 
 # Packages finhpc depends on, themselves or through others, whose docstrings are mostly prose.
 DISTRIBUTIONS = (
-    "datasets", "deepspeed", "huggingface-hub", "matplotlib", "networkx", "numpy", "pandas", "pydantic",
-    "ray", "scikit-learn", "scipy", "sqlalchemy",
+    "datasets", "huggingface-hub", "matplotlib", "networkx", "numpy", "pandas", "pydantic", "scikit-learn",
+    "scipy", "sqlalchemy",
 )  # fmt: skip
 # Parts of a path that mark tests, code of other projects, generated code and what is no documentation.
 SKIPPED = ("test", "vendor", "thirdparty", "third_party", "extern", "generated", "licen", "changelog", "_pb2")

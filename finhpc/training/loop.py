@@ -137,14 +137,13 @@ class Worker:
         return tokens()
 
     def _consume(self, position: int, samples: np.ndarray[Any, Any]) -> None:
-        """Add each sample's sha256("position:id") modulo 2^256.
+        """Add each sample's hash modulo 2^256.
 
         The sum says which sample was read at which place of the run, whoever read it: it is the
         same for any number of replicas and any number of interruptions.
         """
         for i, sample in enumerate(samples.tolist()):
-            digest = hashlib.sha256(f"{position + i}:{sample}".encode()).digest()
-            self.consumed = (self.consumed + int.from_bytes(digest, "big")) % 2**256
+            self.consumed = (self.consumed + sample_hash(position + i, sample)) % 2**256
 
     def _eval_samples(self) -> int:
         share = self.config.parallel.micro_batch_size * self.config.parallel.replicas
@@ -245,6 +244,11 @@ class Worker:
     def _say(self, text: str) -> None:
         if self.journal:
             self.journal.write("message", text=text)
+
+
+def sample_hash(position: int, sample: int) -> int:
+    """sha256 of "position:sample id" as a number."""
+    return int.from_bytes(hashlib.sha256(f"{position}:{sample}".encode()).digest(), "big")
 
 
 def _due(step: int, every: int) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from finhpc.config import PrepareConfig
-from finhpc.data import encoding, packing, prepare
+from finhpc.data import encoding, packing, prepare, sources
 from finhpc.data.packing import entropy_nats, first_occurrences
 from finhpc.data.prepare import prepare as run
 from finhpc.data.shards import Shards
@@ -138,9 +138,12 @@ def test_other_settings_discard_the_interrupted_work(corpus, capsys, monkeypatch
         patch.setattr(packing.Packer, "close", lambda self: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(settings(folder))
-    run(settings(folder, tokenizer="train:310"))
+    assert len(list((folder / "out").glob("train-*.parquet"))) > 1
+    run(settings(folder, tokenizer="train:310", shard_blocks=4096))
     assert "its work is discarded" in capsys.readouterr().err
     assert Shards.open(folder / "out").manifest.vocab_size == 310
+    files = sorted(path.name for path in (folder / "out").glob("*.parquet"))
+    assert files == ["train-00000.parquet", "val-00000.parquet"]  # no shard of the first run is left
 
 
 def test_a_killed_run_leaves_nothing_finished_and_continues(tmp_path, capsys):
@@ -214,6 +217,17 @@ def test_a_corpus_too_small_for_one_block_says_what_to_change(corpus):
         ConfigError, match=r"the held-out split has 0 documents .* a larger --val_fraction \(now 1e-06\)"
     ):
         run(settings(folder, val_fraction=1e-6))
+
+
+def test_a_tokeniser_learns_from_the_train_split_evenly_over_units(corpus):
+    folder, texts = corpus
+    config = settings(folder)
+    units, _ = sources.units(config)
+    assert list(encoding.training_sample(units, config)) == [text for text in texts if not is_held_out(text, 0.2)]
+    with_less = settings(folder, tokenizer="train:1")  # 2 KB over 6 units
+    sample = list(encoding.training_sample(units, with_less))
+    assert 1800 < sum(len(text.encode()) for text in sample) <= 2048
+    assert len(sample) >= len(units)
 
 
 def test_first_occurrences_win():
