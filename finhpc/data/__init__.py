@@ -1,0 +1,1 @@
+"""Text on disk -> token shards (`prepare`) -> ordered streams of micro-batches (`reading`; over Ray Data: `stream`)."""

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
 
 from finhpc.errors import CheckpointError
 from finhpc.models.families import skeleton
@@ -29,6 +30,7 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrain
         raise CheckpointError(f"{path} has no config.json; give a model folder (a run's `model` folder).")
     if not list(path.glob("*.safetensors")):
         raise CheckpointError(f"{path} holds no .safetensors file; pickled weights are not opened; convert them first.")
+    logging.disable_progress_bar()  # reading one file needs no bar on the user's screen
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype, local_files_only=True, use_safetensors=True
     )

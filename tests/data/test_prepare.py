@@ -219,14 +219,14 @@ def test_a_corpus_too_small_for_one_block_says_what_to_change(corpus):
         run(settings(folder, val_fraction=1e-6))
 
 
-def test_a_tokeniser_learns_from_the_train_split_evenly_over_units(corpus):
+def test_a_tokeniser_learns_from_the_train_split_evenly_over_units(corpus, monkeypatch):
     folder, texts = corpus
     config = settings(folder)
     units, _ = sources.units(config)
     assert list(encoding.training_sample(units, config)) == [text for text in texts if not is_held_out(text, 0.2)]
-    with_less = settings(folder, tokenizer="train:1")  # 2 KB over 6 units
-    sample = list(encoding.training_sample(units, with_less))
-    assert 1800 < sum(len(text.encode()) for text in sample) <= 2048
+    monkeypatch.setattr("finhpc.data.tokenizer.TRAINING_BYTES", 2)  # 600 bytes for train:300, 100 from each unit
+    sample = list(encoding.training_sample(units, config))
+    assert 580 < sum(len(text.encode()) for text in sample) <= 600
     assert len(sample) >= len(units)
 
 
