@@ -1,10 +1,12 @@
 """The order in which samples are trained on: seeded, endless, the same for every topology.
 
 A sample is `seq_len` contiguous tokens of a block; its id is its place in the train split, in file
-order. An epoch visits every shard once, in a seeded order; a visit takes every sample of the shard
-once, in a seeded order. The stream is all epochs, one after the other, nothing dropped between.
+order. An epoch goes through all shards in a seeded order, some at a time: a visit takes every
+sample of a group of shards once, in a seeded order, so that a shard that holds one part of the
+corpus is mixed with others. The stream is all epochs, one after the other, nothing dropped between.
 Step s of a run takes the stream positions [s*G, (s+1)*G), G = samples a step, and replica r of R
-takes the r-th of R equal parts of each step. So the global order depends on the seed alone.
+takes the r-th of R equal parts of each step. So the global order depends on the seed and the
+shards alone.
 """
 
 from __future__ import annotations
@@ -21,10 +23,10 @@ Mask = npt.NDArray[np.bool_]
 
 
 class Visit(NamedTuple):
-    """One shard in one epoch: stream positions [first, first + size)."""
+    """One group of shards in one epoch: stream positions [first, first + size)."""
 
     epoch: int
-    shard: int
+    group: int
     first: int
     size: int
 
@@ -32,12 +34,12 @@ class Visit(NamedTuple):
 class Order:
     """Which sample stands at which position of the endless stream."""
 
-    def __init__(self, shard_samples: Sequence[int], seed: int) -> None:
+    def __init__(self, shard_samples: Sequence[int], seed: int, shards_a_visit: int = 1) -> None:
         """`shard_samples`: samples in each shard, in file order. Raises `ValueError` where there are none."""
         self.sizes = np.asarray(shard_samples, dtype=np.int64)
         if self.sizes.sum() < 1:
             raise ValueError("an order needs at least one sample")
-        self.seed = seed
+        self.seed, self.shards_a_visit = seed, shards_a_visit
         self.starts: Ints = np.cumsum(self.sizes) - self.sizes
         self.epoch_samples = int(self.sizes.sum())
 
@@ -47,26 +49,34 @@ class Order:
         if stop <= start:
             return found
         for epoch in range(start // self.epoch_samples, -(-stop // self.epoch_samples)):
-            order, ends = self._epoch(epoch)
+            sizes = np.add.reduceat(self.sizes[self._epoch(epoch)], self._group_starts())
+            ends = np.cumsum(sizes)
             base = epoch * self.epoch_samples
             # The first visit that ends after `start`, up to the last that begins before `stop`.
-            first = int(np.searchsorted(ends, start - base, side="right"))
-            for shard, end in zip(order[first:].tolist(), ends[first:].tolist(), strict=True):
-                size = int(self.sizes[shard])
-                if base + end - size >= stop:
+            for group in range(int(np.searchsorted(ends, start - base, side="right")), len(ends)):
+                size, first = int(sizes[group]), base + int(ends[group] - sizes[group])
+                if first >= stop:
                     break
                 if size:
-                    found.append(Visit(epoch, shard, base + end - size, size))
+                    found.append(Visit(epoch, group, first, size))
         return found
 
-    def samples(self, visit: Visit) -> Ints:
-        """The shard's own sample numbers 0..size-1 in the order of this visit: (size,)."""
-        return _permutation(visit.size, 2, self.seed, visit.epoch, visit.shard)
+    def shards(self, visit: Visit) -> Ints:
+        """Indices of the shards that a visit reads."""
+        begin = visit.group * self.shards_a_visit
+        return self._epoch(visit.epoch)[begin : begin + self.shards_a_visit]
 
-    def _epoch(self, epoch: int) -> tuple[Ints, Ints]:
-        """The shards in the order of an epoch, and where in the epoch each visit ends."""
-        order = _permutation(len(self.sizes), 1, self.seed, epoch)
-        return order, np.cumsum(self.sizes[order])
+    def samples(self, visit: Visit) -> Ints:
+        """Ids of the visit's samples in the order they are trained on: (size,)."""
+        ids = [np.arange(self.sizes[shard]) + self.starts[shard] for shard in self.shards(visit)]
+        return np.concatenate(ids)[_permutation(visit.size, 2, self.seed, visit.epoch, visit.group)]
+
+    def _epoch(self, epoch: int) -> Ints:
+        """The shards in the order of an epoch."""
+        return _permutation(len(self.sizes), 1, self.seed, epoch)
+
+    def _group_starts(self) -> Ints:
+        return np.arange(0, len(self.sizes), self.shards_a_visit)
 
 
 def replica_mask(positions: Ints, samples_per_step: int, replica: int, replicas: int) -> Mask:

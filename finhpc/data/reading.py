@@ -16,6 +16,7 @@ from finhpc.errors import ConfigError
 
 Batch = dict[str, npt.NDArray[Any]]
 PIECE_TOKENS = 1 << 22  # tokens handed on at a time: 8 MB of 16-bit ids
+VISIT_TOKENS = 1 << 25  # tokens shuffled together: as many shards as hold them, 64 MB of 16-bit ids
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,9 @@ class ReplicaStream:
 
     @cached_property
     def order(self) -> Order:
-        return Order(self.shards.shard_samples("train", self.seq_len), self.seed)
+        sizes = self.shards.shard_samples("train", self.seq_len)
+        shards_a_visit = max(1, VISIT_TOKENS // (max(sizes) * self.seq_len))
+        return Order(sizes, self.seed, shards_a_visit)
 
     def visits(self) -> list[Visit]:
         """The shard visits that hold this replica's samples, in stream order."""
@@ -65,11 +68,16 @@ class ReplicaStream:
         chosen = self.order.samples(visit)[mine]
         if not len(chosen):
             return
-        samples = self.shards.read_shard("train", visit.shard).reshape(-1, self.seq_len)
+        held = {int(i): self.shards.read_shard("train", i).reshape(-1, self.seq_len) for i in self.order.shards(visit)}
         rows = max(1, PIECE_TOKENS // self.seq_len)
         for begin in range(0, len(chosen), rows):
-            part = chosen[begin : begin + rows]
-            yield {"tokens": samples[part], "sample": part + self.order.starts[visit.shard]}
+            ids = chosen[begin : begin + rows]
+            tokens = np.empty((len(ids), self.seq_len), next(iter(held.values())).dtype)
+            shard_of = np.searchsorted(self.order.starts, ids, side="right") - 1
+            for shard in np.unique(shard_of):
+                inside = shard_of == shard
+                tokens[inside] = held[int(shard)][ids[inside] - self.order.starts[shard]]
+            yield {"tokens": tokens, "sample": ids}
 
 
 def local_stream(stream: ReplicaStream) -> Iterator[Batch]:

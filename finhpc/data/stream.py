@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from finhpc.data.order import Visit
 from finhpc.data.reading import Batch, ReplicaStream, as_batch
 
 if TYPE_CHECKING:
     from ray.data import DataIterator, Dataset
-    from ray.train import DataConfig
 
 MAX_TASKS = 512  # visits are grouped into at most this many tasks, so that a long run plans quickly
 BLOCK_BYTES = 8 << 20  # what a task hands on at a time: bounds memory and the wait for the first batch
@@ -35,42 +34,6 @@ def ray_dataset(stream: ReplicaStream) -> Dataset:
     dataset.context.execution_options.preserve_order = True
     dataset.context.enable_progress_bars = False
     return dataset
-
-
-def replica_datasets(streams: list[ReplicaStream]) -> dict[str, Dataset]:
-    """One dataset a replica, under the names `replica_data_config` knows."""
-    return {dataset_name(stream.replica): ray_dataset(stream) for stream in streams}
-
-
-def dataset_name(replica: int) -> str:
-    return f"replica-{replica}"
-
-
-def replica_data_config() -> DataConfig:
-    """Ray Train's data configuration for pipelines: the worker of rank r < R reads dataset `replica-r`.
-
-    DeepSpeed puts the first stage of replica r on rank r. That worker calls
-    `ray.train.get_dataset_shard("replica-r")`; for every other worker the answer is None. No call
-    is a barrier, so workers of later stages need not ask.
-    """
-    from ray.train import DataConfig
-
-    class ReplicaDataConfig(DataConfig):  # type: ignore[misc]
-        def configure(
-            self,
-            datasets: dict[str, Dataset],
-            world_size: int,
-            worker_handles: Any,
-            worker_node_ids: Any,
-            **kwargs: Any,
-        ) -> list[dict[str, DataIterator | None]]:
-            iterators = {name: dataset.iterator() for name, dataset in datasets.items()}
-            return [
-                {name: it if name == dataset_name(rank) else None for name, it in iterators.items()}
-                for rank in range(world_size)
-            ]
-
-    return ReplicaDataConfig(datasets_to_split=[])
 
 
 def worker_batches(iterator: DataIterator, micro_batch_size: int, prefetch: int = 4) -> Iterator[Batch]:

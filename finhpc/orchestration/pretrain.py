@@ -124,7 +124,7 @@ def _fit(plan: Plan, folder: RunFolder, cuda: bool) -> None:
     if problem is not None:
         raise TrainingFailedError(
             f"the workers failed more than run.max_failures={config.run.max_failures} times; the last error: "
-            f"{_first_lines(problem)}\nlogs: {folder.path / 'ray'} and Ray's session logs (/tmp/ray/session_latest/logs/train). "
+            f"{_first_lines(problem)}\nlogs: {folder.path / 'ray'} and Ray's own, /tmp/ray/session_latest/logs/train. "
             "The same command resumes from the newest checkpoint."
         )
 

@@ -6,7 +6,7 @@ import pytest
 from finhpc.data import reading
 from finhpc.data.reading import ReplicaStream, local_stream
 from finhpc.data.shards import Shards
-from finhpc.data.stream import dataset_name, ray_dataset, replica_data_config, replica_datasets, worker_batches
+from finhpc.data.stream import ray_dataset, worker_batches
 from finhpc.errors import ConfigError
 
 TRAIN = (5, 3, 4, 6)  # 18 blocks of 64: 72 samples of 16 an epoch
@@ -54,6 +54,22 @@ def test_a_later_start_is_the_tail(shards_folder):
         assert sample_ids(local_stream(make(folder, start_step=step))) == whole[step * 8 :]
 
 
+def test_a_visit_mixes_the_shards_it_holds(shards_folder, monkeypatch):
+    folder = shards_folder(TRAIN)
+    ends = np.cumsum([4 * blocks for blocks in TRAIN])
+    monkeypatch.setattr(reading, "VISIT_TOKENS", 1)
+    alone = np.searchsorted(ends, sample_ids(local_stream(make(folder)))[:72], side="right")
+    assert (np.diff(alone) != 0).sum() == 3, "one shard after the other"
+    monkeypatch.setattr(reading, "VISIT_TOKENS", 6 * 64 * 2)
+    batches = list(local_stream(make(folder)))
+    pairs = np.searchsorted(ends, sample_ids(batches)[:72], side="right")
+    assert (np.diff(pairs) != 0).sum() > 10
+    changes = [set(pairs[:i]) & set(pairs[i:]) for i in range(73)]
+    assert sum(not change for change in changes) == 3, "two visits of two shards: start, border, end"
+    for batch in batches:
+        assert (batch["tokens"] == batch["sample"][:, None] * 16 + np.arange(16)).all()
+
+
 def test_small_pieces_give_the_same_batches(shards_folder, monkeypatch):
     stream = make(shards_folder(TRAIN), micro_batch_size=4)
     expected = list(local_stream(stream))
@@ -77,35 +93,3 @@ def test_ray_gives_the_local_stream(shards_folder, monkeypatch, max_tasks):
     for replica in range(2):
         stream = make(folder, start_step=5, replicas=2, replica=replica)
         assert_equal(worker_batches(ray_dataset(stream).iterator(), 2), local_stream(stream))
-
-
-@pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("replicas", [1, 2])
-def test_ray_train_hands_each_replica_to_its_first_stage(shards_folder, tmp_path, monkeypatch, replicas):
-    from ray.train import RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-
-    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
-    folder = shards_folder(TRAIN)
-    streams = [make(folder, replicas=replicas, replica=r) for r in range(replicas)]
-
-    def loop(config):
-        import ray.train
-
-        rank = ray.train.get_context().get_world_rank()
-        if rank < config["replicas"]:
-            batches = worker_batches(ray.train.get_dataset_shard(dataset_name(rank)), 2)
-            np.save(f"{config['out']}/{rank}.npy", np.concatenate([batch["sample"] for batch in batches]))
-        else:
-            assert ray.train.get_dataset_shard(dataset_name(0)) is None
-
-    TorchTrainer(
-        loop,
-        train_loop_config={"replicas": replicas, "out": str(tmp_path)},
-        scaling_config=ScalingConfig(num_workers=2),
-        run_config=RunConfig(storage_path=str(tmp_path / "runs"), name="run"),
-        datasets=replica_datasets(streams),
-        dataset_config=replica_data_config(),
-    ).fit()
-    for stream in streams:
-        assert np.load(tmp_path / f"{stream.replica}.npy").tolist() == sample_ids(local_stream(stream))

@@ -95,7 +95,7 @@ def test_what_was_consumed_is_the_seeded_order(finished: tuple[PretrainConfig, d
 
 
 def test_mlflow_has_the_run(finished: tuple[PretrainConfig, dict[str, Any]]) -> None:
-    settings, result = finished
+    _, result = finished
     client = MlflowClient(result["tracking_uri"])
     run = client.get_run(result["mlflow_run_id"])
     assert run.info.status == "FINISHED"
