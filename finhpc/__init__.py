@@ -28,7 +28,10 @@ TELEMETRY_OFF = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "DO_NOT_TRACK": "1",
 }
-for _name, _value in TELEMETRY_OFF.items():
+# A pickled model runs whatever code its author put in when it is opened. Ours are safetensors, so no
+# model needs that, unless the user allowed it before importing finhpc.
+PICKLE_OFF = {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
+for _name, _value in {**TELEMETRY_OFF, **PICKLE_OFF}.items():
     os.environ.setdefault(_name, _value)
 
 _PUBLIC = {

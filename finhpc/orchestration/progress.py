@@ -32,12 +32,20 @@ class Progress:
     """
 
     def __init__(
-        self, total_steps: int, folder: str | Path, stream: TextIO | None = None, line_every_s: float = 5.0
+        self,
+        total_steps: int,
+        folder: str | Path,
+        stream: TextIO | None = None,
+        line_every_s: float = 5.0,
+        checkpoint_line_every_s: float = 10.0,
     ) -> None:
         self.total_steps = total_steps
         self._console = Console(file=stream or sys.stderr, soft_wrap=True)
         self._line_every_s = line_every_s
         self._last_line = -math.inf
+        self._checkpoint_line_every_s = checkpoint_line_every_s
+        self._last_checkpoint_line = -math.inf
+        self._checkpoint: Record | None = None  # the newest, as long as no line told of it
         self._train: Record = {}
         self._val_loss: float | None = None
         self._pace: deque[tuple[float, int]] = deque(maxlen=20)  # (time, step) of the newest steps
@@ -60,6 +68,8 @@ class Progress:
         if self._thread:
             self._thread.join()
         self._poll()
+        with self._lock:
+            self._print_checkpoint(at_once=True)
         if self._bar:
             self._bar.stop()
 
@@ -91,11 +101,23 @@ class Progress:
                 self._train = {**self._train, "step": record["step"]}
                 self._print_line()
         elif kind == "checkpoint":
-            self._print(f"checkpoint of step {record['step']}: {record.get('path', '')}")
+            self._checkpoint = record
+            self._print_checkpoint(at_once=self._bar is not None)
 
     def _print_line(self) -> None:
         self._last_line = time.monotonic()
         self._print(f"step {self._train['step']}/{self.total_steps}  {self._figures()}")
+
+    def _print_checkpoint(self, at_once: bool = False) -> None:
+        """A line about the newest checkpoint, unless one was printed just now.
+
+        A run that saves every few steps would flood a log; what was held back follows in time, or at the end.
+        """
+        now = time.monotonic()
+        due = at_once or now - self._last_checkpoint_line >= self._checkpoint_line_every_s
+        if self._checkpoint is not None and due:
+            self._print(f"checkpoint of step {self._checkpoint['step']}: {self._checkpoint.get('path', '')}")
+            self._last_checkpoint_line, self._checkpoint = now, None
 
     def _figures(self) -> str:
         record, parts = self._train, []
@@ -132,6 +154,8 @@ class Progress:
         for path, offset in self._offsets.items():
             records, self._offsets[path] = read(path, offset)
             self.show(records)
+        with self._lock:
+            self._print_checkpoint()
 
 
 def summary_table(title: str, rows: list[tuple[str, str]], stream: TextIO | None = None) -> None:

@@ -15,8 +15,9 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 from finhpc.errors import ConfigError, FinhpcError
+from finhpc.orchestration.mirror import artifact_location, database_file
 from finhpc.orchestration.runfolder import redact
-from finhpc.orchestration.tracking import artifact_location, database_file, default_tracking_uri
+from finhpc.orchestration.tracking import absolute_tracking_uri, default_tracking_uri
 
 HOST = "127.0.0.1"
 START_S = 60.0
@@ -24,7 +25,7 @@ START_S = 60.0
 
 def ui(storage: str | Path = "runs", tracking_uri: str | None = None, port: int = 5000) -> None:
     """Show what was tracked, until interrupted."""
-    uri = tracking_uri or default_tracking_uri(storage)
+    uri = absolute_tracking_uri(tracking_uri) if tracking_uri else default_tracking_uri(storage)
     if uri.startswith(("http://", "https://")):
         print(f"run.tracking_uri is a server already; open {redact(uri)} in a browser.", file=sys.stderr)
         return

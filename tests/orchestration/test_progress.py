@@ -54,6 +54,31 @@ def test_plain_lines(tmp_path: Path) -> None:
     ]
 
 
+def _checkpoints(steps: range) -> list[dict[str, object]]:
+    return [{"kind": "checkpoint", "time": 0.0, "step": step, "path": f"checkpoints/{step}"} for step in steps]
+
+
+def test_frequent_checkpoints_do_not_flood_a_log(tmp_path: Path) -> None:
+    screen = io.StringIO()
+    with Progress(300, tmp_path, screen, checkpoint_line_every_s=3600) as progress:
+        for step in range(1, 101):
+            progress.show(_checkpoints(range(step, step + 1)))
+        assert screen.getvalue() == "checkpoint of step 1: checkpoints/1\n"
+    assert screen.getvalue().splitlines()[1:] == ["checkpoint of step 100: checkpoints/100"]
+
+
+def test_a_checkpoint_that_was_held_back_is_told_in_time(tmp_path: Path) -> None:
+    screen = io.StringIO()
+    with Progress(300, tmp_path, screen, checkpoint_line_every_s=0.2) as progress:
+        progress.show(_checkpoints(range(1, 4)))
+        deadline = time.monotonic() + 10
+        while "step 3" not in screen.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        told = ["checkpoint of step 1: checkpoints/1", "checkpoint of step 3: checkpoints/3"]
+        assert screen.getvalue().splitlines() == told
+    assert screen.getvalue().splitlines() == told  # nothing was left for the end
+
+
 def test_a_resumed_run_that_goes_back_shows_no_nonsense(tmp_path: Path) -> None:
     screen = io.StringIO()
     progress = Progress(300, tmp_path, screen, line_every_s=0)

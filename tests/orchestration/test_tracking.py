@@ -20,7 +20,8 @@ from mlflow import MlflowClient
 
 from finhpc.errors import ConfigError
 from finhpc.orchestration import tracking, ui
-from finhpc.orchestration.tracking import Tracker, artifact_location, default_tracking_uri
+from finhpc.orchestration.mirror import artifact_location
+from finhpc.orchestration.tracking import Tracker, absolute_tracking_uri, default_tracking_uri
 from finhpc.training.journal import Journal
 
 LOSSES = {step: math.sin(step) / 3 + 5.0 for step in range(1, 2001)}
@@ -163,6 +164,30 @@ def test_finishing_again_changes_nothing(storage: Path) -> None:
     assert _client(storage).get_run(first.run_id or "").to_dictionary() == before
 
 
+def test_the_list_of_runs_shows_the_figures_of_the_result(storage: Path) -> None:
+    (storage / "one").mkdir()
+    journal = Journal(storage / "one" / "journal.jsonl")
+    for step, pace in ((1, 90.0), (2, 120.0), (3, 50.0)):
+        # The worker's clock is an hour ahead of the driver's.
+        journal.write("train", step=step, time=time.time() + 3600, train_loss=LOSSES[step], tokens_per_s=pace)
+    first = _tracker(storage)
+    assert first.finish("FAILED", {"steps": 3, "train_loss": LOSSES[3], "tokens_per_s": 90.0, "wall_s": None})
+
+    client, run_id = _client(storage), first.run_id or ""
+    assert client.get_run(run_id).data.metrics == {"steps": 3, "train_loss": LOSSES[3], "tokens_per_s": 90.0}
+    assert _history(client, run_id, "tokens_per_s") == [(1, 90.0), (2, 120.0), (3, 50.0), (3, 90.0)]
+    assert _history(client, run_id, "train_loss") == [(s, LOSSES[s]) for s in range(1, 4)]
+
+    journal.write("train", step=4, train_loss=LOSSES[4], tokens_per_s=60.0)
+    journal.close()
+    result = {"steps": 4, "train_loss": LOSSES[4], "tokens_per_s": 60.0}
+    for status in ("KILLED", "FINISHED"):  # told twice, sent once
+        assert _tracker(storage).finish(status, result)
+        assert client.get_run(run_id).data.metrics == result
+    assert _history(client, run_id, "tokens_per_s")[4:] == [(4, 60.0)]
+    assert _history(client, run_id, "steps") == [(3, 3), (4, 4)]
+
+
 def test_a_run_that_goes_on_is_running(storage: Path) -> None:
     _write_steps(storage / "one", range(1, 4))
     assert _tracker(storage).finish("FINISHED", {"steps": 3})
@@ -175,17 +200,17 @@ def test_a_run_that_goes_on_is_running(storage: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from finhpc.orchestration import tracking
-tracking.POLL_S, tracking.RECORDS_A_BATCH = 0.1, 100
+from finhpc.orchestration import mirror, tracking
+tracking.POLL_S, mirror.RECORDS_A_BATCH = 0.1, 100
 storage, fatal = Path(sys.argv[1]), int(sys.argv[2])
-saves, save = 0, tracking._State.save
+saves, save = 0, mirror.State.save
 def deadly(state):
     global saves
     saves += 1
     if saves == fatal:
         os.kill(os.getpid(), signal.SIGKILL)
     save(state)
-tracking._State.save = deadly
+mirror.State.save = deadly
 uri = tracking.default_tracking_uri(storage)
 tracker = tracking.Tracker(storage / "one", uri, "tests", "one", {"a": 1}, {}).start()
 print(tracker.finish("FINISHED", {"steps": 2000}))
@@ -370,6 +395,30 @@ def test_addresses() -> None:
     assert artifact_location("http://host") is None
     with pytest.raises(ConfigError, match="rename the folder"):
         default_tracking_uri("/a/b?c")
+
+
+def test_a_relative_database_stays_where_it_was_meant(
+    storage: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _write_steps(storage / "one", range(1, 4))
+    monkeypatch.chdir(storage)
+    tracker = Tracker(storage / "one", "sqlite:///mlflow.db", "tests", "one", {}, {})
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    monkeypatch.chdir(elsewhere)
+    assert tracker.start().finish("FINISHED", {"steps": 3})
+    assert tracker.uri == default_tracking_uri(storage)
+    assert len(_history(_client(storage), tracker.run_id or "", "train_loss")) == 3
+    assert (storage / "mlartifacts").is_dir()
+    assert list(elsewhere.iterdir()) == []
+
+    with pytest.raises(ConfigError, match=f"{elsewhere}/sub/none.db does not exist"):
+        ui.ui(tracking_uri="sqlite:///sub/none.db")
+    for absolute in ("sqlite:////a/b.db", "http://host:5000", "https://host/x?y=1"):
+        assert absolute_tracking_uri(absolute) == absolute
+    (elsewhere / "a%b").mkdir()
+    monkeypatch.chdir(elsewhere / "a%b")
+    with pytest.raises(ConfigError, match="rename the folder"):
+        absolute_tracking_uri("sqlite:///x.db")
 
 
 def test_the_page_says_what_is_missing(tmp_path: Path) -> None:
