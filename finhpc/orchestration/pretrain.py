@@ -39,8 +39,8 @@ def pretrain(config: PretrainConfig, dry_run: bool = False) -> dict[str, Any]:
     begin = time.perf_counter()
     folder = RunFolder(config.run.storage, config.run.name)
     plan = make_plan(config)
-    folder.check_resume(config, plan.shards.manifest.fingerprint)
     check_tokenizer(config, plan.shards, folder.path / "checkpoints")
+    folder.check_resume(config, plan.shards.manifest.fingerprint)
     if dry_run:
         return _dry_run(plan)
     with folder.lock(), _terminable():

@@ -162,3 +162,39 @@ def test_every_topology_equals_the_plain_loop_in_float32(stages: int, replicas: 
         assert_same(merged(results, "raw"), plain["raw"], 1e-5, f"raw gradients, {label}")
         assert_same(merged(results, "clipped"), plain["clipped"], 1e-5, f"clipped gradients, {label}")
         assert_same(merged(results, "weights"), plain["weights"], 1e-3, f"weights, {label}")
+
+
+@pytest.mark.parametrize(("stages", "replicas"), [(1, 1), (2, 1), (2, 2)])
+def test_bf16_follows_the_plain_autocast_loop(stages: int, replicas: int) -> None:
+    """Tolerance 0.5 % on each loss of 20 steps: bf16 keeps 8 bits, and sums are taken in another order."""
+    runs: list[Any] = [(case, stages, replicas, 4, {"precision": "bf16"}) for case in CASES]
+    by_rank = run_processes(engine_runs, stages * replicas, runs, 20)
+    for i, (case, *_) in enumerate(runs):
+        plain, exact = plain_loop(case, 20, precision="bf16"), plain_loop(case, 20)
+        for rank in by_rank:
+            assert rank[i]["losses"] == pytest.approx(plain["losses"], rel=5e-3), case
+            assert rank[i]["losses"] != pytest.approx(exact["losses"], rel=1e-7), "bf16 must be in use"
+
+
+def test_a_gradient_that_is_not_finite_changes_no_weight() -> None:
+    [(message, unchanged)] = run_processes(poisoned_step, 1)
+    assert "at step 1" in message
+    assert unchanged
+
+
+def poisoned_step() -> tuple[str, bool]:
+    from finhpc.errors import NonFiniteError
+    from finhpc.training.engine import Engine
+
+    config = settings("gpt2-untied-low-rank", 1, 1, 1)
+    engine = Engine(config, hf_config(config), torch.device("cpu"))
+    named = engine.named_parameters()
+    with torch.no_grad():
+        named["transformer.ln_f.weight"][0] = float("nan")
+    before = {name: p.detach().clone() for name, p in named.items()}
+    try:
+        engine.train_step(iter([tokens(1)]), 1e-3)
+    except NonFiniteError as error:
+        same = [torch.equal(p.nan_to_num(), before[name].nan_to_num()) for name, p in named.items()]
+        return str(error), all(same)
+    return "no error", False
