@@ -10,8 +10,6 @@ from pathlib import Path
 from finhpc.config import PretrainConfig
 from finhpc.errors import ConfigError
 
-DATA_CPUS = 2  # logical CPUs of our own cluster beyond the cores, for reading data and Train's controller
-
 
 @contextmanager
 def ray_cluster() -> Iterator[None]:
@@ -27,7 +25,7 @@ def ray_cluster() -> Iterator[None]:
         ray.init(log_to_driver=False, logging_level="ERROR")
     else:
         ray.init(
-            num_cpus=(os.cpu_count() or 1) + DATA_CPUS,
+            num_cpus=os.cpu_count() or 1,
             include_dashboard=False,
             log_to_driver=False,
             logging_level="ERROR",
@@ -57,9 +55,9 @@ def check_fits(config: PretrainConfig, cuda: bool) -> None:
     own = not os.environ.get("RAY_ADDRESS")
     workers, resources = config.parallel.workers, config.resources
     problems = []
-    cpus = total.get("CPU", 0) - (DATA_CPUS if own else 1)
+    cpus = total.get("CPU", 0)  # reading data reserves none, see `data.stream`
     if workers * resources.cpus_per_worker > cpus:
-        where = "this machine has" if own else "the cluster has, beside one for reading data,"
+        where = "this machine has" if own else "the cluster has"
         problems.append(
             f"parallel.stages x parallel.replicas = {workers} workers of resources.cpus_per_worker="
             f"{resources.cpus_per_worker:g} need {workers * resources.cpus_per_worker:g} CPUs; {where} {cpus:g}; "

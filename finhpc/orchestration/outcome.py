@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from finhpc.config import PretrainConfig
 from finhpc.errors import CheckpointError
 from finhpc.orchestration.plan import Plan
+from finhpc.orchestration.runfolder import redact
 from finhpc.training.journal import WORKER_FILE, latest, read
 
 
@@ -154,7 +156,7 @@ def summary(plan: Plan, result: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if result["sample"]:
         rows.append(("sample", " ".join(result["sample"].split())))
-    rows.append(("compare runs", f"finhpc ui --run.storage {plan.config.run.storage}"))
+    rows.append(("compare runs", _page(plan.config)))
     return rows
 
 
@@ -169,6 +171,15 @@ def dry_summary(plan: Plan) -> list[tuple[str, str]]:
         ("workers", str(plan.config.parallel.workers)),
         ("samples a step", str(plan.config.parallel.samples_per_step)),
     ]
+
+
+def _page(config: PretrainConfig) -> str:
+    """How to see the run beside others; the command as it was called here, so that it can be copied."""
+    if config.run.tracking_uri and config.run.tracking_uri.startswith("http"):
+        return f"open {redact(config.run.tracking_uri)}"
+    command = sys.argv[0] if Path(sys.argv[0]).name == "finhpc" else "finhpc"
+    where = f"--run.tracking_uri {config.run.tracking_uri}" if config.run.tracking_uri else ""
+    return f"{command} ui {where or f'--run.storage {config.run.storage}'}"
 
 
 def _below(result: dict[str, Any]) -> str:

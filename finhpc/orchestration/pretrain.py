@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import threading
 import time
@@ -19,7 +20,7 @@ from finhpc.orchestration.cluster import check_fits, ray_cluster, use_cuda
 from finhpc.orchestration.plan import Plan, check_tokenizer, make_plan
 from finhpc.orchestration.progress import Progress, summary_table
 from finhpc.orchestration.runfolder import RunFolder
-from finhpc.orchestration.tracking import Status, Tracker, default_tracking_uri
+from finhpc.orchestration.tracking import Status, Tracker, absolute_tracking_uri, default_tracking_uri
 from finhpc.orchestration.worker import FATAL, train_worker
 
 Say = Callable[[str], None]
@@ -37,6 +38,7 @@ def pretrain(config: PretrainConfig, dry_run: bool = False) -> dict[str, Any]:
     settings that cannot work, `TrainingFailedError` or another `FinhpcError` when training fails.
     """
     begin = time.perf_counter()
+    config = _absolute(config)
     folder = RunFolder(config.run.storage, config.run.name)
     plan = make_plan(config)
     check_tokenizer(config, plan.shards, folder.path / "checkpoints")
@@ -171,6 +173,17 @@ def _tracker(plan: Plan, folder: RunFolder, environment: dict[str, Any], say: Sa
     return Tracker(
         folder.path, uri, config.run.experiment, config.run.name, params, {k: v for k, v in tags.items() if v}, say
     )
+
+
+def _absolute(config: PretrainConfig) -> PretrainConfig:
+    """The same settings with whole paths: workers run in folders of their own, reruns anywhere."""
+    config = config.model_copy(deep=True)
+    config.run.storage = os.path.abspath(os.path.expanduser(config.run.storage))
+    if config.data.shards:
+        config.data.shards = os.path.abspath(os.path.expanduser(config.data.shards))
+    if config.run.tracking_uri:
+        config.run.tracking_uri = absolute_tracking_uri(config.run.tracking_uri)
+    return config
 
 
 def _is_done(before: dict[str, Any] | None, config: PretrainConfig) -> bool:

@@ -45,6 +45,9 @@ def _train(config: PretrainConfig, folder: Path, cuda: bool) -> None:
     from finhpc.training.journal import WORKER_FILE
     from finhpc.training.loop import Worker
 
+    device = ray.train.torch.get_device() if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
     torch.set_num_threads(config.resources.threads)
     torch.set_float32_matmul_precision("highest")
     shards = Shards.open(str(config.data.shards))
@@ -67,7 +70,7 @@ def _train(config: PretrainConfig, folder: Path, cuda: bool) -> None:
     Worker(
         config=config,
         hf_config=hf_config_of(config, shards),
-        device=ray.train.torch.get_device() if cuda else torch.device("cpu"),
+        device=device,
         folder=folder,
         journal_path=folder / WORKER_FILE,
         open_stream=open_stream,

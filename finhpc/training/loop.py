@@ -43,6 +43,7 @@ class Worker:
     consumed: int = 0  # sum of sample hashes this worker read, see `_consume`
     labels: dict[str, Any] = field(default_factory=dict)  # goes into every checkpoint's manifest
     resumed_from: int = 0
+    peak: int | None = None  # peak bytes, once counted
     _span: float = 0.0  # seconds of the steps since times were last summed
 
     def run(self) -> None:
@@ -224,7 +225,7 @@ class Worker:
     def _finish(self) -> None:
         if self.device.type == "cuda":
             self.peak = torch.cuda.max_memory_allocated(self.device)
-        mine = (getattr(self, "peak", None), peak_resident_bytes(), self.engine.stage)
+        mine = (self.peak, peak_resident_bytes(), self.engine.stage)
         everyone: list[Any] = [None] * self.ranks
         dist.all_gather_object(everyone, mine)
         if self.journal:
