@@ -25,6 +25,7 @@ def ray_cluster() -> Iterator[None]:
         ray.init(log_to_driver=False, logging_level="ERROR")
     else:
         ray.init(
+            "local",
             num_cpus=os.cpu_count() or 1,
             include_dashboard=False,
             log_to_driver=False,

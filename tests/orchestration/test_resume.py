@@ -38,8 +38,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def unbroken(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     storage = tmp_path_factory.mktemp("unbroken")
     with command(storage, shards) as process:
-        assert process.wait(240) == 0
-    return outcome(storage)
+        assert process.wait(240) == 0, (storage / "stderr").read_text()[-3000:]
+    return outcome(storage) | {"token_mode": (storage / ".ray" / "auth_token").stat().st_mode}
 
 
 @contextmanager
@@ -47,6 +47,7 @@ def command(storage: Path, shards: Path, *more: str) -> Iterator[subprocess.Pope
     words = [sys.executable, "-m", "finhpc.cli", "pretrain", *FLAGS, "--data.shards", str(shards)]
     words += ["--run.storage", str(storage), "--run.name", "run", *more]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment["HOME"] = str(storage)
     with open(storage / "stderr", "ab") as log:
         process = subprocess.Popen(words, stdout=log, stderr=log, env=environment)
         try:
@@ -104,6 +105,10 @@ def random_step() -> int:
     step = random.randint(16, 100)
     print(f"killing at step {step}")
     return step
+
+
+def test_rays_token_is_the_users_alone(unbroken: dict[str, Any]) -> None:
+    assert unbroken["token_mode"] & 0o077 == 0
 
 
 def test_a_killed_worker_is_restarted_and_nothing_changes(
