@@ -126,7 +126,7 @@ def test_a_killed_worker_is_restarted_and_nothing_changes(
     assert_same_run(resumed, unbroken)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_stopped_driver_resumes_with_the_same_command(
     number: signal.Signals, shards: Path, unbroken: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -144,6 +144,7 @@ def test_a_stopped_driver_resumes_with_the_same_command(
     assert_same_run(resumed, unbroken)
 
 
+@pytest.mark.slow
 def test_another_number_of_stages_resumes_within_rounding(shards: Path, tmp_path: Path) -> None:
     without_dropout = ("--model.dropout", "0")
     (tmp_path / "one").mkdir()
