@@ -48,6 +48,10 @@ def main(argv: list[str] | None = None) -> int:
     except FinhpcError as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}; what was complete on disk is untouched.", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     except BaseException as error:
@@ -115,6 +119,9 @@ def parse(words: list[str], cls: type[Any]) -> tuple[dict[str, str], dict[str, A
             options["config"] = value
         elif str(fields[name].annotation if name in fields else "").startswith("list"):
             overrides.setdefault(name, []).append(value)
+            while i < len(words) and not words[i].startswith("--"):  # as a shell's * gives them
+                overrides[name].append(words[i])
+                i += 1
         else:
             overrides[name] = _value(value, fields.get(name))
     if problems:

@@ -211,7 +211,9 @@ def flatten(config: Section) -> dict[str, Any]:
 def nearest(name: str, valid: list[str]) -> str:
     """', nearest: X' for a mistyped name, or the whole list when nothing is near."""
     close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else f"valid: {', '.join(valid)}."
+    if close:
+        return f"did you mean {close[0]}?"
+    return f"valid: {', '.join(valid)}." if len(valid) <= 20 else "--help lists all."
 
 
 def _read(source: str) -> dict[str, Any]:

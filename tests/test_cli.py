@@ -36,6 +36,8 @@ def test_flags_are_parsed_by_the_type_of_their_setting() -> None:
     assert values == {"optimizer.lr": 1e-3, "method.ranks.mlp": 8, "run.name": "123", "optimizer.betas": [0.9, 0.99]}
     _, values = parse(["--source", "a", "--source=b", "--json"], PrepareConfig)
     assert values == {"source": ["a", "b"]}
+    _, values = parse(["--source", "a", "b", "c", "--out", "d"], PrepareConfig)
+    assert values == {"source": ["a", "b", "c"], "out": "d"}
 
 
 def test_every_wrong_word_is_named() -> None:
@@ -56,6 +58,10 @@ def test_every_wrong_word_is_named() -> None:
         (["pretrain", "--data.shards", "/no/such/folder"], "is no folder"),
         (["pretrain", "--config", "demmo"], "did you mean demo?"),
         (["prepare", "--source", "/no/such/file"], "out is not set"),
+        (
+            ["prepare", "--source", str(Path(__file__).parent.parent / "constraints.txt"), "--out", "/proc/shards"],
+            "out=/proc/shards",
+        ),
     ],
 )
 def test_a_users_mistake_exits_2_without_a_traceback(

@@ -108,7 +108,10 @@ def _workplace(out: Path, settings: str) -> Iterator[Path]:
         raise ConfigError(f"out={out} is a file; give a folder.")
     if out.is_dir() and not work.is_dir() and any(out.iterdir()):
         raise ConfigError(f"out={out} holds other files; choose an empty or new folder.")
-    work.mkdir(parents=True, exist_ok=True)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"out={out} cannot be written ({error.strerror}); choose another --out.") from None
     with open(work / "lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

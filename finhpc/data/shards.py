@@ -147,7 +147,7 @@ class Shards:
         path = self.folder / shard.file
         expected = pa.list_(pa.from_numpy_dtype(np.dtype(manifest.dtype)), manifest.block_len)
         try:
-            table = pq.ParquetFile(path, memory_map=True).read(use_threads=False)
+            table = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True).read(use_threads=False)
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"{path} cannot be read ({error}); restore it, or prepare again.") from None
         if table.schema.names != ["tokens"] or not table.schema.field("tokens").type.equals(expected):
@@ -183,7 +183,15 @@ def encode_shard(blocks: Tokens) -> bytes:
     table = pa.table({"tokens": pa.FixedSizeListArray.from_arrays(flat, blocks.shape[1])})
     sink = pa.BufferOutputStream()
     # Parquet stores 16-bit integers in 32 bits; splitting the bytes lets zstd squeeze the zero half out.
-    pq.write_table(table, sink, compression="zstd", use_dictionary=False, column_encoding="BYTE_STREAM_SPLIT")
+    # Page checksums let every read notice a flipped bit, at little cost.
+    pq.write_table(
+        table,
+        sink,
+        compression="zstd",
+        use_dictionary=False,
+        column_encoding="BYTE_STREAM_SPLIT",
+        write_page_checksum=True,
+    )
     return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
 
 

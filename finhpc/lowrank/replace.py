@@ -6,6 +6,8 @@ in place, keeping every module's own name.
 
 from __future__ import annotations
 
+import re
+
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -65,20 +67,25 @@ def targets(model: nn.Module, ranks: Ranks) -> dict[str, int]:
     Raises `ConfigError` naming every layer that its rank does not fit.
     """
     chosen: dict[str, int] = {}
-    problems: list[str] = []
+    misfits: dict[tuple[str, int, tuple[int, int], str], int] = {}
     for name, module in model.named_modules():
         shape, kind = dense_shape(module), layer_kind(name)
         rank = ranks.get(kind) if kind else None
         if shape is None or rank is None:
             continue
         if not 1 <= rank <= min(shape):
-            problems.append(
-                f"method.rank={rank} does not fit {name} ({shape[0]} x {shape[1]}); use 1 to {min(shape)}"
-                f" (method.ranks.{kind} sets this kind alone)."
-            )
+            # One line for the same layer of all blocks, which differ in a number alone.
+            key = (re.sub(r"\.\d+\.", ".*.", name), rank, shape, str(kind))
+            misfits[key] = misfits.get(key, 0) + 1
         chosen[name] = rank
-    if problems:
-        raise ConfigError(problems)
+    if misfits:
+        raise ConfigError(
+            [
+                f"method.rank={rank} does not fit {name} ({shape[0]} x {shape[1]}, layers: {count}); "
+                f"use 1 to {min(shape)} (method.ranks.{kind} sets this kind alone)."
+                for (name, rank, shape, kind), count in misfits.items()
+            ]
+        )
     return chosen
 
 

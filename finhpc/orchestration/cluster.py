@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from finhpc.config import PretrainConfig
-from finhpc.errors import ConfigError
+from finhpc.errors import ConfigError, TrainingFailedError
 
 
 @contextmanager
@@ -21,38 +22,60 @@ def ray_cluster() -> Iterator[None]:
         return
     # What polls and waits by default costs a short run seconds.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False, logging_level="ERROR")
-    else:
-        ray.init(
-            "local",
-            num_cpus=os.cpu_count() or 1,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-        )
-        _keep_token_private()
+    try:
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(log_to_driver=False, logging_level="ERROR")
+        else:
+            ray.init(
+                "local",
+                num_cpus=os.cpu_count() or 1,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+            )
+            _keep_token_private()
+    except Exception as error:  # Ray raises bare ones here
+        where = os.environ.get("RAY_ADDRESS") or "this machine"
+        raise TrainingFailedError(
+            f"Ray did not start on {where}: {error}; is the address right, the machine overloaded or its disk full? "
+            "The same command tries again."
+        ) from None
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def use_cuda(config: PretrainConfig) -> bool:
-    """Whether the workers run on GPUs; raises `ConfigError` when asked for and absent."""
+def cluster_resources() -> dict[str, float]:
+    """What the connected cluster has in all: CPU, GPU, ..."""
     import ray
 
-    gpus = ray.cluster_resources().get("GPU", 0)
+    return dict(ray.cluster_resources())
+
+
+def known_resources() -> dict[str, float] | None:
+    """The same without connecting: this machine's, or None when RAY_ADDRESS names another cluster."""
+    import torch
+
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+        return cluster_resources()
+    if os.environ.get("RAY_ADDRESS"):
+        return None
+    return {"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()}
+
+
+def use_cuda(config: PretrainConfig, total: dict[str, float]) -> bool:
+    """Whether the workers run on GPUs; raises `ConfigError` when asked for and absent."""
+    gpus = total.get("GPU", 0)
     if config.resources.device == "cuda" and not gpus:
-        raise ConfigError("resources.device=cuda, but the cluster has no GPU; use cpu, or a cluster with GPUs.")
+        raise ConfigError(
+            "resources.device=cuda, but the cluster has no GPU; use --resources.device cpu, or a cluster with GPUs."
+        )
     return config.resources.device == "cuda" or (config.resources.device == "auto" and gpus > 0)
 
 
-def check_fits(config: PretrainConfig, cuda: bool) -> None:
+def check_fits(config: PretrainConfig, cuda: bool, total: dict[str, float]) -> None:
     """Raise `ConfigError` when the cluster could never place the workers (Ray would wait for ever)."""
-    import ray
-
-    total = ray.cluster_resources()
     own = not os.environ.get("RAY_ADDRESS")
     workers, resources = config.parallel.workers, config.resources
     problems = []

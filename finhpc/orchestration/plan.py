@@ -61,8 +61,11 @@ def make_plan(config: PretrainConfig) -> Plan:
             _check_data(config, shards)
         with _collect(problems):
             hf_config = hf_config_of(config, shards)
-            _check_model(config, hf_config)
-            skeleton(hf_config)
+        if hf_config is not None:
+            with _collect(problems):
+                _check_model(config, hf_config)
+            with _collect(problems):
+                skeleton(hf_config)
     if problems:
         raise ConfigError(problems)
     assert shards is not None

@@ -14,14 +14,16 @@ from types import FrameType
 from typing import Any
 
 from finhpc.config import PretrainConfig, flatten
-from finhpc.errors import TrainingFailedError
+from finhpc.errors import ConfigError, NonFiniteError, TrainingFailedError
 from finhpc.orchestration import outcome
-from finhpc.orchestration.cluster import check_fits, ray_cluster, use_cuda
+from finhpc.orchestration.cluster import check_fits, cluster_resources, known_resources, ray_cluster, use_cuda
 from finhpc.orchestration.plan import Plan, check_tokenizer, make_plan
 from finhpc.orchestration.progress import Progress, summary_table
 from finhpc.orchestration.runfolder import RunFolder
 from finhpc.orchestration.tracking import Status, Tracker, absolute_tracking_uri, default_tracking_uri
 from finhpc.orchestration.worker import FATAL, train_worker
+from finhpc.training.checkpoint import complete
+from finhpc.training.journal import DRIVER_FILE, WORKER_FILE
 
 Say = Callable[[str], None]
 
@@ -42,12 +44,16 @@ def pretrain(config: PretrainConfig, dry_run: bool = False) -> dict[str, Any]:
     folder = RunFolder(config.run.storage, config.run.name)
     plan = make_plan(config)
     check_tokenizer(config, plan.shards, folder.path / "checkpoints")
-    folder.check_resume(config, plan.shards.manifest.fingerprint)
+    _check_resume(plan, folder)
+    total = known_resources()
+    if total is not None:
+        check_fits(config, use_cuda(config, total), total)
     if dry_run:
         return _dry_run(plan)
     with folder.lock(), _terminable():
+        _check_resume(plan, folder)  # again: now nobody else writes
+        _set_aside_other_settings(plan, folder)
         before = folder.result()
-        folder.check_resume(config, plan.shards.manifest.fingerprint)  # again: now nobody else writes
         folder.write_config(config, plan.shards.manifest.fingerprint)
         environment = folder.write_environment()
         (folder.path / FATAL).unlink(missing_ok=True)
@@ -83,16 +89,34 @@ def pretrain(config: PretrainConfig, dry_run: bool = False) -> dict[str, Any]:
     return final
 
 
+def _check_resume(plan: Plan, folder: RunFolder) -> None:
+    """Refuse settings that differ from what was trained; where nothing was, there is nothing to differ from."""
+    if complete(folder.path / "checkpoints"):
+        folder.check_resume(plan.config, plan.shards.manifest.fingerprint)
+
+
+def _set_aside_other_settings(plan: Plan, folder: RunFolder) -> None:
+    """Keep what a start with other settings reported, under another name: its numbers are of another run."""
+    try:
+        folder.check_resume(plan.config, plan.shards.manifest.fingerprint)
+    except ConfigError:
+        for name in (WORKER_FILE, DRIVER_FILE, "mlflow.json", "result.json"):
+            path = folder.path / name
+            if path.exists():
+                path.rename(folder.path / f"{name}.until-{time.strftime('%Y%m%d-%H%M%S')}")
+
+
 def _train(plan: Plan, folder: RunFolder, say: Say) -> None:
     config = plan.config
     say("starting Ray and the workers (10 to 30 s)")
     with ray_cluster(), _terminable():  # again, because connecting to Ray replaces the handler
-        cuda = use_cuda(config)
-        check_fits(config, cuda)
-        device = "GPU" if cuda else "CPU"
+        total = cluster_resources()
+        cuda = use_cuda(config, total)
+        check_fits(config, cuda, total)
+        parallel, device = config.parallel, "GPU" if cuda else "CPU"
         say(
-            f"{config.parallel.workers} {device} workers ({config.parallel.stages} stages x "
-            f"{config.parallel.replicas} replicas), {config.resources.threads} threads each, {config.train.precision}"
+            f"{device} workers: {parallel.workers} (stages {parallel.stages} x replicas {parallel.replicas}), "
+            f"torch threads a worker: {config.resources.threads}, precision: {config.train.precision}"
         )
         _fit(plan, folder, cuda)
 
@@ -122,13 +146,25 @@ def _fit(plan: Plan, folder: RunFolder, cuda: bool) -> None:
     problem = _run_in_thread(trainer.fit)
     fatal = folder.path / FATAL
     if fatal.exists():
-        raise TrainingFailedError(json.loads(fatal.read_text())["message"])
+        raise TrainingFailedError(_with_advice(json.loads(fatal.read_text()), config))
     if problem is not None:
         raise TrainingFailedError(
             f"the workers failed more than run.max_failures={config.run.max_failures} times; the last error: "
             f"{_first_lines(problem)}\nlogs: {folder.path / 'ray'} and Ray's own, /tmp/ray/session_latest/logs/train. "
             "The same command resumes from the newest checkpoint."
         )
+
+
+def _with_advice(fatal: dict[str, str], config: PretrainConfig) -> str:
+    """The worker's message; for a run that diverged, what to change."""
+    if fatal["error"] != NonFiniteError.__name__:
+        return fatal["message"]
+    optimizer = config.optimizer
+    return (
+        f"{fatal['message']} is not finite; the step was not taken and the checkpoints before it stand. Lower "
+        f"optimizer.lr (now {optimizer.lr:g}), raise optimizer.warmup_steps (now {optimizer.warmup_steps}) or set "
+        f"optimizer.grad_clip (now {optimizer.grad_clip:g}), under another run.name."
+    )
 
 
 def _run_in_thread(work: Callable[[], object]) -> Exception | None:

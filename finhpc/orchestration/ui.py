@@ -55,7 +55,7 @@ def server_command(tracking_uri: str, port: int) -> list[str]:
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", tracking_uri]
     if artifacts := artifact_location(tracking_uri):
         command += ["--default-artifact-root", artifacts]
-    return [*command, "--host", HOST, "--port", str(port), "--workers", "1"]
+    return [*command, "--host", HOST, "--port", str(port), "--workers", "1", "--uvicorn-opts", "--log-level warning"]
 
 
 def server_environment() -> dict[str, str]:

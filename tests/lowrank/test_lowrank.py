@@ -75,7 +75,7 @@ def test_a_rank_that_does_not_fit_names_every_layer() -> None:
     with pytest.raises(ConfigError) as caught:
         make_low_rank(model, {"attention": 9})
     assert len(caught.value.problems) == 2
-    assert "method.rank=9 does not fit block.attn (4 x 16); use 1 to 4" in str(caught.value)
+    assert "method.rank=9 does not fit block.attn (4 x 16, layers: 1); use 1 to 4" in str(caught.value)
     assert isinstance(model["attn"], nn.Linear), "a refused change must change nothing"
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from finhpc.config import PretrainConfig, build
-from finhpc.errors import ConfigError
+from finhpc.data.shards import Shards
+from finhpc.errors import ConfigError, DataError
 from finhpc.orchestration.plan import check_tokenizer, make_plan
 from finhpc.training.checkpoint import write_json
 from tests.tiny import tiny_shards
@@ -40,7 +41,10 @@ def test_a_good_config_is_counted(shards: Path) -> None:
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"method": {"rank": 33}}, "method.rank=33 does not fit transformer.h.0.attn.c_attn (96 x 32); use 1 to 32"),
+        (
+            {"method": {"rank": 33}},
+            "method.rank=33 does not fit transformer.h.*.attn.c_attn (96 x 32, layers: 4); use 1 to 32",
+        ),
         ({"method": {"rank": 0}}, "method.rank=0 does not fit"),
         ({"parallel": {"stages": 5}}, "parallel.stages=5 does not fit 4 transformer blocks; use 1 to 4."),
         ({"parallel": {"micro_batches": 3, "global_batch_size": 16}}, "parallel.global_batch_size=16 is not"),
@@ -60,13 +64,14 @@ def test_bad_settings_say_value_reason_and_remedy(shards: Path, sections: dict[s
 
 
 def test_all_problems_come_together(shards: Path) -> None:
-    bad = config(shards, method={"rank": 99}, data={"seq_len": 48}, parallel={"global_batch_size": 5})
+    bad = config(shards, method={"rank": 99}, data={"seq_len": 48}, parallel={"global_batch_size": 5, "stages": 9})
     with pytest.raises(ConfigError) as caught:
         make_plan(bad)
     text = str(caught.value)
     assert "global_batch_size=5" in text
     assert "seq_len=48" in text
     assert "rank=99" in text
+    assert "stages=9" in text
 
 
 @pytest.mark.parametrize(
@@ -81,6 +86,18 @@ def test_folders_that_are_no_shards(shards: Path, prepared: str | None, message:
         (folder / "train-00000.parquet").write_bytes(b"")
     with pytest.raises(ConfigError, match=message):
         make_plan(config(folder))
+
+
+def test_a_flipped_bit_in_a_shard_is_noticed_and_named(tmp_path: Path) -> None:
+    folder = tiny_shards(tmp_path / "shards")
+    file = folder / "train-00001.parquet"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 3] ^= 1
+    file.write_bytes(content)
+    opened = Shards.open(folder)
+    opened.read_shard("train", 0)
+    with pytest.raises(DataError, match=r"train-00001\.parquet"):
+        opened.read_shard("train", 1)
 
 
 def test_shards_of_another_tokeniser_are_refused(shards: Path, tmp_path: Path) -> None:

@@ -167,6 +167,33 @@ def test_more_workers_than_fit_are_refused(shards: Path, tmp_path: Path) -> None
         )
 
 
+def test_a_refused_run_leaves_nothing(shards: Path, tmp_path: Path) -> None:
+    many = {"stages": 2, "replicas": 20, "micro_batch_size": 1}
+    for dry_run in (True, False):
+        with pytest.raises(ConfigError, match="need 40 CPUs"):
+            pretrain(config(shards, tmp_path, parallel=many, data={"eval_samples": 64}), dry_run=dry_run)
+    assert not list(tmp_path.iterdir())
+
+
+def test_paths_may_be_relative_and_a_failed_start_may_be_corrected(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(shards.parent)
+    bad = {"lr": 1e30, "warmup_steps": 0, "grad_clip": 0}
+    short = {"steps": 4, "sample_tokens": 0, "checkpoint_every": 0}
+    with pytest.raises(TrainingFailedError, match=r"Lower optimizer\.lr \(now 1e\+30\)"):
+        pretrain(
+            config(Path("shards"), Path("runs"), optimizer=bad, train=short | {"steps": 9}, parallel={"stages": 1})
+        )
+    result = pretrain(config(Path("shards"), Path("runs"), train=short, parallel={"stages": 1}))
+    assert result["status"] == "finished"
+    assert result["resumed_from_step"] is None
+    records, _ = read(shards.parent / "runs" / "run" / "journal.jsonl")
+    assert len([r for r in records if r["kind"] == "start"]) == 1, "the failed start's numbers are set aside"
+    assert len(list((shards.parent / "runs" / "run").glob("journal.jsonl.until-*"))) == 1
+    assert str(shards) in (shards.parent / "runs" / "run" / "config.yaml").read_text()
+
+
 def test_a_gpu_that_is_not_there_is_an_error(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"resources\.device=cuda, but the cluster has no GPU"):
         pretrain(config(shards, tmp_path, resources={"device": "cuda"}))
