@@ -236,7 +236,9 @@ class Mirror:
         if found := self.client.get_experiment_by_name(name):
             return str(found.experiment_id)
         try:
-            return str(self.client.create_experiment(name, artifact_location(self.tracking_uri)))
+            # The kind tells the page to show losses and parameters, not chats.
+            kind = {"mlflow.experimentKind": "custom_model_development"}
+            return str(self.client.create_experiment(name, artifact_location(self.tracking_uri), kind))
         except MlflowException:  # another run was first
             if found := self.client.get_experiment_by_name(name):
                 return str(found.experiment_id)

@@ -201,6 +201,7 @@ def _tracker(plan: Plan, folder: RunFolder, environment: dict[str, Any], say: Sa
     params = flatten(config) | {"params_total": plan.params_total, "params_dense": plan.params_dense}
     packages = {f"version.{name}": value for name, value in environment["packages"].items() if value}
     tags = {
+        "mlflow.source.name": "finhpc pretrain",
         "mlflow.source.git.commit": environment.get("git_commit"),
         "finhpc.dataset_fingerprint": plan.shards.manifest.fingerprint,
         **packages,
