@@ -59,15 +59,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     subprocess.run([RAY, "get-auth-token", "--generate"], env=environment, check=True, capture_output=True)
     port, dashboard = free_port(), free_port()
     start = [RAY, "start", "--head", "--port", str(port), "--dashboard-port", str(dashboard), "--num-cpus", "4"]
-    start += [
-        "--dashboard-host",
-        "127.0.0.1",
-        "--node-ip-address",
-        "127.0.0.1",
-        "--temp-dir",
-        f"/tmp/ray-{port}",
-        "--block",
-    ]
+    start += ["--dashboard-host", "127.0.0.1", "--node-ip-address", "127.0.0.1", "--temp-dir", f"/tmp/ray-{port}"]
+    # A port of its own: the agent that runs jobs cannot share the default one with another Ray of the machine.
+    start += ["--dashboard-agent-listen-port", str(free_port()), "--block"]
     with open(storage / "ray.log", "wb") as log:
         head = subprocess.Popen(start, env=environment, stdout=log, stderr=log)
     try:
@@ -78,6 +72,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
                 break
             assert head.poll() is None, (storage / "ray.log").read_text()[-2000:]
             time.sleep(0.5)
+        else:
+            raise AssertionError((storage / "ray.log").read_text()[-2000:])
         yield made
     finally:
         family = [*psutil.Process(head.pid).children(recursive=True), psutil.Process(head.pid)]
