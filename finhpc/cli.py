@@ -22,6 +22,7 @@ USAGE = """usage: finhpc VERB [--config FILE_OR_RECIPE] [--KEY VALUE ...]
 verbs:
   prepare    text on disk -> token shards
   pretrain   token shards -> a low-rank (or dense) model
+  bench      measure finhpc beside the plain way: finhpc bench train|data|prepare|pipeline
   ui         open MLflow's page of what was tracked, on this machine only
 
 options of every verb:
@@ -66,6 +67,8 @@ def main(argv: list[str] | None = None) -> int:
 def _run(verb: str, words: list[str]) -> dict[str, Any] | None:
     from finhpc import config
 
+    if verb == "bench":
+        return _bench(words)
     verbs: dict[str, tuple[type[config.Section], Callable[..., dict[str, Any] | None]]] = {
         "prepare": (config.PrepareConfig, _prepare),
         "pretrain": (config.PretrainConfig, _pretrain),
@@ -73,7 +76,13 @@ def _run(verb: str, words: list[str]) -> dict[str, Any] | None:
     }
     if verb not in verbs:
         raise ConfigError(f"{verb} is no verb; {config.nearest(verb, list(verbs))}")
-    cls, work = verbs[verb]
+    return _settle(verb, *verbs[verb], words)
+
+
+def _settle(verb: str, cls: type[Any], work: Callable[..., Any], words: list[str]) -> dict[str, Any] | None:
+    """Resolve a verb's settings and do its work."""
+    from finhpc import config
+
     if "-h" in words or "--help" in words:
         print(_help(verb, cls))
         return None
@@ -83,6 +92,25 @@ def _run(verb: str, words: list[str]) -> dict[str, Any] | None:
         print(config.to_yaml(settings), end="")
         return None
     return work(settings, "dry_run" in options)
+
+
+def _bench(words: list[str]) -> dict[str, Any] | None:
+    from finhpc import config
+    from finhpc.bench.settings import BENCHES, function_of
+
+    names = ", ".join(BENCHES)
+    if not words or words[0] in ("-h", "--help"):
+        print(f"usage: finhpc bench NAME [--KEY VALUE ...]\n\nNAME: one of {names}; finhpc bench NAME --help lists its settings")
+        return None
+    name = words[0]
+    if name not in BENCHES:
+        raise ConfigError(f"{name} is no bench; {config.nearest(name, list(BENCHES))}")
+
+    def work(settings: Any, dry_run: bool) -> Any:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        return function_of(name)(settings)
+
+    return _settle(f"bench {name}", BENCHES[name][0], work, words[1:])
 
 
 def parse(words: list[str], cls: type[Any]) -> tuple[dict[str, str], dict[str, Any]]:
@@ -153,7 +181,7 @@ def _help(verb: str, cls: type[Any]) -> str:
         default = field.get_default(call_default_factory=True)
         about = f"  {field.description}" if field.description else ""
         lines.append(f"  --{name} ({'none' if default is None else default}){about}")
-    if verb == "pretrain":
+    if "model.preset" in config.keys(cls):
         from finhpc.models.presets import PRESETS
 
         lines += ["", f"shapes for --model.preset: {', '.join(PRESETS)}"]

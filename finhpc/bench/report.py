@@ -1,0 +1,98 @@
+"""The table on the screen and the result.json of a measurement."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def publish(
+    name: str, out: str, conditions: Row, rows: list[Row], ratios: dict[str, float], began: float, **more: Any
+) -> dict[str, Any]:
+    """Print one table and the ratios, write result.json into a new folder of `out`, return its content.
+
+    `conditions` says what was held equal (dtype and master weights, threads, batch, padding, whether
+    Ray is on); each row is one way that was measured. `began`: `time.perf_counter()` at the start.
+    """
+    folder = new_folder(name, out)
+    result: dict[str, Any] = {
+        "status": "finished",
+        "bench": name,
+        "conditions": conditions | machine(),
+        "rows": rows,
+        "ratios": ratios,
+        **more,
+        "folder": str(folder),
+        "wall_s": time.perf_counter() - began,
+    }
+    (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    _print(result)
+    return result
+
+
+def new_folder(name: str, out: str) -> Path:
+    """A folder of its own for one measurement."""
+    stem = Path(os.path.abspath(os.path.expanduser(out))) / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder, again = stem, 1
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            again += 1
+            folder = stem.with_name(f"{stem.name}-{again}")
+
+
+def machine() -> Row:
+    """Where this was measured."""
+    import torch
+
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def _print(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(stderr=True)
+    rows: list[Row] = result["rows"]
+    table = Table(title=f"bench {result['bench']}")
+    for column in rows[0]:
+        table.add_column(column, justify="left" if isinstance(rows[0][column], str) else "right")
+    for row in rows:
+        table.add_row(*(_text(value) for value in row.values()))
+    console.print(table)
+    console.print(", ".join(f"{name}: {_text(value)}" for name, value in result["conditions"].items()))
+    for name, value in result["ratios"].items():
+        console.print(f"{name} = {value:.3f}")
+    console.print(f"written: {result['folder']}/result.json")
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}" if abs(value) < 1 else f"{value:.2f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
