@@ -97,6 +97,12 @@ class Train(Section):
     keep_checkpoints: int = Field(2, ge=1, description="newest complete checkpoints kept")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast over float32 weights")
     seed: int = Field(0, ge=0)
+    hang_timeout_s: float = Field(
+        600,
+        ge=0,
+        description="a worker without progress for so long writes its stacks and is restarted (up to the first step "
+        "three times as long); must exceed the slowest micro-batch; 0: wait for ever",
+    )
     sample_prompt: str = Field("", description="start of the text sampled at the end")
     sample_tokens: int = Field(0, ge=0, description="tokens sampled at the end; 0: none")
 

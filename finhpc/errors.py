@@ -40,6 +40,10 @@ class NonFiniteError(FinhpcError):
     """A loss or gradient that is NaN or infinite."""
 
 
+class OutOfMemoryError(FinhpcError):
+    """A worker asked for more memory than there is."""
+
+
 class RunBusyError(FinhpcError):
     """Another process works on the run of that name right now."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from finhpc.config import PretrainConfig
@@ -22,6 +22,7 @@ def ray_cluster() -> Iterator[None]:
         return
     # What polls and waits by default costs a short run seconds.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    _keep_token_private()  # an older one, before anything listens
     try:
         if os.environ.get("RAY_ADDRESS"):
             ray.init(log_to_driver=False, logging_level="ERROR")
@@ -33,7 +34,7 @@ def ray_cluster() -> Iterator[None]:
                 log_to_driver=False,
                 logging_level="ERROR",
             )
-            _keep_token_private()
+        _keep_token_private()
     except Exception as error:  # Ray raises bare ones here
         where = os.environ.get("RAY_ADDRESS") or "this machine"
         raise TrainingFailedError(
@@ -96,8 +97,21 @@ def check_fits(config: PretrainConfig, cuda: bool, total: dict[str, float]) -> N
         raise ConfigError(problems)
 
 
+def dead_process() -> str | None:
+    """The name of a process of this machine's own Ray that died under us; None while all is well.
+
+    Ray itself notices after a minute or never, and then ends this process without a word of ours.
+    """
+    from ray._private import worker
+
+    node = getattr(worker, "_global_node", None)
+    dead = node.dead_processes() if node is not None else []
+    return next((str(name) for name, _ in dead if name in ("raylet", "gcs_server")), None)
+
+
 def _keep_token_private() -> None:
     """Ray writes its authentication token readable by everyone; make it the user's alone."""
-    token = Path.home() / ".ray" / "auth_token"
-    if token.is_file():
-        token.chmod(0o600)
+    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    with suppress(PermissionError):  # a token that somebody else put there is not ours to change
+        if token.is_file() and token.stat().st_mode & 0o077:
+            token.chmod(0o600)

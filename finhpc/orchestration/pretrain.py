@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,14 +11,15 @@ from types import FrameType
 from typing import Any
 
 from finhpc.config import PretrainConfig, flatten
-from finhpc.errors import ConfigError, NonFiniteError, TrainingFailedError
+from finhpc.errors import ConfigError
 from finhpc.orchestration import outcome
 from finhpc.orchestration.cluster import check_fits, cluster_resources, known_resources, ray_cluster, use_cuda
+from finhpc.orchestration.fit import fit
 from finhpc.orchestration.plan import Plan, check_tokenizer, make_plan
 from finhpc.orchestration.progress import Progress, summary_table
 from finhpc.orchestration.runfolder import RunFolder
 from finhpc.orchestration.tracking import Status, Tracker, absolute_tracking_uri, default_tracking_uri
-from finhpc.orchestration.worker import FATAL, train_worker
+from finhpc.orchestration.worker import FATAL, MEMORY, ROOM, ROOM_BYTES
 from finhpc.training.checkpoint import complete
 from finhpc.training.journal import DRIVER_FILE, WORKER_FILE
 
@@ -56,7 +54,9 @@ def pretrain(config: PretrainConfig, dry_run: bool = False) -> dict[str, Any]:
         before = folder.result()
         folder.write_config(config, plan.shards.manifest.fingerprint)
         environment = folder.write_environment()
-        (folder.path / FATAL).unlink(missing_ok=True)
+        for name in (FATAL, MEMORY):
+            (folder.path / name).unlink(missing_ok=True)
+        (folder.path / ROOM).write_bytes(bytes(ROOM_BYTES))
         with Progress(config.train.steps, folder.path) as progress:
             tracker = _tracker(plan, folder, environment, progress.say).start()
             status: Status = "FAILED"
@@ -78,15 +78,26 @@ def pretrain(config: PretrainConfig, dry_run: bool = False) -> dict[str, Any]:
                 raise
             finally:
                 final = result or outcome.unfinished(plan, folder.path, status)
-                final |= {"mlflow_run_id": tracker.run_id, "tracking_uri": tracker.uri}
-                folder.write_result(final)
-                done = status == "FINISHED"
-                logged = {key: value for key, value in final.items() if key != "sample"}
-                tracker.finish(status, logged, folder.path / "model" if done else None, timeout_s=60 if done else 15)
-                final["mlflow_run_id"] = tracker.run_id
-                folder.write_result(final)
+                _conclude(folder, tracker, status, final, progress.say)
     summary_table(f"pretrain {config.run.name}", outcome.summary(plan, final))
     return final
+
+
+def _conclude(folder: RunFolder, tracker: Tracker, status: Status, final: dict[str, Any], say: Say) -> None:
+    """Write the result, tell MLflow; of a run that failed, as far as the disk allows."""
+    done = status == "FINISHED"
+    try:
+        (folder.path / ROOM).unlink(missing_ok=True)
+        final |= {"mlflow_run_id": tracker.run_id, "tracking_uri": tracker.uri}
+        folder.write_result(final)
+        logged = {key: value for key, value in final.items() if key != "sample"}
+        tracker.finish(status, logged, folder.path / "model" if done else None, timeout_s=60 if done else 15)
+        final["mlflow_run_id"] = tracker.run_id
+        folder.write_result(final)
+    except OSError as error:  # must not hide why the run failed
+        if done:
+            raise
+        say(f"{folder.path}/result.json could not be written ({error.strerror}).")
 
 
 def _check_resume(plan: Plan, folder: RunFolder) -> None:
@@ -118,82 +129,7 @@ def _train(plan: Plan, folder: RunFolder, say: Say) -> None:
             f"{device} workers: {parallel.workers} (stages {parallel.stages} x replicas {parallel.replicas}), "
             f"torch threads a worker: {config.resources.threads}, precision: {config.train.precision}"
         )
-        _fit(plan, folder, cuda)
-
-
-def _fit(plan: Plan, folder: RunFolder, cuda: bool) -> None:
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    config = plan.config
-    for name in ("ray.train", "ray.data"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    resources = {"CPU": config.resources.cpus_per_worker}
-    if cuda:
-        resources["GPU"] = config.resources.gpus_per_worker
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config={"config": config.model_dump(mode="json"), "folder": str(folder.path), "cuda": cuda},
-        torch_config=TorchConfig(backend="nccl" if cuda else "gloo"),
-        scaling_config=ScalingConfig(num_workers=config.parallel.workers, use_gpu=cuda, resources_per_worker=resources),
-        run_config=RunConfig(
-            # Ray's own record of the run: a new one each time, because the run's state is our checkpoints.
-            name=f"attempt-{int(time.time() * 1000)}",
-            storage_path=str(folder.path / "ray"),
-            failure_config=FailureConfig(max_failures=config.run.max_failures),
-        ),
-    )
-    problem = _run_in_thread(trainer.fit)
-    fatal = folder.path / FATAL
-    if fatal.exists():
-        raise TrainingFailedError(_with_advice(json.loads(fatal.read_text()), config))
-    if problem is not None:
-        raise TrainingFailedError(
-            f"the workers failed more than run.max_failures={config.run.max_failures} times; the last error: "
-            f"{_first_lines(problem)}\nlogs: {folder.path / 'ray'} and Ray's own, /tmp/ray/session_latest/logs/train. "
-            "The same command resumes from the newest checkpoint."
-        )
-
-
-def _with_advice(fatal: dict[str, str], config: PretrainConfig) -> str:
-    """The worker's message; for a run that diverged, what to change."""
-    if fatal["error"] != NonFiniteError.__name__:
-        return fatal["message"]
-    optimizer = config.optimizer
-    return (
-        f"{fatal['message']} is not finite; the step was not taken and the checkpoints before it stand. Lower "
-        f"optimizer.lr (now {optimizer.lr:g}), raise optimizer.warmup_steps (now {optimizer.warmup_steps}) or set "
-        f"optimizer.grad_clip (now {optimizer.grad_clip:g}), under another run.name."
-    )
-
-
-def _run_in_thread(work: Callable[[], object]) -> Exception | None:
-    """Run `work` beside the main thread, which stays free for signals; returns what it raised.
-
-    A signal handler that raises inside Ray's own waiting is swallowed there.
-    """
-    raised: list[Exception] = []
-
-    def run() -> None:
-        try:
-            work()
-        except Exception as error:
-            raised.append(error)
-
-    thread = threading.Thread(target=run, daemon=True, name="ray-train")
-    thread.start()
-    while thread.is_alive():
-        thread.join(0.2)
-    return raised[0] if raised else None
-
-
-def _first_lines(error: Exception) -> str:
-    """The innermost message of what Ray Train raises, without its traceback."""
-    failures = getattr(error, "worker_failures", None)
-    if failures:
-        error = next(iter(failures.values()))
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+        fit(plan, folder, cuda, say)
 
 
 def _tracker(plan: Plan, folder: RunFolder, environment: dict[str, Any], say: Say) -> Tracker:

@@ -36,7 +36,8 @@ from finhpc.training.journal import strict_json
 # schedule spans `train.steps`, so more steps stretch what is left of it; fewer would leave steps
 # behind that were trained on another schedule.
 MAY_CHANGE = re.compile(
-    r"(run|resources|parallel)\..*|data\.shards|train\.(eval_every|checkpoint_every|keep_checkpoints|recompute|sample_.*)"
+    r"(run|resources|parallel)\..*|data\.shards"
+    r"|train\.(eval_every|checkpoint_every|keep_checkpoints|hang_timeout_s|recompute|sample_.*)"
 )
 PACKAGES = ("finhpc", "torch", "ray", "deepspeed", "transformers", "tokenizers", "mlflow", "numpy", "pyarrow")
 RESERVED = ("mlflow.db", "mlartifacts")  # what lies beside the run folders in the storage

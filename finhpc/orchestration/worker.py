@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finhpc.config import PretrainConfig
-from finhpc.errors import FinhpcError, NonFiniteError
+from finhpc.errors import CheckpointError, FinhpcError, NonFiniteError, OutOfMemoryError
 from finhpc.training.checkpoint import write_json
 
+if TYPE_CHECKING:
+    from finhpc.training.loop import Worker
+
 FATAL = "fatal.json"  # a failure that a restart would only repeat; written by a worker, read by the driver
+ROOM = ".room"  # a reserve on the disk, given up to write that file when the disk is full
+ROOM_BYTES = 256 * 1024
+MEMORY = "out-of-memory.json"  # the step at which memory ran out in an earlier start
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
 def train_worker(arguments: dict[str, Any]) -> None:
@@ -31,6 +40,15 @@ def train_worker(arguments: dict[str, Any]) -> None:
     except FinhpcError as error:  # perhaps by one worker alone: Ray Train must end the others
         _fatal(folder, error)
         raise
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        full = CheckpointError(
+            f"{error.filename or folder} could not be written ({error.strerror}); make room on that disk and run the "
+            "same command again. What was complete is untouched."
+        )
+        _fatal(folder, full)
+        raise full from error
 
 
 def _train(config: PretrainConfig, folder: Path, cuda: bool) -> None:
@@ -40,10 +58,11 @@ def _train(config: PretrainConfig, folder: Path, cuda: bool) -> None:
 
     from finhpc.data.reading import ReplicaStream
     from finhpc.data.shards import Shards
-    from finhpc.data.stream import ray_dataset, worker_batches
+    from finhpc.data.stream import ray_stream
     from finhpc.orchestration.plan import hf_config_of
     from finhpc.training.journal import WORKER_FILE
     from finhpc.training.loop import Worker
+    from finhpc.training.memory import is_out_of_memory
 
     device = ray.train.torch.get_device() if cuda else torch.device("cpu")
     if cuda:
@@ -65,9 +84,9 @@ def _train(config: PretrainConfig, folder: Path, cuda: bool) -> None:
             replica=replica,
             replicas=config.parallel.replicas,
         )
-        return worker_batches(ray_dataset(stream).iterator(), config.parallel.micro_batch_size)
+        return ray_stream(stream)
 
-    Worker(
+    worker = Worker(
         config=config,
         hf_config=hf_config_of(config, shards),
         device=device,
@@ -76,8 +95,39 @@ def _train(config: PretrainConfig, folder: Path, cuda: bool) -> None:
         open_stream=open_stream,
         held_out=shards.eval_samples(config.data.eval_samples, config.data.seq_len),
         labels={"tokenizer_sha256": shards.manifest.tokenizer_sha256, "dataset": shards.manifest.fingerprint},
-    ).run()
+    )
+    try:
+        worker.run()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        ran_out = OutOfMemoryError(f"memory ran out on worker {worker.rank} in step {worker.step + 1}: {_line(error)}")
+        if _repeats(folder, worker):
+            raise ran_out from error  # fatal
+        raise RuntimeError(str(ran_out)) from error  # perhaps something else filled the machine: once more
+
+
+def _repeats(folder: Path, worker: Worker) -> bool:
+    """Whether a new start would only run out of memory again.
+
+    So it is in the first step after a start, and in a step at which an earlier start ended already.
+    """
+    if worker.step <= worker.resumed_from:
+        return True
+    try:
+        before = json.loads((folder / MEMORY).read_text())
+    except (OSError, ValueError):
+        before = {}
+    if before and before["attempt"] != worker.attempt:
+        return bool(before["step"] == worker.step)
+    write_json(folder / MEMORY, {"step": worker.step, "attempt": worker.attempt})
+    return False
+
+
+def _line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _fatal(folder: Path, error: FinhpcError) -> None:
+    (folder / ROOM).unlink(missing_ok=True)
     write_json(folder / FATAL, {"error": type(error).__name__, "message": str(error)})

@@ -20,7 +20,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,31 +75,67 @@ def read_stage(file: Path, prefix: str) -> dict[str, Tensor]:
 
 def complete(folder: Path) -> list[Saved]:
     """Complete checkpoints in `folder`, newest first; contents not verified."""
-    found = []
-    for path in sorted(folder.glob("step_*"), reverse=True):
-        try:
-            found.append(Saved(path, json.loads((path / MANIFEST).read_text())))
-        except (OSError, ValueError):
-            continue
-    return found
+    found = [_open(path) for path in sorted(folder.glob("step_*"), reverse=True)]
+    return [saved for saved in found if isinstance(saved, Saved)]
+
+
+def _open(path: Path) -> Saved | CheckpointError:
+    """The checkpoint in `path`, or why it is none."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        if manifest["step"] >= 0 and manifest["files"] and manifest["ranks"] and manifest["consumed"]:
+            return Saved(path, manifest)
+    except (OSError, ValueError, TypeError, KeyError):
+        pass
+    return CheckpointError(f"{path / MANIFEST} is missing or cut short")
 
 
 def newest_good(folder: Path, say: Callable[[str], None]) -> Saved | None:
-    """The newest checkpoint whose every file is as it was written; says which it passed over."""
-    for saved in complete(folder):
+    """The newest checkpoint whose every file is as it was written; None where none was ever completed.
+
+    Says which damaged ones it passed over, and removes them, so that they do not count among those
+    kept. Raises `CheckpointError` when there are only damaged ones, and touches none: to begin at step
+    0 again is for the user to decide.
+    """
+    damaged: dict[Path, CheckpointError] = {}
+    for path in sorted(folder.glob("step_*"), reverse=True):
+        opened = _open(path)
         try:
-            saved.verify()
-            return saved
+            if isinstance(opened, CheckpointError):
+                if (path / MANIFEST).exists():  # without one it is no damage, but a save that was interrupted
+                    raise opened
+                continue
+            opened.verify()
         except CheckpointError as error:
-            say(f"checkpoint {saved.path.name} is damaged ({error}); trying the one before.")
+            damaged[path] = error
+            continue
+        for other, why in damaged.items():
+            say(f"checkpoint {other.name} is damaged ({why}); it is removed and {path.name} taken.")
+            shutil.rmtree(other, ignore_errors=True)
+        return opened
+    if damaged:
+        found = "; ".join(str(why) for why in damaged.values())
+        raise CheckpointError(
+            f"every checkpoint in {folder} is damaged ({found}); restore one of them from a copy, or remove "
+            f"{folder} to begin at step 0."
+        )
     return None
 
 
+def bytes_under_way(folder: Path) -> int:
+    """Bytes of the newest checkpoint, by any worker, complete or not: they grow as long as somebody writes."""
+    newest = max(folder.glob("step_*"), default=folder)
+    total = 0
+    with suppress(OSError):  # renamed or removed meanwhile
+        for file in newest.iterdir():
+            total += file.stat().st_size
+    return total
+
+
 def remove_partial(folder: Path) -> None:
-    """Remove what an interrupted save left."""
-    good = {saved.path for saved in complete(folder)}
+    """Remove what an interrupted save left: it has no manifest."""
     for path in folder.glob("step_*"):
-        if path not in good:
+        if not (path / MANIFEST).exists():
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -23,6 +23,7 @@ from finhpc.training.engine import Engine
 from finhpc.training.journal import Journal
 from finhpc.training.memory import counted_peak, peak_resident_bytes
 from finhpc.training.optimizer import learning_rate
+from finhpc.training.watchdog import Watchdog
 
 MicroBatch = dict[str, Any]  # tokens: int64 (micro_batch_size, seq_len); sample: int64 (micro_batch_size,)
 OpenStream = Callable[[int, int], Iterator[MicroBatch]]  # (first step, replica) -> micro-batches
@@ -44,14 +45,27 @@ class Worker:
     labels: dict[str, Any] = field(default_factory=dict)  # goes into every checkpoint's manifest
     resumed_from: int = 0
     peak: int | None = None  # peak bytes, once counted
+    attempt: str = ""  # differs between starts, the same on all workers
     _span: float = 0.0  # seconds of the steps since times were last summed
 
     def run(self) -> None:
-        """Train to `train.steps`. Raises `NonFiniteError` on every worker when the loss is not finite."""
+        """Train to `train.steps`.
+
+        Raises `NonFiniteError` on every worker when the loss is not finite, `CheckpointError` when no
+        checkpoint can be written or none of those on disk is whole. Ends the process when nothing
+        moves, see `finhpc.training.watchdog`.
+        """
+        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self.journal = Journal(self.journal_path) if self.rank == 0 else None
+        with Watchdog(self.folder, self.rank, self.config.train.hang_timeout_s, self._progress) as dog:
+            self._run(dog)
+
+    def _run(self, dog: Watchdog) -> None:
         self._set_up()
         self.started = time.perf_counter()
         for step in range(self.engine.step + 1, self.config.train.steps + 1):
             self._step(step)
+            dog.settle()
             last = step == self.config.train.steps
             if last or _due(step, self.config.train.eval_every):
                 self._evaluate(step)
@@ -61,23 +75,36 @@ class Worker:
         dist.barrier()
         self._finish()
 
+    def _progress(self) -> tuple[object, ...]:
+        """What moves as long as this worker does: passes through its stage, data read, checkpoints growing on disk."""
+        engine: Engine | None = getattr(self, "engine", None)
+        if engine is None:  # still being made
+            return ()
+        return engine.step, engine.busy_s, engine.wait_s, checkpoint.bytes_under_way(self.folder / "checkpoints")
+
+    @property
+    def step(self) -> int:
+        """The last step taken."""
+        engine: Engine | None = getattr(self, "engine", None)
+        return engine.step if engine else 0
+
     # -- start ------------------------------------------------------------------------------
 
     def _set_up(self) -> None:
-        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         torch.manual_seed(self.config.train.seed * 1_000_003 + self.rank)
-        self.journal = Journal(self.journal_path) if self.rank == 0 else None
         self.engine = Engine(self.config, self.hf_config, self.device)
         checkpoints = self.folder / "checkpoints"
         plan: list[Any] = [None, None]
         if self.rank == 0:
             checkpoints.mkdir(parents=True, exist_ok=True)
             saved = checkpoint.newest_good(checkpoints, self._say)
+            if saved is None and any(checkpoints.glob("step_*")):
+                self._say("no checkpoint was ever completed: the run begins at step 0 again.")
             checkpoint.remove_partial(checkpoints)
             plan = [uuid.uuid4().hex, saved]
         dist.broadcast_object_list(plan)
-        attempt, saved = plan
-        self.saver = Checkpointer(checkpoints, self.config.train.keep_checkpoints, attempt, self.rank, self.ranks)
+        self.attempt, saved = plan
+        self.saver = Checkpointer(checkpoints, self.config.train.keep_checkpoints, self.attempt, self.rank, self.ranks)
         if saved is not None:
             self._load(saved)
         self.batches = self._micro_batches()
@@ -86,7 +113,7 @@ class Worker:
             self.journal.write(
                 "start",
                 step=self.engine.step,
-                attempt=attempt,
+                attempt=self.attempt,
                 stages=parallel.stages,
                 replicas=parallel.replicas,
                 workers=self.ranks,

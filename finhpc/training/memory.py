@@ -45,6 +45,14 @@ def counted_peak(work: Callable[[], T]) -> tuple[T, int]:
     return result, peak
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: of a GPU, of torch's CPU allocator, of Python or of the system."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    words = ("can't allocate memory", "Cannot allocate memory", "not enough memory", "CUDA out of memory")
+    return isinstance(error, RuntimeError | OSError) and any(word in str(error) for word in words)
+
+
 def peak_resident_bytes() -> int:
     """Peak resident bytes of this process since it started (the operating system's count)."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,0 +1,174 @@
+"""One start of the workers under Ray Train, watched: what failed, in one line, with what to do about it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from finhpc.config import PretrainConfig
+from finhpc.errors import NonFiniteError, OutOfMemoryError, TrainingFailedError
+from finhpc.orchestration.cluster import dead_process
+from finhpc.orchestration.plan import Plan
+from finhpc.orchestration.runfolder import RunFolder
+from finhpc.orchestration.worker import FATAL, train_worker
+from finhpc.training import watchdog
+
+Say = Callable[[str], None]
+
+POLL_S = 0.2
+HEALTH_TIMEOUT = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
+TORCH_TIMEOUT_S = 1800  # torch's own, where the user wants no limit
+STARTS_TRIED = 3  # of workers that cannot even start; Ray Train would try for ever
+
+
+def fit(plan: Plan, folder: RunFolder, cuda: bool, say: Say) -> None:
+    """Train until the last step; restarts failed workers. Raises `TrainingFailedError` when that does not help."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    config = plan.config
+    for name in ("ray.train", "ray.data"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    resources = {"CPU": config.resources.cpus_per_worker}
+    if cuda:
+        resources["GPU"] = config.resources.gpus_per_worker
+    hang_s = config.train.hang_timeout_s
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"config": config.model_dump(mode="json"), "folder": str(folder.path), "cuda": cuda},
+        torch_config=TorchConfig(
+            backend="nccl" if cuda else "gloo",
+            timeout_s=round(watchdog.START_FACTOR * hang_s) if hang_s else TORCH_TIMEOUT_S,
+        ),
+        scaling_config=ScalingConfig(num_workers=config.parallel.workers, use_gpu=cuda, resources_per_worker=resources),
+        run_config=RunConfig(
+            # Ray's own record of the run: a new one each time, because the run's state is our checkpoints.
+            name=f"attempt-{int(time.time() * 1000)}",
+            storage_path=str(folder.path / "ray"),
+            failure_config=FailureConfig(
+                max_failures=config.run.max_failures, controller_failure_limit=STARTS_TRIED - 1
+            ),
+        ),
+    )
+    with _health_timeout(hang_s):
+        problem = _watched(trainer.fit, _Stacks(folder.path, say))
+    fatal = folder.path / FATAL
+    if fatal.exists():
+        raise TrainingFailedError(_with_advice(json.loads(fatal.read_text()), config))
+    if problem is not None:
+        raise TrainingFailedError(
+            f"the workers failed more than run.max_failures={config.run.max_failures} times; the last error: "
+            f"{describe(problem, config)}\nlogs: {folder.path / 'ray'} and Ray's own, "
+            "/tmp/ray/session_latest/logs/train. The same command resumes from the newest checkpoint."
+        )
+
+
+@contextmanager
+def _health_timeout(hang_s: float) -> Iterator[None]:
+    """How long Ray Train waits for a worker whose process does not answer at all (a stopped one, alone).
+
+    Longer than the watchdogs of its neighbours wait, so that their stacks are written. The user's own
+    setting stands.
+    """
+    if HEALTH_TIMEOUT in os.environ or not hang_s:
+        yield
+        return
+    os.environ[HEALTH_TIMEOUT] = str(2 * hang_s)
+    try:
+        yield
+    finally:
+        os.environ.pop(HEALTH_TIMEOUT, None)
+
+
+class _Stacks:
+    """Tells the user of each worker that ended itself because nothing moved."""
+
+    def __init__(self, run: Path, say: Say) -> None:
+        self.folder, self.say = run / watchdog.FOLDER, say
+        self.seen = self._written()
+
+    def __call__(self) -> None:
+        for path in sorted(self._written() - self.seen):
+            self.seen.add(path)
+            self.say(f"{path.read_text().partition(';')[0]}; its stacks are in {path}. The workers start again.")
+
+    def _written(self) -> set[Path]:
+        return {path for path in self.folder.glob("rank-*.txt") if path.stat().st_size}
+
+
+def _watched(work: Callable[[], object], look: Callable[[], None]) -> Exception | None:
+    """Run `work` beside the main thread, which stays free for signals and looks around; returns what it raised.
+
+    A signal handler that raises inside Ray's own waiting is swallowed there. Raises `TrainingFailedError`
+    when a process of Ray's own died, for which Ray would wait for minutes and then end this process.
+    """
+    raised: list[Exception] = []
+
+    def run() -> None:
+        try:
+            work()
+        except Exception as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, daemon=True, name="ray-train")
+    thread.start()
+    while thread.is_alive():
+        thread.join(POLL_S)
+        look()
+        if name := dead_process():
+            raise TrainingFailedError(
+                f"Ray's process {name} died (killed, or out of memory?), and with it the workers. "
+                "The same command resumes from the newest checkpoint."
+            )
+    return raised[0] if raised else None
+
+
+def describe(problem: Exception, config: PretrainConfig) -> str:
+    """The heart of what Ray Train raises, without its traceback; with advice where memory ran out."""
+    failures: dict[int, Exception] = getattr(problem, "worker_failures", None) or {0: problem}
+    texts = {rank: str(error) for rank, error in failures.items()}
+    for rank, text in texts.items():
+        if "OutOfMemoryError" in text or "memory monitor" in text or "due to the node running low on memory" in text:
+            return f"worker {rank} was ended by Ray because the machine ran low on memory; {memory_advice(config)}"
+        if re.search(r"SIGKILL|killed by.*OOM|OOM killer", text):
+            return (
+                f"worker {rank} was killed from outside, most often by the kernel when memory runs out; if so, "
+                f"{memory_advice(config)}"
+            )
+    lines = [line for line in texts[min(texts)].strip().splitlines() if line.strip()]
+    return lines[-1] if lines else type(problem).__name__
+
+
+def memory_advice(config: PretrainConfig) -> str:
+    """What to lower, dearest first."""
+    parallel = config.parallel
+    precision = "" if config.train.precision == "bf16" else ", use train.precision=bf16"
+    rank = f", method.rank (now {config.method.rank})" if config.method.kind == "low_rank" else ", use low_rank layers"
+    return (
+        f"lower parallel.micro_batch_size (now {parallel.micro_batch_size}; raise parallel.micro_batches (now "
+        f"{parallel.micro_batches}) by as much to keep the batch), data.seq_len (now {config.data.seq_len}){rank}"
+        f"{precision}, or raise parallel.stages (now {parallel.stages}) over more machines."
+    )
+
+
+def _with_advice(fatal: dict[str, Any], config: PretrainConfig) -> str:
+    """The worker's message, and what to change where the settings are the cause."""
+    message = str(fatal["message"])
+    if fatal["error"] == OutOfMemoryError.__name__:
+        return f"{message}; {memory_advice(config)}"
+    if fatal["error"] != NonFiniteError.__name__:
+        return message
+    optimizer = config.optimizer
+    return (
+        f"{message} is not finite; the step was not taken and the checkpoints before it stand. Lower "
+        f"optimizer.lr (now {optimizer.lr:g}), raise optimizer.warmup_steps (now {optimizer.warmup_steps}) or set "
+        f"optimizer.grad_clip (now {optimizer.grad_clip:g}), under another run.name."
+    )

@@ -1,0 +1,90 @@
+"""A worker that stands still ends itself, and leaves behind where it stood.
+
+A worker waits for its neighbours in every micro-batch. When one of them hangs, all do, for as long
+as their sockets stay open: for ever. So each worker watches its own progress. When nothing moved
+for `train.hang_timeout_s`, it writes the stacks of all its threads to `RUN/stacks/` and ends hard;
+Ray Train then ends the others and starts all of them from the newest checkpoint. The command sees
+the file and says so.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+# The start (reading a checkpoint, compiling, filling caches, up to the first step) may take this many times
+# longer. The process group's own timeout is the same, so that it never ends a wait before the watchdog does.
+START_FACTOR = 3
+EXIT_CODE = 75
+FOLDER = "stacks"
+
+
+class Watchdog:
+    """`with Watchdog(...):` ends the process when `progress()` stays the same for too long.
+
+    `progress` returns anything comparable and must not wait. `timeout_s` 0 watches nothing. Until
+    `settle` is called, the limit is `START_FACTOR` times longer.
+    """
+
+    def __init__(self, run: Path, rank: int, timeout_s: float, progress: Callable[[], object]) -> None:
+        self.folder, self.rank, self.timeout_s = run / FOLDER, rank, timeout_s
+        self.progress = progress
+        self.limit_s = START_FACTOR * timeout_s
+        self._poll_s = min(5.0, timeout_s / 20)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        if self.timeout_s:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for old in self.folder.glob(f"rank-{self.rank}-*.txt"):
+                if old.stat().st_size == 0:  # of a worker that was killed while all went well
+                    old.unlink(missing_ok=True)
+            self.path = self.folder / f"rank-{self.rank}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
+            self._file = open(self.path, "w", encoding="utf-8")  # now: later Python may stand still
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.timeout_s:
+            self._stop.set()
+            self._thread.join()
+            faulthandler.cancel_dump_traceback_later()
+            self._file.close()
+            self.path.unlink(missing_ok=True)
+
+    def settle(self) -> None:
+        """The start is over: from here on `timeout_s` is the limit."""
+        self.limit_s = self.timeout_s
+
+    def _watch(self) -> None:
+        # Time is counted in polls, not read from the clock: a process that was stopped and goes on, or a
+        # machine that slept, gets its whole time again.
+        idle_s, before = 0.0, self.progress()
+        while True:
+            # Should native code keep Python's lock, this thread stands still too; faulthandler's own does not.
+            faulthandler.dump_traceback_later(self.limit_s + 4 * self._poll_s, exit=True, file=self._file)
+            if self._stop.wait(self._poll_s):
+                return
+            now = self.progress()
+            idle_s = idle_s + self._poll_s if now == before else 0.0
+            before = now
+            if idle_s >= self.limit_s:
+                self._end(idle_s)
+
+    def _end(self, idle_s: float) -> None:
+        text = f"worker {self.rank} made no progress for {idle_s:.0f} s (train.hang_timeout_s={self.timeout_s:g})"
+        try:
+            self._file.write(f"{text}; its threads stood here:\n")
+            self._file.flush()
+            faulthandler.dump_traceback(self._file, all_threads=True)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            print(f"{text}; its stacks are in {self.path}", file=sys.stderr, flush=True)
+        finally:
+            os._exit(EXIT_CODE)
