@@ -1,7 +1,7 @@
 """One unit of text to one file of ids: what a parallel task of `prepare` does (no Ray in here).
 
-A unit's file has a row a document: `tokens` (its ids and end-of-text), `digest` (128 bits of
-blake2b over its UTF-8 bytes) and `bytes`.
+A unit's file (Arrow's, so that it is packed without being decoded) has a row a document: `tokens`
+(its ids and end-of-text), `digest` (128 bits of blake2b over its UTF-8 bytes) and `bytes`.
 """
 
 from __future__ import annotations
@@ -25,53 +25,78 @@ from finhpc.data.unit import Faults, Unit
 
 BATCH_BYTES = 1 << 20  # text encoded at a time: bounds a task's memory, whatever the unit's size
 DIGEST_BYTES = 16
+CHECKED_CHARS = 20_000  # of a unit's first document, encoded by the Hugging Face tokeniser as well
 DROPPED = "finhpc.dropped"
 
 
 def unit_file(work: Path, index: int) -> Path:
-    return work / f"unit-{index:05d}.parquet"
+    return work / f"unit-{index:05d}.arrow"
 
 
-def encode_unit(unit: Unit, config: PrepareConfig, folder: Path, target: Path) -> None:
-    """Write a unit's documents as ids to `target`, whole or not at all; what was dropped stands in its footer.
+def encode_unit(unit: Unit, config: PrepareConfig, folder: Path, target: Path, tiktoken: bool | None = None) -> None:
+    """Write a unit's documents as ids to `target`, whole or not at all; what was dropped stands in its last batch.
 
-    `folder` holds the tokeniser. Raises `DataError` as reading does.
+    `folder` holds the tokeniser, `tiktoken` says whether that can do its work, if it is known. Raises
+    `DataError` as reading does, and where tiktoken's ids are not the tokeniser's.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tasks are parallel already
-    encoder = _encoder(folder)
+    encoder = _encoder(folder, (folder / "tokenizer.json").stat().st_mtime_ns, tiktoken)
     schema = work_schema(encoder.dtype)
     faults, dropped = Faults(config.on_error), Counter({"empty": 0})
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        with pq.ParquetWriter(partial, schema, compression="zstd", use_dictionary=False) as writer:
-            for texts in _batches(sources.read(unit, config, faults), dropped):
-                raw = [text.encode() for text in texts]
-                ids, lengths = encoder.encode(texts)
-                offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-                columns = {
-                    "tokens": pa.ListArray.from_arrays(offsets, ids),
-                    "digest": pa.array([digest(text) for text in raw], pa.binary(DIGEST_BYTES)),
-                    "bytes": pa.array([len(text) for text in raw], pa.int64()),
-                }
-                writer.write_table(pa.table(columns, schema=schema))
-            dropped["broken"] = faults.broken
-            writer.add_key_value_metadata({DROPPED: json.dumps(dropped)})
-        with open(partial, "rb") as file:
+        with open(partial, "wb") as file:
+            with pa.ipc.new_file(file, schema) as writer:
+                for index, texts in enumerate(_batches(sources.read(unit, config, faults), dropped)):
+                    if index == 0:
+                        encoder.check(texts[0][:CHECKED_CHARS])
+                    writer.write_batch(_rows(texts, encoder, schema))
+                dropped["broken"] = faults.broken
+                writer.write_batch(_rows([], encoder, schema), custom_metadata={DROPPED: json.dumps(dropped)})
+            file.flush()
             os.fsync(file.fileno())
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
 
 
+def unit_batches(path: Path) -> Iterator[Any]:
+    """The record batches of a unit's file, mapped from disk, not read."""
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as file:
+        reader = pa.ipc.open_file(file)
+        for index in range(reader.num_record_batches - 1):
+            yield reader.get_batch(index)
+
+
 def unit_dropped(path: Path) -> dict[str, int]:
     """How many documents a unit's file left out, by reason."""
-    import pyarrow.parquet as pq
+    import pyarrow as pa
 
-    counts: dict[str, int] = json.loads(pq.read_metadata(path).metadata[DROPPED.encode()])
+    with pa.memory_map(str(path)) as file:
+        reader = pa.ipc.open_file(file)
+        metadata = reader.get_batch_with_custom_metadata(reader.num_record_batches - 1).custom_metadata
+        counts: dict[str, int] = json.loads(metadata[DROPPED.encode()])
     return counts
+
+
+def _rows(texts: list[str], encoder: Encoder, schema: Any) -> Any:
+    """Documents as a record batch."""
+    import pyarrow as pa
+
+    raw = [text.encode() for text in texts]
+    ids, lengths = encoder.encode(texts)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    digests = pa.py_buffer(b"".join(map(digest, raw)))
+    columns = [
+        pa.ListArray.from_arrays(offsets, ids),
+        pa.Array.from_buffers(pa.binary(DIGEST_BYTES), len(raw), [None, digests]),
+        pa.array(list(map(len, raw)), pa.int64()),
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
 def digest(text: bytes) -> bytes:
@@ -126,5 +151,6 @@ def _batches(texts: Iterator[str], dropped: Counter[str]) -> Iterator[list[str]]
 
 
 @lru_cache(maxsize=1)
-def _encoder(folder: Path) -> Encoder:
-    return Encoder(folder)
+def _encoder(folder: Path, changed_ns: int, tiktoken: bool | None) -> Encoder:
+    """Opened once a process; `changed_ns` tells a folder's tokeniser from an earlier one in its place."""
+    return Encoder(folder, tiktoken)

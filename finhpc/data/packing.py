@@ -6,13 +6,12 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from finhpc.config import PrepareConfig
-from finhpc.data.encoding import DIGEST_BYTES, held_out
+from finhpc.data.encoding import DIGEST_BYTES, held_out, unit_batches
 from finhpc.data.progress import Progress
 from finhpc.data.shards import ShardFile, Split, SplitCounts, Tokens, encode_shard, write_atomic
 from finhpc.errors import ConfigError
@@ -86,13 +85,14 @@ def pack(files: list[Path], out: Path, config: PrepareConfig, vocab_size: int) -
     done = 0
     with Progress("packing", sum(path.stat().st_size for path in files)) as progress:
         for path in files:
-            for tokens, lengths, sizes in _documents(path):
-                here = slice(done, done + len(lengths))
+            for tokens, ends, sizes in _documents(path):
+                here = slice(done, done + len(sizes))
                 for split, packer in packers.items():
                     chosen = keep[here] & (val[here] == (split == "val"))
                     packer.counts.documents += int(chosen.sum())
                     packer.counts.bytes += int(sizes[chosen].sum())
-                    packer.add(tokens[np.repeat(chosen, lengths)])
+                    for start, stop in runs(chosen):
+                        packer.add(tokens[ends[start] : ends[stop]])
                 done = here.stop
             progress.advance(path.stat().st_size)
     tail = sum(packer.close() for packer in packers.values())
@@ -116,6 +116,12 @@ def first_occurrences(digests: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
     return keep
 
 
+def runs(chosen: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """Where the True of a mask begin and end, [start, stop): few pieces, for most documents go to train."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], chosen, [False]])))
+    return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
+
+
 def entropy_nats(frequencies: npt.NDArray[np.int64]) -> float:
     """-sum p log p: the loss, in nats a token, of the best guess that knows only how often ids occur."""
     p = frequencies[frequencies > 0] / frequencies.sum()
@@ -124,27 +130,20 @@ def entropy_nats(frequencies: npt.NDArray[np.int64]) -> float:
 
 def _digests(files: list[Path]) -> npt.NDArray[np.uint64]:
     """All documents' digests, in order: (n, 2) uint64."""
-    import pyarrow.parquet as pq
-
     parts = [np.empty(0, np.dtype("<u8"))]
     for path in files:
-        for chunk in pq.read_table(path, columns=["digest"], use_threads=False).column(0).chunks:
-            raw = chunk.buffers()[1]
-            parts.append(np.frombuffer(raw, "<u8", len(chunk) * 2, chunk.offset * DIGEST_BYTES))
+        for batch in unit_batches(path):
+            column = batch.column(1)
+            view = np.frombuffer(column.buffers()[1], "<u8", len(column) * 2, column.offset * DIGEST_BYTES)
+            parts.append(view.copy())  # a view would keep the file mapped
     return np.concatenate(parts).reshape(-1, 2)
 
 
-def _documents(path: Path) -> Iterator[tuple[Tokens, npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
-    """A unit file, one row group at a time: ids in a row, ids a document, bytes a document."""
-    import pyarrow.parquet as pq
-
-    with pq.ParquetFile(path, memory_map=True) as file:
-        for group in range(file.num_row_groups):
-            batch: Any = file.read_row_group(group, columns=["tokens", "bytes"], use_threads=False).combine_chunks()
-            for part in batch.to_batches():
-                rows = part.column(0)
-                lengths = np.diff(rows.offsets.to_numpy()).astype(np.int64)
-                yield rows.flatten().to_numpy(), lengths, part.column(1).to_numpy()
+def _documents(path: Path) -> Iterator[tuple[Tokens, npt.NDArray[np.int32], npt.NDArray[np.int64]]]:
+    """A unit file, one batch at a time: ids in a row, where each document's begin and end, bytes a document."""
+    for batch in unit_batches(path):
+        rows = batch.column(0)
+        yield rows.values.to_numpy(), rows.offsets.to_numpy(), batch.column(2).to_numpy()
 
 
 def _too_small(packer: Packer, config: PrepareConfig) -> str:

@@ -59,7 +59,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         return done
     with _workplace(out, settings) as work:
         encoder = _tokenizer(work / TOKENIZER, units, config)
-        dropped = _encode(units, config, work)
+        dropped = _encode(units, config, work, encoder.slow_because is None)
         for stale in [*out.glob("train-*.parquet"), *out.glob("val-*.parquet")]:
             stale.unlink()
         packed = pack([unit_file(work, i) for i in range(len(units))], out, config, encoder.vocab_size)
@@ -133,10 +133,13 @@ def _tokenizer(folder: Path, units: list[Unit], config: PrepareConfig) -> Encode
         fresh = folder.with_name(".tokenizer.partial")
         save(config.tokenizer, fresh, lambda: training_sample(units, config))
         os.rename(fresh, folder)
-    return Encoder(folder)
+    encoder = Encoder(folder)
+    if encoder.slow_because:
+        _say(f"tokeniser {config.tokenizer}: by Hugging Face's code, slower than by tiktoken: {encoder.slow_because}")
+    return encoder
 
 
-def _encode(units: list[Unit], config: PrepareConfig, work: Path) -> dict[str, int]:
+def _encode(units: list[Unit], config: PrepareConfig, work: Path, tiktoken: bool) -> dict[str, int]:
     """Phase 1: every unit that has no file yet, in parallel; returns what all units dropped."""
     pending = [index for index in range(len(units)) if not unit_file(work, index).is_file()]
     if len(pending) < len(units):
@@ -145,7 +148,7 @@ def _encode(units: list[Unit], config: PrepareConfig, work: Path) -> dict[str, i
     total = sum(units[index].size if sized else 1 for index in pending)
     if pending:
         with _ray(config), Progress("tokenising", total, bytes_=sized) as progress:
-            for row in _run_tasks(pending, units, config, work):
+            for row in _run_tasks(pending, units, config, work, tiktoken):
                 if row["error"]:
                     raise (ConfigError if row["kind"] == "ConfigError" else DataError)(row["error"])
                 progress.advance(units[row["index"]].size if sized else 1)
@@ -155,24 +158,26 @@ def _encode(units: list[Unit], config: PrepareConfig, work: Path) -> dict[str, i
     return dict(dropped)
 
 
-def _run_tasks(pending: list[int], units: list[Unit], config: PrepareConfig, work: Path) -> Iterator[dict[str, Any]]:
+def _run_tasks(
+    pending: list[int], units: list[Unit], config: PrepareConfig, work: Path, tiktoken: bool
+) -> Iterator[dict[str, Any]]:
     """One row a unit, as soon as it is done."""
     import ray
 
     rows = [{"index": index, "unit": pickle.dumps(units[index])} for index in pending]
     dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS))
     pool = ray.data.TaskPoolStrategy(size=config.workers or None)
-    dataset = dataset.map(partial(_task, config=config, work=work), num_cpus=1, compute=pool)
+    dataset = dataset.map(partial(_task, config=config, work=work, tiktoken=tiktoken), num_cpus=1, compute=pool)
     dataset.context.enable_progress_bars = False
     yield from dataset.iter_rows()
 
 
-def _task(row: dict[str, Any], config: PrepareConfig, work: Path) -> dict[str, Any]:
+def _task(row: dict[str, Any], config: PrepareConfig, work: Path, tiktoken: bool) -> dict[str, Any]:
     """Encode one unit; what goes wrong comes back as data, to be raised once and in our words."""
     index, unit = row["index"], pickle.loads(row["unit"])
     error, kind = "", ""
     try:
-        encode_unit(unit, config, work / TOKENIZER, unit_file(work, index))
+        encode_unit(unit, config, work / TOKENIZER, unit_file(work, index), tiktoken)
     except FinhpcError as problem:
         error, kind = str(problem), type(problem).__name__
     except Exception as problem:  # a full disk, a file that vanished: named with its unit, not as a Ray traceback
@@ -243,6 +248,7 @@ def _finish(
 
 def _versions() -> dict[str, str]:
     import pyarrow
+    import tiktoken
     import tokenizers
 
     import finhpc
@@ -252,6 +258,7 @@ def _versions() -> dict[str, str]:
         "python": platform.python_version(),
         "pyarrow": pyarrow.__version__,
         "tokenizers": tokenizers.__version__,
+        "tiktoken": tiktoken.__version__,
     }
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import sys
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from finhpc.data import bpe
 from finhpc.data.shards import Tokens
 from finhpc.errors import ConfigError, DataError
 
@@ -57,14 +59,22 @@ def trained_size(spec: str) -> int | None:
 
 
 class Encoder:
-    """Text to ids with a saved tokeniser; each text is followed by end-of-text."""
+    """Text to ids with a saved tokeniser; each text is followed by end-of-text.
 
-    def __init__(self, folder: Path) -> None:
-        """Raises `DataError` where `folder` holds no tokeniser with an end-of-text token."""
+    tiktoken does the work where it gives the Hugging Face tokeniser's ids for every text; else
+    `slow_because` says why not.
+    """
+
+    def __init__(self, folder: Path, tiktoken: bool | None = None) -> None:
+        """`tiktoken`: whether it can do the work, where that is known already.
+
+        Raises `DataError` where `folder` holds no tokeniser with an end-of-text token.
+        """
         from tokenizers import Tokenizer
 
         try:
             config = json.loads((folder / "tokenizer_config.json").read_bytes())
+            tree = json.loads((folder / "tokenizer.json").read_bytes())
             self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # the library raises plain Exception
             raise DataError(f"{folder} holds no readable tokeniser ({error}); prepare again.") from None
@@ -78,9 +88,49 @@ class Encoder:
         self.tokenizer.encode_special_tokens = True
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
+        self.slow_because: str | None = None
+        if tiktoken is None:
+            self.slow_because = bpe.why_not(tree, self.tokenizer)
+            tiktoken = self.slow_because is None
+        self._merged = bpe.MergedBytes(tree) if tiktoken else None
+        if self._merged is not None:
+            # The rank behind the last stands for end-of-text.
+            self._id_of_rank = np.append(self._merged.ids, self.eot_id).astype(self.dtype)
 
     def encode(self, texts: Sequence[str]) -> tuple[Tokens, npt.NDArray[np.int64]]:
         """The ids of all texts in a row, end-of-text after each, and how many ids each took."""
+        if self._merged is None:
+            return self._encode_slowly(texts)
+        pieces: list[Tokens] = []
+        lengths = np.empty(len(texts), np.int64)
+        held = array("I")
+        end = len(self._merged.ids)
+        for index, text in enumerate(texts):
+            ranks = self._merged.ranks(text)
+            if ranks is None:
+                slow, (lengths[index],) = self._encode_slowly([text])
+                pieces += [self._ids(held), slow]
+                held = array("I")
+            else:
+                lengths[index] = len(ranks) + 1
+                held.fromlist(ranks)
+                held.append(end)
+        pieces.append(self._ids(held))
+        return np.concatenate(pieces), lengths
+
+    def check(self, text: str) -> None:
+        """Raise `DataError` where the ids of a text are not the Hugging Face tokeniser's."""
+        ids, expected = self.encode([text])[0], self._encode_slowly([text])[0]
+        if not np.array_equal(ids, expected):
+            raise DataError(
+                f"tiktoken {importlib.metadata.version('tiktoken')} gives other ids than the Hugging Face tokeniser "
+                f"for the text that begins {text[:40]!r}; install the versions that constraints.txt names."
+            )
+
+    def _ids(self, ranks: array[int]) -> Tokens:
+        return self._id_of_rank[np.frombuffer(ranks, np.uint32)]
+
+    def _encode_slowly(self, texts: Sequence[str]) -> tuple[Tokens, npt.NDArray[np.int64]]:
         rows = [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
         lengths = np.fromiter(map(len, rows), np.int64, len(rows)) + 1
         end = (self.eot_id,)

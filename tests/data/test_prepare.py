@@ -154,7 +154,7 @@ def test_a_killed_run_leaves_nothing_finished_and_continues(tmp_path, capsys):
     code = "import sys, finhpc.data.prepare as p\np.prepare(p.PrepareConfig.model_validate_json(sys.argv[1]))"
     process = subprocess.Popen([sys.executable, "-c", code, config.model_dump_json()], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while len(list((tmp_path / "out" / ".work").glob("unit-*.parquet"))) < 3:
+    while len(list((tmp_path / "out" / ".work").glob("unit-*.arrow"))) < 3:
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.02)
