@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import threading
@@ -58,15 +59,16 @@ def fit(plan: Plan, folder: RunFolder, cuda: bool, say: Say) -> None:
             ),
         ),
     )
+    stacks = _Stacks(folder.path, say)
     with _health_timeout(hang_s):
-        problem = _watched(trainer.fit, _Stacks(folder.path, say))
+        problem = _watched(trainer.fit, stacks)
     fatal = folder.path / FATAL
     if fatal.exists():
         raise TrainingFailedError(_with_advice(json.loads(fatal.read_text()), config))
     if problem is not None:
         raise TrainingFailedError(
             f"the workers failed more than run.max_failures={config.run.max_failures} times; the last error: "
-            f"{describe(problem, config)}\nlogs: {folder.path / 'ray'} and Ray's own, "
+            f"{stacks.newest() or _describe(problem, config)}\nlogs: {folder.path / 'ray'} and Ray's own, "
             "/tmp/ray/session_latest/logs/train. The same command resumes from the newest checkpoint."
         )
 
@@ -94,11 +96,18 @@ class _Stacks:
     def __init__(self, run: Path, say: Say) -> None:
         self.folder, self.say = run / watchdog.FOLDER, say
         self.seen = self._written()
+        self.told = -math.inf, ""
 
     def __call__(self) -> None:
         for path in sorted(self._written() - self.seen):
             self.seen.add(path)
-            self.say(f"{path.read_text().partition(';')[0]}; its stacks are in {path}. The workers start again.")
+            self.told = time.monotonic(), f"{path.read_text().partition(';')[0]}; its stacks are in {path}"
+            self.say(f"{self.told[1]}. The workers start again.")
+
+    def newest(self) -> str | None:
+        """What was told in the last minute: the cause of a failure that came then."""
+        self()
+        return self.told[1] if time.monotonic() - self.told[0] < 60 else None
 
     def _written(self) -> set[Path]:
         return {path for path in self.folder.glob("rank-*.txt") if path.stat().st_size}
@@ -131,23 +140,23 @@ def _watched(work: Callable[[], object], look: Callable[[], None]) -> Exception 
     return raised[0] if raised else None
 
 
-def describe(problem: Exception, config: PretrainConfig) -> str:
+def _describe(problem: Exception, config: PretrainConfig) -> str:
     """The heart of what Ray Train raises, without its traceback; with advice where memory ran out."""
     failures: dict[int, Exception] = getattr(problem, "worker_failures", None) or {0: problem}
     texts = {rank: str(error) for rank, error in failures.items()}
     for rank, text in texts.items():
         if "OutOfMemoryError" in text or "memory monitor" in text or "due to the node running low on memory" in text:
-            return f"worker {rank} was ended by Ray because the machine ran low on memory; {memory_advice(config)}"
+            return f"worker {rank} was ended by Ray because the machine ran low on memory; {_memory_advice(config)}"
         if re.search(r"SIGKILL|killed by.*OOM|OOM killer", text):
             return (
                 f"worker {rank} was killed from outside, most often by the kernel when memory runs out; if so, "
-                f"{memory_advice(config)}"
+                f"{_memory_advice(config)}"
             )
     lines = [line for line in texts[min(texts)].strip().splitlines() if line.strip()]
     return lines[-1] if lines else type(problem).__name__
 
 
-def memory_advice(config: PretrainConfig) -> str:
+def _memory_advice(config: PretrainConfig) -> str:
     """What to lower, dearest first."""
     parallel = config.parallel
     precision = "" if config.train.precision == "bf16" else ", use train.precision=bf16"
@@ -163,7 +172,7 @@ def _with_advice(fatal: dict[str, Any], config: PretrainConfig) -> str:
     """The worker's message, and what to change where the settings are the cause."""
     message = str(fatal["message"])
     if fatal["error"] == OutOfMemoryError.__name__:
-        return f"{message}; {memory_advice(config)}"
+        return f"{message}; {_memory_advice(config)}"
     if fatal["error"] != NonFiniteError.__name__:
         return message
     optimizer = config.optimizer

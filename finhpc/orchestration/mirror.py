@@ -125,6 +125,7 @@ class Mirror:
         self.tags = {key: redact(str(value))[:TAG_LENGTH] for key, value in tags.items()}
         self._began = round(time.time() * 1000)
         self._client: MlflowClient | None = None
+        self._database: tuple[int, int] | None = None  # device and inode of the file that is open
         self._described = self._running = False
 
     @property
@@ -143,9 +144,11 @@ class Mirror:
             from mlflow import MlflowClient
 
             _make_database(self.tracking_uri)
+            self._database = _identity(self.tracking_uri)
             self._client = MlflowClient(tracking_uri=self.tracking_uri)
             if not self._run_is_alive():
                 self.state.forget_run()
+                self._described = self._running = False
                 self.state.run_id = self._find_run() or self._create_run()
                 self.state.save()
         if not self._described:
@@ -157,6 +160,7 @@ class Mirror:
 
     def send_batch(self) -> bool:
         """Send the next records of the journals; False when there are none."""
+        self._check_database()
         for name in (WORKER_FILE, DRIVER_FILE):
             offset = self.state.offsets.get(name, 0)
             records, new_offset = read(self.folder / name, offset, limit=RECORDS_A_BATCH)
@@ -173,6 +177,7 @@ class Mirror:
 
     def end(self, ending: Ending) -> None:
         """The result, the model and the status."""
+        self._check_database()
         if self.state.ended == ending.name:
             return
         step = int(ending.result.get("steps") or 0)
@@ -189,6 +194,11 @@ class Mirror:
         self.client.set_terminated(self.run_id, status=ending.status)
         self.state.ended = ending.name
         self.state.save()
+
+    def _check_database(self) -> None:
+        """A deleted file that is still open takes everything, and keeps nothing."""
+        if _identity(self.tracking_uri) != self._database:
+            raise FileNotFoundError(f"{database_file(self.tracking_uri)} was deleted or replaced")
 
     def _log_result(self, result: Mapping[str, Any], step: int) -> None:
         """Make the result's figures the ones that MLflow's list of runs shows.
@@ -281,18 +291,31 @@ def _make_database(tracking_uri: str) -> None:
     MLflow builds its tables for seconds at the first use. A second process that looks in meanwhile, or a
     kill, leaves a database that nothing can open.
     """
-    if (path := database_file(tracking_uri)) is None or path.exists():
+    if (path := database_file(tracking_uri)) is None or _has_content(path):
         return
     from mlflow import MlflowClient
 
     with open(path.with_name(f".{path.name}.lock"), "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if path.exists():  # another run was first
+        if _has_content(path):  # another run was first
             return
         draft = path.with_name(f".{path.name}.draft")
         draft.unlink(missing_ok=True)
         MlflowClient(f"sqlite:///{draft}").search_experiments(max_results=1)
         os.rename(draft, path)
+
+
+def _has_content(path: Path) -> bool:
+    """sqlite makes an empty file of what it does not find."""
+    return path.exists() and path.stat().st_size > 0
+
+
+def _identity(tracking_uri: str) -> tuple[int, int] | None:
+    path = database_file(tracking_uri)
+    if path is None or not path.exists():
+        return None
+    found = path.stat()
+    return found.st_dev, found.st_ino
 
 
 def _translate(

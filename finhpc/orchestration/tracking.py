@@ -97,6 +97,8 @@ class Tracker:
         # Short waits and no retries of its own: the thread tries again anyway, and must notice the run's end.
         for name, value in (("MAX_RETRIES", "0"), ("TIMEOUT", REQUEST_TIMEOUT_S)):
             os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{name}", value)
+        # A pool would hold on to a database that was deleted and made anew.
+        os.environ.setdefault("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")
         # MLflow prints addresses on stdout, which belongs to results.
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
         os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -64,6 +64,16 @@ class Saved:
                 raise CheckpointError(f"{file} has {file.stat().st_size} bytes, not {expected['bytes']}")
             if sha256(file) != expected["sha256"]:
                 raise CheckpointError(f"{file} is not what was written (sha256 differs)")
+            if file.suffix == ".safetensors":
+                _check_safetensors(file)
+
+
+def _check_safetensors(file: Path) -> None:
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} is no safetensors file ({error}); pickles are never opened") from None
 
 
 def read_stage(file: Path, prefix: str) -> dict[str, Tensor]:

@@ -60,9 +60,13 @@ def wait_for_step(storage: Path, step: int, process: subprocess.Popen[bytes], ti
         records, _ = read(storage / "run" / "journal.jsonl")
         if any(r["kind"] == "train" and r["step"] >= step for r in records):
             return
-        assert process.poll() is None, (storage / "stderr").read_text()[-3000:]
+        assert process.poll() is None, last_words(storage)
         time.sleep(0.02)
     raise AssertionError(f"step {step} was not reached: {(storage / 'stderr').read_text()[-3000:]}")
+
+
+def last_words(storage: Path) -> str:
+    return (storage / "stderr").read_text(errors="replace")[-3000:]
 
 
 def train_workers(process: subprocess.Popen[bytes]) -> list[psutil.Process]:

@@ -101,6 +101,8 @@ def test_a_job_succeeds_with_the_token(cluster: Cluster) -> None:
     assert result["status"] == "finished"
     assert json.dumps(result) in done.stdout, "the result is in the job's log"
     assert "step 10/10" in done.stdout
+    token = Path(cluster.environment["HOME"]) / ".ray" / "auth_token"
+    assert token.stat().st_mode & 0o077 == 0, "a job makes Ray's token private too"
 
 
 def test_a_job_is_refused_without_the_token(cluster: Cluster) -> None:

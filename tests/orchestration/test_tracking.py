@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -370,6 +371,83 @@ def test_a_server_that_never_answers_holds_nothing_up(storage: Path) -> None:
         assert not tracker.finish("FAILED", {"steps": 100}, timeout_s=1)
         assert time.monotonic() - begin < 7  # a request alone waits 10 s
     assert "did not take everything" in said[-1]
+
+
+def test_a_server_that_stalls_gets_each_step_once(
+    storage: Path, servers: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It answers after the client has given up: what it took before that is not taken twice."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    said: list[str] = []
+    port = _free_port()
+    servers.append(_serve(storage, port))
+    tracker = _tracker(storage, f"http://127.0.0.1:{port}", say=said.append)
+    _until(lambda: tracker.run_id)
+    folder = storage / "one"
+    for last in (300, 600, 900):
+        os.killpg(servers[-1].pid, signal.SIGSTOP)
+        _write_steps(folder, range(last - 299, last + 1))
+        _until(lambda: said and "does not take metrics" in said[-1])
+        os.killpg(servers[-1].pid, signal.SIGCONT)
+        _until(lambda: "is back" in said[-1])
+    assert tracker.finish("FINISHED", {"steps": 900})
+    assert _history(_client(storage), tracker.run_id or "", "train_loss") == [(s, LOSSES[s]) for s in range(1, 901)]
+
+
+def test_a_database_that_is_locked_for_a_while_gets_each_step_once(storage: Path) -> None:
+    tracker = _tracker(storage)
+    _until(lambda: tracker.run_id)
+    with sqlite3.connect(storage / "mlflow.db") as other:
+        other.execute("BEGIN EXCLUSIVE")
+        _write_steps(storage / "one", range(1, 101))
+        time.sleep(3)
+        other.rollback()
+    assert tracker.finish("FINISHED", {"steps": 100})
+    assert _history(_client(storage), tracker.run_id or "", "train_loss") == [(s, LOSSES[s]) for s in range(1, 101)]
+
+
+@pytest.mark.slow
+def test_a_database_that_is_locked_for_long_is_said_and_gets_each_step_once(storage: Path) -> None:
+    said: list[str] = []
+    tracker = _tracker(storage, say=said.append)
+    _until(lambda: tracker.run_id)
+    with sqlite3.connect(storage / "mlflow.db") as other:
+        other.execute("BEGIN EXCLUSIVE")
+        _write_steps(storage / "one", range(1, 101))
+        _until(lambda: said, 90)
+        other.rollback()
+    assert "database is locked" in said[0]
+    assert tracker.finish("FINISHED", {"steps": 100})
+    assert _history(_client(storage), tracker.run_id or "", "train_loss") == [(s, LOSSES[s]) for s in range(1, 101)]
+
+
+def test_a_database_deleted_under_the_run_is_made_anew_with_every_step(storage: Path) -> None:
+    said: list[str] = []
+    tracker = _tracker(storage, say=said.append)
+    _write_steps(storage / "one", range(1, 51))
+    _until(lambda: tracker.run_id and len(_history(_client(storage), tracker.run_id, "train_loss")) == 50)
+    first = tracker.run_id
+    (storage / "mlflow.db").unlink()
+    _write_steps(storage / "one", range(51, 101))
+    _until(lambda: said and "is back" in said[-1])
+    assert "mlflow.db was deleted or replaced" in said[0]
+    assert tracker.finish("FINISHED", {"steps": 100})
+    assert tracker.run_id != first
+    run = _client(storage).get_run(tracker.run_id or "")
+    assert run.data.params == {"a": "1"}
+    assert _history(_client(storage), run.info.run_id, "train_loss") == [(s, LOSSES[s]) for s in range(1, 101)]
+
+
+def test_names_with_path_separators_stay_names(storage: Path) -> None:
+    (storage / "deep").mkdir()
+    shutil.copy(storage / "mlflow.db", storage / "deep" / "mlflow.db")
+    before = sorted(path.name for path in storage.iterdir())
+    (storage / "deep" / "one").mkdir()
+    name = "../../a/../b"
+    tracker = Tracker(storage / "deep" / "one", default_tracking_uri(storage / "deep"), name, "one", {"p": name}, {})
+    assert tracker.start().finish("FINISHED", {"steps": 0})
+    assert sorted(path.name for path in storage.iterdir()) == before, "nothing outside the storage"
+    assert [e.name for e in _client(storage / "deep").search_experiments()] == [name, "Default"]
 
 
 def test_passwords_reach_neither_screen_nor_disk(storage: Path) -> None:

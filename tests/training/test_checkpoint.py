@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 from pathlib import Path
 
@@ -61,12 +63,46 @@ def test_a_damaged_newest_is_passed_over_and_said(tmp_path: Path, damage: str) -
     assert good is not None
     assert good.step == 10
     assert "step_00000020 is damaged" in said[0]
+    assert [saved.step for saved in complete(tmp_path)] == [10], "a damaged one must not count among those kept"
+
+
+def test_only_damaged_checkpoints_are_refused_and_none_is_touched(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        save(tmp_path, step, keep=3)
+    os.truncate(tmp_path / "step_00000010" / "stage-00000.safetensors", 7)
+    (tmp_path / "step_00000020" / "rank-0.safetensors").unlink()
+    os.truncate(tmp_path / "step_00000030" / "manifest.json", 100)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged .* to begin at step 0") as caught:
+        newest_good(tmp_path, print)
+    for name in ("step_00000010/stage-00000", "step_00000020/rank-0", "step_00000030/manifest.json"):
+        assert name in str(caught.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_checkpoint_that_never_was_complete_is_no_damage(tmp_path: Path) -> None:
+    save(tmp_path, 10)
+    (tmp_path / "step_00000010" / "manifest.json").unlink()
+    assert newest_good(tmp_path, print) is None
+
+
+def test_a_pickle_in_place_of_tensors_is_not_opened(tmp_path: Path) -> None:
+    """Even one whose sha256 was put into the manifest."""
+    save(tmp_path, 10)
+    file = tmp_path / "step_00000010" / "stage-00000.safetensors"
+    with open(file, "wb") as opened:
+        torch.save({"param.w": torch.ones(3, 4)}, opened)
+    manifest = json.loads((file.parent / "manifest.json").read_text())
+    manifest["files"][file.name] = {"bytes": file.stat().st_size, "sha256": checkpoint.sha256(file)}
+    checkpoint.write_json(file.parent / "manifest.json", manifest)
+    with pytest.raises(CheckpointError, match=r"is no safetensors file .* pickles are never opened"):
+        complete(tmp_path)[0].verify()
 
 
 def test_a_folder_without_manifest_is_no_checkpoint(tmp_path: Path) -> None:
     save(tmp_path, 10)
     save(tmp_path, 20)
-    (tmp_path / "step_00000020" / "manifest.json").write_text("{")
+    (tmp_path / "step_00000020" / "manifest.json").unlink()
     assert [saved.step for saved in complete(tmp_path)] == [10]
     checkpoint.remove_partial(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000010"]
