@@ -11,7 +11,7 @@ shards alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -43,11 +43,10 @@ class Order:
         self.starts: Ints = np.cumsum(self.sizes) - self.sizes
         self.epoch_samples = int(self.sizes.sum())
 
-    def visits(self, start: int, stop: int) -> list[Visit]:
-        """The visits that overlap the stream positions [start, stop), in stream order."""
-        found: list[Visit] = []
+    def visits(self, start: int, stop: int) -> Iterator[Visit]:
+        """The visits that overlap the stream positions [start, stop), in stream order, made as they are asked for."""
         if stop <= start:
-            return found
+            return
         for epoch in range(start // self.epoch_samples, -(-stop // self.epoch_samples)):
             sizes = np.add.reduceat(self.sizes[self._epoch(epoch)], self._group_starts())
             ends = np.cumsum(sizes)
@@ -56,10 +55,9 @@ class Order:
             for group in range(int(np.searchsorted(ends, start - base, side="right")), len(ends)):
                 size, first = int(sizes[group]), base + int(ends[group] - sizes[group])
                 if first >= stop:
-                    break
+                    return
                 if size:
-                    found.append(Visit(epoch, group, first, size))
-        return found
+                    yield Visit(epoch, group, first, size)
 
     def shards(self, visit: Visit) -> Ints:
         """Indices of the shards that a visit reads."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,6 +17,7 @@ from finhpc.errors import ConfigError
 Batch = dict[str, npt.NDArray[Any]]
 PIECE_TOKENS = 1 << 22  # tokens handed on at a time: 8 MB of 16-bit ids
 VISIT_TOKENS = 1 << 25  # tokens shuffled together: as many shards as hold them, 64 MB of 16-bit ids
+SEGMENT_TOKENS = 1 << 24  # tokens of a replica read ahead together, at least; a visit is never cut
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,20 @@ class ReplicaStream:
         shards_a_visit = max(1, VISIT_TOKENS // (max(sizes) * self.seq_len))
         return Order(sizes, self.seed, shards_a_visit)
 
-    def visits(self) -> list[Visit]:
+    def visits(self) -> Iterator[Visit]:
         """The shard visits that hold this replica's samples, in stream order."""
         return self.order.visits(self.start_step * self.samples_per_step, self.stop_step * self.samples_per_step)
+
+    def segments(self) -> Iterator[list[Visit]]:
+        """The visits in runs of about `SEGMENT_TOKENS` tokens of this replica, in stream order."""
+        held: list[Visit] = []
+        for visit in self.visits():
+            held.append(visit)
+            if sum(visit.size for visit in held) * self.seq_len >= SEGMENT_TOKENS * self.replicas:
+                yield held
+                held = []
+        if held:
+            yield held
 
     def pieces(self, visit: Visit) -> Iterator[Batch]:
         """This replica's samples of one visit, in order: tokens (n, seq_len) as stored, sample (n,) int64."""
@@ -82,20 +94,40 @@ class ReplicaStream:
 
 def local_stream(stream: ReplicaStream) -> Iterator[Batch]:
     """The replica's micro-batches: tokens (micro_batch_size, seq_len) int64, sample (micro_batch_size,) int64."""
+    pieces = (piece for visit in stream.visits() for piece in stream.pieces(visit))
+    return micro_batches(pieces, stream.micro_batch_size)
+
+
+def micro_batches(pieces: Iterable[Batch], size: int) -> Iterator[Batch]:
+    """Pieces of any number of rows, cut into batches of `size` rows, all int64; every row in its place.
+
+    Rows that are left over at the end, fewer than `size`, are a last, smaller batch.
+    """
     held: list[Batch] = []
-    size = stream.micro_batch_size
-    for visit in stream.visits():
-        for piece in stream.pieces(visit):
+    missing = size  # rows until the batch that `held` begins is full
+    for piece in pieces:
+        rows = len(piece["sample"])
+        if rows < missing:
             held.append(piece)
-            if sum(len(part["sample"]) for part in held) < size:
-                continue
-            joined = {name: np.concatenate([part[name] for part in held]) for name in piece}
-            whole = len(joined["sample"]) // size * size
-            for begin in range(0, whole, size):
-                yield as_batch({name: values[begin : begin + size] for name, values in joined.items()})
-            held = [{name: values[whole:] for name, values in joined.items()}]
+            missing -= rows
+            continue
+        begin = missing if held else 0
+        if held:
+            yield _joined([*held, _rows(piece, 0, begin)])
+        whole = begin + (rows - begin) // size * size
+        for first in range(begin, whole, size):
+            yield _joined([_rows(piece, first, first + size)])
+        held = [_rows(piece, whole, rows)] if whole < rows else []
+        missing = size - (rows - whole)
+    if held:
+        yield _joined(held)
 
 
-def as_batch(columns: Batch) -> Batch:
-    """A micro-batch as training takes it: both columns int64."""
-    return {name: np.asarray(columns[name], dtype=np.int64) for name in ("tokens", "sample")}
+def _rows(piece: Batch, begin: int, end: int) -> Batch:
+    return {name: values[begin:end] for name, values in piece.items()}
+
+
+def _joined(parts: list[Batch]) -> Batch:
+    if len(parts) == 1:
+        return {name: parts[0][name].astype(np.int64) for name in ("tokens", "sample")}
+    return {name: np.concatenate([part[name] for part in parts], dtype=np.int64) for name in ("tokens", "sample")}

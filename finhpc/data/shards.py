@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from finhpc.errors import ConfigError, DataError
 
@@ -33,10 +33,17 @@ class ShardFile(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
+    @field_validator("file")
+    @classmethod
+    def _inside(cls, name: str) -> str:
+        if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+            raise ValueError(f"{name!r} is not the plain name of a file in this folder")
+        return name
+
     file: str
-    blocks: int
+    blocks: int = Field(ge=0)
     sha256: str
-    bytes: int
+    bytes: int = Field(ge=0)
 
 
 class SplitCounts(BaseModel):
@@ -55,8 +62,8 @@ class Manifest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     format: int = FORMAT
-    block_len: int
-    vocab_size: int
+    block_len: int = Field(ge=1)
+    vocab_size: int = Field(ge=1)
     eot_id: int
     dtype: Literal["uint16", "uint32"]
     tokenizer_sha256: str
@@ -70,6 +77,16 @@ class Manifest(BaseModel):
     settings_sha256: str
     versions: dict[str, str]
 
+    @model_validator(mode="after")
+    def _whole(self) -> Manifest:
+        """A list of shards that was changed by hand no longer gives the fingerprint that runs remember."""
+        if missing := {"train", "val"} - set(self.splits):
+            raise ValueError(f"no {' and no '.join(sorted(missing))} split")
+        shards = [shard for split in self.splits.values() for shard in split]
+        if self.fingerprint != dataset_fingerprint(shards, self.tokenizer_sha256, self.block_len):
+            raise ValueError("the fingerprint is not that of the files it lists")
+        return self
+
 
 @dataclass(frozen=True)
 class Shards:
@@ -82,8 +99,8 @@ class Shards:
     def open(cls, folder: str | Path) -> Shards:
         """Open a folder written by `finhpc prepare`; every file must be there at its full size.
 
-        Raises `ConfigError` where the folder is none of ours or unfinished, `DataError` where a
-        file is missing or cut.
+        What a shard holds is checked when it is read. Raises `ConfigError` where the folder is none
+        of ours or unfinished, `DataError` where a file is missing or cut, or the tokeniser another.
         """
         folder = Path(folder).absolute()
         manifest = _read_manifest(folder)
@@ -98,7 +115,9 @@ class Shards:
                     f"{path} has {path.stat().st_size} bytes, the manifest says {shard.bytes}: it is damaged; "
                     "restore it, or run the same prepare into a new folder."
                 )
-        return cls(folder, manifest)
+        shards = cls(folder, manifest)
+        shards.check_tokenizer()
+        return shards
 
     @property
     def tokenizer(self) -> Path:
@@ -134,11 +153,29 @@ class Shards:
         """Samples of `seq_len` tokens in a split."""
         return sum(self.shard_samples(split, seq_len))
 
+    def check_tokenizer(self) -> None:
+        """Raise `DataError` unless the tokeniser in the folder is the one the ids were made with."""
+        path = self.tokenizer / "tokenizer.json"
+        if (found := file_sha256(path)) != self.manifest.tokenizer_sha256:
+            raise DataError(
+                f"{path} is not the tokeniser these shards were made with (sha256 {found[:12]}, the manifest says "
+                f"{self.manifest.tokenizer_sha256[:12]}); restore it, or run the same prepare into a new folder."
+            )
+
+    def check_same(self, fingerprint: str) -> None:
+        """Raise `DataError` unless the folder holds what it held when a run began (`manifest.fingerprint`)."""
+        if self.manifest.fingerprint != fingerprint:
+            raise DataError(
+                f"data.shards={self.folder} was replaced while the run worked: it holds other data (fingerprint "
+                f"{self.manifest.fingerprint[:12]}) than the run began with ({fingerprint[:12]}); restore it and run "
+                "the same command again, or use another run.name."
+            )
+
     def read_shard(self, split: Split, index: int) -> Tokens:
         """All blocks of a shard: (blocks, block_len), uint16 or uint32, read-only.
 
-        Raises `DataError` where the file is not the parquet the manifest describes, or holds an id
-        outside the vocabulary.
+        Raises `DataError` where the file cannot be read, is not the parquet the manifest describes,
+        holds an id outside the vocabulary, or holds other blocks than those that were prepared.
         """
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -147,16 +184,29 @@ class Shards:
         path = self.folder / shard.file
         expected = pa.list_(pa.from_numpy_dtype(np.dtype(manifest.dtype)), manifest.block_len)
         try:
-            table = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True).read(use_threads=False)
+            # Read whole, not mapped: a mapped file that is cut meanwhile ends the process.
+            content = path.read_bytes()
+            table = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True).read(use_threads=False)
         except (OSError, pa.ArrowException) as error:
-            raise DataError(f"{path} cannot be read ({error}); restore it, or prepare again.") from None
+            reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+            raise DataError(f"{path} cannot be read ({reason}); restore it, or prepare again.") from None
         if table.schema.names != ["tokens"] or not table.schema.field("tokens").type.equals(expected):
-            raise DataError(f"{path} holds {table.schema.to_string()!r}, not tokens: {expected}; restore it.")
+            held = ", ".join(f"{field.name}: {field.type}" for field in table.schema)
+            raise DataError(f"{path} holds {held or 'no column'}, not tokens: {expected}; restore it.")
         if table.num_rows != shard.blocks or table.column("tokens").null_count:
             raise DataError(f"{path} has {table.num_rows} rows, the manifest says {shard.blocks}; restore it.")
         blocks = _flat(table.column("tokens")).reshape(-1, manifest.block_len)
-        if blocks.size and (largest := int(blocks.max())) >= manifest.vocab_size:
-            raise DataError(f"{path} holds id {largest}, the vocabulary ends at {manifest.vocab_size - 1}; restore it.")
+        if blocks.size and int(blocks.max()) >= manifest.vocab_size:
+            row, column = divmod(int(np.argmax(blocks >= manifest.vocab_size)), manifest.block_len)
+            raise DataError(
+                f"{path} holds id {blocks[row, column]} in row {row}, position {column}; the vocabulary ends at "
+                f"{manifest.vocab_size - 1}; restore it, or prepare again."
+            )
+        if (found := hashlib.sha256(content).hexdigest()) != shard.sha256:
+            raise DataError(
+                f"{path} is not the file that was prepared (sha256 {found[:12]}, the manifest says "
+                f"{shard.sha256[:12]}): its blocks were changed or replaced; restore it."
+            )
         return blocks
 
     def eval_samples(self, n: int, seq_len: int) -> npt.NDArray[np.int64]:
@@ -242,7 +292,8 @@ def _read_manifest(folder: Path) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
-        raise DataError(f"{path} is damaged or of another version ({where}: {first['msg']}); prepare again.") from None
+        reason = first["msg"].removeprefix("Value error, ")
+        raise DataError(f"{path} is damaged or of another version ({where}: {reason}); prepare again.") from None
 
 
 def _flat(column: Any) -> Tokens:

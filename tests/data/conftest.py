@@ -9,20 +9,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from finhpc.data.shards import Manifest, ShardFile, SplitCounts, encode_shard, write_atomic
+from finhpc.data.shards import Manifest, ShardFile, SplitCounts, dataset_fingerprint, encode_shard, write_atomic
 
 BLOCK = 64
+TOKENIZER_JSON = b"{}"  # never opened here, only hashed
 
 
 @pytest.fixture
 def shards_folder(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a prepared folder of given blocks a train shard, of counting ids, without a tokeniser."""
+    """Writes a prepared folder of given blocks a train shard, of counting ids, with an empty tokeniser."""
 
     def make(train: tuple[int, ...] = (5, 3, 4), val: tuple[int, ...] = (4, 3), vocab_size: int = 60000) -> Path:
         folder = tmp_path / "shards"
         folder.mkdir()
         dtype = "uint16" if vocab_size <= 65536 else "uint32"
         start, splits = 0, {}
+        (folder / "tokenizer").mkdir()
+        (folder / "tokenizer" / "tokenizer.json").write_bytes(TOKENIZER_JSON)
         for split, sizes in (("train", train), ("val", val)):
             splits[split] = []
             for index, blocks in enumerate(sizes):
@@ -32,13 +35,14 @@ def shards_folder(tmp_path: Path) -> Callable[..., Path]:
                 write_atomic(folder / name, content)
                 sha256 = hashlib.sha256(content).hexdigest()
                 splits[split].append(ShardFile(file=name, blocks=blocks, sha256=sha256, bytes=len(content)))
+        tokenizer_sha256 = hashlib.sha256(TOKENIZER_JSON).hexdigest()
         manifest = Manifest(
             block_len=BLOCK,
             vocab_size=vocab_size,
             eot_id=0,
             dtype=dtype,
-            tokenizer_sha256="",
-            fingerprint="",
+            tokenizer_sha256=tokenizer_sha256,
+            fingerprint=dataset_fingerprint([*splits["train"], *splits["val"]], tokenizer_sha256, BLOCK),
             splits=splits,
             counts={"train": SplitCounts(), "val": SplitCounts()},
             dropped={},

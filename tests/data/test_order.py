@@ -24,7 +24,7 @@ def test_every_epoch_takes_every_sample_once_in_another_order(group):
 
 
 def test_visits_stand_side_by_side_without_gap_over_epoch_ends():
-    visits = Order(SIZES, seed=3).visits(0, 5 * EPOCH)
+    visits = list(Order(SIZES, seed=3).visits(0, 5 * EPOCH))
     assert [visit.first for visit in visits] == np.cumsum([0] + [visit.size for visit in visits])[:-1].tolist()
     assert len(visits) == 5 * 4  # the empty shard is never visited
 
@@ -42,8 +42,8 @@ def test_only_overlapping_visits_are_named():
     order = Order(SIZES, seed=1)
     for start in range(EPOCH):
         assert all(v.first < start + 1 and v.first + v.size > start for v in order.visits(start, start + 1))
-        assert len(order.visits(start, start + 1)) == 1
-    assert order.visits(4, 4) == []
+        assert len(list(order.visits(start, start + 1))) == 1
+    assert not list(order.visits(4, 4))
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 3, 4])
@@ -68,3 +68,7 @@ def test_the_order_depends_on_the_seed_and_is_fixed_for_ever():
 def test_no_samples_is_refused():
     with pytest.raises(ValueError, match="at least one sample"):
         Order([0, 0], 0)
+
+
+def test_an_endless_stream_is_not_planned_to_its_end():
+    assert next(Order(SIZES, seed=1).visits(EPOCH, 10**18)).first == EPOCH

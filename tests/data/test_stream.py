@@ -1,13 +1,16 @@
+import os
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from finhpc.data import reading
-from finhpc.data.reading import ReplicaStream, local_stream
-from finhpc.data.shards import Shards
-from finhpc.data.stream import ray_dataset, worker_batches
-from finhpc.errors import ConfigError
+from finhpc.data.reading import ReplicaStream, local_stream, micro_batches
+from finhpc.data.shards import Shards, encode_shard
+from finhpc.data.stream import ray_stream
+from finhpc.errors import ConfigError, DataError
 
 TRAIN = (5, 3, 4, 6)  # 18 blocks of 64: 72 samples of 16 an epoch
 
@@ -85,11 +88,89 @@ def test_numbers_that_do_not_fit_are_refused(shards_folder):
         make(folder, micro_batch_size=3)
 
 
+@pytest.mark.parametrize("size", [1, 2, 5, 7, 40])
+def test_pieces_of_any_size_are_cut_into_micro_batches(size):
+    lengths = [3, 1, 0, 9, 4, 4, 16, 2]
+    ids = np.arange(sum(lengths))
+    pieces = [{"tokens": i[:, None].astype(np.uint16), "sample": i} for i in np.split(ids, np.cumsum(lengths))[:-1]]
+    batches = list(micro_batches(pieces, size))
+    assert [len(batch["sample"]) for batch in batches[:-1]] == [size] * (len(batches) - 1)
+    assert 0 < len(batches[-1]["sample"]) <= size
+    assert sample_ids(batches) == ids.tolist()
+    for batch in batches:
+        assert (batch["tokens"][:, 0] == batch["sample"]).all()
+        assert batch["tokens"].dtype == batch["sample"].dtype == np.int64
+
+
+def test_segments_are_the_visits_in_order(shards_folder, monkeypatch):
+    stream = make(shards_folder(TRAIN))
+    visits = list(stream.visits())
+    assert list(stream.segments()) == [visits]
+    monkeypatch.setattr(reading, "SEGMENT_TOKENS", 2 * 72 * 16)
+    assert [len(segment) for segment in stream.segments()] == [2, 2]
+    assert [visit for segment in stream.segments() for visit in segment] == visits
+    halves = make(stream.shards.folder, replicas=2)
+    assert [len(segment) for segment in halves.segments()] == [4], "a replica has half of each visit"
+
+
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("max_tasks", [512, 3])
-def test_ray_gives_the_local_stream(shards_folder, monkeypatch, max_tasks):
-    monkeypatch.setattr("finhpc.data.stream.MAX_TASKS", max_tasks)
+@pytest.mark.parametrize(("segment", "tasks"), [(1 << 24, 4), (72 * 16, 4), (2 * 72 * 16, 1)])
+def test_ray_gives_the_local_stream(shards_folder, monkeypatch, segment, tasks):
+    monkeypatch.setattr(reading, "SEGMENT_TOKENS", segment)
+    monkeypatch.setattr("finhpc.data.stream.MAX_TASKS", tasks)
     folder = shards_folder(TRAIN)
     for replica in range(2):
         stream = make(folder, start_step=5, replicas=2, replica=replica)
-        assert_equal(worker_batches(ray_dataset(stream).iterator(), 2), local_stream(stream))
+        assert_equal(ray_stream(stream), local_stream(stream))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_nothing_runs_while_training_computes(shards_folder, monkeypatch):
+    monkeypatch.setattr(reading, "SEGMENT_TOKENS", 72 * 16)
+    stream = ray_stream(make(shards_folder(TRAIN)))
+    next(stream)
+    deadline = time.monotonic() + 60
+    while any("StreamingExecutor" in thread.name for thread in threading.enumerate()):
+        assert time.monotonic() < deadline, "Ray Data goes on beside the consumer"
+        time.sleep(0.05)
+    assert len(sample_ids(stream)) == 30 * 8 - 2
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_stream_left_early_ends_its_reading(shards_folder, monkeypatch):
+    monkeypatch.setattr(reading, "SEGMENT_TOKENS", 72 * 16)
+    stream = ray_stream(make(shards_folder(TRAIN)))
+    next(stream)
+    stream.close()
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("read-ahead")]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: os.truncate(path, 100), "cannot be read"),
+        (lambda path: path.unlink(), r"cannot be read \(No such file or directory\)"),
+        (lambda path: path.write_bytes(encode_shard(np.ones((4, 64), np.uint16))), "is not the file that was prepared"),
+        (lambda path: path.write_bytes(encode_shard(np.full((4, 64), 60001, np.uint16))), "holds id 60001 in row 0"),
+    ],
+)
+def test_a_shard_damaged_under_a_run_ends_it_with_one_line(shards_folder, monkeypatch, damage, message):
+    monkeypatch.setattr(reading, "SEGMENT_TOKENS", 72 * 16)
+    folder = shards_folder(TRAIN)
+    stream = ray_stream(make(folder))
+    first = [next(stream) for _ in range(4)]
+    damage(folder / "train-00002.parquet")
+    with pytest.raises(DataError, match=rf"train-00002.parquet {message}") as caught:
+        first += list(stream)
+    assert type(caught.value) is DataError, "not Ray's around it"
+    assert "\n" not in str(caught.value)
+    assert caught.value.__cause__ is None
+    assert sample_ids(first)[:72] == sample_ids(local_stream(make(restored(folder))))[: len(sample_ids(first))][:72]
+
+
+def restored(folder: Path) -> Path:
+    """The folder with the shard of the fixture's counting ids again."""
+    ids = np.arange(8 * 64, 12 * 64).astype(np.uint16).reshape(4, 64)
+    (folder / "train-00002.parquet").write_bytes(encode_shard(ids))
+    return folder
