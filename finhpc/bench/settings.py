@@ -16,7 +16,27 @@ class Bench(Section):
     out: str = Field("runs/bench", description="folder of the measurements: one folder each, with result.json")
 
 
-BENCHES: dict[str, tuple[type[Section], str]] = {}
+class BenchShards(Section):
+    shards: str | None = Field(None, description="folder written by `finhpc prepare`; default: random ones are made")
+    seq_len: int = Field(1024, ge=2, description="tokens a sample; also the block length of random shards")
+
+
+class DataBench(Section):
+    """Settings of `finhpc bench data`."""
+
+    bench: Bench = Field(default_factory=Bench)
+    data: BenchShards = Field(default_factory=BenchShards)
+    micro_batch_size: int = Field(8, ge=1, description="samples a micro-batch")
+    tokens: int = Field(12 << 22, ge=1, description="tokens read in each pass, in whole shards")
+    consumer_tokens_per_s: float = Field(
+        500_000, gt=0, description="pace of the consumer that waiting is measured with"
+    )
+    consumer_tokens: int = Field(2_000_000, ge=1, description="tokens it takes in each pass")
+
+
+BENCHES: dict[str, tuple[type[Section], str]] = {
+    "data": (DataBench, "finhpc.bench.data:bench_data"),
+}
 """Name -> its settings and the function that measures, as `module:function`."""
 
 
