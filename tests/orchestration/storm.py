@@ -41,9 +41,9 @@ from tests.tiny import tiny_shards
 
 HANG_S = 15
 FLAGS = [
-    *("--model.preset", "gpt2-tiny", "--model.layers", "4", "--model.width", "64", "--model.context", "64"),
+    *("--model.preset", "gpt2-tiny", "--model.layers", "4", "--model.width", "128", "--model.context", "64"),
     *("--model.dropout", "0", "--method.rank", "16", "--data.seq_len", "64", "--data.eval_samples", "16"),
-    *("--optimizer.min_lr_ratio", "1", "--parallel.stages", "2", "--parallel.micro_batch_size", "4"),
+    *("--optimizer.min_lr_ratio", "1", "--parallel.stages", "2", "--parallel.micro_batch_size", "8"),
     *("--parallel.micro_batches", "4", "--train.eval_every", "50", "--train.checkpoint_every", "20"),
     *("--train.keep_checkpoints", "3", "--train.hang_timeout_s", str(HANG_S), "--run.max_failures", "100000"),
 ]
@@ -244,7 +244,7 @@ def command_terminated(storm: Storm) -> None:
 
 
 def all_paused(storm: Storm) -> None:
-    """Everything stands still for longer than the hang limit, as on a machine that sleeps, and goes on."""
+    """Everything stands still for some seconds, as on a machine that sleeps, and goes on."""
     family = [*psutil.Process(storm.alive().pid).children(recursive=True), psutil.Process(storm.alive().pid)]
     for process in family:
         with suppress(psutil.Error):
@@ -353,7 +353,7 @@ def storm(
 ) -> Storm:
     """Hurt one run for `seconds`, let it finish, make the calm run, compare. Problems are in the result's list."""
     folder.mkdir(parents=True, exist_ok=True)
-    shards = tiny_shards(folder / "shards", blocks=384)
+    shards = tiny_shards(folder / "shards", blocks=1024)
     it = Storm(folder, shards, seed, chunk)
     try:
         it.serve()
@@ -445,7 +445,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=float(os.environ.get("FINHPC_STORM_S", "150")))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--gap", type=float, nargs=2, default=(20, 40), help="seconds between faults: from, to")
-    parser.add_argument("--chunk", type=int, default=1000, help="steps by which the run is made longer")
+    parser.add_argument("--chunk", type=int, default=2500, help="steps by which the run is made longer")
     parser.add_argument("--faults", default=",".join(FAULTS), help="names, separated by commas")
     parser.add_argument("--folder", type=Path)
     words = parser.parse_args()

@@ -89,6 +89,7 @@ def test_workers_killed_in_a_save_and_right_after_one(
     assert_same_run(resumed, unbroken)
 
 
+@pytest.mark.slow
 def test_a_full_disk_a_damaged_checkpoint_a_cut_record_of_ray_and_a_kill_too_many(
     run_shards: Path, unbroken: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -125,7 +126,8 @@ def test_a_full_disk_a_damaged_checkpoint_a_cut_record_of_ray_and_a_kill_too_man
     assert_same_run(resumed, unbroken)
 
 
-@pytest.mark.parametrize("name", ["raylet", pytest.param("gcs_server", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["raylet", "gcs_server"])
 def test_the_command_ends_when_ray_dies_and_resumes(
     name: str, run_shards: Path, unbroken: dict[str, Any], tmp_path: Path
 ) -> None:
