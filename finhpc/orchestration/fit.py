@@ -44,7 +44,12 @@ def fit(plan: Plan, folder: RunFolder, cuda: bool, say: Say) -> None:
     hang_s = config.train.hang_timeout_s
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"config": config.model_dump(mode="json"), "folder": str(folder.path), "cuda": cuda},
+        train_loop_config={
+            "config": config.model_dump(mode="json"),
+            "folder": str(folder.path),
+            "cuda": cuda,
+            "fingerprint": plan.shards.manifest.fingerprint,
+        },
         torch_config=TorchConfig(
             backend="nccl" if cuda else "gloo",
             timeout_s=round(watchdog.START_FACTOR * hang_s) if hang_s else TORCH_TIMEOUT_S,

@@ -61,6 +61,7 @@ def collect(plan: Plan, folder: Path, wall_s: float) -> dict[str, Any]:
         )
     saved.verify()
     shards = [lambda file=file: read_stage(file, "param") for file in saved.stage_files()]  # type: ignore[misc]
+    plan.shards.check_tokenizer()  # it goes into the model's folder
     save_model(folder / "model", plan.hf_config, shards, plan.shards.tokenizer)
     result = _measured(plan, folder)
     result |= {

@@ -24,7 +24,7 @@ NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
 def train_worker(arguments: dict[str, Any]) -> None:
-    """One worker's whole life. `arguments`: config (a dict), folder, cuda.
+    """One worker's whole life. `arguments`: config (a dict), folder, cuda, fingerprint (of the run's data).
 
     A failure of the user's making is written to `fatal.json`; a worker that finds one ends at once,
     so that Ray Train does not repeat it.
@@ -34,7 +34,7 @@ def train_worker(arguments: dict[str, Any]) -> None:
     if (folder / FATAL).exists():
         return
     try:
-        _train(config, folder, arguments["cuda"])
+        _train(config, folder, arguments["cuda"], arguments["fingerprint"])
     except NonFiniteError as error:  # raised by all workers alike: all end, none hangs
         _fatal(folder, error)
     except FinhpcError as error:  # perhaps by one worker alone: Ray Train must end the others
@@ -51,7 +51,7 @@ def train_worker(arguments: dict[str, Any]) -> None:
         raise full from error
 
 
-def _train(config: PretrainConfig, folder: Path, cuda: bool) -> None:
+def _train(config: PretrainConfig, folder: Path, cuda: bool, fingerprint: str) -> None:
     os.environ["DS_ACCELERATOR"] = "cuda" if cuda else "cpu"
     import ray.train.torch
     import torch
@@ -70,6 +70,7 @@ def _train(config: PretrainConfig, folder: Path, cuda: bool) -> None:
     torch.set_num_threads(config.resources.threads)
     torch.set_float32_matmul_precision("highest")
     shards = Shards.open(str(config.data.shards))
+    shards.check_same(fingerprint)  # a restarted worker may find another folder than the run began with
 
     def open_stream(first_step: int, replica: int) -> Iterator[dict[str, Any]]:
         # Made here, not handed to the trainer: only now is it known at which step the run goes on.
@@ -118,8 +119,8 @@ def _repeats(folder: Path, worker: Worker) -> bool:
         before = json.loads((folder / MEMORY).read_text())
     except (OSError, ValueError):
         before = {}
-    if before and before["attempt"] != worker.attempt:
-        return bool(before["step"] == worker.step)
+    if before and before["attempt"] != worker.attempt and before["step"] == worker.step:
+        return True
     write_json(folder / MEMORY, {"step": worker.step, "attempt": worker.attempt})
     return False
 

@@ -39,7 +39,7 @@ from finhpc.training.journal import read
 from tests.orchestration.runs import command, last_words, outcome, ray_process, train_workers
 from tests.tiny import tiny_shards
 
-HANG_S = 15
+HANG_S = 20
 FLAGS = [
     *("--model.preset", "gpt2-tiny", "--model.layers", "4", "--model.width", "128", "--model.context", "64"),
     *("--model.dropout", "0", "--method.rank", "16", "--data.seq_len", "64", "--data.eval_samples", "16"),
@@ -445,7 +445,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=float(os.environ.get("FINHPC_STORM_S", "150")))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--gap", type=float, nargs=2, default=(20, 40), help="seconds between faults: from, to")
-    parser.add_argument("--chunk", type=int, default=2500, help="steps by which the run is made longer")
+    parser.add_argument("--chunk", type=int, default=4000, help="steps by which the run is made longer")
     parser.add_argument("--faults", default=",".join(FAULTS), help="names, separated by commas")
     parser.add_argument("--folder", type=Path)
     words = parser.parse_args()
