@@ -49,7 +49,8 @@ class Journal:
         written = os.write(self._file, data)
         self._torn = written < len(data)
         if self._torn:
-            raise OSError(errno.ENOSPC, f"only {written} of {len(data)} bytes were written", str(self.path))
+            reason = f"No space left on device: {written} of {len(data)} bytes were written"
+            raise OSError(errno.ENOSPC, reason, str(self.path))
 
     def close(self) -> None:
         os.close(self._file)
