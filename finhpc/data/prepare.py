@@ -1,6 +1,6 @@
 """Text on disk -> token shards: `finhpc prepare`.
 
-Two phases. Parallel Ray Data tasks turn units of the source into files of ids under `out/.work`;
+Two phases. Parallel Ray tasks turn units of the source into files of ids under `out/.work`;
 then one process packs those, in order, into shards. Finished units are kept, so an interrupted run
 continues; the manifest comes last, so it never looks finished.
 """
@@ -11,7 +11,6 @@ import fcntl
 import hashlib
 import json
 import os
-import pickle
 import platform
 import shutil
 import sys
@@ -19,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,6 @@ from finhpc.errors import ConfigError, DataError, FinhpcError, RunBusyError
 
 WORK = ".work"
 RESULT = "result.json"
-MAX_BLOCKS = 4096  # Ray Data blocks that hold the units; beyond, a task takes several
 
 
 def prepare(config: PrepareConfig) -> dict[str, Any]:
@@ -163,37 +161,52 @@ def _run_tasks(
 ) -> Iterator[dict[str, Any]]:
     """One row a unit, as soon as it is done."""
     import ray
+    from ray.exceptions import RayError
 
-    rows = [{"index": index, "unit": pickle.dumps(units[index])} for index in pending]
-    dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS))
-    pool = ray.data.TaskPoolStrategy(size=config.workers or None)
-    dataset = dataset.map(partial(_task, config=config, work=work, tiktoken=tiktoken), num_cpus=1, compute=pool)
-    dataset.context.enable_progress_bars = False
-    yield from dataset.iter_rows()
+    # Plain tasks, not Ray Data: units are short, and its scheduling left each core idle for a third of the time.
+    task = ray.remote(num_cpus=1)(_task)
+    # Twice as many as there are cores, so that a core that ends one has the next at hand.
+    width = config.workers or 2 * int(ray.cluster_resources().get("CPU", 1))
+    waiting, running = iter(pending), dict[Any, int]()
+    try:
+        while True:
+            for index in islice(waiting, width - len(running)):
+                running[task.remote(index, units[index], config, work, tiktoken)] = index
+            if not running:
+                return
+            for done in ray.wait(list(running), num_returns=1)[0]:
+                index = running.pop(done)
+                try:
+                    yield ray.get(done)
+                except RayError as error:  # the task's process died, more often than Ray tries again
+                    reason = str(error).strip().splitlines()[0].rstrip(".")
+                    yield {"index": index, "error": _mend(units[index], type(error).__name__, reason), "kind": ""}
+    finally:
+        for left in running:
+            ray.cancel(left)
 
 
-def _task(row: dict[str, Any], config: PrepareConfig, work: Path, tiktoken: bool) -> dict[str, Any]:
+def _task(index: int, unit: Unit, config: PrepareConfig, work: Path, tiktoken: bool) -> dict[str, Any]:
     """Encode one unit; what goes wrong comes back as data, to be raised once and in our words."""
-    index, unit = row["index"], pickle.loads(row["unit"])
     error, kind = "", ""
     try:
         encode_unit(unit, config, work / TOKENIZER, unit_file(work, index), tiktoken)
     except FinhpcError as problem:
         error, kind = str(problem), type(problem).__name__
     except Exception as problem:  # a full disk, a file that vanished: named with its unit, not as a Ray traceback
-        error = f"{unit}: {type(problem).__name__}: {problem}; mend that and run the same prepare again."
+        error = _mend(unit, type(problem).__name__, str(problem))
     return {"index": index, "error": error, "kind": kind}
+
+
+def _mend(unit: Unit, kind: str, problem: str) -> str:
+    return f"{unit}: {kind}: {problem}; mend that and run the same prepare again."
 
 
 @contextmanager
 def _ray(config: PrepareConfig) -> Iterator[None]:
     """The Ray that runs already, or a local one for as long as it is needed."""
-    import logging
-
     import ray
-    import ray.data  # sets up its own log, to be quietened after
 
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
     if ray.is_initialized():
         yield
         return

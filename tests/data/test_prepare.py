@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -79,6 +80,20 @@ def test_shards_hold_every_document_once_with_the_hugging_face_ids(corpus):
 
 def is_held_out(text: str, fraction: float) -> bool:
     return int.from_bytes(encoding.digest(text.encode())[:8], "little") / 2**64 < fraction
+
+
+def test_a_tokeniser_that_tiktoken_cannot_do_works_as_well_and_is_said(corpus, capsys):
+    folder, _ = corpus
+    run(settings(folder))
+    assert "Hugging Face" not in capsys.readouterr().err
+    other = folder / "tokenizer"
+    shutil.copytree(folder / "out" / "tokenizer", other)
+    tree = json.loads((other / "tokenizer.json").read_bytes()) | {"normalizer": {"type": "NFC"}}
+    (other / "tokenizer.json").write_text(json.dumps(tree))
+    run(settings(folder, tokenizer=str(other), out=str(folder / "other")))
+    said = capsys.readouterr().err
+    assert "by Hugging Face's code, slower than by tiktoken: it normalises text (NFC)" in said
+    assert shas(folder / "other") == shas(folder / "out")  # this text is NFC already
 
 
 def test_the_unigram_entropy_is_the_held_out_splits(corpus):
