@@ -100,7 +100,9 @@ def _bench(words: list[str]) -> dict[str, Any] | None:
 
     names = ", ".join(BENCHES)
     if not words or words[0] in ("-h", "--help"):
-        print(f"usage: finhpc bench NAME [--KEY VALUE ...]\n\nNAME: one of {names}; finhpc bench NAME --help lists its settings")
+        print(
+            f"usage: finhpc bench NAME [--KEY VALUE ...]\n\nNAME: {names}; finhpc bench NAME --help lists its settings"
+        )
         return None
     name = words[0]
     if name not in BENCHES:

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from finhpc.errors import ConfigError
 from finhpc.lowrank.replace import Ranks
-from finhpc.models import gpt2, llama
+from finhpc.models import attention, gpt2, llama
 from finhpc.models.family import Family
 from finhpc.models.presets import Shape
 
@@ -42,7 +42,7 @@ def make_config(shape: Shape, ranks: Ranks) -> Any:
 
 
 def skeleton(config: Any) -> nn.Module:
-    """The whole Hugging Face model on the meta device: names and shapes, no memory.
+    """The whole Hugging Face model on the meta device, to be trained: names and shapes, no memory.
 
     Raises `ConfigError` naming every layer that its rank does not fit.
     """
@@ -51,6 +51,7 @@ def skeleton(config: Any) -> nn.Module:
     with torch.device("meta"):
         model: nn.Module = (family.low_rank_class if low_rank else family.dense_class)(config)
     model.tie_weights()  # type: ignore[operator]
+    model.config._attn_implementation = attention.NAME  # type: ignore[union-attr]
     return model
 
 

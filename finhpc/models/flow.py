@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finhpc.models.family import Flow
+from finhpc.models.loss import cross_entropy
 
 
 def embed(module: nn.Module, tokens: Tensor) -> Flow:
@@ -23,9 +24,9 @@ def norm(module: nn.Module, flow: Flow) -> Flow:
 
 
 def head(module: nn.Module, flow: Flow) -> Tensor:
-    """Logits of the output layer, then the loss."""
+    """The output layer, then the loss."""
     hidden, tokens = flow
-    return next_token_loss(module(hidden), tokens)
+    return next_token_loss(module(_rows(hidden)), tokens)
 
 
 def tied_head(module: nn.Module, flow: Flow) -> Tensor:
@@ -33,13 +34,17 @@ def tied_head(module: nn.Module, flow: Flow) -> Tensor:
     hidden, tokens = flow
     weight = module.weight
     assert isinstance(weight, Tensor)
-    return next_token_loss(F.linear(hidden, weight), tokens)
+    return next_token_loss(F.linear(_rows(hidden), weight), tokens)
 
 
 def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
     """Mean cross-entropy in nats of each next token, in float32, as transformers computes it.
 
-    `logits`: (batch, seq, vocab); `tokens`: (batch, seq); seq - 1 predictions a sample.
+    `logits`: (batch * (seq - 1), vocab), which may be overwritten; `tokens`: (batch, seq).
     """
-    logits = logits[:, :-1].float()
-    return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), tokens[:, 1:].reshape(-1))
+    return cross_entropy(logits, tokens[:, 1:].reshape(-1))
+
+
+def _rows(hidden: Tensor) -> Tensor:
+    """The states that predict a token: (batch * (seq - 1), width). The last of a sample predicts none."""
+    return hidden[:, :-1].reshape(-1, hidden.shape[-1])

@@ -40,6 +40,7 @@ def _settings(shape: Shape) -> dict[str, Any]:
         "n_layer": shape.layers,
         "n_head": shape.heads,
         "n_inner": shape.mlp_width or None,
+        "activation_function": "gelu_pytorch_tanh",  # gelu_new in one pass instead of eight
         "resid_pdrop": shape.dropout,
         "embd_pdrop": shape.dropout,
         "attn_pdrop": shape.dropout,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -31,9 +32,14 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrain
     if not list(path.glob("*.safetensors")):
         raise CheckpointError(f"{path} holds no .safetensors file; pickled weights are not opened; convert them first.")
     logging.disable_progress_bar()  # reading one file needs no bar on the user's screen
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, local_files_only=True, use_safetensors=True
-    )
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, local_files_only=True, use_safetensors=True
+        )
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path} holds a .safetensors file that is damaged or another format ({error}); pickles are never opened."
+        ) from None
     return model.eval()
 
 

@@ -22,6 +22,7 @@ from finhpc.config import PretrainConfig
 from finhpc.errors import NonFiniteError
 from finhpc.models.families import skeleton as make_skeleton
 from finhpc.models.pipeline import Layer, is_tied, parts_of, stage_borders
+from finhpc.training.allocator import keep_freed_memory
 from finhpc.training.optimizer import make_optimizer
 
 Batch = tuple[Tensor, Tensor]
@@ -48,6 +49,8 @@ class Engine:
 
     def __init__(self, config: PretrainConfig, hf_config: Any, device: torch.device) -> None:
         self.config, self.hf_config, self.device = config, hf_config, device
+        if device.type == "cpu":
+            keep_freed_memory()
         parallel = config.parallel
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # inference only; compiling it takes a minute
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)

@@ -154,10 +154,19 @@ def test_a_saved_model_opens_with_the_same_logits(
     save_model(tmp_path / "model", config, shards, tokenizer=None)
     tokens = torch.randint(0, 101, (2, 16), generator=torch.Generator().manual_seed(0))
     opened = finhpc.load_model(tmp_path / "model")
+    model.config._attn_implementation = "sdpa"  # as it is opened
     torch.testing.assert_close(opened(tokens).logits, model(tokens).logits, rtol=0, atol=0)
     assert json.loads((tmp_path / "model" / "config.json").read_text())["architectures"] == [type(opened).__name__]
     generated = opened.generate(tokens[:1, :4], max_new_tokens=4, do_sample=False, pad_token_id=0)
     assert generated.shape == (1, 8)
+
+
+def test_a_pickle_named_safetensors_is_refused(tmp_path: Path) -> None:
+    config = config_of({"preset": "gpt2-tiny", "layers": 1, "width": 32}, {"kind": "dense"}, vocab=101)
+    config.save_pretrained(tmp_path)
+    torch.save({"transformer.wte.weight": torch.zeros(101, 32)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="pickles are never opened"):
+        finhpc.load_model(tmp_path)
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:

@@ -64,6 +64,7 @@ def plain_loop(case: str, steps: int, **train: Any) -> dict[str, Any]:
     config = settings(case, 1, 1, 1, **train)
     torch.set_num_threads(1)
     model = initial_model(hf_config(config), config.train.seed, config.method.init)
+    model.config._attn_implementation = "sdpa"  # torch's own attention, not ours
     model.train()
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]

@@ -1,0 +1,112 @@
+"""Causal self-attention for training on a CPU, where torch's own kernel is slow.
+
+Scores are matrix products of blocks of queries with the keys up to the block's end, so that what
+causality hides is mostly not computed, and small enough to stay in the cache. Measured on two
+Zen 5 cores (batch 4 x 256, 12 heads of 64), forward and backward, against torch's
+`scaled_dot_product_attention`: 33 -> 8 ms in bfloat16, 20 -> 17 ms in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+NAME = "finhpc_causal"
+QUERIES = 128  # queries a block
+SCORE_BYTES = 4 << 20  # scores computed at a time
+LONGEST = 1024  # tokens: for longer ones the kept probabilities would be most of a step's memory
+
+
+class CausalAttention(torch.autograd.Function):
+    """softmax(scale Q K^T + causal mask) V for q, k, v (batch, heads, seq, head size) of one dtype.
+
+    Keeps the probabilities for the backward pass, half of them: those at or before each block.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        batch, heads, seq, size = q.shape
+        out = torch.empty(batch, seq, heads, size, dtype=q.dtype).transpose(1, 2)
+        hidden = torch.ones(QUERIES, QUERIES, dtype=torch.bool).triu_(1)
+        kept: list[Tensor] = []
+        with torch.autocast("cpu", enabled=False):
+            for samples in _groups(q):
+                query, key, value = (_flat(x[samples]) for x in (q, k, v))
+                result = torch.empty_like(query)
+                for begin, end in _blocks(seq):
+                    scores = torch.bmm(query[:, begin:end], key[:, :end].transpose(1, 2)).mul_(scale)
+                    scores[:, :, begin:].masked_fill_(hidden[: end - begin, : end - begin], float("-inf"))
+                    kept.append(torch.softmax(scores, -1))
+                    result[:, begin:end] = torch.bmm(kept[-1], value[:, :end])
+                out[samples] = result.view(-1, heads, seq, size)
+        ctx.save_for_backward(q, k, v, *kept)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        q, k, v, *kept = ctx.saved_tensors
+        seq = q.shape[2]
+        grads = [torch.zeros(q.shape, dtype=q.dtype) for _ in range(3)]
+        probabilities = iter(kept)
+        with torch.autocast("cpu", enabled=False):
+            for samples in _groups(q):
+                query, key, value, out = (_flat(x[samples]) for x in (q, k, v, gradients[0]))
+                d_query, d_key, d_value = (_flat(x[samples]) for x in grads)  # views: _groups cuts whole samples
+                for begin, end in _blocks(seq):
+                    p = next(probabilities)
+                    d_value[:, :end] += torch.bmm(p.transpose(1, 2), out[:, begin:end])
+                    d_p = torch.bmm(out[:, begin:end], value[:, :end].transpose(1, 2))
+                    d_scores = torch._softmax_backward_data(d_p, p, -1, p.dtype).mul_(ctx.scale)
+                    d_query[:, begin:end] = torch.bmm(d_scores, key[:, :end])
+                    d_key[:, :end] += torch.bmm(d_scores.transpose(1, 2), query[:, begin:end])
+        return *grads, None
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: ours where it is the faster one, else torch's own kernel."""
+    seq = query.shape[2]
+    ours = query.device.type == "cpu" and attention_mask is None and not dropout and seq == key.shape[2] <= LONGEST
+    if not ours:
+        return sdpa_attention_forward(  # type: ignore[no-any-return]
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    groups = query.shape[1] // key.shape[1]  # query heads that share a key and value head
+    if groups > 1:
+        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = CausalAttention.apply(query.to(value.dtype), key.to(value.dtype), value, scale)  # type: ignore[no-untyped-call]
+    return out.transpose(1, 2), None
+
+
+AttentionInterface.register(NAME, attention_forward)
+
+
+def _groups(q: Tensor) -> Iterator[slice]:
+    """Samples whose scores of one block fit into SCORE_BYTES, at least one."""
+    batch, heads, seq, _ = q.shape
+    size = max(1, SCORE_BYTES // (heads * min(QUERIES, seq) * seq * q.element_size()))
+    return (slice(begin, begin + size) for begin in range(0, batch, size))
+
+
+def _blocks(seq: int) -> Iterator[tuple[int, int]]:
+    return ((begin, min(seq, begin + QUERIES)) for begin in range(0, seq, QUERIES))
+
+
+def _flat(x: Tensor) -> Tensor:
+    """(samples, heads, seq, size) -> (samples * heads, seq, size)."""
+    return x.reshape(-1, *x.shape[2:])
