@@ -79,7 +79,9 @@ def _run(verb: str, words: list[str]) -> dict[str, Any] | None:
     return _settle(verb, *verbs[verb], words)
 
 
-def _settle(verb: str, cls: type[Any], work: Callable[..., Any], words: list[str]) -> dict[str, Any] | None:
+def _settle(
+    verb: str, cls: type[Any], work: Callable[..., dict[str, Any] | None], words: list[str]
+) -> dict[str, Any] | None:
     """Resolve a verb's settings and do its work."""
     from finhpc import config
 

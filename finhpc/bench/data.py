@@ -8,7 +8,7 @@ Ways that are measured, in turn:
 - stream: finhpc's, through Ray Data: seeded order, resumable, int64 micro-batches with sample ids
 - local: the same micro-batches read in this process without Ray, the limit
 
-then plain and stream against a consumer that takes a fixed time for each micro-batch. Ray and its
+then the stream against a consumer that takes a fixed time for each micro-batch. Ray and its
 processes are started, and everything is read once, before the clock.
 """
 
@@ -21,7 +21,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -131,12 +131,11 @@ def _ways(settings: DataBench, files: list[str], stream: ReplicaStream) -> dict[
     start = min(max(0, border - some // 2), max(0, stream.stop_step - some))
     crossing = replace(stream, start_step=start)
     return {
-        f"plain, batches of {rows}, prefetch 1": lambda: read(plain(rows, 1)),
-        f"plain, batches of {rows}, prefetch 4": lambda: read(plain(rows, 4)),
+        "plain, prefetch 1": lambda: read(plain(rows, 1)),
+        "plain, prefetch 4": lambda: read(plain(rows, 4)),
         "plain, whole blocks": lambda: read(plain(None, 2)),
         "stream": lambda: read(stepped(ray_stream(stream))),
         "local": lambda: read(stepped(local_stream(stream))),
-        "plain, consumer": lambda: read(plain(rows, 4), rate, some),
         "stream, consumer": lambda: read(stepped(ray_stream(crossing)), rate, some),
     }
 
@@ -178,23 +177,27 @@ def read(batches: Iterator[int], rate: float | None = None, most: int | None = N
         first_batch_s=first,
         wait_fraction=waited / (wall - first) if rate else None,
         own_cpu_s=own_after - own,
-        task_cpu_s=None if tasks is None or tasks_after is None else tasks_after - tasks,
+        task_cpu_s=_spent(tasks, tasks_after),
     )
 
 
-def _cpu_s() -> tuple[float, float | None]:
-    """CPU seconds so far of this process, and of the Ray processes below it."""
+def _cpu_s() -> tuple[float, dict[int, float] | None]:
+    """CPU seconds so far of this process, and of each Ray process below it (None: they are not ours to see)."""
     process = psutil.Process()
     own = sum(process.cpu_times()[:2])
     if os.environ.get("RAY_ADDRESS"):
         return own, None
-    tasks = 0.0
+    tasks = {}
     for child in process.children(recursive=True):
-        try:
-            tasks += sum(child.cpu_times()[:2])
-        except psutil.Error:
-            continue
+        with suppress(psutil.Error):
+            tasks[child.pid] = sum(child.cpu_times()[:2])
     return own, tasks
+
+
+def _spent(before: dict[int, float] | None, after: dict[int, float] | None) -> float | None:
+    if before is None or after is None:
+        return None
+    return sum(seconds - before.get(pid, 0.0) for pid, seconds in after.items())
 
 
 def _row(name: str, readings: list[Reading], best: str) -> Row:

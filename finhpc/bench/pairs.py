@@ -13,7 +13,7 @@ def in_turn(ways: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, 
     """
     found: dict[str, list[float]] = {name: [] for name in ways}
     for round_ in range(repeats):
-        for name in list(ways) if round_ % 2 == 0 else list(reversed(ways)):
+        for name in list(ways) if round_ % 2 == 0 else list(ways)[::-1]:
             found[name].append(ways[name]())
     return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,11 @@ def publish(
     (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     _print(result)
     return result
+
+
+def say(line: str) -> None:
+    """A line to the person at the screen."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def new_folder(name: str, out: str) -> Path:

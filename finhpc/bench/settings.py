@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
-from finhpc.config import Section
+from finhpc.config import Model, Resources, Section
 
 
 class Bench(Section):
@@ -31,11 +31,40 @@ class DataBench(Section):
     consumer_tokens_per_s: float = Field(
         500_000, gt=0, description="pace of the consumer that waiting is measured with"
     )
-    consumer_tokens: int = Field(2_000_000, ge=1, description="tokens it takes in each pass")
+    consumer_tokens: int = Field(4_000_000, ge=1, description="tokens it takes in each pass")
+
+
+class TrainBench(Section):
+    """Settings of `finhpc bench train`."""
+
+    bench: Bench = Field(default_factory=Bench)
+    model: Model = Field(default_factory=lambda: Model(preset="gpt2-127m"))
+    ranks: list[int] = Field([192, 96, 48], min_length=1, description="ranks of the low-rank models; the first counts")
+    precisions: list[Literal["fp32", "bf16"]] = Field(["fp32", "bf16"], min_length=1)
+    batch: int = Field(4, ge=1, description="samples a step")
+    seq_len: int = Field(256, ge=2, description="tokens a sample")
+    ray: bool = Field(True, description="measure a whole `finhpc pretrain`; false: the engine alone, without Ray")
+    overhead_pairs: int = Field(3, ge=1, description="pairs of a whole run and a plain loop")
+    overhead_steps: int = Field(24, ge=8, description="steps of each; the first quarter warms up")
+    resources: Resources = Field(default_factory=lambda: Resources(threads=2, cpus_per_worker=2))
+
+
+class PrepareBench(Section):
+    """Settings of `finhpc bench prepare`."""
+
+    bench: Bench = Field(default_factory=lambda: Bench(repeats=2))
+    source: list[str] = Field(
+        default_factory=lambda: ["docs"], description="text as for prepare; its documents are repeated, salted"
+    )
+    tokenizer: str = Field("gpt2", description="as for prepare")
+    tokens: int = Field(10_000_000, ge=1000, description="tokens of the corpus")
+    workers: int = Field(0, ge=0, description="parallel tasks, and num_proc of datasets.map; 0: one a core")
 
 
 BENCHES: dict[str, tuple[type[Section], str]] = {
+    "train": (TrainBench, "finhpc.bench.train:bench_train"),
     "data": (DataBench, "finhpc.bench.data:bench_data"),
+    "prepare": (PrepareBench, "finhpc.bench.prepare:bench_prepare"),
 }
 """Name -> its settings and the function that measures, as `module:function`."""
 

@@ -24,6 +24,7 @@ VOCAB, SHARD_TOKENS = 50257, 1 << 22
 
 def random_shards(folder: Path, tokens: int, block_len: int) -> Shards:
     """A prepared folder of at least `tokens` train tokens: ids with the frequencies of text (1/rank), seeded."""
+    folder.mkdir(parents=True, exist_ok=True)
     draw = np.random.default_rng(0)
     rank = np.cumsum(1 / np.arange(1, VOCAB + 1))
     blocks = max(1, min(SHARD_TOKENS, tokens) // block_len)
@@ -35,7 +36,7 @@ def random_shards(folder: Path, tokens: int, block_len: int) -> Shards:
             write_atomic(folder / name, content)
             sha256 = hashlib.sha256(content).hexdigest()
             splits[split].append(ShardFile(file=name, blocks=blocks, sha256=sha256, bytes=len(content)))
-    (folder / TOKENIZER).mkdir()
+    (folder / TOKENIZER).mkdir(parents=True, exist_ok=True)
     write_atomic(folder / TOKENIZER / "tokenizer.json", b"{}\n")
     tokenizer = hashlib.sha256(b"{}\n").hexdigest()
     manifest = Manifest(

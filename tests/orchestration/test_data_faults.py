@@ -1,0 +1,114 @@
+"""Shards and tokeniser changed under a run: it ends with one line that names what changed; restored, it goes on."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.orchestration.runs import assert_same_run, command, last_words, outcome, train_workers, wait_for_step
+from tests.tiny import tiny_shards
+
+
+@pytest.fixture
+def shards(run_shards: Path, tmp_path: Path) -> Path:
+    """The run's shards, to be hurt."""
+    return Path(shutil.copytree(run_shards, tmp_path / "shards"))
+
+
+def only_error(storage: Path) -> str:
+    """The one line with which the command says what went wrong."""
+    words = (storage / "stderr").read_text()
+    assert "Traceback" not in words
+    assert "ray::" not in words
+    (line,) = (line for line in words.splitlines() if line.startswith("error: "))
+    (storage / "stderr").unlink()
+    return line
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("value", [1, 70_000])
+def test_a_shard_of_other_ids_ends_a_run_before_its_first_step(shards: Path, tmp_path: Path, value: int) -> None:
+    """Of the full size, so that only reading it can tell; id 70,000 would crash the embedding."""
+    victim = shards / "train-00001.parquet"
+    change_ids(shards, victim.name, value)
+    tree = {
+        "model": {"preset": "gpt2-tiny", "layers": 1, "width": 32, "context": 64},
+        "method": {"rank": 8},
+        "data": {"shards": str(shards), "seq_len": 32, "eval_samples": 4},
+        "train": {"steps": 4},
+        "run": {"storage": str(tmp_path), "name": "run"},
+    }
+    reason = "holds id 299 in row 2, position 3; the vocabulary ends at" if value > 300 else "is not the file that was"
+    with pytest.raises(TrainingFailedError) as caught:
+        pretrain(build(PretrainConfig, tree))
+    assert f"{victim} {reason}" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    records, _ = read(tmp_path / "run" / "journal.jsonl")
+    assert not [record for record in records if record["kind"] == "train"]
+    assert len([record for record in records if record["kind"] == "start"]) <= 1
+
+
+@pytest.mark.slow
+def test_a_shard_damaged_under_a_run_ends_it_and_the_restored_one_goes_on(
+    shards: Path, unbroken: dict[str, Any], tmp_path: Path
+) -> None:
+    victim = shards / "train-00001.parquet"
+    good = victim.read_bytes()
+    with command(tmp_path, shards) as process:
+        wait_for_step(tmp_path, 20, process)
+        bad = bytearray(good)
+        bad[len(bad) // 3] ^= 1
+        victim.write_bytes(bad)
+        random.choice(train_workers(process)).kill()  # the restarted worker reads the shards anew
+        assert process.wait(120) == 1, last_words(tmp_path)
+    assert f"{victim} cannot be read" in only_error(tmp_path)
+    hurt = outcome(tmp_path)
+    assert hurt["status"] == "failed"
+    assert len(hurt["starts"]) == 2, "a restart would only repeat it"
+    victim.write_bytes(good)
+    with command(tmp_path, shards) as process:
+        assert process.wait(240) == 0, last_words(tmp_path)
+    assert_same_run(outcome(tmp_path), unbroken)
+
+
+@pytest.mark.slow
+def test_a_folder_replaced_under_a_run_is_refused(shards: Path, tmp_path: Path) -> None:
+    other = tiny_shards(tmp_path / "other", seed=1)
+    with command(tmp_path, shards) as process:
+        wait_for_step(tmp_path, 20, process)
+        shards.rename(tmp_path / "first")
+        other.rename(shards)
+        random.choice(train_workers(process)).kill()
+        assert process.wait(120) == 1, last_words(tmp_path)
+    assert f"data.shards={shards} was replaced while the run worked: it holds other data" in only_error(tmp_path)
+    with command(tmp_path, shards) as process:
+        assert process.wait(60) == 2, last_words(tmp_path)
+    line = only_error(tmp_path)
+    assert f"data.shards={shards}" in line
+    for folder in (tmp_path / "first", shards):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        assert any(manifest[key][:12] in line for key in ("fingerprint", "tokenizer_sha256")), "the difference is named"
+
+
+@pytest.mark.slow
+def test_a_tokeniser_changed_under_a_run_never_goes_into_its_model(
+    shards: Path, unbroken: dict[str, Any], tmp_path: Path
+) -> None:
+    file = shards / "tokenizer" / "tokenizer.json"
+    good = file.read_bytes()
+    with command(tmp_path, shards) as process:
+        wait_for_step(tmp_path, 20, process)
+        file.write_bytes(good + b"\n")
+        assert process.wait(120) == 1, last_words(tmp_path)
+    assert f"{file} is not the tokeniser these shards were made with" in only_error(tmp_path)
+    assert not (tmp_path / "run" / "model").exists()
+    file.write_bytes(good)
+    with command(tmp_path, shards) as process:
+        assert process.wait(120) == 0, last_words(tmp_path)
+    assert_same_run(outcome(tmp_path), unbroken)
+    assert (tmp_path / "run" / "model" / "tokenizer.json").read_bytes() == good
