@@ -18,7 +18,7 @@ from finhpc.errors import ConfigError, DataError
 
 def settings(out: Path, **changes: Any) -> DataBench:
     tree: dict[str, Any] = {
-        "bench": {"repeats": 2, "out": str(out)},
+        "bench": {"repeats": 1, "out": str(out)},
         "data": {"seq_len": 64},
         "micro_batch_size": 2,
         "tokens": 8192,
