@@ -57,6 +57,8 @@ class PrepareBench(Section):
         default_factory=lambda: ["docs"], description="text as for prepare; its documents are repeated, salted"
     )
     tokenizer: str = Field("gpt2", description="as for prepare")
+    block_len: int = Field(1024, ge=2, description="as for prepare")
+    val_fraction: float = Field(0.01, gt=0, lt=1, description="as for prepare")
     tokens: int = Field(10_000_000, ge=1000, description="tokens of the corpus")
     workers: int = Field(0, ge=0, description="parallel tasks, and num_proc of datasets.map; 0: one a core")
 

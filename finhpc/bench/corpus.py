@@ -1,0 +1,53 @@
+"""A corpus of any size from a small source: its documents again and again, salted so that no two are the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+from finhpc.config import PrepareConfig
+from finhpc.data import sources
+from finhpc.data.tokenizer import Encoder
+from finhpc.data.unit import Faults
+from finhpc.errors import DataError
+
+FILES = 8  # at least: several files can be read in parallel whatever their size
+
+
+def write_salted(folder: Path, source: list[str], encoder: Encoder, tokens: int) -> int:
+    """Write JSON lines of at least `tokens` ids (end-of-text not counted) into `folder`; returns their documents.
+
+    Raises `ConfigError` and `DataError` as reading the source does, `DataError` where it holds no text.
+    """
+    folder.mkdir(parents=True)
+    documents = 0
+    with ExitStack() as stack:
+        paths = [folder / f"{index}.jsonl" for index in range(FILES)]
+        files = [stack.enter_context(open(path, "w", encoding="utf-8")) for path in paths]
+        for text in _salted(source, encoder):
+            files[documents % FILES].write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+            documents += 1
+            tokens -= int(encoder.encode([text])[1][0]) - 1
+            if tokens <= 0:
+                break
+    return documents
+
+
+def _salted(source: list[str], encoder: Encoder) -> Iterator[str]:
+    """Endless; without texts that name a special token, which the plain way would take for one."""
+    config = PrepareConfig(source=source)
+    units, _ = sources.units(config)
+    special = [token.content for token in encoder.tokenizer.get_added_tokens_decoder().values()]
+    copy = 0
+    while True:
+        number = 0
+        for unit in units:
+            for text in sources.read(unit, config, Faults("strict")):
+                if text.strip() and not any(name in text for name in special):
+                    yield f"[{copy}-{number}] {text}"
+                    number += 1
+        if not number:
+            raise DataError(f"source={' '.join(source)} holds no text; give another --source.")
+        copy += 1
