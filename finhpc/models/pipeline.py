@@ -53,7 +53,7 @@ def is_tied(config: Any) -> bool:
 
 
 def operations(part: Part, skeleton: nn.Module, seq_len: int) -> float:
-    """Multiplications a token of a part's forward pass: what the cut into stages balances.
+    """Multiplications a token of a part's forward pass: what a cut balances before anything is measured.
 
     A block adds its attention products. The loss over the vocabulary counts 25 multiplications a
     word: on a CPU in float32 its passes over the logits took about 2.4 ns a word, forward and
@@ -101,11 +101,15 @@ def cut(costs: list[float], blocks: list[int], stages: int) -> list[int]:
     return min(final)[1]
 
 
-def stage_borders(config: Any, skeleton: nn.Module, stages: int, seq_len: int) -> list[int]:
-    """Where each stage begins and the last ends, balanced by counted operations."""
-    row = parts_of(config)
-    blocks = [i for i, part in enumerate(row) if part.kind == "block"]
-    return cut([operations(part, skeleton, seq_len) for part in row], blocks, stages)
+def stage_borders(config: Any, costs: list[float], stages: int) -> list[int]:
+    """Where each stage begins and the last ends, balanced by `costs`, one a part in any one unit."""
+    blocks = [i for i, part in enumerate(parts_of(config)) if part.kind == "block"]
+    return cut(costs, blocks, stages)
+
+
+def counted_costs(config: Any, skeleton: nn.Module, seq_len: int) -> list[float]:
+    """Operations of each part: an estimate of its cost where nothing can be measured."""
+    return [operations(part, skeleton, seq_len) for part in parts_of(config)]
 
 
 def total_parameters(layers: list[Layer]) -> int:

@@ -48,7 +48,7 @@ def hf_config_of(config: PretrainConfig, shards: Shards) -> Any:
 def make_plan(config: PretrainConfig) -> Plan:
     """Check `config` against the model, the shards and itself; raises one `ConfigError` with every problem."""
     from finhpc.models.families import parameter_count, skeleton
-    from finhpc.models.pipeline import stage_borders
+    from finhpc.models.pipeline import counted_costs, stage_borders
 
     problems: list[str] = []
     with _collect(problems):
@@ -72,7 +72,8 @@ def make_plan(config: PretrainConfig) -> Plan:
     dense = config.model_copy(update={"method": Method(kind="dense")})
     params_dense = parameter_count(hf_config_of(dense, shards))
     model = skeleton(hf_config)
-    borders = stage_borders(hf_config, model, config.parallel.stages, config.data.seq_len)
+    costs = counted_costs(hf_config, model, config.data.seq_len)  # the run itself measures
+    borders = stage_borders(hf_config, costs, config.parallel.stages)
     return Plan(config, shards, hf_config, parameter_count(hf_config), params_dense, _by_stage(hf_config, borders))
 
 

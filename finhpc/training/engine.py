@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from finhpc.config import PretrainConfig
 from finhpc.errors import NonFiniteError
 from finhpc.models.families import skeleton as make_skeleton
-from finhpc.models.pipeline import Layer, is_tied, parts_of, stage_borders
+from finhpc.models.pipeline import Layer, is_tied, parts_of
 from finhpc.training.allocator import keep_freed_memory
+from finhpc.training.cost import measured_cut
 from finhpc.training.optimizer import make_optimizer
 
 Batch = tuple[Tensor, Tensor]
@@ -44,18 +45,21 @@ class Engine:
     """A model being trained on this process's stage.
 
     `hf_config` is the transformers config of the model; the process group must exist, with
-    stages x replicas processes.
+    stages x replicas processes. `borders`: stage i has the parts borders[i] to borders[i + 1] - 1; None:
+    the parts are measured, and cut by that.
     """
 
-    def __init__(self, config: PretrainConfig, hf_config: Any, device: torch.device) -> None:
+    def __init__(
+        self, config: PretrainConfig, hf_config: Any, device: torch.device, borders: list[int] | None = None
+    ) -> None:
         self.config, self.hf_config, self.device = config, hf_config, device
         if device.type == "cpu":
             keep_freed_memory()
         parallel = config.parallel
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # inference only; compiling it takes a minute
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
-        specs, borders = self._layers()
-        pipeline = CutPipeline(specs, borders)
+        self.borders = borders or measured_cut(config, hf_config, device).borders
+        pipeline = CutPipeline(self._layers(), self.borders)
         self.layers = _layers_of(pipeline)
         self.optimizer = make_optimizer(self.named_parameters(), config.optimizer)
         self.optimizer.register_step_pre_hook(self._before_step)
@@ -78,7 +82,7 @@ class Engine:
         self.wait_s = 0.0  # time waiting for data
         self._time_passes()
 
-    def _layers(self) -> tuple[list[LayerSpec], list[int]]:
+    def _layers(self) -> list[LayerSpec]:
         config = self.config
         model = make_skeleton(self.hf_config)
         bf16 = config.train.precision == "bf16"
@@ -97,7 +101,7 @@ class Engine:
                 )
             else:
                 specs.append(LayerSpec(Layer, part, *arguments))
-        return specs, stage_borders(self.hf_config, model, config.parallel.stages, config.data.seq_len)
+        return specs
 
     # -- names ------------------------------------------------------------------------------
 

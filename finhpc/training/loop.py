@@ -19,6 +19,7 @@ from torch import Tensor
 from finhpc.config import PretrainConfig
 from finhpc.training import checkpoint
 from finhpc.training.checkpoint import Checkpointer
+from finhpc.training.cost import kept_cut
 from finhpc.training.engine import Engine
 from finhpc.training.journal import Journal
 from finhpc.training.memory import counted_peak, peak_resident_bytes
@@ -92,7 +93,8 @@ class Worker:
 
     def _set_up(self) -> None:
         torch.manual_seed(self.config.train.seed * 1_000_003 + self.rank)
-        self.engine = Engine(self.config, self.hf_config, self.device)
+        cut = kept_cut(self.config, self.hf_config, self.device, self.folder / "stages.json", self._say)
+        self.engine = Engine(self.config, self.hf_config, self.device, cut.borders)
         checkpoints = self.folder / "checkpoints"
         plan: list[Any] = [None, None]
         if self.rank == 0:
