@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from finhpc.config import Model, Resources, Section
+from finhpc.config import Method, Model, Resources, Section
 
 
 class Bench(Section):
@@ -63,9 +63,25 @@ class PrepareBench(Section):
     workers: int = Field(0, ge=0, description="parallel tasks, and num_proc of datasets.map; 0: one a core")
 
 
+class PipelineBench(Section):
+    """Settings of `finhpc bench pipeline`."""
+
+    bench: Bench = Field(default_factory=lambda: Bench(repeats=3))
+    model: Model = Field(default_factory=lambda: Model(preset="gpt2-127m"))
+    method: Method = Field(default_factory=lambda: Method(kind="dense"))
+    stages: int = Field(2, ge=2, description="pipeline stages, a process each")
+    micro_batches: list[int] = Field([1, 2, 4, 8, 16], min_length=1, description="micro-batches a step, each measured")
+    micro_batch_size: int = Field(1, ge=1, description="samples a micro-batch")
+    seq_len: int = Field(256, ge=2, description="tokens a sample")
+    precision: Literal["fp32", "bf16"] = "fp32"
+    counted: bool = Field(True, description="also the cut by counted operations, where it is another one")
+    resources: Resources = Field(default_factory=Resources)
+
+
 BENCHES: dict[str, tuple[type[Section], str]] = {
     "train": (TrainBench, "finhpc.bench.train:bench_train"),
     "data": (DataBench, "finhpc.bench.data:bench_data"),
+    "pipeline": (PipelineBench, "finhpc.bench.pipeline:bench_pipeline"),
     "prepare": (PrepareBench, "finhpc.bench.prepare:bench_prepare"),
 }
 """Name -> its settings and the function that measures, as `module:function`."""
