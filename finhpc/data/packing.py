@@ -44,8 +44,8 @@ class Packer:
         self.frequencies = np.zeros(self.vocab_size, np.int64)
 
     def add(self, ids: Tokens) -> None:
-        """Take the ids of whole documents, in a row."""
-        self.held.append(ids)
+        """Take the ids of whole documents, in a row; they are copied, for a view would keep its file in memory."""
+        self.held.append(ids.copy())
         self.held_tokens += len(ids)
         full = self.config.block_len * self.config.shard_blocks
         while self.held_tokens >= full:

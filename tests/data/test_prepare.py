@@ -263,6 +263,23 @@ def test_memory_stays_bounded_by_batches():
     assert len(sizes) > 5
 
 
+def test_packing_keeps_no_file_mapped(corpus, monkeypatch):
+    """Held-out documents are few: were they kept as views, every file read so far would stay in memory."""
+    folder, _ = corpus
+    mapped = []
+
+    def close(self, whole=packing.Packer.close):
+        mapped.append(
+            {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "unit-" in line}
+        )
+        return whole(self)
+
+    monkeypatch.setattr(packing.Packer, "close", close)
+    run(settings(folder))
+    assert len(mapped) == 2
+    assert all(len(files) <= 1 for files in mapped), "the last file read, at most"
+
+
 @pytest.mark.slow
 def test_real_text(shared_data, tmp_path):
     result = run(PrepareConfig(source=[str(shared_data / "text")], tokenizer="gpt2", out=str(tmp_path / "out")))
