@@ -40,7 +40,8 @@ def test_bf16_under_autocast_stays_bf16_and_near() -> None:
     exact = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True).transpose(1, 2)
     assert float((ours - exact).detach().norm() / exact.detach().norm()) < 1e-2
     ours.sum().backward()
-    assert q.grad is not None and q.grad.dtype == torch.bfloat16
+    assert q.grad is not None
+    assert q.grad.dtype == torch.bfloat16
 
 
 def test_a_mask_dropout_and_long_sequences_go_to_torchs_kernel() -> None:
