@@ -189,12 +189,9 @@ def _build(config: PretrainConfig, borders: Any, device: Any) -> tuple[Any, Any]
     from finhpc.models.families import make_config, skeleton
     from finhpc.models.pipeline import counted_costs, stage_borders
     from finhpc.models.presets import resolve_shape
-    from finhpc.training.allocator import keep_freed_memory
     from finhpc.training.cost import measured_cut
     from finhpc.training.engine import Engine
 
-    if device.type == "cpu":
-        keep_freed_memory()
     hf_config = make_config(resolve_shape(config.model, None), ranks_of(config.method))
     cut = measured_cut(config, hf_config, device) if borders == "measured" else None
     counted = stage_borders(

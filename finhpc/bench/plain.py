@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from finhpc.config import PretrainConfig
-from finhpc.models.families import skeleton
-from finhpc.models.initialize import initialize
+from finhpc.models.loading import initial_model
 from finhpc.models.pipeline import parts_of
 from finhpc.training.optimizer import make_optimizer
 
@@ -48,16 +47,13 @@ def transformers_step(config: PretrainConfig, hf_config: Any, rank: int, device:
 
 def parts_step(config: PretrainConfig, hf_config: Any, device: torch.device) -> Step:
     """Whole steps of finhpc's own parts, one after the other, in torch alone."""
-    model: Any = skeleton(hf_config).to_empty(device=device)
-    row = parts_of(hf_config)
-    for part in row:
-        initialize(model.get_submodule(part.name), part.name, hf_config, config.train.seed, config.method.init)
-    model.tie_weights()
+    model = initial_model(hf_config, config.train.seed, config.method.init).to(device)
+    row = [(part, part.modules(model)) for part in parts_of(hf_config)]
 
     def loss(tokens: Tensor) -> Tensor:
         data: Any = tokens
-        for part in row:
-            data = part.run(model.get_submodule(part.name), data)
+        for part, modules in row:
+            data = part.run(data, *modules)
         return data  # type: ignore[no-any-return]
 
     return _step(config, model, loss, device)

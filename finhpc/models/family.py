@@ -12,18 +12,29 @@ from finhpc.models.presets import Shape
 
 Flow = tuple[Tensor, Tensor]  # (hidden (batch, seq, width), tokens (batch, seq)) between pipeline layers
 
+HALVES = ("attention", "mlp")  # of a transformer block
+
 
 @dataclass(frozen=True)
 class Part:
-    """One pipeline layer: a module of the Hugging Face model and how data flows through it.
+    """One pipeline layer: modules of the Hugging Face model and how data flows through them.
 
-    `run(module, flow)` takes (hidden, tokens) and returns the same, except that the first part
-    takes tokens alone and the last returns the loss.
+    A transformer block is two parts, attention and MLP, each with its norm and its residual sum, so
+    that stages can be cut evenly. `run(flow, *modules)` takes (hidden, tokens) and returns the same,
+    except that the first part takes tokens alone and the last returns the loss.
     """
 
-    name: str  # the module's Hugging Face name
-    kind: str  # embedding, positions, block, norm or head
-    run: Callable[[nn.Module, Any], Any]
+    names: tuple[str, ...]  # the modules' Hugging Face names
+    kind: str  # embedding, positions, dropout, attention, mlp, norm or head
+    run: Callable[..., Any]
+
+    @property
+    def in_block(self) -> bool:
+        return self.kind in HALVES
+
+    def modules(self, model: nn.Module) -> list[nn.Module]:
+        """This part's modules of `model`, in the order that `run` takes them."""
+        return [model.get_submodule(name) for name in self.names]
 
 
 @dataclass(frozen=True)

@@ -14,22 +14,28 @@ from finhpc.models.family import Flow
 from finhpc.models.loss import cross_entropy
 
 
-def embed(module: nn.Module, tokens: Tensor) -> Flow:
+def embed(tokens: Tensor, module: nn.Module) -> Flow:
     return module(tokens), tokens
 
 
-def norm(module: nn.Module, flow: Flow) -> Flow:
+def norm(flow: Flow, module: nn.Module) -> Flow:
     hidden, tokens = flow
     return module(hidden), tokens
 
 
-def head(module: nn.Module, flow: Flow) -> Tensor:
+def mlp(flow: Flow, norm: nn.Module, mlp: nn.Module) -> Flow:
+    """The second half of a transformer block."""
+    hidden, tokens = flow
+    return hidden + mlp(norm(hidden)), tokens
+
+
+def head(flow: Flow, module: nn.Module) -> Tensor:
     """The output layer, then the loss."""
     hidden, tokens = flow
     return next_token_loss(module(_rows(hidden)), tokens)
 
 
-def tied_head(module: nn.Module, flow: Flow) -> Tensor:
+def tied_head(flow: Flow, module: nn.Module) -> Tensor:
     """The same with the token embedding's matrix as output layer."""
     hidden, tokens = flow
     weight = module.weight

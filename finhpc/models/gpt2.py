@@ -59,27 +59,34 @@ def low_rank_config(shape: Shape, ranks: dict[str, int | None]) -> LowRankGPT2Co
     return LowRankGPT2Config(**(_settings(shape) | {"tie_word_embeddings": tied}), low_rank=ranks)
 
 
-def add_positions(module: nn.Module, data: Flow) -> Flow:
+def add_positions(data: Flow, module: nn.Module) -> Flow:
     hidden, tokens = data
     positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
     return hidden + module(positions), tokens
 
 
-def run_block(module: nn.Module, data: Flow) -> Flow:
+def attend(data: Flow, norm: nn.Module, attention: nn.Module) -> Flow:
+    """The first half of a block."""
     hidden, tokens = data
-    return module(hidden), tokens
+    return attention(norm(hidden))[0] + hidden, tokens
+
+
+def block(name: str) -> list[Part]:
+    return [
+        Part((f"{name}.ln_1", f"{name}.attn"), "attention", attend),
+        Part((f"{name}.ln_2", f"{name}.mlp"), "mlp", flow.mlp),
+    ]
 
 
 def parts(config: GPT2Config) -> list[Part]:
     tied = config.tie_word_embeddings
-    blocks = [Part(f"transformer.h.{i}", "block", run_block) for i in range(config.n_layer)]
     return [
-        Part("transformer.wte", "embedding", flow.embed),
-        Part("transformer.wpe", "positions", add_positions),
-        *([Part("transformer.drop", "dropout", flow.norm)] if config.embd_pdrop else []),
-        *blocks,
-        Part("transformer.ln_f", "norm", flow.norm),
-        Part("transformer.wte", "head", flow.tied_head) if tied else Part("lm_head", "head", flow.head),
+        Part(("transformer.wte",), "embedding", flow.embed),
+        Part(("transformer.wpe",), "positions", add_positions),
+        *([Part(("transformer.drop",), "dropout", flow.norm)] if config.embd_pdrop else []),
+        *(part for i in range(config.n_layer) for part in block(f"transformer.h.{i}")),
+        Part(("transformer.ln_f",), "norm", flow.norm),
+        Part(("transformer.wte",), "head", flow.tied_head) if tied else Part(("lm_head",), "head", flow.head),
     ]
 
 

@@ -56,30 +56,37 @@ def low_rank_config(shape: Shape, ranks: dict[str, int | None]) -> LowRankLlamaC
     return LowRankLlamaConfig(**(_settings(shape) | {"tie_word_embeddings": tied}), low_rank=ranks)
 
 
-class RunBlock:
-    """A decoder layer with its rotary positions; one instance serves all blocks of a stage."""
+class Attend:
+    """The first half of a decoder layer, with its rotary positions; one instance serves all layers of a stage."""
 
     def __init__(self, config: LlamaConfig) -> None:
         self.config = config
         self.rotary: LlamaRotaryEmbedding | None = None
 
-    def __call__(self, module: nn.Module, data: Flow) -> Flow:
+    def __call__(self, data: Flow, norm: nn.Module, attention: nn.Module) -> Flow:
         hidden, tokens = data
         if self.rotary is None:  # made on first use: the skeleton's own lies on the meta device
             self.rotary = LlamaRotaryEmbedding(self.config).to(hidden.device)
         positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
-        return module(hidden, position_embeddings=self.rotary(hidden, positions)), tokens
+        attended, _ = attention(norm(hidden), position_embeddings=self.rotary(hidden, positions), attention_mask=None)
+        return hidden + attended, tokens
+
+
+def block(name: str, attend: Attend) -> list[Part]:
+    return [
+        Part((f"{name}.input_layernorm", f"{name}.self_attn"), "attention", attend),
+        Part((f"{name}.post_attention_layernorm", f"{name}.mlp"), "mlp", flow.mlp),
+    ]
 
 
 def parts(config: LlamaConfig) -> list[Part]:
     tied = config.tie_word_embeddings
-    run_block = RunBlock(config)
-    blocks = [Part(f"model.layers.{i}", "block", run_block) for i in range(config.num_hidden_layers)]
+    attend = Attend(config)
     return [
-        Part("model.embed_tokens", "embedding", flow.embed),
-        *blocks,
-        Part("model.norm", "norm", flow.norm),
-        Part("model.embed_tokens", "head", flow.tied_head) if tied else Part("lm_head", "head", flow.head),
+        Part(("model.embed_tokens",), "embedding", flow.embed),
+        *(part for i in range(config.num_hidden_layers) for part in block(f"model.layers.{i}", attend)),
+        Part(("model.norm",), "norm", flow.norm),
+        Part(("model.embed_tokens",), "head", flow.tied_head) if tied else Part(("lm_head",), "head", flow.head),
     ]
 
 

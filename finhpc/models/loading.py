@@ -47,7 +47,8 @@ def initial_model(hf_config: Any, seed: int, scheme: str) -> Any:
     """The whole model as training starts it, on the CPU: what every cut into stages starts from."""
     model: Any = skeleton(hf_config).to_empty(device="cpu")
     for part in parts_of(hf_config):
-        initialize(model.get_submodule(part.name), part.name, hf_config, seed, scheme)
+        for name, module in zip(part.names, part.modules(model), strict=True):
+            initialize(module, name, hf_config, seed, scheme)
     model.tie_weights()
     if hasattr(model, "model") and hasattr(model.model, "rotary_emb"):  # a buffer, not a weight
         model.model.rotary_emb = type(model.model.rotary_emb)(hf_config)

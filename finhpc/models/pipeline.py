@@ -24,23 +24,24 @@ class Layer(nn.Module):
     ) -> None:
         super().__init__()
         self.part, self.bf16, self.device_type = part, bf16, device.type
-        module = skeleton.get_submodule(part.name)
-        if any(parameter.is_meta for parameter in module.parameters()):
-            module.to_empty(device=device)
-            initialize(module, part.name, skeleton.config, seed, scheme)
-        self.module = module
+        self.parts = nn.ModuleList(part.modules(skeleton))
+        if any(parameter.is_meta for parameter in self.parts.parameters()):
+            self.parts.to_empty(device=device)
+            for name, module in zip(part.names, self.parts, strict=True):
+                initialize(module, name, skeleton.config, seed, scheme)
 
     def forward(self, data: Any) -> Any:
         return self.run(self.part, data)
 
     def run(self, part: Part, data: Any) -> Any:
         with torch.autocast(self.device_type, dtype=torch.bfloat16, enabled=self.bf16):
-            return part.run(self.module, data)
+            return part.run(data, *self.parts)
 
     def parameters_by_name(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(Hugging Face name, parameter) of every parameter of this part."""
-        for name, parameter in self.module.named_parameters():
-            yield f"{self.part.name}.{name}", parameter
+        for prefix, module in zip(self.part.names, self.parts, strict=True):
+            for name, parameter in module.named_parameters():
+                yield f"{prefix}.{name}", parameter
 
 
 def parts_of(config: Any) -> list[Part]:
@@ -55,36 +56,33 @@ def is_tied(config: Any) -> bool:
 def operations(part: Part, skeleton: nn.Module, seq_len: int) -> float:
     """Multiplications a token of a part's forward pass: what a cut balances before anything is measured.
 
-    A block adds its attention products. The loss over the vocabulary counts 25 multiplications a
+    Attention adds its products of queries, keys and values. The loss over the vocabulary counts 25 multiplications a
     word: on a CPU in float32 its passes over the logits took about 2.4 ns a word, forward and
     backward, where matrix products took 0.1 ns a multiplication.
     """
-    module = skeleton.get_submodule(part.name)
-    if part.kind in ("embedding", "positions", "dropout"):
+    if part.kind in ("embedding", "positions", "dropout", "norm"):
         return 0.0
-    weights = sum(p.numel() for p in module.parameters() if p.dim() == 2)
+    weights = sum(p.numel() for module in part.modules(skeleton) for p in module.parameters() if p.dim() == 2)
     config: Any = skeleton.config
-    if part.kind == "block":
+    if part.kind == "attention":
         return weights + float(seq_len * config.hidden_size)
     if part.kind == "head":
         return weights + 25.0 * float(config.vocab_size)
-    return 0.0
+    return float(weights)
 
 
-def cut(costs: list[float], blocks: list[int], stages: int) -> list[int]:
+def cut(costs: list[float], starts: list[int], stages: int) -> list[int]:
     """Borders [0, ..., len(costs)] of the contiguous cut whose dearest stage is cheapest.
 
-    A stage may begin at any of the transformer `blocks` (indices into `costs`) but the first, or
-    right after the last, where the final norm and the head stand. Exact: dynamic programming over
-    the borders.
+    Every stage but the first begins at one of `starts` (indices into `costs`). Exact: dynamic
+    programming over the borders.
     """
     prefix = [0.0]
     for cost in costs:
         prefix.append(prefix[-1] + cost)
-    borders = [*blocks[1:], blocks[-1] + 1]
     best: dict[tuple[int, int], tuple[float, list[int]]] = {(0, 0): (0.0, [0])}
     for stage in range(1, stages):
-        for border in borders:
+        for border in starts:
             options = [
                 (max(peak, prefix[border] - prefix[start]), [*path, border])
                 for (done, start), (peak, path) in best.items()
@@ -102,9 +100,13 @@ def cut(costs: list[float], blocks: list[int], stages: int) -> list[int]:
 
 
 def stage_borders(config: Any, costs: list[float], stages: int) -> list[int]:
-    """Where each stage begins and the last ends, balanced by `costs`, one a part in any one unit."""
-    blocks = [i for i, part in enumerate(parts_of(config)) if part.kind == "block"]
-    return cut(costs, blocks, stages)
+    """Where each stage begins and the last ends, balanced by `costs`, one a part in any one unit.
+
+    A stage begins with any half of a transformer block but the first, or right after the last, where
+    the final norm and the head stand.
+    """
+    halves = [i for i, part in enumerate(parts_of(config)) if part.in_block]
+    return cut(costs, [*halves[1:], halves[-1] + 1], stages)
 
 
 def counted_costs(config: Any, skeleton: nn.Module, seq_len: int) -> list[float]:

@@ -84,8 +84,8 @@ def _by_stage(hf_config: Any, borders: list[int]) -> list[int]:
     model, row = skeleton(hf_config), parts_of(hf_config)
     counts = []
     for first, last in pairwise(borders):
-        modules = {part.name: model.get_submodule(part.name) for part in row[first:last]}
-        counts.append(sum(p.numel() for module in modules.values() for p in module.parameters()))
+        modules = {module for part in row[first:last] for module in part.modules(model)}  # a tied one once
+        counts.append(sum(p.numel() for module in modules for p in module.parameters()))
     return counts
 
 

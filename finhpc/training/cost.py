@@ -22,12 +22,13 @@ from torch import Tensor
 
 from finhpc.config import PretrainConfig
 from finhpc.models.families import skeleton
-from finhpc.models.family import Part
+from finhpc.models.family import HALVES, Part
 from finhpc.models.pipeline import Layer, parts_of, stage_borders
+from finhpc.training.allocator import keep_freed_memory
 from finhpc.training.checkpoint import write_json
 from finhpc.training.optimizer import make_optimizer
 
-REPEATS = 3  # measured after one that warms up
+REPEATS = 5  # measured after one that warms up
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,12 @@ class Cut:
         return f"{stages} ({seconds} a micro-batch)"
 
     def _stage(self, first: int, last: int) -> str:
-        before = self.parts[:first].count("block")
-        blocks = self.parts[first:last].count("block")
-        words: list[str] = []
-        for kind in self.parts[first:last]:
-            word = f"blocks {before}-{before + blocks - 1}" if kind == "block" else kind
-            if word not in words:
-                words.append(word)
+        """Such as "3.5 blocks, norm, head": attention and MLP are half a block each."""
+        mine = self.parts[first:last]
+        words = [kind for kind in mine if kind not in HALVES]
+        halves = len(mine) - len(words)
+        if halves:
+            words.insert(next(i for i, kind in enumerate(mine) if kind in HALVES), f"{halves / 2:g} blocks")
         return ", ".join(words)
 
 
@@ -103,9 +103,11 @@ def _read(file: Path, stages: int, kinds: list[str], say: Callable[[str], None])
 def measure(config: PretrainConfig, hf_config: Any, device: torch.device) -> list[float]:
     """Seconds a micro-batch of each part: forward, backward, and its share of the optimiser's step.
 
-    One block is measured for all. The mean over the processes of the group, which all measure at the
+    One block's halves are measured for all. The mean over the processes of the group, which all measure at the
     same time, as they will train. Random draws of the process are left as they were.
     """
+    if device.type == "cpu":
+        keep_freed_memory()  # as in training
     row = parts_of(hf_config)
     first = {part.kind: part for part in reversed(row)}
     kinds = sorted(first)

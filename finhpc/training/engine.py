@@ -96,7 +96,7 @@ class Engine:
 
                 specs.append(
                     TiedLayerSpec(
-                        "embedding", Layer, part, *arguments, forward_fn=run, tied_weight_attr=["module.weight"]
+                        "embedding", Layer, part, *arguments, forward_fn=run, tied_weight_attr=["parts.0.weight"]
                     )
                 )
             else:
@@ -111,7 +111,7 @@ class Engine:
 
     def owned_names(self) -> list[str]:
         """Names this stage answers for: all it has but the last stage's copy of a tied matrix."""
-        embedding = next(part.name for part in parts_of(self.hf_config) if part.kind == "embedding")
+        (embedding,) = next(part.names for part in parts_of(self.hf_config) if part.kind == "embedding")
         copy = is_tied(self.hf_config) and self.stage > 0
         return [name for name in self.named_parameters() if not (copy and name.startswith(embedding + "."))]
 

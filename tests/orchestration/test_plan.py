@@ -104,10 +104,9 @@ def test_shards_of_another_tokeniser_are_refused(shards: Path, tmp_path: Path) -
     plan = make_plan(config(shards))
     saved = tmp_path / "step_00000010"
     saved.mkdir()
-    write_json(saved / "manifest.json", {"step": 10, "files": {}, "tokenizer_sha256": "0" * 64})
+    whole = {"step": 10, "files": {"stage-0": {}}, "ranks": 1, "consumed": "0"}
+    write_json(saved / "manifest.json", whole | {"tokenizer_sha256": "0" * 64})
     with pytest.raises(ConfigError, match="was made with another tokeniser"):
         check_tokenizer(plan.config, plan.shards, tmp_path)
-    write_json(
-        saved / "manifest.json", {"step": 10, "files": {}, "tokenizer_sha256": plan.shards.manifest.tokenizer_sha256}
-    )
+    write_json(saved / "manifest.json", whole | {"tokenizer_sha256": plan.shards.manifest.tokenizer_sha256})
     check_tokenizer(plan.config, plan.shards, tmp_path)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from finhpc.models.family import HALVES
 from finhpc.models.pipeline import parts_of
 from finhpc.training.cost import Cut, kept_cut, measure
 from tests.training.processes import run_processes
@@ -31,7 +32,8 @@ def test_all_processes_agree_on_the_costs_and_their_random_state_stays() -> None
         row = parts_of(hf_config(settings(case, 2, 1, 2)))
         assert len(first) == len(row)
         assert all(seconds > 0 for seconds in first)
-        assert len({s for s, part in zip(first, row, strict=True) if part.kind == "block"}) == 1
+        for half in HALVES:
+            assert len({s for s, part in zip(first, row, strict=True) if part.kind == half}) == 1
 
 
 def _keep(file: Path, stages: int) -> tuple[Cut, list[str]]:
@@ -61,6 +63,8 @@ def test_a_kept_cut_is_taken_by_all_until_the_stages_change_or_the_file_is_damag
 
 
 def test_a_cut_is_named_by_its_blocks() -> None:
-    parts = ["embedding", "positions", "block", "block", "block", "norm", "head"]
-    cut = Cut(2, parts, [0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.5], [0, 4, 7])
-    assert str(cut) == "embedding, positions, blocks 0-1 | blocks 2-2, norm, head (2 s, 1.5 s a micro-batch)"
+    parts = ["embedding", "positions", *("attention", "mlp") * 3, "norm", "head"]
+    costs = [0.0, 0.0, *(0.5, 1.0) * 3, 0.0, 0.5]
+    cut = Cut(2, parts, costs, [0, 5, 10])
+    assert str(cut) == "embedding, positions, 1.5 blocks | 1.5 blocks, norm, head (2 s, 3 s a micro-batch)"
+    assert str(Cut(2, parts, costs, [0, 8, 10])).endswith("3 blocks | norm, head (4.5 s, 0.5 s a micro-batch)")
