@@ -20,6 +20,7 @@ def publish(
 
     `conditions` says what was held equal (dtype and master weights, threads, batch, padding, whether
     Ray is on); each row is one way that was measured. `began`: `time.perf_counter()` at the start.
+    `more` goes into the result; a list of rows in it is printed as a table of its own.
     """
     folder = new_folder(name, out)
     result: dict[str, Any] = {
@@ -78,20 +79,27 @@ def _cpu_name() -> str:
 
 def _print(result: dict[str, Any]) -> None:
     from rich.console import Console
-    from rich.table import Table
 
     console = Console(stderr=True)
-    rows: list[Row] = result["rows"]
-    table = Table(title=f"bench {result['bench']}")
-    for column in rows[0]:
-        table.add_column(column, justify="left" if isinstance(rows[0][column], str) else "right")
-    for row in rows:
-        table.add_row(*(_text(value) for value in row.values()))
-    console.print(table)
+    console.print(_table(f"bench {result['bench']}", result["rows"]))
+    for name, value in result.items():
+        if name != "rows" and isinstance(value, list):
+            console.print(_table(name, value))
     console.print(", ".join(f"{name}: {_text(value)}" for name, value in result["conditions"].items()))
     for name, value in result["ratios"].items():
         console.print(f"{name} = {value:.3f}")
     console.print(f"written: {result['folder']}/result.json")
+
+
+def _table(title: str, rows: list[Row]) -> Any:
+    from rich.table import Table
+
+    table = Table(title=title)
+    for column in rows[0]:
+        table.add_column(column, justify="left" if isinstance(rows[0][column], str) else "right")
+    for row in rows:
+        table.add_row(*(_text(value) for value in row.values()))
+    return table
 
 
 def _text(value: Any) -> str:

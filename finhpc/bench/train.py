@@ -2,9 +2,9 @@
 
 Two questions, each answered in turn-by-turn measurements:
 
-- How much faster is a low-rank step than the fastest dense one (ours or transformers' own), and which
-  share of what the count of operations allows is that? One process, no Ray; the engine is the one of
-  every run, with one stage.
+- How much faster is a low-rank step than the fastest dense one (ours or transformers' own), which
+  share of what the count of operations allows is that, and where does the time go? One process, no
+  Ray; the engine is the one of every run, with one stage.
 - What do engine, Ray, streaming and tracking cost? A whole `finhpc pretrain` against a plain loop over
   the same model and batches, each in its own process (with `--ray false`: the engine alone, in this one).
 """
@@ -26,6 +26,7 @@ from torch import Tensor
 from finhpc.bench.overhead import overhead
 from finhpc.bench.pairs import median_ratio, spread
 from finhpc.bench.plain import Step, parts_step, transformers_step
+from finhpc.bench.profile import profiled
 from finhpc.bench.report import Row, publish, say
 from finhpc.bench.settings import TrainBench
 from finhpc.config import PretrainConfig, build
@@ -42,15 +43,19 @@ LR = 1e-4
 def bench_train(settings: TrainBench) -> dict[str, Any]:
     """Measure and publish; `ratios`: `speedup_over_limit_*` and `overhead_*` for each precision.
 
+    `profile`: shares of a step's time by kind of operation, for the dense ways and the first rank's.
+
     Raises `ConfigError` where no GPU is found for `resources.device=cuda`.
     """
     began = time.perf_counter()
     device = _device(settings)
     rows: list[Row] = []
+    profiles: list[Row] = []
     ratios: dict[str, float] = {}
     for precision in settings.precisions:
-        found, ratio = _low_rank_and_dense(settings, precision, device)
+        found, ratio, shares = _low_rank_and_dense(settings, precision, device)
         rows += found
+        profiles += shares
         ratios |= ratio
     for precision in settings.precisions if settings.ray else ():
         found, ratio = overhead(run_config(settings, precision, settings.ranks[0]), settings)
@@ -65,7 +70,7 @@ def bench_train(settings: TrainBench) -> dict[str, Any]:
         "ray": "for finhpc pretrain only" if settings.ray else False,
         "step": "forward, backward, clipping, fused AdamW",
     }
-    return publish("train", settings.bench.out, conditions, rows, ratios, began)
+    return publish("train", settings.bench.out, conditions, rows, ratios, began, profile=profiles)
 
 
 def run_config(settings: TrainBench, precision: str, rank: int) -> PretrainConfig:
@@ -97,7 +102,7 @@ def operations(hf_config: Any, seq_len: int) -> float:
 
 def _low_rank_and_dense(
     settings: TrainBench, precision: str, device: torch.device
-) -> tuple[list[Row], dict[str, float]]:
+) -> tuple[list[Row], dict[str, float], list[Row]]:
     say(f"{precision}: building the models; then {settings.bench.repeats} rounds of a step each")
     ways, configs = _ways(settings, precision, device)
     draw = torch.Generator().manual_seed(0)
@@ -111,7 +116,12 @@ def _low_rank_and_dense(
                 seconds[name].append(took)
         if round_ >= 0:
             say(f"{precision}: round {round_ + 1} of {settings.bench.repeats}")
-    return _speedups(settings, precision, configs, seconds)
+    profiles = [
+        {"precision": precision, "way": name} | profiled(partial(way, tokens, LR), device)
+        for name, way in ways.items()
+        if not name.startswith(tuple(f"rank {rank}," for rank in settings.ranks[1:]))
+    ]
+    return *_speedups(settings, precision, configs, seconds), profiles
 
 
 def _speedups(
