@@ -22,7 +22,7 @@ USAGE = """usage: finhpc VERB [--config FILE_OR_RECIPE] [--KEY VALUE ...]
 verbs:
   prepare    text on disk -> token shards
   pretrain   token shards -> a low-rank (or dense) model
-  bench      measure finhpc beside the plain way: finhpc bench train|data|prepare|pipeline
+  bench      measure finhpc beside the plain way: finhpc bench train|data|prepare|pipeline|recompute
   ui         open MLflow's page of what was tracked, on this machine only
 
 options of every verb:
