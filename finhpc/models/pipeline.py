@@ -74,7 +74,7 @@ def operations(part: Part, skeleton: nn.Module, seq_len: int) -> float:
     if part.kind == "attention":
         return weights + float(seq_len * config.hidden_size)
     if part.kind == BLOCK:
-        return (weights + seq_len * config.hidden_size) * 4 / 3
+        return (weights + float(seq_len * config.hidden_size)) * 4 / 3
     if part.kind == "head":
         return weights + 25.0 * float(config.vocab_size)
     return float(weights)
