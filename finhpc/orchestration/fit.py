@@ -21,6 +21,7 @@ from finhpc.orchestration.plan import Plan
 from finhpc.orchestration.runfolder import RunFolder
 from finhpc.orchestration.worker import FATAL, train_worker
 from finhpc.training import watchdog
+from finhpc.training.allocator import ENVIRONMENT
 
 Say = Callable[[str], None]
 
@@ -62,6 +63,7 @@ def fit(plan: Plan, folder: RunFolder, cuda: bool, say: Say) -> None:
             failure_config=FailureConfig(
                 max_failures=config.run.max_failures, controller_failure_limit=STARTS_TRIED - 1
             ),
+            worker_runtime_env={} if cuda else {"env_vars": ENVIRONMENT},
         ),
     )
     stacks = _Stacks(folder.path, say)

@@ -80,6 +80,8 @@ class Engine:
         self.grad_norm = float("nan")
         self.busy_s = 0.0  # time in forward and backward passes, since `take_times`
         self.wait_s = 0.0  # time waiting for data
+        if parallel.replicas == 1:  # DeepSpeed would copy all gradients to average them with nobody's, and back
+            self.pipe._INSTRUCTION_MAP = self.pipe._INSTRUCTION_MAP | {schedule.ReduceGrads: lambda pipe: None}
         self._time_passes()
 
     def _layers(self) -> list[LayerSpec]:
@@ -187,7 +189,7 @@ class Engine:
 
             return run
 
-        self.pipe._INSTRUCTION_MAP = engine._INSTRUCTION_MAP | {
+        self.pipe._INSTRUCTION_MAP = self.pipe._INSTRUCTION_MAP | {
             schedule.ForwardPass: timed(engine._exec_forward_pass),
             schedule.BackwardPass: timed(engine._exec_backward_pass),
         }
