@@ -167,7 +167,7 @@ def _memory_advice(config: PretrainConfig) -> str:
     """What to lower, dearest first."""
     parallel = config.parallel
     precision = "" if config.train.precision == "bf16" else ", use train.precision=bf16"
-    rank = f", method.rank (now {config.method.rank})" if config.method.kind == "low_rank" else ", use low_rank layers"
+    rank = f", method.rank (now {config.method.rank})" if config.method.kind != "dense" else ", use low_rank layers"
     return (
         f"lower parallel.micro_batch_size (now {parallel.micro_batch_size}; raise parallel.micro_batches (now "
         f"{parallel.micro_batches}) by as much to keep the batch), data.seq_len (now {config.data.seq_len}){rank}"
