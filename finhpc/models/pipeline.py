@@ -22,7 +22,7 @@ class Layer(nn.Module):
     """
 
     def __init__(
-        self, part: Part, skeleton: nn.Module, device: torch.device, seed: int, scheme: str, bf16: bool = False
+        self, part: Part, skeleton: nn.Module, device: torch.device, seed: int, scheme: str | None, bf16: bool = False
     ) -> None:
         super().__init__()
         self.part, self.bf16, self.device_type = part, bf16, device.type
