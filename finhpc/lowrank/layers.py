@@ -27,6 +27,11 @@ class LowRankLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(F.linear(x, self.A), self.B, self.bias)
 
+    @staticmethod
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        """W (out_features, in_features)."""
+        return b @ a
+
     def extra_repr(self) -> str:
         return f"in={self.in_features}, out={self.out_features}, rank={self.rank}, bias={self.bias is not None}"
 
@@ -47,5 +52,37 @@ class LowRankEmbedding(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         return F.linear(F.embedding(tokens, self.A), self.B)
 
+    @staticmethod
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        """The embedding matrix (num_embeddings, dim)."""
+        return a @ b.T
+
     def extra_repr(self) -> str:
         return f"num_embeddings={self.num_embeddings}, dim={self.embedding_dim}, rank={self.rank}"
+
+
+class FactorLinear(nn.Module):
+    """`LowRankLinear` with its factors as linear layers of their own, for what knows linear layers alone.
+
+    Quantised models have these: bitsandbytes, and our own packed layers, take the place of an `nn.Linear`.
+    """
+
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool) -> None:
+        super().__init__()
+        self.A = nn.Linear(in_features, rank, bias=False)
+        self.B = nn.Linear(rank, out_features, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.B(self.A(x))  # type: ignore[no-any-return]
+
+
+class FactorEmbedding(nn.Module):
+    """`LowRankEmbedding` with its factors as an embedding and a linear layer."""
+
+    def __init__(self, num_embeddings: int, dim: int, rank: int) -> None:
+        super().__init__()
+        self.A = nn.Embedding(num_embeddings, rank)
+        self.B = nn.Linear(rank, dim, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.B(self.A(tokens))  # type: ignore[no-any-return]

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from finhpc.config import LINEAR_KINDS, Method
 from finhpc.errors import ConfigError
-from finhpc.lowrank.layers import LowRankEmbedding, LowRankLinear
+from finhpc.lowrank.layers import FactorEmbedding, FactorLinear, LowRankEmbedding, LowRankLinear
 
 Ranks = dict[str, int | None]
 
@@ -89,15 +89,18 @@ def targets(model: nn.Module, ranks: Ranks) -> dict[str, int]:
     return chosen
 
 
-def make_low_rank(model: nn.Module, ranks: Ranks) -> None:
-    """Replace every chosen dense layer of `model` in place (method 1, FinGPT-HPC section IV.A)."""
+def make_low_rank(model: nn.Module, ranks: Ranks, *, factor_modules: bool = False) -> None:
+    """Replace every chosen dense layer of `model` in place (method 1, FinGPT-HPC section IV.A).
+
+    With `factor_modules` A and B are modules of their own, as in a quantised model.
+    """
     for name, rank in targets(model, ranks).items():
         module = model.get_submodule(name)
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, low_rank_twin(module, rank))
+        setattr(model.get_submodule(parent), child, low_rank_twin(module, rank, factor_modules))
 
 
-def low_rank_twin(module: nn.Module, rank: int) -> nn.Module:
+def low_rank_twin(module: nn.Module, rank: int, factor_modules: bool = False) -> nn.Module:
     """The low-rank layer that takes the place of a dense one (uninitialised, same device)."""
     shape = dense_shape(module)
     assert shape is not None, type(module)
@@ -105,5 +108,6 @@ def low_rank_twin(module: nn.Module, rank: int) -> nn.Module:
     device = next(module.parameters()).device
     with device:
         if isinstance(module, nn.Embedding):
-            return LowRankEmbedding(in_features, out_features, rank)
-        return LowRankLinear(in_features, out_features, rank, bias=module.bias is not None)
+            return (FactorEmbedding if factor_modules else LowRankEmbedding)(in_features, out_features, rank)
+        bias = module.bias is not None
+        return (FactorLinear if factor_modules else LowRankLinear)(in_features, out_features, rank, bias)
