@@ -135,6 +135,27 @@ class PretrainConfig(Section):
     resources: Resources = Field(default_factory=Resources)
 
 
+class ExportQuantization(Section):
+    bits: Literal[16, 8, 4] = Field(16, description="bits a weight; 16: not quantised")
+    scheme: Literal["minmax", "int8", "nf4"] = Field(
+        "minmax", description="minmax: per vector, 8 or 4 bits, opened with finhpc; int8 (8), nf4 (4): bitsandbytes"
+    )
+
+
+class ExportConfig(Section):
+    """Settings of `finhpc export`."""
+
+    model: str = Field("", description="a model folder: a run's `model`, or a dense one of the same families")
+    format: Literal["native", "merged"] = Field(
+        "native", description="native: low-rank as it is; merged: B A multiplied out, opened without finhpc"
+    )
+    out: str = Field("", description="new folder for the exported model")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="of weights that are not quantised; auto: as in the model"
+    )
+    quantization: ExportQuantization = Field(default_factory=ExportQuantization)
+
+
 class PrepareConfig(Section):
     """Settings of `finhpc prepare`."""
 

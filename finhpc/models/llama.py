@@ -16,10 +16,14 @@ from finhpc.models.presets import Shape
 
 
 class LowRankLlamaConfig(LlamaConfig):
-    """LlamaConfig and `low_rank`: kind of layer -> rank, or None where it is dense."""
+    """LlamaConfig and `low_rank`: kind of layer -> rank, or None where it is dense.
+
+    `factor_modules`: A and B are modules, not parameters, as a quantised model has them.
+    """
 
     model_type = "lowrank_llama"
     low_rank: dict[str, int | None] | None = None
+    factor_modules: bool = False
 
 
 class LowRankLlamaForCausalLM(LlamaForCausalLM):
@@ -29,7 +33,7 @@ class LowRankLlamaForCausalLM(LlamaForCausalLM):
 
     def __init__(self, config: LowRankLlamaConfig) -> None:
         super().__init__(config)
-        make_low_rank(self, config.low_rank or {})
+        make_low_rank(self, config.low_rank or {}, factor_modules=config.factor_modules)
 
 
 def _settings(shape: Shape) -> dict[str, Any]:
