@@ -39,9 +39,12 @@ def hf_config_of(config: PretrainConfig, shards: Shards) -> Any:
     from finhpc.lowrank.replace import ranks_of
     from finhpc.models.families import make_config
     from finhpc.models.presets import resolve_shape
+    from finhpc.quantization.fake import TRAINED
 
     hf_config = make_config(resolve_shape(config.model, shards.manifest.vocab_size), ranks_of(config.method))
     hf_config.bos_token_id = hf_config.eos_token_id = shards.manifest.eot_id
+    if config.quantization.when == "during":  # the saved weights are those before rounding
+        setattr(hf_config, TRAINED, {"bits": config.quantization.bits, "scheme": config.quantization.scheme})
     return hf_config
 
 
@@ -53,6 +56,8 @@ def make_plan(config: PretrainConfig) -> Plan:
     problems: list[str] = []
     with _collect(problems):
         _check_parallel(config)
+    with _collect(problems):
+        _check_quantization(config)
     shards = hf_config = None
     with _collect(problems):
         shards = _open_shards(config)
@@ -114,6 +119,18 @@ def _check_parallel(config: PretrainConfig) -> None:
             f"{parallel.micro_batch_size} x {parallel.micro_batches} x {parallel.replicas} = {derived}; "
             "change one of them, or leave global_batch_size out."
         )
+
+
+def _check_quantization(config: PretrainConfig) -> None:
+    bits = config.quantization.bits
+    if bits < 16 and config.quantization.when == "after":
+        raise ConfigError(
+            f"quantization.bits={bits} with quantization.when=after does not change training; leave it at 16 and "
+            f"quantise the trained model with `finhpc export --quantization.bits {bits}`, or use "
+            "quantization.when=during."
+        )
+    if bits == 16 and config.quantization.when == "during":
+        raise ConfigError("quantization.when=during needs quantization.bits=8 or 4; at 16 nothing is quantised.")
 
 
 def _check_data(config: PretrainConfig, shards: Shards) -> None:
