@@ -188,12 +188,11 @@ class Conversion:
             raise CheckpointError("\n".join(problems[:10] + more))
 
     def _target_config(self) -> Any:
-        low_rank = str(self.source_config.model_type).startswith("lowrank_")
         target = dense_config(self.source_config) if self.merged else deepcopy(self.source_config)
         if hasattr(target, TRAINED):
             delattr(target, TRAINED)
         family = family_of(target)
-        native = low_rank and not self.merged
+        native = low_rank(self.source_config) and not self.merged
         target.architectures = [(family.low_rank_class if native else family.dense_class).__name__]
         if self.dtype:
             target.dtype = str(self.dtype).removeprefix("torch.")
@@ -204,6 +203,10 @@ class Conversion:
                 self.bits, [*self.kept, *(["lm_head"] if self.tied else [])]
             )
         return target
+
+
+def low_rank(config: Any) -> bool:
+    return str(config.model_type).startswith("lowrank_")
 
 
 def dense_config(config: Any) -> Any:
@@ -257,8 +260,11 @@ def _read_config(folder: Path) -> Any:
 
 def _counted(config: ExportConfig, conversion: Conversion) -> dict[str, Any]:
     """Every key of the result, with what can be told without the weights; the rest is null."""
-    dense = parameter_count(dense_config(conversion.source_config))
-    total = dense if conversion.merged else parameter_count(conversion.source_config)
+    merged = dense_config(conversion.source_config)
+    total = parameter_count(merged if conversion.merged else conversion.source_config)
+    if low_rank(conversion.source_config):  # its head is its own; whether that of a dense one is, the family says
+        merged.tie_word_embeddings = type(merged)().tie_word_embeddings
+    dense = parameter_count(merged)
     quantised = conversion.scheme is not None
     return {
         "status": None,
