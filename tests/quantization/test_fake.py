@@ -87,9 +87,10 @@ def test_fake_quantising_twice_rounds_once() -> None:
 
 def test_a_tied_matrix_is_rounded_once() -> None:
     torch.manual_seed(0)
-    model = nn.ModuleDict({"embedding": nn.Embedding(9, 6), "head": nn.Linear(6, 9, bias=False)})
+    model = nn.ModuleDict({"embedding": nn.Embedding(90, 60), "head": nn.Linear(60, 90, bias=False)})
     model["head"].weight = model["embedding"].weight
     expected = rounded(model["head"].weight.detach().clone(), 4)
+    assert not torch.equal(rounded(expected, 4), expected), "twice must show"
     round_weights(model, 4)
     assert torch.equal(model["head"].weight, expected)
     assert model["head"].weight is model["embedding"].weight
