@@ -81,7 +81,9 @@ class Conversion:
         self.rounds = self.trained == self.bits and config.quantization.scheme == "minmax"
         self.kept = self._kept()
         self.target_config = self._target_config()
-        self.target = skeleton(dense_config(source_config)) if self.merged else self.model
+        target = skeleton(dense_config(source_config)) if self.merged else self.model
+        # Stored as (in, out), unless quantised: bitsandbytes and we put linear layers in their place.
+        self.turned = {name for name, module in target.named_modules() if isinstance(module, Conv1D)}
 
     def layers(self) -> Iterator[Tensors]:
         """The tensors of one layer after the other, by their names in the new folder."""
@@ -115,8 +117,7 @@ class Conversion:
         if self.scheme and name not in self.kept:
             found = self.scheme.tensors(rows, self.bits, name)
             return {f"{name}.{key}": value for key, value in found.items()} | rest
-        turned = not self.scheme and isinstance(self.target.get_submodule(name), Conv1D)
-        return self._named(name, {"weight": rows.T if turned else rows}, dtype) | rest
+        return self._named(name, {"weight": rows.T if name in self.turned else rows}, dtype) | rest
 
     def _named(self, name: str, tensors: Tensors, dtype: torch.dtype) -> Tensors:
         cast = {f"{name}.{key}": tensor.to(dtype) for key, tensor in tensors.items()}
@@ -144,12 +145,10 @@ class Conversion:
         scheme = self.scheme
         if scheme is None:
             return []
-        found = {
-            name: shape for name, module in self.model.named_modules() for name, *shape in self._matrices(name, module)
-        }
+        found = [matrix for name, module in self.model.named_modules() for matrix in self._matrices(name, module)]
         kept = [
             name
-            for name, (rows, columns, embedding) in found.items()
+            for name, rows, columns, embedding in found
             if (embedding and not scheme.embeddings) or not scheme.fits(rows, columns)
         ]
         if len(kept) == len(found):

@@ -388,6 +388,18 @@ def test_damaged_models_are_refused_by_name(make: Make, tmp_path: Path) -> None:
         export(settings(tmp_path / "packed", tmp_path / "out", bits=8))
 
 
+def test_a_conv1d_that_nf4_cannot_quantise_stays_as_it_is(make: Make, tmp_path: Path) -> None:
+    shape = resolve_shape(Model(preset="gpt2-tiny", layers=1, width=32, mlp_width=40), VOCAB)
+    GPT2LMHeadModel(make_config(shape, dict.fromkeys(LINEAR_KINDS))).save_pretrained(tmp_path / "model")
+    result = export(settings(tmp_path / "model", tmp_path / "out", "merged", 4, "nf4"))
+    model, exact = opened(tmp_path / "out"), finhpc.load_model(tmp_path / "model")
+    name = "transformer.h.0.mlp.c_fc"
+    assert name in result["not_quantised"]
+    assert "transformer.h.0.attn.c_attn" not in result["not_quantised"]
+    assert torch.equal(model.get_submodule(name).weight, exact.get_submodule(name).weight)
+    assert (logits(model) - logits(exact)).norm() / logits(exact).norm() < 0.2
+
+
 def test_a_model_that_nf4_cannot_quantise_is_refused(make: Make, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"multiples of 32, and this model has none; use quantization\.scheme=minmax"):
         export(settings(make("gpt2"), tmp_path / "out", bits=4, scheme="nf4"))
