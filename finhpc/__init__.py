@@ -6,9 +6,11 @@ The rooms, from the top down (imports point down only):
 - `orchestration`  Ray Train runs, MLflow tracking, what is on the screen
 - `training`       engine, loop, checkpoint, metrics: torch and DeepSpeed, no Ray
 - `data`           text on disk -> token shards (`prepare`) -> ordered streams (Ray Data)
-- `models`         Hugging Face models cut into pipeline layers; presets; load and save
+- `models`         Hugging Face models cut into pipeline layers; presets; load, save, export
+- `quantization`   weights in 8 and 4 bits: per vector, int8, NF4; training with rounded weights
 - `lowrank`        y = B(A x): the layers, their initialisation, where they go in a model
 - `config`, `errors`
+- `registration`   what transformers knows of finhpc after `import finhpc`
 
 `import finhpc` is light: torch, Ray and the rest are imported by what needs them.
 """
@@ -18,6 +20,8 @@ from __future__ import annotations
 import os
 from importlib import import_module
 from typing import Any
+
+from finhpc.registration import register
 
 __version__ = "0.1.0"
 
@@ -38,8 +42,10 @@ _PUBLIC = {
     "load_model": "finhpc.models.loading",
     "prepare": "finhpc.data.prepare",
     "pretrain": "finhpc.orchestration.pretrain",
+    "export": "finhpc.models.export",
     "PretrainConfig": "finhpc.config",
     "PrepareConfig": "finhpc.config",
+    "ExportConfig": "finhpc.config",
     "FinhpcError": "finhpc.errors",
     "ConfigError": "finhpc.errors",
 }
@@ -50,3 +56,6 @@ def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module 'finhpc' has no attribute {name!r}; public names: {__all__}")
+
+
+register()

@@ -22,6 +22,7 @@ USAGE = """usage: finhpc VERB [--config FILE_OR_RECIPE] [--KEY VALUE ...]
 verbs:
   prepare    text on disk -> token shards
   pretrain   token shards -> a low-rank (or dense) model
+  export     a trained model -> a folder for transformers: low-rank or merged, 16, 8 or 4 bits
   bench      measure finhpc beside the plain way: finhpc bench train|data|prepare|pipeline|recompute
   ui         open MLflow's page of what was tracked, on this machine only
 
@@ -30,7 +31,7 @@ options of every verb:
   --KEY VALUE        set one key, e.g. --method.rank 96 (finhpc VERB --help lists them)
   --json             print the result as one JSON object, the last line of stdout
   --print_config     show the resolved settings and stop
-  --dry_run          check and count everything, start nothing (pretrain)
+  --dry_run          check and count everything, start nothing (pretrain, export)
 
 finhpc --version"""
 
@@ -72,6 +73,7 @@ def _run(verb: str, words: list[str]) -> dict[str, Any] | None:
     verbs: dict[str, tuple[type[config.Section], Callable[..., dict[str, Any] | None]]] = {
         "prepare": (config.PrepareConfig, _prepare),
         "pretrain": (config.PretrainConfig, _pretrain),
+        "export": (config.ExportConfig, _export),
         "ui": (config.UiConfig, _ui),
     }
     if verb not in verbs:
@@ -206,6 +208,12 @@ def _pretrain(settings: Any, dry_run: bool) -> dict[str, Any]:
     from finhpc.orchestration.pretrain import pretrain
 
     return pretrain(settings, dry_run=dry_run)
+
+
+def _export(settings: Any, dry_run: bool) -> dict[str, Any]:
+    from finhpc.models.export import export
+
+    return export(settings, dry_run=dry_run)
 
 
 def _ui(settings: Any, dry_run: bool) -> None:

@@ -137,6 +137,21 @@ class Resources(Section):
     gpus_per_worker: float = Field(1, gt=0, description="GPUs Ray reserves for a worker when device is cuda")
 
 
+class Quantization(Section):
+    """How many bits the trained weights have. One vector: an output row of a matrix, or a row of an embedding."""
+
+    bits: Literal[16, 8, 4] = Field(16, description="bits a weight; 16: not quantised")
+    scheme: Literal["minmax"] = Field("minmax", description="per vector, from its minimum and maximum")
+    when: Literal["after", "during"] = Field(
+        "after", description="during: trained with rounded weights in the forward pass; after: see `finhpc export`"
+    )
+
+    @property
+    def training_bits(self) -> int:
+        """Bits of the weights that training computes with."""
+        return self.bits if self.when == "during" else 16
+
+
 class PretrainConfig(Section):
     """Settings of `finhpc pretrain`."""
 
@@ -146,8 +161,30 @@ class PretrainConfig(Section):
     optimizer: Optimizer = Field(default_factory=Optimizer)
     parallel: Parallel = Field(default_factory=Parallel)
     train: Train = Field(default_factory=Train)
+    quantization: Quantization = Field(default_factory=Quantization)
     run: Run = Field(default_factory=Run)
     resources: Resources = Field(default_factory=Resources)
+
+
+class ExportQuantization(Section):
+    bits: Literal[16, 8, 4] = Field(16, description="bits a weight; 16: not quantised")
+    scheme: Literal["minmax", "int8", "nf4"] = Field(
+        "minmax", description="minmax: per vector, 8 or 4 bits, opened with finhpc; int8 (8), nf4 (4): bitsandbytes"
+    )
+
+
+class ExportConfig(Section):
+    """Settings of `finhpc export`."""
+
+    model: str = Field("", description="a model folder: a run's `model`, or a dense one of the same families")
+    format: Literal["native", "merged"] = Field(
+        "native", description="native: low-rank as it is; merged: B A multiplied out, opened without finhpc"
+    )
+    out: str = Field("", description="new folder for the exported model")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="of weights that are not quantised; auto: as in the model"
+    )
+    quantization: ExportQuantization = Field(default_factory=ExportQuantization)
 
 
 class PrepareConfig(Section):

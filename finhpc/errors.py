@@ -37,7 +37,7 @@ class CheckpointError(FinhpcError):
 
 
 class NonFiniteError(FinhpcError):
-    """A loss or gradient that is NaN or infinite."""
+    """A loss, gradient or weight that is NaN or infinite."""
 
 
 class OutOfMemoryError(FinhpcError):

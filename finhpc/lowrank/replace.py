@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from finhpc.config import LINEAR_KINDS, Method
 from finhpc.errors import ConfigError
-from finhpc.lowrank.layers import LowRankEmbedding, LowRankLinear
+from finhpc.lowrank.layers import FactorEmbedding, FactorLinear, LowRankEmbedding, LowRankLinear
 from finhpc.lowrank.registry import DENSE, LAYERS, check_kind
 
 Ranks = dict[str, int | None]
@@ -94,19 +94,22 @@ def targets(model: nn.Module, ranks: Ranks) -> dict[str, int]:
     return chosen
 
 
-def make_low_rank(model: nn.Module, ranks: Ranks, kind: str = "low_rank") -> None:
+def make_low_rank(model: nn.Module, ranks: Ranks, kind: str = "low_rank", *, factor_modules: bool = False) -> None:
     """Replace every chosen dense layer of `model` in place (method 1, FinGPT-HPC section IV.A).
 
     `kind` is the registered way to be low-rank; embedding and head are linear pairs whatever it is.
+    With `factor_modules` A and B are modules of their own, as in a quantised model.
     """
     for name, rank in targets(model, ranks).items():
         module = model.get_submodule(name)
         parent, _, child = name.rpartition(".")
         layer = LowRankLinear if layer_kind(name) == "head" else LAYERS[kind]
-        setattr(model.get_submodule(parent), child, low_rank_twin(module, rank, layer))
+        setattr(model.get_submodule(parent), child, low_rank_twin(module, rank, layer, factor_modules))
 
 
-def low_rank_twin(module: nn.Module, rank: int, layer: type[LowRankLinear] = LowRankLinear) -> nn.Module:
+def low_rank_twin(
+    module: nn.Module, rank: int, layer: type[LowRankLinear] = LowRankLinear, factor_modules: bool = False
+) -> nn.Module:
     """The low-rank layer that takes the place of a dense one (uninitialised, same device)."""
     shape = dense_shape(module)
     assert shape is not None, type(module)
@@ -114,5 +117,8 @@ def low_rank_twin(module: nn.Module, rank: int, layer: type[LowRankLinear] = Low
     device = next(module.parameters()).device
     with device:
         if isinstance(module, nn.Embedding):
-            return LowRankEmbedding(in_features, out_features, rank)
-        return layer(in_features, out_features, rank, bias=module.bias is not None)
+            return (FactorEmbedding if factor_modules else LowRankEmbedding)(in_features, out_features, rank)
+        bias = module.bias is not None
+        if factor_modules:
+            return FactorLinear(in_features, out_features, rank, bias, layer.between)
+        return layer(in_features, out_features, rank, bias)

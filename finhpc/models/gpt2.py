@@ -16,11 +16,15 @@ from finhpc.models.presets import Shape
 
 
 class LowRankGPT2Config(GPT2Config):
-    """GPT2Config and `low_rank`: kind of layer -> rank, or None where it is dense; `low_rank_kind`: `method.kind`."""
+    """GPT2Config and `low_rank`: kind of layer -> rank, or None where it is dense; `low_rank_kind`: `method.kind`.
+
+    `factor_modules`: A and B are modules, not parameters, as a quantised model has them.
+    """
 
     model_type = "lowrank_gpt2"
     low_rank: dict[str, int | None] | None = None
     low_rank_kind: str = "low_rank"
+    factor_modules: bool = False
 
 
 class LowRankGPT2LMHeadModel(GPT2LMHeadModel):
@@ -30,7 +34,7 @@ class LowRankGPT2LMHeadModel(GPT2LMHeadModel):
 
     def __init__(self, config: LowRankGPT2Config) -> None:
         super().__init__(config)
-        make_low_rank(self, config.low_rank or {}, config.low_rank_kind)
+        make_low_rank(self, config.low_rank or {}, config.low_rank_kind, factor_modules=config.factor_modules)
 
 
 def _settings(shape: Shape) -> dict[str, Any]:

@@ -19,11 +19,13 @@ from finhpc.errors import CheckpointError
 from finhpc.models.families import skeleton
 from finhpc.models.initialize import initialize
 from finhpc.models.pipeline import parts_of
+from finhpc.quantization.fake import TRAINED, round_weights, trained_bits
 
 
 def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Open a model folder that finhpc or transformers wrote: dense or low-rank, in eval mode.
 
+    A model that was trained with quantised weights gets the weights it was trained with, as floats.
     Weights are read from safetensors only. Raises `CheckpointError` when the folder is no model.
     """
     path = Path(path)
@@ -40,6 +42,9 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrain
         raise CheckpointError(
             f"{path} holds a .safetensors file that is damaged or another format ({error}); pickles are never opened."
         ) from None
+    if (bits := trained_bits(model.config)) < 16:
+        round_weights(model, bits)
+        delattr(model.config, TRAINED)
     return model.eval()
 
 

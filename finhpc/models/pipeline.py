@@ -13,16 +13,25 @@ from finhpc.models.families import family_of
 from finhpc.models.family import BLOCK, Part
 from finhpc.models.initialize import initialize
 from finhpc.models.recompute import whole_blocks
+from finhpc.quantization.fake import fake_quantize, plain_name
 
 
 class Layer(nn.Module):
     """One part of the model, built from the skeleton on the device it will run on.
 
-    With `bf16` the part runs under autocast over float32 weights.
+    With `bf16` the part runs under autocast over float32 weights; with fewer `bits` than 16 its matrices are
+    rounded to them wherever they are used.
     """
 
     def __init__(
-        self, part: Part, skeleton: nn.Module, device: torch.device, seed: int, scheme: str | None, bf16: bool = False
+        self,
+        part: Part,
+        skeleton: nn.Module,
+        device: torch.device,
+        seed: int,
+        scheme: str | None,
+        bf16: bool = False,
+        bits: int = 16,
     ) -> None:
         super().__init__()
         self.part, self.bf16, self.device_type = part, bf16, device.type
@@ -31,6 +40,8 @@ class Layer(nn.Module):
             self.parts.to_empty(device=device)
             for name, module in zip(part.names, self.parts, strict=True):
                 initialize(module, name, skeleton.config, seed, scheme)
+            if bits < 16:
+                fake_quantize(self.parts, bits)
 
     def forward(self, data: Any) -> Any:
         return self.run(self.part, data)
@@ -43,7 +54,7 @@ class Layer(nn.Module):
         """(Hugging Face name, parameter) of every parameter of this part."""
         for prefix, module in zip(self.part.names, self.parts, strict=True):
             for name, parameter in module.named_parameters():
-                yield f"{prefix}.{name}", parameter
+                yield f"{prefix}.{plain_name(name)}", parameter
 
 
 def parts_of(config: Any, recompute: Recompute = "none") -> list[Part]:

@@ -39,11 +39,14 @@ def hf_config_of(config: PretrainConfig, shards: Shards) -> Any:
     from finhpc.lowrank.replace import ranks_of
     from finhpc.models.families import make_config
     from finhpc.models.presets import resolve_shape
+    from finhpc.quantization.fake import TRAINED
 
     hf_config = make_config(
         resolve_shape(config.model, shards.manifest.vocab_size), ranks_of(config.method), config.method.kind
     )
     hf_config.bos_token_id = hf_config.eos_token_id = shards.manifest.eot_id
+    if config.quantization.when == "during":  # the saved weights are those before rounding
+        setattr(hf_config, TRAINED, {"bits": config.quantization.bits, "scheme": config.quantization.scheme})
     return hf_config
 
 
@@ -55,6 +58,8 @@ def make_plan(config: PretrainConfig) -> Plan:
     problems: list[str] = []
     with _collect(problems):
         _check_parallel(config)
+    with _collect(problems):
+        _check_quantization(config)
     shards = hf_config = None
     with _collect(problems):
         shards = _open_shards(config)
@@ -112,6 +117,23 @@ def _check_parallel(config: PretrainConfig) -> None:
             f"parallel.global_batch_size={asked} is not micro_batch_size x micro_batches x replicas = "
             f"{parallel.micro_batch_size} x {parallel.micro_batches} x {parallel.replicas} = {derived}; "
             "change one of them, or leave global_batch_size out."
+        )
+
+
+def _check_quantization(config: PretrainConfig) -> None:
+    bits = config.quantization.bits
+    if bits < 16 and config.quantization.when == "after":
+        raise ConfigError(
+            f"quantization.bits={bits} with quantization.when=after does not change training; leave it at 16 and "
+            f"quantise the trained model with `finhpc export --quantization.bits {bits}`, or use "
+            "quantization.when=during."
+        )
+    if bits == 16 and config.quantization.when == "during":
+        raise ConfigError("quantization.when=during needs quantization.bits=8 or 4; at 16 nothing is quantised.")
+    if config.optimizer.decay == "product" and config.quantization.training_bits < 16:
+        raise ConfigError(
+            "optimizer.decay=product does not work on rounded weights; use optimizer.decay=factors with "
+            "quantization.when=during."
         )
 
 

@@ -126,7 +126,8 @@ def measure(config: PretrainConfig, hf_config: Any, device: torch.device) -> lis
 def _seconds(part: Part, config: PretrainConfig, hf_config: Any, device: torch.device) -> float:
     # A matrix's values cost the same however they were drawn; the SVD of the spectral start is slow.
     model = skeleton(hf_config, config.train.recompute)
-    layer = Layer(part, model, device, 0, "normal", config.train.precision == "bf16")
+    bf16, bits = config.train.precision == "bf16", config.quantization.training_bits
+    layer = Layer(part, model, device, 0, "normal", bf16, bits)
     shape = (config.parallel.micro_batch_size, config.data.seq_len)
     tokens = torch.randint(0, hf_config.vocab_size, shape, device=device)
     hidden = torch.randn(*shape, hf_config.hidden_size, device=device)

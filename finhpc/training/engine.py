@@ -90,7 +90,9 @@ class Engine:
         recompute = config.train.recompute
         model = make_skeleton(self.hf_config, recompute)
         bf16 = config.train.precision == "bf16"
-        arguments = (model, self.device, config.train.seed, config.method.init, bf16)
+        bits = config.quantization.training_bits
+        arguments = (model, self.device, config.train.seed, config.method.init, bf16, bits)
+        tied_weight = "parts.0.weight" if bits == 16 else "parts.0.parametrizations.weight.original"
         specs: list[LayerSpec] = []
         for part in parts_of(self.hf_config, recompute):
             if is_tied(self.hf_config) and part.kind in ("embedding", "head"):
@@ -99,9 +101,7 @@ class Engine:
                     return layer.run(part, data)
 
                 specs.append(
-                    TiedLayerSpec(
-                        "embedding", Layer, part, *arguments, forward_fn=run, tied_weight_attr=["parts.0.weight"]
-                    )
+                    TiedLayerSpec("embedding", Layer, part, *arguments, forward_fn=run, tied_weight_attr=[tied_weight])
                 )
             else:
                 specs.append(LayerSpec(Layer, part, *arguments))

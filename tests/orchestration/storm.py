@@ -17,6 +17,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import socket
 import statistics
@@ -396,7 +397,8 @@ def compare(it: Storm) -> None:
     from mlflow import MlflowClient
 
     calm_folder = it.folder / "calm"
-    calm_folder.mkdir()
+    (calm_folder / "run").mkdir(parents=True)
+    shutil.copy(it.run / "stages.json", calm_folder / "run")  # runs are bit-equal over the same stages alone
     begin = time.monotonic()
     with command(calm_folder, it.shards, "--train.steps", str(it.steps), flags=FLAGS) as process:
         if (code := process.wait()) != 0:
