@@ -7,6 +7,7 @@ in place, keeping every module's own name.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -61,8 +62,8 @@ def dense_shape(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def targets(model: nn.Module, ranks: Ranks) -> dict[str, int]:
-    """Name -> rank of every module that becomes low-rank.
+def targets(model: nn.Module, ranks: Ranks, layers: Mapping[str, int] | None = None) -> dict[str, int]:
+    """Name -> rank of every module that becomes low-rank: as `layers` says for it, else for its kind.
 
     Raises `ConfigError` naming every layer that its rank does not fit.
     """
@@ -70,7 +71,7 @@ def targets(model: nn.Module, ranks: Ranks) -> dict[str, int]:
     misfits: dict[tuple[str, int, tuple[int, int], str], int] = {}
     for name, module in model.named_modules():
         shape, kind = dense_shape(module), layer_kind(name)
-        rank = ranks.get(kind) if kind else None
+        rank = (layers or {}).get(name, ranks.get(kind) if kind else None)
         if shape is None or rank is None:
             continue
         if not 1 <= rank <= min(shape):
@@ -89,9 +90,9 @@ def targets(model: nn.Module, ranks: Ranks) -> dict[str, int]:
     return chosen
 
 
-def make_low_rank(model: nn.Module, ranks: Ranks) -> None:
+def make_low_rank(model: nn.Module, ranks: Ranks, layers: Mapping[str, int] | None = None) -> None:
     """Replace every chosen dense layer of `model` in place (method 1, FinGPT-HPC section IV.A)."""
-    for name, rank in targets(model, ranks).items():
+    for name, rank in targets(model, ranks, layers).items():
         module = model.get_submodule(name)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, low_rank_twin(module, rank))

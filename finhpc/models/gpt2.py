@@ -16,10 +16,14 @@ from finhpc.models.presets import Shape
 
 
 class LowRankGPT2Config(GPT2Config):
-    """GPT2Config and `low_rank`: kind of layer -> rank, or None where it is dense."""
+    """GPT2Config and `low_rank`: kind of layer -> rank, or None where it is dense.
+
+    `low_rank_layers`: name -> rank of single layers, before their kind's.
+    """
 
     model_type = "lowrank_gpt2"
     low_rank: dict[str, int | None] | None = None
+    low_rank_layers: dict[str, int] | None = None
 
 
 class LowRankGPT2LMHeadModel(GPT2LMHeadModel):
@@ -29,7 +33,7 @@ class LowRankGPT2LMHeadModel(GPT2LMHeadModel):
 
     def __init__(self, config: LowRankGPT2Config) -> None:
         super().__init__(config)
-        make_low_rank(self, config.low_rank or {})
+        make_low_rank(self, config.low_rank or {}, config.low_rank_layers)
 
 
 def _settings(shape: Shape) -> dict[str, Any]:
