@@ -36,10 +36,12 @@ for _name, _value in {**TELEMETRY_OFF, **PICKLE_OFF}.items():
 
 _PUBLIC = {
     "load_model": "finhpc.models.loading",
+    "decompose": "finhpc.orchestration.decompose",
     "prepare": "finhpc.data.prepare",
     "pretrain": "finhpc.orchestration.pretrain",
     "PretrainConfig": "finhpc.config",
     "PrepareConfig": "finhpc.config",
+    "DecomposeConfig": "finhpc.config",
     "FinhpcError": "finhpc.errors",
     "ConfigError": "finhpc.errors",
 }
