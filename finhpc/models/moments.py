@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from finhpc.lowrank.factorize import gram
 from finhpc.models.family import Part
@@ -56,17 +57,22 @@ class Inputs:
         self._positions: dict[str, int] = {}
         self._same: dict[str, str] = {}  # layer -> the layer whose sum stands for its own
         self._last: tuple[Tensor, str] | None = None
+        self._handles: list[RemovableHandle] = []
         for prefix, module in modules.items():
             for name, sub in module.named_modules(prefix=prefix):
                 if name in wanted:
-                    sub.register_forward_pre_hook(self._hook(name))
+                    self._handles.append(sub.register_forward_pre_hook(self._hook(name)))
 
     def watch(self, part: Part, flow: Any, modules: list[nn.Module]) -> Any:
         self._last = None
         return part.run(flow, *modules)
 
     def moments(self) -> dict[str, Tensor]:
+        """The means, once all of the text went through; nothing is watched or held after that."""
+        for handle in self._handles:
+            handle.remove()
         done = {name: _mirrored(total / self._positions[name]).cpu() for name, total in self._sums.items()}
+        self._sums.clear()
         return {name: done[owner] for name, owner in self._same.items()}
 
     def _hook(self, name: str) -> Any:

@@ -46,6 +46,7 @@ from finhpc.orchestration.groups import (
     with_moments,
 )
 from finhpc.orchestration.spectra import draw, save_spectra, summary
+from finhpc.training.allocator import give_back_freed_memory
 
 FORMAT = 1
 RESULT = "result.json"
@@ -168,6 +169,7 @@ def _factorise(groups: list[Group], weights: Weights, job: Job, config: Decompos
     if not pending:
         return peaks
     ready: Iterator[Group] = iter(pending)
+    give_back_freed_memory()
     if config.whiten:
         tokens = _calibration(weights, job, config)
         torch.set_num_threads(config.resources.threads)
@@ -323,7 +325,11 @@ def _dry(config: DecomposeConfig, weights: Weights, targets: list[Target]) -> di
         }
         for target in targets
     ]
-    result: dict[str, Any] = {"status": "dry_run", "source": str(weights.path), "params_dense": parameter_count(weights.config)}
+    result: dict[str, Any] = {
+        "status": "dry_run",
+        "source": str(weights.path),
+        "params_dense": parameter_count(weights.config),
+    }
     if all(target.rank is not None for target in targets):
         result |= _result(config, weights, reports) | {"status": "dry_run", "model": None}
         _say(

@@ -25,6 +25,7 @@ from finhpc.models.merge import save_atomic
 from finhpc.models.moments import second_moments
 from finhpc.models.pipeline import parts_of
 from finhpc.models.weights import Linear, Weights, opened
+from finhpc.training.allocator import give_back_freed_memory
 from finhpc.training.memory import peak_resident_bytes
 
 # Parameters and layers of a group, at most: little enough for memory and even shares on a CPU; enough
@@ -191,6 +192,7 @@ class Job:
 
 def group_task(job: Job, group: Group) -> Report:
     """Factorise one group; what goes wrong comes back as data, to be raised once and in our words."""
+    give_back_freed_memory()
     torch.set_num_threads(job.threads)
     error, kind = "", ""
     try:
