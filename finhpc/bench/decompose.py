@@ -25,7 +25,7 @@ from finhpc.bench.pairs import in_turn, median_ratio, spread
 from finhpc.bench.report import Row, publish, say
 from finhpc.bench.settings import DecomposeBench
 from finhpc.config import DecomposeConfig, Resources
-from finhpc.lowrank.factorize import factors, residual, spectra
+from finhpc.lowrank.factorize import factors, residual, solved
 from finhpc.lowrank.ranks import rank_of_params
 from finhpc.lowrank.replace import dense_shape, layer_kind
 from finhpc.models.families import make_config, skeleton
@@ -127,7 +127,7 @@ def _measure(shape: Shape, weights_of_it: int, settings: DecomposeBench) -> tupl
 
 
 def _ours(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    spectrum = spectra(weight[None])[0]
+    spectrum, _ = solved(weight[None], lambda i, spectrum: rank)[0]
     return *factors(weight, spectrum, rank), spectrum.values
 
 
@@ -188,7 +188,7 @@ def _conditions(settings: DecomposeBench) -> Row:
         "weights": "random, singular values ~ (1 + i/20)^-0.7; those of all blocks, without embedding and head",
         "measured_of_each_shape": f"{settings.bench.repeats}, which stand for all of it",
         "keep_params": settings.keep_params,
-        "dtype": "float32 in and out; finhpc's Gram matrix and its eigenvectors float64",
+        "dtype": "float32 in and out; finhpc's Gram matrix float32 where that resolves the rank, else float64",
         "svd": "full_matrices=False, float32, the factors cut and scaled from it",
         "threads": settings.resources.threads,
         "two_workers": f"{settings.blocks} blocks, one thread each, processes already up",

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from finhpc.config import LINEAR_KINDS, DecomposeConfig
 from finhpc.errors import CheckpointError, ConfigError, FinhpcError
-from finhpc.lowrank.factorize import Spectrum, factors, residual, spectra, whitening_root
+from finhpc.lowrank.factorize import Spectrum, factors, residual, solved, spectra, whitening_root
 from finhpc.lowrank.ranks import rank_of_energy, rank_of_params
 from finhpc.models.merge import save_atomic
 from finhpc.models.moments import second_moments
@@ -224,15 +224,18 @@ def _factorise(job: Job, group: Group) -> None:
     began = time.perf_counter()
     stacked = stacked.to(device)
     roots = _roots(group, device)
-    found = [] if roots else spectra(stacked)
+    found = [] if roots else solved(stacked, lambda i, spectrum: _rank_in(group.targets[i], spectrum, job))
     tensors: dict[str, Tensor] = {}
     values: dict[str, Tensor] = {}
     reports: list[Report] = []
     for i, target in enumerate(group.targets):
         name = target.linear.name
         root, damping = roots.get(name, (None, None))
-        spectrum = found[i] if root is None else spectra((stacked[i].double() @ root)[None])[0]
-        rank = target.rank if target.rank is not None else _energy_rank(spectrum, job)
+        if root is None:
+            spectrum, rank = found[i]
+        else:  # a steeper spectrum than the weight's own, always in float64
+            spectrum = spectra((stacked[i].double() @ root)[None])[0]
+            rank = _rank_in(target, spectrum, job)
         a, b = factors(stacked[i], spectrum, rank, root)
         reports.append(_report(target.linear, rank, stacked[i], a, b, spectrum, root, damping))
         tensors[f"{name}.A"] = (a.T if target.linear.kind == "embedding" else a).cpu()
@@ -295,6 +298,8 @@ def _report(
     return report
 
 
-def _energy_rank(spectrum: Spectrum, job: Job) -> int:
+def _rank_in(target: Target, spectrum: Spectrum, job: Job) -> int:
+    if target.rank is not None:
+        return target.rank
     assert job.keep_energy is not None, "a target without a rank is one that its energy decides"
     return rank_of_energy(spectrum.values, job.keep_energy)

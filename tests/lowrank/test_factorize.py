@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from finhpc.lowrank.factorize import factors, gram, residual, spectra, truncated_svd, whitening_root
+from finhpc.lowrank.factorize import factors, gram, residual, solved, spectra, truncated_svd, whitening_root
 
 SHAPES = [(60, 90), (90, 60), (64, 64)]
 FALLS = {
@@ -46,7 +46,22 @@ def test_same_shaped_matrices_are_solved_together_and_the_spectrum_is_the_svds()
         singular = torch.linalg.svdvals(weight.double())
         torch.testing.assert_close(spectrum.values, singular, rtol=1e-6, atol=2e-8 * float(singular[0]))
         assert spectrum.optimum(7) == pytest.approx(float(singular[7:].norm()), rel=1e-6)
-        torch.testing.assert_close(factors(weight, spectrum, 5), truncated_svd(weight, 5))
+
+
+def test_in_float32_singular_values_are_nearly_as_good_and_small_ones_are_not_lost() -> None:
+    weights = torch.stack([matrix((70, 40), fall) for fall in FALLS])
+    for weight, spectrum in zip(weights, spectra(weights, torch.float32), strict=True):
+        singular = torch.linalg.svdvals(weight.double())
+        torch.testing.assert_close(spectrum.values, singular, rtol=3e-3, atol=1e-5 * float(singular[0]))
+
+
+def test_float64_is_taken_where_float32_would_cost_precision() -> None:
+    weights = torch.stack([matrix((70, 40), fall) for fall in ("flat", "slow", "fast", "step")])
+    found = solved(weights, lambda i, spectrum: (5, 5, 12, 14)[i])
+    assert [rank for _, rank in found] == [5, 5, 12, 14]
+    assert [spectrum.vectors.dtype for spectrum, _ in found] == [torch.float32] * 2 + [torch.float64] * 2
+    for weight, (spectrum, rank) in zip(weights, found, strict=True):
+        torch.testing.assert_close(factors(weight, spectrum, rank), truncated_svd(weight, rank))
 
 
 def test_factors_are_balanced_and_their_signs_fixed() -> None:
