@@ -134,3 +134,8 @@ def test_a_moment_of_nothing_is_refused() -> None:
         whitening_root(torch.zeros(4, 4, dtype=torch.float64))
     with pytest.raises(ValueError, match="not positive"):
         whitening_root(torch.full((4, 4), float("nan"), dtype=torch.float64))
+
+
+def test_a_moment_that_is_singular_but_for_rounding_is_damped() -> None:
+    assert whitening_root(torch.diag(torch.tensor([1.0, 1e-8], dtype=torch.float64)))[1] == 0
+    assert whitening_root(torch.diag(torch.tensor([1.0, 1e-13], dtype=torch.float64)))[1] == 1e-9
