@@ -7,7 +7,7 @@ The rooms, from the top down (imports point down only):
 - `training`       engine, loop, checkpoint, metrics: torch and DeepSpeed, no Ray
 - `data`           text on disk -> token shards (`prepare`) -> ordered streams (Ray Data)
 - `models`         Hugging Face models cut into pipeline layers; presets; load and save
-- `lowrank`        y = B(A x): the layers, their initialisation, where they go in a model
+- `lowrank`        y = B(A x): the layers, their initialisation, best factors, where they go in a model
 - `config`, `errors`
 
 `import finhpc` is light: torch, Ray and the rest are imported by what needs them.
