@@ -8,7 +8,7 @@ The rooms, from the top down (imports point down only):
 - `data`           text on disk -> token shards (`prepare`) -> ordered streams (Ray Data)
 - `models`         Hugging Face models cut into pipeline layers; presets; load, save, export
 - `quantization`   weights in 8 and 4 bits: per vector, int8, NF4; training with rounded weights
-- `lowrank`        y = B(A x): the layers, their initialisation, where they go in a model
+- `lowrank`        y = B(A x): the layers, their initialisation, best factors, where they go in a model
 - `config`, `errors`
 - `registration`   what transformers knows of finhpc after `import finhpc`
 
@@ -40,12 +40,14 @@ for _name, _value in {**TELEMETRY_OFF, **PICKLE_OFF}.items():
 
 _PUBLIC = {
     "load_model": "finhpc.models.loading",
+    "decompose": "finhpc.orchestration.decompose",
     "prepare": "finhpc.data.prepare",
     "pretrain": "finhpc.orchestration.pretrain",
     "export": "finhpc.models.export",
     "PretrainConfig": "finhpc.config",
     "PrepareConfig": "finhpc.config",
     "ExportConfig": "finhpc.config",
+    "DecomposeConfig": "finhpc.config",
     "FinhpcError": "finhpc.errors",
     "ConfigError": "finhpc.errors",
 }

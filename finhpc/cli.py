@@ -22,8 +22,9 @@ USAGE = """usage: finhpc VERB [--config FILE_OR_RECIPE] [--KEY VALUE ...]
 verbs:
   prepare    text on disk -> token shards
   pretrain   token shards -> a low-rank (or dense) model
+  decompose  a dense model -> a low-rank one of its best factors
   export     a trained model -> a folder for transformers: low-rank or merged, 16, 8 or 4 bits
-  bench      measure finhpc beside the plain way: finhpc bench train|data|prepare|pipeline|recompute
+  bench      measure finhpc beside the plain way: finhpc bench train|data|prepare|pipeline|recompute|decompose
   ui         open MLflow's page of what was tracked, on this machine only
 
 options of every verb:
@@ -31,7 +32,7 @@ options of every verb:
   --KEY VALUE        set one key, e.g. --method.rank 96 (finhpc VERB --help lists them)
   --json             print the result as one JSON object, the last line of stdout
   --print_config     show the resolved settings and stop
-  --dry_run          check and count everything, start nothing (pretrain, export)
+  --dry_run          check and count everything, start nothing (pretrain, decompose, export)
 
 finhpc --version"""
 
@@ -73,6 +74,7 @@ def _run(verb: str, words: list[str]) -> dict[str, Any] | None:
     verbs: dict[str, tuple[type[config.Section], Callable[..., dict[str, Any] | None]]] = {
         "prepare": (config.PrepareConfig, _prepare),
         "pretrain": (config.PretrainConfig, _pretrain),
+        "decompose": (config.DecomposeConfig, _decompose),
         "export": (config.ExportConfig, _export),
         "ui": (config.UiConfig, _ui),
     }
@@ -143,6 +145,9 @@ def parse(words: list[str], cls: type[Any]) -> tuple[dict[str, str], dict[str, A
             continue
         if not equals:
             if i == len(words) or words[i].startswith("--"):
+                if name in fields and fields[name].annotation is bool:  # --whiten says true
+                    overrides[name] = True
+                    continue
                 problems.append(f"--{name} has no value; give one: --{name} VALUE.")
                 continue
             value, i = words[i], i + 1
@@ -208,6 +213,13 @@ def _pretrain(settings: Any, dry_run: bool) -> dict[str, Any]:
     from finhpc.orchestration.pretrain import pretrain
 
     return pretrain(settings, dry_run=dry_run)
+
+
+def _decompose(settings: Any, dry_run: bool) -> dict[str, Any]:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from finhpc.orchestration.decompose import decompose
+
+    return decompose(settings, dry_run=dry_run)
 
 
 def _export(settings: Any, dry_run: bool) -> dict[str, Any]:

@@ -90,12 +90,23 @@ class RecomputeBench(Section):
     resources: Resources = Field(default_factory=lambda: Resources(threads=2))
 
 
+class DecomposeBench(Section):
+    """Settings of `finhpc bench decompose`."""
+
+    bench: Bench = Field(default_factory=lambda: Bench(repeats=3))
+    model: Model = Field(default_factory=lambda: Model(preset="gpt2-1.5b"))
+    keep_params: float = Field(0.5, gt=0, le=1, description="share of each weight's parameters kept")
+    blocks: int = Field(2, ge=0, description="blocks of the model that 1 and 2 workers decompose; 0: not measured")
+    resources: Resources = Field(default_factory=lambda: Resources(threads=2))
+
+
 BENCHES: dict[str, tuple[type[Section], str]] = {
     "train": (TrainBench, "finhpc.bench.train:bench_train"),
     "data": (DataBench, "finhpc.bench.data:bench_data"),
     "pipeline": (PipelineBench, "finhpc.bench.pipeline:bench_pipeline"),
     "prepare": (PrepareBench, "finhpc.bench.prepare:bench_prepare"),
     "recompute": (RecomputeBench, "finhpc.bench.recompute:bench_recompute"),
+    "decompose": (DecomposeBench, "finhpc.bench.decompose:bench_decompose"),
 }
 """Name -> its settings and the function that measures, as `module:function`."""
 

@@ -7,6 +7,7 @@ in place, keeping every module's own name.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -66,8 +67,8 @@ def dense_shape(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def targets(model: nn.Module, ranks: Ranks) -> dict[str, int]:
-    """Name -> rank of every module that becomes low-rank.
+def targets(model: nn.Module, ranks: Ranks, layers: Mapping[str, int] | None = None) -> dict[str, int]:
+    """Name -> rank of every module that becomes low-rank: as `layers` says for it, else for its kind.
 
     Raises `ConfigError` naming every layer that its rank does not fit.
     """
@@ -75,7 +76,7 @@ def targets(model: nn.Module, ranks: Ranks) -> dict[str, int]:
     misfits: dict[tuple[str, int, tuple[int, int], str], int] = {}
     for name, module in model.named_modules():
         shape, kind = dense_shape(module), layer_kind(name)
-        rank = ranks.get(kind) if kind else None
+        rank = (layers or {}).get(name, ranks.get(kind) if kind else None)
         if shape is None or rank is None:
             continue
         if not 1 <= rank <= min(shape):
@@ -94,13 +95,21 @@ def targets(model: nn.Module, ranks: Ranks) -> dict[str, int]:
     return chosen
 
 
-def make_low_rank(model: nn.Module, ranks: Ranks, kind: str = "low_rank", *, factor_modules: bool = False) -> None:
+def make_low_rank(
+    model: nn.Module,
+    ranks: Ranks,
+    layers: Mapping[str, int] | None = None,
+    *,
+    kind: str = "low_rank",
+    factor_modules: bool = False,
+) -> None:
     """Replace every chosen dense layer of `model` in place (method 1, FinGPT-HPC section IV.A).
 
-    `kind` is the registered way to be low-rank; embedding and head are linear pairs whatever it is.
-    With `factor_modules` A and B are modules of their own, as in a quantised model.
+    `layers`: ranks of single layers by name. `kind` is the registered way to be low-rank; embedding and
+    head are linear pairs whatever it is. With `factor_modules` A and B are modules of their own, as in a
+    quantised model.
     """
-    for name, rank in targets(model, ranks).items():
+    for name, rank in targets(model, ranks, layers).items():
         module = model.get_submodule(name)
         parent, _, child = name.rpartition(".")
         layer = LowRankLinear if layer_kind(name) == "head" else LAYERS[kind]

@@ -18,12 +18,14 @@ from finhpc.models.presets import Shape
 class LowRankLlamaConfig(LlamaConfig):
     """LlamaConfig and `low_rank`: kind of layer -> rank, or None where it is dense; `low_rank_kind`: `method.kind`.
 
-    `factor_modules`: A and B are modules, not parameters, as a quantised model has them.
+    `low_rank_layers`: name -> rank of single layers, before their kind's. `factor_modules`: A and B are
+    modules, not parameters, as a quantised model has them.
     """
 
     model_type = "lowrank_llama"
     low_rank: dict[str, int | None] | None = None
     low_rank_kind: str = "low_rank"
+    low_rank_layers: dict[str, int] | None = None
     factor_modules: bool = False
 
 
@@ -34,7 +36,13 @@ class LowRankLlamaForCausalLM(LlamaForCausalLM):
 
     def __init__(self, config: LowRankLlamaConfig) -> None:
         super().__init__(config)
-        make_low_rank(self, config.low_rank or {}, config.low_rank_kind, factor_modules=config.factor_modules)
+        make_low_rank(
+            self,
+            config.low_rank or {},
+            config.low_rank_layers,
+            kind=config.low_rank_kind,
+            factor_modules=config.factor_modules,
+        )
 
 
 def _settings(shape: Shape) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from transformers.utils import logging
 from finhpc.errors import CheckpointError
 from finhpc.models.families import skeleton
 from finhpc.models.initialize import initialize
+from finhpc.models.manifest import check_manifest
 from finhpc.models.pipeline import parts_of
 from finhpc.quantization.fake import TRAINED, round_weights, trained_bits
 
@@ -26,13 +27,15 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrain
     """Open a model folder that finhpc or transformers wrote: dense or low-rank, in eval mode.
 
     A model that was trained with quantised weights gets the weights it was trained with, as floats.
-    Weights are read from safetensors only. Raises `CheckpointError` when the folder is no model.
+    Weights are read from safetensors only. Raises `CheckpointError` when the folder is no model, or its
+    weights are not as its manifest says.
     """
     path = Path(path)
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path} has no config.json; give a model folder (a run's `model` folder).")
     if not list(path.glob("*.safetensors")):
         raise CheckpointError(f"{path} holds no .safetensors file; pickled weights are not opened; convert them first.")
+    check_manifest(path)
     logging.disable_progress_bar()  # reading one file needs no bar on the user's screen
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(

@@ -1,0 +1,38 @@
+"""The sha256 of a model folder's weights, kept beside them, so that a flipped bit is seen before it is used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from finhpc.errors import CheckpointError
+
+NAME = "weights_sha256.json"
+
+
+def write_manifest(folder: Path) -> None:
+    """Write `folder`/weights_sha256.json: name -> sha256 of every safetensors file."""
+    files = {path.name: _sha256(path) for path in sorted(folder.glob("*.safetensors"))}
+    (folder / NAME).write_text(json.dumps({"sha256": files}, indent=1) + "\n", encoding="utf-8")
+
+
+def check_manifest(folder: Path) -> None:
+    """Raise `CheckpointError` naming every file that is not as its manifest says; nothing where there is none."""
+    if not (folder / NAME).is_file():
+        return
+    expected: dict[str, str] = json.loads((folder / NAME).read_bytes()).get("sha256", {})
+    problems = []
+    for name, sha256 in expected.items():
+        file = folder / name
+        if not file.is_file():
+            problems.append(f"{file} is missing, which {NAME} names; make or fetch the model again.")
+        elif _sha256(file) != sha256:
+            problems.append(f"{file} is not as it was written ({NAME}'s sha256 differs); make or fetch it again.")
+    if problems:
+        raise CheckpointError("\n".join(problems))
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

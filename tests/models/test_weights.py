@@ -1,0 +1,253 @@
+"""Dense models read one weight at a time: every way they lie on disk, and every way that is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+from finhpc.errors import CheckpointError, ConfigError
+from finhpc.models.merge import header_of, merge_model, save_atomic
+from finhpc.models.moments import second_moments
+from finhpc.models.weights import locate, open_weights
+from tests.models.dense import saved, tiny_gpt2, tiny_llama
+
+
+def assert_same(path: Path, model: PreTrainedModel) -> None:
+    weights = open_weights(path)
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(weights.read(name), tensor, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("how", [{}, {"max_shard_size": "20KB"}])
+@pytest.mark.parametrize("make", [tiny_gpt2, tiny_llama, lambda: tiny_llama(tied=False)])
+def test_folders_of_one_file_and_of_several(tmp_path: Path, make: Any, how: dict[str, str]) -> None:
+    model = make()
+    saved(model, tmp_path, **how)
+    assert (tmp_path / "model.safetensors.index.json").is_file() == bool(how)
+    assert_same(tmp_path, model)
+
+
+def test_a_checkpoint_of_the_bare_transformer_with_old_buffers(tmp_path: Path) -> None:
+    model = tiny_gpt2()
+    saved(model, tmp_path)
+    tensors = {name.removeprefix("transformer."): t for name, t in load_file(tmp_path / "model.safetensors").items()}
+    tensors["h.0.attn.bias"] = torch.ones(1, 1, 64, 64).tril()
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    assert_same(tmp_path, model)
+
+
+def test_matrices_are_out_times_in_whatever_is_stored(tmp_path: Path) -> None:
+    model = tiny_gpt2()
+    weights = open_weights(saved(model, tmp_path))
+    found = {linear.name: linear for linear in weights.linears()}
+    fused = found["transformer.h.0.attn.c_attn"]
+    assert (fused.kind, fused.out_features, fused.in_features) == ("attention", 96, 32)
+    torch.testing.assert_close(weights.matrix(fused), model.transformer.h[0].attn.c_attn.weight.T)
+    torch.testing.assert_close(weights.matrix(found["transformer.wte"]), model.transformer.wte.weight.T)
+    assert {linear.kind for linear in found.values()} == {"attention", "mlp", "head", "embedding"}
+    assert "transformer.wpe" not in found
+
+
+def damaged(path: Path) -> None:
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def without(name: str, path: Path) -> None:
+    tensors = load_file(path / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+
+
+def changed(path: Path, **new: Tensor) -> None:
+    tensors = load_file(path / "model.safetensors")
+    save_file(tensors | new, path / "model.safetensors", {"format": "pt"})
+
+
+def pickled(path: Path) -> None:
+    (path / "model.safetensors").unlink()
+    (path / "pytorch_model.bin").write_bytes(b"pickle")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (damaged, r"model\.safetensors is cut short, damaged or another format"),
+        (lambda path: without("model.layers.1.mlp.up_proj.weight", path), r"holds no model\.layers\.1\.mlp\.up_proj\."),
+        (lambda path: changed(path, **{"model.norm.weight": torch.ones(7)}), r"model\.norm\.weight is 7, but its con"),
+        (lambda path: changed(path, strange=torch.ones(1)), "holds strange, which no llama model has"),
+        (pickled, "pickled weights are not opened"),
+        (lambda path: (path / "model.safetensors").unlink(), r"holds no model\.safetensors"),
+        (lambda path: (path / "config.json").unlink(), r"has no config\.json"),
+        (lambda path: (path / "config.json").write_text("{}"), "is not a model's config"),
+    ],
+)
+def test_a_spoilt_folder_says_what_is_wrong(tmp_path: Path, spoil: Any, message: str) -> None:
+    spoil(saved(tiny_llama(), tmp_path))
+    with pytest.raises(CheckpointError, match=message):
+        open_weights(tmp_path)
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    saved(tiny_llama(), tmp_path, max_shard_size="20KB")
+    gone = sorted(tmp_path.glob("model-00002-*"))[0]
+    gone.unlink()
+    with pytest.raises(CheckpointError, match=f"lacks {gone.name}"):
+        open_weights(tmp_path)
+
+
+def test_integer_weights_are_no_dense_model(tmp_path: Path) -> None:
+    saved(tiny_llama(), tmp_path)
+    changed(tmp_path, **{"model.norm.weight": torch.ones(32, dtype=torch.int8)})
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight is torch\.int8, so the model is quantised"):
+        open_weights(tmp_path).read("model.norm.weight")
+
+
+def test_an_unknown_family_names_the_known(tmp_path: Path) -> None:
+    config = OPTConfig(vocab_size=50, hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2)
+    OPTForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="model_type=opt is not supported; supported: gpt2, llama"):
+        open_weights(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("", "model is not set"),
+        ("/no/such/folder", "does not exist"),
+        ("missing.gguf", "does not exist"),
+        (__file__, r"is a file that is no \.gguf"),
+    ],
+)
+def test_what_is_no_model_is_refused(model: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        open_weights(locate(model))
+
+
+def permuted(weight: Tensor, heads: int) -> Tensor:
+    """As llama.cpp stores queries and keys: the two halves of each head's rotary pairs interleaved."""
+    rows = weight.shape[0]
+    return weight.reshape(heads, 2, rows // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
+
+
+def write_gguf(model: PreTrainedModel, path: Path) -> Path:
+    """A tiny Llama as llama.cpp would write it, matrices of the MLP at 8 bits."""
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.named_parameters():
+        stem, _, suffix = name.rpartition(".")
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(stem.split(".")[-1])
+        array = (permuted(tensor.detach(), heads) if heads else tensor.detach()).contiguous().numpy()
+        gguf_name = f"{names.get_name(stem)}.{suffix}"
+        if ".mlp." in name and array.shape[1] % 32 == 0:
+            kind = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(gguf_name, gguf.quantize(array, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(gguf_name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_gguf_file_reads_as_transformers_reads_it(tmp_path: Path, tied: bool) -> None:
+    model = tiny_llama(tied=tied)
+    path = write_gguf(model, tmp_path / "tiny.gguf")
+    weights = open_weights(path)
+    assert weights.tied == tied
+    read = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=weights.skeleton)["tensors"]
+    assert read.keys() | {"lm_head.weight"} == model.state_dict().keys()
+    for name, tensor in read.items():
+        torch.testing.assert_close(weights.read(name), tensor, rtol=0, atol=0)
+    query = "model.layers.1.self_attn.q_proj.weight"
+    torch.testing.assert_close(weights.read(query), model.state_dict()[query], rtol=0, atol=0)
+    rounded = "model.layers.1.mlp.up_proj.weight"
+    torch.testing.assert_close(weights.read(rounded), model.state_dict()[rounded], rtol=0, atol=0.01)
+
+
+def test_a_gguf_file_cut_short_is_named(tmp_path: Path) -> None:
+    path = write_gguf(tiny_llama(), tmp_path / "tiny.gguf")
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(CheckpointError, match=r"tiny\.gguf is cut short, damaged or no GGUF file"):
+        open_weights(path)
+
+
+def test_parts_become_one_file_or_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts, expected = [], {}
+    for i in range(3):
+        held = {f"{i}.{name}": torch.randn(4 + i, 3) for name in ("x", "y")} | {f"{i}.n": torch.arange(5)}
+        parts.append(tmp_path / f"part-{i}.safetensors")
+        save_atomic(held, parts[-1], {"layers": "[]"})
+        expected |= held
+    (tmp_path / "one").mkdir()
+    assert merge_model(parts, tmp_path / "one") == set(expected)
+    merged = load_file(tmp_path / "one" / "model.safetensors")
+    assert merged.keys() == expected.keys()
+    assert all(torch.equal(merged[name], tensor) for name, tensor in expected.items())
+    assert header_of(tmp_path / "one" / "model.safetensors")["__metadata__"] == {"format": "pt"}
+    monkeypatch.setattr("finhpc.models.merge.FILE_BYTES", parts[0].stat().st_size + parts[1].stat().st_size)
+    (tmp_path / "two").mkdir()
+    merge_model(parts, tmp_path / "two")
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+    ]
+    assert torch.equal(load_file(tmp_path / "two" / "model-00002-of-00002.safetensors")["2.x"], expected["2.x"])
+
+
+@pytest.mark.parametrize("make", [tiny_gpt2, tiny_llama, lambda: tiny_llama(tied=False)])
+def test_moments_are_those_of_the_whole_models_inputs(tmp_path: Path, make: Any) -> None:
+    model = make()
+    weights = open_weights(saved(model, tmp_path))
+    wanted = {linear.name for linear in weights.linears() if linear.kind != "embedding"}
+    tokens = torch.randint(0, 300, (6, 24), generator=torch.Generator().manual_seed(2))
+    seen: dict[str, Tensor] = {}
+    for name in wanted:
+
+        def keep(module: Any, arguments: tuple[Tensor, ...], name: str = name) -> None:
+            seen[name] = arguments[0].reshape(-1, arguments[0].shape[-1]).double()
+
+        model.get_submodule(name).register_forward_pre_hook(keep)
+    with torch.no_grad():
+        model(tokens)
+    found: dict[str, Tensor] = {}
+    for moments in second_moments(weights, tokens, wanted, torch.device("cpu")):
+        found |= moments
+    assert found.keys() == wanted
+    for name, moment in found.items():
+        x = seen[name]
+        assert moment.dtype == torch.float64
+        expected = x.T @ x / len(x)
+        torch.testing.assert_close(moment, expected, rtol=1e-4, atol=1e-4 * float(expected.diagonal().mean()))
+    if "model.layers.0.self_attn.q_proj" in found:
+        assert found["model.layers.0.self_attn.q_proj"] is found["model.layers.0.self_attn.v_proj"]
+
+
+def test_parts_without_wanted_layers_yield_nothing(tmp_path: Path) -> None:
+    weights = open_weights(saved(tiny_gpt2(), tmp_path))
+    tokens = torch.zeros(1, 8, dtype=torch.int64)
+    found = list(second_moments(weights, tokens, {"transformer.h.1.mlp.c_fc"}, torch.device("cpu")))
+    assert [set(moments) for moments in found] == [{"transformer.h.1.mlp.c_fc"}]
+    assert np.isfinite(found[0]["transformer.h.1.mlp.c_fc"].numpy()).all()
