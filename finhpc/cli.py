@@ -22,6 +22,7 @@ USAGE = """usage: finhpc VERB [--config FILE_OR_RECIPE] [--KEY VALUE ...]
 verbs:
   prepare    text on disk -> token shards
   pretrain   token shards -> a low-rank (or dense) model
+  estimate   memory, time and the cluster that a pretrain would need, before it starts
   bench      measure finhpc beside the plain way: finhpc bench train|data|prepare|pipeline
   ui         open MLflow's page of what was tracked, on this machine only
 
@@ -72,6 +73,7 @@ def _run(verb: str, words: list[str]) -> dict[str, Any] | None:
     verbs: dict[str, tuple[type[config.Section], Callable[..., dict[str, Any] | None]]] = {
         "prepare": (config.PrepareConfig, _prepare),
         "pretrain": (config.PretrainConfig, _pretrain),
+        "estimate": (config.EstimateConfig, _estimate),
         "ui": (config.UiConfig, _ui),
     }
     if verb not in verbs:
@@ -189,7 +191,7 @@ def _help(verb: str, cls: type[Any]) -> str:
         from finhpc.models.presets import PRESETS
 
         lines += ["", f"shapes for --model.preset: {', '.join(PRESETS)}"]
-    if verb in ("prepare", "pretrain"):
+    if verb in ("prepare", "pretrain", "estimate"):
         named = [name for name in config.recipes() if name.startswith("prepare") == (verb == "prepare")]
         lines += ["", f"recipes for --config: {', '.join(named)}"]
     return "\n".join(lines)
@@ -206,6 +208,12 @@ def _pretrain(settings: Any, dry_run: bool) -> dict[str, Any]:
     from finhpc.orchestration.pretrain import pretrain
 
     return pretrain(settings, dry_run=dry_run)
+
+
+def _estimate(settings: Any, dry_run: bool) -> dict[str, Any]:
+    from finhpc.orchestration.estimate import estimate
+
+    return estimate(settings)
 
 
 def _ui(settings: Any, dry_run: bool) -> None:
