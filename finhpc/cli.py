@@ -23,7 +23,7 @@ verbs:
   prepare    text on disk -> token shards
   pretrain   token shards -> a low-rank (or dense) model
   estimate   memory, time and the cluster that a pretrain would need, before it starts
-  bench      measure finhpc beside the plain way: finhpc bench train|data|prepare|pipeline
+  bench      measure finhpc beside the plain way: finhpc bench train|data|prepare|pipeline|recompute
   ui         open MLflow's page of what was tracked, on this machine only
 
 options of every verb:

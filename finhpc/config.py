@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from finhpc.errors import ConfigError
 
 LINEAR_KINDS = ("attention", "mlp", "head", "embedding")
+Recompute = Literal["none", "attention", "full"]
 
 
 class Section(BaseModel):
@@ -96,6 +97,11 @@ class Train(Section):
     checkpoint_every: int = Field(100, ge=0, description="steps between checkpoints; 0: only at the end")
     keep_checkpoints: int = Field(2, ge=1, description="newest complete checkpoints kept")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast over float32 weights")
+    recompute: Recompute = Field(
+        "none",
+        description="what the backward pass computes again instead of keeping it: attention's probabilities, or all of "
+        "a block but its input (full)",
+    )
     seed: int = Field(0, ge=0)
     hang_timeout_s: float = Field(
         600,

@@ -187,16 +187,16 @@ def _serve(pipe: Connection, rank: int, size: int, port: int, threads: int, cuda
 def _build(config: PretrainConfig, borders: Any, device: Any) -> tuple[Any, Any]:
     from finhpc.lowrank.replace import ranks_of
     from finhpc.models.families import make_config, skeleton
-    from finhpc.models.pipeline import counted_costs, stage_borders
+    from finhpc.models.pipeline import counted_costs, parts_of, stage_borders
     from finhpc.models.presets import resolve_shape
     from finhpc.training.cost import measured_cut
     from finhpc.training.engine import Engine
 
     hf_config = make_config(resolve_shape(config.model, None), ranks_of(config.method))
     cut = measured_cut(config, hf_config, device) if borders == "measured" else None
-    counted = stage_borders(
-        hf_config, counted_costs(hf_config, skeleton(hf_config), config.data.seq_len), config.parallel.stages
-    )
+    row = parts_of(hf_config, config.train.recompute)
+    costs = counted_costs(row, skeleton(hf_config), config.data.seq_len)
+    counted = stage_borders(row, costs, config.parallel.stages)
     return Engine(config, hf_config, device, cut.borders if cut else borders), (cut, counted)
 
 

@@ -78,11 +78,24 @@ class PipelineBench(Section):
     resources: Resources = Field(default_factory=Resources)
 
 
+class RecomputeBench(Section):
+    """Settings of `finhpc bench recompute`."""
+
+    bench: Bench = Field(default_factory=Bench)
+    model: Model = Field(default_factory=lambda: Model(preset="gpt2-127m"))
+    method: Method = Field(default_factory=lambda: Method(kind="dense"))
+    batch: int = Field(1, ge=1, description="samples a pass")
+    seq_len: int = Field(1024, ge=2, description="tokens a sample")
+    precision: Literal["fp32", "bf16"] = "fp32"
+    resources: Resources = Field(default_factory=lambda: Resources(threads=2))
+
+
 BENCHES: dict[str, tuple[type[Section], str]] = {
     "train": (TrainBench, "finhpc.bench.train:bench_train"),
     "data": (DataBench, "finhpc.bench.data:bench_data"),
     "pipeline": (PipelineBench, "finhpc.bench.pipeline:bench_pipeline"),
     "prepare": (PrepareBench, "finhpc.bench.prepare:bench_prepare"),
+    "recompute": (RecomputeBench, "finhpc.bench.recompute:bench_recompute"),
 }
 """Name -> its settings and the function that measures, as `module:function`."""
 

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from finhpc.bench.device import device_of, timed
 from finhpc.bench.overhead import overhead
 from finhpc.bench.pairs import median_ratio, spread
 from finhpc.bench.plain import Step, parts_step, transformers_step
@@ -30,11 +31,9 @@ from finhpc.bench.profile import profiled
 from finhpc.bench.report import Row, publish, say
 from finhpc.bench.settings import TrainBench
 from finhpc.config import PretrainConfig, build
-from finhpc.errors import ConfigError
 from finhpc.lowrank.replace import ranks_of
 from finhpc.models.families import make_config, skeleton
 from finhpc.models.presets import resolve_shape
-from finhpc.training.allocator import keep_freed_memory
 from finhpc.training.engine import Engine
 
 LR = 1e-4
@@ -48,7 +47,7 @@ def bench_train(settings: TrainBench) -> dict[str, Any]:
     Raises `ConfigError` where no GPU is found for `resources.device=cuda`.
     """
     began = time.perf_counter()
-    device = _device(settings)
+    device = device_of(settings.resources)
     rows: list[Row] = []
     profiles: list[Row] = []
     ratios: dict[str, float] = {}
@@ -111,7 +110,7 @@ def _low_rank_and_dense(
     for round_ in range(-2, settings.bench.repeats):  # two rounds to warm up
         tokens = torch.randint(0, vocab, (settings.batch, settings.seq_len), generator=draw)
         for name in list(ways) if round_ % 2 == 0 else list(reversed(ways)):
-            took = _timed(partial(ways[name], tokens, LR), device)
+            took = timed(partial(ways[name], tokens, LR), device)
             if round_ >= 0:
                 seconds[name].append(took)
         if round_ >= 0:
@@ -196,18 +195,6 @@ def _engine_step(config: PretrainConfig, hf_config: Any, device: torch.device) -
     return step
 
 
-def _device(settings: TrainBench) -> torch.device:
-    kind = settings.resources.device
-    cuda = torch.cuda.is_available()
-    if kind == "cuda" and not cuda:
-        raise ConfigError("resources.device=cuda, but torch sees no GPU; use resources.device=cpu.")
-    torch.set_num_threads(settings.resources.threads)
-    device = torch.device("cuda" if cuda and kind != "cpu" else "cpu")
-    if device.type == "cpu":
-        keep_freed_memory()  # before any model, so that transformers' own has it too
-    return device
-
-
 def _one_process_group(device: torch.device) -> None:
     """A process group of this process alone, as the engine needs one."""
     if dist.is_initialized():
@@ -218,13 +205,3 @@ def _one_process_group(device: torch.device) -> None:
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= alone | {"DS_ACCELERATOR": device.type}
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=0, world_size=1)
-
-
-def _timed(work: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start

@@ -4,19 +4,26 @@ Scores are matrix products of blocks of queries with the keys up to the block's 
 causality hides is mostly not computed, and small enough to stay in the cache. Measured on two
 Zen 5 cores (batch 4 x 256, 12 heads of 64), forward and backward, against torch's
 `scaled_dot_product_attention`: 33 -> 8 ms in bfloat16, 20 -> 17 ms in float32.
+
+Under the name `RECOMPUTED` transformers' models get the same attention without its large
+intermediates kept (FinGPT-HPC, section IV.B).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 NAME = "finhpc_causal"
+RECOMPUTED = "finhpc_causal_recomputed"
 QUERIES = 128  # queries a block
 SCORE_BYTES = 4 << 20  # scores computed at a time
 LONGEST = 1024  # tokens: for longer ones the kept probabilities would be most of a step's memory
@@ -25,27 +32,27 @@ LONGEST = 1024  # tokens: for longer ones the kept probabilities would be most o
 class CausalAttention(torch.autograd.Function):
     """softmax(scale Q K^T + causal mask) V for q, k, v (batch, heads, seq, head size) of one dtype.
 
-    Keeps the probabilities for the backward pass, half of them: those at or before each block.
+    Keeps the probabilities for the backward pass, half of them: those at or before each block. Without
+    `keep` it keeps none and computes each block's again from q and k, the same to the bit.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, keep: bool = True) -> Tensor:
         batch, heads, seq, size = q.shape
         out = torch.empty(batch, seq, heads, size, dtype=q.dtype).transpose(1, 2)
-        hidden = torch.ones(QUERIES, QUERIES, dtype=torch.bool).triu_(1)
         kept: list[Tensor] = []
         with torch.autocast("cpu", enabled=False):
             for samples in _groups(q):
                 query, key, value = (_flat(x[samples]) for x in (q, k, v))
                 result = torch.empty_like(query)
                 for begin, end in _blocks(seq):
-                    scores = torch.bmm(query[:, begin:end], key[:, :end].transpose(1, 2)).mul_(scale)
-                    scores[:, :, begin:].masked_fill_(hidden[: end - begin, : end - begin], float("-inf"))
-                    kept.append(torch.softmax(scores, -1))
-                    result[:, begin:end] = torch.bmm(kept[-1], value[:, :end])
+                    p = _probabilities(query, key, begin, end, scale)
+                    result[:, begin:end] = torch.bmm(p, value[:, :end])
+                    if keep:
+                        kept.append(p)
                 out[samples] = result.view(-1, heads, seq, size)
         ctx.save_for_backward(q, k, v, *kept)
-        ctx.scale = scale
+        ctx.scale, ctx.keep = scale, keep
         return out
 
     @staticmethod
@@ -59,13 +66,13 @@ class CausalAttention(torch.autograd.Function):
                 query, key, value, out = (_flat(x[samples]) for x in (q, k, v, gradients[0]))
                 d_query, d_key, d_value = (_flat(x[samples]) for x in grads)  # views: _groups cuts whole samples
                 for begin, end in _blocks(seq):
-                    p = next(probabilities)
+                    p = next(probabilities) if ctx.keep else _probabilities(query, key, begin, end, ctx.scale)
                     d_value[:, :end] += torch.bmm(p.transpose(1, 2), out[:, begin:end])
                     d_p = torch.bmm(out[:, begin:end], value[:, :end].transpose(1, 2))
                     d_scores = torch._softmax_backward_data(d_p, p, -1, p.dtype).mul_(ctx.scale)
                     d_query[:, begin:end] = torch.bmm(d_scores, key[:, :end])
                     d_key[:, :end] += torch.bmm(d_scores.transpose(1, 2), query[:, begin:end])
-        return *grads, None
+        return *grads, None, None
 
 
 def attention_forward(
@@ -76,24 +83,63 @@ def attention_forward(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    recompute: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: ours where it is the faster one, else torch's own kernel."""
+    """transformers' attention interface: ours where it is the faster one, else torch's own kernel.
+
+    With `recompute` no probabilities are kept; torch's fused kernels never hold them all and run as they are.
+    """
     seq = query.shape[2]
     ours = query.device.type == "cpu" and attention_mask is None and not dropout and seq == key.shape[2] <= LONGEST
     if not ours:
-        return sdpa_attention_forward(  # type: ignore[no-any-return]
+        again = recompute and not _fused(query, key, value, attention_mask, dropout)
+        forward = recomputed(sdpa_attention_forward) if again else sdpa_attention_forward
+        return forward(  # type: ignore[no-any-return]
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     groups = query.shape[1] // key.shape[1]  # query heads that share a key and value head
     if groups > 1:
         key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = CausalAttention.apply(query.to(value.dtype), key.to(value.dtype), value, scale)  # type: ignore[no-untyped-call]
+    out = CausalAttention.apply(  # type: ignore[no-untyped-call]
+        query.to(value.dtype), key.to(value.dtype), value, scale, not recompute
+    )
     return out.transpose(1, 2), None
 
 
+def recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """One of transformers' attention functions so that it keeps q, k and v alone; the backward pass runs it again."""
+
+    def run(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *rest: Any, dropout: float = 0.0, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        def product(query: Tensor, key: Tensor, value: Tensor) -> Any:
+            return forward(module, query, key, value, *rest, dropout=dropout, **kwargs)[0]
+
+        return checkpoint(product, query, key, value, use_reentrant=False, preserve_rng_state=dropout > 0), None
+
+    return run
+
+
 AttentionInterface.register(NAME, attention_forward)
+AttentionInterface.register(RECOMPUTED, partial(attention_forward, recompute=True))
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> bool:
+    """Whether torch has a kernel for this case that never holds all probabilities; its CPU has none with dropout."""
+    shared = query.shape[1] != key.shape[1]
+    q, k = query.to(value.dtype), key.to(value.dtype)  # as autocast gives them to the kernel
+    choice = torch._fused_sdp_choice(q, k, value, mask, dropout, mask is None, enable_gqa=shared)
+    return choice != SDPBackend.MATH.value
+
+
+def _probabilities(query: Tensor, key: Tensor, begin: int, end: int, scale: float) -> Tensor:
+    """(samples * heads, end - begin, end): what the queries from `begin` to `end` attend to."""
+    scores = torch.bmm(query[:, begin:end], key[:, :end].transpose(1, 2)).mul_(scale)
+    hidden = torch.ones(end - begin, end - begin, dtype=torch.bool).triu_(1)
+    scores[:, :, begin:].masked_fill_(hidden, float("-inf"))
+    return torch.softmax(scores, -1)
 
 
 def _groups(q: Tensor) -> Iterator[slice]:

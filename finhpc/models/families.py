@@ -5,12 +5,14 @@ A new family is one file beside `gpt2.py` and one line here.
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from finhpc.config import Recompute
 from finhpc.errors import ConfigError
 from finhpc.lowrank.replace import Ranks
 from finhpc.models import attention, gpt2, llama
@@ -41,17 +43,20 @@ def make_config(shape: Shape, ranks: Ranks) -> Any:
     return family.dense_config(shape)
 
 
-def skeleton(config: Any) -> nn.Module:
+def skeleton(config: Any, recompute: Recompute = "none") -> nn.Module:
     """The whole Hugging Face model on the meta device, to be trained: names and shapes, no memory.
 
+    It has a copy of `config`, which names its attention; `recompute` chooses one that keeps no probabilities.
     Raises `ConfigError` naming every layer that its rank does not fit.
     """
     family = family_of(config)
+    config = deepcopy(config)
     low_rank = str(config.model_type).startswith("lowrank_")
     with torch.device("meta"):
         model: nn.Module = (family.low_rank_class if low_rank else family.dense_class)(config)
     model.tie_weights()  # type: ignore[operator]
-    model.config._attn_implementation = attention.NAME  # type: ignore[union-attr]
+    name = attention.RECOMPUTED if recompute == "attention" else attention.NAME
+    model.config._attn_implementation = name  # type: ignore[union-attr]
     return model
 
 

@@ -12,7 +12,9 @@ from finhpc.models.presets import Shape
 
 Flow = tuple[Tensor, Tensor]  # (hidden (batch, seq, width), tokens (batch, seq)) between pipeline layers
 
-HALVES = ("attention", "mlp")  # of a transformer block
+HALVES = ("attention", "mlp")  # of a transformer block, one after the other
+BLOCK = "block"  # both as one part
+BLOCKS = {**dict.fromkeys(HALVES, 0.5), BLOCK: 1.0}  # kind of part -> how much of a block it is
 
 
 @dataclass(frozen=True)
@@ -20,17 +22,18 @@ class Part:
     """One pipeline layer: modules of the Hugging Face model and how data flows through them.
 
     A transformer block is two parts, attention and MLP, each with its norm and its residual sum, so
-    that stages can be cut evenly. `run(flow, *modules)` takes (hidden, tokens) and returns the same,
+    that stages can be cut evenly; or one, where it keeps its input alone (`finhpc.models.recompute`).
+    `run(flow, *modules)` takes (hidden, tokens) and returns the same,
     except that the first part takes tokens alone and the last returns the loss.
     """
 
     names: tuple[str, ...]  # the modules' Hugging Face names
-    kind: str  # embedding, positions, dropout, attention, mlp, norm or head
+    kind: str  # embedding, positions, dropout, attention, mlp, block, norm or head
     run: Callable[..., Any]
 
     @property
     def in_block(self) -> bool:
-        return self.kind in HALVES
+        return self.kind in BLOCKS
 
     def modules(self, model: nn.Module) -> list[nn.Module]:
         """This part's modules of `model`, in the order that `run` takes them."""

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from finhpc.config import Recompute
 from finhpc.models.families import family_of
-from finhpc.models.family import Part
+from finhpc.models.family import BLOCK, Part
 from finhpc.models.initialize import initialize
+from finhpc.models.recompute import whole_blocks
 
 
 class Layer(nn.Module):
@@ -44,9 +46,13 @@ class Layer(nn.Module):
                 yield f"{prefix}.{name}", parameter
 
 
-def parts_of(config: Any) -> list[Part]:
-    """The parts of a model in the order data flows through them; a tied head is its embedding's module again."""
-    return family_of(config).parts(config)
+def parts_of(config: Any, recompute: Recompute = "none") -> list[Part]:
+    """The parts of a model in the order data flows through them; a tied head is its embedding's module again.
+
+    Where whole blocks are recomputed, blocks are parts, else their halves are.
+    """
+    row = family_of(config).parts(config)
+    return whole_blocks(row) if recompute == "full" else row
 
 
 def is_tied(config: Any) -> bool:
@@ -56,7 +62,8 @@ def is_tied(config: Any) -> bool:
 def operations(part: Part, skeleton: nn.Module, seq_len: int) -> float:
     """Multiplications a token of a part's forward pass: what a cut balances before anything is measured.
 
-    Attention adds its products of queries, keys and values. The loss over the vocabulary counts 25 multiplications a
+    Attention adds its products of queries, keys and values. A block that is recomputed counts a third more: its
+    forward pass is a third of its work and is done twice. The loss over the vocabulary counts 25 multiplications a
     word: on a CPU in float32 its passes over the logits took about 2.4 ns a word, forward and
     backward, where matrix products took 0.1 ns a multiplication.
     """
@@ -66,6 +73,8 @@ def operations(part: Part, skeleton: nn.Module, seq_len: int) -> float:
     config: Any = skeleton.config
     if part.kind == "attention":
         return weights + float(seq_len * config.hidden_size)
+    if part.kind == BLOCK:
+        return (weights + seq_len * config.hidden_size) * 4 / 3
     if part.kind == "head":
         return weights + 25.0 * float(config.vocab_size)
     return float(weights)
@@ -97,19 +106,19 @@ def cut(costs: list[float], starts: list[int], stages: int) -> list[int]:
     return best[len(costs)][1]
 
 
-def stage_borders(config: Any, costs: list[float], stages: int) -> list[int]:
-    """Where each stage begins and the last ends, balanced by `costs`, one a part in any one unit.
+def stage_borders(row: list[Part], costs: list[float], stages: int) -> list[int]:
+    """Where each stage begins and the last ends, balanced by `costs`, one for each part of `row` in any one unit.
 
-    A stage begins with any half of a transformer block but the first, or right after the last, where
+    A stage begins with any part of a transformer block but the first, or right after the last, where
     the final norm and the head stand.
     """
-    halves = [i for i, part in enumerate(parts_of(config)) if part.in_block]
-    return cut(costs, [*halves[1:], halves[-1] + 1], stages)
+    inner = [i for i, part in enumerate(row) if part.in_block]
+    return cut(costs, [*inner[1:], inner[-1] + 1], stages)
 
 
-def counted_costs(config: Any, skeleton: nn.Module, seq_len: int) -> list[float]:
+def counted_costs(row: list[Part], skeleton: nn.Module, seq_len: int) -> list[float]:
     """Operations of each part: an estimate of its cost where nothing can be measured."""
-    return [operations(part, skeleton, seq_len) for part in parts_of(config)]
+    return [operations(part, skeleton, seq_len) for part in row]
 
 
 def total_parameters(layers: list[Layer]) -> int:

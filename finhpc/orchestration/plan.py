@@ -48,7 +48,7 @@ def hf_config_of(config: PretrainConfig, shards: Shards) -> Any:
 def make_plan(config: PretrainConfig) -> Plan:
     """Check `config` against the model, the shards and itself; raises one `ConfigError` with every problem."""
     from finhpc.models.families import parameter_count, skeleton
-    from finhpc.models.pipeline import counted_costs, stage_borders
+    from finhpc.models.pipeline import counted_costs, parts_of, stage_borders
 
     problems: list[str] = []
     with _collect(problems):
@@ -71,17 +71,14 @@ def make_plan(config: PretrainConfig) -> Plan:
     assert shards is not None
     dense = config.model_copy(update={"method": Method(kind="dense")})
     params_dense = parameter_count(hf_config_of(dense, shards))
-    model = skeleton(hf_config)
-    costs = counted_costs(hf_config, model, config.data.seq_len)  # the run itself measures
-    borders = stage_borders(hf_config, costs, config.parallel.stages)
-    return Plan(config, shards, hf_config, parameter_count(hf_config), params_dense, _by_stage(hf_config, borders))
+    model, row = skeleton(hf_config), parts_of(hf_config, config.train.recompute)
+    costs = counted_costs(row, model, config.data.seq_len)  # the run itself measures
+    borders = stage_borders(row, costs, config.parallel.stages)
+    by_stage = _by_stage(row, model, borders)
+    return Plan(config, shards, hf_config, parameter_count(hf_config), params_dense, by_stage)
 
 
-def _by_stage(hf_config: Any, borders: list[int]) -> list[int]:
-    from finhpc.models.families import skeleton
-    from finhpc.models.pipeline import parts_of
-
-    model, row = skeleton(hf_config), parts_of(hf_config)
+def _by_stage(row: list[Any], model: Any, borders: list[int]) -> list[int]:
     counts = []
     for first, last in pairwise(borders):
         modules = {module for part in row[first:last] for module in part.modules(model)}  # a tied one once

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from finhpc.config import PretrainConfig
 from finhpc.models.families import skeleton
-from finhpc.models.family import HALVES, Part
+from finhpc.models.family import BLOCKS, Part
 from finhpc.models.pipeline import Layer, parts_of, stage_borders
 from finhpc.training.allocator import keep_freed_memory
 from finhpc.training.checkpoint import write_json
@@ -48,20 +48,21 @@ class Cut:
     def _stage(self, first: int, last: int) -> str:
         """Such as "3.5 blocks, norm, head": attention and MLP are half a block each."""
         mine = self.parts[first:last]
-        words = [kind for kind in mine if kind not in HALVES]
-        halves = len(mine) - len(words)
-        if halves:
-            words.insert(next(i for i, kind in enumerate(mine) if kind in HALVES), f"{halves / 2:g} blocks")
+        words = [kind for kind in mine if kind not in BLOCKS]
+        blocks = sum(BLOCKS[kind] for kind in mine if kind in BLOCKS)
+        if blocks:
+            words.insert(next(i for i, kind in enumerate(mine) if kind in BLOCKS), f"{blocks:g} blocks")
         return ", ".join(words)
 
 
 def measured_cut(config: PretrainConfig, hf_config: Any, device: torch.device) -> Cut:
     """Measure on every process of the group at once, and cut; one stage needs no measuring."""
-    kinds, stages = [part.kind for part in parts_of(hf_config)], config.parallel.stages
+    row, stages = parts_of(hf_config, config.train.recompute), config.parallel.stages
+    kinds = [part.kind for part in row]
     if stages == 1:
         return Cut(1, kinds, [0.0] * len(kinds), [0, len(kinds)])
     costs = measure(config, hf_config, device)
-    return Cut(stages, kinds, costs, stage_borders(hf_config, costs, stages))
+    return Cut(stages, kinds, costs, stage_borders(row, costs, stages))
 
 
 def kept_cut(
@@ -73,7 +74,7 @@ def kept_cut(
     """
     if config.parallel.stages == 1:
         return measured_cut(config, hf_config, device)
-    kinds = [part.kind for part in parts_of(hf_config)]
+    kinds = [part.kind for part in parts_of(hf_config, config.train.recompute)]
     known: list[Cut | None] = [_read(file, config.parallel.stages, kinds, say) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(known)
     if known[0] is not None:
@@ -103,12 +104,12 @@ def _read(file: Path, stages: int, kinds: list[str], say: Callable[[str], None])
 def measure(config: PretrainConfig, hf_config: Any, device: torch.device) -> list[float]:
     """Seconds a micro-batch of each part: forward, backward, and its share of the optimiser's step.
 
-    One block's halves are measured for all. The mean over the processes of the group, which all measure at the
+    One block, or its halves, is measured for all. The mean over the processes of the group, which all measure at the
     same time, as they will train. Random draws of the process are left as they were.
     """
     if device.type == "cpu":
         keep_freed_memory()  # as in training
-    row = parts_of(hf_config)
+    row = parts_of(hf_config, config.train.recompute)
     first = {part.kind: part for part in reversed(row)}
     kinds = sorted(first)
     seconds = torch.zeros(len(kinds), dtype=torch.float64, device=device)
@@ -124,7 +125,8 @@ def measure(config: PretrainConfig, hf_config: Any, device: torch.device) -> lis
 
 def _seconds(part: Part, config: PretrainConfig, hf_config: Any, device: torch.device) -> float:
     # A matrix's values cost the same however they were drawn; the SVD of the spectral start is slow.
-    layer = Layer(part, skeleton(hf_config), device, 0, "normal", config.train.precision == "bf16")
+    model = skeleton(hf_config, config.train.recompute)
+    layer = Layer(part, model, device, 0, "normal", config.train.precision == "bf16")
     shape = (config.parallel.micro_batch_size, config.data.seq_len)
     tokens = torch.randint(0, hf_config.vocab_size, shape, device=device)
     hidden = torch.randn(*shape, hf_config.hidden_size, device=device)

@@ -84,11 +84,12 @@ class Engine:
 
     def _layers(self) -> list[LayerSpec]:
         config = self.config
-        model = make_skeleton(self.hf_config)
+        recompute = config.train.recompute
+        model = make_skeleton(self.hf_config, recompute)
         bf16 = config.train.precision == "bf16"
         arguments = (model, self.device, config.train.seed, config.method.init, bf16)
         specs: list[LayerSpec] = []
-        for part in parts_of(self.hf_config):
+        for part in parts_of(self.hf_config, recompute):
             if is_tied(self.hf_config) and part.kind in ("embedding", "head"):
 
                 def run(layer: Layer, data: Any, part: Any = part) -> Any:

@@ -24,6 +24,19 @@ def test_it_is_torchs_attention(seq: int, score_bytes: int, monkeypatch: pytest.
         torch.testing.assert_close(mine, other, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("seq", [5, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_probabilities_computed_again_give_the_same_gradients_to_the_bit(seq: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(3, 2, seq, 16, dtype=dtype, requires_grad=True) for _ in range(3))
+    kept, again = (CausalAttention.apply(q, k, v, 0.25, keep) for keep in (True, False))
+    assert torch.equal(kept, again)
+    out = torch.randn_like(kept)
+    gradients = [torch.autograd.grad(x, (q, k, v), out) for x in (kept, again)]
+    for mine, other in zip(*gradients, strict=True):
+        assert torch.equal(mine, other)
+
+
 def test_shared_key_heads() -> None:
     q = torch.randn(2, 6, 40, 8)
     k, v = torch.randn(2, 2, 40, 8), torch.randn(2, 2, 40, 8)

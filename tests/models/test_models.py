@@ -126,7 +126,7 @@ def test_the_cut_is_the_best_of_all() -> None:
 def test_stages_of_the_whole_model_are_balanced(stages: int) -> None:
     config = config_of({"preset": "gpt2-127m"}, {"rank": 48})
     model, row = skeleton(config), parts_of(config)
-    borders = stage_borders(config, counted_costs(config, model, 256), stages)
+    borders = stage_borders(row, counted_costs(row, model, 256), stages)
     assert borders[0] == 0
     assert borders[-1] == len(row)
     costs = [sum(operations(part, model, 256) for part in row[a:b]) for a, b in pairwise(borders)]

@@ -56,6 +56,23 @@ def test_a_stopped_driver_resumes_with_the_same_command(
 
 
 @pytest.mark.slow
+def test_a_run_goes_on_to_the_same_numbers_with_another_recomputation(
+    run_shards: Path, unbroken: dict[str, Any], tmp_path: Path
+) -> None:
+    with command(tmp_path, run_shards) as process:
+        wait_for_step(tmp_path, 50, process)
+        process.kill()
+        process.wait()
+    cut = (tmp_path / "run" / "stages.json").read_text()
+    with command(tmp_path, run_shards, "--train.recompute", "attention") as process:
+        assert process.wait(240) == 0, (tmp_path / "stderr").read_text()[-3000:]
+    assert (tmp_path / "run" / "stages.json").read_text() == cut
+    resumed = outcome(tmp_path)
+    assert resumed["starts"][-1] > 0
+    assert_same_run(resumed, unbroken)
+
+
+@pytest.mark.slow
 def test_another_number_of_stages_resumes_within_rounding(run_shards: Path, tmp_path: Path) -> None:
     without_dropout = ("--model.dropout", "0")
     (tmp_path / "one").mkdir()

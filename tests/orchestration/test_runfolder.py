@@ -88,6 +88,7 @@ def test_what_places_a_run_may_change(tmp_path: Path) -> None:
                 train__checkpoint_every=7,
                 train__keep_checkpoints=7,
                 train__sample_tokens=7,
+                train__recompute="full",
             ),
             "abc",
         )

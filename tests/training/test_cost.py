@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from finhpc.models.family import HALVES
+from finhpc.models.family import BLOCK, HALVES
 from finhpc.models.pipeline import parts_of
 from finhpc.training.cost import Cut, kept_cut, measure
 from tests.training.processes import run_processes
@@ -17,8 +17,8 @@ from tests.training.test_engine import hf_config, settings
 CPU = torch.device("cpu")
 
 
-def _measure(case: str) -> tuple[list[float], bool]:
-    config = settings(case, 2, 1, 2)
+def _measure(case: str, recompute: str = "none") -> tuple[list[float], bool]:
+    config = settings(case, 2, 1, 2, recompute=recompute)
     state = torch.get_rng_state()
     return measure(config, hf_config(config), CPU), bool(torch.equal(state, torch.get_rng_state()))
 
@@ -36,8 +36,17 @@ def test_all_processes_agree_on_the_costs_and_their_random_state_stays() -> None
             assert len({s for s, part in zip(first, row, strict=True) if part.kind == half}) == 1
 
 
-def _keep(file: Path, stages: int) -> tuple[Cut, list[str]]:
-    config = settings("gpt2-tied-dense", stages, 1, 2)
+def test_a_recomputed_block_is_measured_whole() -> None:
+    (found, _) = run_processes(_measure, 1, "llama-low-rank-embedding", "full")[0]
+    row = parts_of(hf_config(settings("llama-low-rank-embedding", 2, 1, 2)), "full")
+    blocks = [seconds for seconds, part in zip(found, row, strict=True) if part.kind == BLOCK]
+    assert len(blocks) == 3
+    assert len(set(blocks)) == 1
+    assert blocks[0] > 0
+
+
+def _keep(file: Path, stages: int, recompute: str = "none") -> tuple[Cut, list[str]]:
+    config = settings("gpt2-tied-dense", stages, 1, 2, recompute=recompute)
     said: list[str] = []
     return kept_cut(config, hf_config(config), CPU, file, said.append), said
 
@@ -52,9 +61,13 @@ def test_a_kept_cut_is_taken_by_all_until_the_stages_change_or_the_file_is_damag
     file.write_text(json.dumps(other))
     for found, said in run_processes(_keep, 2, file, 2):
         assert (found, said) == (Cut(**other), []), "taken as it stands"
+    for found, _ in run_processes(_keep, 2, file, 2, "attention"):
+        assert found == Cut(**other), "the same parts"
 
     ((three, _), *_) = run_processes(_keep, 3, file, 3)
     assert len(three.borders) == 4, "other stages are measured anew"
+    ((whole, _), *_) = run_processes(_keep, 2, file, 2, "full")
+    assert whole.parts.count(BLOCK) == 3, "other parts as well"
 
     file.write_text(json.dumps(other)[:-20])
     ((again, said), *_) = run_processes(_keep, 2, file, 2)
@@ -68,3 +81,5 @@ def test_a_cut_is_named_by_its_blocks() -> None:
     cut = Cut(2, parts, costs, [0, 5, 10])
     assert str(cut) == "embedding, positions, 1.5 blocks | 1.5 blocks, norm, head (2 s, 3 s a micro-batch)"
     assert str(Cut(2, parts, costs, [0, 8, 10])).endswith("3 blocks | norm, head (4.5 s, 0.5 s a micro-batch)")
+    whole = Cut(2, ["embedding", BLOCK, BLOCK, "head"], [0.0, 1.0, 1.0, 1.0], [0, 2, 4])
+    assert str(whole) == "embedding, 1 blocks | 1 blocks, head (1 s, 2 s a micro-batch)"

@@ -1,0 +1,53 @@
+"""Recomputation in the engine: the same training to the bit, over stages and micro-batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from finhpc.models.pipeline import parts_of
+from tests.training.processes import run_processes
+from tests.training.test_engine import CASES, SAMPLES, hf_config, lr_at, settings, tokens
+
+RUNS = [(case, dropout) for case in CASES for dropout in (0.0, 0.1) if not (dropout and case.startswith("llama"))]
+
+
+def _trained(stages: int, steps: int) -> list[dict[str, list[Any]]]:
+    """For each run and mode: losses, norms and this process's weights after some steps."""
+    from finhpc.training.engine import Engine
+
+    results = []
+    for case, dropout in RUNS:
+        found: dict[str, list[Any]] = {}
+        for recompute in ("none", "attention", "full"):
+            config = settings(case, stages, 1, 4, recompute=recompute)
+            config.model.dropout = dropout
+            hf = hf_config(config)
+            row = parts_of(hf, recompute)  # type: ignore[arg-type]
+            second = next(i for i, part in enumerate(row) if part.in_block and part.names[0].split(".")[2] == "1")
+            borders = [0, second, len(row)] if stages == 2 else [0, len(row)]
+            torch.manual_seed(stages)
+            engine = Engine(config, hf, torch.device("cpu"), borders)
+            values: list[Any] = []
+            for step in range(1, steps + 1):
+                batches = iter(tokens(step).split(SAMPLES // 4))
+                values += [engine.train_step(batches, lr_at(config, step)), engine.grad_norm]
+            values.append(engine.evaluate(iter(tokens(99).split(SAMPLES // 4)), 4))
+            named = engine.named_parameters()
+            found[recompute] = [*values, {name: named[name].detach().clone() for name in sorted(named)}]
+        results.append(found)
+    return results
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_every_mode_trains_the_same_to_the_bit(stages: int) -> None:
+    for rank in run_processes(_trained, stages, stages, 3):
+        for (case, dropout), found in zip(RUNS, rank, strict=True):
+            *plain, weights = found["none"]
+            for recompute in ("attention", "full"):
+                *values, mine = found[recompute]
+                assert values == plain, (case, dropout, recompute)
+                assert mine.keys() == weights.keys()
+                assert all(torch.equal(mine[name], weights[name]) for name in weights), (case, dropout, recompute)
