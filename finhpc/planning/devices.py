@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,22 @@ class Device:
         return self.tflops[precision] * 1e12
 
 
+@dataclass(frozen=True)
+class Cluster:
+    """Nodes of equal devices. `usable`: bytes of each for tensors; `reached`: share of its matrix rate."""
+
+    device: Device
+    nodes: int
+    devices_per_node: int
+    usable: float
+    reached: float
+    precision: str
+
+    @property
+    def devices(self) -> int:
+        return self.nodes * self.devices_per_node
+
+
 # NVIDIA's data sheets: V100 (2020), A100 (2021), H100 (2023), H200 (2024), the SXM boards; tensor-core rates
 # without sparsity, NVLink's total halved, the network of the maker's own DGX servers (100, 200 and 400 Gb/s a GPU).
 # finhpc multiplies float32 in full precision, so TF32 is not counted; a V100 has no bfloat16, its rate is float16's.
@@ -38,6 +55,8 @@ DEVICES = {
     )
 }
 THIS_MACHINE = "this-machine"
+REACHED = 0.4  # share of a GPU's matrix rate: what the GPU hours of Llama 2 (Table I) amount to on A100s, 0.38 to 0.43
+CPU_REACHED = 0.5  # the same of this machine's measured rate
 
 SIZE = 1024  # of the matrices multiplied to measure a rate
 SECONDS = 0.3  # spent on each measurement
@@ -61,6 +80,14 @@ def this_machine(workers: int, threads: int) -> Device:
     return Device(THIS_MACHINE, psutil.virtual_memory().total / workers / 1e9, rates, 2 * copies, copies, copies)
 
 
+def gpu_here() -> Device | None:
+    """This machine's first GPU, where its data sheet is known here; by series and the nearest memory."""
+    name = torch.cuda.get_device_name().lower()
+    total = torch.cuda.get_device_properties(0).total_memory
+    alike = [device for device in DEVICES.values() if device.name.partition("-")[0] in name]
+    return min(alike, key=lambda device: abs(device.memory_gb * 1e9 - total), default=None)
+
+
 def _products(dtype: torch.dtype) -> float:
     """TFLOP/s of square matrix products."""
     a = torch.randn(SIZE, SIZE).to(dtype)
@@ -74,8 +101,7 @@ def _copies() -> float:
     return source.numel() * 4 * _times_a_second(lambda: target.copy_(source)) / 1e9
 
 
-def _times_a_second(work: object) -> float:
-    assert callable(work)
+def _times_a_second(work: Callable[[], object]) -> float:
     work()
     count, start = 0, time.perf_counter()
     while (spent := time.perf_counter() - start) < SECONDS:

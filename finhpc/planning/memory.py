@@ -17,9 +17,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from finhpc.config import Recompute
 from finhpc.planning import paper
-from finhpc.planning.outline import Stages, Outline, one_block, outline_of
+from finhpc.planning.outline import Outline, Stages, one_block
 from finhpc.planning.passes import PartBytes, counted
 
 BUCKET = 500_000_000  # gradients that DeepSpeed averages at a time
@@ -136,15 +135,13 @@ class Memory:
             held=2 * ids + (sent if stage else 0) + (sent if stage < stages - 1 else 0),
         )
         with_gradients = intermediates = 0
-        for forward, in_flight, ready in set(_passes(stage, stages, topology.micro_batches)):
-            for activations, gradients in steps.levels(forward, in_flight, ready):
+        for forward, in_flight, done in set(_passes(stage, stages, topology.micro_batches)):
+            for activations, gradients in steps.levels(forward, in_flight, done):
                 intermediates = max(intermediates, activations)
                 with_gradients = max(with_gradients, activations + gradients)
         flat = 4 * min(total, BUCKET)
         peak = 12 * total + buffers + max(with_gradients, 4 * total + flat)
-        return StageMemory(
-            stage, kinds, total, 4 * total, 4 * total, 8 * total, intermediates, buffers + flat, peak
-        )
+        return StageMemory(stage, kinds, total, 4 * total, 4 * total, 8 * total, intermediates, buffers + flat, peak)
 
 
 @dataclass(frozen=True)
@@ -159,13 +156,18 @@ class _Steps:
     sent: int
     held: int
 
-    def levels(self, forward: bool, in_flight: int, ready: bool) -> Iterator[tuple[int, int]]:
+    def levels(self, forward: bool, in_flight: int, done: int) -> Iterator[tuple[int, int]]:
         """(activations, gradients) at the most, in each part of a pass of the newest of `in_flight` micro-batches.
 
-        `ready`: the gradients of all weights are there already.
+        `done`: micro-batches that went through before, 2 for more. With one, the gradients of all weights
+        are there.
         """
+        ready = done > 0
         kept = sum(part.kept for part in self.parts)
         level = in_flight * self.held + (in_flight - 1) * kept
+        if self.last and not self.first:
+            # DeepSpeed holds the losses of the two newest before, and so their inputs and those' gradients.
+            level += 2 * self.sent * (done if forward else min(done, 1))
         if forward:
             level -= 0 if self.last else self.sent  # its output is still to come
             for i, part in enumerate(self.parts):
@@ -180,32 +182,26 @@ class _Steps:
             there = ready or (self.shared and i == 0)
             # The last part's output is the loss, or its gradient lies where it was received.
             given = 0 if i == len(self.parts) - 1 else self.sent
-            yield level + given + (part.backward if there else part.first_backward), (
-                sum(self.gradients) if ready else made
+            yield (
+                level + given + (part.backward if there else part.first_backward),
+                (sum(self.gradients) if ready else made),
             )
             level -= part.kept
             made += self.gradients[i]
 
 
-def _passes(stage: int, stages: int, micro_batches: int) -> Iterator[tuple[bool, int, bool]]:
-    """(forward or backward, micro-batches in flight with this one, whether gradients are there), in order."""
+def _passes(stage: int, stages: int, micro_batches: int) -> Iterator[tuple[bool, int, int]]:
+    """(forward or backward, micro-batches in flight with this one, those done before or 2 for more), in order."""
     begun = min(micro_batches, stages - stage)
     for i in range(begun):
-        yield True, i + 1, False
+        yield True, i + 1, 0
     for done in range(micro_batches):
-        yield False, begun - done, done > 0
+        yield False, begun - done, min(done, 2)
         if begun < micro_batches:
             begun += 1
-            yield True, begun - done - 1, True
+            yield True, begun - done - 1, min(done + 1, 2)
 
 
 def _own(kinds: list[str], tied: bool) -> list[str]:
     """The kinds whose parameters a stage holds: a tied head where its embedding is elsewhere."""
     return [kind for kind in kinds if not (tied and kind == "head" and "embedding" in kinds)]
-
-
-def by_recompute(
-    hf_config: object, seq_len: int, scheme: Scheme, topology: Topology, modes: tuple[Recompute, ...]
-) -> dict[str, list[StageMemory]]:
-    """The stages' memory under each recompute mode."""
-    return {mode: Memory(outline_of(hf_config, seq_len, mode), scheme).stages(topology) for mode in modes}

@@ -92,6 +92,10 @@ class Outline:
     def params(self) -> int:
         return sum(weights.total for weights in self.weights)
 
+    def stored_bytes(self, bits: int) -> int:
+        """Bytes of the whole model at 16, 8 or 4 bits."""
+        return sum(weights.count * weights.stored_bytes(bits) for weights in self.weights)
+
     def part_params(self, kind: str) -> int:
         """Parameters of one part of that kind; a tied head counts the embedding's matrix, as its stage holds a copy."""
         if kind == "head" and self.tied:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from finhpc.planning.devices import Device
+from finhpc.planning.devices import Cluster, Device
 from finhpc.planning.memory import Topology
-from finhpc.planning.outline import Stages, Outline
+from finhpc.planning.outline import Outline, Stages
 
 ADAMW_BYTES = 28  # a parameter: weight, gradient and two moments read, weight and moments written, float32
 
@@ -66,19 +66,19 @@ def _passes(outline: Outline, kind: str) -> float:
     return 3 * forward + again
 
 
-def paced(
-    outline: Outline, topology: Topology, cut: Stages, device: Device, precision: str, reached: float, per_node: int
-) -> Pace:
-    """The pace on a named device, of whose matrix rate training reaches the share `reached`."""
+def paced(outline: Outline, topology: Topology, cut: Stages, cluster: Cluster) -> Pace:
+    """The pace on a cluster, of whose matrix rate training reaches a share."""
+    device, per_node = cluster.device, cluster.devices_per_node
+    rate = device.rate(cluster.precision) * cluster.reached
     tokens = topology.micro_batch_size * outline.seq_len
     width = int(outline.hf_config.hidden_size)
     one_node = topology.workers <= per_node
     link = (device.link_gb_per_s if one_node else device.network_gb_per_s) * 1e9
     seconds = []
     for i, kinds in enumerate(cut):
-        compute = tokens * sum(_passes(outline, kind) for kind in kinds) / (device.rate(precision) * reached)
+        compute = tokens * sum(_passes(outline, kind) for kind in kinds) / rate
         neighbours = (i > 0) + (i < topology.stages - 1)
-        seconds.append(compute + neighbours * tokens * 4 * width / link)  # hidden states or their gradient
+        seconds.append(compute + neighbours * 2 * tokens * 4 * width / link)  # hidden states there, gradients back
     largest = max(sum(outline.part_params(kind) for kind in kinds) for kinds in cut)
     return Pace(
         seconds,
@@ -99,3 +99,10 @@ def _averaging_s(params: int, replicas: int, device: Device, per_node: int) -> f
 def measured(cut: Stages, topology: Topology, part_s: Mapping[str, float]) -> Pace:
     """The pace from measured seconds a micro-batch of each kind of part, its share of the optimiser in them."""
     return Pace([sum(part_s[kind] for kind in kinds) for kinds in cut], 0.0, 0.0, topology.micro_batches)
+
+
+def reached_by(outline: Outline, topology: Topology, part_s: Mapping[str, float], rate: float) -> float:
+    """The share of a matrix rate that measured parts reach."""
+    tokens = topology.micro_batch_size * outline.seq_len
+    operations = tokens * sum(_passes(outline, kind) for kind in outline.kinds)
+    return operations / (sum(part_s[kind] for kind in outline.kinds) * rate)

@@ -125,7 +125,10 @@ DIFFERENCES = [
         "18.48 M is one of the two; section IV.C's 1.32 B counts both",
     ),
     Difference(
-        "Section III.C.2, Llama2-7B at r = 512", "about 2 B parameters, 4 GB", "1.32 B, 2.63 GB", "1.32 B in section IV.C"
+        "Section III.C.2, Llama2-7B at r = 512",
+        "about 2 B parameters, 4 GB",
+        "1.32 B, 2.63 GB",
+        "1.32 B in section IV.C",
     ),
     Difference(
         "Table III, parameters, gradients, optimiser",

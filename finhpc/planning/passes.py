@@ -7,7 +7,6 @@ is not seen.
 
 from __future__ import annotations
 
-import gc
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -133,7 +132,6 @@ class _Trial:
 
     def _passes(self) -> tuple[int, int, int]:
         """(kept, most of the forward pass, most of the backward pass)."""
-        gc.collect()
         meter = self.meter
         before = meter.live
         data: Any = self.tokens if self.part.kind == "embedding" else (self._input(), self.tokens)

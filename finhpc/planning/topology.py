@@ -4,26 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from finhpc.planning.devices import Device
+from finhpc.planning.devices import Cluster
 from finhpc.planning.memory import Memory, StageMemory, Topology
 from finhpc.planning.outline import Stages
 from finhpc.planning.pace import Pace, paced
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """Nodes of equal devices. `usable`: bytes of a device that tensors may take; `reached`: share of its matrix rate."""
-
-    device: Device
-    nodes: int
-    devices_per_node: int
-    usable: float
-    reached: float
-    precision: str
-
-    @property
-    def devices(self) -> int:
-        return self.nodes * self.devices_per_node
 
 
 @dataclass(frozen=True)
@@ -60,9 +44,7 @@ def options(memory: Memory, cluster: Cluster, samples_per_step: int, micro_batch
 def option(memory: Memory, cluster: Cluster, topology: Topology, cut: Stages) -> Option:
     """One topology of a cluster, whether it fits or not."""
     fullest = max(memory.stages(topology, cut), key=lambda stage: stage.peak_bytes)
-    pace = paced(
-        memory.outline, topology, cut, cluster.device, cluster.precision, cluster.reached, cluster.devices_per_node
-    )
+    pace = paced(memory.outline, topology, cut, cluster)
     tokens = topology.samples_per_step * memory.outline.seq_len
     return Option(topology, fullest, pace, tokens / pace.step_s, fullest.peak_bytes <= cluster.usable)
 
