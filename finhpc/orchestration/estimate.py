@@ -16,11 +16,11 @@ from finhpc.orchestration.estimate_tables import show
 from finhpc.orchestration.measuring import part_seconds
 from finhpc.orchestration.plan import Plan, check_model, check_parallel, collect
 from finhpc.planning import paper
-from finhpc.planning.devices import CPU_REACHED, DEVICES, REACHED, THIS_MACHINE, gpu_here, this_machine
+from finhpc.planning.devices import CPU_REACHED, DEVICES, REACHED, THIS_MACHINE, Cluster, gpu_here, this_machine
 from finhpc.planning.memory import Memory, Scheme, StageMemory, Topology
 from finhpc.planning.outline import Outline, outline_of
 from finhpc.planning.pace import Pace, measured, paced, reached_by, step_operations
-from finhpc.planning.topology import Cluster, Option, options
+from finhpc.planning.topology import Option, options
 
 MODES: tuple[Recompute, ...] = ("none", "attention", "full")
 
@@ -33,16 +33,17 @@ def estimate(config: EstimateConfig) -> dict[str, Any]:
     """
     hf_config, params_dense = _checked(config)
     wanted = config.estimate
-    outline = outline_of(hf_config, config.data.seq_len, config.train.recompute)
-    topology = topology_of(config)
+    topology, cluster = topology_of(config), _cluster(config)
     here = wanted.device == THIS_MACHINE
-    cluster = _cluster(config)
     bf16 = config.train.precision == "bf16"
-    memory = Memory(outline, Scheme(wanted.scheme, bf16, not here, wanted.weight_bits, wanted.zero_stage))
+    scheme = Scheme(wanted.scheme, bf16, not here, wanted.weight_bits, wanted.zero_stage)
+    fused = scheme.fused(config.data.seq_len)
+    outline = outline_of(hf_config, config.data.seq_len, config.train.recompute, fused)
+    memory = Memory(outline, scheme)
     if here:
         seconds = part_seconds(config)
         cut = outline.stages(topology.stages, seconds)
-        pace = measured(cut, topology, seconds)
+        pace = measured(outline, topology, cut, cluster, seconds)
         share = reached_by(outline, topology, seconds, cluster.device.rate(cluster.precision))
         cluster = replace(cluster, reached=share)
     else:
@@ -80,8 +81,10 @@ def of_plan(plan: Plan, cuda: bool, here: bool) -> dict[str, Any]:
     `here`: whether the run would be on this machine; else, and on a GPU without a data sheet here, its time
     is not known (null).
     """
-    config, outline, topology = plan.config, plan.outline, topology_of(plan.config)
-    memory = Memory(outline, Scheme("finhpc", config.train.precision == "bf16", cuda))
+    config, topology = plan.config, topology_of(plan.config)
+    scheme = Scheme("finhpc", config.train.precision == "bf16", cuda)
+    outline = replace(plan.outline, fused=scheme.fused(config.data.seq_len))
+    memory = Memory(outline, scheme)
     cut = outline.stages(topology.stages)
     device = None
     if here:
@@ -191,11 +194,12 @@ def _cluster(config: EstimateConfig) -> Cluster:
         "memory_gb": wanted.memory_gb,
         "link_gb_per_s": wanted.link_gb_per_s,
         "network_gb_per_s": wanted.network_gb_per_s,
-        "tflops": wanted.tflops and device.tflops | {config.train.precision: wanted.tflops},
+        "tflops": wanted.tflops and device.tflops | dict.fromkeys(device.tflops, wanted.tflops),
     }
     device = replace(device, **{key: value for key, value in stated.items() if value is not None})
     usable = wanted.usable * device.memory_gb * 1e9
-    return Cluster(device, wanted.nodes, per_node, usable, wanted.reached, config.train.precision)
+    precision = "bf16" if wanted.scheme == "paper" else config.train.precision  # 16 bits: the same rate
+    return Cluster(device, wanted.nodes, per_node, usable, wanted.reached, precision)
 
 
 def _by_recompute(hf_config: Any, memory: Memory, topology: Topology, usable: float) -> dict[str, Any]:
@@ -203,7 +207,7 @@ def _by_recompute(hf_config: Any, memory: Memory, topology: Topology, usable: fl
     found: dict[str, Any] = {}
     plain = step_operations(outline_of(hf_config, memory.outline.seq_len), 1)
     for mode in MODES:
-        outline = outline_of(hf_config, memory.outline.seq_len, mode)
+        outline = outline_of(hf_config, memory.outline.seq_len, mode, memory.outline.fused)
         fullest = max(Memory(outline, memory.scheme).stages(topology), key=lambda stage: stage.peak_bytes)
         found[mode] = {
             "intermediates_bytes": fullest.intermediates_bytes,

@@ -7,9 +7,8 @@ from typing import Any
 from finhpc.config import EstimateConfig
 from finhpc.models.family import described
 from finhpc.orchestration.progress import rows_table, summary_table
-from finhpc.planning.devices import THIS_MACHINE
+from finhpc.planning.devices import THIS_MACHINE, Cluster
 from finhpc.planning.outline import Outline
-from finhpc.planning.topology import Cluster
 
 Rows = list[dict[str, Any]]
 COLUMNS = {

@@ -6,6 +6,7 @@ It follows the run's journals like any other reader, so it can neither slow nor 
 from __future__ import annotations
 
 import math
+import re
 import sys
 import threading
 import time
@@ -170,7 +171,7 @@ def rows_table(title: str, rows: list[dict[str, Any]], stream: TextIO | None = N
 
 
 def _is_words(value: Any) -> bool:
-    return isinstance(value, str) and not value[:1].isdigit()
+    return isinstance(value, str) and not re.fullmatch(r"[-+]?[\d.,]+( ?%)?", value)
 
 
 def summary_table(title: str, rows: list[tuple[str, str]], stream: TextIO | None = None) -> None:

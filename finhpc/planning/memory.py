@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+from finhpc.models.attention import LONGEST
 from finhpc.planning import paper
 from finhpc.planning.outline import Outline, Stages, one_block
 from finhpc.planning.passes import PartBytes, counted
@@ -33,6 +34,10 @@ class Scheme:
     cuda: bool = False
     weight_bits: int = 16  # of the paper's stored weights; its optimiser keeps them in float32
     zero_stage: int = 0
+
+    def fused(self, seq_len: int) -> bool:
+        """Whether attention is a kernel that never holds all its scores: torch's own, on GPUs and for long samples."""
+        return self.name == "finhpc" and (self.cuda or seq_len > LONGEST)
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,7 @@ class Outline:
     operations: dict[str, float]  # kind -> multiplications a token, as the stages are balanced by
     row: list[Any]  # the parts themselves
     tied: bool
+    fused: bool = False  # attention never holds all its scores, so that there is nothing of it to recompute
 
     @property
     def params(self) -> int:
@@ -122,7 +123,7 @@ def one_block(hf_config: Any) -> Any:
     return single
 
 
-def outline_of(hf_config: Any, seq_len: int, recompute: Recompute = "none") -> Outline:
+def outline_of(hf_config: Any, seq_len: int, recompute: Recompute = "none", fused: bool = False) -> Outline:
     """Raises `ConfigError` naming every layer that its rank does not fit."""
     single = one_block(hf_config)
     model, row = skeleton(single, recompute), parts_of(hf_config, recompute)
@@ -136,7 +137,7 @@ def outline_of(hf_config: Any, seq_len: int, recompute: Recompute = "none") -> O
         for name, module in zip(part.names, part.modules(model), strict=True):
             count = hf_config.num_hidden_layers if part.in_block else 1
             found += _weights(name, module, part.kind, count)
-    return Outline(hf_config, seq_len, recompute, [part.kind for part in row], found, costs, row, tied)
+    return Outline(hf_config, seq_len, recompute, [part.kind for part in row], found, costs, row, tied, fused)
 
 
 def _weights(name: str, module: nn.Module, kind: str, count: int) -> list[Weights]:

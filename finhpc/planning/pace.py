@@ -10,6 +10,8 @@ from finhpc.planning.memory import Topology
 from finhpc.planning.outline import Outline, Stages
 
 ADAMW_BYTES = 28  # a parameter: weight, gradient and two moments read, weight and moments written, float32
+# A parameter's gradient: clipped, and by DeepSpeed laid flat, scaled and copied back, with one replica too.
+GRADIENT_BYTES = 32
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def _passes(outline: Outline, kind: str) -> float:
     again = 0.0
     if kind == "block":
         again = forward
-    elif kind == "attention" and outline.recompute == "attention":
+    elif kind == "attention" and outline.recompute == "attention" and not outline.fused:
         again = float(outline.seq_len * int(outline.hf_config.hidden_size))  # q k^T
     return 3 * forward + again
 
@@ -79,7 +81,7 @@ def paced(outline: Outline, topology: Topology, cut: Stages, cluster: Cluster) -
         compute = tokens * sum(_passes(outline, kind) for kind in kinds) / rate
         neighbours = (i > 0) + (i < topology.stages - 1)
         seconds.append(compute + neighbours * 2 * tokens * 4 * width / link)  # hidden states there, gradients back
-    largest = max(sum(outline.part_params(kind) for kind in kinds) for kinds in cut)
+    largest = _largest(outline, cut)
     return Pace(
         seconds,
         _averaging_s(largest, topology.replicas, device, per_node),
@@ -90,15 +92,25 @@ def paced(outline: Outline, topology: Topology, cut: Stages, cluster: Cluster) -
 
 def _averaging_s(params: int, replicas: int, device: Device, per_node: int) -> float:
     """A ring over the replicas of a stage, which are neighbours: DeepSpeed's pipe axis is the outer one."""
+    copies = params * GRADIENT_BYTES / (device.memory_gb_per_s * 1e9)
     if replicas == 1:
-        return 0.0
+        return copies
     link = device.link_gb_per_s if replicas <= per_node else device.network_gb_per_s
-    return 2 * (replicas - 1) / replicas * 4 * params / (link * 1e9)
+    return copies + 2 * (replicas - 1) / replicas * 4 * params / (link * 1e9)
 
 
-def measured(cut: Stages, topology: Topology, part_s: Mapping[str, float]) -> Pace:
+def measured(
+    outline: Outline, topology: Topology, cut: Stages, cluster: Cluster, part_s: Mapping[str, float]
+) -> Pace:
     """The pace from measured seconds a micro-batch of each kind of part, its share of the optimiser in them."""
-    return Pace([sum(part_s[kind] for kind in kinds) for kinds in cut], 0.0, 0.0, topology.micro_batches)
+    stage_s = [sum(part_s[kind] for kind in kinds) for kinds in cut]
+    exchange_s = _averaging_s(_largest(outline, cut), topology.replicas, cluster.device, cluster.devices_per_node)
+    return Pace(stage_s, exchange_s, 0.0, topology.micro_batches)
+
+
+def _largest(outline: Outline, cut: Stages) -> int:
+    """Parameters of the largest stage."""
+    return max(sum(outline.part_params(kind) for kind in kinds) for kinds in cut)
 
 
 def reached_by(outline: Outline, topology: Topology, part_s: Mapping[str, float], rate: float) -> float:

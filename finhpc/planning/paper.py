@@ -105,6 +105,7 @@ class Difference:
 
 
 DIFFERENCES = [
+    Difference("Section VI.A, GPT2-127M", "n = 786", "n = 768", "12 heads of 64, as in its parameter count"),
     Difference("Table I against section III.C.1", "Llama2's data: 4.6 TB", "4.7 TB in the text", "unclear which"),
     Difference(
         "Table II, W^H of Llama2-7B", "1442.84 M", "131.07 M", "W^D's row again; its 0.26 GB and 1.94 % are W^H's"
@@ -117,6 +118,7 @@ DIFFERENCES = [
         "7.97, 21.41; 1.26, 8.06, 21.75",
         "the last digit, for Llama2-7B (W^Q, W^U) and Llama2-13B (W^E, W^Q, W^U)",
     ),
+    Difference("Table II, RMSNorm of Llama2-13B", "0.21 M", "0.20 M", "5120 x 40 = 0.2048 M, each of the two a layer"),
     Difference("Table II", "one RMSNorm a module", "and a final one (4096, 5120)", "left out; 0.004 M"),
     Difference(
         "Section III.B, W^E and W^H at r = 512",
