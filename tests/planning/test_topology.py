@@ -58,7 +58,7 @@ def test_time_counts_links_and_the_average_over_replicas() -> None:
     cut = model.stages(2)
     near = paced(model, Topology(2, 1, 1, 4), cut, cluster(1))
     far = paced(model, Topology(2, 8, 1, 4), cut, cluster(2))
-    assert far.exchange_s > 10 * near.exchange_s
+    assert far.exchange_s > 2 * near.exchange_s
     assert all(a < b for a, b in zip(near.stage_s, far.stage_s, strict=True)), "stages lie on two nodes"
 
 
