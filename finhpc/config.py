@@ -45,13 +45,17 @@ class Model(Section):
 class Method(Section):
     """How a linear layer is made."""
 
-    kind: Literal["dense", "low_rank"] = Field("low_rank", description="dense, or y = B(A x) from scratch (method 1)")
+    kind: str = Field(
+        "low_rank", description="dense; low_rank: y = B(A x) from scratch (method 1); cola: y = B silu(A x)"
+    )
     rank: int = Field(64, description="rank of every pair that `ranks` does not name")
     ranks: dict[str, int] = Field(
         default_factory=dict, description=f"rank for a kind of layer: any of {', '.join(LINEAR_KINDS)}"
     )
-    init: Literal["spectral", "normal", "cola"] = Field(
-        "spectral", description="how A and B start; spectral: SVD of the dense initialisation, split as square roots"
+    init: Literal["spectral", "normal", "cola"] | None = Field(
+        None,
+        description="how A and B start; spectral: SVD of the dense initialisation, split as square roots; default: "
+        "spectral, cola for kind cola",
     )
     embedding: Literal["dense", "low_rank"] = Field("dense", description="the token embedding")
     head: Literal["low_rank", "dense"] = Field("low_rank", description="the output layer")
@@ -70,6 +74,11 @@ class Optimizer(Section):
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0, description="on matrices; never on biases and norms")
+    decay: Literal["factors", "product"] = Field(
+        "factors", description="what weight_decay shrinks in a low-rank layer: A and B, or their product B A"
+    )
+    lr_scale_a: float = Field(1.0, gt=0, description="learning rate of the factors A over that of the rest")
+    lr_scale_b: float = Field(1.0, gt=0, description="learning rate of the factors B over that of the rest")
     grad_clip: float = Field(1.0, ge=0, description="largest gradient norm over the whole model; 0: no clipping")
 
 

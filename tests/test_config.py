@@ -26,12 +26,14 @@ def test_yaml_round_trip() -> None:
 
 def test_every_problem_is_listed_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
-        load(PretrainConfig, None, {"method.ranc": 8, "train.steps": "x", "method.kind": "lowrank", "optimizer.lr": -1})
+        load(
+            PretrainConfig, None, {"method.ranc": 8, "train.steps": "x", "train.precision": "bf61", "optimizer.lr": -1}
+        )
     text = str(caught.value)
     assert len(caught.value.problems) == 4
     assert "method.ranc is not a setting; did you mean method.rank?" in text
     assert "train.steps='x' is refused" in text
-    assert "did you mean low_rank?" in text
+    assert "did you mean bf16?" in text
     assert "optimizer.lr=-1 is refused: input should be greater than 0" in text
 
 

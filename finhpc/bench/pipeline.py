@@ -192,7 +192,7 @@ def _build(config: PretrainConfig, borders: Any, device: Any) -> tuple[Any, Any]
     from finhpc.training.cost import measured_cut
     from finhpc.training.engine import Engine
 
-    hf_config = make_config(resolve_shape(config.model, None), ranks_of(config.method))
+    hf_config = make_config(resolve_shape(config.model, None), ranks_of(config.method), config.method.kind)
     cut = measured_cut(config, hf_config, device) if borders == "measured" else None
     row = parts_of(hf_config, config.train.recompute)
     costs = counted_costs(row, skeleton(hf_config), config.data.seq_len)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from finhpc.config import PretrainConfig
 from finhpc.models.loading import initial_model
 from finhpc.models.pipeline import parts_of
-from finhpc.training.optimizer import make_optimizer
+from finhpc.training.optimizer import make_optimizer, set_lr
 
 Step = Callable[[Tensor, float], float]  # (tokens (batch, seq), learning rate) -> loss in nats
 
@@ -66,8 +66,7 @@ def _step(config: PretrainConfig, model: nn.Module, loss_of: Callable[[Tensor], 
     bf16 = config.train.precision == "bf16"
 
     def step(tokens: Tensor, lr: float) -> float:
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        set_lr(optimizer, lr)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
             loss = loss_of(tokens.to(device))
         loss.backward()  # type: ignore[no-untyped-call]

@@ -167,7 +167,7 @@ def _ways(settings: TrainBench, precision: str, device: torch.device) -> tuple[d
 
     def add(name: str, rank: int, make: Callable[[PretrainConfig, Any], Step]) -> None:
         config = run_config(settings, precision, rank)
-        configs[name] = make_config(resolve_shape(config.model, None), ranks_of(config.method))
+        configs[name] = make_config(resolve_shape(config.model, None), ranks_of(config.method), config.method.kind)
         ways[name] = make(config, configs[name])
 
     first = settings.ranks[0]

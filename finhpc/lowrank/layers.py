@@ -14,8 +14,11 @@ class LowRankLinear(nn.Module):
     """y = B(A x) + bias.
 
     `A`: (rank, in_features). `B`: (out_features, rank). `bias`: (out_features,) or None.
-    Maps (..., in_features) to (..., out_features).
+    Maps (..., in_features) to (..., out_features). Other ways to be low-rank derive from it.
     """
+
+    init = "spectral"  # the scheme it starts with where none is named, see `finhpc.lowrank.initialize`
+    mergeable = True  # whether B A is the whole layer, so that one dense matrix can take its place
 
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool) -> None:
         super().__init__()
@@ -26,6 +29,10 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(F.linear(x, self.A), self.B, self.bias)
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """A (rank, in_features), B (out_features, rank)."""
+        return self.A, self.B
 
     def extra_repr(self) -> str:
         return f"in={self.in_features}, out={self.out_features}, rank={self.rank}, bias={self.bias is not None}"
@@ -38,6 +45,8 @@ class LowRankEmbedding(nn.Module):
     Maps int64 (...) to (..., dim).
     """
 
+    init = "spectral"
+
     def __init__(self, num_embeddings: int, dim: int, rank: int) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim, self.rank = num_embeddings, dim, rank
@@ -46,6 +55,10 @@ class LowRankEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return F.linear(F.embedding(tokens, self.A), self.B)
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """(rank, num_embeddings) and (dim, rank): views, the first of A transposed."""
+        return self.A.T, self.B
 
     def extra_repr(self) -> str:
         return f"num_embeddings={self.num_embeddings}, dim={self.embedding_dim}, rank={self.rank}"

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from finhpc.config import LINEAR_KINDS, Method
 from finhpc.errors import ConfigError
 from finhpc.lowrank.layers import LowRankEmbedding, LowRankLinear
+from finhpc.lowrank.registry import DENSE, LAYERS, check_kind
 
 Ranks = dict[str, int | None]
 
@@ -21,13 +22,17 @@ EMBEDDINGS = ("transformer.wte", "model.embed_tokens")
 
 
 def ranks_of(method: Method) -> Ranks:
-    """Rank of each kind of layer that `method` asks for; None where the layer stays dense."""
+    """Rank of each kind of layer that `method` asks for; None where the layer stays dense.
+
+    Raises `ConfigError` for a kind of method or layer that is not known.
+    """
+    check_kind(method.kind)
     unknown = sorted(set(method.ranks) - set(LINEAR_KINDS))
     if unknown:
         raise ConfigError(
             [f"method.ranks.{kind} is no kind of layer; valid: {', '.join(LINEAR_KINDS)}." for kind in unknown]
         )
-    if method.kind == "dense":
+    if method.kind == DENSE:
         return dict.fromkeys(LINEAR_KINDS)
     ranks: Ranks = {kind: method.ranks.get(kind, method.rank) for kind in LINEAR_KINDS}
     if method.head == "dense":
@@ -89,15 +94,19 @@ def targets(model: nn.Module, ranks: Ranks) -> dict[str, int]:
     return chosen
 
 
-def make_low_rank(model: nn.Module, ranks: Ranks) -> None:
-    """Replace every chosen dense layer of `model` in place (method 1, FinGPT-HPC section IV.A)."""
+def make_low_rank(model: nn.Module, ranks: Ranks, kind: str = "low_rank") -> None:
+    """Replace every chosen dense layer of `model` in place (method 1, FinGPT-HPC section IV.A).
+
+    `kind` is the registered way to be low-rank; embedding and head are linear pairs whatever it is.
+    """
     for name, rank in targets(model, ranks).items():
         module = model.get_submodule(name)
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, low_rank_twin(module, rank))
+        layer = LowRankLinear if layer_kind(name) == "head" else LAYERS[kind]
+        setattr(model.get_submodule(parent), child, low_rank_twin(module, rank, layer))
 
 
-def low_rank_twin(module: nn.Module, rank: int) -> nn.Module:
+def low_rank_twin(module: nn.Module, rank: int, layer: type[LowRankLinear] = LowRankLinear) -> nn.Module:
     """The low-rank layer that takes the place of a dense one (uninitialised, same device)."""
     shape = dense_shape(module)
     assert shape is not None, type(module)
@@ -106,4 +115,4 @@ def low_rank_twin(module: nn.Module, rank: int) -> nn.Module:
     with device:
         if isinstance(module, nn.Embedding):
             return LowRankEmbedding(in_features, out_features, rank)
-        return LowRankLinear(in_features, out_features, rank, bias=module.bias is not None)
+        return layer(in_features, out_features, rank, bias=module.bias is not None)

@@ -35,11 +35,11 @@ def family_of(config: Any) -> Family:
     return FAMILIES[name]
 
 
-def make_config(shape: Shape, ranks: Ranks) -> Any:
-    """transformers config of a shape; the low-rank class unless every rank is None."""
+def make_config(shape: Shape, ranks: Ranks, kind: str = "low_rank") -> Any:
+    """transformers config of a shape; the low-rank class unless every rank is None. `kind`: `method.kind`."""
     family = FAMILIES[shape.family]
     if any(rank is not None for rank in ranks.values()):
-        return family.low_rank_config(shape, ranks)
+        return family.low_rank_config(shape, ranks, kind)
     return family.dense_config(shape)
 
 

@@ -16,10 +16,11 @@ from finhpc.models.presets import Shape
 
 
 class LowRankGPT2Config(GPT2Config):
-    """GPT2Config and `low_rank`: kind of layer -> rank, or None where it is dense."""
+    """GPT2Config and `low_rank`: kind of layer -> rank, or None where it is dense; `low_rank_kind`: `method.kind`."""
 
     model_type = "lowrank_gpt2"
     low_rank: dict[str, int | None] | None = None
+    low_rank_kind: str = "low_rank"
 
 
 class LowRankGPT2LMHeadModel(GPT2LMHeadModel):
@@ -29,7 +30,7 @@ class LowRankGPT2LMHeadModel(GPT2LMHeadModel):
 
     def __init__(self, config: LowRankGPT2Config) -> None:
         super().__init__(config)
-        make_low_rank(self, config.low_rank or {})
+        make_low_rank(self, config.low_rank or {}, config.low_rank_kind)
 
 
 def _settings(shape: Shape) -> dict[str, Any]:
@@ -54,9 +55,9 @@ def dense_config(shape: Shape) -> GPT2Config:
     return GPT2Config(**_settings(shape))
 
 
-def low_rank_config(shape: Shape, ranks: dict[str, int | None]) -> LowRankGPT2Config:
+def low_rank_config(shape: Shape, ranks: dict[str, int | None], kind: str) -> LowRankGPT2Config:
     tied = shape.tie_embeddings and ranks.get("head") is None and ranks.get("embedding") is None
-    return LowRankGPT2Config(**(_settings(shape) | {"tie_word_embeddings": tied}), low_rank=ranks)
+    return LowRankGPT2Config(**(_settings(shape) | {"tie_word_embeddings": tied}), low_rank=ranks, low_rank_kind=kind)
 
 
 def add_positions(data: Flow, module: nn.Module) -> Flow:

@@ -17,10 +17,11 @@ from finhpc.lowrank.replace import dense_shape
 from finhpc.models.families import family_of
 
 
-def initialize(module: nn.Module, name: str, config: Any, seed: int, scheme: str) -> None:
+def initialize(module: nn.Module, name: str, config: Any, seed: int, scheme: str | None) -> None:
     """Fill `module`, whose Hugging Face name is `name`, in place.
 
-    Matrices are drawn on the CPU in float32, so every device starts from the same numbers.
+    `scheme` is how low-rank layers start; None: as each layer's class says. Matrices are drawn on the
+    CPU in float32, so every device starts from the same numbers.
     """
     for sub_name, sub in module.named_modules():
         if any(True for _ in sub.parameters(recurse=False)):
@@ -29,18 +30,18 @@ def initialize(module: nn.Module, name: str, config: Any, seed: int, scheme: str
                 _fill(sub, full, family_of(config).init_std(full, config), seed, scheme)
 
 
-def _fill(module: nn.Module, name: str, std: float, seed: int, scheme: str) -> None:
+def _fill(module: nn.Module, name: str, std: float, seed: int, scheme: str | None) -> None:
     generator = _generator(seed, name)
     if isinstance(module, LowRankLinear):
         dense = torch.randn(module.out_features, module.in_features, generator=generator) * std
-        a, b = SCHEMES[scheme](dense, module.rank, generator)
+        a, b = SCHEMES[scheme or module.init](dense, module.rank, generator)
         module.A.copy_(a)
         module.B.copy_(b)
         if module.bias is not None:
             module.bias.zero_()
     elif isinstance(module, LowRankEmbedding):
         dense = torch.randn(module.num_embeddings, module.embedding_dim, generator=generator) * std
-        a, b = SCHEMES[scheme](dense.T, module.rank, generator)
+        a, b = SCHEMES[scheme or module.init](dense.T, module.rank, generator)
         module.A.copy_(a.T)
         module.B.copy_(b)
     elif dense_shape(module) is not None:

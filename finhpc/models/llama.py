@@ -16,10 +16,11 @@ from finhpc.models.presets import Shape
 
 
 class LowRankLlamaConfig(LlamaConfig):
-    """LlamaConfig and `low_rank`: kind of layer -> rank, or None where it is dense."""
+    """LlamaConfig and `low_rank`: kind of layer -> rank, or None where it is dense; `low_rank_kind`: `method.kind`."""
 
     model_type = "lowrank_llama"
     low_rank: dict[str, int | None] | None = None
+    low_rank_kind: str = "low_rank"
 
 
 class LowRankLlamaForCausalLM(LlamaForCausalLM):
@@ -29,7 +30,7 @@ class LowRankLlamaForCausalLM(LlamaForCausalLM):
 
     def __init__(self, config: LowRankLlamaConfig) -> None:
         super().__init__(config)
-        make_low_rank(self, config.low_rank or {})
+        make_low_rank(self, config.low_rank or {}, config.low_rank_kind)
 
 
 def _settings(shape: Shape) -> dict[str, Any]:
@@ -51,9 +52,9 @@ def dense_config(shape: Shape) -> LlamaConfig:
     return LlamaConfig(**_settings(shape))
 
 
-def low_rank_config(shape: Shape, ranks: dict[str, int | None]) -> LowRankLlamaConfig:
+def low_rank_config(shape: Shape, ranks: dict[str, int | None], kind: str) -> LowRankLlamaConfig:
     tied = shape.tie_embeddings and ranks.get("head") is None and ranks.get("embedding") is None
-    return LowRankLlamaConfig(**(_settings(shape) | {"tie_word_embeddings": tied}), low_rank=ranks)
+    return LowRankLlamaConfig(**(_settings(shape) | {"tie_word_embeddings": tied}), low_rank=ranks, low_rank_kind=kind)
 
 
 class Attend:

@@ -43,7 +43,7 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrain
     return model.eval()
 
 
-def initial_model(hf_config: Any, seed: int, scheme: str) -> Any:
+def initial_model(hf_config: Any, seed: int, scheme: str | None) -> Any:
     """The whole model as training starts it, on the CPU: what every cut into stages starts from."""
     model: Any = skeleton(hf_config).to_empty(device="cpu")
     for part in parts_of(hf_config):

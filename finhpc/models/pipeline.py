@@ -22,7 +22,7 @@ class Layer(nn.Module):
     """
 
     def __init__(
-        self, part: Part, skeleton: nn.Module, device: torch.device, seed: int, scheme: str, bf16: bool = False
+        self, part: Part, skeleton: nn.Module, device: torch.device, seed: int, scheme: str | None, bf16: bool = False
     ) -> None:
         super().__init__()
         self.part, self.bf16, self.device_type = part, bf16, device.type
@@ -74,7 +74,7 @@ def operations(part: Part, skeleton: nn.Module, seq_len: int) -> float:
     if part.kind == "attention":
         return weights + float(seq_len * config.hidden_size)
     if part.kind == BLOCK:
-        return (weights + seq_len * config.hidden_size) * 4 / 3
+        return (weights + float(seq_len * config.hidden_size)) * 4 / 3
     if part.kind == "head":
         return weights + 25.0 * float(config.vocab_size)
     return float(weights)

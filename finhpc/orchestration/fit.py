@@ -21,6 +21,7 @@ from finhpc.orchestration.plan import Plan
 from finhpc.orchestration.runfolder import RunFolder
 from finhpc.orchestration.worker import FATAL, train_worker
 from finhpc.training import watchdog
+from finhpc.training.allocator import ENVIRONMENT
 
 Say = Callable[[str], None]
 
@@ -62,6 +63,7 @@ def fit(plan: Plan, folder: RunFolder, cuda: bool, say: Say) -> None:
             failure_config=FailureConfig(
                 max_failures=config.run.max_failures, controller_failure_limit=STARTS_TRIED - 1
             ),
+            worker_runtime_env={} if cuda else {"env_vars": ENVIRONMENT},
         ),
     )
     stacks = _Stacks(folder.path, say)
@@ -165,7 +167,7 @@ def _memory_advice(config: PretrainConfig) -> str:
     """What to lower, dearest first."""
     parallel = config.parallel
     precision = "" if config.train.precision == "bf16" else ", use train.precision=bf16"
-    rank = f", method.rank (now {config.method.rank})" if config.method.kind == "low_rank" else ", use low_rank layers"
+    rank = f", method.rank (now {config.method.rank})" if config.method.kind != "dense" else ", use low_rank layers"
     return (
         f"lower parallel.micro_batch_size (now {parallel.micro_batch_size}; raise parallel.micro_batches (now "
         f"{parallel.micro_batches}) by as much to keep the batch), data.seq_len (now {config.data.seq_len}){rank}"

@@ -41,7 +41,9 @@ def hf_config_of(config: PretrainConfig, shards: Shards) -> Any:
     from finhpc.models.families import make_config
     from finhpc.models.presets import resolve_shape
 
-    hf_config = make_config(resolve_shape(config.model, shards.manifest.vocab_size), ranks_of(config.method))
+    hf_config = make_config(
+        resolve_shape(config.model, shards.manifest.vocab_size), ranks_of(config.method), config.method.kind
+    )
     hf_config.bos_token_id = hf_config.eos_token_id = shards.manifest.eot_id
     return hf_config
 

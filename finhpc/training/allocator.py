@@ -10,6 +10,16 @@ import ctypes
 import platform
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8  # malloc.h
+SETTINGS = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: 256 << 20, M_ARENA_MAX: 1}
+
+# The same for a process that is yet to start. One that trains in a thread of its own needs it so: the thread has
+# an arena before any call can forbid it, and of such arenas glibc gives everything back.
+ENVIRONMENT = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+    "MALLOC_TOP_PAD_": str(256 << 20),
+    "MALLOC_ARENA_MAX": "1",
+}
 
 
 def keep_freed_memory() -> bool:
@@ -22,6 +32,5 @@ def keep_freed_memory() -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    settings = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: 256 << 20, M_ARENA_MAX: 1}
-    done = [mallopt(name, value) for name, value in settings.items()]  # 1 where taken
+    done = [mallopt(name, value) for name, value in SETTINGS.items()]  # 1 where taken
     return all(done)

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from finhpc.config import PretrainConfig
 from finhpc.errors import NonFiniteError
+from finhpc.lowrank.layers import LowRankEmbedding, LowRankLinear
 from finhpc.models.families import skeleton as make_skeleton
 from finhpc.models.pipeline import Layer, is_tied, parts_of
 from finhpc.training.allocator import keep_freed_memory
 from finhpc.training.cost import measured_cut
-from finhpc.training.optimizer import make_optimizer
+from finhpc.training.optimizer import decay_products, make_optimizer, set_lr
 
 Batch = tuple[Tensor, Tensor]
 
@@ -80,6 +81,8 @@ class Engine:
         self.grad_norm = float("nan")
         self.busy_s = 0.0  # time in forward and backward passes, since `take_times`
         self.wait_s = 0.0  # time waiting for data
+        if parallel.replicas == 1:  # DeepSpeed would copy all gradients to average them with nobody's, and back
+            self.pipe._INSTRUCTION_MAP = self.pipe._INSTRUCTION_MAP | {schedule.ReduceGrads: lambda pipe: None}
         self._time_passes()
 
     def _layers(self) -> list[LayerSpec]:
@@ -125,8 +128,8 @@ class Engine:
         nothing. Raises `NonFiniteError` on every process, before the weights change, when the loss
         or the gradient is not finite.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_lr(self.optimizer, lr)
+        self._lr = lr
         loss = float(self.pipe.train_batch(self._inputs(batches)).item())
         if loss != loss or abs(loss) == float("inf"):
             raise NonFiniteError(f"train_loss={loss} at step {self.step + 1}")
@@ -162,7 +165,7 @@ class Engine:
         return pairs()
 
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        """Clip by the norm over the whole model, after DeepSpeed has averaged the gradients."""
+        """Clip by the norm over the whole model, after DeepSpeed has averaged the gradients; decay products."""
         named = self.named_parameters()
         own = [named[name].grad for name in self.owned_names() if named[name].grad is not None]
         squares = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -178,6 +181,10 @@ class Engine:
         if limit and self.grad_norm > limit:
             grads = [p.grad for p in named.values() if p.grad is not None]
             torch._foreach_mul_(grads, limit / (self.grad_norm + 1e-6))
+        if self.config.optimizer.decay == "product":
+            modules = (module for layer in self.layers for module in layer.modules())
+            pairs = [module.pair() for module in modules if isinstance(module, LowRankLinear | LowRankEmbedding)]
+            decay_products(pairs, self._lr * self.config.optimizer.weight_decay)
 
     # -- how busy ---------------------------------------------------------------------------
 
@@ -195,7 +202,7 @@ class Engine:
 
             return run
 
-        self.pipe._INSTRUCTION_MAP = engine._INSTRUCTION_MAP | {
+        self.pipe._INSTRUCTION_MAP = self.pipe._INSTRUCTION_MAP | {
             schedule.ForwardPass: timed(engine._exec_forward_pass),
             schedule.BackwardPass: timed(engine._exec_backward_pass),
         }

@@ -1,25 +1,49 @@
-"""AdamW over a stage's parameters, and the learning rate at a step."""
+"""AdamW over a stage's parameters, what helps low-rank factors train, and the learning rate at a step."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from finhpc.config import Optimizer
 
 
 def make_optimizer(named: dict[str, nn.Parameter], settings: Optimizer) -> torch.optim.AdamW:
-    """torch's fused AdamW; weight decay on matrices only, never on biases and norms."""
-    matrices = [p for p in named.values() if p.dim() >= 2]
-    vectors = [p for p in named.values() if p.dim() < 2]
-    groups = [
-        {"params": params, "weight_decay": decay}
-        for params, decay in ((matrices, settings.weight_decay), (vectors, 0.0))
-        if params
-    ]
+    """torch's fused AdamW; weight decay on matrices only, never on biases and norms.
+
+    `named`: Hugging Face name -> parameter; the factors of low-rank layers are called A and B.
+    """
+    chosen: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in named.items():
+        factor = name.rpartition(".")[2]
+        scale = {"A": settings.lr_scale_a, "B": settings.lr_scale_b}.get(factor, 1.0)
+        left_out = parameter.dim() < 2 or (factor in ("A", "B") and settings.decay == "product")
+        chosen.setdefault((0.0 if left_out else settings.weight_decay, scale), []).append(parameter)
+    groups = [{"params": p, "weight_decay": decay, "lr_scale": scale} for (decay, scale), p in chosen.items()]
     return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group of `make_optimizer` its share of the learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+
+
+@torch.no_grad()
+def decay_products(pairs: Iterable[tuple[Tensor, Tensor]], strength: float) -> None:
+    """Shrink every product B A by a gradient step on strength/2 ||B A||_F^2, in place.
+
+    `pairs`: A (rank, in) and B (out, rank). Weight decay of a dense W is such a step on ||W||_F^2;
+    decay of the factors is one on ||A||^2 + ||B||^2, which drives the product to lower rank (M.
+    Khodak et al., "Initialization and Regularization of Factorized Neural Layers", 2021).
+    """
+    for a, b in pairs:
+        gram_a, gram_b = a @ a.T, b.T @ b  # of both before either moves
+        a.sub_(gram_b @ a, alpha=strength)
+        b.sub_(b @ gram_a, alpha=strength)
 
 
 def learning_rate(settings: Optimizer, step: int, steps: int) -> float:

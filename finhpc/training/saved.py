@@ -35,8 +35,8 @@ def saved_bytes(forward: Callable[[], object], *modules: nn.Module) -> int:
 def block_saved_bytes(row: list[Part], model: Any, batch: int, seq_len: int) -> int:
     """What the first transformer block of `row` keeps for (batch, seq_len) tokens, in bytes.
 
-    The block's input and the tokens count where it keeps them. `model` may lie on the meta device; its
-    attention must then be one of torch's or transformers', as ours is for CPU tensors.
+    The block's input and the tokens count where it keeps them. Count on the device that will train: on the meta
+    device torch takes its attention that is not fused, whatever the shape, and ours is for CPU tensors.
     """
     device = next(model.parameters()).device
     hidden = torch.randn(batch, seq_len, model.config.hidden_size, device=device, requires_grad=True)

@@ -12,6 +12,7 @@ import torch
 from finhpc.bench.overhead import overhead
 from finhpc.bench.profile import REST, kind_of, profiled
 from finhpc.bench.settings import TrainBench
+from finhpc.bench.shards import VOCAB
 from finhpc.bench.train import bench_train, operations, run_config
 from finhpc.config import build
 from finhpc.errors import ConfigError, TrainingFailedError
@@ -73,7 +74,7 @@ def test_operations_are_those_of_the_matrices_and_of_attention(tmp_path: Path) -
 
 
 def test_a_whole_run_trains_as_the_plain_loop_beside_it(tmp_path: Path) -> None:
-    found = settings(tmp_path)
+    found = settings(tmp_path, model=TINY | {"vocab_size": VOCAB})
     rows, ratios = overhead(run_config(found, "fp32", 4), found)
     assert [row["way"] for row in rows] == [
         "rank 4, finhpc pretrain (Ray, stream, tracking)",

@@ -30,7 +30,7 @@ def settings(case: str, stages: int, replicas: int, micro_batches: int, **train:
     tree: dict[str, Any] = {
         **CASES[case],
         "data": {"seq_len": SEQ},
-        "optimizer": {"lr": 2e-3, "grad_clip": train.pop("grad_clip", 0.1), "warmup_steps": 3},
+        "optimizer": {"lr": 2e-3, "grad_clip": 0.1, "warmup_steps": 3} | train.pop("optimizer", {}),
         "parallel": {
             "stages": stages,
             "replicas": replicas,
@@ -39,6 +39,7 @@ def settings(case: str, stages: int, replicas: int, micro_batches: int, **train:
         },
         "train": {"seed": 3, **train},
     }
+    tree["method"] = {**tree["method"], **tree["train"].pop("method", {})}
     tree["model"] = {**tree["model"], "vocab_size": VOCAB, "context": SEQ, "layers": 3, "width": 32, "heads": 4}
     if tree["model"]["preset"] == "llama-tiny":
         tree["model"] |= {"mlp_width": 48}
@@ -46,7 +47,7 @@ def settings(case: str, stages: int, replicas: int, micro_batches: int, **train:
 
 
 def hf_config(config: PretrainConfig) -> Any:
-    return make_config(resolve_shape(config.model), ranks_of(config.method))
+    return make_config(resolve_shape(config.model), ranks_of(config.method), config.method.kind)
 
 
 def tokens(step: int) -> Tensor:
@@ -163,6 +164,23 @@ def test_every_topology_equals_the_plain_loop_in_float32(stages: int, replicas: 
         assert_same(merged(results, "raw"), plain["raw"], 1e-5, f"raw gradients, {label}")
         assert_same(merged(results, "clipped"), plain["clipped"], 1e-5, f"clipped gradients, {label}")
         assert_same(merged(results, "weights"), plain["weights"], 1e-3, f"weights, {label}")
+
+
+def test_what_helps_low_rank_training_is_the_same_over_stages() -> None:
+    helped = {
+        "method": {"kind": "cola", "init": "normal"},
+        "optimizer": {"decay": "product", "weight_decay": 5.0, "lr_scale_a": 0.5, "lr_scale_b": 2.0},
+    }
+    case = "llama-low-rank-embedding"
+    [[one]] = run_processes(engine_runs, 1, [(case, 1, 1, 4, helped)], 20)
+    by_rank = run_processes(engine_runs, 2, [(case, 2, 1, 4, helped)], 20)
+    for [rank] in by_rank:
+        assert rank["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    assert_same(merged([rank for [rank] in by_rank], "weights"), one["weights"], 1e-3, "weights")
+    for what, value in {"decay": "factors", "lr_scale_a": 1.0}.items():
+        other = helped | {"optimizer": helped["optimizer"] | {what: value}}
+        [[run]] = run_processes(engine_runs, 1, [(case, 1, 1, 4, other)], 20)
+        assert run["losses"] != pytest.approx(one["losses"], rel=1e-4), f"{what} does nothing"
 
 
 @pytest.mark.parametrize(("stages", "replicas"), [(1, 1), (2, 1), (2, 2)])

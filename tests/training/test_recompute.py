@@ -8,14 +8,28 @@ import pytest
 import torch
 
 from finhpc.models.pipeline import parts_of
+from finhpc.training.saved import saved_bytes
 from tests.training.processes import run_processes
-from tests.training.test_engine import CASES, SAMPLES, hf_config, lr_at, settings, tokens
+from tests.training.test_engine import CASES, SAMPLES, SEQ, hf_config, lr_at, settings, tokens
 
 RUNS = [(case, dropout) for case in CASES for dropout in (0.0, 0.1) if not (dropout and case.startswith("llama"))]
 
 
+def _kept(engine: Any) -> int:
+    """Bytes that this stage's blocks keep for one micro-batch."""
+
+    def forward() -> Any:
+        data: Any = torch.randn(SAMPLES // 4, SEQ, 32, requires_grad=True), tokens(1)[: SAMPLES // 4]
+        for layer in engine.layers:
+            data = layer(data) if layer.part.in_block else data
+        return data
+
+    engine.pipe.module.train()
+    return saved_bytes(forward, *engine.layers)
+
+
 def _trained(stages: int, steps: int) -> list[dict[str, list[Any]]]:
-    """For each run and mode: losses, norms and this process's weights after some steps."""
+    """For each run and mode: bytes kept, losses, norms and this process's weights after some steps."""
     from finhpc.training.engine import Engine
 
     results = []
@@ -36,7 +50,8 @@ def _trained(stages: int, steps: int) -> list[dict[str, list[Any]]]:
                 values += [engine.train_step(batches, lr_at(config, step)), engine.grad_norm]
             values.append(engine.evaluate(iter(tokens(99).split(SAMPLES // 4)), 4))
             named = engine.named_parameters()
-            found[recompute] = [*values, {name: named[name].detach().clone() for name in sorted(named)}]
+            weights = {name: named[name].detach().clone() for name in sorted(named)}
+            found[recompute] = [_kept(engine), *values, weights]
         results.append(found)
     return results
 
@@ -45,9 +60,10 @@ def _trained(stages: int, steps: int) -> list[dict[str, list[Any]]]:
 def test_every_mode_trains_the_same_to_the_bit(stages: int) -> None:
     for rank in run_processes(_trained, stages, stages, 3):
         for (case, dropout), found in zip(RUNS, rank, strict=True):
-            *plain, weights = found["none"]
+            kept, *plain, weights = found["none"]
             for recompute in ("attention", "full"):
-                *values, mine = found[recompute]
+                less, *values, mine = found[recompute]
+                assert less < kept, (case, dropout, recompute)
                 assert values == plain, (case, dropout, recompute)
                 assert mine.keys() == weights.keys()
                 assert all(torch.equal(mine[name], weights[name]) for name in weights), (case, dropout, recompute)

@@ -23,6 +23,7 @@ from finhpc.training.saved import block_saved_bytes, saved_bytes
 SEQ = 1024
 GPT2 = {"preset": "gpt2-127m", "layers": 1, "vocab_size": 101}
 LLAMA = {"preset": "llama2-7b", "layers": 1, "vocab_size": 101, "width": 512, "heads": 4, "mlp_width": 1376}
+LLAMA2_7B = {"preset": "llama2-7b", "layers": 1, "vocab_size": 101}
 
 # transformers' own attention that is not fused, with all it keeps, and recomputed.
 for _name, _module in (("gpt2", modeling_gpt2), ("llama", modeling_llama)):
@@ -92,10 +93,10 @@ def test_the_table_is_read_as_the_paper_adds_it_up() -> None:
 @pytest.mark.parametrize(
     ("family", "model", "seq", "share"),
     [
-        ("gpt2", {"preset": "gpt2-127m"}, 1024, 0.49),
-        ("gpt2", {"preset": "gpt2-1.5b"}, 1024, 0.49),
-        ("llama", {"preset": "llama2-7b"}, 1024, 0.27),
-        ("llama", {"preset": "llama2-7b"}, 4096, 0.60),
+        ("gpt2", GPT2, 1024, 0.49),
+        ("gpt2", {**GPT2, "preset": "gpt2-1.5b"}, 1024, 0.49),
+        ("llama", LLAMA2_7B, 1024, 0.27),
+        ("llama", LLAMA2_7B, 4096, 0.60),
     ],
 )
 def test_attention_removes_the_bytes_of_the_table_where_it_is_not_fused(

@@ -1,0 +1,75 @@
+"""The nonlinear variant, and that a registered way to be low-rank reaches models, folders and settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import finhpc
+from finhpc.config import Method, Model
+from finhpc.errors import ConfigError
+from finhpc.lowrank.cola import ColaLinear
+from finhpc.lowrank.layers import LowRankLinear
+from finhpc.lowrank.registry import LAYERS
+from finhpc.lowrank.replace import ranks_of
+from finhpc.models.families import make_config
+from finhpc.models.loading import initial_model, save_model
+from finhpc.models.presets import resolve_shape
+
+
+def test_the_narrow_activations_pass_through_silu() -> None:
+    torch.manual_seed(0)
+    layer = ColaLinear(6, 5, 2, bias=True)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(3, 4, 6)
+    narrow = x @ layer.A.T
+    torch.testing.assert_close(layer(x), (narrow * torch.sigmoid(narrow)) @ layer.B.T + layer.bias)
+    assert not layer.mergeable
+
+
+@pytest.mark.parametrize("preset", ["gpt2-tiny", "llama-tiny"])
+def test_a_model_of_it_is_saved_and_opened_with_its_nonlinearity(preset: str, tmp_path: Path) -> None:
+    method = Method(kind="cola", rank=4)
+    shape = resolve_shape(Model(preset=preset, layers=2, width=32), 101)
+    config = make_config(shape, ranks_of(method), method.kind)
+    model = initial_model(config, seed=1, scheme=method.init).eval()
+    kinds = {name: type(module) for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+    assert kinds.pop("lm_head") is LowRankLinear, "the output layer stays a linear pair"
+    assert set(kinds.values()) == {ColaLinear}
+
+    weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}
+    save_model(tmp_path / "model", config, [lambda: weights], tokenizer=None)
+    opened = finhpc.load_model(tmp_path / "model")
+    tokens = torch.randint(0, 101, (2, 16), generator=torch.Generator().manual_seed(0))
+    model.config._attn_implementation = "sdpa"
+    torch.testing.assert_close(opened(tokens).logits, model(tokens).logits, rtol=0, atol=0)
+
+
+def test_it_starts_as_its_authors_say_unless_told_otherwise() -> None:
+    method = Method(kind="cola", rank=16)
+    shape = resolve_shape(Model(preset="gpt2-tiny", layers=1, width=256), 101)
+    config = make_config(shape, ranks_of(method), method.kind)
+    name = "transformer.h.0.mlp.c_fc.A"
+    std = initial_model(config, 1, method.init).get_parameter(name).std().item()
+    assert std == pytest.approx((256 + 1024) ** -0.25 * 16**-0.25, rel=0.05)
+    spectral = initial_model(config, 1, "spectral").get_parameter(name).std().item()
+    assert spectral < 0.8 * std
+
+
+def test_a_kind_that_is_not_registered_is_refused_and_the_nearest_named() -> None:
+    with pytest.raises(ConfigError, match=r"method\.kind=colla is no method; did you mean cola"):
+        ranks_of(Method(kind="colla"))
+
+
+def test_every_registered_layer_takes_the_place_of_a_linear_one() -> None:
+    x = torch.randn(3, 6)
+    for kind, layer in LAYERS.items():
+        made = layer(6, 5, 2, bias=False)
+        for parameter in made.parameters():
+            nn.init.normal_(parameter)
+        assert made(x).shape == F.linear(x, torch.zeros(5, 6)).shape, kind
