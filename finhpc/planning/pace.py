@@ -99,9 +99,7 @@ def _averaging_s(params: int, replicas: int, device: Device, per_node: int) -> f
     return copies + 2 * (replicas - 1) / replicas * 4 * params / (link * 1e9)
 
 
-def measured(
-    outline: Outline, topology: Topology, cut: Stages, cluster: Cluster, part_s: Mapping[str, float]
-) -> Pace:
+def measured(outline: Outline, topology: Topology, cut: Stages, cluster: Cluster, part_s: Mapping[str, float]) -> Pace:
     """The pace from measured seconds a micro-batch of each kind of part, its share of the optimiser in them."""
     stage_s = [sum(part_s[kind] for kind in kinds) for kinds in cut]
     exchange_s = _averaging_s(_largest(outline, cut), topology.replicas, cluster.device, cluster.devices_per_node)
