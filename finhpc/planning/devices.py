@@ -56,7 +56,7 @@ DEVICES = {
 }
 THIS_MACHINE = "this-machine"
 REACHED = 0.4  # share of a GPU's matrix rate: what the GPU hours of Llama 2 (Table I) amount to on A100s, 0.38 to 0.43
-CPU_REACHED = 0.5  # the same of this machine's measured rate
+CPU_REACHED = 0.5  # of this machine's measured rate: an assumption, not a measurement; a dry run calls its time rough
 
 SIZE = 1024  # of the matrices multiplied to measure a rate
 SECONDS = 0.3  # spent on each measurement
