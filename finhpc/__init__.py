@@ -5,6 +5,7 @@ The rooms, from the top down (imports point down only):
 - `cli`            the `finhpc` command: one verb per job
 - `orchestration`  Ray Train runs, MLflow tracking, what is on the screen
 - `training`       engine, loop, checkpoint, metrics: torch and DeepSpeed, no Ray
+- `planning`       memory, time and topologies before a run: counted from the code, beside the paper's tables
 - `data`           text on disk -> token shards (`prepare`) -> ordered streams (Ray Data)
 - `models`         Hugging Face models cut into pipeline layers; presets; load, save, export
 - `quantization`   weights in 8 and 4 bits: per vector, int8, NF4; training with rounded weights

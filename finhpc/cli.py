@@ -22,6 +22,7 @@ USAGE = """usage: finhpc VERB [--config FILE_OR_RECIPE] [--KEY VALUE ...]
 verbs:
   prepare    text on disk -> token shards
   pretrain   token shards -> a low-rank (or dense) model
+  estimate   memory, time and the cluster that a pretrain would need, before it starts
   decompose  a dense model -> a low-rank one of its best factors
   export     a trained model -> a folder for transformers: low-rank or merged, 16, 8 or 4 bits
   bench      measure finhpc beside the plain way: finhpc bench train|data|prepare|pipeline|recompute|decompose
@@ -74,6 +75,7 @@ def _run(verb: str, words: list[str]) -> dict[str, Any] | None:
     verbs: dict[str, tuple[type[config.Section], Callable[..., dict[str, Any] | None]]] = {
         "prepare": (config.PrepareConfig, _prepare),
         "pretrain": (config.PretrainConfig, _pretrain),
+        "estimate": (config.EstimateConfig, _estimate),
         "decompose": (config.DecomposeConfig, _decompose),
         "export": (config.ExportConfig, _export),
         "ui": (config.UiConfig, _ui),
@@ -196,7 +198,7 @@ def _help(verb: str, cls: type[Any]) -> str:
         from finhpc.models.presets import PRESETS
 
         lines += ["", f"shapes for --model.preset: {', '.join(PRESETS)}"]
-    if verb in ("prepare", "pretrain"):
+    if verb in ("prepare", "pretrain", "estimate"):
         named = [name for name in config.recipes() if name.startswith("prepare") == (verb == "prepare")]
         lines += ["", f"recipes for --config: {', '.join(named)}"]
     return "\n".join(lines)
@@ -226,6 +228,12 @@ def _export(settings: Any, dry_run: bool) -> dict[str, Any]:
     from finhpc.models.export import export
 
     return export(settings, dry_run=dry_run)
+
+
+def _estimate(settings: Any, dry_run: bool) -> dict[str, Any]:
+    from finhpc.orchestration.estimate import estimate
+
+    return estimate(settings)
 
 
 def _ui(settings: Any, dry_run: bool) -> None:

@@ -39,7 +39,7 @@ def bench_recompute(settings: RecomputeBench) -> dict[str, Any]:
     began = time.perf_counter()
     device = device_of(settings.resources)
     shape = resolve_shape(settings.model, None)
-    hf_config = make_config(shape, ranks_of(settings.method))
+    hf_config = make_config(shape, ranks_of(settings.method), settings.method.kind)
     weights: Any = initial_model(hf_config, 0, "normal").to(device)
     tokens = torch.randint(0, shape.vocab_size, (settings.batch, settings.seq_len)).to(device)
     modes: tuple[Recompute, ...] = get_args(Recompute)

@@ -100,23 +100,21 @@ def cut(costs: list[float], starts: list[int], stages: int) -> list[int]:
     prefix = [0.0]
     for cost in costs:
         prefix.append(prefix[-1] + cost)
-    best: dict[tuple[int, int], tuple[float, list[int]]] = {(0, 0): (0.0, [0])}
-    for stage in range(1, stages):
-        for border in starts:
+    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [0])}  # where the stages so far end -> dearest, borders
+    ends = [starts] * (stages - 1) + [[len(costs)]]
+    for borders in ends:
+        longer = {}
+        for border in borders:
             options = [
-                (max(peak, prefix[border] - prefix[start]), [*path, border])
-                for (done, start), (peak, path) in best.items()
-                if done == stage - 1 and start < border
+                (max(peak, prefix[border] - prefix[start]), path)
+                for start, (peak, path) in best.items()
+                if start < border
             ]
             if options:
-                best[(stage, border)] = min(options)
-    end = len(costs)
-    final = [
-        (max(peak, prefix[end] - prefix[start]), [*path, end])
-        for (done, start), (peak, path) in best.items()
-        if done == stages - 1
-    ]
-    return min(final)[1]
+                peak, path = min(options)
+                longer[border] = (peak, [*path, border])
+        best = longer
+    return best[len(costs)][1]
 
 
 def stage_borders(row: list[Part], costs: list[float], stages: int) -> list[int]:

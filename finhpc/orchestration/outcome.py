@@ -24,7 +24,6 @@ def counted(plan: Plan) -> dict[str, Any]:
         "params_trainable": plan.params_total,
         "params_dense": plan.params_dense,
         "compression_ratio": plan.compression_ratio,
-        "state_bytes": plan.state_bytes(),
         "train_loss": None,
         "val_loss": None,
         "val_perplexity": None,
@@ -162,13 +161,10 @@ def summary(plan: Plan, result: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def dry_summary(plan: Plan) -> list[tuple[str, str]]:
-    """The table of a dry run."""
-    states = [f"{size / 1e6:,.1f} MB" for size in plan.state_bytes()]
+    """The table of a dry run, but for what `finhpc.orchestration.estimate` tells."""
     return [
         ("parameters", f"{_millions(plan.params_total)}, dense {_millions(plan.params_dense)}"),
         ("compression", f"{plan.compression_ratio:.2f} x"),
-        ("parameters a stage", ", ".join(_millions(count) for count in plan.stage_params)),
-        ("weights, gradients, AdamW a stage", ", ".join(states)),
         ("workers", str(plan.config.parallel.workers)),
         ("samples a step", str(plan.config.parallel.samples_per_step)),
     ]

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finhpc.config import Method, PretrainConfig
 from finhpc.data.shards import Shards
 from finhpc.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from finhpc.planning.outline import Outline
 
 
 @dataclass(frozen=True)
@@ -21,17 +23,16 @@ class Plan:
     config: PretrainConfig
     shards: Shards
     hf_config: Any
-    params_total: int
+    outline: Outline
     params_dense: int
-    stage_params: list[int]
+
+    @property
+    def params_total(self) -> int:
+        return self.outline.params
 
     @property
     def compression_ratio(self) -> float:
         return self.params_dense / self.params_total
-
-    def state_bytes(self) -> list[int]:
-        """Bytes of weights, gradients and AdamW's two moments in float32, by stage."""
-        return [count * 4 * 4 for count in self.stage_params]
 
 
 def hf_config_of(config: PretrainConfig, shards: Shards) -> Any:
@@ -52,49 +53,39 @@ def hf_config_of(config: PretrainConfig, shards: Shards) -> Any:
 
 def make_plan(config: PretrainConfig) -> Plan:
     """Check `config` against the model, the shards and itself; raises one `ConfigError` with every problem."""
-    from finhpc.models.families import parameter_count, skeleton
-    from finhpc.models.pipeline import counted_costs, parts_of, stage_borders
+    from finhpc.models.families import skeleton
+    from finhpc.planning.outline import outline_of
 
     problems: list[str] = []
-    with _collect(problems):
-        _check_parallel(config)
-    with _collect(problems):
-        _check_quantization(config)
+    with collect(problems):
+        check_parallel(config)
+    with collect(problems):
+        check_quantization(config)
     shards = hf_config = None
-    with _collect(problems):
+    with collect(problems):
         shards = _open_shards(config)
     if shards is not None:
-        with _collect(problems):
+        with collect(problems):
             _check_data(config, shards)
-        with _collect(problems):
+        with collect(problems):
             hf_config = hf_config_of(config, shards)
         if hf_config is not None:
-            with _collect(problems):
-                _check_model(config, hf_config)
-            with _collect(problems):
+            with collect(problems):
+                check_model(config, hf_config)
+            with collect(problems):
                 skeleton(hf_config)
     if problems:
         raise ConfigError(problems)
     assert shards is not None
     dense = config.model_copy(update={"method": Method(kind="dense")})
-    params_dense = parameter_count(hf_config_of(dense, shards))
-    model, row = skeleton(hf_config), parts_of(hf_config, config.train.recompute)
-    costs = counted_costs(row, model, config.data.seq_len)  # the run itself measures
-    borders = stage_borders(row, costs, config.parallel.stages)
-    by_stage = _by_stage(row, model, borders)
-    return Plan(config, shards, hf_config, parameter_count(hf_config), params_dense, by_stage)
-
-
-def _by_stage(row: list[Any], model: Any, borders: list[int]) -> list[int]:
-    counts = []
-    for first, last in pairwise(borders):
-        modules = {module for part in row[first:last] for module in part.modules(model)}  # a tied one once
-        counts.append(sum(p.numel() for module in modules for p in module.parameters()))
-    return counts
+    seq_len, recompute = config.data.seq_len, config.train.recompute
+    params_dense = outline_of(hf_config_of(dense, shards), seq_len).params
+    return Plan(config, shards, hf_config, outline_of(hf_config, seq_len, recompute), params_dense)
 
 
 @contextmanager
-def _collect(problems: list[str]) -> Iterator[None]:
+def collect(problems: list[str]) -> Iterator[None]:
+    """Add what is wrong in the `with` block to `problems`."""
     try:
         yield
     except ConfigError as error:
@@ -109,7 +100,8 @@ def _open_shards(config: PretrainConfig) -> Shards:
     return Shards.open(config.data.shards)
 
 
-def _check_parallel(config: PretrainConfig) -> None:
+def check_parallel(config: PretrainConfig) -> None:
+    """Raise `ConfigError` where the sizes of a step contradict each other."""
     parallel = config.parallel
     asked, derived = parallel.global_batch_size, parallel.samples_per_step
     if asked is not None and asked != derived:
@@ -120,7 +112,7 @@ def _check_parallel(config: PretrainConfig) -> None:
         )
 
 
-def _check_quantization(config: PretrainConfig) -> None:
+def check_quantization(config: PretrainConfig) -> None:
     bits = config.quantization.bits
     if bits < 16 and config.quantization.when == "after":
         raise ConfigError(
@@ -139,7 +131,7 @@ def _check_quantization(config: PretrainConfig) -> None:
 
 def _check_data(config: PretrainConfig, shards: Shards) -> None:
     problems: list[str] = []
-    with _collect(problems):
+    with collect(problems):
         shards.check_seq_len(config.data.seq_len)
         held_out = min(config.data.eval_samples, shards.num_samples("val", config.data.seq_len))
         share = config.parallel.micro_batch_size * config.parallel.replicas
@@ -153,7 +145,8 @@ def _check_data(config: PretrainConfig, shards: Shards) -> None:
         raise ConfigError(problems)
 
 
-def _check_model(config: PretrainConfig, hf_config: Any) -> None:
+def check_model(config: PretrainConfig, hf_config: Any) -> None:
+    """Raise `ConfigError` where the model is too small for the stages or the samples."""
     problems = []
     layers, context = hf_config.num_hidden_layers, hf_config.max_position_embeddings
     if config.parallel.stages > layers:

@@ -16,7 +16,7 @@ from finhpc.orchestration import outcome
 from finhpc.orchestration.cluster import check_fits, cluster_resources, known_resources, ray_cluster, use_cuda
 from finhpc.orchestration.fit import fit
 from finhpc.orchestration.plan import Plan, check_tokenizer, make_plan
-from finhpc.orchestration.progress import Progress, summary_table
+from finhpc.orchestration.progress import Progress, rows_table, summary_table
 from finhpc.orchestration.runfolder import RunFolder
 from finhpc.orchestration.tracking import Status, Tracker, absolute_tracking_uri, default_tracking_uri
 from finhpc.orchestration.worker import FATAL, MEMORY, ROOM, ROOM_BYTES
@@ -47,7 +47,7 @@ def pretrain(config: PretrainConfig, dry_run: bool = False) -> dict[str, Any]:
     if total is not None:
         check_fits(config, use_cuda(config, total), total)
     if dry_run:
-        return _dry_run(plan)
+        return _dry_run(plan, total)
     with folder.lock(), _terminable():
         _check_resume(plan, folder)  # again: now nobody else writes
         _set_aside_other_settings(plan, folder)
@@ -163,10 +163,18 @@ def _is_done(before: dict[str, Any] | None, config: PretrainConfig) -> bool:
     return bool(before) and before["status"] == "finished" and before["steps"] >= config.train.steps  # type: ignore[index]
 
 
-def _dry_run(plan: Plan) -> dict[str, Any]:
+def _dry_run(plan: Plan, total: dict[str, float] | None) -> dict[str, Any]:
+    """`total`: what this machine or the connected cluster has; None where that is not known yet."""
+    from finhpc.orchestration.estimate import of_plan
+    from finhpc.orchestration.estimate_tables import plan_summary, stage_rows
+
     result = outcome.counted(plan) | {"status": "dry_run", "steps": plan.config.train.steps}
     result["tokens"] = plan.config.train.steps * plan.config.parallel.samples_per_step * plan.config.data.seq_len
-    summary_table(f"dry run of {plan.config.run.name}", outcome.dry_summary(plan))
+    cuda = use_cuda(plan.config, total) if total else plan.config.resources.device == "cuda"
+    result["estimate"] = of_plan(plan, cuda, here=total is not None)
+    title = f"dry run of {plan.config.run.name}"
+    summary_table(title, outcome.dry_summary(plan) + plan_summary(result["estimate"]))
+    rows_table("memory of a worker by stage in GB, estimated", stage_rows(result["estimate"]["stages"]))
     return result
 
 

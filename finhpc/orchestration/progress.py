@@ -6,6 +6,7 @@ It follows the run's journals like any other reader, so it can neither slow nor 
 from __future__ import annotations
 
 import math
+import re
 import sys
 import threading
 import time
@@ -13,7 +14,7 @@ from collections import deque
 from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
@@ -156,6 +157,21 @@ class Progress:
             self.show(records)
         with self._lock:
             self._print_checkpoint()
+
+
+def rows_table(title: str, rows: list[dict[str, Any]], stream: TextIO | None = None) -> None:
+    """A table on stderr with a column for each key of the first row; nothing where there are no rows."""
+    table = Table(title=title, title_justify="left")
+    for name, value in rows[0].items() if rows else ():
+        table.add_column(name, justify="left" if _is_words(value) else "right")
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
+    if rows:
+        Console(file=stream or sys.stderr, markup=False, highlight=False).print(table)
+
+
+def _is_words(value: Any) -> bool:
+    return isinstance(value, str) and not re.fullmatch(r"[-+]?[\d.,]+( ?%)?", value)
 
 
 def summary_table(title: str, rows: list[tuple[str, str]], stream: TextIO | None = None) -> None:

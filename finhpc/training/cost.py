@@ -22,7 +22,7 @@ from torch import Tensor
 
 from finhpc.config import PretrainConfig
 from finhpc.models.families import skeleton
-from finhpc.models.family import BLOCKS, Part
+from finhpc.models.family import Part, described
 from finhpc.models.pipeline import Layer, parts_of, stage_borders
 from finhpc.training.allocator import keep_freed_memory
 from finhpc.training.checkpoint import write_json
@@ -41,18 +41,9 @@ class Cut:
     borders: list[int]
 
     def __str__(self) -> str:
-        stages = " | ".join(self._stage(a, b) for a, b in pairwise(self.borders))
+        stages = " | ".join(described(self.parts[a:b]) for a, b in pairwise(self.borders))
         seconds = ", ".join(f"{sum(self.costs_s[a:b]):.3g} s" for a, b in pairwise(self.borders))
         return f"{stages} ({seconds} a micro-batch)"
-
-    def _stage(self, first: int, last: int) -> str:
-        """Such as "3.5 blocks, norm, head": attention and MLP are half a block each."""
-        mine = self.parts[first:last]
-        words = [kind for kind in mine if kind not in BLOCKS]
-        blocks = sum(BLOCKS[kind] for kind in mine if kind in BLOCKS)
-        if blocks:
-            words.insert(next(i for i, kind in enumerate(mine) if kind in BLOCKS), f"{blocks:g} blocks")
-        return ", ".join(words)
 
 
 def measured_cut(config: PretrainConfig, hf_config: Any, device: torch.device) -> Cut:

@@ -133,8 +133,15 @@ class Engine:
         loss = float(self.pipe.train_batch(self._inputs(batches)).item())
         if loss != loss or abs(loss) == float("inf"):
             raise NonFiniteError(f"train_loss={loss} at step {self.step + 1}")
+        self._let_go()
         self.step += 1
         return loss
+
+    def _let_go(self) -> None:
+        """Drop the newest losses: DeepSpeed keeps them, with their inputs and those' gradients, into the next step."""
+        outputs = self.pipe.pipe_buffers["outputs"]
+        outputs[:] = [None] * len(outputs)
+        self.pipe.loss = self.pipe.loss.detach()
 
     def evaluate(self, batches: Iterator[Tensor], micro_batches: int) -> float:
         """Mean loss in nats over `micro_batches` micro-batches of every replica, without a step."""

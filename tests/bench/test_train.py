@@ -65,7 +65,7 @@ def test_every_way_is_measured_beside_every_other(tmp_path: Path) -> None:
 def test_operations_are_those_of_the_matrices_and_of_attention(tmp_path: Path) -> None:
     def counted(rank: int) -> float:
         config = run_config(settings(tmp_path), "fp32", rank)
-        return operations(make_config(resolve_shape(config.model), ranks_of(config.method)), 16)
+        return operations(make_config(resolve_shape(config.model), ranks_of(config.method), config.method.kind), 16)
 
     attention = 2 * 2 * 16 * 32
     assert counted(0) == 2 * (3 + 1 + 4 + 4) * 32 * 32 + 101 * 32 + attention

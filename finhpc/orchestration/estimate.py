@@ -1,0 +1,231 @@
+"""`finhpc estimate`: what a pretrain would need in memory, time and devices, before any is spent."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+from finhpc.config import EstimateConfig, Method, PretrainConfig, Recompute, nearest
+from finhpc.errors import ConfigError
+from finhpc.lowrank.replace import ranks_of
+from finhpc.models.families import make_config, skeleton
+from finhpc.models.presets import resolve_shape
+from finhpc.orchestration.estimate_tables import show
+from finhpc.orchestration.measuring import part_seconds
+from finhpc.orchestration.plan import Plan, check_model, check_parallel, collect
+from finhpc.planning import paper
+from finhpc.planning.devices import CPU_REACHED, DEVICES, REACHED, THIS_MACHINE, Cluster, gpu_here, this_machine
+from finhpc.planning.memory import Memory, Scheme, StageMemory, Topology
+from finhpc.planning.outline import Outline, outline_of
+from finhpc.planning.pace import Pace, measured, paced, reached_by, step_operations
+from finhpc.planning.topology import Option, options
+
+MODES: tuple[Recompute, ...] = ("none", "attention", "full")
+
+
+def estimate(config: EstimateConfig) -> dict[str, Any]:
+    """Plan the run of `config` on the hardware of its `estimate` section; print tables, return the result.
+
+    Nothing is trained or written. With `estimate.device this-machine` the parts are measured here, by as
+    many processes as the run has workers. Raises `ConfigError` with every problem.
+    """
+    hf_config, params_dense = _checked(config)
+    wanted = config.estimate
+    topology, cluster = topology_of(config), _cluster(config)
+    here = wanted.device == THIS_MACHINE
+    bf16 = config.train.precision == "bf16"
+    scheme = Scheme(wanted.scheme, bf16, not here, wanted.weight_bits, wanted.zero_stage)
+    fused = scheme.fused(config.data.seq_len)
+    outline = outline_of(hf_config, config.data.seq_len, config.train.recompute, fused)
+    memory = Memory(outline, scheme)
+    if here:
+        seconds = part_seconds(config)
+        cut = outline.stages(topology.stages, seconds)
+        pace = measured(outline, topology, cut, cluster, seconds)
+        share = reached_by(outline, topology, seconds, cluster.device.rate(cluster.precision))
+        cluster = replace(cluster, reached=share)
+    else:
+        cut = outline.stages(topology.stages)
+        pace = paced(outline, topology, cut, cluster)
+    found = options(memory, cluster, wanted.samples_per_step or topology.samples_per_step, _sizes(config))
+    result = {
+        "status": "dry_run",
+        "params_total": outline.params,
+        "params_trainable": outline.params,
+        "params_dense": params_dense,
+        "compression_ratio": params_dense / outline.params,
+        "tokens_per_s": None,
+        "peak_memory_bytes": None,
+        "pipeline_utilization": None,
+        "pipeline_utilization_ideal": topology.utilization,
+        "estimate": {
+            "device": asdict(cluster.device) | {"usable_bytes": cluster.usable, "reached": cluster.reached},
+            "scheme": wanted.scheme,
+            "model_bytes": {str(bits): outline.stored_bytes(bits) for bits in (16, 8, 4)},
+            "stages": stages_of(memory.stages(topology, cut), cluster.usable),
+            "recompute": _by_recompute(hf_config, memory, topology, cluster.usable),
+            **timing(outline, topology, pace),
+            "topologies": [_option(option) for option in found],
+            "differences": [asdict(difference) for difference in paper.DIFFERENCES],
+        },
+    }
+    show(config, outline, cluster, result)
+    return result
+
+
+def of_plan(plan: Plan, cuda: bool, here: bool) -> dict[str, Any]:
+    """Memory by stage and the time of a step, as a dry run shows them.
+
+    `here`: whether the run would be on this machine; else, and on a GPU without a data sheet here, its time
+    is not known (null).
+    """
+    config, topology = plan.config, topology_of(plan.config)
+    scheme = Scheme("finhpc", config.train.precision == "bf16", cuda)
+    outline = replace(plan.outline, fused=scheme.fused(config.data.seq_len))
+    memory = Memory(outline, scheme)
+    cut = outline.stages(topology.stages)
+    device = None
+    if here:
+        device = gpu_here() if cuda else this_machine(topology.workers, config.resources.threads)
+    numbers: dict[str, Any] = {
+        "stages": stages_of(memory.stages(topology, cut)),
+        "operations_per_step": step_operations(outline, topology.samples_per_step),
+        "step_s": None,
+        "tokens_per_s": None,
+        "how": None,
+    }
+    if device is not None:
+        reached = REACHED if cuda else CPU_REACHED
+        workers = topology.workers
+        cluster = Cluster(device, 1, workers, device.memory_gb * 1e9, reached, config.train.precision)
+        numbers |= timing(outline, topology, paced(outline, topology, cut, cluster))
+        rate = f"{device.tflops[config.train.precision]:.3g} TFLOP/s {'stated' if cuda else 'measured'}"
+        numbers["how"] = f"at {reached:.0%} of {rate} for matrix products ({device.name})"
+    return numbers
+
+
+def topology_of(config: PretrainConfig) -> Topology:
+    parallel = config.parallel
+    return Topology(parallel.stages, parallel.replicas, parallel.micro_batch_size, parallel.micro_batches)
+
+
+def stages_of(stages: list[StageMemory], usable: float | None = None) -> list[dict[str, Any]]:
+    """The stages' memory by name, and whether it fits where `usable` bytes are known."""
+    return [asdict(stage) | ({} if usable is None else {"fits": stage.peak_bytes <= usable}) for stage in stages]
+
+
+def timing(outline: Outline, topology: Topology, pace: Pace) -> dict[str, Any]:
+    """What a `Pace` says, by name."""
+    tokens = topology.samples_per_step * outline.seq_len
+    return {
+        "operations_per_step": step_operations(outline, topology.samples_per_step),
+        "stage_s": pace.stage_s,
+        "exchange_s": pace.exchange_s,
+        "optimizer_s": pace.optimizer_s,
+        "step_s": pace.step_s,
+        "tokens_per_s": tokens / pace.step_s,
+        "pipeline_bubble": 1 - topology.utilization,
+        "pipeline_utilization": pace.utilization,
+    }
+
+
+def _checked(config: EstimateConfig) -> tuple[Any, int]:
+    """(transformers config of the model, parameters of its dense twin), once nothing is wrong."""
+    problems: list[str] = []
+    hf_config: Any = None
+    with collect(problems):
+        check_parallel(config)
+    with collect(problems):
+        _check_hardware(config)
+    with collect(problems):
+        hf_config = make_config(resolve_shape(config.model), ranks_of(config.method), config.method.kind)
+    if hf_config is not None:
+        with collect(problems):
+            check_model(config, hf_config)
+        with collect(problems):
+            skeleton(hf_config)
+    if problems:
+        raise ConfigError(problems)
+    dense = make_config(resolve_shape(config.model), ranks_of(Method(kind="dense")))
+    return hf_config, outline_of(dense, config.data.seq_len).params
+
+
+def _check_hardware(config: EstimateConfig) -> None:
+    wanted, problems = config.estimate, []
+    names = [*DEVICES, THIS_MACHINE]
+    if wanted.device not in names:
+        problems.append(f"estimate.device={wanted.device} is not known; {nearest(wanted.device, names)}")
+    if wanted.scheme == "finhpc" and wanted.zero_stage:
+        problems.append(
+            f"estimate.zero_stage={wanted.zero_stage} is not what finhpc trains with: every worker of a stage holds "
+            "all of it; use 0, or estimate.scheme=paper."
+        )
+    if wanted.scheme == "paper" and wanted.zero_stage > 1 and config.parallel.stages > 1:
+        problems.append(
+            f"estimate.zero_stage={wanted.zero_stage} with parallel.stages={config.parallel.stages}: gradients and "
+            "weights are not shared out under a pipeline; use 0 or 1, or one stage."
+        )
+    if wanted.scheme == "finhpc" and wanted.weight_bits != 16:
+        problems.append(
+            f"estimate.weight_bits={wanted.weight_bits} is not what finhpc trains with: it holds float32 weights; "
+            "use estimate.scheme=paper."
+        )
+    if any(size < 1 for size in wanted.micro_batch_sizes):
+        problems.append(f"estimate.micro_batch_sizes={wanted.micro_batch_sizes} must all be 1 or more.")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _sizes(config: EstimateConfig) -> list[int]:
+    return sorted(set(config.estimate.micro_batch_sizes))
+
+
+def _cluster(config: EstimateConfig) -> Cluster:
+    wanted, threads = config.estimate, config.resources.threads
+    if wanted.device == THIS_MACHINE:
+        per_node = wanted.devices_per_node or max(1, (os.cpu_count() or 1) // threads)
+        device = this_machine(max(per_node, config.parallel.workers), threads)
+    else:
+        per_node = wanted.devices_per_node or 8
+        device = DEVICES[wanted.device]
+    stated: Mapping[str, Any] = {
+        "memory_gb": wanted.memory_gb,
+        "link_gb_per_s": wanted.link_gb_per_s,
+        "network_gb_per_s": wanted.network_gb_per_s,
+        "tflops": wanted.tflops and device.tflops | dict.fromkeys(device.tflops, wanted.tflops),
+    }
+    device = replace(device, **{key: value for key, value in stated.items() if value is not None})
+    usable = wanted.usable * device.memory_gb * 1e9
+    precision = "bf16" if wanted.scheme == "paper" else config.train.precision  # 16 bits: the same rate
+    return Cluster(device, wanted.nodes, per_node, usable, wanted.reached, precision)
+
+
+def _by_recompute(hf_config: Any, memory: Memory, topology: Topology, usable: float) -> dict[str, Any]:
+    """Recompute mode -> its fullest stage, and its operations over those of no recomputation."""
+    found: dict[str, Any] = {}
+    plain = step_operations(outline_of(hf_config, memory.outline.seq_len), 1)
+    for mode in MODES:
+        outline = outline_of(hf_config, memory.outline.seq_len, mode, memory.outline.fused)
+        fullest = max(Memory(outline, memory.scheme).stages(topology), key=lambda stage: stage.peak_bytes)
+        found[mode] = {
+            "intermediates_bytes": fullest.intermediates_bytes,
+            "peak_bytes": fullest.peak_bytes,
+            "operations_ratio": step_operations(outline, 1) / plain,
+            "fits": fullest.peak_bytes <= usable,
+        }
+    return found
+
+
+def _option(option: Option) -> dict[str, Any]:
+    topology = option.topology
+    return {
+        **asdict(topology),
+        "workers": topology.workers,
+        "peak_bytes": option.fullest.peak_bytes,
+        "fits": option.fits,
+        "step_s": option.pace.step_s,
+        "tokens_per_s": option.tokens_per_s,
+        "pipeline_bubble": 1 - topology.utilization,
+    }

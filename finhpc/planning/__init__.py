@@ -1,0 +1,1 @@
+"""What a run will need before it starts: parameters, memory, time, and the cluster it fits on. No Ray, no DeepSpeed."""

@@ -1,0 +1,110 @@
+"""Devices by name, with what their makers state, and this machine, measured."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Device:
+    """One worker's share of the hardware. Rates are peaks; decimal units."""
+
+    name: str
+    memory_gb: float
+    tflops: dict[str, float]  # precision -> dense matrix products
+    memory_gb_per_s: float
+    link_gb_per_s: float  # to a neighbour in the node, each way
+    network_gb_per_s: float  # to another node, each way
+
+    def rate(self, precision: str) -> float:
+        """Operations a second of matrix products, two for a multiplication and its addition."""
+        return self.tflops[precision] * 1e12
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Nodes of equal devices. `usable`: bytes of each for tensors; `reached`: share of its matrix rate."""
+
+    device: Device
+    nodes: int
+    devices_per_node: int
+    usable: float
+    reached: float
+    precision: str
+
+    @property
+    def devices(self) -> int:
+        return self.nodes * self.devices_per_node
+
+
+# NVIDIA's data sheets: V100 (2020), A100 (2021), H100 (2023), H200 (2024), the SXM boards; tensor-core rates
+# without sparsity, NVLink's total halved, the network of the maker's own DGX servers (100, 200 and 400 Gb/s a GPU).
+# finhpc multiplies float32 in full precision, so TF32 is not counted; a V100 has no bfloat16, its rate is float16's.
+DEVICES = {
+    device.name: device
+    for device in (
+        Device("v100-32gb", 32, {"fp32": 15.7, "bf16": 125}, 900, 150, 12.5),
+        Device("a100-40gb", 40, {"fp32": 19.5, "bf16": 312}, 1555, 300, 25),
+        Device("a100-80gb", 80, {"fp32": 19.5, "bf16": 312}, 2039, 300, 25),
+        Device("h100-80gb", 80, {"fp32": 67, "bf16": 989}, 3350, 450, 50),
+        Device("h200-141gb", 141, {"fp32": 67, "bf16": 989}, 4800, 450, 50),
+    )
+}
+THIS_MACHINE = "this-machine"
+REACHED = 0.4  # share of a GPU's matrix rate: what the GPU hours of Llama 2 (Table I) amount to on A100s, 0.38 to 0.43
+CPU_REACHED = 0.5  # of this machine's measured rate: an assumption, not a measurement; a dry run calls its time rough
+
+SIZE = 1024  # of the matrices multiplied to measure a rate
+SECONDS = 0.3  # spent on each measurement
+
+
+def this_machine(workers: int, threads: int) -> Device:
+    """This machine's CPU, shared by `workers` processes of `threads` threads.
+
+    Rates are measured now, with the threads of one worker while the others rest; memory is the whole
+    machine's by workers; what workers exchange is copied once, at memory's speed.
+    """
+    import psutil
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        rates = {name: _products(dtype) for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))}
+        copies = _copies()
+    finally:
+        torch.set_num_threads(before)
+    return Device(THIS_MACHINE, psutil.virtual_memory().total / workers / 1e9, rates, 2 * copies, copies, copies)
+
+
+def gpu_here() -> Device | None:
+    """This machine's first GPU, where its data sheet is known here; by series and the nearest memory."""
+    name = torch.cuda.get_device_name().lower()
+    total = torch.cuda.get_device_properties(0).total_memory
+    alike = [device for device in DEVICES.values() if device.name.partition("-")[0] in name]
+    return min(alike, key=lambda device: abs(device.memory_gb * 1e9 - total), default=None)
+
+
+def _products(dtype: torch.dtype) -> float:
+    """TFLOP/s of square matrix products."""
+    a = torch.randn(SIZE, SIZE).to(dtype)
+    return 2 * SIZE**3 * _times_a_second(lambda: torch.mm(a, a)) / 1e12
+
+
+def _copies() -> float:
+    """GB/s of copying a tensor larger than the caches."""
+    source = torch.zeros(1 << 26)
+    target = torch.empty_like(source)
+    return source.numel() * 4 * _times_a_second(lambda: target.copy_(source)) / 1e9
+
+
+def _times_a_second(work: Callable[[], object]) -> float:
+    work()
+    count, start = 0, time.perf_counter()
+    while (spent := time.perf_counter() - start) < SECONDS:
+        work()
+        count += 1
+    return count / spent

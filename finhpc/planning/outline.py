@@ -1,0 +1,154 @@
+"""What a model is made of, as far as planning needs to know: its parts in a row and what each kind of part holds.
+
+All blocks of a model are alike, so one block is built, on the meta device, for any number of layers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from finhpc.config import Recompute
+from finhpc.models.families import skeleton
+from finhpc.models.pipeline import is_tied, operations, parts_of, stage_borders
+
+Stages = list[list[str]]  # kinds of the parts of each stage
+Matrix = tuple[int, int]  # (vectors, their length): outputs and inputs of a layer, rows of an embedding
+
+PAPER_NAMES = {
+    "embed_tokens": "W^E",
+    "wte": "W^E",
+    "input_layernorm": "RMSNorm",
+    "post_attention_layernorm": "RMSNorm",
+    "q_proj": "W^Q",
+    "k_proj": "W^K",
+    "v_proj": "W^V",
+    "o_proj": "W^O",
+    "up_proj": "W^U",
+    "gate_proj": "W^G",
+    "down_proj": "W^D",
+    "lm_head": "W^H",
+    "c_attn": "W^Q, W^K, W^V",
+    "attn.c_proj": "W^O",
+    "c_fc": "W^U",
+    "mlp.c_proj": "W^D",
+}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The parameters of one module, of which a model has `count` alike: a row of Table II."""
+
+    name: str
+    kind: str  # of the part it belongs to
+    count: int
+    matrices: tuple[Matrix, ...]
+    vectors: int  # elements of norms and biases
+
+    @property
+    def one(self) -> int:
+        return sum(a * b for a, b in self.matrices) + self.vectors
+
+    @property
+    def total(self) -> int:
+        return self.count * self.one
+
+    @property
+    def paper_name(self) -> str | None:
+        ends = (ending for ending in PAPER_NAMES if self.name == ending or self.name.endswith("." + ending))
+        return next((PAPER_NAMES[ending] for ending in ends), None)
+
+    def stored_bytes(self, bits: int) -> int:
+        """Bytes of one at 16, 8 or 4 bits: every vector with a float32 scale and zero point, norms and biases 16 bits.
+
+        Section V.B's per-vector scheme; at 4 bits two weights lie in a byte.
+        """
+        if bits == 16:
+            return 2 * self.one
+        return 2 * self.vectors + sum(rows * (-(-length * bits // 8) + 8) for rows, length in self.matrices)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A model's parts, what they hold and cost. `kinds`: of every part, in the order data flows."""
+
+    hf_config: Any
+    seq_len: int
+    recompute: Recompute
+    kinds: list[str]
+    weights: list[Weights]  # a tied head has none of its own
+    operations: dict[str, float]  # kind -> multiplications a token, as the stages are balanced by
+    row: list[Any]  # the parts themselves
+    tied: bool
+    fused: bool = False  # attention never holds all its scores, so that there is nothing of it to recompute
+
+    @property
+    def params(self) -> int:
+        return sum(weights.total for weights in self.weights)
+
+    def stored_bytes(self, bits: int) -> int:
+        """Bytes of the whole model at 16, 8 or 4 bits."""
+        return sum(weights.count * weights.stored_bytes(bits) for weights in self.weights)
+
+    def part_params(self, kind: str) -> int:
+        """Parameters of one part of that kind; a tied head counts the embedding's matrix, as its stage holds a copy."""
+        if kind == "head" and self.tied:
+            kind = "embedding"
+        return sum(weights.one for weights in self.weights if weights.kind == kind)
+
+    def part_bytes(self, kind: str, bits: int) -> int:
+        """The same in bytes, stored at 16, 8 or 4 bits."""
+        if kind == "head" and self.tied:
+            kind = "embedding"
+        return sum(weights.stored_bytes(bits) for weights in self.weights if weights.kind == kind)
+
+    def stages(self, stages: int, costs: Mapping[str, float] | None = None) -> Stages:
+        """The kinds of each stage's parts, balanced by `costs` of each kind, else by counted operations."""
+        costs = costs or self.operations
+        borders = stage_borders(self.row, [costs[kind] for kind in self.kinds], stages)
+        return [self.kinds[a:b] for a, b in pairwise(borders)]
+
+
+def one_block(hf_config: Any) -> Any:
+    """The same model with a single transformer block."""
+    single = deepcopy(hf_config)
+    single.num_hidden_layers = 1
+    return single
+
+
+def outline_of(hf_config: Any, seq_len: int, recompute: Recompute = "none", fused: bool = False) -> Outline:
+    """Raises `ConfigError` naming every layer that its rank does not fit."""
+    single = one_block(hf_config)
+    model, row = skeleton(single, recompute), parts_of(hf_config, recompute)
+    found: list[Weights] = []
+    costs: dict[str, float] = {}
+    tied = is_tied(hf_config)
+    for part in parts_of(single, recompute):
+        costs[part.kind] = operations(part, model, seq_len)
+        if tied and part.kind == "head":
+            continue
+        for name, module in zip(part.names, part.modules(model), strict=True):
+            count = hf_config.num_hidden_layers if part.in_block else 1
+            found += _weights(name, module, part.kind, count)
+    return Outline(hf_config, seq_len, recompute, [part.kind for part in row], found, costs, row, tied, fused)
+
+
+def _weights(name: str, module: nn.Module, kind: str, count: int) -> list[Weights]:
+    found = []
+    for sub_name, sub in module.named_modules():
+        own = list(sub.parameters(recurse=False))
+        if own:
+            turned = isinstance(sub, Conv1D)  # stored (in, out)
+            shapes = [tuple(p.shape) for p in own if p.dim() == 2]
+            matrices = tuple((b, a) if turned else (a, b) for a, b in shapes)
+            vectors = sum(p.numel() for p in own if p.dim() != 2)
+            full = re.sub(r"\.\d+\.", ".*.", f"{name}.{sub_name}" if sub_name else name)
+            found.append(Weights(full, kind, count, matrices, vectors))
+    return found

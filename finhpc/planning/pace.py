@@ -1,0 +1,118 @@
+"""The time of a step: operations over a device's rate, or measured seconds of each part, and the pipeline's bubble."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from finhpc.planning.devices import Cluster, Device
+from finhpc.planning.memory import Topology
+from finhpc.planning.outline import Outline, Stages
+
+ADAMW_BYTES = 28  # a parameter: weight, gradient and two moments read, weight and moments written, float32
+# A parameter's gradient: clipped, and by DeepSpeed laid flat, scaled and copied back, with one replica too.
+GRADIENT_BYTES = 32
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds of one step. `stage_s`: forward and backward of one micro-batch on each stage."""
+
+    stage_s: list[float]
+    exchange_s: float  # averaging gradients over the replicas
+    optimizer_s: float
+    micro_batches: int
+
+    @property
+    def passes_s(self) -> float:
+        """The first micro-batch goes through every stage; the others follow at the slowest one's pace."""
+        return sum(self.stage_s) + (self.micro_batches - 1) * max(self.stage_s)
+
+    @property
+    def step_s(self) -> float:
+        return self.passes_s + self.exchange_s + self.optimizer_s
+
+    @property
+    def utilization(self) -> float:
+        """Share of the passes that a stage computes, on average: the paper's M/(N+M-1) where stages are even."""
+        return self.micro_batches * sum(self.stage_s) / (len(self.stage_s) * self.passes_s)
+
+
+def forward_operations(outline: Outline, kind: str) -> float:
+    """Operations (two a multiplication) a token of one part's forward pass; causal attention does half the products."""
+    if kind in ("positions", "norm", "dropout"):
+        return 0.0
+    of = "embedding" if kind == "head" and outline.tied else kind
+    matrices = [matrix for weights in outline.weights if weights.kind == of for matrix in weights.matrices]
+    if kind == "embedding":
+        matrices = matrices[1:]  # the table is read, not multiplied; a low-rank one is mapped by B
+    operations = 2.0 * sum(a * b for a, b in matrices)
+    if kind in ("attention", "block"):
+        operations += 2.0 * outline.seq_len * int(outline.hf_config.hidden_size)
+    return operations
+
+
+def step_operations(outline: Outline, samples: int) -> float:
+    """Operations of one whole step of `samples` samples."""
+    return samples * outline.seq_len * sum(_passes(outline, kind) for kind in outline.kinds)
+
+
+def _passes(outline: Outline, kind: str) -> float:
+    """Operations a token, forward and backward: a backward pass takes two forward ones (section IV.B)."""
+    forward = forward_operations(outline, kind)
+    again = 0.0
+    if kind == "block":
+        again = forward
+    elif kind == "attention" and outline.recompute == "attention" and not outline.fused:
+        again = float(outline.seq_len * int(outline.hf_config.hidden_size))  # q k^T
+    return 3 * forward + again
+
+
+def paced(outline: Outline, topology: Topology, cut: Stages, cluster: Cluster) -> Pace:
+    """The pace on a cluster, of whose matrix rate training reaches a share."""
+    device, per_node = cluster.device, cluster.devices_per_node
+    rate = device.rate(cluster.precision) * cluster.reached
+    tokens = topology.micro_batch_size * outline.seq_len
+    width = int(outline.hf_config.hidden_size)
+    one_node = topology.workers <= per_node
+    link = (device.link_gb_per_s if one_node else device.network_gb_per_s) * 1e9
+    seconds = []
+    for i, kinds in enumerate(cut):
+        compute = tokens * sum(_passes(outline, kind) for kind in kinds) / rate
+        neighbours = (i > 0) + (i < topology.stages - 1)
+        seconds.append(compute + neighbours * 2 * tokens * 4 * width / link)  # hidden states there, gradients back
+    largest = _largest(outline, cut)
+    return Pace(
+        seconds,
+        _averaging_s(largest, topology.replicas, device, per_node),
+        largest * ADAMW_BYTES / (device.memory_gb_per_s * 1e9),
+        topology.micro_batches,
+    )
+
+
+def _averaging_s(params: int, replicas: int, device: Device, per_node: int) -> float:
+    """A ring over the replicas of a stage, which are neighbours: DeepSpeed's pipe axis is the outer one."""
+    copies = params * GRADIENT_BYTES / (device.memory_gb_per_s * 1e9)
+    if replicas == 1:
+        return copies
+    link = device.link_gb_per_s if replicas <= per_node else device.network_gb_per_s
+    return copies + 2 * (replicas - 1) / replicas * 4 * params / (link * 1e9)
+
+
+def measured(outline: Outline, topology: Topology, cut: Stages, cluster: Cluster, part_s: Mapping[str, float]) -> Pace:
+    """The pace from measured seconds a micro-batch of each kind of part, its share of the optimiser in them."""
+    stage_s = [sum(part_s[kind] for kind in kinds) for kinds in cut]
+    exchange_s = _averaging_s(_largest(outline, cut), topology.replicas, cluster.device, cluster.devices_per_node)
+    return Pace(stage_s, exchange_s, 0.0, topology.micro_batches)
+
+
+def _largest(outline: Outline, cut: Stages) -> int:
+    """Parameters of the largest stage."""
+    return max(sum(outline.part_params(kind) for kind in kinds) for kinds in cut)
+
+
+def reached_by(outline: Outline, topology: Topology, part_s: Mapping[str, float], rate: float) -> float:
+    """The share of a matrix rate that measured parts reach."""
+    tokens = topology.micro_batch_size * outline.seq_len
+    operations = tokens * sum(_passes(outline, kind) for kind in outline.kinds)
+    return operations / (sum(part_s[kind] for kind in outline.kinds) * rate)

@@ -1,0 +1,71 @@
+"""Topologies of a cluster, and the pace of each."""
+
+from __future__ import annotations
+
+import pytest
+
+from finhpc.planning.devices import DEVICES, Cluster
+from finhpc.planning.memory import Memory, Scheme, Topology
+from finhpc.planning.pace import Pace, measured, paced, reached_by, step_operations
+from finhpc.planning.topology import options
+from tests.planning.test_paper import outline
+
+
+def cluster(nodes: int, device: str = "a100-80gb") -> Cluster:
+    named = DEVICES[device]
+    return Cluster(named, nodes, 8, 0.9 * named.memory_gb * 1e9, 0.4, "bf16")
+
+
+def test_those_that_fit_come_first_the_fastest_first() -> None:
+    found = options(Memory(outline("llama2-7b", recompute="full"), Scheme("paper")), cluster(2), 64, [1, 2])
+    fitting = [option.fits for option in found]
+    assert fitting == sorted(fitting, reverse=True)
+    assert {True, False} == set(fitting)
+    paces = [option.tokens_per_s for option in found if option.fits]
+    assert paces == sorted(paces, reverse=True)
+    for option in found:
+        assert option.topology.samples_per_step == 64
+        assert option.topology.workers <= 16
+        assert option.fits == (option.fullest.peak_bytes <= 72e9)
+
+
+def test_llama2_70b_needs_many_nodes() -> None:
+    memory = Memory(outline("llama2-70b", recompute="full"), Scheme("finhpc", bf16=True, cuda=True))
+    assert not any(option.fits for option in options(memory, cluster(1, "h100-80gb"), 256, [1]))
+    best = options(memory, cluster(16, "h100-80gb"), 256, [1])[0]
+    assert best.fits
+    assert best.topology.stages >= 16, "16 bytes of 69 billion parameters alone need 16 devices"
+
+
+def test_a_step_of_llama_2_takes_what_table_i_says() -> None:
+    # Table I: 184320 and 1720320 GPU hours of A100s; Touvron et al. 2023: 2 trillion tokens.
+    for preset, hours in (("llama2-7b", 184_320), ("llama2-70b", 1_720_320)):
+        rate = step_operations(outline(preset), 1) / 4096 * 2e12 / (hours * 3600)
+        assert 0.36 < rate / DEVICES["a100-80gb"].rate("bf16") < 0.46, preset
+
+
+def test_the_slowest_stage_sets_the_pace_and_even_ones_give_the_papers_utilisation() -> None:
+    even = Pace([2.0] * 4, 0.0, 0.0, 8)
+    assert even.passes_s == 2.0 * (8 + 4 - 1)
+    assert even.utilization == pytest.approx(Topology(4, 1, 1, 8).utilization)
+    uneven = Pace([1.0, 3.0], 0.5, 0.25, 8)
+    assert uneven.passes_s == 4.0 + 7 * 3.0
+    assert uneven.step_s == uneven.passes_s + 0.75
+
+
+def test_time_counts_links_and_the_average_over_replicas() -> None:
+    model = outline("llama2-7b")
+    cut = model.stages(2)
+    near = paced(model, Topology(2, 1, 1, 4), cut, cluster(1))
+    far = paced(model, Topology(2, 8, 1, 4), cut, cluster(2))
+    assert far.exchange_s > 2 * near.exchange_s
+    assert all(a < b for a, b in zip(near.stage_s, far.stage_s, strict=True)), "stages lie on two nodes"
+
+
+def test_measured_parts_give_back_their_share_of_the_rate() -> None:
+    model, topology = outline("llama2-7b"), Topology(2, 1, 1, 4)
+    seconds = {"embedding": 0.0, "attention": 0.1, "mlp": 0.2, "norm": 0.0, "head": 0.05}
+    pace = measured(model, topology, model.stages(2, seconds), cluster(1), seconds)
+    assert sum(pace.stage_s) == pytest.approx(32 * 0.3 + 0.05)
+    rate = step_operations(model, 1) / sum(pace.stage_s)
+    assert reached_by(model, topology, seconds, 2 * rate) == pytest.approx(0.5)
