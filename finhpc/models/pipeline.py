@@ -130,9 +130,3 @@ def stage_borders(row: list[Part], costs: list[float], stages: int) -> list[int]
 def counted_costs(row: list[Part], skeleton: nn.Module, seq_len: int) -> list[float]:
     """Operations of each part: an estimate of its cost where nothing can be measured."""
     return [operations(part, skeleton, seq_len) for part in row]
-
-
-def total_parameters(layers: list[Layer]) -> int:
-    """Parameters of some layers, a tied one counted once."""
-    unique: dict[int, Tensor] = {id(p): p for layer in layers for p in layer.parameters()}
-    return sum(p.numel() for p in unique.values())
