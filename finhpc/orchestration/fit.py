@@ -22,6 +22,7 @@ from finhpc.orchestration.runfolder import RunFolder
 from finhpc.orchestration.worker import FATAL, train_worker
 from finhpc.training import watchdog
 from finhpc.training.allocator import ENVIRONMENT
+from finhpc.training.journal import WORKER_FILE, read
 
 Say = Callable[[str], None]
 
@@ -29,6 +30,7 @@ POLL_S = 0.2
 HEALTH_TIMEOUT = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
 TORCH_TIMEOUT_S = 1800  # torch's own, where the user wants no limit
 STARTS_TRIED = 3  # of workers that cannot even start; Ray Train would try for ever
+GRACE_S = 10.0  # for workers to return after they wrote that all is done
 
 
 def fit(plan: Plan, folder: RunFolder, cuda: bool, say: Say) -> None:
@@ -68,7 +70,7 @@ def fit(plan: Plan, folder: RunFolder, cuda: bool, say: Say) -> None:
     )
     stacks = _Stacks(folder.path, say)
     with _health_timeout(hang_s):
-        problem = _watched(trainer.fit, stacks)
+        problem = _watched(trainer.fit, stacks, _Done(folder.path / WORKER_FILE, config.train.steps))
     fatal = folder.path / FATAL
     if fatal.exists():
         raise TrainingFailedError(_with_advice(json.loads(fatal.read_text()), config))
@@ -120,11 +122,30 @@ class _Stacks:
         return {path for path in self.folder.glob("rank-*.txt") if path.stat().st_size}
 
 
-def _watched(work: Callable[[], object], look: Callable[[], None]) -> Exception | None:
+class _Done:
+    """Whether the workers wrote some time ago that every step is taken and saved.
+
+    A worker that stands still after that (stopped, swapped out) has nothing that is still wanted; Ray Train
+    would wait for it and start all of them again.
+    """
+
+    def __init__(self, journal: Path, steps: int) -> None:
+        self.journal, self.steps, self.since = journal, steps, math.inf
+        _, self.offset = read(journal)  # what earlier starts wrote does not count
+
+    def __call__(self) -> bool:
+        records, self.offset = read(self.journal, self.offset)
+        if any(record["kind"] == "finished" and record["step"] >= self.steps for record in records):
+            self.since = min(self.since, time.monotonic())
+        return time.monotonic() - self.since > GRACE_S
+
+
+def _watched(work: Callable[[], object], look: Callable[[], None], done: Callable[[], bool]) -> Exception | None:
     """Run `work` beside the main thread, which stays free for signals and looks around; returns what it raised.
 
-    A signal handler that raises inside Ray's own waiting is swallowed there. Raises `TrainingFailedError`
-    when a process of Ray's own died, for which Ray would wait for minutes and then end this process.
+    A signal handler that raises inside Ray's own waiting is swallowed there. When `done` says so, `work` is
+    left behind. Raises `TrainingFailedError` when a process of Ray's own died, for which Ray would wait for
+    minutes and then end this process.
     """
     raised: list[Exception] = []
 
@@ -139,6 +160,8 @@ def _watched(work: Callable[[], object], look: Callable[[], None]) -> Exception 
     while thread.is_alive():
         thread.join(POLL_S)
         look()
+        if done():
+            return None
         if name := dead_process():
             raise TrainingFailedError(
                 f"Ray's process {name} died (killed, or out of memory?), and with it the workers. "

@@ -11,7 +11,7 @@ from finhpc.config import PretrainConfig
 from finhpc.errors import CheckpointError
 from finhpc.orchestration.plan import Plan
 from finhpc.orchestration.runfolder import redact
-from finhpc.training.journal import WORKER_FILE, latest, read
+from finhpc.training.journal import WORKER_FILE, Record, latest, read
 
 
 def counted(plan: Plan) -> dict[str, Any]:
@@ -86,8 +86,7 @@ def _measured(plan: Plan, folder: Path) -> dict[str, Any]:
     """What the journal says: last losses, and the median pace of the newest start."""
     records, _ = read(folder / WORKER_FILE)
     result = counted(plan)
-    starts = [i for i, record in enumerate(records) if record["kind"] == "start"]
-    newest = records[starts[-1] :] if starts else []
+    newest = _last_that_trained(records)
     train, evals = latest(records, "train"), latest(records, "eval")
     if train:
         last = train[max(train)]
@@ -105,6 +104,18 @@ def _measured(plan: Plan, folder: Path) -> dict[str, Any]:
         elif record["kind"] == "start" and record["step"]:
             result["resumed_from_step"] = record["step"]
     return result
+
+
+def _last_that_trained(records: list[Record]) -> list[Record]:
+    """The records of the newest start that took a step: one may resume where nothing is left to do."""
+    starts: list[list[Record]] = []
+    for record in records:
+        if record["kind"] == "start":
+            starts.append([])
+        if starts:
+            starts[-1].append(record)
+    trained = [start for start in starts if any(record["kind"] == "train" for record in start)]
+    return (trained or starts or [[]])[-1]
 
 
 def sample_text(config: PretrainConfig, model_folder: Path, say: Callable[[str], None]) -> str | None:
@@ -146,8 +157,8 @@ def summary(plan: Plan, result: dict[str, Any]) -> list[tuple[str, str]]:
         ("tokens/s", _number(result["tokens_per_s"], "{:,.0f}")),
         (
             "pipeline utilisation",
-            _number(result["pipeline_utilization"], "{:.2f}")
-            + f" measured, {result['pipeline_utilization_ideal']:.2f} ideal",
+            _number(result["pipeline_utilization"], "{:.2f} measured")
+            + f", {result['pipeline_utilization_ideal']:.2f} ideal",
         ),
         ("waiting for data", _number(result["data_wait_fraction"], "{:.1%}")),
         ("peak memory a worker", _memory(result)),
