@@ -314,9 +314,19 @@ def load(cls: type[C], source: str | None, overrides: dict[str, Any] | None = No
 def build(cls: type[C], tree: dict[str, Any]) -> C:
     """Validate a nested dictionary; every problem in one `ConfigError`."""
     try:
-        return cls.model_validate(tree)
+        return cls.model_validate(_over_own_defaults(cls, tree))
     except ValidationError as error:
         raise ConfigError([_explain(cls, dict(item)) for item in error.errors()]) from None
+
+
+def _over_own_defaults(cls: type[Section], tree: dict[str, Any]) -> dict[str, Any]:
+    """`tree`, with a section given in part completed by what `cls` says of it, not by the section's class alone."""
+    for name, field in cls.model_fields.items():
+        given, kind = tree.get(name), field.annotation
+        if isinstance(given, dict) and isinstance(kind, type) and issubclass(kind, Section):
+            own: Section = field.get_default(call_default_factory=True)
+            tree = tree | {name: own.model_dump(exclude_unset=True) | _over_own_defaults(kind, given)}
+    return tree
 
 
 def to_yaml(config: Section) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from finhpc.bench.settings import PrepareBench
 from finhpc.config import PrepareConfig, PretrainConfig, build, flatten, keys, load, recipes, to_yaml
 from finhpc.errors import ConfigError
 
@@ -68,3 +69,9 @@ def test_every_recipe_is_valid(name: str) -> None:
 
 def test_flatten_and_keys_agree() -> None:
     assert set(flatten(PretrainConfig())) == set(keys(PretrainConfig))
+
+
+def test_a_section_given_in_part_keeps_the_defaults_of_its_place() -> None:
+    settings = load(PrepareBench, None, {"bench.out": "elsewhere"})
+    assert (settings.bench.out, settings.bench.repeats) == ("elsewhere", 2)
+    assert load(PrepareBench, None, {"bench.repeats": 7}).bench.repeats == 7
