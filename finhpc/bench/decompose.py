@@ -134,7 +134,7 @@ def cut_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """A and B of the best B A by a full SVD of W (out, in), the singular values split as square roots."""
     left, values, right = torch.linalg.svd(weight, full_matrices=False)
     root = values[:rank].sqrt()
-    return root[:, None] * right[:rank], (left[:, :rank] * root).contiguous()
+    return (root[:, None] * right[:rank]).contiguous(), (left[:, :rank] * root).contiguous()
 
 
 def falling(shape: Shape, seed: int) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from finhpc.lowrank.factorize import factors, gram, residual, solved, spectra, truncated_svd, whitening_root
+from finhpc.lowrank.factorize import error_of, factors, gram, residual, solved, spectra, truncated_svd, whitening_root
 
 SHAPES = [(60, 90), (90, 60), (64, 64)]
 FALLS = {
@@ -38,6 +38,17 @@ def test_the_error_is_the_smallest_there_is(shape: tuple[int, int], fall: str) -
         optimum = float(singular[rank:].square().sum().sqrt())
         error = float(torch.linalg.norm(weight.double() - b.double() @ a.double()))
         assert error <= 1.001 * optimum + 1e-6 * norm, rank
+
+
+@pytest.mark.parametrize("fall", FALLS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_error_told_is_the_one_measured(shape: tuple[int, int], fall: str) -> None:
+    weight = matrix(shape, fall)
+    norm = float(torch.linalg.norm(weight.double()))
+    for rank in (1, 9, min(shape)):
+        a, b = truncated_svd(weight, rank)
+        measured = float(torch.linalg.norm(weight.double() - b.double() @ a.double()))
+        assert error_of(weight, a, b) == pytest.approx(measured, rel=1e-4, abs=1e-6 * norm)
 
 
 def test_same_shaped_matrices_are_solved_together_and_the_spectrum_is_the_svds() -> None:
