@@ -1,10 +1,12 @@
-"""`finhpc bench decompose`: the factorisation beside `torch.linalg.svd`, weight by weight; two workers beside one.
+"""`finhpc bench decompose`: a whole factorisation beside `torch.linalg.svd` weight by weight; two workers beside one.
 
-- The weights of a model's blocks (random, with falling spectra) are factorised one after the other in
-  this process, by both ways in turn, with the same threads. A few weights of each shape are measured
-  and stand for the others of that shape.
-- Whole `finhpc decompose` runs of a model of some of the blocks with 1 and 2 workers of one thread
-  each, Ray and the workers' processes already up; the seconds are those of the factorising.
+In turn, from the same dense model on disk to its factors on disk:
+
+- a plain loop in this process: each weight read, its full SVD with all `resources.threads`, cut, written;
+- `finhpc decompose` with as many workers of one thread each, and with one, Ray and the workers' processes
+  already up; the seconds are those of the factorising.
+
+Then every layer's error is measured against the smallest there is, from a float64 SVD of its own.
 """
 
 from __future__ import annotations
@@ -13,60 +15,126 @@ import os
 import statistics
 import tempfile
 import time
-from collections import Counter
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from finhpc.bench.pairs import in_turn, median_ratio, spread
 from finhpc.bench.report import Row, publish, say
 from finhpc.bench.settings import DecomposeBench
 from finhpc.config import DecomposeConfig, Resources
-from finhpc.lowrank.factorize import factors, residual, solved
+from finhpc.errors import ConfigError
+from finhpc.lowrank.factorize import residual
 from finhpc.lowrank.ranks import rank_of_params
 from finhpc.lowrank.replace import dense_shape, layer_kind
-from finhpc.models.families import make_config, skeleton
+from finhpc.models.families import make_config
 from finhpc.models.presets import resolve_shape
+from finhpc.models.weights import Linear, Weights, open_weights
+from finhpc.training.allocator import give_back_freed_memory
 
 Shape = tuple[int, int]
-FINHPC, SVD = "finhpc", "torch.linalg.svd"
+SVD, ONE = "torch.linalg.svd", "1 worker"
+DENSE = dict.fromkeys(("attention", "mlp", "head", "embedding"))
+ROUNDING = 1e-6  # of a weight's norm: errors below that are those of float32
 
 
 def bench_decompose(settings: DecomposeBench) -> dict[str, Any]:
-    """Measure and publish; `ratios`: `speedup_over_svd` (the blocks of the whole model), `speedup_2_workers`.
+    """Measure and publish; `ratios`: `speedup_over_svd`, `speedup_2_workers` (with two threads or more).
 
-    Raises `ConfigError` where the shape is none.
+    Raises `ConfigError` where the shape is none, or `rank` does not fit it.
     """
+    import ray
+
     began = time.perf_counter()
-    counts = _counts(settings)
-    torch.set_num_threads(settings.resources.threads)
-    rows: list[Row] = []
-    walls: dict[str, list[float]] = {FINHPC: [0.0] * settings.bench.repeats, SVD: [0.0] * settings.bench.repeats}
-    for shape, weights_of_it in counts.items():
-        row, seconds = _measure(shape, weights_of_it, settings)
-        rows.append(row)
-        for name, values in seconds.items():
-            walls[name] = [whole + weights_of_it * one for whole, one in zip(walls[name], values, strict=True)]
-    rows.append(
-        {
-            "weight": f"all {sum(counts.values())} of the blocks",
-            "weights": sum(counts.values()),
-            "rank": None,
-            "finhpc_s": statistics.median(walls[FINHPC]),
-            "svd_s": statistics.median(walls[SVD]),
-            "speedup": median_ratio(walls[SVD], walls[FINHPC]),
-            "spread": spread(walls[FINHPC]),
-            "error_over_optimal": max(row["error_over_optimal"] for row in rows),
-        }
-    )
-    ratios = {"speedup_over_svd": median_ratio(walls[SVD], walls[FINHPC])}
-    more: dict[str, Any] = {}
-    if settings.blocks:
-        more["workers"], ratios["speedup_2_workers"] = _two_workers(settings)
-    return publish("decompose", settings.bench.out, _conditions(settings), rows, ratios, began, **more)
+    _check(settings)
+    out = Path(os.path.abspath(os.path.expanduser(settings.bench.out)))
+    out.mkdir(parents=True, exist_ok=True)
+    threads = settings.resources.threads
+    many = f"{threads} workers"
+    ray.init("local", num_cpus=max(2, threads), include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        with tempfile.TemporaryDirectory(prefix="decompose-", dir=out) as name:
+            folder = Path(name)
+            weights = open_weights(settings.path or _write_model(folder / "dense", settings))
+            say(f"{len(_linears(weights))} weights, {settings.bench.repeats} rounds")
+            give_back_freed_memory()
+            plain, ours = Plain(weights, settings, folder), Ours(weights, settings, folder)
+            ours.seconds(threads)  # the workers' processes are up and have imported torch
+            ways = {SVD: plain.seconds, ONE: lambda: ours.seconds(1)}
+            if threads > 1:
+                ways[many] = lambda: ours.seconds(threads)
+            seconds = in_turn(ways, settings.bench.repeats)
+            rows = _rows(weights, plain, ours)
+    finally:
+        ray.shutdown()
+    best = seconds.get(many, seconds[ONE])
+    ratios = {"speedup_over_svd": median_ratio(seconds[SVD], best)}
+    if threads == 2:
+        ratios["speedup_2_workers"] = median_ratio(seconds[ONE], best)
+    whole = [
+        {"whole model by": name, "wall_s": statistics.median(found), "spread": spread(found)}
+        for name, found in seconds.items()
+    ]
+    return publish("decompose", settings.bench.out, _conditions(settings), rows, ratios, began, whole=whole)
+
+
+class Plain:
+    """The loop anyone would write: one full SVD a weight, with all threads."""
+
+    def __init__(self, weights: Weights, settings: DecomposeBench, folder: Path) -> None:
+        self._weights, self._settings, self._out = weights, settings, folder / "svd"
+        self._out.mkdir()
+        self.of_shape: dict[Shape, list[float]] = {}  # seconds of the SVDs and cuts alone
+
+    def seconds(self) -> float:
+        torch.set_num_threads(self._settings.resources.threads)
+        began = time.perf_counter()
+        for linear in _linears(self._weights):
+            weight = self._weights.matrix(linear)
+            start = time.perf_counter()
+            a, b = cut_svd(weight, _rank(linear, self._settings))
+            self.of_shape.setdefault(_shape(linear), []).append(time.perf_counter() - start)
+            save_file({"A": a, "B": b}, self._out / f"{linear.name}.safetensors")
+        return time.perf_counter() - began
+
+
+class Ours:
+    """`finhpc decompose`, each time into a new folder."""
+
+    def __init__(self, weights: Weights, settings: DecomposeBench, folder: Path) -> None:
+        self._weights, self._settings, self._folder = weights, settings, folder
+        self._rounds = count()
+        self.result: dict[str, Any] = {}
+        self.of_shape: dict[Shape, list[float]] = {}  # seconds a layer in its task, reading and writing left out
+
+    def seconds(self, workers: int) -> float:
+        from finhpc.orchestration.decompose import decompose
+
+        given = DecomposeConfig(
+            model=str(self._weights.path),
+            out=str(self._folder / f"low-rank-{next(self._rounds)}"),
+            rank=self._settings.rank,
+            keep_params=None if self._settings.rank else self._settings.keep_params,
+            workers=workers,
+            resources=Resources(device="cpu", threads=1, cpus_per_worker=1),
+        )
+        self.result = decompose(given)
+        for layer in self.result["layers"]:
+            shape = (layer["out_features"], layer["in_features"])
+            self.of_shape.setdefault(shape, []).append(layer["wall_s"])
+        return float(self.result["factorise_s"])
+
+
+def cut_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A and B of the best B A by a full SVD of W (out, in), the singular values split as square roots."""
+    left, values, right = torch.linalg.svd(weight, full_matrices=False)
+    root = values[:rank].sqrt()
+    return (root[:, None] * right[:rank]).contiguous(), (left[:, :rank] * root).contiguous()
 
 
 def falling(shape: Shape, seed: int) -> Tensor:
@@ -79,118 +147,90 @@ def falling(shape: Shape, seed: int) -> Tensor:
     return matrix
 
 
-def _counts(settings: DecomposeBench) -> Counter[Shape]:
-    """Shape (out, in) -> how many weights of the blocks have it."""
-    dense = dict.fromkeys(("attention", "mlp", "head", "embedding"))
-    model = skeleton(make_config(resolve_shape(settings.model), dense))
-    found: Counter[Shape] = Counter()
-    for name, module in model.named_modules():
-        shape = dense_shape(module)
-        if shape is not None and layer_kind(name) in ("attention", "mlp"):
-            found[shape] += 1
-    return found
+def over_optimal(weight: Tensor, a: Tensor, b: Tensor) -> float:
+    """||W - B A|| over the smallest error that its rank allows, both beyond what float32 rounds away."""
+    smallest = float(torch.linalg.svdvals(weight.double())[len(a) :].square().sum().sqrt())
+    error = residual(weight.double(), a.double(), b.double())
+    allowed = ROUNDING * float(torch.linalg.norm(weight, dtype=torch.float64))
+    return max(error - allowed, 0.0) / smallest if smallest > 0 else float(error > allowed)
 
 
-def _measure(shape: Shape, weights_of_it: int, settings: DecomposeBench) -> tuple[Row, dict[str, list[float]]]:
-    """A shape's row, and seconds a weight of both ways, one of each a repeat."""
-    rank = rank_of_params(*shape, settings.keep_params)
-    say(f"{shape[0]} x {shape[1]}, rank {rank}: {weights_of_it} of them, {settings.bench.repeats} pairs")
-    weights = [falling(shape, seed) for seed in range(settings.bench.repeats)]
-    _svd(weights[0][:64, :64], 8)  # what the first call sets up
-    _ours(weights[0][:64, :64], 8)
-    turn = {FINHPC: 0, SVD: 0}
-    over: list[float] = []
-
-    def timed(name: str) -> float:
-        weight = weights[turn[name]]
-        turn[name] += 1
-        began = time.perf_counter()
-        a, b, _ = _ours(weight, rank) if name == FINHPC else _svd(weight, rank)
-        seconds = time.perf_counter() - began
-        if name == FINHPC:
-            optimum = torch.linalg.svdvals(weight.double())[rank:].square().sum().sqrt()
-            over.append(residual(weight, a, b) / float(optimum))
-        return seconds
-
-    seconds = in_turn({FINHPC: lambda: timed(FINHPC), SVD: lambda: timed(SVD)}, settings.bench.repeats)
-    row = {
-        "weight": f"{shape[0]} x {shape[1]}",
-        "weights": weights_of_it,
-        "rank": rank,
-        "finhpc_s": statistics.median(seconds[FINHPC]),
-        "svd_s": statistics.median(seconds[SVD]),
-        "speedup": median_ratio(seconds[SVD], seconds[FINHPC]),
-        "spread": spread(seconds[FINHPC]),
-        "error_over_optimal": max(over),
-    }
-    return row, seconds
+def _check(settings: DecomposeBench) -> None:
+    if settings.path or settings.rank is None:
+        return
+    width = resolve_shape(_shape_settings(settings)).width
+    if settings.rank > width:
+        raise ConfigError(f"rank={settings.rank} does not fit a width of {width}; use 1 to {width}.")
 
 
-def _ours(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    spectrum, _ = solved(weight[None], lambda i, spectrum: rank)[0]
-    return *factors(weight, spectrum, rank), spectrum.values
+def _shape_settings(settings: DecomposeBench) -> Any:
+    layers = settings.blocks or settings.model.layers
+    return settings.model.model_copy(update={"layers": layers, "vocab_size": 256})
 
 
-def _svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    left, values, right = torch.linalg.svd(weight, full_matrices=False)
-    root = values[:rank].sqrt()
-    return root[:, None] * right[:rank], left[:, :rank] * root, values
-
-
-def _two_workers(settings: DecomposeBench) -> tuple[list[Row], float]:
-    """Decompose a model of some of the blocks with 1 and 2 workers, in turn."""
-    import ray
-
-    from finhpc.orchestration.decompose import decompose
-
-    out = Path(os.path.abspath(os.path.expanduser(settings.bench.out)))
-    out.mkdir(parents=True, exist_ok=True)
-    shape = settings.model.model_copy(update={"layers": settings.blocks, "vocab_size": 256})
-    config = make_config(resolve_shape(shape), dict.fromkeys(("attention", "mlp", "head", "embedding")))
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    try:
-        with tempfile.TemporaryDirectory(prefix="decompose-", dir=out) as folder:
-            _write_model(Path(folder) / "dense", config)
-
-            rounds = count()
-
-            def factorise(workers: int) -> float:
-                given = DecomposeConfig(
-                    model=f"{folder}/dense",
-                    out=f"{folder}/low-rank-{next(rounds)}",
-                    keep_params=settings.keep_params,
-                    workers=workers,
-                    resources=Resources(device="cpu", threads=1, cpus_per_worker=1),
-                )
-                return float(decompose(given)["factorise_s"])
-
-            factorise(2)  # both workers' processes are up and have imported torch
-            seconds = in_turn({"1": lambda: factorise(1), "2": lambda: factorise(2)}, settings.bench.repeats)
-    finally:
-        ray.shutdown()
-    rows = [
-        {"workers": int(name), "factorise_s": statistics.median(found), "spread": spread(found)}
-        for name, found in seconds.items()
-    ]
-    return rows, median_ratio(seconds["1"], seconds["2"])
-
-
-def _write_model(folder: Path, config: Any) -> None:
+def _write_model(folder: Path, settings: DecomposeBench) -> Path:
+    """A model of some blocks of the shape, its linear layers random with falling spectra; a small vocabulary,
+    as embedding and head stay as they are."""
     from finhpc.models.loading import initial_model, save_model
 
+    config = make_config(resolve_shape(_shape_settings(settings)), DENSE)
     model: nn.Module = initial_model(config, 0, "normal")
+    with torch.no_grad():
+        for seed, (name, module) in enumerate(model.named_modules()):
+            shape = dense_shape(module)
+            if shape is not None and layer_kind(name) in ("attention", "mlp"):
+                weight = falling(shape, seed)
+                module.get_parameter("weight").copy_(weight.T if isinstance(module, Conv1D) else weight)
     save_model(folder, config, [lambda: {name: p.detach() for name, p in model.named_parameters()}], None)
+    return folder
+
+
+def _rows(weights: Weights, plain: Plain, ours: Ours) -> list[Row]:
+    """One row a shape: seconds a weight of both ways, and how far our errors are from the smallest there are."""
+    factors = load_file(Path(ours.result["model"]) / "model.safetensors")
+    ranks = {layer["name"]: layer["rank"] for layer in ours.result["layers"]}
+    over: dict[Shape, list[float]] = {}
+    of_shape: dict[Shape, set[int]] = {}
+    for linear in _linears(weights):
+        a, b = factors[f"{linear.name}.A"], factors[f"{linear.name}.B"]
+        over.setdefault(_shape(linear), []).append(over_optimal(weights.matrix(linear), a, b))
+        of_shape.setdefault(_shape(linear), set()).add(ranks[linear.name])
+    return [
+        {
+            "weight": f"{shape[0]} x {shape[1]}",
+            "weights": len(found),
+            "rank": ", ".join(map(str, sorted(of_shape[shape]))),
+            "finhpc_1_thread_s": statistics.median(ours.of_shape[shape]),
+            "svd_s": statistics.median(plain.of_shape[shape]),
+            "error_over_optimal": max(found),
+        }
+        for shape, found in over.items()
+    ]
+
+
+def _linears(weights: Weights) -> list[Linear]:
+    return [linear for linear in weights.linears() if linear.kind in ("attention", "mlp")]
+
+
+def _shape(linear: Linear) -> Shape:
+    return linear.out_features, linear.in_features
+
+
+def _rank(linear: Linear, settings: DecomposeBench) -> int:
+    return settings.rank or rank_of_params(linear.out_features, linear.in_features, settings.keep_params)
 
 
 def _conditions(settings: DecomposeBench) -> Row:
+    random = "random, singular values ~ (1 + i/20)^-0.7"
     return {
-        "model": settings.model.preset,
-        "weights": "random, singular values ~ (1 + i/20)^-0.7; those of all blocks, without embedding and head",
-        "measured_of_each_shape": f"{settings.bench.repeats}, which stand for all of it",
-        "keep_params": settings.keep_params,
+        "model": str(settings.path or settings.model.preset),
+        "blocks": "all" if settings.path or not settings.blocks else settings.blocks,
+        "weights": ("its own" if settings.path else random) + "; those of the blocks, without embedding and head",
+        "rank": settings.rank or f"keep_params={settings.keep_params:g}",
         "dtype": "float32 in and out; finhpc's Gram matrix float32 where that resolves the rank, else float64",
-        "svd": "full_matrices=False, float32, the factors cut and scaled from it",
-        "threads": settings.resources.threads,
-        "two_workers": f"{settings.blocks} blocks, one thread each, processes already up",
+        "svd": f"full_matrices=False, float32, {settings.resources.threads} threads",
+        "finhpc": "Ray tasks of one thread each, processes already up",
+        "timed": "from safetensors on disk to factors on disk; assembling the model's folder left out",
+        "error_over_optimal": f"beyond {ROUNDING:g} of the weight's norm",
         "repeats": settings.bench.repeats,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
@@ -91,12 +92,14 @@ class RecomputeBench(Section):
 
 
 class DecomposeBench(Section):
-    """Settings of `finhpc bench decompose`."""
+    """Settings of `finhpc bench decompose`. `resources.threads`: those of the SVD, and as many workers of one."""
 
     bench: Bench = Field(default_factory=lambda: Bench(repeats=3))
     model: Model = Field(default_factory=lambda: Model(preset="gpt2-1.5b"))
+    path: Path | None = Field(None, description="folder of a dense model; default: random weights of the shape")
     keep_params: float = Field(0.5, gt=0, le=1, description="share of each weight's parameters kept")
-    blocks: int = Field(2, ge=0, description="blocks of the model that 1 and 2 workers decompose; 0: not measured")
+    rank: int | None = Field(None, ge=1, description="rank of every weight, instead of keep_params")
+    blocks: int = Field(4, ge=0, description="blocks of the shape that are measured; 0: all")
     resources: Resources = Field(default_factory=lambda: Resources(threads=2))
 
 

@@ -1,7 +1,8 @@
 """The best rank-r factors of a matrix: in its own norm, or for what its layer puts out.
 
 The eigenvectors of the smaller Gram matrix are the singular vectors of one side, and give the other
-side by one product: several times faster than a full SVD. A Gram matrix squares the singular values,
+side by one product: several times faster than a full SVD. On the CPU matrices are solved one by one
+(`blas`), on a GPU same-shaped ones together. A Gram matrix squares the singular values,
 so in float32 those below 3e-4 of the largest drown. That does not matter where much is cut off, as
 from most trained layers; where it could cost a thousandth of the smallest error, the work is done
 again in float64, which keeps singular values down to 1e-8 and takes twice as long.
@@ -9,17 +10,20 @@ again in float64, which keeps singular values down to 1e-8 and takes twice as lo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from finhpc.lowrank import blas
 
 BLOCK = 256  # rows of the Gram matrix computed at a time
 CHUNK = 4096  # columns converted at a time
 # Error of an eigenvalue of a float32 Gram matrix, as a share of the largest; ten times what is usual.
 NOISE = 10 * torch.finfo(torch.float32).eps
 SMALL = 1e-2  # of the largest singular value: smaller ones are measured on the matrix itself
+TELLING = 1e-2  # of the squared norm: a smaller squared error is measured, not told from what was kept
 SINGULAR = 1e-10  # smallest over largest squared pivot of a usable Cholesky factor
 DAMPINGS = (0.0, 1e-10, 1e-9, 1e-8, 1e-7, 1e-6)  # tried in turn, as shares of the mean squared input
 
@@ -29,7 +33,11 @@ class Spectrum:
     """All singular values of a matrix (out, in) and the directions of its smaller side."""
 
     values: Tensor  # (min(out, in),), largest first, float64
-    vectors: Tensor  # (min, min), one a column: left ones where out <= in, else right ones
+    directions: Tensor  # (min, min), one a column, the weakest first: left ones where out <= in, else right ones
+
+    def leading(self, rank: int) -> Tensor:
+        """The strongest directions (min, rank), the strongest first."""
+        return self.directions[:, self.directions.shape[1] - rank :].flip(-1)
 
     def optimum(self, rank: int) -> float:
         """The smallest error in the Frobenius norm that any matrix of that rank can have (Eckart-Young)."""
@@ -40,7 +48,7 @@ class Spectrum:
 
         Directions of a Gram matrix that is off by d cost at most 2 rank d in the squared error (Ky Fan).
         """
-        if self.vectors.dtype == torch.float64:
+        if self.directions.dtype == torch.float64:
             return True
         lost = 2 * rank * NOISE * float(self.values[0]) ** 2
         return lost <= 0.002 * self.optimum(rank) ** 2
@@ -48,6 +56,8 @@ class Spectrum:
 
 def gram(rows: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     """The lower triangle of X X^T for X (..., n, k), summed in `dtype`; what stands above it is not to be read."""
+    if rows.ndim == 2 and not rows.is_cuda:
+        return blas.gram(rows, dtype)
     *batch, n, k = rows.shape
     total = torch.zeros(*batch, n, n, dtype=dtype, device=rows.device)
     for begin in range(0, k, CHUNK):
@@ -58,34 +68,37 @@ def gram(rows: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     return total
 
 
-def spectra(weights: Tensor, dtype: torch.dtype = torch.float64) -> list[Spectrum]:
-    """The spectrum of each of some same-shaped matrices (batch, out, in), solved together on their device.
+def spectra(weights: Sequence[Tensor], dtype: torch.dtype = torch.float64) -> list[Spectrum]:
+    """The spectrum of each of some same-shaped matrices (out, in), on the device they are on.
 
     In float64 singular values are exact to 1e-8 of the largest, in float32 to 1e-5 of it or 0.3 %.
     """
-    short = weights if weights.shape[-2] <= weights.shape[-1] else weights.mT
-    squares, vectors = torch.linalg.eigh(gram(short, dtype))
-    values, vectors = squares.double().clamp_min(0).sqrt().flip(-1), vectors.flip(-1)
-    if dtype == torch.float32:
-        for i, of_one in enumerate(values):
-            known = int((of_one >= SMALL * of_one[0]).sum())
-            if known < len(of_one):
-                left = vectors[i][:, known:].T @ short[i]
-                of_one[known:] = torch.linalg.eigvalsh(gram(left)).clamp_min(0).sqrt().flip(-1)
-    return [Spectrum(values[i], vectors[i]) for i in range(len(weights))]
+    if not weights[0].is_cuda:
+        solutions = [blas.eigh(blas.gram(_short(weight), dtype)) for weight in weights]
+    else:
+        solutions = list(zip(*torch.linalg.eigh(gram(_short(torch.stack(list(weights))), dtype)), strict=True))
+    found = []
+    for weight, (squares, directions) in zip(weights, solutions, strict=True):
+        values = squares.double().clamp_min(0).sqrt().flip(-1)
+        known = int((values >= SMALL * values[0]).sum())
+        if dtype == torch.float32 and known < len(values):
+            left = product(directions[:, : len(values) - known].T, _short(weight))
+            values[known:] = torch.linalg.eigvalsh(gram(left)).clamp_min(0).sqrt().flip(-1)
+        found.append(Spectrum(values, directions))
+    return found
 
 
-def solved(weights: Tensor, rank_of: Callable[[int, Spectrum], int]) -> list[tuple[Spectrum, int]]:
-    """Spectrum and rank of each of some matrices (batch, out, in), in float32 where it resolves the rank.
+def solved(weights: Sequence[Tensor], rank_of: Callable[[int, Spectrum], int]) -> list[tuple[Spectrum, int]]:
+    """Spectrum and rank of each of some same-shaped matrices (out, in), in float32 where it resolves the rank.
 
     `rank_of` tells the rank of the matrix of that index from its spectrum.
     """
-    exact = weights.dtype == torch.float64
+    exact = weights[0].dtype == torch.float64
     found = []
     for i, spectrum in enumerate(spectra(weights, torch.float64 if exact else torch.float32)):
         rank = rank_of(i, spectrum)
         if not spectrum.resolves(rank):
-            spectrum = spectra(weights[i : i + 1])[0]
+            spectrum = spectra([weights[i]])[0]
             rank = rank_of(i, spectrum)
         found.append((spectrum, rank))
     return found
@@ -100,15 +113,15 @@ def factors(weight: Tensor, spectrum: Spectrum, rank: int, root: Tensor | None =
     of B.
     """
     out_features, in_features = weight.shape
-    leading = spectrum.vectors[:, :rank]
+    leading = spectrum.leading(rank)
     if out_features > in_features and root is None:
-        a = _signed(leading).to(weight.dtype).T
-        return _balanced(a, weight @ a.T)
+        right = _signed(leading).to(weight.dtype)
+        return _balanced(right.T, product(weight, right))
     if out_features > in_features:
         assert root is not None
-        leading = torch.linalg.qr(weight.double() @ (root @ leading)).Q
-    b = _signed(leading).to(weight.dtype)
-    return _balanced(b.T @ weight, b)
+        leading = torch.linalg.qr(product(weight.double(), product(root, leading))).Q
+    left = _signed(leading).to(weight.dtype)
+    return _balanced(product(left.T, weight), left)
 
 
 def truncated_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -122,7 +135,7 @@ def truncated_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     if not 1 <= rank <= min(out_features, in_features):
         raise ValueError(f"rank={rank} does not fit a {out_features} x {in_features} matrix")
     working = weight if weight.dtype == torch.float64 else weight.float()
-    ((spectrum, _),) = solved(working[None], lambda i, spectrum: rank)
+    ((spectrum, _),) = solved([working], lambda i, spectrum: rank)
     a, b = factors(working, spectrum, rank)
     return a.to(weight.dtype), b.to(weight.dtype)
 
@@ -146,10 +159,32 @@ def whitening_root(moment: Tensor) -> tuple[Tensor, float]:
 
 def residual(weight: Tensor, a: Tensor, b: Tensor, root: Tensor | None = None) -> float:
     """||W - B A||, or ||(W - B A) S||, in the Frobenius norm, summed in float64."""
-    left = torch.addmm(weight, b, a, alpha=-1)
+    left = weight - product(b, a)
     if root is not None:
-        return float(torch.linalg.norm(left.double() @ root))
+        return float(torch.linalg.norm(product(left.double(), root)))
     return float(torch.linalg.norm(left, dtype=torch.float64))
+
+
+def error_of(weight: Tensor, a: Tensor, b: Tensor) -> float:
+    """||W - B A|| of factors that `factors` made without a root, mostly from their lengths alone.
+
+    B A keeps whole directions of W, so ||W||^2 = ||W - B A||^2 + ||B A||^2, and ||B A||^2 is the sum over pairs
+    of (|a_i| |b_i|)^2. Float32 gives that to 1e-6 of ||W||^2; where so much would show, the difference
+    itself is measured, which costs as much as the factors did.
+    """
+    whole = float(torch.linalg.norm(weight, dtype=torch.float64)) ** 2
+    lengths = torch.linalg.norm(a, dim=1, dtype=torch.float64) * torch.linalg.norm(b, dim=0, dtype=torch.float64)
+    left = whole - float(lengths.square().sum())
+    return left**0.5 if left >= TELLING * whole else residual(weight, a, b)
+
+
+def _short(weights: Tensor) -> Tensor:
+    """The matrices, or their transposes where these have fewer rows."""
+    return weights if weights.shape[-2] <= weights.shape[-1] else weights.mT
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    return left @ right if left.is_cuda else blas.product(left, right)
 
 
 def _signed(vectors: Tensor) -> Tensor:

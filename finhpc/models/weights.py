@@ -84,9 +84,9 @@ class Weights:
         return tensor
 
     def matrix(self, layer: Linear) -> Tensor:
-        """A layer's weight as (out, in), in float32."""
+        """A layer's weight as (out, in), in float32; it lies in memory as it is stored."""
         weight = self.read(f"{layer.name}.weight")
-        return weight.T.contiguous() if layer.transposed else weight
+        return weight.T if layer.transposed else weight
 
     def linears(self) -> list[Linear]:
         """Every linear layer and embedding that has a kind, in the order data flows through them."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from finhpc.config import LINEAR_KINDS, DecomposeConfig
 from finhpc.errors import CheckpointError, ConfigError, FinhpcError
-from finhpc.lowrank.factorize import Spectrum, factors, residual, solved, spectra, whitening_root
+from finhpc.lowrank.factorize import Spectrum, error_of, factors, product, residual, solved, spectra, whitening_root
 from finhpc.lowrank.ranks import rank_of_energy, rank_of_params
 from finhpc.models.merge import save_atomic
 from finhpc.models.moments import second_moments
@@ -216,15 +216,11 @@ def peak_memory_bytes(cuda: bool) -> int:
 
 def _factorise(job: Job, group: Group) -> None:
     weights = opened(job.source, job.stamp)
-    linears = [target.linear for target in group.targets]
     device = torch.device("cuda" if job.cuda else "cpu")
-    stacked = torch.empty(len(linears), linears[0].out_features, linears[0].in_features)
-    for i, linear in enumerate(linears):
-        stacked[i] = weights.matrix(linear)
+    matrices = [weights.matrix(target.linear).to(device) for target in group.targets]
     began = time.perf_counter()
-    stacked = stacked.to(device)
     roots = _roots(group, device)
-    found = [] if roots else solved(stacked, lambda i, spectrum: _rank_in(group.targets[i], spectrum, job))
+    found = [] if roots else solved(matrices, lambda i, spectrum: _rank_in(group.targets[i], spectrum, job))
     tensors: dict[str, Tensor] = {}
     values: dict[str, Tensor] = {}
     reports: list[Report] = []
@@ -234,10 +230,10 @@ def _factorise(job: Job, group: Group) -> None:
         if root is None:
             spectrum, rank = found[i]
         else:  # a steeper spectrum than the weight's own, always in float64
-            spectrum = spectra((stacked[i].double() @ root)[None])[0]
+            spectrum = spectra([product(matrices[i].double(), root)])[0]
             rank = _rank_in(target, spectrum, job)
-        a, b = factors(stacked[i], spectrum, rank, root)
-        reports.append(_report(target.linear, rank, stacked[i], a, b, spectrum, root, damping))
+        a, b = factors(matrices[i], spectrum, rank, root)
+        reports.append(_report(target.linear, rank, matrices[i], a, b, spectrum, root, damping))
         tensors[f"{name}.A"] = (a.T if target.linear.kind == "embedding" else a).cpu()
         tensors[f"{name}.B"] = b.cpu()
         values[name] = spectrum.values.cpu()
@@ -278,7 +274,7 @@ def _report(
     """A layer's line in result.json. `error` is relative to the weight's norm; the optimum is that of what
     was made small: the weight's error, or that of its outputs on the calibration text."""
     norm = float(torch.linalg.norm(weight, dtype=torch.float64)) or 1.0
-    error = residual(weight, a, b)
+    error = error_of(weight, a, b) if root is None else residual(weight, a, b)
     made_small = error if root is None else residual(weight, a, b, root)
     scale = float(spectrum.values.square().sum().sqrt()) or 1.0
     optimum = spectrum.optimum(rank)

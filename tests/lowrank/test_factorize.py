@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from finhpc.lowrank.factorize import factors, gram, residual, solved, spectra, truncated_svd, whitening_root
+from finhpc.lowrank.factorize import error_of, factors, gram, residual, solved, spectra, truncated_svd, whitening_root
 
 SHAPES = [(60, 90), (90, 60), (64, 64)]
 FALLS = {
@@ -40,6 +40,17 @@ def test_the_error_is_the_smallest_there_is(shape: tuple[int, int], fall: str) -
         assert error <= 1.001 * optimum + 1e-6 * norm, rank
 
 
+@pytest.mark.parametrize("fall", FALLS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_error_told_is_the_one_measured(shape: tuple[int, int], fall: str) -> None:
+    weight = matrix(shape, fall)
+    norm = float(torch.linalg.norm(weight.double()))
+    for rank in (1, 9, min(shape)):
+        a, b = truncated_svd(weight, rank)
+        measured = float(torch.linalg.norm(weight.double() - b.double() @ a.double()))
+        assert error_of(weight, a, b) == pytest.approx(measured, rel=1e-4, abs=1e-6 * norm)
+
+
 def test_same_shaped_matrices_are_solved_together_and_the_spectrum_is_the_svds() -> None:
     weights = torch.stack([matrix((40, 70), fall) for fall in ("flat", "slow", "fast")])
     for weight, spectrum in zip(weights, spectra(weights), strict=True):
@@ -59,7 +70,7 @@ def test_float64_is_taken_where_float32_would_cost_precision() -> None:
     weights = torch.stack([matrix((70, 40), fall) for fall in ("flat", "slow", "fast", "step")])
     found = solved(weights, lambda i, spectrum: (5, 5, 12, 14)[i])
     assert [rank for _, rank in found] == [5, 5, 12, 14]
-    assert [spectrum.vectors.dtype for spectrum, _ in found] == [torch.float32] * 2 + [torch.float64] * 2
+    assert [spectrum.directions.dtype for spectrum, _ in found] == [torch.float32] * 2 + [torch.float64] * 2
     for weight, (spectrum, rank) in zip(weights, found, strict=True):
         torch.testing.assert_close(factors(weight, spectrum, rank), truncated_svd(weight, rank))
 
@@ -94,7 +105,7 @@ def test_whitened_factors_are_the_best_for_the_outputs(shape: tuple[int, int], r
     weight, x = matrix(shape, "slow"), inputs(shape[1])
     root, damping = whitening_root(x.T @ x / len(x))
     assert damping == 0
-    a, b = factors(weight, spectra((weight.double() @ root)[None])[0], rank, root)
+    a, b = factors(weight, spectra([weight.double() @ root])[0], rank, root)
 
     def output_error(approximation: Tensor) -> float:
         return float(torch.linalg.norm(x @ (weight.double() - approximation).T)) / len(x) ** 0.5
@@ -115,7 +126,7 @@ def test_whitened_factors_are_the_best_for_the_outputs(shape: tuple[int, int], r
 def test_at_full_rank_a_whitened_weight_is_itself(shape: tuple[int, int]) -> None:
     weight, x = matrix(shape, "slow"), inputs(shape[1])
     root, _ = whitening_root(x.T @ x / len(x))
-    a, b = factors(weight, spectra((weight.double() @ root)[None])[0], min(shape), root)
+    a, b = factors(weight, spectra([weight.double() @ root])[0], min(shape), root)
     assert residual(weight, a, b) <= 1e-5 * float(weight.norm())
 
 
@@ -124,7 +135,7 @@ def test_inputs_that_leave_directions_unseen_are_damped_and_said(shape: tuple[in
     weight, x = matrix(shape, "slow"), inputs(shape[1], count=20)
     root, damping = whitening_root(x.T @ x / len(x))
     assert 0 < damping <= 1e-6
-    a, b = factors(weight, spectra((weight.double() @ root)[None])[0], 30, root)
+    a, b = factors(weight, spectra([weight.double() @ root])[0], 30, root)
     seen = x @ (weight.double() - b.double() @ a.double()).T
     assert float(seen.norm()) <= 1e-3 * float((x @ weight.double().T).norm()), "20 inputs span 20 directions"
 
