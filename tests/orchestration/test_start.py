@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from copy import deepcopy
@@ -12,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from finhpc.config import DecomposeConfig, Method, Model, PretrainConfig, build, flatten
+from finhpc.config import Method, Model, PretrainConfig, build, flatten
 from finhpc.data.shards import Shards
 from finhpc.errors import CheckpointError, ConfigError
 from finhpc.lowrank.blend import blend_in, set_alpha
@@ -22,7 +23,6 @@ from finhpc.models.loading import initial_model, load_model, save_model
 from finhpc.models.manifest import write_manifest
 from finhpc.models.pipeline import Layer, parts_of
 from finhpc.models.presets import resolve_shape
-from finhpc.orchestration.decompose import decompose
 from finhpc.orchestration.plan import make_plan
 from finhpc.orchestration.pretrain import pretrain
 from finhpc.orchestration.start import fill_of
@@ -62,25 +62,22 @@ def config(shards: Path, path: Path | None, storage: Path | None = None, **secti
 def test_method_2_from_a_dense_model_and_from_its_factors(run_shards: Path, dense: Path, tmp_path: Path) -> None:
     two = {"parallel": {"stages": 2, "micro_batch_size": 4}, "optimizer": {"lr": 1e-9}}
     result = pretrain(config(run_shards, dense, tmp_path, **two))
-    low = {"model": str(dense), "out": str(tmp_path / "low"), "rank": 8, "ranks": {"head": 16}, "head": "low_rank"}
-    held = decompose(build(DecomposeConfig, low))
-    ours, theirs = (
-        load_file(folder / "model.safetensors") for folder in (tmp_path / "run/decomposed", tmp_path / "low")
-    )
-    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+    factors = tmp_path / "run" / "decomposed"
+    held = json.loads((factors / "result.json").read_text())
     assert [result[key] for key in COUNTS] == [held[key] for key in COUNTS]
+    assert max(layer["error_over_optimal"] for layer in held["layers"]) < 1.001
     opened = load_model(result["model"])
     assert type(opened).__name__ == "LowRankGPT2LMHeadModel"
     assert opened.config.low_rank == {"attention": 8, "mlp": 8, "head": 16, "embedding": None}
     batch = torch.from_numpy(Shards.open(run_shards).eval_samples(16, 32))
     with torch.no_grad():
-        start = load_model(tmp_path / "low")(batch, labels=batch).loss.item()
+        start = load_model(factors)(batch, labels=batch).loss.item()
     assert result["val_loss"] == pytest.approx(start, rel=1e-5)
 
-    low_rank = with_tokenizer(tmp_path / "low", run_shards)
+    low_rank = with_tokenizer(factors, run_shards)
     again = config(run_shards, low_rank, tmp_path, method={"kind": "svd"}, run={"name": "two"}, **two)
     fill = fill_of(again, make_plan(again).hf_config, tmp_path)
-    block = load_model(tmp_path / "run/decomposed").get_submodule("transformer.h.1")
+    block = load_model(factors).get_submodule("transformer.h.1")
     other = deepcopy(block).to_empty(device="cpu")
     fill(other, "transformer.h.1")
     assert all(torch.equal(p, q) for p, q in zip(other.parameters(), block.parameters(), strict=True))
@@ -96,7 +93,7 @@ def test_method_2_from_a_dense_model_and_from_its_factors(run_shards: Path, dens
 @pytest.mark.usefixtures("ray_cluster")
 def test_method_3_from_a_dense_model(run_shards: Path, dense: Path, tmp_path: Path) -> None:
     method = {"kind": "blend", "rank": 8, "blend_share": 0.5, "blend_weight": "trainable", "embedding": "low_rank"}
-    settings: dict[str, Any] = {"parallel": {"stages": 2, "micro_batch_size": 4}, "optimizer": {"lr": 3e-3}}
+    settings: dict[str, Any] = {"optimizer": {"lr": 3e-3}}
     result = pretrain(config(run_shards, dense, tmp_path, method=method, train={"steps": 6}, **settings))
     records, _ = read(tmp_path / "run" / "journal.jsonl")
     assert [r["alpha"] for r in latest(records, "train").values()] == pytest.approx([0.99, 0.495, 0, 0, 0, 0])
@@ -127,6 +124,7 @@ def test_method_3_from_a_dense_model(run_shards: Path, dense: Path, tmp_path: Pa
         assert data.item() == pytest.approx(load_model(dense)(batch, labels=batch).loss.item(), rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_dense_model_is_trained_on(run_shards: Path, tmp_path: Path) -> None:
     path = with_tokenizer(saved(tiny_llama(), tmp_path / "llama", max_shard_size="20KB"), run_shards)
