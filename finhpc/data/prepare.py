@@ -117,7 +117,7 @@ def _workplace(out: Path, settings: str) -> Iterator[Path]:
             raise RunBusyError(f"out={out} is being prepared by another process; wait for it.") from None
         key = work / "settings"
         if key.is_file() and key.read_text() != settings:
-            _say(f"{out}: an interrupted run had other settings; its work is discarded")
+            _say(f"{out}: an unfinished run had other settings; what it left is discarded")
             for path in [path for path in work.iterdir() if path.name != "lock"]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         write_atomic(key, settings.encode())

@@ -38,8 +38,8 @@ def ray_cluster() -> Iterator[None]:
     except Exception as error:  # Ray raises bare ones here
         where = os.environ.get("RAY_ADDRESS") or "this machine"
         raise TrainingFailedError(
-            f"Ray did not start on {where}: {error}; is the address right, the machine overloaded or its disk full? "
-            "The same command tries again."
+            f"Ray did not start on {where}: {str(error).rstrip('.')}. Most often the address is wrong, the machine "
+            "overloaded or its disk full; mend that and run the same command again."
         ) from None
     try:
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 from finhpc.config import EstimateConfig
@@ -134,11 +135,17 @@ def gb(size: float) -> str:
     return f"{size / 1e9:,.1f}" if size >= 100e9 else f"{size / 1e9:.3g}"
 
 
-def plan_summary(numbers: dict[str, Any]) -> list[tuple[str, str]]:
-    """What a dry run's table says of the estimate."""
+def plan_summary(numbers: dict[str, Any], steps: int) -> list[tuple[str, str]]:
+    """What a dry run's table says of the estimate for a run of `steps`."""
     rows = [("operations a step", f"{numbers['operations_per_step'] / 1e12:,.3g} TFLOP")]
     rows += [("not counted", line) for line in numbers["not_counted"]]
     if numbers["step_s"] is None:
         return [*rows, ("time", "for a GPU not known here: finhpc estimate --estimate.device NAME")]
     pace = f"{numbers['step_s']:,.2g} s, {numbers['tokens_per_s']:,.0f} tokens/s: rough, {numbers['how']}"
-    return [*rows, ("a step", pace), ("pipeline bubble", f"{numbers['pipeline_bubble']:.1%} with even stages")]
+    whole = str(timedelta(seconds=round(steps * numbers["step_s"])))
+    return [
+        *rows,
+        ("a step", pace),
+        (f"all {steps:,} steps", whole),
+        ("pipeline bubble", f"{numbers['pipeline_bubble']:.1%} with even stages"),
+    ]

@@ -79,13 +79,20 @@ def pretrain(config: PretrainConfig, dry_run: bool = False) -> dict[str, Any]:
                 status = "FINISHED"
             except (KeyboardInterrupt, Terminated):
                 status = "KILLED"
-                progress.say("stopped; the same command resumes from the newest checkpoint.")
+                progress.say(_where_it_goes_on(folder))
                 raise
             finally:
                 final = result or outcome.unfinished(plan, folder.path, status)
                 _conclude(folder, tracker, status, final, progress.say)
     summary_table(f"pretrain {config.run.name}", outcome.summary(plan, final))
     return final
+
+
+def _where_it_goes_on(folder: RunFolder) -> str:
+    saved = complete(folder.path / "checkpoints")
+    if saved:
+        return f"stopped; the same command goes on from the checkpoint of step {saved[0].step}."
+    return "stopped before a first checkpoint was complete; the same command begins at step 0."
 
 
 def _conclude(folder: RunFolder, tracker: Tracker, status: Status, final: dict[str, Any], say: Say) -> None:
@@ -187,7 +194,7 @@ def _dry_run(plan: Plan, total: dict[str, float] | None) -> dict[str, Any]:
     cuda = use_cuda(plan.config, total) if total else plan.config.resources.device == "cuda"
     result["estimate"] = of_plan(plan, cuda, here=total is not None)
     title = f"dry run of {plan.config.run.name}"
-    summary_table(title, outcome.dry_summary(plan) + plan_summary(result["estimate"]))
+    summary_table(title, outcome.dry_summary(plan) + plan_summary(result["estimate"], result["steps"]))
     rows_table("memory of a worker by stage in GB, estimated", stage_rows(result["estimate"]["stages"]))
     return result
 

@@ -48,7 +48,7 @@ class Progress:
         self._last_checkpoint_line = -math.inf
         self._checkpoint: Record | None = None  # the newest, as long as no line told of it
         self._train: Record = {}
-        self._val_loss: float | None = None
+        self._eval: Record = {}
         self._pace: deque[tuple[float, int]] = deque(maxlen=20)  # (time, step) of the newest steps
         # What earlier attempts wrote was shown then.
         self._offsets = {path: _size(path) for path in (Path(folder) / WORKER_FILE, Path(folder) / DRIVER_FILE)}
@@ -95,7 +95,7 @@ class Progress:
             elif time.monotonic() - self._last_line >= self._line_every_s:
                 self._print_line()
         elif kind == "eval":
-            self._val_loss = record.get("val_loss")
+            self._eval = record
             if self._bar:
                 self._bar.update(self._task, figures=self._figures())
             else:
@@ -122,10 +122,13 @@ class Progress:
 
     def _figures(self) -> str:
         record, parts = self._train, []
-        for name, key, form in (("loss", "train_loss", ".3f"), ("val", "", ".3f"), ("lr", "lr", ".1e")):
-            value = record.get(key) if key else self._val_loss
-            if value is not None:
-                parts.append(f"{name} {value:{form}}")
+        if record.get("train_loss") is not None:
+            parts.append(f"loss {record['train_loss']:.3f}")
+        if self._eval.get("val_loss") is not None:
+            when = "" if self._eval["step"] == record.get("step") else f" (step {self._eval['step']})"
+            parts.append(f"val {self._eval['val_loss']:.3f}{when}")
+        if record.get("lr") is not None:
+            parts.append(f"lr {record['lr']:.1e}")
         if record.get("tokens_per_s") is not None:
             parts.append(f"{record['tokens_per_s']:,.0f} tokens/s")
         if (left := self._seconds_left()) is not None:
@@ -175,13 +178,19 @@ def _is_words(value: Any) -> bool:
 
 
 def summary_table(title: str, rows: list[tuple[str, str]], stream: TextIO | None = None) -> None:
-    """A short two-column table on stderr."""
+    """A short two-column table on stderr; paths and commands too long for it stand below, whole, to be copied."""
+    console = Console(file=stream or sys.stderr, markup=False, highlight=False)
+    room = console.width - max((len(name) for name, _ in rows), default=0) - 7  # the table's lines and spaces
+    below = [(name, value) for name, value in rows if len(value) > room and (value[:1] == "/" or " --" in value)]
     table = Table(title=title, title_justify="left", show_header=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
-        table.add_row(name, value)
-    Console(file=stream or sys.stderr, markup=False, highlight=False).print(table)
+        if (name, value) not in below:
+            table.add_row(name, value)
+    console.print(table)
+    for name, value in below:
+        console.print(f"{name}: {value}", soft_wrap=True)
 
 
 def _size(path: Path) -> int:

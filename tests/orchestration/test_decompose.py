@@ -247,7 +247,7 @@ def test_an_interrupted_run_with_other_settings_is_discarded(
             decompose(settings(tmp_path, rank=4))
     assert list((tmp_path / "low-rank.partial").glob("group-*.safetensors"))
     assert decompose(settings(tmp_path, rank=5))["layers"][0]["rank"] == 5
-    assert "had other settings; its work is discarded" in capsys.readouterr().err
+    assert "had other settings; what it left is discarded" in capsys.readouterr().err
 
 
 def test_two_cannot_write_the_same_folder(tmp_path: Path) -> None:

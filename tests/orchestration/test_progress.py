@@ -45,11 +45,14 @@ def test_plain_lines(tmp_path: Path) -> None:
     progress.show([_train(step, 0.5 * step) for step in range(2, 41)])  # too soon for another line
     progress.show([{"kind": "eval", "time": 20.0, "step": 40, "val_loss": 5.301}])
     progress.show([{"kind": "checkpoint", "time": 20.0, "step": 40, "path": "checkpoints/40"}])
+    progress.show([_train(41, 20.5)])
+    progress._print_line()
     progress.show([{"kind": "message", "time": 20.0, "text": "[a] https://x " + "y" * 300}])
     assert screen.getvalue().splitlines() == [
         "step 1/300  loss 5.123  lr 9.1e-04  12,345 tokens/s",
         "step 40/300  loss 5.123  val 5.301  lr 9.1e-04  12,345 tokens/s  0:02:10 left",
         "checkpoint of step 40: checkpoints/40",
+        "step 41/300  loss 5.123  val 5.301 (step 40)  lr 9.1e-04  12,345 tokens/s  0:02:10 left",
         "[a] https://x " + "y" * 300,
     ]
 
@@ -130,3 +133,10 @@ def test_summary_table() -> None:
     summary_table("Run demo", [("val_loss", "5.1"), ("open", "finhpc ui [port]")], screen)
     assert "Run demo" in screen.getvalue()
     assert "finhpc ui [port]" in screen.getvalue()
+
+
+def test_what_is_to_be_copied_is_never_broken() -> None:
+    screen = io.StringIO()
+    path, command = f"/{'long/' * 20}model", f"finhpc ui --run.storage /{'long/' * 20}"
+    summary_table("Run demo", [("model", path), ("open", command), ("words", "many words " * 20)], screen)
+    assert screen.getvalue().splitlines()[-2:] == [f"model: {path}", f"open: {command}"]
