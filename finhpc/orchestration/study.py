@@ -104,8 +104,9 @@ def run_config(
         "optimizer": {"lr": lr},
         "train": {"seed": seed} | (screening if phase == "screen" else {}),
         "run": {"name": f"{config.run.name}-{phase}-{name}-lr{_plain(lr)}-s{seed}"},
-        "model": {"path": start} if start else {},
     }
+    if start:
+        tree["model"] = {"path": start}  # it brings its own shape
     for sections in (config.study.variants[name].settings, own):
         for section, values in sections.items():
             if not isinstance(values, dict) or not isinstance(tree.get(section, {}), dict):
