@@ -26,8 +26,11 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    """Which transformer. A preset names a shape; the other keys change parts of it."""
+    """Which transformer. A preset names a shape; the other keys change parts of it. Or `path`, which brings its own."""
 
+    path: str | None = Field(
+        None, description="model folder whose weights training starts from, dense or low-rank; it brings its own shape"
+    )
     preset: str = Field("gpt2-tiny", description="named shape; `finhpc pretrain --help` lists them")
     layers: int | None = Field(None, ge=1, description="transformer blocks")
     width: int | None = Field(None, ge=1, description="hidden size")
@@ -46,7 +49,9 @@ class Method(Section):
     """How a linear layer is made."""
 
     kind: str = Field(
-        "low_rank", description="dense; low_rank: y = B(A x) from scratch (method 1); cola: y = B silu(A x)"
+        "low_rank",
+        description="dense; low_rank: y = B(A x) from scratch (method 1); svd: from the factors of model.path "
+        "(method 2); cola: y = B silu(A x)",
     )
     rank: int = Field(64, description="rank of every pair that `ranks` does not name")
     ranks: dict[str, int] = Field(

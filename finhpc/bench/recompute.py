@@ -23,6 +23,7 @@ from finhpc.bench.settings import RecomputeBench
 from finhpc.config import Recompute
 from finhpc.lowrank.replace import ranks_of
 from finhpc.models.families import make_config, skeleton
+from finhpc.models.initialize import drawn
 from finhpc.models.loading import initial_model
 from finhpc.models.pipeline import Layer, parts_of
 from finhpc.models.presets import resolve_shape
@@ -87,7 +88,8 @@ def _passes(
 ) -> Callable[[], None]:
     """One forward and one backward pass; the gradients are dropped."""
     model, bf16 = _sharing(hf_config, recompute, weights), settings.precision == "bf16"
-    layers = [Layer(part, model, tokens.device, 0, "normal", bf16) for part in parts_of(hf_config, recompute)]
+    fill = drawn(hf_config, 0, "normal")
+    layers = [Layer(part, model, tokens.device, fill, bf16) for part in parts_of(hf_config, recompute)]
     parameters = list(model.parameters())
 
     def passes() -> None:

@@ -27,7 +27,7 @@ from finhpc.config import ExportConfig, nearest
 from finhpc.errors import CheckpointError, ConfigError, NonFiniteError
 from finhpc.lowrank.layers import LowRankEmbedding, LowRankLinear
 from finhpc.lowrank.replace import dense_shape
-from finhpc.models.families import FAMILIES, family_of, parameter_count, skeleton
+from finhpc.models.families import FAMILIES, as_dense, dense_original, family_of, is_low_rank, parameter_count, skeleton
 from finhpc.models.folder import FolderReader, FolderWriter
 from finhpc.models.pipeline import is_tied
 from finhpc.quantization.fake import TRAINED, trained_bits
@@ -82,7 +82,7 @@ class Conversion:
         self.rounds = self.trained == self.bits and config.quantization.scheme == "minmax"
         self.kept = self._kept()
         self.target_config = self._target_config()
-        target = skeleton(dense_config(source_config)) if self.merged else self.model
+        target = skeleton(as_dense(source_config)) if self.merged else self.model
         # Stored as (in, out), unless quantised: bitsandbytes and we put linear layers in their place.
         self.turned = {name for name, module in target.named_modules() if isinstance(module, Conv1D)}
 
@@ -196,11 +196,11 @@ class Conversion:
             raise CheckpointError("\n".join(problems[:10] + more))
 
     def _target_config(self) -> Any:
-        target = dense_config(self.source_config) if self.merged else deepcopy(self.source_config)
+        target = as_dense(self.source_config) if self.merged else deepcopy(self.source_config)
         if hasattr(target, TRAINED):
             delattr(target, TRAINED)
         family = family_of(target)
-        native = low_rank(self.source_config) and not self.merged
+        native = is_low_rank(self.source_config) and not self.merged
         target.architectures = [(family.low_rank_class if native else family.dense_class).__name__]
         if self.dtype:
             target.dtype = str(self.dtype).removeprefix("torch.")
@@ -211,20 +211,6 @@ class Conversion:
                 self.bits, [*self.kept, *(["lm_head"] if self.tied else [])]
             )
         return target
-
-
-def low_rank(config: Any) -> bool:
-    return str(config.model_type).startswith("lowrank_")
-
-
-def dense_config(config: Any) -> Any:
-    """The config of the same model in transformers' own architecture; a dense model's own.
-
-    Whether head and embedding are tied stays as it is: low-rank ones are not.
-    """
-    ours = ("low_rank", "low_rank_layers", "factor_modules", "model_type", "architectures", TRAINED)
-    kept = {key: value for key, value in config.to_dict().items() if key not in ours}
-    return family_of(config).dense_class.config_class.from_dict(kept)
 
 
 def _check(config: ExportConfig) -> None:
@@ -268,11 +254,9 @@ def _read_config(folder: Path) -> Any:
 
 def _counted(config: ExportConfig, conversion: Conversion) -> dict[str, Any]:
     """Every key of the result, with what can be told without the weights; the rest is null."""
-    merged = dense_config(conversion.source_config)
+    merged = as_dense(conversion.source_config)
     total = parameter_count(merged if conversion.merged else conversion.source_config)
-    if low_rank(conversion.source_config):  # its head is its own; whether that of a dense one is, the family says
-        merged.tie_word_embeddings = type(merged)().tie_word_embeddings
-    dense = parameter_count(merged)
+    dense = parameter_count(dense_original(conversion.source_config))
     quantised = conversion.scheme is not None
     return {
         "status": None,

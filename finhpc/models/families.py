@@ -14,10 +14,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from finhpc.config import Recompute
 from finhpc.errors import ConfigError
-from finhpc.lowrank.replace import Ranks
+from finhpc.lowrank.registry import layers_kind
+from finhpc.lowrank.replace import Ranks, layer_kind
 from finhpc.models import attention, gpt2, llama
 from finhpc.models.family import Family
 from finhpc.models.presets import Shape
+from finhpc.quantization.fake import TRAINED
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (gpt2.FAMILY, llama.FAMILY)}
 
@@ -39,8 +41,50 @@ def make_config(shape: Shape, ranks: Ranks, kind: str = "low_rank") -> Any:
     """transformers config of a shape; the low-rank class unless every rank is None. `kind`: `method.kind`."""
     family = FAMILIES[shape.family]
     if any(rank is not None for rank in ranks.values()):
-        return family.low_rank_config(shape, ranks, kind)
+        return family.low_rank_config(shape, ranks, layers_kind(kind))
     return family.dense_config(shape)
+
+
+def is_low_rank(config: Any) -> bool:
+    """Whether a transformers config is one of ours for low-rank models."""
+    return str(config.model_type).startswith("lowrank_")
+
+
+def as_low_rank(config: Any, ranks: Ranks, layers: dict[str, int] | None = None) -> Any:
+    """The config of a dense model with low-rank layers; `layers`: name -> rank of single ones, before their kind's.
+
+    Tied embeddings are untied where one of the two is low-rank.
+    """
+    kept = config.to_dict()
+    for key in ("model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path"):
+        kept.pop(key, None)
+    untied = any(ranks.get(kind) is not None for kind in ("head", "embedding")) or any(
+        layer_kind(name) in ("head", "embedding") for name in layers or ()
+    )
+    kept["tie_word_embeddings"] = bool(config.tie_word_embeddings) and not untied
+    family = family_of(config)
+    made = family.low_rank_class.config_class(**kept, low_rank=ranks, low_rank_layers=layers or None)
+    made.architectures = [family.low_rank_class.__name__]
+    made.dtype = "float32"
+    return made
+
+
+def as_dense(config: Any) -> Any:
+    """The config of the same model in transformers' own architecture; a dense model's own.
+
+    Whether head and embedding are tied stays as it is: low-rank ones are not.
+    """
+    ours = ("low_rank", "low_rank_kind", "low_rank_layers", "factor_modules", "model_type", "architectures", TRAINED)
+    kept = {key: value for key, value in config.to_dict().items() if key not in ours}
+    return family_of(config).dense_class.config_class.from_dict(kept)
+
+
+def dense_original(config: Any) -> Any:
+    """`as_dense`, tied where models of its family are: what a low-rank model is compared with."""
+    made = as_dense(config)
+    if is_low_rank(config):  # its head is its own; whether that of a dense one is, the family says
+        made.tie_word_embeddings = type(made)().tie_word_embeddings
+    return made
 
 
 def skeleton(config: Any, recompute: Recompute = "none") -> nn.Module:
@@ -51,9 +95,8 @@ def skeleton(config: Any, recompute: Recompute = "none") -> nn.Module:
     """
     family = family_of(config)
     config = deepcopy(config)
-    low_rank = str(config.model_type).startswith("lowrank_")
     with torch.device("meta"):
-        model: nn.Module = (family.low_rank_class if low_rank else family.dense_class)(config)
+        model: nn.Module = (family.low_rank_class if is_low_rank(config) else family.dense_class)(config)
     model.tie_weights()  # type: ignore[operator]
     name = attention.RECOMPUTED if recompute == "attention" else attention.NAME
     model.config._attn_implementation = name  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""The numbers a model starts from: a function of (seed, name of the weight) alone.
+"""The numbers a model starts from: drawn, as a function of (seed, name of the weight) alone, or read.
 
 So any cut into stages, any replica and the plain model start bit-equal.
 """
@@ -6,6 +6,8 @@ So any cut into stages, any replica and the plain model start bit-equal.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +17,13 @@ from finhpc.lowrank.initialize import SCHEMES
 from finhpc.lowrank.layers import LowRankEmbedding, LowRankLinear
 from finhpc.lowrank.replace import dense_shape
 from finhpc.models.families import family_of
+
+Fill = Callable[[nn.Module, str], None]  # gives a module of that Hugging Face name its numbers, in place
+
+
+def drawn(config: Any, seed: int, scheme: str | None) -> Fill:
+    """Start from the seed, see `initialize`."""
+    return partial(initialize, config=config, seed=seed, scheme=scheme)
 
 
 def initialize(module: nn.Module, name: str, config: Any, seed: int, scheme: str | None) -> None:

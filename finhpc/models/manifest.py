@@ -17,10 +17,25 @@ def write_manifest(folder: Path) -> None:
     (folder / NAME).write_text(json.dumps({"sha256": files}, indent=1) + "\n", encoding="utf-8")
 
 
-def check_manifest(folder: Path) -> None:
-    """Raise `CheckpointError` naming every file that is not as its manifest says; nothing where there is none."""
+def weights_fingerprint(folder: Path) -> str:
+    """One hash of a model folder's config and weights.
+
+    Raises `CheckpointError` naming every file that is not as its manifest says, where there is one.
+    """
+    found = check_manifest(folder) | {"config.json": _sha256(folder / "config.json")}
+    for path in folder.glob("*.safetensors"):
+        if path.name not in found:
+            found[path.name] = _sha256(path)
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
+
+def check_manifest(folder: Path) -> dict[str, str]:
+    """The sha256 of every file that a folder's manifest names; none where there is no manifest.
+
+    Raises `CheckpointError` naming every file that is not as it says.
+    """
     if not (folder / NAME).is_file():
-        return
+        return {}
     expected: dict[str, str] = json.loads((folder / NAME).read_bytes()).get("sha256", {})
     problems = []
     for name, sha256 in expected.items():
@@ -31,6 +46,7 @@ def check_manifest(folder: Path) -> None:
             problems.append(f"{file} is not as it was written ({NAME}'s sha256 differs); make or fetch it again.")
     if problems:
         raise CheckpointError("\n".join(problems))
+    return expected
 
 
 def _sha256(path: Path) -> str:

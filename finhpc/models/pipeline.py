@@ -11,7 +11,7 @@ from torch import nn
 from finhpc.config import Recompute
 from finhpc.models.families import family_of
 from finhpc.models.family import BLOCK, Part
-from finhpc.models.initialize import initialize
+from finhpc.models.initialize import Fill
 from finhpc.models.recompute import whole_blocks
 from finhpc.quantization.fake import fake_quantize, plain_name
 
@@ -19,8 +19,8 @@ from finhpc.quantization.fake import fake_quantize, plain_name
 class Layer(nn.Module):
     """One part of the model, built from the skeleton on the device it will run on.
 
-    With `bf16` the part runs under autocast over float32 weights; with fewer `bits` than 16 its matrices are
-    rounded to them wherever they are used.
+    `fill` gives each module its first numbers. With `bf16` the part runs under autocast over float32 weights; with
+    fewer `bits` than 16 its matrices are rounded to them wherever they are used.
     """
 
     def __init__(
@@ -28,8 +28,7 @@ class Layer(nn.Module):
         part: Part,
         skeleton: nn.Module,
         device: torch.device,
-        seed: int,
-        scheme: str | None,
+        fill: Fill,
         bf16: bool = False,
         bits: int = 16,
     ) -> None:
@@ -39,7 +38,7 @@ class Layer(nn.Module):
         if any(parameter.is_meta for parameter in self.parts.parameters()):
             self.parts.to_empty(device=device)
             for name, module in zip(part.names, self.parts, strict=True):
-                initialize(module, name, skeleton.config, seed, scheme)
+                fill(module, name)
             if bits < 16:
                 fake_quantize(self.parts, bits)
 

@@ -1,4 +1,4 @@
-"""A dense model whose weights are read one at a time, so that memory is a layer and not a model.
+"""A model whose weights are read one at a time, so that memory is a layer and not a model.
 
 From a Hugging Face folder (safetensors, one file or an index of several), a hub id, or a GGUF file.
 """
@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from finhpc.errors import CheckpointError, ConfigError
 from finhpc.lowrank.replace import dense_shape, layer_kind
-from finhpc.models.families import family_of, skeleton
+from finhpc.models.families import family_of, is_low_rank, skeleton
 from finhpc.models.gguf import GgufFile
 from finhpc.models.pipeline import is_tied
 
@@ -59,15 +59,13 @@ class Linear:
 
 
 class Weights:
-    """A dense model of a supported family, its weights on disk.
+    """A model of a supported family, dense or low-rank, its weights on disk.
 
     `path`: the folder or file. `config`: transformers' config. `tied`: one matrix is embedding and head.
     """
 
     def __init__(self, path: Path, store: Store) -> None:
         self.path, self.config, self._store = path, store.config, store
-        if str(self.config.model_type).startswith("lowrank_"):
-            raise ConfigError(f"model={path} is low-rank already; give a dense model.")
         if getattr(self.config, "quantization_config", None) is not None:
             raise ConfigError(f"model={path} is quantised; give the model it was made from.")
         family_of(self.config)
@@ -144,13 +142,7 @@ class SafetensorsFolder:
     """The safetensors of a Hugging Face folder. A file is open only while one tensor is read from it."""
 
     def __init__(self, folder: Path) -> None:
-        if not (folder / "config.json").is_file():
-            raise CheckpointError(f"{folder} has no config.json; give a model folder in Hugging Face's layout.")
-        try:
-            self.config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
-        except (ValueError, OSError) as error:
-            reason = str(error).strip().splitlines()[0].rstrip(".")
-            raise CheckpointError(f"{folder}/config.json is not a model's config: {reason}; correct it.") from None
+        self.config: Any = read_config(folder)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._files: dict[str, Path] = {}
         for file in _files(folder):
@@ -169,6 +161,17 @@ class SafetensorsFolder:
                 "give the model it was made from."
             )
         return tensor
+
+
+def read_config(folder: Path) -> Any:
+    """transformers' config of a model folder; raises `CheckpointError` where there is none."""
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} has no config.json; give a model folder in Hugging Face's layout.")
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (ValueError, OSError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise CheckpointError(f"{folder}/config.json is not a model's config: {reason}; correct it.") from None
 
 
 def locate(model: str) -> Path:
@@ -195,10 +198,16 @@ def locate(model: str) -> Path:
         ) from None
 
 
-def open_weights(path: Path) -> Weights:
-    """Open a located model; raises `ConfigError` or `CheckpointError` where it cannot be used."""
+def open_weights(path: Path, low_rank: bool = False) -> Weights:
+    """Open a located model, dense or, where that is wanted, `low_rank`.
+
+    Raises `ConfigError` or `CheckpointError` where it cannot be used.
+    """
     if path.is_dir():
-        return Weights(path, SafetensorsFolder(path))
+        store = SafetensorsFolder(path)
+        if is_low_rank(store.config) and not low_rank:
+            raise ConfigError(f"model={path} is low-rank already; give a dense model.")
+        return Weights(path, store)
     if path.suffix == ".gguf":
         return Weights(path, GgufFile(path))
     raise ConfigError(f"model={path} is a file that is no .gguf; give a Hugging Face folder or a .gguf file.")

@@ -28,7 +28,7 @@ from finhpc.data.calibration import calibration_blocks
 from finhpc.data.progress import Progress
 from finhpc.data.shards import write_atomic
 from finhpc.errors import CheckpointError, ConfigError, DataError, RunBusyError
-from finhpc.models.families import family_of, parameter_count, skeleton
+from finhpc.models.families import as_low_rank, parameter_count, skeleton
 from finhpc.models.manifest import check_manifest, write_manifest
 from finhpc.models.merge import header_of, merge_model, save_atomic
 from finhpc.models.weights import Weights, locate, open_weights
@@ -252,15 +252,7 @@ def low_rank_config(weights: Weights, reports: list[Report]) -> Any:
             ranks[kind] = next(iter(of_kind.values()))
         else:
             layers |= of_kind
-    kept = weights.config.to_dict()
-    for key in ("model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path"):
-        kept.pop(key, None)
-    untied = any(report["kind"] in ("head", "embedding") for report in reports)
-    kept["tie_word_embeddings"] = weights.tied and not untied
-    made = family_of(weights.config).low_rank_class.config_class(**kept, low_rank=ranks, low_rank_layers=layers or None)
-    made.architectures = [family_of(weights.config).low_rank_class.__name__]
-    made.dtype = "float32"
-    return made
+    return as_low_rank(weights.config, ranks, layers)
 
 
 def _assemble(weights: Weights, groups: list[Group], reports: list[Report], work: Path) -> Path:

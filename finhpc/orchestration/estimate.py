@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from finhpc.config import EstimateConfig, Method, PretrainConfig, Recompute, nearest
 from finhpc.errors import ConfigError
 from finhpc.lowrank.replace import ranks_of
-from finhpc.models.families import make_config, skeleton
+from finhpc.models.families import dense_original, make_config, skeleton
 from finhpc.models.presets import resolve_shape
+from finhpc.models.weights import read_config
 from finhpc.orchestration.estimate_tables import show
 from finhpc.orchestration.measuring import part_seconds
 from finhpc.orchestration.plan import Plan, check_model, check_parallel, collect
+from finhpc.orchestration.start import model_config
 from finhpc.planning import paper
 from finhpc.planning.devices import CPU_REACHED, DEVICES, REACHED, THIS_MACHINE, Cluster, gpu_here, this_machine
 from finhpc.planning.memory import Memory, Scheme, StageMemory, Topology
@@ -140,7 +143,7 @@ def _checked(config: EstimateConfig) -> tuple[Any, int]:
     with collect(problems):
         _check_hardware(config)
     with collect(problems):
-        hf_config = make_config(resolve_shape(config.model), ranks_of(config.method), config.method.kind)
+        hf_config = model_config(config)
     if hf_config is not None:
         with collect(problems):
             check_model(config, hf_config)
@@ -148,7 +151,10 @@ def _checked(config: EstimateConfig) -> tuple[Any, int]:
             skeleton(hf_config)
     if problems:
         raise ConfigError(problems)
-    dense = make_config(resolve_shape(config.model), ranks_of(Method(kind="dense")))
+    if config.model.path is None:
+        dense = make_config(resolve_shape(config.model), ranks_of(Method(kind="dense")))
+    else:
+        dense = dense_original(read_config(Path(config.model.path)))
     return hf_config, outline_of(dense, config.data.seq_len).params
 
 

@@ -49,10 +49,8 @@ def _measure(rank: int, settings: dict[str, Any], workers: int, folder: str) -> 
     import torch.distributed as dist
 
     from finhpc.config import EstimateConfig
-    from finhpc.lowrank.replace import ranks_of
-    from finhpc.models.families import make_config
     from finhpc.models.pipeline import parts_of
-    from finhpc.models.presets import resolve_shape
+    from finhpc.orchestration.start import model_config
     from finhpc.training.cost import measure
 
     config = EstimateConfig.model_validate(settings)
@@ -64,7 +62,7 @@ def _measure(rank: int, settings: dict[str, Any], workers: int, folder: str) -> 
         world_size=workers,
         timeout=timedelta(minutes=10),
     )
-    hf_config = make_config(resolve_shape(config.model), ranks_of(config.method), config.method.kind)
+    hf_config = model_config(config)
     costs = measure(config, hf_config, torch.device("cpu"))
     if rank == 0:
         kinds = [part.kind for part in parts_of(hf_config, config.train.recompute)]

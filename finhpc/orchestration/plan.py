@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from finhpc.config import Method, PretrainConfig
 from finhpc.data.shards import Shards
-from finhpc.errors import ConfigError, DataError
+from finhpc.errors import CheckpointError, ConfigError, DataError
 
 if TYPE_CHECKING:
+    from finhpc.orchestration.start import Start
     from finhpc.planning.outline import Outline
 
 
@@ -25,6 +26,7 @@ class Plan:
     hf_config: Any
     outline: Outline
     params_dense: int
+    start: Start | None = None  # the model it starts from, where it starts from one
 
     @property
     def params_total(self) -> int:
@@ -37,14 +39,12 @@ class Plan:
 
 def hf_config_of(config: PretrainConfig, shards: Shards) -> Any:
     """transformers config of the run's model, its special tokens those of the shards' tokeniser."""
-    from finhpc.lowrank.replace import ranks_of
-    from finhpc.models.families import make_config
-    from finhpc.models.presets import resolve_shape
+    from finhpc.orchestration.start import model_config
     from finhpc.quantization.fake import TRAINED
 
-    hf_config = make_config(
-        resolve_shape(config.model, shards.manifest.vocab_size), ranks_of(config.method), config.method.kind
-    )
+    hf_config = model_config(config, shards.manifest.vocab_size)
+    if hasattr(hf_config, TRAINED):  # of the model that this run starts from
+        delattr(hf_config, TRAINED)
     hf_config.bos_token_id = hf_config.eos_token_id = shards.manifest.eot_id
     if config.quantization.when == "during":  # the saved weights are those before rounding
         setattr(hf_config, TRAINED, {"bits": config.quantization.bits, "scheme": config.quantization.scheme})
@@ -54,6 +54,7 @@ def hf_config_of(config: PretrainConfig, shards: Shards) -> Any:
 def make_plan(config: PretrainConfig) -> Plan:
     """Check `config` against the model, the shards and itself; raises one `ConfigError` with every problem."""
     from finhpc.models.families import skeleton
+    from finhpc.orchestration.start import open_start
     from finhpc.planning.outline import outline_of
 
     problems: list[str] = []
@@ -61,7 +62,7 @@ def make_plan(config: PretrainConfig) -> Plan:
         check_parallel(config)
     with collect(problems):
         check_quantization(config)
-    shards = hf_config = None
+    shards = hf_config = start = None
     with collect(problems):
         shards = _open_shards(config)
     if shards is not None:
@@ -74,13 +75,23 @@ def make_plan(config: PretrainConfig) -> Plan:
                 check_model(config, hf_config)
             with collect(problems):
                 skeleton(hf_config)
+            with collect(problems):
+                start = open_start(config, shards)
     if problems:
         raise ConfigError(problems)
     assert shards is not None
-    dense = config.model_copy(update={"method": Method(kind="dense")})
     seq_len, recompute = config.data.seq_len, config.train.recompute
-    params_dense = outline_of(hf_config_of(dense, shards), seq_len).params
-    return Plan(config, shards, hf_config, outline_of(hf_config, seq_len, recompute), params_dense)
+    params_dense = outline_of(_dense_config(config, start, shards), seq_len).params
+    return Plan(config, shards, hf_config, outline_of(hf_config, seq_len, recompute), params_dense, start)
+
+
+def _dense_config(config: PretrainConfig, start: Start | None, shards: Shards) -> Any:
+    """Of the dense model that the run's one is compared with."""
+    from finhpc.models.families import dense_original
+
+    if start is not None:
+        return dense_original(start.config)
+    return hf_config_of(config.model_copy(update={"method": Method(kind="dense")}), shards)
 
 
 @contextmanager
@@ -90,8 +101,8 @@ def collect(problems: list[str]) -> Iterator[None]:
         yield
     except ConfigError as error:
         problems += error.problems
-    except DataError as error:
-        problems.append(str(error))
+    except (DataError, CheckpointError) as error:
+        problems += str(error).splitlines()
 
 
 def _open_shards(config: PretrainConfig) -> Shards:
@@ -156,7 +167,7 @@ def check_model(config: PretrainConfig, hf_config: Any) -> None:
     if config.data.seq_len > context:
         problems.append(
             f"data.seq_len={config.data.seq_len} is longer than the model's context of {context}; "
-            "lower it or raise model.context."
+            + ("lower it or raise model.context." if config.model.path is None else "lower it or take another model.")
         )
     if problems:
         raise ConfigError(problems)

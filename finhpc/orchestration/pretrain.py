@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from finhpc.orchestration.fit import fit
 from finhpc.orchestration.plan import Plan, check_tokenizer, make_plan
 from finhpc.orchestration.progress import Progress, rows_table, summary_table
 from finhpc.orchestration.runfolder import RunFolder
+from finhpc.orchestration.start import DECOMPOSED, decompose_start, needs_decomposing
 from finhpc.orchestration.tracking import Status, Tracker, absolute_tracking_uri, default_tracking_uri
 from finhpc.orchestration.worker import FATAL, MEMORY, ROOM, ROOM_BYTES
 from finhpc.training.checkpoint import complete
@@ -52,17 +54,20 @@ def pretrain(config: PretrainConfig, dry_run: bool = False) -> dict[str, Any]:
         _check_resume(plan, folder)  # again: now nobody else writes
         _set_aside_other_settings(plan, folder)
         before = folder.result()
-        folder.write_config(config, plan.shards.manifest.fingerprint)
+        folder.write_config(config, *_fingerprints(plan))
         environment = folder.write_environment()
         for name in (FATAL, MEMORY):
             (folder.path / name).unlink(missing_ok=True)
         (folder.path / ROOM).write_bytes(bytes(ROOM_BYTES))
+        if not (done := _is_done(before, config)) and needs_decomposing(config):
+            with ray_cluster(), _terminable():
+                decompose_start(config, folder.path)
         with Progress(config.train.steps, folder.path) as progress:
             tracker = _tracker(plan, folder, environment, progress.say).start()
             status: Status = "FAILED"
             result: dict[str, Any] | None = None
             try:
-                if _is_done(before, config):
+                if done:
                     progress.say(
                         f"run {config.run.name} is finished; this is its result (another run.name trains anew)."
                     )
@@ -103,14 +108,20 @@ def _conclude(folder: RunFolder, tracker: Tracker, status: Status, final: dict[s
 def _check_resume(plan: Plan, folder: RunFolder) -> None:
     """Refuse settings that differ from what was trained; where nothing was, there is nothing to differ from."""
     if complete(folder.path / "checkpoints"):
-        folder.check_resume(plan.config, plan.shards.manifest.fingerprint)
+        folder.check_resume(plan.config, *_fingerprints(plan))
+
+
+def _fingerprints(plan: Plan) -> tuple[str, str | None]:
+    """Of the data, and of the model it starts from."""
+    return plan.shards.manifest.fingerprint, plan.start.fingerprint if plan.start else None
 
 
 def _set_aside_other_settings(plan: Plan, folder: RunFolder) -> None:
     """Keep what a start with other settings reported, under another name: its numbers are of another run."""
     try:
-        folder.check_resume(plan.config, plan.shards.manifest.fingerprint)
+        folder.check_resume(plan.config, *_fingerprints(plan))
     except ConfigError:
+        shutil.rmtree(folder.path / DECOMPOSED, ignore_errors=True)
         for name in (WORKER_FILE, DRIVER_FILE, "mlflow.json", "result.json"):
             path = folder.path / name
             if path.exists():
@@ -140,6 +151,7 @@ def _tracker(plan: Plan, folder: RunFolder, environment: dict[str, Any], say: Sa
         "mlflow.source.name": "finhpc pretrain",
         "mlflow.source.git.commit": environment.get("git_commit"),
         "finhpc.dataset_fingerprint": plan.shards.manifest.fingerprint,
+        "finhpc.model_fingerprint": _fingerprints(plan)[1],
         **packages,
     }
     uri = config.run.tracking_uri or default_tracking_uri(config.run.storage)
@@ -154,6 +166,8 @@ def _absolute(config: PretrainConfig) -> PretrainConfig:
     config.run.storage = os.path.abspath(os.path.expanduser(config.run.storage))
     if config.data.shards:
         config.data.shards = os.path.abspath(os.path.expanduser(config.data.shards))
+    if config.model.path:
+        config.model.path = os.path.abspath(os.path.expanduser(config.model.path))
     if config.run.tracking_uri:
         config.run.tracking_uri = absolute_tracking_uri(config.run.tracking_uri)
     return config

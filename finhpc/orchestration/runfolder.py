@@ -2,7 +2,7 @@
 
     config.yaml       the resolved settings, so that the folder can rerun itself
     environment.json  versions, git commit, command line
-    identity.json     what the settings cannot say: the fingerprint of the dataset
+    identity.json     what the settings cannot say: the fingerprints of the dataset and of the model it started from
     journal.jsonl     events of the training, driver.jsonl those of the driver
     mlflow.json       where the run stands in MLflow
     result.json       the outcome
@@ -36,7 +36,7 @@ from finhpc.training.journal import strict_json
 # schedule spans `train.steps`, so more steps stretch what is left of it; fewer would leave steps
 # behind that were trained on another schedule.
 MAY_CHANGE = re.compile(
-    r"(run|resources|parallel)\..*|data\.shards"
+    r"(run|resources|parallel)\..*|data\.shards|model\.path"
     r"|train\.(eval_every|checkpoint_every|keep_checkpoints|hang_timeout_s|recompute|sample_.*)"
 )
 PACKAGES = ("finhpc", "torch", "ray", "deepspeed", "transformers", "tokenizers", "mlflow", "numpy", "pyarrow")
@@ -81,12 +81,15 @@ class RunFolder:
             file.flush()
             yield
 
-    def write_config(self, config: PretrainConfig, dataset_fingerprint: str | None = None) -> None:
+    def write_config(
+        self, config: PretrainConfig, dataset_fingerprint: str | None = None, model_fingerprint: str | None = None
+    ) -> None:
         run = config.run.model_copy(
             update={"tracking_uri": config.run.tracking_uri and redact(config.run.tracking_uri)}
         )
         write_atomically(self.path / "config.yaml", to_yaml(config.model_copy(update={"run": run})))
-        self._write_json("identity.json", {"dataset_fingerprint": dataset_fingerprint})
+        identity = {"dataset_fingerprint": dataset_fingerprint, "model_fingerprint": model_fingerprint}
+        self._write_json("identity.json", identity)
 
     def write_environment(self, argv: Sequence[str] | None = None) -> dict[str, Any]:
         """Write and return what the run ran on."""
@@ -94,14 +97,22 @@ class RunFolder:
         self._write_json("environment.json", found)
         return found
 
-    def check_resume(self, config: PretrainConfig, dataset_fingerprint: str | None = None) -> None:
+    def check_resume(
+        self, config: PretrainConfig, dataset_fingerprint: str | None = None, model_fingerprint: str | None = None
+    ) -> None:
         """Refuse settings that would make the folder's run another run; every difference in one error."""
         path = self.path / "config.yaml"
         if not path.exists():
             return
         before = build(PretrainConfig, yaml.safe_load(path.read_text(encoding="utf-8")))
         problems = _differences(before, config)
-        old_data = (self._read_json("identity.json") or {}).get("dataset_fingerprint")
+        identity = self._read_json("identity.json") or {}
+        old_model, old_data = identity.get("model_fingerprint"), identity.get("dataset_fingerprint")
+        if old_model != model_fingerprint:
+            problems.append(
+                f"model.path={config.model.path} (fingerprint {_short(model_fingerprint)}) is not what the run started "
+                f"from ({_short(old_model)}, {before.model.path}); use another run.name or restore it."
+            )
         if old_data and dataset_fingerprint and old_data != dataset_fingerprint:
             problems.append(
                 f"data.shards={config.data.shards} holds other data (fingerprint {dataset_fingerprint[:12]}) than the "
@@ -184,6 +195,10 @@ def _differences(before: PretrainConfig, now: PretrainConfig) -> list[str]:
             continue
         problems.append(f"{key} was {old[key]} in the run's config, now {value}; use another run.name or restore it.")
     return problems
+
+
+def _short(fingerprint: str | None) -> str:
+    return fingerprint[:12] if fingerprint else "none"
 
 
 def _git() -> dict[str, Any]:

@@ -60,6 +60,7 @@ def _train(config: PretrainConfig, folder: Path, cuda: bool, fingerprint: str) -
     from finhpc.data.shards import Shards
     from finhpc.data.stream import ray_stream
     from finhpc.orchestration.plan import hf_config_of
+    from finhpc.orchestration.start import fill_of
     from finhpc.training.journal import WORKER_FILE
     from finhpc.training.loop import Worker
     from finhpc.training.memory import is_out_of_memory
@@ -87,9 +88,11 @@ def _train(config: PretrainConfig, folder: Path, cuda: bool, fingerprint: str) -
         )
         return ray_stream(stream)
 
+    hf_config = hf_config_of(config, shards)
     worker = Worker(
         config=config,
-        hf_config=hf_config_of(config, shards),
+        hf_config=hf_config,
+        fill=fill_of(config, hf_config, folder),
         device=device,
         folder=folder,
         journal_path=folder / WORKER_FILE,

@@ -23,6 +23,7 @@ from torch import Tensor
 from finhpc.config import PretrainConfig
 from finhpc.models.families import skeleton
 from finhpc.models.family import Part, described
+from finhpc.models.initialize import drawn
 from finhpc.models.pipeline import Layer, parts_of, stage_borders
 from finhpc.training.allocator import keep_freed_memory
 from finhpc.training.checkpoint import write_json
@@ -118,7 +119,7 @@ def _seconds(part: Part, config: PretrainConfig, hf_config: Any, device: torch.d
     # A matrix's values cost the same however they were drawn; the SVD of the spectral start is slow.
     model = skeleton(hf_config, config.train.recompute)
     bf16, bits = config.train.precision == "bf16", config.quantization.training_bits
-    layer = Layer(part, model, device, 0, "normal", bf16, bits)
+    layer = Layer(part, model, device, drawn(hf_config, 0, "normal"), bf16, bits)
     shape = (config.parallel.micro_batch_size, config.data.seq_len)
     tokens = torch.randint(0, hf_config.vocab_size, shape, device=device)
     hidden = torch.randn(*shape, hf_config.hidden_size, device=device)

@@ -22,6 +22,7 @@ from finhpc.config import PretrainConfig
 from finhpc.errors import NonFiniteError
 from finhpc.lowrank.layers import LowRankEmbedding, LowRankLinear
 from finhpc.models.families import skeleton as make_skeleton
+from finhpc.models.initialize import Fill, drawn
 from finhpc.models.pipeline import Layer, is_tied, parts_of
 from finhpc.training.allocator import keep_freed_memory
 from finhpc.training.cost import measured_cut
@@ -47,11 +48,16 @@ class Engine:
 
     `hf_config` is the transformers config of the model; the process group must exist, with
     stages x replicas processes. `borders`: stage i has the parts borders[i] to borders[i + 1] - 1; None:
-    the parts are measured, and cut by that.
+    the parts are measured, and cut by that. `fill` gives the weights their first numbers; None: they are drawn.
     """
 
     def __init__(
-        self, config: PretrainConfig, hf_config: Any, device: torch.device, borders: list[int] | None = None
+        self,
+        config: PretrainConfig,
+        hf_config: Any,
+        device: torch.device,
+        borders: list[int] | None = None,
+        fill: Fill | None = None,
     ) -> None:
         self.config, self.hf_config, self.device = config, hf_config, device
         if device.type == "cpu":
@@ -60,7 +66,8 @@ class Engine:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # inference only; compiling it takes a minute
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
         self.borders = borders or measured_cut(config, hf_config, device).borders
-        pipeline = CutPipeline(self._layers(), self.borders)
+        fill = fill or drawn(hf_config, config.train.seed, config.method.init)
+        pipeline = CutPipeline(self._layers(fill), self.borders)
         self.layers = _layers_of(pipeline)
         self.optimizer = make_optimizer(self.named_parameters(), config.optimizer)
         self.optimizer.register_step_pre_hook(self._before_step)
@@ -85,13 +92,13 @@ class Engine:
             self.pipe._INSTRUCTION_MAP = self.pipe._INSTRUCTION_MAP | {schedule.ReduceGrads: lambda pipe: None}
         self._time_passes()
 
-    def _layers(self) -> list[LayerSpec]:
+    def _layers(self, fill: Fill) -> list[LayerSpec]:
         config = self.config
         recompute = config.train.recompute
         model = make_skeleton(self.hf_config, recompute)
         bf16 = config.train.precision == "bf16"
         bits = config.quantization.training_bits
-        arguments = (model, self.device, config.train.seed, config.method.init, bf16, bits)
+        arguments = (model, self.device, fill, bf16, bits)
         tied_weight = "parts.0.weight" if bits == 16 else "parts.0.parametrizations.weight.original"
         specs: list[LayerSpec] = []
         for part in parts_of(self.hf_config, recompute):

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from finhpc.config import PretrainConfig
+from finhpc.models.initialize import Fill
 from finhpc.training import checkpoint
 from finhpc.training.checkpoint import Checkpointer
 from finhpc.training.cost import kept_cut
@@ -33,10 +34,14 @@ TIMES_EVERY = 10  # steps between sums of busy times over all workers
 
 @dataclass
 class Worker:
-    """One worker's whole training. `open_stream` is called on the first stage only."""
+    """One worker's whole training.
+
+    `open_stream` is called on the first stage only; `fill` gives the weights their first numbers.
+    """
 
     config: PretrainConfig
     hf_config: Any
+    fill: Fill
     device: torch.device
     folder: Path
     journal_path: Path
@@ -94,7 +99,7 @@ class Worker:
     def _set_up(self) -> None:
         torch.manual_seed(self.config.train.seed * 1_000_003 + self.rank)
         cut = kept_cut(self.config, self.hf_config, self.device, self.folder / "stages.json", self._say)
-        self.engine = Engine(self.config, self.hf_config, self.device, cut.borders)
+        self.engine = Engine(self.config, self.hf_config, self.device, cut.borders, self.fill)
         checkpoints = self.folder / "checkpoints"
         plan: list[Any] = [None, None]
         if self.rank == 0:

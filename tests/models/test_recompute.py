@@ -12,6 +12,7 @@ from finhpc.config import Method, Model, Recompute
 from finhpc.lowrank.replace import ranks_of
 from finhpc.models.attention import NAME, RECOMPUTED
 from finhpc.models.families import make_config, parameter_count, skeleton
+from finhpc.models.initialize import drawn
 from finhpc.models.loading import initial_model
 from finhpc.models.pipeline import Layer, counted_costs, parts_of, stage_borders
 from finhpc.models.presets import resolve_shape
@@ -31,7 +32,7 @@ def trained(config: Any, recompute: Recompute, bf16: bool) -> list[Tensor]:
     model: Any = skeleton(config, recompute)
     model.load_state_dict(weights.state_dict(keep_vars=True), assign=True)
     row = parts_of(config, recompute)
-    layers = [Layer(part, model, torch.device("cpu"), 1, "spectral", bf16).train() for part in row]
+    layers = [Layer(part, model, torch.device("cpu"), drawn(config, 1, "spectral"), bf16).train() for part in row]
     torch.manual_seed(0)
     losses = []
     for _ in range(2):
