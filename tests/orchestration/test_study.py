@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from mlflow import MlflowClient
 
 from finhpc.config import StudyConfig, build, load
@@ -22,7 +23,7 @@ from finhpc.training.journal import read
 def config(shards: Path, storage: Path, **about: Any) -> StudyConfig:
     variants: dict[str, Any] = {
         "dense": {"settings": {"method": {"kind": "dense"}}, "lr": [3e-3]},
-        "low": {"settings": {"method": {"rank": 8}}, "lr": [3e-3]},
+        "after": {"settings": {"method": {"kind": "svd", "rank": 8}}, "lr": [3e-3], "start": "dense"},
         "wild": {"settings": {"method": {"rank": 4}, "optimizer": {"warmup_steps": 0, "grad_clip": 0}}, "lr": [1e30]},
     }
     tree: dict[str, Any] = {
@@ -43,10 +44,10 @@ def starts(storage: Path, name: str) -> int:
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_study_goes_on_where_it_stopped_and_leaves_table_and_curves(run_shards: Path, tmp_path: Path) -> None:
     settings = config(run_shards, tmp_path)
-    last = RunFolder(tmp_path, "s-final-low-lr0.003-s0")
+    last = RunFolder(tmp_path, "s-final-after-lr0.003-s0")
     with last.lock(), pytest.raises(RunBusyError):
         study(settings)
-    done = ["s-screen-dense-lr0.003-s0", "s-screen-low-lr0.003-s0", "s-final-dense-lr0.003-s0"]
+    done = ["s-screen-dense-lr0.003-s0", "s-screen-after-lr0.003-s0", "s-final-dense-lr0.003-s0"]
     before = {name: (tmp_path / name / "journal.jsonl").read_bytes() for name in done}
     result = study(settings)
     for name in done:
@@ -58,15 +59,17 @@ def test_a_study_goes_on_where_it_stopped_and_leaves_table_and_curves(run_shards
     screening = {row["variant"]: row["val_loss"] for row in result["screening"]}
     assert screening["wild"] is None, "it diverged, and the study went on"
     rows = {row["variant"]: row for row in result["finals"]}
-    assert set(rows) == {"dense", "low"}
+    assert set(rows) == {"dense", "after"}
     for name, row in rows.items():
         final = json.loads((tmp_path / f"s-final-{name}-lr0.003-s0" / "result.json").read_text())
         assert row["val_loss"] == final["val_loss"] < screening[name]
         assert row["tokens"] == 9 * 4 * 32
         assert row["step_s"] == statistics.median(result["step_s"][name]) > 0
     assert rows["dense"]["time_to_reference_loss"] == pytest.approx(1)
+    begun = yaml.safe_load((tmp_path / last.name / "config.yaml").read_text())["model"]
+    assert begun["path"] == str(tmp_path / done[2] / "model"), "from the dense model of the same seed"
     with open(tmp_path / "s" / "table.csv", encoding="utf-8") as file:
-        assert [row["variant"] for row in csv.DictReader(file)] == ["dense", "low"]
+        assert [row["variant"] for row in csv.DictReader(file)] == ["dense", "after"]
     assert (tmp_path / "s" / "curves.png").read_bytes()[:4] == b"\x89PNG"
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     experiment = client.get_experiment_by_name("s")
