@@ -51,7 +51,7 @@ class Method(Section):
     kind: str = Field(
         "low_rank",
         description="dense; low_rank: y = B(A x) from scratch (method 1); svd: from the factors of model.path "
-        "(method 2); cola: y = B silu(A x)",
+        "(method 2); blend: y = alpha W x + (1 - alpha) B A x, alpha falling to 0 (method 3); cola: y = B silu(A x)",
     )
     rank: int = Field(64, description="rank of every pair that `ranks` does not name")
     ranks: dict[str, int] = Field(
@@ -64,6 +64,12 @@ class Method(Section):
     )
     embedding: Literal["dense", "low_rank"] = Field("dense", description="the token embedding")
     head: Literal["low_rank", "dense"] = Field("low_rank", description="the output layer")
+    blend_start: float = Field(0.99, gt=0, le=1, description="alpha in the first step (blend)")
+    blend_share: float = Field(0.5, gt=0, le=1, description="share of train.steps after which alpha is 0 (blend)")
+    blend_schedule: Literal["linear", "cosine"] = Field("linear", description="how alpha falls (blend)")
+    blend_weight: Literal["frozen", "trainable"] = Field(
+        "frozen", description="whether W is trained too, as long as it is there (blend)"
+    )
 
 
 class Data(Section):
@@ -73,6 +79,9 @@ class Data(Section):
 
 
 class Optimizer(Section):
+    name: Literal["adamw", "adamw8bit"] = Field(
+        "adamw", description="adamw8bit: bitsandbytes' AdamW, moments of matrices of 4,096 weights and more in 8 bits"
+    )
     lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
     min_lr_ratio: float = Field(0.1, ge=0, le=1, description="final over peak learning rate (cosine)")
     warmup_steps: int = Field(20, ge=0)

@@ -16,9 +16,9 @@ LAYERS: dict[str, type[LowRankLinear]] = {
     "low_rank": LowRankLinear,
     "cola": ColaLinear,
 }
-SVD = "svd"
+SVD, BLEND = "svd", "blend"
 # Ways to start from a dense model's weights -> the kind of the model that is trained and saved.
-STARTED = {SVD: "low_rank"}
+STARTED = {SVD: "low_rank", BLEND: "low_rank"}
 
 
 def layers_kind(kind: str) -> str:

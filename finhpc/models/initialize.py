@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from finhpc.lowrank.blend import BlendEmbedding, BlendLinear
 from finhpc.lowrank.initialize import SCHEMES
 from finhpc.lowrank.layers import LowRankEmbedding, LowRankLinear
 from finhpc.lowrank.replace import dense_shape
@@ -46,6 +47,8 @@ def _fill(module: nn.Module, name: str, std: float, seed: int, scheme: str | Non
         a, b = SCHEMES[scheme or module.init](dense, module.rank, generator)
         module.A.copy_(a)
         module.B.copy_(b)
+        if isinstance(module, BlendLinear):
+            module.W.copy_(dense)
         if module.bias is not None:
             module.bias.zero_()
     elif isinstance(module, LowRankEmbedding):
@@ -53,6 +56,8 @@ def _fill(module: nn.Module, name: str, std: float, seed: int, scheme: str | Non
         a, b = SCHEMES[scheme or module.init](dense.T, module.rank, generator)
         module.A.copy_(a.T)
         module.B.copy_(b)
+        if isinstance(module, BlendEmbedding):
+            module.W.copy_(dense)
     elif dense_shape(module) is not None:
         weight = module.weight
         assert isinstance(weight, Tensor)

@@ -10,13 +10,15 @@ from typing import Any
 
 from finhpc.config import EstimateConfig, Method, PretrainConfig, Recompute, nearest
 from finhpc.errors import ConfigError
+from finhpc.lowrank.blend import blend_steps
+from finhpc.lowrank.registry import BLEND
 from finhpc.lowrank.replace import ranks_of
 from finhpc.models.families import dense_original, make_config, skeleton
 from finhpc.models.presets import resolve_shape
 from finhpc.models.weights import read_config
 from finhpc.orchestration.estimate_tables import show
 from finhpc.orchestration.measuring import part_seconds
-from finhpc.orchestration.plan import Plan, check_model, check_parallel, collect
+from finhpc.orchestration.plan import Plan, check_blend, check_model, check_parallel, collect
 from finhpc.orchestration.start import model_config
 from finhpc.planning import paper
 from finhpc.planning.devices import CPU_REACHED, DEVICES, REACHED, THIS_MACHINE, Cluster, gpu_here, this_machine
@@ -71,6 +73,7 @@ def estimate(config: EstimateConfig) -> dict[str, Any]:
             "recompute": _by_recompute(hf_config, memory, topology, cluster.usable),
             **timing(outline, topology, pace),
             "topologies": [_option(option) for option in found],
+            "not_counted": not_counted(config, outline),
             "differences": [asdict(difference) for difference in paper.DIFFERENCES],
         },
     }
@@ -98,6 +101,7 @@ def of_plan(plan: Plan, cuda: bool, here: bool) -> dict[str, Any]:
         "step_s": None,
         "tokens_per_s": None,
         "how": None,
+        "not_counted": not_counted(config, outline),
     }
     if device is not None:
         reached = REACHED if cuda else CPU_REACHED
@@ -107,6 +111,23 @@ def of_plan(plan: Plan, cuda: bool, here: bool) -> dict[str, Any]:
         rate = f"{device.tflops[config.train.precision]:.3g} TFLOP/s {'stated' if cuda else 'measured'}"
         numbers["how"] = f"at {reached:.0%} of {rate} for matrix products ({device.name})"
     return numbers
+
+
+def not_counted(config: PretrainConfig, outline: Outline) -> list[str]:
+    """What memory and time leave out, a line each: method 3's W, and that moments may have 8 bits."""
+    method, found = config.method, []
+    if method.kind == BLEND:
+        trained = method.blend_weight == "trainable"
+        size = 16 if trained else 4  # weight; gradient and two moments
+        multiplied = sum(w.count * w.replaced for w in outline.weights if w.kind != "embedding")
+        found.append(
+            f"W ({method.blend_weight}) until step {blend_steps(method, config.train.steps)}: {outline.replaced:,} "
+            f"parameters, {outline.replaced * size / 1e9:.3g} GB over all stages, "
+            f"{(6 if trained else 4) * multiplied:,} operations a token"
+        )
+    if config.optimizer.name == "adamw8bit":
+        found.append("optimizer.name=adamw8bit: moments are counted with 4 bytes each, and take about 1")
+    return found
 
 
 def topology_of(config: PretrainConfig) -> Topology:
@@ -140,6 +161,8 @@ def _checked(config: EstimateConfig) -> tuple[Any, int]:
     hf_config: Any = None
     with collect(problems):
         check_parallel(config)
+    with collect(problems):
+        check_blend(config)
     with collect(problems):
         _check_hardware(config)
     with collect(problems):

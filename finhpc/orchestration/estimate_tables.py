@@ -115,7 +115,7 @@ def _summary(config: EstimateConfig, cluster: Cluster, result: dict[str, Any]) -
     ]
     if not any(option["fits"] for option in numbers["topologies"]):
         rows.append(("no topology fits", _remedy(config, numbers["topologies"], cluster)))
-    return rows
+    return rows + [("not counted", line) for line in numbers["not_counted"]]
 
 
 def _remedy(config: EstimateConfig, found: Rows, cluster: Cluster) -> str:
@@ -137,6 +137,7 @@ def gb(size: float) -> str:
 def plan_summary(numbers: dict[str, Any]) -> list[tuple[str, str]]:
     """What a dry run's table says of the estimate."""
     rows = [("operations a step", f"{numbers['operations_per_step'] / 1e12:,.3g} TFLOP")]
+    rows += [("not counted", line) for line in numbers["not_counted"]]
     if numbers["step_s"] is None:
         return [*rows, ("time", "for a GPU not known here: finhpc estimate --estimate.device NAME")]
     pace = f"{numbers['step_s']:,.2g} s, {numbers['tokens_per_s']:,.0f} tokens/s: rough, {numbers['how']}"

@@ -62,6 +62,8 @@ def make_plan(config: PretrainConfig) -> Plan:
         check_parallel(config)
     with collect(problems):
         check_quantization(config)
+    with collect(problems):
+        check_blend(config)
     shards = hf_config = start = None
     with collect(problems):
         shards = _open_shards(config)
@@ -137,6 +139,19 @@ def check_quantization(config: PretrainConfig) -> None:
         raise ConfigError(
             "optimizer.decay=product does not work on rounded weights; use optimizer.decay=factors with "
             "quantization.when=during."
+        )
+
+
+def check_blend(config: PretrainConfig) -> None:
+    """Raise `ConfigError` where method 3 would have no steps to hand over in."""
+    from finhpc.lowrank.blend import blend_steps
+    from finhpc.lowrank.registry import BLEND
+
+    method, steps = config.method, config.train.steps
+    if method.kind == BLEND and (count := blend_steps(method, steps)) < 2:
+        raise ConfigError(
+            f"method.blend_share={method.blend_share} of train.steps={steps} is {count} steps, too few for alpha to "
+            "fall; raise one of them, or use method.kind=svd."
         )
 
 

@@ -36,7 +36,7 @@ from finhpc.training.journal import strict_json
 # schedule spans `train.steps`, so more steps stretch what is left of it; fewer would leave steps
 # behind that were trained on another schedule.
 MAY_CHANGE = re.compile(
-    r"(run|resources|parallel)\..*|data\.shards|model\.path"
+    r"(run|resources|parallel)\..*|data\.shards|model\.path|method\.blend_share"
     r"|train\.(eval_every|checkpoint_every|keep_checkpoints|hang_timeout_s|recompute|sample_.*)"
 )
 PACKAGES = ("finhpc", "torch", "ray", "deepspeed", "transformers", "tokenizers", "mlflow", "numpy", "pyarrow")
@@ -182,6 +182,9 @@ def _differences(before: PretrainConfig, now: PretrainConfig) -> list[str]:
     old, new = flatten(before), flatten(now)
     old["samples a step (micro_batch_size x micro_batches x replicas)"] = before.parallel.samples_per_step
     new["samples a step (micro_batch_size x micro_batches x replicas)"] = now.parallel.samples_per_step
+    if now.method.kind == before.method.kind == "blend":  # alpha must have been what it would be now
+        key = "the step from which W is gone (method.blend_share x train.steps)"
+        old[key], new[key] = (round(config.method.blend_share * config.train.steps) for config in (before, now))
     problems = []
     for key, value in new.items():
         if old[key] == value or MAY_CHANGE.fullmatch(key):

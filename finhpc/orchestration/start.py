@@ -5,6 +5,7 @@
 | dense | drawn | goes on | - |
 | low_rank, cola | drawn | - | goes on, of the same kind |
 | svd | - | decomposed first, into RUN/decomposed | goes on |
+| blend | drawn, W and its factors | the same, W beside its factors | - |
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 from finhpc.config import DecomposeConfig, Method, Model, PretrainConfig
 from finhpc.data.shards import Shards
 from finhpc.errors import CheckpointError, ConfigError
-from finhpc.lowrank.registry import DENSE, LAYERS, STARTED, SVD, check_kind, layers_kind
+from finhpc.lowrank.registry import BLEND, DENSE, LAYERS, STARTED, SVD, check_kind, layers_kind
 from finhpc.lowrank.replace import ranks_of
 from finhpc.models.families import as_low_rank, family_of, is_low_rank, make_config
 from finhpc.models.initialize import Fill, drawn
@@ -120,7 +121,8 @@ def fill_of(config: PretrainConfig, hf_config: Any, run: Path) -> Fill:
     if config.model.path is None:
         return drawn(hf_config, config.train.seed, config.method.init)
     folder = run / DECOMPOSED if needs_decomposing(config) else Path(config.model.path)
-    return stored(open_weights(folder, low_rank=True))
+    dense = open_weights(Path(config.model.path)) if config.method.kind == BLEND else None
+    return stored(open_weights(folder, low_rank=True), dense)
 
 
 def _read(path: str) -> Any:
@@ -137,8 +139,13 @@ def _check(config: PretrainConfig, found: Any) -> None:
     problems = []
     if is_low_rank(found):
         names += [f"method.{key}" for key in RANK_KEYS if getattr(config.method, key) != getattr(Method(), key)]
-        if layers_kind(kind) != found.low_rank_kind:
-            fits = [name for name in (*STARTED, *LAYERS) if layers_kind(name) == found.low_rank_kind]
+        if kind == BLEND:
+            problems.append(
+                f"method.kind={BLEND} takes W from a dense model, and model.path={path} is low-rank; use "
+                f"method.kind={SVD}, or give the dense model."
+            )
+        elif layers_kind(kind) != found.low_rank_kind:
+            fits = [name for name in (SVD, *LAYERS) if layers_kind(name) == found.low_rank_kind]
             problems.append(
                 f"model.path={path} is a low-rank model of method.kind={found.low_rank_kind}, which method.kind={kind} "
                 f"does not go on from; use method.kind={' or '.join(fits)}, or another model."
@@ -148,6 +155,11 @@ def _check(config: PretrainConfig, found: Any) -> None:
             f"method.kind={kind} starts from scratch or from a low-rank model, and model.path={path} is dense; use "
             f"method.kind={' or '.join(STARTED)} to start from its factors, {DENSE} to go on with it, or leave the "
             "path out."
+        )
+    elif kind in STARTED and config.method.init not in (None, "spectral"):
+        problems.append(
+            f"method.init={config.method.init} does not go with model.path={path}, whose best factors A and B start "
+            "as; leave it out."
         )
     if names:
         problems.append(

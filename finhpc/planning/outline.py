@@ -61,6 +61,14 @@ class Weights:
         return self.count * self.one
 
     @property
+    def replaced(self) -> int:
+        """Parameters of the dense matrix that a pair stands for: A's inputs by B's outputs; 0 of what is no pair."""
+        if len(self.matrices) != 2:
+            return 0
+        a, b = self.matrices
+        return (a[0] if self.kind == "embedding" else a[1]) * b[0]
+
+    @property
     def paper_name(self) -> str | None:
         ends = (ending for ending in PAPER_NAMES if self.name == ending or self.name.endswith("." + ending))
         return next((PAPER_NAMES[ending] for ending in ends), None)
@@ -92,6 +100,11 @@ class Outline:
     @property
     def params(self) -> int:
         return sum(weights.total for weights in self.weights)
+
+    @property
+    def replaced(self) -> int:
+        """Parameters of the dense matrices that pairs of low-rank ones stand for."""
+        return sum(weights.count * weights.replaced for weights in self.weights)
 
     def stored_bytes(self, bits: int) -> int:
         """Bytes of the whole model at 16, 8 or 4 bits."""

@@ -1,7 +1,7 @@
 """Checkpoints: complete or absent, written beside the training, readable by any topology.
 
     checkpoints/step_00000100/
-        stage-0.safetensors     param.NAME, exp_avg.NAME, exp_avg_sq.NAME of stage 0, float32
+        stage-0.safetensors     param.NAME and its moments (exp_avg.NAME, exp_avg_sq.NAME) of stage 0, float32
         rank-0.safetensors      random state of worker 0
         rank-0.done             what worker 0 wrote: name, bytes, sha256
         manifest.json           all of it, and the state of the run; written last

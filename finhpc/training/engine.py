@@ -8,7 +8,7 @@ the engine's own uses a wrong norm with more than one stage in float32.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import deepspeed
@@ -20,13 +20,15 @@ from torch import Tensor, nn
 
 from finhpc.config import PretrainConfig
 from finhpc.errors import NonFiniteError
+from finhpc.lowrank.blend import alpha_at, blend_in, set_alpha
 from finhpc.lowrank.layers import LowRankEmbedding, LowRankLinear
+from finhpc.lowrank.registry import BLEND
 from finhpc.models.families import skeleton as make_skeleton
 from finhpc.models.initialize import Fill, drawn
 from finhpc.models.pipeline import Layer, is_tied, parts_of
 from finhpc.training.allocator import keep_freed_memory
 from finhpc.training.cost import measured_cut
-from finhpc.training.optimizer import decay_products, make_optimizer, set_lr
+from finhpc.training.optimizer import decay_products, forget, make_optimizer, set_lr
 
 Batch = tuple[Tensor, Tensor]
 
@@ -49,6 +51,7 @@ class Engine:
     `hf_config` is the transformers config of the model; the process group must exist, with
     stages x replicas processes. `borders`: stage i has the parts borders[i] to borders[i + 1] - 1; None:
     the parts are measured, and cut by that. `fill` gives the weights their first numbers; None: they are drawn.
+    `alpha` is method 3's of the last step, None with other methods; `say` gets a line when its W are gone.
     """
 
     def __init__(
@@ -58,8 +61,10 @@ class Engine:
         device: torch.device,
         borders: list[int] | None = None,
         fill: Fill | None = None,
+        say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.config, self.hf_config, self.device = config, hf_config, device
+        self.say = say
         if device.type == "cpu":
             keep_freed_memory()
         parallel = config.parallel
@@ -69,7 +74,7 @@ class Engine:
         fill = fill or drawn(hf_config, config.train.seed, config.method.init)
         pipeline = CutPipeline(self._layers(fill), self.borders)
         self.layers = _layers_of(pipeline)
-        self.optimizer = make_optimizer(self.named_parameters(), config.optimizer)
+        self.optimizer = make_optimizer(self.trained_parameters(), config.optimizer)
         self.optimizer.register_step_pre_hook(self._before_step)
         self.pipe, *_ = deepspeed.initialize(
             model=pipeline,
@@ -84,7 +89,8 @@ class Engine:
         )
         self.stage: int = self.pipe.grid.get_stage_id()
         self.replica: int = self.pipe.grid.get_data_parallel_id()
-        self.step = 0
+        self.alpha: float | None = None
+        self.go_to(0)
         self.grad_norm = float("nan")
         self.busy_s = 0.0  # time in forward and backward passes, since `take_times`
         self.wait_s = 0.0  # time waiting for data
@@ -96,6 +102,8 @@ class Engine:
         config = self.config
         recompute = config.train.recompute
         model = make_skeleton(self.hf_config, recompute)
+        if config.method.kind == BLEND:
+            blend_in(model, trainable=config.method.blend_weight == "trainable")
         bf16 = config.train.precision == "bf16"
         bits = config.quantization.training_bits
         arguments = (model, self.device, fill, bf16, bits)
@@ -120,13 +128,39 @@ class Engine:
         """Hugging Face name -> parameter, of this stage. A tied matrix is on the first and last stage."""
         return {name: p for layer in self.layers for name, p in layer.parameters_by_name()}
 
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """Those of them that are trained. The others are frozen: no gradient, no moments, in no checkpoint."""
+        return {name: p for name, p in self.named_parameters().items() if p.requires_grad}
+
     def owned_names(self) -> list[str]:
-        """Names this stage answers for: all it has but the last stage's copy of a tied matrix."""
+        """Names of what this stage trains and answers for: all but the last stage's copy of a tied matrix."""
         (embedding,) = next(part.names for part in parts_of(self.hf_config) if part.kind == "embedding")
         copy = is_tied(self.hf_config) and self.stage > 0
-        return [name for name in self.named_parameters() if not (copy and name.startswith(embedding + "."))]
+        return [name for name in self.trained_parameters() if not (copy and name.startswith(embedding + "."))]
 
     # -- steps ------------------------------------------------------------------------------
+
+    def go_to(self, step: int) -> None:
+        """Stand where a run stands that has taken `step` steps; its weights and moments are for the caller to load."""
+        self.step = step
+        self._blend(max(step, 1))
+
+    def _blend(self, step: int) -> None:
+        """Set method 3's alpha for a step. At 0 every W is dropped, with what the optimiser keeps for it."""
+        method = self.config.method
+        if method.kind != BLEND:
+            return
+        self.alpha = alpha_at(method, step, self.config.train.steps)
+        gone = set_alpha((module for layer in self.layers for module in layer.modules()), self.alpha)
+        if gone:
+            trained = gone[0].requires_grad
+            forget(self.optimizer, gone)
+            for parameter in gone:
+                self.pipe.param_names.pop(parameter, None)
+            self.say(
+                f"step {step}: alpha is 0, so every W is dropped"
+                + (" and the optimiser rebuilt without them; the others' moments stay." if trained else ".")
+            )
 
     def train_step(self, batches: Iterator[Tensor], lr: float) -> float:
         """One optimiser step over `micro_batches` micro-batches; returns the mean loss in nats.
@@ -135,6 +169,7 @@ class Engine:
         nothing. Raises `NonFiniteError` on every process, before the weights change, when the loss
         or the gradient is not finite.
         """
+        self._blend(self.step + 1)
         set_lr(self.optimizer, lr)
         self._lr = lr
         loss = float(self.pipe.train_batch(self._inputs(batches)).item())
@@ -173,7 +208,7 @@ class Engine:
 
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """Clip by the norm over the whole model, after DeepSpeed has averaged the gradients; decay products."""
-        named = self.named_parameters()
+        named = self.trained_parameters()
         own = [named[name].grad for name in self.owned_names() if named[name].grad is not None]
         squares = torch.zeros((), dtype=torch.float64, device=self.device)
         if own:

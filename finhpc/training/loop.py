@@ -24,7 +24,7 @@ from finhpc.training.cost import kept_cut
 from finhpc.training.engine import Engine
 from finhpc.training.journal import Journal
 from finhpc.training.memory import counted_peak, peak_resident_bytes
-from finhpc.training.optimizer import learning_rate
+from finhpc.training.optimizer import MOMENTS, begin_at, learning_rate, moments
 from finhpc.training.watchdog import Watchdog
 
 MicroBatch = dict[str, Any]  # tokens: int64 (micro_batch_size, seq_len); sample: int64 (micro_batch_size,)
@@ -99,7 +99,7 @@ class Worker:
     def _set_up(self) -> None:
         torch.manual_seed(self.config.train.seed * 1_000_003 + self.rank)
         cut = kept_cut(self.config, self.hf_config, self.device, self.folder / "stages.json", self._say)
-        self.engine = Engine(self.config, self.hf_config, self.device, cut.borders, self.fill)
+        self.engine = Engine(self.config, self.hf_config, self.device, cut.borders, self.fill, self._say)
         checkpoints = self.folder / "checkpoints"
         plan: list[Any] = [None, None]
         if self.rank == 0:
@@ -130,18 +130,15 @@ class Worker:
 
     def _load(self, saved: checkpoint.Saved) -> None:
         engine = self.engine
-        named = engine.named_parameters()
-        for prefix in ("param", "exp_avg", "exp_avg_sq"):
-            for name, value in checkpoint.load_stage(saved, list(named), prefix).items():
-                if prefix == "param":
-                    with torch.no_grad():
-                        named[name].copy_(value)
-                else:
-                    engine.optimizer.state[named[name]][prefix] = value.to(self.device)
-        for parameter in named.values():
-            on = self.device if self.device.type == "cuda" else None
-            engine.optimizer.state[parameter]["step"] = torch.tensor(float(saved.step), device=on)
-        engine.step = self.resumed_from = saved.step
+        engine.go_to(saved.step)
+        named = engine.trained_parameters()
+        begin_at(engine.optimizer, saved.step)
+        targets = {name: {"param": p.data, **moments(engine.optimizer, p)} for name, p in named.items()}
+        for prefix in ("param", *MOMENTS):
+            wanted = [name for name, target in targets.items() if prefix in target]
+            for name, value in checkpoint.load_stage(saved, wanted, prefix).items():
+                targets[name][prefix].copy_(value)
+        self.resumed_from = saved.step
         self.consumed = int(saved.manifest["consumed"], 16) if self.rank == 0 else 0
         if not checkpoint.load_random_state(saved, self.rank, self.ranks):
             torch.manual_seed(hash((self.config.train.seed, saved.step, self.rank)))
@@ -205,6 +202,8 @@ class Worker:
             "step_s": step_s,
             "tokens_per_s": per_step / step_s,
         }
+        if engine.alpha is not None:
+            record["alpha"] = engine.alpha
         self._span += step_s
         if step % TIMES_EVERY == 0 or step == config.train.steps:
             record |= self._times()
@@ -237,14 +236,12 @@ class Worker:
 
     def _checkpoint(self, step: int) -> None:
         engine = self.engine
-        named = engine.named_parameters()
+        named = engine.trained_parameters()
         state: dict[str, Tensor] = {}
         writes = engine.replica == 0
         for name in engine.owned_names() if writes else ():
-            moments = engine.optimizer.state[named[name]]
-            state[f"param.{name}"] = named[name]
-            state[f"exp_avg.{name}"] = moments["exp_avg"]
-            state[f"exp_avg_sq.{name}"] = moments["exp_avg_sq"]
+            kept = {"param": named[name].detach(), **moments(engine.optimizer, named[name])}
+            state |= {f"{prefix}.{name}": value for prefix, value in kept.items()}
         extra = {
             **self.labels,
             "consumed": f"{self.consumed:064x}",

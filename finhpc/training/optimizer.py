@@ -11,8 +11,12 @@ from torch import Tensor, nn
 from finhpc.config import Optimizer
 
 
-def make_optimizer(named: dict[str, nn.Parameter], settings: Optimizer) -> torch.optim.AdamW:
-    """torch's fused AdamW; weight decay on matrices only, never on biases and norms.
+# What is kept for a parameter beside its step: AdamW's moments, and bitsandbytes' with a scale for each 256 of them.
+MOMENTS = ("exp_avg", "exp_avg_sq", "state1", "state2", "absmax1", "absmax2")
+
+
+def make_optimizer(named: dict[str, nn.Parameter], settings: Optimizer) -> torch.optim.Optimizer:
+    """torch's fused AdamW, or bitsandbytes'; weight decay on matrices only, never on biases and norms.
 
     `named`: Hugging Face name -> parameter; the factors of low-rank layers are called A and B.
     """
@@ -23,7 +27,42 @@ def make_optimizer(named: dict[str, nn.Parameter], settings: Optimizer) -> torch
         left_out = parameter.dim() < 2 or (factor in ("A", "B") and settings.decay == "product")
         chosen.setdefault((0.0 if left_out else settings.weight_decay, scale), []).append(parameter)
     groups = [{"params": p, "weight_decay": decay, "lr_scale": scale} for (decay, scale), p in chosen.items()]
+    if settings.name == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        eight_bit: torch.optim.Optimizer = AdamW8bit(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
+        return eight_bit
     return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
+
+
+def moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """What is kept for a parameter, by name, to be saved or overwritten in place; nothing before the first step."""
+    return {name: value for name, value in optimizer.state[parameter].items() if name in MOMENTS}
+
+
+def begin_at(optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Stand where `step` steps were taken, with every moment 0: `moments` are for the caller to fill."""
+    for i, group in enumerate(optimizer.param_groups):
+        for j, parameter in enumerate(group["params"]):
+            state = optimizer.state[parameter]
+            if hasattr(optimizer, "init_state"):  # bitsandbytes'
+                optimizer.init_state(group, parameter, i, j)
+                state["step"] = step
+                continue
+            on = parameter.device if parameter.device.type == "cuda" else None
+            state["step"] = torch.tensor(float(step), device=on)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+
+
+def forget(optimizer: torch.optim.Optimizer, gone: Iterable[Tensor]) -> None:
+    """Leave parameters out from now on, with what was kept for them; that of the others stays as it is."""
+    names = {id(parameter) for parameter in gone}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if id(parameter) in names:
+                optimizer.state.pop(parameter, None)
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in names]
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

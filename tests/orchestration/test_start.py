@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from finhpc.config import DecomposeConfig, Method, Model, PretrainConfig, build, flatten
 from finhpc.data.shards import Shards
 from finhpc.errors import CheckpointError, ConfigError
+from finhpc.lowrank.blend import blend_in, set_alpha
 from finhpc.lowrank.replace import ranks_of
 from finhpc.models.families import make_config, skeleton
 from finhpc.models.loading import initial_model, load_model, save_model
@@ -24,6 +26,7 @@ from finhpc.orchestration.decompose import decompose
 from finhpc.orchestration.plan import make_plan
 from finhpc.orchestration.pretrain import pretrain
 from finhpc.orchestration.start import fill_of
+from finhpc.training.journal import latest, read
 from tests.models.dense import saved, tiny_gpt2, tiny_llama
 
 COUNTS = ("params_total", "params_dense")
@@ -76,15 +79,52 @@ def test_method_2_from_a_dense_model_and_from_its_factors(run_shards: Path, dens
 
     low_rank = with_tokenizer(tmp_path / "low", run_shards)
     again = config(run_shards, low_rank, tmp_path, method={"kind": "svd"}, run={"name": "two"}, **two)
-    assert pretrain(again)["train_loss"] == result["train_loss"]
+    fill = fill_of(again, make_plan(again).hf_config, tmp_path)
+    block = load_model(tmp_path / "run/decomposed").get_submodule("transformer.h.1")
+    other = deepcopy(block).to_empty(device="cpu")
+    fill(other, "transformer.h.1")
+    assert all(torch.equal(p, q) for p, q in zip(other.parameters(), block.parameters(), strict=True))
 
     # What it was started from is what it is: other weights are refused, the same elsewhere are not.
-    other = with_tokenizer(saved(tiny_gpt2(layers=2), tmp_path / "other"), run_shards)
-    with pytest.raises(ConfigError, match=r"model\.path=.*other \(fingerprint \w+\) is not what the run started from"):
-        pretrain(config(run_shards, other, tmp_path, **two))
+    less = with_tokenizer(saved(tiny_gpt2(layers=2), tmp_path / "less"), run_shards)
+    with pytest.raises(ConfigError, match=r"model\.path=.*less \(fingerprint \w+\) is not what the run started from"):
+        pretrain(config(run_shards, less, tmp_path, **two))
     moved = Path(shutil.copytree(dense, tmp_path / "moved"))
-    longer = pretrain(config(run_shards, moved, tmp_path, train={"steps": 3}, **two))
-    assert longer["resumed_from_step"] == 2
+    assert pretrain(config(run_shards, moved, tmp_path, **two))["mlflow_run_id"] == result["mlflow_run_id"]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_method_3_from_a_dense_model(run_shards: Path, dense: Path, tmp_path: Path) -> None:
+    method = {"kind": "blend", "rank": 8, "blend_share": 0.5, "blend_weight": "trainable", "embedding": "low_rank"}
+    settings: dict[str, Any] = {"parallel": {"stages": 2, "micro_batch_size": 4}, "optimizer": {"lr": 3e-3}}
+    result = pretrain(config(run_shards, dense, tmp_path, method=method, train={"steps": 6}, **settings))
+    records, _ = read(tmp_path / "run" / "journal.jsonl")
+    assert [r["alpha"] for r in latest(records, "train").values()] == pytest.approx([0.99, 0.495, 0, 0, 0, 0])
+    model = load_model(result["model"])
+    assert type(model).__name__ == "LowRankGPT2LMHeadModel"
+    assert model.num_parameters() == result["params_total"]
+    batch = torch.from_numpy(Shards.open(run_shards).eval_samples(16, 32))
+    with torch.no_grad():
+        assert model(batch, labels=batch).loss.item() == pytest.approx(result["val_loss"], rel=1e-6)
+
+    # More steps would put W back where it is gone already, unless its share says the same step.
+    longer = config(run_shards, dense, tmp_path, method=method, train={"steps": 12}, **settings)
+    with pytest.raises(ConfigError, match=r"the step from which W is gone .* was 3 in the run's config, now 6"):
+        pretrain(longer)
+    longer.method.blend_share = 0.25
+    assert pretrain(longer, dry_run=True)["status"] == "dry_run"
+
+    # Its first numbers: at alpha 1 it is the dense model.
+    hf_config = make_plan(longer).hf_config
+    fill, blended = fill_of(longer, hf_config, tmp_path / "run"), skeleton(hf_config)
+    blend_in(blended, trainable=True)
+    rows = [Layer(part, blended, torch.device("cpu"), fill) for part in parts_of(hf_config)]
+    set_alpha((module for row in rows for module in row.modules()), 1.0)
+    with torch.no_grad():
+        data: Any = batch
+        for row in rows:
+            data = row(data)
+        assert data.item() == pytest.approx(load_model(dense)(batch, labels=batch).loss.item(), rel=1e-6)
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -130,6 +170,11 @@ def test_each_stage_reads_its_own_weights_alone(dense: Path, run_shards: Path) -
             {"data": {"seq_len": 64}, "short": 32},
             "data.seq_len=64 is longer than the model's context of 32; lower it or ",
         ),
+        ({"method": {"kind": "blend", "init": "normal"}}, "method.init=normal does not go with model.path={dense}"),
+        (
+            {"method": {"kind": "blend", "blend_share": 0.5}},
+            "method.blend_share=0.5 of train.steps=2 is 1 steps, too few",
+        ),
         ({"model": {"path": "nowhere"}}, "model.path=nowhere is no folder; give a model folder"),
     ],
 )
@@ -159,6 +204,10 @@ def test_method_2_needs_a_path_and_a_low_rank_model_its_own_kind(run_shards: Pat
         make_plan(config(run_shards, path))
     assert "method.kind=svd does not go on from; use method.kind=cola" in str(caught.value)
     assert f"method.rank, method.ranks are set beside model.path={path}" in str(caught.value)
+    with pytest.raises(
+        ConfigError, match=r"method\.kind=blend takes W from a dense model, and model\.path=.* is low-rank"
+    ):
+        make_plan(config(run_shards, path, method={"kind": "blend"}))
     assert make_plan(config(run_shards, path, method={"kind": "cola"})).hf_config.low_rank_kind == "cola"
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from finhpc.config import Optimizer
 from finhpc.lowrank.layers import LowRankEmbedding, LowRankLinear
-from finhpc.training.optimizer import decay_products, learning_rate, make_optimizer, set_lr
+from finhpc.training.optimizer import begin_at, decay_products, forget, learning_rate, make_optimizer, moments, set_lr
 
 
 def test_warm_up_then_cosine_to_the_minimum() -> None:
@@ -69,3 +69,76 @@ def test_a_product_shrinks_along_its_own_gradient(module: LowRankLinear | LowRan
     decay_products([module.pair()], 1e-3)
     for name, parameter in module.named_parameters():
         torch.testing.assert_close(parameter.detach(), expected[name])
+
+
+def stepped(optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in named.values():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    optimizer.step()
+
+
+def two_sizes() -> dict[str, nn.Parameter]:
+    """One parameter below bitsandbytes' threshold of 4,096, one above it."""
+    torch.manual_seed(0)
+    return {"small.weight": nn.Parameter(torch.randn(10, 4)), "large.weight": nn.Parameter(torch.randn(80, 64))}
+
+
+def test_moments_of_8_bits_follow_those_of_32() -> None:
+    moved = {}
+    for name in ("adamw", "adamw8bit"):
+        named = two_sizes()
+        before = {key: p.detach().clone() for key, p in named.items()}
+        optimizer = make_optimizer(named, Optimizer.model_validate({"name": name, "lr": 1e-2}))
+        for step in range(20):
+            stepped(optimizer, named, step)
+        moved[name] = {key: (p - before[key]).detach() for key, p in named.items()}
+        if name == "adamw8bit":
+            kept = {key: moments(optimizer, p) for key, p in named.items()}
+    assert kept["small.weight"].keys() == {"state1", "state2"}
+    assert kept["small.weight"]["state1"].dtype == torch.float32
+    assert kept["large.weight"]["state1"].dtype == torch.uint8
+    for key, exact in moved["adamw"].items():
+        difference = float((moved["adamw8bit"][key] - exact).norm() / exact.norm())
+        assert difference < (1e-5 if key == "small.weight" else 0.1), key
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+def test_moments_put_back_go_on_bit_equal(name: str) -> None:
+    settings = Optimizer.model_validate({"name": name, "lr": 1e-2})
+    whole = two_sizes()
+    optimizer = make_optimizer(whole, settings)
+    for step in range(3):
+        stepped(optimizer, whole, step)
+    held = {key: {n: value.clone() for n, value in moments(optimizer, p).items()} for key, p in whole.items()}
+    again = {key: nn.Parameter(p.detach().clone()) for key, p in whole.items()}
+    other = make_optimizer(again, settings)
+    begin_at(other, 3)
+    for key, parameter in again.items():
+        targets = moments(other, parameter)
+        assert targets.keys() == held[key].keys()
+        for kept, value in held[key].items():
+            targets[kept].copy_(value)
+    for step in range(3, 6):
+        stepped(optimizer, whole, step)
+        stepped(other, again, step)
+    assert all(torch.equal(again[key], p) for key, p in whole.items())
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+def test_what_is_forgotten_moves_no_more_and_changes_nothing_else(name: str) -> None:
+    settings = Optimizer.model_validate({"name": name, "lr": 1e-2})
+    both, alone = two_sizes(), {"large.weight": two_sizes()["large.weight"]}
+    optimizer, other = make_optimizer(both, settings), make_optimizer(alone, settings)
+    for step in range(4):
+        if step == 2:
+            forget(optimizer, [both["small.weight"]])
+            still = both["small.weight"].detach().clone()
+        for parameter in both.values():
+            parameter.grad = torch.full_like(parameter, 0.1 * (step + 1))
+        alone["large.weight"].grad = torch.full_like(alone["large.weight"], 0.1 * (step + 1))
+        optimizer.step()
+        other.step()
+    assert torch.equal(both["small.weight"], still)
+    assert torch.equal(both["large.weight"], alone["large.weight"])
+    assert list(optimizer.state) == [both["large.weight"]]

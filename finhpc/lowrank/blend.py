@@ -1,0 +1,99 @@
+"""Method 3: a dense layer that hands over to its factors, y = alpha W x + (1 - alpha) B A x.
+
+FinGPT-HPC, section III.C: alpha falls from near 1 to 0 over a share of the training. Where it is 0 the layer
+is `LowRankLinear` and W is gone, so what is saved is an ordinary low-rank model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from finhpc.config import Method
+from finhpc.lowrank.layers import LowRankEmbedding, LowRankLinear
+
+
+class BlendLinear(LowRankLinear):
+    """y = alpha W x + (1 - alpha) B A x + bias; shapes as `LowRankLinear`, `W`: (out_features, in_features)."""
+
+    alpha = 1.0
+
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool) -> None:
+        super().__init__(in_features, out_features, rank, bias)
+        self.W = nn.Parameter(torch.empty(out_features, in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        low_rank = super().forward(x)
+        if self.alpha == 0:
+            return low_rank
+        return torch.lerp(low_rank, F.linear(x, self.W, self.bias), self.alpha)  # the dense layer exactly at 1
+
+
+class BlendEmbedding(LowRankEmbedding):
+    """`LowRankEmbedding` beside the dense one; `W`: (num_embeddings, dim)."""
+
+    alpha = 1.0
+
+    def __init__(self, num_embeddings: int, dim: int, rank: int) -> None:
+        super().__init__(num_embeddings, dim, rank)
+        self.W = nn.Parameter(torch.empty(num_embeddings, dim))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        low_rank = super().forward(tokens)
+        if self.alpha == 0:
+            return low_rank
+        return torch.lerp(low_rank, F.embedding(tokens, self.W).to(low_rank.dtype), self.alpha)
+
+
+Blended = BlendLinear | BlendEmbedding
+
+
+def blend_in(model: nn.Module, trainable: bool) -> None:
+    """Give every low-rank layer of `model` a W beside its factors (uninitialised, same device), trained or frozen."""
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, LowRankLinear | LowRankEmbedding):
+            continue
+        made: Blended
+        with module.A.device:
+            if isinstance(module, LowRankLinear):
+                made = BlendLinear(module.in_features, module.out_features, module.rank, module.bias is not None)
+            else:
+                made = BlendEmbedding(module.num_embeddings, module.embedding_dim, module.rank)
+        made.W.requires_grad_(trainable)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, made)
+
+
+def set_alpha(modules: Iterable[nn.Module], alpha: float) -> list[Tensor]:
+    """Give every blended layer among `modules` its alpha; at 0 its W is removed. Returns the W that are gone now."""
+    gone: list[Tensor] = []
+    for module in modules:
+        if not isinstance(module, Blended):
+            continue
+        module.alpha = alpha
+        if alpha == 0 and hasattr(module, "W"):
+            if parametrize.is_parametrized(module, "W"):  # rounded while training
+                parametrize.remove_parametrizations(module, "W", leave_parametrized=False)
+            gone.append(module.W)
+            del module.W
+    return gone
+
+
+def blend_steps(method: Method, steps: int) -> int:
+    """The first of `steps` steps (from 1) that is taken without W."""
+    return round(method.blend_share * steps)
+
+
+def alpha_at(method: Method, step: int, steps: int) -> float:
+    """alpha in the `step`-th (from 1) of `steps`: `method.blend_start` in the first, 0 from `blend_steps` on."""
+    last = blend_steps(method, steps)
+    if step >= last:
+        return 0.0
+    done = (step - 1) / (last - 1)
+    left = 1 - done if method.blend_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return method.blend_start * left

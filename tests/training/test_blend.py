@@ -1,0 +1,286 @@
+"""Method 3 in training: any number of stages, stopped anywhere, and W gone for good."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from finhpc.config import PretrainConfig, build
+from finhpc.lowrank.blend import alpha_at
+from finhpc.models.initialize import drawn
+from finhpc.models.loading import initial_model
+from finhpc.training.journal import latest, read
+from finhpc.training.memory import live_tensor_bytes
+from tests.training.processes import run_processes
+from tests.training.test_engine import SEQ, VOCAB, hf_config
+
+STEPS, GONE = 10, 6  # W is gone from step 6 on
+SIZE, BATCHES = 4, 2
+
+
+def settings(stages: int = 1, preset: str = "gpt2-tiny", **changes: Any) -> PretrainConfig:
+    """`changes`: of `method`, or of `train`, `quantization` and `optimizer` under their names."""
+    tree: dict[str, Any] = {
+        "model": {"preset": preset, "vocab_size": VOCAB, "context": SEQ, "layers": 3, "width": 32, "heads": 4},
+        "data": {"seq_len": SEQ},
+        "optimizer": {"lr": 2e-3, "warmup_steps": 2} | changes.pop("optimizer", {}),
+        "parallel": {"stages": stages, "micro_batch_size": SIZE, "micro_batches": BATCHES},
+        "train": {"steps": STEPS, "eval_every": 4, "checkpoint_every": 1, "keep_checkpoints": 99, "hang_timeout_s": 0}
+        | changes.pop("train", {}),
+        "quantization": changes.pop("quantization", {}),
+    }
+    tree["method"] = {"kind": "blend", "rank": 8, "blend_share": GONE / STEPS, **changes}
+    if preset == "llama-tiny":
+        tree["model"] |= {"mlp_width": 48}
+    return build(PretrainConfig, tree)
+
+
+def tokens(step: int) -> Tensor:
+    return torch.randint(0, VOCAB, (BATCHES, SIZE, SEQ), generator=torch.Generator().manual_seed(step))
+
+
+def stream(first_step: int, replica: int) -> Iterator[dict[str, Any]]:
+    for step in range(first_step, STEPS):
+        for i, batch in enumerate(tokens(step).numpy()):
+            yield {"tokens": batch, "sample": np.arange(SIZE) + SIZE * (BATCHES * step + i)}
+
+
+class Stopped(Exception):
+    pass
+
+
+def train(folder: Path, config: PretrainConfig, stop: int = STEPS) -> None:
+    """Train as a worker does, and stop before step `stop` + 1 as if killed there."""
+    from finhpc.training.loop import Worker
+
+    class Stopping(Worker):
+        def _step(self, step: int) -> None:
+            if step > stop:
+                self.saver.wait()
+                torch.distributed.barrier()
+                raise Stopped
+            super()._step(step)
+
+    folder.mkdir(exist_ok=True)
+    hf = hf_config(config)
+    fill = drawn(hf, config.train.seed, config.method.init)
+    held_out = tokens(99).reshape(-1, SEQ).numpy()
+    worker = Stopping(
+        config=config,
+        hf_config=hf,
+        fill=fill,
+        device=torch.device("cpu"),
+        folder=folder,
+        journal_path=folder / "journal.jsonl",
+        open_stream=stream,
+        held_out=held_out,
+    )
+    try:
+        worker.run()
+    except Stopped:
+        assert stop < STEPS
+
+
+def runs(folder: Path, work: list[tuple[str, PretrainConfig, tuple[int, ...]]]) -> None:
+    """Each of `work`: a run's name, its settings, the steps after which it is stopped and started again."""
+    for name, config, stops in work:
+        if torch.distributed.get_rank() == 0 and (cut := folder / f"{name.partition('-')[0]}" / "stages.json").exists():
+            (folder / name).mkdir(exist_ok=True)
+            if not (folder / name / "stages.json").exists():
+                shutil.copy2(cut, folder / name)  # bit-equal over the same cut alone
+        torch.distributed.barrier()
+        for stop in (*stops, STEPS):
+            train(folder / name, config, stop)
+
+
+def losses(folder: Path) -> dict[str, dict[int, float]]:
+    records, _ = read(folder / "journal.jsonl")
+    train = latest(records, "train")
+    return {
+        "train": {step: record["train_loss"] for step, record in train.items()},
+        "norm": {step: record["grad_norm"] for step, record in train.items()},
+        "alpha": {step: record.get("alpha", 0.0) for step, record in train.items()},
+        "eval": {step: record["val_loss"] for step, record in latest(records, "eval").items()},
+    }
+
+
+def checkpoint(folder: Path, step: int) -> dict[str, Tensor]:
+    held: dict[str, Tensor] = {}
+    for file in (folder / "checkpoints" / f"step_{step:08d}").glob("stage-*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            held |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    return held
+
+
+TRAINABLE: dict[str, Any] = {"blend_weight": "trainable", "embedding": "low_rank", "preset": "llama-tiny"}
+FROZEN: dict[str, Any] = {"blend_weight": "frozen"}
+EIGHT_BIT: dict[str, Any] = {"kind": "dense", "optimizer": {"name": "adamw8bit"}}  # not of method 3, but stopped alike
+
+
+def both(folder: Path, stages: int, stop: int) -> None:
+    train(folder / "moved", settings(stages, **TRAINABLE), stop)
+    train(folder / "moved8", settings(stages, **EIGHT_BIT), stop)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs over 1, 2 and 3 stages; those over 2 also stopped before and after W is gone."""
+    folder = tmp_path_factory.mktemp("blend")
+    for stages in (1, 2, 3):
+        work = []
+        for name, changes in (("trainable", TRAINABLE), ("frozen", FROZEN), ("eight", EIGHT_BIT)):
+            work.append((f"{name}{stages}", settings(stages, **changes), ()))
+            if stages == 2:
+                for stops in ((3,), (GONE - 1, GONE, 8)) if name != "eight" else ((3,),):
+                    label = "".join(map(str, stops))
+                    work.append((f"{name}2-{label}", settings(2, **changes), stops))
+        run_processes(runs, stages, folder, work)
+    # A run that changes its stages on the way, twice.
+    for stages, stop in ((1, 3), (2, 7), (1, STEPS)):
+        run_processes(both, stages, folder, stages, stop)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["trainable", "frozen"])
+def test_every_number_of_stages_has_the_same_alpha_and_losses(kind: str, trained: Path) -> None:
+    one = losses(trained / f"{kind}1")
+    method = settings(**(TRAINABLE if kind == "trainable" else FROZEN)).method
+    assert one["alpha"] == {step: alpha_at(method, step, STEPS) for step in range(1, STEPS + 1)}
+    assert one["alpha"][GONE - 1] > 0 == one["alpha"][GONE]
+    for stages in (2, 3):
+        other = losses(trained / f"{kind}{stages}")
+        assert other["alpha"] == one["alpha"]
+        for what in ("train", "norm", "eval"):
+            assert other[what] == pytest.approx(one[what], rel=2e-5), (what, stages)
+
+
+@pytest.mark.parametrize(
+    ("kind", "stops"),
+    [("trainable", "3"), ("trainable", "568"), ("frozen", "3"), ("frozen", "568"), ("eight", "3")],
+)
+def test_stopped_and_started_again_it_is_bit_equal(kind: str, stops: str, trained: Path) -> None:
+    whole, again = trained / f"{kind}2", trained / f"{kind}2-{stops}"
+    assert losses(again) == losses(whole)
+    ours, theirs = checkpoint(again, STEPS), checkpoint(whole, STEPS)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+
+
+def test_moments_of_8_bits_are_kept_over_any_number_of_stages(trained: Path) -> None:
+    held = checkpoint(trained / "eight2", STEPS)
+    names = {name.partition(".")[2] for name in held if name.startswith("absmax1.")}
+    assert "transformer.h.0.mlp.c_fc.weight" in names
+    assert {str(held[f"state1.{name}"].dtype) for name in names} == {"torch.uint8"}
+    assert str(held["state2.transformer.h.0.ln_1.weight"].dtype) == "torch.float32"
+    one, three = losses(trained / "eight1"), losses(trained / "eight3")
+    assert three["train"] == pytest.approx(one["train"], rel=1e-3)
+    assert losses(trained / "moved8")["train"] == pytest.approx(one["train"], rel=1e-3)
+
+
+def test_other_numbers_of_stages_go_on_with_it(trained: Path) -> None:
+    whole, moved = losses(trained / "trainable1"), losses(trained / "moved")
+    assert moved["train"] == pytest.approx(whole["train"], rel=2e-5)
+
+
+def test_w_is_in_checkpoints_as_long_as_it_is_trained_and_no_longer(trained: Path) -> None:
+    def of_w(folder: str, step: int) -> set[str]:
+        return {name.partition(".")[0] for name in checkpoint(trained / folder, step) if name.endswith(".W")}
+
+    assert of_w("trainable2", GONE - 1) == {"param", "exp_avg", "exp_avg_sq"}
+    assert of_w("trainable2", GONE) == of_w("frozen2", 1) == of_w("frozen2", GONE) == set()
+    model = initial_model(hf_config(settings(preset="llama-tiny", embedding="low_rank")), 0, None)
+    saved = {name[6:] for name in checkpoint(trained / "trainable2", STEPS) if name.startswith("param.")}
+    assert saved == {name for name, _ in model.named_parameters()}
+
+
+def test_dropping_w_is_said_and_keeps_the_other_moments(trained: Path) -> None:
+    for kind, words in (("trainable", "the optimiser rebuilt without them; the others' moments stay"), ("frozen", ".")):
+        records, _ = read(trained / f"{kind}2" / "journal.jsonl")
+        said = [record["text"] for record in records if record["kind"] == "message"]
+        line = next(text for text in said if "W is dropped" in text)
+        assert line.startswith(f"step {GONE}: alpha is 0, so every W is dropped")
+        assert line.endswith(words if kind == "frozen" else words + ".")
+
+
+def dropped(changes: dict[str, Any]) -> dict[str, Any]:
+    """In one process: the live bytes around the first step without W, and what is left of W."""
+    from finhpc.training.engine import Engine
+
+    config = settings(**changes)
+    engine = Engine(config, hf_config(config), torch.device("cpu"))
+    w = {name: parameter for name, parameter in engine.named_parameters().items() if name.endswith(".W")}
+    out: dict[str, Any] = {"w_bytes": sum(parameter.nbytes for parameter in w.values())}
+    optimised = {id(p) for group in engine.optimizer.param_groups for p in group["params"]}
+    out["optimised"] = sum(id(parameter) in optimised for parameter in w.values())
+    left = [weakref.ref(parameter) for parameter in w.values()]
+    w.clear()
+    for step in range(1, GONE + 2):
+        engine.train_step(iter(tokens(step)), 1e-3)
+        if step in (GONE - 1, GONE + 1):
+            gc.collect()
+            out[f"bytes_{step}"] = live_tensor_bytes()
+    out["left"] = sum(reference() is not None for reference in left)
+    out["state"] = len(engine.optimizer.state) == len(engine.trained_parameters()) == len(engine.named_parameters())
+    return out
+
+
+def many(work: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [dropped(changes) for changes in work]
+
+
+def test_w_is_gone_from_memory() -> None:
+    rounded = {"quantization": {"bits": 4, "when": "during"}}
+    work = [FROZEN, TRAINABLE, TRAINABLE | rounded]
+    for changes, found in zip(work, run_processes(many, 1, work)[0], strict=True):
+        trainable = changes["blend_weight"] == "trainable"
+        assert (found["optimised"] > 0) == trainable
+        assert found["left"] == 0
+        assert found["state"]
+        copies = 3 if trainable else 1  # with two moments; its gradient is there during a step alone
+        freed = found[f"bytes_{GONE - 1}"] - found[f"bytes_{GONE + 1}"]
+        assert freed >= copies * found["w_bytes"] > 0, changes
+
+
+def first_and_last(work: list[dict[str, Any]]) -> list[list[float]]:
+    """Losses of some steps of each; the first entry is the evaluation before any."""
+    from finhpc.training.engine import Engine
+
+    found = []
+    for changes in work:
+        config = settings(**changes)
+        engine = Engine(config, hf_config(config), torch.device("cpu"))
+        values = [engine.evaluate(iter(tokens(99)), BATCHES)]
+        values += [engine.train_step(iter(tokens(step)), 1e-3) for step in range(1, GONE + 2)]
+        found.append(values)
+    return found
+
+
+def test_at_alpha_1_it_is_the_dense_model_and_everything_composes() -> None:
+    bf16 = {"train": {"precision": "bf16"}}
+    rounded = {"quantization": {"bits": 4, "when": "during"}}
+    one = {"blend_start": 1.0, "blend_weight": "trainable"}
+    full = {"train": {"recompute": "full", "precision": "bf16"}}
+    work: list[dict[str, Any]] = [one, one | bf16 | rounded, one | full | rounded, TRAINABLE | {"blend_start": 1.0}]
+    plain, low_bits, recomputed, llama = run_processes(first_and_last, 1, work)[0]
+    assert low_bits == recomputed
+    assert plain[0] != pytest.approx(low_bits[0], rel=1e-6)
+    batch = tokens(99).reshape(-1, SEQ)
+    for preset, values in (("gpt2-tiny", plain), ("llama-tiny", llama)):
+        # The dense model of the same seed, its head its own as a low-rank one's is.
+        config = settings(preset=preset)
+        config.method.kind = "dense"
+        config.model.tie_embeddings = False
+        dense: Any = initial_model(hf_config(config), config.train.seed, None).eval()
+        with torch.no_grad():
+            expected = dense(batch, labels=batch).loss.item()
+        assert values[0] == pytest.approx(expected, rel=1e-6), preset
