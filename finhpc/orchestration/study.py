@@ -13,16 +13,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from finhpc.config import PretrainConfig, StudyConfig, Variant, build, nearest, to_yaml
-from finhpc.errors import ConfigError, NonFiniteError, TrainingFailedError
+from finhpc.config import StudyConfig, to_yaml
+from finhpc.errors import NonFiniteError, TrainingFailedError
 from finhpc.orchestration import study_report as report
 from finhpc.orchestration.cluster import ray_cluster
-from finhpc.orchestration.plan import collect, make_plan
+from finhpc.orchestration.plan import make_plan
 from finhpc.orchestration.pretrain import pretrain
 from finhpc.orchestration.progress import rows_table
 from finhpc.orchestration.runfolder import RunFolder, write_atomically
 from finhpc.orchestration.step_times import step_times
 from finhpc.orchestration.study_report import Trained
+from finhpc.orchestration.study_runs import best_of, check, finalists, in_order, kinds_of_steps, run_config
 from finhpc.orchestration.worker import FATAL
 
 Row = dict[str, Any]
@@ -48,8 +49,7 @@ def study(config: StudyConfig, dry_run: bool = False) -> dict[str, Any]:
             chosen = finalists(config, screened)
             finals = _train_finals(config, chosen)
         _say("measuring step times, the finalists in turn")
-        first = {trained.variant: trained.config for trained in reversed(finals)}
-        seconds = step_times(first, config.study.pace_steps, config.study.pace_rounds)
+        seconds = step_times(kinds_of_steps(finals), config.study.pace_steps, config.study.pace_rounds)
         rows = report.final_rows(config, finals, seconds)
         result: dict[str, Any] = {
             "status": "finished",
@@ -62,88 +62,10 @@ def study(config: StudyConfig, dry_run: bool = False) -> dict[str, Any]:
             "wall_s": time.perf_counter() - begin,
         }
         report.write_csv(rows, folder.path / "table.csv")
-        report.draw(config, finals, rows, folder.path / "curves.png")
+        report.draw(config, finals, rows, seconds, folder.path / "curves.png")
         folder.write_result(result)
     report.show(result)
     return result
-
-
-def check(config: StudyConfig) -> None:
-    """Raise one `ConfigError` with every problem of the study and of each of its runs."""
-    variants, problems = config.study.variants, []
-    if config.study.reference not in variants:
-        problems.append(
-            f"study.reference={config.study.reference} is no variant; {nearest(config.study.reference, list(variants))}"
-        )
-    if len({len(variant.lr) for variant in variants.values()}) > 1:
-        counts = ", ".join(f"{name} {len(variant.lr)}" for name, variant in variants.items())
-        problems.append(f"study.variants have unequal numbers of learning rates ({counts}); give each as many.")
-    for name, variant in variants.items():
-        if variant.start is not None and (variant.start not in variants or variants[variant.start].start):
-            problems.append(
-                f"study.variants.{name}.start={variant.start} is no variant that begins from nothing; use another."
-            )
-        found: list[str] = []
-        with collect(found):
-            run = run_config(config, "final", name, variant.lr[0], config.study.seeds[0])
-            RunFolder(run.run.storage, run.run.name)  # whether it can be named so
-            if variant.start is None:  # the others are checked once the model they start from is there
-                make_plan(run)
-        problems += [f"study.variants.{name}: {problem}" for problem in found]
-    if problems:
-        raise ConfigError(problems)
-
-
-def run_config(
-    config: StudyConfig, phase: str, name: str, lr: float, seed: int, start: str | None = None
-) -> PretrainConfig:
-    """Settings of one run. `phase`: screen or final. `start`: the model folder it starts from."""
-    tree = config.model_dump(mode="json", exclude={"study"})
-    screening = {"steps": config.study.screen_steps, "eval_every": 0, "checkpoint_every": 0}
-    own: dict[str, Any] = {
-        "optimizer": {"lr": lr},
-        "train": {"seed": seed} | (screening if phase == "screen" else {}),
-        "run": {"name": f"{config.run.name}-{phase}-{name}-lr{_plain(lr)}-s{seed}"},
-    }
-    if start:
-        tree["model"] = {"path": start}  # it brings its own shape
-    for sections in (config.study.variants[name].settings, own):
-        for section, values in sections.items():
-            if not isinstance(values, dict) or not isinstance(tree.get(section, {}), dict):
-                raise ConfigError(f"settings.{section} must hold settings of that section, as `{section}: {{...}}`.")
-            tree[section] = tree.get(section, {}) | values
-    return build(PretrainConfig, tree)
-
-
-def _plain(lr: float) -> str:
-    """A learning rate as part of a run's name, which holds no plus sign."""
-    return f"{lr:g}".replace("+", "")
-
-
-def finalists(config: StudyConfig, screened: list[Trained]) -> dict[str, float]:
-    """Variant -> its best learning rate: the reference, then the best of the others (without a screening: all)."""
-    variants, reference = config.study.variants, config.study.reference
-    if not screened:
-        return {name: variant.lr[0] for name, variant in variants.items()}
-    best = best_of(screened)
-    if reference not in best:
-        raise TrainingFailedError(
-            f"every learning rate of {reference} diverged: {variants[reference].lr}; give lower ones."
-        )
-    others = sorted((name for name in best if name != reference), key=lambda name: best[name].loss)
-    others = others[: config.study.finalists or None]
-    needed = {str(variants[name].start) for name in others if variants[name].start}
-    names = dict.fromkeys([reference, *sorted(needed & set(best)), *others])
-    return {name: best[name].lr for name in names}
-
-
-def best_of(trained: list[Trained]) -> dict[str, Trained]:
-    """Variant -> its run of the lowest final validation loss; diverged ones left out."""
-    best: dict[str, Trained] = {}
-    for one in trained:
-        if one.curve and (one.variant not in best or one.loss < best[one.variant].loss):
-            best[one.variant] = one
-    return best
 
 
 def _screen(config: StudyConfig) -> list[Trained]:
@@ -152,7 +74,7 @@ def _screen(config: StudyConfig) -> list[Trained]:
     if config.study.finalists in (0, len(variants) - 1) and all(len(v.lr) == 1 for v in variants.values()):
         return []
     done: list[Trained] = []
-    for name in _in_order(variants):
+    for name in in_order(variants):
         for lr in variants[name].lr:
             begin = best_of(done).get(str(variants[name].start))
             if variants[name].start and begin is None:
@@ -167,7 +89,7 @@ def _train_finals(config: StudyConfig, chosen: dict[str, float]) -> list[Trained
     variants = {name: config.study.variants[name] for name in chosen}
     for seed in config.study.seeds:
         of_seed: dict[str, Trained] = {}
-        for name in _in_order(variants):
+        for name in in_order(variants):
             of_seed[name] = _run(config, "final", name, chosen[name], seed, of_seed.get(str(variants[name].start)))
             if not of_seed[name].curve:
                 raise TrainingFailedError(
@@ -175,11 +97,6 @@ def _train_finals(config: StudyConfig, chosen: dict[str, float]) -> list[Trained
                 )
         done += of_seed.values()
     return done
-
-
-def _in_order(variants: dict[str, Variant]) -> list[str]:
-    """Those that begin from nothing before those that start from their models."""
-    return sorted(variants, key=lambda name: variants[name].start is not None)
 
 
 def _run(config: StudyConfig, phase: str, name: str, lr: float, seed: int, begin: Trained | None) -> Trained:

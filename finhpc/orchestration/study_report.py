@@ -7,20 +7,26 @@ the clock of the runs themselves: those ran one after the other, whatever else t
 from __future__ import annotations
 
 import csv
+import io
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from finhpc.config import PretrainConfig, StudyConfig
+from finhpc.lowrank.blend import blend_steps
+from finhpc.lowrank.registry import BLEND
 from finhpc.orchestration.progress import rows_table
+from finhpc.orchestration.runfolder import write_atomically
 from finhpc.training.journal import WORKER_FILE, latest, read
 
 Row = dict[str, Any]
 Curve = dict[int, float]  # step -> loss in nats
+WITHOUT_W = " without W"  # after a variant's name: its step once method 3's W are gone
 SMOOTH = 25  # steps that a point of the drawn training loss is the mean of
 
 
@@ -75,16 +81,16 @@ def final_rows(config: StudyConfig, finals: list[Trained], seconds: Mapping[str,
     mean curve is as low as the reference's final loss, over the reference's whole time (null: never);
     `..._with_start`: with the training of the model it starts from counted.
     """
-    step_s = {name: statistics.median(values) for name, values in seconds.items()}
-    groups = by_variant(finals)
-    steps = config.train.steps
-    target, whole_s = mean_curve(groups[config.study.reference])[steps], step_s[config.study.reference] * steps
+    groups, reference, steps = by_variant(finals), config.study.reference, config.train.steps
+    time_of = {name: partial(time_at, runs[0].config, seconds, name) for name, runs in groups.items()}
+    target, whole_s = mean_curve(groups[reference])[steps], time_of[reference](steps)
     rows: list[Row] = []
     for name, runs in groups.items():
         curve = mean_curve(runs)
         start = config.study.variants[name].start
-        before_s = step_s[start] * steps if start else 0.0
+        before_s = time_of[start](steps) if start else 0.0
         reached = first_below(curve, target)
+        reached_s = None if reached is None else time_of[name](reached)
         rows.append(
             {
                 "variant": name,
@@ -94,17 +100,24 @@ def final_rows(config: StudyConfig, finals: list[Trained], seconds: Mapping[str,
                 "tokens": runs[0].result["tokens"],
                 "val_loss": curve[steps],
                 "spread": max(run.loss for run in runs) - min(run.loss for run in runs),
-                "val_loss_at_equal_time": at(curve, whole_s / step_s[name]),
-                "step_s": step_s[name],
-                "train_s": step_s[name] * steps,
+                "val_loss_at_equal_time": at({time_of[name](step): loss for step, loss in curve.items()}, whole_s),
+                "step_s": statistics.median(seconds[name]),
+                "train_s": time_of[name](steps),
                 "steps_to_reference_loss": reached,
-                "time_to_reference_loss": None if reached is None else reached * step_s[name] / whole_s,
-                "time_to_reference_loss_with_start": None
-                if reached is None
-                else (reached * step_s[name] + before_s) / whole_s,
+                "time_to_reference_loss": None if reached_s is None else reached_s / whole_s,
+                "time_to_reference_loss_with_start": None if reached_s is None else (reached_s + before_s) / whole_s,
             }
         )
     return rows
+
+
+def time_at(run: PretrainConfig, seconds: Mapping[str, list[float]], name: str, step: float) -> float:
+    """Seconds of training up to `step`; method 3 pays for its W as long as it has them."""
+    step_s = statistics.median(seconds[name])
+    if run.method.kind != BLEND:
+        return step * step_s
+    blending = min(step, blend_steps(run.method, run.train.steps) - 1)
+    return blending * step_s + (step - blending) * statistics.median(seconds[name + WITHOUT_W])
 
 
 def by_variant(finals: list[Trained]) -> dict[str, list[Trained]]:
@@ -133,9 +146,9 @@ def first_below(curve: Curve, target: float) -> float | None:
     return None
 
 
-def at(curve: Curve, step: float) -> float:
-    """The curve at a step, straight lines between its points; at its last point after that."""
-    return float(np.interp(step, list(curve), list(curve.values())))
+def at(curve: Mapping[int, float] | Mapping[float, float], where: float) -> float:
+    """The curve at a step or a time, straight lines between its points; at its last point after that."""
+    return float(np.interp(where, list(curve), list(curve.values())))
 
 
 def ratios(rows: list[Row]) -> dict[str, float | None]:
@@ -144,13 +157,16 @@ def ratios(rows: list[Row]) -> dict[str, float | None]:
 
 
 def write_csv(rows: list[Row], path: Path) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue())
 
 
-def draw(config: StudyConfig, finals: list[Trained], rows: list[Row], path: Path) -> None:
+def draw(
+    config: StudyConfig, finals: list[Trained], rows: list[Row], seconds: Mapping[str, list[float]], path: Path
+) -> None:
     """A picture: training loss and validation loss against tokens, validation loss against time."""
     import matplotlib
 
@@ -158,17 +174,18 @@ def draw(config: StudyConfig, finals: list[Trained], rows: list[Row], path: Path
     from matplotlib import pyplot
 
     per_step = config.parallel.samples_per_step * config.data.seq_len / 1e6
-    step_s = {row["variant"]: row["step_s"] / 60 for row in rows}
+    whole = {row["variant"]: row["train_s"] / 60 for row in rows}
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(17, 5), layout="constrained")
     for i, (name, runs) in enumerate(by_variant(finals).items()):
         start, mean = config.study.variants[name].start, mean_curve(runs)
-        before = step_s[start] * config.train.steps if start else 0.0
+        clock = partial(time_at, runs[0].config, seconds, name)
+        before = whole[start] if start else 0.0
         label = f"{name}, after {start}" if start else name
         for run in runs:
             left.plot(*_smooth(run.train, per_step), color=f"C{i}", lw=0.8)
             middle.plot([s * per_step for s in run.curve], list(run.curve.values()), color=f"C{i}", lw=0.5)
         middle.plot([s * per_step for s in mean], list(mean.values()), color=f"C{i}", lw=1.8, label=label)
-        right.plot([before + s * step_s[name] for s in mean], list(mean.values()), color=f"C{i}", lw=1.8, label=label)
+        right.plot([before + clock(s) / 60 for s in mean], list(mean.values()), color=f"C{i}", lw=1.8, label=label)
     target = next(row["val_loss"] for row in rows if row["variant"] == config.study.reference)
     for axes in (middle, right):
         axes.axhline(target, color="grey", lw=0.7, ls="--")
@@ -184,8 +201,10 @@ def draw(config: StudyConfig, finals: list[Trained], rows: list[Row], path: Path
     figure.suptitle(
         f"{config.run.name}: seeds {len(config.study.seeds)}; dashed: final loss of {config.study.reference}"
     )
-    figure.savefig(path, dpi=110)
+    unfinished = path.with_name(f".{path.name}")
+    figure.savefig(unfinished, dpi=110, format="png")
     pyplot.close(figure)
+    unfinished.replace(path)
 
 
 def _smooth(train: Curve, per_step: float) -> tuple[Any, Any]:

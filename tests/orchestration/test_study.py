@@ -12,11 +12,12 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from finhpc.config import StudyConfig, build, load
+from finhpc.config import PretrainConfig, StudyConfig, build, load
 from finhpc.errors import ConfigError, RunBusyError
 from finhpc.orchestration.runfolder import RunFolder
-from finhpc.orchestration.study import best_of, finalists, run_config, study
-from finhpc.orchestration.study_report import Trained, at, final_rows, first_below
+from finhpc.orchestration.study import study
+from finhpc.orchestration.study_report import Trained, at, final_rows, first_below, time_at
+from finhpc.orchestration.study_runs import best_of, finalists, run_config
 from finhpc.training.journal import read
 
 
@@ -104,6 +105,13 @@ def test_times_are_steps_by_measured_seconds_and_a_start_counts() -> None:
     assert fast["time_to_reference_loss"] == pytest.approx(20 * 0.5 / 30)
     assert after["time_to_reference_loss_with_start"] == pytest.approx((30 + 10 * 0.5) / 30)
     assert fast["val_loss_at_equal_time"] == 2.5, "it ended before dense did"
+
+
+def test_method_3_pays_for_its_dense_weights_as_long_as_it_has_them() -> None:
+    run = build(PretrainConfig, {"method": {"kind": "blend", "blend_share": 0.5}, "train": {"steps": 20}})
+    seconds = {"m": [3.0], "m without W": [1.0]}
+    assert time_at(run, seconds, "m", 9) == 27, "alpha is 0 from step 10 on"
+    assert time_at(run, seconds, "m", 20) == 27 + 11
 
 
 def test_the_best_go_on_at_their_best_learning_rate_beside_the_reference() -> None:
