@@ -81,14 +81,15 @@ def final_rows(config: StudyConfig, finals: list[Trained], seconds: Mapping[str,
     mean curve is as low as the reference's final loss, over the reference's whole time (null: never);
     `..._with_start`: with the training of the model it starts from counted.
     """
-    groups, reference, steps = by_variant(finals), config.study.reference, config.train.steps
+    groups, reference = by_variant(finals), config.study.reference
+    steps = {name: runs[0].config.train.steps for name, runs in groups.items()}
     time_of = {name: partial(time_at, runs[0].config, seconds, name) for name, runs in groups.items()}
-    target, whole_s = mean_curve(groups[reference])[steps], time_of[reference](steps)
+    target, whole_s = mean_curve(groups[reference])[steps[reference]], time_of[reference](steps[reference])
     rows: list[Row] = []
     for name, runs in groups.items():
         curve = mean_curve(runs)
         start = config.study.variants[name].start
-        before_s = time_of[start](steps) if start else 0.0
+        before_s = time_of[start](steps[start]) if start else 0.0
         reached = first_below(curve, target)
         reached_s = None if reached is None else time_of[name](reached)
         rows.append(
@@ -98,11 +99,11 @@ def final_rows(config: StudyConfig, finals: list[Trained], seconds: Mapping[str,
                 "lr": runs[0].lr,
                 "seeds": len(runs),
                 "tokens": runs[0].result["tokens"],
-                "val_loss": curve[steps],
+                "val_loss": curve[steps[name]],
                 "spread": max(run.loss for run in runs) - min(run.loss for run in runs),
                 "val_loss_at_equal_time": at({time_of[name](step): loss for step, loss in curve.items()}, whole_s),
                 "step_s": statistics.median(seconds[name]),
-                "train_s": time_of[name](steps),
+                "train_s": time_of[name](steps[name]),
                 "steps_to_reference_loss": reached,
                 "time_to_reference_loss": None if reached_s is None else reached_s / whole_s,
                 "time_to_reference_loss_with_start": None if reached_s is None else (reached_s + before_s) / whole_s,
@@ -194,7 +195,7 @@ def draw(
     left.set(xlabel="tokens (millions)", ylabel="training loss (nats)", title=f"training, mean of {SMOOTH} steps")
     middle.set(xlabel="tokens (millions)", title="equal tokens")
     right.set(xlabel="minutes: steps x seconds a step on a quiet machine", title="equal time")
-    tops = [loss for one in finals for step, loss in one.curve.items() if step * 10 >= config.train.steps]
+    tops = [loss for one in finals for step, loss in one.curve.items() if step * 10 >= one.config.train.steps]
     for axes in (left, middle, right):
         axes.grid(alpha=0.3)
         axes.set_ylim(min(tops) - 0.15, max(tops) + 0.15)

@@ -79,7 +79,7 @@ def test_a_study_goes_on_where_it_stopped_and_leaves_table_and_curves(run_shards
 
 
 def curve(losses: dict[int, float], variant: str = "a", seed: int = 0, lr: float = 1e-3) -> Trained:
-    settings = StudyConfig()
+    settings = build(PretrainConfig, {"train": {"steps": max(losses, default=1)}})
     return Trained(variant, lr, seed, settings, {"params_total": 1, "tokens": 10}, losses)
 
 
@@ -94,7 +94,7 @@ def test_when_a_curve_comes_down_to_a_loss() -> None:
 
 def test_times_are_steps_by_measured_seconds_and_a_start_counts() -> None:
     variants = {"dense": {"lr": [1e-3]}, "fast": {"lr": [1e-3]}, "after": {"lr": [1e-3], "start": "dense"}}
-    settings = build(StudyConfig, {"train": {"steps": 30}, "study": {"variants": variants}})
+    settings = build(StudyConfig, {"study": {"variants": variants}})
     runs = [curve({10: 5, 20: 4, 30: 3 + seed / 10}, "dense", seed) for seed in (-1, 1)]
     runs += [curve({10: 5, 20: 3, 30: 2.5}, "fast"), curve({10: 3, 20: 2.8, 30: 2.7}, "after")]
     seconds = {"dense": [1.0, 9.0, 1.0], "fast": [0.5], "after": [0.5]}
