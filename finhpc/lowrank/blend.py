@@ -72,7 +72,7 @@ def blend_in(model: nn.Module, trainable: bool) -> None:
 def set_alpha(modules: Iterable[nn.Module], alpha: float) -> list[Tensor]:
     """Give every blended layer among `modules` its alpha; at 0 its W is removed. Returns the W that are gone now."""
     gone: list[Tensor] = []
-    for module in modules:
+    for module in list(modules):  # the walk must not see the change
         if not isinstance(module, Blended):
             continue
         module.alpha = alpha

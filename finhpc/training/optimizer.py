@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from finhpc.config import Optimizer
 
-
 # What is kept for a parameter beside its step: AdamW's moments, and bitsandbytes' with a scale for each 256 of them.
 MOMENTS = ("exp_avg", "exp_avg_sq", "state1", "state2", "absmax1", "absmax2")
 
