@@ -23,6 +23,7 @@ verbs:
   prepare    text on disk -> token shards
   pretrain   token shards -> a low-rank (or dense) model
   estimate   memory, time and the cluster that a pretrain would need, before it starts
+  study      variants of a run beside each other: screened, the best trained for long on several seeds
   decompose  a dense model -> a low-rank one of its best factors
   export     a trained model -> a folder for transformers: low-rank or merged, 16, 8 or 4 bits
   bench      measure finhpc beside the plain way: finhpc bench train|data|prepare|pipeline|recompute|decompose
@@ -33,7 +34,7 @@ options of every verb:
   --KEY VALUE        set one key, e.g. --method.rank 96 (finhpc VERB --help lists them)
   --json             print the result as one JSON object, the last line of stdout
   --print_config     show the resolved settings and stop
-  --dry_run          check and count everything, start nothing (pretrain, decompose, export)
+  --dry_run          check and count everything, start nothing (pretrain, study, decompose, export)
 
 finhpc --version"""
 
@@ -76,6 +77,7 @@ def _run(verb: str, words: list[str]) -> dict[str, Any] | None:
         "prepare": (config.PrepareConfig, _prepare),
         "pretrain": (config.PretrainConfig, _pretrain),
         "estimate": (config.EstimateConfig, _estimate),
+        "study": (config.StudyConfig, _study),
         "decompose": (config.DecomposeConfig, _decompose),
         "export": (config.ExportConfig, _export),
         "ui": (config.UiConfig, _ui),
@@ -198,8 +200,14 @@ def _help(verb: str, cls: type[Any]) -> str:
         from finhpc.models.presets import PRESETS
 
         lines += ["", f"shapes for --model.preset: {', '.join(PRESETS)}"]
-    if verb in ("prepare", "pretrain", "estimate"):
-        named = [name for name in config.recipes() if name.startswith("prepare") == (verb == "prepare")]
+    if verb in ("prepare", "pretrain", "estimate", "study"):
+        kinds = {"prepare": "prepare", "study": "studies/"}
+        first = kinds.get(verb)
+        named = [
+            name
+            for name in config.recipes()
+            if (name.startswith(first) if first else not name.startswith(tuple(kinds.values())))
+        ]
         lines += ["", f"recipes for --config: {', '.join(named)}"]
     return "\n".join(lines)
 
@@ -215,6 +223,13 @@ def _pretrain(settings: Any, dry_run: bool) -> dict[str, Any]:
     from finhpc.orchestration.pretrain import pretrain
 
     return pretrain(settings, dry_run=dry_run)
+
+
+def _study(settings: Any, dry_run: bool) -> dict[str, Any]:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from finhpc.orchestration.study import study
+
+    return study(settings, dry_run=dry_run)
 
 
 def _decompose(settings: Any, dry_run: bool) -> dict[str, Any]:
