@@ -1,7 +1,7 @@
 """Makes transformers know finhpc's models and quantiser after `import finhpc`, which stays light.
 
-What transformers must know is imported right after its own module that keeps the list, whenever that
-is; transformers itself is not imported here.
+What transformers must know is imported once its own module that keeps the list is there, and nothing of
+transformers is half imported: ours needs much of it. transformers itself is not imported here.
 """
 
 from __future__ import annotations
@@ -20,15 +20,17 @@ LISTS = {
 
 
 class After:
-    """A finder of modules that finds none itself; it adds an import to the end of those in `LISTS`."""
+    """A finder of modules that finds none itself; it sees when transformers' modules are imported, one in another."""
 
     def __init__(self) -> None:
+        self.waiting = dict(LISTS)
         self.finding: set[str] = set()
+        self.under_way = 0  # modules that are being imported
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name not in LISTS or name in self.finding:
+        if name.partition(".")[0] != "transformers" or name in self.finding:
             return None
         self.finding.add(name)
         try:
@@ -40,16 +42,29 @@ class After:
         execute = spec.loader.exec_module
 
         def then_ours(module: ModuleType) -> None:
-            execute(module)
-            import_module(LISTS[name])
+            self.under_way += 1
+            try:
+                execute(module)
+            finally:
+                self.under_way -= 1
+            self.register()
 
         spec.loader.exec_module = then_ours  # type: ignore[method-assign]
         return spec
 
+    def register(self) -> None:
+        """Import what transformers must know and can know by now; look no further once it knows all."""
+        if self.under_way:
+            return
+        for name in [name for name in self.waiting if name in sys.modules]:
+            if name in self.waiting:  # the import of another one may have brought it already
+                import_module(self.waiting.pop(name))
+        if not self.waiting and self in sys.meta_path:
+            sys.meta_path.remove(self)
+
 
 def register() -> None:
     """Register now what is there already, and the rest when it comes."""
-    sys.meta_path.insert(0, After())
-    for name, ours in LISTS.items():
-        if name in sys.modules:
-            import_module(ours)
+    after = After()
+    sys.meta_path.insert(0, after)
+    after.register()
