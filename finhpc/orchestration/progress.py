@@ -6,6 +6,7 @@ It follows the run's journals like any other reader, so it can neither slow nor 
 from __future__ import annotations
 
 import math
+import os
 import re
 import sys
 import threading
@@ -24,6 +25,7 @@ from rich.table import Table
 from finhpc.training.journal import DRIVER_FILE, WORKER_FILE, Record, read
 
 POLL_S = 0.5
+FILE_WIDTH = 200  # columns
 
 
 class Progress:
@@ -166,11 +168,19 @@ def rows_table(title: str, rows: list[dict[str, Any]], stream: TextIO | None = N
     """A table on stderr with a column for each key of the first row; nothing where there are no rows."""
     table = Table(title=title, title_justify="left")
     for name, value in rows[0].items() if rows else ():
-        table.add_column(name, justify="left" if _is_words(value) else "right")
+        table.add_column(name, justify="left" if _is_words(value) else "right", overflow="fold")
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))
     if rows:
-        Console(file=stream or sys.stderr, markup=False, highlight=False).print(table)
+        _console(stream).print(table)
+
+
+def _console(stream: TextIO | None) -> Console:
+    """As wide as the terminal; a file, which rich would take for 80 columns, gets whole lines."""
+    console = Console(file=stream or sys.stderr, markup=False, highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = FILE_WIDTH
+    return console
 
 
 def _is_words(value: Any) -> bool:
@@ -179,7 +189,7 @@ def _is_words(value: Any) -> bool:
 
 def summary_table(title: str, rows: list[tuple[str, str]], stream: TextIO | None = None) -> None:
     """A short two-column table on stderr; paths and commands too long for it stand below, whole, to be copied."""
-    console = Console(file=stream or sys.stderr, markup=False, highlight=False)
+    console = _console(stream)
     room = console.width - max((len(name) for name, _ in rows), default=0) - 7  # the table's lines and spaces
     below = [(name, value) for name, value in rows if len(value) > room and (value[:1] == "/" or " --" in value)]
     table = Table(title=title, title_justify="left", show_header=False)

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from finhpc.orchestration.progress import Progress, summary_table
+from finhpc.orchestration.progress import Progress, rows_table, summary_table
 from finhpc.training.journal import Journal
 
 SHOW = """
@@ -135,8 +135,14 @@ def test_summary_table() -> None:
     assert "finhpc ui [port]" in screen.getvalue()
 
 
+def test_a_wide_table_in_a_file_keeps_every_figure() -> None:
+    screen = io.StringIO()
+    rows_table("wide", [{f"column {i}": f"{12_318_720 + i:,}" for i in range(9)}], screen)
+    assert all(f"12,318,72{i}" in screen.getvalue() for i in range(9))
+
+
 def test_what_is_to_be_copied_is_never_broken() -> None:
     screen = io.StringIO()
-    path, command = f"/{'long/' * 20}model", f"finhpc ui --run.storage /{'long/' * 20}"
+    path, command = f"/{'long/' * 50}model", f"finhpc ui --run.storage /{'long/' * 50}"
     summary_table("Run demo", [("model", path), ("open", command), ("words", "many words " * 20)], screen)
     assert screen.getvalue().splitlines()[-2:] == [f"model: {path}", f"open: {command}"]
