@@ -36,11 +36,10 @@ COLUMNS = {  # of the tables on the screen
     "spread": "spread",
     "val_loss_at_equal_time": "same time",
     "step_s": "s/step",
-    "step_s_spread": "spread of it",
-    "time_to_reference_loss": "time to its loss",
+    "time_to_reference_loss": "time",
     "time_to_reference_loss_with_start": "with start",
 }
-DIGITS = {"step_s_spread": 2, "time_to_reference_loss": 2, "time_to_reference_loss_with_start": 2}
+DIGITS = {"time_to_reference_loss": 2, "time_to_reference_loss_with_start": 2}
 QUIET = 0.2  # largest spread of step times that their median is worth something with
 SMOOTH = 25  # steps that a point of the drawn training loss is the mean of
 
@@ -235,7 +234,7 @@ def _smooth(train: Curve, per_step: float) -> tuple[Any, Any]:
 def show(result: Row) -> None:
     """The tables at the end, on stderr."""
     rows_table(f"screening of {result['study']}", [_text(row) for row in result["screening"]])
-    title = f"{result['study']}, finals; times over the whole time of {result['reference']}"
+    title = f"{result['study']}, finals; time: to the final loss of {result['reference']}, over its whole time"
     rows_table(title, [_text(row) for row in result["finals"]])
     if max(row["step_s_spread"] for row in result["finals"]) > QUIET:
         say("the machine was busy while step times were measured; the same command measures them again.")
@@ -254,7 +253,7 @@ def _text(row: Row) -> Row:
 
 def _number(key: str, value: Any) -> str:
     if value is None:
-        return "diverged" if key == "val_loss" else "never"
+        return "diverged" if key == "val_loss" else "never" if key.startswith("time") else "-"
     if key == "params_total":
-        return f"{value / 1e6:.2f} M"
+        return f"{value / 1e6:.2f}M"
     return value if isinstance(value, str) else f"{value:g}" if key == "lr" else f"{value:.{DIGITS.get(key, 3)}f}"
