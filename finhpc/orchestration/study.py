@@ -8,7 +8,6 @@ stopped: finished runs are found finished.
 from __future__ import annotations
 
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -48,12 +47,13 @@ def study(config: StudyConfig, dry_run: bool = False) -> dict[str, Any]:
             screened = _screen(config)
             chosen = finalists(config, screened)
             finals = _train_finals(config, chosen)
-        _say("measuring step times, the finalists in turn")
+        report.say("measuring step times, the finalists in turn")
         seconds = step_times(kinds_of_steps(finals), config.study.pace_steps, config.study.pace_rounds)
         rows = report.final_rows(config, finals, seconds)
         result: dict[str, Any] = {
             "status": "finished",
             "study": config.run.name,
+            "reference": config.study.reference,
             "screening": report.screening_rows(screened),
             "finals": rows,
             "step_s": seconds,
@@ -102,13 +102,13 @@ def _train_finals(config: StudyConfig, chosen: dict[str, float]) -> list[Trained
 def _run(config: StudyConfig, phase: str, name: str, lr: float, seed: int, begin: Trained | None) -> Trained:
     run = run_config(config, phase, name, lr, seed, str(begin.model) if begin else None)
     folder = RunFolder(run.run.storage, run.run.name).path
-    _say(f"study {config.run.name}: {run.run.name}")
+    report.say(f"study {config.run.name}: {run.run.name}")
     try:
         result = pretrain(run)
     except TrainingFailedError:
         if not _diverged(folder):
             raise
-        _say(f"{run.run.name} diverged; the study goes on without it")
+        report.say(f"{run.run.name} diverged; the study goes on without it")
         return Trained(name, lr, seed, run)
     return Trained.of(name, lr, seed, run, folder, result)
 
@@ -129,9 +129,5 @@ def _dry_run(config: StudyConfig) -> dict[str, Any]:
         rows.append({"variant": name, "params_total": params, "lr": variant.lr, "screening_tokens": screened})
     rows_table(f"study {config.run.name}, not started", rows)
     final_tokens = config.train.steps * per_step
-    _say(f"finals: {final_tokens:,} tokens a run, seeds {config.study.seeds}")
+    report.say(f"finals: {final_tokens:,} tokens a run, seeds {config.study.seeds}")
     return {"status": "dry_run", "study": config.run.name, "variants": rows, "final_tokens": final_tokens}
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

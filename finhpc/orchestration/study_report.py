@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import statistics
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,6 +28,19 @@ from finhpc.training.journal import WORKER_FILE, latest, read
 Row = dict[str, Any]
 Curve = dict[int, float]  # step -> loss in nats
 WITHOUT_W = " without W"  # after a variant's name: its step once method 3's W are gone
+COLUMNS = {  # of the tables on the screen
+    "variant": "variant",
+    "params_total": "params",
+    "lr": "lr",
+    "val_loss": "val loss",
+    "spread": "spread",
+    "val_loss_at_equal_time": "same time",
+    "step_s": "s/step",
+    "time_to_reference_loss": "time",
+    "time_to_reference_loss_with_start": "with start",
+}
+DIGITS = {"time_to_reference_loss": 2, "time_to_reference_loss_with_start": 2}
+QUIET = 0.2  # largest spread of step times that their median is worth something with
 SMOOTH = 25  # steps that a point of the drawn training loss is the mean of
 
 
@@ -79,7 +93,8 @@ def final_rows(config: StudyConfig, finals: list[Trained], seconds: Mapping[str,
     `seconds`: variant -> measured seconds a step. `val_loss_at_equal_time`: when the reference ends, or
     at the variant's own end where that is earlier; `time_to_reference_loss`: the first time its
     mean curve is as low as the reference's final loss, over the reference's whole time (null: never);
-    `..._with_start`: with the training of the model it starts from counted.
+    `..._with_start`: with the training of the model it starts from counted. `step_s_spread`: largest less
+    smallest measured step time over the median, small where the machine was quiet.
     """
     groups, reference = by_variant(finals), config.study.reference
     steps = {name: runs[0].config.train.steps for name, runs in groups.items()}
@@ -103,6 +118,7 @@ def final_rows(config: StudyConfig, finals: list[Trained], seconds: Mapping[str,
                 "spread": max(run.loss for run in runs) - min(run.loss for run in runs),
                 "val_loss_at_equal_time": at({time_of[name](step): loss for step, loss in curve.items()}, whole_s),
                 "step_s": statistics.median(seconds[name]),
+                "step_s_spread": (max(seconds[name]) - min(seconds[name])) / statistics.median(seconds[name]),
                 "train_s": time_of[name](steps[name]),
                 "steps_to_reference_loss": reached,
                 "time_to_reference_loss": None if reached_s is None else reached_s / whole_s,
@@ -218,27 +234,26 @@ def _smooth(train: Curve, per_step: float) -> tuple[Any, Any]:
 def show(result: Row) -> None:
     """The tables at the end, on stderr."""
     rows_table(f"screening of {result['study']}", [_text(row) for row in result["screening"]])
-    rows_table(f"{result['study']}, finals", [_text(row) for row in result["finals"]])
-    rows_table("written", [{"folder": result["folder"], "files": "result.json, table.csv, curves.png"}])
+    title = f"{result['study']}, finals; time: to the final loss of {result['reference']}, over its whole time"
+    rows_table(title, [_text(row) for row in result["finals"]])
+    if max(row["step_s_spread"] for row in result["finals"]) > QUIET:
+        say("the machine was busy while step times were measured; the same command measures them again.")
+    say(f"written: result.json, table.csv and curves.png in {result['folder']}")
+
+
+def say(text: str) -> None:
+    """A line to the person at the screen."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def _text(row: Row) -> Row:
-    """A row as words: short column names, losses with four digits."""
-    names = {
-        "params_total": "params",
-        "val_loss_at_equal_time": "at equal time",
-        "time_to_reference_loss": "time ratio",
-    }
-    hidden = ("steps_to_reference_loss", "train_s", "seeds")
-    names["time_to_reference_loss_with_start"] = "with its start"
-    return {names.get(k, k): _number(k, v) for k, v in row.items() if k not in hidden}
+    """A row as words, narrow enough for a screen: short names, losses with four digits."""
+    return {short: _number(key, row[key]) for key, short in COLUMNS.items() if key in row}
 
 
 def _number(key: str, value: Any) -> str:
     if value is None:
-        return "diverged" if key == "val_loss" else "-"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return (
-        f"{value:.4f}" if "loss" in key or key in ("spread", "step_s") else f"{value:g}" if key == "lr" else str(value)
-    )
+        return "diverged" if key == "val_loss" else "never" if key.startswith("time") else "-"
+    if key == "params_total":
+        return f"{value / 1e6:.2f}M"
+    return value if isinstance(value, str) else f"{value:g}" if key == "lr" else f"{value:.{DIGITS.get(key, 3)}f}"

@@ -102,6 +102,7 @@ def test_times_are_steps_by_measured_seconds_and_a_start_counts() -> None:
     assert dense["val_loss"] == pytest.approx(3.0)
     assert dense["spread"] == pytest.approx(0.2)
     assert dense["time_to_reference_loss"] == 1.0
+    assert dense["step_s_spread"] == 8.0, "the machine was not quiet"
     assert fast["time_to_reference_loss"] == pytest.approx(20 * 0.5 / 30)
     assert after["time_to_reference_loss_with_start"] == pytest.approx((30 + 10 * 0.5) / 30)
     assert fast["val_loss_at_equal_time"] == 2.5, "it ended before dense did"
