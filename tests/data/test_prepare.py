@@ -155,7 +155,7 @@ def test_other_settings_discard_the_interrupted_work(corpus, capsys, monkeypatch
             run(settings(folder))
     assert len(list((folder / "out").glob("train-*.parquet"))) > 1
     run(settings(folder, tokenizer="train:310", shard_blocks=4096))
-    assert "its work is discarded" in capsys.readouterr().err
+    assert "what it left is discarded" in capsys.readouterr().err
     assert Shards.open(folder / "out").manifest.vocab_size == 310
     files = sorted(path.name for path in (folder / "out").glob("*.parquet"))
     assert files == ["train-00000.parquet", "val-00000.parquet"]  # no shard of the first run is left
