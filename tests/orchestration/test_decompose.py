@@ -23,6 +23,8 @@ from finhpc.lowrank.ranks import rank_of_energy
 from finhpc.models.weights import open_weights
 from finhpc.orchestration import decompose as module
 from finhpc.orchestration.decompose import decompose
+from finhpc.orchestration.groups import Job, group_task, groups_of, targets_of
+from finhpc.training.memory import counted_peak
 from tests.data.corpus import make_texts, write_jsonl
 from tests.models.dense import logits, saved, tiny_gpt2, tiny_llama
 
@@ -172,6 +174,41 @@ def test_whitened_outputs_are_nearer_and_the_weights_farther(tmp_path: Path, mak
 
     assert distance(tmp_path / "white") < 0.999 * distance(tmp_path / "low-rank")
     assert (tmp_path / "white" / "tokenizer.json").is_file()
+
+
+def peaks(folder: Path, layers: int) -> tuple[int, int]:
+    """Most tensor bytes alive at once, counted: in a process that does all groups, and in the one that asks.
+
+    Without the file's own: safetensors maps it whole, and the count takes what is mapped for memory.
+    """
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    saved(
+        GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=50, n_positions=8, n_embd=512, n_layer=layers, n_head=4, bos_token_id=0, eos_token_id=0
+            )
+        ),
+        folder,
+    )
+    config = build(DecomposeConfig, {"model": str(folder), "out": str(folder / "low-rank"), "rank": 16})
+    weights = open_weights(folder)
+    (folder / "work").mkdir()
+    job = Job(folder, str(folder), folder / "work", None, 1, False)
+    groups = groups_of(targets_of(weights, config), weights, False, False)
+    rows, worker = counted_peak(lambda: [group_task(job, group) for group in groups])
+    assert {row["error"] for row in rows} == {""}
+    _, driver = counted_peak(lambda: decompose(config))
+    mapped = (folder / "model.safetensors").stat().st_size
+    return worker - mapped, driver - mapped
+
+
+def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path) -> None:
+    (worker_4, driver_4), (worker_8, driver_8) = peaks(tmp_path / "4", 4), peaks(tmp_path / "8", 8)
+    layer = 12 * 512 * 512 * 4  # bytes of one block
+    assert worker_4 > layer / 3, "the largest weight was not counted"
+    assert worker_8 - worker_4 < layer / 10
+    assert driver_8 - driver_4 < layer / 10
 
 
 def test_too_little_calibration_text_is_refused(tmp_path: Path) -> None:
