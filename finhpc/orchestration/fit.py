@@ -70,7 +70,7 @@ def fit(plan: Plan, folder: RunFolder, cuda: bool, say: Say) -> None:
     )
     stacks = _Stacks(folder.path, say)
     with _health_timeout(hang_s):
-        problem = _watched(trainer.fit, stacks, _Done(folder.path / WORKER_FILE, config.train.steps))
+        problem = _watched(trainer.fit, stacks, _Done(folder.path / WORKER_FILE, config.train.steps), say)
     fatal = folder.path / FATAL
     if fatal.exists():
         raise TrainingFailedError(_with_advice(json.loads(fatal.read_text()), config))
@@ -140,7 +140,9 @@ class _Done:
         return time.monotonic() - self.since > GRACE_S
 
 
-def _watched(work: Callable[[], object], look: Callable[[], None], done: Callable[[], bool]) -> Exception | None:
+def _watched(
+    work: Callable[[], object], look: Callable[[], None], done: Callable[[], bool], say: Say
+) -> Exception | None:
     """Run `work` beside the main thread, which stays free for signals and looks around; returns what it raised.
 
     A signal handler that raises inside Ray's own waiting is swallowed there. When `done` says so, `work` is
@@ -163,6 +165,7 @@ def _watched(work: Callable[[], object], look: Callable[[], None], done: Callabl
         if done():
             return None
         if name := dead_process():
+            say(f"Ray's process {name} died; stopping.")  # now: Ray may end this process before the error is shown
             raise TrainingFailedError(
                 f"Ray's process {name} died (killed, or out of memory?), and with it the workers. "
                 "The same command resumes from the newest checkpoint."
