@@ -53,9 +53,7 @@ class Adaptation:
     @classmethod
     def of(cls, config: FinetuneConfig, weights: Weights) -> Adaptation:
         train = config.train
-        return cls(
-            weights, config.lora, config.quantization, train.precision == "bf16", train.recompute, train.seed
-        )
+        return cls(weights, config.lora, config.quantization, train.precision == "bf16", train.recompute, train.seed)
 
     @property
     def hf_config(self) -> Any:

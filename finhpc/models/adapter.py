@@ -95,7 +95,9 @@ def load_adapter(folder: Path, model: nn.Module) -> Adapter:
     `CheckpointError` where a file is missing or damaged.
     """
     tree = _read_config(folder)
-    odd = [key for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias") if tree.get(key)]
+    odd = [
+        key for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias") if tree.get(key)
+    ]
     if tree.get("peft_type") != "LORA" or odd:
         what = ", ".join(odd) or f"peft_type={tree.get('peft_type')}"
         raise ConfigError(f"adapter={folder} has {what}, which finhpc does not know; give a plain LoRA adapter.")
@@ -136,7 +138,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
         if {"r", "lora_alpha"} <= set(tree):
             return tree
     except OSError:
-        raise ConfigError(f"adapter={folder} has no {CONFIG}; give the folder of an adapter in peft's format.") from None
+        raise ConfigError(
+            f"adapter={folder} has no {CONFIG}; give the folder of an adapter in peft's format."
+        ) from None
     except (ValueError, TypeError):
         pass
     raise CheckpointError(f"{folder / CONFIG} is cut short or damaged; fetch or write the adapter again.")

@@ -34,7 +34,7 @@ def settings(folder: Path, stages: int, replicas: int) -> FinetuneConfig:
 
 
 def train(config: FinetuneConfig, folder: Path, packs: list[Tensor], steps: int) -> dict[str, Any]:
-    """Losses of `steps` steps over the same packs, the first gradients (not clipped), the adapters before and after."""
+    """Losses of `steps` steps over the same packs, the first gradients (clipped), the adapters before and after."""
     from finhpc.training.engine import Engine
 
     adaptation = Adaptation.of(config, open_weights(folder, low_rank=True))
@@ -43,9 +43,12 @@ def train(config: FinetuneConfig, folder: Path, packs: list[Tensor], steps: int)
     share = len(packs) // config.parallel.replicas
     mine = packs[engine.replica * share : (engine.replica + 1) * share]
     first: dict[str, Tensor] = {}
-    engine.optimizer.register_step_pre_hook(
-        lambda *_: first or first.update({n: p.grad.clone() for n, p in engine.trained_parameters().items()})
-    )
+
+    def keep(*_: Any) -> None:
+        if not first:
+            first.update({n: p.grad.clone() for n, p in engine.trained_parameters().items()})
+
+    engine.optimizer.register_step_pre_hook(keep)
     val = engine.evaluate(iter(mine), share)
     losses = [engine.train_step(iter(mine), 1e-2) for _ in range(steps)]
     after = {name: p.detach().clone() for name, p in engine.trained_parameters().items()}
@@ -63,7 +66,9 @@ def test_losses_gradients_and_steps_are_pefts(
     some = examples(8)
     packs = packs_of(some, 8 // PACKS, shared)
     ranks = run_processes(train, stages * replicas, settings(folder, stages, replicas), folder, packs, 2)
-    start, after, grads = ({n: v for rank in ranks for n, v in rank[key].items()} for key in ("start", "after", "grads"))
+    start, after, grads = (
+        {n: v for rank in ranks for n, v in rank[key].items()} for key in ("start", "after", "grads")
+    )
     plain = peft_model(folder, start)
     trained = peft_parameters(plain)
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0)
