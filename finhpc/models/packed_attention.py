@@ -108,7 +108,7 @@ def _queries(x: Tensor, group: Group, shared: int) -> Tensor:
 
 def _keys(x: Tensor, group: Group) -> Tensor:
     """(T, shared heads, size) -> (segments * shared heads, prefix + longest, size)."""
-    segments, longest = group.rows.shape
+    segments = len(group.rows)
     rows = torch.cat((group.prefix.expand(segments, -1), group.rows), 1)
     found = x[rows.reshape(-1)].view(segments, rows.shape[1], *x.shape[1:])
     return found.transpose(1, 2).reshape(segments * x.shape[1], rows.shape[1], x.shape[-1])

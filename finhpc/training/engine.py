@@ -54,8 +54,9 @@ class Engine:
     `hf_config` is the transformers config of the model; the process group must exist, with
     stages x replicas processes. `borders`: stage i has the parts borders[i] to borders[i + 1] - 1; None:
     the parts are measured, and cut by that. `fill` gives the weights their first numbers; None: they are drawn.
-    With `adapt` the model is its frozen base, adapters are all that is trained, and packs take the place of tokens; they
-    may differ in length. `alpha` is method 3's of the last step, None with other methods; `say` gets a line when its W are gone.
+    With `adapt` the model is its frozen base, adapters are all that is trained, and packs take the place of
+    tokens; they may differ in length. `alpha` is method 3's of the last step, None with other methods; `say` gets a
+    line when its W are gone.
     """
 
     def __init__(
