@@ -50,6 +50,14 @@ class Instructions(Section):
         description="files of examples, or hf:NAME (repeat for several; FILE:FORMAT names its format)",
     )
     template: str | None = Field(None, description="named prompt template; default: the one of each file's format")
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="columns that hold the template's fields, where they bear other names: input=headline, label=mood",
+    )
+    encoding: str | None = Field(
+        None, description="of text and CSV files; default: UTF-8, and PhraseBank latin-1 unless it is valid UTF-8"
+    )
+    hf_split: str = Field("train", description="split of hf: sources")
     eval_source: list[str] = Field(
         default_factory=list, description="held-out files; default: eval_fraction of each source, split by sentence"
     )
@@ -58,6 +66,9 @@ class Instructions(Section):
     eval_limit: int | None = Field(None, ge=1, description="held-out examples scored at each evaluation; default: all")
     max_len: int = Field(512, ge=8, description="tokens an example; longer inputs are cut, see cut")
     cut: Literal["input", "refuse"] = Field("input", description="input: the end of the input is cut, never the answer")
+    max_dropped: float = Field(
+        0.01, ge=0, le=1, description="largest share of examples dropped since max_len leaves no room for their answer"
+    )
 
 
 class FinetuneConfig(Section):
