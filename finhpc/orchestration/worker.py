@@ -84,6 +84,7 @@ def _pretrainer(settings: dict[str, Any], folder: Path, device: torch.device, fi
     from finhpc.data.stream import ray_stream
     from finhpc.orchestration.plan import hf_config_of
     from finhpc.orchestration.start import fill_of
+    from finhpc.training.feed import Blocks
     from finhpc.training.journal import WORKER_FILE
     from finhpc.training.loop import Worker
 
@@ -114,8 +115,7 @@ def _pretrainer(settings: dict[str, Any], folder: Path, device: torch.device, fi
         device=device,
         folder=folder,
         journal_path=folder / WORKER_FILE,
-        open_stream=open_stream,
-        held_out=shards.eval_samples(config.data.eval_samples, config.data.seq_len),
+        feed=Blocks(config.parallel, open_stream, shards.eval_samples(config.data.eval_samples, config.data.seq_len)),
         labels={"tokenizer_sha256": shards.manifest.tokenizer_sha256, "dataset": shards.manifest.fingerprint},
     )
 
