@@ -42,7 +42,10 @@ class Batches:
         per_step = self.parallel.samples_per_step
         places = np.arange(step * per_step, (step + 1) * per_step)
         return np.array(
-            [permutation(examples, 3, self.seed, epoch)[place] for epoch, place in zip(*divmod(places, examples), strict=True)]
+            [
+                permutation(examples, 3, self.seed, epoch)[place]
+                for epoch, place in zip(*divmod(places, examples), strict=True)
+            ]
         )
 
     def stream(self, train: Arrays, replica: int, step: int = 0) -> Iterator[MicroBatch]:

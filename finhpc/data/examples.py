@@ -79,7 +79,9 @@ def load(path: Path) -> Examples:
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-            arrays = [Arrays(*(file.get_tensor(f"{split}.{name}") for name in ARRAYS)) for split in ("train", "held_out")]
+            arrays = [
+                Arrays(*(file.get_tensor(f"{split}.{name}") for name in ARRAYS)) for split in ("train", "held_out")
+            ]
         about = json.loads(metadata["about"])
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise DataError(f"{path} holds no whole set of examples ({error}); remove it and run again.") from None
