@@ -8,6 +8,7 @@ last token that predicts anything is left out: with causal attention nothing loo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -52,7 +53,7 @@ def groups(pieces: Sequence[Piece], share_prefix: bool = True) -> list[Group]:
         return [Group((i,), 0) for i in range(n)]
     heads = [tuple(one.tokens[: one.first].tolist()) for one in pieces]
     order = sorted(range(n), key=lambda i: (heads[i], len(pieces[i].tokens), i))
-    common = [_common(heads[a], heads[b]) for a, b in zip(order, order[1:], strict=False)]
+    common = [_common(heads[a], heads[b]) for a, b in pairwise(order)]
     saved, start = [0] * (n + 1), list(range(n + 1))  # best of the first k; where its last run begins
     for k in range(1, n + 1):
         saved[k], start[k] = saved[k - 1], k - 1

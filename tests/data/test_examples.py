@@ -119,7 +119,7 @@ def test_limit_is_drawn_by_the_seed_and_files_come_back_whole(tmp_path):
     content = bytearray(path.read_bytes())
     content[-100] ^= 1
     path.write_bytes(content)
-    with pytest.raises(DataError, match="fingerprint|whole"):
+    with pytest.raises(DataError, match=r"fingerprint|whole"):
         load(path)
 
 

@@ -42,7 +42,7 @@ HEAD = list(range(10, 22))
 
 @pytest.mark.parametrize("share", [True, False])
 def test_every_example_is_seen_whole_by_its_own_segment(share):
-    rows = [(HEAD + [50, 51, 7], 1), (HEAD + [60, 8, 9], 2), ([1, 2, 3, 4], 1), (HEAD + [50, 51, 8], 1)]
+    rows = [([*HEAD, 50, 51, 7], 1), ([*HEAD, 60, 8, 9], 2), ([1, 2, 3, 4], 1), ([*HEAD, 50, 51, 8], 1)]
     data = arrays(rows)
     pieces = [piece(data, i) for i in range(4)]
     made = pack(pieces, groups(pieces, share), 9, 3, multiple=8)
@@ -62,7 +62,7 @@ def test_every_example_is_seen_whole_by_its_own_segment(share):
 
 
 def test_twice_the_same_example_keeps_both_targets():
-    data = arrays([(HEAD + [7], 1)] * 2)
+    data = arrays([([*HEAD, 7], 1)] * 2)
     pieces = [piece(data, i) for i in range(2)]
     made = pack(pieces, groups(pieces), 2, 1)
     assert (made[0, TARGET] == 7).sum() == 2
