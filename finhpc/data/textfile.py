@@ -42,7 +42,8 @@ def _decoded(path: Path, content: bytes, encoding: str) -> str:
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path} line {_line(content, error.start)}: byte 0x{content[error.start]:02x} is not {encoding}; "
-            "PhraseBank comes in latin-1: give --data.encoding latin-1, or convert the file to UTF-8 (iconv -f LATIN1 -t UTF-8)."
+            "PhraseBank comes in latin-1: give --data.encoding latin-1, or convert the file to UTF-8 "
+            "(iconv -f LATIN1 -t UTF-8)."
         ) from None
 
 
