@@ -66,7 +66,7 @@ def test_the_end_of_a_long_input_is_cut_and_counted(tmp_path):
     text, loss = said(found.train, 1)
     assert len(found.train.example(1)[0]) <= 120
     assert len(found.train.example(1)[0]) > 110
-    assert text.endswith("word\nAnswer: positive")
+    assert text.endswith("\nAnswer: positive")
     assert loss == " positive"
     assert found.counts["cut"] == 1
     assert any("1 inputs longer" in note for note in found.notes)
