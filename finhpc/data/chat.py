@@ -62,9 +62,7 @@ def _checked(messages: Any, where: str, tokenizer: Any) -> list[dict[str, str]]:
 
 def _render(tokenizer: Any, messages: list[dict[str, str]], where: str, add_generation_prompt: bool) -> str:
     try:
-        text: str = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except Exception as error:  # whatever the template's author raises, such as for roles out of turn
         raise ConfigError(f"{where}: the chat template refuses it ({error}); correct the conversation.") from None
     return text

@@ -196,8 +196,8 @@ def _label(raw: str, form: Template, meaning: Mapping[str, str], where: str) -> 
     if label not in form.labels:
         codes = "".join(f", {code} ({name})" for code, name in meaning.items())
         raise ConfigError(
-            f"{where}: {raw!r} is no label of template {form.name}; it has {', '.join(form.labels)}{codes}. Correct the "
-            "record, or name its format (FILE:FORMAT)."
+            f"{where}: {raw!r} is no label of template {form.name}; it has {', '.join(form.labels)}{codes}. "
+            "Correct the record, or name its format (FILE:FORMAT)."
         )
     return label
 

@@ -41,16 +41,17 @@ def _decoded(path: Path, content: bytes, encoding: str) -> str:
         raise ConfigError(f"data.encoding={encoding} is no encoding; use utf-8 or latin-1.") from None
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{path} line {_line(content, error.start)}: byte 0x{content[error.start]:02x} is not {encoding}; PhraseBank "
-            "comes in latin-1: give --data.encoding latin-1, or convert the file to UTF-8 (iconv -f LATIN1 -t UTF-8)."
+            f"{path} line {_line(content, error.start)}: byte 0x{content[error.start]:02x} is not {encoding}; "
+            "PhraseBank comes in latin-1: give --data.encoding latin-1, or convert the file to UTF-8 "
+            "(iconv -f LATIN1 -t UTF-8)."
         ) from None
 
 
 def _refuse_replaced(path: Path, text: str) -> None:
     if (at := text.find(REPLACED)) >= 0:
         raise DataError(
-            f"{path} line {text.count(chr(10), 0, at) + 1}: U+FFFD stands where a letter was: the file was once read in "
-            "a wrong encoding and saved; fetch the original (PhraseBank comes in latin-1)."
+            f"{path} line {text.count(chr(10), 0, at) + 1}: U+FFFD stands where a letter was: the file was once read "
+            "in a wrong encoding and saved; fetch the original (PhraseBank comes in latin-1)."
         )
 
 

@@ -100,9 +100,7 @@ def _row(pieces: list[list[int]], cut: bool) -> Row:
     return Row([token for piece in pieces for token in piece], answer, cut)
 
 
-def _shorter(
-    example: Example, pieces: list[list[int]], tokenizer: Any, begin: list[int], max_len: int
-) -> Row | None:
+def _shorter(example: Example, pieces: list[list[int]], tokenizer: Any, begin: list[int], max_len: int) -> Row | None:
     """Later turns left out, then the end of the input cut, until the rest fits."""
     while len(pieces) > 2 and sum(map(len, pieces)) > max_len:
         pieces = pieces[:-2]
