@@ -167,6 +167,7 @@ def merge_adapter(model: nn.Module, adapter: Adapter) -> None:
         for name in adapter.pairs:
             module = model.get_submodule(name)
             weight, delta = module.weight, adapter.delta(name)
-            assert isinstance(weight, Tensor) and delta is not None
+            assert isinstance(weight, Tensor)
+            assert delta is not None
             delta = delta.T if isinstance(module, Conv1D) else delta
             weight.copy_((weight.float() + delta.to(weight.device)).to(weight.dtype))

@@ -31,7 +31,8 @@ class Group:
     """Segments that attend alike: the same prefix, about the same length.
 
     `rows`: int64 (segments, longest), the rows of each, its last one repeated to the end. `own`: bool of the same
-    shape, false for repeats; None where there are none. `prefix`: int64 (rows of the segment they continue,), perhaps 0.
+    shape, false for repeats; None where there are none. `prefix`: int64 (n,), the rows of the segment they all
+    continue, none where they continue none.
     """
 
     rows: Tensor
