@@ -25,6 +25,7 @@ verbs:
   estimate   memory, time and the cluster that a pretrain would need, before it starts
   study      variants of a run beside each other: screened, the best trained for long on several seeds
   decompose  a dense model -> a low-rank one of its best factors
+  finetune   examples and a frozen base, 16, 8 or 4 bits -> a LoRA adapter
   export     a trained model -> a folder for transformers: low-rank or merged, 16, 8 or 4 bits
   bench      measure finhpc beside the plain way: finhpc bench train|data|prepare|pipeline|recompute|decompose
   ui         open MLflow's page of what was tracked, on this machine only
@@ -34,7 +35,7 @@ options of every verb:
   --KEY VALUE        set one key, e.g. --method.rank 96 (finhpc VERB --help lists them)
   --json             print the result as one JSON object, the last line of stdout
   --print_config     show the resolved settings and stop
-  --dry_run          check and count everything, start nothing (pretrain, study, decompose, export)
+  --dry_run          check and count everything, start nothing (pretrain, finetune, study, decompose, export)
 
 finhpc --version"""
 
@@ -79,6 +80,7 @@ def _run(verb: str, words: list[str]) -> dict[str, Any] | None:
         "estimate": (config.EstimateConfig, _estimate),
         "study": (config.StudyConfig, _study),
         "decompose": (config.DecomposeConfig, _decompose),
+        "finetune": (config.FinetuneConfig, _finetune),
         "export": (config.ExportConfig, _export),
         "ui": (config.UiConfig, _ui),
     }
@@ -237,6 +239,13 @@ def _decompose(settings: Any, dry_run: bool) -> dict[str, Any]:
     from finhpc.orchestration.decompose import decompose
 
     return decompose(settings, dry_run=dry_run)
+
+
+def _finetune(settings: Any, dry_run: bool) -> dict[str, Any]:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from finhpc.orchestration.finetune import finetune
+
+    return finetune(settings, dry_run=dry_run)
 
 
 def _export(settings: Any, dry_run: bool) -> dict[str, Any]:

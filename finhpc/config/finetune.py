@@ -71,6 +71,14 @@ class Instructions(Section):
     )
 
 
+class FinetuneTrain(Train):
+    """As in pretraining, counted in passes over the examples."""
+
+    epochs: float | None = Field(
+        1.0, gt=0, description="passes over the examples, which say train.steps; not where train.steps is given"
+    )
+
+
 class FinetuneConfig(Section):
     """Settings of `finhpc finetune`."""
 
@@ -79,7 +87,7 @@ class FinetuneConfig(Section):
     data: Instructions = Field(default_factory=Instructions)
     optimizer: Optimizer = Field(default_factory=lambda: Optimizer(lr=1e-3, weight_decay=0.0))
     parallel: Parallel = Field(default_factory=lambda: Parallel(micro_batch_size=16))
-    train: Train = Field(default_factory=Train)
+    train: FinetuneTrain = Field(default_factory=FinetuneTrain)
     quantization: FinetuneQuantization = Field(default_factory=FinetuneQuantization)
     run: Run = Field(default_factory=lambda: Run(name="finetune"))
     resources: Resources = Field(default_factory=Resources)

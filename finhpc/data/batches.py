@@ -37,16 +37,17 @@ class Batches:
     multiple: int = 1
     length: int | None = None
 
+    def order(self, examples: int, epoch: int) -> Ints:
+        """Ids of the examples in the order of an epoch."""
+        return permutation(examples, 3, self.seed, epoch)
+
     def samples(self, examples: int, step: int) -> Ints:
         """Ids of the examples of a step, counted from 0, in stream order."""
         per_step = self.parallel.samples_per_step
         places = np.arange(step * per_step, (step + 1) * per_step)
-        return np.array(
-            [
-                permutation(examples, 3, self.seed, epoch)[place]
-                for epoch, place in zip(*divmod(places, examples), strict=True)
-            ]
-        )
+        epochs, inside = divmod(places, examples)
+        orders = {epoch: self.order(examples, epoch) for epoch in np.unique(epochs).tolist()}
+        return np.array([orders[epoch][place] for epoch, place in zip(epochs.tolist(), inside.tolist(), strict=True)])
 
     def stream(self, train: Arrays, replica: int, step: int = 0) -> Iterator[MicroBatch]:
         """A replica's micro-batches from `step` on, without end.

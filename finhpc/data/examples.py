@@ -85,7 +85,7 @@ def load(path: Path) -> Examples:
         about = json.loads(metadata["about"])
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise DataError(f"{path} holds no whole set of examples ({error}); remove it and run again.") from None
-    found = Examples(*arrays, about["counts"], tuple(about["labels"]), tuple(about["notes"]))
+    found = Examples(arrays[0], arrays[1], about["counts"], tuple(about["labels"]), tuple(about["notes"]))
     if found.fingerprint != metadata.get("fingerprint"):
         raise DataError(f"{path} is not what was written (its fingerprint differs); remove it and run again.")
     return found

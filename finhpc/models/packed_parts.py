@@ -38,7 +38,8 @@ def packed_parts(config: Any, recompute: Recompute = "none") -> list[Part]:
             f"model_type={config.model_type} with sliding_window={config.sliding_window} cannot be finetuned; "
             "use a model that attends to everything before a token (sliding_window null)."
         )
-    attended = {"gpt2": _gpt2, "llama": partial(_llama, config)}[family.name]
+    families: dict[str, Attended] = {"gpt2": _gpt2, "llama": partial(_llama, config)}
+    attended = families[family.name]
     row = family.parts(config)
     last = max(i for i, part in enumerate(row) if part.kind == HALVES[0])
     runs: dict[str, Callable[..., Any]] = {

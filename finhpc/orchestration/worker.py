@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finhpc.config import PretrainConfig
+from finhpc.config import FinetuneConfig, PretrainConfig
 from finhpc.errors import CheckpointError, FinhpcError, NonFiniteError, OutOfMemoryError
 from finhpc.training.checkpoint import write_json
 
@@ -64,7 +64,7 @@ def _train(arguments: dict[str, Any], folder: Path) -> None:
     if cuda:
         torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("highest")
-    make = {"pretrain": _pretrainer}[arguments["verb"]]
+    make = {"pretrain": _pretrainer, "finetune": _finetuner}[arguments["verb"]]
     worker = make(arguments["config"], folder, device, fingerprint)
     torch.set_num_threads(worker.config.resources.threads)
     try:
@@ -117,6 +117,28 @@ def _pretrainer(settings: dict[str, Any], folder: Path, device: torch.device, fi
         journal_path=folder / WORKER_FILE,
         feed=Blocks(config.parallel, open_stream, shards.eval_samples(config.data.eval_samples, config.data.seq_len)),
         labels={"tokenizer_sha256": shards.manifest.tokenizer_sha256, "dataset": shards.manifest.fingerprint},
+    )
+
+
+def _finetuner(settings: dict[str, Any], folder: Path, device: torch.device, fingerprint: str) -> Worker:
+    from finhpc.models.adapted import Adaptation
+    from finhpc.orchestration.finetune import batches_of, open_base, open_examples
+    from finhpc.training.feed import Packs
+    from finhpc.training.journal import WORKER_FILE
+    from finhpc.training.loop import Worker
+
+    config = FinetuneConfig.model_validate(settings)
+    weights = open_base(config)
+    return Worker(
+        config=config,
+        hf_config=weights.config,
+        fill=None,
+        device=device,
+        folder=folder,
+        journal_path=folder / WORKER_FILE,
+        feed=Packs(open_examples(folder, fingerprint), batches_of(config), config.data.eval_limit),
+        adapt=Adaptation.of(config, weights),
+        labels={"dataset": fingerprint},
     )
 
 

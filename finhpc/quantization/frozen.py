@@ -63,7 +63,7 @@ class FrozenFloat(Frozen):
     weight: Tensor
 
     def __init__(self, rows: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
-        super().__init__(*rows.shape, bias)
+        super().__init__(rows.shape[0], rows.shape[1], bias)
         self._hold(weight=rows.to(dtype).contiguous())
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
@@ -77,7 +77,7 @@ class FrozenInt8(Frozen):
     largest: Tensor
 
     def __init__(self, rows: Tensor, bias: Tensor | None, name: str) -> None:
-        super().__init__(*rows.shape, bias)
+        super().__init__(rows.shape[0], rows.shape[1], bias)
         held = int8_tensors(rows, 8, name)
         self._hold(codes=held["weight"], largest=held["SCB"])
 
@@ -102,7 +102,7 @@ class FrozenNf4(Frozen):
     def __init__(self, rows: Tensor, bias: Tensor | None) -> None:
         from bitsandbytes.functional import quantize_4bit
 
-        super().__init__(*rows.shape, bias)
+        super().__init__(rows.shape[0], rows.shape[1], bias)
         block = 64 if rows.shape[1] % 64 == 0 else 32
         packed, self.state = quantize_4bit(
             rows.float().contiguous(), blocksize=block, compress_statistics=True, quant_type="nf4"
@@ -128,7 +128,7 @@ class FrozenMinMax(Frozen):
     zero: Tensor
 
     def __init__(self, rows: Tensor, bias: Tensor | None, bits: int, name: str) -> None:
-        super().__init__(*rows.shape, bias)
+        super().__init__(rows.shape[0], rows.shape[1], bias)
         vectors = quantize(rows, bits, name)
         self.bits = bits
         self._hold(codes=pack(vectors.codes, bits), scale=vectors.scale, zero=vectors.zero)

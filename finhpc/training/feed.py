@@ -31,9 +31,12 @@ class Portion(NamedTuple):
 
 
 class Feed(Protocol):
-    """A run's data. `scored`: held-out samples of an evaluation, over all replicas."""
+    """A run's data."""
 
-    scored: int
+    @property
+    def scored(self) -> int:
+        """Held-out samples of an evaluation, over all replicas."""
+        ...
 
     def stream(self, step: int, replica: int) -> Iterator[Portion]:
         """A replica's micro-batches from the step after `step` on; called on first stages only."""
@@ -73,7 +76,7 @@ class Blocks:
         return list(mine.split(self.parallel.micro_batch_size))
 
     def tokens(self, step: int) -> int:
-        return step * self.parallel.samples_per_step * self.val.shape[1]
+        return step * self.parallel.samples_per_step * int(self.val.shape[1])
 
 
 @dataclass(frozen=True)
@@ -99,9 +102,10 @@ class Packs:
 
     def tokens(self, step: int) -> int:
         epochs, rest = divmod(step * self.batches.parallel.samples_per_step, len(self.examples.train))
-        begun = self.batches.order(len(self.examples.train), epochs)[:rest]
+        begun: Ints = self.batches.order(len(self.examples.train), epochs)[:rest]
         return epochs * int(self._lengths.sum()) + int(self._lengths[begun].sum())
 
     @cached_property
     def _lengths(self) -> Ints:
-        return np.diff(self.examples.train.offsets)
+        lengths: Ints = np.diff(self.examples.train.offsets)
+        return lengths

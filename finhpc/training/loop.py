@@ -222,7 +222,9 @@ class Worker:
         loss = self.engine.evaluate(iter(batches), len(batches))
         self.engine.busy_s, self.engine.wait_s = times
         if self.journal:
-            self.journal.write("eval", step=step, tokens=self.feed.tokens(step), val_loss=loss, val_perplexity=_exp(loss))
+            self.journal.write(
+                "eval", step=step, tokens=self.feed.tokens(step), val_loss=loss, val_perplexity=_exp(loss)
+            )
 
     def _checkpoint(self, step: int) -> None:
         engine = self.engine
