@@ -93,8 +93,9 @@ def _read(number: int, spec: str, settings: Instructions, tokenizer: Any) -> Sou
     path, named = split_name(spec, FORMATS)
     reading = read_records(path, settings.encoding, settings.hf_split, named)
     kind = named or _detect(reading.source, reading.columns, settings)
+    labels: tuple[str, ...] = ()
     if kind == "chat":
-        used, labels, columns = "chat", (), {"messages": settings.columns.get("messages", "messages")}
+        used, columns = "chat", {"messages": settings.columns.get("messages", "messages")}
     else:
         form = template(settings.template or FORMATS[kind].template)
         used, labels, columns = form.name, form.labels, _columns(form, kind, settings)
