@@ -102,7 +102,9 @@ class Batches:
         per, packs, replicas = self.parallel.micro_batch_size, self.parallel.micro_batches, self.parallel.replicas
         if packs * replicas == 1:
             return [[list(range(len(pieces)))]]
-        whole = groups(pieces, self.share_prefix)
+        found = groups(pieces, self.share_prefix)
+        loose = tuple(group.members[0] for group in found if not group.prefix)
+        whole = [group for group in found if group.prefix] + ([Group(loose, 0)] if loose else [])
         single = [Group(tuple(range(len(pieces))), 0)]
         ways = []
         for clusters in (whole, single):
@@ -110,8 +112,8 @@ class Batches:
             loads = [self._load(pieces, chosen) for chosen in bins]
             dealt = _deal(loads, replicas)
             busiest = max(sum(loads[i] for i in mine) for mine in dealt)
-            ways.append((busiest, sum(loads), [[bins[i] for i in mine] for mine in dealt]))
-        return min(ways, key=lambda way: way[:2])[2]
+            ways.append((busiest, sum(loads), max(loads), [[bins[i] for i in mine] for mine in dealt]))
+        return min(ways, key=lambda way: way[:3])[3]
 
     def _load(self, pieces: list[Piece], chosen: list[int]) -> int:
         part = [pieces[i] for i in chosen]

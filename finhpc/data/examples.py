@@ -21,6 +21,7 @@ from finhpc.data.shards import write_atomic
 from finhpc.data.tokenise import Row, rows
 from finhpc.errors import ConfigError, DataError
 
+SPLITS = ("train", "held_out")
 ARRAYS = ("tokens", "offsets", "answer", "source")
 LETTERS = re.compile(r"[\W_]+")
 
@@ -79,13 +80,11 @@ def load(path: Path) -> Examples:
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-            arrays = [
-                Arrays(*(file.get_tensor(f"{split}.{name}") for name in ARRAYS)) for split in ("train", "held_out")
-            ]
+            train, held_out = (Arrays(*(file.get_tensor(f"{split}.{name}") for name in ARRAYS)) for split in SPLITS)
         about = json.loads(metadata["about"])
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise DataError(f"{path} holds no whole set of examples ({error}); remove it and run again.") from None
-    found = Examples(arrays[0], arrays[1], about["counts"], tuple(about["labels"]), tuple(about["notes"]))
+    found = Examples(train, held_out, about["counts"], tuple(about["labels"]), tuple(about["notes"]))
     if found.fingerprint != metadata.get("fingerprint"):
         raise DataError(f"{path} is not what was written (its fingerprint differs); remove it and run again.")
     return found

@@ -35,7 +35,7 @@ def test_labels_are_tokenised_as_the_plain_loop_does(tmp_path):
 
 def test_every_format_is_known_by_its_columns(tmp_path):
     (tmp_path / "tfns.csv").write_text('text,label\n"A, b",0\nC,1\nD,2\n')
-    fiqa = {str(i): {"sentence": f"S{i}", "info": [{"sentiment_score": s}]} for i, s in enumerate((-0.11, 0.1, 0.11))}
+    fiqa = {str(i): {"sentence": f"S{i}", "info": [{"sentiment_score": s}]} for i, s in enumerate((-0.11, -0.1, 0.11))}
     (tmp_path / "fiqa.json").write_text(json.dumps(fiqa))
     (tmp_path / "ner.txt").write_text("-DOCSTART- -X- O O\n\nSILICON NNP - I-ORG\nBANK NNP - I-ORG\nlends VB - O\n\n")
     for name, answers in {
@@ -187,7 +187,7 @@ def test_labels_of_every_template_can_be_had():
 
 def test_real_sets(shared_data):
     finance = shared_data / "finance"
-    found = make([str(finance / n) for n in ("fpb_train_50agree.txt", "tfns_train.csv", "fiqa_sa_train.json")])
-    assert [source["records"] for source in found.counts["by_source"]] == [3628, 9543, 688]
-    assert found.counts["examples"] == len(found.train) == 13859
-    assert found.counts["dropped"] == 0
+    found = make([str(finance / name) for name in ("fpb_train_50agree.txt", "fiqa_sa_train.json", "FIN5.txt")])
+    assert [source["records"] for source in found.counts["by_source"]] == [3628, 688, 1161]
+    assert found.counts["examples"] == len(found.train) == 5477
+    assert found.counts["by_source"][2]["skipped"]["entities of type MISC"] == 7
