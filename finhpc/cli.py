@@ -26,6 +26,7 @@ verbs:
   study      variants of a run beside each other: screened, the best trained for long on several seeds
   decompose  a dense model -> a low-rank one of its best factors
   export     a trained model -> a folder for transformers: low-rank or merged, 16, 8 or 4 bits
+  evaluate   models -> scores on general and financial tasks, with baselines and intervals
   bench      measure finhpc beside the plain way: finhpc bench train|data|prepare|pipeline|recompute|decompose
   ui         open MLflow's page of what was tracked, on this machine only
 
@@ -34,7 +35,7 @@ options of every verb:
   --KEY VALUE        set one key, e.g. --method.rank 96 (finhpc VERB --help lists them)
   --json             print the result as one JSON object, the last line of stdout
   --print_config     show the resolved settings and stop
-  --dry_run          check and count everything, start nothing (pretrain, study, decompose, export)
+  --dry_run          check and count everything, start nothing (pretrain, study, decompose, export, evaluate)
 
 finhpc --version"""
 
@@ -80,6 +81,7 @@ def _run(verb: str, words: list[str]) -> dict[str, Any] | None:
         "study": (config.StudyConfig, _study),
         "decompose": (config.DecomposeConfig, _decompose),
         "export": (config.ExportConfig, _export),
+        "evaluate": (config.EvaluateConfig, _evaluate),
         "ui": (config.UiConfig, _ui),
     }
     if verb not in verbs:
@@ -243,6 +245,13 @@ def _export(settings: Any, dry_run: bool) -> dict[str, Any]:
     from finhpc.models.export import export
 
     return export(settings, dry_run=dry_run)
+
+
+def _evaluate(settings: Any, dry_run: bool) -> dict[str, Any]:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from finhpc.orchestration.evaluate import evaluate
+
+    return evaluate(settings, dry_run=dry_run)
 
 
 def _estimate(settings: Any, dry_run: bool) -> dict[str, Any]:
