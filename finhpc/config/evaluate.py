@@ -14,10 +14,8 @@ from finhpc.config.training import Resources, Run
 class EvaluateData(Section):
     """Where the tasks' examples lie."""
 
-    folder: str | None = Field(None, description="folder of the tasks' files, found by their usual names, or one below")
-    files: dict[str, str] = Field(
-        default_factory=dict, description="a task's own file, or hf:NAME: data.files.fpb FILE"
-    )
+    folder: str | None = Field(None, description="of the tasks' files, found by their usual names in it or one below")
+    files: dict[str, str] = Field(default_factory=dict, description="a task's own file or hf:NAME: data.files.fpb FILE")
     encoding: str | None = Field(None, description="of text files; default: UTF-8, PhraseBank's latin-1")
     hf_split: str = Field("validation", description="split of an hf: source")
     shards: str | None = Field(None, description="folder written by `finhpc prepare`, for perplexity")

@@ -58,8 +58,10 @@ def subjects(models: list[str], adapters: list[str]) -> list[Subject]:
             f"{len(adapters)} adapters do not fit {len(models)} models; give one model, or one adapter a model (none: "
             "without)."
         )
-    pairs = [(models[0], adapter) for adapter in adapters] if len(models) == 1 else list(zip(models, adapters))
-    pairs = pairs or [(model, "none") for model in models]
+    if len(models) == 1 and adapters:
+        pairs = [(models[0], adapter) for adapter in adapters]
+    else:
+        pairs = list(zip(models, adapters or ["none"] * len(models), strict=True))
     problems: list[str] = []
     found: list[tuple[str, str | None]] = []
     for model, adapter in pairs:
@@ -67,11 +69,8 @@ def subjects(models: list[str], adapters: list[str]) -> list[Subject]:
             found.append(_resolved(model, None if adapter in ("none", "") else adapter))
         except ConfigError as error:
             problems += error.problems
-    problems += [
-        f"model={model}{' with adapter=' + a if a else ''} is given twice."
-        for model, a in set(found)
-        if found.count((model, a)) > 1
-    ]
+    twice = sorted({pair for pair in found if found.count(pair) > 1}, key=str)
+    problems += [f"model={model} with adapter={adapter} is given twice; once is enough." for model, adapter in twice]
     if problems:
         raise ConfigError(problems)
     names = [_name(adapter or model) for model, adapter in found]

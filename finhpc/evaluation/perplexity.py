@@ -33,8 +33,8 @@ def perplexity(
     """
     if shards.manifest.vocab_size > vocab_size:
         raise ConfigError(
-            f"data.shards={shards.folder} has a vocabulary of {shards.manifest.vocab_size:,}, the model {vocab_size:,}; "
-            "prepare the text with the model's tokeniser (finhpc prepare --tokenizer MODEL)."
+            f"data.shards={shards.folder} has a vocabulary of {shards.manifest.vocab_size:,}, the model "
+            f"{vocab_size:,}; prepare the text with the model's tokeniser (finhpc prepare --tokenizer MODEL)."
         )
     sizes = shards.shard_samples(split, seq_len)
     total = sum(sizes)

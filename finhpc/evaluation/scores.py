@@ -13,9 +13,12 @@ from finhpc.evaluation.metrics import intervals, majority, random_guess, weighte
 from finhpc.evaluation.tasks import TaskFile, load_task
 
 Row = dict[str, Any]
+FEWSHOT_SEED = 1234  # lm-eval's own default
 
 
-def score(model: LanguageModel, task: TaskFile, resamples: int, seed: int) -> tuple[dict[str, Any], list[Row]]:
+def score(
+    model: LanguageModel, task: TaskFile, resamples: int, seed: int, limit: int | None = None
+) -> tuple[dict[str, Any], list[Row]]:
     """Scores of a model on a task, and its prediction for each example.
 
     `acc`, `acc_norm` are lm-eval's own; `weighted_f1` is over the classes of the answers (their places in
@@ -23,12 +26,23 @@ def score(model: LanguageModel, task: TaskFile, resamples: int, seed: int) -> tu
     that nothing was chosen; they count as lm-eval counts them. `cut`: examples whose prompt lost its
     beginning. Raises `DataError` for a label that is none of an example's choices.
     """
-    from lm_eval import simple_evaluate
+    from lm_eval.evaluator import evaluate
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     opened = load_task(task)
+    if opened.get_config("num_fewshot") is None:
+        opened.set_config(key="num_fewshot", value=0)
+    opened.set_fewshot_seed(seed=FEWSHOT_SEED)
     model.cut.clear()
-    found = simple_evaluate(model, tasks=[opened], bootstrap_iters=0, log_samples=True)
+    # Those of our own tasks were drawn already.
+    found = evaluate(
+        model,
+        {task.name: opened},
+        limit=limit if task.own else None,
+        bootstrap_iters=0,
+        log_samples=True,
+        confirm_run_unsafe_code=True,  # a file with code is here only if it was trusted
+    )
     assert found is not None  # this process is the only one
     rows = [_row(sample, opened, model.cut, task) for sample in sorted(found["samples"][task.name], key=_place)]
     scores = {
