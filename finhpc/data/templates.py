@@ -64,8 +64,11 @@ class Template(BaseModel):
         key = _fill(self.key, fields)
         if (written := WRITTEN_INPUT.search(key)) is not None:
             key = written[1]
-        if pattern == f"{{{cut}}}" and (asks := LAST_LINE.search(text)) is not None:
-            stop = asks.start()
+        if pattern == f"{{{cut}}}":
+            if (written := WRITTEN_INPUT.search(text)) is not None:
+                start, stop = written.span(1)
+            elif (asks := LAST_LINE.search(text)) is not None:
+                stop = asks.start()
         return Rendered(text, (start, min(stop, len(text))), key)
 
     def answer_of(self, fields: Mapping[str, str]) -> str:
