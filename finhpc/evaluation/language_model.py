@@ -27,7 +27,9 @@ class LanguageModel(HFLM):
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         self.cut: set[str] = set()  # prompts
         self._rows = batch_size
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model  # under peft's adapter
+        base: Any = model
+        if hasattr(model, "get_base_model"):
+            base = base.get_base_model()  # under peft's adapter
         self._few = "logits_to_keep" in inspect.signature(base.forward).parameters
 
     def _loglikelihood_tokens(
@@ -48,11 +50,11 @@ class LanguageModel(HFLM):
             place = {position: at for at, position in enumerate(kept.tolist())}
             for r, row in enumerate(batch):
                 for i in groups[row]:
-                    answer = torch.tensor(requests[i][2], device=log_probs.device)
-                    at = [place[position] for position in range(len(row) - len(answer), len(row))]
+                    target = torch.tensor(requests[i][2], device=log_probs.device)
+                    at = [place[position] for position in range(len(row) - len(target), len(row))]
                     of_answer = log_probs[r, at]  # (answer, vocabulary)
-                    score = of_answer.gather(1, answer[:, None]).sum()
-                    found[i] = float(score), bool((of_answer.argmax(-1) == answer).all())
+                    score = of_answer.gather(1, target[:, None]).sum()
+                    found[i] = float(score), bool((of_answer.argmax(-1) == target).all())
         return found
 
     def _log_probs(self, batch: list[tuple[int, ...]], last: list[int]) -> tuple[Tensor, Tensor]:
