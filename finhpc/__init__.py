@@ -5,6 +5,7 @@ The rooms, from the top down (imports point down only):
 - `cli`            the `finhpc` command: one verb per job
 - `orchestration`  Ray Train runs, MLflow tracking, what is on the screen
 - `training`       engine, loop, checkpoint, metrics: torch and DeepSpeed, no Ray
+- `evaluation`     tasks, general and financial, by lm-eval; scores with their baselines and intervals
 - `planning`       memory, time and topologies before a run: counted from the code, beside the paper's tables
 - `data`           text on disk -> token shards (`prepare`) -> ordered streams (Ray Data)
 - `models`         Hugging Face models cut into pipeline layers; presets; load, save, export
@@ -45,10 +46,12 @@ _PUBLIC = {
     "prepare": "finhpc.data.prepare",
     "pretrain": "finhpc.orchestration.pretrain",
     "study": "finhpc.orchestration.study",
+    "evaluate": "finhpc.orchestration.evaluate",
     "export": "finhpc.models.export",
     "PretrainConfig": "finhpc.config",
     "StudyConfig": "finhpc.config",
     "PrepareConfig": "finhpc.config",
+    "EvaluateConfig": "finhpc.config",
     "ExportConfig": "finhpc.config",
     "DecomposeConfig": "finhpc.config",
     "FinhpcError": "finhpc.errors",

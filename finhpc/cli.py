@@ -27,6 +27,7 @@ verbs:
   decompose  a dense model -> a low-rank one of its best factors
   finetune   examples and a frozen base, 16, 8 or 4 bits -> a LoRA adapter
   export     a trained model -> a folder for transformers: low-rank or merged, 16, 8 or 4 bits
+  evaluate   models -> scores on general and financial tasks, with baselines and intervals
   bench      measure finhpc beside the plain way: finhpc bench train|data|prepare|pipeline|recompute|decompose
   ui         open MLflow's page of what was tracked, on this machine only
 
@@ -35,7 +36,7 @@ options of every verb:
   --KEY VALUE        set one key, e.g. --method.rank 96 (finhpc VERB --help lists them)
   --json             print the result as one JSON object, the last line of stdout
   --print_config     show the resolved settings and stop
-  --dry_run          check and count everything, start nothing (pretrain, finetune, study, decompose, export)
+  --dry_run          check and count everything, start nothing (of every verb that computes)
 
 finhpc --version"""
 
@@ -82,6 +83,7 @@ def _run(verb: str, words: list[str]) -> dict[str, Any] | None:
         "decompose": (config.DecomposeConfig, _decompose),
         "finetune": (config.FinetuneConfig, _finetune),
         "export": (config.ExportConfig, _export),
+        "evaluate": (config.EvaluateConfig, _evaluate),
         "ui": (config.UiConfig, _ui),
     }
     if verb not in verbs:
@@ -252,6 +254,13 @@ def _export(settings: Any, dry_run: bool) -> dict[str, Any]:
     from finhpc.models.export import export
 
     return export(settings, dry_run=dry_run)
+
+
+def _evaluate(settings: Any, dry_run: bool) -> dict[str, Any]:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from finhpc.orchestration.evaluate import evaluate
+
+    return evaluate(settings, dry_run=dry_run)
 
 
 def _estimate(settings: Any, dry_run: bool) -> dict[str, Any]:

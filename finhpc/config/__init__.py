@@ -4,6 +4,7 @@
 `ConfigError` that lists every problem.
 """
 
+from finhpc.config.evaluate import EvaluateConfig, EvaluateData
 from finhpc.config.finetune import FinetuneConfig, FinetuneQuantization, Instructions, Lora
 from finhpc.config.folders import Calibration, DecomposeConfig, ExportConfig, PrepareConfig, UiConfig
 from finhpc.config.pretrain import (
@@ -27,6 +28,8 @@ __all__ = [
     "Data",
     "DecomposeConfig",
     "EstimateConfig",
+    "EvaluateConfig",
+    "EvaluateData",
     "ExportConfig",
     "FinetuneConfig",
     "FinetuneQuantization",

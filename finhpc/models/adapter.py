@@ -3,8 +3,8 @@
     FOLDER/adapter_config.json          peft's LoraConfig
     FOLDER/adapter_model.safetensors    base_model.model.NAME.lora_A.weight (rank, in), .lora_B.weight (out, rank)
 
-For a Llama or GPT-2 base of transformers, `peft.PeftModel.from_pretrained(base, FOLDER)` opens it. On a low-rank model
-of finhpc, whose layers peft does not know, `merge_adapter` and `finhpc.models.adapted` do.
+For a Llama or GPT-2 base of transformers, `peft.PeftModel.from_pretrained(base, FOLDER)` opens it. peft does not know
+the layers of finhpc's low-rank models: adapters beside those are written, and nothing opens them yet.
 """
 
 from __future__ import annotations
@@ -114,6 +114,17 @@ def load_adapter(folder: Path, model: nn.Module) -> Adapter:
             pairs[name.removesuffix(".lora_A.weight")] = held[key], held[other]
     _check_fits(folder, pairs, model)
     return Adapter(pairs, scale)
+
+
+def base_of(folder: Path) -> Path:
+    """The base that an adapter names; raises `ConfigError` where it names none, or none that lies here."""
+    named = _read_config(folder).get("base_model_name_or_path")
+    if not named or not Path(named).is_dir():
+        raise ConfigError(
+            f"adapter={folder} names the base {named}, which is no folder here; put it there, or name another in "
+            f"{CONFIG} (base_model_name_or_path)."
+        )
+    return Path(named)
 
 
 def _check_fits(folder: Path, pairs: dict[str, tuple[Tensor, Tensor]], model: nn.Module) -> None:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from finhpc.errors import CheckpointError
+from finhpc.models.adapter import CONFIG, base_of, load_adapter, merge_adapter
 from finhpc.models.families import skeleton
 from finhpc.models.initialize import initialize
 from finhpc.models.manifest import check_manifest
@@ -26,11 +27,13 @@ from finhpc.quantization.fake import TRAINED, round_weights, trained_bits
 def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Open a model folder that finhpc or transformers wrote: dense or low-rank, in eval mode.
 
-    A model that was trained with quantised weights gets the weights it was trained with, as floats.
+    The folder of an adapter opens as its base with the adapter added to its weights. A model that was trained with quantised weights gets the weights it was trained with, as floats.
     Weights are read from safetensors only. Raises `CheckpointError` when the folder is no model, or its
     weights are not as its manifest says.
     """
     path = Path(path)
+    if (path / CONFIG).is_file():
+        return _with_adapter(path, dtype)
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path} has no config.json; give a model folder (a run's `model` folder).")
     if not list(path.glob("*.safetensors")):
@@ -49,6 +52,13 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrain
         round_weights(model, bits)
         delattr(model.config, TRAINED)
     return model.eval()
+
+
+def _with_adapter(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    base = base_of(path)
+    model = load_model(base, dtype)
+    merge_adapter(model, load_adapter(path, model))
+    return model
 
 
 def initial_model(hf_config: Any, seed: int, scheme: str | None) -> Any:

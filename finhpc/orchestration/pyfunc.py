@@ -70,8 +70,9 @@ def _write(folder: Path, out: Path, model: Model) -> None:
         params=ParamSchema([ParamSpec("max_new_tokens", DataType.long, MAX_NEW_TOKENS)]),
     )
     pyfunc.add_to_model(model, loader_module="finhpc.orchestration.pyfunc", data=_DATA)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if "lowrank" not in config["model_type"]:
+    whole = (folder / "config.json").is_file()  # else it is an adapter, which opens beside its base
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8")) if whole else {}
+    if whole and "lowrank" not in config["model_type"]:
         _add_transformers_flavor(folder, out, model, config)
     model.model_size_bytes = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     requirements = [f"{package}=={version(package).partition('+')[0]}" for package in REQUIREMENTS]

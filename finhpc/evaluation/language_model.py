@@ -1,0 +1,74 @@
+"""lm-eval's language model with the same numbers and less work.
+
+Log-probabilities are computed at the positions of the answers alone, not over the vocabulary at every
+token of the prompt, and answers that share all tokens but the last are read from one row.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from lm_eval.models.huggingface import HFLM
+from torch import Tensor, nn
+
+Request = tuple[tuple[str, str], list[int], list[int]]  # texts, tokens of the prompt, tokens of the answer
+PAD = 0  # comes after everything that is read, and is never seen by it
+
+
+class LanguageModel(HFLM):
+    """Wraps a loaded model. `cut`: requests whose prompt was longer than the context and lost its beginning.
+
+    That is lm-eval's rule: of prompt + answer the last `max_length` + 1 tokens are kept.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, batch_size: int) -> None:
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        self.cut: set[str] = set()  # prompts
+        self._rows = batch_size
+        base: Any = model
+        if hasattr(model, "get_base_model"):
+            base = base.get_base_model()  # under peft's adapter
+        self._few = "logits_to_keep" in inspect.signature(base.forward).parameters
+
+    def _loglikelihood_tokens(
+        self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for i, (texts, context, answer) in enumerate(requests):
+            if len(context) + len(answer) > self.max_length + 1:
+                self.cut.add(texts[0])
+            window = (context + answer)[-(self.max_length + 1) :][:-1]
+            groups.setdefault(tuple(window), []).append(i)
+        rows = sorted(groups, key=lambda row: (-len(row), row))
+        found: list[tuple[float, bool]] = [(float("nan"), False)] * len(requests)
+        for start in range(0, len(rows), override_bs or self._rows):
+            batch = rows[start : start + (override_bs or self._rows)]
+            longest = [max(len(requests[i][2]) for i in groups[row]) for row in batch]
+            kept, log_probs = self._log_probs(batch, longest)
+            place = {position: at for at, position in enumerate(kept.tolist())}
+            for r, row in enumerate(batch):
+                for i in groups[row]:
+                    target = torch.tensor(requests[i][2], device=log_probs.device)
+                    at = [place[position] for position in range(len(row) - len(target), len(row))]
+                    of_answer = log_probs[r, at]  # (answer, vocabulary)
+                    score = of_answer.gather(1, target[:, None]).sum()
+                    found[i] = float(score), bool((of_answer.argmax(-1) == target).all())
+        return found
+
+    def _log_probs(self, batch: list[tuple[int, ...]], last: list[int]) -> tuple[Tensor, Tensor]:
+        """Positions, and log-probabilities (rows, positions, vocabulary) there: of each row the `last` ones."""
+        width = max(map(len, batch))
+        tokens = torch.full((len(batch), width), PAD, dtype=torch.long)
+        for r, row in enumerate(batch):
+            tokens[r, : len(row)] = torch.tensor(row)
+        wanted = {len(row) - k for row, n in zip(batch, last, strict=True) for k in range(1, n + 1)}
+        kept = torch.tensor(sorted(wanted), device=self.device)
+        with torch.inference_mode():
+            inputs = tokens.to(self.device)
+            if self._few:
+                logits = self.model(inputs, logits_to_keep=kept, use_cache=False).logits
+            else:
+                logits = self.model(inputs, use_cache=False).logits[:, kept]
+            return kept, torch.log_softmax(logits, dim=-1)

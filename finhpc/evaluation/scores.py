@@ -1,0 +1,98 @@
+"""A model's scores on one task, with their baselines, intervals and predictions."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+
+from finhpc.errors import DataError
+from finhpc.evaluation.language_model import LanguageModel
+from finhpc.evaluation.metrics import intervals, majority, random_guess, weighted_f1
+from finhpc.evaluation.tasks import TaskFile, load_task
+
+Row = dict[str, Any]
+FEWSHOT_SEED = 1234  # lm-eval's own default
+
+
+def score(
+    model: LanguageModel, task: TaskFile, resamples: int, seed: int, limit: int | None = None
+) -> tuple[dict[str, Any], list[Row]]:
+    """Scores of a model on a task, and its prediction for each example.
+
+    `acc`, `acc_norm` are lm-eval's own; `weighted_f1` is over the classes of the answers (their places in
+    the list of choices). `unread`: examples whose answers' scores are not finite, or all the same, so
+    that nothing was chosen; they count as lm-eval counts them. `cut`: examples whose prompt lost its
+    beginning. Raises `DataError` for a label that is none of an example's choices.
+    """
+    from lm_eval.evaluator import evaluate
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    opened = load_task(task)
+    if opened.get_config("num_fewshot") is None:
+        opened.set_config(key="num_fewshot", value=0)
+    opened.set_fewshot_seed(seed=FEWSHOT_SEED)
+    model.cut.clear()
+    # Those of our own tasks were drawn already.
+    found = evaluate(
+        model,
+        {task.name: opened},
+        limit=limit if task.own else None,
+        bootstrap_iters=0,
+        log_samples=True,
+        confirm_run_unsafe_code=True,  # a file with code is here only if it was trusted
+    )
+    assert found is not None  # this process is the only one
+    rows = [_row(sample, opened, model.cut, task) for sample in sorted(found["samples"][task.name], key=_place)]
+    scores = {
+        key.removesuffix(",none"): float(value)
+        for key, value in found["results"][task.name].items()
+        if key.endswith(",none") and key in ("acc,none", "acc_norm,none")
+    }
+    golds, predictions, choices = (np.array([row[key] for row in rows]) for key in ("gold", "prediction", "n_choices"))
+    scores["weighted_f1"] = weighted_f1(list(zip(golds.tolist(), predictions.tolist(), strict=True)))
+    means = {name: np.array([row[name] for row in rows], dtype=np.float64) for name in scores if name in rows[0]}
+    return {
+        **scores,
+        "ci95": intervals(golds, predictions, means, resamples, seed) if resamples else None,
+        "majority": majority(golds),
+        "random": random_guess(golds, choices),
+        "examples": len(rows),
+        "examples_total": task.total,
+        "unread": sum(not row["read"] for row in rows),
+        "cut": sum(row["cut"] for row in rows),
+    }, rows
+
+
+def _place(sample: dict[str, Any]) -> int:
+    return int(sample["doc_id"])
+
+
+def _row(sample: dict[str, Any], task: Any, cut: set[str], file: TaskFile) -> Row:
+    """What the table of predictions says of one example."""
+    doc, target = sample["doc"], sample["target"]
+    choices = task.doc_to_choice(doc)
+    several = isinstance(task.doc_to_text(doc), int)  # as in WinoGrande: the choice is the prompt, the target its end
+    gold = task.doc_to_text(doc) if several else target
+    gold = choices.index(gold) if isinstance(gold, str) and gold in choices else gold
+    if not isinstance(gold, int) or not 0 <= gold < len(choices):
+        raise DataError(
+            f"tasks={file.name}: the label {gold!r} of example {sample['doc_id']} is none of {choices}; correct the "
+            "task file or its data."
+        )
+    scores = np.array([float(answer[0]) for answer in sample["filtered_resps"]])
+    prompts = [arguments[0] for arguments in sample["arguments"]]
+    return {
+        "example": int(sample["doc_id"]),
+        "prompt": prompts[0] if not several else "",
+        "choices": list(choices),
+        "gold": gold,
+        "prediction": int(np.argmax(scores)),
+        "log_likelihoods": scores.tolist(),
+        "acc": float(sample["acc"]) if "acc" in sample else None,
+        **({"acc_norm": float(sample["acc_norm"])} if "acc_norm" in sample else {}),
+        "read": bool(np.isfinite(scores).all() and len(np.unique(scores)) > 1),
+        "cut": any(prompt in cut for prompt in prompts),
+        "n_choices": len(choices),
+    }

@@ -1,0 +1,138 @@
+"""Task files that lm-eval reads: those that ship, pointed at the examples at hand, and the user's own.
+
+For every task of ours a folder gets NAME.yaml and NAME.jsonl, so that lm-eval's own command gives the same
+scores: `lm_eval --model hf --model_args pretrained=MODEL --tasks NAME --include_path FOLDER`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finhpc.config import EvaluateConfig, nearest
+from finhpc.data.shards import file_sha256, write_atomic
+from finhpc.errors import ConfigError, DataError
+from finhpc.evaluation.documents import SOURCES, documents
+
+PERPLEXITY = "perplexity"
+GENERAL = {  # lm-eval's own definitions, under its tasks/
+    "boolq": "super_glue/boolq/default.yaml",
+    "piqa": "piqa/piqa.yaml",
+    "winogrande": "winogrande/default.yaml",
+}
+TASKS = (*SOURCES, PERPLEXITY)
+# What makes lm-eval import or run something: functions, classes, task code, pickled or scripted data.
+CODE = re.compile(r"!function|!!python|^\s*(class|custom_dataset|unsafe_code)\s*:", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class TaskFile:
+    """A task as lm-eval finds it. `sha256`: of the file and its examples; `total`: examples there are in all."""
+
+    name: str
+    path: Path
+    sha256: str
+    examples: int | None
+    total: int | None
+    own: bool  # the user's, read where it lies
+
+
+def prepare_tasks(config: EvaluateConfig, folder: Path) -> list[TaskFile]:
+    """Write the files of all tasks but perplexity into `folder`; raises one `ConfigError` with every problem."""
+    problems: list[str] = []
+    found: list[TaskFile] = []
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in dict.fromkeys(config.tasks):
+        try:
+            if name.endswith((".yaml", ".yml")):
+                found.append(_own(Path(name), config))
+            elif name in SOURCES:
+                found.append(_ours(name, config, folder))
+            elif name != PERPLEXITY:
+                problems.append(f"tasks={name} is no task; {nearest(name, list(TASKS))} Or give a task file (.yaml).")
+        except (ConfigError, DataError) as error:
+            problems += str(error).splitlines()
+    unknown = [task for task in config.data.files if task not in SOURCES]
+    problems += [f"data.files.{task} names no task; {nearest(task, list(SOURCES))}" for task in unknown]
+    names = [task.name for task in found]
+    problems += [f"tasks: {name} is given twice; once is enough." for name in set(names) if names.count(name) > 1]
+    if problems:
+        raise ConfigError(problems)
+    return found
+
+
+def _ours(name: str, config: EvaluateConfig, folder: Path) -> TaskFile:
+    rows, total = documents(name, config.data, config.limit, config.seed)
+    examples, path = folder / f"{name}.jsonl", folder / f"{name}.yaml"
+    write_atomic(examples, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    text, split = _definition(name)
+    data = {"data_files": {split: str(examples.absolute())}}
+    write_atomic(path, (text + yaml.safe_dump({"dataset_kwargs": data})).encode())
+    return TaskFile(name, path, file_sha256(path)[:32] + file_sha256(examples)[:32], len(rows), total, False)
+
+
+def _definition(name: str) -> tuple[str, str]:
+    """The task file but for its examples, and the split that lm-eval scores."""
+    if name not in GENERAL:
+        return (files("finhpc.evaluation") / "tasks" / f"{name}.yaml").read_text(encoding="utf-8"), "test"
+    import lm_eval.tasks
+
+    path = Path(lm_eval.tasks.__file__).parent / GENERAL[name]
+    changed: dict[str, Any] = {"dataset_path": "json", "dataset_name": None, "training_split": None}
+    # lm-eval's definition by its path: functions it names are found beside it.
+    return f"include: {path}\n" + yaml.safe_dump({"task": name, **changed}), "validation"
+
+
+def _own(path: Path, config: EvaluateConfig) -> TaskFile:
+    """A task file of the user's; what it includes is looked into as well."""
+    if not path.is_file():
+        raise ConfigError(f"tasks={path} is not a file; give an lm-eval task file or one of: {', '.join(TASKS)}.")
+    if not config.trust_task_code:
+        for file in _with_includes(path, set()):
+            if found := CODE.search(file.read_text(encoding="utf-8")):
+                raise ConfigError(
+                    f"tasks={path} runs code ({found[0].strip()} in {file}), which could do anything to this machine; "
+                    "read that code, then give --trust_task_code true, or write the task without it."
+                )
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    tree = load_yaml(path, resolve_func=False)
+    name = tree.get("task")
+    if not isinstance(name, str):
+        raise ConfigError(f"tasks={path} names no single task (task: NAME); give a task file, not a group.")
+    if tree.get("output_type") != "multiple_choice":
+        raise ConfigError(f"tasks={path} has output_type={tree.get('output_type')}; multiple_choice is what is scored.")
+    return TaskFile(name, path.absolute(), file_sha256(path), None, None, True)
+
+
+def _with_includes(path: Path, seen: set[Path]) -> list[Path]:
+    path = path.resolve()
+    if path in seen:
+        return []
+    seen.add(path)
+    if not path.is_file():
+        raise ConfigError(f"tasks: the included file {path} does not exist; restore it.")
+    found = [path]
+    for name in re.findall(r"^\s*(?:-\s*|include\s*:\s*)['\"]?([^\s'\"\[\]]+\.ya?ml)", path.read_text("utf-8"), re.M):
+        found += _with_includes(path.parent / name, seen)
+    return found
+
+
+def load_task(task: TaskFile) -> Any:
+    """The task, opened by lm-eval with all its examples."""
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_defaults=False)
+    try:
+        return manager.load([str(task.path)])["tasks"][task.name]
+    except Exception as error:  # lm-eval and datasets raise many kinds for files that are not as the task says
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ConfigError(
+            f"tasks={task.path} cannot be opened ({reason}); correct the task file or its data."
+        ) from None

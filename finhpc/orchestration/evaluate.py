@@ -1,0 +1,218 @@
+"""`finhpc evaluate`: models x tasks, scored side by side on the Ray cluster.
+
+A run folder holds `tasks/` (lm-eval task files and their examples), `scores/MODEL/TASK.json` with
+`TASK.parquet`, the prediction for each example, and `result.json`. A pair of a model and a task that has its
+file is not computed again as long as neither the model, the task nor the settings changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finhpc.config import EvaluateConfig, to_yaml
+from finhpc.data.progress import Progress
+from finhpc.data.shards import Shards, write_atomic
+from finhpc.errors import ConfigError, TrainingFailedError
+from finhpc.evaluation.models import Subject, subjects
+from finhpc.evaluation.tasks import PERPLEXITY, TaskFile, prepare_tasks
+from finhpc.orchestration.cluster import cluster_resources, ray_cluster
+from finhpc.orchestration.evaluate_report import log_to_mlflow, summary
+from finhpc.orchestration.evaluate_worker import Pair, Scorer
+from finhpc.orchestration.runfolder import RunFolder, redact
+from finhpc.quantization.schemes import SCHEMES
+
+FORMAT = 1
+
+
+def evaluate(config: EvaluateConfig, dry_run: bool = False) -> dict[str, Any]:
+    """Score every model on every task; returns what the run folder's result.json holds.
+
+    `scores` is task: metric: value, with `ci95`, `majority` and `random` beside, of the only model, or null where
+    there are several; `models` has them of each. Continues an interrupted run. With `dry_run` it checks models and
+    data and writes the task files alone. Raises `ConfigError` listing every problem with settings, models and data.
+    """
+    began = time.monotonic()
+    folder = RunFolder(config.run.storage, config.run.name)
+    with folder.lock():
+        found, tasks = _checked(config, folder.path)
+        names = [task.name for task in tasks] + ([PERPLEXITY] if PERPLEXITY in config.tasks else [])
+        pairs = [_pair(config, folder.path, subject, task) for subject in found for task in (*tasks, None)]
+        pairs = [pair for pair in pairs if pair.task is not None or PERPLEXITY in config.tasks]
+        pending = [pair for pair in pairs if not pair.done()]
+        result: dict[str, Any] = {
+            "status": "dry_run",
+            "tasks": names,
+            "examples": {task.name: task.examples for task in tasks},
+            "pairs": len(pairs),
+            "pairs_pending": len(pending),
+            "scores": None,
+            "models": [{"name": s.name, "model": s.path, "adapter": s.adapter, "scores": None} for s in found],
+        }
+        if dry_run:
+            _say(f"{len(found)} models x {len(names)} tasks, {len(pending)} of {len(pairs)} pairs to score")
+            return result
+        run = config.run.model_copy(update={"tracking_uri": redact(config.run.tracking_uri or "") or None})
+        write_atomic(folder.path / "config.yaml", to_yaml(config.model_copy(update={"run": run})).encode())
+        folder.write_environment()
+        scoring_began = time.monotonic()
+        if pending:
+            with ray_cluster():
+                _score_all(config, pending)
+        result |= _collected(found, pairs) | {
+            "status": "finished",
+            "scoring_s": time.monotonic() - scoring_began,
+            "wall_s": time.monotonic() - began,
+        }
+        folder.write_result(result)
+        result["mlflow_run_id"], result["tracking_uri"] = log_to_mlflow(config, folder.path, found, result)
+        folder.write_result(result)
+    summary(result)
+    return result
+
+
+def _checked(config: EvaluateConfig, folder: Path) -> tuple[list[Subject], list[TaskFile]]:
+    """Models and task files, or one error with everything that is wrong."""
+    problems: list[str] = []
+    found: list[Subject] = []
+    tasks: list[TaskFile] = []
+    if not config.tasks:
+        problems.append("tasks is empty; name at least one.")
+    try:
+        found = subjects(config.model, config.adapter)
+    except ConfigError as error:
+        problems += error.problems
+    try:
+        tasks = prepare_tasks(config, folder / "tasks")
+    except ConfigError as error:
+        problems += error.problems
+    problems += _shards_problems(config) + _quantization_problems(config)
+    if problems:
+        raise ConfigError(problems)
+    return found, tasks
+
+
+def _shards_problems(config: EvaluateConfig) -> list[str]:
+    if PERPLEXITY not in config.tasks:
+        return []
+    if config.data.shards is None:
+        return ["tasks=perplexity needs prepared text; give --data.shards with a folder written by `finhpc prepare`."]
+    try:
+        shards = Shards.open(config.data.shards)
+        shards.check_seq_len(config.data.seq_len or shards.manifest.block_len)
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
+def _quantization_problems(config: EvaluateConfig) -> list[str]:
+    bits, scheme = config.quantization.bits, config.quantization.scheme
+    if bits < 16 and bits not in SCHEMES[scheme].bits:
+        fits = ", ".join(name for name, known in SCHEMES.items() if bits in known.bits)
+        return [f"quantization.scheme={scheme} does not fit quantization.bits={bits}; use a scheme of {bits}: {fits}."]
+    return []
+
+
+def _pair(config: EvaluateConfig, folder: Path, subject: Subject, task: TaskFile | None) -> Pair:
+    """A model and a task (None: perplexity), and the hash of all that its scores depend on."""
+    kept = config.model_dump(include={"limit", "seed", "bootstrap", "dtype", "quantization"})
+    of_data: Any = task.sha256 if task is not None else None
+    if task is None and config.data.shards is not None:
+        data = config.data
+        of_data = [Shards.open(data.shards or "").manifest.fingerprint, data.split, data.seq_len]
+    sha256 = hashlib.sha256(json.dumps([FORMAT, subject.stamp(), of_data, kept], sort_keys=True).encode()).hexdigest()
+    return Pair(subject, task, folder / "scores" / subject.name / (task.name if task else PERPLEXITY), sha256)
+
+
+@dataclass
+class _Place:
+    """A worker and what it holds."""
+
+    actor: Any
+    model: str | None = None
+
+
+def _score_all(config: EvaluateConfig, pending: list[Pair]) -> None:
+    """Score the pairs on as many workers as there is room for; each goes on with the model it has open."""
+    import ray
+    from ray.exceptions import RayError
+
+    waiting = list(pending)
+    places = [_Place(actor) for actor in _actors(config, len(waiting))]
+    running: dict[Any, tuple[_Place, Pair]] = {}
+    idle = list(places)
+    with Progress("scoring", len(waiting), bytes_=False) as progress:
+        try:
+            while waiting or running:
+                while waiting and idle:
+                    place = idle.pop(0)
+                    pair = _next(waiting, place, places)
+                    place.model = pair.subject.name
+                    running[place.actor.score.remote(pair)] = (place, pair)
+                for done in ray.wait(list(running), num_returns=1)[0]:
+                    place, pair = running.pop(done)
+                    if (error := ray.get(done)) is not None:
+                        raise error
+                    idle.append(place)
+                    progress.advance(1)
+        except RayError as error:  # the worker's process died
+            reason = str(error).strip().splitlines()[0].rstrip(".")
+            raise TrainingFailedError(
+                f"a worker that scored died ({reason}), perhaps of too little memory; use fewer --workers or a smaller "
+                "--batch_size. Finished pairs are kept: the same command goes on."
+            ) from None
+        finally:
+            for place in places:
+                ray.kill(place.actor)
+
+
+def _next(waiting: list[Pair], place: _Place, places: list[_Place]) -> Pair:
+    """The pair a free worker takes: of its own model, else of one that no other holds, else any; the longest first."""
+    others = {other.model for other in places if other is not place}
+    chosen = min(
+        waiting,
+        key=lambda pair: (pair.subject.name != place.model, pair.subject.name in others, -pair.weight),
+    )
+    waiting.remove(chosen)
+    return chosen
+
+
+def _actors(config: EvaluateConfig, most: int) -> Iterator[Any]:
+    """Workers: as many as asked for, or as the cluster has room for, and no more than there are pairs."""
+    import ray
+
+    resources, total = config.resources, cluster_resources()
+    gpus = total.get("GPU", 0)
+    if resources.device == "cuda" and not gpus:
+        raise ConfigError(
+            "resources.device=cuda, but the cluster has no GPU; use --resources.device cpu, or a cluster with GPUs."
+        )
+    cuda = resources.device != "cpu" and gpus > 0
+    room = total.get("CPU", 1) / resources.cpus_per_worker
+    room = int(min(room, gpus / resources.gpus_per_worker) if cuda else room)
+    if room < max(config.workers, 1):
+        raise ConfigError(
+            f"workers={config.workers or 1} of resources.cpus_per_worker={resources.cpus_per_worker:g} do not fit the "
+            f"cluster, which has room for {room}; use fewer workers, or fewer CPUs for each."
+        )
+    actor = ray.remote(num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker if cuda else 0)(Scorer)
+    for _ in range(min(config.workers or room, most)):
+        yield actor.remote(config, cuda)
+
+
+def _collected(found: list[Subject], pairs: list[Pair]) -> dict[str, Any]:
+    models = []
+    for subject in found:
+        scores = {pair.name: pair.read() for pair in pairs if pair.subject == subject}
+        models.append({"name": subject.name, "model": subject.path, "adapter": subject.adapter, "scores": scores})
+    return {"models": models, "scores": models[0]["scores"] if len(models) == 1 else None}
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,173 @@
+"""What `finhpc evaluate` leaves for people: a table on the screen, and the scores in MLflow.
+
+The scores of a model go to the MLflow run that made it, if its run folder says which, and all of them, with
+the table and the predictions, to a run of the evaluation's own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finhpc.config import EvaluateConfig, flatten
+from finhpc.evaluation.models import Subject
+from finhpc.orchestration.mirror import PARAM_LENGTH, PARAMS_A_BATCH, REQUEST_TIMEOUT_S, artifact_location
+from finhpc.orchestration.runfolder import redact, write_atomically
+from finhpc.orchestration.tracking import absolute_tracking_uri, default_tracking_uri
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+METRICS = ("weighted_f1", "acc", "acc_norm", "perplexity")  # those shown, the first a task has leads
+STATE = "mlflow.json"
+
+
+def log_to_mlflow(
+    config: EvaluateConfig, folder: Path, subjects: list[Subject], result: dict[str, Any]
+) -> tuple[str | None, str]:
+    """Log everything; returns the evaluation's run id, or None where MLflow did not take it, and its address.
+
+    What it did not take stays in the run folder; the same command sends it again.
+    """
+    for name, value in (("MAX_RETRIES", "0"), ("TIMEOUT", REQUEST_TIMEOUT_S)):
+        os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{name}", value)
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    uri = absolute_tracking_uri(config.run.tracking_uri or default_tracking_uri(config.run.storage))
+    run_id: str | None = None
+    try:
+        from mlflow import MlflowClient
+
+        run_id = _own_run(MlflowClient(tracking_uri=uri), config, folder, uri, result)
+    except Exception as error:  # whatever MLflow or the network comes up with: the scores are there
+        _complain(uri, folder, error)
+    for subject, model in zip(subjects, result["models"], strict=True):
+        if (maker := subject.made_by) is not None:
+            state = json.loads((maker / STATE).read_text(encoding="utf-8"))
+            if not state.get("run_id"):
+                continue
+            # The address on disk has no password; the one that was given may be the same server's.
+            there = uri if redact(uri) == state["tracking_uri"] else state["tracking_uri"]
+            try:
+                from mlflow import MlflowClient
+
+                _log_scores(MlflowClient(tracking_uri=there), state["run_id"], model["scores"], "evaluate")
+            except Exception as error:
+                _complain(there, maker, error)
+    return run_id, redact(uri)
+
+
+def _complain(uri: str, folder: Path, error: Exception) -> None:
+    reason = (redact(str(error)).strip().splitlines() or [type(error).__name__])[0][:160]
+    print(
+        f"MLflow at {redact(uri)} did not take the scores ({reason}); they are kept in {folder}: run the same command "
+        "again to send them.",
+        file=sys.stderr,
+    )
+
+
+def _own_run(client: MlflowClient, config: EvaluateConfig, folder: Path, uri: str, result: dict[str, Any]) -> str:
+    """The evaluation's run: one for the folder, however often the command runs."""
+    path = folder / STATE
+    key = {"tracking_uri": redact(uri), "experiment": config.run.experiment, "run_name": config.run.name}
+    old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if {name: old.get(name) for name in key} != key or not _there(client, old.get("run_id")):
+        experiment = client.get_experiment_by_name(config.run.experiment)
+        experiment_id = (
+            experiment.experiment_id
+            if experiment
+            else client.create_experiment(config.run.experiment, artifact_location=artifact_location(uri))
+        )
+        run = client.create_run(experiment_id, run_name=config.run.name, tags={"finhpc.verb": "evaluate"})
+        old = key | {"run_id": run.info.run_id}
+        write_atomically(path, json.dumps(old, indent=1))
+        _log_params(client, old["run_id"], config)
+    run_id = str(old["run_id"])
+    for model in result["models"]:
+        prefix = "evaluate" if len(result["models"]) == 1 else f"evaluate/{model['name']}"
+        _log_scores(client, run_id, model["scores"], prefix)
+    columns, rows = table(result)
+    client.log_dict(run_id, {"columns": columns, "data": rows}, "scores.json")
+    client.log_artifacts(run_id, str(folder / "scores"), "predictions")
+    client.log_artifacts(run_id, str(folder / "tasks"), "tasks")
+    client.set_terminated(run_id, "FINISHED")
+    return run_id
+
+
+def _there(client: MlflowClient, run_id: str | None) -> bool:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return run_id is not None and client.get_run(run_id).info.lifecycle_stage == "active"
+    except MlflowException:
+        return False
+
+
+def _log_params(client: MlflowClient, run_id: str, config: EvaluateConfig) -> None:
+    from mlflow.entities import Param
+
+    params = [Param(key, redact(str(value))[:PARAM_LENGTH]) for key, value in flatten(config).items()]
+    for at in range(0, len(params), PARAMS_A_BATCH):
+        client.log_batch(run_id, params=params[at : at + PARAMS_A_BATCH])
+
+
+def _log_scores(client: MlflowClient, run_id: str, scores: dict[str, Any], prefix: str) -> None:
+    """`evaluate/TASK/METRIC`, the ends of its interval and the majority's beside it."""
+    import time
+
+    from mlflow.entities import Metric
+
+    now, metrics = round(time.time() * 1000), []
+    for task, values in scores.items():
+        flat = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        for name, (low, high) in (values["ci95"] or {}).items():
+            flat |= {f"{name}_ci95_low": low, f"{name}_ci95_high": high}
+        flat |= {f"{name}_majority": value for name, value in (values["majority"] or {}).items()}
+        metrics += [Metric(f"{prefix}/{task}/{name}", float(value), now, 0) for name, value in flat.items()]
+    for at in range(0, len(metrics), 1000):
+        client.log_batch(run_id, metrics=metrics[at : at + 1000])
+
+
+def table(result: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    """A row for each model, task and metric: model, task, metric, value, interval, majority, random, counts."""
+    columns = ["model", "task", "metric", "value", "ci95_low", "ci95_high", "majority", "random"]
+    rows: list[list[Any]] = []
+    for model in result["models"]:
+        for task, values in model["scores"].items():
+            for metric in (name for name in METRICS if name in values):
+                low, high = (values["ci95"] or {}).get(metric, (None, None))
+                bases = [(values[name] or {}).get(metric) for name in ("majority", "random")]
+                counts = [values[name] for name in ("examples", "unread", "cut")]
+                rows.append([model["name"], task, metric, values[metric], low, high, *bases, *counts])
+    return [*columns, "examples", "unread", "cut"], rows
+
+
+def summary(result: dict[str, Any]) -> None:
+    """The table on the screen, tasks below each other."""
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(title="evaluate")
+    for name in ("task", "model", "metric", "score", "95 %", "majority", "random", "examples", "unread", "cut"):
+        shown.add_column(name, justify="left" if name in ("task", "model", "metric") else "right")
+    columns, rows = table(result)
+    order = {name: i for i, name in enumerate(result["tasks"])}
+    for row in sorted(rows, key=lambda row: order[row[1]]):
+        of = dict(zip(columns, row, strict=True))
+        interval = "" if of["ci95_low"] is None else f"{_short(of['ci95_low'])} to {_short(of['ci95_high'])}"
+        bases = [_short(of["majority"]), _short(of["random"])]
+        counts = [str(of[name]) for name in ("examples", "unread", "cut")]
+        shown.add_row(of["task"], of["model"], of["metric"], _short(of["value"]), interval, *bases, *counts)
+    Console(stderr=True, width=None if sys.stderr.isatty() else 120).print(shown)
+    if any(row[-1] for row in rows):
+        print(
+            "cut: prompts longer than the model's context, which lost their beginning (lm-eval's rule).",
+            file=sys.stderr,
+        )
+
+
+def _short(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}"

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from finhpc.config import EvaluateConfig, build
+from finhpc.data.templates import template
+from finhpc.evaluation.language_model import LanguageModel
+from finhpc.evaluation.models import load_for_evaluation
+from finhpc.evaluation.scores import score
+from finhpc.evaluation.tasks import SOURCES, load_task, prepare_tasks
+from tests.evaluation.tasks import write_data, write_model
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluation")
+    write_data(folder / "data")
+    write_model(folder / "model")
+    return folder
+
+
+def config(place: Path, **other: object) -> EvaluateConfig:
+    tree = {"model": [str(place / "model")], "tasks": list(SOURCES), "data": {"folder": str(place / "data")}}
+    return build(EvaluateConfig, tree | other)
+
+
+def test_scores_are_those_of_lm_evals_own_command(place: Path) -> None:
+    tasks = prepare_tasks(config(place), place / "tasks")
+    model, tokenizer = load_for_evaluation(str(place / "model"))
+    ours = {task.name: score(LanguageModel(model, tokenizer, 4), task, 20, 0) for task in tasks}
+    words = ["--model", "hf", "--model_args", f"pretrained={place / 'model'},dtype=float32", "--device", "cpu"]
+    names = ",".join(task.name for task in tasks)
+    files = ["--include_path", str(place / "tasks"), "--output_path", str(place / "out"), "--log_samples"]
+    command = [sys.executable, "-m", "lm_eval", *words, "--tasks", names, "--batch_size", "4", *files]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads(next((place / "out").rglob("results_*.json")).read_text())["results"]
+    for name, (scores, rows) in ours.items():
+        assert scores["acc"] == results[name]["acc,none"]
+        if "f1,none" in results[name]:
+            assert scores["weighted_f1"] == results[name]["f1,none"]
+        samples = next((place / "out").rglob(f"samples_{name}_*.jsonl")).read_text().splitlines()
+        for row, sample in zip(rows, map(json.loads, samples), strict=True):
+            theirs = [float(answer[0]) for answer in sample["filtered_resps"]]
+            assert row["log_likelihoods"] == pytest.approx(theirs, abs=1e-5)
+            assert row["acc"] == sample["acc"]
+
+
+@pytest.mark.parametrize(
+    ("task", "name"), [("fpb", "phrasebank"), ("fiqa_sa", "fiqa"), ("tfns", "tfns"), ("ner", "ner")]
+)
+def test_prompts_are_those_of_finetuning(place: Path, tmp_path: Path, task: str, name: str) -> None:
+    opened = load_task(prepare_tasks(config(place, tasks=[task]), tmp_path)[0])
+    for doc in opened.eval_docs:
+        assert opened.doc_to_text(doc) == template(name).render(doc).prompt
+        assert tuple(opened.doc_to_choice(doc)) == template(name).labels
+    assert opened.config.target_delimiter == template(name).separator
+
+
+def test_prompts_longer_than_the_context_are_counted(place: Path, tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "short", positions=24)
+    task = prepare_tasks(config(place, tasks=["fpb"]), tmp_path / "tasks")[0]
+    model, tokenizer = load_for_evaluation(str(folder))
+    scores, rows = score(LanguageModel(model, tokenizer, 4), task, 0, 0)
+    assert scores["cut"] == len(rows) == 6
+    assert scores["ci95"] is None
+
+
+def test_limit_draws_by_the_seed(place: Path, tmp_path: Path) -> None:
+    drawn = [
+        prepare_tasks(config(place, tasks=["tfns"], limit=3, seed=seed), tmp_path / str(i))[0].path.with_suffix(
+            ".jsonl"
+        )
+        for i, seed in enumerate((0, 0, 1))
+    ]
+    first, again, other = (path.read_text() for path in drawn)
+    assert first == again != other
+    assert len(first.splitlines()) == 3

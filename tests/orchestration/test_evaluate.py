@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from mlflow import MlflowClient
+
+from finhpc.config import EvaluateConfig, build
+from finhpc.errors import ConfigError
+from finhpc.orchestration.evaluate import evaluate
+from tests.evaluation.tasks import write_data, write_model
+
+
+def settings(tmp_path: Path, **other: object) -> EvaluateConfig:
+    tree = {
+        "model": [str(tmp_path / "first"), str(tmp_path / "second")],
+        "tasks": ["fpb", "perplexity"],
+        "data": {"folder": str(tmp_path / "data"), "shards": str(tmp_path / "first-shards")},
+        "bootstrap": 20,
+        "workers": 2,
+        "run": {"name": "scores", "storage": str(tmp_path / "runs")},
+        "resources": {"device": "cpu"},
+    }
+    return build(EvaluateConfig, tree | other)
+
+
+def test_models_and_tasks_are_scored_logged_and_not_computed_again(tmp_path: Path, ray_cluster: None) -> None:
+    write_data(tmp_path / "data")
+    for i, name in enumerate(("first", "second")):
+        write_model(tmp_path / name, seed=i)
+    assert evaluate(settings(tmp_path), dry_run=True)["pairs_pending"] == 4
+    result = evaluate(settings(tmp_path))
+    scores = {model["name"]: model["scores"] for model in result["models"]}
+    assert set(scores) == {"first", "second"}
+    for of_model in scores.values():
+        assert of_model["fpb"]["majority"]["acc"] == pytest.approx(1 / 3)
+        low, high = of_model["perplexity"]["ci95"]["perplexity"]
+        assert low <= of_model["perplexity"]["perplexity"] <= high
+    folder = tmp_path / "runs" / "scores"
+    table = pq.read_table(folder / "scores" / "first" / "fpb.parquet").to_pylist()
+    assert sum(row["acc"] for row in table) / len(table) == scores["first"]["fpb"]["acc"]
+    client = MlflowClient(tracking_uri=result["tracking_uri"])
+    metrics = client.get_run(result["mlflow_run_id"]).data.metrics
+    assert metrics["evaluate/second/fpb/acc"] == scores["second"]["fpb"]["acc"]
+    assert "scores.json" in {file.path for file in client.list_artifacts(result["mlflow_run_id"])}
+
+    # One pair's file is lost, one model is another: those alone are to be scored again.
+    (folder / "scores" / "first" / "fpb.json").unlink()
+    write_model(tmp_path / "third", seed=7)
+    (tmp_path / "third").rename(tmp_path / "second-new")
+    for file in (tmp_path / "second-new").iterdir():
+        file.replace(tmp_path / "second" / file.name)
+    assert evaluate(settings(tmp_path), dry_run=True)["pairs_pending"] == 3
+    again = evaluate(settings(tmp_path, data=settings(tmp_path).data.model_dump()))
+    assert again["models"][0]["scores"]["fpb"]["acc"] == scores["first"]["fpb"]["acc"]
+    assert again["mlflow_run_id"] == result["mlflow_run_id"]
+
+
+def test_all_problems_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        evaluate(settings(tmp_path, quantization={"bits": 4, "scheme": "int8"}))
+    text = str(caught.value)
+    assert "first does not exist" in text
+    assert "data.folder" in text
+    assert "quantization.scheme=int8" in text
