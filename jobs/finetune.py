@@ -1,4 +1,4 @@
-"""ray job submit --working-dir . -- python jobs/finetune.py --model FOLDER --rank 64 --out FOLDER"""
+"""ray job submit --working-dir . -- python jobs/finetune.py --model.path BASE --data.source FILE"""
 
 import sys
 

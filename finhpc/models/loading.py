@@ -27,7 +27,8 @@ from finhpc.quantization.fake import TRAINED, round_weights, trained_bits
 def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Open a model folder that finhpc or transformers wrote: dense or low-rank, in eval mode.
 
-    The folder of an adapter opens as its base with the adapter added to its weights. A model that was trained with quantised weights gets the weights it was trained with, as floats.
+    The folder of an adapter opens as its base, not quantised, with the adapter added to its weights. A model
+    that was trained with quantised weights gets the weights it was trained with, as floats.
     Weights are read from safetensors only. Raises `CheckpointError` when the folder is no model, or its
     weights are not as its manifest says.
     """

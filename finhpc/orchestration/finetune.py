@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,9 +154,7 @@ def _make(config: FinetuneConfig) -> Made:
     with collect(problems):
         weights = open_base(config)
     if weights is not None:
-        config.model.path = str(
-            weights.path if not os.path.exists(str(config.model.path)) else Path(whole_path(str(config.model.path)))
-        )
+        config.model.path = whole_path(str(weights.path))
         with collect(problems):
             _check_model(config, weights)
         with collect(problems):
@@ -171,7 +168,9 @@ def _make(config: FinetuneConfig) -> Made:
             _set_steps(config, len(examples.train))
     if problems:
         raise ConfigError(problems)
-    assert weights is not None and adaptation is not None and examples is not None
+    assert weights is not None
+    assert adaptation is not None
+    assert examples is not None
     return Made(config, weights, _fingerprint(weights.path), adaptation, examples)
 
 

@@ -13,7 +13,7 @@ def tiny_gpt2(vocab: int = 300, layers: int = 3) -> PreTrainedModel:
     return _settled(GPT2LMHeadModel(GPT2Config(vocab_size=vocab, n_positions=64, n_embd=32, n_layer=layers, n_head=4)))
 
 
-def tiny_llama(vocab: int = 300, tied: bool = True, layers: int = 3) -> PreTrainedModel:
+def tiny_llama(vocab: int = 300, tied: bool = True, layers: int = 3, context: int = 64) -> PreTrainedModel:
     config = LlamaConfig(
         vocab_size=vocab,
         hidden_size=32,
@@ -21,7 +21,7 @@ def tiny_llama(vocab: int = 300, tied: bool = True, layers: int = 3) -> PreTrain
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=64,
+        max_position_embeddings=context,
         tie_word_embeddings=tied,
     )
     return _settled(LlamaForCausalLM(config))

@@ -19,6 +19,7 @@ from finhpc.config import PretrainConfig, build
 from finhpc.lowrank.blend import alpha_at
 from finhpc.models.initialize import drawn
 from finhpc.models.loading import initial_model
+from finhpc.training.feed import Blocks
 from finhpc.training.journal import latest, read
 from finhpc.training.memory import live_tensor_bytes
 from tests.training.processes import run_processes
@@ -82,8 +83,7 @@ def train(folder: Path, config: PretrainConfig, stop: int = STEPS) -> None:
         device=torch.device("cpu"),
         folder=folder,
         journal_path=folder / "journal.jsonl",
-        open_stream=stream,
-        held_out=held_out,
+        feed=Blocks(config.parallel, stream, held_out),
     )
     try:
         worker.run()

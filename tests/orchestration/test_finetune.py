@@ -1,0 +1,163 @@
+"""Finetuning from files to an adapter: what peft opens, what a resumed run gives, what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from finhpc.config import FinetuneConfig, build
+from finhpc.errors import ConfigError
+from finhpc.models.loading import load_model
+from finhpc.orchestration.finetune import Finetune, batches_of, finetune
+from finhpc.training.journal import latest, read
+from tests.models.dense import saved, tiny_llama
+from tests.orchestration.test_start import with_tokenizer
+from tests.tiny import WORDS
+
+LABELS = ("negative", "neutral", "positive")
+
+
+@pytest.fixture(scope="module")
+def base(run_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return with_tokenizer(saved(tiny_llama(context=256), tmp_path_factory.mktemp("base") / "model"), run_shards)
+
+
+@pytest.fixture(scope="module")
+def news(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("news") / "news.txt"
+    lines = [f"{' '.join(WORDS[i % 7 : i % 7 + 3 + i % 4])} {i}@{LABELS[i % 3]}" for i in range(40)]
+    file.write_text("\n".join(lines) + "\n", encoding="latin-1")
+    return file
+
+
+def config(base: Path | str, news: Path, storage: Path, **sections: dict[str, Any]) -> FinetuneConfig:
+    tree: dict[str, Any] = {
+        "model": {"path": str(base)},
+        "lora": {"rank": 4},
+        "data": {"source": [str(news)], "max_len": 200, "eval_fraction": 0.25},
+        "parallel": {"micro_batch_size": 4},
+        "optimizer": {"lr": 5e-3, "warmup_steps": 2},
+        "train": {"steps": 6, "eval_every": 3, "checkpoint_every": 3},
+        "run": {"name": "run", "storage": str(storage)},
+    }
+    for section, values in sections.items():
+        tree[section] = {**tree[section], **values} if section in tree else values
+    return build(FinetuneConfig, tree)
+
+
+def losses(storage: Path) -> tuple[dict[int, float], dict[int, float]]:
+    records, _ = read(storage / "run" / "journal.jsonl")
+    train, val = latest(records, "train"), latest(records, "eval")
+    return {i: r["train_loss"] for i, r in train.items()}, {i: r["val_loss"] for i, r in val.items()}
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_an_adapter_that_peft_opens_and_a_resumed_run_that_is_bit_equal(base: Path, news: Path, tmp_path: Path) -> None:
+    result = finetune(config(base, news, tmp_path))
+    assert result["status"] == "finished"
+    assert result["params_trainable"] < result["params_dense"] / 3
+    job = Finetune(config(base, news, tmp_path))
+    examples = job.made.examples
+    assert result["data"]["examples"] + result["data"]["held_out"] == 40
+    batches = batches_of(job.config)
+    read_ids = [int(i) for step in range(6) for i in batches.samples(len(examples.train), step)]
+    assert result["tokens"] == sum(len(examples.train.example(i)[0]) for i in read_ids)
+
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    opened = PeftModel.from_pretrained(plain, result["model"]).eval()
+    total, count = 0.0, 0
+    for i in range(len(examples.held_out)):
+        tokens, answer = examples.held_out.example(i)
+        ids = torch.from_numpy(tokens).long()[None]
+        with torch.no_grad():
+            logits = opened(ids).logits[0, :-1].log_softmax(-1)
+        for place in answer.nonzero()[0].tolist():
+            total -= float(logits[place - 1, ids[0, place]])
+            count += 1
+    assert total / count == pytest.approx(result["val_loss"], rel=1e-5)
+    merged = load_model(result["model"])
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, opened(ids).logits, atol=1e-4, rtol=1e-4)
+    assert AutoTokenizer.from_pretrained(result["model"]).decode(ids[0]).endswith(LABELS)
+
+    unbroken, weights = losses(tmp_path), load_file(Path(result["model"]) / "adapter_model.safetensors")
+    run = tmp_path / "run"
+    shutil.rmtree(run / "checkpoints" / "step_00000006")
+    shutil.rmtree(run / "model")
+    (run / "result.json").unlink()
+    again = finetune(config(base, news, tmp_path))
+    assert again["resumed_from_step"] == 3
+    assert losses(tmp_path) == unbroken
+    assert again["consumed_sha256"] == result["consumed_sha256"]
+    resumed = load_file(Path(again["model"]) / "adapter_model.safetensors")
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in weights.items())
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.slow
+def test_two_stages_by_two_replicas_of_a_4_bit_base(base: Path, news: Path, tmp_path: Path) -> None:
+    sections = {"quantization": {"bits": 4}, "data": {"source": [str(news)], "max_len": 200, "eval_fraction": 0.25}}
+    one = finetune(config(base, news, tmp_path / "one", **sections))
+    parallel = {"stages": 2, "replicas": 2, "micro_batch_size": 2}
+    four = finetune(config(base, news, tmp_path / "four", parallel=parallel, **sections))
+    assert four["consumed_sha256"] == one["consumed_sha256"]
+    for mine, plain in zip(losses(tmp_path / "four"), losses(tmp_path / "one"), strict=True):
+        assert mine == pytest.approx(plain, rel=1e-4)
+
+
+def test_epochs_say_the_steps(base: Path, news: Path, tmp_path: Path) -> None:
+    train = {"epochs": 2.0, "eval_every": 3}
+    settings = config(base, news, tmp_path)
+    settings = build(FinetuneConfig, settings.model_dump() | {"train": train})
+    job = Finetune(settings)
+    assert job.config.train.steps == round(2 * len(job.made.examples.train) / 4)
+    train["steps"] = 3
+    with pytest.raises(ConfigError, match=r"train.steps=3 and train.epochs=2"):
+        Finetune(build(FinetuneConfig, settings.model_dump() | {"train": train}))
+
+
+def test_every_problem_is_told_at_once(base: Path, news: Path, tmp_path: Path) -> None:
+    bad = config(base, news, tmp_path, lora={"targets": ["nothing"]}, parallel={"stages": 9}, data={"max_len": 10**6})
+    with pytest.raises(ConfigError) as raised:
+        Finetune(bad)
+    text = str(raised.value)
+    assert "lora.targets=nothing matches no linear layer" in text
+    assert "parallel.stages=9" in text
+    assert "data.max_len=1000000" in text
+
+
+@pytest.mark.parametrize(
+    ("path", "told"), [("", "model.path is not set"), ("nowhere.gguf", "does not exist")], ids=["none", "missing"]
+)
+def test_a_base_that_is_not_there(path: str, told: str, news: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=told):
+        Finetune(config(path, news, tmp_path))
+
+
+def test_a_base_without_tokeniser(news: Path, tmp_path: Path) -> None:
+    folder = saved(tiny_llama(), tmp_path / "bare")
+    with pytest.raises(ConfigError, match=r"comes without a tokeniser"):
+        Finetune(config(folder, news, tmp_path))
+
+
+def test_other_data_under_the_same_name_is_refused(base: Path, news: Path, tmp_path: Path) -> None:
+    from finhpc.orchestration.runfolder import RunFolder
+
+    job = Finetune(config(base, news, tmp_path))
+    folder = RunFolder(tmp_path, "run")
+    with folder.lock():
+        folder.write_config(job.config, *job.fingerprints)
+    changed = tmp_path / "other.txt"
+    changed.write_text(news.read_text(encoding="latin-1").replace("@neutral", "@positive"), encoding="latin-1")
+    other = Finetune(config(base, changed, tmp_path))
+    with pytest.raises(ConfigError, match=r"data.source=.*other.txt holds other data"):
+        folder.check_resume(other.config, *other.fingerprints)
+    assert json.loads((tmp_path / "run" / "identity.json").read_text())["model_fingerprint"]
