@@ -2,6 +2,7 @@
 
     FOLDER/adapter_config.json          peft's LoraConfig
     FOLDER/adapter_model.safetensors    base_model.model.NAME.lora_A.weight (rank, in), .lora_B.weight (out, rank)
+    FOLDER/base_quantization.json       bits and scheme of the base it was trained beside, where that was quantised
 
 For a Llama or GPT-2 base of transformers, `peft.PeftModel.from_pretrained(base, FOLDER)` opens it. peft does not know
 the layers of finhpc's low-rank models: adapters beside those are written, and nothing opens them yet.
@@ -20,21 +21,28 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from finhpc.config.finetune import Lora
+from finhpc.config.finetune import FinetuneQuantization, Lora
 from finhpc.errors import CheckpointError, ConfigError
-from finhpc.models.lora_start import ALL, MOVES_BASE, linear_shape, taken_from
+from finhpc.models.lora_start import ALL, MOVES_BASE, linear_shape, scheme_of, taken_from
 from finhpc.models.weights import Weights
+from finhpc.quantization.frozen import freeze
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+QUANTIZED = "base_quantization.json"
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """`pairs`: name of a layer -> A (rank, in), B (out, rank); `scale`: what B A is multiplied by."""
+    """`pairs`: name of a layer -> A (rank, in), B (out, rank); `scale`: what B A is multiplied by.
+
+    `bits`, `scheme`: how the linear layers of the base were quantised in training.
+    """
 
     pairs: dict[str, tuple[Tensor, Tensor]]
     scale: float
+    bits: int = 16
+    scheme: str = ""
 
     def delta(self, name: str) -> Tensor | None:
         """What is added to the layer's W (out, in), in float32; None where it has no adapter."""
@@ -43,8 +51,25 @@ class Adapter:
         a, b = self.pairs[name]
         return self.scale * b.float() @ a.float()
 
+    def merged(self, name: str, rows: Tensor) -> Tensor:
+        """W (out, in) of the base's linear layer as the adapter was trained beside it, with what the adapter adds.
 
-def save_adapter(folder: Path, settings: Lora, trained: dict[str, Tensor], weights: Weights) -> None:
+        A base that was quantised then is quantised and dequantised here, too: the adapter has learned to mend its
+        rounding. The head never was. As it came where nothing is to be done.
+        """
+        delta = self.delta(name)
+        if self.bits < 16 and name != "lm_head":
+            rows = freeze(rows.float(), None, self.bits, self.scheme, torch.float32, name).matrix(torch.float32)
+        return rows if delta is None else rows.float() + delta.to(rows.device)
+
+
+def save_adapter(
+    folder: Path,
+    settings: Lora,
+    trained: dict[str, Tensor],
+    weights: Weights,
+    quantization: FinetuneQuantization | None = None,
+) -> None:
     """Write an adapter from `trained`: name of an adapted layer + .A or .B -> tensor, as the engine names them.
 
     pissa and olora trained beside a base that they had moved: what is written is the difference, of twice the rank,
@@ -64,6 +89,9 @@ def save_adapter(folder: Path, settings: Lora, trained: dict[str, Tensor], weigh
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
     _peft_config(settings, weights, names, rank, alpha).save_pretrained(str(folder))
+    if quantization is not None and quantization.bits < 16:
+        how = {"bits": quantization.bits, "scheme": scheme_of(quantization)}
+        (folder / QUANTIZED).write_text(json.dumps(how) + "\n", encoding="utf-8")
 
 
 def _peft_config(settings: Lora, weights: Weights, names: list[str], rank: int, alpha: float) -> Any:
@@ -113,7 +141,8 @@ def load_adapter(folder: Path, model: nn.Module) -> Adapter:
                 raise CheckpointError(f"{folder / TENSORS} holds {key} but no {other}; fetch or write it again.")
             pairs[name.removesuffix(".lora_A.weight")] = held[key], held[other]
     _check_fits(folder, pairs, model)
-    return Adapter(pairs, scale)
+    how = json.loads((folder / QUANTIZED).read_bytes()) if (folder / QUANTIZED).is_file() else {}
+    return Adapter(pairs, scale, **how)
 
 
 def base_of(folder: Path) -> Path:
@@ -172,13 +201,13 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     return held
 
 
+@torch.no_grad()
 def merge_adapter(model: nn.Module, adapter: Adapter) -> None:
     """Add the adapter to the weights of a dense model in memory, in place; exact in float32."""
-    with torch.no_grad():
-        for name in adapter.pairs:
-            module = model.get_submodule(name)
-            weight, delta = module.weight, adapter.delta(name)
-            assert isinstance(weight, Tensor)
-            assert delta is not None
-            delta = delta.T if isinstance(module, Conv1D) else delta
-            weight.copy_((weight.float() + delta.to(weight.device)).to(weight.dtype))
+    for name, module in model.named_modules():
+        if linear_shape(module) is None or not (name in adapter.pairs or adapter.bits < 16):
+            continue
+        weight, turned = module.weight, isinstance(module, Conv1D)
+        assert isinstance(weight, Tensor)
+        rows = adapter.merged(name, weight.T if turned else weight)
+        weight.copy_((rows.T if turned else rows).to(weight.dtype))

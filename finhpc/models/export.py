@@ -3,6 +3,7 @@
     native   low-rank as it is; `AutoModelForCausalLM.from_pretrained` opens it after `import finhpc`
     merged   B A multiplied out, in transformers' own architecture; opened without finhpc
 
+The folder of an adapter is exported as its base with the adapter in its weights (`finhpc.models.adapter`).
 Weights are read, converted and written a layer at a time: memory is one layer and one file
 (`finhpc.models.folder.FILE_BYTES`).
 """
@@ -27,6 +28,8 @@ from finhpc.config import ExportConfig, nearest
 from finhpc.errors import CheckpointError, ConfigError, NonFiniteError
 from finhpc.lowrank.layers import LowRankEmbedding, LowRankLinear
 from finhpc.lowrank.replace import dense_shape
+from finhpc.models.adapter import CONFIG as ADAPTER
+from finhpc.models.adapter import base_of, load_adapter
 from finhpc.models.families import FAMILIES, as_dense, dense_original, family_of, is_low_rank, parameter_count, skeleton
 from finhpc.models.folder import FolderReader, FolderWriter
 from finhpc.models.pipeline import is_tied
@@ -47,8 +50,9 @@ def export(config: ExportConfig, dry_run: bool = False) -> dict[str, Any]:
     begin = time.monotonic()
     _check(config)
     source, out = _path(config.model), _path(config.out)
-    reader = FolderReader(source)
-    conversion = Conversion(config, _read_config(source), reader)
+    base = base_of(source) if (source / ADAPTER).is_file() else source
+    reader = FolderReader(base)
+    conversion = Conversion(config, _read_config(base), reader, source if base != source else None)
     result = _counted(config, conversion) | {"model": str(source), "out": str(out)}
     if dry_run:
         _summary(result | {"status": "dry_run"})
@@ -66,14 +70,25 @@ def export(config: ExportConfig, dry_run: bool = False) -> dict[str, Any]:
 
 
 class Conversion:
-    """What becomes of each layer of a model. `target_config`: transformers' config of what comes out."""
+    """What becomes of each layer of a model. `target_config`: transformers' config of what comes out.
 
-    def __init__(self, config: ExportConfig, source_config: Any, reader: FolderReader) -> None:
+    `adapter`: a folder whose adapter goes into the weights.
+    """
+
+    def __init__(
+        self, config: ExportConfig, source_config: Any, reader: FolderReader, adapter: Path | None = None
+    ) -> None:
         self.reader, self.source_config = reader, source_config
         self.merged, self.bits = config.format == "merged", config.quantization.bits
         self.scheme = SCHEMES[config.quantization.scheme] if self.bits < 16 else None
         self.dtype: torch.dtype | None = None if config.dtype == "auto" else getattr(torch, config.dtype)
         self.model = skeleton(source_config)
+        self.adapter = load_adapter(adapter, self.model) if adapter else None
+        if adapter and is_low_rank(source_config) and not self.merged:
+            raise ConfigError(
+                f"format=native does not fit model={adapter}, an adapter of a low-rank model: its B A would have to "
+                "grow by the adapter's rank; use --format merged."
+            )
         self._check_mergeable()
         self.tied = is_tied(source_config)
         self._check_weights()
@@ -108,7 +123,8 @@ class Conversion:
             stays = not self.merged
             a, b = self._used(held["A"], stays), self._used(held["B"], stays)
             if self.merged:
-                return self._store(name, module.product(a.float(), b.float()), bias, embedding, dtype)
+                rows = self._adapted(name, module.product(a.float(), b.float()), embedding)
+                return self._store(name, rows, bias, embedding, dtype)
             if self.scheme:  # modules of their own, see FactorLinear
                 return self._store(f"{name}.A", a, None, embedding, dtype) | self._store(
                     f"{name}.B", b, bias, False, dtype
@@ -117,8 +133,11 @@ class Conversion:
         if dense_shape(module) is not None:
             weight = held["weight"]
             rows = self._used(weight.T if isinstance(module, Conv1D) else weight)
-            return self._store(name, rows, bias, embedding, dtype)
+            return self._store(name, self._adapted(name, rows, embedding), bias, embedding, dtype)
         return self._named(name, held, dtype)
+
+    def _adapted(self, name: str, rows: Tensor, embedding: bool) -> Tensor:
+        return rows if self.adapter is None or embedding else self.adapter.merged(name, rows)
 
     def _store(self, name: str, rows: Tensor, bias: Tensor | None, embedding: bool, dtype: torch.dtype) -> Tensors:
         """A matrix (out, in), or (tokens, dim), as the target keeps it, and the bias."""

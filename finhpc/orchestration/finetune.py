@@ -75,7 +75,7 @@ class Finetune(Job):
         trained = {name: tensor for file in saved.stage_files() for name, tensor in read_stage(file, "param").items()}
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
-        save_adapter(partial, self.config.lora, trained, self.made.weights)
+        save_adapter(partial, self.config.lora, trained, self.made.weights, self.config.quantization)
         self.made.weights.save_tokenizer(partial)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)

@@ -10,9 +10,12 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from finhpc.config.finetune import Lora
+from finhpc.config import ExportConfig
+from finhpc.config.finetune import FinetuneQuantization, Lora
 from finhpc.errors import CheckpointError, ConfigError
 from finhpc.models.adapter import CONFIG, TENSORS, load_adapter, merge_adapter, save_adapter
+from finhpc.models.export import export
+from finhpc.models.loading import load_model
 from finhpc.models.weights import open_weights
 from tests.models.dense import logits, saved, tiny_gpt2, tiny_llama
 from tests.models.packs import examples, packs_of, plain_loss
@@ -44,6 +47,23 @@ def test_peft_opens_it_and_merging_is_the_same(tmp_path: Path, make: Any, init: 
     merge_adapter(model, load_adapter(tmp_path / "adapter", model))
     assert not torch.allclose(logits(model), before, atol=1e-3)
     assert torch.allclose(logits(model), logits(opened), atol=1e-4)
+
+
+@pytest.mark.parametrize(("bits", "scheme"), [(16, "auto"), (4, "nf4"), (8, "minmax")])
+def test_export_merges_it_onto_the_base_it_was_trained_beside(tmp_path: Path, bits: Any, scheme: Any) -> None:
+    base = saved(tiny_llama(), tmp_path / "base")
+    quantization = FinetuneQuantization(bits=bits, scheme=scheme)
+    adaptation, layers = adapted(base, Lora(rank=4), quantization)
+    ours, packs = parameters(layers), packs_of(examples(8), 4, 6)
+    with torch.no_grad():
+        for parameter in ours.values():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)) * 0.1)
+    trained = {name: p.detach() for name, p in ours.items()}
+    save_adapter(tmp_path / "adapter", Lora(rank=4), trained, adaptation.weights, quantization)
+    export(ExportConfig(model=str(tmp_path / "adapter"), format="merged", out=str(tmp_path / "out"), dtype="float32"))
+    merged, opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval(), load_model(tmp_path / "adapter")
+    assert float(plain_loss(merged, examples(8))) == pytest.approx(float(loss_of(layers, packs)), rel=1e-4)
+    assert torch.allclose(logits(merged), logits(opened), atol=1e-5)
 
 
 def test_an_adapter_of_another_model_and_damaged_files_are_refused(tmp_path: Path) -> None:
