@@ -1,0 +1,54 @@
+"""Every setting of a run: typed, validated together, YAML in and out.
+
+`load(cls, source, overrides)` resolves defaults < recipe or YAML < flags and raises one
+`ConfigError` that lists every problem.
+"""
+
+from finhpc.config.finetune import FinetuneConfig, FinetuneQuantization, Instructions, Lora
+from finhpc.config.folders import Calibration, DecomposeConfig, ExportConfig, PrepareConfig, UiConfig
+from finhpc.config.pretrain import (
+    LINEAR_KINDS,
+    Data,
+    EstimateConfig,
+    Method,
+    Model,
+    PretrainConfig,
+    StudyConfig,
+    Variant,
+)
+from finhpc.config.section import Section, build, flatten, keys, load, nearest, recipes, to_yaml
+from finhpc.config.training import Optimizer, Parallel, Recompute, Resources, Run, Train
+
+__all__ = [
+    "LINEAR_KINDS",
+    "Calibration",
+    "Data",
+    "DecomposeConfig",
+    "EstimateConfig",
+    "ExportConfig",
+    "FinetuneConfig",
+    "FinetuneQuantization",
+    "Instructions",
+    "Lora",
+    "Method",
+    "Model",
+    "Optimizer",
+    "Parallel",
+    "PrepareConfig",
+    "PretrainConfig",
+    "Recompute",
+    "Resources",
+    "Run",
+    "Section",
+    "StudyConfig",
+    "Train",
+    "UiConfig",
+    "Variant",
+    "build",
+    "flatten",
+    "keys",
+    "load",
+    "nearest",
+    "recipes",
+    "to_yaml",
+]
