@@ -73,11 +73,14 @@ def test_what_is_not_counted_is_said(capfd: pytest.CaptureFixture[str]) -> None:
     assert estimate(config())["estimate"]["not_counted"] == []
     method = {"kind": "blend", "rank": 8, "blend_share": 0.5, "embedding": "low_rank", "blend_weight": "trainable"}
     capfd.readouterr()
-    lines = estimate(config(method=method, optimizer={"name": "adamw8bit"}))["estimate"]["not_counted"]
+    sections = {"method": method, "optimizer": {"name": "adamw8bit"}}
+    (line,) = estimate(config(**sections))["estimate"]["not_counted"]
     # 4 blocks of 12 width^2, the head and the embedding of 300 x 32; six operations a weight and token, none a row read
     blocks, table = 4 * 12 * 32 * 32, 300 * 32
-    assert f"W (trainable) until step 150: {blocks + 2 * table:,} parameters" in lines[0]
-    assert f"{6 * (blocks + table):,} operations a token" in lines[0]
+    assert line.startswith(f"time of W (trainable), {blocks + 2 * table:,} parameters until step 150: ")
+    assert f"{6 * (blocks + table):,} operations a token" in line
+    lines = estimate(config(**sections, estimate={"scheme": "paper"}))["estimate"]["not_counted"]
+    assert lines[0].startswith("memory and time of W")
     assert "adamw8bit" in lines[1]
     assert "not counted" in capfd.readouterr().err
     with pytest.raises(ConfigError, match=r"method\.kind=svd starts from a model, and model\.path is not set"):
