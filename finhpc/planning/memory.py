@@ -99,7 +99,9 @@ class Memory:
         if scheme.name == "paper":
             return paper.part_bytes(outline, micro_batch_size, outline.recompute)
         single = one_block(outline.hf_config)
-        return counted(single, micro_batch_size, outline.seq_len, scheme.bf16, outline.recompute, scheme.cuda, scheme.blend)
+        return counted(
+            single, micro_batch_size, outline.seq_len, scheme.bf16, outline.recompute, scheme.cuda, scheme.blend
+        )
 
     def stages(self, topology: Topology, cut: Stages | None = None) -> list[StageMemory]:
         cut = cut or self.outline.stages(topology.stages)
