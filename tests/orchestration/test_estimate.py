@@ -39,6 +39,20 @@ def test_a_run_is_planned_by_stage_and_for_the_cluster(capfd: pytest.CaptureFixt
         assert words in err
 
 
+def test_what_does_not_fit_is_said_for_every_mode_and_stage() -> None:
+    small = {"device": "a100-80gb", "memory_gb": 0.003, "usable": 1.0}
+    numbers = estimate(config(estimate=small, parallel={"micro_batch_size": 8}))["estimate"]
+    usable = numbers["device"]["usable_bytes"]
+    assert usable == 3e6
+    modes = numbers["recompute"]
+    assert {mode: found["fits"] for mode, found in modes.items()} == {
+        mode: found["peak_bytes"] <= usable for mode, found in modes.items()
+    }
+    assert {modes["none"]["fits"], modes["full"]["fits"]} == {False, True}
+    assert [stage["fits"] for stage in numbers["stages"]] == [False]
+    assert modes["full"]["operations_ratio"] > modes["none"]["operations_ratio"] == 1
+
+
 def test_this_machine_is_measured() -> None:
     hardware = {"device": "this-machine", "devices_per_node": 2}
     result = estimate(config(parallel={"stages": 2, "micro_batches": 2}, estimate=hardware))["estimate"]
