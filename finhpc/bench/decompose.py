@@ -56,7 +56,9 @@ def bench_decompose(settings: DecomposeBench) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     threads = settings.resources.threads
     many = f"{threads} workers"
-    ray.init("local", num_cpus=max(2, threads), include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    own = not ray.is_initialized()  # one that is up stays so
+    if own:
+        ray.init("local", num_cpus=max(2, threads), include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         with tempfile.TemporaryDirectory(prefix="decompose-", dir=out) as name:
             folder = Path(name)
@@ -71,7 +73,8 @@ def bench_decompose(settings: DecomposeBench) -> dict[str, Any]:
             seconds = in_turn(ways, settings.bench.repeats)
             rows = _rows(weights, plain, ours)
     finally:
-        ray.shutdown()
+        if own:
+            ray.shutdown()
     best = seconds.get(many, seconds[ONE])
     ratios = {"speedup_over_svd": median_ratio(seconds[SVD], best)}
     if threads == 2:

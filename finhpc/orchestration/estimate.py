@@ -40,8 +40,7 @@ def estimate(config: EstimateConfig) -> dict[str, Any]:
     wanted = config.estimate
     topology, cluster = topology_of(config), _cluster(config)
     here = wanted.device == THIS_MACHINE
-    bf16 = config.train.precision == "bf16"
-    scheme = Scheme(wanted.scheme, bf16, not here, wanted.weight_bits, wanted.zero_stage)
+    scheme = scheme_of(config, not here)
     fused = scheme.fused(config.data.seq_len)
     outline = outline_of(hf_config, config.data.seq_len, config.train.recompute, fused)
     memory = Memory(outline, scheme)
@@ -73,7 +72,7 @@ def estimate(config: EstimateConfig) -> dict[str, Any]:
             "recompute": _by_recompute(hf_config, memory, topology, cluster.usable),
             **timing(outline, topology, pace),
             "topologies": [_option(option) for option in found],
-            "not_counted": not_counted(config, outline),
+            "not_counted": not_counted(config, outline, scheme),
             "differences": [asdict(difference) for difference in paper.DIFFERENCES],
         },
     }
@@ -88,7 +87,7 @@ def of_plan(plan: Plan, cuda: bool, here: bool) -> dict[str, Any]:
     is not known (null).
     """
     config, topology = plan.config, topology_of(plan.config)
-    scheme = Scheme("finhpc", config.train.precision == "bf16", cuda)
+    scheme = scheme_of(config, cuda)
     outline = replace(plan.outline, fused=scheme.fused(config.data.seq_len))
     memory = Memory(outline, scheme)
     cut = outline.stages(topology.stages)
@@ -101,7 +100,7 @@ def of_plan(plan: Plan, cuda: bool, here: bool) -> dict[str, Any]:
         "step_s": None,
         "tokens_per_s": None,
         "how": None,
-        "not_counted": not_counted(config, outline),
+        "not_counted": not_counted(config, outline, scheme),
     }
     if device is not None:
         reached = REACHED if cuda else CPU_REACHED
@@ -113,20 +112,28 @@ def of_plan(plan: Plan, cuda: bool, here: bool) -> dict[str, Any]:
     return numbers
 
 
-def not_counted(config: PretrainConfig, outline: Outline) -> list[str]:
-    """What memory and time leave out, a line each: method 3's W, and that moments may have 8 bits."""
+def scheme_of(config: PretrainConfig, cuda: bool) -> Scheme:
+    """How the run of `config` holds its numbers; the paper's scheme knows neither method 3's W nor 8-bit moments."""
+    bf16, method = config.train.precision == "bf16", config.method
+    if isinstance(config, EstimateConfig) and config.estimate.scheme == "paper":
+        return Scheme("paper", bf16, cuda, config.estimate.weight_bits, config.estimate.zero_stage)
+    blend = method.blend_weight if method.kind == BLEND else None
+    return Scheme("finhpc", bf16, cuda, blend=blend, eight_bit_moments=config.optimizer.name == "adamw8bit")
+
+
+def not_counted(config: PretrainConfig, outline: Outline, scheme: Scheme) -> list[str]:
+    """What the figures leave out, a line each: the time of method 3's W; in the paper's scheme its memory too."""
     method, found = config.method, []
     if method.kind == BLEND:
         trained = method.blend_weight == "trainable"
-        size = 16 if trained else 4  # weight; gradient and two moments
         multiplied = sum(w.count * w.replaced for w in outline.weights if w.kind != "embedding")
+        memory = "memory and time" if scheme.name == "paper" else "time"
         found.append(
-            f"W ({method.blend_weight}) until step {blend_steps(method, config.train.steps)}: {outline.replaced:,} "
-            f"parameters, {outline.replaced * size / 1e9:.3g} GB over all stages, "
-            f"{(6 if trained else 4) * multiplied:,} operations a token"
+            f"{memory} of W ({method.blend_weight}), {outline.replaced:,} parameters until step "
+            f"{blend_steps(method, config.train.steps)}: {(6 if trained else 4) * multiplied:,} operations a token"
         )
-    if config.optimizer.name == "adamw8bit":
-        found.append("optimizer.name=adamw8bit: moments are counted with 4 bytes each, and take about 1")
+    if config.optimizer.name == "adamw8bit" and scheme.name == "paper":
+        found.append("optimizer.name=adamw8bit: the paper's scheme has moments of 4 bytes, and it takes about 1")
     return found
 
 

@@ -19,7 +19,17 @@ from torch import Tensor
 
 from finhpc.config import LINEAR_KINDS, DecomposeConfig
 from finhpc.errors import CheckpointError, ConfigError, FinhpcError
-from finhpc.lowrank.factorize import Spectrum, error_of, factors, product, residual, solved, spectra, whitening_root
+from finhpc.lowrank.factorize import (
+    Spectrum,
+    error_of,
+    factors,
+    product,
+    residual,
+    solved,
+    spectra,
+    squared_norm,
+    whitening_root,
+)
 from finhpc.lowrank.ranks import rank_of_energy, rank_of_params
 from finhpc.models.merge import save_atomic
 from finhpc.models.moments import second_moments
@@ -273,7 +283,7 @@ def _report(
 ) -> Report:
     """A layer's line in result.json. `error` is relative to the weight's norm; the optimum is that of what
     was made small: the weight's error, or that of its outputs on the calibration text."""
-    norm = float(torch.linalg.norm(weight, dtype=torch.float64)) or 1.0
+    norm = squared_norm(weight) ** 0.5 or 1.0
     error = error_of(weight, a, b) if root is None else residual(weight, a, b)
     made_small = error if root is None else residual(weight, a, b, root)
     scale = float(spectrum.values.square().sum().sqrt()) or 1.0

@@ -41,13 +41,15 @@ class Cluster:
         return self.nodes * self.devices_per_node
 
 
-# NVIDIA's data sheets: V100 (2020), A100 (2021), H100 (2023), H200 (2024), the SXM boards; tensor-core rates
-# without sparsity, NVLink's total halved, the network of the maker's own DGX servers (100, 200 and 400 Gb/s a GPU).
+# NVIDIA's data sheets "Tesla V100" (2020), "A100 80GB" (2021), "H100" (2023) and "H200" (2024), the SXM boards;
+# tensor-core rates without sparsity (those of H100 and H200 are printed with it: 1,979), NVLink's total halved.
+# The network is that of the maker's DGX servers: four 100 Gb/s cards for 8 GPUs (DGX-1; DGX-2 has eight for 16),
+# eight of 200 Gb/s for 8 (DGX A100), eight of 400 Gb/s for 8 (DGX H100, DGX H200).
 # finhpc multiplies float32 in full precision, so TF32 is not counted; a V100 has no bfloat16, its rate is float16's.
 DEVICES = {
     device.name: device
     for device in (
-        Device("v100-32gb", 32, {"fp32": 15.7, "bf16": 125}, 900, 150, 12.5),
+        Device("v100-32gb", 32, {"fp32": 15.7, "bf16": 125}, 900, 150, 6.25),
         Device("a100-40gb", 40, {"fp32": 19.5, "bf16": 312}, 1555, 300, 25),
         Device("a100-80gb", 80, {"fp32": 19.5, "bf16": 312}, 2039, 300, 25),
         Device("h100-80gb", 80, {"fp32": 67, "bf16": 989}, 3350, 450, 50),

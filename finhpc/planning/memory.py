@@ -1,8 +1,9 @@
 """The memory of each pipeline stage: parameters, gradients, optimiser, intermediate variables.
 
-Two schemes, both of 16 bytes a parameter:
+Two schemes, both of 16 bytes a parameter by default:
 
-- `finhpc`: what its engine holds, float32 weights, gradients and AdamW's two moments. Its peak follows
+- `finhpc`: what its engine holds, float32 weights, gradients and AdamW's two moments (in 8 bits where the run
+  asks for that), and method 3's W while they are there. Its peak follows
   the engine's passes in order (one forward, one backward: stage s of N holds min(M, N - s)
   micro-batches). DeepSpeed adds its buffers and, when gradients are averaged, a flat copy of them,
   with one replica too.
@@ -34,6 +35,8 @@ class Scheme:
     cuda: bool = False
     weight_bits: int = 16  # of the paper's stored weights; its optimiser keeps them in float32
     zero_stage: int = 0
+    blend: Literal["frozen", "trainable"] | None = None  # finhpc's: method 3's W stand beside the factors
+    eight_bit_moments: bool = False  # finhpc's: the optimiser is bitsandbytes'
 
     def fused(self, seq_len: int) -> bool:
         """Whether attention is a kernel that never holds all its scores: torch's own, on GPUs and for long samples."""
@@ -96,7 +99,9 @@ class Memory:
         if scheme.name == "paper":
             return paper.part_bytes(outline, micro_batch_size, outline.recompute)
         single = one_block(outline.hf_config)
-        return counted(single, micro_batch_size, outline.seq_len, scheme.bf16, outline.recompute, scheme.cuda)
+        return counted(
+            single, micro_batch_size, outline.seq_len, scheme.bf16, outline.recompute, scheme.cuda, scheme.blend
+        )
 
     def stages(self, topology: Topology, cut: Stages | None = None) -> list[StageMemory]:
         cut = cut or self.outline.stages(topology.stages)
@@ -121,17 +126,26 @@ class Memory:
     # -- finhpc's ---------------------------------------------------------------------------
 
     def _finhpc_stage(self, stage: int, kinds: list[str], topology: Topology) -> StageMemory:
-        outline, stages = self.outline, topology.stages
+        outline, scheme, stages = self.outline, self.scheme, topology.stages
         shared = outline.tied and stages == 1  # one matrix, at both ends of the stage
         params = [0 if shared and kind == "embedding" else outline.part_params(kind) for kind in kinds]
         total = sum(params)
+        dense = [outline.part_replaced(kind) if scheme.blend else 0 for kind in kinds]
+        trains_dense = scheme.blend == "trainable"
+        trained = [own + (beside if trains_dense else 0) for own, beside in zip(params, dense, strict=True)]
+        optimizer = sum(
+            outline.part_moments_bytes(kind, scheme.eight_bit_moments, trains_dense)
+            for kind, own in zip(kinds, params, strict=True)
+            if own
+        )
+        weights, gradients = 4 * (total + sum(dense)), 4 * sum(trained)
         tokens = topology.micro_batch_size * outline.seq_len
         sent = tokens * 4 * int(outline.hf_config.hidden_size)  # hidden states travel in float32
         ids = tokens * 8
         buffers = (sent + ids) if stages > 1 else 0  # what is received lands there first
         steps = _Steps(
             parts=[self.parts(topology.micro_batch_size)[kind] for kind in kinds],
-            gradients=[4 * count for count in params],
+            gradients=[4 * count for count in trained],
             shared=shared,
             first=stage == 0,
             last=stage == stages - 1,
@@ -141,12 +155,12 @@ class Memory:
         )
         with_gradients = intermediates = 0
         for forward, in_flight, done in set(_passes(stage, stages, topology.micro_batches)):
-            for activations, gradients in steps.levels(forward, in_flight, done):
+            for activations, made in steps.levels(forward, in_flight, done):
                 intermediates = max(intermediates, activations)
-                with_gradients = max(with_gradients, activations + gradients)
-        flat = 4 * min(total, BUCKET)
-        peak = 12 * total + buffers + max(with_gradients, 4 * total + flat)
-        return StageMemory(stage, kinds, total, 4 * total, 4 * total, 8 * total, intermediates, buffers + flat, peak)
+                with_gradients = max(with_gradients, activations + made)
+        flat = min(gradients, 4 * BUCKET)
+        peak = weights + optimizer + buffers + max(with_gradients, gradients + flat)
+        return StageMemory(stage, kinds, total, weights, gradients, optimizer, intermediates, buffers + flat, peak)
 
 
 @dataclass(frozen=True)

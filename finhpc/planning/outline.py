@@ -22,6 +22,8 @@ from finhpc.models.pipeline import is_tied, operations, parts_of, stage_borders
 Stages = list[list[str]]  # kinds of the parts of each stage
 Matrix = tuple[int, int]  # (vectors, their length): outputs and inputs of a layer, rows of an embedding
 
+SMALLEST_8BIT, BLOCK_8BIT = 4096, 256  # bitsandbytes: smaller tensors keep float32 moments; moments to a scale
+
 PAPER_NAMES = {
     "embed_tokens": "W^E",
     "wte": "W^E",
@@ -73,6 +75,11 @@ class Weights:
         ends = (ending for ending in PAPER_NAMES if self.name == ending or self.name.endswith("." + ending))
         return next((PAPER_NAMES[ending] for ending in ends), None)
 
+    def moments_bytes(self, eight_bit: bool, dense_too: bool) -> int:
+        """Bytes of AdamW's two moments for one, and with `dense_too` those of the dense matrix beside a pair."""
+        sizes = [a * b for a, b in self.matrices] + [self.vectors] + ([self.replaced] if dense_too else [])
+        return sum(_moments_bytes(size, eight_bit) for size in sizes)
+
     def stored_bytes(self, bits: int) -> int:
         """Bytes of one at 16, 8 or 4 bits: every vector with a float32 scale and zero point, norms and biases 16 bits.
 
@@ -116,6 +123,16 @@ class Outline:
             kind = "embedding"
         return sum(weights.one for weights in self.weights if weights.kind == kind)
 
+    def part_replaced(self, kind: str) -> int:
+        """Parameters of the dense matrices that the pairs of one part of that kind stand for."""
+        return sum(weights.replaced for weights in self.weights if weights.kind == kind)
+
+    def part_moments_bytes(self, kind: str, eight_bit: bool, dense_too: bool) -> int:
+        """AdamW's moments for one part of that kind, in float32 or 8 bits."""
+        if kind == "head" and self.tied:
+            kind = "embedding"
+        return sum(weights.moments_bytes(eight_bit, dense_too) for weights in self.weights if weights.kind == kind)
+
     def part_bytes(self, kind: str, bits: int) -> int:
         """The same in bytes, stored at 16, 8 or 4 bits."""
         if kind == "head" and self.tied:
@@ -127,6 +144,13 @@ class Outline:
         costs = costs or self.operations
         borders = stage_borders(self.row, [costs[kind] for kind in self.kinds], stages)
         return [self.kinds[a:b] for a, b in pairwise(borders)]
+
+
+def _moments_bytes(size: int, eight_bit: bool) -> int:
+    """Of one tensor: two float32, or bitsandbytes' two bytes and two float32 scales a block, for all but small ones."""
+    if not eight_bit or size < SMALLEST_8BIT:
+        return 8 * size
+    return 2 * size + 8 * -(-size // BLOCK_8BIT)
 
 
 def one_block(hf_config: Any) -> Any:

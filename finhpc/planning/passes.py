@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from finhpc.config import Recompute
+from finhpc.lowrank.blend import blend_in
 from finhpc.models.families import skeleton
 from finhpc.models.family import Flow, Part
 from finhpc.models.pipeline import is_tied, parts_of
@@ -91,14 +92,22 @@ class NextPart(torch.autograd.Function):
 
 
 def counted(
-    hf_config: Any, micro_batch_size: int, seq_len: int, bf16: bool, recompute: Recompute, cuda: bool
+    hf_config: Any,
+    micro_batch_size: int,
+    seq_len: int,
+    bf16: bool,
+    recompute: Recompute,
+    cuda: bool,
+    blend: Literal["frozen", "trainable"] | None = None,
 ) -> dict[str, PartBytes]:
     """Kind of part -> its bytes. `hf_config`: of a model with one block, see `finhpc.planning.outline.one_block`.
 
     With `cuda` attention is torch's fused kernel and the loss makes its float32 copies, as on a GPU;
-    on a CPU they are finhpc's own.
+    on a CPU they are finhpc's own. `blend`: method 3's W stand beside the factors, as at its beginning.
     """
     model = skeleton(hf_config, recompute)
+    if blend:
+        blend_in(model, trainable=blend == "trainable")
     row = parts_of(hf_config, recompute)
     if cuda:
         model.config._attn_implementation = "sdpa"  # type: ignore[union-attr]
@@ -162,7 +171,9 @@ def _empty(model: nn.Module) -> None:
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 if id(parameter) not in made:
-                    made[id(parameter)] = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype))
+                    made[id(parameter)] = nn.Parameter(
+                        torch.empty(parameter.shape, dtype=parameter.dtype), parameter.requires_grad
+                    )
                 module._parameters[name] = made[id(parameter)]
         for name, buffer in module._buffers.items():
             if buffer is not None:

@@ -6,7 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from finhpc.lowrank.factorize import error_of, factors, gram, residual, solved, spectra, truncated_svd, whitening_root
+from finhpc.lowrank.factorize import (
+    error_of,
+    factors,
+    gram,
+    residual,
+    solved,
+    spectra,
+    squared_norm,
+    truncated_svd,
+    whitening_root,
+)
 
 SHAPES = [(60, 90), (90, 60), (64, 64)]
 FALLS = {
@@ -49,6 +59,14 @@ def test_the_error_told_is_the_one_measured(shape: tuple[int, int], fall: str) -
         a, b = truncated_svd(weight, rank)
         measured = float(torch.linalg.norm(weight.double() - b.double() @ a.double()))
         assert error_of(weight, a, b) == pytest.approx(measured, rel=1e-4, abs=1e-6 * norm)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_squared_norm_is_as_good_as_one_summed_in_float64(turned: bool) -> None:
+    weight = torch.randn(3000, 700, generator=torch.Generator().manual_seed(0))
+    weight[:, 0] *= 1000  # among small ones
+    exact = float(weight.double().square().sum())
+    assert squared_norm(weight.T if turned else weight) == pytest.approx(exact, rel=1e-6)
 
 
 def test_same_shaped_matrices_are_solved_together_and_the_spectrum_is_the_svds() -> None:

@@ -57,6 +57,19 @@ def test_matrices_are_out_times_in_whatever_is_stored(tmp_path: Path) -> None:
     assert "transformer.wpe" not in found
 
 
+def test_large_numbers_are_finite_and_a_single_nan_or_infinity_is_not(tmp_path: Path) -> None:
+    saved(tiny_gpt2(), tmp_path)
+    tensors, name = load_file(tmp_path / "model.safetensors"), "transformer.h.0.mlp.c_fc.weight"
+    tensors[name].view(-1)[:2] = 3e38  # together more than float32 holds
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    torch.testing.assert_close(open_weights(tmp_path).read(name), tensors[name], rtol=0, atol=0)
+    for number in (float("nan"), float("inf"), float("-inf")):
+        tensors[name].view(-1)[7] = number
+        save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+        with pytest.raises(CheckpointError, match=f"{name} holds NaN or infinity"):
+            open_weights(tmp_path).read(name)
+
+
 def damaged(path: Path) -> None:
     file = path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])

@@ -39,6 +39,20 @@ def test_a_run_is_planned_by_stage_and_for_the_cluster(capfd: pytest.CaptureFixt
         assert words in err
 
 
+def test_what_does_not_fit_is_said_for_every_mode_and_stage() -> None:
+    small = {"device": "a100-80gb", "memory_gb": 0.003, "usable": 1.0}
+    numbers = estimate(config(estimate=small, parallel={"micro_batch_size": 8}))["estimate"]
+    usable = numbers["device"]["usable_bytes"]
+    assert usable == 3e6
+    modes = numbers["recompute"]
+    assert {mode: found["fits"] for mode, found in modes.items()} == {
+        mode: found["peak_bytes"] <= usable for mode, found in modes.items()
+    }
+    assert {modes["none"]["fits"], modes["full"]["fits"]} == {False, True}
+    assert [stage["fits"] for stage in numbers["stages"]] == [False]
+    assert modes["full"]["operations_ratio"] > modes["none"]["operations_ratio"] == 1
+
+
 def test_this_machine_is_measured() -> None:
     hardware = {"device": "this-machine", "devices_per_node": 2}
     result = estimate(config(parallel={"stages": 2, "micro_batches": 2}, estimate=hardware))["estimate"]
@@ -73,11 +87,14 @@ def test_what_is_not_counted_is_said(capfd: pytest.CaptureFixture[str]) -> None:
     assert estimate(config())["estimate"]["not_counted"] == []
     method = {"kind": "blend", "rank": 8, "blend_share": 0.5, "embedding": "low_rank", "blend_weight": "trainable"}
     capfd.readouterr()
-    lines = estimate(config(method=method, optimizer={"name": "adamw8bit"}))["estimate"]["not_counted"]
+    sections = {"method": method, "optimizer": {"name": "adamw8bit"}}
+    (line,) = estimate(config(**sections))["estimate"]["not_counted"]
     # 4 blocks of 12 width^2, the head and the embedding of 300 x 32; six operations a weight and token, none a row read
     blocks, table = 4 * 12 * 32 * 32, 300 * 32
-    assert f"W (trainable) until step 150: {blocks + 2 * table:,} parameters" in lines[0]
-    assert f"{6 * (blocks + table):,} operations a token" in lines[0]
+    assert line.startswith(f"time of W (trainable), {blocks + 2 * table:,} parameters until step 150: ")
+    assert f"{6 * (blocks + table):,} operations a token" in line
+    lines = estimate(config(**sections, estimate={"scheme": "paper"}))["estimate"]["not_counted"]
+    assert lines[0].startswith("memory and time of W")
     assert "adamw8bit" in lines[1]
     assert "not counted" in capfd.readouterr().err
     with pytest.raises(ConfigError, match=r"method\.kind=svd starts from a model, and model\.path is not set"):

@@ -141,7 +141,7 @@ def test_every_problem_of_a_study_is_named_at_once(run_shards: Path, tmp_path: P
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["quality", "figure6"])
+@pytest.mark.parametrize("name", ["quality", "quality-start", "figure6"])
 def test_the_studies_that_ship_are_whole(name: str) -> None:
     settings = load(StudyConfig, f"studies/{name}")
     names = [

@@ -13,7 +13,8 @@ from finhpc.config import PretrainConfig, build
 from finhpc.lowrank.replace import ranks_of
 from finhpc.models.families import make_config
 from finhpc.models.presets import resolve_shape
-from finhpc.planning.memory import Memory, Scheme, Topology
+from finhpc.orchestration.estimate import scheme_of
+from finhpc.planning.memory import Memory, Topology
 from finhpc.planning.outline import outline_of
 from tests.training.processes import run_processes
 
@@ -33,6 +34,20 @@ CASES: dict[str, dict[str, Any]] = {
     "two replicas of a small batch": {
         "method": {"kind": "dense"},
         "parallel": {"replicas": 2, "micro_batch_size": 1, "micro_batches": 1},
+    },
+    "8-bit moments": {
+        "optimizer": {"name": "adamw8bit"},
+        "parallel": {"micro_batch_size": 2, "micro_batches": 2},
+    },
+    "method 3, W frozen, two stages": {
+        "method": {"kind": "blend", "rank": 16, "embedding": "low_rank"},
+        "parallel": {"stages": 2, "micro_batch_size": 2, "micro_batches": 2},
+    },
+    "method 3, W trained, 8-bit moments, bf16": {
+        "method": {"kind": "blend", "rank": 16, "blend_weight": "trainable"},
+        "optimizer": {"name": "adamw8bit"},
+        "parallel": {"micro_batch_size": 2, "micro_batches": 2},
+        "train": {"precision": "bf16"},
     },
     "llama, attention recomputed": {
         "model": {"preset": "llama-tiny"},
@@ -85,7 +100,7 @@ def predicted(name: str, borders: list[int]) -> list[int]:
     outline = outline_of(hf_config(config), config.data.seq_len, config.train.recompute)
     parallel = config.parallel
     topology = Topology(parallel.stages, parallel.replicas, parallel.micro_batch_size, parallel.micro_batches)
-    memory = Memory(outline, Scheme("finhpc", config.train.precision == "bf16"))
+    memory = Memory(outline, scheme_of(config, cuda=False))
     cut = [outline.kinds[a:b] for a, b in pairwise(borders)]
     return [stage.peak_bytes for stage in memory.stages(topology, cut)]
 

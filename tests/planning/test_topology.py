@@ -27,6 +27,10 @@ def test_those_that_fit_come_first_the_fastest_first() -> None:
         assert option.topology.samples_per_step == 64
         assert option.topology.workers <= 16
         assert option.fits == (option.fullest.peak_bytes <= 72e9)
+    memory = Memory(outline("llama2-7b", recompute="full"), Scheme("paper"))
+    for option in found:
+        peaks = [stage.peak_bytes for stage in memory.stages(option.topology)]
+        assert option.fullest.peak_bytes == max(peaks), "every stage must fit"
 
 
 def test_llama2_70b_needs_many_nodes() -> None:
@@ -51,6 +55,7 @@ def test_the_slowest_stage_sets_the_pace_and_even_ones_give_the_papers_utilisati
     uneven = Pace([1.0, 3.0], 0.5, 0.25, 8)
     assert uneven.passes_s == 4.0 + 7 * 3.0
     assert uneven.step_s == uneven.passes_s + 0.75
+    assert uneven.utilization == pytest.approx(8 * (1.0 + 3.0) / (2 * 25.0)), "less than even stages would reach"
 
 
 def test_time_counts_links_and_the_average_over_replicas() -> None:
