@@ -53,7 +53,7 @@ def test_peft_opens_it_and_merging_is_the_same(tmp_path: Path, make: Any, init: 
 def test_export_merges_it_onto_the_base_it_was_trained_beside(tmp_path: Path, bits: Any, scheme: Any) -> None:
     base = saved(tiny_llama(), tmp_path / "base")
     quantization = FinetuneQuantization(bits=bits, scheme=scheme)
-    adaptation, layers = adapted(base, Lora(rank=4), quantization)
+    adaptation, layers = adapted(base, Lora(rank=4), bits=bits, scheme=scheme)
     ours, packs = parameters(layers), packs_of(examples(8), 4, 6)
     with torch.no_grad():
         for parameter in ours.values():
