@@ -7,7 +7,7 @@ batches in random order. In turn, pass after pass; a pass's first step warms up 
 
 from __future__ import annotations
 
-import os
+import gc
 import random
 import statistics
 import tempfile
@@ -26,8 +26,8 @@ from finhpc.bench.pairs import in_turn, median_ratio, spread
 from finhpc.bench.plain_finetune import Pass, Passes, adapters, peft_model, plain_passes, trainer_passes
 from finhpc.bench.report import Row, publish, say
 from finhpc.bench.settings import FinetuneBench
-from finhpc.bench.train import _one_process_group
-from finhpc.config import Instructions, Resources, build
+from finhpc.bench.train import one_process_group
+from finhpc.config import Instructions, build
 from finhpc.config.finetune import FinetuneConfig
 from finhpc.data.batches import Batches
 from finhpc.data.examples import Arrays, make_examples
@@ -55,10 +55,13 @@ def bench_finetune(settings: FinetuneBench) -> dict[str, Any]:
     The first is over the faster of the two baselines; `peak_memory_over_peft` is that of the first of `bits`, in
     counted tensor bytes, over the plain loop's.
 
-    Raises `ConfigError` for a GPU, which is not measured yet, and for too few examples.
+    Raises `ConfigError` for a GPU, which is not measured, and where model, source or examples are missing.
     """
     began = time.perf_counter()
-    device_of(settings.resources)
+    if device_of(settings.resources).type != "cpu":
+        raise ConfigError("bench finetune measures CPUs alone; use resources.device=cpu.")
+    if settings.model is None or settings.source is None:
+        raise ConfigError("bench finetune needs --model FOLDER, the base, and --source FILE, the examples.")
     path = locate(settings.model)
     if not path.is_dir():
         raise ConfigError(f"model={settings.model} is no Hugging Face folder, which the baselines need; give one.")
@@ -91,7 +94,7 @@ def drawn(settings: FinetuneBench, tokenizer: Any) -> tuple[Arrays, list[range]]
 
     Raises `ConfigError` for fewer than two batches.
     """
-    wanted = Instructions(source=[settings.source], eval_fraction=0.0, limit=settings.examples)
+    wanted = Instructions(source=[str(settings.source)], eval_fraction=0.0, limit=settings.examples)
     arrays = make_examples(wanted, tokenizer, seed=0).train
     steps = len(arrays) // settings.batch
     if steps < 2:
@@ -119,11 +122,13 @@ def _base(
     say(f"{NAMES[bits]}: loading the models; then {settings.bench.repeats} rounds of a pass each")
     lengths = np.diff(arrays.offsets)
     longest = max(batches, key=lambda batch: int(lengths[batch].max()))
+    gc.collect()
     before = live_tensor_bytes()
     model = peft_model(path, bits, settings.rank, seed=0)
     start = {name: p.detach().clone() for name, p in adapters(model).items()}
     plain = _from_start(plain_passes(model, arrays, pad, settings.lr), adapters(model), start)
     peaks = {PLAIN: _peak(plain, [longest, longest]) - before}
+    gc.collect()
     before = live_tensor_bytes()
     engine = _engine(settings, path, bits)
     ours = _from_start(_engine_passes(engine, arrays, settings.lr), engine.trained_parameters(), start)
@@ -176,7 +181,7 @@ def _engine(settings: FinetuneBench, path: Path, bits: int) -> Engine:
         },
     )
     device = torch.device("cpu")
-    _one_process_group(device)
+    one_process_group(device)
     adaptation = Adaptation.of(config, open_weights(path))
     return Engine(config, adaptation.hf_config, device, adapt=adaptation)
 
