@@ -103,6 +103,20 @@ class DecomposeBench(Section):
     resources: Resources = Field(default_factory=lambda: Resources(threads=2))
 
 
+class FinetuneBench(Section):
+    """Settings of `finhpc bench finetune`."""
+
+    bench: Bench = Field(default_factory=lambda: Bench(repeats=3))
+    model: str | None = Field(None, description="base: a Hugging Face folder or a hub id")
+    source: str | None = Field(None, description="examples, as data.source of finetune; PhraseBank's file")
+    examples: int = Field(160, ge=1, description="examples of a pass, in whole batches; the first batch warms up")
+    batch: int = Field(16, ge=1, description="examples a step")
+    rank: int = Field(8, ge=1, description="of the adapters, beside every linear layer but the head")
+    bits: list[Literal[16, 8, 4]] = Field([16, 4], min_length=1, description="bases: bfloat16, int8, NF4")
+    lr: float = Field(1e-3, gt=0, description="learning rate")
+    resources: Resources = Field(default_factory=lambda: Resources(threads=2, device="cpu"))
+
+
 BENCHES: dict[str, tuple[type[Section], str]] = {
     "train": (TrainBench, "finhpc.bench.train:bench_train"),
     "data": (DataBench, "finhpc.bench.data:bench_data"),
@@ -110,6 +124,7 @@ BENCHES: dict[str, tuple[type[Section], str]] = {
     "prepare": (PrepareBench, "finhpc.bench.prepare:bench_prepare"),
     "recompute": (RecomputeBench, "finhpc.bench.recompute:bench_recompute"),
     "decompose": (DecomposeBench, "finhpc.bench.decompose:bench_decompose"),
+    "finetune": (FinetuneBench, "finhpc.bench.finetune:bench_finetune"),
 }
 """Name -> its settings and the function that measures, as `module:function`."""
 

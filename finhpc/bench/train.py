@@ -171,7 +171,7 @@ def _ways(settings: TrainBench, precision: str, device: torch.device) -> tuple[d
         ways[name] = make(config, configs[name])
 
     first = settings.ranks[0]
-    _one_process_group(device)
+    one_process_group(device)
     if resolve_shape(settings.model, None).family == "gpt2":
         for rank, name in ((0, "dense, transformers"), (first, f"rank {first}, transformers with pairs")):
             add(name, rank, lambda config, hf, rank=rank: transformers_step(config, hf, rank, device))  # type: ignore[misc]
@@ -195,7 +195,7 @@ def _engine_step(config: PretrainConfig, hf_config: Any, device: torch.device) -
     return step
 
 
-def _one_process_group(device: torch.device) -> None:
+def one_process_group(device: torch.device) -> None:
     """A process group of this process alone, as the engine needs one."""
     if dist.is_initialized():
         return

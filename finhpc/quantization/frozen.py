@@ -85,6 +85,8 @@ class FrozenInt8(Frozen):
         return self.codes.to(dtype, copy=True).mul_(self.largest.unsqueeze(1).mul(1.0 / 127.0))
 
     def product(self, x: Tensor) -> Tensor:
+        if self.training and x.device.type in ("cpu", "xpu"):  # as bitsandbytes' matmul chooses
+            return super().product(x)
         from bitsandbytes.functional import int8_vectorwise_quant
 
         codes, largest, outliers = int8_vectorwise_quant(x.to(torch.float16), threshold=OUTLIER)

@@ -15,6 +15,7 @@ from finhpc.models.adapted import Adaptation, AdaptedLayer
 from finhpc.models.packed import IGNORED, TARGET, layout_of
 from finhpc.models.packed_attention import attend
 from finhpc.models.weights import open_weights
+from finhpc.quantization.frozen import freeze
 from tests.models.dense import saved, tiny_gpt2, tiny_llama
 from tests.models.packs import examples, pack, packs_of, peft_model, peft_parameters, plain_loss
 
@@ -100,33 +101,48 @@ def test_attention_is_that_of_a_mask(keep: bool, longest: int) -> None:
 
 @pytest.mark.parametrize(("bits", "scheme"), [(8, "int8"), (4, "nf4")])
 def test_quantised_bases_give_bitsandbytes_numbers(tmp_path: Path, bits: int, scheme: str) -> None:
-    from transformers import BitsAndBytesConfig
-
+    """Packs to what rounding allows; the frozen layers, in bitsandbytes' place in the plain model, to the bit."""
     folder = saved(_wide(), tmp_path / "base")
     _, layers = adapted(folder, bits=bits, scheme=scheme)
     ours = parameters(layers)
-    config = (
-        BitsAndBytesConfig(load_in_8bit=True)
-        if bits == 8
-        else BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.float32,
-        )
-    )
     start = {name: p.detach() for name, p in ours.items()}
     # In training mode: in evaluation bitsandbytes packs NF4 anew for CPUs with bfloat16, and computes in that.
-    plain = peft_model(folder, start, quantization_config=config, dtype=torch.float32).train()
+    plain = peft_model(folder, start, quantization_config=_bitsandbytes(bits), dtype=torch.float32).train()
     some = examples(8)
     wanted = plain_loss(plain, some)
     wanted.backward()
+    gradients = {name: p.grad for name, p in peft_parameters(plain).items()}
     loss = loss_of(layers, packs_of(some, 4, 6))
     loss.backward()
-    tolerance = 1e-5 if bits == 4 else 2e-3  # int8 rounds inputs: the last bits of its neighbours decide roundings
-    assert abs(loss.item() - wanted.item()) <= tolerance * wanted.item()
-    found = {n: p.grad for n, p in ours.items()}
-    assert_near(found, {n: p.grad for n, p in peft_parameters(plain).items()}, 1e-5 if bits == 4 else 5e-2)
+    assert abs(loss.item() - wanted.item()) <= 1e-5 * wanted.item()
+    assert_near({n: p.grad for n, p in ours.items()}, gradients)
+    assert _put_frozen_layers(plain, folder, bits, scheme) == 14
+    plain.zero_grad()
+    same = plain_loss(plain, some)
+    same.backward()
+    assert torch.equal(same, wanted)
+    assert all(torch.equal(p.grad, gradients[name]) for name, p in peft_parameters(plain).items())
+
+
+def _bitsandbytes(bits: int) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    how = {"quant_type": "nf4", "use_double_quant": True, "compute_dtype": torch.float32}
+    return BitsAndBytesConfig(load_in_4bit=True, **{f"bnb_4bit_{name}": value for name, value in how.items()})
+
+
+def _put_frozen_layers(plain: Any, folder: Path, bits: int, scheme: str) -> int:
+    """Replace bitsandbytes' layers of a peft model by frozen ones of the same weights; how many."""
+    weights, count = open_weights(folder), 0
+    for name, module in list(plain.named_modules()):
+        if type(module).__name__ in ("Linear8bitLt", "Linear4bit") and name.endswith(".base_layer"):
+            own = name.removeprefix("base_model.model.").removesuffix(".base_layer")
+            frozen = freeze(weights.read(f"{own}.weight"), None, bits, scheme, torch.float32, own)
+            plain.set_submodule(name, frozen)
+            count += 1
+    return count
 
 
 def _wide() -> Any:
