@@ -6,6 +6,7 @@ The rooms, from the top down (imports point down only):
 - `orchestration`  Ray Train runs, MLflow tracking, what is on the screen
 - `training`       engine, loop, checkpoint, metrics: torch and DeepSpeed, no Ray
 - `planning`       memory, time and topologies before a run: counted from the code, beside the paper's tables
+- `evaluation`     generated text and scores of models: torch and transformers, no Ray
 - `data`           text on disk -> token shards (`prepare`) -> ordered streams (Ray Data)
 - `models`         Hugging Face models cut into pipeline layers; presets; load, save, export
 - `quantization`   weights in 8 and 4 bits: per vector, int8, NF4; training with rounded weights
@@ -45,10 +46,12 @@ _PUBLIC = {
     "prepare": "finhpc.data.prepare",
     "pretrain": "finhpc.orchestration.pretrain",
     "study": "finhpc.orchestration.study",
+    "generate": "finhpc.evaluation.generate",
     "export": "finhpc.models.export",
     "PretrainConfig": "finhpc.config",
     "StudyConfig": "finhpc.config",
     "PrepareConfig": "finhpc.config",
+    "GenerateConfig": "finhpc.config",
     "ExportConfig": "finhpc.config",
     "DecomposeConfig": "finhpc.config",
     "FinhpcError": "finhpc.errors",

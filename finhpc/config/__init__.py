@@ -6,6 +6,7 @@
 
 from finhpc.config.finetune import FinetuneConfig, FinetuneQuantization, Instructions, Lora
 from finhpc.config.folders import Calibration, DecomposeConfig, ExportConfig, PrepareConfig, UiConfig
+from finhpc.config.generate import GenerateConfig, Sampling
 from finhpc.config.pretrain import (
     LINEAR_KINDS,
     Data,
@@ -28,6 +29,7 @@ __all__ = [
     "ExportConfig",
     "FinetuneConfig",
     "FinetuneQuantization",
+    "GenerateConfig",
     "Instructions",
     "Lora",
     "Method",
@@ -39,6 +41,7 @@ __all__ = [
     "Recompute",
     "Resources",
     "Run",
+    "Sampling",
     "Section",
     "StudyConfig",
     "Train",

@@ -1,0 +1,1 @@
+"""What models can do: generated text and scores. torch and transformers, no Ray."""
