@@ -26,6 +26,7 @@ verbs:
   study      variants of a run beside each other: screened, the best trained for long on several seeds
   decompose  a dense model -> a low-rank one of its best factors
   generate   prompts, a file of them or a chat -> text; adapters over one base
+  finetune   examples and a frozen base, 16, 8 or 4 bits -> a LoRA adapter
   export     a trained model -> a folder for transformers: low-rank or merged, 16, 8 or 4 bits
   bench      measure finhpc beside the plain way: finhpc bench train|data|prepare|pipeline|recompute|decompose|generate
   ui         open MLflow's page of what was tracked, on this machine only
@@ -35,7 +36,7 @@ options of every verb:
   --KEY VALUE        set one key, e.g. --method.rank 96 (finhpc VERB --help lists them)
   --json             print the result as one JSON object, the last line of stdout
   --print_config     show the resolved settings and stop
-  --dry_run          check and count everything, start nothing (pretrain, study, decompose, export)
+  --dry_run          check and count everything, start nothing (pretrain, finetune, study, decompose, export)
 
 finhpc --version"""
 
@@ -81,6 +82,7 @@ def _run(verb: str, words: list[str]) -> dict[str, Any] | None:
         "study": (config.StudyConfig, _study),
         "decompose": (config.DecomposeConfig, _decompose),
         "generate": (config.GenerateConfig, _generate),
+        "finetune": (config.FinetuneConfig, _finetune),
         "export": (config.ExportConfig, _export),
         "ui": (config.UiConfig, _ui),
     }
@@ -246,6 +248,13 @@ def _generate(settings: Any, dry_run: bool) -> dict[str, Any]:
     from finhpc.evaluation.generate import generate
 
     return generate(settings)
+
+
+def _finetune(settings: Any, dry_run: bool) -> dict[str, Any]:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from finhpc.orchestration.finetune import finetune
+
+    return finetune(settings, dry_run=dry_run)
 
 
 def _export(settings: Any, dry_run: bool) -> dict[str, Any]:

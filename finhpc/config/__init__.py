@@ -20,6 +20,8 @@ from finhpc.config.pretrain import (
 from finhpc.config.section import Section, build, flatten, keys, load, nearest, recipes, to_yaml
 from finhpc.config.training import Optimizer, Parallel, Recompute, Resources, Run, Train
 
+TrainingConfig = PretrainConfig | FinetuneConfig
+
 __all__ = [
     "LINEAR_KINDS",
     "Calibration",
@@ -45,6 +47,7 @@ __all__ = [
     "Section",
     "StudyConfig",
     "Train",
+    "TrainingConfig",
     "UiConfig",
     "Variant",
     "build",

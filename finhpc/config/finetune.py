@@ -50,6 +50,14 @@ class Instructions(Section):
         description="files of examples, or hf:NAME (repeat for several; FILE:FORMAT names its format)",
     )
     template: str | None = Field(None, description="named prompt template; default: the one of each file's format")
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="columns that hold the template's fields, where they bear other names: input=headline, label=mood",
+    )
+    encoding: str | None = Field(
+        None, description="of text and CSV files; default: UTF-8, and PhraseBank latin-1 unless it is valid UTF-8"
+    )
+    hf_split: str = Field("train", description="split of hf: sources")
     eval_source: list[str] = Field(
         default_factory=list, description="held-out files; default: eval_fraction of each source, split by sentence"
     )
@@ -58,6 +66,17 @@ class Instructions(Section):
     eval_limit: int | None = Field(None, ge=1, description="held-out examples scored at each evaluation; default: all")
     max_len: int = Field(512, ge=8, description="tokens an example; longer inputs are cut, see cut")
     cut: Literal["input", "refuse"] = Field("input", description="input: the end of the input is cut, never the answer")
+    max_dropped: float = Field(
+        0.01, ge=0, le=1, description="largest share of examples dropped since max_len leaves no room for their answer"
+    )
+
+
+class FinetuneTrain(Train):
+    """As in pretraining, counted in passes over the examples."""
+
+    epochs: float | None = Field(
+        1.0, gt=0, description="passes over the examples, which say train.steps; not where train.steps is given"
+    )
 
 
 class FinetuneConfig(Section):
@@ -68,7 +87,7 @@ class FinetuneConfig(Section):
     data: Instructions = Field(default_factory=Instructions)
     optimizer: Optimizer = Field(default_factory=lambda: Optimizer(lr=1e-3, weight_decay=0.0))
     parallel: Parallel = Field(default_factory=lambda: Parallel(micro_batch_size=16))
-    train: Train = Field(default_factory=Train)
+    train: FinetuneTrain = Field(default_factory=FinetuneTrain)
     quantization: FinetuneQuantization = Field(default_factory=FinetuneQuantization)
     run: Run = Field(default_factory=lambda: Run(name="finetune"))
     resources: Resources = Field(default_factory=Resources)

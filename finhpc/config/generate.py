@@ -17,7 +17,9 @@ class Sampling(Section):
     temperature: float = Field(0.0, ge=0, description="0: greedy, the likeliest token")
     top_p: float = Field(1.0, gt=0, le=1, description="of the likeliest tokens that make up this probability")
     top_k: int = Field(0, ge=0, description="of so many likeliest tokens; 0: all")
-    seed: int = Field(0, ge=0, description="of the draws; a prompt's own depend on its place in the input, not its batch")
+    seed: int = Field(
+        0, ge=0, description="of the draws; a prompt's own depend on its place in the input, not its batch"
+    )
     stop_at_eos: bool = Field(True, description="end at the tokeniser's end-of-text token")
 
 

@@ -67,11 +67,11 @@ class Order:
     def samples(self, visit: Visit) -> Ints:
         """Ids of the visit's samples in the order they are trained on: (size,)."""
         ids = [np.arange(self.sizes[shard]) + self.starts[shard] for shard in self.shards(visit)]
-        return np.concatenate(ids)[_permutation(visit.size, 2, self.seed, visit.epoch, visit.group)]
+        return np.concatenate(ids)[permutation(visit.size, 2, self.seed, visit.epoch, visit.group)]
 
     def _epoch(self, epoch: int) -> Ints:
         """The shards in the order of an epoch."""
-        return _permutation(len(self.sizes), 1, self.seed, epoch)
+        return permutation(len(self.sizes), 1, self.seed, epoch)
 
     def _group_starts(self) -> Ints:
         return np.arange(0, len(self.sizes), self.shards_a_visit)
@@ -84,7 +84,8 @@ def replica_mask(positions: Ints, samples_per_step: int, replica: int, replicas:
 
 
 @lru_cache(maxsize=4)
-def _permutation(n: int, *key: int) -> Ints:
+def permutation(n: int, *key: int) -> Ints:
+    """0 ... n-1 in the order that the key draws, the same for ever and everywhere."""
     # Philox's raw stream and SeedSequence are fixed for ever; Generator.permutation may change with numpy.
     raw = np.random.Philox(np.random.SeedSequence(key)).random_raw(n)
     return np.argsort(raw, kind="stable")

@@ -111,7 +111,5 @@ class Decoder:
             return out.reshape(batch, 1, heads * size)
         shared = heads != self.kv_heads
         causal = mask is None
-        out = F.scaled_dot_product_attention(
-            q, keys, values, mask, is_causal=causal, scale=scale, enable_gqa=shared
-        )
+        out = F.scaled_dot_product_attention(q, keys, values, mask, is_causal=causal, scale=scale, enable_gqa=shared)
         return out.transpose(1, 2).reshape(batch, seq, heads * size)

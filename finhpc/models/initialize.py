@@ -41,7 +41,7 @@ def initialize(module: nn.Module, name: str, config: Any, seed: int, scheme: str
 
 
 def _fill(module: nn.Module, name: str, std: float, seed: int, scheme: str | None) -> None:
-    generator = _generator(seed, name)
+    generator = generator_of(seed, name)
     if isinstance(module, LowRankLinear):
         dense = torch.randn(module.out_features, module.in_features, generator=generator) * std
         a, b = SCHEMES[scheme or module.init](dense, module.rank, generator)
@@ -79,6 +79,6 @@ def _transposed(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D"
 
 
-def _generator(seed: int, name: str) -> Generator:
+def generator_of(seed: int, name: str) -> Generator:
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

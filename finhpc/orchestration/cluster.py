@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from finhpc.config import PretrainConfig
+from finhpc.config import TrainingConfig
 from finhpc.errors import ConfigError, TrainingFailedError
 
 
@@ -87,7 +87,7 @@ def known_resources() -> dict[str, float] | None:
     return {"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()}
 
 
-def use_cuda(config: PretrainConfig, total: dict[str, float]) -> bool:
+def use_cuda(config: TrainingConfig, total: dict[str, float]) -> bool:
     """Whether the workers run on GPUs; raises `ConfigError` when asked for and absent."""
     gpus = total.get("GPU", 0)
     if config.resources.device == "cuda" and not gpus:
@@ -97,7 +97,7 @@ def use_cuda(config: PretrainConfig, total: dict[str, float]) -> bool:
     return config.resources.device == "cuda" or (config.resources.device == "auto" and gpus > 0)
 
 
-def check_fits(config: PretrainConfig, cuda: bool, total: dict[str, float]) -> None:
+def check_fits(config: TrainingConfig, cuda: bool, total: dict[str, float]) -> None:
     """Raise `ConfigError` when the cluster could never place the workers (Ray would wait for ever)."""
     own = not os.environ.get("RAY_ADDRESS")
     workers, resources = config.parallel.workers, config.resources

@@ -14,17 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from finhpc.config import PretrainConfig
 from finhpc.errors import NonFiniteError, OutOfMemoryError, TrainingFailedError
 from finhpc.orchestration.cluster import dead_process
-from finhpc.orchestration.plan import Plan
+from finhpc.orchestration.job import Job, Say
 from finhpc.orchestration.runfolder import RunFolder
 from finhpc.orchestration.worker import FATAL, train_worker
 from finhpc.training import watchdog
 from finhpc.training.allocator import ENVIRONMENT
 from finhpc.training.journal import WORKER_FILE, read
-
-Say = Callable[[str], None]
 
 POLL_S = 0.2
 HEALTH_TIMEOUT = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
@@ -33,12 +30,12 @@ STARTS_TRIED = 3  # of workers that cannot even start; Ray Train would try for e
 GRACE_S = 10.0  # for workers to return after they wrote that all is done
 
 
-def fit(plan: Plan, folder: RunFolder, cuda: bool, say: Say) -> None:
+def fit(job: Job, folder: RunFolder, cuda: bool, say: Say) -> None:
     """Train until the last step; restarts failed workers. Raises `TrainingFailedError` when that does not help."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    config = plan.config
+    config = job.config
     for name in ("ray.train", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
     resources = {"CPU": config.resources.cpus_per_worker}
@@ -51,7 +48,8 @@ def fit(plan: Plan, folder: RunFolder, cuda: bool, say: Say) -> None:
             "config": config.model_dump(mode="json"),
             "folder": str(folder.path),
             "cuda": cuda,
-            "fingerprint": plan.shards.manifest.fingerprint,
+            "verb": job.verb,
+            **job.worker_arguments(),
         },
         torch_config=TorchConfig(
             backend="nccl" if cuda else "gloo",
@@ -73,11 +71,11 @@ def fit(plan: Plan, folder: RunFolder, cuda: bool, say: Say) -> None:
         problem = _watched(trainer.fit, stacks, _Done(folder.path / WORKER_FILE, config.train.steps), say)
     fatal = folder.path / FATAL
     if fatal.exists():
-        raise TrainingFailedError(_with_advice(json.loads(fatal.read_text()), config))
+        raise TrainingFailedError(_with_advice(json.loads(fatal.read_text()), job))
     if problem is not None:
         raise TrainingFailedError(
             f"the workers failed more than run.max_failures={config.run.max_failures} times; the last error: "
-            f"{stacks.newest() or _describe(problem, config)}\nlogs: {folder.path / 'ray'} and Ray's own, "
+            f"{stacks.newest() or _describe(problem, job)}\nlogs: {folder.path / 'ray'} and Ray's own, "
             "/tmp/ray/session_latest/logs/train. The same command resumes from the newest checkpoint."
         )
 
@@ -173,42 +171,30 @@ def _watched(
     return raised[0] if raised else None
 
 
-def _describe(problem: Exception, config: PretrainConfig) -> str:
+def _describe(problem: Exception, job: Job) -> str:
     """The heart of what Ray Train raises, without its traceback; with advice where memory ran out."""
     failures: dict[int, Exception] = getattr(problem, "worker_failures", None) or {0: problem}
     texts = {rank: str(error) for rank, error in failures.items()}
     for rank, text in texts.items():
         if "OutOfMemoryError" in text or "memory monitor" in text or "due to the node running low on memory" in text:
-            return f"worker {rank} was ended by Ray because the machine ran low on memory; {_memory_advice(config)}"
+            return f"worker {rank} was ended by Ray because the machine ran low on memory; {job.memory_advice()}"
         if re.search(r"SIGKILL|killed by.*OOM|OOM killer", text):
             return (
                 f"worker {rank} was killed from outside, most often by the kernel when memory runs out; if so, "
-                f"{_memory_advice(config)}"
+                f"{job.memory_advice()}"
             )
     lines = [line for line in texts[min(texts)].strip().splitlines() if line.strip()]
     return lines[-1] if lines else type(problem).__name__
 
 
-def _memory_advice(config: PretrainConfig) -> str:
-    """What to lower, dearest first."""
-    parallel = config.parallel
-    precision = "" if config.train.precision == "bf16" else ", use train.precision=bf16"
-    rank = f", method.rank (now {config.method.rank})" if config.method.kind != "dense" else ", use low_rank layers"
-    return (
-        f"lower parallel.micro_batch_size (now {parallel.micro_batch_size}; raise parallel.micro_batches (now "
-        f"{parallel.micro_batches}) by as much to keep the batch), data.seq_len (now {config.data.seq_len}){rank}"
-        f"{precision}, or raise parallel.stages (now {parallel.stages}) over more machines."
-    )
-
-
-def _with_advice(fatal: dict[str, Any], config: PretrainConfig) -> str:
+def _with_advice(fatal: dict[str, Any], job: Job) -> str:
     """The worker's message, and what to change where the settings are the cause."""
     message = str(fatal["message"])
     if fatal["error"] == OutOfMemoryError.__name__:
-        return f"{message}; {_memory_advice(config)}"
+        return f"{message}; {job.memory_advice()}"
     if fatal["error"] != NonFiniteError.__name__:
         return message
-    optimizer = config.optimizer
+    optimizer = job.config.optimizer
     return (
         f"{message} is not finite; the step was not taken and the checkpoints before it stand. Lower "
         f"optimizer.lr (now {optimizer.lr:g}), raise optimizer.warmup_steps (now {optimizer.warmup_steps}) or set "

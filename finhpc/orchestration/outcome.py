@@ -7,27 +7,31 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from finhpc.config import PretrainConfig
+from finhpc.config import PretrainConfig, TrainingConfig
 from finhpc.errors import CheckpointError
-from finhpc.orchestration.plan import Plan
+from finhpc.orchestration.job import Job, Rows
 from finhpc.orchestration.runfolder import redact
 from finhpc.training.journal import WORKER_FILE, Record, latest, read
 
 
-def counted(plan: Plan) -> dict[str, Any]:
+def to_stderr(text: str) -> None:
+    """A line for the user before there is a progress bar."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def counted(job: Job) -> dict[str, Any]:
     """Every key of a result, with what can be told without training; the rest is null."""
-    parallel = plan.config.parallel
+    parallel = job.config.parallel
     return {
         "status": None,
-        "run": plan.config.run.name,
-        "params_total": plan.params_total,
-        "params_trainable": plan.params_total,
-        "params_dense": plan.params_dense,
-        "compression_ratio": plan.compression_ratio,
+        "run": job.config.run.name,
+        "params_total": None,
+        "params_trainable": None,
+        "params_dense": None,
+        "compression_ratio": None,
         "train_loss": None,
         "val_loss": None,
         "val_perplexity": None,
-        "val_unigram_entropy": plan.shards.manifest.val_unigram_entropy_nats,
         "steps": None,
         "tokens": None,
         "tokens_per_s": None,
@@ -45,47 +49,45 @@ def counted(plan: Plan) -> dict[str, Any]:
         "mlflow_run_id": None,
         "tracking_uri": None,
         "wall_s": None,
+        **job.counts(),
     }
 
 
-def collect(plan: Plan, folder: Path, wall_s: float) -> dict[str, Any]:
+def collect(job: Job, folder: Path, wall_s: float) -> dict[str, Any]:
     """Write the model folder from the last checkpoint and gather the result of a finished run."""
-    from finhpc.models.loading import save_model
-    from finhpc.training.checkpoint import complete, read_stage
+    from finhpc.training.checkpoint import complete
 
     saved = next(iter(complete(folder / "checkpoints")), None)
-    if saved is None or saved.step != plan.config.train.steps:
+    if saved is None or saved.step != job.config.train.steps:
         raise CheckpointError(
             f"{folder}/checkpoints holds no checkpoint of the last step; run the same command again to make it."
         )
     saved.verify()
-    shards = [lambda file=file: read_stage(file, "param") for file in saved.stage_files()]  # type: ignore[misc]
-    plan.shards.check_tokenizer()  # it goes into the model's folder
-    save_model(folder / "model", plan.hf_config, shards, plan.shards.tokenizer)
-    result = _measured(plan, folder)
+    job.save_model(folder / "model", saved)
+    result = _measured(job, folder)
     result |= {
         "status": "finished",
         "consumed_sha256": saved.manifest["consumed"],
         "checkpoint": str(saved.path),
         "model": str(folder / "model"),
         "wall_s": wall_s,
-        "worker_hours": wall_s * plan.config.parallel.workers / 3600,
+        "worker_hours": wall_s * job.config.parallel.workers / 3600,
     }
     return result
 
 
-def unfinished(plan: Plan, folder: Path, status: str) -> dict[str, Any]:
+def unfinished(job: Job, folder: Path, status: str) -> dict[str, Any]:
     """The result of a run that failed or was stopped."""
     from finhpc.training.checkpoint import complete
 
     saved = next(iter(complete(folder / "checkpoints")), None)
-    return _measured(plan, folder) | {"status": status.lower(), "checkpoint": str(saved.path) if saved else None}
+    return _measured(job, folder) | {"status": status.lower(), "checkpoint": str(saved.path) if saved else None}
 
 
-def _measured(plan: Plan, folder: Path) -> dict[str, Any]:
+def _measured(job: Job, folder: Path) -> dict[str, Any]:
     """What the journal says: last losses, and the median pace of the newest start."""
     records, _ = read(folder / WORKER_FILE)
-    result = counted(plan)
+    result = counted(job)
     newest = _last_that_trained(records)
     train, evals = latest(records, "train"), latest(records, "eval")
     if train:
@@ -146,14 +148,13 @@ def sample_text(config: PretrainConfig, model_folder: Path, say: Callable[[str],
     return str(tokenizer.decode(out[0], skip_special_tokens=True))
 
 
-def summary(plan: Plan, result: dict[str, Any]) -> list[tuple[str, str]]:
+def summary(job: Job, result: dict[str, Any]) -> Rows:
     """The table at the end of a run."""
     rows = [
-        ("parameters", f"{_millions(plan.params_total)}, dense {_millions(plan.params_dense)}"),
-        ("compression", f"{plan.compression_ratio:.2f} x"),
+        *job.rows(),
         ("steps, tokens", f"{result['steps']:,}, {result['tokens']:,}"),
         ("train loss", _number(result["train_loss"], "{:.4f}")),
-        ("validation loss", _number(result["val_loss"], "{:.4f}") + _below(result)),
+        ("validation loss", _number(result["val_loss"], "{:.4f}") + job.remark(result)),
         ("tokens/s", _number(result["tokens_per_s"], "{:,.0f}")),
         (
             "pipeline utilisation",
@@ -167,35 +168,37 @@ def summary(plan: Plan, result: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if result["sample"]:
         rows.append(("sample", " ".join(result["sample"].split())))
-    rows.append(("compare runs", _page(plan.config)))
+    rows.append(("compare runs", _page(job.config)))
     return rows
 
 
-def dry_summary(plan: Plan) -> list[tuple[str, str]]:
+def dry_summary(job: Job) -> Rows:
     """The table of a dry run, but for what `finhpc.orchestration.estimate` tells."""
     return [
-        ("parameters", f"{_millions(plan.params_total)}, dense {_millions(plan.params_dense)}"),
-        ("compression", f"{plan.compression_ratio:.2f} x"),
-        ("workers", str(plan.config.parallel.workers)),
-        ("samples a step", str(plan.config.parallel.samples_per_step)),
+        *job.rows(),
+        ("workers", str(job.config.parallel.workers)),
+        ("samples a step", str(job.config.parallel.samples_per_step)),
     ]
 
 
-def _page(config: PretrainConfig) -> str:
+def lower_batch(config: TrainingConfig, then: str) -> str:
+    """What to lower where memory runs out, dearest first; `then`: what comes after the micro-batch."""
+    parallel = config.parallel
+    precision = "" if config.train.precision == "bf16" else ", use train.precision=bf16"
+    return (
+        f"lower parallel.micro_batch_size (now {parallel.micro_batch_size}; raise parallel.micro_batches (now "
+        f"{parallel.micro_batches}) by as much to keep the batch){then}{precision}, or raise parallel.stages (now "
+        f"{parallel.stages}) over more machines."
+    )
+
+
+def _page(config: TrainingConfig) -> str:
     """How to see the run beside others; the command as it was called here, so that it can be copied."""
     if config.run.tracking_uri and config.run.tracking_uri.startswith("http"):
         return f"open {redact(config.run.tracking_uri)}"
     command = sys.argv[0] if Path(sys.argv[0]).name == "finhpc" else "finhpc"
     where = f"--run.tracking_uri {config.run.tracking_uri}" if config.run.tracking_uri else ""
     return f"{command} ui {where or f'--run.storage {config.run.storage}'}"
-
-
-def _below(result: dict[str, Any]) -> str:
-    entropy, loss = result["val_unigram_entropy"], result["val_loss"]
-    if loss is None:
-        return ""
-    where = "below" if loss <= entropy else "above"
-    return f" ({abs(entropy - loss):.2f} nat {where} the unigram entropy of the same split, {entropy:.4f})"
 
 
 def _memory(result: dict[str, Any]) -> str:
@@ -206,7 +209,8 @@ def _memory(result: dict[str, Any]) -> str:
     return f"tensors {tensors}; resident {', '.join(f'{r / 1e6:,.0f} MB' for r in resident)}"
 
 
-def _millions(count: int) -> str:
+def millions(count: int) -> str:
+    """123,400,000 as 123.40 M."""
     return f"{count / 1e6:,.2f} M"
 
 

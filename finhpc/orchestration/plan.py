@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finhpc.config import Method, PretrainConfig
+from finhpc.config import Method, PretrainConfig, TrainingConfig
 from finhpc.data.shards import Shards
 from finhpc.errors import CheckpointError, ConfigError, DataError
 
@@ -113,7 +113,7 @@ def _open_shards(config: PretrainConfig) -> Shards:
     return Shards.open(config.data.shards)
 
 
-def check_parallel(config: PretrainConfig) -> None:
+def check_parallel(config: TrainingConfig) -> None:
     """Raise `ConfigError` where the sizes of a step contradict each other."""
     parallel = config.parallel
     asked, derived = parallel.global_batch_size, parallel.samples_per_step

@@ -28,7 +28,7 @@ from typing import Any
 
 import yaml
 
-from finhpc.config import PretrainConfig, build, flatten, to_yaml
+from finhpc.config import PretrainConfig, TrainingConfig, build, flatten, to_yaml
 from finhpc.errors import ConfigError, RunBusyError
 from finhpc.training.journal import strict_json
 
@@ -36,7 +36,7 @@ from finhpc.training.journal import strict_json
 # schedule spans `train.steps`, so more steps stretch what is left of it; fewer would leave steps
 # behind that were trained on another schedule.
 MAY_CHANGE = re.compile(
-    r"(run|resources|parallel)\..*|data\.shards|model\.path|method\.blend_share"
+    r"(run|resources|parallel)\..*|data\.(shards|source|eval_source)|model\.path|method\.blend_share"
     r"|train\.(eval_every|checkpoint_every|keep_checkpoints|hang_timeout_s|recompute|sample_.*)"
 )
 PACKAGES = ("finhpc", "torch", "ray", "deepspeed", "transformers", "tokenizers", "mlflow", "numpy", "pyarrow")
@@ -82,7 +82,7 @@ class RunFolder:
             yield
 
     def write_config(
-        self, config: PretrainConfig, dataset_fingerprint: str | None = None, model_fingerprint: str | None = None
+        self, config: TrainingConfig, dataset_fingerprint: str | None = None, model_fingerprint: str | None = None
     ) -> None:
         run = config.run.model_copy(
             update={"tracking_uri": config.run.tracking_uri and redact(config.run.tracking_uri)}
@@ -98,13 +98,13 @@ class RunFolder:
         return found
 
     def check_resume(
-        self, config: PretrainConfig, dataset_fingerprint: str | None = None, model_fingerprint: str | None = None
+        self, config: TrainingConfig, dataset_fingerprint: str | None = None, model_fingerprint: str | None = None
     ) -> None:
         """Refuse settings that would make the folder's run another run; every difference in one error."""
         path = self.path / "config.yaml"
         if not path.exists():
             return
-        before = build(PretrainConfig, yaml.safe_load(path.read_text(encoding="utf-8")))
+        before = build(type(config), yaml.safe_load(path.read_text(encoding="utf-8")))
         problems = _differences(before, config)
         identity = self._read_json("identity.json") or {}
         old_model, old_data = identity.get("model_fingerprint"), identity.get("dataset_fingerprint")
@@ -115,9 +115,8 @@ class RunFolder:
             )
         if old_data and dataset_fingerprint and old_data != dataset_fingerprint:
             problems.append(
-                f"data.shards={config.data.shards} holds other data (fingerprint {dataset_fingerprint[:12]}) than the "
-                f"run was trained on ({old_data[:12]}, {before.data.shards}); "
-                f"use another run.name or restore the shards."
+                f"{_data(config)} holds other data (fingerprint {dataset_fingerprint[:12]}) than the "
+                f"run was trained on ({old_data[:12]}, {_data(before)}); use another run.name or restore the data."
             )
         if problems:
             raise ConfigError(problems)
@@ -178,13 +177,15 @@ def environment(argv: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _differences(before: PretrainConfig, now: PretrainConfig) -> list[str]:
+def _differences(before: TrainingConfig, now: TrainingConfig) -> list[str]:
     old, new = flatten(before), flatten(now)
     old["samples a step (micro_batch_size x micro_batches x replicas)"] = before.parallel.samples_per_step
     new["samples a step (micro_batch_size x micro_batches x replicas)"] = now.parallel.samples_per_step
-    if now.method.kind == before.method.kind == "blend":  # alpha must have been what it would be now
+    kinds = [config.method.kind for config in (before, now) if isinstance(config, PretrainConfig)]
+    if kinds == ["blend", "blend"]:  # alpha must have been what it would be now
         key = "the step from which W is gone (method.blend_share x train.steps)"
-        old[key], new[key] = (round(config.method.blend_share * config.train.steps) for config in (before, now))
+        shares = (old["method.blend_share"], new["method.blend_share"])
+        old[key], new[key] = (round(a * c.train.steps) for a, c in zip(shares, (before, now), strict=True))
     problems = []
     for key, value in new.items():
         if old[key] == value or MAY_CHANGE.fullmatch(key):
@@ -198,6 +199,12 @@ def _differences(before: PretrainConfig, now: PretrainConfig) -> list[str]:
             continue
         problems.append(f"{key} was {old[key]} in the run's config, now {value}; use another run.name or restore it.")
     return problems
+
+
+def _data(config: TrainingConfig) -> str:
+    if isinstance(config, PretrainConfig):
+        return f"data.shards={config.data.shards}"
+    return f"data.source={', '.join(config.data.source)}"
 
 
 def _short(fingerprint: str | None) -> str:

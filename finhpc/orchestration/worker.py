@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finhpc.config import PretrainConfig
+from finhpc.config import FinetuneConfig, PretrainConfig
 from finhpc.errors import CheckpointError, FinhpcError, NonFiniteError, OutOfMemoryError
 from finhpc.training.checkpoint import write_json
 
 if TYPE_CHECKING:
+    import torch
+
     from finhpc.training.loop import Worker
 
 FATAL = "fatal.json"  # a failure that a restart would only repeat; written by a worker, read by the driver
@@ -24,17 +26,16 @@ NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
 def train_worker(arguments: dict[str, Any]) -> None:
-    """One worker's whole life. `arguments`: config (a dict), folder, cuda, fingerprint (of the run's data).
+    """One worker's whole life. `arguments`: verb, config (a dict), folder, cuda, fingerprint (of the run's data).
 
     A failure of the user's making is written to `fatal.json`; a worker that finds one ends at once,
     so that Ray Train does not repeat it.
     """
-    config = PretrainConfig.model_validate(arguments["config"])
     folder = Path(arguments["folder"])
     if (folder / FATAL).exists():
         return
     try:
-        _train(config, folder, arguments["cuda"], arguments["fingerprint"])
+        _train(arguments, folder)
     except NonFiniteError as error:  # raised by all workers alike: all end, none hangs
         _fatal(folder, error)
     except FinhpcError as error:  # perhaps by one worker alone: Ray Train must end the others
@@ -51,25 +52,43 @@ def train_worker(arguments: dict[str, Any]) -> None:
         raise full from error
 
 
-def _train(config: PretrainConfig, folder: Path, cuda: bool, fingerprint: str) -> None:
+def _train(arguments: dict[str, Any], folder: Path) -> None:
+    cuda, fingerprint = arguments["cuda"], arguments["fingerprint"]
     os.environ["DS_ACCELERATOR"] = "cuda" if cuda else "cpu"
     import ray.train.torch
     import torch
 
-    from finhpc.data.reading import ReplicaStream
-    from finhpc.data.shards import Shards
-    from finhpc.data.stream import ray_stream
-    from finhpc.orchestration.plan import hf_config_of
-    from finhpc.orchestration.start import fill_of
-    from finhpc.training.journal import WORKER_FILE
-    from finhpc.training.loop import Worker
     from finhpc.training.memory import is_out_of_memory
 
     device = ray.train.torch.get_device() if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    torch.set_num_threads(config.resources.threads)
     torch.set_float32_matmul_precision("highest")
+    make = {"pretrain": _pretrainer, "finetune": _finetuner}[arguments["verb"]]
+    worker = make(arguments["config"], folder, device, fingerprint)
+    torch.set_num_threads(worker.config.resources.threads)
+    try:
+        worker.run()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        ran_out = OutOfMemoryError(f"memory ran out on worker {worker.rank} in step {worker.step + 1}: {_line(error)}")
+        if _repeats(folder, worker):
+            raise ran_out from error  # fatal
+        raise RuntimeError(str(ran_out)) from error  # perhaps something else filled the machine: once more
+
+
+def _pretrainer(settings: dict[str, Any], folder: Path, device: torch.device, fingerprint: str) -> Worker:
+    from finhpc.data.reading import ReplicaStream
+    from finhpc.data.shards import Shards
+    from finhpc.data.stream import ray_stream
+    from finhpc.orchestration.plan import hf_config_of
+    from finhpc.orchestration.start import fill_of
+    from finhpc.training.feed import Blocks
+    from finhpc.training.journal import WORKER_FILE
+    from finhpc.training.loop import Worker
+
+    config = PretrainConfig.model_validate(settings)
     shards = Shards.open(str(config.data.shards))
     shards.check_same(fingerprint)  # a restarted worker may find another folder than the run began with
 
@@ -89,26 +108,38 @@ def _train(config: PretrainConfig, folder: Path, cuda: bool, fingerprint: str) -
         return ray_stream(stream)
 
     hf_config = hf_config_of(config, shards)
-    worker = Worker(
+    return Worker(
         config=config,
         hf_config=hf_config,
         fill=fill_of(config, hf_config, folder),
         device=device,
         folder=folder,
         journal_path=folder / WORKER_FILE,
-        open_stream=open_stream,
-        held_out=shards.eval_samples(config.data.eval_samples, config.data.seq_len),
+        feed=Blocks(config.parallel, open_stream, shards.eval_samples(config.data.eval_samples, config.data.seq_len)),
         labels={"tokenizer_sha256": shards.manifest.tokenizer_sha256, "dataset": shards.manifest.fingerprint},
     )
-    try:
-        worker.run()
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        ran_out = OutOfMemoryError(f"memory ran out on worker {worker.rank} in step {worker.step + 1}: {_line(error)}")
-        if _repeats(folder, worker):
-            raise ran_out from error  # fatal
-        raise RuntimeError(str(ran_out)) from error  # perhaps something else filled the machine: once more
+
+
+def _finetuner(settings: dict[str, Any], folder: Path, device: torch.device, fingerprint: str) -> Worker:
+    from finhpc.models.adapted import Adaptation
+    from finhpc.orchestration.finetune import batches_of, open_base, open_examples
+    from finhpc.training.feed import Packs
+    from finhpc.training.journal import WORKER_FILE
+    from finhpc.training.loop import Worker
+
+    config = FinetuneConfig.model_validate(settings)
+    weights = open_base(config)
+    return Worker(
+        config=config,
+        hf_config=weights.config,
+        fill=None,
+        device=device,
+        folder=folder,
+        journal_path=folder / WORKER_FILE,
+        feed=Packs(open_examples(folder, fingerprint), batches_of(config), config.data.eval_limit),
+        adapt=Adaptation.of(config, weights),
+        labels={"dataset": fingerprint},
+    )
 
 
 def _repeats(folder: Path, worker: Worker) -> bool:

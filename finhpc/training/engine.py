@@ -19,12 +19,15 @@ from deepspeed.runtime.pipe import schedule
 from torch import Tensor, nn
 
 from finhpc.config import PretrainConfig
+from finhpc.config.finetune import FinetuneConfig
 from finhpc.errors import NonFiniteError
 from finhpc.lowrank.blend import alpha_at, blend_in, set_alpha
 from finhpc.lowrank.layers import LowRankEmbedding, LowRankLinear
 from finhpc.lowrank.registry import BLEND
+from finhpc.models.adapted import Adaptation, AdaptedLayer
 from finhpc.models.families import skeleton as make_skeleton
 from finhpc.models.initialize import Fill, drawn
+from finhpc.models.lora import LoraLinear
 from finhpc.models.pipeline import Layer, is_tied, parts_of
 from finhpc.training.allocator import keep_freed_memory
 from finhpc.training.cost import measured_cut
@@ -36,9 +39,9 @@ Batch = tuple[Tensor, Tensor]
 class CutPipeline(PipelineModule):  # type: ignore[misc]
     """A PipelineModule cut at the borders we choose, not by DeepSpeed's parameter counts."""
 
-    def __init__(self, layers: list[LayerSpec], borders: list[int]) -> None:
+    def __init__(self, layers: list[LayerSpec], borders: list[int], dynamic_shape: bool = False) -> None:
         self.parts = borders
-        super().__init__(layers=layers, num_stages=len(borders) - 1)
+        super().__init__(layers=layers, num_stages=len(borders) - 1, dynamic_shape=dynamic_shape)
 
     def _partition_layers(self, method: str = "") -> None:
         stage = self._topo.get_coord(self.global_rank).pipe
@@ -51,17 +54,20 @@ class Engine:
     `hf_config` is the transformers config of the model; the process group must exist, with
     stages x replicas processes. `borders`: stage i has the parts borders[i] to borders[i + 1] - 1; None:
     the parts are measured, and cut by that. `fill` gives the weights their first numbers; None: they are drawn.
-    `alpha` is method 3's of the last step, None with other methods; `say` gets a line when its W are gone.
+    With `adapt` the model is its frozen base, adapters are all that is trained, and packs take the place of
+    tokens; they may differ in length. `alpha` is method 3's of the last step, None with other methods; `say` gets a
+    line when its W are gone.
     """
 
     def __init__(
         self,
-        config: PretrainConfig,
+        config: PretrainConfig | FinetuneConfig,
         hf_config: Any,
         device: torch.device,
         borders: list[int] | None = None,
         fill: Fill | None = None,
         say: Callable[[str], None] = lambda text: None,
+        adapt: Adaptation | None = None,
     ) -> None:
         self.config, self.hf_config, self.device = config, hf_config, device
         self.say = say
@@ -70,9 +76,14 @@ class Engine:
         parallel = config.parallel
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # inference only; compiling it takes a minute
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
-        self.borders = borders or measured_cut(config, hf_config, device).borders
-        fill = fill or drawn(hf_config, config.train.seed, config.method.init)
-        pipeline = CutPipeline(self._layers(fill), self.borders)
+        if adapt is not None:
+            self.borders = borders or adapt.borders(parallel.stages)
+            specs = [LayerSpec(AdaptedLayer, part, adapt, device) for part in adapt.parts()]
+        else:
+            assert isinstance(config, PretrainConfig)
+            self.borders = borders or measured_cut(config, hf_config, device).borders
+            specs = self._layers(config, fill or drawn(hf_config, config.train.seed, config.method.init))
+        pipeline = CutPipeline(specs, self.borders, dynamic_shape=adapt is not None)
         self.layers = _layers_of(pipeline)
         self.optimizer = make_optimizer(self.trained_parameters(), config.optimizer)
         self.optimizer.register_step_pre_hook(self._before_step)
@@ -98,8 +109,7 @@ class Engine:
             self.pipe._INSTRUCTION_MAP = self.pipe._INSTRUCTION_MAP | {schedule.ReduceGrads: lambda pipe: None}
         self._time_passes()
 
-    def _layers(self, fill: Fill) -> list[LayerSpec]:
-        config = self.config
+    def _layers(self, config: PretrainConfig, fill: Fill) -> list[LayerSpec]:
         recompute = config.train.recompute
         model = make_skeleton(self.hf_config, recompute)
         if config.method.kind == BLEND:
@@ -147,9 +157,9 @@ class Engine:
 
     def _blend(self, step: int) -> None:
         """Set method 3's alpha for a step. At 0 every W is dropped, with what the optimiser keeps for it."""
-        method = self.config.method
-        if method.kind != BLEND:
+        if not isinstance(self.config, PretrainConfig) or self.config.method.kind != BLEND:
             return
+        method = self.config.method
         self.alpha = alpha_at(method, step, self.config.train.steps)
         gone = set_alpha((module for layer in self.layers for module in layer.modules()), self.alpha)
         if gone:
@@ -165,8 +175,8 @@ class Engine:
     def train_step(self, batches: Iterator[Tensor], lr: float) -> float:
         """One optimiser step over `micro_batches` micro-batches; returns the mean loss in nats.
 
-        `batches` yields int64 tokens (micro_batch_size, seq_len) on the first stage; the others read
-        nothing. Raises `NonFiniteError` on every process, before the weights change, when the loss
+        `batches` yields int64 tokens (micro_batch_size, seq_len), or packs, on the first stage; the others
+        read nothing. Raises `NonFiniteError` on every process, before the weights change, when the loss
         or the gradient is not finite.
         """
         self._blend(self.step + 1)
@@ -225,7 +235,8 @@ class Engine:
             torch._foreach_mul_(grads, limit / (self.grad_norm + 1e-6))
         if self.config.optimizer.decay == "product":
             modules = (module for layer in self.layers for module in layer.modules())
-            pairs = [module.pair() for module in modules if isinstance(module, LowRankLinear | LowRankEmbedding)]
+            kinds = LowRankLinear | LowRankEmbedding | LoraLinear
+            pairs = [module.pair() for module in modules if isinstance(module, kinds)]
             decay_products(pairs, self._lr * self.config.optimizer.weight_decay)
 
     # -- how busy ---------------------------------------------------------------------------

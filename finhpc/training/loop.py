@@ -6,29 +6,28 @@ import hashlib
 import math
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from finhpc.config import PretrainConfig
+from finhpc.config import FinetuneConfig, TrainingConfig
+from finhpc.models.adapted import Adaptation
 from finhpc.models.initialize import Fill
 from finhpc.training import checkpoint
 from finhpc.training.checkpoint import Checkpointer
 from finhpc.training.cost import kept_cut
 from finhpc.training.engine import Engine
+from finhpc.training.feed import Feed, Ints
 from finhpc.training.journal import Journal
 from finhpc.training.memory import counted_peak, peak_resident_bytes
 from finhpc.training.optimizer import MOMENTS, begin_at, learning_rate, moments
 from finhpc.training.watchdog import Watchdog
 
-MicroBatch = dict[str, Any]  # tokens: int64 (micro_batch_size, seq_len); sample: int64 (micro_batch_size,)
-OpenStream = Callable[[int, int], Iterator[MicroBatch]]  # (first step, replica) -> micro-batches
 TIMES_EVERY = 10  # steps between sums of busy times over all workers
 
 
@@ -36,17 +35,17 @@ TIMES_EVERY = 10  # steps between sums of busy times over all workers
 class Worker:
     """One worker's whole training.
 
-    `open_stream` is called on the first stage only; `fill` gives the weights their first numbers.
+    `fill` gives the weights their first numbers; with `adapt` they are those of a frozen base.
     """
 
-    config: PretrainConfig
+    config: TrainingConfig
     hf_config: Any
-    fill: Fill
+    fill: Fill | None
     device: torch.device
     folder: Path
     journal_path: Path
-    open_stream: OpenStream
-    held_out: np.ndarray[Any, Any]  # int64 (samples, seq_len), the same on every worker
+    feed: Feed
+    adapt: Adaptation | None = None
     consumed: int = 0  # sum of sample hashes this worker read, see `_consume`
     labels: dict[str, Any] = field(default_factory=dict)  # goes into every checkpoint's manifest
     resumed_from: int = 0
@@ -98,8 +97,11 @@ class Worker:
 
     def _set_up(self) -> None:
         torch.manual_seed(self.config.train.seed * 1_000_003 + self.rank)
-        cut = kept_cut(self.config, self.hf_config, self.device, self.folder / "stages.json", self._say)
-        self.engine = Engine(self.config, self.hf_config, self.device, cut.borders, self.fill, self._say)
+        borders = None  # of an adapted model: counted, the same at every start
+        if not isinstance(self.config, FinetuneConfig):
+            stages = self.folder / "stages.json"
+            borders = kept_cut(self.config, self.hf_config, self.device, stages, self._say).borders
+        self.engine = Engine(self.config, self.hf_config, self.device, borders, self.fill, self._say, self.adapt)
         checkpoints = self.folder / "checkpoints"
         plan: list[Any] = [None, None]
         if self.rank == 0:
@@ -125,7 +127,7 @@ class Worker:
                 replicas=parallel.replicas,
                 workers=self.ranks,
                 threads=torch.get_num_threads(),
-                val_samples=self._eval_samples(),
+                val_samples=self.feed.scored,
             )
 
     def _load(self, saved: checkpoint.Saved) -> None:
@@ -142,7 +144,8 @@ class Worker:
         self.consumed = int(saved.manifest["consumed"], 16) if self.rank == 0 else 0
         if not checkpoint.load_random_state(saved, self.rank, self.ranks):
             torch.manual_seed(hash((self.config.train.seed, saved.step, self.rank)))
-            if self.config.model.dropout:
+            config = self.config
+            if config.lora.dropout if isinstance(config, FinetuneConfig) else config.model.dropout:
                 self._say("the number of workers changed: dropout draws differ from an unbroken run's.")
         self._say(f"resumed from step {saved.step}")
 
@@ -152,34 +155,23 @@ class Worker:
         """Tokens for the engine, in the run's order; counts what is consumed."""
         if self.engine.stage > 0:
             return iter(())
-        stream = self.open_stream(self.engine.step, self.engine.replica)
-        per_step = self.config.parallel.samples_per_step
-        share = per_step // self.config.parallel.replicas
-        position = self.engine.step * per_step + self.engine.replica * share
+        stream = self.feed.stream(self.engine.step, self.engine.replica)
 
-        def tokens() -> Iterator[Tensor]:
-            nonlocal position
-            for i, batch in enumerate(stream):
-                self._consume(position, batch["sample"])
-                position += len(batch["sample"])
-                if (i + 1) % self.config.parallel.micro_batches == 0:
-                    position += per_step - share
-                yield torch.from_numpy(batch["tokens"])
+        def inputs() -> Iterator[Tensor]:
+            for portion in stream:
+                self._consume(portion.positions, portion.samples)
+                yield portion.inputs
 
-        return tokens()
+        return inputs()
 
-    def _consume(self, position: int, samples: np.ndarray[Any, Any]) -> None:
+    def _consume(self, positions: Ints, samples: Ints) -> None:
         """Add each sample's hash modulo 2^256.
 
         The sum says which sample was read at which place of the run, whoever read it: it is the
         same for any number of replicas and any number of interruptions.
         """
-        for i, sample in enumerate(samples.tolist()):
-            self.consumed = (self.consumed + sample_hash(position + i, sample)) % 2**256
-
-    def _eval_samples(self) -> int:
-        share = self.config.parallel.micro_batch_size * self.config.parallel.replicas
-        return len(self.held_out) // share * share
+        for position, sample in zip(positions.tolist(), samples.tolist(), strict=True):
+            self.consumed = (self.consumed + sample_hash(position, sample)) % 2**256
 
     # -- work -------------------------------------------------------------------------------
 
@@ -192,15 +184,16 @@ class Worker:
         else:
             loss = engine.train_step(self.batches, lr)
         step_s = time.perf_counter() - begin
-        per_step = config.parallel.samples_per_step * config.data.seq_len
+        tokens = self.feed.tokens(step)
         record: dict[str, Any] = {
             "step": step,
-            "tokens": step * per_step,
+            "tokens": tokens,
             "train_loss": loss,
             "lr": lr,
             "grad_norm": engine.grad_norm,
             "step_s": step_s,
-            "tokens_per_s": per_step / step_s,
+            "tokens_per_s": (tokens - self.feed.tokens(step - 1)) / step_s,
+            "samples_per_s": config.parallel.samples_per_step / step_s,
         }
         if engine.alpha is not None:
             record["alpha"] = engine.alpha
@@ -222,17 +215,16 @@ class Worker:
         }
 
     def _evaluate(self, step: int) -> None:
-        size = self.config.parallel.micro_batch_size
-        samples = self._eval_samples()
-        share = samples // self.config.parallel.replicas
-        first = self.engine.replica * share
-        mine = torch.from_numpy(self.held_out[first : first + share])
+        batches = self.feed.held_out(self.engine.replica)
+        if not batches:  # nothing was held out
+            return
         times = self.engine.busy_s, self.engine.wait_s  # of training steps; evaluation must not count
-        loss = self.engine.evaluate(iter(mine.split(size)), share // size)
+        loss = self.engine.evaluate(iter(batches), len(batches))
         self.engine.busy_s, self.engine.wait_s = times
         if self.journal:
-            tokens = step * self.config.parallel.samples_per_step * self.config.data.seq_len
-            self.journal.write("eval", step=step, tokens=tokens, val_loss=loss, val_perplexity=_exp(loss))
+            self.journal.write(
+                "eval", step=step, tokens=self.feed.tokens(step), val_loss=loss, val_perplexity=_exp(loss)
+            )
 
     def _checkpoint(self, step: int) -> None:
         engine = self.engine

@@ -1,0 +1,173 @@
+"""Adapters on disk in peft's format, and what they add to a base's weights.
+
+    FOLDER/adapter_config.json          peft's LoraConfig
+    FOLDER/adapter_model.safetensors    base_model.model.NAME.lora_A.weight (rank, in), .lora_B.weight (out, rank)
+
+For a Llama or GPT-2 base of transformers, `peft.PeftModel.from_pretrained(base, FOLDER)` opens it. On a low-rank model
+of finhpc, whose layers peft does not know, `merge_adapter` and `finhpc.models.adapted` do.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from finhpc.config.finetune import Lora
+from finhpc.errors import CheckpointError, ConfigError
+from finhpc.models.lora_start import ALL, MOVES_BASE, linear_shape, taken_from
+from finhpc.models.weights import Weights
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """`pairs`: name of a layer -> A (rank, in), B (out, rank); `scale`: what B A is multiplied by."""
+
+    pairs: dict[str, tuple[Tensor, Tensor]]
+    scale: float
+
+    def delta(self, name: str) -> Tensor | None:
+        """What is added to the layer's W (out, in), in float32; None where it has no adapter."""
+        if name not in self.pairs:
+            return None
+        a, b = self.pairs[name]
+        return self.scale * b.float() @ a.float()
+
+
+def save_adapter(folder: Path, settings: Lora, trained: dict[str, Tensor], weights: Weights) -> None:
+    """Write an adapter from `trained`: name of an adapted layer + .A or .B -> tensor, as the engine names them.
+
+    pissa and olora trained beside a base that they had moved: what is written is the difference, of twice the rank,
+    beside the base as it lies on disk.
+    """
+    names = sorted({name.rpartition(".")[0] for name in trained})
+    tensors, rank, alpha = {}, settings.rank, settings.lora_alpha
+    for name in names:
+        a, b = trained[f"{name}.A"].float().cpu(), trained[f"{name}.B"].float().cpu()
+        if settings.init in MOVES_BASE:
+            first_a, first_b = taken_from(_rows(weights, name), settings)
+            a, b = torch.cat((a, first_a)), torch.cat((b, -first_b), 1)
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = a.contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = b.contiguous()
+    if settings.init in MOVES_BASE:
+        rank, alpha = 2 * rank, 2 * alpha
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+    _peft_config(settings, weights, names, rank, alpha).save_pretrained(str(folder))
+
+
+def _peft_config(settings: Lora, weights: Weights, names: list[str], rank: int, alpha: float) -> Any:
+    from peft import LoraConfig
+
+    turned = any(isinstance(weights.skeleton.get_submodule(name), Conv1D) for name in names)
+    targets: Any = "all-linear" if settings.targets == [ALL] else names if ALL in settings.targets else settings.targets
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]
+        target_modules=targets,
+        lora_dropout=settings.dropout,
+        fan_in_fan_out=turned,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=str(weights.path),
+        inference_mode=True,
+    )
+
+
+def _rows(weights: Weights, name: str) -> Tensor:
+    weight = weights.read(f"{name}.weight")
+    return weight.T if isinstance(weights.skeleton.get_submodule(name), Conv1D) else weight
+
+
+def load_adapter(folder: Path, model: nn.Module) -> Adapter:
+    """Read an adapter for `model`, whose layers may lie on the meta device.
+
+    Raises `ConfigError` where it is of another architecture, or of a kind of peft's that is not LoRA alone;
+    `CheckpointError` where a file is missing or damaged.
+    """
+    tree = _read_config(folder)
+    odd = [
+        key for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias") if tree.get(key)
+    ]
+    if tree.get("peft_type") != "LORA" or odd:
+        what = ", ".join(odd) or f"peft_type={tree.get('peft_type')}"
+        raise ConfigError(f"adapter={folder} has {what}, which finhpc does not know; give a plain LoRA adapter.")
+    rank, alpha = int(tree["r"]), float(tree["lora_alpha"])
+    scale = alpha / rank**0.5 if tree.get("use_rslora") else alpha / rank
+    held = _read_tensors(folder)
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
+    for key in held:
+        name = key.removeprefix(PREFIX)
+        if name.endswith(".lora_A.weight"):
+            other = key.replace(".lora_A.", ".lora_B.")
+            if other not in held:
+                raise CheckpointError(f"{folder / TENSORS} holds {key} but no {other}; fetch or write it again.")
+            pairs[name.removesuffix(".lora_A.weight")] = held[key], held[other]
+    _check_fits(folder, pairs, model)
+    return Adapter(pairs, scale)
+
+
+def _check_fits(folder: Path, pairs: dict[str, tuple[Tensor, Tensor]], model: nn.Module) -> None:
+    shapes = {name: shape for name, module in model.named_modules() if (shape := linear_shape(module)) is not None}
+    problems = []
+    for name, (a, b) in pairs.items():
+        if name not in shapes:
+            problems.append(f"adapter={folder} adapts {name}, which the base does not have; it is of another model.")
+        elif (b.shape[0], a.shape[1]) != shapes[name] or a.shape[0] != b.shape[1]:
+            held = f"{b.shape[0]} x {a.shape[1]}"
+            wanted = " x ".join(map(str, shapes[name]))
+            problems.append(f"adapter={folder}: {name} is {held}, in the base {wanted}; it is of another model.")
+    if not pairs:
+        problems.append(f"adapter={folder} holds no LoRA tensors; give the folder of an adapter.")
+    if problems:
+        raise ConfigError(problems[:20] + ([f"... and {len(problems) - 20} more."] if len(problems) > 20 else []))
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        tree: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        if {"r", "lora_alpha"} <= set(tree):
+            return tree
+    except OSError:
+        raise ConfigError(
+            f"adapter={folder} has no {CONFIG}; give the folder of an adapter in peft's format."
+        ) from None
+    except (ValueError, TypeError):
+        pass
+    raise CheckpointError(f"{folder / CONFIG} is cut short or damaged; fetch or write the adapter again.")
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    file = folder / TENSORS
+    if not file.is_file():
+        raise CheckpointError(f"{folder} holds no {TENSORS}; pickled adapters are not opened; convert it first.")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            held = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} is cut short or damaged ({error}); fetch or write the adapter again.") from None
+    for name, tensor in held.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{file}: {name} holds NaN or infinity; train the adapter again.")
+    return held
+
+
+def merge_adapter(model: nn.Module, adapter: Adapter) -> None:
+    """Add the adapter to the weights of a dense model in memory, in place; exact in float32."""
+    with torch.no_grad():
+        for name in adapter.pairs:
+            module = model.get_submodule(name)
+            weight, delta = module.weight, adapter.delta(name)
+            assert isinstance(weight, Tensor)
+            assert delta is not None
+            delta = delta.T if isinstance(module, Conv1D) else delta
+            weight.copy_((weight.float() + delta.to(weight.device)).to(weight.dtype))

@@ -1,0 +1,82 @@
+"""LoRA: y = W x + bias + scale B (A x), with W frozen and perhaps quantised (E. Hu et al., "LoRA", 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from finhpc.quantization.frozen import Frozen
+
+
+class Adapted(torch.autograd.Function):
+    """The frozen product and the adapter's beside it, on x (rows, in), in x's dtype.
+
+    Keeps x, which layers with the same input share, and the narrow A x. No weight gradient of the base. Without
+    `base` it is the adapter alone.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, base: Frozen | None, scale: float) -> Tensor:
+        narrow_a, narrow_b = a.to(x.dtype), b.to(x.dtype)
+        narrow = F.linear(x, narrow_a).mul_(scale)
+        ctx.save_for_backward(x, narrow, a, b)
+        ctx.base, ctx.scale = base, scale
+        if base is None:
+            return F.linear(narrow, narrow_b)
+        return base.product(x).addmm_(narrow, narrow_b.T)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        x, narrow, a, b = ctx.saved_tensors
+        grad = gradients[0]
+        d_b = (grad.T @ narrow).to(b.dtype)
+        d_narrow = (grad @ b.to(grad.dtype)).mul_(ctx.scale)
+        d_a = (d_narrow.T @ x).to(a.dtype)
+        d_x = None
+        if ctx.needs_input_grad[0]:
+            if ctx.base is None:
+                d_x = d_narrow @ a.to(grad.dtype)
+            else:
+                d_x = (grad @ ctx.base.matrix(grad.dtype)).addmm_(d_narrow, a.to(grad.dtype))
+        return d_x, d_a, d_b, None, None
+
+
+class FrozenPair(nn.Module):
+    """A frozen `LowRankLinear`: both factors frozen, perhaps quantised."""
+
+    def __init__(self, a: Frozen, b: Frozen, between: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.A, self.B, self.between = a, b, between
+        self.in_features, self.out_features = a.in_features, b.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.B(self.between(self.A(x)))  # type: ignore[no-any-return]
+
+
+class LoraLinear(nn.Module):
+    """`base` with an adapter: A (rank, in), B (out, rank), float32 and trained; maps (..., in) to (..., out)."""
+
+    def __init__(self, base: Frozen | FrozenPair, a: Tensor, b: Tensor, scale: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.base, self.scale, self.dropout = base, scale, dropout
+        self.A, self.B = nn.Parameter(a), nn.Parameter(b)
+
+    def forward(self, x: Tensor) -> Tensor:
+        dropped = bool(self.dropout) and self.training
+        rows = x.reshape(-1, x.shape[-1])
+        if isinstance(self.base, Frozen) and not dropped:
+            out = self._adapted(rows, self.base)
+        else:
+            out = self.base(rows) + self._adapted(F.dropout(rows, self.dropout) if dropped else rows, None)
+        return out.view(*x.shape[:-1], -1)
+
+    def _adapted(self, rows: Tensor, base: Frozen | None) -> Tensor:
+        return Adapted.apply(rows, self.A, self.B, base, self.scale)  # type: ignore[no-untyped-call, no-any-return]
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """A (rank, in_features), B (out_features, rank)."""
+        return self.A, self.B

@@ -1,0 +1,250 @@
+"""`finhpc finetune`: examples and a frozen base -> an adapter in peft's format, resumable at any moment."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finhpc.config import FinetuneConfig
+from finhpc.errors import ConfigError, DataError
+from finhpc.orchestration import outcome
+from finhpc.orchestration.job import Job, Rows, Say
+from finhpc.orchestration.plan import check_parallel, collect
+from finhpc.orchestration.progress import summary_table
+from finhpc.orchestration.run import place_whole, run, whole_path
+from finhpc.training.checkpoint import Saved, read_stage
+
+if TYPE_CHECKING:
+    from finhpc.data.examples import Examples
+    from finhpc.models.adapted import Adaptation
+    from finhpc.models.weights import Weights
+
+EXAMPLES = "examples.safetensors"  # in the run folder: what the workers read
+
+
+def finetune(config: FinetuneConfig, dry_run: bool = False) -> dict[str, Any]:
+    """Train an adapter as `config` says and return the content of `result.json`.
+
+    FinGPT-HPC, section V; FinLoRA. The same `run.name` and `run.storage` resume; a finished run returns its
+    result at once. With `dry_run` everything is checked and counted, and nothing starts. Raises `ConfigError`
+    for settings that cannot work, `DataError` for damaged examples, `TrainingFailedError` or another
+    `FinhpcError` when training fails.
+    """
+    return run(Finetune(config), dry_run)
+
+
+class Finetune(Job):
+    """Examples and a base -> an adapter."""
+
+    verb = "finetune"
+
+    def __init__(self, config: FinetuneConfig) -> None:
+        config = config.model_copy(deep=True)
+        place_whole(config)
+        self.made = _make(config)
+        self.config: FinetuneConfig = self.made.config
+
+    @property
+    def fingerprints(self) -> tuple[str, str | None]:
+        return self.made.examples.fingerprint, self.made.base_fingerprint
+
+    def make_ready(self, folder: Path, say: Say) -> None:
+        for note in self.made.examples.notes:
+            say(note)
+        self.made.examples.save(folder / EXAMPLES)
+
+    def forget(self, folder: Path) -> None:
+        (folder / EXAMPLES).unlink(missing_ok=True)
+
+    def counts(self) -> dict[str, Any]:
+        made = self.made
+        return {
+            "params_total": made.params_base + made.params_trainable,
+            "params_trainable": made.params_trainable,
+            "params_dense": made.params_base,
+            "compression_ratio": made.params_base / (made.params_base + made.params_trainable),
+            "data": made.examples.counts,
+        }
+
+    def save_model(self, folder: Path, saved: Saved) -> None:
+        from finhpc.models.adapter import save_adapter
+
+        trained = {name: tensor for file in saved.stage_files() for name, tensor in read_stage(file, "param").items()}
+        partial = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        save_adapter(partial, self.config.lora, trained, self.made.weights)
+        self.made.weights.save_tokenizer(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+
+    def rows(self) -> Rows:
+        made, counts = self.made, self.made.examples.counts
+        bits = self.config.quantization.bits
+        trained = f"{made.params_trainable:,} ({made.params_trainable / made.params_base:.2%} of the base's)"
+        return [
+            ("base", f"{made.weights.path}, {outcome.millions(made.params_base)} parameters at {bits} bits"),
+            ("trained parameters", trained),
+            ("examples", f"{counts['examples']:,} trained on, {counts['held_out']:,} held out"),
+        ]
+
+    def dry_run(self, total: dict[str, float] | None) -> dict[str, Any]:
+        from finhpc.training.feed import Packs
+
+        config = self.config
+        result = outcome.counted(self) | {"status": "dry_run", "steps": config.train.steps}
+        result["tokens"] = Packs(self.made.examples, batches_of(config)).tokens(config.train.steps)
+        rows = [("steps", f"{config.train.steps:,}"), ("tokens", f"{result['tokens']:,}")]
+        summary_table(f"dry run of {config.run.name}", outcome.dry_summary(self) + rows)
+        return result
+
+    def memory_advice(self) -> str:
+        config = self.config
+        fewer = "" if config.quantization.bits == 4 else f", quantization.bits (now {config.quantization.bits})"
+        full = "" if config.train.recompute == "full" else ", use train.recompute=full"
+        return outcome.lower_batch(config, f", data.max_len (now {config.data.max_len}){fewer}{full}")
+
+
+@dataclass(frozen=True)
+class Made:
+    """A checked finetuning: settings with the number of steps, the base, the examples."""
+
+    config: FinetuneConfig
+    weights: Weights
+    base_fingerprint: str
+    adaptation: Adaptation
+    examples: Examples
+
+    @property
+    def params_base(self) -> int:
+        return sum(parameter.numel() for parameter in self.weights.skeleton.parameters())
+
+    @property
+    def params_trainable(self) -> int:
+        return sum(self.config.lora.rank * sum(shape) for shape in self.adaptation.targets.values())
+
+
+def batches_of(config: FinetuneConfig) -> Any:
+    """How the run's examples become packs."""
+    from finhpc.data.batches import Batches
+
+    return Batches(config.parallel, config.train.seed, share_prefix=not config.lora.dropout)
+
+
+def open_base(config: FinetuneConfig) -> Weights:
+    """The base in `model.path`, located; raises `ConfigError` or `CheckpointError` where it cannot be used."""
+    from finhpc.models.weights import locate, open_weights
+
+    if not config.model.path:
+        raise ConfigError("model.path is not set; give the base: a Hugging Face folder, a hub id or a .gguf file.")
+    return open_weights(locate(config.model.path), low_rank=True)
+
+
+def _make(config: FinetuneConfig) -> Made:
+    """Check everything together; raises one `ConfigError` with every problem."""
+    from finhpc.data.examples import make_examples
+    from finhpc.models.adapted import Adaptation
+
+    problems: list[str] = []
+    weights = adaptation = examples = None
+    with collect(problems):
+        check_parallel(config)
+    with collect(problems):
+        weights = open_base(config)
+    if weights is not None:
+        config.model.path = str(
+            weights.path if not os.path.exists(str(config.model.path)) else Path(whole_path(str(config.model.path)))
+        )
+        with collect(problems):
+            _check_model(config, weights)
+        with collect(problems):
+            adaptation = Adaptation.of(config, weights)
+        with collect(problems):
+            config.data.source = [_whole_source(source) for source in config.data.source]
+            config.data.eval_source = [_whole_source(source) for source in config.data.eval_source]
+            examples = make_examples(config.data, tokenizer_of(weights), config.train.seed)
+    if examples is not None:
+        with collect(problems):
+            _set_steps(config, len(examples.train))
+    if problems:
+        raise ConfigError(problems)
+    assert weights is not None and adaptation is not None and examples is not None
+    return Made(config, weights, _fingerprint(weights.path), adaptation, examples)
+
+
+def _check_model(config: FinetuneConfig, weights: Weights) -> None:
+    layers, context = weights.config.num_hidden_layers, weights.config.max_position_embeddings
+    problems = []
+    if config.parallel.stages > layers:
+        problems.append(
+            f"parallel.stages={config.parallel.stages} does not fit {layers} transformer blocks; use 1 to {layers}."
+        )
+    if config.data.max_len > context:
+        problems.append(
+            f"data.max_len={config.data.max_len} is longer than the context of {context} that model.path="
+            f"{config.model.path} has; lower it."
+        )
+    if problems:
+        raise ConfigError(problems)
+
+
+def _set_steps(config: FinetuneConfig, examples: int) -> None:
+    """Set `train.steps` from `train.epochs`, unless it was given."""
+    train = config.train
+    if train.epochs is None:
+        return
+    steps = max(1, round(train.epochs * examples / config.parallel.samples_per_step))
+    if "steps" in train.model_fields_set and train.steps != steps:
+        if "epochs" in train.model_fields_set:
+            raise ConfigError(
+                f"train.steps={train.steps} and train.epochs={train.epochs:g} ({steps} steps of "
+                f"{config.parallel.samples_per_step} examples) contradict each other; leave one out."
+            )
+        train.epochs = None  # steps were asked for
+        return
+    train.steps = steps
+
+
+def tokenizer_of(weights: Weights) -> Any:
+    """The base's tokeniser; raises `ConfigError` where the model comes without."""
+    from transformers import AutoTokenizer
+
+    path = weights.path
+    try:
+        if path.is_file():
+            return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise ConfigError(
+            f"model.path={path} comes without a tokeniser that opens ({reason}); add the one it was trained with."
+        ) from None
+
+
+def _whole_source(source: str) -> str:
+    if source.startswith("hf:"):
+        return source
+    return whole_path(source)
+
+
+def _fingerprint(path: Path) -> str:
+    """One hash of the base, whose files are checked against their manifest where there is one."""
+    from finhpc.models.manifest import weights_fingerprint
+
+    if path.is_dir():
+        return weights_fingerprint(path)
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def open_examples(folder: Path, fingerprint: str) -> Examples:
+    """The run's examples, as its workers read them; raises `DataError` where they are others."""
+    from finhpc.data.examples import load
+
+    examples = load(folder / EXAMPLES)
+    if examples.fingerprint != fingerprint:
+        raise DataError(f"{folder / EXAMPLES} holds other examples than the run began with; remove it and run again.")
+    return examples

@@ -1,0 +1,68 @@
+"""A training before it starts: what one verb that trains has of its own; `finhpc.orchestration.run` does the rest."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from finhpc.config import TrainingConfig
+from finhpc.training.checkpoint import Saved
+
+Say = Callable[[str], None]
+Rows = list[tuple[str, str]]
+
+
+class Job(ABC):
+    """A checked training. `config`: its settings, paths whole."""
+
+    verb: str
+    config: TrainingConfig
+
+    @property
+    @abstractmethod
+    def fingerprints(self) -> tuple[str, str | None]:
+        """Of the data, and of the model it starts from: what the settings cannot say."""
+
+    def check_checkpoints(self, checkpoints: Path) -> None:  # noqa: B027
+        """Raise `ConfigError` where those of the run were trained on something else than this job's data."""
+
+    @abstractmethod
+    def make_ready(self, folder: Path, say: Say) -> None:
+        """Make in the run folder what the workers read, unless it is there; an interrupted making goes on."""
+
+    @abstractmethod
+    def forget(self, folder: Path) -> None:
+        """Remove what `make_ready` made for other settings."""
+
+    def worker_arguments(self) -> dict[str, Any]:
+        """What the workers are told beside the settings (`finhpc.orchestration.worker`)."""
+        return {"fingerprint": self.fingerprints[0]}
+
+    @abstractmethod
+    def counts(self) -> dict[str, Any]:
+        """The keys of the result that can be told without training."""
+
+    @abstractmethod
+    def save_model(self, folder: Path, saved: Saved) -> None:
+        """Write the trained model as `folder`, complete or absent."""
+
+    def finish(self, result: dict[str, Any], folder: Path, say: Say) -> None:  # noqa: B027
+        """Add to the result what is made from the trained model."""
+
+    @abstractmethod
+    def rows(self) -> Rows:
+        """What is trained, in the first lines of the table at the end."""
+
+    def remark(self, result: dict[str, Any]) -> str:
+        """Beside the validation loss in that table."""
+        return ""
+
+    @abstractmethod
+    def dry_run(self, total: dict[str, float] | None) -> dict[str, Any]:
+        """Show and return what can be counted and estimated; `total`: what the cluster has, where that is known."""
+
+    @abstractmethod
+    def memory_advice(self) -> str:
+        """What to lower where memory runs out, dearest first."""

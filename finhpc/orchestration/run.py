@@ -1,0 +1,194 @@
+"""One training from its settings to its model, resumable at any moment: what pretrain and finetune share."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from finhpc.config import TrainingConfig, flatten
+from finhpc.errors import ConfigError
+from finhpc.orchestration import outcome
+from finhpc.orchestration.cluster import check_fits, cluster_resources, known_resources, ray_cluster, use_cuda
+from finhpc.orchestration.fit import fit
+from finhpc.orchestration.job import Job, Say
+from finhpc.orchestration.progress import Progress, summary_table
+from finhpc.orchestration.runfolder import RunFolder
+from finhpc.orchestration.tracking import Status, Tracker, absolute_tracking_uri, default_tracking_uri
+from finhpc.orchestration.worker import FATAL, MEMORY, ROOM, ROOM_BYTES
+from finhpc.training.checkpoint import complete
+from finhpc.training.journal import DRIVER_FILE, WORKER_FILE
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived: the run stops here and the same command resumes it."""
+
+
+def run(job: Job, dry_run: bool = False) -> dict[str, Any]:
+    """Train `job` and return the content of `result.json`.
+
+    The same `run.name` and `run.storage` resume; a finished run returns its result at once. With
+    `dry_run` nothing starts. Raises `ConfigError` for a run of that name with other settings, or workers
+    that the cluster cannot place, `TrainingFailedError` or another `FinhpcError` when training fails.
+    """
+    begin = time.perf_counter()
+    config = job.config
+    folder = RunFolder(config.run.storage, config.run.name)
+    job.check_checkpoints(folder.path / "checkpoints")
+    _check_resume(job, folder)
+    total = known_resources()
+    if total is not None:
+        check_fits(config, use_cuda(config, total), total)
+    if dry_run:
+        return job.dry_run(total)
+    with folder.lock(), terminable():
+        _check_resume(job, folder)  # again: now nobody else writes
+        _set_aside_other_settings(job, folder)
+        before = folder.result()
+        folder.write_config(config, *job.fingerprints)
+        environment = folder.write_environment()
+        for name in (FATAL, MEMORY):
+            (folder.path / name).unlink(missing_ok=True)
+        (folder.path / ROOM).write_bytes(bytes(ROOM_BYTES))
+        done = _is_done(before, config)
+        if not done:
+            job.make_ready(folder.path, outcome.to_stderr)
+        with Progress(config.train.steps, folder.path) as progress:
+            tracker = _tracker(job, folder, environment, progress.say).start()
+            status: Status = "FAILED"
+            result: dict[str, Any] | None = None
+            try:
+                if done:
+                    progress.say(
+                        f"run {config.run.name} is finished; this is its result (another run.name trains anew)."
+                    )
+                    result = before
+                else:
+                    _train(job, folder, progress.say)
+                    result = outcome.collect(job, folder.path, time.perf_counter() - begin)
+                    job.finish(result, folder.path, progress.say)
+                status = "FINISHED"
+            except (KeyboardInterrupt, Terminated):
+                status = "KILLED"
+                progress.say(_where_it_goes_on(folder))
+                raise
+            finally:
+                final = result or outcome.unfinished(job, folder.path, status)
+                _conclude(folder, tracker, status, final, progress.say)
+    summary_table(f"{job.verb} {config.run.name}", outcome.summary(job, final))
+    return final
+
+
+def whole_path(path: str) -> str:
+    """Workers run in folders of their own, reruns anywhere."""
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def place_whole(config: TrainingConfig) -> None:
+    """Make the paths of `run` whole, in place."""
+    config.run.storage = whole_path(config.run.storage)
+    if config.run.tracking_uri:
+        config.run.tracking_uri = absolute_tracking_uri(config.run.tracking_uri)
+
+
+def _where_it_goes_on(folder: RunFolder) -> str:
+    saved = complete(folder.path / "checkpoints")
+    if saved:
+        return f"stopped; the same command goes on from the checkpoint of step {saved[0].step}."
+    return "stopped before a first checkpoint was complete; the same command begins at step 0."
+
+
+def _conclude(folder: RunFolder, tracker: Tracker, status: Status, final: dict[str, Any], say: Say) -> None:
+    """Write the result, tell MLflow; of a run that failed, as far as the disk allows."""
+    done = status == "FINISHED"
+    try:
+        (folder.path / ROOM).unlink(missing_ok=True)
+        final |= {"mlflow_run_id": tracker.run_id, "tracking_uri": tracker.uri}
+        folder.write_result(final)
+        logged = {key: value for key, value in final.items() if key not in ("sample", "data")}
+        tracker.finish(status, logged, folder.path / "model" if done else None, timeout_s=60 if done else 15)
+        final["mlflow_run_id"] = tracker.run_id
+        folder.write_result(final)
+    except OSError as error:  # must not hide why the run failed
+        if done:
+            raise
+        say(f"{folder.path}/result.json could not be written ({error.strerror}).")
+
+
+def _check_resume(job: Job, folder: RunFolder) -> None:
+    """Refuse settings that differ from what was trained; where nothing was, there is nothing to differ from."""
+    if complete(folder.path / "checkpoints"):
+        folder.check_resume(job.config, *job.fingerprints)
+
+
+def _set_aside_other_settings(job: Job, folder: RunFolder) -> None:
+    """Keep what a start with other settings reported, under another name: its numbers are of another run."""
+    try:
+        folder.check_resume(job.config, *job.fingerprints)
+    except ConfigError:
+        job.forget(folder.path)
+        for name in (WORKER_FILE, DRIVER_FILE, "mlflow.json", "result.json"):
+            path = folder.path / name
+            if path.exists():
+                path.rename(folder.path / f"{name}.until-{time.strftime('%Y%m%d-%H%M%S')}")
+
+
+def _train(job: Job, folder: RunFolder, say: Say) -> None:
+    config = job.config
+    say("starting Ray and the workers (10 to 30 s)")
+    with ray_cluster(), terminable():  # again, because connecting to Ray replaces the handler
+        total = cluster_resources()
+        cuda = use_cuda(config, total)
+        check_fits(config, cuda, total)
+        parallel, device = config.parallel, "GPU" if cuda else "CPU"
+        say(
+            f"{device} workers: {parallel.workers} (stages {parallel.stages} x replicas {parallel.replicas}), "
+            f"torch threads a worker: {config.resources.threads}, precision: {config.train.precision}"
+        )
+        fit(job, folder, cuda, say)
+
+
+def _tracker(job: Job, folder: RunFolder, environment: dict[str, Any], say: Say) -> Tracker:
+    config = job.config
+    counted = ("params_total", "params_trainable", "params_dense")
+    params = flatten(config) | {key: value for key, value in job.counts().items() if key in counted}
+    packages = {f"version.{name}": value for name, value in environment["packages"].items() if value}
+    data, model = job.fingerprints
+    tags = {
+        "mlflow.source.name": f"finhpc {job.verb}",
+        "mlflow.source.git.commit": environment.get("git_commit"),
+        "finhpc.dataset_fingerprint": data,
+        "finhpc.model_fingerprint": model,
+        **packages,
+    }
+    uri = config.run.tracking_uri or default_tracking_uri(config.run.storage)
+    return Tracker(
+        folder.path, uri, config.run.experiment, config.run.name, params, {k: v for k, v in tags.items() if v}, say
+    )
+
+
+def _is_done(before: dict[str, Any] | None, config: TrainingConfig) -> bool:
+    return bool(before) and before["status"] == "finished" and before["steps"] >= config.train.steps  # type: ignore[index]
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Turn SIGTERM into an exception, so that workers, run and lock are let go in order."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise Terminated
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread: whoever runs it handles signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,153 @@
+"""Linear layers whose weights never change: in float, or quantised; what adapters are trained beside.
+
+No gradient of a weight is computed. Quantised ones are turned back into a float matrix for each product, forward
+and backward, so that a stage holds one such matrix at a time. int8 and NF4 give the numbers of bitsandbytes' own
+layers: int8 rounds a layer's input too, and computes columns with values of 6 and more in float (LLM.int8).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from finhpc.quantization.bitsandbytes import int8_tensors, nf4_fits
+from finhpc.quantization.per_vector import Vectors, dequantize, pack, quantize, unpack
+
+OUTLIER = 6.0  # bitsandbytes' default threshold in transformers
+
+
+class Frozen(nn.Module):
+    """y = W x + bias for x (rows, in_features); `matrix(dtype)` is W (out_features, in_features)."""
+
+    def __init__(self, out_features: int, in_features: int, bias: Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = out_features, in_features
+        self.register_buffer("bias", bias, persistent=False)
+        self.bias: Tensor | None
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        raise NotImplementedError
+
+    def product(self, x: Tensor) -> Tensor:
+        """W x + bias, outside of autograd."""
+        return F.linear(x, self.matrix(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (..., in_features) to (..., out_features)."""
+        return FrozenProduct.apply(x, self)  # type: ignore[no-untyped-call, no-any-return]
+
+    def _hold(self, **tensors: Tensor) -> None:
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor, persistent=False)
+
+
+class FrozenProduct(torch.autograd.Function):
+    """A frozen layer's product; backward is the product with its matrix, made again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Frozen) -> Tensor:
+        ctx.layer = layer
+        return layer.product(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], layer.out_features)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return gradients[0] @ ctx.layer.matrix(gradients[0].dtype), None
+
+
+class FrozenFloat(Frozen):
+    """The matrix as it is, in float32 or bfloat16."""
+
+    weight: Tensor
+
+    def __init__(self, rows: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__(rows.shape[0], rows.shape[1], bias)
+        self._hold(weight=rows.to(dtype).contiguous())
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        return self.weight.to(dtype)
+
+
+class FrozenInt8(Frozen):
+    """bitsandbytes' `Linear8bitLt`: a code and each row's largest absolute value."""
+
+    codes: Tensor
+    largest: Tensor
+
+    def __init__(self, rows: Tensor, bias: Tensor | None, name: str) -> None:
+        super().__init__(rows.shape[0], rows.shape[1], bias)
+        held = int8_tensors(rows, 8, name)
+        self._hold(codes=held["weight"], largest=held["SCB"])
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        return self.codes.to(dtype, copy=True).mul_(self.largest.unsqueeze(1).mul(1.0 / 127.0))
+
+    def product(self, x: Tensor) -> Tensor:
+        from bitsandbytes.functional import int8_vectorwise_quant
+
+        codes, largest, outliers = int8_vectorwise_quant(x.to(torch.float16), threshold=OUTLIER)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        product = torch.ops.bitsandbytes.int8_mixed_scaled_mm
+        out: Tensor = product(x, codes, self.codes, largest, self.largest, outliers, bias)[0]
+        return out
+
+
+class FrozenNf4(Frozen):
+    """bitsandbytes' `Linear4bit` with NF4 codes in blocks of 64 (or 32), and their scales in 8 bits."""
+
+    packed: Tensor
+
+    def __init__(self, rows: Tensor, bias: Tensor | None) -> None:
+        from bitsandbytes.functional import quantize_4bit
+
+        super().__init__(rows.shape[0], rows.shape[1], bias)
+        block = 64 if rows.shape[1] % 64 == 0 else 32
+        packed, self.state = quantize_4bit(
+            rows.float().contiguous(), blocksize=block, compress_statistics=True, quant_type="nf4"
+        )
+        self._hold(packed=packed)
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        from bitsandbytes.functional import dequantize_blockwise
+
+        state = self.state
+        scales = (dequantize_blockwise(state.absmax, state.state2) + state.offset).float()
+        made: Tensor = torch.ops.bitsandbytes.dequantize_4bit(
+            self.packed, scales, state.blocksize, "nf4", state.shape, dtype
+        )
+        return made
+
+
+class FrozenMinMax(Frozen):
+    """The paper's per-vector scheme at 8 or 4 bits, packed."""
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+
+    def __init__(self, rows: Tensor, bias: Tensor | None, bits: int, name: str) -> None:
+        super().__init__(rows.shape[0], rows.shape[1], bias)
+        vectors = quantize(rows, bits, name)
+        self.bits = bits
+        self._hold(codes=pack(vectors.codes, bits), scale=vectors.scale, zero=vectors.zero)
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        return dequantize(Vectors(unpack(self.codes, self.bits, self.in_features), self.scale, self.zero)).to(dtype)
+
+
+def freeze(rows: Tensor, bias: Tensor | None, bits: int, scheme: str, dtype: torch.dtype, name: str) -> Frozen:
+    """The frozen layer of a matrix (out, in). `scheme`: int8, nf4 or minmax; `dtype`: of what stays in float.
+
+    NF4 leaves matrices in float whose sides are not multiples of 32. Raises `ConfigError` naming `name` where int8
+    cannot hold it, `NonFiniteError` where it holds NaN.
+    """
+    bias = None if bias is None else bias.to(dtype)
+    if bits == 16 or (scheme == "nf4" and not nf4_fits(*rows.shape)):
+        return FrozenFloat(rows, bias, dtype)
+    if scheme == "int8":
+        return FrozenInt8(rows, bias, name)
+    if scheme == "nf4":
+        return FrozenNf4(rows, bias)
+    return FrozenMinMax(rows, bias, bits, name)

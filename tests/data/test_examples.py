@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from finhpc.config import Instructions
+from finhpc.data.examples import load, make_examples
+from finhpc.data.templates import template, templates
+from finhpc.errors import ConfigError, DataError
+from tests.data.instructing import jsonl, phrases, sentences, tokenizer
+
+TOK = tokenizer()
+
+
+def make(source, seed=0, tok=TOK, **settings):
+    sources = source if isinstance(source, list) else [source]
+    return make_examples(Instructions(**{"source": sources, "eval_fraction": 0.0, **settings}), tok, seed)
+
+
+def said(arrays, index=0, tok=TOK):
+    """Text, and the part of it that carries loss."""
+    tokens, answer = arrays.example(index)
+    return tok.decode(tokens), tok.decode(tokens[answer])
+
+
+def test_labels_are_tokenised_as_the_plain_loop_does(tmp_path):
+    found = make(phrases(tmp_path / "a.txt", ["Profit rose .@positive"]))
+    prompt = template("phrasebank").render({"input": "Profit rose ."}).prompt
+    tokens, answer = found.train.example(0)
+    assert tokens.tolist() == TOK(prompt + " positive")["input_ids"]
+    assert tokens[~answer].tolist() == TOK(prompt)["input_ids"]
+    assert said(found.train)[1] == " positive"
+
+
+def test_every_format_is_known_by_its_columns(tmp_path):
+    (tmp_path / "tfns.csv").write_text('text,label\n"A, b",0\nC,1\nD,2\n')
+    fiqa = {str(i): {"sentence": f"S{i}", "info": [{"sentiment_score": s}]} for i, s in enumerate((-0.11, 0.1, 0.11))}
+    (tmp_path / "fiqa.json").write_text(json.dumps(fiqa))
+    (tmp_path / "ner.txt").write_text("-DOCSTART- -X- O O\n\nSILICON NNP - I-ORG\nBANK NNP - I-ORG\nlends VB - O\n\n")
+    for name, answers in {
+        "tfns.csv": [" negative", " positive", " neutral"],
+        "fiqa.json": [" negative", " neutral", " positive"],
+        "ner.txt": [" organization"],
+    }.items():
+        found = make(str(tmp_path / name))
+        assert [said(found.train, i)[1] for i in range(len(found.train))] == answers
+    assert "'SILICON BANK'" in said(found.train)[0]
+    alpaca = jsonl(tmp_path / "al.jsonl", [{"instruction": "Say hi", "input": "", "output": "hi there"}])
+    assert said(make(alpaca).train)[1] == "\nhi there<|im_end|>"
+    written = jsonl(tmp_path / "ct.jsonl", [{"context": "Input: x\nAnswer: ", "target": "good"}])
+    assert said(make(written).train) == ("Input: x\nAnswer: good<|im_end|>", " good<|im_end|>")
+
+
+def test_a_conversation_carries_loss_on_the_assistants_turns_alone(tmp_path):
+    turns = [("user", "a b"), ("assistant", "c"), ("user", "d"), ("assistant", "e f")]
+    source = jsonl(tmp_path / "c.jsonl", [{"messages": [{"role": r, "content": c} for r, c in turns]}])
+    text, loss = said(make(source).train)
+    assert text == TOK.apply_chat_template([{"role": r, "content": c} for r, c in turns], tokenize=False).rstrip()
+    assert loss == "c<|im_end|>e f<|im_end|>"
+
+
+def test_the_end_of_a_long_input_is_cut_and_counted(tmp_path):
+    source = phrases(tmp_path / "a.txt", ["A b .@neutral", "word " * 200 + ".@positive"])
+    found = make(source, max_len=120)
+    text, loss = said(found.train, 1)
+    assert len(found.train.example(1)[0]) <= 120
+    assert len(found.train.example(1)[0]) > 110
+    assert text.endswith("\nAnswer: positive")
+    assert loss == " positive"
+    assert found.counts["cut"] == 1
+    assert any("1 inputs longer" in note for note in found.notes)
+    with pytest.raises(ConfigError, match="max_len=120 is less than 1 examples need"):
+        make(source, max_len=120, cut="refuse")
+
+
+def test_an_answer_without_room_is_counted_and_refused_above_a_share(tmp_path):
+    records = [{"instruction": f"Say {i}", "input": "", "output": "x y z " * (200 if i == 0 else 1)} for i in range(10)]
+    source = jsonl(tmp_path / "a.jsonl", records)
+    with pytest.raises(ConfigError, match=r"answer of 1 of 10 examples \(.*line 1\).*max_dropped=0.01"):
+        make(source, max_len=400)
+    found = make(source, max_len=400, max_dropped=0.1)
+    assert (found.counts["dropped"], len(found.train)) == (1, 9)
+
+
+def test_the_same_input_is_never_on_both_sides_whatever_seed_or_source(tmp_path):
+    lines = sentences(200)
+    again = [line.replace(" .@", ".@").upper().replace("@POSITIVE", "@positive") for line in lines[2::3]]
+    one, two = phrases(tmp_path / "a.txt", lines), phrases(tmp_path / "b.txt", again)
+    sides = []
+    for seed, sources in ((0, [one, two]), (1, [two, one])):
+        found = make(sources, seed, eval_fraction=0.3)
+        texts = [
+            {
+                said(side, i)[0].split("\nInput: ")[1].split("\nAnswer")[0].lower().replace(" .", ".")
+                for i in range(len(side))
+            }
+            for side in (found.train, found.held_out)
+        ]
+        assert not texts[0] & texts[1]
+        assert len(texts[0] | texts[1]) == 200
+        assert 30 < len(texts[1]) < 90
+        sides.append(texts[1])
+    assert sides[0] == sides[1]
+    given = make(one, eval_source=[two])
+    assert given.counts["leaked"] == len(again) == len(given.held_out)
+    assert len(given.train) == 200 - len(again)
+
+
+def test_limit_is_drawn_by_the_seed_and_files_come_back_whole(tmp_path):
+    source = phrases(tmp_path / "a.txt", sentences(100))
+    first, other = make(source, 0, limit=20), make(source, 1, limit=20)
+    assert len(first.train) == len(other.train) == 20
+    assert first.counts["not_drawn"] == 80
+    assert first.fingerprint == make(source, 0, limit=20).fingerprint != other.fingerprint
+    path = tmp_path / "e.safetensors"
+    assert first.save(path) == load(path).fingerprint
+    assert load(path).counts == first.counts
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"fingerprint|whole"):
+        load(path)
+
+
+def test_bad_records_are_told_together(tmp_path):
+    source = phrases(tmp_path / "a.txt", ["A .@good", "B .@neutral", "C .@", "D .@neutrl"])
+    with pytest.raises(ConfigError) as error:
+        make(source)
+    assert [problem.split(": ")[0].split()[-1] for problem in error.value.problems] == ["1", "3", "4"]
+    assert "'good' is no label of template phrasebank; it has negative, neutral, positive" in str(error.value)
+    empty = jsonl(tmp_path / "a.jsonl", [{"instruction": "x", "input": "", "output": " "}])
+    with pytest.raises(ConfigError, match=r"line 1: the answer \(\{output\}\) is empty"):
+        make(empty)
+
+
+def test_columns_that_do_not_exist_are_told_with_those_that_do(tmp_path):
+    (tmp_path / "t.csv").write_text("headline,mood\nA b,positive\n")
+    source = str(tmp_path / "t.csv")
+    with pytest.raises(ConfigError, match="no column 'feeling' for label; columns: headline, mood"):
+        make(source, columns={"input": "headline", "label": "feeling"})
+    with pytest.raises(ConfigError, match="no column 'label' for label; columns: headline, mood"):
+        make(source + ":tfns", columns={"input": "headline"})
+    with pytest.raises(ConfigError, match="headline, mood"):
+        make(source)
+    assert said(make(source, columns={"input": "headline", "label": "mood"}).train)[1] == " positive"
+
+
+def test_a_tokeniser_without_an_end_token_is_refused_where_answers_need_one(tmp_path):
+    source = jsonl(tmp_path / "a.jsonl", [{"context": "x", "target": "y"}])
+    with pytest.raises(ConfigError, match="no end token"):
+        make(source, tok=tokenizer(eos=False))
+    bare = tokenizer(eos=False)
+    bare.pad_token = None
+    assert len(make(phrases(tmp_path / "a.txt", sentences(3)), tok=bare).train) == 3
+
+
+@pytest.mark.parametrize(
+    ("written", "read", "message"),
+    [
+        ("latin-1", "utf-8", "line 2: byte 0xe4 is not utf-8; PhraseBank comes in latin-1"),
+        ("utf-8", "latin-1", "is UTF-8, but would be read as latin-1"),
+        ("cp1252", "latin-1", "cp1252"),
+        ("utf-16", None, "UTF-16"),
+    ],
+)
+def test_a_wrong_encoding_is_told(tmp_path, written, read, message):
+    euro = " €" if written == "cp1252" else ""
+    source = phrases(tmp_path / "a.txt", ["A b .@neutral", f"Hämeenlinna{euro} .@positive"], written)
+    with pytest.raises(DataError, match=message):
+        make(source, encoding=read)
+
+
+@pytest.mark.parametrize("written", ["latin-1", "utf-8"])
+def test_phrasebank_is_read_in_either_encoding_and_it_is_said(tmp_path, written):
+    found = make(phrases(tmp_path / "a.txt", ["Hämeenlinna .@positive"], written))
+    assert "Hämeenlinna" in said(found.train)[0]
+    assert any(f"read as {written}" in note for note in found.notes)
+
+
+def test_labels_of_every_template_can_be_had():
+    assert template("phrasebank").labels == ("negative", "neutral", "positive")
+    assert all(entry.labels or entry.end for entry in templates().values())
+    with pytest.raises(ConfigError, match="did you mean phrasebank"):
+        template("phrasebnak")
+
+
+def test_real_sets(shared_data):
+    finance = shared_data / "finance"
+    found = make([str(finance / n) for n in ("fpb_train_50agree.txt", "tfns_train.csv", "fiqa_sa_train.json")])
+    assert [source["records"] for source in found.counts["by_source"]] == [3628, 9543, 688]
+    assert found.counts["examples"] == len(found.train) == 13859
+    assert found.counts["dropped"] == 0

@@ -1,0 +1,157 @@
+"""Packs of examples against transformers and peft over padded batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from finhpc.config.finetune import FinetuneQuantization, Lora
+from finhpc.errors import ConfigError
+from finhpc.models.adapted import Adaptation, AdaptedLayer
+from finhpc.models.packed import IGNORED, TARGET, layout_of
+from finhpc.models.packed_attention import attend
+from finhpc.models.weights import open_weights
+from tests.models.dense import saved, tiny_gpt2, tiny_llama
+from tests.models.packs import examples, pack, packs_of, peft_model, peft_parameters, plain_loss
+
+LORA = Lora(rank=4, init="orthogonal")  # neither factor is zero
+
+
+def adapted(folder: Path, lora: Lora = LORA, **how: Any) -> tuple[Adaptation, list[AdaptedLayer]]:
+    bits = FinetuneQuantization(bits=how.pop("bits", 16), scheme=how.pop("scheme", "auto"))
+    adaptation = Adaptation(open_weights(folder, low_rank=True), lora, bits, **how)
+    return adaptation, [AdaptedLayer(part, adaptation, torch.device("cpu")) for part in adaptation.parts()]
+
+
+def parameters(layers: list[AdaptedLayer]) -> dict[str, Any]:
+    return {name: p for layer in layers for name, p in layer.parameters_by_name()}
+
+
+def loss_of(layers: list[AdaptedLayer], packs: list[Tensor]) -> Tensor:
+    losses = []
+    for data in packs:
+        flow: Any = data
+        for layer in layers:
+            flow = layer(flow)
+        losses.append(flow)
+    return torch.stack(losses).mean()
+
+
+def assert_near(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float = 1e-5) -> None:
+    assert set(found) == set(wanted)
+    for name, value in wanted.items():
+        assert value.abs().max() > 0, name
+        assert (found[name] - value).norm() <= tolerance * value.norm(), name
+
+
+@pytest.mark.parametrize("recompute", ["none", "attention", "full"])
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+@pytest.mark.parametrize("shared", [0, 6])
+def test_loss_and_gradients_are_pefts(tmp_path: Path, make: Any, shared: int, recompute: Any) -> None:
+    folder = saved(make(), tmp_path / "base")
+    _, layers = adapted(folder, recompute=recompute)
+    ours = parameters(layers)
+    plain = peft_model(folder, {name: p.detach() for name, p in ours.items()})
+    some = examples(8)
+    wanted = plain_loss(plain, some)
+    wanted.backward()
+    loss = loss_of(layers, packs_of(some, 4, shared, padding=3))
+    loss.backward()
+    assert abs(loss.item() - wanted.item()) <= 1e-5 * wanted.item()
+    assert_near({n: p.grad for n, p in ours.items()}, {n: p.grad for n, p in peft_parameters(plain).items()})
+
+
+def test_a_pack_without_targets_has_loss_zero(tmp_path: Path) -> None:
+    _, layers = adapted(saved(tiny_llama(), tmp_path / "base"))
+    data = pack(examples(2), 6, 5, 2)
+    data[:, TARGET] = IGNORED
+    loss = loss_of(layers, [data])
+    loss.backward()
+    assert loss.item() == 0.0
+    assert all(p.grad is not None and not p.grad.any() for p in parameters(layers).values())
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("longest", [14, 300])
+def test_attention_is_that_of_a_mask(keep: bool, longest: int) -> None:
+    data = pack(examples(6, prefix=5, longest=longest), 5, 9, 1, padding=4)
+    size, segments, prefixes = data.shape[2], data[0, 2], data[0, 3]
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(size, heads, 8, generator=generator, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)
+    )
+    rows = torch.arange(size)
+    same = (segments[:, None] == segments) & (rows[:, None] >= rows)
+    sees = (same | ((prefixes[:, None] == segments) & (prefixes[:, None] > 0))) & (segments[:, None] > 0)
+    scores = torch.einsum("thd,shd->hts", q, k.repeat_interleave(2, 1)) * 0.3
+    p = torch.softmax(scores.masked_fill(~sees, -1e30), -1) * sees
+    wanted = torch.einsum("hts,shd->thd", p, v.repeat_interleave(2, 1))
+    grad = torch.randn(wanted.shape, generator=generator, dtype=torch.float64)
+    expected = torch.autograd.grad(wanted, (q, k, v), grad)
+    out = attend(q, k, v, layout_of(data), 0.3, keep)
+    assert torch.allclose(out, wanted, atol=1e-12)
+    for found, value in zip(torch.autograd.grad(out, (q, k, v), grad), expected, strict=True):
+        assert torch.allclose(found, value, atol=1e-12)
+
+
+@pytest.mark.parametrize(("bits", "scheme"), [(8, "int8"), (4, "nf4")])
+def test_quantised_bases_give_bitsandbytes_numbers(tmp_path: Path, bits: int, scheme: str) -> None:
+    from transformers import BitsAndBytesConfig
+
+    folder = saved(_wide(), tmp_path / "base")
+    _, layers = adapted(folder, bits=bits, scheme=scheme)
+    ours = parameters(layers)
+    config = (
+        BitsAndBytesConfig(load_in_8bit=True)
+        if bits == 8
+        else BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+        )
+    )
+    start = {name: p.detach() for name, p in ours.items()}
+    # In training mode: in evaluation bitsandbytes packs NF4 anew for CPUs with bfloat16, and computes in that.
+    plain = peft_model(folder, start, quantization_config=config, dtype=torch.float32).train()
+    some = examples(8)
+    wanted = plain_loss(plain, some)
+    wanted.backward()
+    loss = loss_of(layers, packs_of(some, 4, 6))
+    loss.backward()
+    tolerance = 1e-5 if bits == 4 else 2e-3  # int8 rounds inputs: the last bits of its neighbours decide roundings
+    assert abs(loss.item() - wanted.item()) <= tolerance * wanted.item()
+    found = {n: p.grad for n, p in ours.items()}
+    assert_near(found, {n: p.grad for n, p in peft_parameters(plain).items()}, 1e-5 if bits == 4 else 5e-2)
+
+
+def _wide() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.1,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("lora", "words"),
+    [
+        (Lora(rank=0), ["lora.rank=0"]),
+        (Lora(rank=40), ["lora.rank=40 does not fit model.layers.*.self_attn.q_proj", "k_proj (16 x 32, layers: 3)"]),
+        (Lora(targets=["query"]), ["lora.targets=query matches no linear layer", "q_proj"]),
+        (Lora(rank=3, init="orthogonal"), ["even"]),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_together(tmp_path: Path, lora: Lora, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        adapted(saved(tiny_llama(), tmp_path / "base"), lora)
+    for word in words:
+        assert word in str(error.value)
