@@ -107,9 +107,11 @@ class Decoder:
         q = q.to(keys.dtype)
         if seq == 1:  # query heads that share keys stand where several tokens' queries would
             q = q.reshape(batch, self.kv_heads, heads // self.kv_heads, size)
-            out = F.scaled_dot_product_attention(q, keys, values, mask, scale=scale)
+            out: Tensor = F.scaled_dot_product_attention(q, keys, values, mask, scale=scale)
             return out.reshape(batch, 1, heads * size)
         shared = heads != self.kv_heads
         causal = mask is None
-        out = F.scaled_dot_product_attention(q, keys, values, mask, is_causal=causal, scale=scale, enable_gqa=shared)
+        out: Tensor = F.scaled_dot_product_attention(
+            q, keys, values, mask, is_causal=causal, scale=scale, enable_gqa=shared
+        )
         return out.transpose(1, 2).reshape(batch, seq, heads * size)
