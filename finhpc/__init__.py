@@ -5,8 +5,8 @@ The rooms, from the top down (imports point down only):
 - `cli`            the `finhpc` command: one verb per job
 - `orchestration`  Ray Train runs, MLflow tracking, what is on the screen
 - `training`       engine, loop, checkpoint, metrics: torch and DeepSpeed, no Ray
-- `evaluation`     tasks, general and financial, by lm-eval; scores with their baselines and intervals
 - `planning`       memory, time and topologies before a run: counted from the code, beside the paper's tables
+- `evaluation`     scores on general and financial tasks, by lm-eval; text generated with a cache: no Ray
 - `data`           text on disk -> token shards (`prepare`) -> ordered streams (Ray Data)
 - `models`         Hugging Face models cut into pipeline layers; presets; load, save, export
 - `quantization`   weights in 8 and 4 bits: per vector, int8, NF4; training with rounded weights
@@ -48,12 +48,14 @@ _PUBLIC = {
     "finetune": "finhpc.orchestration.finetune",
     "study": "finhpc.orchestration.study",
     "evaluate": "finhpc.orchestration.evaluate",
+    "generate": "finhpc.evaluation.generate",
     "export": "finhpc.models.export",
     "PretrainConfig": "finhpc.config",
     "FinetuneConfig": "finhpc.config",
     "StudyConfig": "finhpc.config",
     "PrepareConfig": "finhpc.config",
     "EvaluateConfig": "finhpc.config",
+    "GenerateConfig": "finhpc.config",
     "ExportConfig": "finhpc.config",
     "DecomposeConfig": "finhpc.config",
     "FinhpcError": "finhpc.errors",

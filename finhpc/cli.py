@@ -25,10 +25,11 @@ verbs:
   estimate   memory, time and the cluster that a pretrain would need, before it starts
   study      variants of a run beside each other: screened, the best trained for long on several seeds
   decompose  a dense model -> a low-rank one of its best factors
+  generate   prompts, a file of them or a chat -> text; adapters over one base
   finetune   examples and a frozen base, 16, 8 or 4 bits -> a LoRA adapter
   export     a trained model -> a folder for transformers: low-rank or merged, 16, 8 or 4 bits
   evaluate   models -> scores on general and financial tasks, with baselines and intervals
-  bench      measure finhpc beside the plain way: finhpc bench train|data|prepare|pipeline|recompute|decompose
+  bench      measure finhpc beside the plain way: finhpc bench --help names what
   ui         open MLflow's page of what was tracked, on this machine only
 
 options of every verb:
@@ -81,6 +82,7 @@ def _run(verb: str, words: list[str]) -> dict[str, Any] | None:
         "estimate": (config.EstimateConfig, _estimate),
         "study": (config.StudyConfig, _study),
         "decompose": (config.DecomposeConfig, _decompose),
+        "generate": (config.GenerateConfig, _generate),
         "finetune": (config.FinetuneConfig, _finetune),
         "export": (config.ExportConfig, _export),
         "evaluate": (config.EvaluateConfig, _evaluate),
@@ -241,6 +243,13 @@ def _decompose(settings: Any, dry_run: bool) -> dict[str, Any]:
     from finhpc.orchestration.decompose import decompose
 
     return decompose(settings, dry_run=dry_run)
+
+
+def _generate(settings: Any, dry_run: bool) -> dict[str, Any]:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from finhpc.evaluation.generate import generate
+
+    return generate(settings)
 
 
 def _finetune(settings: Any, dry_run: bool) -> dict[str, Any]:

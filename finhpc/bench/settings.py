@@ -117,6 +117,26 @@ class FinetuneBench(Section):
     resources: Resources = Field(default_factory=lambda: Resources(threads=2, device="cpu"))
 
 
+class GenerateBench(Section):
+    """Settings of `finhpc bench generate`."""
+
+    bench: Bench = Field(default_factory=lambda: Bench(repeats=3))
+    models: list[str] = Field(
+        ["gpt2-127m:192", "gpt2-1.5b:384"], min_length=1, description="PRESET:RANK, each beside its dense shape"
+    )
+    batches: list[int] = Field([1, 16], min_length=1, description="prompts at once; the first counts for the ratios")
+    bits: list[Literal[16, 8, 4]] = Field(
+        [16, 8, 4], min_length=1, description="of the low-rank models; the first counts"
+    )
+    precision: Literal["fp32", "bf16"] = "bf16"
+    prompt: int = Field(100, ge=1, description="tokens of each prompt")
+    new: int = Field(100, ge=2, description="tokens generated after each")
+    adapters: int = Field(8, ge=2, description="adapters over one base, a row of a batch each")
+    adapter_rank: int = Field(8, ge=1, description="rank of each")
+    adapters_model: str = Field("smollm2-135m", description="preset of that base")
+    resources: Resources = Field(default_factory=lambda: Resources(threads=2))
+
+
 BENCHES: dict[str, tuple[type[Section], str]] = {
     "train": (TrainBench, "finhpc.bench.train:bench_train"),
     "data": (DataBench, "finhpc.bench.data:bench_data"),
@@ -125,6 +145,7 @@ BENCHES: dict[str, tuple[type[Section], str]] = {
     "recompute": (RecomputeBench, "finhpc.bench.recompute:bench_recompute"),
     "decompose": (DecomposeBench, "finhpc.bench.decompose:bench_decompose"),
     "finetune": (FinetuneBench, "finhpc.bench.finetune:bench_finetune"),
+    "generate": (GenerateBench, "finhpc.bench.generate:bench_generate"),
 }
 """Name -> its settings and the function that measures, as `module:function`."""
 

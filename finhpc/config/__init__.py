@@ -7,6 +7,7 @@
 from finhpc.config.evaluate import EvaluateConfig, EvaluateData
 from finhpc.config.finetune import FinetuneConfig, FinetuneQuantization, Instructions, Lora
 from finhpc.config.folders import Calibration, DecomposeConfig, ExportConfig, PrepareConfig, UiConfig
+from finhpc.config.generate import GenerateConfig, Sampling
 from finhpc.config.pretrain import (
     LINEAR_KINDS,
     Data,
@@ -33,6 +34,7 @@ __all__ = [
     "ExportConfig",
     "FinetuneConfig",
     "FinetuneQuantization",
+    "GenerateConfig",
     "Instructions",
     "Lora",
     "Method",
@@ -44,6 +46,7 @@ __all__ = [
     "Recompute",
     "Resources",
     "Run",
+    "Sampling",
     "Section",
     "StudyConfig",
     "Train",

@@ -1,1 +1,1 @@
-"""Scores of models on tasks, by lm-eval: no Ray, no MLflow."""
+"""What models can do: scores on tasks, by lm-eval, and generated text. torch and transformers, no Ray, no MLflow."""

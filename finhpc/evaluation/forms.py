@@ -1,0 +1,122 @@
+"""The form of each layer that is fastest when few tokens are computed at a time.
+
+Decoding reads every weight once a token, so bytes decide: B (A x) stays where the factors have fewer than
+B A, else B A is multiplied out; packed rows are multiplied as they lie, never turned into floats.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from finhpc.lowrank.layers import LowRankLinear
+from finhpc.quantization.layers import QuantizedLinear
+from finhpc.quantization.per_vector import Vectors, dequantize, unpack
+
+CALL_WEIGHTS = 40_000  # what one more call costs in the time of reading weights; measured: 4 us at 20 GB/s, bf16
+FEW_ROWS = 128  # beyond it, turning 8-bit rows into floats once is cheaper than torch's kernel for few rows
+OFFSET = 128  # uint8 codes as int8
+GROUPS = (256, 128, 64, 32)  # columns that share a scale in torch's 4-bit kernel
+
+
+def use_fast_forms(model: nn.Module) -> dict[str, int]:
+    """Put the fastest form of each layer in its place; how many of each kind were: merged, kernel_8, kernel_4.
+
+    A layer takes over the tensors of the one before it, so memory does not grow; `model` is no longer to be saved.
+    """
+    counts = {"merged": 0, "kernel_8": 0, "kernel_4": 0}
+    for name, module in list(model.named_modules()):
+        made: Any = None
+        if isinstance(module, LowRankLinear) and module.mergeable and _merged_is_smaller(module):
+            made, kind = _merged(module), "merged"
+        elif isinstance(module, QuantizedLinear) and module.like.dtype == torch.bfloat16 and not module.weight.is_cuda:
+            kind = f"kernel_{module.bits}"
+            if module.bits == 8:
+                made = ByteLinear(module)
+            elif module.columns % GROUPS[-1] == 0:
+                made = HalfByteLinear(module)
+        if made is not None:
+            model.set_submodule(name, made)
+            counts[kind] += 1
+    return counts
+
+
+def _merged_is_smaller(layer: LowRankLinear) -> bool:
+    dense = layer.in_features * layer.out_features
+    return layer.rank * (layer.in_features + layer.out_features) + CALL_WEIGHTS >= dense
+
+
+def _merged(layer: LowRankLinear) -> nn.Linear:
+    a, b = (factor.detach() for factor in layer.pair())
+    with torch.device("meta"):
+        made = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+    made.weight = nn.Parameter(layer.product(a.float(), b.float()).to(a.dtype), requires_grad=False)
+    if layer.bias is not None:
+        made.bias = layer.bias
+    return made
+
+
+class ByteLinear(nn.Module):
+    """A `QuantizedLinear` of 8 bits on bfloat16 inputs: code sums by torch's kernel, scale and zero in float32.
+
+    `codes`: int8 (out, in), each OFFSET below the stored one, in the same memory.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    ones: Tensor
+
+    def __init__(self, layer: QuantizedLinear) -> None:
+        super().__init__()
+        self.register_buffer("codes", layer.weight.bitwise_xor_(OFFSET).view(torch.int8))
+        self.register_buffer("scale", layer.scale)
+        self.register_buffer("zero", layer.zero + OFFSET * layer.scale)
+        self.register_buffer("ones", torch.ones_like(layer.scale, dtype=torch.bfloat16))
+        self.bias = layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        if len(rows) > FEW_ROWS:
+            return F.linear(x, dequantize(Vectors(self.codes, self.scale, self.zero)).to(x.dtype), self.bias)
+        sums = torch._weight_int8pack_mm(rows, self.codes, self.ones)
+        return _scaled(sums, rows, self.scale, self.zero, self.bias).view(*x.shape[:-1], -1)
+
+
+class HalfByteLinear(nn.Module):
+    """A `QuantizedLinear` of 4 bits on bfloat16 inputs; as `ByteLinear`, with codes as torch's 4-bit kernel packs them.
+
+    The kernel takes multiples of 16 rows: the rest is filled up. Its own scales are 1 and its zeros 0.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    groups: Tensor
+
+    def __init__(self, layer: QuantizedLinear) -> None:
+        super().__init__()
+        self.rows = layer.rows
+        filled = F.pad(unpack(layer.weight, 4, layer.columns), (0, 0, 0, -layer.rows % 16))
+        self.register_buffer("codes", torch.ops.aten._convert_weight_to_int4pack_for_cpu(filled.int(), 1))
+        self.register_buffer("scale", layer.scale)
+        self.register_buffer("zero", layer.zero + 8 * layer.scale)
+        self.group = next(size for size in GROUPS if layer.columns % size == 0)
+        groups = torch.zeros(layer.columns // self.group, len(filled), 2, dtype=torch.bfloat16)
+        groups[..., 0] = 1
+        self.register_buffer("groups", groups)
+        self.bias = layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        sums = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.codes, self.group, self.groups)
+        return _scaled(sums[:, : self.rows], rows, self.scale, self.zero, self.bias).view(*x.shape[:-1], -1)
+
+
+def _scaled(sums: Tensor, x: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None) -> Tensor:
+    """scale * sums + zero * (sum of x) + bias, in float32, then in x's type: (rows, out)."""
+    out = torch.addcmul(x.float().sum(-1, keepdim=True) * zero, sums.float(), scale)
+    return (out if bias is None else out.add_(bias)).to(x.dtype)

@@ -1,0 +1,129 @@
+"""`finhpc generate`: one prompt, a file of them, or a chat at the terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from finhpc.config import GenerateConfig
+from finhpc.errors import ConfigError
+from finhpc.evaluation.generation import Generator
+from finhpc.evaluation.prompts import Prompt, read_prompts
+
+
+def generate(config: GenerateConfig) -> dict[str, Any]:
+    """Generate what `config` asks for; returns counts, sizes, speed and `answers`.
+
+    Text goes to stderr as it is made, and to `config.out`. Raises `ConfigError` for settings, prompts and adapters
+    that cannot be used, `CheckpointError` for damaged weights.
+    """
+    begin = time.monotonic()
+    _check(config)
+    prompts = [] if config.chat else read_prompts(config, [_name(entry) for entry in config.adapters])
+    generator = Generator(config)
+    if config.chat:
+        answers = _chat(generator)
+    elif config.prompt is not None:
+        answers = [_one(generator, prompts[0])]
+    else:
+        answers = _many(generator, prompts)
+    counts, pace = generator.counts, None
+    if counts.decode_s:
+        pace = counts.new_tokens / counts.decode_s
+        print(f"{counts.new_tokens} tokens, {pace:.1f} tokens/s", file=sys.stderr)
+    return {
+        "status": "finished",
+        "model": config.model,
+        "adapters": generator.adapters.names,
+        "answers": answers,
+        "prompts": counts.prompts,
+        "prompts_cut": counts.prompts_cut,
+        "tokens_cut": counts.tokens_cut,
+        "new_tokens": counts.new_tokens,
+        "computed_tokens": generator.decoder.computed_tokens,
+        "first_token_s": counts.first_token_s,
+        "tokens_per_s": pace,
+        "model_bytes": generator.model_bytes,
+        "adapter_bytes": generator.adapters.bytes,
+        "cache_bytes": counts.cache_bytes if config.cache else None,
+        "forms": generator.forms,
+        "wall_s": time.monotonic() - begin,
+    }
+
+
+def _check(config: GenerateConfig) -> None:
+    problems = []
+    if not config.model:
+        problems.append("model is not set; give --model with a model folder.")
+    ways = [name for name in ("prompt", "prompts") if getattr(config, name) is not None] + ["chat"] * config.chat
+    if len(ways) != 1:
+        given = f"{' and '.join(ways)} are given" if ways else "there is nothing to generate from"
+        problems.append(f"{given}; give one of --prompt TEXT, --prompts FILE, --chat.")
+    if config.out is not None and os.path.lexists(os.path.expanduser(config.out)):
+        problems.append(f"out={config.out} exists already, and nothing is overwritten; choose another --out.")
+    names = [_name(entry) for entry in config.adapters]
+    if config.adapter is not None and config.adapter not in names:
+        problems.append(f"adapter={config.adapter} is none of adapters ({', '.join(names) or 'none is given'}).")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _name(entry: str) -> str:
+    name, equals, _ = entry.partition("=")
+    return name if equals else Path(name).name
+
+
+def _write(text: str) -> None:
+    print(text, end="", file=sys.stderr, flush=True)
+
+
+def _one(generator: Generator, prompt: Prompt) -> dict[str, Any]:
+    _write(prompt.text)
+    text = generator.spoken(generator.encode(prompt.text), prompt.adapter, _write)
+    _write("\n")
+    return _kept(generator, [{"prompt": prompt.text, "adapter": prompt.adapter, "text": text}])[0]
+
+
+def _many(generator: Generator, prompts: list[Prompt]) -> list[dict[str, Any]]:
+    answers = []
+    for prompt, ids, text in generator.answers(prompts):
+        answers.append({"prompt": prompt.text, "adapter": prompt.adapter, "text": text, "new_tokens": len(ids)})
+        if generator.config.out is None:
+            _write(f"> {prompt.text}\n{text}\n\n")
+    return _kept(generator, answers)
+
+
+def _kept(generator: Generator, answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    if generator.config.out is not None:
+        lines = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+        path = Path(generator.config.out).expanduser()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(lines, encoding="utf-8")
+    return answers
+
+
+def _chat(generator: Generator) -> list[dict[str, Any]]:
+    """A talk until the input ends; with the tokeniser's chat template where it has one, else plain text."""
+    said: list[dict[str, str]] = []
+    answers: list[dict[str, Any]] = []
+    print("end with ctrl-d", file=sys.stderr)
+    while True:
+        _write("> ")
+        line = sys.stdin.readline()
+        if not line:
+            _write("\n")
+            return _kept(generator, answers)
+        said.append({"role": "user", "content": line.strip()})
+        if generator.tokenizer.chat_template:
+            ids = generator.tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
+            ids = generator.fit(list(ids))
+        else:
+            ids = generator.encode("\n".join(turn["content"] for turn in said) + "\n")
+        text = generator.spoken(ids, generator.config.adapter, _write)
+        _write("\n")
+        said.append({"role": "assistant", "content": text})
+        answers.append({"prompt": line.strip(), "adapter": generator.config.adapter, "text": text})

@@ -1,0 +1,158 @@
+"""A model folder opened to generate text: tokeniser, adapters, the fast form of its layers."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer
+
+from finhpc.config import GenerateConfig, Resources
+from finhpc.errors import ConfigError
+from finhpc.evaluation.adapters import Adapters, read_adapters
+from finhpc.evaluation.decoder import Decoder
+from finhpc.evaluation.decoding import decode
+from finhpc.evaluation.forms import use_fast_forms
+from finhpc.evaluation.prompts import Prompt
+from finhpc.models.loading import load_model
+from finhpc.models.weights import locate
+
+TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model")
+
+
+@dataclass
+class Counts:
+    """What was done so far. `first_token_s`: seconds from a batch's start to its first token, of the first batch."""
+
+    prompts: int = 0
+    prompts_cut: int = 0
+    tokens_cut: int = 0
+    new_tokens: int = 0
+    decode_s: float = 0.0
+    first_token_s: float | None = None
+    cache_bytes: int = 0
+
+
+class Generator:
+    """Opens `config.model`. Raises `ConfigError` with what does not fit, `CheckpointError` where files are damaged."""
+
+    def __init__(self, config: GenerateConfig) -> None:
+        folder = locate(config.model)
+        if not folder.is_dir():
+            raise ConfigError(f"model={folder} is a file; give a model folder (finhpc decompose or export makes one).")
+        if not any((folder / name).is_file() for name in TOKENIZERS):
+            raise ConfigError(f"model={folder} has no tokeniser; copy the tokeniser's files into that folder.")
+        self.config = config
+        device = _device(config.resources)
+        adapters = read_adapters(config.adapters, AutoConfig.from_pretrained(folder)) if config.adapters else {}
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        self.model: Any = load_model(folder, _dtype(config, folder, device))
+        if device.type != self.model.device.type:
+            self.model.to(device)
+        self.forms = use_fast_forms(self.model)
+        self.model_bytes = tensor_bytes(self.model)
+        self.adapters = Adapters(self.model, adapters)
+        self.decoder = Decoder(self.model)
+        self.stop = _stop_ids(self.model, self.tokenizer) if config.sampling.stop_at_eos else set()
+        self.counts = Counts()
+        if config.sampling.max_new_tokens >= self.decoder.context:
+            raise ConfigError(
+                f"sampling.max_new_tokens={config.sampling.max_new_tokens} leaves no room for a prompt in the model's "
+                f"context of {self.decoder.context} tokens; use fewer."
+            )
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a prompt; an empty one starts where a document starts.
+
+        A prompt that does not fit the context beside max_new_tokens loses its beginning; that is counted and said.
+        """
+        ids: list[int] = self.tokenizer(text).input_ids or [self.tokenizer.eos_token_id]
+        return self.fit(ids)
+
+    def fit(self, ids: list[int]) -> list[int]:
+        room = self.decoder.context - self.config.sampling.max_new_tokens
+        if (over := len(ids) - room) > 0:
+            self.counts.prompts_cut += 1
+            self.counts.tokens_cut += over
+            print(f"a prompt of {len(ids)} tokens was cut to its last {room}: its context is full", file=sys.stderr)
+        return ids[-room:]
+
+    def stream(self, batch: Sequence[list[int]], adapters: Sequence[str | None]) -> Iterator[list[int | None]]:
+        """The next id of each row of a batch of ids, as `finhpc.evaluation.decoding.decode`."""
+        begin = time.perf_counter()
+        self.adapters.choose(adapters)
+        sampling, first = self.config.sampling, self.counts.prompts
+        for ids in decode(self.decoder, batch, sampling, self.stop, self.config.cache, first):
+            if self.counts.first_token_s is None:
+                self.counts.first_token_s = time.perf_counter() - begin
+            self.counts.new_tokens += sum(token is not None for token in ids)
+            yield ids
+        self.counts.prompts += len(batch)
+        self.counts.decode_s += time.perf_counter() - begin
+        self.counts.cache_bytes = max(self.counts.cache_bytes, self.decoder.cache_bytes)
+
+    def answers(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, list[int], str]]:
+        """Each prompt with its new ids and text, in order, `config.batch` computed at once."""
+        for begin in range(0, len(prompts), self.config.batch):
+            batch = prompts[begin : begin + self.config.batch]
+            made: list[list[int]] = [[] for _ in batch]
+            for ids in self.stream([self.encode(p.text) for p in batch], [p.adapter for p in batch]):
+                for row, token in zip(made, ids, strict=True):
+                    if token is not None:
+                        row.append(token)
+            for prompt, row in zip(batch, made, strict=True):
+                yield prompt, row, self.text(row)
+
+    def text(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def spoken(self, ids: list[int], adapter: str | None, write: Callable[[str], object]) -> str:
+        """Generate after `ids` and write each piece of text when it is whole; returns all of it."""
+        made: list[int] = []
+        told = ""
+        for row in self.stream([ids], [adapter]):
+            made += [token for token in row if token is not None]
+            text = self.text(made)
+            if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half of a character
+                write(text[len(told) :])
+                told = text
+        text = self.text(made)
+        write(text[len(told) :])
+        return text
+
+
+def tensor_bytes(model: torch.nn.Module) -> int:
+    """Bytes of all weights and buffers, shared memory once."""
+    held = {
+        x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in (*model.parameters(), *model.buffers())
+    }
+    return sum(held.values())
+
+
+def _dtype(config: GenerateConfig, folder: Path, device: torch.device) -> torch.dtype:
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)  # type: ignore[no-any-return]
+    own = AutoConfig.from_pretrained(folder, local_files_only=True).dtype or torch.float32
+    if own == torch.float16 and device.type == "cpu":
+        print("weights are float16, which CPUs compute slowly; computing in float32", file=sys.stderr)
+        return torch.float32
+    return own  # type: ignore[no-any-return]
+
+
+def _device(resources: Resources) -> torch.device:
+    cuda = torch.cuda.is_available()
+    if resources.device == "cuda" and not cuda:
+        raise ConfigError("resources.device=cuda, but torch sees no GPU; use resources.device=cpu.")
+    torch.set_num_threads(resources.threads)
+    return torch.device("cuda" if cuda and resources.device != "cpu" else "cpu")
+
+
+def _stop_ids(model: Any, tokenizer: Any) -> set[int]:
+    own = model.generation_config.eos_token_id
+    ids = own if isinstance(own, list) else [own]
+    return {int(token) for token in [*ids, tokenizer.eos_token_id] if token is not None}
