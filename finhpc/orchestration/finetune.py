@@ -67,6 +67,8 @@ class Finetune(Job):
             "params_dense": made.params_base,
             "compression_ratio": made.params_base / (made.params_base + made.params_trainable),
             "data": made.examples.counts,
+            "scores": None,
+            "held_out_weighted_f1": None,
         }
 
     def save_model(self, folder: Path, saved: Saved) -> None:
@@ -79,6 +81,31 @@ class Finetune(Job):
         self.made.weights.save_tokenizer(partial)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
+
+    def finish(self, result: dict[str, Any], folder: Path, say: Say) -> None:
+        """Score the labels of held-out examples, on this process alone."""
+        import torch
+
+        from finhpc.evaluation.held_out import label_scores
+        from finhpc.models.loading import load_model
+
+        config = self.config
+        if not self.made.weights.path.is_dir():
+            say("the base is a .gguf file, which is not opened here: labels of held-out examples are not scored.")
+            return
+        torch.set_num_threads(config.resources.threads)
+        model = load_model(folder / "model", torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
+        tokenizer = tokenizer_of(self.made.weights)
+        scores = label_scores(model, tokenizer, self.made.examples, config.data.eval_limit, say)
+        if scores:
+            n = sum(score["n"] for score in scores.values())
+            result["scores"] = scores
+            result["held_out_weighted_f1"] = sum(s["weighted_f1"] * s["n"] for s in scores.values()) / n
+
+    def remark(self, result: dict[str, Any]) -> str:
+        scores = result.get("scores") or {}
+        said = [f"{name} {score['weighted_f1']:.3f}" for name, score in scores.items()]
+        return f"; weighted F1 of held-out labels: {', '.join(said)}" if said else ""
 
     def rows(self) -> Rows:
         made, counts = self.made, self.made.examples.counts

@@ -109,7 +109,7 @@ def _conclude(folder: RunFolder, tracker: Tracker, status: Status, final: dict[s
         (folder.path / ROOM).unlink(missing_ok=True)
         final |= {"mlflow_run_id": tracker.run_id, "tracking_uri": tracker.uri}
         folder.write_result(final)
-        logged = {key: value for key, value in final.items() if key not in ("sample", "data")}
+        logged = {key: value for key, value in final.items() if key not in ("sample", "data", "scores")}
         tracker.finish(status, logged, folder.path / "model" if done else None, timeout_s=60 if done else 15)
         final["mlflow_run_id"] = tracker.run_id
         folder.write_result(final)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from sklearn.metrics import f1_score
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finhpc.config import FinetuneConfig, build
@@ -53,6 +54,14 @@ def config(base: Path | str, news: Path, storage: Path, **sections: dict[str, An
     return build(FinetuneConfig, tree)
 
 
+def likelihood(model: Any, base: Path, prompt: Any, label: str) -> float:
+    answer = AutoTokenizer.from_pretrained(base)(" " + label).input_ids
+    ids = torch.tensor([[*prompt.tolist(), *answer]])
+    with torch.no_grad():
+        scores = model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    return float(scores[range(len(answer)), answer].sum())
+
+
 def losses(storage: Path) -> tuple[dict[int, float], dict[int, float]]:
     records, _ = read(storage / "run" / "journal.jsonl")
     train, val = latest(records, "train"), latest(records, "eval")
@@ -74,6 +83,8 @@ def test_an_adapter_that_peft_opens_and_a_resumed_run_that_is_bit_equal(base: Pa
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     opened = PeftModel.from_pretrained(plain, result["model"]).eval()
     total, count = 0.0, 0
+    golds: list[str] = []
+    guesses: list[str] = []
     for i in range(len(examples.held_out)):
         tokens, answer = examples.held_out.example(i)
         ids = torch.from_numpy(tokens).long()[None]
@@ -82,6 +93,10 @@ def test_an_adapter_that_peft_opens_and_a_resumed_run_that_is_bit_equal(base: Pa
         for place in answer.nonzero()[0].tolist():
             total -= float(logits[place - 1, ids[0, place]])
             count += 1
+        guesses.append(max(LABELS, key=lambda label: likelihood(opened, base, tokens[~answer], label)))
+        golds.append(AutoTokenizer.from_pretrained(base).decode(tokens[answer]).strip())
+    assert result["scores"]["phrasebank"]["weighted_f1"] == pytest.approx(f1_score(golds, guesses, average="weighted"))
+    assert result["held_out_weighted_f1"] == result["scores"]["phrasebank"]["weighted_f1"]
     assert total / count == pytest.approx(result["val_loss"], rel=1e-5)
     merged = load_model(result["model"])
     with torch.no_grad():

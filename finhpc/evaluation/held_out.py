@@ -1,0 +1,74 @@
+"""How well a model chooses the labels of examples that were held out of its finetuning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from finhpc.data.examples import Arrays, Examples
+from finhpc.evaluation.language_model import LanguageModel
+from finhpc.evaluation.metrics import majority, weighted_f1
+
+MOST_LABELS = 20  # a source with more different answers asks for text, not for a label
+BATCH = 16
+Answer = tuple[int, ...]  # its tokens
+
+
+def label_scores(
+    model: nn.Module, tokenizer: Any, examples: Examples, limit: int | None, say: Callable[[str], None]
+) -> dict[str, dict[str, Any]]:
+    """Template -> acc, weighted_f1, those of the most frequent label, and n, over the first `limit` held-out examples.
+
+    Of each source's answers the one with the highest log-likelihood after the prompt is chosen (as
+    `finhpc evaluate` does). Sources whose answers are text are left out.
+    """
+    answers = _answers(examples)
+    chosen = [i for i in range(_number(examples.held_out, limit)) if int(examples.held_out.source[i]) in answers]
+    if not chosen:
+        return {}
+    say(f"choosing labels for {len(chosen):,} held-out examples")
+    lm = LanguageModel(model, tokenizer, BATCH)
+    requests, golds = [], []
+    for i in chosen:
+        tokens, answer = examples.held_out.example(i)
+        first = int(np.flatnonzero(answer)[0])
+        labels = answers[int(examples.held_out.source[i])]
+        golds.append(labels.index(tuple(tokens[answer].tolist())))
+        requests += [(("", ""), tokens[:first].tolist(), list(label)) for label in labels]
+    likelihoods = iter(score for score, _ in lm._loglikelihood_tokens(requests, disable_tqdm=True))
+    pairs: dict[str, list[tuple[int, int]]] = {}
+    for i, gold in zip(chosen, golds, strict=True):
+        source = int(examples.held_out.source[i])
+        scores = [next(likelihoods) for _ in answers[source]]
+        template = str(examples.counts["by_source"][source]["template"])
+        pairs.setdefault(template, []).append((gold, int(np.argmax(scores))))
+    return {template: _scored(some) for template, some in pairs.items()}
+
+
+def _scored(pairs: list[tuple[int, int]]) -> dict[str, Any]:
+    golds = np.array([gold for gold, _ in pairs])
+    return {
+        "acc": float(np.mean([gold == guess for gold, guess in pairs])),
+        "weighted_f1": weighted_f1(pairs),
+        "majority": majority(golds),
+        "n": len(pairs),
+    }
+
+
+def _answers(examples: Examples) -> dict[int, list[Answer]]:
+    """Source -> its different answers, where those are labels."""
+    found: dict[int, set[Answer]] = {}
+    for arrays in (examples.train, examples.held_out):
+        for i in range(len(arrays)):
+            tokens, answer = arrays.example(i)
+            of_source = found.setdefault(int(arrays.source[i]), set())
+            if len(of_source) <= MOST_LABELS:
+                of_source.add(tuple(tokens[answer].tolist()))
+    return {source: sorted(labels) for source, labels in found.items() if len(labels) <= MOST_LABELS}
+
+
+def _number(arrays: Arrays, limit: int | None) -> int:
+    return len(arrays) if limit is None else min(limit, len(arrays))
