@@ -88,16 +88,14 @@ def read_bandwidth(device: torch.device) -> float:
 
 
 def random_model(preset: str, rank: int | None, bits: int, dtype: torch.dtype, device: torch.device) -> Any:
-    """A model of random weights; `bits` 8 and 4: packed per vector, random codes."""
+    """A model of random weights; a low-rank one of 8 or 4 `bits` is packed per vector and has random codes."""
     ranks = {kind: None if kind == "embedding" else rank for kind in LINEAR_KINDS}
     config = make_config(PRESETS[preset], ranks)
-    if bits < 16 and rank is not None:
-        config.factor_modules = True
-    model: Any = skeleton(config).to(dtype)
+    config.factor_modules = bits < 16
+    model: Any = skeleton(config)
     if bits < 16:
-        model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone()) if rank is None else None
         replace(model, bits)
-    model = model.to_empty(device=device)
+    model = model.to(dtype).to_empty(device=device)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             parameter.requires_grad_(False)
@@ -163,7 +161,7 @@ def _shape(
         "dense (or B A merged)": (dense, 16),
     }
     for bits in settings.bits:
-        models[f"rank {rank}"[:16] + f", {bits} bits"] = (random_model(preset, rank, bits, dtype, device), bits)
+        models[f"rank {rank}, {bits} bits"] = (random_model(preset, rank, bits, dtype, device), bits)
     for name, (model, _) in models.items():
         if "transformers" not in name:
             use_fast_forms(model)
@@ -180,7 +178,7 @@ def _shape(
         first = in_turn({name: partial(way, 1) for name, way in ways.items()}, settings.bench.repeats)
         whole = in_turn({name: partial(way, settings.new) for name, way in ways.items()}, settings.bench.repeats)
         reference = whole["dense, transformers"]
-        for name, (model, bits) in models.items():
+        for name, (model, width) in models.items():
             seconds = statistics.median(whole[name])
             decoding = max(seconds - statistics.median(first[name]), 1e-9)
             moved = (tensor_bytes(model) - _embedding_bytes(model)) * (settings.new - 1)
@@ -189,7 +187,7 @@ def _shape(
                     "model": preset,
                     "way": name,
                     "batch": batch,
-                    "bits": bits,
+                    "bits": width,
                     "first_token_s": statistics.median(first[name]),
                     "tokens_per_s": batch * settings.new / seconds,
                     "over_dense": median_ratio(reference, whole[name]),

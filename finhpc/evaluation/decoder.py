@@ -95,7 +95,7 @@ class Decoder:
 
     def _heads(self, x: Tensor) -> Tensor:
         """(batch, seq, heads * size) -> (batch, heads, seq, size)."""
-        return x.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+        return x.view(*x.shape[:-1], -1, self.head_size).transpose(1, 2)
 
     def _attend(self, i: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         """Attention of block `i` over all its keys so far: (batch, seq, heads * size)."""
@@ -107,11 +107,9 @@ class Decoder:
         q = q.to(keys.dtype)
         if seq == 1:  # query heads that share keys stand where several tokens' queries would
             q = q.reshape(batch, self.kv_heads, heads // self.kv_heads, size)
-            out: Tensor = F.scaled_dot_product_attention(q, keys, values, mask, scale=scale)
+            out = F.scaled_dot_product_attention(q, keys, values, mask, scale=scale)
             return out.reshape(batch, 1, heads * size)
-        shared = heads != self.kv_heads
-        causal = mask is None
-        out: Tensor = F.scaled_dot_product_attention(
-            q, keys, values, mask, is_causal=causal, scale=scale, enable_gqa=shared
+        out = F.scaled_dot_product_attention(
+            q, keys, values, mask, is_causal=mask is None, scale=scale, enable_gqa=heads != self.kv_heads
         )
         return out.transpose(1, 2).reshape(batch, seq, heads * size)

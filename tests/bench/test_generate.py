@@ -1,0 +1,54 @@
+"""The generation bench on real models, of milliseconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from finhpc.bench.generate import bench_generate
+from finhpc.bench.settings import GenerateBench
+from finhpc.config import build
+from finhpc.errors import ConfigError
+
+
+def settings(tmp_path: Path, **more: Any) -> GenerateBench:
+    tree: dict[str, Any] = {
+        "models": ["gpt2-tiny:16"],
+        "batches": [1, 2],
+        "prompt": 10,
+        "new": 10,
+        "adapters": 2,
+        "adapters_model": "llama-tiny",
+        "bench": {"repeats": 1, "out": str(tmp_path)},
+        "resources": {"device": "cpu", "threads": torch.get_num_threads()},
+    }
+    return build(GenerateBench, tree | more)
+
+
+def test_every_way_is_measured_beside_transformers(tmp_path: Path) -> None:
+    result = bench_generate(settings(tmp_path))
+    assert set(result["ratios"]) == {"gpt2_tiny_r16_over_dense", "cache_speedup", "mixed_adapters_over_single"}
+    assert [row["batch"] for row in result["rows"]] == [1] * 5 + [2] * 5
+    dense, _, *low_rank = result["rows"][:5]
+    assert dense["over_dense"] == 1
+    sizes = [row["model_bytes"] for row in low_rank]
+    assert [row["bits"] for row in low_rank] == [16, 8, 4]
+    assert sizes[0] > sizes[1] > sizes[2]
+    assert [row["computed_tokens"] for row in result["cache_tokens"]] == [19, sum(range(10, 20))]
+    assert (
+        result["one_base"][0]["models_bytes"]
+        > result["one_base"][0]["base_bytes"] + result["one_base"][0]["adapter_bytes"]
+    )
+
+
+def test_wrong_models_are_named(tmp_path: Path) -> None:
+    for entry, message in {
+        "gpt3:16": "is no shape",
+        "gpt2-tiny": "names no rank",
+        "gpt2-tiny:0": "names no rank",
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            bench_generate(settings(tmp_path, models=[entry]))

@@ -1,0 +1,65 @@
+"""Layers in their fast forms compute what the layers before them do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from finhpc.evaluation.forms import ByteLinear, HalfByteLinear, use_fast_forms
+from finhpc.evaluation.generation import tensor_bytes
+from finhpc.lowrank.layers import LowRankLinear
+from finhpc.quantization.layers import QuantizedLinear, packed_tensors
+
+
+def packed(out: int, into: int, bits: int, bias: bool) -> QuantizedLinear:
+    torch.manual_seed(0)
+    layer = QuantizedLinear(into, out, bits, bias)
+    layer.load_state_dict(packed_tensors(torch.randn(out, into) + 0.3, bits, "w"), strict=False)
+    if layer.bias is not None:
+        nn.init.normal_(layer.bias)
+    return layer.to(torch.bfloat16)
+
+
+@pytest.mark.parametrize(("bits", "kind"), [(8, ByteLinear), (4, HalfByteLinear)])
+@pytest.mark.parametrize("rows", [1, 3, 200])
+@pytest.mark.parametrize("out", [96, 101])
+def test_kernels_compute_with_the_packed_weights(bits: int, kind: type, rows: int, out: int) -> None:
+    layer = packed(out, 64, bits, bias=rows == 3)
+    weight, bias = layer.dequantized(), 0 if layer.bias is None else layer.bias.float()
+    x = torch.randn(2, rows, 64).to(torch.bfloat16)
+    exact = x.double() @ weight.double().T + bias
+    model = nn.Sequential(layer)
+    assert use_fast_forms(model)[f"kernel_{bits}"] == 1
+    assert isinstance(model[0], kind)
+    error = (model(x).double() - exact).norm() / exact.norm()
+    assert error < 3e-3, "as near as a product of bfloat16 matrices"
+
+
+def test_the_8_bit_kernel_takes_the_codes_over() -> None:
+    layer = packed(512, 256, 8, bias=False)
+    model, before = nn.Sequential(layer), tensor_bytes(layer)
+    address = layer.weight.data_ptr()
+    use_fast_forms(model)
+    assert model[0].codes.data_ptr() == address
+    assert tensor_bytes(model) <= 1.05 * before
+
+
+def test_layers_the_kernels_cannot_take_stay() -> None:
+    odd, whole = packed(64, 40, 4, False), packed(64, 64, 8, False).float()
+    model = nn.Sequential(odd, whole)
+    assert not any(use_fast_forms(model).values())
+    assert list(model) == [odd, whole]
+
+
+def test_a_pair_is_multiplied_out_where_that_is_less_to_read() -> None:
+    wide, narrow = LowRankLinear(1024, 1024, 600, True), LowRankLinear(1024, 1024, 64, True)
+    for layer in (wide, narrow):
+        for parameter in layer.parameters():
+            nn.init.normal_(parameter)
+    model, x = nn.Sequential(wide, narrow), torch.randn(3, 1024)
+    expected = wide(x)
+    assert use_fast_forms(model)["merged"] == 1
+    assert isinstance(model[0], nn.Linear)
+    assert model[1] is narrow
+    assert model[0](x) == pytest.approx(expected.detach(), rel=1e-3, abs=1e-1)
