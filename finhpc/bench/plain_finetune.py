@@ -115,7 +115,7 @@ def trainer_passes(model: Any, arrays: Arrays, pad: int, lr: float, folder: Path
             str(folder), learning_rate=lr, num_train_epochs=1, per_device_train_batch_size=len(batches[0]),
             logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True, **how,
         )  # fmt: skip
-        made = torch.utils.data.DataLoader(
+        made: Any = torch.utils.data.DataLoader(
             [[arrays.example(i) for i in batch] for batch in batches],  # type: ignore[arg-type]
             batch_size=None,
             collate_fn=lambda examples: padded(examples, pad),

@@ -1,0 +1,44 @@
+"""A frozen base with adapters: what loading it takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from finhpc.config.finetune import FinetuneQuantization, Lora
+from finhpc.models.adapted import Adaptation, AdaptedLayer
+from finhpc.models.weights import open_weights
+from finhpc.training.memory import counted_peak, live_tensor_bytes
+from tests.models.dense import saved
+
+LAYERS, WIDTH, HIDDEN = 12, 256, 512
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=WIDTH, intermediate_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=64, tie_word_embeddings=True,
+    )  # fmt: skip
+    return saved(LlamaForCausalLM(config).to(torch.bfloat16), tmp_path_factory.mktemp("base"))
+
+
+@pytest.mark.parametrize(("bits", "scheme"), [(16, "auto"), (8, "int8"), (4, "nf4"), (8, "minmax"), (4, "minmax")])
+@pytest.mark.parametrize("stage", [0, 1])
+def test_loading_peaks_at_the_quantised_stage_and_one_layer(base: Path, bits: int, scheme: str, stage: int) -> None:
+    quantization = FinetuneQuantization.model_validate({"bits": bits, "scheme": scheme})
+    adaptation = Adaptation(open_weights(base), Lora(rank=2), quantization, bf16=True)
+    borders = adaptation.borders(2)
+    parts = adaptation.parts()[borders[stage] : borders[stage + 1]]
+    counted_peak(lambda: torch.zeros(1))  # what the profiler itself takes, once
+    before = live_tensor_bytes()
+    layers, peak = counted_peak(lambda: [AdaptedLayer(part, adaptation, torch.device("cpu")) for part in parts])
+    held = live_tensor_bytes() - before
+    weights = LAYERS // 2 * (4 * WIDTH * WIDTH + 3 * WIDTH * HIDDEN) * bits // 8
+    assert weights < held < 1.1 * weights + 2 * 2 * 300 * WIDTH + 2**19
+    largest = 4 * WIDTH * HIDDEN  # in float32, as read: the one layer
+    assert peak - before - held <= 4 * largest, (peak - before - held) / largest
+    assert len(layers) == len(parts)
