@@ -45,6 +45,20 @@ def test_the_8_bit_kernel_takes_the_codes_over() -> None:
     assert tensor_bytes(model) <= 1.05 * before
 
 
+@pytest.mark.parametrize("shift", [0, 8, 40])
+def test_codes_lie_where_the_kernel_can_take_them(shift: int) -> None:
+    """As in a safetensors file, which aligns to 8 bytes; the kernel ends the process for 5 rows of others."""
+    layer = packed(96, 64, 8, bias=False)
+    room = torch.empty(96 * 64 + 128, dtype=torch.uint8)
+    begin = -room.data_ptr() % 64 + shift
+    layer.weight = room[begin : begin + 96 * 64].view(96, 64).copy_(layer.weight)
+    exact, x = layer.dequantized(), torch.randn(8, 64).to(torch.bfloat16)
+    model = nn.Sequential(layer)
+    use_fast_forms(model)
+    assert model[0].codes.data_ptr() % 64 == 0
+    assert (model(x).double() - x.double() @ exact.double().T).norm() < 3e-3 * (x.double() @ exact.double().T).norm()
+
+
 def test_layers_the_kernels_cannot_take_stay() -> None:
     odd, whole = packed(64, 40, 4, False), packed(64, 64, 8, False).float()
     model = nn.Sequential(odd, whole)
