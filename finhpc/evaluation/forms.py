@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from finhpc.lowrank.layers import LowRankLinear
 from finhpc.quantization.layers import QuantizedLinear
-from finhpc.quantization.per_vector import Vectors, dequantize, unpack
+from finhpc.quantization.per_vector import unpack
 
 CALL_WEIGHTS = 40_000  # what one more call costs in the time of reading weights; measured: 4 us at 20 GB/s, bf16
 FEW_ROWS = 128  # beyond it, turning 8-bit rows into floats once is cheaper than torch's kernel for few rows
+ALIGNMENT = 64  # bytes, as torch allocates
 OFFSET = 128  # uint8 codes as int8
 GROUPS = (256, 128, 64, 32)  # columns that share a scale in torch's 4-bit kernel
 
@@ -35,9 +36,11 @@ def use_fast_forms(model: nn.Module) -> dict[str, int]:
         elif isinstance(module, QuantizedLinear) and module.like.dtype == torch.bfloat16 and not module.weight.is_cuda:
             kind = f"kernel_{module.bits}"
             if module.bits == 8:
-                made = ByteLinear(module)
+                made = ByteLinear.of_packed(module)
             elif module.columns % GROUPS[-1] == 0:
                 made = HalfByteLinear(module)
+        elif type(module).__name__ == "Linear8bitLt":  # bitsandbytes is imported where a model needs it
+            made, kind = ByteLinear.of_int8(module), "kernel_8"
         if made is not None:
             model.set_submodule(name, made)
             counts[kind] += 1
@@ -60,28 +63,44 @@ def _merged(layer: LowRankLinear) -> nn.Linear:
 
 
 class ByteLinear(nn.Module):
-    """A `QuantizedLinear` of 8 bits on bfloat16 inputs: code sums by torch's kernel, scale and zero in float32.
+    """y = (scale * codes + zero) x + bias, with int8 codes (out, in) that stay as they are; zero may be None.
 
-    `codes`: int8 (out, in), each OFFSET below the stored one, in the same memory.
+    bfloat16 inputs go through torch's kernel, which sums codes; scale and zero follow in float32.
     """
 
     codes: Tensor
     scale: Tensor
-    zero: Tensor
+    zero: Tensor | None
     ones: Tensor
 
-    def __init__(self, layer: QuantizedLinear) -> None:
+    def __init__(self, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None) -> None:
         super().__init__()
-        self.register_buffer("codes", layer.weight.bitwise_xor_(OFFSET).view(torch.int8))
-        self.register_buffer("scale", layer.scale)
-        self.register_buffer("zero", layer.zero + OFFSET * layer.scale)
-        self.register_buffer("ones", torch.ones_like(layer.scale, dtype=torch.bfloat16))
-        self.bias = layer.bias
+        # Codes that lie as in a file may begin anywhere; from 5 rows on torch 2.13's kernel then ends the process.
+        self.register_buffer("codes", codes.clone() if codes.data_ptr() % ALIGNMENT else codes)
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero", zero)
+        self.register_buffer("ones", torch.ones_like(scale, dtype=torch.bfloat16))
+        self.bias = bias
+
+    @classmethod
+    def of_packed(cls, layer: QuantizedLinear) -> ByteLinear:
+        """Of a layer of 8 bits, its codes OFFSET lower, in the same memory."""
+        codes = layer.weight.bitwise_xor_(OFFSET).view(torch.int8)
+        return cls(codes, layer.scale, layer.zero + OFFSET * layer.scale, layer.bias)
+
+    @classmethod
+    def of_int8(cls, layer: Any) -> ByteLinear:
+        """Of bitsandbytes' `Linear8bitLt`, which also rounds its inputs, one row differently beside others."""
+        codes, largest = layer.weight.data, layer.weight.SCB if layer.state.SCB is None else layer.state.SCB
+        return cls(codes, largest.float() / 127, None, layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        if len(rows) > FEW_ROWS:
-            return F.linear(x, dequantize(Vectors(self.codes, self.scale, self.zero)).to(x.dtype), self.bias)
+        if x.dtype != torch.bfloat16 or x.is_cuda or len(rows) > FEW_ROWS:
+            weight = self.codes.float().mul_(self.scale[:, None])
+            if self.zero is not None:
+                weight.add_(self.zero[:, None])
+            return F.linear(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
         sums = torch._weight_int8pack_mm(rows, self.codes, self.ones)
         return _scaled(sums, rows, self.scale, self.zero, self.bias).view(*x.shape[:-1], -1)
 
@@ -116,7 +135,10 @@ class HalfByteLinear(nn.Module):
         return _scaled(sums[:, : self.rows], rows, self.scale, self.zero, self.bias).view(*x.shape[:-1], -1)
 
 
-def _scaled(sums: Tensor, x: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None) -> Tensor:
+def _scaled(sums: Tensor, x: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None) -> Tensor:
     """scale * sums + zero * (sum of x) + bias, in float32, then in x's type: (rows, out)."""
-    out = torch.addcmul(x.float().sum(-1, keepdim=True) * zero, sums.float(), scale)
+    if zero is None:
+        out = sums.float().mul_(scale)
+    else:
+        out = torch.addcmul(x.float().sum(-1, keepdim=True) * zero, sums.float(), scale)
     return (out if bias is None else out.add_(bias)).to(x.dtype)

@@ -54,6 +54,8 @@ class Generator:
         self.model: Any = load_model(folder, _dtype(config, folder, device))
         if device.type != self.model.device.type:
             self.model.to(device)
+        else:
+            leave_the_files(self.model)
         self.forms = use_fast_forms(self.model)
         self.model_bytes = tensor_bytes(self.model)
         self.adapters = Adapters(self.model, adapters)
@@ -132,6 +134,20 @@ def tensor_bytes(model: torch.nn.Module) -> int:
         x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in (*model.parameters(), *model.buffers())
     }
     return sum(held.values())
+
+
+@torch.no_grad()
+def leave_the_files(model: torch.nn.Module) -> None:
+    """Copy weights that still lie in mapped files, one at a time, so that the files' pages need not stay in memory.
+
+    What is changed in place would else be there twice. bitsandbytes' own parameters are made anew when opened.
+    """
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.clone()
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.clone())
 
 
 def _dtype(config: GenerateConfig, folder: Path, device: torch.device) -> torch.dtype:

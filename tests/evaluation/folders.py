@@ -20,7 +20,7 @@ SHAPES = {
 }
 
 
-def tiny_model(family: str, kind: str = "dense", rank: int = 16, seed: int = 0) -> Any:
+def tiny_model(family: str, kind: str = "dense", rank: int = 32, seed: int = 0) -> Any:
     """A whole model whose logits are far enough apart that rounding chooses no other token."""
     ranks = {name: None if kind == "dense" or name == "embedding" else rank for name in LINEAR_KINDS}
     model = initial_model(make_config(SHAPES[family], ranks, kind), seed, None).eval()
