@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from finhpc.config import Method, Model, Resources, Section
 
@@ -112,7 +112,9 @@ class FinetuneBench(Section):
     examples: int = Field(160, ge=1, description="examples of a pass, in whole batches; the first batch warms up")
     batch: int = Field(16, ge=1, description="examples a step")
     rank: int = Field(8, ge=1, description="of the adapters, beside every linear layer but the head")
-    bits: list[Literal[16, 8, 4]] = Field([16, 4], min_length=1, description="bases: bfloat16, int8, NF4")
+    bits: list[Annotated[Literal[16, 8, 4], BeforeValidator(int)]] = Field(
+        [16, 4], min_length=1, description="bases: bfloat16, int8, NF4"
+    )
     lr: float = Field(1e-3, gt=0, description="learning rate")
     resources: Resources = Field(default_factory=lambda: Resources(threads=2, device="cpu"))
 
