@@ -25,10 +25,10 @@ verbs:
   estimate   memory, time and the cluster that a pretrain would need, before it starts
   study      variants of a run beside each other: screened, the best trained for long on several seeds
   decompose  a dense model -> a low-rank one of its best factors
-  generate   prompts, a file of them or a chat -> text; adapters over one base
   finetune   examples and a frozen base, 16, 8 or 4 bits -> a LoRA adapter
   export     a trained model -> a folder for transformers: low-rank or merged, 16, 8 or 4 bits
   evaluate   models -> scores on general and financial tasks, with baselines and intervals
+  generate   prompts, a file of them or a chat -> text; adapters over one base
   bench      measure finhpc beside the plain way: finhpc bench --help names what
   ui         open MLflow's page of what was tracked, on this machine only
 
