@@ -12,7 +12,7 @@ from finhpc.config import FinetuneConfig
 from finhpc.errors import ConfigError, DataError
 from finhpc.orchestration import outcome
 from finhpc.orchestration.job import Job, Rows, Say
-from finhpc.orchestration.plan import check_parallel, collect
+from finhpc.orchestration.plan import check_parallel, check_stages, collect
 from finhpc.orchestration.progress import summary_table
 from finhpc.orchestration.run import place_whole, run, whole_path
 from finhpc.training.checkpoint import Saved, read_stage
@@ -202,12 +202,10 @@ def _make(config: FinetuneConfig) -> Made:
 
 
 def _check_model(config: FinetuneConfig, weights: Weights) -> None:
-    layers, context = weights.config.num_hidden_layers, weights.config.max_position_embeddings
-    problems = []
-    if config.parallel.stages > layers:
-        problems.append(
-            f"parallel.stages={config.parallel.stages} does not fit {layers} transformer blocks; use 1 to {layers}."
-        )
+    problems: list[str] = []
+    context = weights.config.max_position_embeddings
+    with collect(problems):
+        check_stages(config, weights.config)
     if config.data.max_len > context:
         problems.append(
             f"data.max_len={config.data.max_len} is longer than the context of {context} that model.path="

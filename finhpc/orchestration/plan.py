@@ -171,14 +171,21 @@ def _check_data(config: PretrainConfig, shards: Shards) -> None:
         raise ConfigError(problems)
 
 
-def check_model(config: PretrainConfig, hf_config: Any) -> None:
-    """Raise `ConfigError` where the model is too small for the stages or the samples."""
-    problems = []
-    layers, context = hf_config.num_hidden_layers, hf_config.max_position_embeddings
+def check_stages(config: TrainingConfig, hf_config: Any) -> None:
+    """Raise `ConfigError` where a stage would have no block of its own to begin with."""
+    layers = hf_config.num_hidden_layers
     if config.parallel.stages > layers:
-        problems.append(
+        raise ConfigError(
             f"parallel.stages={config.parallel.stages} does not fit {layers} transformer blocks; use 1 to {layers}."
         )
+
+
+def check_model(config: PretrainConfig, hf_config: Any) -> None:
+    """Raise `ConfigError` where the model is too small for the stages or the samples."""
+    problems: list[str] = []
+    context = hf_config.max_position_embeddings
+    with collect(problems):
+        check_stages(config, hf_config)
     if config.data.seq_len > context:
         problems.append(
             f"data.seq_len={config.data.seq_len} is longer than the model's context of {context}; "
