@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 import finhpc  # noqa: F401  transformers knows finhpc's models after it
 from finhpc.errors import CheckpointError, ConfigError
+from finhpc.models.adapter import QUANTIZED, load_adapter, merge_adapter
 from finhpc.models.loading import load_model
 
 ADAPTER = "adapter_config.json"
@@ -131,7 +132,11 @@ def load_for_evaluation(
     model: PreTrainedModel = load_model(path, kind) if Path(path).is_dir() else _from_hub(path, kind)
     if device != "cpu" and not getattr(config, "quantization_config", None):
         model = model.to(device)  # type: ignore[arg-type]
-    return (_adapted(model, path, adapter) if adapter else model).eval(), tokenizer
+    if adapter and (Path(adapter) / QUANTIZED).is_file():  # its base is rounded as it was in training
+        merge_adapter(model, load_adapter(Path(adapter), model))
+    elif adapter:
+        return _adapted(model, path, adapter).eval(), tokenizer
+    return model.eval(), tokenizer
 
 
 def _from_hub(name: str, dtype: torch.dtype) -> Any:

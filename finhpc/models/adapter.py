@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from finhpc.config.finetune import FinetuneQuantization, Lora
 from finhpc.errors import CheckpointError, ConfigError
+from finhpc.lowrank.layers import LowRankLinear
 from finhpc.models.lora_start import ALL, MOVES_BASE, linear_shape, scheme_of, taken_from
 from finhpc.models.weights import Weights
 from finhpc.quantization.frozen import freeze
@@ -203,7 +204,16 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def merge_adapter(model: nn.Module, adapter: Adapter) -> None:
-    """Add the adapter to the weights of a dense model in memory, in place; exact in float32."""
+    """Add the adapter to the weights of a dense model in memory, in place; exact in float32.
+
+    Raises `ConfigError` where an adapted layer is low-rank: B A has no room for what is added.
+    """
+    pairs = [name for name in adapter.pairs if isinstance(model.get_submodule(name), LowRankLinear)]
+    if pairs:
+        raise ConfigError(
+            f"the adapter's base is low-rank ({pairs[0]} and {len(pairs) - 1} more layers), which cannot take it up in "
+            "memory; use `finhpc export --format merged`."
+        )
     for name, module in model.named_modules():
         if linear_shape(module) is None or not (name in adapter.pairs or adapter.bits < 16):
             continue

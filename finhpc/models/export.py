@@ -89,6 +89,11 @@ class Conversion:
                 f"format=native does not fit model={adapter}, an adapter of a low-rank model: its B A would have to "
                 "grow by the adapter's rank; use --format merged."
             )
+        if self.adapter and self.adapter.bits < 16 and is_low_rank(source_config):
+            raise ConfigError(
+                f"model={adapter} was trained beside a low-rank base whose factors were quantised, which are not "
+                "merged; train it with quantization.bits=16."
+            )
         self._check_mergeable()
         self.tied = is_tied(source_config)
         self._check_weights()

@@ -87,15 +87,17 @@ class Finetune(Job):
         import torch
 
         from finhpc.evaluation.held_out import label_scores
+        from finhpc.models.families import is_low_rank
         from finhpc.models.loading import load_model
 
         config = self.config
-        if not self.made.weights.path.is_dir():
-            say("the base is a .gguf file, which is not opened here: labels of held-out examples are not scored.")
+        weights = self.made.weights
+        if not weights.path.is_dir() or is_low_rank(weights.config):
+            say("labels of held-out examples are not scored beside a .gguf file or a low-rank base.")
             return
         torch.set_num_threads(config.resources.threads)
         model = load_model(folder / "model", torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
-        tokenizer = tokenizer_of(self.made.weights)
+        tokenizer = tokenizer_of(weights)
         scores = label_scores(model, tokenizer, self.made.examples, config.data.eval_limit, say)
         if scores:
             n = sum(score["n"] for score in scores.values())

@@ -37,7 +37,7 @@ from finhpc.training.journal import strict_json
 # behind that were trained on another schedule.
 MAY_CHANGE = re.compile(
     r"(run|resources|parallel)\..*|data\.(shards|source|eval_source)|model\.path|method\.blend_share"
-    r"|train\.(eval_every|checkpoint_every|keep_checkpoints|hang_timeout_s|recompute|sample_.*)"
+    r"|train\.(epochs|eval_every|checkpoint_every|keep_checkpoints|hang_timeout_s|recompute|sample_.*)"
 )
 PACKAGES = ("finhpc", "torch", "ray", "deepspeed", "transformers", "tokenizers", "mlflow", "numpy", "pyarrow")
 RESERVED = ("mlflow.db", "mlartifacts")  # what lies beside the run folders in the storage

@@ -15,8 +15,14 @@ from sklearn.metrics import f1_score
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finhpc.config import FinetuneConfig, build
+from finhpc.config.finetune import FinetuneQuantization, Lora
 from finhpc.errors import ConfigError
+from finhpc.evaluation.models import load_for_evaluation
+from finhpc.models.adapter import Adapter, merge_adapter, save_adapter
+from finhpc.models.families import as_low_rank, skeleton
 from finhpc.models.loading import load_model
+from finhpc.models.lora_start import target_names
+from finhpc.models.weights import open_weights
 from finhpc.orchestration.finetune import Finetune, batches_of, finetune
 from finhpc.training.journal import latest, read
 from tests.models.dense import saved, tiny_llama
@@ -176,3 +182,27 @@ def test_other_data_under_the_same_name_is_refused(base: Path, news: Path, tmp_p
     with pytest.raises(ConfigError, match=r"data.source=.*other.txt holds other data"):
         folder.check_resume(other.config, *other.fingerprints)
     assert json.loads((tmp_path / "run" / "identity.json").read_text())["model_fingerprint"]
+
+
+def test_evaluate_takes_the_base_as_it_was_in_training(base: Path, tmp_path: Path) -> None:
+    weights, lora = open_weights(base), Lora(rank=2)
+    draw = torch.Generator().manual_seed(0)
+    trained = {}
+    for name, (out, inside) in target_names(weights.skeleton, lora, 4).items():
+        trained[f"{name}.A"] = torch.randn(2, inside, generator=draw) * 0.1
+        trained[f"{name}.B"] = torch.randn(out, 2, generator=draw) * 0.1
+    save_adapter(tmp_path / "adapter", lora, trained, weights, FinetuneQuantization(bits=4))
+    scored, _ = load_for_evaluation(str(base), str(tmp_path / "adapter"), "float32")
+    beside_float = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter").eval()
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        wanted = load_model(tmp_path / "adapter")(ids).logits
+        torch.testing.assert_close(scored(ids).logits, wanted)
+        assert not torch.allclose(beside_float(ids).logits, wanted, atol=1e-3)
+
+
+def test_a_low_rank_model_does_not_take_an_adapter_up_in_memory() -> None:
+    model = skeleton(as_low_rank(tiny_llama().config, {"mlp": 4}))
+    name = "model.layers.0.mlp.up_proj"
+    with pytest.raises(ConfigError, match=r"base is low-rank .*export --format merged"):
+        merge_adapter(model, Adapter({name: (torch.zeros(2, 32), torch.zeros(48, 2))}, 1.0))
