@@ -138,7 +138,7 @@ def _sweep(words: list[str]) -> dict[str, Any] | None:
     """Of pretrain, or of the verb that its first word names."""
     from finhpc import config
 
-    of = {"pretrain": config.SweepConfig, "finetune": config.FinetuneSweepConfig}
+    of: dict[str, type[config.Section]] = {"pretrain": config.SweepConfig, "finetune": config.FinetuneSweepConfig}
     verb = words[0] if words and not words[0].startswith("-") else "pretrain"
     if verb not in of:
         raise ConfigError(f"sweep {verb} is not possible; {config.nearest(verb, list(of))}")
@@ -191,7 +191,7 @@ def parse(words: list[str], cls: type[Any]) -> tuple[dict[str, str], dict[str, A
             key, equals, spec = value.partition("=")
             if not equals:
                 problems.append(f"--grid {value} names no values; give --grid 'KEY=[VALUES]'.")
-            overrides.setdefault(name, {})[key.strip()] = _value(spec, None)
+            overrides.setdefault(name, {})[key.strip()] = _numbers(_value(spec, None))
         elif str(fields[name].annotation if name in fields else "").startswith("list"):
             overrides.setdefault(name, []).append(value)
             while i < len(words) and not words[i].startswith("--"):  # as a shell's * gives them
@@ -218,6 +218,15 @@ def _value(text: str, field: Any) -> Any:
         return yaml.safe_load(text)
     except yaml.YAMLError:
         return text
+
+
+def _numbers(value: Any) -> Any:
+    """With what YAML took for text, such as 1e-3, as numbers."""
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _numbers(item) for key, item in value.items()}
+    return _value(value, None) if isinstance(value, str) else value
 
 
 def _help(verb: str, cls: type[Any]) -> str:

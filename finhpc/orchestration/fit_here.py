@@ -17,7 +17,7 @@ from finhpc.orchestration.worker import OnEval, train_worker
 
 
 def fit_here(job: Job, folder: RunFolder, cuda: bool, say: Say, on_eval: OnEval) -> None:
-    """Train until the last step; what `on_eval` raises ends it. Raises `TrainingFailedError` for the user's mistakes."""
+    """Train until the last step; what `on_eval` raises ends it. Raises `TrainingFailedError` for a user's mistake."""
     import deepspeed.comm.comm
     import torch.distributed as dist
     from ray.train import ScalingConfig

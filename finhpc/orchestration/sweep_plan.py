@@ -28,7 +28,7 @@ SHOWN = 60  # trials listed before a sweep starts
 
 @dataclass
 class Planned:
-    """A checked sweep. `reference`: the dense training that trials of methods 2 and 3 start from, where none is given."""
+    """A checked sweep. `reference`: the dense training that methods 2 and 3 start from, where no model is given."""
 
     config: AnySweep
     folder: Path
@@ -77,7 +77,7 @@ class Planned:
 
         resources = self.config.resources
         if not self.alone:
-            return PlacementGroupFactory([{"CPU": 0}])
+            return PlacementGroupFactory([{"memory": 1}])  # a byte: Tune takes no empty reservation
         bundle = {"CPU": resources.cpus_per_worker} | ({"GPU": resources.gpus_per_worker} if self.cuda else {})
         return PlacementGroupFactory([bundle])
 

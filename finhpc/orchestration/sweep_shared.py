@@ -58,4 +58,3 @@ def _key(config: PretrainConfig) -> str:
     method = config.method
     said: list[Any] = [config.model.path, method.rank, sorted(method.ranks.items()), method.embedding, method.head]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:12]
-

@@ -123,7 +123,7 @@ def wait_for_id(tracker: Tracker, say: Callable[[str], None]) -> str | None:
 
 
 def track_score(job: Job, folder: RunFolder, name: str, bits: int, figures: Mapping[str, Any]) -> str | None:
-    """Log the figures of a trained model at `bits` as a run of its own; returns its id, None as long as MLflow is down."""
+    """Log the figures of a trained model at `bits` as a run of its own; returns its id, None while MLflow is down."""
     own = folder.path / f"score-{bits}bit"
     own.mkdir(exist_ok=True)
     (own / "result.json").write_text(strict_json(figures, indent=1), encoding="utf-8")

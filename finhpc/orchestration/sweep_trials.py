@@ -16,9 +16,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from finhpc.config import FinetuneConfig, FinetuneSweepConfig, PretrainConfig, SweepConfig, TrainingConfig, build
+from finhpc.config import (
+    FinetuneConfig,
+    FinetuneSweepConfig,
+    PretrainConfig,
+    SweepConfig,
+    TrainingConfig,
+    build,
+    nearest,
+)
 from finhpc.config import keys as keys_of
-from finhpc.config import nearest
 from finhpc.config.section import put
 from finhpc.errors import ConfigError
 
@@ -40,7 +47,7 @@ class Trial:
     def config(self, **sections: dict[str, Any]) -> TrainingConfig:
         """Its settings, with keys of some sections put over them."""
         tree = self.tree | {name: self.tree.get(name, {}) | given for name, given in sections.items()}
-        return build(FinetuneConfig if "lora" in tree else PretrainConfig, tree)
+        return build(FinetuneConfig, tree) if "lora" in tree else build(PretrainConfig, tree)
 
     @property
     def points(self) -> list[tuple[str, Values]]:
@@ -139,8 +146,8 @@ def _check(config: AnySweep) -> None:
     number = math.prod(len(spec) for spec in counted) * (config.sweep.samples if drawn else 1)
     if not problems and number > config.sweep.max_trials:
         problems.append(
-            f"the grid has {number:,} points, more than sweep.max_trials={config.sweep.max_trials:,}; take fewer values, "
-            "draw some keys at random (--grid 'KEY={choice: [...]}' with sweep.samples), or raise sweep.max_trials."
+            f"the grid has {number:,} points, more than sweep.max_trials={config.sweep.max_trials:,}; take fewer "
+            "values, draw keys at random (--grid 'KEY={choice: [...]}' with sweep.samples), or raise sweep.max_trials."
         )
     if problems:
         raise ConfigError(problems)

@@ -31,8 +31,9 @@ OnEval = Callable[[dict[str, Any]], None]
 def train_worker(arguments: dict[str, Any], on_eval: OnEval | None = None) -> None:
     """One worker's whole life. `arguments`: verb, config (a dict), folder, cuda, fingerprint (of the run's data).
 
-    `on_eval` is told of each evaluation but the last, and may end the training by raising. A failure of the user's making is written to `fatal.json`; a worker that finds one ends at once,
-    so that Ray Train does not repeat it.
+    `on_eval` is told of each evaluation but the last, and may end the training by raising. A failure of the
+    user's making is written to `fatal.json`; a worker that finds one ends at once, so that Ray Train does not
+    repeat it.
     """
     folder = Path(arguments["folder"])
     if (folder / FATAL).exists():
