@@ -50,8 +50,9 @@ def sweep(config: AnySweep, dry_run: bool = False) -> dict[str, Any]:
     folder.check_resume(config)
     plan = plan_sweep(config, folder.path)
     show_plan(plan)
+    counted = plan.result()
     if dry_run:
-        return plan.result() | {"status": "dry_run"}
+        return counted | {"status": "dry_run"}
     with folder.lock(), terminable():
         write_atomically(folder.path / "config.yaml", to_yaml(config))
         _forget_failures(plan)
@@ -60,7 +61,7 @@ def sweep(config: AnySweep, dry_run: bool = False) -> dict[str, Any]:
                 prepare_shared(plan, outcome.to_stderr)
                 _tune(config, plan, parent.id)
             rows = ranked(plan)
-            result = plan.result() | _outcome(rows) | {"wall_s": time.perf_counter() - begin}
+            result = counted | _outcome(rows) | {"wall_s": time.perf_counter() - begin}
             parent.end(result, rows)
         write_csv(flat(result["trials"]), folder.path / "trials.csv")
         folder.write_result(result)

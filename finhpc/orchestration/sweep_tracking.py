@@ -14,7 +14,7 @@ from finhpc.orchestration.job import Job
 from finhpc.orchestration.mirror import database_file
 from finhpc.orchestration.outcome import to_stderr
 from finhpc.orchestration.runfolder import RunFolder
-from finhpc.orchestration.tracking import Status, Tracker
+from finhpc.orchestration.tracking import Status, Tracker, set_up_client
 from finhpc.training.journal import strict_json
 
 if TYPE_CHECKING:
@@ -98,6 +98,7 @@ def check_database(tracking_uri: str) -> None:
     path = database_file(tracking_uri)
     if path is None or not path.is_file() or not path.stat().st_size:
         return
+    set_up_client()
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 

@@ -52,7 +52,7 @@ def test_a_sweep_trains_scores_nests_ranks_and_resumes(run_shards: Path, tmp_pat
     assert all(row["status"] == "diverged" and "is not finite" in row["error"] for row in bad)
     assert result["best"] == result["trials"][0]
     assert result["steps_trained"] >= 40
-    rounded, plain = rows["lr0.001-rank8-4bit"], rows["lr0.001-rank8"]
+    rounded, plain = rows["rank8-lr0.001-4bit"], rows["rank8-lr0.001"]
     assert rounded["val_loss"] != plain["val_loss"]
     assert rounded["size_bytes"] == sum(file.stat().st_size for file in Path(rounded["model"]).glob("*.safetensors"))
 
@@ -87,10 +87,10 @@ def test_a_sweep_trains_scores_nests_ranks_and_resumes(run_shards: Path, tmp_pat
     wider = build(SweepConfig, base | {"grid": grid | {"method.rank": [4, 8, 12], "optimizer.lr": [1e-3]}})
     again = sweep(wider)
     assert (again["ended_before"], again["trained"]) == (2, 3)
-    assert starts(tmp_path / "ranks" / "trials" / "lr0.001-rank8") == 1
+    assert starts(tmp_path / "ranks" / "trials" / "rank8-lr0.001") == 1
     assert again["mlflow_run_id"] == result["mlflow_run_id"]
     assert len(client.search_runs([experiment.experiment_id])) == 9
-    assert {row["trial"]: row["val_loss"] for row in again["trials"]}["lr0.001-rank8"] == plain["val_loss"]
+    assert {row["trial"]: row["val_loss"] for row in again["trials"]}["rank8-lr0.001"] == plain["val_loss"]
 
     changed = build(SweepConfig, base | {"grid": grid, "train": base["train"] | {"seed": 1}})
     with pytest.raises(ConfigError, match=r"train\.seed was 0 in the run's config, now 1"):
@@ -155,8 +155,10 @@ def test_two_sweeps_of_one_name_at_once(run_shards: Path, tmp_path: Path) -> Non
 def test_a_database_of_another_mlflow_is_told_before_training(run_shards: Path, tmp_path: Path) -> None:
     import sqlite3
 
-    MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").search_experiments()
-    with sqlite3.connect(tmp_path / "mlflow.db") as database:
+    made = tmp_path / "made.db"
+    MlflowClient(f"sqlite:///{made}").search_experiments()
+    with sqlite3.connect(made) as database:
         database.execute("UPDATE alembic_version SET version_num = '451aebb31d03'")
+    made.rename(tmp_path / "mlflow.db")  # MLflow looks at a database once in a process
     with pytest.raises(ConfigError, match=r"mlflow\.db .* another version of MLflow; .*mlflow db upgrade"):
         sweep(build(SweepConfig, tree(run_shards, tmp_path) | {"grid": {"method.rank": [4]}}))
