@@ -7,7 +7,6 @@ that has trained one trial has all that behind it.
 from __future__ import annotations
 
 import os
-import tempfile
 from typing import Any
 
 from finhpc.orchestration.fit import raise_fatal, worker_arguments
@@ -18,30 +17,24 @@ from finhpc.orchestration.worker import OnEval, train_worker
 
 def fit_here(job: Job, folder: RunFolder, cuda: bool, say: Say, on_eval: OnEval) -> None:
     """Train until the last step; what `on_eval` raises ends it. Raises `TrainingFailedError` for a user's mistake."""
-    import deepspeed.comm.comm
-    import torch.distributed as dist
+    os.environ["DS_ACCELERATOR"] = "cuda" if cuda else "cpu"  # read when DeepSpeed is imported
     from ray.train import ScalingConfig
     from ray.train.torch import TorchTrainer
+
+    from finhpc.training.engine import group_of_one
 
     def work(arguments: dict[str, Any]) -> None:
         train_worker(arguments, on_eval)
 
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # DeepSpeed reads them
-    with tempfile.TemporaryDirectory() as meeting:
-        address = f"file://{meeting}/group"
-        dist.init_process_group("nccl" if cuda else "gloo", init_method=address, rank=0, world_size=1)
-        trainer = TorchTrainer(
-            work,
-            train_loop_config=worker_arguments(job, folder, cuda),
-            scaling_config=ScalingConfig(num_workers=0, use_gpu=cuda),
-        )
-        try:
+    trainer = TorchTrainer(
+        work,
+        train_loop_config=worker_arguments(job, folder, cuda),
+        scaling_config=ScalingConfig(num_workers=0, use_gpu=cuda),
+    )
+    try:
+        with group_of_one("nccl" if cuda else "gloo"):
             trainer.fit()
-        except Exception:
-            raise_fatal(job, folder)
-            raise
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
-            deepspeed.comm.comm.cdb = None  # it holds the group that is gone
+    except Exception:
+        raise_fatal(job, folder)
+        raise
     raise_fatal(job, folder)
