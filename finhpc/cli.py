@@ -23,6 +23,7 @@ verbs:
   prepare    text on disk -> token shards
   pretrain   token shards -> a low-rank (or dense) model
   estimate   memory, time and the cluster that a pretrain would need, before it starts
+  sweep      a grid or a search over any settings of pretrain (or: sweep finetune), on Ray Tune, ranked
   study      variants of a run beside each other: screened, the best trained for long on several seeds
   decompose  a dense model -> a low-rank one of its best factors
   finetune   examples and a frozen base, 16, 8 or 4 bits -> a LoRA adapter
@@ -76,6 +77,8 @@ def _run(verb: str, words: list[str]) -> dict[str, Any] | None:
 
     if verb == "bench":
         return _bench(words)
+    if verb == "sweep":
+        return _sweep(words)
     verbs: dict[str, tuple[type[config.Section], Callable[..., dict[str, Any] | None]]] = {
         "prepare": (config.PrepareConfig, _prepare),
         "pretrain": (config.PretrainConfig, _pretrain),
@@ -131,6 +134,24 @@ def _bench(words: list[str]) -> dict[str, Any] | None:
     return _settle(f"bench {name}", BENCHES[name][0], work, words[1:])
 
 
+def _sweep(words: list[str]) -> dict[str, Any] | None:
+    """Of pretrain, or of the verb that its first word names."""
+    from finhpc import config
+
+    of: dict[str, type[config.Section]] = {"pretrain": config.SweepConfig, "finetune": config.FinetuneSweepConfig}
+    verb = words[0] if words and not words[0].startswith("-") else "pretrain"
+    if verb not in of:
+        raise ConfigError(f"sweep {verb} is not possible; {config.nearest(verb, list(of))}")
+
+    def work(settings: Any, dry_run: bool) -> dict[str, Any]:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        from finhpc.orchestration.sweep import sweep
+
+        return sweep(settings, dry_run=dry_run)
+
+    return _settle(f"sweep {verb}", of[verb], work, words[words[:1] == [verb] :])
+
+
 def parse(words: list[str], cls: type[Any]) -> tuple[dict[str, str], dict[str, Any]]:
     """Split `--key value` (or `--key=value`) words into the verb's options and settings.
 
@@ -166,6 +187,11 @@ def parse(words: list[str], cls: type[Any]) -> tuple[dict[str, str], dict[str, A
             problems.append(f"--{name} is not a setting; {config.nearest(name, ['config', *fields])}")
         elif name == "config":
             options["config"] = value
+        elif name == "grid":
+            key, equals, spec = value.partition("=")
+            if not equals:
+                problems.append(f"--grid {value} names no values; give --grid 'KEY=[VALUES]'.")
+            overrides.setdefault(name, {})[key.strip()] = _numbers(_value(spec, None))
         elif str(fields[name].annotation if name in fields else "").startswith("list"):
             overrides.setdefault(name, []).append(value)
             while i < len(words) and not words[i].startswith("--"):  # as a shell's * gives them
@@ -192,6 +218,15 @@ def _value(text: str, field: Any) -> Any:
         return yaml.safe_load(text)
     except yaml.YAMLError:
         return text
+
+
+def _numbers(value: Any) -> Any:
+    """With what YAML took for text, such as 1e-3, as numbers."""
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _numbers(item) for key, item in value.items()}
+    return _value(value, None) if isinstance(value, str) else value
 
 
 def _help(verb: str, cls: type[Any]) -> str:

@@ -19,6 +19,7 @@ from finhpc.config.pretrain import (
     Variant,
 )
 from finhpc.config.section import Section, build, flatten, keys, load, nearest, recipes, to_yaml
+from finhpc.config.sweep import FinetuneSweepConfig, Sweep, SweepConfig
 from finhpc.config.training import Optimizer, Parallel, Recompute, Resources, Run, Train
 
 TrainingConfig = PretrainConfig | FinetuneConfig
@@ -34,6 +35,7 @@ __all__ = [
     "ExportConfig",
     "FinetuneConfig",
     "FinetuneQuantization",
+    "FinetuneSweepConfig",
     "GenerateConfig",
     "Instructions",
     "Lora",
@@ -49,6 +51,8 @@ __all__ = [
     "Sampling",
     "Section",
     "StudyConfig",
+    "Sweep",
+    "SweepConfig",
     "Train",
     "TrainingConfig",
     "UiConfig",

@@ -35,7 +35,7 @@ def load(cls: type[C], source: str | None, overrides: dict[str, Any] | None = No
     """
     tree = _read(source) if source else {}
     for dotted, value in (overrides or {}).items():
-        _put(tree, dotted, value)
+        put(tree, dotted, value)
     return build(cls, tree)
 
 
@@ -108,7 +108,7 @@ def _read(source: str) -> dict[str, Any]:
     return tree
 
 
-def _put(tree: dict[str, Any], dotted: str, value: Any) -> None:
+def put(tree: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, leaf = dotted.split(".")
     for part in parents:
         inner = tree.setdefault(part, {})

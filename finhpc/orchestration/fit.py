@@ -30,8 +30,11 @@ STARTS_TRIED = 3  # of workers that cannot even start; Ray Train would try for e
 GRACE_S = 10.0  # for workers to return after they wrote that all is done
 
 
-def fit(job: Job, folder: RunFolder, cuda: bool, say: Say) -> None:
-    """Train until the last step; restarts failed workers. Raises `TrainingFailedError` when that does not help."""
+def fit(job: Job, folder: RunFolder, cuda: bool, say: Say, look: Callable[[], None] | None = None) -> None:
+    """Train until the last step; restarts failed workers. Raises `TrainingFailedError` when that does not help.
+
+    `look` is called again and again meanwhile; what it raises ends the training.
+    """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -44,13 +47,7 @@ def fit(job: Job, folder: RunFolder, cuda: bool, say: Say) -> None:
     hang_s = config.train.hang_timeout_s
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={
-            "config": config.model_dump(mode="json"),
-            "folder": str(folder.path),
-            "cuda": cuda,
-            "verb": job.verb,
-            **job.worker_arguments(),
-        },
+        train_loop_config=worker_arguments(job, folder, cuda),
         torch_config=TorchConfig(
             backend="nccl" if cuda else "gloo",
             timeout_s=round(watchdog.START_FACTOR * hang_s) if hang_s else TORCH_TIMEOUT_S,
@@ -67,17 +64,34 @@ def fit(job: Job, folder: RunFolder, cuda: bool, say: Say) -> None:
         ),
     )
     stacks = _Stacks(folder.path, say)
+
+    def look_around() -> None:
+        stacks()
+        if look is not None:
+            look()
+
     with _health_timeout(hang_s):
-        problem = _watched(trainer.fit, stacks, _Done(folder.path / WORKER_FILE, config.train.steps), say)
-    fatal = folder.path / FATAL
-    if fatal.exists():
-        raise TrainingFailedError(_with_advice(json.loads(fatal.read_text()), job))
+        problem = watched(trainer.fit, look_around, _Done(folder.path / WORKER_FILE, config.train.steps), say)
+    raise_fatal(job, folder)
     if problem is not None:
         raise TrainingFailedError(
             f"the workers failed more than run.max_failures={config.run.max_failures} times; the last error: "
             f"{stacks.newest() or _describe(problem, job)}\nlogs: {folder.path / 'ray'} and Ray's own, "
             "/tmp/ray/session_latest/logs/train. The same command resumes from the newest checkpoint."
         )
+
+
+def worker_arguments(job: Job, folder: RunFolder, cuda: bool) -> dict[str, Any]:
+    """What `train_worker` is told."""
+    config = job.config.model_dump(mode="json")
+    return {"config": config, "folder": str(folder.path), "cuda": cuda, "verb": job.verb, **job.worker_arguments()}
+
+
+def raise_fatal(job: Job, folder: RunFolder) -> None:
+    """Raise `TrainingFailedError` where a worker wrote why another start would not help."""
+    fatal = folder.path / FATAL
+    if fatal.exists():
+        raise TrainingFailedError(_with_advice(json.loads(fatal.read_text()), job))
 
 
 @contextmanager
@@ -138,7 +152,7 @@ class _Done:
         return time.monotonic() - self.since > GRACE_S
 
 
-def _watched(
+def watched(
     work: Callable[[], object], look: Callable[[], None], done: Callable[[], bool], say: Say
 ) -> Exception | None:
     """Run `work` beside the main thread, which stays free for signals and looks around; returns what it raised.
@@ -183,7 +197,12 @@ def _describe(problem: Exception, job: Job) -> str:
                 f"worker {rank} was killed from outside, most often by the kernel when memory runs out; if so, "
                 f"{job.memory_advice()}"
             )
-    lines = [line for line in texts[min(texts)].strip().splitlines() if line.strip()]
+    return last_line(failures[min(failures)])
+
+
+def last_line(problem: Exception) -> str:
+    """The last line of what an exception says, where Ray puts the cause."""
+    lines = [line for line in str(problem).strip().splitlines() if line.strip()]
     return lines[-1] if lines else type(problem).__name__
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from finhpc.config import TrainingConfig
@@ -15,10 +16,11 @@ Rows = list[tuple[str, str]]
 
 
 class Job(ABC):
-    """A checked training. `config`: its settings, paths whole."""
+    """A checked training. `config`: its settings, paths whole; `tags`: of its MLflow run, beside the usual ones."""
 
     verb: str
     config: TrainingConfig
+    tags: Mapping[str, str] = MappingProxyType({})
 
     @property
     @abstractmethod

@@ -65,6 +65,7 @@ class Pretrain(Job):
             "params_dense": plan.params_dense,
             "compression_ratio": plan.compression_ratio,
             "val_unigram_entropy": plan.shards.manifest.val_unigram_entropy_nats,
+            **{f"size_{bits}bit_bytes": plan.outline.stored_bytes(bits) for bits in (16, 8, 4)},
         }
 
     def save_model(self, folder: Path, saved: Saved) -> None:

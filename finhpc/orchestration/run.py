@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -28,8 +28,15 @@ class Terminated(BaseException):
     """SIGTERM arrived: the run stops here and the same command resumes it."""
 
 
-def run(job: Job, dry_run: bool = False) -> dict[str, Any]:
-    """Train `job` and return the content of `result.json`.
+class Pruned(BaseException):
+    """A sweep's scheduler ended the run: others of its trials are ahead."""
+
+
+Fit = Callable[[Job, RunFolder, bool, Say], None]
+
+
+def run(job: Job, dry_run: bool = False, fit: Fit = fit) -> dict[str, Any]:
+    """Train `job` and return the content of `result.json`; `fit` starts the workers and waits for them.
 
     The same `run.name` and `run.storage` resume; a finished run returns its result at once. With
     `dry_run` nothing starts. Raises `ConfigError` for a run of that name with other settings, or workers
@@ -68,10 +75,14 @@ def run(job: Job, dry_run: bool = False) -> dict[str, Any]:
                     )
                     result = before
                 else:
-                    _train(job, folder, progress.say)
+                    _train(job, folder, progress.say, fit)
                     result = outcome.collect(job, folder.path, time.perf_counter() - begin)
                     job.finish(result, folder.path, progress.say)
                 status = "FINISHED"
+            except Pruned:
+                status = "KILLED"
+                progress.say("ended by the sweep's scheduler")
+                raise
             except (KeyboardInterrupt, Terminated):
                 status = "KILLED"
                 progress.say(_where_it_goes_on(folder))
@@ -137,7 +148,7 @@ def _set_aside_other_settings(job: Job, folder: RunFolder) -> None:
                 path.rename(folder.path / f"{name}.until-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
-def _train(job: Job, folder: RunFolder, say: Say) -> None:
+def _train(job: Job, folder: RunFolder, say: Say, fit: Fit) -> None:
     config = job.config
     say("starting Ray and the workers (10 to 30 s)")
     with ray_cluster(), terminable():  # again, because connecting to Ray replaces the handler
@@ -164,6 +175,7 @@ def _tracker(job: Job, folder: RunFolder, environment: dict[str, Any], say: Say)
         "finhpc.dataset_fingerprint": data,
         "finhpc.model_fingerprint": model,
         **packages,
+        **job.tags,
     }
     uri = config.run.tracking_uri or default_tracking_uri(config.run.storage)
     return Tracker(

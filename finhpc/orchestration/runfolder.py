@@ -36,7 +36,7 @@ from finhpc.training.journal import strict_json
 # schedule spans `train.steps`, so more steps stretch what is left of it; fewer would leave steps
 # behind that were trained on another schedule.
 MAY_CHANGE = re.compile(
-    r"(run|resources|parallel)\..*|data\.(shards|source|eval_source)|model\.path|method\.blend_share"
+    r"grid|(run|resources|parallel|sweep)\..*|data\.(shards|source|eval_source)|model\.path|method\.blend_share"
     r"|train\.(epochs|eval_every|checkpoint_every|keep_checkpoints|hang_timeout_s|recompute|sample_.*)"
 )
 PACKAGES = ("finhpc", "torch", "ray", "deepspeed", "transformers", "tokenizers", "mlflow", "numpy", "pyarrow")

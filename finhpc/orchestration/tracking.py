@@ -55,6 +55,18 @@ def _check_folder(folder: str, what: str, otherwise: str) -> None:
         )
 
 
+def set_up_client() -> None:
+    """Tell MLflow, before it is imported, how to wait and what not to print."""
+    # Short waits and no retries of its own: the thread tries again anyway, and must notice the run's end.
+    for name, value in (("MAX_RETRIES", "0"), ("TIMEOUT", REQUEST_TIMEOUT_S)):
+        os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{name}", value)
+    # A pool would hold on to a database that was deleted and made anew.
+    os.environ.setdefault("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")
+    # MLflow prints addresses on stdout, which belongs to results.
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+
+
 class Tracker:
     """Keeps one MLflow run in step with one run folder, from `start` to `finish`.
 
@@ -94,14 +106,7 @@ class Tracker:
         return self._state.run_id
 
     def start(self) -> Tracker:
-        # Short waits and no retries of its own: the thread tries again anyway, and must notice the run's end.
-        for name, value in (("MAX_RETRIES", "0"), ("TIMEOUT", REQUEST_TIMEOUT_S)):
-            os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{name}", value)
-        # A pool would hold on to a database that was deleted and made anew.
-        os.environ.setdefault("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")
-        # MLflow prints addresses on stdout, which belongs to results.
-        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+        set_up_client()
         self._sampler.start()
         self._thread.start()
         return self

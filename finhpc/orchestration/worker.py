@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,17 +25,21 @@ MEMORY = "out-of-memory.json"  # the step at which memory ran out in an earlier 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
-def train_worker(arguments: dict[str, Any]) -> None:
+OnEval = Callable[[dict[str, Any]], None]
+
+
+def train_worker(arguments: dict[str, Any], on_eval: OnEval | None = None) -> None:
     """One worker's whole life. `arguments`: verb, config (a dict), folder, cuda, fingerprint (of the run's data).
 
-    A failure of the user's making is written to `fatal.json`; a worker that finds one ends at once,
-    so that Ray Train does not repeat it.
+    `on_eval` is told of each evaluation but the last, and may end the training by raising. A failure of the
+    user's making is written to `fatal.json`; a worker that finds one ends at once, so that Ray Train does not
+    repeat it.
     """
     folder = Path(arguments["folder"])
     if (folder / FATAL).exists():
         return
     try:
-        _train(arguments, folder)
+        _train(arguments, folder, on_eval)
     except NonFiniteError as error:  # raised by all workers alike: all end, none hangs
         _fatal(folder, error)
     except FinhpcError as error:  # perhaps by one worker alone: Ray Train must end the others
@@ -52,7 +56,7 @@ def train_worker(arguments: dict[str, Any]) -> None:
         raise full from error
 
 
-def _train(arguments: dict[str, Any], folder: Path) -> None:
+def _train(arguments: dict[str, Any], folder: Path, on_eval: OnEval | None) -> None:
     cuda, fingerprint = arguments["cuda"], arguments["fingerprint"]
     os.environ["DS_ACCELERATOR"] = "cuda" if cuda else "cpu"
     import ray.train.torch
@@ -66,6 +70,7 @@ def _train(arguments: dict[str, Any], folder: Path) -> None:
     torch.set_float32_matmul_precision("highest")
     make = {"pretrain": _pretrainer, "finetune": _finetuner}[arguments["verb"]]
     worker = make(arguments["config"], folder, device, fingerprint)
+    worker.on_eval = on_eval
     torch.set_num_threads(worker.config.resources.threads)
     try:
         worker.run()

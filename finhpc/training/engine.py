@@ -7,8 +7,11 @@ the engine's own uses a wrong norm with more than one stage in float32.
 
 from __future__ import annotations
 
+import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
@@ -269,6 +272,20 @@ class Engine:
         times = self.busy_s, self.wait_s
         self.busy_s = self.wait_s = 0.0
         return times
+
+
+@contextmanager
+def group_of_one(backend: str) -> Iterator[None]:
+    """A process group of this process alone for engines to be made in; gone afterwards, so that another can follow."""
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # DeepSpeed reads them
+    with tempfile.TemporaryDirectory() as meeting:
+        dist.init_process_group(backend, init_method=f"file://{meeting}/group", rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            deepspeed.comm.comm.cdb = None  # it holds the group that is gone
 
 
 def _layers_of(pipeline: PipelineModule) -> list[Layer]:

@@ -6,7 +6,7 @@ import hashlib
 import math
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ class Worker:
     adapt: Adaptation | None = None
     consumed: int = 0  # sum of sample hashes this worker read, see `_consume`
     labels: dict[str, Any] = field(default_factory=dict)  # goes into every checkpoint's manifest
+    on_eval: Callable[[dict[str, Any]], None] | None = None  # told of each evaluation but the last, on rank 0
     resumed_from: int = 0
     peak: int | None = None  # peak bytes, once counted
     attempt: str = ""  # differs between starts, the same on all workers
@@ -221,10 +222,11 @@ class Worker:
         times = self.engine.busy_s, self.engine.wait_s  # of training steps; evaluation must not count
         loss = self.engine.evaluate(iter(batches), len(batches))
         self.engine.busy_s, self.engine.wait_s = times
+        found = {"step": step, "tokens": self.feed.tokens(step), "val_loss": loss, "val_perplexity": _exp(loss)}
         if self.journal:
-            self.journal.write(
-                "eval", step=step, tokens=self.feed.tokens(step), val_loss=loss, val_perplexity=_exp(loss)
-            )
+            self.journal.write("eval", **found)
+        if self.on_eval and self.rank == 0 and step < self.config.train.steps:
+            self.on_eval(found)
 
     def _checkpoint(self, step: int) -> None:
         engine = self.engine

@@ -1,0 +1,61 @@
+"""A trained model at fewer bits: quantised per vector, its size on disk, its loss on the same held-out samples."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finhpc.config import ExportConfig, PretrainConfig, build
+from finhpc.data.shards import Shards
+from finhpc.models.export import export
+from finhpc.models.loading import load_model
+
+FOLDER = "quantized-{bits}bit"  # in the run folder
+
+
+def score_at(bits: int, config: PretrainConfig, run: Path) -> dict[str, Any]:
+    """Write the run's model at `bits` into RUN/quantized-BITSbit and score it; what is there already is kept.
+
+    Returns `val_loss`, `val_perplexity`, `model`, `size_bytes` (of its weights on disk) and `score_s`. The samples
+    and the precision are those of the run's own evaluations.
+    """
+    out = run / FOLDER.format(bits=bits)
+    known = out / "scores.json"
+    if known.is_file():
+        found: dict[str, Any] = json.loads(known.read_text(encoding="utf-8"))
+        return found
+    begin = time.perf_counter()
+    if not (out / "config.json").is_file():
+        settings = {"bits": bits, "scheme": config.quantization.scheme}
+        source = str(run / "model")
+        export(build(ExportConfig, {"model": source, "out": str(out), "dtype": "bfloat16", "quantization": settings}))
+    loss = held_out_loss(out, config)
+    found = {
+        "val_loss": loss,
+        "val_perplexity": math.exp(min(loss, 700.0)),
+        "model": str(out),
+        "size_bytes": sum(file.stat().st_size for file in out.glob("*.safetensors")),
+        "score_s": time.perf_counter() - begin,
+    }
+    known.write_text(json.dumps(found), encoding="utf-8")
+    return found
+
+
+def held_out_loss(model_folder: Path, config: PretrainConfig) -> float:
+    """Mean loss in nats of a model folder on the samples that the run is evaluated on."""
+    shards = Shards.open(str(config.data.shards))
+    samples = torch.from_numpy(shards.eval_samples(config.data.eval_samples, config.data.seq_len))
+    torch.set_num_threads(config.resources.threads)
+    model: Any = load_model(model_folder).eval()
+    size, bf16 = config.parallel.micro_batch_size, config.train.precision == "bf16"
+    losses, counts = [], []
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        for batch in samples.split(size):
+            losses.append(float(model(input_ids=batch, labels=batch).loss))
+            counts.append(len(batch))
+    return math.fsum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)

@@ -1,0 +1,151 @@
+"""`finhpc sweep`: a grid or a search over any settings of pretrain or finetune, as one command on Ray Tune.
+
+    SWEEP/            in run.storage; config.yaml, result.json, trials.csv
+    SWEEP/trials/     a run folder each, which holds everything that resuming needs
+    SWEEP/shared/     what trials share: the dense reference, its factors at each rank
+
+Tune places and schedules the trials; what is known of them is in their run folders and in MLflow. So the
+same command goes on where a sweep ended, however it ended.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+from typing import Any
+
+from finhpc.config import to_yaml
+from finhpc.errors import TrainingFailedError
+from finhpc.orchestration import outcome
+from finhpc.orchestration.cluster import ray_cluster
+from finhpc.orchestration.fit import last_line, watched
+from finhpc.orchestration.run import place_whole, terminable
+from finhpc.orchestration.runfolder import RunFolder, write_atomically
+from finhpc.orchestration.study_report import write_csv
+from finhpc.orchestration.sweep_plan import Planned, plan_sweep, show_plan
+from finhpc.orchestration.sweep_report import Follower, flat, ranked, show
+from finhpc.orchestration.sweep_shared import prepare_shared
+from finhpc.orchestration.sweep_tracking import Parent
+from finhpc.orchestration.sweep_trials import AnySweep
+from finhpc.orchestration.trial import OUTCOME, outcome_of, run_trial, write_outcome
+
+TUNE = "tune"  # Ray Tune's own record of a start, which nothing is read from
+KEPT_FAILURES = ("diverged", "pruned")  # ends of a trial that another start would not change
+
+
+def sweep(config: AnySweep, dry_run: bool = False) -> dict[str, Any]:
+    """Train and score every trial of the grid, rank them, register the best; returns the content of `result.json`.
+
+    The same `run.name` and `run.storage` resume: finished trials stay as they are, others go on from their
+    checkpoints. With `dry_run` everything is checked and the plan shown. Raises `ConfigError` with every
+    problem of every trial, `RunBusyError` where another process works on the sweep, `TrainingFailedError` where
+    no trial ended well.
+    """
+    begin = time.perf_counter()
+    config = config.model_copy(deep=True)
+    place_whole(config)
+    folder = RunFolder(config.run.storage, config.run.name)
+    folder.check_resume(config)
+    plan = plan_sweep(config, folder.path)
+    show_plan(plan)
+    counted = plan.result()
+    if dry_run:
+        return counted | {"status": "dry_run"}
+    with folder.lock(), terminable():
+        write_atomically(folder.path / "config.yaml", to_yaml(config))
+        _forget_failures(plan)
+        with Parent(config, folder, plan) as parent:
+            with ray_cluster(), terminable():
+                prepare_shared(plan, outcome.to_stderr)
+                _tune(config, plan, parent.id)
+            rows = ranked(plan)
+            result = counted | _outcome(rows) | {"wall_s": time.perf_counter() - begin}
+            parent.end(result, rows)
+        write_csv(flat(result["trials"]), folder.path / "trials.csv")
+        folder.write_result(result)
+    show(config, result)
+    if result["best"] is None:
+        raise TrainingFailedError(
+            f"no trial of sweep {config.run.name} ended well; the first error: {_first_error(result['trials'])}"
+        )
+    return result
+
+
+def _outcome(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the rows amount to. `fixed_s`: the median trial's seconds beside training and scoring."""
+    best = next((row for row in rows if row["rank"] == 1), None)
+    return {
+        "status": "finished" if best else "failed",
+        "trials": rows,
+        "best": best,
+        "model": best and best["model"],
+        "steps_trained": sum(row["steps"] or 0 for row in rows if row["trained"]),
+    }
+
+
+def _tune(config: AnySweep, plan: Planned, parent: str | None) -> None:
+    """Run every trial that has not ended, through Ray Tune; returns when all have."""
+    from ray import tune
+    from ray.tune import FailureConfig, RunConfig, TuneConfig
+    from ray.tune.schedulers import create_scheduler
+
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # our run folders hold it all
+    os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"  # a trial that fails reports nothing
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # its tracebacks of trials that failed
+    told = {trial.name: plan.told(trial, parent) for trial in plan.trials}
+    # Those that ended first: the scheduler of a resumed sweep knows what the interrupted one's knew.
+    names = sorted(told, key=lambda name: "status" not in outcome_of(plan.run_folder(name)))
+    if all("status" in outcome_of(plan.run_folder(name)) for name in names):
+        return
+    scheduler = None
+    if config.sweep.scheduler != "fifo":
+        name = {"asha": "async_hyperband"}.get(config.sweep.scheduler, config.sweep.scheduler)
+        steps = {"max_t": config.train.steps} if config.sweep.scheduler == "asha" else {}
+        scheduler = create_scheduler(name, time_attr="step", **steps | config.sweep.scheduler_options)
+    storage = plan.folder / TUNE
+    shutil.rmtree(storage, ignore_errors=True)
+    follower = Follower(plan)
+    tuner = tune.Tuner(
+        tune.with_resources(tune.with_parameters(run_trial, trials=told), plan.placement()),
+        param_space={"trial": tune.grid_search(names)},
+        tune_config=TuneConfig(
+            metric="val_loss",
+            mode="min",
+            scheduler=scheduler,
+            max_concurrent_trials=plan.concurrent,
+            reuse_actors=plan.alone,
+            trial_dirname_creator=lambda trial: str(trial.trial_id),
+        ),
+        run_config=RunConfig(
+            name=f"start-{int(time.time() * 1000)}",
+            storage_path=str(storage),
+            failure_config=FailureConfig(max_failures=config.run.max_failures),
+            verbose=0,
+        ),
+    )
+    ended: list[Any] = []
+    with follower:
+        problem = watched(lambda: ended.extend(tuner.fit()), follower.look, lambda: False, follower.say)
+    for one in ended:
+        run = plan.run_folder(one.config["trial"])
+        if one.error and "status" not in outcome_of(run):
+            write_outcome(run, {"status": "failed", "error": last_line(one.error)})
+    if problem is not None:
+        raise TrainingFailedError(
+            f"Ray Tune stopped: {problem}; the same command goes on with the trials that have not ended."
+        ) from problem
+
+
+def _forget_failures(plan: Planned) -> None:
+    """Trials that failed for a reason that may have gone (a full disk, a lost file) are tried again."""
+    for trial in plan.trials:
+        run = plan.run_folder(trial.name)
+        if outcome_of(run).get("status") == "failed":
+            (run / OUTCOME).unlink()
+
+
+def _first_error(rows: list[dict[str, Any]]) -> str:
+    return next((str(row["error"]) for row in rows if row["error"]), "none was told")

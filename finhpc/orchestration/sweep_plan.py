@@ -1,0 +1,223 @@
+"""A sweep before it starts: every trial checked, what they cost, and how many run at a time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from finhpc.config import FinetuneConfig, FinetuneSweepConfig, PretrainConfig, SweepConfig, TrainingConfig, flatten
+from finhpc.errors import ConfigError
+from finhpc.lowrank.registry import DENSE, STARTED
+from finhpc.orchestration.cluster import check_fits, known_resources, use_cuda
+from finhpc.orchestration.outcome import to_stderr
+from finhpc.orchestration.plan import collect, make_plan
+from finhpc.orchestration.progress import rows_table
+from finhpc.orchestration.runfolder import RunFolder
+from finhpc.orchestration.sweep_tracking import PARENT, SWEEP, check_database
+from finhpc.orchestration.sweep_trials import BITS, AnySweep, Trial, trials_of
+from finhpc.orchestration.tracking import default_tracking_uri
+from finhpc.orchestration.trial import outcome_of
+
+REFERENCE = "dense-reference"
+SHOWN = 60  # trials listed before a sweep starts
+
+
+@dataclass
+class Planned:
+    """A checked sweep. `reference`: the dense training that methods 2 and 3 start from, where no model is given."""
+
+    config: AnySweep
+    folder: Path
+    trials: list[Trial]
+    tracking_uri: str
+    reference: PretrainConfig | None = None
+    resources: dict[str, float] | None = None  # of the cluster; None: known once it is connected
+    seconds: dict[str, float | None] = field(default_factory=dict)  # of a trial's training, estimated
+
+    @property
+    def runs(self) -> Path:
+        return self.folder / "trials"
+
+    @property
+    def shared(self) -> Path:
+        return self.folder / "shared"
+
+    def run_folder(self, name: str) -> Path:
+        return self.runs / name
+
+    def config_of(self, trial: Trial) -> TrainingConfig:
+        """A trial's settings, placed below the sweep."""
+        sections: dict[str, Any] = {"run": self._place(self.runs, trial.name)}
+        if self.reference is not None and _starts(trial):
+            config = trial.config(**sections)
+            tree = {"path": str(self.shared / REFERENCE / "model")}
+            return config.model_copy(update={"model": type(config.model).model_validate(tree)})
+        return trial.config(**sections)
+
+    def _place(self, storage: Path, name: str) -> dict[str, Any]:
+        return {"storage": str(storage), "name": name, "tracking_uri": self.tracking_uri}
+
+    @cached_property
+    def alone(self) -> bool:
+        """Whether every trial is a single worker, which trains in Tune's own actor."""
+        return all(self.config_of(trial).parallel.workers == 1 for trial in self.trials)
+
+    @cached_property
+    def cuda(self) -> bool:
+        total = self.resources or known_resources()
+        return bool(total) and use_cuda(self.config_of(self.trials[0]), total or {})
+
+    def placement(self) -> Any:
+        """What Tune reserves for a trial: its one worker's share, or nothing but a driver beside the workers."""
+        from ray.tune import PlacementGroupFactory
+
+        resources = self.config.resources
+        if not self.alone:
+            return PlacementGroupFactory([{"memory": 1}])  # a byte: Tune takes no empty reservation
+        bundle = {"CPU": resources.cpus_per_worker} | ({"GPU": resources.gpus_per_worker} if self.cuda else {})
+        return PlacementGroupFactory([bundle])
+
+    @property
+    def concurrent(self) -> int:
+        """Trials at a time: so many that the workers of all of them have a place, else drivers would wait for ever."""
+        total = known_resources() or {}
+        fits = [int(total.get("CPU", 1) / _cpus(self.config_of(trial))) for trial in self.trials]
+        if self.cuda:
+            gpus = self.config.resources.gpus_per_worker
+            fits += [int(total["GPU"] / (gpus * self.config_of(trial).parallel.workers)) for trial in self.trials]
+        return max(1, min([*fits, len(self.trials), self.config.sweep.concurrent or len(self.trials)]))
+
+    def told(self, trial: Trial, parent: str | None) -> dict[str, Any]:
+        """What the actor of a trial is told."""
+        tags = {PARENT: parent} if parent else {}
+        tree = self.config_of(trial).model_dump(mode="json", exclude_unset=True)
+        if isinstance(self.config, FinetuneSweepConfig):
+            tree.setdefault("lora", {})
+        scores = {name: values[BITS] for name, values in trial.points if trial.bits and values[BITS] != 16}
+        return {"config": tree, "tags": tags | {SWEEP: self.config.run.name}, "scores": scores}
+
+    @property
+    def cost_s(self) -> float | None:
+        """Seconds until the end, estimated; None where a trial's pace is not known."""
+        left = [self.seconds.get(t.name) for t in self.trials if "status" not in outcome_of(self.run_folder(t.name))]
+        if any(seconds is None for seconds in left):
+            return None
+        return math.fsum(seconds or 0.0 for seconds in left) / self.concurrent
+
+    def result(self) -> dict[str, Any]:
+        """The keys that are known before anything runs."""
+        ended = sum("status" in outcome_of(self.run_folder(trial.name)) for trial in self.trials)
+        return {
+            "sweep": self.config.run.name,
+            "trained": len(self.trials),
+            "scored": sum(len(trial.points) for trial in self.trials),
+            "ended_before": ended,
+            "concurrent": self.concurrent,
+            "estimated_s": self.cost_s,
+            "folder": str(self.folder),
+            "tracking_uri": self.tracking_uri,
+        }
+
+
+def plan_sweep(config: AnySweep, folder: Path) -> Planned:
+    """Check the grid and every trial of it; raises one `ConfigError` with every problem."""
+    trials = trials_of(config)
+    uri = config.run.tracking_uri or default_tracking_uri(config.run.storage)
+    check_database(uri)
+    plan = Planned(config, folder, trials, uri, resources=known_resources())
+    if isinstance(config, SweepConfig) and any(_starts(trial) for trial in trials) and config.model.path is None:
+        plan.reference = _reference(plan)
+    problems: list[str] = []
+    checked: dict[str, tuple[list[str], float | None]] = {}
+    for trial in trials:
+        found: list[str] = []
+        with collect(found):
+            run = plan.config_of(trial)
+            key = _same_plan(run)
+            if key not in checked:
+                checked[key] = _check(plan, trial, run)
+            found += checked[key][0]
+            plan.seconds[trial.name] = checked[key][1]
+        problems += [f"trial {trial.name}: {problem}" for problem in found]
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
+    return plan
+
+
+def _check(plan: Planned, trial: Trial, run: TrainingConfig) -> tuple[list[str], float | None]:
+    """(problems, estimated seconds) of a trial."""
+    problems: list[str] = []
+    seconds = None
+    with collect(problems):
+        RunFolder(run.run.storage, run.run.name)
+        if plan.resources is not None:
+            check_fits(run, use_cuda(run, plan.resources), plan.resources)
+    with collect(problems):
+        if isinstance(run, FinetuneConfig):
+            from finhpc.orchestration.finetune import Finetune
+
+            Finetune(run)
+        else:
+            if plan.reference is not None and _starts(trial):  # its model is not there yet: a low-rank one is as large
+                run = run.model_copy(update={"model": plan.reference.model}, deep=True)
+                run.method.kind = "low_rank"
+            seconds = _seconds(plan, run)
+    return problems, seconds
+
+
+def _seconds(plan: Planned, run: PretrainConfig) -> float | None:
+    from finhpc.orchestration.estimate import of_plan
+
+    made = make_plan(run)
+    step_s = of_plan(made, plan.cuda, here=plan.resources is not None)["step_s"]
+    return None if step_s is None else float(step_s) * run.train.steps
+
+
+def _reference(plan: Planned) -> PretrainConfig:
+    """The dense training with the sweep's own settings, on the first of its seeds."""
+    config = plan.config
+    tree = config.model_dump(mode="json", exclude={"grid", "sweep"}, exclude_unset=True)
+    tree["method"] = {"kind": DENSE}
+    tree["run"] = tree.get("run", {}) | plan._place(plan.shared, REFERENCE)
+    tree.pop("quantization", None)
+    return PretrainConfig.model_validate(tree)
+
+
+def _starts(trial: Trial) -> bool:
+    return trial.tree.get("method", {}).get("kind") in STARTED
+
+
+def _cpus(run: TrainingConfig) -> float:
+    return run.parallel.workers * run.resources.cpus_per_worker
+
+
+def _same_plan(run: TrainingConfig) -> str:
+    """Equal for trials that are alike but in seed and optimiser."""
+    flat = {key: value for key, value in flatten(run).items() if not key.startswith(("run.", "optimizer."))}
+    return repr({key: value for key, value in flat.items() if key != "train.seed"})
+
+
+def show_plan(plan: Planned) -> None:
+    """The trials and their cost, before any starts."""
+    rows = []
+    for trial in plan.trials[:SHOWN]:
+        seconds = plan.seconds.get(trial.name)
+        rows.append(
+            {
+                "trial": trial.name,
+                "state": outcome_of(plan.run_folder(trial.name)).get("status", ""),
+                "scored at bits": ", ".join(map(str, trial.bits)) or "-",
+                "estimated": "-" if seconds is None else str(timedelta(seconds=round(seconds))),
+            }
+        )
+    numbers = plan.result()
+    rows_table(f"sweep {numbers['sweep']}: {numbers['trained']} trials, {numbers['scored']} points scored", rows)
+    if len(plan.trials) > SHOWN:
+        to_stderr(f"and {len(plan.trials) - SHOWN} more")
+    cost = plan.cost_s
+    about = "" if cost is None else f"; training takes about {timedelta(seconds=round(cost))}"
+    to_stderr(f"{plan.concurrent} at a time{about}")

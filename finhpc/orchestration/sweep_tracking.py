@@ -1,0 +1,183 @@
+"""A sweep in MLflow: one parent run, its trials nested below, the best model in the registry."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from finhpc.config import flatten
+from finhpc.errors import ConfigError
+from finhpc.orchestration.job import Job
+from finhpc.orchestration.mirror import database_file
+from finhpc.orchestration.outcome import to_stderr
+from finhpc.orchestration.runfolder import RunFolder
+from finhpc.orchestration.tracking import Status, Tracker, set_up_client
+from finhpc.training.journal import strict_json
+
+if TYPE_CHECKING:
+    from finhpc.orchestration.sweep_plan import Planned
+    from finhpc.orchestration.sweep_trials import AnySweep
+
+T = TypeVar("T")
+
+PARENT = "mlflow.parentRunId"
+SCORED_FROM = "finhpc.scored_from"  # of a run that scores another run's model: that run's id
+SWEEP = "finhpc.sweep"  # of every run of a sweep: its name
+BEST = "best"  # the alias
+WAIT_S = 20.0  # for MLflow to give the parent its id, before the trials start
+
+
+class Parent:
+    """`with Parent(...) as parent:` the sweep's own MLflow run. `id`: None as long as MLflow never answered."""
+
+    def __init__(self, config: AnySweep, folder: RunFolder, plan: Planned) -> None:
+        self.plan, self.config = plan, config
+        environment = folder.write_environment()
+        params = {key: value for key, value in flatten(config).items() if key not in config.grid}
+        tags = {SWEEP: config.run.name, "mlflow.source.name": "finhpc sweep"}
+        tags |= {"mlflow.source.git.commit": environment["git_commit"]} if environment["git_commit"] else {}
+        uri, experiment = plan.tracking_uri, config.run.experiment
+        self.tracker = Tracker(folder.path, uri, experiment, config.run.name, params, tags, to_stderr)
+        self.ended = False
+
+    def __enter__(self) -> Parent:
+        self.tracker.start()
+        self.id = wait_for_id(self.tracker, to_stderr)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self.ended:
+            return
+        stopped = kind is not None and not issubclass(kind, Exception)
+        self._settle()
+        self.tracker.finish(
+            "KILLED" if stopped else "FAILED", {"status": "stopped" if stopped else "failed"}, timeout_s=10
+        )
+
+    def end(self, result: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+        """The outcome: children below the parent, the best one registered; adds what MLflow says to `result`."""
+        self._settle()
+        best, name = result["best"], self.config.sweep.register_as or self.config.run.name
+        result |= {"registered": None}
+        if best and best["mlflow_run_id"] and name != "none":
+            model, steps = Path(best["model"]), int(best["steps"])
+            result["registered"] = self._try(
+                lambda: register(self.plan.tracking_uri, name, best["mlflow_run_id"], model, steps)
+            )
+        figures = {key: value for key, value in (best or {}).items() if isinstance(value, int | float)}
+        numbers = {key: value for key, value in result.items() if isinstance(value, int | float)}
+        self.ended = True
+        status: Status = "FINISHED" if best else "FAILED"
+        self.tracker.finish(status, figures | numbers | {"status": result["status"]}, timeout_s=60)
+        result |= {"mlflow_run_id": self.tracker.run_id, "tracking_uri": self.tracker.uri}
+
+    def _settle(self) -> None:
+        children = []
+        for path in sorted(self.plan.folder.glob("*/*/mlflow.json")) + sorted(self.plan.runs.glob("*/*/mlflow.json")):
+            run_id = json.loads(path.read_text(encoding="utf-8")).get("run_id")
+            if run_id:
+                children.append((run_id, "KILLED"))
+        self._try(lambda: settle_children(self.plan.tracking_uri, self.tracker.run_id, children))
+
+    def _try(self, work: Callable[[], T]) -> T | None:
+        """What `work` returns; None, and a line, where MLflow does not answer."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return work()
+        except MlflowException as error:
+            to_stderr(f"MLflow at {self.tracker.uri}: {str(error).splitlines()[0][:160]}; run the same command again.")
+            return None
+
+
+def check_database(tracking_uri: str) -> None:
+    """Raise `ConfigError` for a sqlite database that this MLflow cannot open, before anything is trained."""
+    path = database_file(tracking_uri)
+    if path is None or not path.is_file() or not path.stat().st_size:
+        return
+    set_up_client()
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    try:
+        MlflowClient(tracking_uri=tracking_uri).search_experiments(max_results=1)
+    except MlflowException as error:
+        text = str(error)
+        if "out-of-date" in text or "schema" in text:
+            why = f"was made by another version of MLflow; keep a copy and run `mlflow db upgrade sqlite:///{path}`"
+        else:
+            why = f"cannot be opened ({text.splitlines()[0][:160]})"
+        raise ConfigError(f"the tracking database {path} {why}, or give another --run.tracking_uri.") from None
+
+
+def wait_for_id(tracker: Tracker, say: Callable[[str], None]) -> str | None:
+    """The parent's id; None where MLflow does not answer in time: its children are told at the end."""
+    deadline = time.monotonic() + WAIT_S
+    while tracker.run_id is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if tracker.run_id is None:
+        say("MLflow does not answer yet; the sweep goes on, and its trials are put below it when MLflow is back.")
+    return tracker.run_id
+
+
+def track_score(job: Job, folder: RunFolder, name: str, bits: int, figures: Mapping[str, Any]) -> str | None:
+    """Log the figures of a trained model at `bits` as a run of its own; returns its id, None while MLflow is down."""
+    own = folder.path / f"score-{bits}bit"
+    own.mkdir(exist_ok=True)
+    (own / "result.json").write_text(strict_json(figures, indent=1), encoding="utf-8")
+    config = job.config
+    params = flatten(config) | {"quantization.bits": bits}
+    trained = RunFolder(config.run.storage, config.run.name).result() or {}
+    tags = dict(job.tags) | {SCORED_FROM: str(trained.get("mlflow_run_id")), "mlflow.source.name": "finhpc sweep"}
+    assert config.run.tracking_uri is not None
+    tracker = Tracker(own, config.run.tracking_uri, config.run.experiment, name, params, tags, lambda text: None)
+    tracker.start()
+    tracker.finish("FINISHED", figures, timeout_s=15)
+    return tracker.run_id
+
+
+def settle_children(tracking_uri: str, parent: str | None, children: list[tuple[str, str]]) -> None:
+    """Put runs (id, status) below the parent; those that a killed process left RUNNING get their status.
+
+    Raises `MlflowException` where MLflow does not answer.
+    """
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=tracking_uri)
+    for run_id, status in children:
+        run = client.get_run(run_id)
+        if parent and run.data.tags.get(PARENT) != parent:
+            client.set_tag(run_id, PARENT, parent)
+        if run.info.status == "RUNNING":
+            client.set_terminated(run_id, status=status)
+
+
+def register(tracking_uri: str, name: str, run_id: str, model: Path, steps: int) -> str:
+    """Make the model folder a version of `name` in the registry, with the alias `best`; returns MLflow's address of it.
+
+    The same run is registered once.
+    """
+    from mlflow import MlflowClient
+
+    from finhpc.orchestration.pyfunc import log_model
+
+    client = MlflowClient(tracking_uri=tracking_uri)
+    if not client.search_registered_models(filter_string=f"name = '{name}'"):
+        client.create_registered_model(name, description="The best models of finhpc sweeps.")
+    known = [v for v in client.search_model_versions(f"name = '{name}'") if v.run_id == run_id]
+    if known:
+        version = known[0].version
+    else:
+        outputs = client.get_run(run_id).outputs
+        ids = [output.model_id for output in outputs.model_outputs] if outputs else []
+        if not ids:
+            log_model(client, run_id, model, step=steps)
+            logged = client.get_run(run_id).outputs
+            ids = [output.model_id for output in logged.model_outputs]
+        source = client.get_logged_model(ids[-1]).artifact_location  # models:/ID would be looked for elsewhere
+        version = client.create_model_version(name, source, run_id=run_id).version
+    client.set_registered_model_alias(name, BEST, version)
+    return f"models:/{name}@{BEST}"

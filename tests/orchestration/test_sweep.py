@@ -1,0 +1,164 @@
+"""A sweep through Ray Tune: trials trained and scored, nested in MLflow, resumed, ranked."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from finhpc.config import PretrainConfig, SweepConfig, build
+from finhpc.errors import ConfigError, RunBusyError
+from finhpc.orchestration.pretrain import pretrain
+from finhpc.orchestration.runfolder import RunFolder
+from finhpc.orchestration.sweep import sweep
+from finhpc.training.journal import read
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+def tree(shards: Path, storage: Path) -> dict[str, Any]:
+    return {
+        "model": {"preset": "gpt2-tiny", "layers": 2, "width": 32, "context": 64},
+        "method": {"rank": 8},
+        "data": {"shards": str(shards), "seq_len": 32, "eval_samples": 16},
+        "train": {"steps": 20, "eval_every": 5, "checkpoint_every": 0},
+        "run": {"name": "ranks", "storage": str(storage)},
+        "sweep": {"concurrent": 2},
+    }
+
+
+def starts(folder: Path) -> int:
+    """How often a trial was begun."""
+    return sum(record["kind"] == "start" for record in read(folder / "journal.jsonl")[0])
+
+
+def test_a_sweep_trains_scores_nests_ranks_and_resumes(run_shards: Path, tmp_path: Path) -> None:
+    grid = {"method.rank": [4, 8], "optimizer.lr": [1e-3, 1e30], "quantization.bits": [16, 4]}
+    base = tree(run_shards, tmp_path)
+    base["optimizer"] = {"grad_clip": 0, "warmup_steps": 0}
+    config = build(SweepConfig, base | {"grid": grid})
+    result = sweep(config)
+
+    rows = {row["trial"]: row for row in result["trials"]}
+    assert (result["status"], result["trained"], result["scored"], len(rows)) == ("finished", 4, 8, 8)
+    good = [row for row in result["trials"] if row["rank"]]
+    assert [row["rank"] for row in good] == [1, 2, 3, 4]
+    assert [row["val_loss"] for row in good] == sorted(row["val_loss"] for row in good)
+    bad = [row for row in result["trials"] if row["values"]["optimizer.lr"] == 1e30]
+    assert all(row["status"] == "diverged" and "is not finite" in row["error"] for row in bad)
+    assert result["best"] == result["trials"][0]
+    assert result["steps_trained"] >= 40
+    rounded, plain = rows["rank8-lr0.001-4bit"], rows["rank8-lr0.001"]
+    assert rounded["val_loss"] != plain["val_loss"]
+    assert rounded["size_bytes"] == sum(file.stat().st_size for file in Path(rounded["model"]).glob("*.safetensors"))
+
+    # The training in Tune's actor is the training of `pretrain`, bit by bit.
+    alone = tree(run_shards, tmp_path / "alone")
+    del alone["sweep"]
+    alone["optimizer"] = base["optimizer"] | {"lr": 1e-3}
+    assert pretrain(build(PretrainConfig, alone))["val_loss"] == plain["val_loss"]
+
+    client = MlflowClient(result["tracking_uri"])
+    (experiment,) = [found for found in client.search_experiments() if found.name == "finhpc"]
+    runs = {run.info.run_id: run for run in client.search_runs([experiment.experiment_id])}
+    parent = runs.pop(result["mlflow_run_id"])
+    assert parent.data.metrics["val_loss"] == result["best"]["val_loss"]
+    assert len(runs) == 6, "the two good trials at 16 and 4 bits, the two that diverged"
+    assert {run.data.tags["mlflow.parentRunId"] for run in runs.values()} == {parent.info.run_id}
+    assert sorted(run.info.status for run in runs.values()) == ["FAILED"] * 2 + ["FINISHED"] * 4
+    child = runs[rounded["mlflow_run_id"]]
+    assert (child.data.params["method.rank"], child.data.params["quantization.bits"]) == ("8", "4")
+    assert child.data.metrics["val_loss"] == rounded["val_loss"]
+    assert child.data.metrics["size_bytes"] == rounded["size_bytes"]
+    assert child.data.tags["finhpc.scored_from"] == plain["mlflow_run_id"]
+    version = client.get_model_version_by_alias("ranks", "best")
+    assert version.run_id == result["best"]["mlflow_run_id"]
+
+    with open(tmp_path / "ranks" / "trials.csv", encoding="utf-8", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [row["trial"] for row in table] == [row["trial"] for row in result["trials"]]
+    assert table[0]["method.rank"] == str(result["best"]["values"]["method.rank"])
+
+    # The same command trains nothing again; a wider grid adds its own trials alone.
+    wider = build(SweepConfig, base | {"grid": grid | {"method.rank": [4, 8, 12], "optimizer.lr": [1e-3]}})
+    again = sweep(wider)
+    assert (again["ended_before"], again["trained"]) == (2, 3)
+    assert starts(tmp_path / "ranks" / "trials" / "rank8-lr0.001") == 1
+    assert again["mlflow_run_id"] == result["mlflow_run_id"]
+    assert len(client.search_runs([experiment.experiment_id])) == 9
+    assert {row["trial"]: row["val_loss"] for row in again["trials"]}["rank8-lr0.001"] == plain["val_loss"]
+
+    changed = build(SweepConfig, base | {"grid": grid, "train": base["train"] | {"seed": 1}})
+    with pytest.raises(ConfigError, match=r"train\.seed was 0 in the run's config, now 1"):
+        sweep(changed)
+
+
+def test_asha_ends_what_falls_behind(run_shards: Path, tmp_path: Path) -> None:
+    base = tree(run_shards, tmp_path)
+    base["sweep"] |= {"scheduler": "asha", "scheduler_options": {"grace_period": 5, "reduction_factor": 2}}
+    base["sweep"]["concurrent"] = 1
+    result = sweep(build(SweepConfig, base | {"grid": {"optimizer.lr": [1e-2, 1e-5, 2e-5]}}))
+    status = {row["trial"]: (row["status"], row["steps"]) for row in result["trials"]}
+    assert status == {"lr0.01": ("finished", 20), "lr1e-05": ("pruned", 5), "lr2e-05": ("pruned", 5)}
+    assert result["steps_trained"] == 30
+    client = MlflowClient(result["tracking_uri"])
+    killed = json.loads((tmp_path / "ranks" / "trials" / "lr1e-05" / "mlflow.json").read_text())["run_id"]
+    assert client.get_run(killed).info.status == "KILLED"
+
+
+def test_methods_that_start_from_a_dense_model_share_it(run_shards: Path, tmp_path: Path) -> None:
+    base = tree(run_shards, tmp_path) | {"grid": {"method.kind": ["low_rank", "svd"], "train.seed": [0, 1]}}
+    result = sweep(build(SweepConfig, base))
+    loss = {row["trial"]: row["val_loss"] for row in result["trials"]}
+    assert loss["kind-svd-seed0"] < loss["kind-low_rank-seed0"], "it goes on from the trained dense model"
+    shared = tmp_path / "ranks" / "shared"
+    assert starts(shared / "dense-reference") == 1
+    assert len(list(shared.glob("decomposed-*"))) == 1, "two seeds, one factorisation"
+    trials = tmp_path / "ranks" / "trials"
+    assert (trials / "kind-svd-seed0" / "decomposed").resolve() == (trials / "kind-svd-seed1" / "decomposed").resolve()
+
+
+def test_what_is_wrong_with_any_trial_is_told_before_one_starts(run_shards: Path, tmp_path: Path) -> None:
+    base = tree(run_shards, tmp_path)
+    with pytest.raises(ConfigError) as error:
+        sweep(build(SweepConfig, base | {"grid": {"method.rank": [8, 64], "parallel.stages": [1, 3, 9]}}))
+    text = str(error.value)
+    assert "trial rank64-stages1: " in text
+    assert "parallel.stages=3 does not fit 2 transformer blocks" in text
+    assert "need 9 CPUs" in text
+    assert not (tmp_path / "ranks").exists()
+
+
+def test_a_dry_run_says_what_it_would_cost(
+    run_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = build(
+        SweepConfig, tree(run_shards, tmp_path) | {"grid": {"method.rank": [4, 8], "quantization.bits": [8, 4]}}
+    )
+    result = sweep(config, dry_run=True)
+    assert (result["trained"], result["scored"], result["status"]) == (2, 4, "dry_run")
+    assert result["estimated_s"] > 0
+    assert "2 trials, 4 points scored" in capsys.readouterr().err
+    assert not (tmp_path / "ranks").exists()
+
+
+def test_two_sweeps_of_one_name_at_once(run_shards: Path, tmp_path: Path) -> None:
+    config = build(SweepConfig, tree(run_shards, tmp_path) | {"grid": {"method.rank": [4]}})
+    with RunFolder(tmp_path, "ranks").lock(), pytest.raises(RunBusyError, match=r"run\.name=ranks is busy"):
+        sweep(config)
+
+
+def test_a_database_of_another_mlflow_is_told_before_training(run_shards: Path, tmp_path: Path) -> None:
+    import sqlite3
+
+    made = tmp_path / "made.db"
+    MlflowClient(f"sqlite:///{made}").search_experiments()
+    with sqlite3.connect(made) as database:
+        database.execute("UPDATE alembic_version SET version_num = '451aebb31d03'")
+    made.rename(tmp_path / "mlflow.db")  # MLflow looks at a database once in a process
+    with pytest.raises(ConfigError, match=r"mlflow\.db .* another version of MLflow; .*mlflow db upgrade"):
+        sweep(build(SweepConfig, tree(run_shards, tmp_path) | {"grid": {"method.rank": [4]}}))
