@@ -18,6 +18,7 @@ from finhpc.errors import NonFiniteError, OutOfMemoryError, TrainingFailedError
 from finhpc.orchestration.cluster import dead_process
 from finhpc.orchestration.job import Job, Say
 from finhpc.orchestration.runfolder import RunFolder
+from finhpc.orchestration.waiting import Waiting, placed_whenever
 from finhpc.orchestration.worker import FATAL, train_worker
 from finhpc.training import watchdog
 from finhpc.training.allocator import ENVIRONMENT
@@ -33,7 +34,9 @@ GRACE_S = 10.0  # for workers to return after they wrote that all is done
 def fit(job: Job, folder: RunFolder, cuda: bool, say: Say) -> None:
     """Train until the last step; restarts failed workers. Raises `TrainingFailedError` when that does not help."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
+
+    from finhpc.orchestration.network import NodeTorchConfig
 
     config = job.config
     for name in ("ray.train", "ray.data"):
@@ -51,7 +54,7 @@ def fit(job: Job, folder: RunFolder, cuda: bool, say: Say) -> None:
             "verb": job.verb,
             **job.worker_arguments(),
         },
-        torch_config=TorchConfig(
+        torch_config=NodeTorchConfig(
             backend="nccl" if cuda else "gloo",
             timeout_s=round(watchdog.START_FACTOR * hang_s) if hang_s else TORCH_TIMEOUT_S,
         ),
@@ -67,8 +70,14 @@ def fit(job: Job, folder: RunFolder, cuda: bool, say: Say) -> None:
         ),
     )
     stacks = _Stacks(folder.path, say)
-    with _health_timeout(hang_s):
-        problem = _watched(trainer.fit, stacks, _Done(folder.path / WORKER_FILE, config.train.steps), say)
+    waiting = Waiting(config.parallel.workers, resources, say)
+
+    def look() -> None:
+        stacks()
+        waiting()
+
+    with _health_timeout(hang_s), placed_whenever():
+        problem = _watched(trainer.fit, look, _Done(folder.path / WORKER_FILE, config.train.steps), say)
     fatal = folder.path / FATAL
     if fatal.exists():
         raise TrainingFailedError(_with_advice(json.loads(fatal.read_text()), job))
