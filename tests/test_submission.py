@@ -1,0 +1,49 @@
+"""What `ray job submit --working-dir .` sends, and that every verb can be submitted."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from finhpc.cli import USAGE
+
+ROOT = Path(__file__).parents[1]
+VERBS = re.findall(r"^  ([a-z]+)  +\S", USAGE.partition("options of every verb")[0], flags=re.MULTILINE)
+
+
+def test_every_verb_has_its_script() -> None:
+    assert len(VERBS) > 8
+    scripts = {path.stem for path in (ROOT / "jobs").glob("*.py")}
+    assert set(VERBS) <= scripts, f"no script for {set(VERBS) - scripts}"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_script_calls_its_verb(verb: str) -> None:
+    done = subprocess.run([sys.executable, ROOT / "jobs" / f"{verb}.py", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"usage: finhpc {verb} ")
+
+
+def test_runs_data_and_models_stay_here(tmp_path: Path) -> None:
+    from ray._private.runtime_env.packaging import create_package
+
+    project = tmp_path / "project"
+    left_out = ["runs/first/model/model.safetensors", "runs/mlflow.db", ".venv/lib/x.py", ".git/objects/ab"]
+    left_out += ["shards/train-00000.parquet", "low-rank/model.safetensors", "model.gguf", "tests/test_cli.py"]
+    sent = ["jobs/pretrain.py", "finhpc/cli.py", "finhpc/recipes/demo.yaml", "prompts.jsonl", "pyproject.toml"]
+    for name in (*left_out, *sent):
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        (project / name).write_bytes(b"\0" * 1000)
+    for name in (".gitignore", ".rayignore"):
+        shutil.copy(ROOT / name, project)
+    package = tmp_path / "package.zip"
+    create_package(str(project), package, include_gitignore=True)
+    with zipfile.ZipFile(package) as file:
+        names = {name for name in file.namelist() if not name.endswith("/")}
+    assert names == {*sent, ".gitignore", ".rayignore"}
