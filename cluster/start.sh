@@ -174,6 +174,8 @@ end() {
   while [ "$SECONDS" -lt "$deadline" ] && alive "$members"; do sleep 0.2; done
   # shellcheck disable=SC2086 # one word a process
   kill -KILL $members 2>/dev/null || true
+  deadline=$((SECONDS + 5))
+  while [ "$SECONDS" -lt "$deadline" ] && alive "$members"; do sleep 0.1; done
 }
 
 # A process and all that come from it, one a line.

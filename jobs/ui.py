@@ -1,4 +1,4 @@
-"""ray job submit --working-dir . -- python jobs/ui.py --run.storage FOLDER   (open to the head node alone: tunnel to it)"""
+"""ray job submit --working-dir . -- python jobs/ui.py --run.storage FOLDER   (open to the head alone: use a tunnel)"""
 
 import sys
 

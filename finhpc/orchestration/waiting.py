@@ -74,10 +74,11 @@ def missing(needed: dict[str, float], total: dict[str, float], free: dict[str, f
 
 
 def _shared() -> bool:
-    """Whether the cluster is somebody's, not one that this command started for itself."""
+    """Whether the cluster is somebody's, not one that this command started for itself and whose room it has checked."""
     from ray._private import worker
 
-    return getattr(worker, "_global_node", None) is None or bool(os.environ.get("RAY_ADDRESS"))
+    node = getattr(worker, "_global_node", None)
+    return node is None or not node.is_head()
 
 
 def _pending(workers: int) -> bool:

@@ -29,10 +29,11 @@ def read(name: str) -> Any:
     return yaml.safe_load((CLUSTER / name).read_text())
 
 
-
 def test_the_page_says_when_to_take_which_file() -> None:
     page = (CLUSTER / "README.md").read_text()
-    missing = [path.name for path in CLUSTER.iterdir() if path.name not in page and path.suffix not in (".md", ".dockerignore")]
+    missing = [
+        path.name for path in CLUSTER.iterdir() if path.name not in page and path.suffix not in (".md", ".dockerignore")
+    ]
     assert not missing
 
 
@@ -45,8 +46,8 @@ def test_ray_up_takes_its_file() -> None:
     config = prepare_config(read("ray-up.yaml"))
     validate_config(config)
     assert config["max_workers"] == len(config["provider"]["worker_ips"])
-    starts = [line for line in (*config["head_start_ray_commands"], *config["worker_start_ray_commands"])]
-    starts = [line for line in starts if "ray start" in line]
+    commands = [*config["head_start_ray_commands"], *config["worker_start_ray_commands"]]
+    starts = [line for line in commands if "ray start" in line]
     assert len(starts) == 2
     assert all("RAY_AUTH_MODE=token" in line for line in starts)
 
@@ -125,7 +126,10 @@ def test_the_rayjobs_command_is_one_that_finhpc_takes(tmp_path: Path) -> None:
     assert words[:2] == ["python", "/opt/finhpc/jobs/pretrain.py"]
     options, overrides = parse(words[2:], config.PretrainConfig)
     settings = config.load(config.PretrainConfig, options["config"], overrides)
-    assert settings.parallel.stages == read("kuberay-job.yaml")["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["replicas"]
+    assert (
+        settings.parallel.stages
+        == read("kuberay-job.yaml")["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["replicas"]
+    )
 
 
 # -- containers -----------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from tests.orchestration.nodes import RAY, free_port, ray_environment
 from tests.tiny import tiny_shards
 
 ROOT = Path(__file__).parents[2]
+LIMIT = 16 * 2**20  # of a submission, in bytes; Ray's own is 512 MiB
 START = str(ROOT / "cluster" / "start.sh")
 
 
@@ -61,7 +62,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     (storage / "home").mkdir()
     ports = {name: str(free_port()) for name in ("RAY", "DASHBOARD", "AGENT", "CLIENT", "MLFLOW")}
     environment = ray_environment(storage / "home") | {f"{name}_PORT": port for name, port in ports.items()}
-    environment |= {"STORAGE": str(storage / "runs"), "CPUS": "4"}
+    environment |= {"STORAGE": str(storage / "runs"), "CPUS": "4", "RAY_max_grpc_message_size": str(LIMIT)}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     made = Cluster(
         f"http://127.0.0.1:{ports['DASHBOARD']}", f"http://127.0.0.1:{ports['MLFLOW']}", environment, storage
@@ -69,7 +70,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     try:
         started = made.start()
         assert started.returncode == 0, started.stderr
-        assert f"ray job submit --working-dir . -- python jobs/pretrain.py" in started.stdout
+        assert "ray job submit --working-dir . -- python jobs/pretrain.py" in started.stdout
         yield made
         left = made.servers()
     finally:
@@ -101,10 +102,11 @@ def test_a_job_succeeds_with_the_token(cluster: Cluster) -> None:
 
 @pytest.mark.parametrize("token", ["", "a" * 64], ids=["without", "wrong"])
 def test_a_job_is_refused_without_the_right_token(cluster: Cluster, token: str, tmp_path: Path) -> None:
-    done = cluster.submit("jobs/pretrain.py", *flags(cluster, "refused"), HOME=str(tmp_path), RAY_AUTH_TOKEN=token)
+    done = cluster.submit("-c", "1", HOME=str(tmp_path), RAY_AUTH_TOKEN=token)
     assert done.returncode != 0
-    assert not (cluster.storage / "runs" / "refused").exists()
-    assert ("invalid" if token else "no token") in " ".join((done.stdout + done.stderr).lower().split())
+    assert "submitted successfully" not in done.stdout
+    why = "Invalid authentication token" if token else "couldn't find an authentication token"
+    assert why in done.stdout + done.stderr
 
 
 def test_the_servers_are_open_to_this_machine_and_user_alone(cluster: Cluster) -> None:
@@ -132,7 +134,9 @@ def test_starting_twice_starts_nothing_again(cluster: Cluster) -> None:
 def test_a_stopped_job_frees_its_workers_and_marks_its_run(cluster: Cluster) -> None:
     words = [*flags(cluster, "stopped"), "--train.steps", "100000", "--train.checkpoint_every", "20"]
     project = str(cluster.storage / "project")
-    sent = cluster.ray("submit", "--no-wait", "--working-dir", project, "--", sys.executable, "jobs/pretrain.py", *words)
+    sent = cluster.ray(
+        "submit", "--no-wait", "--working-dir", project, "--", sys.executable, "jobs/pretrain.py", *words
+    )
     name = re.search(r"raysubmit_\w+", sent.stdout)
     assert sent.returncode == 0, sent.stderr
     assert name is not None
@@ -141,9 +145,7 @@ def test_a_stopped_job_frees_its_workers_and_marks_its_run(cluster: Cluster) -> 
         assert time.monotonic() < deadline, cluster.ray("logs", name[0]).stdout[-3000:]
         time.sleep(0.2)
     assert train_workers(cluster) == 2
-    begin = time.monotonic()
     stopped = cluster.ray("stop", name[0])
-    print(f"stopped in {time.monotonic() - begin:.1f} s")
     assert stopped.returncode == 0, stopped.stderr
     assert "was stopped" in cluster.ray("status", name[0]).stdout
     assert "goes on from the checkpoint of step" in cluster.ray("logs", name[0]).stdout
@@ -157,13 +159,13 @@ def test_a_stopped_job_frees_its_workers_and_marks_its_run(cluster: Cluster) -> 
 
 def test_a_submission_above_the_limit_says_what_to_leave_out(cluster: Cluster) -> None:
     large = cluster.storage / "project" / "large.bin"
-    large.write_bytes(os.urandom(2**20))
+    large.write_bytes(os.urandom(LIMIT + 1))
     try:
-        refused = cluster.submit("-c", "print(1)", RAY_max_grpc_message_size=str(2**19))
+        refused = cluster.submit("-c", "1")
         assert refused.returncode != 0
-        assert re.search(r"exceeds the maximum size.*\.rayignore", " ".join(refused.stderr.split()))
-        (cluster.storage / "project" / ".rayignore").write_text("*.bin\n")
-        accepted = cluster.submit("-c", "'print(1 + 1)'", RAY_max_grpc_message_size=str(2**19))
+        assert re.search(r"exceeds the maximum size.*\.rayignore", refused.stdout + refused.stderr)
+        shutil.copy(ROOT / ".rayignore", cluster.storage / "project")
+        accepted = cluster.submit("-c", "1")
         assert accepted.returncode == 0, accepted.stderr
     finally:
         large.unlink()

@@ -54,7 +54,7 @@ def test_a_pipeline_over_two_nodes_survives_the_loss_of_one(tmp_path: Path, requ
         finally:
             driver.kill()
             driver.wait()
-    print(f"two nodes, separate networks: {nodes.separate}; said after {said:.1f} s, going on {resumed:.1f} s after return")
+    print(f"networks of their own: {nodes.separate}; said after {said:.1f} s, trained {resumed:.1f} s after return")
     assert "there is room for the workers again" in (storage / "stderr").read_text()
     assert len(starts(storage)) == 2
     assert starts(storage)[1] > 0, "it goes on from a checkpoint"
