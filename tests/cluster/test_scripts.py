@@ -80,5 +80,8 @@ def test_stop_and_status_where_nothing_runs(tmp_path: Path) -> None:
 
 def test_a_process_that_took_over_a_dead_servers_id_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / ".servers").mkdir()
-    (tmp_path / ".servers" / "ray.pid").write_text(f"{os.getpid()} 1\n")
-    assert "ray does not run" in start("stop", STORAGE=str(tmp_path), HOME=str(tmp_path)).stderr
+    with subprocess.Popen(["sleep", "60"]) as other:
+        (tmp_path / ".servers" / "ray.pid").write_text(f"{other.pid} 1\n")
+        assert "ray does not run" in start("stop", STORAGE=str(tmp_path), HOME=str(tmp_path)).stderr
+        assert other.poll() is None
+        other.kill()
