@@ -35,6 +35,7 @@ export MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false
 export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0
 # How long a stopped job may take to end its run in order before it is killed; Ray's own 3 s are too short.
 export RAY_JOB_STOP_WAIT_TIME_S=${RAY_JOB_STOP_WAIT_TIME_S:-60}
+export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 # nothing here serves requests that would have to end first
 
 fail() {
   printf 'error: %s\n' "$*" >&2
