@@ -18,6 +18,7 @@ from finhpc.errors import NonFiniteError, OutOfMemoryError, TrainingFailedError
 from finhpc.orchestration.cluster import dead_process
 from finhpc.orchestration.job import Job, Say
 from finhpc.orchestration.runfolder import RunFolder
+from finhpc.orchestration.waiting import Waiting, placed_whenever
 from finhpc.orchestration.worker import FATAL, train_worker
 from finhpc.training import watchdog
 from finhpc.training.allocator import ENVIRONMENT
@@ -36,7 +37,9 @@ def fit(job: Job, folder: RunFolder, cuda: bool, say: Say, look: Callable[[], No
     `look` is called again and again meanwhile; what it raises ends the training.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
+
+    from finhpc.orchestration.network import NodeTorchConfig
 
     config = job.config
     for name in ("ray.train", "ray.data"):
@@ -48,7 +51,7 @@ def fit(job: Job, folder: RunFolder, cuda: bool, say: Say, look: Callable[[], No
     trainer = TorchTrainer(
         train_worker,
         train_loop_config=worker_arguments(job, folder, cuda),
-        torch_config=TorchConfig(
+        torch_config=NodeTorchConfig(
             backend="nccl" if cuda else "gloo",
             timeout_s=round(watchdog.START_FACTOR * hang_s) if hang_s else TORCH_TIMEOUT_S,
         ),
@@ -64,13 +67,15 @@ def fit(job: Job, folder: RunFolder, cuda: bool, say: Say, look: Callable[[], No
         ),
     )
     stacks = _Stacks(folder.path, say)
+    waiting = Waiting(config.parallel.workers, resources, say)
 
     def look_around() -> None:
         stacks()
+        waiting()
         if look is not None:
             look()
 
-    with _health_timeout(hang_s):
+    with _health_timeout(hang_s), placed_whenever():
         problem = watched(trainer.fit, look_around, _Done(folder.path / WORKER_FILE, config.train.steps), say)
     raise_fatal(job, folder)
     if problem is not None:
