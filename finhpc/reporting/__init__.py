@@ -1,1 +1,1 @@
-"""The report: the paper's tables and figures from what MLflow holds, the paper's figures beside ours. No Ray, no torch."""
+"""The report: the paper's tables and figures from what MLflow holds, its own beside them. No Ray, no torch."""

@@ -52,7 +52,7 @@ class PaperTable:
         return min((row.model for row in self.rows), key=lambda model: abs(math.log(model.params / params)))
 
     def pretrained(self, params: float, rank: int | None, width: int | None) -> PaperRow | None:
-        """The row of the model nearest in size whose rank is the same share of the width; `rank` None: the dense one."""
+        """The row of the model nearest in size, its rank the same share of the width; `rank` None: the dense one."""
         model = self.nearest_model(params)
         if rank is None:
             return next(row for row in self.rows if row.model == model and row.rank is None)
