@@ -169,7 +169,7 @@ def _headings(columns: list[Column]) -> str:
         f"<th class='over' colspan={sum(c.over == name for c in columns)}>{escape(name)}</th>"
         for name in dict.fromkeys(column.over for column in columns)
     )
-    return f"<thead><tr><th></th>{over}</tr><tr>{first}{names}</tr></thead>"
+    return f"<thead><tr><th class='none'></th>{over}</tr><tr>{first}{names}</tr></thead>"
 
 
 def _ours(row: Row, columns: list[Column]) -> str:
@@ -201,7 +201,8 @@ def _paper(row: PaperRow, columns: list[Column]) -> str:
     cells = []
     for column in columns:
         second = f" ({told(*column.second)})" if column.second else ""
-        cells.append(f"<td{_own(column)}>{told(column.key, column.form)}{second}</td>")
+        text = "" if column.own else told(column.key, column.form) + second
+        cells.append(f"<td{_own(column)}>{text}</td>")
     return f"<tr class='paper'><td>paper: {escape(row.label)}</td>{''.join(cells)}</tr>"
 
 
