@@ -87,8 +87,11 @@ COLUMNS: dict[str, list[Column]] = {
 
 
 def spread(value: Value | None, form: Form) -> str:
-    """Half of what the seeds spread over, in the figure's own form; empty for one seed."""
-    return form(value.spread / 2) if value and value.spread is not None else ""
+    """Half of what the seeds spread over, with as many decimals as the figure; empty for one seed, or no spread."""
+    if value is None or not value.spread:
+        return ""
+    decimals = len(form(value.mean).partition(".")[2])
+    return f"{value.spread / 2:.{decimals}f}"
 
 
 def rows_of(table: Table) -> list[dict[str, Any]]:

@@ -16,14 +16,24 @@ from finhpc.reporting.runs import Collected
 from finhpc.reporting.tables import FINANCIAL, GENERAL, Group, Row, Table, inference
 
 Verdict = Literal["holds", "in part", "does not hold", "not measured"]
+ABSTRACT = "Llama2-13B-r16"  # whose figures the abstract gives
+NAMES = {
+    "boolq": "BoolQ",
+    "piqa": "PIQA",
+    "winogrande": "WinoGrande",
+    "fpb": "FPB",
+    "fiqa_sa": "FiQA SA",
+    "tfns": "TFNS",
+}
 TUNED_ORDER = ((16, 16), (8, 16), (8, 8), (8, 4), (4, 16))  # the abstract's first
 
 
 @dataclass(frozen=True)
 class Claim:
-    """`paper` and `ours`: the figures as they are told; `how`: what was compared with what."""
+    """`at`: our rank, and the paper's beside it; `paper` and `ours`: the figures as told; `how`: what was compared."""
 
     claim: str
+    at: str
     paper: str
     ours: str
     verdict: Verdict
@@ -58,48 +68,43 @@ def _method_1(group: Group | None) -> Iterator[Claim]:
     if dense is None or not pairs:
         yield Claim(
             "Fewer parameters, faster training, no loss of accuracy (method 1)",
+            "-",
             "1.64 x, 1.14 x (r = n/4)",
             "-",
             "not measured",
             "needs a dense and a low-rank run of one scale, at a rank of the paper",
         )
         return
+    for name, key, how in (
+        ("Fewer parameters", "params_total", "parameters, dense over low-rank"),
+        ("Less training time", "worker_hours", "worker-hours of the whole command, dense over low-rank"),
+    ):
+        for row in pairs:
+            yield _ratio(name, row, _quotient(dense, row, key), _paper_ratio(dense, row, key), how)
+    steps = "median tokens/s, low-rank over dense; the paper's: of the whole training"
     for row in pairs:
-        yield _ratio("Compression", dense, row, "params_total", f"parameters, dense over {row.label}")
-    for row in pairs:
-        yield _ratio(
-            "Training time", dense, row, "worker_hours", f"worker-hours of the command, dense over {row.label}"
-        )
-        ours = _quotient(row, dense, "tokens_per_s")
         paper = _paper_ratio(dense, row, "worker_hours")
-        yield Claim(
-            f"Training speed of the steps alone, {_rank(row)}",
-            _x(paper),
-            _x(ours),
-            _verdict_x(ours, paper),
-            f"median tokens/s of {row.label} over dense; the paper's is of the whole training",
-        )
-    yield _inference(dense, pairs)
+        yield _ratio("Faster training steps", row, _quotient(row, dense, "tokens_per_s"), paper, steps)
+    for row in pairs:
+        paper = _paper_ratio(dense, row, "memory_gb")
+        how = "peak memory of all workers, dense over low-rank"
+        yield _ratio("Less training memory", row, _quotient(dense, row, "memory_gb"), paper, how)
+    for row in pairs:
+        yield _inference(dense, row)
     for row in pairs:
         yield _no_drop(dense, row)
 
 
-def _ratio(name: str, dense: Row, row: Row, key: str, how: str) -> Claim:
-    ours, paper = _quotient(dense, row, key), _paper_ratio(dense, row, key)
-    return Claim(f"{name}, {_rank(row)}", _x(paper), _x(ours), _verdict_x(ours, paper), how)
+def _ratio(name: str, row: Row, ours: float | None, paper: float, how: str) -> Claim:
+    return Claim(name, _at(row), _x(paper), _x(ours), _verdict_x(ours, paper), how)
 
 
-def _inference(dense: Row, pairs: list[Row]) -> Claim:
-    row, paper = pairs[0], INFERENCE_SPEEDUP[pairs[0].paper.model.name] if pairs[0].paper else 1.0
+def _inference(dense: Row, row: Row) -> Claim:
+    assert row.paper is not None
     base, own = (inference(one.runs, 16)["inference_s"] for one in (dense, row))
     ours = base.mean / own.mean if base and own else None
-    return Claim(
-        f"Inference time, {_rank(row)}",
-        _x(paper),
-        _x(ours),
-        _verdict_x(ours, paper),
-        f"seconds a generated token, dense over {row.label}",
-    )
+    how = "seconds a generated token, dense over low-rank"
+    return _ratio("Faster inference", row, ours, INFERENCE_SPEEDUP[row.paper.model.name], how)
 
 
 def _no_drop(dense: Row, row: Row) -> Claim:
@@ -113,7 +118,7 @@ def _no_drop(dense: Row, row: Row) -> Claim:
     said, good = [], []
     for task in shared:
         change = _mean_of(row, task) - _mean_of(dense, task)
-        said.append(f"{task} {change:+.1f}")
+        said.append(f"{NAMES[task]} {change:+.1f}")
         good.append(change >= 0)
     if loss and base:
         said.append(f"validation loss {loss.mean - base.mean:+.3f}")
@@ -122,11 +127,12 @@ def _no_drop(dense: Row, row: Row) -> Claim:
         "not measured" if not good else "holds" if all(good) else "in part" if any(good) else "does not hold"
     )
     return Claim(
-        f"No loss of quality, {_rank(row)}",
-        f"{of_paper} (BoolQ, PIQA, WinoGrande)",
+        "No loss of quality",
+        _at(row),
+        of_paper,
         ", ".join(said) or "-",
         found,
-        f"{row.label} less dense; holds where nothing measured is worse",
+        "BoolQ, PIQA, WinoGrande and validation loss, low-rank less dense; holds where nothing measured is worse",
     )
 
 
@@ -147,30 +153,22 @@ def _method_2(found: Collected, tables: dict[str, Table]) -> Iterator[Claim]:
             break
     if not both:
         needs = "needs methods 1 and 2 at one scale and rank"
-        yield Claim(ends, "yes (figure 6)", "-", "not measured", needs)
-        yield Claim(sooner, "yes (figure 6)", "-", "not measured", needs)
+        yield Claim(ends, "-", "yes (figure 6)", "-", "not measured", needs)
+        yield Claim(sooner, "-", "yes (figure 6)", "-", "not measured", needs)
         return
-    for one, two in both:
-        first, second = (mean_curve(found, row.runs, "val_loss") for row in (one, two))
-        if not first or not second:
-            continue
+    pairs = [(one, *(mean_curve(found, row.runs, "val_loss") for row in (one, two))) for one, two in both]
+    pairs = [(row, first, second) for row, first, second in pairs if first and second]
+    for row, first, second in pairs:
         last_1, last_2 = first[max(first)], second[max(second)]
-        steps, reached = max(first), steps_to(second, last_1)
-        yield Claim(
-            f"{ends}, {_rank(one)}",
-            "yes (figure 6)",
-            f"{last_2:.3f} against {last_1:.3f}",
-            "holds" if last_2 < last_1 else "does not hold",
-            "final validation loss, the start's training not counted",
-        )
+        said: Verdict = "holds" if last_2 < last_1 else "does not hold"
+        how = "final validation loss, the start's own training not counted"
+        yield Claim(ends, _at(row), "yes (figure 6)", f"{last_2:.3f} against {last_1:.3f}", said, how)
+    for row, first, second in pairs:
+        steps, reached = max(first), steps_to(second, first[max(first)])
+        said = "holds" if reached is not None and reached < steps else "does not hold"
         told = "never" if reached is None else f"after {reached / steps:.0%} of the steps"
-        yield Claim(
-            f"{sooner}, {_rank(one)}",
-            "yes (figure 6)",
-            told,
-            "holds" if reached is not None and reached < steps else "does not hold",
-            f"steps of method 2 until it is at method 1's final loss, of {steps:,}",
-        )
+        how = f"method 2's steps until it is at method 1's final loss, of {steps:,}"
+        yield Claim(sooner, _at(row), "yes (figure 6)", told, said, how)
 
 
 # -- finetuning -----------------------------------------------------------------------------
@@ -181,25 +179,29 @@ def _finetuning(scores: list[Group], costs: list[Group]) -> Iterator[Claim]:
     base = group.find("base") if group else None
     for name, tasks, paper in (("general", GENERAL, TUNED_GENERAL), ("financial", FINANCIAL, TUNED_FINANCIAL)):
         claim = f"Finetuning raises the average of the {name} tasks"
-        of_paper = f"{paper:+.1f} points (Llama2-13B-r16)"
+        of_paper = f"{paper:+.1f} points"
         row, shared = _tuned_pair(group, base, tasks)
         if row is None or base is None:
-            yield Claim(claim, of_paper, "-", "not measured", "needs scores of the base and of an adapter over it")
+            yield Claim(
+                claim, ABSTRACT, of_paper, "-", "not measured", "needs scores of the base and of an adapter over it"
+            )
             continue
         change = sum(_mean_of(row, task) - _mean_of(base, task) for task in shared) / len(shared)
         yield Claim(
             claim,
+            f"{row.label} / {ABSTRACT}",
             of_paper,
             f"{change:+.1f} points",
             verdict(change, paper, 0),
-            f"{row.label} less its base, mean of {', '.join(shared)}",
+            f"the adapter less its base, mean of {', '.join(NAMES[task] for task in shared)}",
         )
     for bits in (8, 4):
         yield _bits_ratio(cost, bits, "memory_gb", "Finetuning memory")
         yield _bits_ratio(cost, bits, "size_gb", "Model size")
     yield Claim(
         "Finetuning memory, all weights over LoRA",
-        f"{TUNED_MEMORY} x (Llama2-13B-r16)",
+        ABSTRACT,
+        f"{TUNED_MEMORY:.2f} x",
         "-",
         "not measured",
         "finhpc finetunes adapters alone",
@@ -226,14 +228,9 @@ def _bits_ratio(group: Group | None, bits: int, key: str, name: str) -> Claim:
     of_paper = {row.bits: row.values[key] for row in table.rows if row.model == model and row.rank == 8}
     paper = of_paper[16] / of_paper[bits]
     ours = _quotient(*pairs[0], key) if pairs else None
-    label = pairs[0][1].label if pairs else f"{bits} bits"
-    return Claim(
-        f"{name}, 16 bits over {bits}",
-        f"{paper:.2f} x ({model.name}-r8)",
-        _x(ours),
-        _verdict_x(ours, paper),
-        f"the same adapter with a base of 16 bits over {label}",
-    )
+    at = f"{pairs[0][1].label} / {model.name}-r8" if pairs else f"{model.name}-r8"
+    how = "adapters of one rank, their bases at 16 bits over fewer"
+    return Claim(f"{name}, 16 bits over {bits}", at, _x(paper), _x(ours), _verdict_x(ours, paper), how)
 
 
 # -- figures --------------------------------------------------------------------------------
@@ -261,9 +258,9 @@ def _mean_of(row: Row, key: str) -> float:
     return value.mean
 
 
-def _rank(row: Row) -> str:
-    """The rank as the paper's of that share, with ours: two widths are compared."""
-    return f"r = {row.rank} ({row.paper.label})" if row.paper else f"r = {row.rank}"
+def _at(row: Row) -> str:
+    """Our rank and the paper's row beside it: two widths are compared."""
+    return f"r{row.rank} / {row.paper.label}" if row.paper else f"r{row.rank}"
 
 
 def _x(value: float | None) -> str:

@@ -90,7 +90,8 @@ def make_figures(found: Collected, tables: dict[str, Table]) -> list[Figure]:
         _figure(
             "quality-time",
             "Quality against time",
-            "Worker-hours of the whole command, as in the paper (workers x its running time).",
+            "Workers x the running time of the command; for methods 2 and 3 with that of the dense model they start "
+            "from, or hollow where MLflow does not know it.",
             _scatter(found, tables, "time"),
         ),
     ]

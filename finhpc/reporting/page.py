@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
+from itertools import groupby
 from typing import Any
 
 from finhpc.reporting.cells import COLUMNS, MISSING, Column, Form, spread
@@ -17,6 +18,7 @@ from finhpc.reporting.tables import Group, Row, Table
 
 OPEN_GROUPS = 2  # scales shown at once; the others are folded
 VERDICTS = ("holds", "in part", "does not hold", "not measured")
+CLAIM_WIDTHS = (21, 18, 15, 17, 10, 19)  # of the columns, in percent
 PAPER = "X.-Y. Liu, J. Zhang, G. Wang, W. Tong, A. Walid, FinGPT-HPC"
 NOTES = {
     "vi": "Scores: weighted F1 in percent. Model size: at 8 bits, as the paper counts it. Memory: the peaks of all "
@@ -100,19 +102,31 @@ def _machine(group: Group) -> str:
 def _claims(claims: Sequence[Claim]) -> str:
     tally = Counter[str](claim.verdict for claim in claims)
     counted = "".join(f'<div><b class="{_class(name)}">{tally[name]}</b><span>{name}</span></div>' for name in VERDICTS)
-    rows = "".join(
-        f"<tr><td>{escape(claim.claim)}</td><td class='figure'>{escape(claim.paper)}</td>"
-        f"<td class='figure'>{escape(claim.ours)}</td>"
-        f"<td><span class='verdict {_class(claim.verdict)}'>{claim.verdict}</span></td>"
-        f"<td>{escape(claim.how)}</td></tr>"
-        for claim in claims
-    )
+    rows = "".join(_claim_rows(list(same)) for _, same in groupby(claims, lambda claim: (claim.claim, claim.how)))
+    widths = "".join(f"<col style='width: {share}%'>" for share in CLAIM_WIDTHS)
     return (
         f"<p>A claim holds where ours is at least the paper's figure, in part where it points the same way with less, "
         f"and does not hold where it points the other way.</p><div class='tally'>{counted}</div>"
-        f"<div class='scroll'><table class='words'><thead><tr><th>claim</th><th>paper</th><th>ours</th><th></th>"
+        f"<div class='scroll'><table class='words'><colgroup>{widths}</colgroup><thead><tr><th>claim</th>"
+        f"<th>ours / paper's</th><th>paper</th><th>ours</th><th></th>"
         f"<th>compared</th></tr></thead><tbody>{rows}</tbody></table></div>"
     )
+
+
+def _claim_rows(same: list[Claim]) -> str:
+    """One claim at several ranks, named once."""
+    rows = []
+    for i, claim in enumerate(same):
+        first, last = "", ""
+        if i == 0:
+            first = f"<td rowspan={len(same)}>{escape(claim.claim)}</td>"
+            last = f"<td class='how' rowspan={len(same)}>{escape(claim.how)}</td>"
+        rows.append(
+            f"<tr{' class=again' if i else ''}>{first}<td>{escape(claim.at)}</td><td>{escape(claim.paper)}</td>"
+            f"<td>{escape(claim.ours)}</td>"
+            f"<td><span class='verdict {_class(claim.verdict)}'>{claim.verdict}</span></td>{last}</tr>"
+        )
+    return "".join(rows)
 
 
 def _class(verdict: str) -> str:
@@ -196,7 +210,10 @@ def _figure(row: Row, key: str, form: Form) -> str:
 
 def _paper(row: PaperRow, columns: list[Column]) -> str:
     def told(key: str, form: Form) -> str:
-        return escape(form(row.values[key])) if key in row.values else MISSING
+        if key not in row.values:
+            return MISSING
+        text = row.printed[key]
+        return escape(form(row.values[key]) if "e" in text else text if "." in text else f"{int(text):,}")
 
     cells = []
     for column in columns:

@@ -33,6 +33,7 @@ class PaperRow:
     rank: int | None
     bits: int | None
     values: dict[str, float]
+    printed: dict[str, str]  # as the paper has them
 
     @property
     def label(self) -> str:
@@ -72,20 +73,16 @@ class PaperTable:
 @cache
 def paper_tables() -> dict[str, PaperTable]:
     """vi, vii, viii and ix."""
-    tree = yaml.safe_load((files("finhpc.reporting") / "paper.yaml").read_text(encoding="utf-8"))
-    models = {name: PaperModel(name, float(of["params"]), of["width"]) for name, of in tree["models"].items()}
+    text = (files("finhpc.reporting") / "paper.yaml").read_text(encoding="utf-8")
+    tree = yaml.load(text, yaml.BaseLoader)  # all of it as text: 121.0 is printed so
+    models = {name: PaperModel(name, float(of["params"]), int(of["width"])) for name, of in tree["models"].items()}
     return {
-        key: PaperTable(
-            table["title"],
-            [
-                PaperRow(
-                    models[row["model"]],
-                    row.get("rank"),
-                    row.get("bits"),
-                    {name: float(value) for name, value in row.items() if name not in ("model", "rank", "bits")},
-                )
-                for row in table["rows"]
-            ],
-        )
+        key: PaperTable(table["title"], [_row(models[row["model"]], row) for row in table["rows"]])
         for key, table in tree["tables"].items()
     }
+
+
+def _row(model: PaperModel, row: dict[str, str]) -> PaperRow:
+    printed = {name: value for name, value in row.items() if name not in ("model", "rank", "bits")}
+    rank, bits = (int(row[name]) if name in row else None for name in ("rank", "bits"))
+    return PaperRow(model, rank, bits, {name: float(value) for name, value in printed.items()}, printed)

@@ -14,7 +14,7 @@ BYTES_16BIT = 2
 
 @dataclass(frozen=True)
 class Point:
-    """`x`: bytes or worker-hours; `measured`: whether x was, and not counted from the parameters."""
+    """`x`: bytes or worker-hours; `measured`: whether all of x was, see `_cost`."""
 
     x: float
     y: float
@@ -38,9 +38,15 @@ def pretrained_points(found: Collected, scale: Scale, rows: list[Row], what: str
 
 
 def _cost(row: Row, what: str) -> tuple[float | None, bool]:
+    """Bytes or worker-hours, and whether they were measured as a whole: not sizes counted from the parameters, nor
+    hours without those of a start that MLflow does not know.
+    """
     if what == "time":
-        hours = row.values["worker_hours"]
-        return (hours.mean, True) if hours else (None, True)
+        # A model that starts from another's weights cost that one's training too.
+        hours, whole = row.values["worker_hours"], row.values.get("worker_hours_with_start")
+        known = whole is not None or not any(run.setting("model.path") for run in row.runs)
+        found = whole or hours
+        return (found.mean if found else None), known
     bits = row.bits or 16
     sizes = [size for run in row.runs if (size := run.metrics.get(f"size_{bits}bit_bytes")) is not None]
     if sizes:

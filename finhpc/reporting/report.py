@@ -20,7 +20,7 @@ from finhpc.reporting.claims import make_claims
 from finhpc.reporting.figures import make_figures, save_png
 from finhpc.reporting.page import page_of
 from finhpc.reporting.runs import Collected, collect
-from finhpc.reporting.store import all_runs, chosen_experiments, open_store
+from finhpc.reporting.store import all_runs, chosen_experiments, open_store, reading
 from finhpc.reporting.tables import make_tables
 from finhpc.training.journal import strict_json
 
@@ -37,13 +37,14 @@ def report(config: ReportConfig, dry_run: bool = False) -> dict[str, Any]:
     uri = absolute_tracking_uri(run.tracking_uri) if run.tracking_uri else default_tracking_uri(run.storage)
     out = _checked_out(config.out)
     client = open_store(uri)
-    experiments = chosen_experiments(client, config.experiments)
-    names = [experiment.name for experiment in experiments]
-    found = collect(client, all_runs(client, experiments))
-    _check_found(found, uri, names)
-    used = [e.name for e in experiments if e.experiment_id in found.experiments]
-    tables = make_tables(found)
-    claims = make_claims(found, tables)
+    with reading(uri):
+        experiments = chosen_experiments(client, config.experiments)
+        found = collect(client, all_runs(client, experiments))
+        _check_found(found, uri, [experiment.name for experiment in experiments])
+        used = [experiment.name for experiment in experiments if experiment.experiment_id in found.experiments]
+        tables = make_tables(found)
+        claims = make_claims(found, tables)
+        figures = [] if dry_run else make_figures(found, tables)
     result: dict[str, Any] = {
         "status": "dry_run" if dry_run else "finished",
         "out": str(out),
@@ -58,7 +59,6 @@ def report(config: ReportConfig, dry_run: bool = False) -> dict[str, Any]:
     }
     if dry_run:
         return result
-    figures = make_figures(found, tables)
     _make(out)
     files = [out / f"table-{key}.csv" for key in tables]
     for path, table in zip(files, tables.values(), strict=True):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from finhpc.config import nearest
@@ -37,6 +39,17 @@ def open_store(tracking_uri: str) -> MlflowClient:
     except Exception as error:  # of MLflow, of its database's driver, or of the network
         raise _explained(tracking_uri, error) from None
     return client
+
+
+@contextmanager
+def reading(tracking_uri: str) -> Iterator[None]:
+    """Tell of a store that stops answering while it is read in one line, as `open_store` does."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        raise _explained(tracking_uri, error) from None
 
 
 def _explained(tracking_uri: str, error: Exception) -> FinhpcError:

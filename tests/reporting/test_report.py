@@ -70,10 +70,12 @@ def test_the_page_has_ours_and_the_papers_row_below_each_other(made: tuple[Path,
         *("paper: GPT2-127M-r192", "48.1", "57.7", "50.7", "77.5 M (77.5 MB)", "192.4", "121.0", "", ""),
     ]
     dense = cells.row("gpt2-small-cpu 2 seeds")
-    assert dense[4:7] == ["13.9 M (-)", "0.500 ±0.0000", "0.500 ±0.100"]
-    base = cells.row("smol", 1)
+    assert dense[4:7] == ["13.9 M (-)", "0.500", "0.500 ±0.100"]
+    base = [row for row in cells.rows if row[0] == "smol"][1]  # of Table IX
     assert base[1:] == ["134.5 M", "-", "-", "-", "-"]
-    assert cells.row("paper: Llama2-7B", 6)[1:] == ["6.70 B", "112.0", "184,320", "13.40", "0.210"]
+    assert [row for row in cells.rows if row[0] == "paper: Llama2-7B"][1][1:] == [
+        *("6.70 B", "112", "184,320", "13.4", "0.21"),
+    ]
 
 
 def test_files_hold_what_the_result_says(made: tuple[Path, dict[str, Any]]) -> None:
@@ -113,10 +115,10 @@ def test_the_page_needs_nothing_else(made: tuple[Path, dict[str, Any]]) -> None:
 
 
 def test_names_are_text_wherever_they_stand(store: Store, tmp_path: Path) -> None:
-    evil = "<script>alert('x')</script> & $\\frac{1}{2}$"
+    evil = "<script>alert('x') & $\\frac{1}{2}$"
     losses = {1: 3.0, 2: 2.0, 3: 1.5}
     result = {"params_trainable": 9, "held_out_weighted_f1": 0.5, "size_16bit_bytes": 9, "worker_hours": 1.0}
-    store.finetune("tuned", 8, 16, f"/models/{evil}"[:-1] + "$", result=result, train=losses, experiment=evil)
+    store.finetune("tuned", 8, 16, f"/models/{evil}", result=result, train=losses, experiment=evil)
     report(settings(store, tmp_path / "out"))
     page = (tmp_path / "out" / "report.html").read_text()
     assert "<script" not in page
