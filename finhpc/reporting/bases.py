@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from finhpc.reporting.runs import Collected, Tracked
 
+ALONE = "evaluate"  # what the only model's scores are logged under
+
 
 def base_scores(found: Collected, path: str, tasks: Sequence[str]) -> dict[str, float | None]:
     """Task -> percent, of the newest evaluation of the model in `path` that scored it.
@@ -23,6 +25,13 @@ def base_scores(found: Collected, path: str, tasks: Sequence[str]) -> dict[str, 
     return scores
 
 
+def measured_runs(found: Collected, path: str) -> list[Tracked]:
+    """The runs that may bear the bare model's size and speed: the one that made it, or evaluations of it alone."""
+    maker = found.makers.get(path.rstrip("/"))
+    alone = [evaluation for evaluation in found.evaluations if _prefix(evaluation, path) == ALONE]
+    return [maker] if maker else alone
+
+
 def _prefix(evaluation: Tracked, path: str) -> str | None:
     """Below which name an evaluation logged the bare model in `path`; None where it did not score it so."""
     if evaluation.whole("quantization.bits") not in (None, 16):
@@ -34,7 +43,7 @@ def _prefix(evaluation: Tracked, path: str) -> str | None:
     if not any(adapter in ("none", "") and _same(model, path) for model, adapter in pairs):
         return None
     if len(pairs) == 1:
-        return "evaluate"
+        return ALONE
     parts = [part for part in path.split("/") if part]
     generic = len(parts) > 1 and parts[-1] in ("model", "adapter")
     return f"evaluate/{parts[-2] if generic else parts[-1]}"

@@ -156,7 +156,9 @@ def _method_2(found: Collected, tables: dict[str, Table]) -> Iterator[Claim]:
         yield Claim(ends, "-", "yes (figure 6)", "-", "not measured", needs)
         yield Claim(sooner, "-", "yes (figure 6)", "-", "not measured", needs)
         return
-    pairs = [(one, *(mean_curve(found, row.runs, "val_loss") for row in (one, two))) for one, two in both]
+    pairs = [
+        (one, mean_curve(found, one.runs, "val_loss"), mean_curve(found, two.runs, "val_loss")) for one, two in both
+    ]
     pairs = [(row, first, second) for row, first, second in pairs if first and second]
     for row, first, second in pairs:
         last_1, last_2 = first[max(first)], second[max(second)]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from finhpc.reporting.bases import base_scores
+from finhpc.reporting.bases import base_scores, measured_runs
 from finhpc.reporting.paper import PaperRow, paper_tables
 from finhpc.reporting.runs import Collected, Scale, Tracked
 
@@ -226,7 +226,7 @@ def _base_row(found: Collected, key: str, scale: Scale, path: str) -> Row:
     values: Values = {task: _one(score) for task, score in base_scores(found, path, (*GENERAL, *FINANCIAL)).items()}
     values |= {"params_trainable": _one(scale.params or None), "worker_hours": _figure(runs, "worker_hours")}
     values |= {"memory_gb": _mean(_over(run.memory_bytes, 1e9) for run in runs), "held_out_f1": None, "val_loss": None}
-    values |= inference(runs, 16)
+    values |= inference(measured_runs(found, path), 16)
     paper = paper_tables()[key].finetuned(scale.params, None, None) if scale.params else None
     return Row(scale.model, "base", None, None, values, paper, runs)
 

@@ -148,6 +148,18 @@ def test_an_adapter_over_a_model_of_ours_is_beside_that_models_scores(store: Sto
     assert tables["ix"].groups[0].rows[0].values["size_gb"] == Value(0.028)
 
 
+def test_a_base_from_elsewhere_has_the_speed_that_its_own_evaluation_was_given(store: Store) -> None:
+    store.finetune("tuned", 8, 16, result={"params_trainable": 9, "generate_s": 0.5})
+    speeds = {"generate_tokens_per_s": 4.0, "size_16bit_bytes": 270e6, "evaluate/fpb/weighted_f1": 0.3}
+    store.evaluation(["smol"], speeds)  # named relative to a folder that nobody knows any more
+    store.evaluation(["/models/smol"], {"evaluate/fpb/weighted_f1": 0.9}, adapters=["/x/tuned/model"])
+    base, tuned = make_tables(store.collected())["ix"].groups[0].rows
+    assert base.values["inference_s"] == Value(0.25)
+    assert base.values["size_gb"] == Value(0.27)
+    assert tuned.values["inference_s"] == Value(0.5)
+    assert make_tables(store.collected())["viii"].groups[0].rows[0].values["fpb"] == Value(30.0)
+
+
 @pytest.mark.parametrize(
     ("value", "text"), [(127.4e6, "127.4 M"), (0.59e9, "0.59 B"), (7.64e6, "7.64 M"), (9_000, "9,000")]
 )
