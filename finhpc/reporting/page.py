@@ -64,9 +64,8 @@ def _heading(key: str, title: str, tables: dict[str, Table]) -> str:
 
 
 def _head(found: Collected, tables: dict[str, Table], about: dict[str, Any]) -> str:
-    scales = dict.fromkeys(
-        f"{group.scale.text}; {_machine(group)}" for table in tables.values() for group in table.groups[:1]
-    )
+    first = [group for table in tables.values() for group in table.groups[:1]]
+    scales = dict.fromkeys(f"{group.scale.text}; {_machine(group)}; {_seeds(group)}" for group in first)
     listed = "".join(f"<li>{escape(text)}</li>" for text in scales)
     measured = (
         f"<p class='lead'>Ours were measured at this scale, the paper's on eight A100s at its own:</p><ul>{listed}</ul>"
@@ -79,6 +78,14 @@ def _head(found: Collected, tables: dict[str, Table], about: dict[str, Any]) -> 
         f"{measured if scales else ''}"
         f"<p>Models, data, training and machines differ: compare ratios within ours with ratios within the paper's.</p>"
     )
+
+
+def _seeds(group: Group) -> str:
+    """How many seeds the rows are of; one says nothing of chance."""
+    counts = sorted({row.train_seeds for row in group.rows if row.train_seeds})
+    if counts in ([], [1]):
+        return "one seed, so small differences may be chance"
+    return f"{' to '.join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))} seeds"
 
 
 def _machine(group: Group) -> str:
@@ -161,11 +168,11 @@ def _scaled(key: str, columns: list[Column], groups: list[Group], others: list[P
     width = len(columns) + 1
     rows = []
     for group in groups:
-        text, _, amount = group.scale.text.partition("), ")
-        data = f", data {group.scale.data}" if group.scale.data else ""
+        scale = group.scale
+        data = f", data {scale.data}" if scale.data else ""
         rows.append(
-            f"<tr class='scale'><td colspan={width}>{escape(text)}) <span>{escape(amount + data)}; "
-            f"{escape(_machine(group))}</span></td></tr>"
+            f"<tr class='scale'><td colspan={width}>{escape(f'{scale.model} ({scale.size})')} "
+            f"<span>{escape(f'{scale.amount:,} {scale.unit}{data}')}; {escape(_machine(group))}</span></td></tr>"
         )
         rows += [_ours(row, columns) + (_paper(row.paper, columns) if row.paper else "") for row in group.rows]
     if others:

@@ -85,7 +85,9 @@ class Tracked:
     def meaning(self) -> tuple[tuple[str, str], ...]:
         """Its settings but the seed and those that only place it: equal for the seeds of one experiment."""
         kept = {k: self.tags.get(f"now.{k}", v) for k, v in self.params.items() if not MAY_CHANGE.fullmatch(k)}
-        return tuple(sorted((key, value) for key, value in kept.items() if key != "train.seed"))
+        # A dense model has no ranks, whatever a grid of them gave it.
+        dropped = {"train.seed", *(("method.rank", "method.ranks") if self.setting("method.kind") == "dense" else ())}
+        return tuple(sorted((key, value) for key, value in kept.items() if key not in dropped))
 
     @property
     def made(self) -> str | None:
@@ -121,8 +123,13 @@ class Scale:
 
     @property
     def text(self) -> str:
+        return f"{self.model} ({self.size}), {self.amount:,} {self.unit}"
+
+    @property
+    def size(self) -> str:
         shape = f"{self.layers} layers x {self.width} wide, " if self.layers and self.width else ""
-        return f"{self.model} ({shape}{self.params / 1e6:,.1f} M parameters), {self.amount:,} {self.unit}"
+        params = f"{self.params / 1e6:,.1f} M" if self.params >= 1e5 else f"{self.params:,}"
+        return f"{shape}{params} parameters"
 
 
 @dataclass

@@ -50,6 +50,7 @@ class Row:
 
     @property
     def train_seeds(self) -> int:
+        """How many seeds it is the mean of; 0 for a base that no run here made."""
         return len(self.runs)
 
 

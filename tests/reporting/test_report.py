@@ -17,6 +17,7 @@ import finhpc
 from finhpc.cli import main
 from finhpc.config import ReportConfig, build
 from finhpc.errors import ConfigError, FinhpcError
+from finhpc.reporting import store as store_module
 from finhpc.reporting.report import report
 from tests.reporting.store import Store
 
@@ -71,6 +72,10 @@ def test_the_page_has_ours_and_the_papers_row_below_each_other(made: tuple[Path,
     ]
     dense = cells.row("gpt2-small-cpu 2 seeds")
     assert dense[4:7] == ["13.9 M (-)", "0.500", "0.500 ±0.100"]
+    assert (
+        "gpt2-small-cpu (6 layers x 384 wide, 13.9 M parameters), 10,240 tokens; 2 workers, on CPU, 1 thread each; "
+        "1 to 2 seeds" in (made[0] / "report.html").read_text()
+    )
     base = [row for row in cells.rows if row[0] == "smol"][1]  # of Table IX
     assert base[1:] == ["134.5 M", "-", "-", "-", "-"]
     assert [row for row in cells.rows if row[0] == "paper: Llama2-7B"][1][1:] == [
@@ -145,6 +150,12 @@ def test_the_verb_prints_its_result_and_a_dry_run_writes_nothing(
     assert result["tables"]["vi"][0]["params_total"] == 13_890_000
     assert not (tmp_path / "out").exists()
     assert callable(finhpc.report)
+
+
+def test_every_page_of_a_long_list_is_read(paper_like: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "PAGE", 2)
+    result = report(settings(paper_like, tmp_path / "out"), dry_run=True)
+    assert result["runs"] == {"pretrained": 4, "finetuned": 3, "scored": 0}
 
 
 # -- bad input ------------------------------------------------------------------------------

@@ -110,6 +110,14 @@ def test_the_best_settings_and_the_newest_run_of_a_seed_stand_for_a_row(store: S
     assert [run.name for run in row.runs] == ["good-again"]
 
 
+def test_a_dense_model_has_no_ranks_whatever_a_grid_gave_it(store: Store) -> None:
+    store.pretrain("dense-8", "dense", 8, result={"val_loss": 5.0})
+    store.pretrain("dense-16", "dense", 16, seed=1, result={"val_loss": 5.2})
+    (row,) = make_tables(store.collected())["vi"].groups[0].rows
+    assert (row.rank, row.settings, row.train_seeds) == (None, 1, 2)
+    assert row.values["val_loss"] == Value(pytest.approx(5.1), pytest.approx(0.2))
+
+
 def test_only_rows_of_one_shape_data_and_amount_are_compared(store: Store) -> None:
     store.pretrain("one", "dense")
     store.pretrain("longer", "dense", result={"tokens": 20480})
