@@ -3,6 +3,7 @@
 The rooms, from the top down (imports point down only):
 
 - `cli`            the `finhpc` command: one verb per job
+- `reporting`      the paper's tables and figures from what MLflow holds: no Ray, no torch
 - `orchestration`  Ray Train runs, MLflow tracking, what is on the screen
 - `training`       engine, loop, checkpoint, metrics: torch and DeepSpeed, no Ray
 - `planning`       memory, time and topologies before a run: counted from the code, beside the paper's tables
@@ -51,6 +52,7 @@ _PUBLIC = {
     "evaluate": "finhpc.orchestration.evaluate",
     "generate": "finhpc.evaluation.generate",
     "export": "finhpc.models.export",
+    "report": "finhpc.reporting.report",
     "PretrainConfig": "finhpc.config",
     "FinetuneConfig": "finhpc.config",
     "StudyConfig": "finhpc.config",
@@ -61,6 +63,7 @@ _PUBLIC = {
     "GenerateConfig": "finhpc.config",
     "ExportConfig": "finhpc.config",
     "DecomposeConfig": "finhpc.config",
+    "ReportConfig": "finhpc.config",
     "FinhpcError": "finhpc.errors",
     "ConfigError": "finhpc.errors",
 }

@@ -30,6 +30,7 @@ verbs:
   export     a trained model -> a folder for transformers: low-rank or merged, 16, 8 or 4 bits
   evaluate   models -> scores on general and financial tasks, with baselines and intervals
   generate   prompts, a file of them or a chat -> text; adapters over one base
+  report     what was tracked -> the paper's tables and figures, its figures beside ours, as a page
   bench      measure finhpc beside the plain way: finhpc bench --help names what
   ui         open MLflow's page of what was tracked, on this machine only
 
@@ -89,6 +90,7 @@ def _run(verb: str, words: list[str]) -> dict[str, Any] | None:
         "finetune": (config.FinetuneConfig, _finetune),
         "export": (config.ExportConfig, _export),
         "evaluate": (config.EvaluateConfig, _evaluate),
+        "report": (config.ReportConfig, _report),
         "ui": (config.UiConfig, _ui),
     }
     if verb not in verbs:
@@ -311,6 +313,12 @@ def _estimate(settings: Any, dry_run: bool) -> dict[str, Any]:
     from finhpc.orchestration.estimate import estimate
 
     return estimate(settings)
+
+
+def _report(settings: Any, dry_run: bool) -> dict[str, Any]:
+    from finhpc.reporting.report import report
+
+    return report(settings, dry_run=dry_run)
 
 
 def _ui(settings: Any, dry_run: bool) -> None:

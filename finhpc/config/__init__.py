@@ -18,6 +18,7 @@ from finhpc.config.pretrain import (
     StudyConfig,
     Variant,
 )
+from finhpc.config.report import ReportConfig
 from finhpc.config.section import Section, build, flatten, keys, load, nearest, recipes, to_yaml
 from finhpc.config.sweep import FinetuneSweepConfig, Sweep, SweepConfig
 from finhpc.config.training import Optimizer, Parallel, Recompute, Resources, Run, Train
@@ -46,6 +47,7 @@ __all__ = [
     "PrepareConfig",
     "PretrainConfig",
     "Recompute",
+    "ReportConfig",
     "Resources",
     "Run",
     "Sampling",

@@ -39,7 +39,7 @@ def ui(storage: str | Path = "runs", tracking_uri: str | None = None, port: int 
 @contextmanager
 def serving(tracking_uri: str, port: int) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """An MLflow server over a database, for this machine alone; ended on leaving."""
-    _check_database(tracking_uri)
+    check_database(tracking_uri)
     _check_port(port)
     address = f"http://{HOST}:{port}"
     server = subprocess.Popen(server_command(tracking_uri, port), env=server_environment(), stdout=sys.stderr.fileno())
@@ -63,7 +63,8 @@ def server_environment() -> dict[str, str]:
     return {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true", **os.environ}
 
 
-def _check_database(tracking_uri: str) -> None:
+def check_database(tracking_uri: str) -> None:
+    """Raise `ConfigError` for a sqlite address whose file does not exist."""
     database = database_file(tracking_uri)
     if database and not database.is_file():
         raise ConfigError(

@@ -128,6 +128,7 @@ class Worker:
                 replicas=parallel.replicas,
                 workers=self.ranks,
                 threads=torch.get_num_threads(),
+                device="cpu" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device),
                 val_samples=self.feed.scored,
             )
 

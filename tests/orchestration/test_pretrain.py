@@ -14,7 +14,7 @@ import torch
 from mlflow import MlflowClient
 
 import finhpc
-from finhpc.config import PretrainConfig, build
+from finhpc.config import PretrainConfig, ReportConfig, build
 from finhpc.data.reading import ReplicaStream, local_stream
 from finhpc.data.shards import Shards
 from finhpc.errors import ConfigError, RunBusyError, TrainingFailedError
@@ -51,6 +51,24 @@ def config(shards: Path, storage: Path, **sections: Any) -> PretrainConfig:
 def finished(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[PretrainConfig, dict[str, Any]]:
     settings = config(shards, tmp_path_factory.mktemp("runs"))
     return settings, pretrain(settings)
+
+
+def test_the_report_tells_of_the_run_what_its_result_says(
+    finished: tuple[PretrainConfig, dict[str, Any]], tmp_path: Path
+) -> None:
+    settings, result = finished
+    config = build(ReportConfig, {"run": {"storage": settings.run.storage}, "out": str(tmp_path)})
+    row = finhpc.report(config)["tables"]["vi"][0]
+    assert (row["model"], row["scale_model"], row["paper_model"]) == (
+        "GPT-2 3 x 32-r8",
+        "GPT-2 3 x 32",
+        "GPT2-127M-r192",
+    )
+    assert row["scale_amount"] == result["tokens"]
+    for name in ("params_total", "val_loss", "worker_hours"):
+        assert row[name] == result[name]
+    assert row["memory_gb"] == sum(result["peak_memory_bytes"]) / 1e9
+    assert "2 workers, on CPU, 1 thread each" in (tmp_path / "report.html").read_text()
 
 
 def test_a_run_learns_and_its_result_is_complete(finished: tuple[PretrainConfig, dict[str, Any]]) -> None:
