@@ -47,6 +47,7 @@ _PUBLIC = {
     "pretrain": "finhpc.orchestration.pretrain",
     "finetune": "finhpc.orchestration.finetune",
     "study": "finhpc.orchestration.study",
+    "reproduce": "finhpc.orchestration.reproduce",
     "evaluate": "finhpc.orchestration.evaluate",
     "generate": "finhpc.evaluation.generate",
     "export": "finhpc.models.export",
@@ -58,6 +59,7 @@ _PUBLIC = {
     "GenerateConfig": "finhpc.config",
     "ExportConfig": "finhpc.config",
     "DecomposeConfig": "finhpc.config",
+    "ReproduceConfig": "finhpc.config",
     "FinhpcError": "finhpc.errors",
     "ConfigError": "finhpc.errors",
 }

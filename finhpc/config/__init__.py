@@ -18,6 +18,7 @@ from finhpc.config.pretrain import (
     StudyConfig,
     Variant,
 )
+from finhpc.config.reproduce import HoldOutConfig, MeasureConfig, Recipe, ReproduceConfig, Step
 from finhpc.config.section import Section, build, flatten, keys, load, nearest, recipes, to_yaml
 from finhpc.config.training import Optimizer, Parallel, Recompute, Resources, Run, Train
 
@@ -35,19 +36,24 @@ __all__ = [
     "FinetuneConfig",
     "FinetuneQuantization",
     "GenerateConfig",
+    "HoldOutConfig",
     "Instructions",
     "Lora",
+    "MeasureConfig",
     "Method",
     "Model",
     "Optimizer",
     "Parallel",
     "PrepareConfig",
     "PretrainConfig",
+    "Recipe",
     "Recompute",
+    "ReproduceConfig",
     "Resources",
     "Run",
     "Sampling",
     "Section",
+    "Step",
     "StudyConfig",
     "Train",
     "TrainingConfig",
