@@ -17,7 +17,8 @@ class ReproduceConfig(Section):
         "cpu", description="cpu: small models, two cores; paper: the paper's, a GPU cluster; or a YAML file of steps"
     )
     text: list[str] = Field(
-        default_factory=list, description="pretraining text, as for prepare; default: the scale's (docs, or OpenWebText)"
+        default_factory=list,
+        description="text for pretraining, as prepare's source; default: the scale's (docs; OpenWebText)",
     )
     general: str | None = Field(None, description="folder with files of BoolQ, PIQA and WinoGrande")
     finance: list[str] = Field(

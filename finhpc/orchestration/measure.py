@@ -53,7 +53,7 @@ def measure(config: MeasureConfig) -> dict[str, Any]:
         rows = [{"model": m, "bits": bits} | of for m, widths in found.items() for bits, of in widths.items()]
         result = {"status": "finished", "models": rows, "sha256": sha256, "wall_s": time.monotonic() - begin}
         folder.write_result(result)
-    rows_table("sizes and generation, one prompt", [row | {"model": _short(row["model"])} for row in rows])
+    rows_table("sizes and generation, one prompt", [row | {"model": _short(str(row["model"]))} for row in rows])
     return result
 
 
@@ -141,8 +141,8 @@ def _log(tracking_uri: str, run_id: str, found: dict[str, float]) -> None:
     except Exception as error:  # whatever MLflow or the network comes up with
         reason = (redact(str(error)).strip().splitlines() or [type(error).__name__])[0][:160]
         raise TrainingFailedError(
-            f"MLflow at {redact(tracking_uri)} did not take the sizes and speeds ({reason}); mend that and run the same "
-            "command again."
+            f"MLflow at {redact(tracking_uri)} did not take the sizes and speeds ({reason}); mend that and run the "
+            "same command again."
         ) from None
 
 

@@ -191,6 +191,8 @@ def _show(config: ReproduceConfig, recipe: Recipe, planned: list[Planned]) -> No
     for row in rows:
         if row["state"] == "left out":
             _say(f"left out: {row['step']}, {row['why']}")
+        for note in row["notes"]:
+            _say(f"note: {row['step']}: {note}")
     unchecked = dict.fromkeys(what for row in rows for what in row["unchecked"])
     if unchecked:
         _say(f"not checked before its step runs: {'; '.join(unchecked)}")

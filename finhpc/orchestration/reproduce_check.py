@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,28 +25,31 @@ from finhpc.config import (
 from finhpc.errors import ConfigError
 from finhpc.lowrank.registry import SVD
 from finhpc.orchestration.cluster import check_fits, use_cuda
-from finhpc.orchestration.estimate import checked, topology_of
+from finhpc.orchestration.estimate import checked, scheme_of, topology_of
 from finhpc.orchestration.plan import collect
 from finhpc.orchestration.reproduce_steps import AbsentError, Tree, inputs_of, merged, resolve, step_config
 from finhpc.orchestration.reproduce_verbs import VERBS
 from finhpc.orchestration.runfolder import RunFolder
 from finhpc.planning.devices import CPU_REACHED, DEVICES, REACHED, Cluster, Device, this_machine
+from finhpc.planning.memory import Memory
 from finhpc.planning.outline import outline_of
 from finhpc.planning.pace import paced
 
 DEVICES_A_NODE = 8
+USABLE = 0.9  # of a device's memory, as estimate.usable
 DONE = ("finished", "done")  # what verbs write as the status of a result
 
 
 @dataclass
 class Planned:
-    """A step that is to come. `config`: its settings as far as they are known; None where it will not run, `why` not."""
+    """A step that is to come. `config`: its settings as far as known; None where it will not run, see `why`."""
 
     step: Step
     folder: Path
     config: Section | None = None
     why: str = ""
     unchecked: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     params: int | None = None
     tokens: int | None = None
     hours: float | None = None  # of the whole step, estimated
@@ -215,7 +218,16 @@ def _count(planned: Planned, config: EstimateConfig, device: str | None) -> None
     nodes = -(-topology.workers // DEVICES_A_NODE)
     memory = hardware.memory_gb * 1e9
     cluster = Cluster(hardware, nodes, DEVICES_A_NODE, memory, REACHED if device else CPU_REACHED, precision)
-    pace = paced(outline, topology, outline.stages(topology.stages), cluster)
+    cut = outline.stages(topology.stages)
+    pace = paced(outline, topology, cut, cluster)
+    scheme = scheme_of(config, cuda=device is not None)
+    held = replace(outline, fused=scheme.fused(config.data.seq_len))
+    peak = max(stage.peak_bytes for stage in Memory(held, scheme).stages(topology, cut))
+    if peak > USABLE * memory:
+        planned.notes.append(
+            f"its fullest stage takes about {peak / 1e9:.0f} GB, and {hardware.name} has {hardware.memory_gb:g}; raise "
+            "parallel.stages, or use train.recompute=full"
+        )
     planned.params, planned.workers = outline.params, topology.workers
     planned.tokens = config.train.steps * config.parallel.samples_per_step * config.data.seq_len
     planned.hours = config.train.steps * pace.step_s / 3600
@@ -239,6 +251,7 @@ def rows_of(planned: list[Planned]) -> list[dict[str, Any]]:
             "hours": one.hours,
             "why": one.why,
             "unchecked": one.unchecked,
+            "notes": one.notes,
         }
         for one in planned
     ]

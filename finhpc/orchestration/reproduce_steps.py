@@ -42,23 +42,26 @@ def read_recipe(scale: str) -> Recipe:
 
 
 def _check_form(recipe: Recipe) -> None:
-    problems, known = [], [*recipe.inputs]
-    problems += [f"inputs.{name} is no input; {nearest(name, list(INPUTS))}" for name in known if name not in INPUTS]
-    verbs = [(f"defaults.{verb}", verb) for verb in recipe.defaults] + [
-        (f"step {step.name}", step.verb) for step in recipe.steps
+    problems = [
+        f"inputs.{name} is no input; {nearest(name, list(INPUTS))}" for name in recipe.inputs if name not in INPUTS
     ]
-    problems += [f"{where}: {verb} is no verb; {nearest(verb, list(VERBS))}" for where, verb in verbs if verb not in VERBS]
+    verbs = {f"defaults.{verb}": verb for verb in recipe.defaults}
+    verbs |= {f"step {step.name}": step.verb for step in recipe.steps}
+    problems += [
+        f"{at}: {verb} is no verb; {nearest(verb, list(VERBS))}" for at, verb in verbs.items() if verb not in VERBS
+    ]
     names = [step.name for step in recipe.steps]
-    problems += [f"step {name} is there twice; names differ." for name in sorted({n for n in names if names.count(n) > 1})]
-    problems += [f"step {name} has the name of an input; choose another." for name in names if name in INPUTS]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    problems += [f"step {name} is there twice; give one another name." for name in twice]
+    problems += [f"step {name} has the name of an input; give it another." for name in names if name in INPUTS]
     for at, step in enumerate(recipe.steps):
-        for name in references(merged(recipe, step)):
-            if name not in INPUTS and name not in names[:at]:
-                later = name in names
-                problems.append(
-                    f"step {step.name}: ${{{name}}} is "
-                    + ("a later step; put it before." if later else f"no input and no step; {nearest(name, names[:at])}")
-                )
+        for name in dict.fromkeys(references(merged(recipe, step))):
+            if name in INPUTS or name in names[:at]:
+                continue
+            mend = "a later step; put it before."
+            if name not in names:
+                mend = f"no input and no step; {nearest(name, [*INPUTS, *names[:at]])}"
+            problems.append(f"step {step.name}: ${{{name}}} is {mend}")
     if problems:
         raise ConfigError(problems)
 
@@ -152,8 +155,7 @@ def step_config(study: ReproduceConfig, step: Step, tree: Tree) -> Section:
     name = f"{study.run.name}-{step.name}"
     folder = RunFolder(study.run.storage, name).path
     if "run" in fields:
-        own = {"storage": str(folder.parent), "tracking_uri": study.run.tracking_uri, "experiment": study.run.experiment}
-        own |= {"name": name, "max_failures": study.run.max_failures}
+        own = study.run.model_dump() | {"name": name, "storage": str(folder.parent)}
         tree["run"] = own | tree.get("run", {})
     if "out" in fields:
         tree.setdefault("out", str(folder))

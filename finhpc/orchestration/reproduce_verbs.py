@@ -1,4 +1,4 @@
-"""The verbs that a reproduction is made of: their settings, their functions, and what their results are known to hold."""
+"""The verbs that a reproduction is made of: their settings, their functions, and what their results will hold."""
 
 from __future__ import annotations
 
