@@ -139,9 +139,9 @@ class Checker:
         method = config.method
         if start is not config and method.kind == SVD:  # the ranks that scratch would be checked for
             method = method.model_copy(update={"kind": "low_rank"})
+        self.pretrained[str(planned.folder / "model")] = config
         tree = config.model_dump() | {"model": model.model_dump(), "method": method.model_dump()}
         _count(planned, build(EstimateConfig, tree), self.recipe.device)
-        self.pretrained[str(planned.folder / "model")] = config
 
     def _finetune(self, planned: Planned, config: FinetuneConfig) -> None:
         from finhpc.orchestration.finetune import Finetune

@@ -27,7 +27,10 @@ def test_the_task_files_hold_what_a_finetuning_of_the_same_files_never_sees(tmp_
     words = tokenizer()
     made = make_examples(Instructions(source=sources, eval_fraction=0.3), words, 0)
     learned = [words.decode(made.train.example(i)[0]).lower() for i in range(len(made.train))]
-    held = {task: [json.loads(line) for line in open(path)] for task, path in result["files"].items()}
+    held = {
+        task: [json.loads(line) for line in Path(path).read_text().splitlines()]
+        for task, path in result["files"].items()
+    }
     of_text = sum(made.held_out.source.tolist().count(source) for source in (0, 1))
     assert sum(map(len, held.values())) == sum(result["examples"].values()) == of_text > 40
     for rows in held.values():
