@@ -140,7 +140,9 @@ def _run(study: ReproduceConfig, recipe: Recipe, one: Planned, known: dict[str, 
         outcome.why = one.why or f"it needs {absent.name}, which is not there"
         return outcome
     except FinhpcError as error:
-        outcome.status, outcome.why = "failed", str(error)
+        first, *more = str(error).splitlines()
+        outcome.status, outcome.why = "failed", first + (f" (and {len(more)} more problems)" if more else "")
+        _say(str(error))
     except Exception as error:  # a step that fails for a reason nobody foresaw must not end the others
         traceback.print_exc(file=sys.stderr)
         outcome.status, outcome.why = "failed", f"{type(error).__name__}: {error}".splitlines()[0]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finhpc.config import (
+    DecomposeConfig,
     EstimateConfig,
     EvaluateConfig,
     FinetuneConfig,
@@ -114,6 +115,8 @@ class Checker:
                 self._finetune(planned, config)
             case EvaluateConfig():
                 self._evaluate(planned, config)
+            case DecomposeConfig():
+                self._decompose(planned, config)
             case HoldOutConfig():
                 self._hold_out(planned, config)
 
@@ -174,6 +177,16 @@ class Checker:
                 planned.unchecked.append(f"{source} (the hub)")
             elif task in SOURCES:
                 documents(task, config.data, 1, config.seed)
+
+    def _decompose(self, planned: Planned, config: DecomposeConfig) -> None:
+        from finhpc.orchestration.decompose import decompose
+
+        if self._is_coming(config.model):
+            return
+        if Path(config.model).expanduser().exists():
+            decompose(config, dry_run=True)
+        else:
+            planned.unchecked.append(f"{config.model} (the hub)")
 
     def _hold_out(self, planned: Planned, config: HoldOutConfig) -> None:
         from finhpc.evaluation.hold_out import held_out_documents

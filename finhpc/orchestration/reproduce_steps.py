@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from finhpc.config import Recipe, ReproduceConfig, Section, Step, build, load, nearest, recipes
+from finhpc.config import Recipe, ReproduceConfig, Section, Step, build, keys, load, nearest, recipes
 from finhpc.errors import ConfigError
 from finhpc.orchestration.reproduce_verbs import VERBS
 from finhpc.orchestration.runfolder import RunFolder
@@ -154,9 +154,9 @@ def step_config(study: ReproduceConfig, step: Step, tree: Tree) -> Section:
     fields, tree = cls.model_fields, dict(tree)
     name = f"{study.run.name}-{step.name}"
     folder = RunFolder(study.run.storage, name).path
+    own = study.run.model_dump() | {"name": name, "storage": str(folder.parent)}
     if "run" in fields:
-        own = study.run.model_dump() | {"name": name, "storage": str(folder.parent)}
-        tree["run"] = own | tree.get("run", {})
+        tree["run"] = {key: own[key] for key in _keys_of_run(cls)} | tree.get("run", {})
     if "out" in fields:
         tree.setdefault("out", str(folder))
     if "experiments" in fields:
@@ -164,3 +164,8 @@ def step_config(study: ReproduceConfig, step: Step, tree: Tree) -> Section:
     if "resources" in fields and (given := study.resources.model_dump(exclude_unset=True)):
         tree["resources"] = tree.get("resources", {}) | given
     return build(cls, tree)
+
+
+def _keys_of_run(cls: type[Section]) -> list[str]:
+    """A report knows where runs are tracked, and has no name of its own."""
+    return [key.removeprefix("run.") for key in keys(cls) if key.startswith("run.")]

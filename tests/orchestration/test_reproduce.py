@@ -134,7 +134,7 @@ def test_the_scales_that_ship_check_out(tmp_path: Path, capfd: pytest.CaptureFix
         "finance": [str(data / name) for name in ("fpb.txt", "tfns.csv", "fiqa.json")],
     }
     small = reproduce(settings(tmp_path, "cpu", **given), dry_run=True)
-    assert {row["state"] for row in small["steps"]} == {"to do"}
+    assert not [row for row in small["steps"] if row["state"] != "to do" and row["verb"] != "report"]
     assert small["does_not_fit"] == []
     rows = {row["step"]: row for row in small["steps"]}
     assert rows["dense"]["params"] > rows["method1-r64"]["params"] == rows["method2-r64"]["params"]
@@ -144,14 +144,14 @@ def test_the_scales_that_ship_check_out(tmp_path: Path, capfd: pytest.CaptureFix
     assert [round(rows[f"127m-method2-r{rank}"]["params"] / 1e5) for rank in (192, 96, 48)] == [776, 586, 490]
     assert [round(rows[f"1500m-method1-r{rank}"]["params"] / 1e6) for rank in (384, 192, 96)] == [575, 329, 206]
     assert rows["1500m-dense"]["hours"] > 10 * rows["127m-dense"]["hours"] > 0
-    assert {row["state"] for row in big["steps"]} == {"to do"}
+    assert not [row for row in big["steps"] if row["state"] != "to do" and row["verb"] != "report"]
     assert "meta-llama/Llama-2-13b-hf (the hub)" in rows["13b-r8"]["unchecked"]
     left = reproduce(settings(tmp_path, "cpu", text=given["text"]), dry_run=True)["steps"]
     why = {row["step"]: row["why"] for row in left if row["state"] == "left out"}
     assert {name for name, reason in why.items() if reason == "general is not given"} >= {"pretrained-general"}
     assert why["lora-r8"] == why["base-speed"] == why["tuned-finance"] == "finance is not given"
     assert not {"dense", "method3-r64", "pretrained-speed"} & set(why)
-    assert "not checked before its step runs: hf:Skylion007/openwebtext (the hub)" in capfd.readouterr().err
+    assert "not checked before its step runs: hf:tatsu-lab/alpaca (the hub); meta-llama/" in capfd.readouterr().err
 
 
 def starts(storage: Path, name: str) -> int:
@@ -175,7 +175,7 @@ def test_it_goes_on_after_a_kill_and_past_a_step_that_fails(tmp_path: Path, run_
                 "train": {"steps": 500, "eval_every": 0, "checkpoint_every": 0},
             },
         },
-        {"name": "broken", "verb": "measure", "settings": {"model": [str(tmp_path)]}},
+        {"name": "broken", "verb": "decompose", "settings": {"model": "${dense.model}", "rank": 900}},
         {
             "name": "scores",
             "verb": "evaluate",
@@ -200,7 +200,7 @@ def test_it_goes_on_after_a_kill_and_past_a_step_that_fails(tmp_path: Path, run_
     kept = (storage / "r-dense" / "journal.jsonl").read_bytes()
     steps[1]["settings"]["train"]["steps"] = 520  # of the one that was killed; the finished one is not touched
     write_recipe(tmp_path / "r.yaml", run_shards, steps)
-    with pytest.raises(TrainingFailedError, match=r"1 of 6 steps failed: broken \(model=.* was made by no run"):
+    with pytest.raises(TrainingFailedError, match=r"1 of 6 steps failed: broken \(.*rank=900"):
         reproduce(settings(tmp_path, scale))
     assert (storage / "r-dense" / "journal.jsonl").read_bytes() == kept, "found finished"
     result = json.loads((storage / "r" / "result.json").read_text())
