@@ -35,8 +35,7 @@ class Width:
     seconds: list[float] = field(default_factory=list)
 
     def figures(self, new: int) -> dict[str, float]:
-        took = statistics.median(self.seconds)
-        return {"size_bytes": self.size_bytes, "generate_s": took, "generate_tokens_per_s": new / took}
+        return {"size_bytes": self.size_bytes, "generate_tokens_per_s": new / statistics.median(self.seconds)}
 
 
 def own_bits(model: str) -> int:
@@ -49,7 +48,7 @@ def own_bits(model: str) -> int:
 
 
 def measure_widths(config: MeasureConfig, scratch: Path, device: str) -> dict[str, dict[int, dict[str, float]]]:
-    """Model -> bits -> `size_bytes`, `generate_s`, `generate_tokens_per_s` of one prompt; all in turn, one in memory.
+    """Model -> bits -> `size_bytes`, and `generate_tokens_per_s` of one prompt; all in turn, one in memory.
 
     Models are exported into `scratch`, in bfloat16 and per vector (`minmax`) below 16 bits, an adapter merged into
     its base. `device`: cpu or cuda. Raises `ConfigError` and `CheckpointError` as export and generate do.

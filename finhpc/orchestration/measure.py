@@ -1,7 +1,7 @@
 """Sizes and speed of generation of trained models, into the MLflow runs that made them: a step of `reproduce`.
 
-A run gets `size_bytes`, `generate_s` and `generate_tokens_per_s` at the bits it was trained at, and at every other
-width `size_8bit_bytes`, `generate_8bit_s`, `generate_8bit_tokens_per_s`.
+A run gets `size_bytes` and `generate_tokens_per_s` at the bits it was trained at, and for every width measured
+`size_8bit_bytes` and `generate_8bit_tokens_per_s`.
 """
 
 from __future__ import annotations

