@@ -87,7 +87,7 @@ def reproduce(config: ReproduceConfig, dry_run: bool = False) -> dict[str, Any]:
             bad = [outcome for outcome in done if outcome.status == "failed"]
             result["status"] = "failed" if bad else "finished"
         finally:
-            last = next((one.result for one in reversed(done) if one.verb == "report" and one.result), None)
+            last = next((one.result["out"] for one in reversed(done) if one.verb == "report" and one.result), None)
             result |= {"steps": [one.row() for one in done], "wall_s": time.monotonic() - begin, "report": last}
             folder.write_result(result)
     rows_table(f"reproduce {config.run.name} at scale {config.scale}", [_shown(one) for one in done])
