@@ -182,14 +182,17 @@ def _show(config: ReproduceConfig, recipe: Recipe, planned: list[Planned]) -> No
             "state": row["state"],
             "parameters": "" if row["params"] is None else f"{row['params'] / 1e6:,.2f} M",
             "tokens": "" if row["tokens"] is None else f"{row['tokens'] / 1e6:,.2f} M",
-            "workers": str(row["workers"]),
+            "workers": "" if row["workers"] is None else str(row["workers"]),
             "time": "" if row["hours"] is None else _clock(row["hours"] * 3600),
         }
         for row in rows
     ]
     rows_table(f"reproduce {config.run.name} at scale {config.scale}", shown)
-    where = recipe.device or "this machine"
-    _say(f"parameters of finetuning: those trained. time: a rough estimate for {where}, of the steps' work alone.")
+    where, hours = recipe.device or "this machine", sum(row["hours"] or 0 for row in rows)
+    _say(
+        f"parameters of finetuning: those trained. time: a rough estimate for {where}, of the steps' work alone; "
+        f"{_clock(hours * 3600)} for the steps that it is known of."
+    )
     for row in rows:
         if row["state"] == "left out":
             _say(f"left out: {row['step']}, {row['why']}")

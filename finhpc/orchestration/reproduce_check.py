@@ -54,7 +54,7 @@ class Planned:
     params: int | None = None
     tokens: int | None = None
     hours: float | None = None  # of the whole step, estimated
-    workers: int = 1
+    workers: int | None = None  # of a training
 
     @property
     def finished(self) -> bool:
