@@ -208,7 +208,7 @@ def _help(verb: str, cls: type[Any]) -> str:
         from finhpc.models.presets import PRESETS
 
         lines += ["", f"shapes for --model.preset: {', '.join(PRESETS)}"]
-    if verb in ("prepare", "pretrain", "estimate", "study", "reproduce"):
+    if verb in ("prepare", "pretrain", "estimate", "study"):
         kinds = {"prepare": "prepare", "study": "studies/", "reproduce": "reproduce/"}
         first = kinds.get(verb)
         named = [

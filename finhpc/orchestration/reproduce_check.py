@@ -59,8 +59,10 @@ class Planned:
     @property
     def finished(self) -> bool:
         """Whether its folder says so; the verb itself looks more closely."""
-        kept = self.folder / "result.json"
-        return kept.is_file() and json.loads(kept.read_text(encoding="utf-8"))["status"] in DONE
+        try:
+            return json.loads((self.folder / "result.json").read_text(encoding="utf-8"))["status"] in DONE
+        except (OSError, ValueError, KeyError):
+            return False
 
 
 class Checker:
@@ -107,8 +109,6 @@ class Checker:
         match config:
             case PrepareConfig():
                 self._prepare(planned, config)
-            case EstimateConfig():
-                raise AssertionError("estimate is no verb of a reproduction")
             case PretrainConfig():
                 self._pretrain(planned, config)
             case FinetuneConfig():
