@@ -49,6 +49,7 @@ _PUBLIC = {
     "finetune": "finhpc.orchestration.finetune",
     "study": "finhpc.orchestration.study",
     "sweep": "finhpc.orchestration.sweep",
+    "reproduce": "finhpc.orchestration.reproduce",
     "evaluate": "finhpc.orchestration.evaluate",
     "generate": "finhpc.evaluation.generate",
     "export": "finhpc.models.export",
@@ -64,6 +65,7 @@ _PUBLIC = {
     "ExportConfig": "finhpc.config",
     "DecomposeConfig": "finhpc.config",
     "ReportConfig": "finhpc.config",
+    "ReproduceConfig": "finhpc.config",
     "FinhpcError": "finhpc.errors",
     "ConfigError": "finhpc.errors",
 }

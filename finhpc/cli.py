@@ -32,6 +32,7 @@ verbs:
   generate   prompts, a file of them or a chat -> text; adapters over one base
   report     what was tracked -> the paper's tables and figures, its figures beside ours, as a page
   bench      measure finhpc beside the plain way: finhpc bench --help names what
+  reproduce  the whole paper at one scale: pretraining, finetuning, scores, speeds, and the report
   ui         open MLflow's page of what was tracked, on this machine only
 
 options of every verb:
@@ -91,6 +92,7 @@ def _run(verb: str, words: list[str]) -> dict[str, Any] | None:
         "export": (config.ExportConfig, _export),
         "evaluate": (config.EvaluateConfig, _evaluate),
         "report": (config.ReportConfig, _report),
+        "reproduce": (config.ReproduceConfig, _reproduce),
         "ui": (config.UiConfig, _ui),
     }
     if verb not in verbs:
@@ -244,7 +246,7 @@ def _help(verb: str, cls: type[Any]) -> str:
 
         lines += ["", f"shapes for --model.preset: {', '.join(PRESETS)}"]
     if verb in ("prepare", "pretrain", "estimate", "study"):
-        kinds = {"prepare": "prepare", "study": "studies/"}
+        kinds = {"prepare": "prepare", "study": "studies/", "reproduce": "reproduce/"}
         first = kinds.get(verb)
         named = [
             name
@@ -307,6 +309,13 @@ def _evaluate(settings: Any, dry_run: bool) -> dict[str, Any]:
     from finhpc.orchestration.evaluate import evaluate
 
     return evaluate(settings, dry_run=dry_run)
+
+
+def _reproduce(settings: Any, dry_run: bool) -> dict[str, Any]:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from finhpc.orchestration.reproduce import reproduce
+
+    return reproduce(settings, dry_run=dry_run)
 
 
 def _estimate(settings: Any, dry_run: bool) -> dict[str, Any]:

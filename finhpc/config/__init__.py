@@ -19,6 +19,7 @@ from finhpc.config.pretrain import (
     Variant,
 )
 from finhpc.config.report import ReportConfig
+from finhpc.config.reproduce import HoldOutConfig, MeasureConfig, Recipe, ReproduceConfig, Step
 from finhpc.config.section import Section, build, flatten, keys, load, nearest, recipes, to_yaml
 from finhpc.config.sweep import FinetuneSweepConfig, Sweep, SweepConfig
 from finhpc.config.training import Optimizer, Parallel, Recompute, Resources, Run, Train
@@ -38,20 +39,25 @@ __all__ = [
     "FinetuneQuantization",
     "FinetuneSweepConfig",
     "GenerateConfig",
+    "HoldOutConfig",
     "Instructions",
     "Lora",
+    "MeasureConfig",
     "Method",
     "Model",
     "Optimizer",
     "Parallel",
     "PrepareConfig",
     "PretrainConfig",
+    "Recipe",
     "Recompute",
     "ReportConfig",
+    "ReproduceConfig",
     "Resources",
     "Run",
     "Sampling",
     "Section",
+    "Step",
     "StudyConfig",
     "Sweep",
     "SweepConfig",

@@ -22,9 +22,9 @@ C = TypeVar("C", bound=Section)
 
 
 def recipes() -> dict[str, Path]:
-    """Named configs that ship with finhpc: name -> YAML file; a study's is studies/NAME."""
+    """Named configs that ship with finhpc: name -> YAML file; a study's is studies/NAME, a scale's reproduce/NAME."""
     folder = Path(str(files("finhpc") / "recipes"))
-    paths = (*sorted(folder.glob("*.yaml")), *sorted(folder.glob("studies/*.yaml")))
+    paths = [path for where in ("*", "studies/*", "reproduce/*") for path in sorted(folder.glob(f"{where}.yaml"))]
     return {path.relative_to(folder).with_suffix("").as_posix(): path for path in paths}
 
 

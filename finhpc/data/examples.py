@@ -133,13 +133,21 @@ def _split(
         train = [i for i in learned if keys[i] not in seen]
         leaked = len(learned) - len(train)
     else:
-        border = int(settings.eval_fraction * 2**64)
-        chosen = [int.from_bytes(key[:8], "big") < border for key in keys]
+        chosen = [_is_held_out(key, settings.eval_fraction) for key in keys]
         train = [i for i in kept if not chosen[i]]
         held_out = [i for i in kept if chosen[i]]
     # By the far end of the hash: its beginning decided the split, and eval_limit takes the first of these.
     held_out.sort(key=lambda i: keys[i][::-1])
     return train, held_out, leaked
+
+
+def is_held_out(text: str, fraction: float) -> bool:
+    """Whether an input is among the held-out `fraction`, of whatever source: its letters and digits say it."""
+    return _is_held_out(_key(text), fraction)
+
+
+def _is_held_out(key: bytes, fraction: float) -> bool:
+    return int.from_bytes(key[:8], "big") < int(fraction * 2**64)
 
 
 def _key(text: str) -> bytes:

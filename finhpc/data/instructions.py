@@ -89,6 +89,15 @@ def read_examples(sources: list[str], settings: Instructions, tokenizer: Any) ->
     return found
 
 
+def format_of(spec: str, settings: Instructions) -> str:
+    """The format of a source, named or told by its columns; raises `ConfigError` where it is of no known one."""
+    path, named = split_name(spec, FORMATS)
+    if named:
+        return named
+    reading = read_records(path, settings.encoding, settings.hf_split)
+    return _detect(reading.source, reading.columns, settings)
+
+
 def _read(number: int, spec: str, settings: Instructions, tokenizer: Any) -> Source:
     path, named = split_name(spec, FORMATS)
     reading = read_records(path, settings.encoding, settings.hf_split, named)

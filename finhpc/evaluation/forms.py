@@ -19,6 +19,7 @@ from finhpc.quantization.per_vector import unpack
 CALL_WEIGHTS = 40_000  # what one more call costs in the time of reading weights; measured: 4 us at 20 GB/s, bf16
 FEW_ROWS = 128  # beyond it, turning 8-bit rows into floats once is cheaper than torch's kernel for few rows
 ALIGNMENT = 64  # bytes, as torch allocates
+BYTE_COLUMNS = 16  # torch 2.13's 8-bit kernel reads as many at once, and beyond the end of other rows
 OFFSET = 128  # uint8 codes as int8
 GROUPS = (256, 128, 64, 32)  # columns that share a scale in torch's 4-bit kernel
 
@@ -35,11 +36,12 @@ def use_fast_forms(model: nn.Module) -> dict[str, int]:
             made, kind = _merged(module), "merged"
         elif isinstance(module, QuantizedLinear) and module.like.dtype == torch.bfloat16 and not module.weight.is_cuda:
             kind = f"kernel_{module.bits}"
-            if module.bits == 8:
+            if module.bits == 8 and module.columns % BYTE_COLUMNS == 0:
                 made = ByteLinear.of_packed(module)
-            elif module.columns % GROUPS[-1] == 0:
+            elif module.bits == 4 and module.columns % GROUPS[-1] == 0:
                 made = HalfByteLinear(module)
-        elif type(module).__name__ == "Linear8bitLt":  # bitsandbytes is imported where a model needs it
+        # bitsandbytes is imported where a model needs it
+        elif type(module).__name__ == "Linear8bitLt" and module.in_features % BYTE_COLUMNS == 0:
             made, kind = ByteLinear.of_int8(module), "kernel_8"
         if made is not None:
             model.set_submodule(name, made)

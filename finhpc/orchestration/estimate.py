@@ -36,7 +36,7 @@ def estimate(config: EstimateConfig) -> dict[str, Any]:
     Nothing is trained or written. With `estimate.device this-machine` the parts are measured here, by as
     many processes as the run has workers. Raises `ConfigError` with every problem.
     """
-    hf_config, params_dense = _checked(config)
+    hf_config, params_dense = checked(config)
     wanted = config.estimate
     topology, cluster = topology_of(config), _cluster(config)
     here = wanted.device == THIS_MACHINE
@@ -162,7 +162,7 @@ def timing(outline: Outline, topology: Topology, pace: Pace) -> dict[str, Any]:
     }
 
 
-def _checked(config: EstimateConfig) -> tuple[Any, int]:
+def checked(config: EstimateConfig) -> tuple[Any, int]:
     """(transformers config of the model, parameters of its dense twin), once nothing is wrong."""
     problems: list[str] = []
     hf_config: Any = None

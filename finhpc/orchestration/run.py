@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from finhpc.config import TrainingConfig, flatten
+from finhpc.config import Run, TrainingConfig, flatten
 from finhpc.errors import ConfigError
 from finhpc.orchestration import outcome
 from finhpc.orchestration.cluster import check_fits, cluster_resources, known_resources, ray_cluster, use_cuda
@@ -101,9 +101,13 @@ def whole_path(path: str) -> str:
 
 def place_whole(config: TrainingConfig) -> None:
     """Make the paths of `run` whole, in place."""
-    config.run.storage = whole_path(config.run.storage)
-    if config.run.tracking_uri:
-        config.run.tracking_uri = absolute_tracking_uri(config.run.tracking_uri)
+    place_whole_run(config.run)
+
+
+def place_whole_run(run: Run) -> None:
+    run.storage = whole_path(run.storage)
+    if run.tracking_uri:
+        run.tracking_uri = absolute_tracking_uri(run.tracking_uri)
 
 
 def _where_it_goes_on(folder: RunFolder) -> str:

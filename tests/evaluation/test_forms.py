@@ -60,10 +60,11 @@ def test_codes_lie_where_the_kernel_can_take_them(shift: int) -> None:
 
 
 def test_layers_the_kernels_cannot_take_stay() -> None:
-    odd, whole = packed(64, 40, 4, False), packed(64, 64, 8, False).float()
-    model = nn.Sequential(odd, whole)
+    """Of 40 columns the 8-bit kernel would end the process, or read on behind them."""
+    layers = [packed(64, 40, 4, False), packed(40, 64, 8, False).float(), packed(32, 40, 8, False)]
+    model = nn.Sequential(*layers)
     assert not any(use_fast_forms(model).values())
-    assert list(model) == [odd, whole]
+    assert list(model) == layers
 
 
 def test_a_pair_is_multiplied_out_where_that_is_less_to_read() -> None:
