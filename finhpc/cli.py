@@ -22,7 +22,7 @@ USAGE = """usage: finhpc VERB [--config FILE_OR_RECIPE] [--KEY VALUE ...]
 verbs:
   prepare    text on disk -> token shards
   pretrain   token shards -> a low-rank (or dense) model
-  estimate   memory, time and the cluster that a pretrain would need, before it starts
+  estimate   memory, time and the cluster that a pretrain would need, before it starts; estimate finetune: a finetune
   study      variants of a run beside each other: screened, the best trained for long on several seeds
   decompose  a dense model -> a low-rank one of its best factors
   finetune   examples and a frozen base, 16, 8 or 4 bits -> a LoRA adapter
@@ -76,6 +76,8 @@ def _run(verb: str, words: list[str]) -> dict[str, Any] | None:
 
     if verb == "bench":
         return _bench(words)
+    if verb == "estimate" and words[:1] == ["finetune"]:
+        return _settle("estimate finetune", config.FinetuneEstimateConfig, _estimate_finetune, words[1:])
     verbs: dict[str, tuple[type[config.Section], Callable[..., dict[str, Any] | None]]] = {
         "prepare": (config.PrepareConfig, _prepare),
         "pretrain": (config.PretrainConfig, _pretrain),
@@ -206,8 +208,8 @@ def _help(verb: str, cls: type[Any]) -> str:
         from finhpc.models.presets import PRESETS
 
         lines += ["", f"shapes for --model.preset: {', '.join(PRESETS)}"]
-    if verb in ("prepare", "pretrain", "estimate", "study"):
-        kinds = {"prepare": "prepare", "study": "studies/"}
+    if verb in ("prepare", "pretrain", "estimate", "estimate finetune", "study"):
+        kinds = {"prepare": "prepare", "study": "studies/", "estimate finetune": "finetune"}
         first = kinds.get(verb)
         named = [
             name
@@ -276,6 +278,12 @@ def _estimate(settings: Any, dry_run: bool) -> dict[str, Any]:
     from finhpc.orchestration.estimate import estimate
 
     return estimate(settings)
+
+
+def _estimate_finetune(settings: Any, dry_run: bool) -> dict[str, Any]:
+    from finhpc.orchestration.estimate_finetune import estimate_finetune
+
+    return estimate_finetune(settings)
 
 
 def _ui(settings: Any, dry_run: bool) -> None:

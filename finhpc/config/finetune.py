@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from finhpc.config.pretrain import Hardware
 from finhpc.config.section import Section
 from finhpc.config.training import Optimizer, Parallel, Resources, Run, Train
 
@@ -91,3 +92,28 @@ class FinetuneConfig(Section):
     quantization: FinetuneQuantization = Field(default_factory=FinetuneQuantization)
     run: Run = Field(default_factory=lambda: Run(name="finetune"))
     resources: Resources = Field(default_factory=Resources)
+
+
+class PlannedBase(Base):
+    """The base, of which the shape alone matters."""
+
+    preset: str | None = Field(
+        None, description="named shape in place of model.path: llama2-7b, ... (`finhpc pretrain --help` lists them)"
+    )
+
+
+class Workload(Hardware):
+    """The hardware, and the examples that are trained on, as far as memory and time depend on them."""
+
+    tokens: int = Field(512, ge=2, description="tokens an example, prompt and answer")
+    answer: int = Field(64, ge=1, description="of them the answer's, which predict")
+    shared: int = Field(
+        0, ge=0, description="of them those that all examples of a micro-batch begin with; computed once"
+    )
+
+
+class FinetuneEstimateConfig(FinetuneConfig):
+    """Settings of `finhpc estimate finetune`: those of the run (no examples needed), and the hardware."""
+
+    model: PlannedBase = Field(default_factory=PlannedBase)
+    estimate: Workload = Field(default_factory=Workload)
