@@ -14,7 +14,7 @@ from finhpc.data.batches import Batches
 from finhpc.data.examples import Examples
 from finhpc.errors import ConfigError
 from finhpc.models.adapted import Adaptation
-from finhpc.models.families import FAMILIES
+from finhpc.models.families import FAMILIES, context_name, context_of
 from finhpc.models.packed import Segments, segments_of
 from finhpc.models.presets import PRESETS, resolve_shape
 from finhpc.models.weights import Weights, locate, open_weights
@@ -165,10 +165,9 @@ def _checked(config: FinetuneEstimateConfig) -> tuple[Weights, Adaptation]:
     with collect(problems):
         weights = _base(config)
     if weights is not None:
-        if work.tokens > weights.config.max_position_embeddings:
+        if work.tokens > context_of(weights.config):
             problems.append(
-                f"estimate.tokens={work.tokens} is longer than the base's context of "
-                f"{weights.config.max_position_embeddings}; lower it."
+                f"estimate.tokens={work.tokens} is longer than the base's {context_name(weights.config)}; lower it."
             )
         with collect(problems):
             check_stages(config, weights.config)

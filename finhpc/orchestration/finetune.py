@@ -212,13 +212,14 @@ def _make(config: FinetuneConfig) -> Made:
 
 
 def _check_model(config: FinetuneConfig, weights: Weights) -> None:
+    from finhpc.models.families import context_name, context_of
+
     problems: list[str] = []
-    context = weights.config.max_position_embeddings
     with collect(problems):
         check_stages(config, weights.config)
-    if config.data.max_len > context:
+    if config.data.max_len > context_of(weights.config):
         problems.append(
-            f"data.max_len={config.data.max_len} is longer than the context of {context} that model.path="
+            f"data.max_len={config.data.max_len} is longer than the {context_name(weights.config)} that model.path="
             f"{config.model.path} has; lower it."
         )
     if problems:

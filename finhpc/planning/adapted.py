@@ -8,7 +8,6 @@ alone that predict a token.
 from __future__ import annotations
 
 import re
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from finhpc.models.adapted import Adaptation, AdaptedLayer
-from finhpc.models.families import skeleton
+from finhpc.models.families import skeleton, with_blocks
 from finhpc.models.family import BLOCKS, Flow, Part
 from finhpc.models.packed import FIELDS, LAYOUT, Segments, laid_out, layout_of
 from finhpc.models.pipeline import is_tied
@@ -112,12 +111,9 @@ def _alike(adaptation: Adaptation) -> bool:
 
 
 def _with_blocks(adaptation: Adaptation, blocks: int) -> Hollow:
-    config = deepcopy(adaptation.hf_config)
-    config.num_hidden_layers = blocks
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:blocks]
+    small = Shapes(with_blocks(adaptation.hf_config, blocks))
     return Hollow(
-        Shapes(config), adaptation.lora, adaptation.quantization, adaptation.bf16, adaptation.recompute, adaptation.seed
+        small, adaptation.lora, adaptation.quantization, adaptation.bf16, adaptation.recompute, adaptation.seed
     )
 
 

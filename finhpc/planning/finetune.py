@@ -8,8 +8,9 @@ from functools import cached_property
 from itertools import pairwise
 
 from finhpc.models.adapted import Adaptation
-from finhpc.models.family import BLOCKS
+from finhpc.models.family import BLOCKS, HALVES
 from finhpc.models.packed import FIELDS, KEPT
+from finhpc.models.packed_parts import packed_parts
 from finhpc.models.pipeline import is_tied
 from finhpc.planning.adapted import AdaptedPart, PackSize, counted_parts
 from finhpc.planning.devices import Cluster
@@ -96,8 +97,8 @@ class FinetunePlan:
         recompute, width = self.adaptation.recompute, int(self.adaptation.hf_config.hidden_size)
         total = 0.0
         for part in self.parts if parts is None else parts:
-            rows = part.given / (width * self.adaptation.dtype.itemsize)
-            frozen, adapters = 2.0 * rows * self._frozen(part), 2.0 * rows * part.trained
+            before, after = (size / (width * self.adaptation.dtype.itemsize) for size in (part.given, part.gives))
+            frozen, adapters = 2.0 * self._frozen(part, (before, after)), 2.0 * before * part.trained
             scores = 2.0 * 2.0 * width * self.pack.pairs if part.kind in ("attention", "block") else 0.0
             forward = frozen + adapters + scores
             total += 2 * frozen + 3 * adapters + 3 * scores
@@ -105,14 +106,20 @@ class FinetunePlan:
             total += scores / 2 if part.kind == "attention" and recompute == "attention" else 0.0
         return total
 
-    def _frozen(self, part: AdaptedPart) -> int:
-        """Weights of the frozen matrices of a part that are multiplied."""
-        return self._sizes[part.kind]
+    def _frozen(self, part: AdaptedPart, rows: tuple[float, float] = (1.0, 1.0)) -> float:
+        """Multiplications of a part's frozen matrices for so many rows before and after it.
+
+        The last block's attention gives fewer rows than it is given, and its second half has those alone.
+        """
+        halves = HALVES if part.kind == "block" else (part.kind,)
+        places = {HALVES[1]: rows[1]} if part.kind == "block" else {}
+        return sum(places.get(kind, rows[0]) * self._sizes[kind] for kind in halves)
 
     @cached_property
     def _sizes(self) -> dict[str, int]:
+        """Kind of part (blocks by their halves) -> weights of its matrices that are multiplied."""
         found = {}
-        for part in self.adaptation.parts():
+        for part in packed_parts(self.adaptation.hf_config):
             if part.kind not in found:
                 modules = part.modules(self.adaptation.weights.skeleton)
                 matrices = sum(p.numel() for m in modules for p in m.parameters() if p.dim() == 2)
