@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from finhpc.config.pretrain import Hardware
 from finhpc.config.section import Section
@@ -26,12 +26,18 @@ class Lora(Section):
     lora_alpha: float = Field(16.0, gt=0, description="the adapter's output is scaled by lora_alpha / rank")
     targets: list[str] = Field(
         default_factory=lambda: ["all-linear"],
-        description="names of the adapted layers, as ends of module names (q_proj); all-linear: all but the head",
+        description="names of the adapted layers, as ends of module names (q_proj), or a regular expression for whole "
+        "names, as peft takes a string (.*[02468].*q_proj); all-linear: all but the head",
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="on the adapter's input")
     init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = Field(
         "default", description="peft's init_lora_weights; default: A uniform (Kaiming), B zero"
     )
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
 
 class FinetuneQuantization(Section):

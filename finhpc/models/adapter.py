@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from finhpc.config.finetune import FinetuneQuantization, Lora
 from finhpc.errors import CheckpointError, ConfigError
 from finhpc.lowrank.layers import LowRankLinear
-from finhpc.models.lora_start import ALL, MOVES_BASE, linear_shape, scheme_of, taken_from
+from finhpc.models.lora_start import ALL, MOVES_BASE, is_pattern, linear_shape, scheme_of, taken_from
 from finhpc.models.weights import Weights
 from finhpc.quantization.frozen import freeze
 
@@ -99,7 +99,11 @@ def _peft_config(settings: Lora, weights: Weights, names: list[str], rank: int, 
     from peft import LoraConfig
 
     turned = any(isinstance(weights.skeleton.get_submodule(name), Conv1D) for name in names)
-    targets: Any = "all-linear" if settings.targets == [ALL] else names if ALL in settings.targets else settings.targets
+    targets: Any = settings.targets
+    if len(targets) == 1 and (targets == [ALL] or is_pattern(targets[0])):
+        (targets,) = targets
+    elif any(target == ALL or is_pattern(target) for target in targets):  # peft knows such alone
+        targets = names
     return LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]

@@ -41,9 +41,9 @@ def family_of(config: Any) -> Family:
 
 def context_of(config: Any) -> int:
     """The longest sequence in which every token sees all before it: the context, or a sliding window below it."""
-    context, window = int(config.max_position_embeddings), getattr(config, "sliding_window", None)
+    context, window = int(config.max_position_embeddings), int(getattr(config, "sliding_window", None) or 0)
     slides = window and "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
-    return min(context, int(window)) if slides else context
+    return min(context, window) if slides else context
 
 
 def context_name(config: Any) -> str:

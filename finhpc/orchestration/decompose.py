@@ -28,8 +28,7 @@ from finhpc.data.calibration import calibration_blocks
 from finhpc.data.progress import Progress
 from finhpc.data.shards import write_atomic
 from finhpc.errors import CheckpointError, ConfigError, DataError, RunBusyError
-from finhpc.models.families import as_low_rank, parameter_count, skeleton
-from finhpc.models.families import context_name, context_of
+from finhpc.models.families import as_low_rank, context_name, context_of, parameter_count, skeleton
 from finhpc.models.manifest import check_manifest, write_manifest
 from finhpc.models.merge import header_of, merge_model, save_atomic
 from finhpc.models.weights import Weights, locate, open_weights

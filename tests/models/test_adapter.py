@@ -49,6 +49,37 @@ def test_peft_opens_it_and_merging_is_the_same(tmp_path: Path, make: Any, init: 
     assert torch.allclose(logits(model), logits(opened), atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("targets", "written"),
+    [
+        (r".*layers\.[02]\..*(q|v)_proj", r".*layers\.[02]\..*(q|v)_proj"),
+        ([r".*\.1\..*_proj"], r".*\.1\..*_proj"),
+        (["o_proj", r".*\.1\.mlp\..*"], None),
+    ],
+)
+def test_regular_expressions_choose_what_peft_chooses(tmp_path: Path, targets: Any, written: Any) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    base = saved(tiny_llama(), tmp_path / "base")
+    lora = Lora.model_validate({"rank": 4, "init": "gaussian", "targets": targets})
+    loss = trained(base, lora, tmp_path / "adapter")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    opened = PeftModel.from_pretrained(model, str(tmp_path / "adapter")).eval()
+    assert abs(plain_loss(opened, examples(8)).item() - loss) <= 1e-5 * loss
+    names = {name for name, _ in open_names(opened)}
+    if written is None:
+        assert {name.rpartition(".")[2] for name in names} == {"o_proj", "gate_proj", "up_proj", "down_proj"}
+        assert len(names) == 3 + 3
+        return
+    assert opened.peft_config["default"].target_modules == written
+    fresh = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=4, target_modules=written))
+    assert names == {name for name, _ in open_names(fresh)}
+
+
+def open_names(model: Any) -> Any:
+    return [(name, module) for name, module in model.named_modules() if hasattr(module, "lora_A")]
+
+
 @pytest.mark.parametrize(("bits", "scheme"), [(16, "auto"), (4, "nf4"), (8, "minmax")])
 def test_export_merges_it_onto_the_base_it_was_trained_beside(tmp_path: Path, bits: Any, scheme: Any) -> None:
     base = saved(tiny_llama(), tmp_path / "base")
