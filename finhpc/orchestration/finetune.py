@@ -78,7 +78,8 @@ class Finetune(Job):
         trained = {name: tensor for file in saved.stage_files() for name, tensor in read_stage(file, "param").items()}
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
-        save_adapter(partial, self.config.lora, trained, self.made.weights, self.config.quantization)
+        made, config = self.made, self.config
+        save_adapter(partial, config.lora, trained, made.weights, config.quantization, made.base_fingerprint)
         self.made.weights.save_tokenizer(partial)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)

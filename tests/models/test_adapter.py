@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,10 @@ from transformers import AutoModelForCausalLM
 from finhpc.config import ExportConfig
 from finhpc.config.finetune import FinetuneQuantization, Lora
 from finhpc.errors import CheckpointError, ConfigError
-from finhpc.models.adapter import CONFIG, TENSORS, load_adapter, merge_adapter, save_adapter
+from finhpc.models.adapter import CONFIG, FINGERPRINT, TENSORS, load_adapter, merge_adapter, save_adapter
 from finhpc.models.export import export
 from finhpc.models.loading import load_model
+from finhpc.models.manifest import weights_fingerprint
 from finhpc.models.weights import open_weights
 from tests.models.dense import logits, saved, tiny_gpt2, tiny_llama
 from tests.models.packs import examples, packs_of, plain_loss
@@ -74,6 +77,42 @@ def test_regular_expressions_choose_what_peft_chooses(tmp_path: Path, targets: A
     assert opened.peft_config["default"].target_modules == written
     fresh = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=4, target_modules=written))
     assert names == {name for name, _ in open_names(fresh)}
+
+
+def test_another_model_of_the_same_shape_is_no_base(tmp_path: Path) -> None:
+    from finhpc.evaluation.adapters import read_adapters
+    from finhpc.evaluation.models import subjects
+
+    base, adapter = saved(tiny_llama(), tmp_path / "base"), tmp_path / "adapter"
+    lora, weights = Lora(rank=4), open_weights(base)
+    _, layers = adapted(base, lora)
+    tensors = {name: p.detach() for name, p in parameters(layers).items()}
+    save_adapter(adapter, lora, tensors, weights, fingerprint=weights_fingerprint(base))
+    changed = tiny_llama()
+    with torch.no_grad():
+        changed.model.norm.weight.mul_(1.01)
+    other = saved(changed, tmp_path / "other")
+    for folder in (base, other):
+        (folder / "tokenizer.json").write_text("{}")
+    config = weights.config
+    export(ExportConfig(model=str(base), out=str(tmp_path / "q"), quantization={"bits": 8}))
+    for fits in (base, tmp_path / "q"):
+        assert subjects([str(fits)], [str(adapter)])[0].adapter == str(adapter)
+        assert list(read_adapters([str(adapter)], config, fits)) == ["adapter"]
+    named = re.escape(f"adapter={adapter} was trained beside {base} (sha256 ") + ".*" + re.escape(f"model={other} (")
+    with pytest.raises(ConfigError, match=named):
+        subjects([str(other)], [str(adapter)])
+    with pytest.raises(ConfigError, match=named):
+        read_adapters([str(adapter)], config, other)
+    load_model(adapter)
+    tree = json.loads((adapter / CONFIG).read_text()) | {"base_model_name_or_path": str(other)}
+    (adapter / CONFIG).write_text(json.dumps(tree))
+    with pytest.raises(ConfigError, match=named):
+        load_model(adapter)
+    with pytest.raises(ConfigError, match=named):
+        export(ExportConfig(model=str(adapter), format="merged", out=str(tmp_path / "out")))
+    (adapter / FINGERPRINT).unlink()
+    load_model(adapter)
 
 
 def open_names(model: Any) -> Any:

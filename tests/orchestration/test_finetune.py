@@ -112,6 +112,8 @@ def test_an_adapter_that_peft_opens_and_a_resumed_run_that_is_bit_equal(base: Pa
         torch.testing.assert_close(merged(ids).logits, opened(ids).logits, atol=1e-4, rtol=1e-4)
     assert AutoTokenizer.from_pretrained(result["model"]).decode(ids[0]).endswith(LABELS)
 
+    assert json.loads((Path(result["model"]) / "base_fingerprint.json").read_text())["path"] == str(base)
+
     unbroken, weights = losses(tmp_path), load_file(Path(result["model"]) / "adapter_model.safetensors")
     run = tmp_path / "run"
     shutil.rmtree(run / "checkpoints" / "step_00000006")
