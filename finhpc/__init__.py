@@ -14,6 +14,7 @@ The rooms, from the top down (imports point down only):
 - `lowrank`        y = B(A x): the layers, their initialisation, best factors, where they go in a model
 - `config`, `errors`
 - `registration`   what transformers knows of finhpc after `import finhpc`
+- `noise`          lines of libraries' logs that say nothing to a user
 
 `import finhpc` is light: torch, Ray and the rest are imported by what needs them.
 """
@@ -24,6 +25,7 @@ import os
 from importlib import import_module
 from typing import Any
 
+from finhpc.noise import drop
 from finhpc.registration import register
 
 __version__ = "0.1.0"
@@ -78,4 +80,5 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'finhpc' has no attribute {name!r}; public names: {__all__}")
 
 
+drop()
 register()

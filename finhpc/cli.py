@@ -22,7 +22,7 @@ USAGE = """usage: finhpc VERB [--config FILE_OR_RECIPE] [--KEY VALUE ...]
 verbs:
   prepare    text on disk -> token shards
   pretrain   token shards -> a low-rank (or dense) model
-  estimate   memory, time and the cluster that a pretrain would need, before it starts
+  estimate   memory, time and the cluster that a pretrain would need, before it starts; estimate finetune: a finetune
   sweep      a grid or a search over any settings of pretrain (or: sweep finetune), on Ray Tune, ranked
   study      variants of a run beside each other: screened, the best trained for long on several seeds
   decompose  a dense model -> a low-rank one of its best factors
@@ -81,6 +81,8 @@ def _run(verb: str, words: list[str]) -> dict[str, Any] | None:
         return _bench(words)
     if verb == "sweep":
         return _sweep(words)
+    if verb == "estimate" and words[:1] == ["finetune"]:
+        return _settle("estimate finetune", config.FinetuneEstimateConfig, _estimate_finetune, words[1:])
     verbs: dict[str, tuple[type[config.Section], Callable[..., dict[str, Any] | None]]] = {
         "prepare": (config.PrepareConfig, _prepare),
         "pretrain": (config.PretrainConfig, _pretrain),
@@ -245,8 +247,8 @@ def _help(verb: str, cls: type[Any]) -> str:
         from finhpc.models.presets import PRESETS
 
         lines += ["", f"shapes for --model.preset: {', '.join(PRESETS)}"]
-    if verb in ("prepare", "pretrain", "estimate", "study"):
-        kinds = {"prepare": "prepare", "study": "studies/", "reproduce": "reproduce/"}
+    if verb in ("prepare", "pretrain", "estimate", "estimate finetune", "study"):
+        kinds = {"prepare": "prepare", "study": "studies/", "reproduce": "reproduce/", "estimate finetune": "finetune"}
         first = kinds.get(verb)
         named = [
             name
@@ -328,6 +330,12 @@ def _report(settings: Any, dry_run: bool) -> dict[str, Any]:
     from finhpc.reporting.report import report
 
     return report(settings, dry_run=dry_run)
+
+
+def _estimate_finetune(settings: Any, dry_run: bool) -> dict[str, Any]:
+    from finhpc.orchestration.estimate_finetune import estimate_finetune
+
+    return estimate_finetune(settings)
 
 
 def _ui(settings: Any, dry_run: bool) -> None:

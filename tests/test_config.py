@@ -7,7 +7,18 @@ from pathlib import Path
 import pytest
 
 from finhpc.bench.settings import PrepareBench
-from finhpc.config import PrepareConfig, PretrainConfig, StudyConfig, build, flatten, keys, load, recipes, to_yaml
+from finhpc.config import (
+    FinetuneEstimateConfig,
+    PrepareConfig,
+    PretrainConfig,
+    StudyConfig,
+    build,
+    flatten,
+    keys,
+    load,
+    recipes,
+    to_yaml,
+)
 from finhpc.config.reproduce import Recipe
 from finhpc.errors import ConfigError
 
@@ -61,7 +72,7 @@ def test_files_that_hold_no_settings(text: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", list(recipes()))
 def test_every_recipe_is_valid(name: str) -> None:
-    kinds = {"prepare": PrepareConfig, "studies/": StudyConfig}
+    kinds = {"prepare": PrepareConfig, "studies/": StudyConfig, "finetune": FinetuneEstimateConfig}
     kinds |= {"reproduce/": Recipe}
     config = load(next((kind for first, kind in kinds.items() if name.startswith(first)), PretrainConfig), name)
     if isinstance(config, PretrainConfig) and name != "demo":

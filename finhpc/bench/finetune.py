@@ -38,7 +38,7 @@ from finhpc.training.engine import Engine
 from finhpc.training.memory import counted_peak, live_tensor_bytes
 
 NAMES = {16: "bf16", 8: "int8", 4: "nf4"}
-OURS, PLAIN, TRAINER = "finhpc", "transformers + peft", "transformers' Trainer + peft"
+OURS, PLAIN, TRAINER = "finhpc", "peft's loop", "HF Trainer"  # both with transformers and peft
 Batch = Sequence[int]
 
 

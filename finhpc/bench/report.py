@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+SHORT = 16  # characters
 
 
 def publish(
@@ -96,10 +97,26 @@ def _table(title: str, rows: list[Row]) -> Any:
 
     table = Table(title=title)
     for column in rows[0]:
-        table.add_column(column, justify="left" if isinstance(rows[0][column], str) else "right")
+        words = [row[column] for row in rows if isinstance(row[column], str)]
+        short = max(map(len, words), default=SHORT + 1) <= SHORT  # a short name stays in one piece; headers fold
+        header = _header(column)
+        room = max(map(len, header.split()))
+        table.add_column(header, justify="left" if words else "right", no_wrap=short, min_width=room)
     for row in rows:
-        table.add_row(*(_text(value) for value in row.values()))
+        table.add_row(*(_shown(column, value) for column, value in row.items()))
     return table
+
+
+def _header(column: str) -> str:
+    """A key as words, which may stand below each other; bytes are shown as MB."""
+    words = column.removesuffix("_bytes") + "_MB" if column.endswith("_bytes") else column
+    return words.replace("_", " ")
+
+
+def _shown(column: str, value: Any) -> str:
+    if column.endswith("_bytes") and isinstance(value, int | float):
+        return _text(value / 1e6)
+    return _text(value)
 
 
 def _text(value: Any) -> str:

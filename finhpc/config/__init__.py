@@ -5,13 +5,14 @@
 """
 
 from finhpc.config.evaluate import EvaluateConfig, EvaluateData
-from finhpc.config.finetune import FinetuneConfig, FinetuneQuantization, Instructions, Lora
+from finhpc.config.finetune import FinetuneConfig, FinetuneEstimateConfig, FinetuneQuantization, Instructions, Lora
 from finhpc.config.folders import Calibration, DecomposeConfig, ExportConfig, PrepareConfig, UiConfig
 from finhpc.config.generate import GenerateConfig, Sampling
 from finhpc.config.pretrain import (
     LINEAR_KINDS,
     Data,
     EstimateConfig,
+    Hardware,
     Method,
     Model,
     PretrainConfig,
@@ -36,9 +37,11 @@ __all__ = [
     "EvaluateData",
     "ExportConfig",
     "FinetuneConfig",
+    "FinetuneEstimateConfig",
     "FinetuneQuantization",
     "FinetuneSweepConfig",
     "GenerateConfig",
+    "Hardware",
     "HoldOutConfig",
     "Instructions",
     "Lora",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from finhpc.config.pretrain import Hardware
 from finhpc.config.section import Section
 from finhpc.config.training import Optimizer, Parallel, Resources, Run, Train
 
@@ -25,12 +26,18 @@ class Lora(Section):
     lora_alpha: float = Field(16.0, gt=0, description="the adapter's output is scaled by lora_alpha / rank")
     targets: list[str] = Field(
         default_factory=lambda: ["all-linear"],
-        description="names of the adapted layers, as ends of module names (q_proj); all-linear: all but the head",
+        description="names of the adapted layers, as ends of module names (q_proj), or a regular expression for whole "
+        "names, as peft takes a string (.*[02468].*q_proj); all-linear: all but the head",
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="on the adapter's input")
     init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = Field(
         "default", description="peft's init_lora_weights; default: A uniform (Kaiming), B zero"
     )
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
 
 class FinetuneQuantization(Section):
@@ -91,3 +98,28 @@ class FinetuneConfig(Section):
     quantization: FinetuneQuantization = Field(default_factory=FinetuneQuantization)
     run: Run = Field(default_factory=lambda: Run(name="finetune"))
     resources: Resources = Field(default_factory=Resources)
+
+
+class PlannedBase(Base):
+    """The base, of which the shape alone matters."""
+
+    preset: str | None = Field(
+        None, description="named shape in place of model.path: llama2-7b, ... (`finhpc pretrain --help` lists them)"
+    )
+
+
+class Workload(Hardware):
+    """The hardware, and the examples that are trained on, as far as memory and time depend on them."""
+
+    tokens: int = Field(512, ge=2, description="tokens an example, prompt and answer")
+    answer: int = Field(64, ge=1, description="of them the answer's, which predict")
+    shared: int = Field(
+        0, ge=0, description="of them those that all examples of a micro-batch begin with; computed once"
+    )
+
+
+class FinetuneEstimateConfig(FinetuneConfig):
+    """Settings of `finhpc estimate finetune`: those of the run (no examples needed), and the hardware."""
+
+    model: PlannedBase = Field(default_factory=PlannedBase)
+    estimate: Workload = Field(default_factory=Workload)

@@ -94,8 +94,8 @@ class PretrainConfig(Section):
     resources: Resources = Field(default_factory=Resources)
 
 
-class Estimate(Section):
-    """The hardware that is planned for, and how."""
+class Hardware(Section):
+    """The hardware that is planned for."""
 
     device: str = Field(
         "a100-80gb", description="v100-32gb, a100-40gb, a100-80gb, h100-80gb, h200-141gb, or this-machine (measured)"
@@ -118,6 +118,11 @@ class Estimate(Section):
     )
     link_gb_per_s: float | None = Field(None, gt=0, description="to a device of the node, each way; default: as stated")
     network_gb_per_s: float | None = Field(None, gt=0, description="to a device of another node; default: as stated")
+
+
+class Estimate(Hardware):
+    """The hardware, and how it is planned for."""
+
     scheme: Literal["finhpc", "paper"] = Field(
         "finhpc",
         description="finhpc: what its engine holds, counted from its code; paper: 16-bit weights and gradients, 12 "

@@ -213,11 +213,14 @@ def _label(raw: str, form: Template, meaning: Mapping[str, str], where: str) -> 
 
 
 def _from_chat(record: Record, column: str, source: int, tokenizer: Any) -> Example:
-    turns, first = conversation(record.values.get(column), record.where, tokenizer)
+    turns, key = conversation(record.values.get(column), record.where, tokenizer)
+    first = key
     (prompt, answer), *more = turns
     start = prompt.rfind(first)
+    if start < 0:  # the user speaks after the first answer: nothing before it may be cut
+        start, first = len(prompt), ""
     return Example(
-        prompt, answer, first, source, record.where, (start, start + len(first)), more=tuple(more), markup=True
+        prompt, answer, key, source, record.where, (start, start + len(first)), more=tuple(more), markup=True
     )  # fmt: skip
 
 

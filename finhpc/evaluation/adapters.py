@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finhpc.errors import ConfigError
-from finhpc.models.adapter import Adapter, load_adapter
+from finhpc.models.adapter import Adapter, check_base, load_adapter
 from finhpc.models.families import skeleton
 
 
@@ -95,8 +95,8 @@ class Adapters:
         return sum(x.numel() * x.element_size() for layer in self.layers for x in (layer.A, layer.B))
 
 
-def read_adapters(given: Sequence[str], config: Any) -> dict[str, Adapter]:
-    """NAME=FOLDER (or FOLDER, named by its last part) -> adapters that fit a model of transformers' `config`.
+def read_adapters(given: Sequence[str], config: Any, folder: Path) -> dict[str, Adapter]:
+    """NAME=FOLDER (or FOLDER, named by its last part) -> adapters that fit the model in `folder`, of that `config`.
 
     Raises `ConfigError` with every one that cannot be used, `CheckpointError` where a file is damaged.
     """
@@ -107,14 +107,15 @@ def read_adapters(given: Sequence[str], config: Any) -> dict[str, Adapter]:
     found: dict[str, Adapter] = {}
     problems: list[str] = []
     for entry in given:
-        name, equals, folder = entry.partition("=")
-        path = Path(folder if equals else name).expanduser()
+        name, equals, rest = entry.partition("=")
+        path = Path(rest if equals else name).expanduser()
         name = name if equals else path.name
         if name in found:
             problems.append(f"adapters names {name} twice; give each a name of its own, as NAME=FOLDER.")
             continue
         try:
             found[name] = load_adapter(path, base)
+            check_base(path, folder)
         except ConfigError as error:
             problems += error.problems
     if problems:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from finhpc.models.families import family_of
+from finhpc.models.families import context_of, family_of
 
 
 class Decoder:
@@ -24,11 +24,11 @@ class Decoder:
 
     def __init__(self, model: Any) -> None:
         self.model, self.config = model, model.config
-        self.blocks = {"gpt2": self._gpt2, "llama": self._llama}[family_of(self.config).name]
+        self.blocks = {"gpt2": self._gpt2, "llama": self._llama}[family_of(self.config).modules]
         self.heads: int = self.config.num_attention_heads
         self.kv_heads: int = getattr(self.config, "num_key_value_heads", self.heads)
         self.head_size: int = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.heads
-        self.context: int = self.config.max_position_embeddings
+        self.context = context_of(self.config)
         self.device = next(model.parameters()).device
         self.computed_tokens = 0
         self.past, self.keys, self.values = 0, [], []  # type: ignore[var-annotated]

@@ -49,7 +49,8 @@ class Generator:
             raise ConfigError(f"model={folder} has no tokeniser; copy the tokeniser's files into that folder.")
         self.config = config
         device = _device(config.resources)
-        adapters = read_adapters(config.adapters, AutoConfig.from_pretrained(folder)) if config.adapters else {}
+        own = AutoConfig.from_pretrained(folder)
+        adapters = read_adapters(config.adapters, own, folder) if config.adapters else {}
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         self.model: Any = load_model(folder, _dtype(config, folder, device))
         if device.type != self.model.device.type:

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 import finhpc  # noqa: F401  transformers knows finhpc's models after it
 from finhpc.errors import CheckpointError, ConfigError
-from finhpc.models.adapter import QUANTIZED, load_adapter, merge_adapter
+from finhpc.models.adapter import QUANTIZED, check_base, load_adapter, merge_adapter
 from finhpc.models.loading import load_model
 
 ADAPTER = "adapter_config.json"
@@ -106,6 +106,8 @@ def _resolved(model: str, adapter: str | None) -> tuple[str, str | None]:
                 "tokenizer_config.json of the model it was made from there."
             )
         model = str(folder.absolute())
+        if adapter is not None:
+            check_base(Path(adapter), Path(model))
     elif folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
         raise ConfigError(f"model={model} does not exist; give a model folder or a hub id.")
     return model, adapter

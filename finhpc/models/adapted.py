@@ -124,10 +124,12 @@ class Adaptation:
         a_start, b_start = started or start(self.lora, self.targets[name], self.seed, name)
         return LoraLinear(base, a_start.to(device), b_start.to(device), scale_of(self.lora), self.lora.dropout)
 
+    def bits_of(self, name: str) -> int:
+        """Bits of a linear layer's weights: as bitsandbytes and peft do, the head stays in float."""
+        return 16 if name.partition(".")[0] == "lm_head" else self.quantization.bits
+
     def _frozen(self, name: str, rows: Tensor, bias: Tensor | None) -> Frozen:
-        # As bitsandbytes and peft do, the head stays in float.
-        bits = 16 if name.partition(".")[0] == "lm_head" else self.quantization.bits
-        return freeze(rows, bias, bits, self.scheme, self.dtype, name)
+        return freeze(rows, bias, self.bits_of(name), self.scheme, self.dtype, name)
 
 
 class AdaptedLayer(Layer):

@@ -3,6 +3,7 @@
     FOLDER/adapter_config.json          peft's LoraConfig
     FOLDER/adapter_model.safetensors    base_model.model.NAME.lora_A.weight (rank, in), .lora_B.weight (out, rank)
     FOLDER/base_quantization.json       bits and scheme of the base it was trained beside, where that was quantised
+    FOLDER/base_fingerprint.json        which model the base was: its folder, and one hash of its config and weights
 
 For a Llama or GPT-2 base of transformers, `peft.PeftModel.from_pretrained(base, FOLDER)` opens it. peft does not know
 the layers of finhpc's low-rank models: adapters beside those are written, and nothing opens them yet.
@@ -24,13 +25,15 @@ from transformers.pytorch_utils import Conv1D
 from finhpc.config.finetune import FinetuneQuantization, Lora
 from finhpc.errors import CheckpointError, ConfigError
 from finhpc.lowrank.layers import LowRankLinear
-from finhpc.models.lora_start import ALL, MOVES_BASE, linear_shape, scheme_of, taken_from
-from finhpc.models.weights import Weights
+from finhpc.models.lora_start import ALL, MOVES_BASE, is_pattern, linear_shape, scheme_of, taken_from
+from finhpc.models.manifest import weights_fingerprint
+from finhpc.models.weights import Weights, read_config
 from finhpc.quantization.frozen import freeze
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 QUANTIZED = "base_quantization.json"
+FINGERPRINT = "base_fingerprint.json"
 
 
 @dataclass(frozen=True)
@@ -70,11 +73,12 @@ def save_adapter(
     trained: dict[str, Tensor],
     weights: Weights,
     quantization: FinetuneQuantization | None = None,
+    fingerprint: str | None = None,
 ) -> None:
     """Write an adapter from `trained`: name of an adapted layer + .A or .B -> tensor, as the engine names them.
 
     pissa and olora trained beside a base that they had moved: what is written is the difference, of twice the rank,
-    beside the base as it lies on disk.
+    beside the base as it lies on disk. `fingerprint`: of the base's folder (`finhpc.models.manifest`): `check_base`.
     """
     names = sorted({name.rpartition(".")[0] for name in trained})
     tensors, rank, alpha = {}, settings.rank, settings.lora_alpha
@@ -93,13 +97,20 @@ def save_adapter(
     if quantization is not None and quantization.bits < 16:
         how = {"bits": quantization.bits, "scheme": scheme_of(quantization)}
         (folder / QUANTIZED).write_text(json.dumps(how) + "\n", encoding="utf-8")
+    if fingerprint is not None and weights.path.is_dir():
+        which = {"path": str(weights.path), "sha256": fingerprint}
+        (folder / FINGERPRINT).write_text(json.dumps(which) + "\n", encoding="utf-8")
 
 
 def _peft_config(settings: Lora, weights: Weights, names: list[str], rank: int, alpha: float) -> Any:
     from peft import LoraConfig
 
     turned = any(isinstance(weights.skeleton.get_submodule(name), Conv1D) for name in names)
-    targets: Any = "all-linear" if settings.targets == [ALL] else names if ALL in settings.targets else settings.targets
+    targets: Any = settings.targets
+    if len(targets) == 1 and (targets == [ALL] or is_pattern(targets[0])):
+        (targets,) = targets
+    elif any(target == ALL or is_pattern(target) for target in targets):  # peft knows such alone
+        targets = names
     return LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]
@@ -144,6 +155,25 @@ def load_adapter(folder: Path, model: nn.Module) -> Adapter:
     _check_fits(folder, pairs, model)
     how = json.loads((folder / QUANTIZED).read_bytes()) if (folder / QUANTIZED).is_file() else {}
     return Adapter(pairs, scale, **how)
+
+
+def check_base(folder: Path, base: Path) -> None:
+    """Raise `ConfigError` where the adapter in `folder` was trained beside another model than `base`, naming both.
+
+    Shapes alone do not tell models apart. Of an adapter that does not say, and of a quantised export of its base,
+    nothing is known.
+    """
+    if not (folder / FINGERPRINT).is_file() or not base.is_dir():
+        return
+    if getattr(read_config(base), "quantization_config", None) is not None:
+        return
+    said, found = json.loads((folder / FINGERPRINT).read_bytes()), weights_fingerprint(base)
+    if found != said["sha256"]:
+        raise ConfigError(
+            f"adapter={folder} was trained beside {said['path']} (sha256 {said['sha256'][:12]}), and model={base} "
+            f"({found[:12]}) is another model; give its own base, or remove {FINGERPRINT} from the adapter's folder to "
+            "use it all the same."
+        )
 
 
 def base_of(folder: Path) -> Path:

@@ -29,7 +29,7 @@ from finhpc.errors import CheckpointError, ConfigError, NonFiniteError
 from finhpc.lowrank.layers import LowRankEmbedding, LowRankLinear
 from finhpc.lowrank.replace import dense_shape
 from finhpc.models.adapter import CONFIG as ADAPTER
-from finhpc.models.adapter import base_of, load_adapter
+from finhpc.models.adapter import base_of, check_base, load_adapter
 from finhpc.models.families import FAMILIES, as_dense, dense_original, family_of, is_low_rank, parameter_count, skeleton
 from finhpc.models.folder import FolderReader, FolderWriter
 from finhpc.models.pipeline import is_tied
@@ -51,6 +51,8 @@ def export(config: ExportConfig, dry_run: bool = False) -> dict[str, Any]:
     _check(config)
     source, out = _path(config.model), _path(config.out)
     base = base_of(source) if (source / ADAPTER).is_file() else source
+    if base != source:
+        check_base(source, base)
     reader = FolderReader(base)
     conversion = Conversion(config, _read_config(base), reader, source if base != source else None)
     result = _counted(config, conversion) | {"model": str(source), "out": str(out)}

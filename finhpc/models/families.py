@@ -16,12 +16,14 @@ from finhpc.config import Recompute
 from finhpc.errors import ConfigError
 from finhpc.lowrank.registry import layers_kind
 from finhpc.lowrank.replace import Ranks, layer_kind
-from finhpc.models import attention, gpt2, llama
+from finhpc.models import attention, gpt2, llama, mistral, qwen2
 from finhpc.models.family import Family
 from finhpc.models.presets import Shape
 from finhpc.quantization.fake import TRAINED
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (gpt2.FAMILY, llama.FAMILY)}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (gpt2.FAMILY, llama.FAMILY, mistral.FAMILY, qwen2.FAMILY)
+}
 
 for _family in FAMILIES.values():
     _config_class = _family.low_rank_class.config_class
@@ -35,6 +37,29 @@ def family_of(config: Any) -> Family:
     if name not in FAMILIES:
         raise ConfigError(f"model_type={config.model_type} is not supported; supported: {', '.join(FAMILIES)}.")
     return FAMILIES[name]
+
+
+def context_of(config: Any) -> int:
+    """The longest sequence in which every token sees all before it: the context, or a sliding window below it."""
+    context, window = int(config.max_position_embeddings), int(getattr(config, "sliding_window", None) or 0)
+    slides = window and "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
+    return min(context, window) if slides else context
+
+
+def context_name(config: Any) -> str:
+    """What `context_of` is, in words, such as "context of 1024"."""
+    length = context_of(config)
+    window = length < config.max_position_embeddings
+    return f"sliding window of {length}" if window else f"context of {length}"
+
+
+def with_blocks(config: Any, blocks: int) -> Any:
+    """The same model with so many transformer blocks."""
+    made = deepcopy(config)
+    made.num_hidden_layers = blocks
+    if getattr(made, "layer_types", None):
+        made.layer_types = made.layer_types[:blocks]
+    return made
 
 
 def make_config(shape: Shape, ranks: Ranks, kind: str = "low_rank") -> Any:

@@ -51,9 +51,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Family:
-    """A transformer family on transformers' own modules."""
+    """A transformer family on transformers' own modules. `modules`: whose names they bear, `gpt2` or `llama`."""
 
     name: str
+    modules: str
     dense_config: Callable[[Shape], Any]
     low_rank_config: Callable[..., Any]
     dense_class: Any

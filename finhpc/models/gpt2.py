@@ -110,4 +110,4 @@ def init_std(name: str, config: GPT2Config) -> float:
     return float(config.initializer_range)
 
 
-FAMILY = Family("gpt2", dense_config, low_rank_config, GPT2LMHeadModel, LowRankGPT2LMHeadModel, parts, init_std)
+FAMILY = Family("gpt2", "gpt2", dense_config, low_rank_config, GPT2LMHeadModel, LowRankGPT2LMHeadModel, parts, init_std)

@@ -1,4 +1,4 @@
-"""Llama: dense (transformers' own) and low-rank."""
+"""Llama: dense (transformers' own) and low-rank; and what Llama-like families share with it."""
 
 from __future__ import annotations
 
@@ -60,15 +60,6 @@ def _settings(shape: Shape) -> dict[str, Any]:
     }
 
 
-def dense_config(shape: Shape) -> LlamaConfig:
-    return LlamaConfig(**_settings(shape))
-
-
-def low_rank_config(shape: Shape, ranks: dict[str, int | None], kind: str) -> LowRankLlamaConfig:
-    tied = shape.tie_embeddings and ranks.get("head") is None and ranks.get("embedding") is None
-    return LowRankLlamaConfig(**(_settings(shape) | {"tie_word_embeddings": tied}), low_rank=ranks, low_rank_kind=kind)
-
-
 class Attend:
     """The first half of a decoder layer, with its rotary positions; one instance serves all layers of a stage."""
 
@@ -107,4 +98,18 @@ def init_std(name: str, config: LlamaConfig) -> float:
     return float(config.initializer_range)
 
 
-FAMILY = Family("llama", dense_config, low_rank_config, LlamaForCausalLM, LowRankLlamaForCausalLM, parts, init_std)
+def llama_like(name: str, dense_class: Any, low_rank_class: Any) -> Family:
+    """A family whose models have Llama's modules under Llama's names, and its rotary positions."""
+
+    def dense_config(shape: Shape) -> Any:
+        return dense_class.config_class(**_settings(shape))
+
+    def low_rank_config(shape: Shape, ranks: dict[str, int | None], kind: str) -> Any:
+        tied = shape.tie_embeddings and ranks.get("head") is None and ranks.get("embedding") is None
+        settings = _settings(shape) | {"tie_word_embeddings": tied}
+        return low_rank_class.config_class(**settings, low_rank=ranks, low_rank_kind=kind)
+
+    return Family(name, "llama", dense_config, low_rank_config, dense_class, low_rank_class, parts, init_std)
+
+
+FAMILY = llama_like("llama", LlamaForCausalLM, LowRankLlamaForCausalLM)

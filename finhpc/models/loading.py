@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from finhpc.errors import CheckpointError
-from finhpc.models.adapter import CONFIG, base_of, load_adapter, merge_adapter
+from finhpc.models.adapter import CONFIG, base_of, check_base, load_adapter, merge_adapter
 from finhpc.models.families import skeleton
 from finhpc.models.initialize import initialize
 from finhpc.models.manifest import check_manifest
@@ -57,6 +57,7 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrain
 
 def _with_adapter(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     base = base_of(path)
+    check_base(path, base)
     model = load_model(base, dtype)
     merge_adapter(model, load_adapter(path, model))
     return model

@@ -22,20 +22,28 @@ MOVES_BASE = ("pissa", "olora")  # they take the adapter's start out of the base
 def target_names(model: nn.Module, settings: Lora, bits: int) -> dict[str, tuple[int, int]]:
     """Name -> (out, in) of every layer that gets an adapter, in the order of the model.
 
-    `all-linear` is every linear layer but the head; other names are ends of module names, as in peft. Raises one
+    `all-linear` is every linear layer but the head; other names are ends of module names, as in peft, and what is no
+    name is a regular expression that a whole module name must match, as peft takes a string. Raises one
     `ConfigError` with all that is wrong: targets that match nothing, a rank that does not fit, a start that does not
     go with the base.
     """
     linear = {name: shape for name, module in model.named_modules() if (shape := linear_shape(module)) is not None}
     blocks = {name: shape for name, shape in linear.items() if name != "lm_head"}
     wanted = settings.targets
+    problems = [
+        f"lora.targets={target} is no name, and no regular expression either ({reason}); correct it."
+        for target in wanted
+        if (reason := _fault(target))
+    ]
+    if problems:
+        raise ConfigError(problems)
     chosen = {
         name: shape
         for name, shape in linear.items()
-        if (ALL in wanted and name in blocks) or any(_ends(name, target) for target in wanted if target != ALL)
+        if (ALL in wanted and name in blocks) or any(_fits(name, target) for target in wanted if target != ALL)
     }
     ends = sorted({name.rpartition(".")[2] for name in blocks})
-    idle = [target for target in wanted if target != ALL and not any(_ends(name, target) for name in linear)]
+    idle = [target for target in wanted if target != ALL and not any(_fits(name, target) for name in linear)]
     problems = [
         f"lora.targets={target} matches no linear layer; those there are: {', '.join(ends)}, lm_head (or {ALL})."
         for target in idle
@@ -63,8 +71,23 @@ def target_names(model: nn.Module, settings: Lora, bits: int) -> dict[str, tuple
     return chosen
 
 
-def _ends(name: str, target: str) -> bool:
+def is_pattern(target: str) -> bool:
+    """Whether a target is a regular expression: it holds what no module's name does."""
+    return target != ALL and re.fullmatch(r"[\w.]*", target) is None
+
+
+def _fits(name: str, target: str) -> bool:
+    if is_pattern(target):
+        return re.fullmatch(target, name) is not None
     return name == target or name.endswith("." + target)
+
+
+def _fault(target: str) -> str | None:
+    try:
+        re.compile(target if is_pattern(target) else "")
+    except re.error as error:
+        return str(error)
+    return None
 
 
 def _misfits(chosen: dict[str, tuple[int, int]], rank: int) -> list[str]:

@@ -24,6 +24,7 @@ PACKS = 6  # packs of the whole step or evaluation, over all replicas; the same 
 FIELDS = 7
 
 IGNORED = -100
+Span = tuple[int, int]  # first row of a segment, and the one after its last
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,14 @@ class Group:
     """Segments that attend alike: the same prefix, about the same length.
 
     `rows`: int64 (segments, longest), the rows of each, its last one repeated to the end. `own`: bool of the same
-    shape, false for repeats; None where there are none. `prefix`: int64 (n,), the rows of the segment they all
-    continue, none where they continue none.
+    shape, false for repeats; `places`: int64, where it is true, in `rows` laid flat; both None where there are no
+    repeats. `prefix`: int64 (n,), the rows of the segment they all continue, none where they continue none.
     """
 
+    spans: tuple[Span, ...]
     rows: Tensor
     own: Tensor | None
+    places: Tensor | None
     prefix: Tensor
 
 
@@ -56,10 +59,33 @@ class Layout:
     scale: float
     parts: dict[Any, Any] = field(default_factory=dict)  # what layers made from it, such as rotary positions
 
+    def cut(self, index: int, segments: int) -> list[Group]:
+        """Group `index` in pieces of so many segments."""
+        group = self.groups[index]
+        if len(group.spans) <= segments:
+            return [group]
+        key = ("cut", index, segments)
+        if key not in self.parts:
+            begins = range(0, len(group.spans), segments)
+            self.parts[key] = [group_of(group.spans[i : i + segments], group.prefix) for i in begins]
+        found: list[Group] = self.parts[key]
+        return found
+
+
+@dataclass(frozen=True)
+class Segments:
+    """What a layout is made from, in plain numbers. `groups`: the prefix's span or None, and the segments'."""
+
+    groups: list[tuple[Span | None, list[Span]]]
+    targets: list[int]
+    wanted: list[int]
+    scale: float
+
 
 _known: OrderedDict[bytes, Layout] = OrderedDict()
 KEPT = 32  # layouts: micro-batches under way in a pipeline
 WASTE = 1.25  # the longest segment of a group over its shortest
+LAYOUT = "finhpc_layout"  # attribute of a pack without content, which brings its own layout
 
 
 def layout_of(pack: Tensor) -> Layout:
@@ -67,16 +93,19 @@ def layout_of(pack: Tensor) -> Layout:
 
     The content, as stages receive their packs in buffers that are used again.
     """
+    if (own := getattr(pack, LAYOUT, None)) is not None:
+        return own  # type: ignore[no-any-return]
     fields = pack.detach().cpu().contiguous()
     key = fields.numpy().tobytes() + str(pack.device).encode()
-    found = _known.pop(key, None) or _parse(fields[0], pack.device)
+    found = _known.pop(key, None) or laid_out(segments_of(fields[0]), pack.device)
     _known[key] = found
     while len(_known) > KEPT:
         _known.popitem(last=False)
     return found
 
 
-def _parse(fields: Tensor, device: torch.device) -> Layout:
+def segments_of(fields: Tensor) -> Segments:
+    """What stands in a pack's fields (FIELDS, T), on the CPU."""
     segments, sizes = torch.unique_consecutive(fields[SEGMENT], return_counts=True)
     begins = (sizes.cumsum(0) - sizes).tolist()
     spans = {
@@ -84,29 +113,44 @@ def _parse(fields: Tensor, device: torch.device) -> Layout:
         for number, begin, size in zip(segments, begins, sizes, strict=True)
         if number
     }
-    waiting: dict[int, list[tuple[int, int]]] = {}
+    waiting: dict[int, list[Span]] = {}
     for begin, end in spans.values():
         waiting.setdefault(int(fields[PREFIX, begin]), []).append((begin, end))
-    groups = []
+    groups: list[tuple[Span | None, list[Span]]] = []
     for before, alike in waiting.items():
-        prefix = torch.arange(*spans[before]) if before else torch.empty(0, dtype=torch.int64)
+        prefix = spans[before] if before else None
         alike.sort(key=lambda span: span[1] - span[0])
-        some: list[tuple[int, int]] = []
+        some: list[Span] = []
         for span in alike:
             if some and span[1] - span[0] > WASTE * (some[0][1] - some[0][0]):
-                groups.append(_group(some, prefix, device))
+                groups.append((prefix, some))
                 some = []
             some.append(span)
-        groups.append(_group(some, prefix, device))
+        groups.append((prefix, some))
     targets = (fields[TARGET] != IGNORED).nonzero()[:, 0]
     scale = int(fields[PACKS, 0]) / max(1, int(fields[TARGETS, 0]))
-    predicting = targets if len(targets) else torch.zeros(1, dtype=torch.int64)
-    return Layout(groups, targets.to(device), fields[TARGET][targets].to(device), predicting.to(device), scale)
+    return Segments(groups, targets.tolist(), fields[TARGET][targets].tolist(), scale)
 
 
-def _group(spans: list[tuple[int, int]], prefix: Tensor, device: torch.device) -> Group:
-    begins, ends = (torch.tensor(x)[:, None] for x in zip(*spans, strict=True))
-    rows = begins + torch.arange(int((ends - begins).max()))
-    own = rows < ends
-    whole = bool(own.all())
-    return Group(torch.minimum(rows, ends - 1).to(device), None if whole else own.to(device), prefix.to(device))
+def laid_out(segments: Segments, device: torch.device) -> Layout:
+    """The layout with its tensors on `device`."""
+    groups = []
+    for before, spans in segments.groups:
+        prefix = torch.arange(*before or (0, 0), device=device)
+        groups.append(group_of(tuple(spans), prefix))
+    targets = torch.tensor(segments.targets, dtype=torch.int64, device=device)
+    wanted = torch.tensor(segments.wanted, dtype=torch.int64, device=device)
+    predicting = targets if segments.targets else torch.zeros(1, dtype=torch.int64, device=device)
+    return Layout(groups, targets, wanted, predicting, segments.scale)
+
+
+def group_of(spans: tuple[Span, ...], prefix: Tensor) -> Group:
+    """Segments by their [begin, end) in the pack; `prefix`: the rows that they continue."""
+    device = prefix.device
+    longest = max(end - begin for begin, end in spans)
+    begins, ends = (torch.tensor(x, device=device)[:, None] for x in zip(*spans, strict=True))
+    rows = begins + torch.arange(longest, device=device)
+    if all(end - begin == longest for begin, end in spans):
+        return Group(spans, rows, None, None, prefix)
+    places = [i * longest + j for i, (begin, end) in enumerate(spans) for j in range(end - begin)]
+    return Group(spans, torch.minimum(rows, ends - 1), rows < ends, torch.tensor(places, device=device), prefix)

@@ -78,13 +78,11 @@ class PackedAttention(torch.autograd.Function):
 
 def _groups(layout: Layout, q: Tensor) -> Iterator[Group]:
     """The groups, cut so that the scores of one block of queries fit into SCORE_BYTES, at least a segment each."""
-    for group in layout.groups:
-        segments, longest = group.rows.shape
+    for index, group in enumerate(layout.groups):
+        longest = group.rows.shape[1]
         seen = longest + len(group.prefix)
         step = max(1, SCORE_BYTES // (q.shape[1] * min(QUERIES, longest) * seen * q.element_size()))
-        for begin in range(0, segments, step):
-            own = None if group.own is None else group.own[begin : begin + step]
-            yield Group(group.rows[begin : begin + step], own, group.prefix)
+        yield from layout.cut(index, step)
 
 
 def _keeps(group: Group, keep: bool) -> bool:
@@ -120,10 +118,8 @@ def _put(into: Tensor, x: Tensor, group: Group) -> None:
     shared = len(x) // segments
     rows = x.view(segments, shared, -1, longest, x.shape[-1]).permute(0, 3, 1, 2, 4).reshape(segments, longest, -1)
     flat = into.view(len(into), -1)
-    if group.own is None:
-        flat[group.rows.reshape(-1)] = rows.reshape(-1, rows.shape[-1])
-    else:
-        flat[group.rows[group.own]] = rows[group.own]
+    places, values = _own(group, rows)
+    flat[places] = values
 
 
 def _add(into: Tensor, x: Tensor, group: Group) -> None:
@@ -133,10 +129,14 @@ def _add(into: Tensor, x: Tensor, group: Group) -> None:
     rows = x.view(segments, -1, before + longest, x.shape[-1]).transpose(1, 2)
     if before:
         into[group.prefix] += rows[:, :before].sum(0)
-    if group.own is None:
-        into[group.rows.reshape(-1)] += rows[:, before:].reshape(-1, *into.shape[1:])
-    else:
-        into[group.rows[group.own]] += rows[:, before:][group.own]
+    places, values = _own(group, rows[:, before:].reshape(segments, longest, -1))
+    into[places] += values.view(-1, *into.shape[1:])
+
+
+def _own(group: Group, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The group's rows of the pack, each once, and what (segments, longest, width) holds for them: (rows, width)."""
+    flat, rows = x.reshape(-1, x.shape[-1]), group.rows.reshape(-1)
+    return (rows, flat) if group.places is None else (rows[group.places], flat[group.places])
 
 
 def _probabilities(query: Tensor, keys: Tensor, begin: int, end: int, seen: int, scale: float) -> Tensor:

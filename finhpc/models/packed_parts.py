@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from finhpc.config import Recompute
-from finhpc.errors import ConfigError
 from finhpc.models.families import family_of
 from finhpc.models.family import HALVES, Flow, Part
 from finhpc.models.loss import cross_entropy
@@ -30,16 +29,11 @@ def packed_parts(config: Any, recompute: Recompute = "none") -> list[Part]:
     """`parts_of` over packs: flows are (hidden (1, rows, width), pack), the first part takes a pack, the last gives
     the loss.
 
-    Raises `ConfigError` for what attends otherwise than to all before it.
+    Every token sees all before it: no example may be longer than a model's sliding window.
     """
     family = family_of(config)
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        raise ConfigError(
-            f"model_type={config.model_type} with sliding_window={config.sliding_window} cannot be finetuned; "
-            "use a model that attends to everything before a token (sliding_window null)."
-        )
     families: dict[str, Attended] = {"gpt2": _gpt2, "llama": partial(_llama, config)}
-    attended = families[family.name]
+    attended = families[family.modules]
     row = family.parts(config)
     last = max(i for i, part in enumerate(row) if part.kind == HALVES[0])
     runs: dict[str, Callable[..., Any]] = {

@@ -28,7 +28,7 @@ from finhpc.data.calibration import calibration_blocks
 from finhpc.data.progress import Progress
 from finhpc.data.shards import write_atomic
 from finhpc.errors import CheckpointError, ConfigError, DataError, RunBusyError
-from finhpc.models.families import as_low_rank, parameter_count, skeleton
+from finhpc.models.families import as_low_rank, context_name, context_of, parameter_count, skeleton
 from finhpc.models.manifest import check_manifest, write_manifest
 from finhpc.models.merge import header_of, merge_model, save_atomic
 from finhpc.models.weights import Weights, locate, open_weights
@@ -185,6 +185,11 @@ def _factorise(groups: list[Group], weights: Weights, job: Job, config: Decompos
 
 
 def _calibration(weights: Weights, job: Job, config: DecomposeConfig) -> torch.Tensor:
+    if config.calibration.seq_len > context_of(weights.config):
+        raise ConfigError(
+            f"calibration.seq_len={config.calibration.seq_len} is longer than the {context_name(weights.config)} of "
+            f"model={weights.path}; lower it."
+        )
     folder = job.work / "tokenizer"
     folder.mkdir(exist_ok=True)
     if not weights.save_tokenizer(folder):

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from finhpc.config import EstimateConfig, Method, PretrainConfig, Recompute, nearest
+from finhpc.config import EstimateConfig, Hardware, Method, PretrainConfig, Recompute, nearest
 from finhpc.errors import ConfigError
 from finhpc.lowrank.blend import blend_steps
 from finhpc.lowrank.registry import BLEND
@@ -189,10 +189,10 @@ def checked(config: EstimateConfig) -> tuple[Any, int]:
 
 
 def _check_hardware(config: EstimateConfig) -> None:
-    wanted, problems = config.estimate, []
-    names = [*DEVICES, THIS_MACHINE]
-    if wanted.device not in names:
-        problems.append(f"estimate.device={wanted.device} is not known; {nearest(wanted.device, names)}")
+    wanted = config.estimate
+    problems: list[str] = []
+    with collect(problems):
+        check_device(wanted)
     if wanted.scheme == "finhpc" and wanted.zero_stage:
         problems.append(
             f"estimate.zero_stage={wanted.zero_stage} is not what finhpc trains with: every worker of a stage holds "
@@ -218,11 +218,24 @@ def _sizes(config: EstimateConfig) -> list[int]:
     return sorted(set(config.estimate.micro_batch_sizes))
 
 
+def check_device(wanted: Hardware) -> None:
+    """Raise `ConfigError` for a device that is not known."""
+    names = [*DEVICES, THIS_MACHINE]
+    if wanted.device not in names:
+        raise ConfigError(f"estimate.device={wanted.device} is not known; {nearest(wanted.device, names)}")
+
+
 def _cluster(config: EstimateConfig) -> Cluster:
-    wanted, threads = config.estimate, config.resources.threads
+    # 16 bits, as the paper has it: the same rate
+    precision = "bf16" if config.estimate.scheme == "paper" else config.train.precision
+    return cluster_of(config.estimate, config.parallel.workers, config.resources.threads, precision)
+
+
+def cluster_of(wanted: Hardware, workers: int, threads: int, precision: str) -> Cluster:
+    """The hardware as planning takes it; this machine's rates are measured."""
     if wanted.device == THIS_MACHINE:
         per_node = wanted.devices_per_node or max(1, (os.cpu_count() or 1) // threads)
-        device = this_machine(max(per_node, config.parallel.workers), threads)
+        device = this_machine(max(per_node, workers), threads)
     else:
         per_node = wanted.devices_per_node or 8
         device = DEVICES[wanted.device]
@@ -234,7 +247,6 @@ def _cluster(config: EstimateConfig) -> Cluster:
     }
     device = replace(device, **{key: value for key, value in stated.items() if value is not None})
     usable = wanted.usable * device.memory_gb * 1e9
-    precision = "bf16" if wanted.scheme == "paper" else config.train.precision  # 16 bits: the same rate
     return Cluster(device, wanted.nodes, per_node, usable, wanted.reached, precision)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from finhpc.config import EvaluateConfig, to_yaml
 from finhpc.data.progress import Progress
 from finhpc.data.shards import Shards, write_atomic
-from finhpc.errors import ConfigError, TrainingFailedError
+from finhpc.errors import ConfigError, FinhpcError, TrainingFailedError
 from finhpc.evaluation.models import Subject, subjects
 from finhpc.evaluation.tasks import PERPLEXITY, TaskFile, prepare_tasks
 from finhpc.orchestration.cluster import cluster_resources, ray_cluster
@@ -29,6 +29,7 @@ from finhpc.orchestration.runfolder import RunFolder, redact
 from finhpc.quantization.schemes import SCHEMES
 
 FORMAT = 1
+Failure = tuple[Pair, FinhpcError]
 
 
 def evaluate(config: EvaluateConfig, dry_run: bool = False) -> dict[str, Any]:
@@ -56,17 +57,20 @@ def evaluate(config: EvaluateConfig, dry_run: bool = False) -> dict[str, Any]:
             "models": [{"name": s.name, "model": s.path, "adapter": s.adapter, "scores": None} for s in found],
         }
         if dry_run:
-            _say(f"{len(found)} models x {len(names)} tasks, {len(pending)} of {len(pairs)} pairs to score")
+            what = f"{_counted(len(found), 'model')} x {_counted(len(names), 'task')}"
+            _say(f"{what}, {len(pending)} of {_counted(len(pairs), 'pair')} to score")
             return result
         run = config.run.model_copy(update={"tracking_uri": redact(config.run.tracking_uri or "") or None})
         write_atomic(folder.path / "config.yaml", to_yaml(config.model_copy(update={"run": run})).encode())
         folder.write_environment()
         scoring_began = time.monotonic()
+        failed: list[Failure] = []
         if pending:
             with ray_cluster():
-                _score_all(config, pending)
+                failed = _score_all(config, pending)
         result |= _collected(found, pairs) | {
-            "status": "finished",
+            "status": "failed" if failed else "finished",
+            "failed": [{"model": p.subject.name, "task": p.name, "error": str(error)} for p, error in failed],
             "scoring_s": time.monotonic() - scoring_began,
             "wall_s": time.monotonic() - began,
         }
@@ -74,6 +78,8 @@ def evaluate(config: EvaluateConfig, dry_run: bool = False) -> dict[str, Any]:
         result["mlflow_run_id"], result["tracking_uri"] = log_to_mlflow(config, folder.path, found, result)
         folder.write_result(result)
     summary(result)
+    if failed:
+        raise _failure(failed, len(pairs), folder.path)
     return result
 
 
@@ -138,12 +144,15 @@ class _Place:
     model: str | None = None
 
 
-def _score_all(config: EvaluateConfig, pending: list[Pair]) -> None:
-    """Score the pairs on as many workers as there is room for; each goes on with the model it has open."""
+def _score_all(config: EvaluateConfig, pending: list[Pair]) -> list[Failure]:
+    """Score the pairs on as many workers as there is room for; each goes on with the model it has open.
+
+    Returns those that could not be scored, each with what was wrong with it; the others are.
+    """
     import ray
     from ray.exceptions import RayError
 
-    waiting = list(pending)
+    waiting, failed = list(pending), []
     places = [_Place(actor) for actor in _actors(config, len(waiting))]
     running: dict[Any, tuple[_Place, Pair]] = {}
     idle = list(places)
@@ -158,7 +167,7 @@ def _score_all(config: EvaluateConfig, pending: list[Pair]) -> None:
                 for done in ray.wait(list(running), num_returns=1)[0]:
                     place, pair = running.pop(done)
                     if (error := ray.get(done)) is not None:
-                        raise error
+                        failed.append((pair, error))
                     idle.append(place)
                     progress.advance(1)
         except RayError as error:  # the worker's process died
@@ -170,6 +179,17 @@ def _score_all(config: EvaluateConfig, pending: list[Pair]) -> None:
         finally:
             for place in places:
                 ray.kill(place.actor)
+    return failed
+
+
+def _failure(failed: list[Failure], pairs: int, folder: Path) -> FinhpcError:
+    """One error of all pairs that could not be scored, of the kind of the first."""
+    lines = [f"{pair.subject.name} on {pair.name}: {line}" for pair, e in failed for line in str(e).splitlines()]
+    if len(failed) < pairs:
+        rest = pairs - len(failed)
+        lines.append(f"{_counted(rest, 'other pair')} of {pairs} stand in {folder}; the same command scores the rest.")
+    first = failed[0][1]
+    return ConfigError(lines) if isinstance(first, ConfigError) else type(first)("\n".join(lines))
 
 
 def _next(waiting: list[Pair], place: _Place, places: list[_Place]) -> Pair:
@@ -209,9 +229,14 @@ def _actors(config: EvaluateConfig, most: int) -> Iterator[Any]:
 def _collected(found: list[Subject], pairs: list[Pair]) -> dict[str, Any]:
     models = []
     for subject in found:
-        scores = {pair.name: pair.read() for pair in pairs if pair.subject == subject}
+        scores = {pair.name: pair.read() for pair in pairs if pair.subject == subject and pair.done()}
         models.append({"name": subject.name, "model": subject.path, "adapter": subject.adapter, "scores": scores})
     return {"models": models, "scores": models[0]["scores"] if len(models) == 1 else None}
+
+
+def _counted(number: int, what: str) -> str:
+    """1 model, 2 models."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _say(text: str) -> None:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from finhpc.config import FinetuneConfig
 from finhpc.errors import ConfigError, DataError
 from finhpc.orchestration import outcome
+from finhpc.orchestration.cluster import use_cuda
 from finhpc.orchestration.job import Job, Rows, Say
 from finhpc.orchestration.plan import check_parallel, check_stages, collect
-from finhpc.orchestration.progress import summary_table
+from finhpc.orchestration.progress import rows_table, summary_table
 from finhpc.orchestration.run import place_whole, run, whole_path
 from finhpc.training.checkpoint import Saved, read_stage
 
@@ -77,7 +78,8 @@ class Finetune(Job):
         trained = {name: tensor for file in saved.stage_files() for name, tensor in read_stage(file, "param").items()}
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
-        save_adapter(partial, self.config.lora, trained, self.made.weights, self.config.quantization)
+        made, config = self.made, self.config
+        save_adapter(partial, config.lora, trained, made.weights, config.quantization, made.base_fingerprint)
         self.made.weights.save_tokenizer(partial)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
@@ -120,13 +122,20 @@ class Finetune(Job):
         ]
 
     def dry_run(self, total: dict[str, float] | None) -> dict[str, Any]:
+        from finhpc.orchestration.estimate_finetune import of_examples
+        from finhpc.orchestration.estimate_tables import plan_summary, stage_rows
         from finhpc.training.feed import Packs
 
-        config = self.config
+        config, made = self.config, self.made
         result = outcome.counted(self) | {"status": "dry_run", "steps": config.train.steps}
-        result["tokens"] = Packs(self.made.examples, batches_of(config)).tokens(config.train.steps)
-        rows = [("steps", f"{config.train.steps:,}"), ("tokens", f"{result['tokens']:,}")]
+        batches = batches_of(config)
+        result["tokens"] = Packs(made.examples, batches).tokens(config.train.steps)
+        cuda = use_cuda(config, total) if total else config.resources.device == "cuda"
+        numbers = of_examples(config, made.adaptation, made.examples, batches, cuda, here=total is not None)
+        result["estimate"] = numbers
+        rows = [("tokens", f"{result['tokens']:,}"), *plan_summary(numbers, config.train.steps)]
         summary_table(f"dry run of {config.run.name}", outcome.dry_summary(self) + rows)
+        rows_table("memory of a worker by stage in GB, estimated", stage_rows(numbers["stages"]))
         return result
 
     def memory_advice(self) -> str:
@@ -204,13 +213,14 @@ def _make(config: FinetuneConfig) -> Made:
 
 
 def _check_model(config: FinetuneConfig, weights: Weights) -> None:
+    from finhpc.models.families import context_name, context_of
+
     problems: list[str] = []
-    context = weights.config.max_position_embeddings
     with collect(problems):
         check_stages(config, weights.config)
-    if config.data.max_len > context:
+    if config.data.max_len > context_of(weights.config):
         problems.append(
-            f"data.max_len={config.data.max_len} is longer than the context of {context} that model.path="
+            f"data.max_len={config.data.max_len} is longer than the {context_name(weights.config)} that model.path="
             f"{config.model.path} has; lower it."
         )
     if problems:

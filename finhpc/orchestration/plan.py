@@ -182,13 +182,14 @@ def check_stages(config: TrainingConfig, hf_config: Any) -> None:
 
 def check_model(config: PretrainConfig, hf_config: Any) -> None:
     """Raise `ConfigError` where the model is too small for the stages or the samples."""
+    from finhpc.models.families import context_name, context_of
+
     problems: list[str] = []
-    context = hf_config.max_position_embeddings
     with collect(problems):
         check_stages(config, hf_config)
-    if config.data.seq_len > context:
+    if config.data.seq_len > context_of(hf_config):
         problems.append(
-            f"data.seq_len={config.data.seq_len} is longer than the model's context of {context}; "
+            f"data.seq_len={config.data.seq_len} is longer than the model's {context_name(hf_config)}; "
             + ("lower it or raise model.context." if config.model.path is None else "lower it or take another model.")
         )
     if problems:

@@ -143,39 +143,46 @@ class Memory:
         sent = tokens * 4 * int(outline.hf_config.hidden_size)  # hidden states travel in float32
         ids = tokens * 8
         buffers = (sent + ids) if stages > 1 else 0  # what is received lands there first
-        steps = _Steps(
+        steps = Steps(
             parts=[self.parts(topology.micro_batch_size)[kind] for kind in kinds],
             gradients=[4 * count for count in trained],
             shared=shared,
             first=stage == 0,
             last=stage == stages - 1,
-            sent=sent,
-            # Between its passes a micro-batch's inputs and outputs stay in DeepSpeed's hands, the inputs twice.
-            held=2 * ids + (sent if stage else 0) + (sent if stage < stages - 1 else 0),
+            hidden=[sent] * (len(kinds) + 1),
+            ids=ids,
         )
-        with_gradients = intermediates = 0
-        for forward, in_flight, done in set(_passes(stage, stages, topology.micro_batches)):
-            for activations, made in steps.levels(forward, in_flight, done):
-                intermediates = max(intermediates, activations)
-                with_gradients = max(with_gradients, activations + made)
+        intermediates, with_gradients = steps.peak(stage, stages, topology.micro_batches)
         flat = min(gradients, 4 * BUCKET)
         peak = weights + optimizer + buffers + max(with_gradients, gradients + flat)
         return StageMemory(stage, kinds, total, weights, gradients, optimizer, intermediates, buffers + flat, peak)
 
 
 @dataclass(frozen=True)
-class _Steps:
-    """The passes through one stage's parts, in bytes."""
+class Steps:
+    """The passes through one stage's parts, in bytes.
+
+    `gradients`: of each part's trained weights. `hidden`: the states before each part, and after the last. `ids`: what
+    travels beside them.
+    """
 
     parts: list[PartBytes]
     gradients: list[int]
     shared: bool  # the first part's weights are the last one's: their gradient is there when its backward comes
     first: bool
     last: bool
-    sent: int
-    held: int
+    hidden: list[int]
+    ids: int
 
-    def levels(self, forward: bool, in_flight: int, done: int) -> Iterator[tuple[int, int]]:
+    def peak(self, stage: int, stages: int, micro_batches: int) -> tuple[int, int]:
+        """The most that activations take, and that activations and gradients take together."""
+        activations = both = 0
+        for forward, in_flight, done in set(_passes(stage, stages, micro_batches)):
+            for taken, made in self._levels(forward, in_flight, done):
+                activations, both = max(activations, taken), max(both, taken + made)
+        return activations, both
+
+    def _levels(self, forward: bool, in_flight: int, done: int) -> Iterator[tuple[int, int]]:
         """(activations, gradients) at the most, in each part of a pass of the newest of `in_flight` micro-batches.
 
         `done`: micro-batches that went through before, 2 for more. With one, the gradients of all weights
@@ -183,14 +190,17 @@ class _Steps:
         """
         ready = done > 0
         kept = sum(part.kept for part in self.parts)
-        level = in_flight * self.held + (in_flight - 1) * kept
+        received, sent = 0 if self.first else self.hidden[0], 0 if self.last else self.hidden[-1]
+        # Between its passes a micro-batch's inputs and outputs stay in DeepSpeed's hands, the inputs twice.
+        held = 2 * self.ids + received + sent
+        level = in_flight * held + (in_flight - 1) * kept
         if self.last and not self.first:
             # DeepSpeed holds the losses of the two newest before, and so their inputs and those' gradients.
-            level += 2 * self.sent * (done if forward else min(done, 1))
+            level += 2 * received * (done if forward else min(done, 1))
         if forward:
-            level -= 0 if self.last else self.sent  # its output is still to come
+            level -= sent  # its output is still to come
             for i, part in enumerate(self.parts):
-                given = 0 if self.first and i == 0 else self.sent
+                given = 0 if self.first and i == 0 else self.hidden[i]
                 yield level + given + part.forward, sum(self.gradients) if ready else 0
                 level += part.kept
             return
@@ -200,7 +210,7 @@ class _Steps:
             part = self.parts[i]
             there = ready or (self.shared and i == 0)
             # The last part's output is the loss, or its gradient lies where it was received.
-            given = 0 if i == len(self.parts) - 1 else self.sent
+            given = 0 if i == len(self.parts) - 1 else self.hidden[i + 1]
             yield (
                 level + given + (part.backward if there else part.first_backward),
                 (sum(self.gradients) if ready else made),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -16,7 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from finhpc.config import Recompute
-from finhpc.models.families import skeleton
+from finhpc.models.families import skeleton, with_blocks
 from finhpc.models.pipeline import is_tied, operations, parts_of, stage_borders
 
 Stages = list[list[str]]  # kinds of the parts of each stage
@@ -155,9 +154,7 @@ def _moments_bytes(size: int, eight_bit: bool) -> int:
 
 def one_block(hf_config: Any) -> Any:
     """The same model with a single transformer block."""
-    single = deepcopy(hf_config)
-    single.num_hidden_layers = 1
-    return single
+    return with_blocks(hf_config, 1)
 
 
 def outline_of(hf_config: Any, seq_len: int, recompute: Recompute = "none", fused: bool = False) -> Outline:

@@ -84,13 +84,13 @@ def paced(outline: Outline, topology: Topology, cut: Stages, cluster: Cluster) -
     largest = _largest(outline, cut)
     return Pace(
         seconds,
-        _averaging_s(largest, topology.replicas, device, per_node),
+        averaging_s(largest, topology.replicas, device, per_node),
         largest * ADAMW_BYTES / (device.memory_gb_per_s * 1e9),
         topology.micro_batches,
     )
 
 
-def _averaging_s(params: int, replicas: int, device: Device, per_node: int) -> float:
+def averaging_s(params: int, replicas: int, device: Device, per_node: int) -> float:
     """A ring over the replicas of a stage, which are neighbours: DeepSpeed's pipe axis is the outer one."""
     copies = params * GRADIENT_BYTES / (device.memory_gb_per_s * 1e9)
     if replicas == 1:
@@ -102,7 +102,7 @@ def _averaging_s(params: int, replicas: int, device: Device, per_node: int) -> f
 def measured(outline: Outline, topology: Topology, cut: Stages, cluster: Cluster, part_s: Mapping[str, float]) -> Pace:
     """The pace from measured seconds a micro-batch of each kind of part, its share of the optimiser in them."""
     stage_s = [sum(part_s[kind] for kind in kinds) for kinds in cut]
-    exchange_s = _averaging_s(_largest(outline, cut), topology.replicas, cluster.device, cluster.devices_per_node)
+    exchange_s = averaging_s(_largest(outline, cut), topology.replicas, cluster.device, cluster.devices_per_node)
     return Pace(stage_s, exchange_s, 0.0, topology.micro_batches)
 
 

@@ -153,3 +153,50 @@ def freeze(rows: Tensor, bias: Tensor | None, bits: int, scheme: str, dtype: tor
     if scheme == "nf4":
         return FrozenNf4(rows, bias)
     return FrozenMinMax(rows, bias, bits, name)
+
+
+def hollow(shape: tuple[int, int], bias: Tensor | None, bits: int, scheme: str, dtype: torch.dtype) -> Frozen:
+    """`freeze` of a matrix (out, in) whose content does not matter: what counting memory needs.
+
+    Its tensors have the shapes and types of the real one's, made on torch's current device and mode.
+    """
+    out, into = shape
+    bias = None if bias is None else bias.to(dtype)
+    kind: type[Frozen] = {"int8": FrozenInt8, "nf4": FrozenNf4, "minmax": FrozenMinMax}.get(scheme, FrozenFloat)
+    if bits == 16 or (scheme == "nf4" and not nf4_fits(out, into)):
+        kind = FrozenFloat
+    made = kind.__new__(kind)
+    Frozen.__init__(made, out, into, bias)
+    if isinstance(made, FrozenInt8):
+        made._hold(codes=torch.empty(shape, dtype=torch.int8), largest=torch.empty(out))
+    elif isinstance(made, FrozenNf4):
+        made._hold(packed=torch.empty(out * into // 2, 1, dtype=torch.uint8))
+        made.state = _hollow_state(shape)
+    elif isinstance(made, FrozenMinMax):
+        made.bits = bits
+        codes = torch.empty(out, -(-into * bits // 8), dtype=torch.uint8)
+        made._hold(codes=codes, scale=torch.empty(out), zero=torch.empty(out))
+    else:
+        made._hold(weight=torch.empty(shape, dtype=dtype))
+    return made
+
+
+def _hollow_state(shape: tuple[int, int]) -> Any:
+    """bitsandbytes' state of an NF4 matrix: a scale for 64 (or 32) codes in 8 bits, and one for 256 scales."""
+    from bitsandbytes.functional import QuantState
+
+    block = 64 if shape[1] % 64 == 0 else 32
+    scales = shape[0] * shape[1] // block
+    second = QuantState(
+        absmax=torch.empty(-(-scales // 256)), code=torch.empty(256), blocksize=256, dtype=torch.float32
+    )
+    return QuantState(
+        absmax=torch.empty(scales, dtype=torch.uint8),
+        shape=torch.Size(shape),
+        code=torch.empty(16),
+        blocksize=block,
+        quant_type="nf4",
+        dtype=torch.float32,
+        offset=torch.empty(()),
+        state2=second,
+    )

@@ -40,8 +40,15 @@ def settings(folder: Path, **more: Any) -> FinetuneBench:
     return build(FinetuneBench, tree | more)
 
 
-def test_all_ways_learn_the_same_from_the_same_examples(tmp_path: Path) -> None:
+def test_all_ways_learn_the_same_from_the_same_examples(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    capfd.readouterr()
     result = bench_finetune(settings(tmp_path))
+    table = [line for line in capfd.readouterr().err.splitlines() if line[:1] in "┏┃┡│└"]
+    assert len(table) > 8
+    assert max(map(len, table)) <= 80
+    assert sum("HF Trainer" in line for line in table) == 2, "no name is folded"
+    assert all(line[-1] in "┓┃┩│┘" for line in table), "nothing is cut off"
+    assert not any("…" in line for line in table)
     assert [(row["base"], row["way"]) for row in result["rows"]] == [
         (base, way) for base in ("bf16", "nf4") for way in (PLAIN, TRAINER, OURS)
     ]

@@ -52,6 +52,56 @@ def test_every_format_is_known_by_its_columns(tmp_path):
     assert said(make(written).train) == ("Input: x\nAnswer: good<|im_end|>", " good<|im_end|>")
 
 
+def test_a_long_conversation_loses_later_turns_then_the_end_of_its_first_message(tmp_path):
+    long = " ".join(f"word{i}" for i in range(40))
+    turns = [("system", "be brief"), ("user", long), ("assistant", "yes it is"), ("user", "why"), ("assistant", "so")]
+    source = jsonl(tmp_path / "c.jsonl", [{"messages": [{"role": r, "content": c} for r, c in turns]}])
+    whole, first = (len(make(source, max_len=size).train.tokens) for size in (512, 330))
+    text, loss = said(make(source, max_len=first).train)
+    assert loss == "yes it is<|im_end|>", "the second answer is left out, the first whole"
+    assert long in text
+    assert first < whole
+    found = make(source, max_len=first - 60)
+    text, loss = said(found.train)
+    assert loss == "yes it is<|im_end|>"
+    begin = "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\n"
+    rest = text.removeprefix(begin).removesuffix("<|im_end|>\n<|im_start|>assistant\nyes it is<|im_end|>")
+    assert len(rest) == len(text) - len(begin) - len("<|im_end|>\n<|im_start|>assistant\nyes it is<|im_end|>")
+    assert long.startswith(rest)
+    assert 0 < len(rest) < len(long) - 50
+    assert found.counts["cut"] == 1
+    assert len(found.train.tokens) <= first - 60
+    with pytest.raises(ConfigError, match=r"c\.jsonl.*: \d+ tokens"):
+        make(source, max_len=first - 60, cut="refuse")
+    with pytest.raises(ConfigError, match="no room for the answer of 1 of 1"):
+        make(source, max_len=20)
+
+
+def test_an_answer_before_the_user_speaks_is_never_cut_into(tmp_path):
+    turns = [("system", "greet the guest " * 12), ("assistant", "good day"), ("user", "hi"), ("assistant", "yes")]
+    record = {"messages": [{"role": r, "content": c} for r, c in turns]}
+    source = jsonl(tmp_path / "c.jsonl", [record])
+    with pytest.raises(ConfigError, match="no room for the answer of 1 of 1"):
+        make(source, max_len=100)
+
+
+def test_parquet_and_data_sets_give_what_json_lines_give(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    records = [{"instruction": f"Say {i}", "input": f"text {i}", "output": f"{i} it is"} for i in range(40)]
+    plain = make(jsonl(tmp_path / "a.jsonl", records), eval_fraction=0.3)
+    (tmp_path / "set").mkdir()
+    table = pa.Table.from_pylist(records)
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=5)
+    pq.write_table(table, tmp_path / "set" / "train-00000.parquet")
+    for source in (str(tmp_path / "a.parquet"), f"hf:{tmp_path / 'set'}"):
+        assert make(source, eval_fraction=0.3).fingerprint == plain.fingerprint
+    assert len(plain.held_out) > 0
+    with pytest.raises(ConfigError, match=r"data\.hf_split=test cannot be opened"):
+        make(f"hf:{tmp_path / 'set'}", hf_split="test")
+
+
 def test_a_conversation_carries_loss_on_the_assistants_turns_alone(tmp_path):
     turns = [("user", "a b"), ("assistant", "c"), ("user", "d"), ("assistant", "e f")]
     source = jsonl(tmp_path / "c.jsonl", [{"messages": [{"role": r, "content": c} for r, c in turns]}])

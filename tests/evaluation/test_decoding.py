@@ -12,6 +12,7 @@ from finhpc.errors import NonFiniteError
 from finhpc.evaluation.decoder import Decoder
 from finhpc.evaluation.decoding import choose, decode
 from tests.evaluation.folders import tiny_model
+from tests.models.dense import tiny_mistral, tiny_qwen2
 
 MODELS = [("gpt2", "dense"), ("gpt2", "low_rank"), ("llama", "dense"), ("llama", "low_rank"), ("llama", "cola")]
 
@@ -109,3 +110,18 @@ def test_draws_depend_on_the_seed_and_the_place_not_on_the_batch() -> None:
 def test_damaged_weights_are_said(temperature: float) -> None:
     with pytest.raises(NonFiniteError, match="NaN or infinite"):
         choose(torch.full((1, 4), float("nan")), Sampling(temperature=temperature), [torch.Generator()])
+
+
+@pytest.mark.parametrize("make", [tiny_mistral, tiny_qwen2])
+def test_llama_like_families_decode_as_transformers_does(make: Any) -> None:
+    model = make()
+    prompt = torch.randint(0, 300, (1, 20), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        theirs = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=30, pad_token_id=0)
+    ours = generated(model, prompt.tolist(), Sampling(max_new_tokens=theirs.shape[1] - 20))
+    assert ours == [theirs[0, 20:].tolist()]
+    assert len(set(ours[0])) > 2
+
+
+def test_nothing_is_decoded_beyond_a_sliding_window() -> None:
+    assert Decoder(tiny_mistral(window=24)).context == 24

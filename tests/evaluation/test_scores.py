@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,6 +65,30 @@ def test_prompts_are_those_of_finetuning(place: Path, tmp_path: Path, task: str,
         assert opened.doc_to_text(doc) == template(name).render(doc).prompt
         assert tuple(opened.doc_to_choice(doc)) == template(name).labels
     assert opened.config.target_delimiter == template(name).separator
+
+
+def test_boolqs_prompt_is_lm_evals_own_with_the_titled_passage(place: Path, tmp_path: Path) -> None:
+    import lm_eval.tasks
+    from jinja2 import Template
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    rows = [{"question": "is it so", "title": "A thing", "passage": "It is\nso.", "answer": True}]
+    rows += [{"question": "is it not", "passage": "It is.", "answer": False}]
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = config(place, tasks=["boolq"], data={"files": {"boolq": str(tmp_path / "b.jsonl")}})
+    opened = load_task(prepare_tasks(settings, tmp_path / "tasks")[0])
+    own: Any = load_yaml(Path(lm_eval.tasks.__file__).parent / "super_glue/boolq/default.yaml", resolve_func=False)
+    # The columns of SuperGLUE, as lm-eval's definition reads them.
+    there = [
+        {"question": "is it so", "passage": "A thing -- It is\nso.", "label": 1},
+        {"question": "is it not", "passage": "It is.", "label": 0},
+    ]
+    for doc, theirs in zip(opened.eval_docs, there, strict=True):
+        assert opened.doc_to_text(doc) == Template(own["doc_to_text"], keep_trailing_newline=True).render(theirs)
+        assert opened.doc_to_choice(doc) == own["doc_to_choice"] == ["no", "yes"]
+        assert opened.doc_to_target(doc) == theirs["label"]
+    assert opened.doc_to_text(opened.eval_docs[0]) == "A thing -- It is\nso.\nQuestion: is it so?\nAnswer:"
+    assert opened.config.target_delimiter == own.get("target_delimiter", " ")
 
 
 def test_prompts_longer_than_the_context_are_counted(place: Path, tmp_path: Path) -> None:

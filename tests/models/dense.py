@@ -1,11 +1,21 @@
-"""Tiny dense models of both families, written as transformers writes them."""
+"""Tiny dense models of all families, written as transformers writes them."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 
 def tiny_gpt2(vocab: int = 300, layers: int = 3) -> PreTrainedModel:
@@ -14,17 +24,31 @@ def tiny_gpt2(vocab: int = 300, layers: int = 3) -> PreTrainedModel:
 
 
 def tiny_llama(vocab: int = 300, tied: bool = True, layers: int = 3, context: int = 64) -> PreTrainedModel:
-    config = LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=context,
-        tie_word_embeddings=tied,
-    )
+    config = LlamaConfig(**_shape(vocab, layers, context), tie_word_embeddings=tied)
     return _settled(LlamaForCausalLM(config))
+
+
+def tiny_mistral(context: int = 64, window: int | None = None) -> PreTrainedModel:
+    """Heads of 12, which together are wider than the model, as in Mistral Nemo."""
+    config = MistralConfig(**_shape(context=context), head_dim=12, sliding_window=window)
+    return _settled(MistralForCausalLM(config))
+
+
+def tiny_qwen2(context: int = 64) -> PreTrainedModel:
+    """With biases on queries, keys and values."""
+    return _settled(Qwen2ForCausalLM(Qwen2Config(**_shape(context=context), tie_word_embeddings=True)))
+
+
+def _shape(vocab: int = 300, layers: int = 3, context: int = 64) -> dict[str, int]:
+    return {
+        "vocab_size": vocab,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": context,
+    }
 
 
 def _settled(model: PreTrainedModel) -> PreTrainedModel:

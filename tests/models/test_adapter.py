@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,10 @@ from transformers import AutoModelForCausalLM
 from finhpc.config import ExportConfig
 from finhpc.config.finetune import FinetuneQuantization, Lora
 from finhpc.errors import CheckpointError, ConfigError
-from finhpc.models.adapter import CONFIG, TENSORS, load_adapter, merge_adapter, save_adapter
+from finhpc.models.adapter import CONFIG, FINGERPRINT, TENSORS, load_adapter, merge_adapter, save_adapter
 from finhpc.models.export import export
 from finhpc.models.loading import load_model
+from finhpc.models.manifest import weights_fingerprint
 from finhpc.models.weights import open_weights
 from tests.models.dense import logits, saved, tiny_gpt2, tiny_llama
 from tests.models.packs import examples, packs_of, plain_loss
@@ -47,6 +50,73 @@ def test_peft_opens_it_and_merging_is_the_same(tmp_path: Path, make: Any, init: 
     merge_adapter(model, load_adapter(tmp_path / "adapter", model))
     assert not torch.allclose(logits(model), before, atol=1e-3)
     assert torch.allclose(logits(model), logits(opened), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("targets", "written"),
+    [
+        (r".*layers\.[02]\..*(q|v)_proj", r".*layers\.[02]\..*(q|v)_proj"),
+        ([r".*\.1\..*_proj"], r".*\.1\..*_proj"),
+        (["o_proj", r".*\.1\.mlp\..*"], None),
+    ],
+)
+def test_regular_expressions_choose_what_peft_chooses(tmp_path: Path, targets: Any, written: Any) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    base = saved(tiny_llama(), tmp_path / "base")
+    lora = Lora.model_validate({"rank": 4, "init": "gaussian", "targets": targets})
+    loss = trained(base, lora, tmp_path / "adapter")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    opened = PeftModel.from_pretrained(model, str(tmp_path / "adapter")).eval()
+    assert abs(plain_loss(opened, examples(8)).item() - loss) <= 1e-5 * loss
+    names = {name for name, _ in open_names(opened)}
+    if written is None:
+        assert {name.rpartition(".")[2] for name in names} == {"o_proj", "gate_proj", "up_proj", "down_proj"}
+        assert len(names) == 3 + 3
+        return
+    assert opened.peft_config["default"].target_modules == written
+    fresh = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=4, target_modules=written))
+    assert names == {name for name, _ in open_names(fresh)}
+
+
+def test_another_model_of_the_same_shape_is_no_base(tmp_path: Path) -> None:
+    from finhpc.evaluation.adapters import read_adapters
+    from finhpc.evaluation.models import subjects
+
+    base, adapter = saved(tiny_llama(), tmp_path / "base"), tmp_path / "adapter"
+    lora, weights = Lora(rank=4), open_weights(base)
+    _, layers = adapted(base, lora)
+    tensors = {name: p.detach() for name, p in parameters(layers).items()}
+    save_adapter(adapter, lora, tensors, weights, fingerprint=weights_fingerprint(base))
+    changed = tiny_llama()
+    with torch.no_grad():
+        changed.model.norm.weight.mul_(1.01)
+    other = saved(changed, tmp_path / "other")
+    for folder in (base, other):
+        (folder / "tokenizer.json").write_text("{}")
+    config = weights.config
+    export(ExportConfig(model=str(base), out=str(tmp_path / "q"), quantization={"bits": 8}))
+    for fits in (base, tmp_path / "q"):
+        assert subjects([str(fits)], [str(adapter)])[0].adapter == str(adapter)
+        assert list(read_adapters([str(adapter)], config, fits)) == ["adapter"]
+    named = re.escape(f"adapter={adapter} was trained beside {base} (sha256 ") + ".*" + re.escape(f"model={other} (")
+    with pytest.raises(ConfigError, match=named):
+        subjects([str(other)], [str(adapter)])
+    with pytest.raises(ConfigError, match=named):
+        read_adapters([str(adapter)], config, other)
+    load_model(adapter)
+    tree = json.loads((adapter / CONFIG).read_text()) | {"base_model_name_or_path": str(other)}
+    (adapter / CONFIG).write_text(json.dumps(tree))
+    with pytest.raises(ConfigError, match=named):
+        load_model(adapter)
+    with pytest.raises(ConfigError, match=named):
+        export(ExportConfig(model=str(adapter), format="merged", out=str(tmp_path / "out")))
+    (adapter / FINGERPRINT).unlink()
+    load_model(adapter)
+
+
+def open_names(model: Any) -> Any:
+    return [(name, module) for name, module in model.named_modules() if hasattr(module, "lora_A")]
 
 
 @pytest.mark.parametrize(("bits", "scheme"), [(16, "auto"), (4, "nf4"), (8, "minmax")])

@@ -164,6 +164,8 @@ def _wide() -> Any:
         (Lora(rank=40), ["lora.rank=40 does not fit model.layers.*.self_attn.q_proj", "k_proj (16 x 32, layers: 3)"]),
         (Lora(targets=["query"]), ["lora.targets=query matches no linear layer", "q_proj"]),
         (Lora(rank=3, init="orthogonal"), ["even"]),
+        (Lora(targets=[".*query.*"]), ["lora.targets=.*query.* matches no linear layer", "q_proj"]),
+        (Lora(targets=["(q_proj"]), ["lora.targets=(q_proj is no name, and no regular expression either (missing )"]),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_together(tmp_path: Path, lora: Lora, words: list[str]) -> None:

@@ -128,7 +128,7 @@ def test_integer_weights_are_no_dense_model(tmp_path: Path) -> None:
 def test_an_unknown_family_names_the_known(tmp_path: Path) -> None:
     config = OPTConfig(vocab_size=50, hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2)
     OPTForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="model_type=opt is not supported; supported: gpt2, llama"):
+    with pytest.raises(ConfigError, match="model_type=opt is not supported; supported: gpt2, llama, mistral, qwen2"):
         open_weights(tmp_path)
 
 

@@ -14,19 +14,21 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import finhpc
-from finhpc.config import DecomposeConfig, build
+from finhpc.config import DecomposeConfig, ExportConfig, build
 from finhpc.data.tokenizer import save
 from finhpc.errors import CheckpointError, ConfigError, RunBusyError
 from finhpc.lowrank.ranks import rank_of_energy
+from finhpc.models.export import export
 from finhpc.models.weights import open_weights
 from finhpc.orchestration import decompose as module
 from finhpc.orchestration.decompose import decompose
 from finhpc.orchestration.groups import Job, group_task, groups_of, targets_of
 from finhpc.training.memory import counted_peak
 from tests.data.corpus import make_texts, write_jsonl
-from tests.models.dense import logits, saved, tiny_gpt2, tiny_llama
+from tests.models.dense import logits, saved, tiny_gpt2, tiny_llama, tiny_mistral, tiny_qwen2
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -51,6 +53,19 @@ def test_at_full_rank_the_model_is_the_same(tmp_path: Path, make: Any) -> None:
     assert {layer["error_over_optimal"] for layer in result["layers"]} == {None}
     assert json.loads((tmp_path / "low-rank" / "result.json").read_bytes()) == result
     assert not (tmp_path / "low-rank.partial").exists()
+
+
+@pytest.mark.parametrize("make", [tiny_mistral, tiny_qwen2], ids=["mistral", "qwen2"])
+def test_llama_like_families_are_decomposed_and_merged_again(tmp_path: Path, make: Any) -> None:
+    dense = make()
+    saved(dense, tmp_path / "dense")
+    decompose(settings(tmp_path, keep_energy=1.0))
+    opened = finhpc.load_model(tmp_path / "low-rank")
+    torch.testing.assert_close(logits(opened), logits(dense), rtol=0, atol=2e-5 * float(logits(dense).abs().max()))
+    export(ExportConfig(model=str(tmp_path / "low-rank"), format="merged", out=str(tmp_path / "merged")))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert type(merged) is type(dense)
+    torch.testing.assert_close(logits(merged), logits(opened), rtol=1e-4, atol=1e-4)
 
 
 def test_one_rank_and_its_report(tmp_path: Path) -> None:

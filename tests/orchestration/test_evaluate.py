@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -7,7 +8,7 @@ import pytest
 from mlflow import MlflowClient
 
 from finhpc.config import EvaluateConfig, build
-from finhpc.errors import ConfigError
+from finhpc.errors import CheckpointError, ConfigError
 from finhpc.orchestration.evaluate import evaluate
 from tests.evaluation.tasks import write_data, write_model
 
@@ -25,7 +26,9 @@ def settings(tmp_path: Path, **other: object) -> EvaluateConfig:
     return build(EvaluateConfig, tree | other)
 
 
-def test_models_and_tasks_are_scored_logged_and_not_computed_again(tmp_path: Path, ray_cluster: None) -> None:
+def test_models_and_tasks_are_scored_logged_and_not_computed_again(
+    tmp_path: Path, ray_cluster: None, capfd: pytest.CaptureFixture[str]
+) -> None:
     write_data(tmp_path / "data")
     for i, name in enumerate(("first", "second")):
         write_model(tmp_path / name, seed=i)
@@ -51,10 +54,32 @@ def test_models_and_tasks_are_scored_logged_and_not_computed_again(tmp_path: Pat
     (tmp_path / "third").rename(tmp_path / "second-new")
     for file in (tmp_path / "second-new").iterdir():
         file.replace(tmp_path / "second" / file.name)
+    capfd.readouterr()
     assert evaluate(settings(tmp_path), dry_run=True)["pairs_pending"] == 3
-    again = evaluate(settings(tmp_path, data=settings(tmp_path).data.model_dump()))
-    assert again["models"][0]["scores"]["fpb"]["acc"] == scores["first"]["fpb"]["acc"]
-    assert again["mlflow_run_id"] == result["mlflow_run_id"]
+    assert "2 models x 2 tasks, 3 of 4 pairs to score" in capfd.readouterr().err
+    one = settings(tmp_path, model=[str(tmp_path / "first")], tasks=["perplexity"])
+    evaluate(one, dry_run=True)
+    assert "1 model x 1 task, 0 of 1 pair to score" in capfd.readouterr().err
+
+    # A model that cannot be opened does not keep the others from being scored.
+    broken = write_model(tmp_path / "broken") / "model.safetensors"
+    broken.write_bytes(broken.read_bytes()[:-100])
+    models = [str(tmp_path / name) for name in ("broken", "first", "second")]
+    with pytest.raises(CheckpointError) as caught:
+        evaluate(settings(tmp_path, model=models, tasks=["fpb"]))
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith("broken on fpb: ")
+    assert "damaged" in lines[0]
+    assert lines[-1].startswith("2 other pairs of 3 stand in ")
+    kept = json.loads((folder / "result.json").read_text())
+    assert kept["status"] == "failed"
+    assert [(row["model"], row["task"]) for row in kept["failed"]] == [("broken", "fpb")]
+    by_name = {model["name"]: model["scores"] for model in kept["models"]}
+    assert by_name["broken"] == {}
+    assert by_name["first"]["fpb"]["acc"] == scores["first"]["fpb"]["acc"]
+    assert by_name["second"]["fpb"]["examples"] == 6
+    assert kept["mlflow_run_id"] == result["mlflow_run_id"]
+    assert evaluate(settings(tmp_path, tasks=["fpb"]), dry_run=True)["pairs_pending"] == 0
 
 
 def test_all_problems_at_once(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import PeftModel
@@ -14,13 +16,14 @@ from safetensors.torch import load_file
 from sklearn.metrics import f1_score
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finhpc.config import FinetuneConfig, build
+from finhpc.config import ExportConfig, FinetuneConfig, build
 from finhpc.config.finetune import FinetuneQuantization, Lora
 from finhpc.errors import ConfigError
 from finhpc.evaluation.models import load_for_evaluation
 from finhpc.models.adapter import Adapter, merge_adapter, save_adapter
+from finhpc.models.export import export
 from finhpc.models.families import as_low_rank, skeleton
-from finhpc.models.loading import load_model
+from finhpc.models.loading import initial_model, load_model, save_model
 from finhpc.models.lora_start import target_names
 from finhpc.models.weights import open_weights
 from finhpc.orchestration.finetune import Finetune, batches_of, finetune
@@ -108,6 +111,8 @@ def test_an_adapter_that_peft_opens_and_a_resumed_run_that_is_bit_equal(base: Pa
     with torch.no_grad():
         torch.testing.assert_close(merged(ids).logits, opened(ids).logits, atol=1e-4, rtol=1e-4)
     assert AutoTokenizer.from_pretrained(result["model"]).decode(ids[0]).endswith(LABELS)
+
+    assert json.loads((Path(result["model"]) / "base_fingerprint.json").read_text())["path"] == str(base)
 
     unbroken, weights = losses(tmp_path), load_file(Path(result["model"]) / "adapter_model.safetensors")
     run = tmp_path / "run"
@@ -199,6 +204,42 @@ def test_evaluate_takes_the_base_as_it_was_in_training(base: Path, tmp_path: Pat
         wanted = load_model(tmp_path / "adapter")(ids).logits
         torch.testing.assert_close(scored(ids).logits, wanted)
         assert not torch.allclose(beside_float(ids).logits, wanted, atol=1e-3)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_low_rank_base_from_parquet_to_a_merged_export(run_shards: Path, news: Path, tmp_path: Path) -> None:
+    """The merged export, in transformers' own architecture, has the loss that the run reported."""
+    dense = as_low_rank(tiny_llama(context=256).config, {"attention": 12, "mlp": 16})
+    model = initial_model(dense, 3, "spectral")
+    state = {name: value.clone() for name, value in model.state_dict().items() if name != "lm_head.weight"}
+    low_rank = tmp_path / "low-rank"
+    save_model(low_rank, model.config, [lambda: state], run_shards / "tokenizer")
+    lines = [line.rpartition("@") for line in news.read_text(encoding="latin-1").splitlines()]
+    table = pa.Table.from_pylist([{"sentence": text, "label": label} for text, _, label in lines])
+    pq.write_table(table, tmp_path / "news.parquet")
+    settings = config(low_rank, tmp_path / "news.parquet", tmp_path, train={"steps": 4})
+    result = finetune(settings)
+    assert result["status"] == "finished"
+    assert result["scores"] is None
+    export(ExportConfig(model=result["model"], format="merged", out=str(tmp_path / "out")))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert type(merged) is type(tiny_llama())
+    examples = Finetune(settings).made.examples
+    assert val_loss(merged, examples.held_out) == pytest.approx(result["val_loss"], rel=1e-5)
+    assert val_loss(load_model(low_rank), examples.held_out) > result["val_loss"] * 1.01, "something was learned"
+
+
+def val_loss(model: Any, held_out: Any) -> float:
+    total, count = 0.0, 0
+    for i in range(len(held_out)):
+        tokens, answer = held_out.example(i)
+        ids = torch.from_numpy(tokens).long()[None]
+        with torch.no_grad():
+            logits = model(ids).logits[0, :-1].log_softmax(-1)
+        for place in answer.nonzero()[0].tolist():
+            total -= float(logits[place - 1, ids[0, place]])
+            count += 1
+    return total / count
 
 
 def test_a_low_rank_model_does_not_take_an_adapter_up_in_memory() -> None:

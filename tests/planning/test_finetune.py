@@ -1,0 +1,141 @@
+"""The memory that is predicted for a finetuning is the memory that an engine's processes take, counted."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from finhpc.config import build
+from finhpc.config.finetune import FinetuneConfig
+from finhpc.models.adapted import Adaptation
+from finhpc.models.packed import segments_of
+from finhpc.models.weights import open_weights
+from finhpc.planning.adapted import PackSize
+from finhpc.planning.devices import DEVICES, Cluster
+from finhpc.planning.finetune import FinetunePlan
+from finhpc.planning.memory import Topology
+from finhpc.quantization.frozen import freeze, hollow
+from tests.models.dense import saved
+from tests.models.packs import examples, packs_of
+from tests.training.processes import run_processes
+
+LAYERS, EACH = 5, 8
+CASES: dict[str, dict[str, Any]] = {
+    "16 bits": {},
+    "int8": {"quantization": {"bits": 8}, "train": {"precision": "bf16"}},
+    "nf4, two micro-batches": {"quantization": {"bits": 4}, "parallel": {"micro_batches": 2}},
+    "minmax": {"quantization": {"bits": 4, "scheme": "minmax"}, "train": {"precision": "bf16"}},
+    "attention recomputed, q and v": {"train": {"recompute": "attention"}, "lora": {"targets": ["q_proj", "v_proj"]}},
+    "blocks recomputed": {"train": {"recompute": "full"}},
+    "gpt2": {"family": "gpt2", "train": {"precision": "bf16"}},
+    "two stages": {"parallel": {"stages": 2, "micro_batches": 3}},
+    "two stages, tied, gpt2": {"family": "gpt2", "parallel": {"stages": 2, "micro_batches": 2}},
+    "two replicas": {"parallel": {"replicas": 2}, "quantization": {"bits": 4}},
+}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("bases")
+    torch.manual_seed(0)
+    llama = LlamaConfig(
+        vocab_size=300, hidden_size=128, intermediate_size=256, num_hidden_layers=LAYERS, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128,
+    )  # fmt: skip
+    gpt2 = GPT2Config(vocab_size=300, n_positions=128, n_embd=128, n_layer=LAYERS, n_head=4)
+    return {
+        "llama": saved(LlamaForCausalLM(llama), folder / "llama"),
+        "gpt2": saved(GPT2LMHeadModel(gpt2), folder / "gpt2"),
+    }
+
+
+def settings(name: str, bases: dict[str, Path]) -> tuple[FinetuneConfig, Path]:
+    case = dict(CASES[name])
+    path = bases[case.pop("family", "llama")]
+    return build(FinetuneConfig, {"model": {"path": str(path)}, "lora": {"rank": 4}, **case}), path
+
+
+def packs(config: FinetuneConfig) -> list[torch.Tensor]:
+    parallel = config.parallel
+    count = parallel.micro_batches * parallel.replicas
+    return packs_of(examples(EACH, prefix=8, longest=40), EACH, 8) * count
+
+
+def counted(names: list[str], bases: dict[str, Path]) -> list[tuple[int, int]]:
+    """(stage, counted peak of a second step) of this process, for each case."""
+    from finhpc.training.engine import Engine
+    from finhpc.training.memory import counted_peak, live_tensor_bytes
+
+    found = []
+    for name in names:
+        gc.collect()
+        left = live_tensor_bytes()  # of the engine before, which DeepSpeed does not let go of
+        config, path = settings(name, bases)
+        adaptation = Adaptation.of(config, open_weights(path))
+        engine = Engine(config, adaptation.hf_config, torch.device("cpu"), adapt=adaptation)
+        mine = packs(config)[: config.parallel.micro_batches]
+        engine.train_step(iter(mine), 1e-3)
+        _, peak = counted_peak(lambda engine=engine, mine=mine: engine.train_step(iter(mine), 1e-3))
+        found.append((engine.stage, peak - left))
+    return found
+
+
+def planned(name: str, bases: dict[str, Path]) -> FinetunePlan:
+    config, path = settings(name, bases)
+    parallel = config.parallel
+    one = packs(config)[0]
+    size = PackSize(one.shape[2], segments_of(one[0]))
+    topology = Topology(parallel.stages, parallel.replicas, EACH, parallel.micro_batches)
+    return FinetunePlan(Adaptation.of(config, open_weights(path)), size, topology, layouts=1)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_predicted_peak_is_the_counted_one(workers: int, bases: dict[str, Path]) -> None:
+    names = [name for name in CASES if settings(name, bases)[0].parallel.workers == workers]
+    for worker in run_processes(counted, workers, names, bases):
+        for name, (stage, peak) in zip(names, worker, strict=True):
+            assert planned(name, bases).stages()[stage].peak_bytes == pytest.approx(peak, rel=0.01), (name, stage)
+
+
+@pytest.mark.parametrize(("bits", "scheme"), [(16, "none"), (8, "int8"), (4, "nf4"), (8, "minmax"), (4, "minmax")])
+@pytest.mark.parametrize("shape", [(96, 64), (40, 24), (64, 32 * 257)])
+def test_layers_without_content_are_as_large_as_real_ones(bits: int, scheme: str, shape: tuple[int, int]) -> None:
+    made = []
+    for layer in (freeze(torch.randn(shape), torch.ones(shape[0]), bits, scheme, torch.bfloat16, "w"),
+                  hollow(shape, torch.ones(shape[0]), bits, scheme, torch.bfloat16)):  # fmt: skip
+        tensors = dict(layer.named_buffers())
+        if (state := getattr(layer, "state", None)) is not None:
+            second = state.state2
+            tensors |= {"absmax": state.absmax, "code": state.code, "offset": state.offset}
+            tensors |= {"absmax2": second.absmax, "code2": second.code}
+        made.append({name: (tensor.dtype, tensor.numel()) for name, tensor in tensors.items()})
+        assert layer.matrix(torch.bfloat16).shape == shape
+    assert made[0] == made[1]
+
+
+def test_operations_are_those_of_the_matrices(bases: dict[str, Path]) -> None:
+    plan = planned("16 bits", bases)
+    rows, weights = plan.pack.tokens, open_weights(bases["llama"]).skeleton
+    blocks = sum(p.numel() for name, p in weights.named_parameters() if p.dim() == 2 and ".layers." in name)
+    full = 4.0 * rows * blocks + 6.0 * rows * plan.trained + 12.0 * 128 * plan.pack.pairs
+    # The last MLP and the head see the rows alone that predict.
+    assert 0.8 * full < plan.operations() < full
+    again = planned("blocks recomputed", bases)
+    assert 1.4 < again.operations() / plan.operations() < 1.6
+
+
+def test_the_time_of_a_step(bases: dict[str, Path]) -> None:
+    cluster = Cluster(DEVICES["a100-80gb"], 1, 8, 72e9, 0.5, "bf16")
+    plan = planned("16 bits", bases)
+    pace = plan.pace(cluster)
+    assert pace.stage_s == [plan.operations() / (0.5 * 312e12)]
+    assert pace.step_s == pace.stage_s[0] + pace.exchange_s + pace.optimizer_s
+    nf4 = planned("nf4, two micro-batches", bases).pace(cluster)
+    assert nf4.stage_s[0] > 1.5 * pace.stage_s[0], "matrices are turned into floats, and moved"
+    assert nf4.passes_s == 2 * nf4.stage_s[0]
+    assert len(planned("two stages", bases).pace(cluster).stage_s) == 2
