@@ -207,7 +207,7 @@ def _points_panel(title: str, y: str, points: list[Point], what: str) -> _Panel 
             named.add(point.kind)
         for kind in [kind for kind in COLOURS if kind in named]:
             axes.scatter([], [], color=COLOURS[kind], label=METHOD_NAMES.get(kind, kind))
-        for bits in BITS_COLOURS if "lora" in named else ():
+        for bits in [bits for bits in BITS_COLOURS if ("lora", bits) in {(p.kind, p.bits) for p in points}]:
             axes.scatter([], [], color=BITS_COLOURS[bits], marker=MARKERS[bits], label=f"adapter, {bits}-bit base")
         axes.margins(0.14)
         axes.legend(fontsize=8, frameon=False, labelcolor=ink)

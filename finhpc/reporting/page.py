@@ -161,7 +161,19 @@ def _table(table: Table) -> str:
         for key in row.values
     )
     seeds = " &plusmn;: half of what the seeds spread over." if several else ""
-    return "".join(parts) + f"<p class='note'>{escape(NOTES[table.key])}{seeds} {MISSING}: not measured.</p>"
+    note = f"{escape(NOTES[table.key])}{escape(_examples(table))}{seeds} {MISSING}: not measured."
+    return "".join(parts) + f"<p class='note'>{note}</p>"
+
+
+def _examples(table: Table) -> str:
+    """On how many examples of each task the rows shown first were scored: few leave much to chance."""
+    runs = [run for group in table.groups[:1] for row in group.rows for run in row.runs]
+    said = []
+    for column in COLUMNS[table.key]:
+        key = f"evaluate/{column.key}/examples"
+        if counts := sorted({int(run.metrics[key]) for run in runs if key in run.metrics}):
+            said.append(f"{column.title} {' to '.join(f'{n:,}' for n in dict.fromkeys((counts[0], counts[-1])))}")
+    return f" Examples scored: {', '.join(said)}." if said else ""
 
 
 def _scaled(key: str, columns: list[Column], groups: list[Group], others: list[PaperRow]) -> str:
