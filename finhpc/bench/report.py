@@ -6,12 +6,13 @@ import json
 import os
 import platform
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-SHORT = 16  # characters
+SHORT, HEADER = 16, 8  # characters
 
 
 def publish(
@@ -98,10 +99,8 @@ def _table(title: str, rows: list[Row]) -> Any:
     table = Table(title=title)
     for column in rows[0]:
         words = [row[column] for row in rows if isinstance(row[column], str)]
-        short = max(map(len, words), default=SHORT + 1) <= SHORT  # a short name stays in one piece; headers fold
-        header = _header(column)
-        room = max(map(len, header.split()))
-        table.add_column(header, justify="left" if words else "right", no_wrap=short, min_width=room)
+        short = max(map(len, words), default=SHORT + 1) <= SHORT  # a short name stays in one piece
+        table.add_column(_header(column), justify="left" if words else "right", no_wrap=short)
     for row in rows:
         table.add_row(*(_shown(column, value) for column, value in row.items()))
     return table
@@ -110,7 +109,7 @@ def _table(title: str, rows: list[Row]) -> Any:
 def _header(column: str) -> str:
     """A key as words, which may stand below each other; bytes are shown as MB."""
     words = column.removesuffix("_bytes") + "_MB" if column.endswith("_bytes") else column
-    return words.replace("_", " ")
+    return textwrap.fill(words.replace("_", " "), HEADER, break_long_words=False)
 
 
 def _shown(column: str, value: Any) -> str:
