@@ -31,6 +31,7 @@ def config(place: Path, **other: object) -> EvaluateConfig:
     return build(EvaluateConfig, tree | other)
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_lm_evals_own_command(place: Path) -> None:
     tasks = prepare_tasks(config(place), place / "tasks")
     model, tokenizer = load_for_evaluation(str(place / "model"))

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finhpc.config import EvaluateConfig, ExportConfig, build
 from finhpc.evaluation.models import subjects
-from finhpc.evaluation.tasks import load_task, prepare_tasks
+from finhpc.evaluation.tasks import SOURCES, load_task, prepare_tasks
 from finhpc.models.export import export
 from finhpc.models.loading import load_model
 from finhpc.orchestration.evaluate_worker import Pair, Scorer
@@ -33,11 +33,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def scored(place: Path, out: Path, model: Path, **other: Any) -> dict[str, list[list[float]]]:
+def scored(place: Path, out: Path, model: Path, tasks: list[str] = TASKS, **other: Any) -> dict[str, list[list[float]]]:
     """Task -> likelihoods of every example's answers."""
     import pyarrow.parquet as pq
 
-    tree = {"model": [str(model)], "tasks": TASKS, "data": {"folder": str(place / "data")}, "bootstrap": 0, **other}
+    tree = {"model": [str(model)], "tasks": tasks, "data": {"folder": str(place / "data")}, "bootstrap": 0, **other}
     config = build(EvaluateConfig, tree)
     (subject,) = subjects(config.model, config.adapter)
     scorer, found = Scorer(config, cuda=False), {}
@@ -49,9 +49,9 @@ def scored(place: Path, out: Path, model: Path, **other: Any) -> dict[str, list[
     return found
 
 
-def plainly(place: Path, out: Path, model: Any, folder: Path) -> dict[str, list[list[float]]]:
+def plainly(place: Path, out: Path, model: Any, folder: Path, tasks: list[str] = TASKS) -> dict[str, list[list[float]]]:
     """The same by lm-eval alone, of a model in transformers' own architecture."""
-    tree = {"model": [str(folder)], "tasks": TASKS, "data": {"folder": str(place / "data")}}
+    tree = {"model": [str(folder)], "tasks": tasks, "data": {"folder": str(place / "data")}}
     lm = HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(folder), batch_size=4)
     found = {}
     for task in prepare_tasks(build(EvaluateConfig, tree), out / "plain-tasks"):
@@ -60,13 +60,24 @@ def plainly(place: Path, out: Path, model: Any, folder: Path) -> dict[str, list[
         result: Any = lm_evaluate(lm, {task.name: opened}, bootstrap_iters=0, log_samples=True)
         samples = sorted(result["samples"][task.name], key=lambda sample: sample["doc_id"])
         found[task.name] = [[float(answer[0]) for answer in sample["filtered_resps"]] for sample in samples]
+        accuracy = result["results"][task.name]["acc,none"]
+        assert accuracy == sum(sample["acc"] for sample in samples) / len(samples)
     return found
 
 
 def assert_same(ours: dict[str, list[list[float]]], theirs: dict[str, list[list[float]]], tolerance: float) -> None:
-    for task in TASKS:
+    assert set(ours) == set(theirs)
+    for task in ours:
         for row, wanted in zip(ours[task], theirs[task], strict=True):
             assert row == pytest.approx(wanted, abs=tolerance)
+
+
+def test_every_task_scores_as_by_lm_eval_alone(place: Path, tmp_path: Path) -> None:
+    """In this process; that lm-eval's own command does so stands in tests/evaluation/test_scores.py (slow)."""
+    model, tasks = load_model(place / "dense"), list(SOURCES)
+    ours = scored(place, tmp_path, place / "dense", tasks)
+    assert_same(ours, plainly(place, tmp_path, model, place / "dense", tasks), 1e-4)
+    assert len(ours) == 7
 
 
 def test_a_low_rank_model_scores_as_its_merged_export(place: Path, tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from finhpc.config import build
 from finhpc.config.finetune import FinetuneConfig
 from finhpc.models.adapted import Adaptation
+from finhpc.models.families import as_low_rank
+from finhpc.models.loading import initial_model, save_model
 from finhpc.models.packed import segments_of
 from finhpc.models.weights import open_weights
 from finhpc.planning.adapted import PackSize
@@ -33,6 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
     "attention recomputed, q and v": {"train": {"recompute": "attention"}, "lora": {"targets": ["q_proj", "v_proj"]}},
     "blocks recomputed": {"train": {"recompute": "full"}},
     "gpt2": {"family": "gpt2", "train": {"precision": "bf16"}},
+    "low-rank base": {"family": "low-rank", "quantization": {"bits": 8, "scheme": "minmax"}},
     "two stages": {"parallel": {"stages": 2, "micro_batches": 3}},
     "two stages, tied, gpt2": {"family": "gpt2", "parallel": {"stages": 2, "micro_batches": 2}},
     "two replicas": {"parallel": {"replicas": 2}, "quantization": {"bits": 4}},
@@ -48,7 +51,11 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         num_key_value_heads=2, max_position_embeddings=128,
     )  # fmt: skip
     gpt2 = GPT2Config(vocab_size=300, n_positions=128, n_embd=128, n_layer=LAYERS, n_head=4)
+    ours = initial_model(as_low_rank(llama, {"attention": 32, "mlp": 48}), 0, "spectral")
+    state = {name: value.clone() for name, value in ours.state_dict().items()}
+    save_model(folder / "low-rank", ours.config, [lambda: state], None)
     return {
+        "low-rank": folder / "low-rank",
         "llama": saved(LlamaForCausalLM(llama), folder / "llama"),
         "gpt2": saved(GPT2LMHeadModel(gpt2), folder / "gpt2"),
     }
@@ -76,7 +83,7 @@ def counted(names: list[str], bases: dict[str, Path]) -> list[tuple[int, int]]:
         gc.collect()
         left = live_tensor_bytes()  # of the engine before, which DeepSpeed does not let go of
         config, path = settings(name, bases)
-        adaptation = Adaptation.of(config, open_weights(path))
+        adaptation = Adaptation.of(config, open_weights(path, low_rank=True))
         engine = Engine(config, adaptation.hf_config, torch.device("cpu"), adapt=adaptation)
         mine = packs(config)[: config.parallel.micro_batches]
         engine.train_step(iter(mine), 1e-3)
@@ -91,7 +98,7 @@ def planned(name: str, bases: dict[str, Path]) -> FinetunePlan:
     one = packs(config)[0]
     size = PackSize(one.shape[2], segments_of(one[0]))
     topology = Topology(parallel.stages, parallel.replicas, EACH, parallel.micro_batches)
-    return FinetunePlan(Adaptation.of(config, open_weights(path)), size, topology, layouts=1)
+    return FinetunePlan(Adaptation.of(config, open_weights(path, low_rank=True)), size, topology, layouts=1)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
