@@ -49,6 +49,9 @@ class Recipe(Section):
 
     about: str = Field("", description="what it takes, said before it starts")
     device: str | None = Field(None, description="that times are planned for, as estimate.device; null: this machine")
+    shapes: dict[str, str] = Field(
+        default_factory=dict, description="hub id -> preset of its shape, for checks before it is there"
+    )
     inputs: dict[str, Any] = Field(default_factory=dict, description="what the inputs are where no flag says it")
     defaults: dict[str, dict[str, Any]] = Field(default_factory=dict, description="verb -> settings of all its steps")
     steps: list[Step] = Field(min_length=1)

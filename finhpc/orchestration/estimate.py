@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from finhpc.config import EstimateConfig, Hardware, Method, PretrainConfig, Recompute, nearest
+from finhpc.config import EstimateConfig, Hardware, Method, PretrainConfig, Recompute, TrainingConfig, nearest
 from finhpc.errors import ConfigError
 from finhpc.lowrank.blend import blend_steps
 from finhpc.lowrank.registry import BLEND
@@ -137,7 +137,7 @@ def not_counted(config: PretrainConfig, outline: Outline, scheme: Scheme) -> lis
     return found
 
 
-def topology_of(config: PretrainConfig) -> Topology:
+def topology_of(config: TrainingConfig) -> Topology:
     parallel = config.parallel
     return Topology(parallel.stages, parallel.replicas, parallel.micro_batch_size, parallel.micro_batches)
 

@@ -36,7 +36,7 @@ def estimate_finetune(config: FinetuneEstimateConfig) -> dict[str, Any]:
 
     Nothing is read but the base's config, nothing trained or written. Raises `ConfigError` with every problem.
     """
-    weights, adaptation = _checked(config)
+    weights, adaptation = checked(config)
     cluster, topology = _cluster(config), _topology(config)
     pack = pack_of(config)
     cuda = config.estimate.device != THIS_MACHINE
@@ -149,7 +149,8 @@ def _cluster(config: FinetuneEstimateConfig) -> Cluster:
 # -- checks -----------------------------------------------------------------------------------
 
 
-def _checked(config: FinetuneEstimateConfig) -> tuple[Weights, Adaptation]:
+def checked(config: FinetuneEstimateConfig) -> tuple[Weights, Adaptation]:
+    """The base (its shape alone where a preset is named) and its adapters, once nothing is wrong."""
     problems: list[str] = []
     weights = adaptation = None
     with collect(problems):

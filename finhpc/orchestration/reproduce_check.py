@@ -14,6 +14,7 @@ from finhpc.config import (
     EstimateConfig,
     EvaluateConfig,
     FinetuneConfig,
+    FinetuneEstimateConfig,
     HoldOutConfig,
     PrepareConfig,
     PretrainConfig,
@@ -31,7 +32,7 @@ from finhpc.orchestration.plan import collect
 from finhpc.orchestration.reproduce_steps import AbsentError, Tree, inputs_of, merged, resolve, step_config
 from finhpc.orchestration.reproduce_verbs import VERBS
 from finhpc.orchestration.runfolder import RunFolder
-from finhpc.planning.devices import CPU_REACHED, DEVICES, REACHED, Cluster, Device, this_machine
+from finhpc.planning.devices import CPU_REACHED, DEVICES, REACHED, THIS_MACHINE, Cluster, Device, this_machine
 from finhpc.planning.memory import Memory
 from finhpc.planning.outline import outline_of
 from finhpc.planning.pace import paced
@@ -86,9 +87,6 @@ class Checker:
         name = f"{self.study.run.name}-{step.name}"
         planned = Planned(step, RunFolder(self.study.run.storage, name).path)
         found: list[str] = []
-        if not VERBS[step.verb].there:
-            planned.why = f"this finhpc has no {step.verb}"
-            return planned
         with collect(found):
             try:
                 tree = resolve(merged(self.recipe, step), self.known, [])
@@ -157,6 +155,8 @@ class Checker:
         elif not Path(base).expanduser().exists():
             unknown.append(f"{base} (the hub)")
         planned.unchecked += unknown
+        if base in self.recipe.shapes and not Path(base).exists():
+            _count_adapters(planned, config, self.recipe.shapes[base], self.recipe.device)
         if not unknown:
             counts = Finetune(config).counts()
             planned.params = counts["params_trainable"]
@@ -236,14 +236,33 @@ def _count(planned: Planned, config: EstimateConfig, device: str | None) -> None
     scheme = scheme_of(config, cuda=device is not None)
     held = replace(outline, fused=scheme.fused(config.data.seq_len))
     peak = max(stage.peak_bytes for stage in Memory(held, scheme).stages(topology, cut))
-    if peak > USABLE * memory:
-        planned.notes.append(
-            f"its fullest stage takes about {peak / 1e9:.0f} GB, and {hardware.name} has {hardware.memory_gb:g}; raise "
-            "parallel.stages, or use train.recompute=full"
-        )
+    _note_memory(planned, peak, hardware)
     planned.params, planned.workers = outline.params, topology.workers
     planned.tokens = config.train.steps * config.parallel.samples_per_step * config.data.seq_len
     planned.hours = config.train.steps * pace.step_s / 3600
+
+
+def _count_adapters(planned: Planned, config: FinetuneConfig, preset: str, device: str | None) -> None:
+    """Trained parameters of a finetuning, and whether the base of that shape fits; its examples are not looked at."""
+    from finhpc.orchestration.estimate_finetune import checked as checked_finetuning
+    from finhpc.orchestration.estimate_finetune import pack_of
+    from finhpc.planning.finetune import FinetunePlan
+
+    tree = config.model_dump() | {"model": {"preset": preset}, "estimate": {"device": device or THIS_MACHINE}}
+    planning = build(FinetuneEstimateConfig, tree)
+    _, adaptation = checked_finetuning(planning)
+    plan = FinetunePlan(adaptation, pack_of(planning), topology_of(config), device is not None)
+    planned.params = plan.trained
+    if device:
+        _note_memory(planned, max(stage.peak_bytes for stage in plan.stages()), DEVICES[device])
+
+
+def _note_memory(planned: Planned, peak: float, device: Device) -> None:
+    if peak > USABLE * device.memory_gb * 1e9:
+        planned.notes.append(
+            f"its fullest stage takes about {peak / 1e9:.0f} GB, and {device.name} has {device.memory_gb:g}; raise "
+            "parallel.stages, or use train.recompute=full"
+        )
 
 
 @cache

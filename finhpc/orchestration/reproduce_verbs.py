@@ -23,11 +23,6 @@ class Verb:
     function: str
     gives: dict[str, Any]
 
-    @property
-    def there(self) -> bool:
-        """For the time in which the report is being written on another branch."""
-        return hasattr(config, self.name)
-
     def settings(self) -> type[Section]:
         found: type[Section] = getattr(config, self.name)
         return found

@@ -134,7 +134,7 @@ def test_the_scales_that_ship_check_out(tmp_path: Path, capfd: pytest.CaptureFix
         "finance": [str(data / name) for name in ("fpb.txt", "tfns.csv", "fiqa.json")],
     }
     small = reproduce(settings(tmp_path, "cpu", **given), dry_run=True)
-    assert not [row for row in small["steps"] if row["state"] != "to do" and row["verb"] != "report"]
+    assert {row["state"] for row in small["steps"]} == {"to do"}
     assert small["does_not_fit"] == []
     rows = {row["step"]: row for row in small["steps"]}
     assert rows["dense"]["params"] > rows["method1-r64"]["params"] == rows["method2-r64"]["params"]
@@ -143,9 +143,16 @@ def test_the_scales_that_ship_check_out(tmp_path: Path, capfd: pytest.CaptureFix
     rows = {row["step"]: row for row in big["steps"]}
     assert [round(rows[f"127m-method2-r{rank}"]["params"] / 1e5) for rank in (192, 96, 48)] == [776, 586, 490]
     assert [round(rows[f"1500m-method1-r{rank}"]["params"] / 1e6) for rank in (384, 192, 96)] == [575, 329, 206]
+    trained = {name: rows[name]["params"] for name in ("7b-r4", "7b-r8-4bit", "13b-r8-8bit", "13b-r16")}
+    assert [round(count / 1e5) for count in trained.values()] == [21, 42, 98, 197], "Table IX: 2.1, 4.2, 9.8, 19.6 M"
+    assert not any(row["notes"] for row in big["steps"])
     assert rows["1500m-dense"]["hours"] > 10 * rows["127m-dense"]["hours"] > 0
-    assert not [row for row in big["steps"] if row["state"] != "to do" and row["verb"] != "report"]
+    assert {row["state"] for row in big["steps"]} == {"to do"}
     assert "meta-llama/Llama-2-13b-hf (the hub)" in rows["13b-r8"]["unchecked"]
+    smaller = tmp_path / "v100.yaml"
+    smaller.write_text(recipes()["reproduce/paper"].read_text().replace("a100-80gb", "v100-32gb"))
+    noted = reproduce(settings(tmp_path, str(smaller), **given), dry_run=True)["steps"]
+    assert "v100-32gb has 32" in next(row["notes"][0] for row in noted if row["step"] == "1500m-dense")
     left = reproduce(settings(tmp_path, "cpu", text=given["text"]), dry_run=True)["steps"]
     why = {row["step"]: row["why"] for row in left if row["state"] == "left out"}
     assert {name for name, reason in why.items() if reason == "general is not given"} >= {"pretrained-general"}
@@ -173,7 +180,7 @@ def test_it_goes_past_a_step_that_fails_and_on_after_a_kill(tmp_path: Path, run_
             "settings": {
                 "model": {"path": "${dense.model}"},
                 "method": {"kind": "svd", "rank": 4},
-                "train": {"steps": 500, "eval_every": 0, "checkpoint_every": 0},
+                "train": {"steps": 400, "eval_every": 0, "checkpoint_every": 0},
             },
         },
         {"name": "broken", "verb": "decompose", "settings": {"model": "${dense.model}", "rank": 900}},
@@ -184,26 +191,27 @@ def test_it_goes_past_a_step_that_fails_and_on_after_a_kill(tmp_path: Path, run_
         },
         {"name": "after", "verb": "measure", "settings": {"model": ["${broken.model}"]}},
         {"name": "speed", "verb": "measure", "settings": {"model": models[:2], "bits": [8], "prompt": 9, "new": 5}},
+        {"name": "report", "verb": "report"},
     ]
     scale = write_recipe(tmp_path / "r.yaml", run_shards, steps)
     kept = kill_in_second_step(tmp_path, scale) if killed else None
-    steps[1]["settings"]["train"]["steps"] = 20  # whatever the killed one had: it has no checkpoint
-    write_recipe(tmp_path / "r.yaml", run_shards, steps)
-    with pytest.raises(TrainingFailedError, match=r"1 of 6 steps failed: broken \(.*rank=900"):
+    with pytest.raises(TrainingFailedError, match=r"1 of 7 steps failed: broken \(.*rank=900"):
         reproduce(settings(tmp_path, scale))
     assert kept in (None, (storage / "r-dense" / "journal.jsonl").read_bytes()), "found finished"
     result = json.loads((storage / "r" / "result.json").read_text())
     assert result["status"] == "failed"
     became = {row["step"]: row["status"] for row in result["steps"]}
     assert became == {"broken": "failed", "after": "not run"} | dict.fromkeys(
-        ("dense", "second", "scores", "speed"), "finished"
+        ("dense", "second", "scores", "speed", "report"), "finished"
     )
 
     client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
     experiment = client.get_experiment_by_name("reproduce")
     assert experiment is not None
-    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    found = client.search_runs([experiment.experiment_id])
+    runs = {run.info.run_name: run for run in found}
     assert set(runs) == {"r-dense", "r-second", "r-scores"}
+    assert len(found) == 3, "a kill leaves no second run of a name"
     of_second = runs["r-second"].data
     assert of_second.params["method.kind"] == "svd"
     trained = ("val_loss", "params_total", "compression_ratio", "worker_hours", "tokens_per_s", "wall_s")
@@ -219,6 +227,9 @@ def test_it_goes_past_a_step_that_fails_and_on_after_a_kill(tmp_path: Path, run_
     before = (storage / "r-speed" / "result.json").read_bytes()
     again = reproduce(settings(tmp_path, scale))
     assert again["status"] == "finished"
+    table = (Path(again["report"]) / "table-vii.csv").read_text()
+    assert again["report"] == str(storage / "r-report")
+    assert str(of_second.metrics["params_total"]) in table, "made from what MLflow holds"
     assert (storage / "r-speed" / "result.json").read_bytes() == before, "not measured again"
     assert len(client.search_runs([experiment.experiment_id])) == 3
 
