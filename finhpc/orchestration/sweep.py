@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import shutil
 import time
 from typing import Any
@@ -96,14 +97,21 @@ def _tune(config: AnySweep, plan: Planned, parent: str | None) -> None:
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # its tracebacks of trials that failed
     told = {trial.name: plan.told(trial, parent) for trial in plan.trials}
-    # Those that ended first: the scheduler of a resumed sweep knows what the interrupted one's knew.
-    names = sorted(told, key=lambda name: "status" not in outcome_of(plan.run_folder(name)))
+    names = list(told)
+    if config.sweep.scheduler != "fifo":
+        # A scheduler judges a trial by those before it, and grids are often written from worst to best.
+        random.Random(config.sweep.seed).shuffle(names)
+    # The dearest first, so that none of them is left to the end alone. Before all, those that ended: the scheduler
+    # of a resumed sweep knows what the interrupted one's knew.
+    names.sort(key=lambda name: ("status" not in outcome_of(plan.run_folder(name)), -(plan.seconds[name] or 0.0)))
     if all("status" in outcome_of(plan.run_folder(name)) for name in names):
         return
     scheduler = None
     if config.sweep.scheduler != "fifo":
         name = {"asha": "async_hyperband"}.get(config.sweep.scheduler, config.sweep.scheduler)
-        steps = {"max_t": config.train.steps} if config.sweep.scheduler == "asha" else {}
+        steps = {"grace_period": max(config.train.eval_every, config.train.steps // 10)}
+        if config.sweep.scheduler == "asha":
+            steps["max_t"] = config.train.steps
         scheduler = create_scheduler(name, time_attr="step", **steps | config.sweep.scheduler_options)
     storage = plan.folder / TUNE
     shutil.rmtree(storage, ignore_errors=True)
