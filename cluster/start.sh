@@ -181,7 +181,7 @@ end() {
 
 # A process and all that come from it, one a line.
 family() {
-  cat /proc/[0-9]*/stat 2>/dev/null | awk -v root="$1" '
+  { cat /proc/[0-9]*/stat 2>/dev/null || true; } | awk -v root="$1" '
     { pid = $1; sub(/.*\) /, ""); parent[pid] = $2 }
     END {
       for (pid in parent) {

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ POLL_S = 0.2
 HEALTH_TIMEOUT = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
 TORCH_TIMEOUT_S = 1800  # torch's own, where the user wants no limit
 STARTS_TRIED = 3  # of workers that cannot even start; Ray Train would try for ever
+ENDING_S = 2.0  # for the controller to end when told to; a stopped job has 3 s in all by default
 GRACE_S = 10.0  # for workers to return after they wrote that all is done
 
 
@@ -163,7 +165,7 @@ def watched(
     """Run `work` beside the main thread, which stays free for signals and looks around; returns what it raised.
 
     A signal handler that raises inside Ray's own waiting is swallowed there. When `done` says so, `work` is
-    left behind. Raises `TrainingFailedError` when a process of Ray's own died, for which Ray would wait for
+    ended. Raises `TrainingFailedError` when a process of Ray's own died, for which Ray would wait for
     minutes and then end this process.
     """
     raised: list[Exception] = []
@@ -176,18 +178,42 @@ def watched(
 
     thread = threading.Thread(target=run, daemon=True, name="ray-train")
     thread.start()
-    while thread.is_alive():
-        thread.join(POLL_S)
-        look()
-        if done():
-            return None
-        if name := dead_process():
-            say(f"Ray's process {name} died; stopping.")  # now: Ray may end this process before the error is shown
-            raise TrainingFailedError(
-                f"Ray's process {name} died (killed, or out of memory?), and with it the workers. "
-                "The same command resumes from the newest checkpoint."
-            )
+    try:
+        while thread.is_alive():
+            thread.join(POLL_S)
+            look()
+            if done():
+                return None
+            if name := dead_process():
+                say(f"Ray's process {name} died; stopping.")  # now: Ray may end this process before the error is shown
+                raise TrainingFailedError(
+                    f"Ray's process {name} died (killed, or out of memory?), and with it the workers. "
+                    "The same command resumes from the newest checkpoint."
+                )
+    finally:
+        _end_training(thread)
     return raised[0] if raised else None
+
+
+def _end_training(thread: threading.Thread) -> None:
+    """End Ray Train's workers and controller, if they still work; the thread that waits for them returns.
+
+    Ray ends the whole process, at once and without a word of ours, when a thread still waits for something
+    after Ray was left. The controller has no name, only `trainer.fit` knows it.
+    """
+    import ray
+
+    frame = sys._current_frames().get(thread.ident or 0)
+    while frame is not None and thread.is_alive() and dead_process() is None:
+        controller = frame.f_locals.get("controller")
+        if isinstance(controller, ray.actor.ActorHandle):
+            controller.abort.remote()
+            thread.join(ENDING_S)
+            if thread.is_alive():  # it does not listen, as while it waits for room
+                ray.kill(controller)
+                thread.join(ENDING_S)
+            return
+        frame = frame.f_back
 
 
 def _describe(problem: Exception, job: Job) -> str:
