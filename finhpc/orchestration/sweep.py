@@ -124,7 +124,7 @@ def _tune(config: AnySweep, plan: Planned, parent: str | None) -> None:
             mode="min",
             scheduler=scheduler,
             max_concurrent_trials=plan.concurrent,
-            reuse_actors=plan.alone,
+            reuse_actors=True,
             trial_dirname_creator=lambda trial: str(trial.trial_id),
         ),
         run_config=RunConfig(

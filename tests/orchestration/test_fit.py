@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from finhpc.orchestration.fit import _watched
+from finhpc.orchestration.fit import watched
 
 
 def sleep_for_ever(arguments: dict[str, Any]) -> None:
@@ -37,6 +37,6 @@ def test_an_interrupted_training_is_over_before_ray_is_left(tmp_path: Path) -> N
 
     free = ray.available_resources()["CPU"]
     with pytest.raises(KeyboardInterrupt):
-        _watched(trainer.fit, look, lambda: False, print)
+        watched(trainer.fit, look, lambda: False, print)
     assert not [thread for thread in threading.enumerate() if thread.name == "ray-train"]
     assert ray.available_resources()["CPU"] >= free, "its worker is gone"
