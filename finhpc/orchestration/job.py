@@ -16,11 +16,15 @@ Rows = list[tuple[str, str]]
 
 
 class Job(ABC):
-    """A checked training. `config`: its settings, paths whole; `tags`: of its MLflow run, beside the usual ones."""
+    """A checked training.
+
+    `config`: its settings, paths whole; `tags`, `params`: of its MLflow run, beside or in place of the usual ones.
+    """
 
     verb: str
     config: TrainingConfig
     tags: Mapping[str, str] = MappingProxyType({})
+    params: Mapping[str, Any] = MappingProxyType({})
 
     @property
     @abstractmethod

@@ -171,6 +171,7 @@ def _tracker(job: Job, folder: RunFolder, environment: dict[str, Any], say: Say)
     config = job.config
     counted = ("params_total", "params_trainable", "params_dense")
     params = flatten(config) | {key: value for key, value in job.counts().items() if key in counted}
+    params |= job.params
     packages = {f"version.{name}": value for name, value in environment["packages"].items() if value}
     data, model = job.fingerprints
     tags = {

@@ -98,7 +98,13 @@ class Planned:
         if isinstance(self.config, FinetuneSweepConfig):
             tree.setdefault("lora", {})
         scores = {name: values[BITS] for name, values in trial.points if trial.bits and values[BITS] != 16}
-        return {"config": tree, "tags": tags | {SWEEP: self.config.run.name}, "scores": scores}
+        tags |= {SWEEP: self.config.run.name}
+        params: dict[str, Any] = {}
+        if self.reference is not None and _starts(trial):
+            # As the sweep has them: the path of the reference would stand out as a key that varies.
+            params = {key: value for key, value in flatten(self.config).items() if key.startswith("model.")}
+            tags |= {"finhpc.started_from": str(tree["model"]["path"])}
+        return {"config": tree, "tags": tags, "params": params, "scores": scores}
 
     @property
     def cost_s(self) -> float | None:

@@ -129,7 +129,7 @@ def track_score(job: Job, folder: RunFolder, name: str, bits: int, figures: Mapp
     own.mkdir(exist_ok=True)
     (own / "result.json").write_text(strict_json(figures, indent=1), encoding="utf-8")
     config = job.config
-    params = flatten(config) | {"quantization.bits": bits}
+    params = {**flatten(config), **job.params, "quantization.bits": bits}
     trained = RunFolder(config.run.storage, config.run.name).result() or {}
     tags = dict(job.tags) | {SCORED_FROM: str(trained.get("mlflow_run_id")), "mlflow.source.name": "finhpc sweep"}
     assert config.run.tracking_uri is not None

@@ -80,7 +80,7 @@ def _job(trial: dict[str, Any]) -> Job:
         job = Finetune(build(FinetuneConfig, trial["config"]))
     else:
         job = Pretrain(build(PretrainConfig, trial["config"]))
-    job.tags = trial["tags"]
+    job.tags, job.params = trial["tags"], trial["params"]
     return job
 
 
