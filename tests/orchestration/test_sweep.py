@@ -115,6 +115,10 @@ def test_methods_that_start_from_a_dense_model_share_it(run_shards: Path, tmp_pa
     result = sweep(build(SweepConfig, base))
     loss = {row["trial"]: row["val_loss"] for row in result["trials"]}
     assert loss["kind-svd-seed0"] < loss["kind-low_rank-seed0"], "it goes on from the trained dense model"
+    client = MlflowClient(result["tracking_uri"])
+    runs = [client.get_run(row["mlflow_run_id"]) for row in result["trials"]]
+    differing = {key for run in runs for key, value in run.data.params.items() if runs[0].data.params[key] != value}
+    assert {key for key in differing if key.partition(".")[0] != "run"} == {"method.kind", "train.seed"}
     shared = tmp_path / "ranks" / "shared"
     assert starts(shared / "dense-reference") == 1
     assert len(list(shared.glob("decomposed-*"))) == 1, "two seeds, one factorisation"
