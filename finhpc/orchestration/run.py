@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any
 
@@ -64,7 +64,8 @@ def run(job: Job, dry_run: bool = False, fit: Fit = fit) -> dict[str, Any]:
         done = _is_done(before, config)
         if not done:
             job.make_ready(folder.path, outcome.to_stderr)
-        with Progress(config.train.steps, folder.path) as progress:
+        # Ray is left last: it may end this process, and a stopped job has little time to write down how it ended.
+        with ExitStack() as ray, Progress(config.train.steps, folder.path) as progress:
             tracker = _tracker(job, folder, environment, progress.say).start()
             status: Status = "FAILED"
             result: dict[str, Any] | None = None
@@ -75,7 +76,7 @@ def run(job: Job, dry_run: bool = False, fit: Fit = fit) -> dict[str, Any]:
                     )
                     result = before
                 else:
-                    _train(job, folder, progress.say, fit)
+                    _train(job, folder, progress.say, fit, ray)
                     result = outcome.collect(job, folder.path, time.perf_counter() - begin)
                     job.finish(result, folder.path, progress.say)
                 status = "FINISHED"
@@ -152,19 +153,21 @@ def _set_aside_other_settings(job: Job, folder: RunFolder) -> None:
                 path.rename(folder.path / f"{name}.until-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
-def _train(job: Job, folder: RunFolder, say: Say, fit: Fit) -> None:
+def _train(job: Job, folder: RunFolder, say: Say, fit: Fit, ray: ExitStack) -> None:
+    """Train on the cluster, which is connected until `ray` is left."""
     config = job.config
     say("starting Ray and the workers (10 to 30 s)")
-    with ray_cluster(), terminable():  # again, because connecting to Ray replaces the handler
-        total = cluster_resources()
-        cuda = use_cuda(config, total)
-        check_fits(config, cuda, total)
-        parallel, device = config.parallel, "GPU" if cuda else "CPU"
-        say(
-            f"{device} workers: {parallel.workers} (stages {parallel.stages} x replicas {parallel.replicas}), "
-            f"torch threads a worker: {config.resources.threads}, precision: {config.train.precision}"
-        )
-        fit(job, folder, cuda, say)
+    ray.enter_context(ray_cluster())
+    ray.enter_context(terminable())  # again, because connecting to Ray replaces the handler
+    total = cluster_resources()
+    cuda = use_cuda(config, total)
+    check_fits(config, cuda, total)
+    parallel, device = config.parallel, "GPU" if cuda else "CPU"
+    say(
+        f"{device} workers: {parallel.workers} (stages {parallel.stages} x replicas {parallel.replicas}), "
+        f"torch threads a worker: {config.resources.threads}, precision: {config.train.precision}"
+    )
+    fit(job, folder, cuda, say)
 
 
 def _tracker(job: Job, folder: RunFolder, environment: dict[str, Any], say: Say) -> Tracker:
