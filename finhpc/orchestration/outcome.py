@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,13 +66,14 @@ def collect(job: Job, folder: Path, wall_s: float) -> dict[str, Any]:
     saved.verify()
     job.save_model(folder / "model", saved)
     result = _measured(job, folder)
+    earlier = earlier_worker_hours(read(folder / WORKER_FILE)[0], time.time() - wall_s)
     result |= {
         "status": "finished",
         "consumed_sha256": saved.manifest["consumed"],
         "checkpoint": str(saved.path),
         "model": str(folder / "model"),
         "wall_s": wall_s,
-        "worker_hours": wall_s * job.config.parallel.workers / 3600,
+        "worker_hours": earlier + wall_s * job.config.parallel.workers / 3600,
     }
     return result
 
@@ -110,14 +112,26 @@ def _measured(job: Job, folder: Path) -> dict[str, Any]:
 
 def _last_that_trained(records: list[Record]) -> list[Record]:
     """The records of the newest start that took a step: one may resume where nothing is left to do."""
+    starts = _starts(records)
+    trained = [start for start in starts if any(record["kind"] == "train" for record in start)]
+    return (trained or starts or [[]])[-1]
+
+
+def _starts(records: list[Record]) -> list[list[Record]]:
+    """The records of each start of the workers."""
     starts: list[list[Record]] = []
     for record in records:
         if record["kind"] == "start":
             starts.append([])
         if starts:
             starts[-1].append(record)
-    trained = [start for start in starts if any(record["kind"] == "train" for record in start)]
-    return (trained or starts or [[]])[-1]
+    return starts
+
+
+def earlier_worker_hours(records: list[Record], began: float) -> float:
+    """Hours x workers of the starts before the one of unix time `began`, from a start's first record to its last."""
+    before = [start for start in _starts(records) if start[0]["time"] < began]
+    return float(sum((start[-1]["time"] - start[0]["time"]) * start[0]["workers"] for start in before)) / 3600
 
 
 def sample_text(config: PretrainConfig, model_folder: Path, say: Callable[[str], None]) -> str | None:
