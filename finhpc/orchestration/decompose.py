@@ -185,7 +185,7 @@ def _factorise(groups: list[Group], weights: Weights, job: Job, config: Decompos
 
 
 def _calibration(weights: Weights, job: Job, config: DecomposeConfig) -> torch.Tensor:
-    if config.calibration.seq_len > context_of(weights.config):
+    if config.calibration.source and config.calibration.seq_len > context_of(weights.config):
         raise ConfigError(
             f"calibration.seq_len={config.calibration.seq_len} is longer than the {context_name(weights.config)} of "
             f"model={weights.path}; lower it."

@@ -43,7 +43,7 @@ def settings(folder: Path, **more: Any) -> FinetuneBench:
 def test_all_ways_learn_the_same_from_the_same_examples(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     capfd.readouterr()
     result = bench_finetune(settings(tmp_path))
-    table = [line for line in capfd.readouterr().err.splitlines() if line[:1] in "┏┃┡│└"]
+    table = [line for line in capfd.readouterr().err.splitlines() if line and line[0] in "┏┃┡│└"]
     assert len(table) > 8
     assert max(map(len, table)) <= 80
     assert sum("HF Trainer" in line for line in table) == 2, "no name is folded"
