@@ -30,7 +30,7 @@ from finhpc.orchestration.sweep_report import Follower, flat, ranked, show
 from finhpc.orchestration.sweep_shared import prepare_shared
 from finhpc.orchestration.sweep_tracking import Parent
 from finhpc.orchestration.sweep_trials import AnySweep
-from finhpc.orchestration.trial import OUTCOME, outcome_of, run_trial, write_outcome
+from finhpc.orchestration.trial import OUTCOME, outcome_of, pruned, run_trial, write_outcome
 
 TUNE = "tune"  # Ray Tune's own record of a start, which nothing is read from
 KEPT_FAILURES = ("diverged", "pruned")  # ends of a trial that another start would not change
@@ -139,8 +139,12 @@ def _tune(config: AnySweep, plan: Planned, parent: str | None) -> None:
         problem = watched(lambda: ended.extend(tuner.fit()), follower.look, lambda: False, follower.say)
     for one in ended:
         run = plan.run_folder(one.config["trial"])
-        if one.error and "status" not in outcome_of(run):
+        if "status" in outcome_of(run):
+            continue
+        if one.error:
             write_outcome(run, {"status": "failed", "error": last_line(one.error)})
+        elif one.metrics:  # its actor was gone before it could say that the scheduler ended it
+            write_outcome(run, pruned({"step": one.metrics["step"], "val_loss": one.metrics["val_loss"]}))
     if problem is not None:
         raise TrainingFailedError(
             f"Ray Tune stopped: {problem}; the same command goes on with the trials that have not ended."

@@ -134,7 +134,7 @@ def _on_eval(run: Path, record: dict[str, Any]) -> None:
     try:
         _report(record)
     except SystemExit:
-        write_outcome(run, {"status": "pruned", **record, "steps": record["step"]})
+        write_outcome(run, pruned(record))
         raise Pruned from None
 
 
@@ -162,6 +162,11 @@ def _report(record: dict[str, Any]) -> None:
     from ray import tune
 
     tune.report({"step": record["step"], "val_loss": record["val_loss"]})
+
+
+def pruned(record: dict[str, Any]) -> dict[str, Any]:
+    """The outcome of a trial that the scheduler ended at the evaluation `record`."""
+    return {"status": "pruned", **record, "steps": record["step"]}
 
 
 def write_outcome(run: Path, found: dict[str, Any]) -> None:
