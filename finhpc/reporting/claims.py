@@ -12,8 +12,8 @@ from typing import Literal
 
 from finhpc.reporting.curves import mean_curve, steps_to
 from finhpc.reporting.paper import INFERENCE_SPEEDUP, TUNED_FINANCIAL, TUNED_GENERAL, TUNED_MEMORY, paper_tables
-from finhpc.reporting.runs import Collected
-from finhpc.reporting.tables import FINANCIAL, GENERAL, Group, Row, Table, inference
+from finhpc.reporting.runs import FINANCIAL, GENERAL, Collected
+from finhpc.reporting.tables import Group, Row, Table, inference
 
 Verdict = Literal["holds", "in part", "does not hold", "not measured"]
 ABSTRACT = "Llama2-13B-r16"  # whose figures the abstract gives

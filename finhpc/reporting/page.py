@@ -21,12 +21,12 @@ VERDICTS = ("holds", "in part", "does not hold", "not measured")
 CLAIM_WIDTHS = (21, 18, 15, 17, 10, 19)  # of the columns, in percent
 PAPER = "X.-Y. Liu, J. Zhang, G. Wang, W. Tong, A. Walid, FinGPT-HPC"
 NOTES = {
-    "vi": "Scores: weighted F1 in percent. Model size: at 8 bits, as the paper counts it. Memory: the peaks of all "
+    "vi": "Scores: accuracy in percent. Model size: at 8 bits, as the paper counts it. Memory: the peaks of all "
     "workers together; on GPUs of the allocator, on CPUs of live tensors. Time: workers x running time of the command.",
     "vii": "As above. Time is that of method 2's own training, as in the paper; with start: the training of the dense "
     "model it starts from counted too, where MLflow knows it.",
-    "viii": "Weighted F1 in percent. Held-out F1: of the finetuning's own held-out labels. The paper's base is Llama 2 "
-    "whatever ours is.",
+    "viii": "BoolQ, PIQA, WinoGrande: accuracy; FPB, FiQA SA, TFNS: weighted F1; in percent. Held-out F1: of "
+    "the finetuning's own held-out labels. The paper's base is Llama 2 whatever ours is.",
     "ix": "#Params: trained ones; of the base, all. Time (seconds): of a generated token, ours; the paper does not say "
     "of what. It prints 6.7 B for Llama2-13B too.",
 }

@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from finhpc.reporting.runs import Collected, Scale, Tracked
-from finhpc.reporting.tables import FINANCIAL, Row
+from finhpc.reporting.runs import FINANCIAL, Collected, Scale, Tracked
+from finhpc.reporting.tables import Row
 
 BYTES_16BIT = 2
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 PARENT = "mlflow.parentRunId"
 SCORED_FROM = "finhpc.scored_from"  # the run whose model a run only scored
 FAMILIES = {"gpt2": "GPT-2", "llama": "Llama"}
+GENERAL, FINANCIAL = ("boolq", "piqa", "winogrande"), ("fpb", "fiqa_sa", "tfns")
 SHAPE_KEYS = ("layers", "width", "heads", "kv_heads", "mlp_width", "context", "vocab_size")
 Curve = dict[int, float]  # step -> loss in nats
 
@@ -102,8 +103,8 @@ class Tracked:
         return sum(peaks) if peaks else None
 
     def score(self, task: str, prefix: str = "evaluate") -> float | None:
-        """Weighted F1 of a task, or the accuracy of one that has none, in percent."""
-        for metric in ("weighted_f1", "acc"):
+        """Accuracy of a general task, weighted F1 of a financial one, in percent; the other where it has but that."""
+        for metric in ("acc", "weighted_f1") if task in GENERAL else ("weighted_f1", "acc"):
             if (value := self.metrics.get(f"{prefix}/{task}/{metric}")) is not None:
                 return 100 * value
         return None

@@ -13,9 +13,8 @@ from typing import Any
 
 from finhpc.reporting.bases import base_scores, measured_runs
 from finhpc.reporting.paper import PaperRow, paper_tables
-from finhpc.reporting.runs import Collected, Scale, Tracked
+from finhpc.reporting.runs import FINANCIAL, GENERAL, Collected, Scale, Tracked
 
-GENERAL, FINANCIAL = ("boolq", "piqa", "winogrande"), ("fpb", "fiqa_sa", "tfns")
 METHODS = {  # method.kind -> what follows the model's name, and whether the paper's table of its method has it
     "vi": {"dense": ("", True), "low_rank": ("", True), "cola": (" (CoLA)", False)},
     "vii": {"dense": ("", True), "svd": ("", True), "blend": (" (method 3)", False)},

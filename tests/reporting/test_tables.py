@@ -144,7 +144,13 @@ def test_other_ranks_methods_and_unknown_shapes_stand_alone(store: Store) -> Non
 
 
 def test_an_adapter_over_a_model_of_ours_is_beside_that_models_scores(store: Store) -> None:
-    scores = {"evaluate/fpb/weighted_f1": 0.4, "evaluate/boolq/acc": 0.6, "worker_hours": 2.0}
+    scores = {
+        "evaluate/fpb/weighted_f1": 0.4,
+        "evaluate/boolq/acc": 0.6,
+        "evaluate/boolq/weighted_f1": 0.2,
+        "evaluate/fpb/acc": 0.7,
+        "worker_hours": 2.0,
+    }
     store.pretrain("base", "dense", result=scores | {"params_total": 13_890_000, "size_16bit_bytes": 28_000_000})
     store.finetune("tuned", 4, 16, store.model("base"), result={"evaluate/fpb/weighted_f1": 0.5, "params_trainable": 9})
     tables = make_tables(store.collected())
