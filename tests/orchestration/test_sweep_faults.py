@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +54,18 @@ def ended(storage: Path) -> list[str]:
 
 
 def wait_for(storage: Path, process: subprocess.Popen[bytes], count: int) -> None:
-    """Until `count` trials have ended and one more is under way."""
+    """Until `count` trials have ended and one more has taken steps since this start's own Ray is up."""
     deadline = time.monotonic() + 240
+    while not any(p.name() == "raylet" for p in psutil.Process(process.pid).children(recursive=True)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    since = time.time()
     while time.monotonic() < deadline:
         under_way = [
             name
             for name, records in trials(storage).items()
-            if name not in ended(storage) and any(r["kind"] == "train" and r["step"] > 12 for r in records)
+            if name not in ended(storage)
+            and any(r["kind"] == "train" and r["step"] > 12 and r["time"] > since for r in records)
         ]
         if len(ended(storage)) >= count and under_way:
             return
@@ -70,11 +75,17 @@ def wait_for(storage: Path, process: subprocess.Popen[bytes], count: int) -> Non
 
 
 def actor(process: subprocess.Popen[bytes]) -> psutil.Process:
-    """The process of one of Tune's actors."""
-    for child in psutil.Process(process.pid).children(recursive=True):
-        if "ImplicitFunc" in " ".join(child.cmdline()) or "run_trial" in " ".join(child.cmdline()):
-            return child
-    raise AssertionError("no actor of Tune's")
+    """The process of one of Tune's actors, once there is one."""
+    deadline, titles = time.monotonic() + 60, set[str]()
+    while time.monotonic() < deadline:
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with suppress(psutil.Error):
+                title = " ".join(child.cmdline())
+                titles.add(title[:60])
+                if title.startswith("ray::") and ("ImplicitFunc" in title or "run_trial" in title):
+                    return child
+        time.sleep(0.05)
+    raise AssertionError(f"no actor of Tune's among {sorted(titles)}")
 
 
 @pytest.mark.slow
