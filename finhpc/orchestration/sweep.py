@@ -59,6 +59,7 @@ def sweep(config: AnySweep, dry_run: bool = False) -> dict[str, Any]:
         _forget_failures(plan)
         with Parent(config, folder, plan) as parent:
             with ray_cluster(), terminable():
+                plan.check_fits()  # again: only now is another cluster's size known
                 prepare_shared(plan, outcome.to_stderr)
                 _tune(config, plan, parent.id)
             rows = ranked(plan)
@@ -75,7 +76,7 @@ def sweep(config: AnySweep, dry_run: bool = False) -> dict[str, Any]:
 
 
 def _outcome(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the rows amount to. `fixed_s`: the median trial's seconds beside training and scoring."""
+    """What the rows amount to; the best is the first of them that ended well."""
     best = next((row for row in rows if row["rank"] == 1), None)
     return {
         "status": "finished" if best else "failed",

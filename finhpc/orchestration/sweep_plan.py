@@ -66,10 +66,22 @@ class Planned:
         """Whether every trial is a single worker, which trains in Tune's own actor."""
         return all(self.config_of(trial).parallel.workers == 1 for trial in self.trials)
 
-    @cached_property
+    @property
     def cuda(self) -> bool:
-        total = self.resources or known_resources()
-        return bool(total) and use_cuda(self.config_of(self.trials[0]), total or {})
+        """Whether trials train on GPUs; not kept, because another cluster's are known once it is connected."""
+        total = known_resources()
+        return total is not None and use_cuda(self.config_of(self.trials[0]), total)
+
+    def check_fits(self) -> None:
+        """Raise `ConfigError` with every trial that the connected cluster could never place."""
+        problems: list[str] = []
+        for trial in self.trials:
+            found: list[str] = []
+            with collect(found):
+                check_fits(self.config_of(trial), self.cuda, known_resources() or {})
+            problems += [f"trial {trial.name}: {problem}" for problem in found]
+        if problems:
+            raise ConfigError(problems)
 
     def placement(self) -> Any:
         """What Tune reserves for a trial: its one worker's share, or nothing but a driver beside the workers."""
