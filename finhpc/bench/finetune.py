@@ -27,7 +27,7 @@ from finhpc.bench.plain_finetune import Pass, Passes, adapters, peft_model, plai
 from finhpc.bench.report import Row, publish, say
 from finhpc.bench.settings import FinetuneBench
 from finhpc.bench.train import one_process_group
-from finhpc.config import Instructions, build
+from finhpc.config import Instructions, Recompute, build
 from finhpc.config.finetune import FinetuneConfig
 from finhpc.data.batches import Batches
 from finhpc.data.examples import Arrays, make_examples
@@ -130,7 +130,7 @@ def _base(
     peaks = {PLAIN: _peak(plain, [longest, longest]) - before}
     gc.collect()
     before = live_tensor_bytes()
-    engine = _engine(settings, path, bits)
+    engine = lora_engine(path, bits, settings.rank, settings.batch)
     ours = _from_start(_engine_passes(engine, arrays, settings.lr), engine.trained_parameters(), start)
     peaks[OURS] = _peak(ours, [longest, longest]) - before
     with tempfile.TemporaryDirectory() as folder:
@@ -168,15 +168,16 @@ def _base(
     }
 
 
-def _engine(settings: FinetuneBench, path: Path, bits: int) -> Engine:
+def lora_engine(path: Path, bits: int, rank: int, batch: int, recompute: Recompute = "none") -> Engine:
+    """The engine of every finetuning, one stage in this process on a CPU, with adapters beside every linear layer."""
     config = build(
         FinetuneConfig,
         {
             "model": {"path": str(path)},
-            "lora": {"rank": settings.rank, "lora_alpha": 2.0 * settings.rank},
+            "lora": {"rank": rank, "lora_alpha": 2.0 * rank},
             "optimizer": {"betas": (0.9, 0.999), "grad_clip": 0.0, "weight_decay": 0.0},
-            "parallel": {"micro_batch_size": settings.batch},
-            "train": {"precision": "bf16"},
+            "parallel": {"micro_batch_size": batch},
+            "train": {"precision": "bf16", "recompute": recompute},
             "quantization": {"bits": bits},
         },
     )

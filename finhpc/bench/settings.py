@@ -119,6 +119,20 @@ class FinetuneBench(Section):
     resources: Resources = Field(default_factory=lambda: Resources(threads=2, device="cpu"))
 
 
+class ContextBench(Section):
+    """Settings of `finhpc bench context`."""
+
+    bench: Bench = Field(default_factory=lambda: Bench(repeats=3))
+    model: str | None = Field(None, description="base: a Hugging Face folder, a hub id or a GGUF file")
+    lengths: list[Annotated[int, Field(ge=2)]] = Field(
+        [512, 1024, 2048, 4096, 8192], min_length=1, description="tokens of the inputs, each measured"
+    )
+    answer: int = Field(32, ge=1, description="tokens at the end of each that are learnt")
+    rank: int = Field(8, ge=1, description="of the adapters, beside every linear layer but the head")
+    bits: Annotated[Literal[16, 8, 4], BeforeValidator(int)] = Field(16, description="base: bfloat16, int8, NF4")
+    resources: Resources = Field(default_factory=lambda: Resources(threads=2, device="cpu"))
+
+
 class GenerateBench(Section):
     """Settings of `finhpc bench generate`."""
 
@@ -147,6 +161,7 @@ BENCHES: dict[str, tuple[type[Section], str]] = {
     "recompute": (RecomputeBench, "finhpc.bench.recompute:bench_recompute"),
     "decompose": (DecomposeBench, "finhpc.bench.decompose:bench_decompose"),
     "finetune": (FinetuneBench, "finhpc.bench.finetune:bench_finetune"),
+    "context": (ContextBench, "finhpc.bench.context:bench_context"),
     "generate": (GenerateBench, "finhpc.bench.generate:bench_generate"),
 }
 """Name -> its settings and the function that measures, as `module:function`."""
