@@ -25,6 +25,7 @@ from finhpc.evaluation.tasks import PERPLEXITY, TaskFile, prepare_tasks
 from finhpc.orchestration.cluster import cluster_resources, ray_cluster
 from finhpc.orchestration.evaluate_report import log_to_mlflow, summary
 from finhpc.orchestration.evaluate_worker import Pair, Scorer
+from finhpc.orchestration.run import whole_path
 from finhpc.orchestration.runfolder import RunFolder, redact
 from finhpc.quantization.schemes import SCHEMES
 
@@ -40,6 +41,9 @@ def evaluate(config: EvaluateConfig, dry_run: bool = False) -> dict[str, Any]:
     data and writes the task files alone. Raises `ConfigError` listing every problem with settings, models and data.
     """
     began = time.monotonic()
+    if config.data.shards:  # workers have other working directories
+        data = config.data.model_copy(update={"shards": whole_path(config.data.shards)})
+        config = config.model_copy(update={"data": data})
     folder = RunFolder(config.run.storage, config.run.name)
     with folder.lock():
         found, tasks = _checked(config, folder.path)

@@ -198,8 +198,6 @@ def _make(config: FinetuneConfig) -> Made:
         with collect(problems):
             adaptation = Adaptation.of(config, weights)
         with collect(problems):
-            config.data.source = [_whole_source(source) for source in config.data.source]
-            config.data.eval_source = [_whole_source(source) for source in config.data.eval_source]
             examples = make_examples(config.data, tokenizer_of(weights), config.train.seed)
     if examples is not None:
         with collect(problems):
@@ -258,12 +256,6 @@ def tokenizer_of(weights: Weights) -> Any:
         raise ConfigError(
             f"model.path={path} comes without a tokeniser that opens ({reason}); add the one it was trained with."
         ) from None
-
-
-def _whole_source(source: str) -> str:
-    if source.startswith("hf:"):
-        return source
-    return whole_path(source)
 
 
 def _fingerprint(path: Path) -> str:

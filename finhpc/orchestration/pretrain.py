@@ -12,7 +12,7 @@ from finhpc.orchestration.cluster import ray_cluster, use_cuda
 from finhpc.orchestration.job import Job, Rows, Say
 from finhpc.orchestration.plan import check_tokenizer, make_plan
 from finhpc.orchestration.progress import rows_table, summary_table
-from finhpc.orchestration.run import place_whole, run, terminable, whole_path
+from finhpc.orchestration.run import place_whole, run, terminable
 from finhpc.orchestration.start import DECOMPOSED, decompose_start, needs_decomposing
 from finhpc.training.checkpoint import Saved, read_stage
 
@@ -35,10 +35,6 @@ class Pretrain(Job):
     def __init__(self, config: PretrainConfig) -> None:
         config = config.model_copy(deep=True)
         place_whole(config)
-        if config.data.shards:
-            config.data.shards = whole_path(config.data.shards)
-        if config.model.path:
-            config.model.path = whole_path(config.model.path)
         self.config: PretrainConfig = config
         self.plan = make_plan(config)
 

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any
 
-from finhpc.config import Run, TrainingConfig, flatten
+from finhpc.config import PretrainConfig, Run, TrainingConfig, flatten
 from finhpc.errors import ConfigError
 from finhpc.orchestration import outcome
 from finhpc.orchestration.cluster import check_fits, cluster_resources, known_resources, ray_cluster, use_cuda
@@ -101,8 +101,19 @@ def whole_path(path: str) -> str:
 
 
 def place_whole(config: TrainingConfig) -> None:
-    """Make the paths of `run` whole, in place."""
+    """Make the paths of a run, and of what it reads, whole, in place; names of the hub stay."""
     place_whole_run(config.run)
+    if config.model.path and os.path.exists(os.path.expanduser(config.model.path)):
+        config.model.path = whole_path(config.model.path)
+    if isinstance(config, PretrainConfig):
+        config.data.shards = config.data.shards and whole_path(config.data.shards)
+    else:
+        config.data.source = [_whole_source(source) for source in config.data.source]
+        config.data.eval_source = [_whole_source(source) for source in config.data.eval_source]
+
+
+def _whole_source(source: str) -> str:
+    return source if source.startswith("hf:") else whole_path(source)
 
 
 def place_whole_run(run: Run) -> None:

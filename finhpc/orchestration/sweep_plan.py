@@ -16,6 +16,7 @@ from finhpc.orchestration.cluster import check_fits, known_resources, use_cuda
 from finhpc.orchestration.outcome import to_stderr
 from finhpc.orchestration.plan import collect, make_plan
 from finhpc.orchestration.progress import rows_table
+from finhpc.orchestration.run import place_whole
 from finhpc.orchestration.runfolder import RunFolder
 from finhpc.orchestration.sweep_tracking import PARENT, SWEEP, check_database
 from finhpc.orchestration.sweep_trials import BITS, AnySweep, Trial, trials_of
@@ -50,13 +51,13 @@ class Planned:
         return self.runs / name
 
     def config_of(self, trial: Trial) -> TrainingConfig:
-        """A trial's settings, placed below the sweep."""
-        sections: dict[str, Any] = {"run": self._place(self.runs, trial.name)}
+        """A trial's settings, placed below the sweep; paths whole, as its actor has another working directory."""
+        config = trial.config(run=self._place(self.runs, trial.name))
         if self.reference is not None and _starts(trial):
-            config = trial.config(**sections)
             tree = {"path": str(self.shared / REFERENCE / "model")}
-            return config.model_copy(update={"model": type(config.model).model_validate(tree)})
-        return trial.config(**sections)
+            config = config.model_copy(update={"model": type(config.model).model_validate(tree)})
+        place_whole(config)
+        return config
 
     def _place(self, storage: Path, name: str) -> dict[str, Any]:
         return {"storage": str(storage), "name": name, "tracking_uri": self.tracking_uri}

@@ -36,10 +36,14 @@ def starts(folder: Path) -> int:
     return sum(record["kind"] == "start" for record in read(folder / "journal.jsonl")[0])
 
 
-def test_a_sweep_trains_scores_nests_ranks_and_resumes(run_shards: Path, tmp_path: Path) -> None:
+def test_a_sweep_trains_scores_nests_ranks_and_resumes(
+    run_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     grid = {"method.rank": [4, 8], "optimizer.lr": [1e-3, 1e30], "quantization.bits": [16, 4]}
     base = tree(run_shards, tmp_path)
     base["optimizer"] = {"grad_clip": 0, "warmup_steps": 0}
+    monkeypatch.chdir(run_shards.parent)
+    base["data"]["shards"] = run_shards.name  # trials run in working directories of their own
     config = build(SweepConfig, base | {"grid": grid})
     result = sweep(config)
 
