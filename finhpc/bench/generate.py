@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -19,7 +20,7 @@ from finhpc.bench.device import device_of
 from finhpc.bench.pairs import in_turn, median_ratio, spread
 from finhpc.bench.report import Row, publish, say
 from finhpc.bench.settings import GenerateBench
-from finhpc.config import LINEAR_KINDS, Sampling, nearest
+from finhpc.config import LINEAR_KINDS, ExportConfig, Sampling, build, nearest
 from finhpc.errors import ConfigError
 from finhpc.evaluation.adapters import Adapters
 from finhpc.evaluation.decoder import Decoder
@@ -28,10 +29,13 @@ from finhpc.evaluation.forms import use_fast_forms
 from finhpc.evaluation.generation import tensor_bytes
 from finhpc.lowrank.replace import layer_kind
 from finhpc.models.adapter import Adapter
+from finhpc.models.export import export
 from finhpc.models.families import make_config, skeleton
+from finhpc.models.loading import load_model
 from finhpc.models.lora_start import linear_shape
 from finhpc.models.presets import PRESETS
 from finhpc.quantization.layers import PackedMatrix, replace
+from finhpc.quantization.schemes import SCHEMES
 
 BANDWIDTH_BYTES = 800_000_000
 
@@ -114,6 +118,16 @@ def random_model(preset: str, rank: int | None, bits: int, dtype: torch.dtype, d
     return model.eval()
 
 
+def exported(preset: str, rank: int, bits: int, scheme: str, dtype: torch.dtype, device: torch.device) -> Any:
+    """The low-rank model of random weights in bitsandbytes' layers: written, exported and opened as a user would."""
+    with tempfile.TemporaryDirectory() as folder:
+        random_model(preset, rank, 16, dtype, device).save_pretrained(f"{folder}/model")
+        quantization = {"bits": bits, "scheme": scheme}
+        tree = {"model": f"{folder}/model", "out": f"{folder}/out", "quantization": quantization}
+        export(build(ExportConfig, tree))
+        return load_model(f"{folder}/out", dtype).eval()
+
+
 Way = Callable[[int], float]  # new tokens -> seconds
 
 
@@ -161,7 +175,11 @@ def _shape(
         "dense (or B A merged)": (dense, 16),
     }
     for bits in settings.bits:
-        models[f"rank {rank}, {bits} bits"] = (random_model(preset, rank, bits, dtype, device), bits)
+        if bits == 16 or "minmax" in settings.schemes:
+            models[f"rank {rank}, {bits} bits"] = (random_model(preset, rank, bits, dtype, device), bits)
+        for scheme in settings.schemes:
+            if scheme != "minmax" and bits in SCHEMES[scheme].bits:
+                models[f"rank {rank}, {scheme}"] = (exported(preset, rank, bits, scheme, dtype, device), bits)
     for name, (model, _) in models.items():
         if "transformers" not in name:
             use_fast_forms(model)

@@ -144,6 +144,9 @@ class GenerateBench(Section):
     bits: list[Literal[16, 8, 4]] = Field(
         [16, 8, 4], min_length=1, description="of the low-rank models; the first counts"
     )
+    schemes: list[Literal["minmax", "int8", "nf4"]] = Field(
+        ["minmax", "int8", "nf4"], description="of those below 16 bits, each where it has them"
+    )
     precision: Literal["fp32", "bf16"] = "bf16"
     prompt: int = Field(100, ge=1, description="tokens of each prompt")
     new: int = Field(100, ge=2, description="tokens generated after each")

@@ -130,11 +130,20 @@ class Generator:
 
 
 def tensor_bytes(model: torch.nn.Module) -> int:
-    """Bytes of all weights and buffers, shared memory once."""
-    held = {
-        x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in (*model.parameters(), *model.buffers())
-    }
+    """Bytes of all weights, their scales and buffers, shared memory once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    tensors += [scale for parameter in model.parameters() for scale in _scales(parameter)]
+    held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
     return sum(held.values())
+
+
+def _scales(parameter: torch.Tensor) -> list[torch.Tensor]:
+    """What bitsandbytes keeps beside the codes of a weight, as attributes of it."""
+    state = getattr(parameter, "quant_state", None)
+    found = [getattr(parameter, "SCB", None)]
+    found += [state.absmax, state.code] if state else []
+    found += [state.state2.absmax, state.state2.code] if state and state.nested else []
+    return [tensor for tensor in found if tensor is not None]
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -144,6 +145,14 @@ def _conclude(folder: RunFolder, tracker: Tracker, status: Status, final: dict[s
         if done:
             raise
         say(f"{folder.path}/result.json could not be written ({error.strerror}).")
+
+
+def tell_mlflow(job: Job, folder: RunFolder, status: Status, say: Say) -> dict[str, Any]:
+    """Send what MLflow missed of a run that ended; returns its result, with what MLflow says added."""
+    environment = json.loads((folder.path / "environment.json").read_text(encoding="utf-8"))
+    result = folder.result() or outcome.unfinished(job, folder.path, status)
+    _conclude(folder, _tracker(job, folder, environment, say).start(), status, result, say)
+    return result
 
 
 def _check_resume(job: Job, folder: RunFolder) -> None:

@@ -25,6 +25,7 @@ from finhpc.orchestration.fit import last_line, watched
 from finhpc.orchestration.run import place_whole, terminable
 from finhpc.orchestration.runfolder import RunFolder, write_atomically
 from finhpc.orchestration.study_report import write_csv
+from finhpc.orchestration.sweep_delivery import deliver
 from finhpc.orchestration.sweep_plan import Planned, plan_sweep, show_plan
 from finhpc.orchestration.sweep_report import Follower, flat, ranked, show
 from finhpc.orchestration.sweep_shared import prepare_shared
@@ -62,6 +63,7 @@ def sweep(config: AnySweep, dry_run: bool = False) -> dict[str, Any]:
                 plan.check_fits()  # again: only now is another cluster's size known
                 prepare_shared(plan, outcome.to_stderr)
                 _tune(config, plan, parent.id)
+            deliver(plan, parent.tracker.run_id)
             rows = ranked(plan)
             result = counted | _outcome(rows) | {"wall_s": time.perf_counter() - begin}
             parent.end(result, rows)

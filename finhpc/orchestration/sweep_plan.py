@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
@@ -14,7 +15,7 @@ from finhpc.errors import ConfigError
 from finhpc.lowrank.registry import DENSE, STARTED
 from finhpc.orchestration.cluster import check_fits, known_resources, use_cuda
 from finhpc.orchestration.outcome import to_stderr
-from finhpc.orchestration.plan import collect, make_plan
+from finhpc.orchestration.plan import Plan, collect, make_plan
 from finhpc.orchestration.progress import rows_table
 from finhpc.orchestration.run import place_whole
 from finhpc.orchestration.runfolder import RunFolder
@@ -38,6 +39,7 @@ class Planned:
     reference: PretrainConfig | None = None
     resources: dict[str, float] | None = None  # of the cluster; None: known once it is connected
     seconds: dict[str, float | None] = field(default_factory=dict)  # of a trial's training, estimated
+    disk: dict[str, int] = field(default_factory=dict)  # bytes that a trial leaves at least
 
     @property
     def runs(self) -> Path:
@@ -127,6 +129,21 @@ class Planned:
             return None
         return math.fsum(seconds or 0.0 for seconds in left) / self.concurrent
 
+    @property
+    def disk_bytes(self) -> int:
+        """What the trials that have not begun will leave at least: their models and checkpoints."""
+        return sum(self.disk[t.name] for t in self.trials if not self.run_folder(t.name).exists())
+
+    def check_disk(self) -> None:
+        """Raise `ConfigError` where the sweep cannot fit the disk."""
+        free = free_bytes(self.folder)
+        if self.disk_bytes > free:
+            raise ConfigError(
+                f"the sweep leaves at least {self.disk_bytes / 1e9:.1f} GB of models and checkpoints, and "
+                f"run.storage={self.config.run.storage} has {free / 1e9:.1f} GB free; make room there, choose another, "
+                "or keep fewer checkpoints (train.keep_checkpoints)."
+            )
+
     def result(self) -> dict[str, Any]:
         """The keys that are known before anything runs."""
         ended = sum("status" in outcome_of(self.run_folder(trial.name)) for trial in self.trials)
@@ -137,6 +154,7 @@ class Planned:
             "ended_before": ended,
             "concurrent": self.concurrent,
             "estimated_s": self.cost_s,
+            "disk_bytes": self.disk_bytes,
             "folder": str(self.folder),
             "tracking_uri": self.tracking_uri,
         }
@@ -151,7 +169,7 @@ def plan_sweep(config: AnySweep, folder: Path) -> Planned:
     if isinstance(config, SweepConfig) and any(_starts(trial) for trial in trials) and config.model.path is None:
         plan.reference = _reference(plan)
     problems: list[str] = []
-    checked: dict[str, tuple[list[str], float | None]] = {}
+    checked: dict[str, tuple[list[str], float | None, int]] = {}
     for trial in trials:
         found: list[str] = []
         with collect(found):
@@ -160,17 +178,24 @@ def plan_sweep(config: AnySweep, folder: Path) -> Planned:
             if key not in checked:
                 checked[key] = _check(plan, trial, run)
             found += checked[key][0]
-            plan.seconds[trial.name] = checked[key][1]
+            plan.seconds[trial.name], plan.disk[trial.name] = checked[key][1:]
         problems += [f"trial {trial.name}: {problem}" for problem in found]
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
+    plan.check_disk()
     return plan
 
 
-def _check(plan: Planned, trial: Trial, run: TrainingConfig) -> tuple[list[str], float | None]:
-    """(problems, estimated seconds) of a trial."""
+def free_bytes(folder: Path) -> int:
+    """Free on the disk of a folder, which need not be there yet."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    return shutil.disk_usage(there).free
+
+
+def _check(plan: Planned, trial: Trial, run: TrainingConfig) -> tuple[list[str], float | None, int]:
+    """(problems, estimated seconds, bytes it leaves) of a trial."""
     problems: list[str] = []
-    seconds = None
+    seconds, left = None, 0
     with collect(problems):
         RunFolder(run.run.storage, run.run.name)
         if plan.resources is not None:
@@ -179,21 +204,30 @@ def _check(plan: Planned, trial: Trial, run: TrainingConfig) -> tuple[list[str],
         if isinstance(run, FinetuneConfig):
             from finhpc.orchestration.finetune import Finetune
 
-            Finetune(run)
+            left = _left(run, Finetune(run).counts()["params_trainable"])
         else:
             if plan.reference is not None and _starts(trial):  # its model is not there yet: a low-rank one is as large
                 run = run.model_copy(update={"model": plan.reference.model}, deep=True)
                 run.method.kind = "low_rank"
-            seconds = _seconds(plan, run)
-    return problems, seconds
+            made = make_plan(run)
+            seconds, left = _seconds(plan, made), _left(run, made.params_total)
+            left += sum(made.outline.stored_bytes(bits) for bits in trial.bits if bits != 16)
+    return problems, seconds, left
 
 
-def _seconds(plan: Planned, run: PretrainConfig) -> float | None:
+def _seconds(plan: Planned, made: Plan) -> float | None:
     from finhpc.orchestration.estimate import of_plan
 
-    made = make_plan(run)
     step_s = of_plan(made, plan.cuda, here=plan.resources is not None)["step_s"]
-    return None if step_s is None else float(step_s) * run.train.steps
+    return None if step_s is None else float(step_s) * made.config.train.steps
+
+
+def _left(run: TrainingConfig, trained: int) -> int:
+    """Bytes on disk after a training of so many parameters: the model and the checkpoints it keeps."""
+    every = run.train.checkpoint_every or run.train.steps
+    kept = min(run.train.keep_checkpoints, math.ceil(run.train.steps / every))
+    moments = 2 if run.optimizer.name == "adamw8bit" else 8
+    return trained * (4 + kept * (4 + moments))
 
 
 def _reference(plan: Planned) -> PretrainConfig:
@@ -239,4 +273,4 @@ def show_plan(plan: Planned) -> None:
         to_stderr(f"and {len(plan.trials) - SHOWN} more")
     cost = plan.cost_s
     about = "" if cost is None else f"; training takes about {timedelta(seconds=round(cost))}"
-    to_stderr(f"{plan.concurrent} at a time{about}")
+    to_stderr(f"{plan.concurrent} at a time{about}; at least {plan.disk_bytes / 1e6:,.0f} MB on disk")

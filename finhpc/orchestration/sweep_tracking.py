@@ -178,6 +178,6 @@ def register(tracking_uri: str, name: str, run_id: str, model: Path, steps: int)
             logged = client.get_run(run_id).outputs
             ids = [output.model_id for output in logged.model_outputs]
         source = client.get_logged_model(ids[-1]).artifact_location  # models:/ID would be looked for elsewhere
-        version = client.create_model_version(name, source, run_id=run_id).version
+        version = client.create_model_version(name, source, run_id=run_id, model_id=ids[-1]).version
     client.set_registered_model_alias(name, BEST, version)
     return f"models:/{name}@{BEST}"

@@ -62,7 +62,7 @@ def outcome_of(run: Path) -> dict[str, Any]:
 
 
 def _train(trial: dict[str, Any], run: Path) -> dict[str, Any]:
-    job = _job(trial)
+    job = job_of(trial)
     folder = RunFolder(job.config.run.storage, job.config.run.name)
     result = _run(job, folder)
     records, _ = read(folder.path / WORKER_FILE)
@@ -71,7 +71,8 @@ def _train(trial: dict[str, Any], run: Path) -> dict[str, Any]:
     return result | {"status": "finished", "scored": _score(trial, job, folder, result)}
 
 
-def _job(trial: dict[str, Any]) -> Job:
+def job_of(trial: dict[str, Any]) -> Job:
+    """The training of a trial, from what its actor is told."""
     from finhpc.orchestration.finetune import Finetune
     from finhpc.orchestration.pretrain import Pretrain
 

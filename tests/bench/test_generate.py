@@ -16,7 +16,7 @@ from finhpc.errors import ConfigError
 
 def settings(tmp_path: Path, **more: Any) -> GenerateBench:
     tree: dict[str, Any] = {
-        "models": ["gpt2-tiny:16"],
+        "models": ["gpt2-tiny:32"],
         "batches": [1, 2],
         "prompt": 10,
         "new": 10,
@@ -30,13 +30,16 @@ def settings(tmp_path: Path, **more: Any) -> GenerateBench:
 
 def test_every_way_is_measured_beside_transformers(tmp_path: Path) -> None:
     result = bench_generate(settings(tmp_path))
-    assert set(result["ratios"]) == {"gpt2_tiny_r16_over_dense", "cache_speedup", "mixed_adapters_over_single"}
-    assert [row["batch"] for row in result["rows"]] == [1] * 5 + [2] * 5
-    dense, _, *low_rank = result["rows"][:5]
+    assert set(result["ratios"]) == {"gpt2_tiny_r32_over_dense", "cache_speedup", "mixed_adapters_over_single"}
+    assert [row["batch"] for row in result["rows"]] == [1] * 7 + [2] * 7
+    dense, _, *low_rank = result["rows"][:7]
     assert dense["over_dense"] == 1
-    sizes = [row["model_bytes"] for row in low_rank]
-    assert [row["bits"] for row in low_rank] == [16, 8, 4]
-    assert sizes[0] > sizes[1] > sizes[2]
+    sizes = {row["way"]: row["model_bytes"] for row in low_rank}
+    assert list(sizes) == [f"rank 32, {form}" for form in ("16 bits", "8 bits", "int8", "4 bits", "nf4")]
+    assert [row["bits"] for row in low_rank] == [16, 8, 8, 4, 4]
+    assert sizes["rank 32, 16 bits"] > sizes["rank 32, 8 bits"] > sizes["rank 32, 4 bits"]
+    for scheme, packed in (("int8", "8 bits"), ("nf4", "4 bits")):  # embeddings stay floats
+        assert sizes["rank 32, 16 bits"] > sizes[f"rank 32, {scheme}"] > sizes[f"rank 32, {packed}"]
     assert [row["computed_tokens"] for row in result["cache_tokens"]] == [19, sum(range(10, 20))]
     assert (
         result["one_base"][0]["models_bytes"]

@@ -45,8 +45,11 @@ def test_a_sweep_trains_scores_nests_ranks_and_resumes(
     monkeypatch.chdir(run_shards.parent)
     base["data"]["shards"] = run_shards.name  # trials run in working directories of their own
     config = build(SweepConfig, base | {"grid": grid})
+    least = sweep(config, dry_run=True)["disk_bytes"]
     result = sweep(config)
 
+    kept = [*tmp_path.glob("ranks/trials/*/*/*.safetensors"), *tmp_path.glob("ranks/trials/*/checkpoints/*/*")]
+    assert 0.8 < least / 2 / sum(file.stat().st_size for file in kept) < 1.05, "two of four diverge and leave nothing"
     rows = {row["trial"]: row for row in result["trials"]}
     assert (result["status"], result["trained"], result["scored"], len(rows)) == ("finished", 4, 8, 8)
     good = [row for row in result["trials"] if row["rank"]]
@@ -151,6 +154,16 @@ def test_a_dry_run_says_what_it_would_cost(
     assert (result["trained"], result["scored"], result["status"]) == (2, 4, "dry_run")
     assert result["estimated_s"] > 0
     assert "2 trials, 4 points scored" in capsys.readouterr().err
+    assert not (tmp_path / "ranks").exists()
+
+
+def test_a_sweep_that_does_not_fit_the_disk_is_refused(
+    run_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finhpc.orchestration.sweep_plan.free_bytes", lambda folder: 100_000)
+    config = build(SweepConfig, tree(run_shards, tmp_path) | {"grid": {"method.rank": [4, 8]}})
+    with pytest.raises(ConfigError, match=r"leaves at least 0\.\d GB .* has 0\.0 GB free; make room there"):
+        sweep(config)
     assert not (tmp_path / "ranks").exists()
 
 

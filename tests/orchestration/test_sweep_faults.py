@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +18,9 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
+from finhpc.orchestration import ui
 from finhpc.training.journal import read
+from tests.orchestration.nodes import free_port
 from tests.orchestration.runs import ray_process
 
 STEPS = 60
@@ -137,3 +141,56 @@ def test_a_stopped_sweep_marks_its_runs(run_shards: Path, tmp_path: Path) -> Non
     assert status["faulty"] == "KILLED"
     assert "RUNNING" not in status.values()
     assert "KILLED" in {state for name, state in status.items() if name != "faulty"}
+
+
+@pytest.mark.slow
+def test_mlflow_away_in_the_middle(run_shards: Path, tmp_path: Path) -> None:
+    """Longer than the end of a trial waits for it: the sweep sends what is left when MLflow is back."""
+    port = free_port()
+    address = f"http://127.0.0.1:{port}"
+    with (
+        mlflow_server(tmp_path, port) as server,
+        command(tmp_path, run_shards, "--run.tracking_uri", address) as process,
+    ):
+        wait_for(tmp_path, process, 1)
+        before = ended(tmp_path)
+        os.killpg(server.pid, signal.SIGKILL)
+        deadline = time.monotonic() + 300
+        while len(ended(tmp_path)) < len(before) + 2:
+            assert process.poll() is None, (tmp_path / "stderr").read_text(errors="replace")[-3000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        with mlflow_server(tmp_path, port):
+            assert process.wait(400) == 0, (tmp_path / "stderr").read_text(errors="replace")[-3000:]
+            client = MlflowClient(address)
+            (experiment,) = [found for found in client.search_experiments() if found.name == "finhpc"]
+            runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+            result = json.loads((tmp_path / "faulty" / "result.json").read_text())
+            assert client.get_model_version_by_alias("faulty", "best").run_id == result["best"]["mlflow_run_id"]
+    assert "sending to MLflow what it missed of trial" in (tmp_path / "stderr").read_text()
+    assert len(runs) == 13
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    for row in result["trials"]:
+        run = runs[row["trial"]]
+        assert run.info.run_id == row["mlflow_run_id"]
+        assert run.data.tags["mlflow.parentRunId"] == runs["faulty"].info.run_id
+        assert run.data.metrics["val_loss"] == pytest.approx(row["val_loss"])
+
+
+@contextmanager
+def mlflow_server(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    words = ui.server_command(f"sqlite:///{folder}/server.db", port)
+    with open(folder / "server.log", "ab") as log:
+        server = subprocess.Popen(words, env=ui.server_environment(), stdout=log, stderr=log, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        yield server
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
+        server.wait()

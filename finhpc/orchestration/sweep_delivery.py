@@ -1,0 +1,55 @@
+"""What MLflow missed of a sweep's trials, sent once more: a server may have been away when they ended."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from finhpc.orchestration.outcome import to_stderr
+from finhpc.orchestration.run import tell_mlflow
+from finhpc.orchestration.runfolder import RunFolder
+from finhpc.orchestration.sweep_plan import Planned
+from finhpc.orchestration.sweep_tracking import track_score
+from finhpc.orchestration.tracking import Status
+from finhpc.orchestration.trial import job_of, outcome_of, write_outcome
+
+HOW: dict[str, Status] = {"finished": "FINISHED", "pruned": "KILLED"}  # else FAILED
+
+
+def deliver(plan: Planned, parent: str | None) -> None:
+    """Send what is left of every trial that ended, and write the ids of its MLflow runs to its outcome.
+
+    Waits for a server that does not answer as long as the end of a run does, then goes on without it: the same
+    command sends it again.
+    """
+    for trial in plan.trials:
+        run = plan.run_folder(trial.name)
+        found = outcome_of(run)
+        if "status" not in found or not _missed(run):
+            continue
+        to_stderr(f"sending to MLflow what it missed of trial {trial.name}")
+        told = plan.told(trial, parent)
+        job = job_of(told)
+        folder = RunFolder(str(run.parent), run.name)
+        if _unsent(run):
+            sent = tell_mlflow(job, folder, HOW.get(found["status"], "FAILED"), to_stderr)
+            found |= {"mlflow_run_id": sent["mlflow_run_id"]}
+        for name, score in found.get("scored", {}).items():
+            if _unsent(run / f"score-{told['scores'][name]}bit"):
+                score["mlflow_run_id"] = track_score(job, folder, name, told["scores"][name], _without_id(score))
+        write_outcome(run, found)
+
+
+def _missed(run: Path) -> bool:
+    return any(_unsent(path.parent) for path in (run / "mlflow.json", *run.glob("score-*bit/mlflow.json")))
+
+
+def _unsent(folder: Path) -> bool:
+    """Whether a folder has an MLflow run that was never told how it ended."""
+    path = folder / "mlflow.json"
+    return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["ended"] is None
+
+
+def _without_id(score: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in score.items() if key != "mlflow_run_id"}
