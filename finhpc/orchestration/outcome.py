@@ -129,8 +129,12 @@ def _starts(records: list[Record]) -> list[list[Record]]:
 
 
 def earlier_worker_hours(records: list[Record], began: float) -> float:
-    """Hours x workers of the starts before the one of unix time `began`, from a start's first record to its last."""
-    before = [start for start in _starts(records) if start[0]["time"] < began]
+    """Hours x workers of the starts before the one of unix time `began`, from a start's first record to its last.
+
+    Messages do not count: the next start writes some before it says that it begins, perhaps days later.
+    """
+    counted = [record for record in records if record["kind"] != "message"]
+    before = [start for start in _starts(counted) if start[0]["time"] < began]
     return float(sum((start[-1]["time"] - start[0]["time"]) * start[0]["workers"] for start in before)) / 3600
 
 

@@ -93,29 +93,15 @@ def _tune(config: AnySweep, plan: Planned, parent: str | None) -> None:
     """Run every trial that has not ended, through Ray Tune; returns when all have."""
     from ray import tune
     from ray.tune import FailureConfig, RunConfig, TuneConfig
-    from ray.tune.schedulers import create_scheduler
 
+    names = _in_order(config, plan)
+    if all("status" in outcome_of(plan.run_folder(name)) for name in names):
+        return
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # our run folders hold it all
     os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"  # a trial that fails reports nothing
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # its tracebacks of trials that failed
     told = {trial.name: plan.told(trial, parent) for trial in plan.trials}
-    names = list(told)
-    if config.sweep.scheduler != "fifo":
-        # A scheduler judges a trial by those before it, and grids are often written from worst to best.
-        random.Random(config.sweep.seed).shuffle(names)
-    # The dearest first, so that none of them is left to the end alone. Before all, those that ended: the scheduler
-    # of a resumed sweep knows what the interrupted one's knew.
-    names.sort(key=lambda name: ("status" not in outcome_of(plan.run_folder(name)), -(plan.seconds[name] or 0.0)))
-    if all("status" in outcome_of(plan.run_folder(name)) for name in names):
-        return
-    scheduler = None
-    if config.sweep.scheduler != "fifo":
-        name = {"asha": "async_hyperband"}.get(config.sweep.scheduler, config.sweep.scheduler)
-        steps = {"grace_period": max(config.train.eval_every, config.train.steps // 10)}
-        if config.sweep.scheduler == "asha":
-            steps["max_t"] = config.train.steps
-        scheduler = create_scheduler(name, time_attr="step", **steps | config.sweep.scheduler_options)
     storage = plan.folder / TUNE
     shutil.rmtree(storage, ignore_errors=True)
     follower = Follower(plan)
@@ -125,7 +111,7 @@ def _tune(config: AnySweep, plan: Planned, parent: str | None) -> None:
         tune_config=TuneConfig(
             metric="val_loss",
             mode="min",
-            scheduler=scheduler,
+            scheduler=_scheduler(config),
             max_concurrent_trials=plan.concurrent,
             reuse_actors=True,
             trial_dirname_creator=lambda trial: str(trial.trial_id),
@@ -140,6 +126,40 @@ def _tune(config: AnySweep, plan: Planned, parent: str | None) -> None:
     ended: list[Any] = []
     with follower:
         problem = watched(lambda: ended.extend(tuner.fit()), follower.look, lambda: False, follower.say)
+    _write_outcomes(plan, ended)
+    if problem is not None:
+        raise TrainingFailedError(
+            f"Ray Tune stopped: {problem}; the same command goes on with the trials that have not ended."
+        ) from problem
+
+
+def _in_order(config: AnySweep, plan: Planned) -> list[str]:
+    """The trials as they are started: those that ended, then the dearest first, so that none is left to the end alone.
+
+    Those that ended only report again: the scheduler of a resumed sweep knows what the interrupted one's knew.
+    """
+    names = [trial.name for trial in plan.trials]
+    if config.sweep.scheduler != "fifo":
+        # A scheduler judges a trial by those before it, and grids are often written from worst to best.
+        random.Random(config.sweep.seed).shuffle(names)
+    return sorted(names, key=lambda n: ("status" not in outcome_of(plan.run_folder(n)), -(plan.seconds[n] or 0.0)))
+
+
+def _scheduler(config: AnySweep) -> Any:
+    """Ray Tune's scheduler of that name, its times in steps; None for fifo."""
+    from ray.tune.schedulers import create_scheduler
+
+    if config.sweep.scheduler == "fifo":
+        return None
+    name = {"asha": "async_hyperband"}.get(config.sweep.scheduler, config.sweep.scheduler)
+    steps = {"grace_period": max(config.train.eval_every, config.train.steps // 10)}
+    if config.sweep.scheduler == "asha":
+        steps["max_t"] = config.train.steps
+    return create_scheduler(name, time_attr="step", **steps | config.sweep.scheduler_options)
+
+
+def _write_outcomes(plan: Planned, ended: list[Any]) -> None:
+    """Say how those trials ended whose actors could not."""
     for one in ended:
         run = plan.run_folder(one.config["trial"])
         if "status" in outcome_of(run):
@@ -148,10 +168,6 @@ def _tune(config: AnySweep, plan: Planned, parent: str | None) -> None:
             write_outcome(run, {"status": "failed", "error": last_line(one.error)})
         elif one.metrics:  # its actor was gone before it could say that the scheduler ended it
             write_outcome(run, pruned({"step": one.metrics["step"], "val_loss": one.metrics["val_loss"]}))
-    if problem is not None:
-        raise TrainingFailedError(
-            f"Ray Tune stopped: {problem}; the same command goes on with the trials that have not ended."
-        ) from problem
 
 
 def _forget_failures(plan: Planned) -> None:
