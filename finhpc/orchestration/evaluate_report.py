@@ -1,7 +1,8 @@
 """What `finhpc evaluate` leaves for people: a table on the screen, and the scores in MLflow.
 
 The scores of a model go to the MLflow run that made it, if its run folder says which, and all of them, with
-the table and the predictions, to a run of the evaluation's own.
+the table and the predictions, to a run of the evaluation's own. Several models have a run each nested below it,
+with the same metric names, so that MLflow's comparison page has them side by side.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from finhpc.config import EvaluateConfig, flatten
 from finhpc.evaluation.models import Subject
 from finhpc.orchestration.mirror import PARAM_LENGTH, PARAMS_A_BATCH, REQUEST_TIMEOUT_S, artifact_location
 from finhpc.orchestration.runfolder import redact, write_atomically
+from finhpc.orchestration.sweep_tracking import PARENT
 from finhpc.orchestration.tracking import absolute_tracking_uri, default_tracking_uri
 
 if TYPE_CHECKING:
@@ -89,12 +91,29 @@ def _own_run(client: MlflowClient, config: EvaluateConfig, folder: Path, uri: st
     for model in result["models"]:
         prefix = "evaluate" if len(result["models"]) == 1 else f"evaluate/{model['name']}"
         _log_scores(client, run_id, model["scores"], prefix)
+    if len(result["models"]) > 1:
+        _compare(client, run_id, result["models"])
     columns, rows = table(result)
     client.log_dict(run_id, {"columns": columns, "data": rows}, "scores.json")
     client.log_artifacts(run_id, str(folder / "scores"), "predictions")
     client.log_artifacts(run_id, str(folder / "tasks"), "tasks")
     client.set_terminated(run_id, "FINISHED")
     return run_id
+
+
+def _compare(client: MlflowClient, parent: str, models: list[dict[str, Any]]) -> None:
+    """A run for each model below the evaluation's; the same one however often the command runs."""
+    experiment = client.get_run(parent).info.experiment_id
+    known = client.search_runs([experiment], f"tags.`{PARENT}` = '{parent}'")
+    ids = {run.info.run_name: run.info.run_id for run in known}
+    for model in models:
+        name = model["name"]
+        if name not in ids:
+            ids[name] = client.create_run(experiment, run_name=name, tags={PARENT: parent}).info.run_id
+            for key in ("model", "adapter"):
+                client.log_param(ids[name], key, redact(str(model[key]))[:PARAM_LENGTH])
+        _log_scores(client, ids[name], model["scores"], "evaluate")
+        client.set_terminated(ids[name], "FINISHED")
 
 
 def _there(client: MlflowClient, run_id: str | None) -> bool:

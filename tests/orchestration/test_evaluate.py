@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -26,6 +27,15 @@ def settings(tmp_path: Path, **other: object) -> EvaluateConfig:
     return build(EvaluateConfig, tree | other)
 
 
+def nested(client: MlflowClient, parent: str) -> dict[str, Any]:
+    """Name -> run of those below an evaluation's."""
+    experiment = client.get_run(parent).info.experiment_id
+    runs = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
+    found = {run.info.run_name: run for run in runs}
+    assert len(found) == len(runs)
+    return found
+
+
 def test_models_and_tasks_are_scored_logged_and_not_computed_again(
     tmp_path: Path, ray_cluster: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -46,6 +56,12 @@ def test_models_and_tasks_are_scored_logged_and_not_computed_again(
     client = MlflowClient(tracking_uri=result["tracking_uri"])
     metrics = client.get_run(result["mlflow_run_id"]).data.metrics
     assert metrics["evaluate/second/fpb/acc"] == scores["second"]["fpb"]["acc"]
+    below = nested(client, result["mlflow_run_id"])
+    assert {name: run.data.params["model"] for name, run in below.items()} == {
+        name: str(tmp_path / name) for name in scores
+    }
+    for name, run in below.items():
+        assert run.data.metrics["evaluate/fpb/weighted_f1"] == scores[name]["fpb"]["weighted_f1"]
     assert "scores.json" in {file.path for file in client.list_artifacts(result["mlflow_run_id"])}
 
     # One pair's file is lost, one model is another: those alone are to be scored again.
@@ -79,6 +95,9 @@ def test_models_and_tasks_are_scored_logged_and_not_computed_again(
     assert by_name["first"]["fpb"]["acc"] == scores["first"]["fpb"]["acc"]
     assert by_name["second"]["fpb"]["examples"] == 6
     assert kept["mlflow_run_id"] == result["mlflow_run_id"]
+    again = nested(client, result["mlflow_run_id"])
+    assert set(again) == {"broken", "first", "second"}
+    assert all(again[name].info.run_id == run.info.run_id for name, run in below.items()), "no run twice"
     assert evaluate(settings(tmp_path, tasks=["fpb"]), dry_run=True)["pairs_pending"] == 0
 
 
