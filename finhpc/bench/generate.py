@@ -38,6 +38,8 @@ from finhpc.quantization.layers import PackedMatrix, replace
 from finhpc.quantization.schemes import SCHEMES
 
 BANDWIDTH_BYTES = 800_000_000
+THEIRS, DENSE = "HF dense", "dense, or merged"  # ways; the second is also B A multiplied out
+SHOWN = ("model", "batch", "way", "first_token_s", "tokens_per_s", "over_dense", "model_bytes")
 
 
 def bench_generate(settings: GenerateBench) -> dict[str, Any]:
@@ -64,10 +66,10 @@ def bench_generate(settings: GenerateBench) -> dict[str, Any]:
         "device": device.type,
         "weights": "random",
         "memory_read_gb_per_s": bandwidth / 1e9,
-        "first_of_pair": "transformers' generate on the dense model, with its own cache",
+        "hf_dense": "transformers' generate on the dense model, with its own cache",
     }
     return publish(
-        "generate", settings.bench.out, conditions, rows, ratios, began, cache_tokens=cache, one_base=adapters
+        "generate", settings.bench.out, conditions, rows, ratios, began, SHOWN, cache_tokens=cache, one_base=adapters
     )
 
 
@@ -171,8 +173,8 @@ def _shape(
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     dense = random_model(preset, None, 16, dtype, device)
     models: dict[str, tuple[Any, int]] = {
-        "dense, transformers": (dense, 16),
-        "dense (or B A merged)": (dense, 16),
+        THEIRS: (dense, 16),
+        DENSE: (dense, 16),
     }
     for bits in settings.bits:
         if bits == 16 or "minmax" in settings.schemes:
@@ -181,13 +183,13 @@ def _shape(
             if scheme != "minmax" and bits in SCHEMES[scheme].bits:
                 models[f"rank {rank}, {scheme}"] = (exported(preset, rank, bits, scheme, dtype, device), bits)
     for name, (model, _) in models.items():
-        if "transformers" not in name:
+        if name != THEIRS:
             use_fast_forms(model)
     rows, ratio = [], 0.0
     for batch in settings.batches:
         tokens = torch.randint(0, PRESETS[preset].vocab_size, (batch, settings.prompt), device=device)
         ways = {
-            name: theirs(model, tokens) if "transformers" in name else ours(Decoder(model), tokens)
+            name: theirs(model, tokens) if name == THEIRS else ours(Decoder(model), tokens)
             for name, (model, _) in models.items()
         }
         say(f"{preset}, batch {batch}: {settings.bench.repeats} rounds of {len(ways)} ways")
@@ -195,7 +197,7 @@ def _shape(
             way(2)  # warms up
         first = in_turn({name: partial(way, 1) for name, way in ways.items()}, settings.bench.repeats)
         whole = in_turn({name: partial(way, settings.new) for name, way in ways.items()}, settings.bench.repeats)
-        reference = whole["dense, transformers"]
+        reference = whole[THEIRS]
         for name, (model, width) in models.items():
             seconds = statistics.median(whole[name])
             decoding = max(seconds - statistics.median(first[name]), 1e-9)

@@ -8,6 +8,7 @@ import platform
 import sys
 import textwrap
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,21 @@ SHORT, HEADER = 16, 8  # characters
 
 
 def publish(
-    name: str, out: str, conditions: Row, rows: list[Row], ratios: dict[str, float], began: float, **more: Any
+    name: str,
+    out: str,
+    conditions: Row,
+    rows: list[Row],
+    ratios: dict[str, float],
+    began: float,
+    columns: Sequence[str] = (),
+    **more: Any,
 ) -> dict[str, Any]:
     """Print one table and the ratios, write result.json into a new folder of `out`, return its content.
 
     `conditions` says what was held equal (dtype and master weights, threads, batch, padding, whether
     Ray is on); each row is one way that was measured. `began`: `time.perf_counter()` at the start.
-    `more` goes into the result; a list of rows in it is printed as a table of its own.
+    `columns` are those that are printed, where all would be too wide. `more` goes into the result; a list of rows
+    in it is printed as a table of its own.
     """
     folder = new_folder(name, out)
     result: dict[str, Any] = {
@@ -36,7 +45,7 @@ def publish(
         "wall_s": time.perf_counter() - began,
     }
     (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    _print(result)
+    _print(result, columns)
     return result
 
 
@@ -79,11 +88,12 @@ def _cpu_name() -> str:
         return platform.processor()
 
 
-def _print(result: dict[str, Any]) -> None:
+def _print(result: dict[str, Any], columns: Sequence[str]) -> None:
     from rich.console import Console
 
     console = Console(stderr=True)
-    console.print(_table(f"bench {result['bench']}", result["rows"]))
+    shown = [{name: row[name] for name in columns or row} for row in result["rows"]]
+    console.print(_table(f"bench {result['bench']}", shown))
     for name, value in result.items():
         if name != "rows" and isinstance(value, list):
             console.print(_table(name, value))

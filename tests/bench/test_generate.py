@@ -28,8 +28,12 @@ def settings(tmp_path: Path, **more: Any) -> GenerateBench:
     return build(GenerateBench, tree | more)
 
 
-def test_every_way_is_measured_beside_transformers(tmp_path: Path) -> None:
+def test_every_way_is_measured_beside_transformers(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    capfd.readouterr()
     result = bench_generate(settings(tmp_path))
+    table = [line for line in capfd.readouterr().err.splitlines() if line and line[0] in "┏┃┡│└"]
+    assert max(map(len, table)) <= 80
+    assert not any("…" in line for line in table), "nothing is cut off"
     assert set(result["ratios"]) == {"gpt2_tiny_r32_over_dense", "cache_speedup", "mixed_adapters_over_single"}
     assert [row["batch"] for row in result["rows"]] == [1] * 7 + [2] * 7
     dense, _, *low_rank = result["rows"][:7]
