@@ -127,7 +127,8 @@ def exported(preset: str, rank: int, bits: int, scheme: str, dtype: torch.dtype,
         quantization = {"bits": bits, "scheme": scheme}
         tree = {"model": f"{folder}/model", "out": f"{folder}/out", "quantization": quantization}
         export(build(ExportConfig, tree))
-        return load_model(f"{folder}/out", dtype).eval()
+        model = load_model(f"{folder}/out", dtype).eval()
+        return model if device.type == "cpu" else model.to(device)
 
 
 Way = Callable[[int], float]  # new tokens -> seconds

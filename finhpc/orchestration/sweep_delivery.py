@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from finhpc.errors import FinhpcError
 from finhpc.orchestration.outcome import to_stderr
 from finhpc.orchestration.run import tell_mlflow
 from finhpc.orchestration.runfolder import RunFolder
@@ -20,25 +21,33 @@ HOW: dict[str, Status] = {"finished": "FINISHED", "pruned": "KILLED"}  # else FA
 def deliver(plan: Planned, parent: str | None) -> None:
     """Send what is left of every trial that ended, and write the ids of its MLflow runs to its outcome.
 
-    Waits for a server that does not answer as long as the end of a run does, then goes on without it: the same
-    command sends it again.
+    Waits for a server that does not answer as long as the end of one run does, then leaves all the rest: the same
+    command sends it again. A trial that cannot be opened any more takes no other down.
     """
     for trial in plan.trials:
         run = plan.run_folder(trial.name)
-        found = outcome_of(run)
-        if "status" not in found or not _missed(run):
+        if "status" not in outcome_of(run) or not _missed(run):
             continue
         to_stderr(f"sending to MLflow what it missed of trial {trial.name}")
-        told = plan.told(trial, parent)
-        job = job_of(told)
-        folder = RunFolder(str(run.parent), run.name)
-        if _unsent(run):
-            sent = tell_mlflow(job, folder, HOW.get(found["status"], "FAILED"), to_stderr)
-            found |= {"mlflow_run_id": sent["mlflow_run_id"]}
-        for name, score in found.get("scored", {}).items():
-            if _unsent(run / f"score-{told['scores'][name]}bit"):
-                score["mlflow_run_id"] = track_score(job, folder, name, told["scores"][name], _without_id(score))
-        write_outcome(run, found)
+        try:
+            _send(run, plan.told(trial, parent))
+        except FinhpcError as error:  # its data or its base is gone
+            to_stderr(f"trial {trial.name} was not sent: {error}")
+            continue
+        if _missed(run):
+            to_stderr("MLflow does not answer; the same command sends the rest.")
+            return
+
+
+def _send(run: Path, told: dict[str, Any]) -> None:
+    found, job, folder = outcome_of(run), job_of(told), RunFolder(str(run.parent), run.name)
+    if _unsent(run):
+        sent = tell_mlflow(job, folder, HOW.get(found["status"], "FAILED"), to_stderr)
+        found |= {"mlflow_run_id": sent["mlflow_run_id"]}
+    for name, score in found.get("scored", {}).items():
+        if _unsent(run / f"score-{told['scores'][name]}bit"):
+            score["mlflow_run_id"] = track_score(job, folder, name, told["scores"][name], _without_id(score))
+    write_outcome(run, found)
 
 
 def _missed(run: Path) -> bool:
