@@ -1,8 +1,8 @@
 """What `finhpc evaluate` leaves for people: a table on the screen, and the scores in MLflow.
 
-The scores of a model go to the MLflow run that made it, if its run folder says which, and all of them, with
-the table and the predictions, to a run of the evaluation's own. Several models have a run each nested below it,
-with the same metric names, so that MLflow's comparison page has them side by side.
+The scores of a model go to the MLflow run that made it, if its run folder says which, and with the table and the
+predictions to a run of the evaluation's own. Several models have a run each nested below it, named
+EVALUATION/MODEL, with the same metric names, so that MLflow's comparison page has them side by side.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def log_to_mlflow(
             try:
                 from mlflow import MlflowClient
 
-                _log_scores(MlflowClient(tracking_uri=there), state["run_id"], model["scores"], "evaluate")
+                _log_scores(MlflowClient(tracking_uri=there), state["run_id"], model["scores"])
             except Exception as error:
                 _complain(there, maker, error)
     return run_id, redact(uri)
@@ -88,11 +88,10 @@ def _own_run(client: MlflowClient, config: EvaluateConfig, folder: Path, uri: st
         write_atomically(path, json.dumps(old, indent=1))
         _log_params(client, old["run_id"], config)
     run_id = str(old["run_id"])
-    for model in result["models"]:
-        prefix = "evaluate" if len(result["models"]) == 1 else f"evaluate/{model['name']}"
-        _log_scores(client, run_id, model["scores"], prefix)
-    if len(result["models"]) > 1:
-        _compare(client, run_id, result["models"])
+    if len(result["models"]) == 1:
+        _log_scores(client, run_id, result["models"][0]["scores"])
+    else:
+        _compare(client, run_id, config, result["models"])
     columns, rows = table(result)
     client.log_dict(run_id, {"columns": columns, "data": rows}, "scores.json")
     client.log_artifacts(run_id, str(folder / "scores"), "predictions")
@@ -101,18 +100,19 @@ def _own_run(client: MlflowClient, config: EvaluateConfig, folder: Path, uri: st
     return run_id
 
 
-def _compare(client: MlflowClient, parent: str, models: list[dict[str, Any]]) -> None:
+def _compare(client: MlflowClient, parent: str, config: EvaluateConfig, models: list[dict[str, Any]]) -> None:
     """A run for each model below the evaluation's; the same one however often the command runs."""
     experiment = client.get_run(parent).info.experiment_id
     known = client.search_runs([experiment], f"tags.`{PARENT}` = '{parent}'")
     ids = {run.info.run_name: run.info.run_id for run in known}
     for model in models:
-        name = model["name"]
+        name = f"{config.run.name}/{model['name']}"
         if name not in ids:
-            ids[name] = client.create_run(experiment, run_name=name, tags={PARENT: parent}).info.run_id
-            for key in ("model", "adapter"):
-                client.log_param(ids[name], key, redact(str(model[key]))[:PARAM_LENGTH])
-        _log_scores(client, ids[name], model["scores"], "evaluate")
+            tags = {PARENT: parent, "finhpc.verb": "evaluate"}
+            ids[name] = client.create_run(experiment, run_name=name, tags=tags).info.run_id
+            one = {"model": [model["model"]], "adapter": [model["adapter"]] if model["adapter"] else []}
+            _log_params(client, ids[name], config.model_copy(update=one))
+        _log_scores(client, ids[name], model["scores"])
         client.set_terminated(ids[name], "FINISHED")
 
 
@@ -133,7 +133,7 @@ def _log_params(client: MlflowClient, run_id: str, config: EvaluateConfig) -> No
         client.log_batch(run_id, params=params[at : at + PARAMS_A_BATCH])
 
 
-def _log_scores(client: MlflowClient, run_id: str, scores: dict[str, Any], prefix: str) -> None:
+def _log_scores(client: MlflowClient, run_id: str, scores: dict[str, Any]) -> None:
     """`evaluate/TASK/METRIC`, the ends of its interval and the majority's beside it."""
     import time
 
@@ -145,7 +145,7 @@ def _log_scores(client: MlflowClient, run_id: str, scores: dict[str, Any], prefi
         for name, (low, high) in (values["ci95"] or {}).items():
             flat |= {f"{name}_ci95_low": low, f"{name}_ci95_high": high}
         flat |= {f"{name}_majority": value for name, value in (values["majority"] or {}).items()}
-        metrics += [Metric(f"{prefix}/{task}/{name}", float(value), now, 0) for name, value in flat.items()]
+        metrics += [Metric(f"evaluate/{task}/{name}", float(value), now, 0) for name, value in flat.items()]
     for at in range(0, len(metrics), 1000):
         client.log_batch(run_id, metrics=metrics[at : at + 1000])
 

@@ -102,10 +102,10 @@ class Tracked:
         peaks = [v for k, v in self.metrics.items() if re.fullmatch(r"peak_memory_bytes(_worker\d+)?", k)]
         return sum(peaks) if peaks else None
 
-    def score(self, task: str, prefix: str = "evaluate") -> float | None:
+    def score(self, task: str) -> float | None:
         """Accuracy of a general task, weighted F1 of a financial one, in percent; the other where it has but that."""
         for metric in ("acc", "weighted_f1") if task in GENERAL else ("weighted_f1", "acc"):
-            if (value := self.metrics.get(f"{prefix}/{task}/{metric}")) is not None:
+            if (value := self.metrics.get(f"evaluate/{task}/{metric}")) is not None:
                 return 100 * value
         return None
 

@@ -11,6 +11,8 @@ from mlflow import MlflowClient
 from finhpc.config import EvaluateConfig, build
 from finhpc.errors import CheckpointError, ConfigError
 from finhpc.orchestration.evaluate import evaluate
+from finhpc.reporting.runs import collect
+from finhpc.reporting.store import all_runs, chosen_experiments
 from tests.evaluation.tasks import write_data, write_model
 
 
@@ -28,10 +30,10 @@ def settings(tmp_path: Path, **other: object) -> EvaluateConfig:
 
 
 def nested(client: MlflowClient, parent: str) -> dict[str, Any]:
-    """Name -> run of those below an evaluation's."""
+    """Model's name -> run of those below an evaluation's."""
     experiment = client.get_run(parent).info.experiment_id
     runs = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
-    found = {run.info.run_name: run for run in runs}
+    found = {run.info.run_name.removeprefix("scores/"): run for run in runs}
     assert len(found) == len(runs)
     return found
 
@@ -54,12 +56,12 @@ def test_models_and_tasks_are_scored_logged_and_not_computed_again(
     table = pq.read_table(folder / "scores" / "first" / "fpb.parquet").to_pylist()
     assert sum(row["acc"] for row in table) / len(table) == scores["first"]["fpb"]["acc"]
     client = MlflowClient(tracking_uri=result["tracking_uri"])
-    metrics = client.get_run(result["mlflow_run_id"]).data.metrics
-    assert metrics["evaluate/second/fpb/acc"] == scores["second"]["fpb"]["acc"]
     below = nested(client, result["mlflow_run_id"])
     assert {name: run.data.params["model"] for name, run in below.items()} == {
-        name: str(tmp_path / name) for name in scores
+        name: str([str(tmp_path / name)]) for name in scores
     }
+    evaluations = collect(client, all_runs(client, chosen_experiments(client, []))).evaluations
+    assert {run.id for run in evaluations} == {run.info.run_id for run in below.values()}, "what reports read"
     for name, run in below.items():
         assert run.data.metrics["evaluate/fpb/weighted_f1"] == scores[name]["fpb"]["weighted_f1"]
     assert "scores.json" in {file.path for file in client.list_artifacts(result["mlflow_run_id"])}

@@ -210,8 +210,8 @@ def test_it_goes_past_a_step_that_fails_and_on_after_a_kill(tmp_path: Path, run_
     assert experiment is not None
     found = client.search_runs([experiment.experiment_id])
     runs = {run.info.run_name: run for run in found}
-    assert set(runs) == {"r-dense", "r-second", "r-scores"}
-    assert len(found) == 3, "a kill leaves no second run of a name"
+    assert set(runs) == {"r-dense", "r-second", "r-scores", "r-scores/r-dense", "r-scores/r-second"}
+    assert len(found) == 5, "a kill leaves no second run of a name"
     of_second = runs["r-second"].data
     assert of_second.params["method.kind"] == "svd"
     trained = ("val_loss", "params_total", "compression_ratio", "worker_hours", "tokens_per_s", "wall_s")
@@ -231,7 +231,7 @@ def test_it_goes_past_a_step_that_fails_and_on_after_a_kill(tmp_path: Path, run_
     assert again["report"] == str(storage / "r-report")
     assert str(of_second.metrics["params_total"]) in table, "made from what MLflow holds"
     assert (storage / "r-speed" / "result.json").read_bytes() == before, "not measured again"
-    assert len(client.search_runs([experiment.experiment_id])) == 3
+    assert len(client.search_runs([experiment.experiment_id])) == 5
 
 
 def kill_in_second_step(tmp_path: Path, scale: str) -> bytes:

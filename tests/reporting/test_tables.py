@@ -50,7 +50,7 @@ def test_tables_viii_and_ix_have_the_base_and_its_adapters_in_the_papers_order(p
     (scores,), (costs,) = tables["viii"].groups, tables["ix"].groups
     assert [row.label for row in scores.rows] == ["smol", "smol-r8 (4-bit)", "smol-r8 (8-bit)", "smol-r8 (16-bit)"]
     base, four = scores.rows[:2]
-    assert base.values["fpb"] == Value(35.0)  # of its own evaluation, not of the other model's in it
+    assert base.values["fpb"] == Value(35.0)  # of its own evaluation, not of the other model's
     assert base.values["fiqa_sa"] is None
     assert base.paper is not None
     assert base.paper.label == "Llama2-7B"
