@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,22 +21,48 @@ from finhpc.config.finetune import FinetuneConfig, FinetuneQuantization, Lora
 from finhpc.lowrank.layers import LowRankLinear
 from finhpc.models.families import skeleton
 from finhpc.models.family import BLOCKS, Part
+from finhpc.models.kept_base import kept
 from finhpc.models.lora import FrozenPair, LoraLinear
 from finhpc.models.lora_start import MOVES_BASE, linear_shape, scale_of, scheme_of, start, target_names
 from finhpc.models.packed_parts import packed_parts, without_dropout
 from finhpc.models.pipeline import Layer, stage_borders
 from finhpc.models.weights import Weights
-from finhpc.quantization.frozen import Frozen, freeze
+from finhpc.quantization.frozen import Frozen, freeze, hold, is_quantized
 
 HEAD_ROWS = 1 / 16  # rows of a pack that predict a token, as counted costs take it
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A frozen matrix of `shape` (out, in): of a linear layer, or a factor of a low-rank one.
+
+    `stored`: its name in the model, where it is (in, out) if `transposed`.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    stored: str
+    transposed: bool = False
+
+
+def matrices_of(module: nn.Module, name: str) -> list[Matrix]:
+    """Those of a linear layer, in the order they are multiplied by; none of any other module."""
+    shape = linear_shape(module)
+    if shape is None:
+        return []
+    if isinstance(module, LowRankLinear):
+        a, b = f"{name}.A", f"{name}.B"
+        return [Matrix(a, (module.rank, shape[1]), a), Matrix(b, (shape[0], module.rank), b)]
+    return [Matrix(name, shape, f"{name}.weight", isinstance(module, Conv1D))]
 
 
 @dataclass
 class Adaptation:
     """What is trained beside what: `weights` of the base, adapters as `lora` says, the base's bits and type.
 
-    `bf16`: the base and all activations are bfloat16, else float32; adapters are float32 always. Raises `ConfigError`
-    when made for settings that do not fit the model.
+    `bf16`: the base and all activations are bfloat16, else float32; adapters are float32 always. `kept`: a folder
+    with the base's matrices quantised already, see `finhpc.models.kept_base`. Raises `ConfigError` when made for
+    settings that do not fit the model.
     """
 
     weights: Weights
@@ -44,6 +71,7 @@ class Adaptation:
     bf16: bool = False
     recompute: Recompute = "none"
     seed: int = 0
+    kept: Path | None = None
 
     def __post_init__(self) -> None:
         self.scheme = scheme_of(self.quantization)
@@ -51,9 +79,10 @@ class Adaptation:
         self.parts()
 
     @classmethod
-    def of(cls, config: FinetuneConfig, weights: Weights) -> Adaptation:
+    def of(cls, config: FinetuneConfig, weights: Weights, kept: Path | None = None) -> Adaptation:
         train = config.train
-        return cls(weights, config.lora, config.quantization, train.precision == "bf16", train.recompute, train.seed)
+        bf16 = train.precision == "bf16"
+        return cls(weights, config.lora, config.quantization, bf16, train.recompute, train.seed, kept)
 
     @property
     def hf_config(self) -> Any:
@@ -107,29 +136,46 @@ class Adaptation:
         base: Frozen | FrozenPair
         adapted, started = name in self.targets, None
         bias = None if getattr(module, "bias", None) is None else self.weights.read(f"{name}.bias").to(device)
+        first, *more = matrices_of(module, name)
         if isinstance(module, LowRankLinear):
-            a = self._frozen(f"{name}.A", self.weights.read(f"{name}.A").to(device), None)
-            b = self._frozen(f"{name}.B", self.weights.read(f"{name}.B").to(device), bias)
-            base = FrozenPair(a, b, module.between)
+            pair = self._frozen(first, None, device), self._frozen(more[0], bias, device)
+            base = FrozenPair(*pair, module.between)
+        elif adapted and self.lora.init in MOVES_BASE:  # never quantised
+            rows = self.rows(first).to(device)
+            started = start(self.lora, self.targets[name], self.seed, name, rows)
+            base = freeze(rows - scale_of(self.lora) * started[1] @ started[0], bias, 16, "", self.dtype, name)
         else:
-            rows = self.weights.read(f"{name}.weight").to(device)
-            if isinstance(module, Conv1D):
-                rows = rows.T
-            if adapted and self.lora.init in MOVES_BASE:
-                started = start(self.lora, self.targets[name], self.seed, name, rows)
-                rows = rows - scale_of(self.lora) * started[1] @ started[0]
-            base = self._frozen(name, rows, bias)
+            base = self._frozen(first, bias, device)
         if not adapted:
             return base
         a_start, b_start = started or start(self.lora, self.targets[name], self.seed, name)
         return LoraLinear(base, a_start.to(device), b_start.to(device), scale_of(self.lora), self.lora.dropout)
 
+    # -- the base's matrices ----------------------------------------------------------------
+
+    def quantized_matrices(self) -> list[Matrix]:
+        """Those that the base's bits leave quantised, in the model's order; none at 16 bits."""
+        modules = self.weights.skeleton.named_modules()
+        return [matrix for name, module in modules for matrix in matrices_of(module, name) if self._quantizes(matrix)]
+
+    def rows(self, matrix: Matrix) -> Tensor:
+        """The matrix (out, in), in float32."""
+        stored = self.weights.read(matrix.stored)
+        return stored.T if matrix.transposed else stored
+
     def bits_of(self, name: str) -> int:
         """Bits of a linear layer's weights: as bitsandbytes and peft do, the head stays in float."""
         return 16 if name.partition(".")[0] == "lm_head" else self.quantization.bits
 
-    def _frozen(self, name: str, rows: Tensor, bias: Tensor | None) -> Frozen:
-        return freeze(rows, bias, self.bits_of(name), self.scheme, self.dtype, name)
+    def _quantizes(self, matrix: Matrix) -> bool:
+        return is_quantized(matrix.shape, self.bits_of(matrix.name), self.scheme)
+
+    def _frozen(self, matrix: Matrix, bias: Tensor | None, device: torch.device) -> Frozen:
+        bits = self.bits_of(matrix.name)
+        if self.kept is not None and self._quantizes(matrix):
+            held = {key: value.to(device) for key, value in kept(self.kept, matrix.name).items()}
+            return hold(held, matrix.shape, bias, bits, self.scheme, self.dtype)
+        return freeze(self.rows(matrix).to(device), bias, bits, self.scheme, self.dtype, matrix.name)
 
 
 class AdaptedLayer(Layer):

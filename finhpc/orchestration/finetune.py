@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from finhpc.models.weights import Weights
 
 EXAMPLES = "examples.safetensors"  # in the run folder: what the workers read
+QUANTIZED = "quantized"  # there too, a link: the base that a sweep quantised for its trials
 
 
 def finetune(config: FinetuneConfig, dry_run: bool = False) -> dict[str, Any]:
@@ -207,7 +208,7 @@ def _make(config: FinetuneConfig) -> Made:
     assert weights is not None
     assert adaptation is not None
     assert examples is not None
-    return Made(config, weights, _fingerprint(weights.path), adaptation, examples)
+    return Made(config, weights, base_fingerprint(weights.path), adaptation, examples)
 
 
 def _check_model(config: FinetuneConfig, weights: Weights) -> None:
@@ -258,7 +259,7 @@ def tokenizer_of(weights: Weights) -> Any:
         ) from None
 
 
-def _fingerprint(path: Path) -> str:
+def base_fingerprint(path: Path) -> str:
     """One hash of the base, whose files are checked against their manifest where there is one."""
     from finhpc.models.manifest import weights_fingerprint
 

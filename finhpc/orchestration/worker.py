@@ -127,13 +127,14 @@ def _pretrainer(settings: dict[str, Any], folder: Path, device: torch.device, fi
 
 def _finetuner(settings: dict[str, Any], folder: Path, device: torch.device, fingerprint: str) -> Worker:
     from finhpc.models.adapted import Adaptation
-    from finhpc.orchestration.finetune import batches_of, open_base, open_examples
+    from finhpc.orchestration.finetune import QUANTIZED, batches_of, open_base, open_examples
     from finhpc.training.feed import Packs
     from finhpc.training.journal import WORKER_FILE
     from finhpc.training.loop import Worker
 
     config = FinetuneConfig.model_validate(settings)
     weights = open_base(config)
+    quantized = folder / QUANTIZED
     return Worker(
         config=config,
         hf_config=weights.config,
@@ -142,7 +143,7 @@ def _finetuner(settings: dict[str, Any], folder: Path, device: torch.device, fin
         folder=folder,
         journal_path=folder / WORKER_FILE,
         feed=Packs(open_examples(folder, fingerprint), batches_of(config), config.data.eval_limit),
-        adapt=Adaptation.of(config, weights),
+        adapt=Adaptation.of(config, weights, quantized if quantized.is_dir() else None),
         labels={"dataset": fingerprint},
     )
 

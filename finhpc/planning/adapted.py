@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from finhpc.models.adapted import Adaptation, AdaptedLayer
+from finhpc.models.adapted import Adaptation, AdaptedLayer, Matrix
 from finhpc.models.families import skeleton, with_blocks
 from finhpc.models.family import BLOCKS, Flow, Part
 from finhpc.models.packed import FIELDS, LAYOUT, Segments, laid_out, layout_of
@@ -75,8 +75,8 @@ class Shapes(Weights):
 class Hollow(Adaptation):
     """An adaptation that is counted, never trained: its frozen matrices have no content."""
 
-    def _frozen(self, name: str, rows: Tensor, bias: Tensor | None) -> Frozen:
-        return hollow((rows.shape[0], rows.shape[1]), bias, self.bits_of(name), self.scheme, self.dtype)
+    def _frozen(self, matrix: Matrix, bias: Tensor | None, device: torch.device) -> Frozen:
+        return hollow(matrix.shape, bias, self.bits_of(matrix.name), self.scheme, self.dtype)
 
 
 def counted_parts(adaptation: Adaptation, pack: PackSize, cuda: bool) -> list[AdaptedPart]:

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finhpc.quantization.bitsandbytes import int8_tensors, nf4_fits
-from finhpc.quantization.per_vector import Vectors, dequantize, pack, quantize, unpack
+from finhpc.quantization.per_vector import Vectors, dequantize, unpack
+from finhpc.quantization.schemes import SCHEMES
 
+Tensors = dict[str, Tensor]
 OUTLIER = 6.0  # bitsandbytes' default threshold in transformers
 
 
@@ -41,7 +42,8 @@ class Frozen(nn.Module):
 
     def _hold(self, **tensors: Tensor) -> None:
         for name, tensor in tensors.items():
-            self.register_buffer(name, tensor, persistent=False)
+            # In rows, as they come from disk: products of a transposed matrix are rounded otherwise.
+            self.register_buffer(name, tensor.contiguous(), persistent=False)
 
 
 class FrozenProduct(torch.autograd.Function):
@@ -64,7 +66,7 @@ class FrozenFloat(Frozen):
 
     def __init__(self, rows: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__(rows.shape[0], rows.shape[1], bias)
-        self._hold(weight=rows.to(dtype).contiguous())
+        self._hold(weight=rows.to(dtype))
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         return self.weight.to(dtype)
@@ -76,9 +78,8 @@ class FrozenInt8(Frozen):
     codes: Tensor
     largest: Tensor
 
-    def __init__(self, rows: Tensor, bias: Tensor | None, name: str) -> None:
-        super().__init__(rows.shape[0], rows.shape[1], bias)
-        held = int8_tensors(rows, 8, name)
+    def __init__(self, held: Tensors, shape: tuple[int, int], bias: Tensor | None) -> None:
+        super().__init__(*shape, bias)
         self._hold(codes=held["weight"], largest=held["SCB"])
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
@@ -101,15 +102,13 @@ class FrozenNf4(Frozen):
 
     packed: Tensor
 
-    def __init__(self, rows: Tensor, bias: Tensor | None) -> None:
-        from bitsandbytes.functional import quantize_4bit
+    def __init__(self, held: Tensors, shape: tuple[int, int], bias: Tensor | None) -> None:
+        from bitsandbytes.functional import QuantState
 
-        super().__init__(rows.shape[0], rows.shape[1], bias)
-        block = 64 if rows.shape[1] % 64 == 0 else 32
-        packed, self.state = quantize_4bit(
-            rows.float().contiguous(), blocksize=block, compress_statistics=True, quant_type="nf4"
-        )
-        self._hold(packed=packed)
+        super().__init__(*shape, bias)
+        state = {key.removeprefix("weight."): value for key, value in held.items() if key != "weight"}
+        self.state = QuantState.from_dict(state, held["weight"].device)
+        self._hold(packed=held["weight"])
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         from bitsandbytes.functional import dequantize_blockwise
@@ -129,30 +128,39 @@ class FrozenMinMax(Frozen):
     scale: Tensor
     zero: Tensor
 
-    def __init__(self, rows: Tensor, bias: Tensor | None, bits: int, name: str) -> None:
-        super().__init__(rows.shape[0], rows.shape[1], bias)
-        vectors = quantize(rows, bits, name)
+    def __init__(self, held: Tensors, shape: tuple[int, int], bias: Tensor | None, bits: int) -> None:
+        super().__init__(*shape, bias)
         self.bits = bits
-        self._hold(codes=pack(vectors.codes, bits), scale=vectors.scale, zero=vectors.zero)
+        self._hold(codes=held["weight"], scale=held["scale"], zero=held["zero"])
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         return dequantize(Vectors(unpack(self.codes, self.bits, self.in_features), self.scale, self.zero)).to(dtype)
 
 
+def is_quantized(shape: tuple[int, int], bits: int, scheme: str) -> bool:
+    """Whether `freeze` quantises a matrix of this shape: NF4 leaves those whose sides are not multiples of 32."""
+    return bits < 16 and SCHEMES[scheme].fits(*shape)
+
+
 def freeze(rows: Tensor, bias: Tensor | None, bits: int, scheme: str, dtype: torch.dtype, name: str) -> Frozen:
     """The frozen layer of a matrix (out, in). `scheme`: int8, nf4 or minmax; `dtype`: of what stays in float.
 
-    NF4 leaves matrices in float whose sides are not multiples of 32. Raises `ConfigError` naming `name` where int8
-    cannot hold it, `NonFiniteError` where it holds NaN.
+    Raises `ConfigError` naming `name` where int8 cannot hold it, `NonFiniteError` where it holds NaN.
     """
+    shape = (rows.shape[0], rows.shape[1])
+    if not is_quantized(shape, bits, scheme):
+        return FrozenFloat(rows, None if bias is None else bias.to(dtype), dtype)
+    return hold(SCHEMES[scheme].tensors(rows, bits, name), shape, bias, bits, scheme, dtype)
+
+
+def hold(
+    held: Tensors, shape: tuple[int, int], bias: Tensor | None, bits: int, scheme: str, dtype: torch.dtype
+) -> Frozen:
+    """The frozen layer of a matrix (out, in) that is quantised already: `held` is what its `Scheme` made of it."""
     bias = None if bias is None else bias.to(dtype)
-    if bits == 16 or (scheme == "nf4" and not nf4_fits(*rows.shape)):
-        return FrozenFloat(rows, bias, dtype)
     if scheme == "int8":
-        return FrozenInt8(rows, bias, name)
-    if scheme == "nf4":
-        return FrozenNf4(rows, bias)
-    return FrozenMinMax(rows, bias, bits, name)
+        return FrozenInt8(held, shape, bias)
+    return FrozenNf4(held, shape, bias) if scheme == "nf4" else FrozenMinMax(held, shape, bias, bits)
 
 
 def hollow(shape: tuple[int, int], bias: Tensor | None, bits: int, scheme: str, dtype: torch.dtype) -> Frozen:
@@ -163,7 +171,7 @@ def hollow(shape: tuple[int, int], bias: Tensor | None, bits: int, scheme: str, 
     out, into = shape
     bias = None if bias is None else bias.to(dtype)
     kind: type[Frozen] = {"int8": FrozenInt8, "nf4": FrozenNf4, "minmax": FrozenMinMax}.get(scheme, FrozenFloat)
-    if bits == 16 or (scheme == "nf4" and not nf4_fits(out, into)):
+    if not is_quantized(shape, bits, scheme):
         kind = FrozenFloat
     made = kind.__new__(kind)
     Frozen.__init__(made, out, into, bias)

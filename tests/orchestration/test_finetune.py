@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from sklearn.metrics import f1_score
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finhpc.config import ExportConfig, FinetuneConfig, build
+from finhpc.config import ExportConfig, FinetuneConfig, FinetuneSweepConfig, build
 from finhpc.config.finetune import FinetuneQuantization, Lora
 from finhpc.errors import ConfigError
 from finhpc.evaluation.models import load_for_evaluation
@@ -27,6 +27,7 @@ from finhpc.models.loading import initial_model, load_model, save_model
 from finhpc.models.lora_start import target_names
 from finhpc.models.weights import open_weights
 from finhpc.orchestration.finetune import Finetune, batches_of, finetune
+from finhpc.orchestration.sweep import sweep
 from finhpc.training.journal import latest, read
 from tests.models.dense import saved, tiny_llama
 from tests.orchestration.test_start import with_tokenizer
@@ -137,6 +138,33 @@ def test_two_stages_by_two_replicas_of_a_4_bit_base(base: Path, news: Path, tmp_
     assert four["consumed_sha256"] == one["consumed_sha256"]
     for mine, plain in zip(losses(tmp_path / "four"), losses(tmp_path / "one"), strict=True):
         assert mine == pytest.approx(plain, rel=1e-4)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_sweep_quantises_the_base_once(base: Path, news: Path, tmp_path: Path) -> None:
+    own = finetune(config(base, news, tmp_path, quantization={"bits": 4}))
+    tree = config(base, news, tmp_path).model_dump(mode="json", exclude_unset=True)
+    tree["run"]["name"] = "ranks"
+    grid = {"lora.rank": [2, 4], "quantization.bits": [4, 16]}
+    settings = build(FinetuneSweepConfig, tree | {"grid": grid, "sweep": {"concurrent": 1}})
+    result = sweep(settings)
+    assert [row["status"] for row in result["trials"]] == ["finished"] * 4
+    (shared,) = (tmp_path / "ranks" / "shared").iterdir()
+    assert shared.name.startswith("base-")
+    trials = tmp_path / "ranks" / "trials"
+    assert {run.name for run in trials.iterdir() if (run / "quantized").exists()} == {"rank2-bits4", "rank4-bits4"}
+    assert all((run / "quantized").resolve() == shared for run in trials.glob("*-bits4"))
+    found = {row["trial"]: row for row in result["trials"]}
+    assert found["rank4-bits4"]["val_loss"] == own["val_loss"], "as a run of its own, which quantises for itself"
+    assert found["rank4-bits4"]["val_loss"] != found["rank4-bits16"]["val_loss"]
+
+    # One trial is to be run again: it takes what is there.
+    shutil.rmtree(trials / "rank2-bits4")
+    before = (shared / "weights_sha256.json").stat().st_mtime_ns
+    again = {row["trial"]: row for row in sweep(settings)["trials"]}
+    assert again["rank2-bits4"]["val_loss"] == found["rank2-bits4"]["val_loss"]
+    assert (trials / "rank2-bits4" / "quantized").resolve() == shared
+    assert (shared / "weights_sha256.json").stat().st_mtime_ns == before
 
 
 def test_epochs_say_the_steps(base: Path, news: Path, tmp_path: Path) -> None:

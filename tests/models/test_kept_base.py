@@ -1,0 +1,90 @@
+"""A base quantised once on disk: the layers it gives, and what happens to it when files are lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from finhpc.config.finetune import FinetuneQuantization, Lora
+from finhpc.errors import CheckpointError
+from finhpc.models.adapted import Adaptation, AdaptedLayer
+from finhpc.models.families import as_low_rank
+from finhpc.models.kept_base import keep_base, kept_bytes
+from finhpc.models.loading import initial_model, save_model
+from finhpc.models.weights import open_weights
+from finhpc.quantization.frozen import Frozen, FrozenFloat
+from tests.models.dense import saved, tiny_gpt2, tiny_llama
+
+WIDTHS = [(8, "int8"), (4, "nf4"), (8, "minmax"), (4, "minmax")]
+
+
+def low_rank(folder: Path) -> Path:
+    config = as_low_rank(tiny_gpt2().config, {"attention": 32, "mlp": 32})
+    model = initial_model(config, 0, "normal")
+    save_model(folder, config, [lambda: {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}], None)
+    return folder
+
+
+def adaptation_of(folder: Path, bits: Any, scheme: Any, kept: Path | None = None) -> Adaptation:
+    return Adaptation(
+        open_weights(folder, low_rank=True), Lora(rank=2), FinetuneQuantization(bits=bits, scheme=scheme), kept=kept
+    )
+
+
+def frozen_of(adaptation: Adaptation) -> dict[str, Frozen]:
+    layers = [AdaptedLayer(part, adaptation, torch.device("cpu")) for part in adaptation.parts()]
+    named = [(f"{i}.{name}", m) for i, layer in enumerate(layers) for name, m in layer.named_modules()]
+    return {name: module for name, module in named if isinstance(module, Frozen)}
+
+
+@pytest.mark.parametrize(("bits", "scheme"), WIDTHS)
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "low_rank"])
+def test_the_layers_are_those_of_the_base_quantised_anew(tmp_path: Path, kind: str, bits: int, scheme: str) -> None:
+    folder = tmp_path / "base"
+    if kind == "low_rank":
+        low_rank(folder)
+    else:
+        saved(tiny_gpt2() if kind == "gpt2" else tiny_llama(), folder)
+    told: list[int] = []
+    keep_base(adaptation_of(folder, bits, scheme), tmp_path / "kept", told.append)
+    plain = frozen_of(adaptation_of(folder, bits, scheme))
+    adaptation = adaptation_of(folder, bits, scheme, tmp_path / "kept")
+    quantised = {matrix.stored for matrix in adaptation.quantized_matrices()}
+    assert len(told) == len(quantised) > 0
+
+    read, taken = adaptation.weights.read, []
+    adaptation.weights.read = lambda name: taken.append(name) or read(name)  # type: ignore[method-assign,func-returns-value]
+    found = frozen_of(adaptation)
+    assert taken
+    assert not quantised & set(taken), "a quantised matrix is not read from the base again"
+    assert found.keys() == plain.keys()
+    x = torch.randn(3, 200, generator=torch.Generator().manual_seed(0))
+    for name, layer in plain.items():
+        assert torch.equal(found[name].matrix(torch.float32), layer.matrix(torch.float32)), name
+        rows = x[:, : layer.in_features]
+        assert torch.equal(found[name].train()(rows), layer.train()(rows)), name
+    on_disk = sum(file.stat().st_size for file in (tmp_path / "kept").glob("*.safetensors"))
+    assert 0 < kept_bytes(adaptation) < on_disk
+    assert sum(not isinstance(layer, FrozenFloat) for layer in plain.values()) == len(quantised)
+
+
+def test_a_damaged_one_is_made_again_and_a_lost_file_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder, kept = saved(tiny_llama(), tmp_path / "base"), tmp_path / "kept"
+    told: list[int] = []
+    keep_base(adaptation_of(folder, 4, "minmax"), kept, told.append)
+    once = len(told)
+    keep_base(adaptation_of(folder, 4, "minmax"), kept, told.append)
+    assert len(told) == once, "whole: not quantised again"
+    file = sorted(kept.glob("*.safetensors"))[0]
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    keep_base(adaptation_of(folder, 4, "minmax"), kept, told.append)
+    assert len(told) == 2 * once
+    assert file.read_bytes() == whole
+    assert f"{file} is not as it was written" in capfd.readouterr().err
+    file.unlink()
+    with pytest.raises(CheckpointError, match=rf"does not hold the quantised {file.stem} whole .*remove the folder"):
+        frozen_of(adaptation_of(folder, 4, "minmax", kept))
