@@ -46,16 +46,14 @@ def fit(job: Job, folder: RunFolder, cuda: bool, say: Say, look: Callable[[], No
     config = job.config
     for name in ("ray.train", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    resources = {"CPU": config.resources.cpus_per_worker}
-    if cuda:
-        resources["GPU"] = config.resources.gpus_per_worker
+    resources = worker_share(job, cuda)
     hang_s = config.train.hang_timeout_s
     trainer = TorchTrainer(
         train_worker,
         train_loop_config=worker_arguments(job, folder, cuda),
         torch_config=NodeTorchConfig(
             backend="nccl" if cuda else "gloo",
-            timeout_s=round(watchdog.START_FACTOR * hang_s) if hang_s else TORCH_TIMEOUT_S,
+            timeout_s=round(torch_timeout_s(hang_s)),
         ),
         scaling_config=ScalingConfig(num_workers=config.parallel.workers, use_gpu=cuda, resources_per_worker=resources),
         run_config=RunConfig(
@@ -68,24 +66,48 @@ def fit(job: Job, folder: RunFolder, cuda: bool, say: Say, look: Callable[[], No
             worker_runtime_env={} if cuda else {"env_vars": ENVIRONMENT},
         ),
     )
-    stacks = _Stacks(folder.path, say)
-    waiting = Waiting(config.parallel.workers, resources, say)
-
-    def look_around() -> None:
-        stacks()
-        waiting()
-        if look is not None:
-            look()
-
+    around = Around(job, folder, resources, say, look)
     with _health_timeout(hang_s), placed_whenever():
-        problem = watched(trainer.fit, look_around, _Done(folder.path / WORKER_FILE, config.train.steps), say)
+        problem = watched(trainer.fit, around, AllDone(folder.path / WORKER_FILE, config.train.steps), say)
     raise_fatal(job, folder)
     if problem is not None:
         raise TrainingFailedError(
             f"the workers failed more than run.max_failures={config.run.max_failures} times; the last error: "
-            f"{stacks.newest() or _describe(problem, job)}\nlogs: {folder.path / 'ray'} and Ray's own, "
+            f"{around.cause(problem)}\nlogs: {folder.path / 'ray'} and Ray's own, "
             "/tmp/ray/session_latest/logs/train. The same command resumes from the newest checkpoint."
         )
+
+
+class Around:
+    """What is looked at again and again while workers train: stacks of those that hang, room for all, `look`."""
+
+    def __init__(
+        self, job: Job, folder: RunFolder, each: dict[str, float], say: Say, look: Callable[[], None] | None
+    ) -> None:
+        self.job, self.look = job, look
+        self.stacks = _Stacks(folder.path, say)
+        self.waiting = Waiting(job.config.parallel.workers, each, say)
+
+    def __call__(self) -> None:
+        self.stacks()
+        self.waiting()
+        if self.look is not None:
+            self.look()
+
+    def cause(self, problem: Exception) -> str:
+        """Why the workers failed, in words, with what to do about it."""
+        return self.stacks.newest() or _describe(problem, self.job)
+
+
+def torch_timeout_s(hang_s: float) -> float:
+    """How long workers wait for each other: never shorter than the watchdog, which says where they stood."""
+    return watchdog.START_FACTOR * hang_s if hang_s else TORCH_TIMEOUT_S
+
+
+def worker_share(job: Job, cuda: bool) -> dict[str, float]:
+    """What Ray reserves for a worker."""
+    resources = job.config.resources
+    return {"CPU": resources.cpus_per_worker} | ({"GPU": resources.gpus_per_worker} if cuda else {})
 
 
 def worker_arguments(job: Job, folder: RunFolder, cuda: bool) -> dict[str, Any]:
@@ -141,7 +163,7 @@ class _Stacks:
         return {path for path in self.folder.glob("rank-*.txt") if path.stat().st_size}
 
 
-class _Done:
+class AllDone:
     """Whether the workers wrote some time ago that every step is taken and saved.
 
     A worker that stands still after that (stopped, swapped out) has nothing that is still wanted; Ray Train

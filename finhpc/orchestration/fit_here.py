@@ -1,4 +1,4 @@
-"""The one worker of a run in this process, by Ray Train's local mode: what a trial that is a single worker does.
+"""One worker of a run in this process, by Ray Train's local mode: what the trials of a sweep do.
 
 Starting processes and importing torch and DeepSpeed in them takes Ray Train ten seconds and more; a process
 that has trained one trial has all that behind it.
@@ -9,32 +9,40 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from finhpc.orchestration.fit import raise_fatal, worker_arguments
+from finhpc.orchestration.fit import raise_fatal, torch_timeout_s, worker_arguments
 from finhpc.orchestration.job import Job, Say
 from finhpc.orchestration.runfolder import RunFolder
 from finhpc.orchestration.worker import OnEval, train_worker
 
 
 def fit_here(job: Job, folder: RunFolder, cuda: bool, say: Say, on_eval: OnEval) -> None:
-    """Train until the last step; what `on_eval` raises ends it. Raises `TrainingFailedError` for a user's mistake."""
-    os.environ["DS_ACCELERATOR"] = "cuda" if cuda else "cpu"  # read when DeepSpeed is imported
-    from ray.train import ScalingConfig
-    from ray.train.torch import TorchTrainer
+    """Train a run of one worker until the last step; what `on_eval` raises ends it.
 
-    from finhpc.training.engine import group_of_one
-
-    def work(arguments: dict[str, Any]) -> None:
-        train_worker(arguments, on_eval)
-
-    trainer = TorchTrainer(
-        work,
-        train_loop_config=worker_arguments(job, folder, cuda),
-        scaling_config=ScalingConfig(num_workers=0, use_gpu=cuda),
-    )
+    Raises `TrainingFailedError` for a user's mistake.
+    """
     try:
-        with group_of_one("nccl" if cuda else "gloo"):
-            trainer.fit()
+        train_here(worker_arguments(job, folder, cuda), on_eval)
     except Exception:
         raise_fatal(job, folder)
         raise
     raise_fatal(job, folder)
+
+
+def train_here(
+    arguments: dict[str, Any], on_eval: OnEval | None = None, rank: int = 0, size: int = 1, store: Any = None
+) -> None:
+    """The life of the worker `rank` of `size`, which meet in `store`, a `torch.distributed.Store`."""
+    cuda = arguments["cuda"]
+    os.environ["DS_ACCELERATOR"] = "cuda" if cuda else "cpu"  # read when DeepSpeed is imported
+    from ray.train import ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    from finhpc.training.engine import process_group
+
+    def work(arguments: dict[str, Any]) -> None:
+        train_worker(arguments, on_eval)
+
+    trainer = TorchTrainer(work, train_loop_config=arguments, scaling_config=ScalingConfig(num_workers=0, use_gpu=cuda))
+    timeout_s = torch_timeout_s(arguments["config"]["train"]["hang_timeout_s"])
+    with process_group("nccl" if cuda else "gloo", rank, size, store, timeout_s):
+        trainer.fit()

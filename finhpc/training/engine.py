@@ -8,10 +8,10 @@ the engine's own uses a wrong norm with more than one stage in float32.
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import deepspeed
@@ -275,17 +275,26 @@ class Engine:
 
 
 @contextmanager
-def group_of_one(backend: str) -> Iterator[None]:
-    """A process group of this process alone for engines to be made in; gone afterwards, so that another can follow."""
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # DeepSpeed reads them
-    with tempfile.TemporaryDirectory() as meeting:
-        dist.init_process_group(backend, init_method=f"file://{meeting}/group", rank=0, world_size=1)
-        try:
-            yield
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
-            deepspeed.comm.comm.cdb = None  # it holds the group that is gone
+def process_group(
+    backend: str, rank: int = 0, size: int = 1, store: Any = None, timeout_s: float = 1800
+) -> Iterator[None]:
+    """A group of `size` processes for engines to be made in; gone afterwards, so that another can follow.
+
+    `store`: a `torch.distributed.Store` where they meet; None: this process is alone. `timeout_s`: how long one waits
+    for another.
+    """
+    # DeepSpeed reads them. Each process sees its own devices alone, so that it is the first on its node.
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(size)}
+    store = store or dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
+    try:
+        yield
+    finally:
+        if deepspeed.comm.is_initialized():
+            deepspeed.comm.destroy_process_group()  # and what DeepSpeed remembers of it
+        elif dist.is_initialized():
+            dist.destroy_process_group()
+        deepspeed.comm.comm.cdb = None
 
 
 def _layers_of(pipeline: PipelineModule) -> list[Layer]:

@@ -24,7 +24,7 @@ from finhpc.training.cost import kept_cut
 from finhpc.training.engine import Engine
 from finhpc.training.feed import Feed, Ints
 from finhpc.training.journal import Journal
-from finhpc.training.memory import counted_peak, peak_resident_bytes
+from finhpc.training.memory import counted_peak, forget_peaks, peak_resident_bytes
 from finhpc.training.optimizer import MOMENTS, begin_at, learning_rate, moments
 from finhpc.training.watchdog import Watchdog
 
@@ -97,6 +97,7 @@ class Worker:
     # -- start ------------------------------------------------------------------------------
 
     def _set_up(self) -> None:
+        forget_peaks(self.device)
         torch.manual_seed(self.config.train.seed * 1_000_003 + self.rank)
         borders = None  # of an adapted model: counted, the same at every start
         if not isinstance(self.config, FinetuneConfig):

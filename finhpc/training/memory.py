@@ -6,13 +6,18 @@ import gc
 import resource
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from finhpc.training.allocator import give_back_free_memory
+
 T = TypeVar("T")
+STATUS = Path("/proc/self/status")
 
 
 def live_tensor_bytes() -> int:
@@ -53,7 +58,21 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError | OSError) and any(word in str(error) for word in words)
 
 
+def forget_peaks(device: torch.device) -> None:
+    """Count peaks from here on: what an earlier run of a warm process left is freed first, and does not count."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    give_back_free_memory()
+    with suppress(OSError):  # no Linux, or no right to: the peak since the process started stays
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_resident_bytes() -> int:
-    """Peak resident bytes of this process since it started (the operating system's count)."""
+    """Peak resident bytes of this process (the operating system's count) since it started, or `forget_peaks`."""
+    if STATUS.exists():
+        line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,131 @@
+"""The workers of a pipeline kept from one trial of a sweep to the next, each an actor that trains by `train_here`.
+
+Under Ray Train every `fit` starts new processes, which import torch and DeepSpeed again: 12 s and more of a trial
+on two cores. A crew has that behind it after its first trial. A worker that fails ends the crew; the next one goes
+on from the newest checkpoint, as under Ray Train.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
+from typing import Any
+
+from finhpc.errors import TrainingFailedError
+from finhpc.orchestration.fit import AllDone, Around, raise_fatal, watched, worker_arguments, worker_share
+from finhpc.orchestration.job import Job, Say
+from finhpc.orchestration.runfolder import RunFolder
+from finhpc.training.allocator import ENVIRONMENT
+from finhpc.training.journal import WORKER_FILE
+
+KEPT: list[Crew] = []  # this process's, at most one
+
+
+def fit_crew(job: Job, folder: RunFolder, cuda: bool, say: Say, look: Callable[[], None]) -> None:
+    """Train until the last step by the crew of this process; a failed one is replaced `run.max_failures` times.
+
+    `look` is called again and again meanwhile; what it raises ends the training. Raises `TrainingFailedError`.
+    """
+    config, share = job.config, worker_share(job, cuda)
+    arguments = worker_arguments(job, folder, cuda)
+    around = Around(job, folder, share, say, look)
+    for failures in count():
+        crew = crew_of(config.parallel.workers, share)
+        done = AllDone(folder.path / WORKER_FILE, config.train.steps)
+        try:
+            problem = watched(partial(crew.train, arguments), around, done, say)
+        finally:
+            if not crew.idle:  # failed, stopped, or a worker that never came back
+                crew.dismiss()
+        raise_fatal(job, folder)
+        if problem is None:
+            return
+        if failures == config.run.max_failures:
+            raise TrainingFailedError(
+                f"the workers failed more than run.max_failures={failures} times; the last error: "
+                f"{around.cause(problem)}\nlogs: Ray's own, /tmp/ray/session_latest/logs. The same command resumes "
+                "from the newest checkpoint."
+            )
+        say(f"{around.cause(problem)}; the workers start again.")
+
+
+def crew_of(size: int, share: dict[str, float]) -> Crew:
+    """The crew that this process has, if it is such a one; another is dismissed, and a new one made."""
+    if KEPT and (len(KEPT[0].members), KEPT[0].share) == (size, share):
+        return KEPT[0]
+    if KEPT:
+        KEPT[0].dismiss()
+    KEPT.append(Crew.hire(size, share))
+    return KEPT[0]
+
+
+class Member:
+    """One worker's process."""
+
+    def meeting(self) -> tuple[str, int]:
+        """The address at which the others meet this one, for one training."""
+        import ray
+        import torch.distributed as dist
+
+        address = ray.util.get_node_ip_address()
+        self.store: Any = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+        return address, self.store.port
+
+    def train(self, arguments: dict[str, Any], rank: int, size: int, meeting: tuple[str, int]) -> None:
+        import torch.distributed as dist
+
+        from finhpc.orchestration.fit_here import train_here
+        from finhpc.orchestration.network import use_interface_of_node
+
+        use_interface_of_node()
+        store = self.store if rank == 0 else dist.TCPStore(*meeting, is_master=False)  # type: ignore[attr-defined]
+        train_here(arguments, rank=rank, size=size, store=store)
+
+
+@dataclass
+class Crew:
+    """`members`: an actor for each rank, placed in `room`. `share`: what Ray reserves for each."""
+
+    share: dict[str, float]
+    room: Any
+    members: list[Any] = field(default_factory=list)
+    idle: bool = True
+
+    @staticmethod
+    def hire(size: int, share: dict[str, float]) -> Crew:
+        import ray
+        from ray.util.placement_group import placement_group
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        crew = Crew(share, placement_group([share] * size, strategy="PACK"))
+        for i in range(size):
+            place = PlacementGroupSchedulingStrategy(crew.room, placement_group_bundle_index=i)
+            how = {"num_cpus": share["CPU"], "num_gpus": share.get("GPU", 0), "scheduling_strategy": place}
+            env = {} if "GPU" in share else {"runtime_env": {"env_vars": ENVIRONMENT}}
+            crew.members.append(ray.remote(Member).options(**how, **env).remote())
+        return crew
+
+    def train(self, arguments: dict[str, Any]) -> None:
+        """One training by all members; raises what the first of them to fail raised."""
+        import ray
+
+        self.idle = False
+        meeting = ray.get(self.members[0].meeting.remote())
+        size = len(self.members)
+        left = [member.train.remote(arguments, rank, size, meeting) for rank, member in enumerate(self.members)]
+        while left:
+            ended, left = ray.wait(left)
+            ray.get(ended)
+        self.idle = True
+
+    def dismiss(self) -> None:
+        """End the members' processes, whatever they do, and give their room back."""
+        import ray
+        from ray.util.placement_group import remove_placement_group
+
+        for member in self.members:
+            ray.kill(member)
+        remove_placement_group(self.room)
+        KEPT.clear()
