@@ -61,7 +61,7 @@ def crew_of(size: int, share: dict[str, float]) -> Crew:
     return KEPT[0]
 
 
-class Member:
+class WarmTrainWorker:
     """One worker's process."""
 
     def meeting(self) -> tuple[str, int]:
@@ -104,7 +104,7 @@ class Crew:
             place = PlacementGroupSchedulingStrategy(crew.room, placement_group_bundle_index=i)
             how = {"num_cpus": share["CPU"], "num_gpus": share.get("GPU", 0), "scheduling_strategy": place}
             env = {} if "GPU" in share else {"runtime_env": {"env_vars": ENVIRONMENT}}
-            crew.members.append(ray.remote(Member).options(**how, **env).remote())
+            crew.members.append(ray.remote(WarmTrainWorker).options(**how, **env).remote())
         return crew
 
     def train(self, arguments: dict[str, Any]) -> None:

@@ -62,6 +62,42 @@ def test_a_pipeline_over_two_nodes_survives_the_loss_of_one(tmp_path: Path, requ
     assert outcome(storage)["train"].keys() == set(range(1, STEPS + 1))
 
 
-def starts(storage: Path) -> list[int]:
-    records, _ = read(storage / "run" / "journal.jsonl")
+@pytest.mark.slow
+def test_a_sweep_of_pipelines_over_two_nodes_survives_the_loss_of_one(tmp_path: Path) -> None:
+    storage, shards = tmp_path / "storage", tiny_shards(tmp_path / "shards")
+    storage.mkdir()
+    trials = storage / "run" / "trials"
+    words = [sys.executable, "-m", "finhpc.cli", "sweep", *FLAGS, "--data.shards", str(shards)]
+    words += ["--run.storage", str(storage), "--run.name", "run", "--grid", "optimizer.lr=[0.001,0.002]"]
+    with two_nodes(tmp_path / "cluster") as nodes, open(storage / "stderr", "ab") as log:
+        environment = nodes.environment | {"RAY_ADDRESS": f"{nodes.head.address}:{nodes.port}"}
+        driver = subprocess.Popen([*nodes.head.inside, *words], env=environment, stdout=log, stderr=log)
+        try:
+            begun = [trials / name for name in ("lr0.001", "lr0.002")]
+            wait_until(lambda: any(last_step(run) >= 20 for run in begun), "a trial takes steps", storage, 240)
+            first = max(begun, key=last_step)
+            assert [len(node.train_workers()) for node in (nodes.head, nodes.worker)] == [1, 1], "a stage on each node"
+            nodes.lose(nodes.worker)
+            time.sleep(5)
+            assert driver.poll() is None, last_words(storage)
+            nodes.start(nodes.worker)
+            assert driver.wait(240) == 0, last_words(storage)
+        finally:
+            driver.kill()
+            driver.wait()
+    result = json.loads((storage / "run" / "result.json").read_text())
+    assert [(row["status"], row["steps"]) for row in result["trials"]] == [("finished", STEPS)] * 2
+    assert len(starts(trials, first.name)) == 2
+    assert starts(trials, first.name)[1] > 0, "it goes on from a checkpoint"
+    (other,) = set(begun) - {first}
+    assert starts(trials, other.name) == [0]
+
+
+def last_step(run: Path) -> int:
+    records, _ = read(run / "journal.jsonl")
+    return max((record["step"] for record in records if record["kind"] == "train"), default=0)
+
+
+def starts(storage: Path, name: str = "run") -> list[int]:
+    records, _ = read(storage / name / "journal.jsonl")
     return [record["step"] for record in records if record["kind"] == "start"]
