@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from finhpc.data.shards import Shards, Split
@@ -43,14 +45,9 @@ def perplexity(
     n = total if limit is None else min(limit, total)
     chosen = np.arange(n, dtype=np.int64) * total // n
     losses: list[float] = []
-    start = 0
-    for index, size in enumerate(sizes):
-        inside = chosen[(chosen >= start) & (chosen < start + size)] - start
-        start += size
-        if len(inside):
-            samples = shards.read_shard(split, index).reshape(-1, seq_len)[inside].astype(np.int64)
-            for at in range(0, len(samples), batch_size):
-                losses += _losses(model, torch.from_numpy(samples[at : at + batch_size]))
+    for samples in _samples(shards, split, seq_len, sizes, chosen):
+        for at in range(0, len(samples), batch_size):
+            losses += _losses(model, torch.from_numpy(samples[at : at + batch_size]))
     values = np.array(losses)
     loss = float(values.mean())
     draw = np.random.default_rng(seed)
@@ -70,6 +67,18 @@ def perplexity(
     }
     rows = [{"example": int(i), "loss": x, "tokens": seq_len - 1} for i, x in zip(chosen, losses, strict=True)]
     return scores, rows
+
+
+def _samples(
+    shards: Shards, split: Split, seq_len: int, sizes: list[int], chosen: NDArray[np.int64]
+) -> Iterator[NDArray[np.int64]]:
+    """The chosen samples of each shard that has any, (samples, seq_len); `sizes`: samples of each shard."""
+    start = 0
+    for index, size in enumerate(sizes):
+        inside = chosen[(chosen >= start) & (chosen < start + size)] - start
+        start += size
+        if len(inside):
+            yield shards.read_shard(split, index).reshape(-1, seq_len)[inside].astype(np.int64)
 
 
 def _losses(model: nn.Module, tokens: torch.Tensor) -> list[float]:

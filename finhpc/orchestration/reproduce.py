@@ -47,7 +47,6 @@ def reproduce(config: ReproduceConfig, dry_run: bool = False) -> dict[str, Any]:
     Before anything starts every step is checked, and one `ConfigError` lists every problem. With `dry_run` that is
     all. The same command goes on: finished steps are found finished.
     """
-    begin = time.monotonic()
     config = config.model_copy(deep=True)
     place_whole_run(config.run)
     folder = RunFolder(config.run.storage, config.run.name)
@@ -77,27 +76,35 @@ def reproduce(config: ReproduceConfig, dry_run: bool = False) -> dict[str, Any]:
         write_atomically(folder.path / "config.yaml", to_yaml(config.model_copy(update={"run": run})))
         write_atomically(folder.path / "recipe.yaml", to_yaml(recipe))
         folder.write_environment()
-        done: list[Outcome] = []
-        result["status"] = "killed"
-        try:
-            with ray_cluster(), terminable():  # again, because connecting to Ray replaces the handler
-                if problems := misplaced(planned, cluster_resources()):
-                    raise ConfigError(problems)
-                _run_all(config, recipe, planned, done)
-            bad = [outcome for outcome in done if outcome.status == "failed"]
-            result["status"] = "failed" if bad else "finished"
-        finally:
-            last = next((one.result["out"] for one in reversed(done) if one.verb == "report" and one.result), None)
-            result |= {"steps": [one.row() for one in done], "wall_s": time.monotonic() - begin, "report": last}
-            folder.write_result(result)
+        done = _work(config, recipe, planned, folder, result)
     rows_table(f"reproduce {config.run.name} at scale {config.scale}", [_shown(one) for one in done])
-    if bad:
+    if bad := [one for one in done if one.status == "failed"]:
         named = "; ".join(f"{one.name} ({one.why})" for one in bad)
         raise TrainingFailedError(
             f"{len(bad)} of {len(done)} steps failed: {named}. The others are finished; the same command tries again "
             "what is missing."
         )
     return result
+
+
+def _work(
+    config: ReproduceConfig, recipe: Recipe, planned: list[Planned], folder: RunFolder, result: dict[str, Any]
+) -> list[Outcome]:
+    """Run the steps; what became of them goes to `result` and its file, however it ends."""
+    begin = time.monotonic()
+    done: list[Outcome] = []
+    result["status"] = "killed"
+    try:
+        with ray_cluster(), terminable():  # again, because connecting to Ray replaces the handler
+            if problems := misplaced(planned, cluster_resources()):
+                raise ConfigError(problems)
+            _run_all(config, recipe, planned, done)
+        result["status"] = "failed" if any(one.status == "failed" for one in done) else "finished"
+    finally:
+        last = next((one.result["out"] for one in reversed(done) if one.verb == "report" and one.result), None)
+        result |= {"steps": [one.row() for one in done], "wall_s": time.monotonic() - begin, "report": last}
+        folder.write_result(result)
+    return done
 
 
 def _run_all(study: ReproduceConfig, recipe: Recipe, planned: list[Planned], done: list[Outcome]) -> None:

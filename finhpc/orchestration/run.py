@@ -65,34 +65,45 @@ def run(job: Job, dry_run: bool = False, fit: Fit = fit) -> dict[str, Any]:
         done = _is_done(before, config)
         if not done:
             job.make_ready(folder.path, outcome.to_stderr)
-        # Ray is left last: it may end this process, and a stopped job has little time to write down how it ended.
-        with ExitStack() as ray, Progress(config.train.steps, folder.path) as progress:
-            tracker = _tracker(job, folder, environment, progress.say).start()
-            status: Status = "FAILED"
-            result: dict[str, Any] | None = None
-            try:
-                if done:
-                    progress.say(
-                        f"run {config.run.name} is finished; this is its result (another run.name trains anew)."
-                    )
-                    result = before
-                else:
-                    _train(job, folder, progress.say, fit, ray)
-                    result = outcome.collect(job, folder.path, time.perf_counter() - begin)
-                    job.finish(result, folder.path, progress.say)
-                status = "FINISHED"
-            except Pruned:
-                status = "KILLED"
-                progress.say("ended by the sweep's scheduler")
-                raise
-            except (KeyboardInterrupt, Terminated):
-                status = "KILLED"
-                progress.say(_where_it_goes_on(folder))
-                raise
-            finally:
-                final = result or outcome.unfinished(job, folder.path, status)
-                _conclude(folder, tracker, status, final, progress.say)
+        final = _tracked(job, folder, environment, fit, before if done else None, begin)
     summary_table(f"{job.verb} {config.run.name}", outcome.summary(job, final))
+    return final
+
+
+def _tracked(
+    job: Job,
+    folder: RunFolder,
+    environment: dict[str, Any],
+    fit: Fit,
+    before: dict[str, Any] | None,
+    begin: float,
+) -> dict[str, Any]:
+    """Train, and tell MLflow and the person at the screen; of a run that is finished, `before` is its result."""
+    config = job.config
+    # Ray is left last: it may end this process, and a stopped job has little time to write down how it ended.
+    with ExitStack() as ray, Progress(config.train.steps, folder.path) as progress:
+        tracker = _tracker(job, folder, environment, progress.say).start()
+        status: Status = "FAILED"
+        result = before
+        try:
+            if before is not None:
+                progress.say(f"run {config.run.name} is finished; this is its result (another run.name trains anew).")
+            else:
+                _train(job, folder, progress.say, fit, ray)
+                result = outcome.collect(job, folder.path, time.perf_counter() - begin)
+                job.finish(result, folder.path, progress.say)
+            status = "FINISHED"
+        except Pruned:
+            status = "KILLED"
+            progress.say("ended by the sweep's scheduler")
+            raise
+        except (KeyboardInterrupt, Terminated):
+            status = "KILLED"
+            progress.say(_where_it_goes_on(folder))
+            raise
+        finally:
+            final = result or outcome.unfinished(job, folder.path, status)
+            _conclude(folder, tracker, status, final, progress.say)
     return final
 
 
