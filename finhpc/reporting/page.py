@@ -166,14 +166,23 @@ def _table(table: Table) -> str:
 
 
 def _examples(table: Table) -> str:
-    """On how many examples of each task the rows shown first were scored: few leave much to chance."""
+    """On how many examples of each task the rows shown first were scored, what always giving its most frequent label
+    scores on them, and how much of a score is chance: few examples leave much to it.
+    """
     runs = [run for group in table.groups[:1] for row in group.rows for run in row.runs]
     said = []
     for column in COLUMNS[table.key]:
-        key = f"evaluate/{column.key}/examples"
-        if counts := sorted({int(run.metrics[key]) for run in runs if key in run.metrics}):
-            said.append(f"{column.title} {' to '.join(f'{n:,}' for n in dict.fromkeys((counts[0], counts[-1])))}")
-    return f" Examples scored: {', '.join(said)}." if said else ""
+        counts = sorted({int(count) for run in runs if (count := run.figure(column.key, "examples")) is not None})
+        if not counts:
+            continue
+        text = f"{column.title} {' to '.join(f'{n:,}' for n in dict.fromkeys((counts[0], counts[-1])))}"
+        majority = {value for run in runs if (value := run.score(column.key, "_majority")) is not None}
+        ends = [(run.score(column.key, "_ci95_low"), run.score(column.key, "_ci95_high")) for run in runs]
+        halves = [(high - low) / 2 for low, high in ends if low is not None and high is not None]
+        beside = [f"most frequent label {max(majority):.1f}"] if majority else []
+        beside += [f"95 % interval ±{max(halves):.1f}"] if halves else []
+        said.append(f"{text} ({', '.join(beside)})" if beside else text)
+    return f" Examples scored: {'; '.join(said)}." if said else ""
 
 
 def _scaled(key: str, columns: list[Column], groups: list[Group], others: list[PaperRow]) -> str:

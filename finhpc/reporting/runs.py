@@ -102,11 +102,19 @@ class Tracked:
         peaks = [v for k, v in self.metrics.items() if re.fullmatch(r"peak_memory_bytes(_worker\d+)?", k)]
         return sum(peaks) if peaks else None
 
-    def score(self, task: str) -> float | None:
-        """Accuracy of a general task, weighted F1 of a financial one, in percent; the other where it has but that."""
+    def figure(self, task: str, name: str) -> float | None:
+        """What `finhpc evaluate` logged of a task."""
+        return self.metrics.get(f"evaluate/{task}/{name}")
+
+    def score(self, task: str, of: str = "") -> float | None:
+        """Accuracy of a general task, weighted F1 of a financial one, in percent; the other where it has but that.
+
+        `of`: _majority or an end of its interval, _ci95_low or _ci95_high, in place of the score itself.
+        """
         for metric in ("acc", "weighted_f1") if task in GENERAL else ("weighted_f1", "acc"):
-            if (value := self.metrics.get(f"evaluate/{task}/{metric}")) is not None:
-                return 100 * value
+            if self.figure(task, metric) is not None:
+                value = self.figure(task, metric + of)
+                return None if value is None else 100 * value
         return None
 
 

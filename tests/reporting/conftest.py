@@ -65,6 +65,9 @@ def paper_like(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -
         "params_trainable": 2_440_000,
         "evaluate/fpb/examples": 150,
         "evaluate/fpb/weighted_f1": 0.8,
+        "evaluate/fpb/weighted_f1_majority": 0.3,
+        "evaluate/fpb/weighted_f1_ci95_low": 0.74,
+        "evaluate/fpb/weighted_f1_ci95_high": 0.85,
         "evaluate/tfns/weighted_f1": 0.7,
     }
     for bits, memory in ((16, 900_000_000), (8, 600_000_000), (4, 450_000_000)):
