@@ -71,7 +71,7 @@ def study(config: StudyConfig, dry_run: bool = False) -> dict[str, Any]:
 def _screen(config: StudyConfig) -> list[Trained]:
     """Every variant at every learning rate, on the first seed; nothing where there is nothing to choose."""
     variants, seed = config.study.variants, config.study.seeds[0]
-    if config.study.finalists in (0, len(variants) - 1) and all(len(v.lr) == 1 for v in variants.values()):
+    if not _screens(config):
         return []
     done: list[Trained] = []
     for name in in_order(variants):
@@ -81,6 +81,12 @@ def _screen(config: StudyConfig) -> list[Trained]:
                 raise TrainingFailedError(f"{name} starts from {variants[name].start}, which diverged; lower its lr.")
             done.append(_run(config, "screen", name, lr, seed, begin))
     return done
+
+
+def _screens(config: StudyConfig) -> bool:
+    variants = config.study.variants
+    everyone = config.study.finalists in (0, len(variants) - 1)
+    return not everyone or any(len(variant.lr) > 1 for variant in variants.values())
 
 
 def _train_finals(config: StudyConfig, chosen: dict[str, float]) -> list[Trained]:
@@ -125,7 +131,7 @@ def _dry_run(config: StudyConfig) -> dict[str, Any]:
     for name, variant in config.study.variants.items():
         run = run_config(config, "final", name, variant.lr[0], config.study.seeds[0])
         params = None if variant.start else make_plan(run).params_total
-        screened = len(variant.lr) * config.study.screen_steps * per_step
+        screened = len(variant.lr) * config.study.screen_steps * per_step if _screens(config) else 0
         rows.append({"variant": name, "params_total": params, "lr": variant.lr, "screening_tokens": screened})
     rows_table(f"study {config.run.name}, not started", rows)
     final_tokens = config.train.steps * per_step
