@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from finhpc.config import EvaluateConfig, flatten
 from finhpc.evaluation.models import Subject
-from finhpc.orchestration.mirror import PARAM_LENGTH, PARAMS_A_BATCH, REQUEST_TIMEOUT_S, artifact_location
+from finhpc.orchestration.mirror import PARAM_LENGTH, PARAMS_A_BATCH, REQUEST_TIMEOUT_S
+from finhpc.orchestration.mlflow_store import artifact_location
 from finhpc.orchestration.runfolder import redact, write_atomically
 from finhpc.orchestration.sweep_tracking import PARENT
 from finhpc.orchestration.tracking import absolute_tracking_uri, default_tracking_uri

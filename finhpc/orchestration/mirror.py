@@ -7,9 +7,7 @@ step, time and value.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import math
 import os
 import time
 import uuid
@@ -20,8 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from finhpc.errors import ConfigError
+from finhpc.orchestration.mirror_metrics import numbers, translate
+from finhpc.orchestration.mlflow_store import artifact_location, database_file, identity, make_database
 from finhpc.orchestration.runfolder import redact, write_atomically
-from finhpc.training.journal import DRIVER_FILE, WORKER_FILE, Record, read, strict_json
+from finhpc.training.journal import DRIVER_FILE, WORKER_FILE, read, strict_json
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
-METRIC_KINDS = {"train", "eval", "memory", "system"}
 REQUEST_TIMEOUT_S = "10"
 UPLOAD_TIMEOUT_S = "300"
 RECORDS_A_BATCH = 200
@@ -38,19 +37,6 @@ PARAMS_A_BATCH = 100
 PARAM_LENGTH = 6000
 TAG_LENGTH = 8000
 UID_TAG = "finhpc.run_uid"
-
-
-def database_file(tracking_uri: str) -> Path | None:
-    """The file of a sqlite address; None for a server."""
-    if not tracking_uri.startswith("sqlite:///"):
-        return None
-    return Path(tracking_uri.removeprefix("sqlite:///"))
-
-
-def artifact_location(tracking_uri: str) -> str | None:
-    """Where a sqlite database's artifacts lie: beside it. A server decides for itself."""
-    database = database_file(tracking_uri)
-    return str(database.parent / "mlartifacts") if database else None
 
 
 @dataclass
@@ -143,8 +129,8 @@ class Mirror:
         if self._client is None:
             from mlflow import MlflowClient
 
-            _make_database(self.tracking_uri)
-            self._database = _identity(self.tracking_uri)
+            make_database(self.tracking_uri)
+            self._database = identity(self.tracking_uri)
             self._client = MlflowClient(tracking_uri=self.tracking_uri)
             if not self._run_is_alive():
                 self.state.forget_run()
@@ -167,7 +153,7 @@ class Mirror:
             if new_offset == offset:
                 continue
             self._mark_running()
-            metrics, tags, last_step = _translate(records, self.state.last_step)
+            metrics, tags, last_step = translate(records, self.state.last_step)
             self._log(metrics, tags)
             self.state.offsets[name] = new_offset
             self.state.note(metrics, last_step)
@@ -197,7 +183,7 @@ class Mirror:
 
     def _check_database(self) -> None:
         """A deleted file that is still open takes everything, and keeps nothing."""
-        if _identity(self.tracking_uri) != self._database:
+        if identity(self.tracking_uri) != self._database:
             raise FileNotFoundError(f"{database_file(self.tracking_uri)} was deleted or replaced")
 
     def _log_result(self, result: Mapping[str, Any], step: int) -> None:
@@ -207,10 +193,10 @@ class Mirror:
         whole run's follows it at the same step. A figure that is shown already is not sent again.
         """
         shown = self.client.get_run(self.run_id).data.metrics
-        new = {key: value for key, value in _numbers(result) if shown.get(key) != float(value)}
+        new = {key: value for key, value in numbers(result) if shown.get(key) != float(value)}
         # The clock of the worker's machine may be ahead of this one's.
         when = max(time.time(), (self.state.last_time_ms + 1) / 1000)
-        metrics, tags, last_step = _translate([{**new, "kind": "result", "time": when, "step": step}], {}, {"result"})
+        metrics, tags, last_step = translate([{**new, "kind": "result", "time": when, "step": step}], {}, {"result"})
         self._log(metrics, tags)
         self.state.note(metrics, last_step)
         self.state.save()
@@ -283,80 +269,6 @@ class Mirror:
             self.client.log_batch(self.run_id, tags=pending[begin : begin + PARAMS_A_BATCH])
         for begin in range(0, len(metrics), METRICS_A_BATCH):
             self.client.log_batch(self.run_id, metrics=metrics[begin : begin + METRICS_A_BATCH])
-
-
-def _make_database(tracking_uri: str) -> None:
-    """Build a new sqlite database aside and move it into place.
-
-    MLflow builds its tables for seconds at the first use. A second process that looks in meanwhile, or a
-    kill, leaves a database that nothing can open.
-    """
-    if (path := database_file(tracking_uri)) is None or _has_content(path):
-        return
-    from mlflow import MlflowClient
-
-    with open(path.with_name(f".{path.name}.lock"), "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if _has_content(path):  # another run was first
-            return
-        draft = path.with_name(f".{path.name}.draft")
-        draft.unlink(missing_ok=True)
-        MlflowClient(f"sqlite:///{draft}").search_experiments(max_results=1)
-        os.rename(draft, path)
-
-
-def _has_content(path: Path) -> bool:
-    """sqlite makes an empty file of what it does not find."""
-    return path.exists() and path.stat().st_size > 0
-
-
-def _identity(tracking_uri: str) -> tuple[int, int] | None:
-    path = database_file(tracking_uri)
-    if path is None or not path.exists():
-        return None
-    found = path.stat()
-    return found.st_dev, found.st_ino
-
-
-def _translate(
-    records: list[Record], last_step: Mapping[str, int], kinds: set[str] = METRIC_KINDS
-) -> tuple[list[Metric], dict[str, str], dict[str, int]]:
-    """Records as metrics and tags, and the newest step of each metric.
-
-    A step that a metric already has is left out: the first telling of a repeated step stands.
-    """
-    from mlflow.entities import Metric
-
-    metrics: list[Metric] = []
-    tags: dict[str, str] = {}
-    newest: dict[str, int] = {}
-    for record in records:
-        if record["kind"] == "start":
-            told = {key: value for key, value in record.items() if key not in ("kind", "time")}
-            tags |= {f"finhpc.start.{key}": redact(str(value)) for key, value in told.items()}
-        if record["kind"] not in kinds:
-            continue
-        for key, value in _numbers(record):
-            if record["step"] <= newest.get(key, last_step.get(key, -1)):
-                continue
-            if not math.isfinite(value):  # MLflow would store infinity as 1.8e308
-                tags["finhpc.not_finite"] = f"{key} at step {record['step']}: {value}"
-                continue
-            metrics.append(Metric(key, float(value), round(record["time"] * 1000), record["step"]))
-            newest[key] = record["step"]
-    return metrics, tags, newest
-
-
-def _numbers(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Name and value of every number in a record; a list holds one a worker."""
-    prefix = "system/" if record.get("kind") == "system" else ""
-    for key, value in record.items():
-        if key in ("kind", "time", "step"):
-            continue
-        many = isinstance(value, list)
-        for index, item in enumerate(value if many else [value]):
-            if isinstance(item, int | float) and not isinstance(item, bool):
-                yield f"{prefix}{key}_worker{index}" if many else f"{prefix}{key}", item
 
 
 @contextmanager

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from finhpc.config import flatten
-from finhpc.errors import ConfigError
 from finhpc.orchestration.job import Job
-from finhpc.orchestration.mirror import database_file
+from finhpc.orchestration.mlflow_store import database_file, has_content, unreadable
 from finhpc.orchestration.outcome import to_stderr
 from finhpc.orchestration.runfolder import RunFolder
 from finhpc.orchestration.tracking import Status, Tracker, set_up_client
@@ -96,7 +95,7 @@ class Parent:
 def check_database(tracking_uri: str) -> None:
     """Raise `ConfigError` for a sqlite database that this MLflow cannot open, before anything is trained."""
     path = database_file(tracking_uri)
-    if path is None or not path.is_file() or not path.stat().st_size:
+    if path is None or not has_content(path):
         return
     set_up_client()
     from mlflow import MlflowClient
@@ -105,12 +104,7 @@ def check_database(tracking_uri: str) -> None:
     try:
         MlflowClient(tracking_uri=tracking_uri).search_experiments(max_results=1)
     except MlflowException as error:
-        text = str(error)
-        if "out-of-date" in text or "schema" in text:
-            why = f"was made by another version of MLflow; keep a copy and run `mlflow db upgrade sqlite:///{path}`"
-        else:
-            why = f"cannot be opened ({text.splitlines()[0][:160]})"
-        raise ConfigError(f"the tracking database {path} {why}, or give another --run.tracking_uri.") from None
+        raise unreadable(tracking_uri, error) from None
 
 
 def wait_for_id(tracker: Tracker, say: Callable[[str], None]) -> str | None:

@@ -20,7 +20,8 @@ from typing import Any
 import psutil
 
 from finhpc.errors import ConfigError
-from finhpc.orchestration.mirror import REQUEST_TIMEOUT_S, Ending, Mirror, State, Status, database_file
+from finhpc.orchestration.mirror import REQUEST_TIMEOUT_S, Ending, Mirror, State, Status
+from finhpc.orchestration.mlflow_store import database_file
 from finhpc.orchestration.runfolder import redact
 from finhpc.training.journal import DRIVER_FILE, Journal, read
 

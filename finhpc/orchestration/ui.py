@@ -15,7 +15,7 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 from finhpc.errors import ConfigError, FinhpcError
-from finhpc.orchestration.mirror import artifact_location, database_file
+from finhpc.orchestration.mlflow_store import artifact_location, database_file
 from finhpc.orchestration.runfolder import redact
 from finhpc.orchestration.tracking import absolute_tracking_uri, default_tracking_uri
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from finhpc.config import nearest
-from finhpc.errors import ConfigError, FinhpcError
-from finhpc.orchestration.mirror import REQUEST_TIMEOUT_S, database_file
-from finhpc.orchestration.runfolder import redact
+from finhpc.errors import ConfigError
+from finhpc.orchestration.mirror import REQUEST_TIMEOUT_S
+from finhpc.orchestration.mlflow_store import unreadable
 from finhpc.orchestration.ui import check_database
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ def open_store(tracking_uri: str) -> MlflowClient:
         client = MlflowClient(tracking_uri=tracking_uri)
         client.search_experiments(max_results=1)
     except Exception as error:  # of MLflow, of its database's driver, or of the network
-        raise _explained(tracking_uri, error) from None
+        raise unreadable(tracking_uri, error) from None
     return client
 
 
@@ -49,41 +48,7 @@ def reading(tracking_uri: str) -> Iterator[None]:
     try:
         yield
     except MlflowException as error:
-        raise _explained(tracking_uri, error) from None
-
-
-def _explained(tracking_uri: str, error: Exception) -> FinhpcError:
-    uri, database, text = redact(tracking_uri), database_file(tracking_uri), str(error)
-    if "database schema" in text:
-        from mlflow import __version__
-
-        found = re.search(r"found version (\w+), but expected (\w+)", text)
-        versions = f" (schema {found[1]}, this one reads {found[2]})" if found else ""
-        return ConfigError(
-            f"{database or uri} was written by another version of MLflow than the {__version__} here{versions}; keep a "
-            f"copy of the database, then run `mlflow db upgrade {uri}`, or use the MLflow that wrote it."
-        )
-    if database is not None:
-        return ConfigError(
-            f"{database} is no database that MLflow can read ({_first(error)}); give the one runs went to."
-        )
-    if uri.startswith(("http://", "https://")):
-        return FinhpcError(
-            f"the MLflow server at {uri} does not answer ({_first(error)}); start it, or correct the address."
-        )
-    return ConfigError(
-        f"run.tracking_uri={uri} cannot be opened ({_first(error)}); give a server's address or sqlite:////PATH/mlflow.db."
-    )
-
-
-def _first(error: Exception) -> str:
-    """The heart of an error on one line, without passwords."""
-    text = redact(str(error))
-    if "timed out" in text:
-        return "no answer in time"
-    if found := re.search(r"\[Errno -?\d+\] ([^'\")\]]+)", text):
-        return found[1].strip()
-    return (text.strip().splitlines() or [type(error).__name__])[0][:160].rstrip(".")
+        raise unreadable(tracking_uri, error) from None
 
 
 def chosen_experiments(client: MlflowClient, names: list[str]) -> list[Experiment]:

@@ -21,7 +21,7 @@ from mlflow import MlflowClient
 
 from finhpc.errors import ConfigError
 from finhpc.orchestration import tracking, ui
-from finhpc.orchestration.mirror import artifact_location
+from finhpc.orchestration.mlflow_store import artifact_location
 from finhpc.orchestration.tracking import Tracker, absolute_tracking_uri, default_tracking_uri
 from finhpc.training.journal import Journal
 
