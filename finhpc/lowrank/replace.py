@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -114,6 +115,20 @@ def make_low_rank(
         parent, _, child = name.rpartition(".")
         layer = LowRankLinear if layer_kind(name) == "head" else LAYERS[kind]
         setattr(model.get_submodule(parent), child, low_rank_twin(module, rank, layer, factor_modules))
+
+
+class LowRankModel(nn.Module):
+    """Before a model class of transformers among a class's bases: its linear layers as its config's fields say."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        make_low_rank(
+            self,
+            config.low_rank or {},
+            config.low_rank_layers,
+            kind=config.low_rank_kind,
+            factor_modules=config.factor_modules,
+        )
 
 
 def low_rank_twin(

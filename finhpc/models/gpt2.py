@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from finhpc.lowrank.replace import make_low_rank
+from finhpc.lowrank.replace import LowRankModel
 from finhpc.models import flow
 from finhpc.models.family import Family, Flow, Part
 from finhpc.models.presets import Shape
@@ -29,20 +29,10 @@ class LowRankGPT2Config(GPT2Config):
     factor_modules: bool = False
 
 
-class LowRankGPT2LMHeadModel(GPT2LMHeadModel):
+class LowRankGPT2LMHeadModel(LowRankModel, GPT2LMHeadModel):
     """transformers' GPT-2 with its linear layers as B A."""
 
     config_class = LowRankGPT2Config
-
-    def __init__(self, config: LowRankGPT2Config) -> None:
-        super().__init__(config)
-        make_low_rank(
-            self,
-            config.low_rank or {},
-            config.low_rank_layers,
-            kind=config.low_rank_kind,
-            factor_modules=config.factor_modules,
-        )
 
 
 def _settings(shape: Shape) -> dict[str, Any]:

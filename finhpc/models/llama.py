@@ -9,7 +9,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from finhpc.lowrank.replace import make_low_rank
+from finhpc.lowrank.replace import LowRankModel
 from finhpc.models import flow
 from finhpc.models.family import Family, Flow, Part
 from finhpc.models.presets import Shape
@@ -29,20 +29,10 @@ class LowRankLlamaConfig(LlamaConfig):
     factor_modules: bool = False
 
 
-class LowRankLlamaForCausalLM(LlamaForCausalLM):
+class LowRankLlamaForCausalLM(LowRankModel, LlamaForCausalLM):
     """transformers' Llama with its linear layers as B A."""
 
     config_class = LowRankLlamaConfig
-
-    def __init__(self, config: LowRankLlamaConfig) -> None:
-        super().__init__(config)
-        make_low_rank(
-            self,
-            config.low_rank or {},
-            config.low_rank_layers,
-            kind=config.low_rank_kind,
-            factor_modules=config.factor_modules,
-        )
 
 
 def _settings(shape: Shape) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import MistralConfig, MistralForCausalLM
 
-from finhpc.lowrank.replace import make_low_rank
+from finhpc.lowrank.replace import LowRankModel
 from finhpc.models.llama import llama_like
 
 
@@ -18,20 +18,10 @@ class LowRankMistralConfig(MistralConfig):
     factor_modules: bool = False
 
 
-class LowRankMistralForCausalLM(MistralForCausalLM):
+class LowRankMistralForCausalLM(LowRankModel, MistralForCausalLM):
     """transformers' Mistral with its linear layers as B A."""
 
     config_class = LowRankMistralConfig
-
-    def __init__(self, config: LowRankMistralConfig) -> None:
-        super().__init__(config)
-        make_low_rank(
-            self,
-            config.low_rank or {},
-            config.low_rank_layers,
-            kind=config.low_rank_kind,
-            factor_modules=config.factor_modules,
-        )
 
 
 FAMILY = llama_like("mistral", MistralForCausalLM, LowRankMistralForCausalLM)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from finhpc.lowrank.replace import make_low_rank
+from finhpc.lowrank.replace import LowRankModel
 from finhpc.models.llama import llama_like
 
 
@@ -18,20 +18,10 @@ class LowRankQwen2Config(Qwen2Config):
     factor_modules: bool = False
 
 
-class LowRankQwen2ForCausalLM(Qwen2ForCausalLM):
+class LowRankQwen2ForCausalLM(LowRankModel, Qwen2ForCausalLM):
     """transformers' Qwen2 with its linear layers as B A."""
 
     config_class = LowRankQwen2Config
-
-    def __init__(self, config: LowRankQwen2Config) -> None:
-        super().__init__(config)
-        make_low_rank(
-            self,
-            config.low_rank or {},
-            config.low_rank_layers,
-            kind=config.low_rank_kind,
-            factor_modules=config.factor_modules,
-        )
 
 
 FAMILY = llama_like("qwen2", Qwen2ForCausalLM, LowRankQwen2ForCausalLM)
