@@ -47,15 +47,19 @@ def score_at(bits: int, config: PretrainConfig, run: Path) -> dict[str, Any]:
 
 
 def held_out_loss(model_folder: Path, config: PretrainConfig) -> float:
-    """Mean loss in nats of a model folder on the samples that the run is evaluated on."""
+    """Mean loss in nats of a model folder on the samples that the run is evaluated on.
+
+    On this process's GPU where it has one and the run may use it, else on the CPU.
+    """
     shards = Shards.open(str(config.data.shards))
     samples = torch.from_numpy(shards.eval_samples(config.data.eval_samples, config.data.seq_len))
     torch.set_num_threads(config.resources.threads)
-    model: Any = load_model(model_folder).eval()
+    device = "cuda" if config.resources.device != "cpu" and torch.cuda.is_available() else "cpu"
+    model: Any = load_model(model_folder).to(device)
     size, bf16 = config.parallel.micro_batch_size, config.train.precision == "bf16"
     losses, counts = [], []
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        for batch in samples.split(size):
+    with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=bf16):
+        for batch in samples.to(device).split(size):
             losses.append(float(model(input_ids=batch, labels=batch).loss))
             counts.append(len(batch))
     return math.fsum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
