@@ -106,7 +106,7 @@ def _tune(config: AnySweep, plan: Planned, parent: str | None) -> None:
     shutil.rmtree(storage, ignore_errors=True)
     follower = Follower(plan)
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(run_trial, trials=told), plan.placement()),
+        tune.with_resources(tune.with_parameters(run_trial, trials=told), lambda point: plan.placement(point["trial"])),
         param_space={"trial": tune.grid_search(names)},
         tune_config=TuneConfig(
             metric="val_loss",

@@ -86,13 +86,13 @@ class Planned:
         if problems:
             raise ConfigError(problems)
 
-    def placement(self) -> Any:
+    def placement(self, name: str) -> Any:
         """What Tune reserves for a trial: its one worker's share, or nothing but a driver beside the workers."""
         from ray.tune import PlacementGroupFactory
 
-        resources = self.config.resources
         if not self.alone:
             return PlacementGroupFactory([{"memory": 1}])  # a byte: Tune takes no empty reservation
+        resources = next(self.config_of(trial).resources for trial in self.trials if trial.name == name)
         bundle = {"CPU": resources.cpus_per_worker} | ({"GPU": resources.gpus_per_worker} if self.cuda else {})
         return PlacementGroupFactory([bundle])
 
@@ -102,8 +102,8 @@ class Planned:
         total = known_resources() or {}
         fits = [int(total.get("CPU", 1) / _cpus(self.config_of(trial))) for trial in self.trials]
         if self.cuda:
-            gpus = self.config.resources.gpus_per_worker
-            fits += [int(total["GPU"] / (gpus * self.config_of(trial).parallel.workers)) for trial in self.trials]
+            configs = [self.config_of(trial) for trial in self.trials]
+            fits += [int(total["GPU"] / (run.resources.gpus_per_worker * run.parallel.workers)) for run in configs]
         return max(1, min([*fits, len(self.trials), self.config.sweep.concurrent or len(self.trials)]))
 
     def told(self, trial: Trial, parent: str | None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from finhpc.errors import ConfigError, RunBusyError
 from finhpc.orchestration.pretrain import pretrain
 from finhpc.orchestration.runfolder import RunFolder
 from finhpc.orchestration.sweep import sweep
+from finhpc.orchestration.sweep_plan import plan_sweep
 from finhpc.training.journal import read
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -131,6 +132,16 @@ def test_methods_that_start_from_a_dense_model_share_it(run_shards: Path, tmp_pa
     assert len(list(shared.glob("decomposed-*"))) == 1, "two seeds, one factorisation"
     trials = tmp_path / "ranks" / "trials"
     assert (trials / "kind-svd-seed0" / "decomposed").resolve() == (trials / "kind-svd-seed1" / "decomposed").resolve()
+
+
+def test_each_trial_has_the_cpus_that_it_asks_for(run_shards: Path, tmp_path: Path) -> None:
+    config = build(SweepConfig, tree(run_shards, tmp_path) | {"grid": {"resources.cpus_per_worker": [1, 3]}})
+    plan = plan_sweep(config, tmp_path / "ranks")
+    wanted = [plan.placement(trial.name).bundles for trial in plan.trials]
+    assert wanted == [[{"CPU": 1.0}], [{"CPU": 3.0}]]
+    assert plan.concurrent == 2, "of six; more of the larger would not find room"
+    result = sweep(config)
+    assert [row["status"] for row in result["trials"]] == ["finished"] * 2
 
 
 def test_what_is_wrong_with_any_trial_is_told_before_one_starts(run_shards: Path, tmp_path: Path) -> None:
