@@ -88,10 +88,6 @@ def test_trials_by_one_crew_are_those_of_ray_train(run_shards: Path, tmp_path: P
     assert files
     assert all((tmp_path / "second" / "model" / file.name).read_bytes() == file.read_bytes() for file in files)
 
-    by_crew(settings(run_shards, tmp_path, "third", stages=3))
-    assert len(pids()) == 3
-    assert losses(tmp_path, "third")[1] == pytest.approx(losses(tmp_path, "plain")[1], rel=1e-5)
-
 
 @pytest.mark.usefixtures("crews")
 def test_a_killed_worker_costs_what_came_after_the_checkpoint(
@@ -125,6 +121,7 @@ def test_a_killed_worker_costs_what_came_after_the_checkpoint(
     assert losses(tmp_path, "broken") == losses(tmp_path, "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("crews")
 def test_what_ends_a_trial_ends_its_crew(run_shards: Path, tmp_path: Path) -> None:
     import ray
@@ -140,5 +137,8 @@ def test_what_ends_a_trial_ends_its_crew(run_shards: Path, tmp_path: Path) -> No
     assert not KEPT
     assert json.loads((tmp_path / "pruned" / "result.json").read_text())["status"] != "finished"
     assert by_crew(settings(run_shards, tmp_path, "next"))["status"] == "finished"
+    by_crew(settings(run_shards, tmp_path, "larger", stages=3))
+    assert len(pids()) == 3
+    assert losses(tmp_path, "larger")[1] == pytest.approx(losses(tmp_path, "next")[1], rel=1e-5)
     KEPT[0].dismiss()
     assert ray.available_resources()["CPU"] >= free, "its room is given back"
