@@ -46,8 +46,8 @@ class Method(Section):
     )
     init: Literal["spectral", "normal", "cola"] | None = Field(
         None,
-        description="how A and B start; spectral: SVD of the dense initialisation, split as square roots; default: "
-        "spectral, cola for kind cola",
+        description="how A and B start; normal: drawn, so that B A has the dense initialisation's variance; spectral: "
+        "that one's SVD, split as square roots; default: normal, cola for kind cola",
     )
     embedding: Literal["dense", "low_rank"] = Field("dense", description="the token embedding")
     head: Literal["low_rank", "dense"] = Field("low_rank", description="the output layer")

@@ -19,7 +19,7 @@ class LowRankLinear(nn.Module):
     Maps (..., in_features) to (..., out_features). Other ways to be low-rank derive from it.
     """
 
-    init = "spectral"  # the scheme it starts with where none is named, see `finhpc.lowrank.initialize`
+    init = "normal"  # the scheme it starts with where none is named, see `finhpc.lowrank.initialize`
     mergeable = True  # whether B A is the whole layer, so that one dense matrix can take its place
 
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool) -> None:
@@ -57,7 +57,7 @@ class LowRankEmbedding(nn.Module):
     Maps int64 (...) to (..., dim).
     """
 
-    init = "spectral"
+    init = "normal"
 
     def __init__(self, num_embeddings: int, dim: int, rank: int) -> None:
         super().__init__()
