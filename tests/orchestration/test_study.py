@@ -42,6 +42,7 @@ def starts(storage: Path, name: str) -> int:
     return sum(record["kind"] == "start" for record in read(storage / name / "journal.jsonl")[0])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_study_goes_on_where_it_stopped_and_leaves_table_and_curves(run_shards: Path, tmp_path: Path) -> None:
     settings = config(run_shards, tmp_path)

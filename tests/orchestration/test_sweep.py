@@ -192,5 +192,5 @@ def test_a_database_of_another_mlflow_is_told_before_training(run_shards: Path, 
     with sqlite3.connect(made) as database:
         database.execute("UPDATE alembic_version SET version_num = '451aebb31d03'")
     made.rename(tmp_path / "mlflow.db")  # MLflow looks at a database once in a process
-    with pytest.raises(ConfigError, match=r"mlflow\.db .* another version of MLflow; .*mlflow db upgrade"):
+    with pytest.raises(ConfigError, match=r"mlflow\.db was written by another version of MLflow .*mlflow db upgrade"):
         sweep(build(SweepConfig, tree(run_shards, tmp_path) | {"grid": {"method.rank": [4]}}))
