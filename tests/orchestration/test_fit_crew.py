@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -141,4 +142,7 @@ def test_what_ends_a_trial_ends_its_crew(run_shards: Path, tmp_path: Path) -> No
     assert len(pids()) == 3
     assert losses(tmp_path, "larger")[1] == pytest.approx(losses(tmp_path, "next")[1], rel=1e-5)
     KEPT[0].dismiss()
-    assert ray.available_resources()["CPU"] >= free, "its room is given back"
+    deadline = time.monotonic() + 20
+    while ray.available_resources()["CPU"] < free:  # Ray counts it some time after
+        assert time.monotonic() < deadline, "its room is given back"
+        time.sleep(0.2)
