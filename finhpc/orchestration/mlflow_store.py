@@ -71,19 +71,19 @@ def unreadable(tracking_uri: str, error: Exception) -> FinhpcError:
         )
     if database is not None:
         return ConfigError(
-            f"{database} is no database that MLflow can read ({_first(error)}); give the one runs went to."
+            f"{database} is no database that MLflow can read ({reason(error)}); give the one runs went to."
         )
     if uri.startswith(("http://", "https://")):
         return FinhpcError(
-            f"the MLflow server at {uri} does not answer ({_first(error)}); start it, or correct the address."
+            f"the MLflow server at {uri} does not answer ({reason(error)}); start it, or correct the address."
         )
     return ConfigError(
-        f"run.tracking_uri={uri} cannot be opened ({_first(error)}); give a server's address or sqlite:////PATH/mlflow.db."
+        f"run.tracking_uri={uri} cannot be opened ({reason(error)}); give a server's address or sqlite:////PATH/mlflow.db."
     )
 
 
-def _first(error: Exception) -> str:
-    """The heart of an error on one line, without passwords."""
+def reason(error: Exception) -> str:
+    """The heart of an error of MLflow or the network on one line, without addresses and passwords."""
     text = redact(str(error))
     if "timed out" in text:
         return "no answer in time"

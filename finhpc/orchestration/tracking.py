@@ -9,7 +9,6 @@ driver dies.
 from __future__ import annotations
 
 import os
-import re
 import sys
 import threading
 import time
@@ -21,7 +20,7 @@ import psutil
 
 from finhpc.errors import ConfigError
 from finhpc.orchestration.mirror import REQUEST_TIMEOUT_S, Ending, Mirror, State, Status
-from finhpc.orchestration.mlflow_store import database_file
+from finhpc.orchestration.mlflow_store import database_file, reason
 from finhpc.orchestration.runfolder import redact
 from finhpc.training.journal import DRIVER_FILE, Journal, read
 
@@ -186,10 +185,10 @@ class Tracker:
     def _complain(self, error: Exception) -> None:
         if self._complaint is None:
             self._say(
-                f"MLflow at {self.uri} does not take metrics ({_reason(error)}); training goes on, "
+                f"MLflow at {self.uri} does not take metrics ({reason(error)}); training goes on, "
                 f"they are kept in {self.folder} and sent when it does."
             )
-        self._complaint = _reason(error)
+        self._complaint = reason(error)
 
     def _cheer(self) -> None:
         if self._complaint is not None:
@@ -207,16 +206,6 @@ class Tracker:
             except OSError as error:
                 self._say(f"system metrics end here: {error.strerror} at {self.folder}; free space and resume the run.")
                 return
-
-
-def _reason(error: Exception) -> str:
-    """The heart of an error, without addresses and passwords."""
-    text = redact(str(error))
-    if "timed out" in text:
-        return "no answer in time"
-    if found := re.search(r"\[Errno -?\d+\] ([^'\")\]]+)", text):
-        return found[1].strip()
-    return (text.splitlines() or [""])[0][:160] or type(error).__name__
 
 
 def _load_of_machine(folder: Path) -> dict[str, float]:

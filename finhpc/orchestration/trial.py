@@ -86,13 +86,13 @@ def job_of(trial: dict[str, Any]) -> Job:
 
 
 def _run(job: Job, folder: RunFolder) -> dict[str, Any]:
-    from finhpc.orchestration.fit_crew import fit_crew
     from finhpc.orchestration.fit_here import fit_here
+    from finhpc.orchestration.fit_warm import fit_warm
     from finhpc.orchestration.run import run
 
     alone = job.config.parallel.workers == 1
     start: Any = (
-        partial(fit_here, on_eval=partial(_on_eval, folder.path)) if alone else partial(fit_crew, look=_Follow(folder))
+        partial(fit_here, on_eval=partial(_on_eval, folder.path)) if alone else partial(fit_warm, look=_Follow(folder))
     )
     deadline = time.monotonic() + LET_GO_S
     while True:

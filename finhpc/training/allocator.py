@@ -47,7 +47,7 @@ def give_back_freed_memory() -> bool:
     return bool(ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20))
 
 
-def give_back_free_memory() -> None:
+def trim_heap() -> None:
     """Return the heap's free pages to the system now, where glibc keeps them; they are taken again when needed."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)

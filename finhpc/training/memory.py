@@ -14,7 +14,7 @@ import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from finhpc.training.allocator import give_back_free_memory
+from finhpc.training.allocator import trim_heap
 
 T = TypeVar("T")
 STATUS = Path("/proc/self/status")
@@ -64,7 +64,7 @@ def forget_peaks(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    give_back_free_memory()
+    trim_heap()
     with suppress(OSError):  # no Linux, or no right to: the peak since the process started stays
         Path("/proc/self/clear_refs").write_text("5")
 

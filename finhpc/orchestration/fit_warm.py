@@ -1,7 +1,7 @@
 """The workers of a pipeline kept from one trial of a sweep to the next, each an actor that trains by `train_here`.
 
 Under Ray Train every `fit` starts new processes, which import torch and DeepSpeed again: 12 s and more of a trial
-on two cores. A crew has that behind it after its first trial. A worker that fails ends the crew; the next one goes
+on two cores. A group has that behind it after its first trial. A worker that fails ends the group; the next one goes
 on from the newest checkpoint, as under Ray Train.
 """
 
@@ -20,11 +20,11 @@ from finhpc.orchestration.runfolder import RunFolder
 from finhpc.training.allocator import ENVIRONMENT
 from finhpc.training.journal import WORKER_FILE
 
-KEPT: list[Crew] = []  # this process's, at most one
+KEPT: list[WarmGroup] = []  # this process's, at most one
 
 
-def fit_crew(job: Job, folder: RunFolder, cuda: bool, say: Say, look: Callable[[], None]) -> None:
-    """Train until the last step by the crew of this process; a failed one is replaced `run.max_failures` times.
+def fit_warm(job: Job, folder: RunFolder, cuda: bool, say: Say, look: Callable[[], None]) -> None:
+    """Train until the last step by the group of this process; a failed one is replaced `run.max_failures` times.
 
     `look` is called again and again meanwhile; what it raises ends the training. Raises `TrainingFailedError`.
     """
@@ -32,13 +32,13 @@ def fit_crew(job: Job, folder: RunFolder, cuda: bool, say: Say, look: Callable[[
     arguments = worker_arguments(job, folder, cuda)
     around = Around(job, folder, share, say, look)
     for failures in count():
-        crew = crew_of(config.parallel.workers, share)
+        group = group_of(config.parallel.workers, share)
         done = AllDone(folder.path / WORKER_FILE, config.train.steps)
         try:
-            problem = watched(partial(crew.train, arguments), around, done, say)
+            problem = watched(partial(group.train, arguments), around, done, say)
         finally:
-            if not crew.idle:  # failed, stopped, or a worker that never came back
-                crew.dismiss()
+            if not group.idle:  # failed, stopped, or a worker that never came back
+                group.shutdown()
         raise_fatal(job, folder)
         if problem is None:
             return
@@ -51,13 +51,13 @@ def fit_crew(job: Job, folder: RunFolder, cuda: bool, say: Say, look: Callable[[
         say(f"{around.cause(problem)}; the workers start again.")
 
 
-def crew_of(size: int, share: dict[str, float]) -> Crew:
-    """The crew that this process has, if it is such a one; another is dismissed, and a new one made."""
-    if KEPT and (len(KEPT[0].members), KEPT[0].share) == (size, share):
+def group_of(size: int, share: dict[str, float]) -> WarmGroup:
+    """The group that this process has, if it is such a one; another is shut down, and a new one started."""
+    if KEPT and (len(KEPT[0].workers), KEPT[0].share) == (size, share):
         return KEPT[0]
     if KEPT:
-        KEPT[0].dismiss()
-    KEPT.append(Crew.hire(size, share))
+        KEPT[0].shutdown()
+    KEPT.append(WarmGroup.start(size, share))
     return KEPT[0]
 
 
@@ -85,47 +85,47 @@ class WarmTrainWorker:
 
 
 @dataclass
-class Crew:
-    """`members`: an actor for each rank, placed in `room`. `share`: what Ray reserves for each."""
+class WarmGroup:
+    """`workers`: an actor for each rank, placed in `placement`. `share`: what Ray reserves for each."""
 
     share: dict[str, float]
-    room: Any
-    members: list[Any] = field(default_factory=list)
+    placement: Any
+    workers: list[Any] = field(default_factory=list)
     idle: bool = True
 
     @staticmethod
-    def hire(size: int, share: dict[str, float]) -> Crew:
+    def start(size: int, share: dict[str, float]) -> WarmGroup:
         import ray
         from ray.util.placement_group import placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        crew = Crew(share, placement_group([share] * size, strategy="PACK"))
+        group = WarmGroup(share, placement_group([share] * size, strategy="PACK"))
         for i in range(size):
-            place = PlacementGroupSchedulingStrategy(crew.room, placement_group_bundle_index=i)
+            place = PlacementGroupSchedulingStrategy(group.placement, placement_group_bundle_index=i)
             how = {"num_cpus": share["CPU"], "num_gpus": share.get("GPU", 0), "scheduling_strategy": place}
             env = {} if "GPU" in share else {"runtime_env": {"env_vars": ENVIRONMENT}}
-            crew.members.append(ray.remote(WarmTrainWorker).options(**how, **env).remote())
-        return crew
+            group.workers.append(ray.remote(WarmTrainWorker).options(**how, **env).remote())
+        return group
 
     def train(self, arguments: dict[str, Any]) -> None:
-        """One training by all members; raises what the first of them to fail raised."""
+        """One training by all workers; raises what the first of them to fail raised."""
         import ray
 
         self.idle = False
-        meeting = ray.get(self.members[0].meeting.remote())
-        size = len(self.members)
-        left = [member.train.remote(arguments, rank, size, meeting) for rank, member in enumerate(self.members)]
+        meeting = ray.get(self.workers[0].meeting.remote())
+        size = len(self.workers)
+        left = [worker.train.remote(arguments, rank, size, meeting) for rank, worker in enumerate(self.workers)]
         while left:
             ended, left = ray.wait(left)
             ray.get(ended)
         self.idle = True
 
-    def dismiss(self) -> None:
-        """End the members' processes, whatever they do, and give their room back."""
+    def shutdown(self) -> None:
+        """End the workers' processes, whatever they do, and give their room back."""
         import ray
         from ray.util.placement_group import remove_placement_group
 
-        for member in self.members:
-            ray.kill(member)
-        remove_placement_group(self.room)
+        for worker in self.workers:
+            ray.kill(worker)
+        remove_placement_group(self.placement)
         KEPT.clear()
