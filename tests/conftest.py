@@ -7,8 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import finhpc  # turns usage reports off before Ray is imported
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """A test that draws weights draws the same ones in every run, its module's fixtures too."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
