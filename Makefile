@@ -2,12 +2,13 @@
 # make demo    prepare a small corpus, pretrain a low-rank GPT-2 on it, show the result
 # make test    lint, types, import rule and tests
 # make slow    the tests that take minutes
+# make test-gpu  the tests that need a CUDA device
 
 PYTHON ?= python3.11
 BIN := .venv/bin
 DEMO := runs/demo
 
-.PHONY: setup demo test slow clean
+.PHONY: setup demo test slow test-gpu clean
 
 setup: .venv/.ready
 
@@ -27,6 +28,9 @@ test: setup
 
 slow: setup
 	$(BIN)/python -m pytest -m 'slow and not gpu'
+
+test-gpu: setup
+	$(BIN)/python -m pytest -m gpu
 
 clean:
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

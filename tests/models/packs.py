@@ -67,6 +67,7 @@ def plain_loss(model: Any, some: list[Example]) -> Tensor:
     labels = torch.full_like(ids, -100)
     for i, (tokens, answer) in enumerate(some):
         labels[i, len(tokens) - answer : len(tokens)] = ids[i, len(tokens) - answer : len(tokens)]
+    ids, mask, labels = (x.to(model.device) for x in (ids, mask, labels))
     loss: Tensor = model(input_ids=ids, attention_mask=mask, labels=labels).loss
     return loss
 

@@ -34,8 +34,8 @@ def adaptation_of(folder: Path, bits: Any, scheme: Any, kept: Path | None = None
     )
 
 
-def frozen_of(adaptation: Adaptation) -> dict[str, Frozen]:
-    layers = [AdaptedLayer(part, adaptation, torch.device("cpu")) for part in adaptation.parts()]
+def frozen_of(adaptation: Adaptation, device: str = "cpu") -> dict[str, Frozen]:
+    layers = [AdaptedLayer(part, adaptation, torch.device(device)) for part in adaptation.parts()]
     named = [(f"{i}.{name}", m) for i, layer in enumerate(layers) for name, m in layer.named_modules()]
     return {name: module for name, module in named if isinstance(module, Frozen)}
 

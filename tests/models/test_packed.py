@@ -22,10 +22,10 @@ from tests.models.packs import examples, pack, packs_of, peft_model, peft_parame
 LORA = Lora(rank=4, init="orthogonal")  # neither factor is zero
 
 
-def adapted(folder: Path, lora: Lora = LORA, **how: Any) -> tuple[Adaptation, list[AdaptedLayer]]:
+def adapted(folder: Path, lora: Lora = LORA, device: str = "cpu", **how: Any) -> tuple[Adaptation, list[AdaptedLayer]]:
     bits = FinetuneQuantization(bits=how.pop("bits", 16), scheme=how.pop("scheme", "auto"))
     adaptation = Adaptation(open_weights(folder, low_rank=True), lora, bits, **how)
-    return adaptation, [AdaptedLayer(part, adaptation, torch.device("cpu")) for part in adaptation.parts()]
+    return adaptation, [AdaptedLayer(part, adaptation, torch.device(device)) for part in adaptation.parts()]
 
 
 def parameters(layers: list[AdaptedLayer]) -> dict[str, Any]:
@@ -76,22 +76,29 @@ def test_a_pack_without_targets_has_loss_zero(tmp_path: Path) -> None:
     assert all(p.grad is not None and not p.grad.any() for p in parameters(layers).values())
 
 
-@pytest.mark.parametrize("keep", [True, False])
-@pytest.mark.parametrize("longest", [14, 300])
-def test_attention_is_that_of_a_mask(keep: bool, longest: int) -> None:
-    data = pack(examples(6, prefix=5, longest=longest), 5, 9, 1, padding=4)
-    size, segments, prefixes = data.shape[2], data[0, 2], data[0, 3]
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (
-        torch.randn(size, heads, 8, generator=generator, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)
-    )
-    rows = torch.arange(size)
+def attended(size: int) -> list[Tensor]:
+    """Queries, keys, values, and the gradient of what comes out; of two heads that share keys and values, twice."""
+    draw = torch.Generator().manual_seed(0)
+    drawn = [torch.randn(size, heads, 8, generator=draw, dtype=torch.float64) for heads in (4, 2, 2, 4)]
+    return [*(x.requires_grad_() for x in drawn[:3]), drawn[3]]
+
+
+def masked(q: Tensor, k: Tensor, v: Tensor, data: Tensor) -> Tensor:
+    """Attention within a pack, by a mask of tokens x tokens."""
+    segments, prefixes, rows = data[0, 2], data[0, 3], torch.arange(data.shape[2])
     same = (segments[:, None] == segments) & (rows[:, None] >= rows)
     sees = (same | ((prefixes[:, None] == segments) & (prefixes[:, None] > 0))) & (segments[:, None] > 0)
     scores = torch.einsum("thd,shd->hts", q, k.repeat_interleave(2, 1)) * 0.3
     p = torch.softmax(scores.masked_fill(~sees, -1e30), -1) * sees
-    wanted = torch.einsum("hts,shd->thd", p, v.repeat_interleave(2, 1))
-    grad = torch.randn(wanted.shape, generator=generator, dtype=torch.float64)
+    return torch.einsum("hts,shd->thd", p, v.repeat_interleave(2, 1))
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("longest", [14, 300])
+def test_attention_is_that_of_a_mask(keep: bool, longest: int) -> None:
+    data = pack(examples(6, prefix=5, longest=longest), 5, 9, 1, padding=4)
+    q, k, v, grad = attended(data.shape[2])
+    wanted = masked(q, k, v, data)
     expected = torch.autograd.grad(wanted, (q, k, v), grad)
     out = attend(q, k, v, layout_of(data), 0.3, keep)
     assert torch.allclose(out, wanted, atol=1e-12)
@@ -139,7 +146,7 @@ def _put_frozen_layers(plain: Any, folder: Path, bits: int, scheme: str) -> int:
     for name, module in list(plain.named_modules()):
         if type(module).__name__ in ("Linear8bitLt", "Linear4bit") and name.endswith(".base_layer"):
             own = name.removeprefix("base_model.model.").removesuffix(".base_layer")
-            frozen = freeze(weights.read(f"{own}.weight"), None, bits, scheme, torch.float32, own)
+            frozen = freeze(weights.read(f"{own}.weight").to(plain.device), None, bits, scheme, torch.float32, own)
             plain.set_submodule(name, frozen)
             count += 1
     return count

@@ -25,7 +25,7 @@ def inputs(dtype: torch.dtype) -> Tensor:
     return x.to(dtype)
 
 
-def theirs(bits: int, dtype: torch.dtype) -> Any:
+def theirs(bits: int, dtype: torch.dtype, device: str = "cpu") -> Any:
     import bitsandbytes as bnb
 
     rows, bias = weights()
@@ -36,13 +36,13 @@ def theirs(bits: int, dtype: torch.dtype) -> Any:
         layer = bnb.nn.Linear4bit(IN, OUT, compute_dtype=dtype, compress_statistics=True, quant_type="nf4")
         layer.weight = bnb.nn.Params4bit(rows, requires_grad=False, quant_type="nf4", compress_statistics=True)
     layer.bias = torch.nn.Parameter(bias.to(dtype), requires_grad=False)
-    return layer.to("cpu")
+    return layer.to(device)
 
 
 def product_and_gradient(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.clone().requires_grad_()
     y = layer(x)
-    (grad,) = torch.autograd.grad(y, x, torch.linspace(-1, 1, y.numel()).view(y.shape).to(y.dtype))
+    (grad,) = torch.autograd.grad(y, x, torch.linspace(-1, 1, y.numel()).view(y.shape).to(y))
     return y.detach(), grad
 
 

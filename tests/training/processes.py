@@ -7,8 +7,10 @@ import os
 import socket
 import tempfile
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -37,6 +39,8 @@ def run_processes(function: Callable[..., Any], world_size: int, *args: Any, tim
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    with patch.dict(os.environ, DS_ACCELERATOR="cpu"):  # read when DeepSpeed is imported, there
+        forkserver.ensure_running()
     with tempfile.TemporaryDirectory() as folder:
         children = [
             context.Process(target=_child, args=(function, rank, world_size, port, folder, args))

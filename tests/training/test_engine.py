@@ -100,7 +100,9 @@ def plain_loop(case: str, steps: int, **train: Any) -> dict[str, Any]:
     return out
 
 
-def engine_runs(runs: list[tuple[str, int, int, int, dict[str, Any]]], steps: int) -> list[dict[str, Any]]:
+def engine_runs(
+    runs: list[tuple[str, int, int, int, dict[str, Any]]], steps: int, device: str = "cpu"
+) -> list[dict[str, Any]]:
     """In one process of the group: each run's losses, norms, this stage's gradients and weights."""
     from finhpc.training.engine import Engine
 
@@ -110,15 +112,15 @@ def engine_runs(runs: list[tuple[str, int, int, int, dict[str, Any]]], steps: in
         def _before_step(self, *args: Any) -> None:
             named = self.named_parameters()
             if self.step == 0:
-                self.raw = {name: named[name].grad.clone() for name in self.owned_names()}
+                self.raw = {name: named[name].grad.to("cpu", copy=True) for name in self.owned_names()}
             super()._before_step(*args)
             if self.step == 0:
-                self.clipped = {name: named[name].grad.clone() for name in self.owned_names()}
+                self.clipped = {name: named[name].grad.to("cpu", copy=True) for name in self.owned_names()}
 
     results = []
     for case, stages, replicas, micro_batches, train in runs:
         config = settings(case, stages, replicas, micro_batches, **train)
-        engine = Recorder(config, hf_config(config), torch.device("cpu"))
+        engine = Recorder(config, hf_config(config), torch.device(device))
         out: dict[str, Any] = {"losses": [], "norms": []}
         per_replica = SAMPLES // replicas
         size = config.parallel.micro_batch_size
@@ -132,7 +134,7 @@ def engine_runs(runs: list[tuple[str, int, int, int, dict[str, Any]]], steps: in
         out["eval"] = engine.evaluate(batches(tokens(99)), micro_batches)
         out |= {"raw": engine.raw, "clipped": engine.clipped}
         named = engine.named_parameters()
-        out["weights"] = {name: named[name].detach().clone() for name in engine.owned_names()}
+        out["weights"] = {name: named[name].detach().to("cpu", copy=True) for name in engine.owned_names()}
         results.append(out)
     return results
 
