@@ -57,7 +57,8 @@ def choose(logits: Tensor, sampling: Sampling, draws: Sequence[torch.Generator])
         if not bool(torch.isfinite(best).all()):
             raise NonFiniteError("The model's logits are NaN or infinite; its weights are damaged.")
         return ids
-    logits = logits.float().cpu() / sampling.temperature
+    device = logits.device
+    logits = logits.float().cpu() / sampling.temperature  # drawn there: the same ids from the same seed anywhere
     if sampling.top_k:
         kept = logits.topk(min(sampling.top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kept, float("-inf"))
@@ -69,4 +70,4 @@ def choose(logits: Tensor, sampling: Sampling, draws: Sequence[torch.Generator])
         ordered[ordered.cumsum(-1) - ordered >= sampling.top_p] = 0  # of those before it; the first always stays
         probabilities = torch.zeros_like(probabilities).scatter_(-1, order, ordered)
     pairs = zip(probabilities, draws, strict=True)
-    return torch.cat([torch.multinomial(row, 1, generator=draw) for row, draw in pairs])
+    return torch.cat([torch.multinomial(row, 1, generator=draw) for row, draw in pairs]).to(device)

@@ -132,7 +132,7 @@ def load_for_evaluation(
     of_config = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     kind = of_config if dtype == "auto" else getattr(torch, dtype)
     model: PreTrainedModel = load_model(path, kind) if Path(path).is_dir() else _from_hub(path, kind)
-    if device != "cpu" and not getattr(config, "quantization_config", None):
+    if model.device.type != torch.device(device).type:  # transformers opens bitsandbytes' models on a GPU by itself
         model = model.to(device)  # type: ignore[arg-type]
     if adapter and (Path(adapter) / QUANTIZED).is_file():  # its base is rounded as it was in training
         merge_adapter(model, load_adapter(Path(adapter), model))

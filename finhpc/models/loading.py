@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from finhpc.errors import CheckpointError
@@ -25,7 +25,7 @@ from finhpc.quantization.fake import TRAINED, round_weights, trained_bits
 
 
 def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Open a model folder that finhpc or transformers wrote: dense or low-rank, in eval mode.
+    """Open a model folder that finhpc or transformers wrote: dense or low-rank, in eval mode, on the CPU.
 
     The folder of an adapter opens as its base, not quantised, with the adapter added to its weights. A model
     that was trained with quantised weights gets the weights it was trained with, as floats.
@@ -43,7 +43,7 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrain
     logging.disable_progress_bar()  # reading one file needs no bar on the user's screen
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, local_files_only=True, use_safetensors=True
+            path, dtype=dtype, local_files_only=True, use_safetensors=True, **_place(path)
         )
     except SafetensorError as error:
         raise CheckpointError(
@@ -53,6 +53,12 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrain
         round_weights(model, bits)
         delattr(model.config, TRAINED)
     return model.eval()
+
+
+def _place(path: Path) -> dict[str, Any]:
+    """Keeps transformers from opening bitsandbytes' models on a GPU, which it does with no others."""
+    quantized = getattr(AutoConfig.from_pretrained(path, local_files_only=True), "quantization_config", None) or {}
+    return {"device_map": {"": "cpu"}} if quantized.get("quant_method") == "bitsandbytes" else {}
 
 
 def _with_adapter(path: Path, dtype: torch.dtype) -> PreTrainedModel:
