@@ -5,8 +5,8 @@ Two schemes, both of 16 bytes a parameter by default:
 - `finhpc`: what its engine holds, float32 weights, gradients and AdamW's two moments (in 8 bits where the run
   asks for that), and method 3's W while they are there. Its peak follows
   the engine's passes in order (one forward, one backward: stage s of N holds min(M, N - s)
-  micro-batches). DeepSpeed adds its buffers and, when gradients are averaged, a flat copy of them,
-  with one replica too.
+  micro-batches). DeepSpeed adds its buffers and, where gradients are averaged over replicas, a flat
+  copy of them.
 - `paper`: Table III's mixed precision, 16-bit weights and gradients, and an optimiser of 12 bytes (a
   float32 copy of the weights and two moments), shared out by ZeRO over the replicas. Its total is
   the sum of the four, as in the paper.
@@ -153,7 +153,7 @@ class Memory:
             ids=ids,
         )
         intermediates, with_gradients = steps.peak(stage, stages, topology.micro_batches)
-        flat = min(gradients, 4 * BUCKET)
+        flat = min(gradients, 4 * BUCKET) if topology.replicas > 1 else 0
         peak = weights + optimizer + buffers + max(with_gradients, gradients + flat)
         return StageMemory(stage, kinds, total, weights, gradients, optimizer, intermediates, buffers + flat, peak)
 
