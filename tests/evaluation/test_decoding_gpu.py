@@ -48,9 +48,8 @@ def test_ids_are_transformers_own(family: str, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["dense", "low_rank"])
 def test_ids_of_quantised_models_are_transformers_own(tmp_path: Path, kind: str, bits: int, scheme: str) -> None:
     source, out = tiny_folder(tmp_path / "model", "llama", kind, tokenizer=False), tmp_path / "q"
-    export(
-        build(ExportConfig, {"model": str(source), "out": str(out), "quantization": {"bits": bits, "scheme": scheme}})
-    )
+    tree = {"model": str(source), "out": str(out), "quantization": {"bits": bits, "scheme": scheme}}
+    export(build(ExportConfig, tree))
     model: Any = load_model(out).to(DEVICE)
     use_fast_forms(model)
     assert_ids_agree(model)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from finhpc.models.packed import layout_of
 from finhpc.models.packed_attention import attend
-from tests.gpu import CUDA, DEVICE, ON, needs_gpu
+from tests.gpu import DEVICE, ON, needs_gpu
 from tests.models.dense import saved, tiny_gpt2, tiny_llama
 from tests.models.packs import examples, pack, packs_of, peft_model, peft_parameters, plain_loss
 from tests.models.test_packed import (
@@ -96,15 +96,3 @@ def test_attention_is_that_of_a_mask(longest: int, dtype: torch.dtype) -> None:
         for value, right in zip(found, expected, strict=True):
             tolerance = 1e-5 if dtype == torch.float32 else 2e-2
             assert (value.double().cpu() - right).norm() <= tolerance * right.norm()
-
-
-def test_torchs_own_attention_takes_no_more_than_one_layer_of_scores() -> None:
-    """Training over blocks of tokens: no (heads x tokens x tokens) is held on a GPU."""
-    if not CUDA:
-        pytest.skip("of a GPU's kernels alone")
-    from finhpc.models.attention import _fused
-
-    for dtype, heads in ((torch.float32, 4), (torch.bfloat16, 2)):
-        q, k = (torch.randn(2, n, 2048, 64, device=DEVICE, dtype=dtype) for n in (4, heads))
-        assert _fused(q, k, k, None, 0.0)
-        assert _fused(q, k, k, None, 0.1)

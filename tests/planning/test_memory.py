@@ -22,6 +22,7 @@ SHAPE = {"layers": 4, "width": 128, "heads": 4, "context": 128, "vocab_size": 20
 CASES: dict[str, dict[str, Any]] = {
     "dense, tied, one stage": {"method": {"kind": "dense"}, "parallel": {"micro_batch_size": 4, "micro_batches": 2}},
     "one micro-batch": {"parallel": {"micro_batch_size": 8}},
+    "one sample": {"method": {"kind": "dense"}, "parallel": {"micro_batch_size": 1}},
     "low-rank, bf16, two stages": {
         "method": {"kind": "low_rank", "rank": 16},
         "parallel": {"stages": 2, "micro_batch_size": 4, "micro_batches": 4},

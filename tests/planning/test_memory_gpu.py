@@ -77,7 +77,6 @@ def test_the_predicted_peak_is_the_counted_one(model: str, method: str, recomput
     F.linear(x, x, x[0])  # cuBLAS takes its workspace with the first product
     with alone():
         peak, expected = measured(config), predicted(config)
-    print(
-        f"{model}, {method}, recompute {recompute}, {size} samples: {peak / 1e6:,.0f} MB, {expected / peak:.3f} of it"
-    )
+    what = f"{model}, {method}, recompute {recompute}, {size} samples"
+    print(f"{what}: {peak / 1e6:,.0f} MB, predicted over counted {expected / peak:.3f}")
     assert expected == pytest.approx(peak, rel=0.1)

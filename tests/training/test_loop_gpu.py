@@ -42,9 +42,9 @@ def settings(shards: Shards, changes: dict[str, Any]) -> PretrainConfig:
         "parallel": {"micro_batch_size": 4, "micro_batches": 2},
         "train": {"steps": STEPS, "eval_every": 3, "checkpoint_every": STOP, "hang_timeout_s": 0},
     }
-    return build(
-        PretrainConfig, {key: tree.get(key, {}) | changes.get(key, {}) for key in tree.keys() | changes.keys()}
-    )
+    for section, values in changes.items():
+        tree[section] = tree.get(section, {}) | values
+    return build(PretrainConfig, tree)
 
 
 class Stopped(Exception):
