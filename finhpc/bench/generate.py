@@ -127,8 +127,7 @@ def exported(preset: str, rank: int, bits: int, scheme: str, dtype: torch.dtype,
         quantization = {"bits": bits, "scheme": scheme}
         tree = {"model": f"{folder}/model", "out": f"{folder}/out", "quantization": quantization}
         export(build(ExportConfig, tree))
-        model = load_model(f"{folder}/out", dtype).eval()
-        return model if device.type == "cpu" else model.to(device)
+        return load_model(f"{folder}/out", dtype, device)
 
 
 Way = Callable[[int], float]  # new tokens -> seconds

@@ -52,10 +52,8 @@ class Generator:
         own = AutoConfig.from_pretrained(folder)
         adapters = read_adapters(config.adapters, own, folder) if config.adapters else {}
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        self.model: Any = load_model(folder, _dtype(config, folder, device))
-        if device.type != self.model.device.type:
-            self.model.to(device)
-        else:
+        self.model: Any = load_model(folder, _dtype(config, folder, device), device)
+        if device.type == "cpu":
             leave_the_files(self.model)
         self.forms = use_fast_forms(self.model)
         self.model_bytes = tensor_bytes(self.model)

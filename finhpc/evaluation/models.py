@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import finhpc  # noqa: F401  transformers knows finhpc's models after it
 from finhpc.errors import CheckpointError, ConfigError
 from finhpc.models.adapter import QUANTIZED, check_base, load_adapter, merge_adapter
-from finhpc.models.loading import load_model
+from finhpc.models.loading import load_model, on_device, placed
 
 ADAPTER = "adapter_config.json"
 
@@ -131,9 +131,8 @@ def load_for_evaluation(
         ) from None
     of_config = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     kind = of_config if dtype == "auto" else getattr(torch, dtype)
-    model: PreTrainedModel = load_model(path, kind) if Path(path).is_dir() else _from_hub(path, kind)
-    if model.device.type != torch.device(device).type:  # transformers opens bitsandbytes' models on a GPU by itself
-        model = model.to(device)  # type: ignore[arg-type]
+    open_ = load_model if Path(path).is_dir() else _from_hub
+    model = open_(path, kind, device)
     if adapter and (Path(adapter) / QUANTIZED).is_file():  # its base is rounded as it was in training
         merge_adapter(model, load_adapter(Path(adapter), model))
     elif adapter:
@@ -141,10 +140,11 @@ def load_for_evaluation(
     return model.eval(), tokenizer
 
 
-def _from_hub(name: str, dtype: torch.dtype) -> Any:
+def _from_hub(name: str, dtype: torch.dtype, device: str) -> Any:
     logging.disable_progress_bar()
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)
+        where = placed(name, device)
+        return on_device(AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, **where), device)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model={name} cannot be opened ({_first(error)}); check the id and the network.") from None
 

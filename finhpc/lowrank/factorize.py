@@ -21,7 +21,7 @@ from finhpc.lowrank import blas
 BLOCK = 256  # rows of the Gram matrix computed at a time
 CHUNK = 4096  # columns converted at a time
 # Error of an eigenvalue of a float32 Gram matrix, as a share of the largest; ten times what is usual.
-NOISE = 10 * torch.finfo(torch.float32).eps
+NOISE = {"cpu": 10 * torch.finfo(torch.float32).eps, "cuda": 100 * torch.finfo(torch.float32).eps}
 SMALL = 1e-2  # of the largest singular value: smaller ones are measured on the matrix itself
 TELLING = 1e-2  # of the squared norm: a smaller squared error is measured, not told from what was kept
 SINGULAR = 1e-10  # smallest over largest squared pivot of a usable Cholesky factor
@@ -50,7 +50,7 @@ class Spectrum:
         """
         if self.directions.dtype == torch.float64:
             return True
-        lost = 2 * rank * NOISE * float(self.values[0]) ** 2
+        lost = 2 * rank * NOISE[self.directions.device.type] * float(self.values[0]) ** 2
         return lost <= 0.002 * self.optimum(rank) ** 2
 
 

@@ -92,15 +92,23 @@ def attention_forward(
     """
     seq = query.shape[2]
     ours = query.device.type == "cpu" and attention_mask is None and not dropout and seq == key.shape[2] <= LONGEST
+    groups = query.shape[1] // key.shape[1]  # query heads that share a key and value head
     if not ours:
+        if (
+            groups > 1
+            and query.is_cuda
+            and attention_mask is None
+            and seq > 1
+            and not _fused(query, key, value, None, dropout)
+        ):
+            key, value = _for_each_head(key, groups), _for_each_head(value, groups)  # its float32 kernel shares none
         again = recompute and not _fused(query, key, value, attention_mask, dropout)
         forward = recomputed(sdpa_attention_forward) if again else sdpa_attention_forward
         return forward(  # type: ignore[no-any-return]
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    groups = query.shape[1] // key.shape[1]  # query heads that share a key and value head
     if groups > 1:
-        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+        key, value = _for_each_head(key, groups), _for_each_head(value, groups)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = CausalAttention.apply(  # type: ignore[no-untyped-call]
         query.to(value.dtype), key.to(value.dtype), value, scale, not recompute
@@ -124,6 +132,11 @@ def recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 AttentionInterface.register(NAME, attention_forward)
 AttentionInterface.register(RECOMPUTED, partial(attention_forward, recompute=True))
+
+
+def _for_each_head(x: Tensor, groups: int) -> Tensor:
+    """Keys or values (batch, shared heads, seq, size), each head's as often as query heads share it."""
+    return x.repeat_interleave(groups, 1)
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> bool:

@@ -24,8 +24,10 @@ from finhpc.models.pipeline import parts_of
 from finhpc.quantization.fake import TRAINED, round_weights, trained_bits
 
 
-def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Open a model folder that finhpc or transformers wrote: dense or low-rank, in eval mode, on the CPU.
+def load_model(
+    path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> PreTrainedModel:
+    """Open a model folder that finhpc or transformers wrote: dense or low-rank, in eval mode, on `device`.
 
     The folder of an adapter opens as its base, not quantised, with the adapter added to its weights. A model
     that was trained with quantised weights gets the weights it was trained with, as floats.
@@ -34,7 +36,7 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrain
     """
     path = Path(path)
     if (path / CONFIG).is_file():
-        return _with_adapter(path, dtype)
+        return _with_adapter(path, dtype, device)
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path} has no config.json; give a model folder (a run's `model` folder).")
     if not list(path.glob("*.safetensors")):
@@ -43,7 +45,7 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrain
     logging.disable_progress_bar()  # reading one file needs no bar on the user's screen
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, local_files_only=True, use_safetensors=True, **_place(path)
+            path, dtype=dtype, local_files_only=True, use_safetensors=True, **placed(path, device)
         )
     except SafetensorError as error:
         raise CheckpointError(
@@ -52,19 +54,28 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrain
     if (bits := trained_bits(model.config)) < 16:
         round_weights(model, bits)
         delattr(model.config, TRAINED)
-    return model.eval()
+    return on_device(model.eval(), device)
 
 
-def _place(path: Path) -> dict[str, Any]:
-    """Keeps transformers from opening bitsandbytes' models on a GPU, which it does with no others."""
-    quantized = getattr(AutoConfig.from_pretrained(path, local_files_only=True), "quantization_config", None) or {}
-    return {"device_map": {"": "cpu"}} if quantized.get("quant_method") == "bitsandbytes" else {}
+def placed(path: str | Path, device: str | torch.device) -> dict[str, Any]:
+    """How transformers is told to open bitsandbytes' models on `device`: it takes a GPU unasked, and int8 cannot move.
+
+    Empty for all others, which `on_device` moves.
+    """
+    quantized = getattr(AutoConfig.from_pretrained(path), "quantization_config", None) or {}
+    return {"device_map": {"": str(device)}} if quantized.get("quant_method") == "bitsandbytes" else {}
 
 
-def _with_adapter(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+def on_device(model: PreTrainedModel, device: str | torch.device) -> PreTrainedModel:
+    """The model on a device; where it is there already nothing is touched."""
+    at = torch.device(device)
+    return model if model.device.type == at.type else model.to(at)  # type: ignore[arg-type]
+
+
+def _with_adapter(path: Path, dtype: torch.dtype, device: str | torch.device) -> PreTrainedModel:
     base = base_of(path)
     check_base(path, base)
-    model = load_model(base, dtype)
+    model = load_model(base, dtype, device)
     merge_adapter(model, load_adapter(path, model))
     return model
 

@@ -47,6 +47,7 @@ class Group:
 class Layout:
     """Where things are in a pack, made once and used by every layer.
 
+    `fused`: attention is torch's fused kernel, and a group all segments of a prefix, whatever their lengths.
     `targets`: int64 (n,), the rows that predict a token; `wanted`: int64 (n,), those tokens.
     `predicting`: `targets`, or row 0 where there are none: no layer is given an empty tensor. `scale`: what the sum of
     the pack's losses is multiplied by, so that the mean over all packs is the mean over all targets.
@@ -57,6 +58,7 @@ class Layout:
     wanted: Tensor
     predicting: Tensor
     scale: float
+    fused: bool = False
     parts: dict[Any, Any] = field(default_factory=dict)  # what layers made from it, such as rotary positions
 
     def cut(self, index: int, segments: int) -> list[Group]:
@@ -85,13 +87,14 @@ class Segments:
 _known: OrderedDict[bytes, Layout] = OrderedDict()
 KEPT = 32  # layouts: micro-batches under way in a pipeline
 WASTE = 1.25  # the longest segment of a group over its shortest
-LAYOUT = "finhpc_layout"  # attribute of a pack without content, which brings its own layout
+LAYOUT = "finhpc_layout"  # attribute of a pack: its layout, once known; a pack without content brings it
 
 
 def layout_of(pack: Tensor) -> Layout:
-    """The layout of a pack (1, FIELDS, T); those of the newest packs are kept, found by their content.
+    """The layout of a pack (1, FIELDS, T), which must not change once it is known.
 
-    The content, as stages receive their packs in buffers that are used again.
+    The tensor remembers it: reading its content waits for a GPU. Those of the newest packs are kept too, found by
+    their content, as the same pack comes back in another tensor.
     """
     if (own := getattr(pack, LAYOUT, None)) is not None:
         return own  # type: ignore[no-any-return]
@@ -101,6 +104,7 @@ def layout_of(pack: Tensor) -> Layout:
     _known[key] = found
     while len(_known) > KEPT:
         _known.popitem(last=False)
+    setattr(pack, LAYOUT, found)
     return found
 
 
@@ -132,16 +136,25 @@ def segments_of(fields: Tensor) -> Segments:
     return Segments(groups, targets.tolist(), fields[TARGET][targets].tolist(), scale)
 
 
-def laid_out(segments: Segments, device: torch.device) -> Layout:
-    """The layout with its tensors on `device`."""
+def laid_out(segments: Segments, device: torch.device, fused: bool | None = None) -> Layout:
+    """The layout with its tensors on `device`; `fused`, by default, where that is a GPU."""
+    fused = device.type == "cuda" if fused is None else fused
     groups = []
-    for before, spans in segments.groups:
+    for before, spans in _by_prefix(segments) if fused else segments.groups:
         prefix = torch.arange(*before or (0, 0), device=device)
         groups.append(group_of(tuple(spans), prefix))
     targets = torch.tensor(segments.targets, dtype=torch.int64, device=device)
     wanted = torch.tensor(segments.wanted, dtype=torch.int64, device=device)
     predicting = targets if segments.targets else torch.zeros(1, dtype=torch.int64, device=device)
-    return Layout(groups, targets, wanted, predicting, segments.scale)
+    return Layout(groups, targets, wanted, predicting, segments.scale, fused)
+
+
+def _by_prefix(segments: Segments) -> list[tuple[Span | None, list[Span]]]:
+    """The groups with all segments of a prefix in one: few calls are worth more to a GPU than few rows."""
+    merged: dict[Span | None, list[Span]] = {}
+    for before, spans in segments.groups:
+        merged.setdefault(before, []).extend(spans)
+    return list(merged.items())
 
 
 def group_of(spans: tuple[Span, ...], prefix: Tensor) -> Group:

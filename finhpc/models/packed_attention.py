@@ -1,7 +1,8 @@
 """Attention within a pack: every token sees its own segment up to itself, and the whole segment that it continues.
 
-No tokens x tokens mask: segments of about one length are multiplied together, a block of queries at a time, with
-the keys that the block can see. Heads that share keys and values are rows of one product.
+No tokens x tokens mask. On a CPU segments of about one length are multiplied together, a block of queries at a
+time, with the keys that the block can see; heads that share keys and values are rows of one product. On a GPU all
+segments of a prefix go through torch's fused kernel at once.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from finhpc.models.attention import QUERIES, SCORE_BYTES
@@ -151,5 +153,47 @@ def _probabilities(query: Tensor, keys: Tensor, begin: int, end: int, seen: int,
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, keep: bool) -> Tensor:
-    """(T, heads, size) from the same and k, v (T, shared heads, size); see `PackedAttention`."""
+    """(T, heads, size) from the same and k, v (T, shared heads, size); see `PackedAttention`.
+
+    torch's fused kernel keeps no probabilities, whatever `keep` says.
+    """
+    if layout.fused:
+        return _fused(q, k, v, layout, scale)
     return PackedAttention.apply(q, k, v, layout, scale, keep)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:
+    """As `attend`. Where a segment is shorter its last row stands again: no other row sees those, none is put back."""
+    out = torch.zeros_like(q)
+    for index, group in enumerate(layout.groups):
+        query = q.index_select(0, group.rows.reshape(-1)).view(*group.rows.shape, *q.shape[1:]).transpose(1, 2)
+        keys, values = (_seen(x, group, q.shape[1]) for x in (k, v))
+        mask = _mask(layout, index)
+        found = F.scaled_dot_product_attention(query, keys, values, mask, is_causal=mask is None, scale=scale)
+        places, rows = _own(group, found.transpose(1, 2).reshape(*group.rows.shape, -1))
+        out = out.index_copy(0, places, rows.view(-1, *q.shape[1:]))
+    return out
+
+
+def _seen(x: Tensor, group: Group, heads: int) -> Tensor:
+    """(T, shared heads, size) -> (segments, heads, prefix + longest, size)."""
+    rows = x.index_select(0, group.rows.reshape(-1)).view(*group.rows.shape, *x.shape[1:])
+    if len(group.prefix):
+        prefix = x.index_select(0, group.prefix).expand(len(rows), -1, -1, -1)
+        rows = torch.cat((prefix, rows), 1)
+    sharing = heads // x.shape[1]
+    return (rows.repeat_interleave(sharing, 2) if sharing > 1 else rows).transpose(1, 2)
+
+
+def _mask(layout: Layout, index: int) -> Tensor | None:
+    """bool (longest, prefix + longest): which keys a query of the group sees; None: those up to itself."""
+    group = layout.groups[index]
+    if not len(group.prefix):
+        return None
+    key = ("mask", index)
+    if key not in layout.parts:
+        longest, before = group.rows.shape[1], len(group.prefix)
+        ones = torch.ones(longest, before + longest, dtype=torch.bool, device=group.rows.device)
+        layout.parts[key] = ones.tril(before)
+    found: Tensor = layout.parts[key]
+    return found

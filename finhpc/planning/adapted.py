@@ -82,8 +82,8 @@ class Hollow(Adaptation):
 def counted_parts(adaptation: Adaptation, pack: PackSize, cuda: bool) -> list[AdaptedPart]:
     """Every part of the model in order, for packs of that size.
 
-    With `cuda` the loss makes its float32 copy, as on a GPU. A tied head's `weights_bytes` are 0, as if its stage held
-    the embedding too.
+    With `cuda` attention is torch's fused kernel and the loss makes its float32 copy, as on a GPU. A tied head's
+    `weights_bytes` are 0, as if its stage held the embedding too.
     """
     layers = int(adaptation.hf_config.num_hidden_layers)
     counted = layers if not _alike(adaptation) else min(layers, 3)
@@ -124,7 +124,7 @@ def _count(adaptation: Hollow, pack: PackSize, cuda: bool) -> list[AdaptedPart]:
     meter = Meter()
     with FakeTensorMode(), meter:
         data = torch.zeros(1, FIELDS, pack.tokens, dtype=torch.int64)
-        setattr(data, LAYOUT, laid_out(pack.segments, data.device))
+        setattr(data, LAYOUT, laid_out(pack.segments, data.device, fused=cuda))
         rows, given, asks = pack.tokens, 0, False
         for part in adaptation.parts():
             before = meter.live

@@ -50,7 +50,7 @@ def test_ids_of_quantised_models_are_transformers_own(tmp_path: Path, kind: str,
     source, out = tiny_folder(tmp_path / "model", "llama", kind, tokenizer=False), tmp_path / "q"
     tree = {"model": str(source), "out": str(out), "quantization": {"bits": bits, "scheme": scheme}}
     export(build(ExportConfig, tree))
-    model: Any = load_model(out).to(DEVICE)
+    model: Any = load_model(out, device=DEVICE)
     use_fast_forms(model)
     assert_ids_agree(model)
 
@@ -70,7 +70,7 @@ def test_each_row_goes_through_its_own_adapter(tmp_path: Path) -> None:
         f"a{i}={tiny_adapter(tmp_path / f'a{i}', tiny_model('llama'), LLAMA[: 1 + i % 2], 2 + i, seed=i)}"
         for i in range(3)
     ]
-    model: Any = load_model(source).to(DEVICE)
+    model: Any = load_model(source, device=DEVICE)
     adapters = Adapters(model, read_adapters(given, model.config, source))
     names = ["a2", None, "a0", "a1", "a0"]
     prompts, sampling = [[3 + i, 1, 4] for i in range(len(names))], Sampling(max_new_tokens=12)

@@ -12,7 +12,7 @@ from torch import Tensor
 from finhpc.config.finetune import FinetuneQuantization, Lora
 from finhpc.errors import ConfigError
 from finhpc.models.adapted import Adaptation, AdaptedLayer
-from finhpc.models.packed import IGNORED, TARGET, layout_of
+from finhpc.models.packed import IGNORED, TARGET, laid_out, segments_of
 from finhpc.models.packed_attention import attend
 from finhpc.models.weights import open_weights
 from finhpc.quantization.frozen import freeze
@@ -93,14 +93,15 @@ def masked(q: Tensor, k: Tensor, v: Tensor, data: Tensor) -> Tensor:
     return torch.einsum("hts,shd->thd", p, v.repeat_interleave(2, 1))
 
 
-@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize(("keep", "fused"), [(True, False), (False, False), (False, True)])
+@pytest.mark.parametrize("shared", [0, 5])
 @pytest.mark.parametrize("longest", [14, 300])
-def test_attention_is_that_of_a_mask(keep: bool, longest: int) -> None:
-    data = pack(examples(6, prefix=5, longest=longest), 5, 9, 1, padding=4)
+def test_attention_is_that_of_a_mask(keep: bool, fused: bool, shared: int, longest: int) -> None:
+    data = pack(examples(6, prefix=5, longest=longest), shared, 9, 1, padding=4)
     q, k, v, grad = attended(data.shape[2])
     wanted = masked(q, k, v, data)
     expected = torch.autograd.grad(wanted, (q, k, v), grad)
-    out = attend(q, k, v, layout_of(data), 0.3, keep)
+    out = attend(q, k, v, laid_out(segments_of(data[0]), data.device, fused), 0.3, keep)
     assert torch.allclose(out, wanted, atol=1e-12)
     for found, value in zip(torch.autograd.grad(out, (q, k, v), grad), expected, strict=True):
         assert torch.allclose(found, value, atol=1e-12)
