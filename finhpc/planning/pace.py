@@ -78,7 +78,7 @@ def paced(outline: Outline, topology: Topology, cut: Stages, cluster: Cluster) -
     link = (device.link_gb_per_s if one_node else device.network_gb_per_s) * 1e9
     seconds = []
     for i, kinds in enumerate(cut):
-        compute = tokens * sum(_passes(outline, kind) for kind in kinds) / rate
+        compute = sum(max(tokens * _passes(outline, kind) / rate, device.launch_s) for kind in kinds)
         neighbours = (i > 0) + (i < topology.stages - 1)
         seconds.append(compute + neighbours * 2 * tokens * 4 * width / link)  # hidden states there, gradients back
     largest = _largest(outline, cut)

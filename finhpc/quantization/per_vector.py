@@ -83,7 +83,7 @@ def _steps(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """The nearest step of each element (as float32), and each row's scale and zero."""
     last = 2**bits - 1
     low, high = weight.aminmax(dim=1)
-    scale = (high - low) / last
+    scale = (high - low) / torch.full_like(low, last)  # a GPU multiplies by a plain number's reciprocal: rounded twice
     divisor = torch.where(scale == 0, 1.0, scale)  # a constant row: all its codes are 0
     steps = ((weight - low[:, None]) / divisor[:, None]).round_().clamp_(0, last)
     return steps, scale, low
