@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from finhpc.config.finetune import FinetuneQuantization, Lora
 from finhpc.errors import ConfigError
 from finhpc.models.adapted import Adaptation, AdaptedLayer
-from finhpc.models.packed import IGNORED, TARGET, laid_out, segments_of
+from finhpc.models.packed import IGNORED, TARGET, laid_out, layout_of, segments_of
 from finhpc.models.packed_attention import attend
 from finhpc.models.weights import open_weights
 from finhpc.quantization.frozen import freeze
@@ -105,6 +106,21 @@ def test_attention_is_that_of_a_mask(keep: bool, fused: bool, shared: int, longe
     assert torch.allclose(out, wanted, atol=1e-12)
     for found, value in zip(torch.autograd.grad(out, (q, k, v), grad), expected, strict=True):
         assert torch.allclose(found, value, atol=1e-12)
+
+
+def test_the_fused_layout_has_one_group_for_each_prefix() -> None:
+    segments = segments_of(pack(examples(6, prefix=5, longest=300), 5, 9, 1)[0])
+    groups = laid_out(segments, torch.device("cpu"), fused=True).groups
+    assert [(len(group.spans), len(group.prefix)) for group in groups] == [(1, 0), (6, 5)]
+    assert len(laid_out(segments, torch.device("cpu")).groups) > 2, "by length"
+
+
+def test_a_pack_remembers_its_layout_and_a_copy_is_known_by_its_content() -> None:
+    data = pack(examples(6, prefix=5), 5, 9, 1)
+    found = layout_of(data)
+    with patch("finhpc.models.packed.segments_of", side_effect=AssertionError("read again")):
+        assert layout_of(data) is found
+        assert layout_of(data.clone()) is found
 
 
 @pytest.mark.parametrize(("bits", "scheme"), [(8, "int8"), (4, "nf4")])

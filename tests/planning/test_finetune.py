@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,10 +138,13 @@ def test_operations_are_those_of_the_matrices(bases: dict[str, Path]) -> None:
 
 
 def test_the_time_of_a_step(bases: dict[str, Path]) -> None:
-    cluster = Cluster(DEVICES["a100-80gb"], 1, 8, 72e9, 0.5, "bf16")
+    a100 = DEVICES["a100-80gb"]
+    cluster = Cluster(replace(a100, launch_s=0.0), 1, 8, 72e9, 0.5, "bf16")
     plan = planned("16 bits", bases)
     pace = plan.pace(cluster)
-    assert pace.stage_s == [plan.operations() / (0.5 * 312e12)]
+    assert pace.stage_s == pytest.approx([plan.operations() / (0.5 * 312e12)])
+    launched = plan.pace(replace(cluster, device=a100)).stage_s
+    assert launched == pytest.approx([len(plan.parts) * 3 * a100.launch_s]), "parts so small wait for their kernels"
     assert pace.step_s == pace.stage_s[0] + pace.exchange_s + pace.optimizer_s
     nf4 = planned("nf4, two micro-batches", bases).pace(cluster)
     assert nf4.stage_s[0] > 1.5 * pace.stage_s[0], "matrices are turned into floats, and moved"

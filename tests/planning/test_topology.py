@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from finhpc.planning.devices import DEVICES, Cluster
@@ -65,6 +67,16 @@ def test_time_counts_links_and_the_average_over_replicas() -> None:
     far = paced(model, Topology(2, 8, 1, 4), cut, cluster(2))
     assert far.exchange_s > 2 * near.exchange_s
     assert all(a < b for a, b in zip(near.stage_s, far.stage_s, strict=True)), "stages lie on two nodes"
+
+
+def test_a_gpu_takes_its_time_to_launch_however_little_there_is_to_compute() -> None:
+    model = outline("llama2-7b")
+    [a_token], [none] = (
+        paced(model, Topology(1, 1, 1, 1), model.stages(1), replace(cluster(1), device=device)).stage_s
+        for device in (replace(DEVICES["a100-80gb"], tflops={"bf16": 1e9}), replace(DEVICES["a100-80gb"], launch_s=0.0))
+    )
+    assert a_token == pytest.approx(len(model.kinds) * 1e-3)
+    assert none > 10 * a_token, "what is computed covers it, as a rule"
 
 
 def test_measured_parts_give_back_their_share_of_the_rate() -> None:
