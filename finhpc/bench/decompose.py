@@ -230,7 +230,7 @@ def _conditions(settings: DecomposeBench) -> Row:
         "blocks": "all" if settings.path or not settings.blocks else settings.blocks,
         "weights": ("its own" if settings.path else random) + "; those of the blocks, without embedding and head",
         "rank": settings.rank or f"keep_params={settings.keep_params:g}",
-        "dtype": "float32 in and out; finhpc's Gram matrix float32 where that resolves the rank, else float64",
+        "dtype": "float32 in and out; finhpc's Gram matrix float32 on a CPU where that resolves the rank, else float64",
         "svd": f"full_matrices=False, float32, {settings.resources.threads} threads",
         "finhpc": "Ray tasks of one thread each, processes already up",
         "timed": "from safetensors on disk to factors on disk; assembling the model's folder left out",

@@ -116,7 +116,7 @@ def _resolved(model: str, adapter: str | None) -> tuple[str, str | None]:
 def load_for_evaluation(
     path: str, adapter: str | None = None, dtype: str = "auto", device: str = "cpu"
 ) -> tuple[nn.Module, Any]:
-    """A model in eval mode and its tokeniser: dense, low-rank or quantised, with the adapter upon it if given.
+    """A model in eval mode on `device` and its tokeniser: dense, low-rank or quantised, with the adapter if given.
 
     `dtype` auto: that of the folder's config.json, float32 where it says none. A model quantised on the fly
     is exported first (`finhpc.models.export`). Raises `ConfigError` for a folder or adapter that does not fit,

@@ -94,14 +94,10 @@ def attention_forward(
     ours = query.device.type == "cpu" and attention_mask is None and not dropout and seq == key.shape[2] <= LONGEST
     groups = query.shape[1] // key.shape[1]  # query heads that share a key and value head
     if not ours:
-        if (
-            groups > 1
-            and query.is_cuda
-            and attention_mask is None
-            and seq > 1
-            and not _fused(query, key, value, None, dropout)
-        ):
-            key, value = _for_each_head(key, groups), _for_each_head(value, groups)  # its float32 kernel shares none
+        # A GPU's float32 kernel shares no heads. With a mask, or large heads, transformers repeats them itself.
+        plain = attention_mask is None and seq > 1 and key.shape[-1] <= 256
+        if groups > 1 and query.is_cuda and plain and not _fused(query, key, value, None, dropout):
+            key, value = _for_each_head(key, groups), _for_each_head(value, groups)
         again = recompute and not _fused(query, key, value, attention_mask, dropout)
         forward = recomputed(sdpa_attention_forward) if again else sdpa_attention_forward
         return forward(  # type: ignore[no-any-return]

@@ -69,7 +69,8 @@ def placed(path: str | Path, device: str | torch.device) -> dict[str, Any]:
 def on_device(model: PreTrainedModel, device: str | torch.device) -> PreTrainedModel:
     """The model on a device; where it is there already nothing is touched."""
     at = torch.device(device)
-    return model if model.device.type == at.type else model.to(at)  # type: ignore[arg-type]
+    there = model.device.type == at.type and at.index in (None, model.device.index)
+    return model if there else model.to(at)  # type: ignore[arg-type]
 
 
 def _with_adapter(path: Path, dtype: torch.dtype, device: str | torch.device) -> PreTrainedModel:

@@ -29,7 +29,7 @@ Span = tuple[int, int]  # first row of a segment, and the one after its last
 
 @dataclass(frozen=True)
 class Group:
-    """Segments that attend alike: the same prefix, about the same length.
+    """Segments that attend alike: the same prefix, about the same length (if not fused, within WASTE).
 
     `rows`: int64 (segments, longest), the rows of each, its last one repeated to the end. `own`: bool of the same
     shape, false for repeats; `places`: int64, where it is true, in `rows` laid flat; both None where there are no
@@ -47,7 +47,7 @@ class Group:
 class Layout:
     """Where things are in a pack, made once and used by every layer.
 
-    `fused`: attention is torch's fused kernel, and a group all segments of a prefix, whatever their lengths.
+    `fused`: attention is torch's fused kernel, and groups are few and less alike, see `_by_prefix`.
     `targets`: int64 (n,), the rows that predict a token; `wanted`: int64 (n,), those tokens.
     `predicting`: `targets`, or row 0 where there are none: no layer is given an empty tensor. `scale`: what the sum of
     the pack's losses is multiplied by, so that the mean over all packs is the mean over all targets.
@@ -150,11 +150,17 @@ def laid_out(segments: Segments, device: torch.device, fused: bool | None = None
 
 
 def _by_prefix(segments: Segments) -> list[tuple[Span | None, list[Span]]]:
-    """The groups with all segments of a prefix in one: few calls are worth more to a GPU than few rows."""
-    merged: dict[Span | None, list[Span]] = {}
-    for before, spans in segments.groups:
-        merged.setdefault(before, []).extend(spans)
-    return list(merged.items())
+    """The groups merged as long as repeats stay fewer than rows: few calls are worth more to a GPU than few rows."""
+    merged: list[tuple[Span | None, list[Span]]] = []
+    for before, spans in segments.groups:  # those of a prefix follow one another, shorter segments first
+        longest = max(end - begin for begin, end in spans)
+        if merged and merged[-1][0] == before:
+            together = merged[-1][1] + spans
+            if longest * len(together) <= 2 * sum(end - begin for begin, end in together):
+                merged[-1] = (before, together)
+                continue
+        merged.append((before, spans))
+    return merged
 
 
 def group_of(spans: tuple[Span, ...], prefix: Tensor) -> Group:

@@ -157,7 +157,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, keep: 
 
     torch's fused kernel keeps no probabilities, whatever `keep` says.
     """
-    if layout.fused:
+    if layout.fused and layout.groups:
         return _fused(q, k, v, layout, scale)
     return PackedAttention.apply(q, k, v, layout, scale, keep)  # type: ignore[no-untyped-call, no-any-return]
 
@@ -165,10 +165,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, keep: 
 def _fused(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:
     """As `attend`. Where a segment is shorter its last row stands again: no other row sees those, none is put back."""
     out = torch.zeros_like(q)
-    for index, group in enumerate(layout.groups):
+    for group in layout.groups:
         query = q.index_select(0, group.rows.reshape(-1)).view(*group.rows.shape, *q.shape[1:]).transpose(1, 2)
         keys, values = (_seen(x, group, q.shape[1]) for x in (k, v))
-        mask = _mask(layout, index)
+        mask = _mask(group)
         found = F.scaled_dot_product_attention(query, keys, values, mask, is_causal=mask is None, scale=scale)
         places, rows = _own(group, found.transpose(1, 2).reshape(*group.rows.shape, -1))
         out = out.index_copy(0, places, rows.view(-1, *q.shape[1:]))
@@ -185,15 +185,9 @@ def _seen(x: Tensor, group: Group, heads: int) -> Tensor:
     return (rows.repeat_interleave(sharing, 2) if sharing > 1 else rows).transpose(1, 2)
 
 
-def _mask(layout: Layout, index: int) -> Tensor | None:
+def _mask(group: Group) -> Tensor | None:
     """bool (longest, prefix + longest): which keys a query of the group sees; None: those up to itself."""
-    group = layout.groups[index]
-    if not len(group.prefix):
+    longest, before = group.rows.shape[1], len(group.prefix)
+    if not before:
         return None
-    key = ("mask", index)
-    if key not in layout.parts:
-        longest, before = group.rows.shape[1], len(group.prefix)
-        ones = torch.ones(longest, before + longest, dtype=torch.bool, device=group.rows.device)
-        layout.parts[key] = ones.tril(before)
-    found: Tensor = layout.parts[key]
-    return found
+    return torch.ones(longest, before + longest, dtype=torch.bool, device=group.rows.device).tril(before)

@@ -107,8 +107,7 @@ def of_plan(plan: Plan, cuda: bool, here: bool) -> dict[str, Any]:
         workers = topology.workers
         cluster = Cluster(device, 1, workers, device.memory_gb * 1e9, reached, config.train.precision)
         numbers |= timing(outline, topology, paced(outline, topology, cut, cluster))
-        rate = f"{device.tflops[config.train.precision]:.3g} TFLOP/s {'stated' if cuda else 'measured'}"
-        numbers["how"] = f"at {reached:.0%} of {rate} for matrix products ({device.name})"
+        numbers["how"] = device.said(config.train.precision, reached)
     return numbers
 
 

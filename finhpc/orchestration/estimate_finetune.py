@@ -99,8 +99,7 @@ def of_examples(
         cluster = Cluster(device, 1, topology.workers, device.memory_gb * 1e9, reached, config.train.precision)
         lengths = np.diff(examples.train.offsets)
         numbers |= timing(usual, cluster, per_step * float(lengths.mean()))
-        rate = f"{device.tflops[config.train.precision]:.3g} TFLOP/s {'stated' if cuda else 'measured'}"
-        numbers["how"] = f"at {reached:.0%} of {rate} for matrix products ({device.name})"
+        numbers["how"] = device.said(config.train.precision, reached)
     return numbers
 
 

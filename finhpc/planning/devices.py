@@ -21,6 +21,12 @@ class Device:
     network_gb_per_s: float  # to another node, each way
     launch_s: float = 0.0  # the least that one part's passes over a micro-batch take: kernels must be launched
 
+    def said(self, precision: str, reached: float) -> str:
+        """At what rate a time was reckoned, in words."""
+        rate = f"{self.tflops[precision]:.3g} TFLOP/s {'measured' if self.name == THIS_MACHINE else 'stated'}"
+        least = f", launching {1e3 * self.launch_s:g} ms a part at least" if self.launch_s else ""
+        return f"at {reached:.0%} of {rate} for matrix products ({self.name}){least}"
+
     def rate(self, precision: str) -> float:
         """Operations a second of matrix products, two for a multiplication and its addition."""
         return self.tflops[precision] * 1e12
@@ -46,7 +52,7 @@ class Cluster:
 # tensor-core rates without sparsity (those of H100 and H200 are printed with it: 1,979), NVLink's total halved.
 # The network is that of the maker's DGX servers: four 100 Gb/s cards for 8 GPUs (DGX-1; DGX-2 has eight for 16),
 # eight of 200 Gb/s for 8 (DGX A100), eight of 400 Gb/s for 8 (DGX H100, DGX H200).
-# Launching was measured on one H100 with 16 cores: steps of a 6 x 384 GPT-2, 15 parts, take 16 ms, however few tokens.
+# Launching was measured on one H100 with 16 cores: steps of a 6 x 384 GPT-2, 16 parts, take 16 ms, however few tokens.
 # finhpc multiplies float32 in full precision, so TF32 is not counted; a V100 has no bfloat16, its rate is float16's.
 LAUNCH_S = 1e-3
 DEVICES = {

@@ -15,7 +15,7 @@ from finhpc.models.pipeline import is_tied
 from finhpc.planning.adapted import AdaptedPart, PackSize, counted_parts
 from finhpc.planning.devices import Cluster
 from finhpc.planning.memory import StageMemory, Steps, Topology
-from finhpc.planning.pace import ADAMW_BYTES, Pace, averaging_s
+from finhpc.planning.pace import ADAMW_BYTES, Pace, averaging_s, launches
 
 ADAPTED = 3  # times the launches of a part without adapters; measured as `launch_s` was, SmolLM2's shapes
 
@@ -146,8 +146,8 @@ class FinetunePlan:
         seconds = []
         for i, parts in enumerate(self.cut):
             sent = (parts[0].given if i else 0) + (parts[-1].gives if i < topology.stages - 1 else 0)
-            least = ADAPTED * device.launch_s
-            compute = sum(max(self.operations([part]) / rate, least) for part in parts)
+            least = [ADAPTED * launches(part.kind) * device.launch_s for part in parts]
+            compute = sum(max(self.operations([p]) / rate, s) for p, s in zip(parts, least, strict=True))
             compute += self._unpacked_bytes(parts) / memory
             seconds.append(compute + 2 * sent / link)
         largest = max(sum(part.trained for part in parts) for parts in self.cut)

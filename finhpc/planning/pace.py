@@ -10,8 +10,8 @@ from finhpc.planning.memory import Topology
 from finhpc.planning.outline import Outline, Stages
 
 ADAMW_BYTES = 28  # a parameter: weight, gradient and two moments read, weight and moments written, float32
-# A parameter's gradient: clipped, and by DeepSpeed laid flat, scaled and copied back, with one replica too.
-GRADIENT_BYTES = 32
+CLIPPED_BYTES = 12  # a parameter's gradient: read for its norm, read and written when it is clipped
+AVERAGED_BYTES = 20  # and by DeepSpeed laid flat, scaled and copied back where there are several replicas
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,11 @@ def step_operations(outline: Outline, samples: int) -> float:
     return samples * outline.seq_len * sum(_passes(outline, kind) for kind in outline.kinds)
 
 
+def launches(kind: str) -> float:
+    """Kernels of one part's passes, in those of an attention or MLP part: a recomputed block's forward runs twice."""
+    return 2 * 4 / 3 if kind == "block" else 1.0
+
+
 def _passes(outline: Outline, kind: str) -> float:
     """Operations a token, forward and backward: a backward pass takes two forward ones (section IV.B)."""
     forward = forward_operations(outline, kind)
@@ -78,7 +83,7 @@ def paced(outline: Outline, topology: Topology, cut: Stages, cluster: Cluster) -
     link = (device.link_gb_per_s if one_node else device.network_gb_per_s) * 1e9
     seconds = []
     for i, kinds in enumerate(cut):
-        compute = sum(max(tokens * _passes(outline, kind) / rate, device.launch_s) for kind in kinds)
+        compute = sum(max(tokens * _passes(outline, kind) / rate, launches(kind) * device.launch_s) for kind in kinds)
         neighbours = (i > 0) + (i < topology.stages - 1)
         seconds.append(compute + neighbours * 2 * tokens * 4 * width / link)  # hidden states there, gradients back
     largest = _largest(outline, cut)
@@ -92,9 +97,10 @@ def paced(outline: Outline, topology: Topology, cut: Stages, cluster: Cluster) -
 
 def averaging_s(params: int, replicas: int, device: Device, per_node: int) -> float:
     """A ring over the replicas of a stage, which are neighbours: DeepSpeed's pipe axis is the outer one."""
-    copies = params * GRADIENT_BYTES / (device.memory_gb_per_s * 1e9)
+    memory = device.memory_gb_per_s * 1e9
     if replicas == 1:
-        return copies
+        return params * CLIPPED_BYTES / memory
+    copies = params * (CLIPPED_BYTES + AVERAGED_BYTES) / memory
     link = device.link_gb_per_s if replicas <= per_node else device.network_gb_per_s
     return copies + 2 * (replicas - 1) / replicas * 4 * params / (link * 1e9)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from finhpc.config.finetune import FinetuneQuantization, Lora
 from finhpc.errors import ConfigError
 from finhpc.models.adapted import Adaptation, AdaptedLayer
-from finhpc.models.packed import IGNORED, TARGET, laid_out, layout_of, segments_of
+from finhpc.models.packed import IGNORED, LAYOUT, TARGET, Segments, laid_out, layout_of, segments_of
 from finhpc.models.packed_attention import attend
 from finhpc.models.weights import open_weights
 from finhpc.quantization.frozen import freeze
@@ -108,16 +108,21 @@ def test_attention_is_that_of_a_mask(keep: bool, fused: bool, shared: int, longe
         assert torch.allclose(found, value, atol=1e-12)
 
 
-def test_the_fused_layout_has_one_group_for_each_prefix() -> None:
-    segments = segments_of(pack(examples(6, prefix=5, longest=300), 5, 9, 1)[0])
+def test_the_fused_layout_has_few_groups_and_more_rows_than_repeats() -> None:
+    segments = segments_of(pack(examples(9, prefix=5, longest=60), 5, 9, 1)[0])
     groups = laid_out(segments, torch.device("cpu"), fused=True).groups
-    assert [(len(group.spans), len(group.prefix)) for group in groups] == [(1, 0), (6, 5)]
-    assert len(laid_out(segments, torch.device("cpu")).groups) > 2, "by length"
+    assert [(len(group.spans), len(group.prefix)) for group in groups] == [(1, 0), (9, 5)]
+    assert len(laid_out(segments, torch.device("cpu")).groups) > 4, "by length"
+    short = [(5 + 50 * i, 55 + 50 * i) for i in range(15)]
+    skewed = Segments([(None, [(0, 5)]), ((0, 5), short), ((0, 5), [(755, 1255)])], [], [], 1.0)
+    groups = laid_out(skewed, torch.device("cpu"), fused=True).groups
+    assert [group.rows.numel() for group in groups] == [5, 750, 500], "the long one stays apart"
 
 
 def test_a_pack_remembers_its_layout_and_a_copy_is_known_by_its_content() -> None:
     data = pack(examples(6, prefix=5), 5, 9, 1)
     found = layout_of(data)
+    assert getattr(data, LAYOUT) is found
     with patch("finhpc.models.packed.segments_of", side_effect=AssertionError("read again")):
         assert layout_of(data) is found
         assert layout_of(data.clone()) is found

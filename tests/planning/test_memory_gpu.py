@@ -79,4 +79,4 @@ def test_the_predicted_peak_is_the_counted_one(model: str, method: str, recomput
         peak, expected = measured(config), predicted(config)
     what = f"{model}, {method}, recompute {recompute}, {size} samples"
     print(f"{what}: {peak / 1e6:,.0f} MB, predicted over counted {expected / peak:.3f}")
-    assert expected == pytest.approx(peak, rel=0.1)
+    assert expected == pytest.approx(peak, rel=0.03)
