@@ -131,7 +131,7 @@ def test_driver_worker_and_ray_killed(run_shards: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_stopped_sweep_marks_its_runs(run_shards: Path, tmp_path: Path) -> None:
-    with command(tmp_path, run_shards) as process:
+    with command(tmp_path, run_shards, "--train.steps", "1500") as process:  # so long that none ends as it is stopped
         wait_for(tmp_path, process, 1)
         process.terminate()
         assert process.wait(90) == 143
