@@ -52,8 +52,9 @@ class Cluster:
 # tensor-core rates without sparsity (those of H100 and H200 are printed with it: 1,979), NVLink's total halved.
 # The network is that of the maker's DGX servers: four 100 Gb/s cards for 8 GPUs (DGX-1; DGX-2 has eight for 16),
 # eight of 200 Gb/s for 8 (DGX A100), eight of 400 Gb/s for 8 (DGX H100, DGX H200).
-# Launching was measured on one H100 with 16 cores: steps of a 6 x 384 GPT-2, 16 parts, take 16 ms, however few tokens.
 # finhpc multiplies float32 in full precision, so TF32 is not counted; a V100 has no bfloat16, its rate is float16's.
+
+# Measured on one H100 with 16 cores, beside other runs: a 6 x 384 GPT-2, 16 parts, 1,024 tokens, takes 16 ms at best.
 LAUNCH_S = 1e-3
 DEVICES = {
     device.name: replace(device, launch_s=LAUNCH_S)
