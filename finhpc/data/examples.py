@@ -18,7 +18,7 @@ from finhpc.config import Instructions
 from finhpc.data.instructions import Example, Source, labels_of, read_examples
 from finhpc.data.order import permutation
 from finhpc.data.shards import write_atomic
-from finhpc.data.tokenise import Row, rows
+from finhpc.data.tokenise import Row, tokenised
 from finhpc.errors import ConfigError, DataError
 
 SPLITS = ("train", "held_out")
@@ -100,9 +100,9 @@ def make_examples(settings: Instructions, tokenizer: Any, seed: int) -> Examples
     """
     if not settings.source:
         raise ConfigError("data.source is not set; give --data.source with a file of examples or hf:NAME.")
-    sources = read_examples([*settings.source, *settings.eval_source], settings, tokenizer)
-    examples = [example for source in sources for example in source.examples]
-    made = rows(examples, tokenizer, settings.max_len, settings.cut == "input")
+    sources = read_examples([*settings.source, *settings.eval_source], settings)
+    given = [example for source in sources for example in source.examples]
+    examples, made, said = tokenised(given, tokenizer, settings.max_len, settings.cut == "input")
     _check_dropped(examples, made, settings)
     keys = [_key(example.input) for example in examples]
     train, held_out, leaked = _split(examples, made, keys, settings)
@@ -113,7 +113,7 @@ def make_examples(settings: Instructions, tokenizer: Any, seed: int) -> Examples
         raise ConfigError(f"data.eval_fraction={settings.eval_fraction} leaves no example to train on; lower it.")
     counts = _counts(sources, examples, made, keys, drawn, held_out)
     counts |= {"leaked": leaked, "not_drawn": len(train) - len(drawn)}
-    notes = tuple(note for source in sources for note in source.notes) + tuple(_said(counts, settings))
+    notes = tuple(note for source in sources for note in source.notes) + tuple(said) + tuple(_said(counts, settings))
     return Examples(
         _arrays(drawn, examples, made), _arrays(held_out, examples, made), counts, tuple(labels_of(sources)), notes
     )
@@ -187,7 +187,7 @@ def _counts(
     held_out: list[int],
 ) -> dict[str, Any]:
     """What there is, in all and by source; `examples` are those trained on."""
-    same = Counter((key, example.prompt, example.answer) for key, example in zip(keys, examples, strict=True))
+    same = Counter((key, example.content) for key, example in zip(keys, examples, strict=True))
     answers: dict[str, set[str]] = {}
     for example in examples:
         if example.label is not None:
