@@ -12,7 +12,7 @@ ROLES = ("system", "user", "assistant", "tool")
 Message = dict[str, Any]
 MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")  # templates that mark the answers themselves
 PROBE = "A7a"  # an answer that stands for any
-NEXT = "The"  # a beginning that stands for any answer's
+NEXT = ("The", "no", "a", "I")  # beginnings that stand for any answer's
 SHOWN = 60
 
 
@@ -98,11 +98,13 @@ def prompt_ids(text: str, tokenizer: Any) -> list[int]:
     nothing is read: the model writes that token itself, as it has learned to.
     """
     (ids,) = encode(tokenizer, [text])
-    longer = tokenizer(text + NEXT, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    kept = next((i for i, (_, stop) in enumerate(longer["offset_mapping"]) if stop > len(text)), len(ids))
-    head: list[int] = longer["input_ids"][:kept]
-    reached = longer["offset_mapping"][kept - 1][1] if kept else 0
-    return head if 0 < kept < len(ids) and not text[reached:].strip() else ids
+    longer = [text + word for word in NEXT]
+    encoded = tokenizer(longer, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    for others, offsets in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        kept = next((i for i, (_, stop) in enumerate(offsets) if stop > len(text)), len(ids))
+        if 0 < kept < len(ids) and not text[offsets[kept - 1][1] :].strip():
+            return list(others[:kept])
+    return ids
 
 
 def _answer(messages: list[Message], tools: Any, where: str, tokenizer: Any) -> Conversation:
@@ -112,9 +114,9 @@ def _answer(messages: list[Message], tools: Any, where: str, tokenizer: Any) -> 
     stop = len(text.rstrip())
     if not text.startswith(before) or stop <= len(before):
         raise ConfigError(
-            f"{where}: the chat template's prompt for an answer (add_generation_prompt) does not begin the turn that it "
-            f"writes with the answer: it ends in {before[-20:]!r}. The model would learn after another text than it "
-            "is asked with; mark the answers in the template with {% generation %}, or use another template."
+            f"{where}: the chat template's prompt for an answer (add_generation_prompt) does not begin the turn that "
+            f"it writes with the answer: it ends in {before[-20:]!r}. The model would learn after another text than "
+            "it is asked with; mark the answers in the template with {% generation %}, or use another template."
         )
     return Conversation(text, ((len(before), stop),))
 

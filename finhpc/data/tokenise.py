@@ -39,11 +39,10 @@ def tokenised(examples: list[Example], tokenizer: Any, max_len: int, may_cut: bo
 
     A prompt and its answer: the prompt's ids as inference reads them, then the answer's as they follow these: those
     of the whole text, unless they begin otherwise than the prompt's own. Special tokens in a text are plain text.
-    A conversation: the ids that `apply_chat_template` gives for the whole. Raises `ConfigError` for a tokenizer
-    without an end token if answers need one, for conversations that the template does not take, and, unless
-    `may_cut`, with the examples that are too long.
+    A conversation: the ids that `apply_chat_template` gives for the whole. `tokenizer`: one that `check_tokenizer`
+    lets pass. Raises `ConfigError` for conversations that the template does not take, and, unless `may_cut`, with
+    the examples that are too long.
     """
-    check_tokenizer(tokenizer, examples)
     examples, chats, notes = _rendered(examples, tokenizer)
     found: list[Row | None] = []
     long: list[str] = []

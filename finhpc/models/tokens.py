@@ -1,4 +1,4 @@
-"""What a model and its tokenizer have to agree on: what precedes a text, which ids end one, and how many ids there are."""
+"""What a model and its tokenizer agree on: what precedes a text, which ids end one, how many ids there are."""
 
 from __future__ import annotations
 

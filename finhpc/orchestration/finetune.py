@@ -199,7 +199,8 @@ def _make(config: FinetuneConfig) -> Made:
         with collect(problems):
             adaptation = Adaptation.of(config, weights)
         with collect(problems):
-            examples = make_examples(config.data, tokenizer_of(weights), config.train.seed)
+            before = Path(config.run.storage) / config.run.name / EXAMPLES
+            examples = make_examples(config.data, tokenizer_of(weights), config.train.seed, before)
     if examples is not None:
         with collect(problems):
             _set_steps(config, len(examples.train))
