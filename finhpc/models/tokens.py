@@ -10,6 +10,7 @@ from typing import Any
 from finhpc.errors import CheckpointError, ConfigError
 
 GENERATION = "generation_config.json"
+TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model")  # a folder with one of them has a tokenizer
 # What an answer is encoded behind if the ids of its own prompt change when it follows.
 ANCHORS = ("\n", "a", ")")
 QUESTION, ANSWER = "Q7q", "A7a"
@@ -104,7 +105,7 @@ def open_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model folder; None if the folder has none. Raises `ConfigError` if it does not open."""
     from transformers import AutoTokenizer
 
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
+    if not any((folder / name).is_file() for name in TOKENIZERS):
         return None
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
