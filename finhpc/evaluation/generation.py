@@ -6,23 +6,21 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
 
 from finhpc.config import GenerateConfig, Resources
 from finhpc.errors import ConfigError
-from finhpc.evaluation.adapters import Adapters, read_adapters
+from finhpc.evaluation.adapters import read_adapters
 from finhpc.evaluation.decoder import Decoder
 from finhpc.evaluation.decoding import decode
 from finhpc.evaluation.forms import use_fast_forms
 from finhpc.evaluation.prompts import Prompt
+from finhpc.models.attached import Adapters, round_for
+from finhpc.models.folder import has_tokenizer
 from finhpc.models.loading import load_model
-from finhpc.models.weights import locate
-
-TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model")
+from finhpc.models.weights import config_of, locate, open_tokenizer
 
 
 @dataclass
@@ -43,18 +41,17 @@ class Generator:
 
     def __init__(self, config: GenerateConfig) -> None:
         folder = locate(config.model)
-        if not folder.is_dir():
-            raise ConfigError(f"model={folder} is a file; give a model folder (finhpc decompose or export makes one).")
-        if not any((folder / name).is_file() for name in TOKENIZERS):
+        own = config_of(folder)
+        if folder.is_dir() and not has_tokenizer(folder):
             raise ConfigError(f"model={folder} has no tokeniser; copy the tokeniser's files into that folder.")
         self.config = config
         device = _device(config.resources)
-        own = AutoConfig.from_pretrained(folder)
         adapters = read_adapters(config.adapters, own, folder) if config.adapters else {}
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        self.model: Any = load_model(folder, _dtype(config, folder, device), device)
+        self.tokenizer: Any = open_tokenizer(folder)
+        self.model: Any = load_model(folder, _dtype(config, own, device), device)
         if device.type == "cpu":
             leave_the_files(self.model)
+        round_for(self.model, adapters)
         self.forms = use_fast_forms(self.model)
         self.model_bytes = tensor_bytes(self.model)
         self.adapters = Adapters(self.model, adapters)
@@ -158,10 +155,10 @@ def leave_the_files(model: torch.nn.Module) -> None:
             setattr(module, name, buffer.clone())
 
 
-def _dtype(config: GenerateConfig, folder: Path, device: torch.device) -> torch.dtype:
+def _dtype(config: GenerateConfig, model_config: Any, device: torch.device) -> torch.dtype:
     if config.dtype != "auto":
         return getattr(torch, config.dtype)  # type: ignore[no-any-return]
-    own = AutoConfig.from_pretrained(folder, local_files_only=True).dtype or torch.float32
+    own = model_config.dtype or torch.float32
     if own == torch.float16 and device.type == "cpu":
         print("weights are float16, which CPUs compute slowly; computing in float32", file=sys.stderr)
         return torch.float32
