@@ -9,8 +9,6 @@ from typing import Any
 
 from finhpc.errors import CheckpointError, ConfigError
 
-GENERATION = "generation_config.json"
-TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model")  # a folder with one of them has a tokenizer
 # What an answer is encoded behind if the ids of its own prompt change when it follows.
 ANCHORS = ("\n", "a", ")")
 QUESTION, ANSWER = "Q7q", "A7a"
@@ -101,17 +99,16 @@ def check_rows(tokenizer: Any, rows: int, where: str) -> None:
         )
 
 
-def open_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder; None if the folder has none. Raises `ConfigError` if it does not open."""
-    from transformers import AutoTokenizer
+def tokenizer_at(*paths: Path | None) -> Any:
+    """The tokenizer of the first of several folders or GGUF files that has one; None if none has."""
+    from finhpc.models.folder import has_tokenizer
+    from finhpc.models.gguf import GgufFile
+    from finhpc.models.weights import open_tokenizer
 
-    if not any((folder / name).is_file() for name in TOKENIZERS):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise ConfigError(f"the tokenizer in {folder} does not open ({reason}); restore its files.") from None
+    for path in paths:
+        if path is not None and (has_tokenizer(path) if path.is_dir() else GgufFile(path).has_tokenizer):
+            return open_tokenizer(path)
+    return None
 
 
 def end_of_turn(tokenizer: Any) -> int | None:
@@ -139,6 +136,8 @@ def stop_ids(tokenizer: Any, *configs: Any) -> list[int]:
 
 def generation_config(folder: Path) -> dict[str, Any]:
     """What generation_config.json of a folder holds; empty without one."""
+    from finhpc.models.folder import GENERATION
+
     path = folder / GENERATION
     if not path.is_file():
         return {}
@@ -156,6 +155,8 @@ def write_stops(folder: Path, ids: Iterable[int], config: Any) -> None:
 
     `config`: the model's, whose ids count if the folder has no such file. Nothing is written if all are there already.
     """
+    from finhpc.models.folder import GENERATION
+
     tree = generation_config(folder)
     own = tree["eos_token_id"] if "eos_token_id" in tree else getattr(config, "eos_token_id", None)
     before = [token for token in (own if isinstance(own, list) else [own]) if token is not None]
