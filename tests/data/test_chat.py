@@ -46,7 +46,9 @@ def test_ids_are_those_of_the_whole_conversation(kind: str, template: str, tmp_p
             assert tokens[: answer.tolist().index(True)].tolist() == before, "generation reads what was learned"
         assert found.notes == ()
         said = tok.decode(tokens[answer])
-        assert "What" not in said and "Fresh" in said and said.replace(" ", "").endswith(("</s>", "<|im_end|>"))
+        assert "What" not in said
+        assert "Fresh" in said
+        assert said.replace(" ", "").endswith(("</s>", "<|im_end|>"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -68,7 +70,9 @@ def test_the_assistant_may_speak_first(template: str, tmp_path: Any) -> None:
         tokens, answer = learned(tmp_path, tok, messages).train.example(0)
         assert tokens.tolist() == tok.apply_chat_template(messages, return_dict=False)
         said = tok.decode(tokens[answer])
-        assert said.startswith("Fresh bread") and "user" not in said and "assistant" not in said
+        assert said.startswith("Fresh bread")
+        assert "user" not in said
+        assert "assistant" not in said
     alone = roles("a: Fresh bread")
     tokens, answer = learned(tmp_path, tok, alone).train.example(0)
     assert tok.decode(tokens[answer], skip_special_tokens=True) == "Fresh bread"
@@ -110,7 +114,7 @@ def test_a_prompt_that_does_not_begin_the_answers_turn_is_refused(tmp_path: Any)
     with pytest.raises(ConfigError, match=r"line 1: the chat template's prompt for an answer .* ends in '.*=think\\n'"):
         learned(tmp_path, tok, TALK)
     tok.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(ConfigError, match="the chat template refuses it .roles must alternate"):
+    with pytest.raises(ConfigError, match=r"the chat template refuses it .roles must alternate"):
         learned(tmp_path, tok, TALK)
 
 
@@ -122,7 +126,8 @@ def test_an_answer_that_the_template_does_not_end_gets_the_end_token(tmp_path: A
         )
         found = learned(tmp_path, tok, TALK)
         tokens, answer = found.train.example(0)
-        assert tokens[-1] == tok.eos_token_id and answer[-1]
+        assert tokens[-1] == tok.eos_token_id
+        assert answer[-1]
         text = tok.apply_chat_template(TALK, tokenize=False).rstrip()
         assert tokens[:-1].tolist() == tok(text, add_special_tokens=False)["input_ids"]
         assert any(note.startswith("1 conversations got </s> after their last answer") for note in found.notes)
@@ -150,7 +155,7 @@ def test_what_a_template_leaves_out_is_refused_or_reported(tmp_path: Any) -> Non
     found = learned(tmp_path, tok, roles("s: it is good|u: What|a: bread"))
     assert any("1 conversations have messages that the chat template does not write (system)" in n for n in found.notes)
     call = [*roles("u: What"), {"role": "assistant", "content": "no", "tool_calls": [{"function": {"name": "sell"}}]}]
-    with pytest.raises(ConfigError, match="message 2 calls a tool .sell., which the chat template does not write"):
+    with pytest.raises(ConfigError, match=r"message 2 calls a tool .sell., which the chat template does not write"):
         learned(tmp_path, tok, call)
     with pytest.raises(ConfigError, match="the record has tools, which the chat template does not write"):
         learned(tmp_path, tok, roles("u: What|a: bread"), record={"tools": [{"name": "sell"}]})
