@@ -73,7 +73,9 @@ def _peft(word: str, **more: Any) -> Kind:
 
 OURS = {f"ours, {init}": Kind(lora={"init": init}) for init in get_args(Lora.model_fields["init"].annotation)}
 OURS |= {
-    "ours, attention and a pattern": Kind(lora={"targets": [r".*\.1\..*(c_attn|q_proj)", r".*\.0\.mlp\.(c_fc|up_proj)"]}),
+    "ours, attention and a pattern": Kind(
+        lora={"targets": [r".*\.1\..*(c_attn|q_proj)", r".*\.0\.mlp\.(c_fc|up_proj)"]}
+    ),
     "ours, other alpha, dropout": Kind(lora={"lora_alpha": 3.0, "dropout": 0.1}),
     "ours, with the head": Kind("lm_head", lora={"targets": ["all-linear", "lm_head"]}),
     "ours, beside int8": Kind(lora={}, quantization={"bits": 8, "scheme": "int8"}),

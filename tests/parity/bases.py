@@ -230,9 +230,9 @@ def quantized_state(model: nn.Module, state: State, scheme: str, bits: int, line
         key = f"{name}.weight"
         if isinstance(module, Conv1D):
             made[key] = of(state[key].T, bits).T.contiguous()
-        elif isinstance(module, nn.Linear) and name != "lm_head":
-            made[key] = of(state[key], bits)
-        elif (isinstance(module, nn.Embedding) and embeddings or name == "lm_head" and not tied) and not linear:
+        elif (isinstance(module, nn.Linear) and name != "lm_head") or (
+            ((isinstance(module, nn.Embedding) and embeddings) or (name == "lm_head" and not tied)) and not linear
+        ):
             made[key] = of(state[key], bits)
     if tied:
         embedding = model.get_input_embeddings()

@@ -8,7 +8,6 @@ from typing import Any
 
 import gguf
 import numpy as np
-import torch
 from torch import Tensor
 
 from tests.parity.tokenizer_kinds import BEGIN, END, UNKNOWN, VOCAB, Kind, tokenizer_of

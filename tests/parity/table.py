@@ -76,7 +76,10 @@ class Table:
 
     def summary(self) -> list[str]:
         """Markdown: for each column how many rows agree, the largest difference, how many were refused or failed."""
-        lines = ["| column | rows that agree | largest difference | refused by name | faults |", "|---|---|---|---|---|"]
+        lines = [
+            "| column | rows that agree | largest difference | refused by name | faults |",
+            "|---|---|---|---|---|",
+        ]
         for name in self.columns():
             cells = [row.cells[name] for row in self.rows if name in row.cells]
             agree = [cell.difference for cell in cells if cell.difference is not None]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -22,7 +21,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from finhpc.config import ExportConfig, GenerateConfig, Instructions, Parallel, build
 from finhpc.data.batches import Batches
 from finhpc.data.examples import make_examples
-from finhpc.errors import FinhpcError
 from finhpc.evaluation.generate import generate
 from finhpc.evaluation.generation import Generator
 from finhpc.evaluation.language_model import LanguageModel
@@ -33,14 +31,13 @@ from finhpc.models.weights import open_weights
 from finhpc.orchestration.finetune import tokenizer_of as tokenizer_of_base
 from finhpc.quantization.schemes import SCHEMES
 from tests.models.packs import plain_loss
-from tests.parity.adapters import ADAPTERS, NONE, Kind, make_ours, make_peft
+from tests.parity.adapters import ADAPTERS, Kind, make_ours, make_peft
 from tests.parity.bases import BASES, FAMILY_ROWS, NOT_IN_GGUF, Base, quantized_state
 from tests.parity.pairwise import Combination, pairwise
 from tests.parity.table import Cell, Row
 from tests.parity.text import PAIRS
-from tests.parity.tokenizer_kinds import KINDS
+from tests.parity.tokenizer_kinds import KINDS, tokenizer_of
 from tests.parity.tokenizer_kinds import Kind as TokenizerKind
-from tests.parity.tokenizer_kinds import tokenizer_of
 
 NEW = 6
 EXACT = 2e-5  # of the largest logit: float32 sums in another order
@@ -337,8 +334,9 @@ class _Case:
 
 def _quantized_factors(base: Base, of: Any, format: Format) -> dict[str, Tensor]:
     """The state of a low-rank base whose factors are quantized, each for itself."""
-    from tests.parity.bases import REFERENCES
     from transformers.pytorch_utils import Conv1D
+
+    from tests.parity.bases import REFERENCES
 
     rounded, _ = REFERENCES[format.scheme]
     state = quantized_state(of, base.state, format.scheme, format.bits)
