@@ -95,6 +95,13 @@ class Adapters:
         return sum(x.numel() * x.element_size() for layer in self.layers for x in (layer.A, layer.B))
 
 
+def named(entry: str) -> tuple[str, Path]:
+    """Name and folder of an entry of `adapters`: NAME=FOLDER, or FOLDER, named by its last part."""
+    name, equals, rest = entry.partition("=")
+    path = Path(rest if equals else entry).expanduser()
+    return (name if equals else path.name), path
+
+
 def read_adapters(given: Sequence[str], config: Any, folder: Path) -> dict[str, Adapter]:
     """NAME=FOLDER (or FOLDER, named by its last part) -> adapters that fit the model in `folder`, of that `config`.
 
@@ -107,9 +114,7 @@ def read_adapters(given: Sequence[str], config: Any, folder: Path) -> dict[str, 
     found: dict[str, Adapter] = {}
     problems: list[str] = []
     for entry in given:
-        name, equals, rest = entry.partition("=")
-        path = Path(rest if equals else name).expanduser()
-        name = name if equals else path.name
+        name, path = named(entry)
         if name in found:
             problems.append(f"adapters names {name} twice; give each a name of its own, as NAME=FOLDER.")
             continue

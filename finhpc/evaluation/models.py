@@ -17,6 +17,8 @@ import finhpc  # noqa: F401  transformers knows finhpc's models after it
 from finhpc.errors import CheckpointError, ConfigError
 from finhpc.models.adapter import QUANTIZED, check_base, load_adapter, merge_adapter
 from finhpc.models.loading import load_model, on_device, placed
+from finhpc.models.tokens import check_rows, open_tokenizer
+from finhpc.models.weights import read_config
 
 ADAPTER = "adapter_config.json"
 
@@ -72,11 +74,25 @@ def subjects(models: list[str], adapters: list[str]) -> list[Subject]:
             problems += error.problems
     twice = sorted({pair for pair in found if found.count(pair) > 1}, key=str)
     problems += [f"model={model} with adapter={adapter} is given twice; once is enough." for model, adapter in twice]
+    for model, adapter in dict.fromkeys(found):
+        try:
+            _check_ids(model, adapter)
+        except ConfigError as error:
+            problems += error.problems
     if problems:
         raise ConfigError(problems)
     names = [_name(adapter or model) for model, adapter in found]
     unique = [name if names.count(name) == 1 else f"{name}-{names[:i].count(name) + 1}" for i, name in enumerate(names)]
     return [Subject(name, model, adapter) for name, (model, adapter) in zip(unique, found, strict=True)]
+
+
+def _check_ids(model: str, adapter: str | None) -> None:
+    """Raise `ConfigError` if the tokenizer of a folder, or of its adapter, has ids that the model does not."""
+    for folder in (adapter, model):
+        tokenizer = open_tokenizer(Path(folder)) if folder and Path(folder).is_dir() else None
+        if tokenizer is not None:
+            check_rows(tokenizer, read_config(Path(model)).vocab_size, f"model={model}")
+            return
 
 
 def _name(path: str) -> str:
@@ -129,6 +145,7 @@ def load_for_evaluation(
         raise ConfigError(
             f"model={path} cannot be opened ({_first(error)}); give a model folder or a hub id."
         ) from None
+    check_rows(tokenizer, config.vocab_size, f"model={path}")
     of_config = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     kind = of_config if dtype == "auto" else getattr(torch, dtype)
     open_ = load_model if Path(path).is_dir() else _from_hub

@@ -33,6 +33,7 @@ from finhpc.models.adapter import base_of, check_base, load_adapter
 from finhpc.models.families import FAMILIES, as_dense, dense_original, family_of, is_low_rank, parameter_count, skeleton
 from finhpc.models.folder import FolderReader, FolderWriter
 from finhpc.models.pipeline import is_tied
+from finhpc.models.tokens import check_rows, open_tokenizer, stop_ids, write_stops
 from finhpc.quantization.fake import TRAINED, trained_bits
 from finhpc.quantization.per_vector import rounded
 from finhpc.quantization.schemes import SCHEMES
@@ -55,6 +56,9 @@ def export(config: ExportConfig, dry_run: bool = False) -> dict[str, Any]:
         check_base(source, base)
     reader = FolderReader(base)
     conversion = Conversion(config, _read_config(base), reader, source if base != source else None)
+    tokenizer = open_tokenizer(source)
+    if tokenizer is not None:
+        check_rows(tokenizer, conversion.source_config.vocab_size, f"model={source}")
     result = _counted(config, conversion) | {"model": str(source), "out": str(out)}
     if dry_run:
         _summary(result | {"status": "dry_run"})
@@ -63,6 +67,8 @@ def export(config: ExportConfig, dry_run: bool = False) -> dict[str, Any]:
         for tensors in conversion.layers():
             writer.add(tensors)
         size = writer.finish(conversion.target_config, source)
+        if tokenizer is not None:
+            write_stops(writer.partial, stop_ids(tokenizer), conversion.source_config)
         result |= {"status": "finished", "size_bytes": size, "wall_s": time.monotonic() - begin}
         result["size_ratio"] = 2 * result["params_dense"] / size
         (writer.partial / "result.json").write_text(json.dumps(result, indent=1) + "\n")
