@@ -10,26 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from finhpc.config import GenerateConfig, Resources
 from finhpc.errors import ConfigError
-from finhpc.evaluation.adapters import Adapters, named, read_adapters
+from finhpc.evaluation.adapters import named, read_adapters
 from finhpc.evaluation.decoder import Decoder
 from finhpc.evaluation.decoding import decode
 from finhpc.evaluation.forms import use_fast_forms
 from finhpc.evaluation.prompts import Prompt
+from finhpc.models.attached import Adapters, round_for
+from finhpc.models.folder import has_tokenizer
 from finhpc.models.loading import load_model
-from finhpc.models.tokens import (
-    TOKENIZERS,
-    check_rows,
-    decoded,
-    generation_config,
-    open_tokenizer,
-    prompt_ids,
-    stop_ids,
-)
-from finhpc.models.weights import locate
+from finhpc.models.tokens import check_rows, decoded, generation_config, prompt_ids, stop_ids
+from finhpc.models.weights import config_of, find_tokenizer, locate
 
 
 @dataclass
@@ -50,19 +43,18 @@ class Generator:
 
     def __init__(self, config: GenerateConfig) -> None:
         folder = locate(config.model)
-        if not folder.is_dir():
-            raise ConfigError(f"model={folder} is a file; give a model folder (finhpc decompose or export makes one).")
-        if not any((folder / name).is_file() for name in TOKENIZERS):
+        own = config_of(folder)
+        if folder.is_dir() and not has_tokenizer(folder):
             raise ConfigError(f"model={folder} has no tokeniser; copy the tokeniser's files into that folder.")
         self.config = config
         device = _device(config.resources)
-        own = AutoConfig.from_pretrained(folder)
         adapters = read_adapters(config.adapters, own, folder) if config.adapters else {}
         folders = {None: folder} | dict(map(named, config.adapters))
         self.tokenizers = _tokenizers(folders, own.vocab_size)
-        self.model: Any = load_model(folder, _dtype(config, folder, device), device)
+        self.model: Any = load_model(folder, _dtype(config, own, device), device)
         if device.type == "cpu":
             leave_the_files(self.model)
+        round_for(self.model, adapters)
         self.forms = use_fast_forms(self.model)
         self.model_bytes = tensor_bytes(self.model)
         self.adapters = Adapters(self.model, adapters)
@@ -150,7 +142,7 @@ def _tokenizers(folders: dict[str | None, Path], rows: int) -> dict[str | None, 
     problems: list[str] = []
     for name, folder in folders.items():
         try:
-            tokenizer = open_tokenizer(folder)
+            tokenizer = find_tokenizer(folder)
             if tokenizer is not None:
                 check_rows(tokenizer, rows, f"model={folder}" if name is None else f"the base of adapter={folder}")
             found[name] = tokenizer or found[None]
@@ -192,10 +184,10 @@ def leave_the_files(model: torch.nn.Module) -> None:
             setattr(module, name, buffer.clone())
 
 
-def _dtype(config: GenerateConfig, folder: Path, device: torch.device) -> torch.dtype:
+def _dtype(config: GenerateConfig, model_config: Any, device: torch.device) -> torch.dtype:
     if config.dtype != "auto":
         return getattr(torch, config.dtype)  # type: ignore[no-any-return]
-    own = AutoConfig.from_pretrained(folder, local_files_only=True).dtype or torch.float32
+    own = model_config.dtype or torch.float32
     if own == torch.float16 and device.type == "cpu":
         print("weights are float16, which CPUs compute slowly; computing in float32", file=sys.stderr)
         return torch.float32

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from finhpc.errors import CheckpointError, ConfigError
+from finhpc.models.folder import GENERATION
 
-GENERATION = "generation_config.json"
-TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model")  # a folder with one of them has a tokenizer
 # What an answer is encoded behind if the ids of its own prompt change when it follows.
 ANCHORS = ("\n", "a", ")")
 QUESTION, ANSWER = "Q7q", "A7a"
@@ -99,19 +98,6 @@ def check_rows(tokenizer: Any, rows: int, where: str) -> None:
             f"({largest + 1:,} ids), so that some texts cannot be read; use the tokenizer that the model was trained "
             "with, or resize the model's embedding (transformers' resize_token_embeddings)."
         )
-
-
-def open_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder; None if the folder has none. Raises `ConfigError` if it does not open."""
-    from transformers import AutoTokenizer
-
-    if not any((folder / name).is_file() for name in TOKENIZERS):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise ConfigError(f"the tokenizer in {folder} does not open ({reason}); restore its files.") from None
 
 
 def end_of_turn(tokenizer: Any) -> int | None:

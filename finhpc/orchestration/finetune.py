@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,12 +61,16 @@ class Finetune(Job):
         (folder / EXAMPLES).unlink(missing_ok=True)
 
     def counts(self) -> dict[str, Any]:
+        from finhpc.models.families import model_sizes
+
         made = self.made
+        total = made.params_base + made.params_trainable
+        dense = model_sizes(made.weights.config, made.weights.config)["params_dense"]
         return {
-            "params_total": made.params_base + made.params_trainable,
+            "params_total": total,
             "params_trainable": made.params_trainable,
-            "params_dense": made.params_base,
-            "compression_ratio": made.params_base / (made.params_base + made.params_trainable),
+            "params_dense": dense,
+            "compression_ratio": dense / total,
             "data": made.examples.counts,
             "scores": None,
             "held_out_weighted_f1": None,
@@ -101,14 +104,10 @@ class Finetune(Job):
         import torch
 
         from finhpc.evaluation.held_out import label_scores
-        from finhpc.models.families import is_low_rank
         from finhpc.models.loading import load_model
 
         config = self.config
         weights = self.made.weights
-        if not weights.path.is_dir() or is_low_rank(weights.config):
-            say("labels of held-out examples are not scored beside a .gguf file or a low-rank base.")
-            return
         torch.set_num_threads(config.resources.threads)
         model = load_model(folder / "model", torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
         tokenizer = tokenizer_of(weights)
@@ -262,28 +261,16 @@ def _set_steps(config: FinetuneConfig, examples: int) -> None:
 
 def tokenizer_of(weights: Weights) -> Any:
     """The base's tokeniser; raises `ConfigError` where the model comes without."""
-    from transformers import AutoTokenizer
+    from finhpc.models.weights import open_tokenizer
 
-    path = weights.path
-    try:
-        if path.is_file():
-            return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise ConfigError(
-            f"model.path={path} comes without a tokeniser that opens ({reason}); add the one it was trained with."
-        ) from None
+    return open_tokenizer(weights.path)
 
 
 def base_fingerprint(path: Path) -> str:
     """One hash of the base, whose files are checked against their manifest where there is one."""
     from finhpc.models.manifest import weights_fingerprint
 
-    if path.is_dir():
-        return weights_fingerprint(path)
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return weights_fingerprint(path)
 
 
 def open_examples(folder: Path, fingerprint: str) -> Examples:

@@ -121,7 +121,7 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
 def test_integer_weights_are_no_dense_model(tmp_path: Path) -> None:
     saved(tiny_llama(), tmp_path)
     changed(tmp_path, **{"model.norm.weight": torch.ones(32, dtype=torch.int8)})
-    with pytest.raises(CheckpointError, match=r"model\.norm\.weight is torch\.int8, so the model is quantised"):
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight is torch\.int8, so the model is quantized"):
         open_weights(tmp_path).read("model.norm.weight")
 
 

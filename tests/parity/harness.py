@@ -21,10 +21,11 @@ TEXT_NOTES = [
     "whole conversation, the tokenizer's ids of the whole text, and `generate` on them.",
 ]
 WEIGHTS_NOTES = [
-    "Numbers are the largest difference from the reference (transformers' own float32 model under peft's reading of the",
-    f"adapter): of logits as a share of the largest one, of losses as a share of the loss. At most {EXACT:.0e}, and",
-    f"{BITSANDBYTES:.0e} where bitsandbytes computes (its int8 rounds a layer's inputs, its NF4 computes in bfloat16 on",
-    "some CPUs). Greedy text is equal. An adapter that is refused is refused by all commands alike, by name.",
+    "Numbers are the largest difference from the reference, transformers' own float32 model under peft's reading of",
+    "the adapter: of logits as a share of the largest one, of losses as a share of the loss. They may be",
+    f"{EXACT:.0e}, and {BITSANDBYTES:.0e} where bitsandbytes computes: its int8 rounds a layer's inputs, its NF4",
+    "computes in bfloat16 on some CPUs. Greedy text is equal. An adapter that is refused is refused by all commands",
+    "alike, by name.",
 ]
 
 
