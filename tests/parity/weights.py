@@ -86,7 +86,7 @@ def allowed(chosen: Combination) -> bool:
     if chosen.get("base") != "GGUF":
         return True
     # A GGUF file has its own tokenizer, of the byte-level kind.
-    return chosen.get("family") not in NOT_IN_GGUF and chosen.get("tokenizer", "byte-level") == "byte-level"
+    return chosen.get("family") not in NOT_IN_GGUF and chosen.get("tokenizer", "byte level") == "byte level"
 
 
 def combinations() -> list[Combination]:
