@@ -59,12 +59,12 @@ def model_folder(folder: Path) -> Path:
     return folder
 
 
-def text_row(of: Kind, model: Path, folder: Path) -> Row:
-    """What every command makes of texts with this tokenizer; `folder` does not exist yet."""
+def text_row(of: Kind, source: Path, folder: Path) -> Row:
+    """What every command makes of texts with this tokenizer; `source` is a model, `folder` does not exist yet."""
     row = Row({"tokenizer": of.kind, "around a text": of.ends, "chat template": of.template})
-    shutil.copytree(model, folder)
+    shutil.copytree(source, folder)
     tokenizer_of(of).save_pretrained(folder)
-    plain = AutoTokenizer.from_pretrained(folder)
+    plain, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     chats, pairs = _examples(folder, plain)
     generator = Generator(_settings(folder, prompt="unused"))
     with row.column("finetune, chats"):
@@ -84,9 +84,9 @@ def text_row(of: Kind, model: Path, folder: Path) -> Row:
             tokens, carries = pairs.train.example(number)
             _same(generator.encode(prompt, None), tokens[~carries].tolist())
     with row.column("generate, text"):
-        _check_text(folder, plain)
+        _check_text(folder, model, plain)
     with row.column("generate, chat"):
-        _check_talk(folder, plain, of.template)
+        _check_talk(folder, model, plain, of.template)
     with row.column("generate, stops"):
         tokens, carries = chats.train.example(0)
         last = int(tokens[carries][-1])
@@ -192,9 +192,8 @@ def _settings(folder: Path, **more: Any) -> GenerateConfig:
     return build(GenerateConfig, {"model": str(folder), "sampling": {"max_new_tokens": NEW}, **more})
 
 
-def _continued(folder: Path, ids: list[int], stop: list[int]) -> list[int]:
+def _continued(model: Any, ids: list[int], stop: list[int]) -> list[int]:
     """What transformers generates greedily after ids."""
-    model: Any = AutoModelForCausalLM.from_pretrained(folder)
     with torch.inference_mode():
         tokens = torch.tensor([ids])
         out = model.generate(
@@ -205,14 +204,14 @@ def _continued(folder: Path, ids: list[int], stop: list[int]) -> list[int]:
     return found
 
 
-def _check_text(folder: Path, plain: Any) -> None:
+def _check_text(folder: Path, model: Any, plain: Any) -> None:
     """Greedy text of prompts, one at a time and together; a prompt and its text join to what the ids say."""
     prompts = folder / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt, _ in PAIRS))
     together = generate(_settings(folder, prompts=str(prompts)))["answers"]
     for (prompt, _), answer in zip(PAIRS, together, strict=True):
         ids = _whole(plain, prompt)
-        new = _continued(folder, ids, [plain.eos_token_id])
+        new = _continued(model, ids, [plain.eos_token_id])
         wanted = _joined(plain, ids, new)
         assert answer["text"] == wanted, f"after {prompt!r} stands {answer['text']!r}, not {wanted!r}"
     (alone,) = generate(_settings(folder, prompt=PAIRS[0][0]))["answers"]
@@ -227,7 +226,7 @@ def _joined(plain: Any, before: list[int], new: list[int]) -> str:
     return str(plain.decode(new, skip_special_tokens=True))
 
 
-def _check_talk(folder: Path, plain: Any, template: str) -> None:
+def _check_talk(folder: Path, model: Any, plain: Any, template: str) -> None:
     """A talk of two turns: transformers' ids of the conversation, and its text."""
     asked = [content for role, content in CHATS[0] if role == "user"]
     with patch.object(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in asked))):
@@ -237,7 +236,7 @@ def _check_talk(folder: Path, plain: Any, template: str) -> None:
     for line, answer in zip(asked, answers, strict=True):
         said.append({"role": "user", "content": line})
         ids = _chat_ids(plain, said, prompt=True)
-        wanted = _joined(plain, ids, _continued(folder, ids, stop))
+        wanted = _joined(plain, ids, _continued(model, ids, stop))
         assert answer["text"] == wanted, f"after {line!r} stands {answer['text']!r}, not {wanted!r}"
         said.append({"role": "assistant", "content": answer["text"].strip()})
 

@@ -6,13 +6,13 @@ same special tokens, so that every template fits every tokenizer.
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from tests.data import kinds
 from tests.data.kinds import CHATML, KINDS, MARKED, ZEPHYR
+from tests.parity.pairwise import pairwise
 
 BEGIN, END, UNKNOWN = "<s>", "</s>", "<unk>"
 MARKERS = ("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
@@ -67,9 +67,10 @@ class Kind:
         return f"{self.kind} | {self.ends} | {self.template}"
 
 
-def every_kind() -> list[Kind]:
-    """All tokenizers that the tables above make."""
-    return [Kind(*chosen) for chosen in itertools.product(KINDS, ENDS, TEMPLATES)]
+def tokenizer_pairs() -> list[Kind]:
+    """Tokenizers in which every pair of values of the tables above occurs."""
+    axes = {"kind": list(KINDS), "ends": list(ENDS), "template": list(TEMPLATES)}
+    return [Kind(**chosen) for chosen in pairwise(axes, lambda chosen: True)]
 
 
 @cache

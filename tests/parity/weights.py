@@ -217,9 +217,9 @@ class _Case:
         file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt, _ in PAIRS))
         if self.tolerance == EXACT:
             answers = generate(build(GenerateConfig, tree | {"prompts": str(file)}))["answers"]
-            tokenizer = generator.tokenizer
+            tokenizer = generator.tokenizers[tree.get("adapter")]
             for (prompt, _), answer in zip(PAIRS, answers, strict=True):
-                self._check_text(tokenizer, generator.encode(prompt), answer["text"])
+                self._check_text(tokenizer, generator.encode(prompt, tree.get("adapter")), answer["text"])
         return worst
 
     def _check_text(self, tokenizer: Any, prompt: list[int], text: str) -> None:
