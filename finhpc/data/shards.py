@@ -20,6 +20,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from finhpc.errors import ConfigError, DataError
+from finhpc.models.tokens import largest_id
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -164,9 +165,9 @@ class Shards:
 
     def ids_of_text(self) -> int:
         """How many rows the ids of the text need in an embedding; a token that only pads needs none."""
-        from finhpc.models.tokens import largest_id, tokenizer_at
+        from finhpc.models.weights import find_tokenizer
 
-        tokenizer = tokenizer_at(self.tokenizer)
+        tokenizer = find_tokenizer(self.tokenizer)
         return self.manifest.vocab_size if tokenizer is None else largest_id(tokenizer) + 1
 
     def check_same(self, fingerprint: str) -> None:

@@ -21,8 +21,8 @@ from finhpc.evaluation.prompts import Prompt
 from finhpc.models.attached import Adapters, round_for
 from finhpc.models.folder import has_tokenizer
 from finhpc.models.loading import load_model
-from finhpc.models.tokens import check_rows, decoded, generation_config, prompt_ids, stop_ids, tokenizer_at
-from finhpc.models.weights import config_of, locate
+from finhpc.models.tokens import check_rows, decoded, generation_config, prompt_ids, stop_ids
+from finhpc.models.weights import config_of, find_tokenizer, locate
 
 
 @dataclass
@@ -142,8 +142,10 @@ def _tokenizers(folders: dict[str | None, Path], rows: int) -> dict[str | None, 
     problems: list[str] = []
     for name, folder in folders.items():
         try:
-            found[name] = tokenizer_at(folder, folders[None])
-            check_rows(found[name], rows, f"model={folder}" if name is None else f"the base of adapter={folder}")
+            tokenizer = find_tokenizer(folder)
+            if tokenizer is not None:
+                check_rows(tokenizer, rows, f"model={folder}" if name is None else f"the base of adapter={folder}")
+            found[name] = tokenizer or found[None]
         except ConfigError as error:
             problems += error.problems
     if problems:

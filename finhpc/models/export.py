@@ -33,8 +33,8 @@ from finhpc.models.config_file import is_adapter
 from finhpc.models.families import as_dense, family_of, is_low_rank, model_sizes, skeleton
 from finhpc.models.folder import GENERATION, TOKENIZER_FILES, FolderWriter, copy_tokenizer, has_tokenizer
 from finhpc.models.pipeline import is_tied
-from finhpc.models.tokens import check_rows, stop_ids, tokenizer_at, write_stops
-from finhpc.models.weights import Weights, locate, open_weights, save_tokenizer
+from finhpc.models.tokens import check_rows, stop_ids, write_stops
+from finhpc.models.weights import Weights, find_tokenizer, locate, open_weights, save_tokenizer
 from finhpc.quantization.fake import TRAINED, trained_bits
 from finhpc.quantization.per_vector import rounded
 from finhpc.quantization.schemes import SCHEMES
@@ -57,7 +57,9 @@ def export(config: ExportConfig, dry_run: bool = False) -> dict[str, Any]:
     if adapter:
         check_base(adapter, base)
     conversion = Conversion(config, open_weights(base, low_rank=True), adapter)
-    tokenizer = tokenizer_at(adapter, base)
+    tokenizer = find_tokenizer(adapter) if adapter else None
+    if tokenizer is None:
+        tokenizer = find_tokenizer(base)
     if tokenizer is not None:
         check_rows(tokenizer, conversion.source_config.vocab_size, f"model={source}")
     result = _counted(config, conversion) | {"model": str(source), "out": str(out)}

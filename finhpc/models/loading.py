@@ -25,7 +25,7 @@ from finhpc.models.folder import GENERATION, SafetensorsFolder
 from finhpc.models.initialize import initialize
 from finhpc.models.manifest import check_manifest
 from finhpc.models.pipeline import parts_of
-from finhpc.models.weights import Weights, config_of, open_weights
+from finhpc.models.weights import Weights, config_of, open_weights, save_tokenizer
 from finhpc.quantization.fake import TRAINED, round_weights, trained_bits
 
 
@@ -130,8 +130,9 @@ def initial_model(hf_config: Any, seed: int, scheme: str | None) -> Any:
 def save_model(
     folder: Path, hf_config: Any, shards: Sequence[Callable[[], dict[str, Tensor]]], tokenizer: Path | None
 ) -> None:
-    """Write config.json, safetensors (one file a shard) and the tokeniser's files; complete or absent.
+    """Write config.json, safetensors (one file a shard) and the tokenizer's files; complete or absent.
 
+    `tokenizer`: a folder with a tokenizer, and perhaps a generation config, which goes along.
     Each of `shards` returns Hugging Face name -> tensor and is called once, in turn, so the memory
     needed is one shard.
     """
@@ -153,7 +154,6 @@ def save_model(
     hf_config.dtype = "float32"
     hf_config.save_pretrained(partial)
     if tokenizer is not None:
-        for file in sorted(tokenizer.iterdir()):
-            shutil.copy2(file, partial / file.name)
+        save_tokenizer(tokenizer, partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)

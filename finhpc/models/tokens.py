@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finhpc.errors import CheckpointError, ConfigError
+from finhpc.models.folder import GENERATION
 
 # What an answer is encoded behind if the ids of its own prompt change when it follows.
 ANCHORS = ("\n", "a", ")")
@@ -99,18 +100,6 @@ def check_rows(tokenizer: Any, rows: int, where: str) -> None:
         )
 
 
-def tokenizer_at(*paths: Path | None) -> Any:
-    """The tokenizer of the first of several folders or GGUF files that has one; None if none has."""
-    from finhpc.models.folder import has_tokenizer
-    from finhpc.models.gguf import GgufFile
-    from finhpc.models.weights import open_tokenizer
-
-    for path in paths:
-        if path is not None and (has_tokenizer(path) if path.is_dir() else GgufFile(path).has_tokenizer):
-            return open_tokenizer(path)
-    return None
-
-
 def end_of_turn(tokenizer: Any) -> int | None:
     """Id of the token with which the chat template ends an answer; None without a template, or if it ends none."""
     if not getattr(tokenizer, "chat_template", None):
@@ -136,8 +125,6 @@ def stop_ids(tokenizer: Any, *configs: Any) -> list[int]:
 
 def generation_config(folder: Path) -> dict[str, Any]:
     """What generation_config.json of a folder holds; empty without one."""
-    from finhpc.models.folder import GENERATION
-
     path = folder / GENERATION
     if not path.is_file():
         return {}
@@ -155,8 +142,6 @@ def write_stops(folder: Path, ids: Iterable[int], config: Any) -> None:
 
     `config`: the model's, whose ids count if the folder has no such file. Nothing is written if all are there already.
     """
-    from finhpc.models.folder import GENERATION
-
     tree = generation_config(folder)
     own = tree["eos_token_id"] if "eos_token_id" in tree else getattr(config, "eos_token_id", None)
     before = [token for token in (own if isinstance(own, list) else [own]) if token is not None]

@@ -22,7 +22,7 @@ from finhpc.errors import CheckpointError, ConfigError
 from finhpc.lowrank.replace import dense_shape, layer_kind
 from finhpc.models.config_file import quantizer_of, read_config
 from finhpc.models.families import family_of, is_low_rank, skeleton
-from finhpc.models.folder import GENERATION, SafetensorsFolder, copy_tokenizer
+from finhpc.models.folder import GENERATION, SafetensorsFolder, copy_tokenizer, has_tokenizer
 from finhpc.models.gguf import GgufFile
 from finhpc.models.pipeline import is_tied
 
@@ -182,6 +182,12 @@ def open_tokenizer(path: Path) -> Any:
         raise ConfigError(
             f"model={path} comes without a tokenizer that opens ({reason}); add the one it was trained with."
         ) from None
+
+
+def find_tokenizer(path: Path) -> Any:
+    """The tokenizer of a model folder, adapter's folder or GGUF file; None if it has none."""
+    there = has_tokenizer(path) if path.is_dir() else path.is_file() and GgufFile(path).has_tokenizer
+    return open_tokenizer(path) if there else None
 
 
 def config_of(path: Path, any_family: bool = False) -> Any:
