@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from finhpc.data.messages import check_rendered
 from finhpc.errors import ConfigError
 
-ROLES = ("system", "user", "assistant", "tool")
 
-
-def conversation(messages: Any, where: str, tokenizer: Any) -> tuple[list[tuple[str, str]], str]:
+def conversation(messages: list[dict[str, Any]], where: str, tokenizer: Any) -> tuple[list[tuple[str, str]], str]:
     """(prompt, answer) of each assistant turn, all in a row the rendered text, and the first user message.
 
     An answer ends where the template ends the turn, with its end-of-turn token; what follows belongs
@@ -43,24 +42,19 @@ def conversation(messages: Any, where: str, tokenizer: Any) -> tuple[list[tuple[
     return turns, first.strip()
 
 
-def _checked(messages: Any, where: str, tokenizer: Any) -> list[dict[str, str]]:
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise ConfigError(f"{where}: messages is no list of objects; write role and content of each.")
+def _checked(messages: list[dict[str, Any]], where: str, tokenizer: Any) -> list[dict[str, Any]]:
     special = [token for token in tokenizer.all_special_tokens if token]
     for number, message in enumerate(messages, 1):
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            raise ConfigError(f"{where}: message {number} has the role {role!r}; roles are {', '.join(ROLES)}.")
-        if not isinstance(content, str):
-            raise ConfigError(f"{where}: message {number} holds {type(content).__name__}, not text; correct it.")
-        if role == "assistant" and not content.strip():
+        role, content = message["role"], message["content"]
+        if role == "assistant" and not content.strip() and "tool_calls" not in message:
             raise ConfigError(f"{where}: the answer (message {number}) is empty; write one or remove the record.")
         if token := next((token for token in special if token in content), None):
             raise ConfigError(f"{where}: message {number} holds the special token {token}; remove it from the text.")
+    check_rendered(messages, lambda given: _render(tokenizer, given, where, add_generation_prompt=False), where)
     return messages
 
 
-def _render(tokenizer: Any, messages: list[dict[str, str]], where: str, add_generation_prompt: bool) -> str:
+def _render(tokenizer: Any, messages: list[dict[str, Any]], where: str, add_generation_prompt: bool) -> str:
     try:
         text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except Exception as error:  # whatever the template's author raises, such as for roles out of turn
