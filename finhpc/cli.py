@@ -113,6 +113,11 @@ def _settle(
         return None
     options, overrides = parse(words, cls)
     settings = config.load(cls, options.get("config"), overrides)
+    if "list_templates" in options:
+        from finhpc.data.templates import listing
+
+        print(listing(settings.data.templates))
+        return None
     if "print_config" in options:
         print(config.to_yaml(settings), end="")
         return None
@@ -177,7 +182,7 @@ def parse(words: list[str], cls: type[Any]) -> tuple[dict[str, str], dict[str, A
             problems.append(f"{word} is no flag; settings are given as --key value.")
             continue
         name, equals, value = word[2:].partition("=")
-        if name in ("json", "dry_run", "print_config"):
+        if name in ("json", "dry_run", "print_config") or (name == "list_templates" and "data.templates" in fields):
             options[name] = ""
             continue
         if not equals:
@@ -198,6 +203,11 @@ def parse(words: list[str], cls: type[Any]) -> tuple[dict[str, str], dict[str, A
             if not equals:
                 problems.append(f"--grid {value} names no values; give --grid 'KEY=[VALUES]'.")
             overrides.setdefault(name, {})[key.strip()] = _numbers(_value(spec, None))
+        elif str(fields[name].annotation if name in fields else "").startswith("dict"):
+            values = [value]
+            while i < len(words) and not words[i].startswith("--"):
+                values, i = [*values, words[i]], i + 1
+            overrides[name] = _mapping(values, overrides.get(name))
         elif str(fields[name].annotation if name in fields else "").startswith("list"):
             overrides.setdefault(name, []).append(value)
             while i < len(words) and not words[i].startswith("--"):  # as a shell's * gives them
@@ -208,6 +218,17 @@ def parse(words: list[str], cls: type[Any]) -> tuple[dict[str, str], dict[str, A
     if problems:
         raise ConfigError(problems)
     return options, overrides
+
+
+def _mapping(words: list[str], before: Any) -> Any:
+    """KEY=VALUE words as a mapping, with those given before; a YAML mapping as such; other words as a list."""
+    if len(words) == 1 and words[0].startswith("{"):
+        found = _value(words[0], None)
+    elif all("=" in word for word in words):
+        found = {key.strip(): value for key, _, value in (word.partition("=") for word in words)}
+    else:
+        return [*before, *words] if isinstance(before, list) else words
+    return before | found if isinstance(before, dict) and isinstance(found, dict) else found
 
 
 def _value(text: str, field: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from finhpc.config.folders import ExportQuantization
+from finhpc.config.labels import Labels
 from finhpc.config.section import Section
 from finhpc.config.training import Resources, Run
 
@@ -16,6 +17,10 @@ class EvaluateData(Section):
 
     folder: str | None = Field(None, description="of the tasks' files, found by their usual names in it or one below")
     files: dict[str, str] = Field(default_factory=dict, description="a task's own file or hf:NAME: data.files.fpb FILE")
+    labels: Labels
+    template: str | None = Field(None, description="of a task of your own; default: as finetune's")
+    templates: str | None = Field(None, description="YAML file of your own templates, as finetune's")
+    columns: dict[str, str] = Field(default_factory=dict, description="of a task of your own, as finetune's")
     encoding: str | None = Field(None, description="of text files; default: UTF-8, PhraseBank's latin-1")
     hf_split: str = Field("validation", description="split of an hf: source")
     shards: str | None = Field(None, description="folder written by `finhpc prepare`, for perplexity")
@@ -34,7 +39,8 @@ class EvaluateConfig(Section):
     )
     tasks: list[str] = Field(
         default_factory=lambda: ["fpb", "fiqa_sa", "tfns", "ner"],
-        description="of boolq piqa winogrande fpb fiqa_sa tfns ner perplexity, or lm-eval task files (.yaml)",
+        description="of boolq piqa winogrande fpb fiqa_sa tfns ner perplexity, lm-eval task files (.yaml), or a name "
+        "of your own with data.files.NAME FILE: labels",
     )
     data: EvaluateData = Field(default_factory=EvaluateData)
     limit: int | None = Field(None, ge=1, description="examples a task (samples, for perplexity), drawn by seed")

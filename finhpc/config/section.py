@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from finhpc.errors import ConfigError
+from finhpc.textfile import parse_yaml, read_text
 
 
 class Section(BaseModel):
@@ -100,8 +101,8 @@ def _read(source: str) -> dict[str, Any]:
             raise ConfigError(f"config={source} is not a file; give a YAML file or one of: {', '.join(known)}.")
         raise ConfigError(f"config={source} is no recipe; {nearest(source, list(known))}")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        tree = parse_yaml(read_text(path, setting=None)[0])
+    except yaml.YAMLError as error:
         raise ConfigError(f"config={source} is not valid YAML: {error}; correct that line.") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"config={source} must hold sections (`model:`, `train:`, ...), not {type(tree).__name__}.")

@@ -141,7 +141,7 @@ def bad_jsonl(folder: Path, bad: bytes) -> Path:
 BAD_LINES = [
     (b'{"txt": "a", "source": "b"}', r'line 30: no field "text"; use --text_field with one of: txt, source'),
     (b'{"text": "a', r"line 30: broken JSON \(.*\); correct the line"),
-    (b'{"text": null}', r'line 30: field "text" holds NoneType, not text'),
+    (b'{"text": null}', r'line 30: field "text" holds null, not text'),
     (b'["text"]', r"line 30: a JSON list, not an object"),
     (b'{"text": "caf\xe9"}', r"line 30: not UTF-8 \(byte 14 of the line\); convert the file to UTF-8"),
     (b'{"text": "\\ud800"}', r"line 30: .* half a surrogate pair"),
@@ -161,7 +161,7 @@ def test_a_bad_line_is_named_or_counted(bad, message, tmp_path, monkeypatch):
 
 def test_a_text_file_that_is_not_utf8_is_named(tmp_path):
     (tmp_path / "a.txt").write_bytes("first\nprofit rose 5 £\n".encode("latin-1"))
-    with pytest.raises(DataError, match=r"a.txt line 2: not UTF-8; convert it \(iconv"):
+    with pytest.raises(DataError, match=r"a.txt line 2: byte 0xa3 is not utf-8; convert it to UTF-8 \(iconv"):
         read_all(tmp_path)
 
 
@@ -178,7 +178,7 @@ def test_bad_parquet_rows_are_named_or_counted(tmp_path, monkeypatch):
     raw = pa.array([b"good", b"fine", None, b"caf\xe9"], pa.binary())
     text = pa.StringArray.from_buffers(4, raw.buffers()[1], raw.buffers()[2], raw.buffers()[0])
     pq.write_table(pa.table({"text": text}), tmp_path / "a.parquet", row_group_size=2)
-    with pytest.raises(DataError, match=r'a.parquet row 3: field "text" holds NoneType'):
+    with pytest.raises(DataError, match=r'a.parquet row 3: field "text" holds null'):
         read_all(tmp_path)
     assert read_all(tmp_path, on_error="skip") == ["good", "fine"]
 
