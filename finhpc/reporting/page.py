@@ -92,10 +92,8 @@ def _machine(group: Group) -> str:
     """On what the group's runs ran, as far as MLflow knows: workers, device, threads."""
     said: list[str] = []
     for run in [run for row in group.rows for run in row.runs]:
-        workers, threads = (run.tags.get(f"finhpc.start.{key}") for key in ("workers", "threads"))
-        device = run.tags.get("finhpc.start.device")
-        if device is None and run.tags.get("version.torch", "").endswith("+cpu"):
-            device = "cpu"
+        workers, threads = (run.start(key) for key in ("workers", "threads"))
+        device = run.start("device")
         parts = [f"{workers} worker{'' if workers == '1' else 's'}"] if workers else []
         parts += [f"on {device.upper() if device == 'cpu' else device}"] if device else []
         parts += [f"{threads} thread{'' if threads == '1' else 's'} each"] if threads and device == "cpu" else []
