@@ -115,7 +115,7 @@ def show(config: AnySweep, result: Row) -> None:
         ("steps trained", f"{result['steps_trained']:,}"),
         ("time", str(timedelta(seconds=round(result["wall_s"])))),
         ("table", f"{result['folder']}/trials.csv"),
-        ("compare", f"{command} ui {where or f'--run.storage {config.run.storage}'}"),
+        ("compare", f"{command} ui {where or f'--run.storage {config.run.storage}'} --run.name {config.run.name}"),
     ]
     summary_table(f"sweep {config.run.name}", summary)
 

@@ -17,7 +17,7 @@ from finhpc.reporting.runs import Collected
 from finhpc.reporting.tables import Group, Row, Table
 
 OPEN_GROUPS = 2  # scales shown at once; the others are folded
-VERDICTS = ("holds", "in part", "does not hold", "not measured")
+VERDICTS = ("holds", "in part", "does not hold", "not comparable", "not measured")
 CLAIM_WIDTHS = (21, 18, 15, 17, 10, 19)  # of the columns, in percent
 PAPER = "X.-Y. Liu, J. Zhang, G. Wang, W. Tong, A. Walid, FinGPT-HPC"
 NOTES = {
@@ -111,7 +111,9 @@ def _claims(claims: Sequence[Claim]) -> str:
     widths = "".join(f"<col style='width: {share}%'>" for share in CLAIM_WIDTHS)
     return (
         f"<p>A claim holds where ours is at least the paper's figure, in part where it points the same way with less, "
-        f"and does not hold where it points the other way.</p><div class='tally'>{counted}</div>"
+        f"and does not hold where it points the other way. Time and memory "
+        f"are compared only between runs that were placed alike and trained long enough.</p>"
+        f"<div class='tally'>{counted}</div>"
         f"<div class='scroll'><table class='words'><colgroup>{widths}</colgroup><thead><tr><th>claim</th>"
         f"<th>ours / paper's</th><th>paper</th><th>ours</th><th></th>"
         f"<th>compared</th></tr></thead><tbody>{rows}</tbody></table></div>"

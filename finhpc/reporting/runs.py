@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from finhpc.config import Model
 from finhpc.errors import ConfigError
 from finhpc.models.presets import PRESETS, Shape, resolve_shape
-from finhpc.orchestration.mlflow_shown import HIDDEN, PARENT, SCORED_FROM, SETTING
+from finhpc.orchestration.mlflow_shown import HIDDEN, PARENT, SCORED_FROM, SETTING, SWEEP
 from finhpc.orchestration.runfolder import MAY_CHANGE
 
 if TYPE_CHECKING:
@@ -68,6 +68,21 @@ class Tracked:
         """pretrain, finetune or evaluate; None for anything else."""
         verb = self.tags.get(HIDDEN + "verb")
         return verb if verb in ("pretrain", "finetune", "evaluate") else None
+
+    def place(self, key: str) -> str | None:
+        """Where it ran: `stages`, `replicas`, `device` or `threads`."""
+        return self.start(key) or self.setting(f"parallel.{key}") or self.setting(f"resources.{key}")
+
+    @property
+    def warm(self) -> bool:
+        """Whether it trained in a process that a sweep keeps for its trials."""
+        return SWEEP in self.tags
+
+    @property
+    def train_s(self) -> float | None:
+        """Seconds that its steps took, at their median pace."""
+        tokens, pace = self.metrics.get("tokens"), self.metrics.get("tokens_per_s")
+        return tokens / pace if tokens and pace else None
 
     @property
     def complete(self) -> bool:
