@@ -362,7 +362,8 @@ def _estimate_finetune(settings: Any, dry_run: bool) -> dict[str, Any]:
 def _ui(settings: Any, dry_run: bool) -> None:
     from finhpc.orchestration.ui import ui
 
-    ui(settings.run.storage, settings.run.tracking_uri, settings.port)
+    run = settings.run
+    ui(run.storage, run.tracking_uri, settings.port, run.name if "name" in run.model_fields_set else None)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,10 @@ from finhpc.evaluation.tasks import PERPLEXITY, TaskFile, prepare_tasks
 from finhpc.orchestration.cluster import cluster_resources, ray_cluster
 from finhpc.orchestration.evaluate_report import log_to_mlflow, summary
 from finhpc.orchestration.evaluate_worker import Pair, Scorer
+from finhpc.orchestration.mlflow_store import check_store
 from finhpc.orchestration.run import whole_path
 from finhpc.orchestration.runfolder import RunFolder, redact
+from finhpc.orchestration.tracking import absolute_tracking_uri, default_tracking_uri
 from finhpc.quantization.schemes import SCHEMES
 
 FORMAT = 1
@@ -45,6 +47,8 @@ def evaluate(config: EvaluateConfig, dry_run: bool = False) -> dict[str, Any]:
         data = config.data.model_copy(update={"shards": whole_path(config.data.shards)})
         config = config.model_copy(update={"data": data})
     folder = RunFolder(config.run.storage, config.run.name)
+    uri = absolute_tracking_uri(config.run.tracking_uri or default_tracking_uri(config.run.storage))
+    check_store(uri, config.run.experiment)
     with folder.lock():
         found, tasks = _checked(config, folder.path)
         names = [task.name for task in tasks] + ([PERPLEXITY] if PERPLEXITY in config.tasks else [])
@@ -79,7 +83,7 @@ def evaluate(config: EvaluateConfig, dry_run: bool = False) -> dict[str, Any]:
             "wall_s": time.monotonic() - began,
         }
         folder.write_result(result)
-        result["mlflow_run_id"], result["tracking_uri"] = log_to_mlflow(config, folder.path, found, result)
+        result["mlflow_run_id"], result["tracking_uri"] = log_to_mlflow(config, folder.path, found, tasks, result)
         folder.write_result(result)
     summary(result)
     if failed:

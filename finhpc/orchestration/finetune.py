@@ -12,9 +12,10 @@ from finhpc.errors import ConfigError, DataError
 from finhpc.orchestration import outcome
 from finhpc.orchestration.cluster import use_cuda
 from finhpc.orchestration.job import Job, Rows, Say
+from finhpc.orchestration.mlflow_shown import Dataset
 from finhpc.orchestration.plan import check_parallel, check_stages, collect
 from finhpc.orchestration.progress import rows_table, summary_table
-from finhpc.orchestration.run import place_whole, run, whole_path
+from finhpc.orchestration.run import checked, place_whole, run, whole_path
 from finhpc.training.checkpoint import Saved, read_stage
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def finetune(config: FinetuneConfig, dry_run: bool = False) -> dict[str, Any]:
     for settings that cannot work, `DataError` for damaged examples, `TrainingFailedError` or another
     `FinhpcError` when training fails.
     """
-    return run(Finetune(config), dry_run)
+    return run(checked(Finetune(config)), dry_run)
 
 
 class Finetune(Job):
@@ -51,6 +52,16 @@ class Finetune(Job):
     @property
     def fingerprints(self) -> tuple[str, str | None]:
         return self.made.examples.fingerprint, self.made.base_fingerprint
+
+    @property
+    def hf_config(self) -> Any:
+        return self.made.weights.config
+
+    @property
+    def datasets(self) -> list[Dataset]:
+        data, read = self.config.data, self.made.examples
+        learned = [Dataset.of_file(source, read.fingerprint) for source in data.source]
+        return learned + [Dataset.of_file(source, read.fingerprint, "evaluation") for source in data.eval_source]
 
     def make_ready(self, folder: Path, say: Say) -> None:
         for note in self.made.examples.notes:

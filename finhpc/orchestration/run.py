@@ -9,14 +9,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
-from finhpc.config import PretrainConfig, Run, TrainingConfig, flatten
+from finhpc.config import PretrainConfig, Run, TrainingConfig
 from finhpc.errors import ConfigError
 from finhpc.orchestration import outcome
 from finhpc.orchestration.cluster import check_fits, cluster_resources, known_resources, ray_cluster, use_cuda
 from finhpc.orchestration.fit import fit
 from finhpc.orchestration.job import Job, Say
+from finhpc.orchestration.mlflow_shown import HIDDEN, origin, setting_tags
+from finhpc.orchestration.mlflow_store import check_store
 from finhpc.orchestration.progress import Progress, summary_table
 from finhpc.orchestration.runfolder import RunFolder
 from finhpc.orchestration.tracking import Status, Tracker, absolute_tracking_uri, default_tracking_uri
@@ -34,6 +36,19 @@ class Pruned(BaseException):
 
 
 Fit = Callable[[Job, RunFolder, bool, Say], None]
+J = TypeVar("J", bound=Job)
+
+
+def checked(job: J) -> J:
+    """The job, if MLflow will take its run; raises `ConfigError` otherwise, before anything starts."""
+    config = job.config
+    check_store(tracking_uri_of(config.run), config.run.experiment)
+    return job
+
+
+def tracking_uri_of(run: Run) -> str:
+    """The address of its MLflow, given or next to the run folders."""
+    return run.tracking_uri or default_tracking_uri(run.storage)
 
 
 def run(job: Job, dry_run: bool = False, fit: Fit = fit) -> dict[str, Any]:
@@ -203,22 +218,22 @@ def _train(job: Job, folder: RunFolder, say: Say, fit: Fit, ray: ExitStack) -> N
 
 def _tracker(job: Job, folder: RunFolder, environment: dict[str, Any], say: Say) -> Tracker:
     config = job.config
-    counted = ("params_total", "params_trainable", "params_dense")
-    params = flatten(config) | {key: value for key, value in job.counts().items() if key in counted}
-    params |= job.params
-    packages = {f"version.{name}": value for name, value in environment["packages"].items() if value}
     data, model = job.fingerprints
     tags = {
         "mlflow.source.name": f"finhpc {job.verb}",
         "mlflow.source.git.commit": environment.get("git_commit"),
-        "finhpc.dataset_fingerprint": data,
-        "finhpc.model_fingerprint": model,
-        **packages,
+        HIDDEN + "verb": job.verb,
+        HIDDEN + "dataset_fingerprint": data,
+        HIDDEN + "model_fingerprint": model,
+        HIDDEN + "started_from": config.model.path and origin(config.model.path),
+        **setting_tags(config),
         **job.tags,
     }
-    uri = config.run.tracking_uri or default_tracking_uri(config.run.storage)
+    run = config.run
+    given = {key: value for key, value in tags.items() if value not in (None, "")}
+    params = job.parameters()
     return Tracker(
-        folder.path, uri, config.run.experiment, config.run.name, params, {k: v for k, v in tags.items() if v}, say
+        folder.path, tracking_uri_of(run), run.experiment, run.name, params, given, say, datasets=job.datasets
     )
 
 

@@ -27,7 +27,7 @@ from finhpc.orchestration.runfolder import RunFolder, write_atomically
 from finhpc.orchestration.study_report import write_csv
 from finhpc.orchestration.sweep_delivery import deliver
 from finhpc.orchestration.sweep_plan import Planned, plan_sweep, show_plan
-from finhpc.orchestration.sweep_report import Follower, flat, ranked, show
+from finhpc.orchestration.sweep_report import FIGURES, Follower, flat, ranked, show
 from finhpc.orchestration.sweep_shared import prepare_shared
 from finhpc.orchestration.sweep_tracking import Parent
 from finhpc.orchestration.sweep_trials import AnySweep
@@ -66,7 +66,7 @@ def sweep(config: AnySweep, dry_run: bool = False) -> dict[str, Any]:
             deliver(plan, parent.tracker.run_id)
             rows = ranked(plan)
             result = counted | _outcome(rows) | {"wall_s": time.perf_counter() - begin}
-            parent.end(result, rows)
+            parent.end(result, {key: result["best"][key] for key in FIGURES} if result["best"] else {})
         write_csv(flat(result["trials"]), folder.path / "trials.csv")
         folder.write_result(result)
     show(config, result)
@@ -85,7 +85,7 @@ def _outcome(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "trials": rows,
         "best": best,
         "model": best and best["model"],
-        "steps_trained": sum(row["steps"] or 0 for row in rows if row["trained"]),
+        "steps_trained": sum(row["steps"] or 0 for row in rows if not row["scored_only"]),
     }
 
 

@@ -14,12 +14,13 @@ from finhpc.config import FinetuneConfig, FinetuneSweepConfig, PretrainConfig, S
 from finhpc.errors import ConfigError
 from finhpc.lowrank.registry import DENSE, STARTED
 from finhpc.orchestration.cluster import check_fits, known_resources, use_cuda
+from finhpc.orchestration.mlflow_shown import PARENT, SWEEP, model_name, parameters, shape_of, short_name
+from finhpc.orchestration.mlflow_store import check_store
 from finhpc.orchestration.outcome import to_stderr
 from finhpc.orchestration.plan import Plan, collect, make_plan
 from finhpc.orchestration.progress import rows_table
 from finhpc.orchestration.run import place_whole
 from finhpc.orchestration.runfolder import RunFolder
-from finhpc.orchestration.sweep_tracking import PARENT, SWEEP, check_database
 from finhpc.orchestration.sweep_trials import BITS, AnySweep, Trial, trials_of
 from finhpc.orchestration.tracking import default_tracking_uri
 from finhpc.orchestration.trial import outcome_of
@@ -40,6 +41,7 @@ class Planned:
     resources: dict[str, float] | None = None  # of the cluster; None: known once it is connected
     seconds: dict[str, float | None] = field(default_factory=dict)  # of a trial's training, estimated
     disk: dict[str, int] = field(default_factory=dict)  # bytes that a trial leaves at least
+    parameters: list[dict[str, Any]] = field(default_factory=list)  # of each trial, as MLflow shows them
 
     @property
     def runs(self) -> Path:
@@ -114,12 +116,16 @@ class Planned:
             tree.setdefault("lora", {})
         scores = {name: values[BITS] for name, values in trial.points if trial.bits and values[BITS] != 16}
         tags |= {SWEEP: self.config.run.name}
-        params: dict[str, Any] = {}
+        varied = dict(trial.values)
         if self.reference is not None and _starts(trial):
-            # As the sweep has them: the path of the reference would stand out as a key that varies.
-            params = {key: value for key, value in flatten(self.config).items() if key.startswith("model.")}
-            tags |= {"finhpc.started_from": str(tree["model"]["path"])}
-        return {"config": tree, "tags": tags, "params": params, "scores": scores}
+            # As the sweep has it: the reference would stand out as a model that varies.
+            varied |= {"model": model_name(self.config)}
+        return {"config": tree, "tags": tags, "varied": varied, "scores": scores}
+
+    def shared_parameters(self) -> dict[str, Any]:
+        """The parameters that all trials have in common."""
+        first, *others = self.parameters
+        return {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
 
     @property
     def cost_s(self) -> float | None:
@@ -164,12 +170,12 @@ def plan_sweep(config: AnySweep, folder: Path) -> Planned:
     """Check the grid and every trial of it; raises one `ConfigError` with every problem."""
     trials = trials_of(config)
     uri = config.run.tracking_uri or default_tracking_uri(config.run.storage)
-    check_database(uri)
+    check_store(uri, config.run.experiment)
     plan = Planned(config, folder, trials, uri, resources=known_resources())
     if isinstance(config, SweepConfig) and any(_starts(trial) for trial in trials) and config.model.path is None:
         plan.reference = _reference(plan)
     problems: list[str] = []
-    checked: dict[str, tuple[list[str], float | None, int]] = {}
+    checked: dict[str, tuple[list[str], float | None, int, dict[str, Any]]] = {}
     for trial in trials:
         found: list[str] = []
         with collect(found):
@@ -178,7 +184,9 @@ def plan_sweep(config: AnySweep, folder: Path) -> Planned:
             if key not in checked:
                 checked[key] = _check(plan, trial, run)
             found += checked[key][0]
-            plan.seconds[trial.name], plan.disk[trial.name] = checked[key][1:]
+            plan.seconds[trial.name], plan.disk[trial.name] = checked[key][1:3]
+            points = [values for _, values in trial.points]
+            plan.parameters += [parameters(run, checked[key][3], values) for values in points]
         problems += [f"trial {trial.name}: {problem}" for problem in found]
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
@@ -192,10 +200,11 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(there).free
 
 
-def _check(plan: Planned, trial: Trial, run: TrainingConfig) -> tuple[list[str], float | None, int]:
-    """(problems, estimated seconds, bytes it leaves) of a trial."""
+def _check(plan: Planned, trial: Trial, run: TrainingConfig) -> tuple[list[str], float | None, int, dict[str, Any]]:
+    """(problems, estimated seconds, bytes it leaves, names and shape of its model and data) of a trial."""
     problems: list[str] = []
     seconds, left = None, 0
+    named: dict[str, Any] = {}
     with collect(problems):
         RunFolder(run.run.storage, run.run.name)
         if plan.resources is not None:
@@ -204,15 +213,18 @@ def _check(plan: Planned, trial: Trial, run: TrainingConfig) -> tuple[list[str],
         if isinstance(run, FinetuneConfig):
             from finhpc.orchestration.finetune import Finetune
 
-            left = _left(run, Finetune(run).counts()["params_trainable"])
+            job = Finetune(run)
+            left, named = _left(run, job.counts()["params_trainable"]), job.names()
         else:
             if plan.reference is not None and _starts(trial):  # its model is not there yet: a low-rank one is as large
                 run = run.model_copy(update={"model": plan.reference.model}, deep=True)
                 run.method.kind = "low_rank"
             made = make_plan(run)
             seconds, left = _seconds(plan, made), _left(run, made.params_total)
+            dataset = {"model": model_name(run), "dataset": short_name(str(run.data.shards))}
+            named = dataset | shape_of(made.hf_config)
             left += sum(made.outline.stored_bytes(bits) for bits in trial.bits if bits != 16)
-    return problems, seconds, left
+    return problems, seconds, left, named
 
 
 def _seconds(plan: Planned, made: Plan) -> float | None:

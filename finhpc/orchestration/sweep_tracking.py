@@ -8,12 +8,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from finhpc.config import flatten
 from finhpc.orchestration.job import Job
-from finhpc.orchestration.mlflow_store import database_file, has_content, unreadable
+from finhpc.orchestration.mlflow_shown import HIDDEN, PARENT, SCORED_FROM, SETTING, SWEEP, setting_tags
 from finhpc.orchestration.outcome import to_stderr
 from finhpc.orchestration.runfolder import RunFolder
-from finhpc.orchestration.tracking import Status, Tracker, set_up_client
+from finhpc.orchestration.tracking import Status, Tracker
 from finhpc.training.journal import strict_json
 
 if TYPE_CHECKING:
@@ -22,9 +21,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-PARENT = "mlflow.parentRunId"
-SCORED_FROM = "finhpc.scored_from"  # of a run that scores another run's model: that run's id
-SWEEP = "finhpc.sweep"  # of every run of a sweep: its name
 BEST = "best"  # the alias
 WAIT_S = 20.0  # for MLflow to give the parent its id, before the trials start
 
@@ -35,11 +31,11 @@ class Parent:
     def __init__(self, config: AnySweep, folder: RunFolder, plan: Planned) -> None:
         self.plan, self.config = plan, config
         environment = folder.write_environment()
-        params = {key: value for key, value in flatten(config).items() if key not in config.grid}
-        tags = {SWEEP: config.run.name, "mlflow.source.name": "finhpc sweep"}
+        tags = setting_tags(config) | {SWEEP: config.run.name, HIDDEN + "verb": "sweep"}
+        tags |= {"mlflow.source.name": "finhpc sweep"}
         tags |= {"mlflow.source.git.commit": environment["git_commit"]} if environment["git_commit"] else {}
         uri, experiment = plan.tracking_uri, config.run.experiment
-        self.tracker = Tracker(folder.path, uri, experiment, config.run.name, params, tags, to_stderr)
+        self.tracker = Tracker(folder.path, uri, experiment, config.run.name, plan.shared_parameters(), tags, to_stderr)
         self.ended = False
 
     def __enter__(self) -> Parent:
@@ -56,8 +52,11 @@ class Parent:
             "KILLED" if stopped else "FAILED", {"status": "stopped" if stopped else "failed"}, timeout_s=10
         )
 
-    def end(self, result: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-        """The outcome: children below the parent, the best one registered; adds what MLflow says to `result`."""
+    def end(self, result: dict[str, Any], figures: Mapping[str, Any]) -> None:
+        """The outcome: children below the parent, the best one registered; adds what MLflow says to `result`.
+
+        `figures`: of the best trial, which become the sweep's own metrics.
+        """
         self._settle()
         best, name = result["best"], self.config.sweep.register_as or self.config.run.name
         result |= {"registered": None}
@@ -66,11 +65,9 @@ class Parent:
             result["registered"] = self._try(
                 lambda: register(self.plan.tracking_uri, name, best["mlflow_run_id"], model, steps)
             )
-        figures = {key: value for key, value in (best or {}).items() if isinstance(value, int | float)}
-        numbers = {key: value for key, value in result.items() if isinstance(value, int | float)}
         self.ended = True
         status: Status = "FINISHED" if best else "FAILED"
-        self.tracker.finish(status, figures | numbers | {"status": result["status"]}, timeout_s=60)
+        self.tracker.finish(status, {**figures, "status": result["status"]}, timeout_s=60)
         result |= {"mlflow_run_id": self.tracker.run_id, "tracking_uri": self.tracker.uri}
 
     def _settle(self) -> None:
@@ -92,21 +89,6 @@ class Parent:
             return None
 
 
-def check_database(tracking_uri: str) -> None:
-    """Raise `ConfigError` for a sqlite database that this MLflow cannot open, before anything is trained."""
-    path = database_file(tracking_uri)
-    if path is None or not has_content(path):
-        return
-    set_up_client()
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
-    try:
-        MlflowClient(tracking_uri=tracking_uri).search_experiments(max_results=1)
-    except MlflowException as error:
-        raise unreadable(tracking_uri, error) from None
-
-
 def wait_for_id(tracker: Tracker, say: Callable[[str], None]) -> str | None:
     """The parent's id; None where MLflow does not answer in time: its children are told at the end."""
     deadline = time.monotonic() + WAIT_S
@@ -122,12 +104,15 @@ def track_score(job: Job, folder: RunFolder, name: str, bits: int, figures: Mapp
     own = folder.path / f"score-{bits}bit"
     own.mkdir(exist_ok=True)
     (own / "result.json").write_text(strict_json(figures, indent=1), encoding="utf-8")
-    config = job.config
-    params = {**flatten(config), **job.params, "quantization.bits": bits}
+    config, at = job.config, {"quantization.bits": bits}
+    params = job.parameters() | at
     trained = RunFolder(config.run.storage, config.run.name).result() or {}
-    tags = dict(job.tags) | {SCORED_FROM: str(trained.get("mlflow_run_id")), "mlflow.source.name": "finhpc sweep"}
-    assert config.run.tracking_uri is not None
-    tracker = Tracker(own, config.run.tracking_uri, config.run.experiment, name, params, tags, lambda text: None)
+    tags = setting_tags(config) | {SETTING + key: value for key, value in at.items()} | dict(job.tags)
+    tags |= {SCORED_FROM: str(trained.get("mlflow_run_id")), HIDDEN + "verb": job.verb}
+    tags |= {HIDDEN + "dataset_fingerprint": job.fingerprints[0], "mlflow.source.name": "finhpc sweep"}
+    run, datasets = config.run, job.datasets
+    assert run.tracking_uri is not None
+    tracker = Tracker(own, run.tracking_uri, run.experiment, name, params, tags, lambda text: None, datasets)
     tracker.start()
     tracker.finish("FINISHED", figures, timeout_s=15)
     return tracker.run_id

@@ -81,7 +81,7 @@ def job_of(trial: dict[str, Any]) -> Job:
         job = Finetune(build(FinetuneConfig, trial["config"]))
     else:
         job = Pretrain(build(PretrainConfig, trial["config"]))
-    job.tags, job.params = trial["tags"], trial["params"]
+    job.tags, job.varied = trial["tags"], trial["varied"]
     return job
 
 
@@ -119,10 +119,12 @@ def _score(trial: dict[str, Any], job: Job, folder: RunFolder, result: dict[str,
 
 
 def _lasting(result: dict[str, Any]) -> dict[str, Any]:
-    """Of a training's result, what is as true of its quantised model."""
-    kept = ("params_total", "params_trainable", "params_dense", "compression_ratio", "steps", "tokens", "train_loss")
-    more = ("worker_hours", "consumed_sha256", "tracking_uri")
-    return {key: value for key, value in result.items() if key in kept + more or key.startswith("size_")}
+    """Of a training's result, what is as true of its quantized model: all but what names the training's own files.
+
+    So every point of a sweep has the same metrics.
+    """
+    own = ("checkpoint", "model", "sample", "mlflow_run_id", "run", "status", "val_loss", "val_perplexity", "train_s")
+    return {key: value for key, value in result.items() if key not in own}
 
 
 # -- what Tune is told ----------------------------------------------------------------------

@@ -20,7 +20,8 @@ import pytest
 from mlflow import MlflowClient
 
 from finhpc.errors import ConfigError
-from finhpc.orchestration import tracking, ui
+from finhpc.orchestration import mirror, tracking, ui
+from finhpc.orchestration.mlflow_shown import HIDDEN
 from finhpc.orchestration.mlflow_store import artifact_location
 from finhpc.orchestration.tracking import Tracker, absolute_tracking_uri, default_tracking_uri
 from finhpc.training.journal import Journal
@@ -32,6 +33,7 @@ LOSSES = {step: math.sin(step) / 3 + 5.0 for step in range(1, 2001)}
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking, "POLL_S", 0.1)
     monkeypatch.setattr(tracking, "LONGEST_RETRY_S", 0.5)
+    monkeypatch.setattr(mirror, "LEAD_WAIT_S", 0.0)
 
 
 @pytest.fixture(scope="session")
@@ -121,7 +123,7 @@ def test_a_run_from_start_to_end(storage: Path, capsys: pytest.CaptureFixture[st
     assert len(run.data.params) == 253
     assert run.data.params["long"] == "x" * 6000
     assert run.data.tags["mlflow.source.git.commit"] == "abc"
-    assert run.data.tags["finhpc.start.stages"] == "2"
+    assert run.data.tags[HIDDEN + "start.stages"] == "2"
     assert run.data.tags["finhpc.not_finite"] == "train_loss at step 2: nan"
     assert _history(client, run.info.run_id, "train_loss") == [(1, 0.1 + 0.2)]
     assert _history(client, run.info.run_id, "tokens") == [(1, 512), (2, 1024)]

@@ -7,6 +7,7 @@ import io
 
 import pytest
 
+from finhpc.orchestration.mlflow_shown import HIDDEN, SCORED_FROM
 from finhpc.reporting.cells import COLUMNS, count, csv_of, rows_of, three
 from finhpc.reporting.paper import paper_tables
 from finhpc.reporting.tables import Value, make_tables
@@ -90,7 +91,7 @@ def test_runs_that_say_nothing_are_left_out_and_counted(store: Store) -> None:
     store.pretrain("stopped-early", "dense", result={"steps": 4, "params_total": 1})
     parent = store.pretrain("sweep", "dense", result={"params_total": 1})
     store.pretrain("child", "low_rank", 96, tags={"mlflow.parentRunId": parent}, result={"params_total": 7_640_000})
-    store.pretrain("scored", "dense", tags={"finhpc.scored_from": kept}, result={"params_total": 1})
+    store.pretrain("scored", "dense", tags={SCORED_FROM: kept}, result={"params_total": 1})
     found = store.collected()
     assert sorted(run.name for run in found.pretrained) == ["child", "kept"]
     assert [run.name for run in found.scored] == ["scored"]
@@ -121,7 +122,7 @@ def test_a_dense_model_has_no_ranks_whatever_a_grid_gave_it(store: Store) -> Non
 def test_only_rows_of_one_shape_data_and_amount_are_compared(store: Store) -> None:
     store.pretrain("one", "dense")
     store.pretrain("longer", "dense", result={"tokens": 20480})
-    store.pretrain("other-data", "dense", tags={"finhpc.dataset_fingerprint": "e" * 64})
+    store.pretrain("other-data", "dense", tags={HIDDEN + "dataset_fingerprint": "e" * 64})
     store.pretrain("wider", "dense", settings={"model": {"width": 768, "heads": 12, "layers": 12}})
     groups = make_tables(store.collected())["vi"].groups
     assert len(groups) == 4
