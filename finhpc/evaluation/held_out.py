@@ -22,8 +22,8 @@ def label_scores(
 ) -> dict[str, dict[str, Any]]:
     """Template -> acc, weighted_f1, those of the most frequent label, and n, over the first `limit` held-out examples.
 
-    Of each source's answers the one with the highest log-likelihood after the prompt is chosen (as
-    `finhpc evaluate` does). Sources whose answers are text are left out.
+    Of each source's answers the one with the highest log-likelihood after the prompt is chosen, of equal ones the
+    first (as `finhpc evaluate` does). Sources whose answers are text are left out.
     """
     answers = _answers(examples)
     chosen = [i for i in range(_number(examples.held_out, limit)) if int(examples.held_out.source[i]) in answers]
