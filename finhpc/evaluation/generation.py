@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from finhpc.config import GenerateConfig, Resources
 from finhpc.errors import ConfigError
@@ -20,7 +20,7 @@ from finhpc.evaluation.decoding import decode
 from finhpc.evaluation.forms import use_fast_forms
 from finhpc.evaluation.prompts import Prompt
 from finhpc.models.loading import load_model
-from finhpc.models.weights import locate
+from finhpc.models.weights import locate, read_config
 
 TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
@@ -49,7 +49,7 @@ class Generator:
             raise ConfigError(f"model={folder} has no tokeniser; copy the tokeniser's files into that folder.")
         self.config = config
         device = _device(config.resources)
-        own = AutoConfig.from_pretrained(folder)
+        own = read_config(folder)
         adapters = read_adapters(config.adapters, own, folder) if config.adapters else {}
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         self.model: Any = load_model(folder, _dtype(config, folder, device), device)
@@ -161,7 +161,7 @@ def leave_the_files(model: torch.nn.Module) -> None:
 def _dtype(config: GenerateConfig, folder: Path, device: torch.device) -> torch.dtype:
     if config.dtype != "auto":
         return getattr(torch, config.dtype)  # type: ignore[no-any-return]
-    own = AutoConfig.from_pretrained(folder, local_files_only=True).dtype or torch.float32
+    own = read_config(folder).dtype or torch.float32
     if own == torch.float16 and device.type == "cpu":
         print("weights are float16, which CPUs compute slowly; computing in float32", file=sys.stderr)
         return torch.float32
