@@ -20,10 +20,10 @@ Answer = tuple[int, ...]  # its tokens
 def label_scores(
     model: nn.Module, tokenizer: Any, examples: Examples, limit: int | None, say: Callable[[str], None]
 ) -> dict[str, dict[str, Any]]:
-    """Template -> acc, weighted_f1, those of the most frequent label, and n, over the first `limit` held-out examples.
+    """Template -> acc, weighted_f1, those of the most frequent label, n and tied, over the first `limit` held-out examples.
 
-    Of each source's answers the one with the highest log-likelihood after the prompt is chosen (as
-    `finhpc evaluate` does). Sources whose answers are text are left out.
+    Of each source's answers the one with the highest log-likelihood after the prompt is chosen, of equal ones the
+    first (as `finhpc evaluate` does). Sources whose answers are text are left out.
     """
     answers = _answers(examples)
     chosen = [i for i in range(_number(examples.held_out, limit)) if int(examples.held_out.source[i]) in answers]
@@ -40,12 +40,14 @@ def label_scores(
         requests += [(("", ""), tokens[:first].tolist(), list(label)) for label in labels]
     likelihoods = iter(score for score, _ in lm._loglikelihood_tokens(requests, disable_tqdm=True))
     pairs: dict[str, list[tuple[int, int]]] = {}
+    tied: dict[str, int] = {}
     for i, gold in zip(chosen, golds, strict=True):
         source = int(examples.held_out.source[i])
         scores = [next(likelihoods) for _ in answers[source]]
         template = str(examples.counts["by_source"][source]["template"])
         pairs.setdefault(template, []).append((gold, int(np.argmax(scores))))
-    return {template: _scored(some) for template, some in pairs.items()}
+        tied[template] = tied.get(template, 0) + (scores.count(max(scores)) > 1)
+    return {template: _scored(some) | {"tied": tied[template]} for template, some in pairs.items()}
 
 
 def _scored(pairs: list[tuple[int, int]]) -> dict[str, Any]:

@@ -2,6 +2,9 @@
 
 Log-probabilities are computed at the positions of the answers alone, not over the vocabulary at every
 token of the prompt, and answers that share all tokens but the last are read from one row.
+
+They are float32 whatever the model's type, and an answer's are summed in float64. lm-eval computes them in the
+model's type by default; in bfloat16 a log-probability of -3 is a multiple of 1/64, so that answers tie.
 """
 
 from __future__ import annotations
@@ -72,12 +75,12 @@ class LanguageModel(HFLM):
                     target = torch.tensor(requests[i][2], device=log_probs.device)
                     at = [place[position] for position in range(len(row) - len(target), len(row))]
                     of_answer = log_probs[r, at]  # (answer, vocabulary)
-                    score = of_answer.gather(1, target[:, None]).sum()
+                    score = of_answer.gather(1, target[:, None]).double().sum()
                     found[i] = float(score), bool((of_answer.argmax(-1) == target).all())
         return found
 
     def _log_probs(self, batch: list[tuple[int, ...]], last: list[int]) -> tuple[Tensor, Tensor]:
-        """Positions, and log-probabilities (rows, positions, vocabulary) there: of each row the `last` ones."""
+        """Positions, and float32 log-probabilities (rows, positions, vocabulary) there: of each row the `last` ones."""
         width = max(map(len, batch))
         tokens = torch.full((len(batch), width), PAD, dtype=torch.long)
         for r, row in enumerate(batch):
@@ -90,4 +93,4 @@ class LanguageModel(HFLM):
                 logits = self.model(inputs, logits_to_keep=kept, use_cache=False).logits
             else:
                 logits = self.model(inputs, use_cache=False).logits[:, kept]
-            return kept, torch.log_softmax(logits, dim=-1)
+            return kept, torch.log_softmax(logits.float(), dim=-1)

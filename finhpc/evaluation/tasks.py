@@ -6,8 +6,8 @@ scores: `lm_eval --model hf --model_args pretrained=MODEL --tasks NAME --include
 
 from __future__ import annotations
 
+import hashlib
 import json
-import re
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -19,6 +19,7 @@ from finhpc.config import EvaluateConfig, nearest
 from finhpc.data.shards import file_sha256, write_atomic
 from finhpc.errors import ConfigError, DataError
 from finhpc.evaluation.documents import SOURCES, documents
+from finhpc.evaluation.task_file import read_task, rendering
 
 PERPLEXITY = "perplexity"
 GENERAL = {  # lm-eval's own definitions, under its tasks/
@@ -27,13 +28,14 @@ GENERAL = {  # lm-eval's own definitions, under its tasks/
     "winogrande": "winogrande/default.yaml",
 }
 TASKS = (*SOURCES, PERPLEXITY)
-# What makes lm-eval import or run something: functions, classes, task code, pickled or scripted data.
-CODE = re.compile(r"!function|!!python|^\s*(class|custom_dataset|unsafe_code)\s*:", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class TaskFile:
-    """A task as lm-eval finds it. `sha256`: of the file and its examples; `total`: examples there are in all."""
+    """A task as lm-eval finds it. `sha256`: of the file, what it includes, and its examples as far as they are on disk.
+
+    `total`: examples there are in all; `trusted`: whether the file may run code.
+    """
 
     name: str
     path: Path
@@ -41,6 +43,7 @@ class TaskFile:
     examples: int | None
     total: int | None
     own: bool  # the user's, read where it lies
+    trusted: bool = False
 
 
 def prepare_tasks(config: EvaluateConfig, folder: Path) -> list[TaskFile]:
@@ -90,47 +93,51 @@ def _definition(name: str) -> tuple[str, str]:
 
 
 def _own(path: Path, config: EvaluateConfig) -> TaskFile:
-    """A task file of the user's; what it includes is looked into as well."""
+    """A task file of the user's, with what it includes; refused if it runs code and that was not trusted."""
     if not path.is_file():
         raise ConfigError(f"tasks={path} is not a file; give an lm-eval task file or one of: {', '.join(TASKS)}.")
-    if not config.trust_task_code:
-        for file in _with_includes(path, set()):
-            if found := CODE.search(file.read_text(encoding="utf-8")):
-                raise ConfigError(
-                    f"tasks={path} runs code ({found[0].strip()} in {file}), which could do anything to this machine; "
-                    "read that code, then give --trust_task_code true, or write the task without it."
-                )
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    tree = load_yaml(path, resolve_func=False)
+    tree = _trusted(path) if config.trust_task_code else read_task(path)
     name = tree.get("task")
     if not isinstance(name, str):
         raise ConfigError(f"tasks={path} names no single task (task: NAME); give a task file, not a group.")
     if tree.get("output_type") != "multiple_choice":
         raise ConfigError(f"tasks={path} has output_type={tree.get('output_type')}; multiple_choice is what is scored.")
-    return TaskFile(name, path.absolute(), file_sha256(path), None, None, True)
+    return TaskFile(name, path.absolute(), _hash(tree), None, None, True, config.trust_task_code)
 
 
-def _with_includes(path: Path, seen: set[Path]) -> list[Path]:
-    path = path.resolve()
-    if path in seen:
-        return []
-    seen.add(path)
-    if not path.is_file():
-        raise ConfigError(f"tasks: the included file {path} does not exist; restore it.")
-    found = [path]
-    for name in re.findall(r"^\s*(?:-\s*|include\s*:\s*)['\"]?([^\s'\"\[\]]+\.ya?ml)", path.read_text("utf-8"), re.M):
-        found += _with_includes(path.parent / name, seen)
-    return found
+def _trusted(path: Path) -> dict[str, Any]:
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    try:
+        return load_yaml(path, resolve_func=False)
+    except (yaml.YAMLError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"tasks={path} cannot be read ({reason}); correct it.") from None
+
+
+def _hash(tree: dict[str, Any]) -> str:
+    """Of a task's settings and of the files of examples they name."""
+    named = (tree.get("dataset_kwargs") or {}).get("data_files") or []
+    names = [name for value in (named.values() if isinstance(named, dict) else [named]) for name in _listed(value)]
+    files = [file_sha256(Path(name)) for name in names if isinstance(name, str) and Path(name).is_file()]
+    return hashlib.sha256(json.dumps([tree, files], sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def load_task(task: TaskFile) -> Any:
-    """The task, opened by lm-eval with all its examples."""
+    """The task, opened by lm-eval with all its examples; a file of the user's that is not trusted, as data alone.
+
+    Call it, and all that renders the task's prompts, within `rendering(task.trusted)`.
+    """
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_defaults=False)
+    given: Any = read_task(task.path) if task.own and not task.trusted else str(task.path)
     try:
-        return manager.load([str(task.path)])["tasks"][task.name]
+        with rendering(task.trusted):
+            return TaskManager(include_defaults=False).load([given])["tasks"][task.name]
     except Exception as error:  # lm-eval and datasets raise many kinds for files that are not as the task says
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ConfigError(

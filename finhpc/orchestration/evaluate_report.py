@@ -215,6 +215,13 @@ def summary(result: dict[str, Any]) -> None:
         counts = [str(of[name]) for name in ("examples", "unread", "cut")]
         shown.add_row(of["task"], of["model"], of["metric"], _short(of["value"]), interval, *bases, *counts)
     Console(stderr=True, width=None if sys.stderr.isatty() else 120).print(shown)
+    for model in result["models"]:
+        for task, values in model["scores"].items():
+            if values.get("tied"):
+                what = (
+                    f"{values['tied']} of {values['examples']} examples have several answers of the same highest score"
+                )
+                print(f"{model['name']} on {task}: {what}; the first in the list counts.", file=sys.stderr)
     if any(row[-1] for row in rows):
         print(
             "cut: prompts longer than the model's context, which lost their beginning (lm-eval's rule).",
