@@ -12,11 +12,11 @@ import time
 import webbrowser
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import IO
 from urllib.error import URLError
 from urllib.request import urlopen
 
+from finhpc.config import UiConfig
 from finhpc.errors import ConfigError, FinhpcError
 from finhpc.orchestration.mlflow_pages import Pages, pages_of
 from finhpc.orchestration.mlflow_store import artifact_location, database_file
@@ -27,21 +27,27 @@ HOST = "127.0.0.1"
 START_S = 60.0
 
 
-def ui(
-    storage: str | Path = "runs", tracking_uri: str | None = None, port: int = 5000, name: str | None = None
-) -> None:
-    """Show what was tracked, until interrupted: the comparison of the sweep `name`, by default of the newest one.
+def ui(config: UiConfig, dry_run: bool = False) -> None:
+    """Show what was tracked, until interrupted: the comparison of the sweep `run.name`, by default of the newest one.
 
-    Prints the addresses, and opens the first where there is a desktop. Raises `ConfigError` for a name that no run
-    has, a database that cannot be read and a port that is taken.
+    Prints the addresses, and opens the first where there is a desktop; with `dry_run` checks that it could be shown.
+    Raises `ConfigError` for a name that no run has, a database that cannot be read and a port that is taken.
     """
-    uri = absolute_tracking_uri(tracking_uri) if tracking_uri else default_tracking_uri(storage)
-    if uri.startswith(("http://", "https://")):
-        _show(redact(uri).rstrip("/"), pages_of(uri, name))
-        return
-    check_database(uri)
-    _check_port(port)
+    run, port = config.run, config.port
+    uri = absolute_tracking_uri(run.tracking_uri) if run.tracking_uri else default_tracking_uri(run.storage)
+    name = run.name if "name" in run.model_fields_set else None
+    served = uri.startswith(("http://", "https://"))
+    if not served:
+        check_database(uri)
+        _check_port(port)
     pages = pages_of(uri, name)
+    if dry_run:
+        address = redact(uri) if served else f"http://{HOST}:{port}"
+        print(f"MLflow's page of {redact(uri)} would open at {address}.", file=sys.stderr)
+        return
+    if served:
+        _show(redact(uri).rstrip("/"), pages)
+        return
     # Being told to end ends the server too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with suppress(KeyboardInterrupt), serving(uri, port) as (server, address):

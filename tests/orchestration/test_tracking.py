@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
+from finhpc.config import UiConfig, build
 from finhpc.errors import ConfigError
 from finhpc.orchestration import mirror, tracking, ui
 from finhpc.orchestration.mlflow_shown import HIDDEN
@@ -492,7 +493,7 @@ def test_a_relative_database_stays_where_it_was_meant(
     assert list(elsewhere.iterdir()) == []
 
     with pytest.raises(ConfigError, match=f"{elsewhere}/sub/none.db does not exist"):
-        ui.ui(tracking_uri="sqlite:///sub/none.db")
+        ui.ui(build(UiConfig, {"run": {"tracking_uri": "sqlite:///sub/none.db"}}))
     for absolute in ("sqlite:////a/b.db", "http://host:5000", "https://host/x?y=1"):
         assert absolute_tracking_uri(absolute) == absolute
     (elsewhere / "a%b").mkdir()
@@ -503,7 +504,7 @@ def test_a_relative_database_stays_where_it_was_meant(
 
 def test_the_page_says_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nothing was tracked there yet"):
-        ui.ui(tmp_path)
+        ui.ui(build(UiConfig, {"run": {"storage": str(tmp_path)}}))
     (tmp_path / "mlflow.db").touch()
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError, match="choose another"):
-        ui.ui(tmp_path, port=taken.getsockname()[1])
+        ui.ui(build(UiConfig, {"run": {"storage": str(tmp_path)}, "port": taken.getsockname()[1]}))
