@@ -71,7 +71,9 @@ def fake(tmp_path: Path) -> Path:
     folder.mkdir()
     (tmp_path / "cluster").mkdir()
     shutil.copy(CLUSTER / "start.sh", tmp_path / "cluster")
-    (folder / "ray").write_text('#!/bin/sh\n[ "$1" = start ] || exit 0\necho "$@" >"$STORAGE/ray.started"\nexec sleep 60\n')
+    (folder / "ray").write_text(
+        '#!/bin/sh\n[ "$1" = start ] || exit 0\necho "$@" >"$STORAGE/ray.started"\nexec sleep 60\n'
+    )
     (folder / "mlflow").write_text("#!/bin/sh\nexit 3\n")
     for file in folder.iterdir():
         file.chmod(0o755)
