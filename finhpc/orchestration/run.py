@@ -81,7 +81,8 @@ def _tracked(
     """Train, and tell MLflow and the person at the screen; of a run that is finished, `before` is its result."""
     config = job.config
     # Ray is left last: it may end this process, and a stopped job has little time to write down how it ended.
-    with ExitStack() as ray, Progress(config.train.steps, folder.path) as progress:
+    screen = Progress(config.train.steps, folder.path, eval_every=config.train.eval_every)
+    with ExitStack() as ray, screen as progress:
         tracker = _tracker(job, folder, environment, progress.say).start()
         status: Status = "FAILED"
         result = before
