@@ -16,6 +16,7 @@ from typing import Any
 
 import finhpc
 from finhpc.errors import ConfigError, FinhpcError
+from finhpc.interrupts import interruptible
 
 USAGE = """usage: finhpc VERB [--config FILE_OR_RECIPE] [--KEY VALUE ...]
 
@@ -45,6 +46,7 @@ options of every verb:
 finhpc --version"""
 
 
+@interruptible
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code: 0, 1 for a failed job, 2 for a user's mistake."""
     words = sys.argv[1:] if argv is None else argv
@@ -63,12 +65,6 @@ def main(argv: list[str] | None = None) -> int:
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{error.strerror or error}; what was complete on disk is untouched.", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130
-    except BaseException as error:
-        if type(error).__name__ == "Terminated":
-            return 143
-        raise
     if "--json" in words:
         print(json.dumps(result), flush=True)
     return 0
