@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import finhpc
 from finhpc.errors import ConfigError, FinhpcError
+from finhpc.interrupts import interruptible
 
 
 class Command(NamedTuple):
@@ -106,6 +107,7 @@ finhpc --version"""
 )
 
 
+@interruptible
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code: 0, 1 for a failed job, 2 for a user's mistake."""
     words = sys.argv[1:] if argv is None else argv
@@ -120,12 +122,6 @@ def main(argv: list[str] | None = None) -> int:
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{error.strerror or error}; what was complete on disk is untouched.", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130
-    except BaseException as error:
-        if type(error).__name__ == "Terminated":
-            return 143
-        raise
 
 
 def _main(words: list[str]) -> int:

@@ -24,6 +24,8 @@ def ray_cluster() -> Iterator[None]:
     import ray
 
     assert finhpc.TELEMETRY_OFF
+    # Ray Train polls its workers every 2 s by default; its controller inherits this from the process that starts Ray.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
     ray.init("local", num_cpus=6, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()

@@ -34,6 +34,8 @@ from finhpc.data.shards import FORMAT, MANIFEST, TOKENIZER, Manifest, dataset_fi
 from finhpc.data.tokenizer import Encoder, save, trained_size
 from finhpc.data.unit import Unit
 from finhpc.errors import ConfigError, DataError, FinhpcError, RunBusyError
+from finhpc.interrupts import terminable
+from finhpc.own_ray import keep_token_private, own_ray
 
 WORK = ".work"
 RESULT = "result.json"
@@ -246,13 +248,15 @@ def _ray(config: PrepareConfig) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    if os.environ.get("RAY_ADDRESS"):  # as in a submitted job
-        ray.init(log_to_driver=False, logging_level="ERROR")
-    else:
-        cpus = config.workers or os.cpu_count()
-        ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    if not os.environ.get("RAY_ADDRESS"):
+        with own_ray(config.workers or os.cpu_count() or 1):
+            yield
+        return
+    keep_token_private()
+    ray.init(log_to_driver=False, logging_level="ERROR")  # as in a submitted job
     try:
-        yield
+        with terminable():
+            yield
     finally:
         ray.shutdown()
 

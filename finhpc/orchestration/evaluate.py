@@ -82,7 +82,7 @@ def evaluate(config: EvaluateConfig, dry_run: bool = False) -> dict[str, Any]:
 def _planned(
     config: EvaluateConfig, folder: Path, write: bool
 ) -> tuple[list[Subject], list[TaskFile], list[Pair], list[Pair], dict[str, Any]]:
-    """The models, the tasks, all pairs, those to be scored, and the result as it stands before; `write`: the task files too."""
+    """The models, the tasks, all pairs, those to be scored, and the result so far; `write`: the task files too."""
     found, tasks = _checked(config, folder, write)
     pairs = [_pair(config, folder, subject, task) for subject in found for task in (*tasks, None)]
     pairs = [pair for pair in pairs if pair.task is not None or PERPLEXITY in config.tasks]

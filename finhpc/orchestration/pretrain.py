@@ -13,7 +13,7 @@ from finhpc.orchestration.job import Job, Rows, Say
 from finhpc.orchestration.mlflow_shown import Dataset, short_name
 from finhpc.orchestration.plan import check_tokenizer, make_plan
 from finhpc.orchestration.progress import rows_table, summary_table
-from finhpc.orchestration.run import checked, place_whole, run, terminable
+from finhpc.orchestration.run import checked, place_whole, run
 from finhpc.orchestration.start import DECOMPOSED, decompose_start, needs_decomposing
 from finhpc.training.checkpoint import Saved, read_stage
 
@@ -58,7 +58,7 @@ class Pretrain(Job):
 
     def make_ready(self, folder: Path, say: Say) -> None:
         if needs_decomposing(self.config):
-            with ray_cluster(), terminable():
+            with ray_cluster():
                 decompose_start(self.config, folder)
 
     def forget(self, folder: Path) -> None:

@@ -31,7 +31,8 @@ FILE_WIDTH = 200  # columns
 class Progress:
     """`with Progress(total_steps, folder) as progress:` shows what is written into the folder meanwhile.
 
-    `say` prints a line of its own; `show` takes records by hand.
+    `eval_every`: the line of such a step, and of the last one, waits for the evaluation's loss. `say` prints a line
+    of its own; `show` takes records by hand.
     """
 
     def __init__(
@@ -41,8 +42,10 @@ class Progress:
         stream: TextIO | None = None,
         line_every_s: float = 5.0,
         checkpoint_line_every_s: float = 10.0,
+        eval_every: int = 0,
     ) -> None:
-        self.total_steps = total_steps
+        self.total_steps, self.eval_every = total_steps, eval_every
+        self._line_waits = False  # for the evaluation of the newest step
         self._console = Console(file=stream or sys.stderr, soft_wrap=True)
         self._line_every_s = line_every_s
         self._last_line = -math.inf
@@ -72,6 +75,7 @@ class Progress:
             self._thread.join()
         self._poll()
         with self._lock:
+            self._print_waiting_line()
             self._print_checkpoint(at_once=True)
         if self._bar:
             self._bar.stop()
@@ -90,12 +94,17 @@ class Progress:
         if kind == "message":
             self._print(str(record["text"]))
         elif kind == "train":
+            self._print_waiting_line()  # there was no evaluation: nothing is held out
             self._train = record
             self._pace.append((record["time"], record["step"]))
             if self._bar:
                 self._bar.update(self._task, completed=record["step"], figures=self._figures())
             elif time.monotonic() - self._last_line >= self._line_every_s:
-                self._print_line()
+                step = record["step"]
+                if step == self.total_steps or (self.eval_every and step % self.eval_every == 0):
+                    self._line_waits = True
+                else:
+                    self._print_line()
         elif kind == "eval":
             self._eval = record
             if self._bar:
@@ -107,8 +116,12 @@ class Progress:
             self._checkpoint = record
             self._print_checkpoint(at_once=self._bar is not None)
 
+    def _print_waiting_line(self) -> None:
+        if self._line_waits:
+            self._print_line()
+
     def _print_line(self) -> None:
-        self._last_line = time.monotonic()
+        self._last_line, self._line_waits = time.monotonic(), False
         self._print(f"step {self._train['step']}/{self.total_steps}  {self._figures()}")
 
     def _print_checkpoint(self, at_once: bool = False) -> None:

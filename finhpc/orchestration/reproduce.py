@@ -16,12 +16,13 @@ from typing import Any
 
 from finhpc.config import Recipe, ReproduceConfig, to_yaml
 from finhpc.errors import ConfigError, FinhpcError, TrainingFailedError
+from finhpc.interrupts import terminable
 from finhpc.orchestration.cluster import cluster_resources, dead_process, known_resources, ray_cluster
 from finhpc.orchestration.progress import rows_table
 from finhpc.orchestration.reproduce_check import Planned, check, misplaced, rows_of
 from finhpc.orchestration.reproduce_steps import AbsentError, inputs_of, merged, read_recipe, resolve, step_config
 from finhpc.orchestration.reproduce_verbs import VERBS
-from finhpc.orchestration.run import place_whole_run, terminable
+from finhpc.orchestration.run import place_whole_run
 from finhpc.orchestration.runfolder import RunFolder, redact, write_atomically
 
 
@@ -95,7 +96,7 @@ def _work(
     done: list[Outcome] = []
     result["status"] = "killed"
     try:
-        with ray_cluster(), terminable():  # again, because connecting to Ray replaces the handler
+        with ray_cluster():
             if problems := misplaced(planned, cluster_resources()):
                 raise ConfigError(problems)
             _run_all(config, recipe, planned, done)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from types import FrameType
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 from finhpc.config import PretrainConfig, Run, TrainingConfig
 from finhpc.errors import ConfigError
+from finhpc.interrupts import Terminated, terminable
 from finhpc.orchestration import outcome
 from finhpc.orchestration.cluster import check_fits, cluster_resources, known_resources, ray_cluster, use_cuda
 from finhpc.orchestration.fit import fit
@@ -25,10 +24,6 @@ from finhpc.orchestration.tracking import Status, Tracker, absolute_tracking_uri
 from finhpc.orchestration.worker import FATAL, MEMORY, ROOM, ROOM_BYTES
 from finhpc.training.checkpoint import complete
 from finhpc.training.journal import DRIVER_FILE, WORKER_FILE
-
-
-class Terminated(BaseException):
-    """SIGTERM arrived: the run stops here and the same command resumes it."""
 
 
 class Pruned(BaseException):
@@ -96,7 +91,8 @@ def _tracked(
     """Train, and tell MLflow and the person at the screen; of a run that is finished, `before` is its result."""
     config = job.config
     # Ray is left last: it may end this process, and a stopped job has little time to write down how it ended.
-    with ExitStack() as ray, Progress(config.train.steps, folder.path) as progress:
+    screen = Progress(config.train.steps, folder.path, eval_every=config.train.eval_every)
+    with ExitStack() as ray, screen as progress:
         tracker = _tracker(job, folder, environment, progress.say).start()
         status: Status = "FAILED"
         result = before
@@ -204,7 +200,6 @@ def _train(job: Job, folder: RunFolder, say: Say, fit: Fit, ray: ExitStack) -> N
     config = job.config
     say("starting Ray and the workers (10 to 30 s)")
     ray.enter_context(ray_cluster())
-    ray.enter_context(terminable())  # again, because connecting to Ray replaces the handler
     total = cluster_resources()
     cuda = use_cuda(config, total)
     check_fits(config, cuda, total)
@@ -239,22 +234,3 @@ def _tracker(job: Job, folder: RunFolder, environment: dict[str, Any], say: Say)
 
 def _is_done(before: dict[str, Any] | None, config: TrainingConfig) -> bool:
     return bool(before) and before["status"] == "finished" and before["steps"] >= config.train.steps  # type: ignore[index]
-
-
-@contextmanager
-def terminable() -> Iterator[None]:
-    """Turn SIGTERM into an exception, so that workers, run and lock are let go in order."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise Terminated
-
-    try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread: whoever runs it handles signals
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

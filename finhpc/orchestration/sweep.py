@@ -19,10 +19,11 @@ from typing import Any
 
 from finhpc.config import to_yaml
 from finhpc.errors import TrainingFailedError
+from finhpc.interrupts import terminable
 from finhpc.orchestration import outcome
 from finhpc.orchestration.cluster import ray_cluster
 from finhpc.orchestration.fit import last_line, watched
-from finhpc.orchestration.run import place_whole, terminable
+from finhpc.orchestration.run import place_whole
 from finhpc.orchestration.runfolder import RunFolder, write_atomically
 from finhpc.orchestration.study_report import write_csv
 from finhpc.orchestration.sweep_delivery import deliver
@@ -59,7 +60,7 @@ def sweep(config: AnySweep, dry_run: bool = False) -> dict[str, Any]:
         write_atomically(folder.path / "config.yaml", to_yaml(config))
         _forget_failures(plan)
         with Parent(config, folder, plan) as parent:
-            with ray_cluster(), terminable():
+            with ray_cluster():
                 plan.check_fits()  # again: only now is another cluster's size known
                 prepare_shared(plan, outcome.to_stderr)
                 _tune(config, plan, parent.id)

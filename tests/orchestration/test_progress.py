@@ -57,6 +57,29 @@ def test_plain_lines(tmp_path: Path) -> None:
     ]
 
 
+def _eval(step: int) -> dict[str, object]:
+    return {"kind": "eval", "time": 0.0, "step": step, "val_loss": 5.3}
+
+
+def test_a_step_that_is_evaluated_has_one_line(tmp_path: Path) -> None:
+    screen = io.StringIO()
+    progress = Progress(5, tmp_path, screen, line_every_s=0, eval_every=2)
+    for step in range(1, 6):
+        progress.show([_train(step, 0.0)])  # read alone: the evaluation takes its time
+        if step in (2, 4, 5):
+            progress.show([_eval(step)])
+    lines = screen.getvalue().splitlines()
+    assert [line.split("/")[0] for line in lines] == [f"step {step}" for step in range(1, 6)]
+    assert all("val 5.300  " in lines[step - 1] for step in (2, 4, 5)), "its own loss, not an earlier step's"
+
+
+def test_steps_whose_evaluation_never_comes_have_their_lines_too(tmp_path: Path) -> None:
+    screen = io.StringIO()
+    with Progress(4, tmp_path, screen, line_every_s=0, eval_every=2) as progress:
+        progress.show([_train(step, 0.0) for step in range(1, 5)])  # nothing is held out
+    assert [line.split("/")[0] for line in screen.getvalue().splitlines()] == [f"step {i}" for i in range(1, 5)]
+
+
 def _checkpoints(steps: range) -> list[dict[str, object]]:
     return [{"kind": "checkpoint", "time": 0.0, "step": step, "path": f"checkpoints/{step}"} for step in steps]
 
