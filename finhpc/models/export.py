@@ -55,7 +55,7 @@ def export(config: ExportConfig, dry_run: bool = False) -> dict[str, Any]:
     base = base_of(source) if adapter else source
     if adapter:
         check_base(adapter, base)
-    conversion = Conversion(config, open_weights(base, low_rank=True), adapter)
+    conversion = Conversion(config, open_weights(base, low_rank=True, floats=True), adapter)
     result = _counted(config, conversion) | {"model": str(source), "out": str(out)}
     if dry_run:
         _summary(result | {"status": "dry_run"})

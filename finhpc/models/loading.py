@@ -50,7 +50,7 @@ def load_model(
     if quantizer_of(config) or not is_known(config):
         model = _by_transformers(path, config, dtype, device)
     else:
-        model = _in_floats(open_weights(path, low_rank=True), dtype)
+        model = _in_floats(open_weights(path, low_rank=True, floats=True), dtype)
     if (bits := trained_bits(model.config)) < 16:
         round_weights(model, bits)
         delattr(model.config, TRAINED)
