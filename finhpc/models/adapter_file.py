@@ -249,11 +249,16 @@ def _read_config(folder: Path) -> dict[str, Any]:
         numbers = {f"{key}={tree.get(key)}": tree.get(key) for key in ("r", "lora_alpha")}
         for key in ("rank_pattern", "alpha_pattern"):
             numbers |= {f"{key}.{name}={value}": value for name, value in (tree.get(key) or {}).items()}
-        bad = [text for text, value in numbers.items() if isinstance(value, bool) or not isinstance(value, int | float)]
-        bad += [text for text, value in numbers.items() if text not in bad and value <= 0 and "alpha" not in text]
+        bad = [text for text, value in numbers.items() if not _is_size(value, text)]
         if bad:
             raise CheckpointError(f"{file} is damaged: {', '.join(bad)}; fetch or write the adapter again.")
     return tree
+
+
+def _is_size(value: Any, text: str) -> bool:
+    """Whether a value is a number, and above 0 if it is a rank."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and (value > 0 or text.startswith("lora_alpha") or text.startswith("alpha"))
 
 
 def _read_quantization(folder: Path) -> tuple[int, str]:

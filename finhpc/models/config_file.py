@@ -20,7 +20,7 @@ from finhpc.quantization.schemes import MINMAX
 ADAPTER = "adapter_config.json"  # a folder that has it is an adapter, whatever else it holds
 OUR_QUANTIZERS = ("bitsandbytes", MINMAX)  # `quant_method` of exports, which load_model opens
 ROPES = ("default", "linear", "dynamic", "yarn", "llama3")
-ABSENT = (None, False, 0, "", "none", [], {})
+ABSENT: tuple[Any, ...] = (None, False, 0, "", "none", [], {})
 # Setting -> the value at which it changes nothing. Without a value: only its absence changes nothing.
 CHANGES: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale"), (1, 1.0)),

@@ -100,8 +100,8 @@ def as_dense(config: Any) -> Any:
 
     Whether head and embedding are tied stays as it is: low-rank ones are not.
     """
-    ours = ("low_rank", "low_rank_kind", "low_rank_layers", "dense_tied", "factor_modules")
-    ours = (*ours, "model_type", "architectures", TRAINED)
+    fields = ("low_rank", "low_rank_kind", "low_rank_layers", "dense_tied", "factor_modules")
+    ours = {*fields, "model_type", "architectures", TRAINED}
     kept = {key: value for key, value in config.to_dict().items() if key not in ours}
     return family_of(config).dense_class.config_class.from_dict(kept)
 

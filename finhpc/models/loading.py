@@ -25,14 +25,14 @@ from finhpc.models.folder import GENERATION, SafetensorsFolder
 from finhpc.models.initialize import initialize
 from finhpc.models.manifest import check_manifest
 from finhpc.models.pipeline import parts_of
-from finhpc.models.weights import Weights, config_of, open_weights
+from finhpc.models.weights import Weights, config_of, locate, open_weights, save_tokenizer
 from finhpc.quantization.fake import TRAINED, round_weights, trained_bits
 
 
 def load_model(
     path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> PreTrainedModel:
-    """Open a model folder that finhpc or transformers wrote, or a .gguf file, in eval mode, on `device`.
+    """Open a model folder that finhpc or transformers wrote, a hub id or a .gguf file, in eval mode, on `device`.
 
     The folder of an adapter opens as its base with the adapter, which is added to the weights of a dense base in
     floats and stays on its own beside those of a low-rank or quantized one. A model that was trained with quantized
@@ -40,7 +40,7 @@ def load_model(
     Raises `CheckpointError` when the folder is not a model, or its weights are not as its manifest and config say,
     `ConfigError` for a model or an adapter that asks for what is not computed.
     """
-    path = Path(path)
+    path = locate(str(path))
     if is_adapter(path):
         return _with_adapter(path, dtype, device)
     if path.is_dir():
@@ -50,7 +50,7 @@ def load_model(
     if quantizer_of(config) or not is_known(config):
         model = _by_transformers(path, config, dtype, device)
     else:
-        model = _in_floats(open_weights(path, low_rank=True), dtype)
+        model = _in_floats(open_weights(path, low_rank=True, floats=True), dtype)
     if (bits := trained_bits(model.config)) < 16:
         round_weights(model, bits)
         delattr(model.config, TRAINED)
@@ -130,8 +130,9 @@ def initial_model(hf_config: Any, seed: int, scheme: str | None) -> Any:
 def save_model(
     folder: Path, hf_config: Any, shards: Sequence[Callable[[], dict[str, Tensor]]], tokenizer: Path | None
 ) -> None:
-    """Write config.json, safetensors (one file a shard) and the tokeniser's files; complete or absent.
+    """Write config.json, safetensors (one file a shard) and the tokenizer's files; complete or absent.
 
+    `tokenizer`: a folder with a tokenizer, and perhaps a generation config, which goes along.
     Each of `shards` returns Hugging Face name -> tensor and is called once, in turn, so the memory
     needed is one shard.
     """
@@ -153,7 +154,6 @@ def save_model(
     hf_config.dtype = "float32"
     hf_config.save_pretrained(partial)
     if tokenizer is not None:
-        for file in sorted(tokenizer.iterdir()):
-            shutil.copy2(file, partial / file.name)
+        save_tokenizer(tokenizer, partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)

@@ -72,11 +72,11 @@ class Finetune(Job):
         (folder / EXAMPLES).unlink(missing_ok=True)
 
     def counts(self) -> dict[str, Any]:
-        from finhpc.models.families import model_sizes
+        from finhpc.models.families import dense_original, parameter_count
 
         made = self.made
         total = made.params_base + made.params_trainable
-        dense = model_sizes(made.weights.config, made.weights.config)["params_dense"]
+        dense = parameter_count(dense_original(made.weights.config))
         return {
             "params_total": total,
             "params_trainable": made.params_trainable,
