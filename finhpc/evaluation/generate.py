@@ -12,7 +12,7 @@ from typing import Any
 from finhpc.config import GenerateConfig
 from finhpc.data.chat import prompt_ids, prompt_text
 from finhpc.errors import ConfigError
-from finhpc.evaluation.adapters import named
+from finhpc.evaluation.adapters import named, over_its_base
 from finhpc.evaluation.generation import Generator
 from finhpc.evaluation.prompts import Prompt, read_prompts
 
@@ -24,6 +24,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     that cannot be used, `CheckpointError` for damaged weights.
     """
     begin = time.monotonic()
+    model, config = config.model, over_its_base(config)
     _check(config)
     prompts = [] if config.chat else read_prompts(config, [named(entry)[0] for entry in config.adapters])
     generator = Generator(config)
@@ -39,7 +40,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
         print(f"{counts.new_tokens} tokens, {pace:.1f} tokens/s", file=sys.stderr)
     return {
         "status": "finished",
-        "model": config.model,
+        "model": model,
         "adapters": generator.adapters.names,
         "answers": answers,
         "prompts": counts.prompts,
