@@ -165,7 +165,7 @@ class Shards:
 
     def ids_of_text(self) -> int:
         """How many rows the ids of the text need in an embedding; a token that only pads needs none."""
-        from finhpc.models.weights import find_tokenizer
+        from finhpc.models.tokenizer_file import find_tokenizer
 
         tokenizer = find_tokenizer(self.tokenizer)
         return self.manifest.vocab_size if tokenizer is None else largest_id(tokenizer) + 1

@@ -12,7 +12,7 @@ from typing import Any
 from finhpc.config import GenerateConfig
 from finhpc.data.chat import prompt_ids, prompt_text
 from finhpc.errors import ConfigError
-from finhpc.evaluation.adapters import named
+from finhpc.evaluation.adapters import named, over_its_base
 from finhpc.evaluation.generation import Generator, open_parts
 from finhpc.evaluation.prompts import Prompt, read_prompts
 from finhpc.models import tokens
@@ -27,6 +27,7 @@ def generate(config: GenerateConfig, dry_run: bool = False) -> dict[str, Any]:
     that cannot be used, `CheckpointError` for damaged weights.
     """
     begin = time.monotonic()
+    model, config = config.model, over_its_base(config)
     _check(config)
     prompts = [] if config.chat else read_prompts(config, [named(entry)[0] for entry in config.adapters])
     if dry_run:
@@ -44,7 +45,7 @@ def generate(config: GenerateConfig, dry_run: bool = False) -> dict[str, Any]:
         print(f"{counts.new_tokens} tokens, {pace:.1f} tokens/s", file=sys.stderr)
     return {
         "status": "finished",
-        "model": config.model,
+        "model": model,
         "adapters": generator.adapters.names,
         "answers": answers,
         "prompts": counts.prompts,

@@ -13,7 +13,7 @@ import torch
 
 from finhpc.config import GenerateConfig, Resources
 from finhpc.errors import ConfigError
-from finhpc.evaluation.adapters import named, read_adapters
+from finhpc.evaluation.adapters import named, over_its_base, read_adapters
 from finhpc.evaluation.decoder import Decoder
 from finhpc.evaluation.decoding import decode
 from finhpc.evaluation.forms import use_fast_forms
@@ -22,8 +22,9 @@ from finhpc.models.attached import Adapters, round_for
 from finhpc.models.families import context_of
 from finhpc.models.folder import has_tokenizer
 from finhpc.models.loading import load_model
+from finhpc.models.tokenizer_file import find_tokenizer, open_tokenizer
 from finhpc.models.tokens import check_rows, decoded, generation_config, prompt_ids, stop_ids
-from finhpc.models.weights import config_of, find_tokenizer, locate
+from finhpc.models.weights import config_of, locate
 
 
 @dataclass
@@ -74,6 +75,7 @@ class Generator:
     """Opens `config.model`. Raises `ConfigError` with what does not fit, `CheckpointError` where files are damaged."""
 
     def __init__(self, config: GenerateConfig) -> None:
+        config = over_its_base(config)
         self.config = config
         device = _device(config.resources)
         parts = open_parts(config)
@@ -93,7 +95,7 @@ class Generator:
                 self.stop |= set(stop_ids(self.tokenizers[name], *configs))
         self.counts = Counts()
 
-    def encode(self, text: str, adapter: str | None) -> list[int]:
+    def encode(self, text: str, adapter: str | None = None) -> list[int]:
         """Ids of a prompt, as finetuning and evaluation read it; an empty one starts where a document starts.
 
         A prompt that does not fit the context beside max_new_tokens loses its beginning; that is counted and said.
@@ -164,10 +166,10 @@ def _tokenizers(folders: dict[str | None, Path], rows: int) -> dict[str | None, 
     problems: list[str] = []
     for name, folder in folders.items():
         try:
-            tokenizer = find_tokenizer(folder)
+            tokenizer = open_tokenizer(folder) if name is None else find_tokenizer(folder)
             if tokenizer is not None:
                 check_rows(tokenizer, rows, f"model={folder}" if name is None else f"the base of adapter={folder}")
-            found[name] = tokenizer or found[None]
+            found[name] = tokenizer or found.get(None)
         except ConfigError as error:
             problems += error.problems
     if problems:

@@ -33,8 +33,9 @@ from finhpc.models.config_file import is_adapter
 from finhpc.models.families import as_dense, family_of, is_low_rank, model_sizes, skeleton
 from finhpc.models.folder import GENERATION, TOKENIZER_FILES, FolderWriter, copy_tokenizer, has_tokenizer
 from finhpc.models.pipeline import is_tied
+from finhpc.models.tokenizer_file import find_tokenizer, save_tokenizer
 from finhpc.models.tokens import check_rows, stop_ids, write_stops
-from finhpc.models.weights import Weights, find_tokenizer, locate, open_weights, save_tokenizer
+from finhpc.models.weights import Weights, locate, open_weights
 from finhpc.quantization.fake import TRAINED, trained_bits
 from finhpc.quantization.per_vector import rounded
 from finhpc.quantization.schemes import SCHEMES

@@ -272,7 +272,7 @@ def _set_steps(config: FinetuneConfig, examples: int) -> None:
 
 def tokenizer_of(weights: Weights) -> Any:
     """The base's tokeniser; raises `ConfigError` where the model comes without."""
-    from finhpc.models.weights import open_tokenizer
+    from finhpc.models.tokenizer_file import open_tokenizer
 
     return open_tokenizer(weights.path)
 

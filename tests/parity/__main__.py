@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.parity.harness import run_texts, run_weights
 from tests.parity.table import Table
-from tests.parity.tokenizer_kinds import every_kind
+from tests.parity.tokenizer_kinds import tokenizer_pairs
 from tests.parity.weights import combinations
 
 
@@ -25,7 +25,7 @@ def main() -> int:
         tables: dict[str, Table] = {}
         begin = time.monotonic()
         if given.only != "weights":
-            kinds = [kind for kind in every_kind() if given.match in str(kind)]
+            kinds = [kind for kind in tokenizer_pairs() if given.match in str(kind)]
             tables["text"] = run_texts(kinds[:: given.every], Path(made))
         if given.only != "text":
             chosen = [one for one in combinations() if given.match in " | ".join(one.values())]

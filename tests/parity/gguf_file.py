@@ -64,7 +64,7 @@ def _stored(key: str, tensor: Tensor, config: Any) -> Tensor:
 
 
 def _add_tokenizer(writer: Any) -> None:
-    made = tokenizer_of(Kind("byte-level"))
+    made = tokenizer_of(Kind("byte level"))
     tree = json.loads(made.backend_tokenizer.to_str())
     vocab: dict[str, int] = made.get_vocab()
     tokens = sorted(vocab, key=vocab.__getitem__)

@@ -49,10 +49,10 @@ def test_every_pair_of_values_occurs() -> None:
 
 
 TEXTS = [
-    Kind("byte-level", "none", "ChatML"),
-    Kind("Metaspace first", "end", "Llama 2"),
-    Kind("Prepend, byte fallback", "begin", "Zephyr"),
-    Kind("Unigram", "begin, end", "Llama 3"),
+    Kind("byte level", "nothing", "ChatML"),
+    Kind("metaspace first", "end", "Llama 2"),
+    Kind("prepend", "begin", "Zephyr"),
+    Kind("unigram", "begin, end", "Llama 3"),
 ]
 
 
@@ -61,10 +61,10 @@ def test_some_tokenizers_agree(tmp_path: Path) -> None:
 
 
 WEIGHTS = [
-    ("gpt2", "names without prefix", "ours, default", "byte-level", "merged, minmax 4"),
-    ("llama", "bfloat16", "peft, rank_pattern", "Metaspace first", "native"),
-    ("qwen2", "low-rank", "none", "Unigram", "native, minmax 8"),
-    ("mistral", "float32", "peft, embedding", "Prepend, byte fallback", "merged"),
+    ("gpt2", "names without prefix", "ours, default", "byte level", "merged, minmax 4"),
+    ("llama", "bfloat16", "peft, rank_pattern", "metaspace first", "native"),
+    ("qwen2", "low-rank", "none", "unigram", "native, minmax 8"),
+    ("mistral", "float32", "peft, embedding", "prepend", "merged"),
 ]
 
 

@@ -10,6 +10,7 @@ import io
 import json
 import shutil
 import sys
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -29,16 +30,21 @@ from finhpc.models.export import export
 from finhpc.models.packed import IGNORED, POSITION, PREFIX, SEGMENT, TARGET, TOKEN
 from tests.models.dense import settled
 from tests.parity.table import Row
-from tests.parity.tokenizer_kinds import END, VOCAB, Kind, tokenizer_of
+from tests.parity.tokenizer_kinds import END, END_OF_TURN, VOCAB, Kind, tokenizer_of
 
 CHATS = [
-    [("user", "Hello, how are you?"), ("assistant", "I am fine."), ("user", "Profit rose."), ("assistant", "positive")],
-    [("system", "You are a helpful assistant."), ("user", "Profit of Alder Foods rose by 7 %"), ("assistant", "rose")],
+    [
+        ("user", "What does Alder Foods sell?"),
+        ("assistant", "Fresh bread and good milk."),
+        ("user", "is it good?"),
+        ("assistant", "yes it is."),
+    ],
+    [("system", "Alder Foods"), ("user", "What does it sell?"), ("assistant", "bread")],
 ]
 PAIRS = [
-    ("Profit of Alder Foods rose by 7 %. Answer:", " positive"),
-    ("Instruction: Choose an answer.\nAnswer:", " The bank's rate"),
-    ("The bank", " did not move."),
+    ("What does Alder Foods sell? Answer:", " good milk"),
+    ("user: is it fresh?\nAnswer:", " it does."),
+    ("Alder Foods", " sell bread and milk."),
 ]
 NEW = 6
 
@@ -53,17 +59,17 @@ def model_folder(folder: Path) -> Path:
     return folder
 
 
-def text_row(of: Kind, model: Path, folder: Path) -> Row:
-    """What every command makes of texts with this tokenizer; `folder` does not exist yet."""
+def text_row(of: Kind, source: Path, folder: Path) -> Row:
+    """What every command makes of texts with this tokenizer; `source` is a model, `folder` does not exist yet."""
     row = Row({"tokenizer": of.kind, "around a text": of.ends, "chat template": of.template})
-    shutil.copytree(model, folder)
+    shutil.copytree(source, folder)
     tokenizer_of(of).save_pretrained(folder)
-    plain = AutoTokenizer.from_pretrained(folder)
+    plain, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     chats, pairs = _examples(folder, plain)
     generator = Generator(_settings(folder, prompt="unused"))
     with row.column("finetune, chats"):
         for number, chat in enumerate(CHATS):
-            _check_chat(plain, _messages(chat), *chats.train.example(number))
+            _check_chat(plain, of.template, _messages(chat), *chats.train.example(number))
     with row.column("finetune, pairs"):
         for number, (prompt, answer) in enumerate(PAIRS):
             tokens, carries = pairs.train.example(number)
@@ -76,11 +82,11 @@ def text_row(of: Kind, model: Path, folder: Path) -> Row:
     with row.column("generate, prompts"):
         for number, (prompt, _) in enumerate(PAIRS):
             tokens, carries = pairs.train.example(number)
-            _same(generator.encode(prompt), tokens[~carries].tolist())
+            _same(generator.encode(prompt, None), tokens[~carries].tolist())
     with row.column("generate, text"):
-        _check_text(folder, plain)
+        _check_text(folder, model, plain)
     with row.column("generate, chat"):
-        _check_talk(folder, plain)
+        _check_talk(folder, model, plain, of.template)
     with row.column("generate, stops"):
         tokens, carries = chats.train.example(0)
         last = int(tokens[carries][-1])
@@ -134,37 +140,29 @@ def _examples(folder: Path, plain: Any) -> tuple[Examples, Examples]:
     return read(chats), read(pairs)
 
 
-def _check_chat(plain: Any, messages: list[dict[str, str]], tokens: Any, carries: Any) -> None:
-    """The ids are transformers' up to the last answer's end, and the answers are those and nothing else.
+def _check_chat(plain: Any, template: str, messages: list[dict[str, str]], tokens: Any, carries: Any) -> None:
+    """The ids are transformers', an end token after a last answer that the template does not end aside.
 
-    A template that ends no turn with a token of its own gets the end token after an answer.
+    The prompt of the last answer is the one that generation reads, and what is learned are the answers with the
+    tokens that end them.
     """
-    ids, wanted = tokens.tolist(), _chat_ids(plain, messages)
-    ended = ids if ids == wanted[: len(ids)] else ids[:-1]
-    assert ids == ended or ids[-1] == plain.eos_token_id, f"ids {ids} are not {wanted}"
-    _same(ended, wanted[: len(ended)])
-    prompt = _chat_ids(plain, messages[:-1], prompt=True)
-    final = len(ids) - _run(carries)
-    _same(ids[:final], prompt)
+    ids, said = tokens.tolist(), carries.tolist()
+    wanted = _chat_ids(plain, messages)
+    if template not in END_OF_TURN:
+        assert ids[-1] == plain.eos_token_id, "nothing ends the last answer"
+        _same(ids[:-1], wanted[: len(ids) - 1])
+    else:
+        _same(ids, wanted)
+    pieces = [[i for i, _ in group] for own, group in groupby(enumerate(said), lambda pair: pair[1]) if own]
+    _same(ids[: pieces[-1][0]], _chat_ids(plain, messages[:-1], prompt=True))
     answers = [message["content"] for message in messages if message["role"] == "assistant"]
-    pieces, begin = [], None
-    for place, said in enumerate([*carries.tolist(), False]):
-        if said and begin is None:
-            begin = place
-        if not said and begin is not None:
-            pieces.append(ids[begin:place])
-            begin = None
     assert len(pieces) == len(answers), f"{len(pieces)} answers are learned, not {len(answers)}"
     for piece, answer in zip(pieces, answers, strict=True):
-        text = plain.decode(piece, skip_special_tokens=True)
+        learned = [ids[i] for i in piece]
+        text = plain.decode(learned, skip_special_tokens=True)
         assert text.strip() == _read(plain, answer), f"the answer {answer!r} is learned as {text!r}"
-        assert piece[-1] in plain.all_special_ids, f"nothing ends the answer {answer!r}"
-
-
-def _run(carries: Any) -> int:
-    """How many of the last tokens carry loss."""
-    row = carries.tolist()
-    return row[::-1].index(False) if False in row else len(row)
+        if template in END_OF_TURN:
+            assert plain.convert_ids_to_tokens(learned[-1]) == END_OF_TURN[template], f"nothing ends {answer!r}"
 
 
 def _check_batches(train: Arrays) -> None:
@@ -194,9 +192,8 @@ def _settings(folder: Path, **more: Any) -> GenerateConfig:
     return build(GenerateConfig, {"model": str(folder), "sampling": {"max_new_tokens": NEW}, **more})
 
 
-def _continued(folder: Path, ids: list[int], stop: list[int]) -> list[int]:
+def _continued(model: Any, ids: list[int], stop: list[int]) -> list[int]:
     """What transformers generates greedily after ids."""
-    model: Any = AutoModelForCausalLM.from_pretrained(folder)
     with torch.inference_mode():
         tokens = torch.tensor([ids])
         out = model.generate(
@@ -207,35 +204,41 @@ def _continued(folder: Path, ids: list[int], stop: list[int]) -> list[int]:
     return found
 
 
-def _check_text(folder: Path, plain: Any) -> None:
+def _check_text(folder: Path, model: Any, plain: Any) -> None:
     """Greedy text of prompts, one at a time and together; a prompt and its text join to what the ids say."""
     prompts = folder / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt, _ in PAIRS))
     together = generate(_settings(folder, prompts=str(prompts)))["answers"]
     for (prompt, _), answer in zip(PAIRS, together, strict=True):
         ids = _whole(plain, prompt)
-        new = _continued(folder, ids, [plain.eos_token_id])
-        read = plain.decode(ids, skip_special_tokens=True)
-        whole = plain.decode([*ids, *new], skip_special_tokens=True)
-        wanted = whole[len(read) :] if whole.startswith(read) else plain.decode(new, skip_special_tokens=True)
-        alone = generate(_settings(folder, prompt=prompt))["answers"]
-        for text in (answer["text"], (alone[0] if isinstance(alone, list) else alone)["text"]):
-            assert text == wanted, f"after {prompt!r} stands {text!r}, not {wanted!r}"
+        new = _continued(model, ids, [plain.eos_token_id])
+        wanted = _joined(plain, ids, new)
+        assert answer["text"] == wanted, f"after {prompt!r} stands {answer['text']!r}, not {wanted!r}"
+    (alone,) = generate(_settings(folder, prompt=PAIRS[0][0]))["answers"]
+    assert alone["text"] == together[0]["text"], f"alone it is {alone['text']!r}, together {together[0]['text']!r}"
 
 
-def _check_talk(folder: Path, plain: Any) -> None:
+def _joined(plain: Any, before: list[int], new: list[int]) -> str:
+    """The text of new ids as it follows that of the ids before them."""
+    read, whole = (plain.decode(ids, skip_special_tokens=True) for ids in (before, [*before, *new]))
+    if whole.startswith(read):
+        return str(whole[len(read) :])
+    return str(plain.decode(new, skip_special_tokens=True))
+
+
+def _check_talk(folder: Path, model: Any, plain: Any, template: str) -> None:
     """A talk of two turns: transformers' ids of the conversation, and its text."""
     asked = [content for role, content in CHATS[0] if role == "user"]
     with patch.object(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in asked))):
         answers = generate(_settings(folder, chat=True))["answers"]
     said: list[dict[str, str]] = []
-    stop = sorted({plain.eos_token_id, *plain.convert_tokens_to_ids(["<|im_end|>", "<|eot_id|>"])})
+    stop = [plain.eos_token_id, plain.convert_tokens_to_ids(END_OF_TURN.get(template, END))]
     for line, answer in zip(asked, answers, strict=True):
         said.append({"role": "user", "content": line})
-        new = _continued(folder, _chat_ids(plain, said, prompt=True), stop)
-        wanted = plain.decode(new, skip_special_tokens=True)
-        assert answer["text"].strip() == wanted.strip(), f"after {line!r} stands {answer['text']!r}, not {wanted!r}"
-        said.append({"role": "assistant", "content": answer["text"]})
+        ids = _chat_ids(plain, said, prompt=True)
+        wanted = _joined(plain, ids, _continued(model, ids, stop))
+        assert answer["text"] == wanted, f"after {line!r} stands {answer['text']!r}, not {wanted!r}"
+        said.append({"role": "assistant", "content": answer["text"].strip()})
 
 
 def _check_evaluation(folder: Path, pairs: Examples) -> None:
