@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from finhpc.config import Instructions
@@ -55,7 +56,7 @@ def read_examples(sources: list[str], settings: Instructions, tokenizer: Any) ->
     problems: list[str] = []
     for number, (spec, one) in enumerate(zip(sources, opened, strict=True)):
         try:
-            examples = each(one, lambda record, one=one, number=number: _example(record, one, number, tokenizer))
+            examples = each(one, partial(_example, one=one, source=number, tokenizer=tokenizer))
             if not examples:
                 raise ConfigError(f"data.source={spec} holds no example; give a file with records.")
         except ConfigError as error:

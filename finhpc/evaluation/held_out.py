@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,13 +40,27 @@ def label_scores(
         golds.append(labels.index(tuple(tokens[answer].tolist())))
         requests += [(("", ""), tokens[:first].tolist(), list(label)) for label in labels]
     likelihoods = iter(score for score, _ in lm._loglikelihood_tokens(requests, disable_tqdm=True))
+    names = _names(examples, answers)
     pairs: dict[str, list[tuple[int, int]]] = {}
     for i, gold in zip(chosen, golds, strict=True):
         source = int(examples.held_out.source[i])
         scores = [next(likelihoods) for _ in answers[source]]
-        template = str(examples.counts["by_source"][source]["template"])
-        pairs.setdefault(template, []).append((gold, int(np.argmax(scores))))
-    return {template: _scored(some) for template, some in pairs.items()}
+        pairs.setdefault(names[source], []).append((gold, int(np.argmax(scores))))
+    return {name: _scored(some) for name, some in pairs.items()}
+
+
+def _names(examples: Examples, answers: dict[int, list[Answer]]) -> dict[int, str]:
+    """Source -> the name of its scores: its template, and the file as well if another has other labels."""
+    sources = examples.counts["by_source"]
+    of_template: dict[str, set[tuple[Answer, ...]]] = {}
+    for source, labels in answers.items():
+        of_template.setdefault(str(sources[source]["template"]), set()).add(tuple(labels))
+    return {
+        source: str(sources[source]["template"])
+        if len(of_template[str(sources[source]["template"])]) == 1
+        else f"{sources[source]['template']} of {Path(str(sources[source]['source'])).name}"
+        for source in answers
+    }
 
 
 def _scored(pairs: list[tuple[int, int]]) -> dict[str, Any]:
@@ -59,15 +74,19 @@ def _scored(pairs: list[tuple[int, int]]) -> dict[str, Any]:
 
 
 def _answers(examples: Examples) -> dict[int, list[Answer]]:
-    """Source -> its different answers, where those are labels."""
+    """Source -> its different answers, if those are labels: its template's, or few. Sources of one set share it."""
+    listed = {i: tuple(source.get("labels") or ()) for i, source in enumerate(examples.counts["by_source"])}
     found: dict[int, set[Answer]] = {}
     for arrays in (examples.train, examples.held_out):
         for i in range(len(arrays)):
             tokens, answer = arrays.example(i)
             of_source = found.setdefault(int(arrays.source[i]), set())
-            if len(of_source) <= MOST_LABELS:
+            if listed[int(arrays.source[i])] or len(of_source) <= MOST_LABELS:
                 of_source.add(tuple(tokens[answer].tolist()))
-    return {source: sorted(labels) for source, labels in found.items() if len(labels) <= MOST_LABELS}
+    for source, labels in found.items():
+        if listed[source]:
+            labels.update(*(found[other] for other in found if listed[other] == listed[source]))
+    return {source: sorted(of) for source, of in found.items() if listed[source] or len(of) <= MOST_LABELS}
 
 
 def _number(arrays: Arrays, limit: int | None) -> int:

@@ -19,6 +19,7 @@ from finhpc.config import EvaluateConfig, nearest
 from finhpc.data.shards import file_sha256, write_atomic
 from finhpc.errors import ConfigError, DataError
 from finhpc.evaluation.documents import SOURCES, documents
+from finhpc.evaluation.own_task import own_task
 
 PERPLEXITY = "perplexity"
 GENERAL = {  # lm-eval's own definitions, under its tasks/
@@ -41,6 +42,7 @@ class TaskFile:
     examples: int | None
     total: int | None
     own: bool  # the user's, read where it lies
+    notes: tuple[str, ...] = ()  # what was guessed about its examples
 
 
 def prepare_tasks(config: EvaluateConfig, folder: Path) -> list[TaskFile]:
@@ -52,14 +54,19 @@ def prepare_tasks(config: EvaluateConfig, folder: Path) -> list[TaskFile]:
         try:
             if name.endswith((".yaml", ".yml")):
                 found.append(_own(Path(name), config))
-            elif name in SOURCES:
+            elif name in SOURCES or name in config.data.files:
                 found.append(_ours(name, config, folder))
             elif name != PERPLEXITY:
-                problems.append(f"tasks={name} is no task; {nearest(name, list(TASKS))} Or give a task file (.yaml).")
+                problems.append(
+                    f"tasks={name} is no task; {nearest(name, list(TASKS))} Or give a task file (.yaml), or "
+                    f"your own labelled file with --data.files.{name} FILE."
+                )
         except (ConfigError, DataError) as error:
             problems += str(error).splitlines()
-    unknown = [task for task in config.data.files if task not in SOURCES]
-    problems += [f"data.files.{task} names no task; {nearest(task, list(SOURCES))}" for task in unknown]
+    unknown = [task for task in config.data.files if task not in (*SOURCES, *config.tasks)]
+    problems += [
+        f"data.files.{task} names no task; {nearest(task, list(SOURCES))} Or name it in tasks." for task in unknown
+    ]
     names = [task.name for task in found]
     problems += [f"tasks: {name} is given twice; once is enough." for name in set(names) if names.count(name) > 1]
     if problems:
@@ -68,13 +75,18 @@ def prepare_tasks(config: EvaluateConfig, folder: Path) -> list[TaskFile]:
 
 
 def _ours(name: str, config: EvaluateConfig, folder: Path) -> TaskFile:
-    rows, total = documents(name, config.data, config.limit, config.seed)
+    if name in SOURCES:
+        found = documents(name, config.data, config.limit, config.seed)
+        text, split = _definition(name)
+    else:
+        text, found = own_task(name, config.data, config.limit, config.seed)
+        split = "test"
     examples, path = folder / f"{name}.jsonl", folder / f"{name}.yaml"
-    write_atomic(examples, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
-    text, split = _definition(name)
+    write_atomic(examples, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found.rows).encode())
     data = {"data_files": {split: str(examples.absolute())}}
     write_atomic(path, (text + yaml.safe_dump({"dataset_kwargs": data})).encode())
-    return TaskFile(name, path, file_sha256(path)[:32] + file_sha256(examples)[:32], len(rows), total, False)
+    sha256, notes = file_sha256(path)[:32] + file_sha256(examples)[:32], tuple(found.notes)
+    return TaskFile(name, path, sha256, len(found.rows), found.total, False, notes)
 
 
 def _definition(name: str) -> tuple[str, str]:

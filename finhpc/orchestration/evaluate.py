@@ -60,6 +60,8 @@ def evaluate(config: EvaluateConfig, dry_run: bool = False) -> dict[str, Any]:
             "scores": None,
             "models": [{"name": s.name, "model": s.path, "adapter": s.adapter, "scores": None} for s in found],
         }
+        for note in (note for task in tasks for note in task.notes):
+            _say(note)
         if dry_run:
             what = f"{_counted(len(found), 'model')} x {_counted(len(names), 'task')}"
             _say(f"{what}, {len(pending)} of {_counted(len(pairs), 'pair')} to score")
