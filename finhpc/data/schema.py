@@ -157,8 +157,8 @@ def each(one: Table, work: Callable[[Record], T]) -> list[T]:
 def _grouped(source: str, faults: dict[str, list[str]]) -> list[str]:
     told = []
     for problem, places in list(faults.items())[:SHOWN]:
-        more = f" (and {len(places) - 1:,} more such records)" if len(places) > 1 else ""
-        told.append(f"{places[0]}{more}: {problem}")
+        more = f" The same holds for {len(places) - 1:,} more." if len(places) > 1 else ""
+        told.append(f"{places[0]}: {problem}{more}")
     if left := sum(len(places) for places in list(faults.values())[SHOWN:]):
         told.append(f"{source}: {left:,} more records cannot be used.")
     return told
