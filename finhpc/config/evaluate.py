@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from finhpc.config.folders import ExportQuantization
-from finhpc.config.labels import Labels
+from finhpc.config.labels import ABOUT, Labels
 from finhpc.config.section import Section
 from finhpc.config.training import Resources, Run
 
@@ -20,7 +20,7 @@ class EvaluateData(Section):
         description="of the tasks' files, found by their usual names in it or one below; default: data.files alone",
     )
     files: dict[str, str] = Field(default_factory=dict, description="a task's own file or hf:NAME: data.files.fpb FILE")
-    labels: Labels
+    labels: Labels = Field(default_factory=dict, description=ABOUT)
     template: str | None = Field(None, description="of a task of your own; default: as finetune's")
     templates: str | None = Field(None, description="YAML file of your own templates, as finetune's")
     columns: dict[str, str] = Field(default_factory=dict, description="of a task of your own, as finetune's")

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from finhpc.config.labels import Labels
+from finhpc.config.labels import ABOUT, Labels
 from finhpc.config.pretrain import Hardware
 from finhpc.config.section import Section
 from finhpc.config.training import Optimizer, Parallel, Resources, Run, Train
@@ -63,7 +63,7 @@ class Instructions(Section):
         description="columns that hold the template's fields, if they have other names: input=headline, label=mood",
     )
     templates: str | None = Field(None, description="YAML file of your own templates (--list_templates shows all)")
-    labels: Labels
+    labels: Labels = Field(default_factory=dict, description=ABOUT)
     encoding: str | None = Field(
         None, description="of text and CSV files; default: UTF-8, and PhraseBank latin-1 unless it is valid UTF-8"
     )

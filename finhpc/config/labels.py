@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator
 
 ABOUT = (
     "the labels (hawkish dovish neutral), or the label of each code (0=dovish 1=hawkish); default: those of the "
@@ -43,4 +43,4 @@ def _word(value: Any) -> str:
     return " ".join(str(value).split())
 
 
-Labels = Annotated[dict[str, str], BeforeValidator(_meaning), Field(default_factory=dict, description=ABOUT)]
+Labels = Annotated[dict[str, str], BeforeValidator(_meaning)]

@@ -240,7 +240,13 @@ def _counts(
 
     by_source = [
         all_of(i)
-        | {"source": source.name, "format": source.format, "template": source.template, "skipped": dict(source.skipped)}
+        | {
+            "source": source.name,
+            "format": source.format,
+            "template": source.template,
+            "labels": list(source.labels),
+            "skipped": dict(source.skipped),
+        }
         for i, source in enumerate(sources)
     ]
     conflicting = sum(len(labels) > 1 for labels in answers.values())

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from finhpc.config import Instructions
@@ -61,7 +62,7 @@ def read_examples(sources: list[str], settings: Instructions) -> list[Source]:
     problems: list[str] = []
     for number, (spec, one) in enumerate(zip(sources, opened, strict=True)):
         try:
-            examples = each(one, lambda record, one=one, number=number: _example(record, one, number))
+            examples = each(one, partial(_example, one=one, source=number))
             if not examples:
                 raise ConfigError(f"data.source={spec} holds no example; give a file with records.")
         except ConfigError as error:

@@ -123,5 +123,5 @@ def _call(call: Any, where: str) -> dict[str, Any]:
         except ValueError as error:
             raise ConfigError(f"{where}: the arguments of {function['name']} are broken JSON ({error}).") from None
     call = {name: value for name, value in call.items() if value is not None}
-    made = function | {"arguments": {} if arguments is None else arguments}
-    return call | {"function": made} if "function" in call else call | made
+    made: dict[str, Any] = function | {"arguments": {} if arguments is None else arguments}
+    return {**call, "function": made} if "function" in call else {**call, **made}

@@ -71,14 +71,15 @@ class RecordSettings(Protocol):
 class Table:
     """A source whose records are read and checked, before they are rendered.
 
-    `form`: its template, None for conversations. `columns`: field -> column. `words`: how often each label stands
-    there as it is written.
+    `named`: the user named the format; `guessed`: nobody did. `form`: its template, None for conversations.
+    `columns`: field -> column. `words`: how often each label stands there as it is written.
     """
 
     reading: Reading
     records: list[Record]
     format: str
     named: bool
+    guessed: bool
     form: Template | None
     columns: dict[str, str]
     words: Counter[str] = field(default_factory=Counter)
@@ -156,8 +157,8 @@ def each(one: Table, work: Callable[[Record], T]) -> list[T]:
 def _grouped(source: str, faults: dict[str, list[str]]) -> list[str]:
     told = []
     for problem, places in list(faults.items())[:SHOWN]:
-        more = f" (and {len(places) - 1:,} more such records)" if len(places) > 1 else ""
-        told.append(f"{places[0]}{more}: {problem}")
+        more = f" The same holds for {len(places) - 1:,} more." if len(places) > 1 else ""
+        told.append(f"{places[0]}: {problem}{more}")
     if left := sum(len(places) for places in list(faults.values())[SHOWN:]):
         told.append(f"{source}: {left:,} more records cannot be used.")
     return told
@@ -169,7 +170,7 @@ def _open(spec: str, settings: RecordSettings, format: str | None) -> Table:
     kind = named or format or _detect(reading, settings)
     form = None if kind == "chat" else template(settings.template or FORMATS[kind].template, settings.templates)
     columns = _columns(form, kind, reading, settings)
-    one = Table(reading, list(reading.records), kind, named is not None, form, columns)
+    one = Table(reading, list(reading.records), kind, named is not None, not (named or format), form, columns)
     if form is not None and form.chooses:
         for word in each(one, lambda record: _word(record, one)):
             one.words[word] += word != ""
@@ -274,8 +275,7 @@ def _settle(one: Table, settings: RecordSettings) -> None:
         return
     kind = FORMATS[one.format]
     coded = one.named or _is_tfns(one.source)
-    free = settings.template is None and not one.named and one.format in ("labelled", "phrasebank", "tfns")
-    free &= one.reading.format is None
+    free = one.guessed and settings.template is None and one.reading.format is None and one.format != "conll"
     if settings.labels:
         _settle_given(one, form, free, coded, settings)
         return
@@ -303,8 +303,11 @@ def _settle_given(one: Table, form: Template, free: bool, coded: bool, settings:
             f"data.labels says that {code} is {meaning.of[code]}, but in {one.source}, of the format {one.format}, it "
             f"is {codes[code]}; leave out data.labels, or train on this file alone."
         )
-    if {name.lower() for name in meaning.labels} == set(form.labels):
-        one.meaning = labels.of_words(form.labels, {word: name.lower() for word, name in meaning.of.items()})
+    names = {name.lower() for name in meaning.labels}
+    if form.labels and names <= set(form.labels):
+        kept = form.labels if names == set(form.labels) or not one.guessed else [n for n in form.labels if n in names]
+        one.form = form.with_labels(tuple(kept))
+        one.meaning = labels.of_words(kept, {word: name.lower() for word, name in meaning.of.items()})
         return
     if free and form.labels:
         form = template(OWN_LABELS)
@@ -343,4 +346,4 @@ def guesses(one: Table) -> list[str]:
     guess = f"{one.source}: read as {one.format} (columns {used})" + (f", template {one.form.name}" if one.form else "")
     if one.meaning is not None:
         return [f"{guess}; {one.meaning.note(one.words)}"]
-    return [] if one.named else [guess]
+    return [guess] if one.guessed else []

@@ -68,6 +68,8 @@ class Template(BaseModel):
             raise ValueError(f"cut must be a field of the prompt: {', '.join(names)}")
         if unknown := [name for name in _names(self.key) + _names(self.without_input) if name not in self.fields]:
             raise ValueError(f"{unknown[0]} is not a field of prompt and answer: {', '.join(self.fields)}")
+        if self.labels and len({label.strip().lower() for label in self.labels} - {""}) < max(2, len(self.labels)):
+            raise ValueError("labels must be at least two different labels")
         if self.labels and not self.chooses:
             raise ValueError(f"a template with labels has the answer {LABEL}")
         if self.chooses and self.end:

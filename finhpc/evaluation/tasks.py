@@ -19,6 +19,7 @@ from finhpc.config import EvaluateConfig, nearest
 from finhpc.data.shards import file_sha256, write_atomic
 from finhpc.errors import ConfigError, DataError
 from finhpc.evaluation.documents import SOURCES, documents
+from finhpc.evaluation.own_task import own_task
 from finhpc.evaluation.task_file import read_task, rendering
 
 PERPLEXITY = "perplexity"
@@ -44,6 +45,7 @@ class TaskFile:
     total: int | None
     own: bool  # the user's, read where it lies
     trusted: bool = False
+    notes: tuple[str, ...] = ()  # what was guessed about its examples
 
 
 def prepare_tasks(config: EvaluateConfig, folder: Path, write: bool = True) -> list[TaskFile]:
@@ -59,14 +61,19 @@ def prepare_tasks(config: EvaluateConfig, folder: Path, write: bool = True) -> l
         try:
             if name.endswith((".yaml", ".yml")):
                 found.append(_own(Path(name), config))
-            elif name in SOURCES:
+            elif name in SOURCES or name in config.data.files:
                 found.append(_ours(name, config, folder, write))
             elif name != PERPLEXITY:
-                problems.append(f"tasks={name} is no task; {nearest(name, list(TASKS))} Or give a task file (.yaml).")
+                problems.append(
+                    f"tasks={name} is no task; {nearest(name, list(TASKS))} Or give a task file (.yaml), or "
+                    f"your own labelled file with --data.files.{name} FILE."
+                )
         except (ConfigError, DataError) as error:
             problems += str(error).splitlines()
-    unknown = [task for task in config.data.files if task not in SOURCES]
-    problems += [f"data.files.{task} names no task; {nearest(task, list(SOURCES))}" for task in unknown]
+    unknown = [task for task in config.data.files if task not in (*SOURCES, *config.tasks)]
+    problems += [
+        f"data.files.{task} names no task; {nearest(task, list(SOURCES))} Or name it in tasks." for task in unknown
+    ]
     names = [task.name for task in found]
     problems += [f"tasks: {name} is given twice; once is enough." for name in set(names) if names.count(name) > 1]
     if problems:
@@ -75,19 +82,23 @@ def prepare_tasks(config: EvaluateConfig, folder: Path, write: bool = True) -> l
 
 
 def _ours(name: str, config: EvaluateConfig, folder: Path, write: bool) -> TaskFile:
-    rows, total = documents(name, config.data, config.limit, config.seed)
+    if name in SOURCES:
+        found = documents(name, config.data, config.limit, config.seed)
+        text, split = _definition(name)
+    else:
+        text, found = own_task(name, config.data, config.limit, config.seed)
+        split = "test"
     examples, path = folder / f"{name}.jsonl", folder / f"{name}.yaml"
-    text, split = _definition(name)
     data = {"data_files": {split: str(examples.absolute())}}
     contents = {
         path: (text + yaml.safe_dump({"dataset_kwargs": data})).encode(),
-        examples: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(),
+        examples: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found.rows).encode(),
     }
     if write:
         for file, content in contents.items():
             write_atomic(file, content)
     sha256 = "".join(hashlib.sha256(content).hexdigest()[:32] for content in contents.values())
-    return TaskFile(name, path, sha256, len(rows), total, False)
+    return TaskFile(name, path, sha256, len(found.rows), found.total, False, notes=tuple(found.notes))
 
 
 def _definition(name: str) -> tuple[str, str]:

@@ -84,6 +84,8 @@ def _planned(
 ) -> tuple[list[Subject], list[TaskFile], list[Pair], list[Pair], dict[str, Any]]:
     """The models, the tasks, all pairs, those to be scored, and the result so far; `write`: the task files too."""
     found, tasks = _checked(config, folder, write)
+    for note in (note for task in tasks for note in task.notes):
+        _say(note)
     pairs = [_pair(config, folder, subject, task) for subject in found for task in (*tasks, None)]
     pairs = [pair for pair in pairs if pair.task is not None or PERPLEXITY in config.tasks]
     pending = [pair for pair in pairs if not pair.done()]

@@ -149,6 +149,8 @@ class Finetune(Job):
         from finhpc.training.feed import Packs
 
         config, made = self.config, self.made
+        for note in made.examples.notes:
+            outcome.to_stderr(note)
         result = outcome.counted(self) | {"status": "dry_run", "steps": config.train.steps}
         batches = batches_of(config)
         result["tokens"] = Packs(made.examples, batches).tokens(config.train.steps)

@@ -133,10 +133,14 @@ def place_whole(config: TrainingConfig) -> None:
     else:
         config.data.source = [_whole_source(source) for source in config.data.source]
         config.data.eval_source = [_whole_source(source) for source in config.data.eval_source]
+        config.data.templates = config.data.templates and whole_path(config.data.templates)
 
 
 def _whole_source(source: str) -> str:
-    return source if source.startswith("hf:") else whole_path(source)
+    if not source.startswith("hf:"):
+        return whole_path(source)
+    name, colon, configuration = source.removeprefix("hf:").partition(":")
+    return f"hf:{whole_path(name)}{colon}{configuration}" if os.path.isdir(name) else source
 
 
 def place_whole_run(run: Run) -> None:
