@@ -74,7 +74,7 @@ def train(folder: Path) -> list[str]:
         tuning = {
             "grid": {"lora.rank": [2, 4, 8], "quantization.bits": [16, 8, 4]},
             "model": {"path": models["dense"]},
-            "data": {"source": [str(labels)], "max_len": 64, "eval_fraction": 0.2},
+            "data": {"source": [str(labels)], "max_len": 256, "eval_fraction": 0.2},
             "train": {"steps": 20, "eval_every": 10, "checkpoint_every": 0},
         }
         finhpc.sweep(build(FinetuneSweepConfig, tuning | run("finetuning", "lora-ranks")))
