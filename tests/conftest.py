@@ -36,3 +36,13 @@ def shared_data() -> Path:
     if not (folder / "text").is_dir():
         pytest.skip(f"no real text at {folder}; set FINHPC_DATA to a folder that holds text/*.jsonl")
     return folder
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty MLflow database (making one takes seconds)."""
+    from mlflow import MlflowClient
+
+    path = tmp_path_factory.mktemp("database") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path

@@ -1,20 +1,12 @@
-"""One empty MLflow database (making one takes seconds), and the store that most tests look at."""
+"""The store that most tests look at."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from mlflow import MlflowClient
 
 from tests.reporting.store import Store
-
-
-@pytest.fixture(scope="session")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("database") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
 
 
 @pytest.fixture
