@@ -24,7 +24,7 @@ from finhpc.orchestration.tracking import default_tracking_uri
 from finhpc.orchestration.ui import serving
 
 HERE = Path(__file__).parent
-SIZE = "1280,800"
+SIZE = "1680,900"
 WORDS = ("profit", "loss", "sales", "costs", "orders", "shares", "margin", "revenue")
 MOVES = {"positive": "rose", "negative": "fell", "neutral": "did not change"}
 
@@ -39,7 +39,9 @@ def main(folder: Path) -> None:
         uri = default_tracking_uri(folder / name)
         with serving(uri, port=5055) as (_, address):
             pages = pages_of(uri, None)
-            for (title, page), picture in zip(pages, (f"compare-{name}", f"runs-{name}"), strict=False):
+            charts = (f"charts of {name}", f"{pages[-1][1]}&compareRunsMode=CHART")
+            pictures = (f"compare-{name}", f"runs-{name}", f"charts-{name}")
+            for (title, page), picture in zip([*pages, charts], pictures, strict=True):
                 draw(browser, f"{address}/{page}", HERE / f"{picture}.png")
                 print(f"{picture}.png: {title}", flush=True)
 

@@ -17,7 +17,7 @@ from finhpc.data.shards import Shards
 from finhpc.evaluation.models import Subject
 from finhpc.evaluation.tasks import PERPLEXITY, TaskFile
 from finhpc.orchestration.mirror import PARAM_LENGTH, PARAMS_A_BATCH, TAG_LENGTH
-from finhpc.orchestration.mlflow_shown import HIDDEN, PARENT, Dataset, parameters, setting_tags, short_name
+from finhpc.orchestration.mlflow_shown import HIDDEN, PARENT, Dataset, parameters, setting_tags
 from finhpc.orchestration.mlflow_store import active_run, experiment_id, set_up_client
 from finhpc.orchestration.runfolder import redact, write_atomically
 from finhpc.orchestration.tracking import absolute_tracking_uri, default_tracking_uri
@@ -80,8 +80,7 @@ def _datasets(config: EvaluateConfig, tasks: list[TaskFile]) -> list[Dataset]:
         for task in tasks
     ]  # fmt: skip
     if PERPLEXITY in config.tasks and config.data.shards:
-        fingerprint = Shards.open(config.data.shards).manifest.fingerprint
-        found.append(Dataset(short_name(config.data.shards), fingerprint, config.data.shards, "evaluation"))
+        found.append(Dataset.of_shards(Shards.open(config.data.shards), "evaluation"))
     return found
 
 

@@ -31,8 +31,8 @@ EXPERIMENT_TAGS = {
     f"mlflow.sharedViewState.{VIEW}": json.dumps(
         {
             "selectedColumns": [
-                *(f"metrics.`{key}`" for key in (PRIMARY, "held_out_weighted_f1")),
-                *(f"attributes.`{key}`" for key in ("Dataset", "Source")),
+                "attributes.`Dataset`",
+                *(f"metrics.`{key}`" for key in (PRIMARY, "held_out_weighted_f1", "params_total")),
             ]
         }
     ),

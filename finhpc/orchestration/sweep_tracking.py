@@ -38,7 +38,8 @@ class Parent:
         tags |= {"mlflow.source.name": "finhpc sweep"}
         tags |= {"mlflow.source.git.commit": environment["git_commit"]} if environment["git_commit"] else {}
         uri, experiment = plan.tracking_uri, config.run.experiment
-        self.tracker = Tracker(folder.path, uri, experiment, config.run.name, plan.shared_parameters(), tags, to_stderr)
+        params, datasets = plan.shared_parameters(), plan.datasets
+        self.tracker = Tracker(folder.path, uri, experiment, config.run.name, params, tags, to_stderr, datasets)
         self.ended = False
 
     def __enter__(self) -> Parent:

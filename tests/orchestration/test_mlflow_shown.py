@@ -126,9 +126,9 @@ def test_a_dataset_is_known_by_its_content(tmp_path: Path) -> None:
         dataset = Dataset.of_file(source, "0" * 64)
         assert (dataset.name, dataset.sha256, dataset.source) == ("news.csv", expected, str(file))
     hub = Dataset.of_file("hf:user/set", "f" * 64).entity().dataset
-    assert (hub.name, hub.source_type, hub.digest) == ("user/set", "hugging_face", "f" * 36)
+    assert (hub.name, hub.source_type, hub.digest) == ("user/set", "hugging_face", "f" * 16)
     entity = dataset.entity().dataset
-    assert entity.digest == expected[:36]
+    assert entity.digest == expected[:16]
     assert json.loads(entity.profile) == {"sha256": expected}, "no text of it"
 
 
@@ -216,7 +216,7 @@ def test_a_run_lists_its_dataset_and_no_machinery(tmp_path: Path, empty_database
     more = {"datasets": [dataset], "tags": setting_tags(pretraining())}
     run = track(tmp_path, "one", [start, EVAL], {"steps": 300}, **more)
     (logged,) = run.inputs.dataset_inputs
-    assert (logged.dataset.name, logged.dataset.digest) == ("news/shards", "a" * 36)
+    assert (logged.dataset.name, logged.dataset.digest) == ("news/shards", "a" * 16)
     assert {tag.key: tag.value for tag in logged.tags} == {"mlflow.data.context": "training"}
     assert [key for key in run.data.tags if not key.startswith("mlflow.")] == []
 
