@@ -32,7 +32,8 @@ EXPERIMENT_TAGS = {
         {
             "selectedColumns": [
                 "attributes.`Dataset`",
-                *(f"metrics.`{key}`" for key in (PRIMARY, "held_out_weighted_f1", "params_total")),
+                *(f"metrics.`{key}`" for key in (PRIMARY, "held_out_weighted_f1")),
+                *(f"metrics.`evaluate/{task}/weighted_f1`" for task in ("fpb", "fiqa_sa", "tfns", "ner")),
             ]
         }
     ),
