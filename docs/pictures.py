@@ -119,12 +119,8 @@ def draw(browser: str, address: str, picture: Path) -> None:
     with tempfile.TemporaryDirectory() as profile:
         command = [browser, "--headless", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={profile}"]
         command += ["--no-sandbox"] if os.geteuid() == 0 else []
-        command += [
-            f"--window-size={SIZE[0]},{SIZE[1]}",
-            "--virtual-time-budget=20000",
-            f"--screenshot={picture}",
-            address,
-        ]
+        command += [f"--window-size={SIZE[0]},{SIZE[1]}", "--virtual-time-budget=20000"]
+        command += [f"--screenshot={picture}", address]
         subprocess.run(command, check=True, timeout=180, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     whole = Image.open(picture)
     whole.crop((0, 0, SHOWN, SIZE[1])).save(picture, optimize=True)
