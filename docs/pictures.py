@@ -16,6 +16,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 import finhpc
 from finhpc.config import EvaluateConfig, FinetuneSweepConfig, PrepareConfig, PretrainConfig, SweepConfig, build
 from finhpc.orchestration.cluster import ray_cluster
@@ -24,7 +26,7 @@ from finhpc.orchestration.tracking import default_tracking_uri
 from finhpc.orchestration.ui import serving
 
 HERE = Path(__file__).parent
-SIZE = "1280,800"
+SIZE, SHOWN = (1680, 800), 1256  # pixels; on the right MLflow opens its assistant
 WORDS = ("profit", "loss", "sales", "costs", "orders", "shares", "margin", "revenue")
 MOVES = {"positive": "rose", "negative": "fell", "neutral": "did not change"}
 
@@ -39,7 +41,7 @@ def main(folder: Path) -> None:
         uri = default_tracking_uri(folder / name)
         with serving(uri, port=5055) as (_, address):
             pages = pages_of(uri, None)
-            for (title, page), picture in zip(pages, (f"compare-{name}", f"runs-{name}"), strict=False):
+            for (title, page), picture in zip(pages, (f"compare-{name}", f"runs-{name}"), strict=True):
                 draw(browser, f"{address}/{page}", HERE / f"{picture}.png")
                 print(f"{picture}.png: {title}", flush=True)
 
@@ -74,12 +76,15 @@ def train(folder: Path) -> list[str]:
         tuning = {
             "grid": {"lora.rank": [2, 4, 8], "quantization.bits": [16, 8, 4]},
             "model": {"path": models["dense"]},
-            "data": {"source": [str(labels)], "max_len": 64, "eval_fraction": 0.2},
-            "train": {"steps": 20, "eval_every": 10, "checkpoint_every": 0},
+            "data": {"source": [str(labels)], "max_len": 256, "eval_fraction": 0.2},
+            "optimizer": {"lr": 1e-2},
+            "train": {"steps": 200, "eval_every": 50, "checkpoint_every": 0},
         }
         finhpc.sweep(build(FinetuneSweepConfig, tuning | run("finetuning", "lora-ranks")))
+        adapters = folder / "finetuning" / "lora-ranks" / "trials"
         scored = {
-            "model": list(models.values()),
+            "model": [models["dense"]] * 4,
+            "adapter": ["none", *(str(adapters / f"rank{rank}-bits16" / "model") for rank in (2, 4, 8))],
             "tasks": ["fpb", "perplexity"],
             "data": {"files": {"fpb": str(labels)}, "shards": str(shards), "seq_len": 64},
             "limit": 60,
@@ -114,8 +119,11 @@ def draw(browser: str, address: str, picture: Path) -> None:
     with tempfile.TemporaryDirectory() as profile:
         command = [browser, "--headless", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={profile}"]
         command += ["--no-sandbox"] if os.geteuid() == 0 else []
-        command += [f"--window-size={SIZE}", "--virtual-time-budget=20000", f"--screenshot={picture}", address]
+        command += [f"--window-size={SIZE[0]},{SIZE[1]}", "--virtual-time-budget=20000"]
+        command += [f"--screenshot={picture}", address]
         subprocess.run(command, check=True, timeout=180, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    whole = Image.open(picture)
+    whole.crop((0, 0, SHOWN, SIZE[1])).save(picture, optimize=True)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ from finhpc.data.shards import Shards
 from finhpc.evaluation.models import Subject
 from finhpc.evaluation.tasks import PERPLEXITY, TaskFile
 from finhpc.orchestration.mirror import PARAM_LENGTH, PARAMS_A_BATCH, TAG_LENGTH
-from finhpc.orchestration.mlflow_shown import HIDDEN, PARENT, Dataset, parameters, setting_tags, short_name
-from finhpc.orchestration.mlflow_store import experiment_id, set_up_client
+from finhpc.orchestration.mlflow_shown import HIDDEN, PARENT, Dataset, parameters, setting_tags
+from finhpc.orchestration.mlflow_store import active_run, experiment_id, set_up_client
 from finhpc.orchestration.runfolder import redact, write_atomically
 from finhpc.orchestration.tracking import absolute_tracking_uri, default_tracking_uri
 
@@ -80,8 +80,7 @@ def _datasets(config: EvaluateConfig, tasks: list[TaskFile]) -> list[Dataset]:
         for task in tasks
     ]  # fmt: skip
     if PERPLEXITY in config.tasks and config.data.shards:
-        fingerprint = Shards.open(config.data.shards).manifest.fingerprint
-        found.append(Dataset(short_name(config.data.shards), fingerprint, config.data.shards, "evaluation"))
+        found.append(Dataset.of_shards(Shards.open(config.data.shards), "evaluation"))
     return found
 
 
@@ -97,7 +96,7 @@ def _own_run(
     path = folder / STATE
     key = {"tracking_uri": redact(uri), "experiment": config.run.experiment, "run_name": config.run.name}
     old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if {name: old.get(name) for name in key} != key or not _there(client, old.get("run_id")):
+    if {name: old.get(name) for name in key} != key or active_run(client, old.get("run_id")) is None:
         experiment = experiment_id(client, uri, config.run.experiment)
         run = client.create_run(experiment, run_name=config.run.name)
         old = key | {"run_id": run.info.run_id}
@@ -132,15 +131,6 @@ def _compare(
             _describe(client, ids[name], config.model_copy(update=one), model, datasets, {PARENT: parent})
         _log_scores(client, ids[name], model["scores"])
         client.set_terminated(ids[name], "FINISHED")
-
-
-def _there(client: MlflowClient, run_id: str | None) -> bool:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return run_id is not None and client.get_run(run_id).info.lifecycle_stage == "active"
-    except MlflowException:
-        return False
 
 
 def _describe(

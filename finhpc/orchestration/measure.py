@@ -137,7 +137,9 @@ def _log(tracking_uri: str, run_id: str, found: dict[str, float]) -> None:
     now = round(time.time() * 1000)
     try:
         client = MlflowClient(tracking_uri=tracking_uri)
-        client.log_batch(run_id, metrics=[Metric(name, float(value), now, 0) for name, value in found.items()])
+        # At the last step, so that they follow the sizes that the training counted.
+        step = int(client.get_run(run_id).data.metrics.get("steps", 0))
+        client.log_batch(run_id, metrics=[Metric(name, float(value), now, step) for name, value in found.items()])
     except Exception as error:  # whatever MLflow or the network comes up with
         reason = (redact(str(error)).strip().splitlines() or [type(error).__name__])[0][:160]
         raise TrainingFailedError(

@@ -20,7 +20,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from finhpc.errors import ConfigError
 from finhpc.orchestration.mirror_metrics import numbers, translate
 from finhpc.orchestration.mlflow_shown import HIDDEN, LEADING, Dataset
-from finhpc.orchestration.mlflow_store import REQUEST_TIMEOUT_S, database_file, experiment_id, identity, make_database
+from finhpc.orchestration.mlflow_store import (
+    REQUEST_TIMEOUT_S,
+    active_run,
+    database_file,
+    experiment_id,
+    identity,
+    make_database,
+)
 from finhpc.orchestration.runfolder import redact, write_atomically
 from finhpc.training.journal import DRIVER_FILE, WORKER_FILE, read, strict_json
 
@@ -139,7 +146,7 @@ class Mirror:
             make_database(self.tracking_uri)
             self._database = identity(self.tracking_uri)
             self._client = MlflowClient(tracking_uri=self.tracking_uri)
-            if not self._run_is_alive():
+            if active_run(self._client, self.state.run_id) is None:
                 self.state.forget_run()
                 self._described = self._running = False
                 self.state.run_id = self._find_run() or self._create_run()
@@ -232,18 +239,6 @@ class Mirror:
         self._log(metrics, tags)
         self.state.note(metrics, last_step)
         self.state.save()
-
-    def _run_is_alive(self) -> bool:
-        from mlflow.exceptions import MlflowException
-
-        if self.state.run_id is None:
-            return False
-        try:
-            return bool(self.client.get_run(self.run_id).info.lifecycle_stage == "active")
-        except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                return False
-            raise
 
     def _find_run(self) -> str | None:
         """The run that a driver made and died before writing down."""

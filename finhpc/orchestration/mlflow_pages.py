@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 from finhpc.config import nearest
 from finhpc.errors import ConfigError
-from finhpc.orchestration.mlflow_shown import LEADING, PARENT
+from finhpc.orchestration.mlflow_shown import LEADING, PARENT, SWEEP
 from finhpc.orchestration.mlflow_store import VIEW, database_file, has_content, set_up_client, unreadable
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ def _comparison(title: str, runs: list[Any]) -> Pages:
     Runs that lack a metric would take it from the page, as it offers those that all have.
     """
     done = [run for run in runs if run.info.status == "FINISHED" and run.data.metrics]
+    done = [run for run in done if SWEEP in run.data.tags] or done  # without the model that a sweep's trials start from
     leading = next((key for key in LEADING if any(key in run.data.metrics for run in done)), None)
     if leading is not None:
         done = sorted((run for run in done if leading in run.data.metrics), key=lambda run: run.data.metrics[leading])

@@ -23,6 +23,8 @@ from finhpc.orchestration.runfolder import redact
 if TYPE_CHECKING:
     from mlflow.entities import DatasetInput
 
+    from finhpc.data.shards import Shards
+
 HIDDEN = "mlflow.finhpc."
 SETTING = HIDDEN + "setting."
 PARENT = "mlflow.parentRunId"
@@ -36,7 +38,8 @@ PLACING = re.compile(
     r"|parallel\.global_batch_size|adapter|workers|batch_size|bootstrap|trust_task_code"
 )
 GENERIC = {"model", "shards", "adapter", "data"}  # folder names that say nothing alone
-NAME_LENGTH, DIGEST_LENGTH, SOURCE_LENGTH = 500, 36, 65535  # MLflow's limits of a dataset
+NAME_LENGTH, SOURCE_LENGTH = 500, 65535  # MLflow's limits of a dataset
+DIGEST_LENGTH = 16  # of a sha256, as a list of runs has room for; the whole one is in the dataset's profile
 
 
 def parameters(config: Section, named: Mapping[str, Any], varied: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,6 +122,12 @@ class Dataset:
     source: str
     use: str = "training"
     counts: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of_shards(cls, shards: Shards, use: str = "training") -> Dataset:
+        """Of a prepared folder."""
+        counts = {f"{split}_tokens": counts.tokens for split, counts in shards.manifest.counts.items()}
+        return cls(short_name(str(shards.folder)), shards.manifest.fingerprint, str(shards.folder), use, counts)
 
     @classmethod
     def of_file(cls, source: str, otherwise: str, use: str = "training") -> Dataset:

@@ -18,6 +18,7 @@ from finhpc.orchestration.runfolder import redact
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 REQUEST_TIMEOUT_S = "10"
 REFUSALS = ("PERMISSION_DENIED", "UNAUTHENTICATED", "401", "403", "readonly database", "read-only")
@@ -30,8 +31,9 @@ EXPERIMENT_TAGS = {
     f"mlflow.sharedViewState.{VIEW}": json.dumps(
         {
             "selectedColumns": [
+                "attributes.`Dataset`",
                 *(f"metrics.`{key}`" for key in (PRIMARY, "held_out_weighted_f1")),
-                *(f"attributes.`{key}`" for key in ("Dataset", "Source")),
+                *(f"metrics.`evaluate/{task}/weighted_f1`" for task in ("fpb", "fiqa_sa", "tfns", "ner")),
             ]
         }
     ),
@@ -172,6 +174,21 @@ def identity(tracking_uri: str) -> tuple[int, int] | None:
         return None
     found = path.stat()
     return found.st_dev, found.st_ino
+
+
+def active_run(client: MlflowClient, run_id: str | None) -> Run | None:
+    """The run of this id; None if there is none or it was deleted."""
+    from mlflow.exceptions import MlflowException
+
+    if run_id is None:
+        return None
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+    return run if run.info.lifecycle_stage == "active" else None
 
 
 def unreadable(tracking_uri: str, error: Exception) -> FinhpcError:

@@ -10,7 +10,7 @@ from finhpc.config import PretrainConfig
 from finhpc.orchestration import outcome
 from finhpc.orchestration.cluster import ray_cluster, use_cuda
 from finhpc.orchestration.job import Job, Rows, Say
-from finhpc.orchestration.mlflow_shown import Dataset, short_name
+from finhpc.orchestration.mlflow_shown import Dataset
 from finhpc.orchestration.plan import check_tokenizer, make_plan
 from finhpc.orchestration.progress import rows_table, summary_table
 from finhpc.orchestration.run import checked, place_whole, run
@@ -49,9 +49,7 @@ class Pretrain(Job):
 
     @property
     def datasets(self) -> list[Dataset]:
-        manifest, folder = self.plan.shards.manifest, str(self.config.data.shards)
-        counts = {f"{split}_tokens": counts.tokens for split, counts in manifest.counts.items()}
-        return [Dataset(short_name(folder), manifest.fingerprint, folder, counts=counts)]
+        return [Dataset.of_shards(self.plan.shards)]
 
     def check_checkpoints(self, checkpoints: Path) -> None:
         check_tokenizer(self.config, self.plan.shards, checkpoints)

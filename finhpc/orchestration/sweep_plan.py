@@ -14,7 +14,7 @@ from finhpc.config import FinetuneConfig, FinetuneSweepConfig, PretrainConfig, S
 from finhpc.errors import ConfigError
 from finhpc.lowrank.registry import DENSE, STARTED
 from finhpc.orchestration.cluster import check_fits, known_resources, use_cuda
-from finhpc.orchestration.mlflow_shown import PARENT, SWEEP, model_name, parameters, shape_of, short_name
+from finhpc.orchestration.mlflow_shown import PARENT, SWEEP, Dataset, model_name, parameters, shape_of
 from finhpc.orchestration.mlflow_store import check_store
 from finhpc.orchestration.outcome import to_stderr
 from finhpc.orchestration.plan import Plan, collect, make_plan
@@ -41,7 +41,8 @@ class Planned:
     resources: dict[str, float] | None = None  # of the cluster; None: known once it is connected
     seconds: dict[str, float | None] = field(default_factory=dict)  # of a trial's training, estimated
     disk: dict[str, int] = field(default_factory=dict)  # bytes that a trial leaves at least
-    parameters: list[dict[str, Any]] = field(default_factory=list)  # of each trial, as MLflow shows them
+    parameters: list[dict[str, Any]] = field(default_factory=list)  # of each point, as MLflow shows them
+    datasets: list[Dataset] = field(default_factory=list)  # of all trials
 
     @property
     def runs(self) -> Path:
@@ -215,14 +216,16 @@ def _check(plan: Planned, trial: Trial, run: TrainingConfig) -> tuple[list[str],
 
             job = Finetune(run)
             left, named = _left(run, job.counts()["params_trainable"]), job.names()
+            plan.datasets += [dataset for dataset in job.datasets if dataset not in plan.datasets]
         else:
             if plan.reference is not None and _starts(trial):  # its model is not there yet: a low-rank one is as large
                 run = run.model_copy(update={"model": plan.reference.model}, deep=True)
                 run.method.kind = "low_rank"
             made = make_plan(run)
             seconds, left = _seconds(plan, made), _left(run, made.params_total)
-            dataset = {"model": model_name(run), "dataset": short_name(str(run.data.shards))}
-            named = dataset | shape_of(made.hf_config)
+            dataset = Dataset.of_shards(made.shards)
+            named = {"model": model_name(run), "dataset": dataset.name} | shape_of(made.hf_config)
+            plan.datasets += [dataset] if dataset not in plan.datasets else []
             left += sum(made.outline.stored_bytes(bits) for bits in trial.bits if bits != 16)
     return problems, seconds, left, named
 

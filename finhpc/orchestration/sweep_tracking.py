@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from finhpc.orchestration.job import Job
 from finhpc.orchestration.mlflow_shown import HIDDEN, PARENT, SCORED_FROM, SETTING, SWEEP, setting_tags
+from finhpc.orchestration.mlflow_store import RefusedError, active_run
 from finhpc.orchestration.outcome import to_stderr
 from finhpc.orchestration.runfolder import RunFolder
 from finhpc.orchestration.tracking import Status, Tracker
 from finhpc.training.journal import strict_json
 
 if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
     from finhpc.orchestration.sweep_plan import Planned
     from finhpc.orchestration.sweep_trials import AnySweep
 
@@ -35,7 +38,8 @@ class Parent:
         tags |= {"mlflow.source.name": "finhpc sweep"}
         tags |= {"mlflow.source.git.commit": environment["git_commit"]} if environment["git_commit"] else {}
         uri, experiment = plan.tracking_uri, config.run.experiment
-        self.tracker = Tracker(folder.path, uri, experiment, config.run.name, plan.shared_parameters(), tags, to_stderr)
+        params, datasets = plan.shared_parameters(), plan.datasets
+        self.tracker = Tracker(folder.path, uri, experiment, config.run.name, params, tags, to_stderr, datasets)
         self.ended = False
 
     def __enter__(self) -> Parent:
@@ -79,11 +83,14 @@ class Parent:
         self._try(lambda: settle_children(self.plan.tracking_uri, self.tracker.run_id, children))
 
     def _try(self, work: Callable[[], T]) -> T | None:
-        """What `work` returns; None, and a line, where MLflow does not answer."""
+        """What `work` returns; None, and a line, where MLflow does not answer or refuses."""
         from mlflow.exceptions import MlflowException
 
         try:
             return work()
+        except RefusedError as error:
+            to_stderr(str(error))
+            return None
         except MlflowException as error:
             to_stderr(f"MLflow at {self.tracker.uri}: {str(error).splitlines()[0][:160]}; run the same command again.")
             return None
@@ -121,13 +128,15 @@ def track_score(job: Job, folder: RunFolder, name: str, bits: int, figures: Mapp
 def settle_children(tracking_uri: str, parent: str | None, children: list[tuple[str, str]]) -> None:
     """Put runs (id, status) below the parent; those that a killed process left RUNNING get their status.
 
-    Raises `MlflowException` where MLflow does not answer.
+    Runs that somebody deleted in MLflow are left alone. Raises `MlflowException` where MLflow does not answer.
     """
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=tracking_uri)
     for run_id, status in children:
-        run = client.get_run(run_id)
+        run = active_run(client, run_id)
+        if run is None:
+            continue
         if parent and run.data.tags.get(PARENT) != parent:
             client.set_tag(run_id, PARENT, parent)
         if run.info.status == "RUNNING":
@@ -137,26 +146,42 @@ def settle_children(tracking_uri: str, parent: str | None, children: list[tuple[
 def register(tracking_uri: str, name: str, run_id: str, model: Path, steps: int) -> str:
     """Make the model folder a version of `name` in the registry, with the alias `best`; returns MLflow's address of it.
 
-    The same run is registered once.
+    The same run is registered once. Raises `RefusedError` for a run that was deleted in MLflow.
     """
     from mlflow import MlflowClient
 
     from finhpc.orchestration.pyfunc import log_model
 
     client = MlflowClient(tracking_uri=tracking_uri)
+    run = active_run(client, run_id)
+    if run is None:
+        raise RefusedError(
+            f"the run of the best trial was deleted in MLflow, so nothing is registered as {name}; restore it "
+            f"(mlflow runs restore --run-id {run_id}), then run the same command again."
+        )
     if not client.search_registered_models(filter_string=f"name = '{name}'"):
         client.create_registered_model(name, description="The best models of finhpc sweeps.")
     known = [v for v in client.search_model_versions(f"name = '{name}'") if v.run_id == run_id]
     if known:
         version = known[0].version
     else:
-        outputs = client.get_run(run_id).outputs
-        ids = [output.model_id for output in outputs.model_outputs] if outputs else []
+        logged = run.outputs.model_outputs if run.outputs else []
+        ids = [output.model_id for output in logged if _exists(client, output.model_id)]
         if not ids:
             log_model(client, run_id, model, step=steps)
-            logged = client.get_run(run_id).outputs
-            ids = [output.model_id for output in logged.model_outputs]
+            ids = [output.model_id for output in client.get_run(run_id).outputs.model_outputs]
         source = client.get_logged_model(ids[-1]).artifact_location  # models:/ID would be looked for elsewhere
         version = client.create_model_version(name, source, run_id=run_id, model_id=ids[-1]).version
     client.set_registered_model_alias(name, BEST, version)
     return f"models:/{name}@{BEST}"
+
+
+def _exists(client: MlflowClient, model_id: str) -> bool:
+    """Whether a logged model was not deleted in MLflow."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.get_logged_model(model_id)
+    except MlflowException:
+        return False
+    return True

@@ -37,17 +37,9 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mirror, "LEAD_WAIT_S", 0.0)
 
 
-@pytest.fixture(scope="session")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty MLflow database (making one takes seconds)."""
-    path = tmp_path_factory.mktemp("database") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
-
-
 @pytest.fixture
-def storage(tmp_path: Path, database: Path) -> Path:
-    shutil.copy(database, tmp_path / "mlflow.db")
+def storage(tmp_path: Path, empty_database: Path) -> Path:
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
     return tmp_path
 
 

@@ -68,13 +68,14 @@ class Store:
         evals: Mapping[int, float] | None = None,
         tags: Mapping[str, str] | None = None,
         experiment: str = "tests",
+        place: Mapping[str, Any] | None = None,
     ) -> str:
         """Journal and result of one run, sent to MLflow as a run's driver sends them; returns the run's id."""
         config.run.name, config.run.storage = name, str(self.folder)
         folder = self.folder / name.replace("/", "_")
         folder.mkdir()
         journal = Journal(folder / "journal.jsonl")
-        journal.write("start", step=0, workers=2, threads=1, device="cpu")
+        journal.write("start", **{"step": 0, "workers": 2, "threads": 1, "device": "cpu", **(place or {})})
         for step, loss in (train or {}).items():
             journal.write("train", step=step, train_loss=loss)
         for step, loss in (evals or {}).items():

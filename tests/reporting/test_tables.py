@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
+import json
+from pathlib import Path
 
 import pytest
 
-from finhpc.orchestration.mlflow_shown import HIDDEN, SCORED_FROM
+from finhpc.orchestration.mlflow_shown import HIDDEN, SCORED_FROM, origin
 from finhpc.reporting.cells import COLUMNS, count, csv_of, rows_of, three
 from finhpc.reporting.paper import paper_tables
 from finhpc.reporting.tables import Value, make_tables
@@ -190,3 +192,43 @@ def test_small_figures_keep_their_digits() -> None:
         "0.214",
         "0.0534",
     ]
+
+
+HOURS = {"params_total": 10}
+
+
+def with_start(store: Store, label: str) -> float | None:
+    tables = make_tables(store.collected())
+    rows = {row.label: row for group in tables["vii"].groups for row in group.rows}
+    value = rows[label].values["worker_hours_with_start"]
+    return value and value.mean
+
+
+def test_a_start_counts_with_all_that_stand_behind_it(store: Store) -> None:
+    """Dense, trained on, and then method 3 from that."""
+    store.pretrain("dense", "dense", result=HOURS | {"worker_hours": 1.0})
+    store.pretrain("longer", "dense", start="dense", result=HOURS | {"worker_hours": 2.0})
+    store.pretrain("blended", "blend", 96, start="longer", result=HOURS | {"worker_hours": 4.0})
+    assert with_start(store, "gpt2-small-cpu-r96 (method 3)") == 7.0
+
+
+def test_a_decomposed_model_counts_as_the_training_that_it_was_made_of(store: Store, tmp_path: Path) -> None:
+    store.pretrain("dense", "dense", result=HOURS | {"worker_hours": 1.0})
+    low = tmp_path / "low"
+    low.mkdir()
+    (low / "result.json").write_text(json.dumps({"source": store.model("dense"), "model": str(low)}))
+    tags = {HIDDEN + "started_from": origin(str(low))}
+    settings = {"model": {"path": str(low)}}
+    store.pretrain("two", "svd", 96, settings=settings, tags=tags, result=HOURS | {"worker_hours": 3.0})
+    assert with_start(store, "gpt2-small-cpu-r96") == 4.0
+
+
+def test_runs_that_start_from_each_other_have_no_known_cost(store: Store) -> None:
+    """A name that was used again: the newest run of it starts from what started from the oldest."""
+    store.pretrain("one", "svd", 96, start="two", result=HOURS | {"worker_hours": 1.0})
+    store.pretrain("two", "svd", 48, start="one", result=HOURS | {"worker_hours": 1.0})
+    assert not any(
+        row.values["worker_hours_with_start"]
+        for group in make_tables(store.collected())["vii"].groups
+        for row in group.rows
+    )
