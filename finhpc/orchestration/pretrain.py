@@ -64,6 +64,10 @@ class Pretrain(Job):
             **{f"size_{bits}bit_bytes": plan.outline.stored_bytes(bits) for bits in (16, 8, 4)},
         }
 
+    @property
+    def vocab_size(self) -> int:
+        return int(self.plan.hf_config.vocab_size)
+
     def save_model(self, folder: Path, saved: Saved) -> None:
         from finhpc.models.loading import save_model
 

@@ -90,8 +90,10 @@ def _tracked(
                 progress.say(f"run {config.run.name} is finished; this is its result (another run.name trains anew).")
             else:
                 _train(job, folder, progress.say, fit, ray)
-                result = outcome.collect(job, folder.path, time.perf_counter() - begin)
-                job.finish(result, folder.path, progress.say)
+                collected = outcome.collect(job, folder.path, time.perf_counter() - begin)
+                job.finish(collected, folder.path, progress.say)
+                outcome.check(job, folder.path, collected)
+                result = collected
             status = "FINISHED"
         except Pruned:
             status = "KILLED"

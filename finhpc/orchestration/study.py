@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from finhpc.config import StudyConfig, to_yaml
-from finhpc.errors import NonFiniteError, TrainingFailedError
+from finhpc.errors import ImplausibleError, NonFiniteError, TrainingFailedError
 from finhpc.orchestration import study_report as report
 from finhpc.orchestration.cluster import ray_cluster
 from finhpc.orchestration.plan import make_plan
@@ -111,8 +111,8 @@ def _run(config: StudyConfig, phase: str, name: str, lr: float, seed: int, begin
     report.say(f"study {config.run.name}: {run.run.name}")
     try:
         result = pretrain(run)
-    except TrainingFailedError:
-        if not _diverged(folder):
+    except (TrainingFailedError, ImplausibleError) as error:
+        if not isinstance(error, ImplausibleError) and not _diverged(folder):
             raise
         report.say(f"{run.run.name} diverged; the study goes on without it")
         return Trained(name, lr, seed, run)

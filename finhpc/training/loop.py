@@ -69,6 +69,8 @@ class Worker:
     def _run(self, dog: Watchdog) -> None:
         self._set_up()
         self.started = time.perf_counter()
+        if self.engine.step == self.config.train.steps:  # taken before: whatever was scored then is scored again
+            self._evaluate(self.engine.step)
         for step in range(self.engine.step + 1, self.config.train.steps + 1):
             self._step(step)
             dog.settle()
