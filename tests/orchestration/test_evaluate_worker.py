@@ -78,16 +78,16 @@ def assert_same(ours: dict[str, list[list[float]]], theirs: dict[str, list[list[
 def test_a_broken_model_gets_no_scores(place: Path, tmp_path: Path) -> None:
     """Of a model whose weights are another's numbers, every task and perplexity fail, and nothing is written."""
     folder = shutil.copytree(place / "dense", tmp_path / "broken")
-    for scale, said in ((1e4, "loss="), (float("nan"), "is not a number"), (0.0, "all answers of every example")):
-        (folder / "manifest.json").unlink(missing_ok=True)
+    for scale, said in ((1e3, "loss="), (float("nan"), "is not a number")):
         tensors = load_file(place / "dense" / "model.safetensors")
-        save_file({name: x * scale for name, x in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+        tensors["lm_head.weight"] *= scale
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
         shards = {"shards": str(place / "dense-shards"), "seq_len": 32}
         tree = {"model": [str(folder)], "tasks": ["fpb", "boolq"], "data": {"folder": str(place / "data"), **shards}}
         config = build(EvaluateConfig, tree | {"bootstrap": 5})
         (subject,) = subjects(config.model, config.adapter)
         scorer = Scorer(config, cuda=False)
-        for task in (*prepare_tasks(config, tmp_path / "tasks"), *([None] if scale else [])):
+        for task in (*prepare_tasks(config, tmp_path / "tasks"), None):
             pair = Pair(subject, task, tmp_path / "scores" / (task.name if task else "perplexity"), "")
             error = scorer.score(pair)
             assert isinstance(error, ImplausibleError)
