@@ -51,6 +51,8 @@ def run(job: Job, dry_run: bool = False, fit: Fit = fit) -> dict[str, Any]:
     total = known_resources()
     if total is not None:
         check_fits(config, use_cuda(config, total), total)
+    if note := config.optimizer.shortened(config.train.steps):
+        outcome.to_stderr(note)
     if dry_run:
         return job.dry_run(total)
     with folder.lock(), terminable():

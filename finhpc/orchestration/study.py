@@ -22,7 +22,7 @@ from finhpc.orchestration.progress import rows_table
 from finhpc.orchestration.runfolder import RunFolder, write_atomically
 from finhpc.orchestration.step_times import step_times
 from finhpc.orchestration.study_report import Trained
-from finhpc.orchestration.study_runs import best_of, check, finalists, in_order, kinds_of_steps, run_config
+from finhpc.orchestration.study_runs import best_of, check, finalists, in_order, kinds_of_steps, run_config, shortened
 from finhpc.orchestration.worker import FATAL
 
 Row = dict[str, Any]
@@ -39,6 +39,8 @@ def study(config: StudyConfig, dry_run: bool = False) -> dict[str, Any]:
     begin = time.perf_counter()
     folder = RunFolder(config.run.storage, config.run.name)
     check(config)
+    for note in shortened(config):
+        report.say(note)
     if dry_run:
         return _dry_run(config)
     with folder.lock():

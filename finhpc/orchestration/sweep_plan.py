@@ -40,6 +40,7 @@ class Planned:
     resources: dict[str, float] | None = None  # of the cluster; None: known once it is connected
     seconds: dict[str, float | None] = field(default_factory=dict)  # of a trial's training, estimated
     disk: dict[str, int] = field(default_factory=dict)  # bytes that a trial leaves at least
+    steps: dict[str, int] = field(default_factory=dict)  # of a trial's training
 
     @property
     def runs(self) -> Path:
@@ -169,7 +170,7 @@ def plan_sweep(config: AnySweep, folder: Path) -> Planned:
     if isinstance(config, SweepConfig) and any(_starts(trial) for trial in trials) and config.model.path is None:
         plan.reference = _reference(plan)
     problems: list[str] = []
-    checked: dict[str, tuple[list[str], float | None, int]] = {}
+    checked: dict[str, _Checked] = {}
     for trial in trials:
         found: list[str] = []
         with collect(found):
@@ -177,8 +178,9 @@ def plan_sweep(config: AnySweep, folder: Path) -> Planned:
             key = _same_plan(run)
             if key not in checked:
                 checked[key] = _check(plan, trial, run)
-            found += checked[key][0]
-            plan.seconds[trial.name], plan.disk[trial.name] = checked[key][1:]
+            one = checked[key]
+            found += one.problems
+            plan.seconds[trial.name], plan.disk[trial.name], plan.steps[trial.name] = one.seconds, one.bytes, one.steps
         problems += [f"trial {trial.name}: {problem}" for problem in found]
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
@@ -192,27 +194,41 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(there).free
 
 
-def _check(plan: Planned, trial: Trial, run: TrainingConfig) -> tuple[list[str], float | None, int]:
-    """(problems, estimated seconds, bytes it leaves) of a trial."""
-    problems: list[str] = []
-    seconds, left = None, 0
-    with collect(problems):
+@dataclass
+class _Checked:
+    """A trial's problems, the estimated seconds of its training, the bytes that it leaves, and its steps."""
+
+    problems: list[str]
+    seconds: float | None = None
+    bytes: int = 0
+    steps: int = 0
+
+
+def _check(plan: Planned, trial: Trial, run: TrainingConfig) -> _Checked:
+    found = _Checked([])
+    with collect(found.problems):
         RunFolder(run.run.storage, run.run.name)
         if plan.resources is not None:
             check_fits(run, use_cuda(run, plan.resources), plan.resources)
-    with collect(problems):
+    with collect(found.problems):
         if isinstance(run, FinetuneConfig):
             from finhpc.orchestration.finetune import Finetune
 
-            left = _left(run, Finetune(run).counts()["params_trainable"])
+            job = Finetune(run)
+            found.steps = job.config.train.steps
+            found.bytes = _left(job.config, job.counts()["params_trainable"])
         else:
             if plan.reference is not None and _starts(trial):  # its model is not there yet: a low-rank one is as large
                 run = run.model_copy(update={"model": plan.reference.model}, deep=True)
                 run.method.kind = "low_rank"
             made = make_plan(run)
-            seconds, left = _seconds(plan, made), _left(run, made.params_total)
-            left += sum(made.outline.stored_bytes(bits) for bits in trial.bits if bits != 16)
-    return problems, seconds, left
+            found.steps, found.seconds, found.bytes = (
+                run.train.steps,
+                _seconds(plan, made),
+                _left(run, made.params_total),
+            )
+            found.bytes += sum(made.outline.stored_bytes(bits) for bits in trial.bits if bits != 16)
+    return found
 
 
 def _seconds(plan: Planned, made: Plan) -> float | None:
@@ -254,6 +270,21 @@ def _same_plan(run: TrainingConfig) -> str:
     return repr({key: value for key, value in flat.items() if key != "train.seed"})
 
 
+def _shortened(plan: Planned) -> dict[str, list[str]]:
+    """What is told of warm-ups that are too long -> the trials it is told of."""
+    found: dict[str, list[str]] = {}
+    for trial in plan.trials:
+        if note := plan.config_of(trial).optimizer.shortened(plan.steps[trial.name]):
+            found.setdefault(note, []).append(trial.name)
+    return found
+
+
+def _counted(names: list[str], trials: int) -> str:
+    if len(names) == trials:
+        return "every trial"
+    return f"trial {names[0]}" if len(names) == 1 else f"{len(names)} trials, the first {names[0]}"
+
+
 def show_plan(plan: Planned) -> None:
     """The trials and their cost, before any starts."""
     rows = []
@@ -267,6 +298,8 @@ def show_plan(plan: Planned) -> None:
                 "estimated": "-" if seconds is None else str(timedelta(seconds=round(seconds))),
             }
         )
+    for note, names in _shortened(plan).items():
+        to_stderr(f"{_counted(names, len(plan.trials))}: {note}")
     numbers = plan.result()
     rows_table(f"sweep {numbers['sweep']}: {numbers['trained']} trials, {numbers['scored']} points scored", rows)
     if len(plan.trials) > SHOWN:
