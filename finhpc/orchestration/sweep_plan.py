@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import shutil
+import statistics
+import time
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finhpc.config import FinetuneConfig, FinetuneSweepConfig, PretrainConfig, SweepConfig, TrainingConfig, flatten
 from finhpc.errors import ConfigError
@@ -18,13 +20,18 @@ from finhpc.orchestration.outcome import to_stderr
 from finhpc.orchestration.plan import Plan, collect, make_plan
 from finhpc.orchestration.progress import rows_table
 from finhpc.orchestration.run import place_whole
+from finhpc.orchestration.run_time import said, sweep_time, this_machine_busy
 from finhpc.orchestration.runfolder import RunFolder
 from finhpc.orchestration.sweep_tracking import PARENT, SWEEP, check_database
 from finhpc.orchestration.sweep_trials import BITS, AnySweep, Trial, trials_of
 from finhpc.orchestration.tracking import default_tracking_uri
 from finhpc.orchestration.trial import outcome_of
 
+if TYPE_CHECKING:
+    from finhpc.orchestration.finetune import Finetune
+
 REFERENCE = "dense-reference"
+MEASURING_S = 20.0  # spent on measuring the steps of trials; the rest are reckoned
 SHOWN = 60  # trials listed before a sweep starts
 
 
@@ -41,6 +48,8 @@ class Planned:
     seconds: dict[str, float | None] = field(default_factory=dict)  # of a trial's training, estimated
     disk: dict[str, int] = field(default_factory=dict)  # bytes that a trial leaves at least
     steps: dict[str, int] = field(default_factory=dict)  # of a trial's training
+    ratios: list[float] = field(default_factory=list)  # of measured steps to those that were reckoned
+    measuring_until: float = field(default_factory=lambda: time.monotonic() + MEASURING_S)
 
     @property
     def runs(self) -> Path:
@@ -122,13 +131,19 @@ class Planned:
             tags |= {"finhpc.started_from": str(tree["model"]["path"])}
         return {"config": tree, "tags": tags, "params": params, "scores": scores}
 
-    @property
-    def cost_s(self) -> float | None:
-        """Seconds until the end, estimated; None where a trial's pace is not known."""
-        left = [self.seconds.get(t.name) for t in self.trials if "status" not in outcome_of(self.run_folder(t.name))]
-        if any(seconds is None for seconds in left):
+    @cached_property
+    def cost(self) -> dict[str, Any] | None:
+        """What is left of the sweep in time (`finhpc.orchestration.run_time`); None where a trial's is not known."""
+        left = [t for t in self.trials if "status" not in outcome_of(self.run_folder(t.name))]
+        seconds = [self.seconds.get(trial.name) for trial in left]
+        if not left or any(one is None for one in seconds):
             return None
-        return math.fsum(seconds or 0.0 for seconds in left) / self.concurrent
+        configs = [self.config_of(trial) for trial in left]
+        each = max(config.parallel.workers * config.resources.threads for config in configs)
+        processes = 0.0 if self.cuda else min(self.concurrent, len(left)) * float(each)
+        scores = sum(bits != 16 for trial in left for bits in trial.bits)
+        whole = math.fsum(one or 0.0 for one in seconds)
+        return sweep_time(whole, len(left), scores, self.concurrent, processes).numbers(this_machine_busy())
 
     @property
     def disk_bytes(self) -> int:
@@ -154,7 +169,7 @@ class Planned:
             "scored": sum(len(trial.points) for trial in self.trials),
             "ended_before": ended,
             "concurrent": self.concurrent,
-            "estimated_s": self.cost_s,
+            "estimated_s": self.cost and self.cost["run_s"],
             "disk_bytes": self.disk_bytes,
             "folder": str(self.folder),
             "tracking_uri": self.tracking_uri,
@@ -217,6 +232,7 @@ def _check(plan: Planned, trial: Trial, run: TrainingConfig) -> _Checked:
             job = Finetune(run)
             found.steps = job.config.train.steps
             found.bytes = _left(job.config, job.counts()["params_trainable"])
+            found.seconds = _tuning_seconds(plan, job)
         else:
             if plan.reference is not None and _starts(trial):  # its model is not there yet: a low-rank one is as large
                 run = run.model_copy(update={"model": plan.reference.model}, deep=True)
@@ -234,8 +250,30 @@ def _check(plan: Planned, trial: Trial, run: TrainingConfig) -> _Checked:
 def _seconds(plan: Planned, made: Plan) -> float | None:
     from finhpc.orchestration.estimate import of_plan
 
-    step_s = of_plan(made, plan.cuda, here=plan.resources is not None)["step_s"]
-    return None if step_s is None else float(step_s) * made.config.train.steps
+    measures = time.monotonic() < plan.measuring_until
+    return _computing(plan, of_plan(made, plan.cuda, here=plan.resources is not None, measures=measures))
+
+
+def _tuning_seconds(plan: Planned, job: Finetune) -> float | None:
+    from finhpc.orchestration.estimate_finetune import of_examples
+    from finhpc.orchestration.finetune import batches_of
+
+    made, measures = job.made, time.monotonic() < plan.measuring_until
+    examples, batches = made.examples, batches_of(job.config)
+    here = plan.resources is not None
+    numbers = of_examples(job.config, made.adaptation, examples, batches, plan.cuda, here, measures)
+    return _computing(plan, numbers)
+
+
+def _computing(plan: Planned, numbers: dict[str, Any]) -> float | None:
+    """Seconds of a trial's steps and evaluations on cores of their own; those not measured go by those that were."""
+    if numbers["step_s"] is None:
+        return None
+    ratio = float(numbers["step_s"] / numbers["reckoned_step_s"])
+    if ratio != 1.0:
+        plan.ratios.append(ratio)
+        return float(numbers["computing_s"])
+    return float(numbers["computing_s"]) * (statistics.median(plan.ratios) if plan.ratios else 1.0)
 
 
 def _left(run: TrainingConfig, trained: int) -> int:
@@ -304,6 +342,5 @@ def show_plan(plan: Planned) -> None:
     rows_table(f"sweep {numbers['sweep']}: {numbers['trained']} trials, {numbers['scored']} points scored", rows)
     if len(plan.trials) > SHOWN:
         to_stderr(f"and {len(plan.trials) - SHOWN} more")
-    cost = plan.cost_s
-    about = "" if cost is None else f"; training takes about {timedelta(seconds=round(cost))}"
+    about = "" if plan.cost is None else f"; the sweep takes {said(plan.cost)}"
     to_stderr(f"{plan.concurrent} at a time{about}; at least {plan.disk_bytes / 1e6:,.0f} MB on disk")
