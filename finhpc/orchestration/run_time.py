@@ -20,7 +20,7 @@ from finhpc.planning.pace import Pace
 RAY_S = 9.0
 WORKER_S = 11.0
 END_S = 6.0
-TRIAL_S = 4.0  # of a trial of a sweep, beside its steps: its process is warm
+TRIAL_S = 2.0  # of a trial of a sweep, beside its steps: its process is warm
 SCORE_S = 3.0  # of a score of a small model at fewer bits
 FORWARD = 1 / 3  # of the passes of a training step
 STEP_S = 0.01  # of a step beside its passes: DeepSpeed's schedule, the journal
