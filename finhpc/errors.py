@@ -40,6 +40,10 @@ class NonFiniteError(FinhpcError):
     """A loss, gradient or weight that is NaN or infinite."""
 
 
+class ImplausibleError(FinhpcError):
+    """A score that no sound model can have; it counts as no result."""
+
+
 class OutOfMemoryError(FinhpcError):
     """A worker asked for more memory than there is."""
 

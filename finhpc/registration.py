@@ -1,4 +1,4 @@
-"""Makes transformers know finhpc's models and quantizer, and refuse foreign code, after `import finhpc`: that stays light.
+"""Makes transformers know finhpc's models and quantizer after `import finhpc`, which stays light, and no other code.
 
 What transformers must know is imported once its own module that keeps the list is there, and nothing of
 transformers is half imported: ours needs much of it. transformers itself is not imported here.

@@ -17,7 +17,9 @@ class Optimizer(Section):
     )
     lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
     min_lr_ratio: float = Field(0.1, ge=0, le=1, description="final over peak learning rate (cosine)")
-    warmup_steps: int = Field(20, ge=0, description="steps in which the learning rate rises to its peak")
+    warmup_steps: int = Field(
+        20, ge=0, description="steps in which the learning rate rises; in a training of fewer than twice as many, half"
+    )
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's decay of its two moments")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon, added to the root of the second moment")
     weight_decay: float = Field(0.1, ge=0, description="on matrices; never on biases and norms")
@@ -27,6 +29,19 @@ class Optimizer(Section):
     lr_scale_a: float = Field(1.0, gt=0, description="learning rate of the factors A over that of the rest")
     lr_scale_b: float = Field(1.0, gt=0, description="learning rate of the factors B over that of the rest")
     grad_clip: float = Field(1.0, ge=0, description="largest gradient norm over the whole model; 0: no clipping")
+
+    def warmup(self, steps: int) -> int:
+        """Steps of warm-up in a training of `steps`: at most half, so that the peak is reached and left again."""
+        return min(self.warmup_steps, max(1, steps // 2))
+
+    def shortened(self, steps: int) -> str | None:
+        """What to tell the user where the warm-up of a training of `steps` is shorter than was asked for."""
+        if (warmup := self.warmup(steps)) == self.warmup_steps:
+            return None
+        return (
+            f"optimizer.warmup_steps={self.warmup_steps} is more than half of train.steps={steps}; the warm-up takes "
+            f"{warmup} {'step' if warmup == 1 else 'steps'}, so that the learning rate reaches its peak and decays."
+        )
 
 
 class Parallel(Section):

@@ -21,7 +21,7 @@ Answer = tuple[int, ...]  # its tokens
 def label_scores(
     model: nn.Module, tokenizer: Any, examples: Examples, limit: int | None, say: Callable[[str], None]
 ) -> dict[str, dict[str, Any]]:
-    """Template -> acc, weighted_f1, those of the most frequent label, n and tied, of the first `limit` held-out rows.
+    """Template -> scores over the first `limit` held-out examples: acc, weighted_f1, majority (theirs), n, tied.
 
     Of each source's answers the one with the highest log-likelihood after the prompt is chosen, of equal ones the
     first (as `finhpc evaluate` does). Sources whose answers are text are left out.

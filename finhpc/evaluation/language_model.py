@@ -10,12 +10,14 @@ model's type by default; in bfloat16 a log-probability of -3 is a multiple of 1/
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor, nn
 
+from finhpc.evaluation import plausible
 from finhpc.models.tokens import continuation_ids, encode, prompt_ids
 
 Request = tuple[tuple[str, str], list[int], list[int]]  # texts, tokens of the prompt, tokens of the answer
@@ -57,6 +59,10 @@ class LanguageModel(HFLM):
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
+        """Log-likelihoods of answers, and whether each is the model's own choice.
+
+        Raises `ImplausibleError` where they are such as no sound model gives.
+        """
         groups: dict[tuple[int, ...], list[int]] = {}
         for i, (texts, context, answer) in enumerate(requests):
             if len(context) + len(answer) > self.max_length + 1:
@@ -77,6 +83,11 @@ class LanguageModel(HFLM):
                     of_answer = log_probs[r, at]  # (answer, vocabulary)
                     score = of_answer.gather(1, target[:, None]).double().sum()
                     found[i] = float(score), bool((of_answer.argmax(-1) == target).all())
+            vocab_size = log_probs.shape[-1]
+        if found:
+            tokens = sum(len(answer) for _, _, answer in requests)
+            loss = -math.fsum(score for score, _ in found) / tokens
+            plausible.check("likelihoods of answers", {"loss": loss}, plausible.any_model(vocab_size))
         return found
 
     def _log_probs(self, batch: list[tuple[int, ...]], last: list[int]) -> tuple[Tensor, Tensor]:

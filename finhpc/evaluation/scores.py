@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from finhpc.errors import DataError
+from finhpc.errors import DataError, ImplausibleError
 from finhpc.evaluation.language_model import LanguageModel
 from finhpc.evaluation.metrics import intervals, majority, random_guess, weighted_f1
 from finhpc.evaluation.task_file import rendering
@@ -38,6 +38,11 @@ def score(
     with rendering(task.trusted):
         found = _evaluated(model, opened, task, limit)
         rows = [_row(sample, opened, model.cut, task) for sample in sorted(found["samples"][task.name], key=_place)]
+    if not any(row["read"] for row in rows) and any(row["n_choices"] > 1 for row in rows):
+        raise ImplausibleError(
+            f"tasks={task.name}: all answers of every example have the same likelihood, so that nothing was chosen; "
+            "the model's weights are damaged, or the answers of the task file are all alike."
+        )
     scores = {
         key.removesuffix(",none"): float(value)
         for key, value in found["results"][task.name].items()

@@ -107,30 +107,31 @@ def _own_run(
     if len(result["models"]) == 1:
         _log_scores(client, run_id, result["models"][0]["scores"])
     else:
-        _compare(client, run_id, config, result["models"], datasets)
+        _compare(client, run_id, config, result, datasets)
     columns, rows = table(result)
     client.log_dict(run_id, {"columns": columns, "data": rows}, "scores.json")
     client.log_artifacts(run_id, str(folder / "scores"), "predictions")
     client.log_artifacts(run_id, str(folder / "tasks"), "tasks")
-    client.set_terminated(run_id, "FINISHED")
+    client.set_terminated(run_id, "FAILED" if result["failed"] else "FINISHED")
     return run_id
 
 
 def _compare(
-    client: MlflowClient, parent: str, config: EvaluateConfig, models: list[dict[str, Any]], datasets: list[Dataset]
+    client: MlflowClient, parent: str, config: EvaluateConfig, result: dict[str, Any], datasets: list[Dataset]
 ) -> None:
     """A run for each model below the evaluation's; the same one however often the command runs."""
     experiment = client.get_run(parent).info.experiment_id
     known = client.search_runs([experiment], f"tags.`{PARENT}` = '{parent}'")
     ids = {run.info.run_name: run.info.run_id for run in known}
-    for model in models:
+    failed = {failure["model"] for failure in result["failed"]}
+    for model in result["models"]:
         name = f"{config.run.name}/{model['name']}"
         if name not in ids:
             ids[name] = client.create_run(experiment, run_name=name, tags={PARENT: parent}).info.run_id
             one = {"model": [model["model"]], "adapter": [model["adapter"]] if model["adapter"] else []}
             _describe(client, ids[name], config.model_copy(update=one), model, datasets, {PARENT: parent})
         _log_scores(client, ids[name], model["scores"])
-        client.set_terminated(ids[name], "FINISHED")
+        client.set_terminated(ids[name], "FAILED" if model["name"] in failed else "FINISHED")
 
 
 def _describe(

@@ -12,6 +12,7 @@ from typing import Any
 from finhpc.config import EvaluateConfig, ExportConfig
 from finhpc.data.shards import Shards, write_atomic
 from finhpc.errors import FinhpcError
+from finhpc.evaluation import plausible
 from finhpc.evaluation.models import Subject
 from finhpc.evaluation.tasks import PERPLEXITY, TaskFile
 
@@ -79,6 +80,8 @@ class Scorer:
         try:
             model = self._opened(pair)
             scores, rows = self._perplexity(model) if pair.task is None else self._task(model, pair.task)
+            bound = plausible.any_model(model.model.config.vocab_size)
+            plausible.check(f"{pair.subject.name} on {pair.name}", scores, bound)
         except FinhpcError as error:
             return error
         pair.write(scores | {"wall_s": time.monotonic() - begin}, rows)

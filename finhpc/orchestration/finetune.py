@@ -87,6 +87,10 @@ class Finetune(Job):
             "held_out_weighted_f1": None,
         }
 
+    @property
+    def vocab_size(self) -> int:
+        return int(self.made.weights.config.vocab_size)
+
     def save_model(self, folder: Path, saved: Saved) -> None:
         from finhpc.models.adapter import save_adapter
         from finhpc.models.tokens import write_stops

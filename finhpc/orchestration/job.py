@@ -71,6 +71,11 @@ class Job(ABC):
     def counts(self) -> dict[str, Any]:
         """The keys of the result that can be told without training."""
 
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """Of the model that is trained."""
+
     @abstractmethod
     def save_model(self, folder: Path, saved: Saved) -> None:
         """Write the trained model as `folder`, complete or absent."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from finhpc.config import PretrainConfig, TrainingConfig
 from finhpc.errors import CheckpointError
+from finhpc.evaluation import plausible
 from finhpc.orchestration.job import Job, Rows
 from finhpc.orchestration.runfolder import redact
 from finhpc.training.journal import WORKER_FILE, Record, latest, read
@@ -76,6 +77,19 @@ def collect(job: Job, folder: Path, wall_s: float) -> dict[str, Any]:
         "worker_hours": earlier + wall_s * job.config.parallel.workers / 3600,
     }
     return result
+
+
+def check(job: Job, folder: Path, result: dict[str, Any]) -> None:
+    """Raise `ImplausibleError` if a figure of a run that took all its steps cannot be."""
+    train = latest(read(folder / WORKER_FILE)[0], "train")
+    bound = plausible.after_training(job.vocab_size, train[min(train)]["train_loss"] if train else None)
+    plausible.check(
+        f"{job.verb} {job.config.run.name}",
+        {key: value for key, value in result.items() if key != "data"},
+        bound,
+        "if the losses on the screen grew, lower optimizer.lr or raise optimizer.warmup_steps under another run.name; "
+        "otherwise run the same command again, which evaluates the last checkpoint anew",
+    )
 
 
 def unfinished(job: Job, folder: Path, status: str) -> dict[str, Any]:

@@ -74,6 +74,10 @@ class Pretrain(Job):
             "size_bytes": plan.outline.stored_bytes(self.config.quantization.training_bits),
         }
 
+    @property
+    def vocab_size(self) -> int:
+        return int(self.plan.hf_config.vocab_size)
+
     def save_model(self, folder: Path, saved: Saved) -> None:
         from finhpc.models.loading import save_model
 

@@ -61,6 +61,8 @@ def run(job: Job, dry_run: bool = False, fit: Fit = fit) -> dict[str, Any]:
     total = known_resources()
     if total is not None:
         check_fits(config, use_cuda(config, total), total)
+    if note := config.optimizer.shortened(config.train.steps):
+        outcome.to_stderr(note)
     if dry_run:
         return job.dry_run(total)
     with folder.lock(), terminable():
@@ -101,8 +103,10 @@ def _tracked(
                 progress.say(f"run {config.run.name} is finished; this is its result (another run.name trains anew).")
             else:
                 _train(job, folder, progress.say, fit, ray)
-                result = outcome.collect(job, folder.path, time.perf_counter() - begin)
-                job.finish(result, folder.path, progress.say)
+                collected = outcome.collect(job, folder.path, time.perf_counter() - begin)
+                job.finish(collected, folder.path, progress.say)
+                outcome.check(job, folder.path, collected)
+                result = collected
             status = "FINISHED"
         except Pruned:
             status = "KILLED"

@@ -106,7 +106,9 @@ def wait_for_id(tracker: Tracker, say: Callable[[str], None]) -> str | None:
     return tracker.run_id
 
 
-def track_score(job: Job, folder: RunFolder, name: str, bits: int, figures: Mapping[str, Any]) -> str | None:
+def track_score(
+    job: Job, folder: RunFolder, name: str, bits: int, figures: Mapping[str, Any], status: Status = "FINISHED"
+) -> str | None:
     """Log the figures of a trained model at `bits` as a run of its own; returns its id, None while MLflow is down."""
     own = folder.path / f"score-{bits}bit"
     own.mkdir(exist_ok=True)
@@ -121,7 +123,7 @@ def track_score(job: Job, folder: RunFolder, name: str, bits: int, figures: Mapp
     assert run.tracking_uri is not None
     tracker = Tracker(own, run.tracking_uri, run.experiment, name, params, tags, lambda text: None, datasets)
     tracker.start()
-    tracker.finish("FINISHED", figures, timeout_s=15)
+    tracker.finish(status, figures, timeout_s=15)
     return tracker.run_id
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from finhpc.config import FinetuneConfig, PretrainConfig, build
-from finhpc.errors import FinhpcError, RunBusyError
+from finhpc.errors import FinhpcError, ImplausibleError, RunBusyError
 from finhpc.orchestration.job import Job
 from finhpc.orchestration.runfolder import RunFolder, write_atomically
 from finhpc.training.journal import WORKER_FILE, latest, read, strict_json
@@ -112,7 +112,11 @@ def _score(trial: dict[str, Any], job: Job, folder: RunFolder, result: dict[str,
     scored: dict[str, Any] = {}
     for name, bits in trial["scores"].items():
         assert isinstance(job.config, PretrainConfig)
-        figures = score_at(bits, job.config, folder.path)
+        try:
+            figures = score_at(bits, job.config, folder.path, result["val_loss"])
+        except ImplausibleError as error:
+            track_score(job, folder, name, bits, {"status": "failed", "run": name, "error": str(error)}, "FAILED")
+            raise
         figures = {**_lasting(result), "status": "finished", "run": name, **figures}
         scored[name] = figures | {"mlflow_run_id": track_score(job, folder, name, bits, figures)}
     return scored

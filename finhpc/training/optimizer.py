@@ -85,9 +85,10 @@ def decay_products(pairs: Iterable[tuple[Tensor, Tensor]], strength: float) -> N
 
 
 def learning_rate(settings: Optimizer, step: int, steps: int) -> float:
-    """Learning rate of the `step`-th (from 1) of `steps`: linear warm-up, then a cosine to its minimum."""
-    if step <= settings.warmup_steps:
-        return settings.lr * step / settings.warmup_steps
-    progress = (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
+    """Learning rate of the `step`-th (from 1) of `steps`: linear warm-up (at most half of them), then a cosine down."""
+    warmup = settings.warmup(steps)
+    if step <= warmup:
+        return settings.lr * step / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return settings.lr * (settings.min_lr_ratio + (1 - settings.min_lr_ratio) * cosine)
