@@ -15,6 +15,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 import finhpc
+from finhpc import plugins
 from finhpc.errors import ConfigError
 
 FOLDER = Path(finhpc.__file__).resolve().parent
@@ -28,21 +29,23 @@ class Driver:
     folder: str
     version: str
     sha256: str
+    plugins: tuple[str, ...]
 
     @classmethod
     def here(cls) -> Driver:
         """This process, as the driver of workers."""
-        return cls(str(FOLDER), finhpc.__version__, sha256_of(FOLDER))
+        return cls(str(FOLDER), finhpc.__version__, sha256_of(FOLDER), plugins.loaded())
 
     def enter(self) -> None:
-        """What a worker does first; raises `ConfigError` if it has another finhpc than its driver."""
-        own = Driver.here()
-        if own.sha256 != self.sha256:
+        """What a worker does first; raises `ConfigError` if its finhpc is not its driver's, or a plugin is missing."""
+        if sha256_of(FOLDER) != self.sha256:
             raise ConfigError(
-                f"a worker has another finhpc ({own.version} in {own.folder}) than the command that started it "
+                f"a worker has another finhpc ({finhpc.__version__} in {FOLDER}) than the command that started it "
                 f"({self.version} in {self.folder}), and its results would not be comparable; install the same one on "
-                "every machine, and do not work in a folder that holds another copy."
+                "every machine, and do not work in a folder that holds another copy. If its code was just changed, run "
+                "the command again."
             )
+        plugins.enter(self.plugins)
 
 
 def check_workers_package() -> None:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from finhpc.config import nearest
 from finhpc.errors import ConfigError
+from finhpc.plugins import Registry
 
 FIELD = re.compile(r"\{(\w+)\}")
 # A prompt that was written out by others: its input, if it is told apart, and the line that asks for the answer.
@@ -76,11 +77,23 @@ class Template(BaseModel):
         return _fill(self.answer, fields).strip()
 
 
-@cache
 def templates() -> dict[str, Template]:
-    """All templates by name."""
+    """All templates by name: those of templates.yaml and those of plugins."""
+    return _own() | dict(TEMPLATES)
+
+
+def _check_template(name: str, template: object) -> None:
+    if not isinstance(template, Template) or name in _own() or template.name != name:
+        raise ConfigError(f"data.template={name} must be a finhpc.data.templates.Template of that name, and a new one.")
+
+
+@cache
+def _own() -> dict[str, Template]:
     tree = yaml.safe_load((files("finhpc.data") / "templates.yaml").read_text(encoding="utf-8"))
     return {name: Template(name=name, **parts) for name, parts in tree.items()}
+
+
+TEMPLATES: Registry[Template] = Registry("data.template", {}, _check_template)  # those of plugins
 
 
 def template(name: str) -> Template:

@@ -19,7 +19,7 @@ from finhpc.evaluation.decoder import Decoder
 from finhpc.evaluation.decoding import decode
 from finhpc.evaluation.forms import use_fast_forms
 from finhpc.evaluation.prompts import Prompt
-from finhpc.models.families import context_of
+from finhpc.models.families import check_plugins, context_of
 from finhpc.models.loading import load_model
 from finhpc.models.weights import locate
 
@@ -56,6 +56,7 @@ def open_parts(config: GenerateConfig) -> Parts:
         raise ConfigError(f"model={folder} is a file; give a model folder (finhpc decompose or export makes one).")
     if not any((folder / name).is_file() for name in TOKENIZERS):
         raise ConfigError(f"model={folder} has no tokeniser; copy the tokeniser's files into that folder.")
+    check_plugins(folder)
     own = AutoConfig.from_pretrained(folder)
     adapters = read_adapters(config.adapters, own, folder) if config.adapters else {}
     if config.sampling.max_new_tokens >= context_of(own):

@@ -16,6 +16,7 @@ from transformers.utils import logging
 import finhpc  # noqa: F401  transformers knows finhpc's models after it
 from finhpc.errors import CheckpointError, ConfigError
 from finhpc.models.adapter import QUANTIZED, check_base, load_adapter, merge_adapter
+from finhpc.models.families import check_plugins
 from finhpc.models.loading import load_model, on_device, placed
 
 ADAPTER = "adapter_config.json"
@@ -105,6 +106,7 @@ def _resolved(model: str, adapter: str | None) -> tuple[str, str | None]:
                 f"model={folder} comes without a tokeniser, which prompts need; copy tokenizer.json and "
                 "tokenizer_config.json of the model it was made from there."
             )
+        check_plugins(folder)
         model = str(folder.absolute())
         if adapter is not None:
             check_base(Path(adapter), Path(model))

@@ -30,7 +30,16 @@ from finhpc.lowrank.layers import LowRankEmbedding, LowRankLinear
 from finhpc.lowrank.replace import dense_shape
 from finhpc.models.adapter import CONFIG as ADAPTER
 from finhpc.models.adapter import base_of, check_base, load_adapter
-from finhpc.models.families import FAMILIES, as_dense, dense_original, family_of, is_low_rank, parameter_count, skeleton
+from finhpc.models.families import (
+    FAMILIES,
+    as_dense,
+    check_plugins,
+    dense_original,
+    family_of,
+    is_low_rank,
+    parameter_count,
+    skeleton,
+)
 from finhpc.models.folder import FolderReader, FolderWriter
 from finhpc.models.pipeline import is_tied
 from finhpc.quantization.fake import TRAINED, trained_bits
@@ -275,6 +284,7 @@ def _read_config(folder: Path) -> Any:
         )
     if tree.get("quantization_config"):
         raise ConfigError(f"model={folder} is quantised already; export from the model it was made from.")
+    check_plugins(folder)
     return AutoConfig.from_pretrained(folder, local_files_only=True)
 
 

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from finhpc.errors import CheckpointError
 from finhpc.models.adapter import CONFIG, base_of, check_base, load_adapter, merge_adapter
-from finhpc.models.families import skeleton
+from finhpc.models.families import check_plugins, skeleton
 from finhpc.models.initialize import initialize
 from finhpc.models.manifest import check_manifest
 from finhpc.models.pipeline import parts_of
@@ -42,6 +42,7 @@ def load_model(
     if not list(path.glob("*.safetensors")):
         raise CheckpointError(f"{path} holds no .safetensors file; pickled weights are not opened; convert them first.")
     check_manifest(path)
+    check_plugins(path)
     logging.disable_progress_bar()  # reading one file needs no bar on the user's screen
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(

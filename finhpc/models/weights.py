@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from finhpc.errors import CheckpointError, ConfigError
 from finhpc.lowrank.replace import dense_shape, layer_kind
-from finhpc.models.families import family_of, is_low_rank, skeleton
+from finhpc.models.families import check_plugins, family_of, is_low_rank, skeleton
 from finhpc.models.gguf import GgufFile
 from finhpc.models.pipeline import is_tied
 
@@ -167,6 +167,7 @@ def read_config(folder: Path) -> Any:
     """transformers' config of a model folder; raises `CheckpointError` where there is none."""
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json; give a model folder in Hugging Face's layout.")
+    check_plugins(folder)
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
     except (ValueError, OSError) as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from finhpc.config import TrainingConfig
 from finhpc.errors import ConfigError, TrainingFailedError
+from finhpc.package import check_workers_package
 
 
 @contextmanager
@@ -20,6 +21,7 @@ def ray_cluster() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    check_workers_package()
     # What polls and waits by default costs a short run seconds.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     _keep_token_private()  # an older one, before anything listens

@@ -26,6 +26,7 @@ from finhpc.planning.adapted import PackSize, Shapes
 from finhpc.planning.devices import CPU_REACHED, REACHED, THIS_MACHINE, Cluster, gpu_here, this_machine
 from finhpc.planning.finetune import FinetunePlan
 from finhpc.planning.memory import Topology
+from finhpc.training.optimizer import check_optimizer
 
 BITS = (16, 8, 4)
 PACKS_LOOKED_AT = 200  # steps whose packs a dry run makes
@@ -156,6 +157,8 @@ def checked(config: FinetuneEstimateConfig) -> tuple[Weights, Adaptation]:
         check_parallel(config)
     with collect(problems):
         check_device(config.estimate)
+    with collect(problems):
+        check_optimizer(config.optimizer)
     work = config.estimate
     if work.shared + work.answer >= work.tokens:
         problems.append(
