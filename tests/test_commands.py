@@ -83,7 +83,7 @@ def test_usage_fits_a_screen_and_unknown_commands_name_all(capsys: pytest.Captur
         assert f"error: unknown command '{wrong}'; did you mean {near}?" in capsys.readouterr().err
     assert main(["zzz"]) == 2
     listed = capsys.readouterr().err
-    assert all(verb in listed for verb in COMMANDS)
+    assert all(verb.split()[0] in listed for verb in COMMANDS)
 
 
 @pytest.mark.parametrize("words", [["--help"], ["pretrain", "--help"], ["pretrain", "--print_config"], ["--version"]])

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from finhpc.config.folders import ExportQuantization
 from finhpc.config.labels import ABOUT, Labels
-from finhpc.config.section import Section
+from finhpc.config.section import Plugins, Section, plugins_field
 from finhpc.config.training import Resources, Run
 
 
@@ -58,3 +58,4 @@ class EvaluateConfig(Section):
     workers: int = Field(0, ge=0, description="models and tasks scored at a time; 0: as the cluster has room for")
     run: Run = Field(default_factory=lambda: Run(name="evaluate"))
     resources: Resources = Field(default_factory=Resources)
+    plugins: Plugins = plugins_field()

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 
 from finhpc.config.labels import ABOUT, Labels
 from finhpc.config.pretrain import Hardware
-from finhpc.config.section import Section
+from finhpc.config.section import Plugins, Section, plugins_field
 from finhpc.config.training import Optimizer, Parallel, Resources, Run, Train
 
 
@@ -105,6 +105,7 @@ class FinetuneConfig(Section):
     quantization: FinetuneQuantization = Field(default_factory=FinetuneQuantization)
     run: Run = Field(default_factory=lambda: Run(name="finetune"))
     resources: Resources = Field(default_factory=Resources)
+    plugins: Plugins = plugins_field()
 
 
 class PlannedBase(Base):

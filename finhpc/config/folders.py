@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from finhpc.config.pretrain import LINEAR_KINDS
-from finhpc.config.section import Section
+from finhpc.config.section import Plugins, Section, plugins_field
 from finhpc.config.training import Resources, Run
 
 
@@ -30,6 +30,7 @@ class ExportConfig(Section):
         "auto", description="of weights that are not quantised; auto: as in the model"
     )
     quantization: ExportQuantization = Field(default_factory=ExportQuantization)
+    plugins: Plugins = plugins_field()
 
 
 class PrepareConfig(Section):
@@ -88,6 +89,7 @@ class DecomposeConfig(Section):
     calibration: Calibration = Field(default_factory=Calibration)
     workers: int = Field(0, ge=0, description="parallel tasks; 0: as many as the cluster has room for")
     resources: Resources = Field(default_factory=Resources)
+    plugins: Plugins = plugins_field()
 
 
 class UiConfig(Section):

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from finhpc.config.section import Section
+from finhpc.config.section import Plugins, Section, plugins_field
 from finhpc.config.training import Resources
 
 
@@ -46,3 +46,4 @@ class GenerateConfig(Section):
     cache: bool = Field(True, description="keep keys and values of past tokens; false: compute all again each time")
     sampling: Sampling = Field(default_factory=Sampling)
     resources: Resources = Field(default_factory=Resources)
+    plugins: Plugins = plugins_field()

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from finhpc.config.section import Section
+from finhpc.config.section import Plugins, Section, plugins_field
 from finhpc.config.training import Optimizer, Parallel, Resources, Run, Train
 
 OF_PRESET: dict[str, Any] = {"default": "the preset's"}  # what help shows in place of None
@@ -99,6 +99,7 @@ class PretrainConfig(Section):
     quantization: Quantization = Field(default_factory=Quantization)
     run: Run = Field(default_factory=Run)
     resources: Resources = Field(default_factory=Resources)
+    plugins: Plugins = plugins_field()
 
 
 class Hardware(Section):

@@ -7,11 +7,12 @@ import os
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from finhpc import plugins
 from finhpc.errors import ConfigError
 from finhpc.textfile import parse_yaml, read_text
 
@@ -50,6 +51,15 @@ class Section(BaseModel, metaclass=_Refusing):
 
 
 C = TypeVar("C", bound=Section)
+Plugins = Annotated[list[str], AfterValidator(plugins.load)]  # imported when the settings are made, wherever that is
+
+
+def plugins_field() -> Any:
+    """The setting of every command that own code can take part in."""
+    return Field(
+        default_factory=list,
+        description="modules that register low-rank layers, optimizers, families, shapes or templates of your own",
+    )
 
 
 def recipes() -> dict[str, Path]:

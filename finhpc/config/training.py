@@ -12,8 +12,10 @@ Recompute = Literal["none", "attention", "full"]
 
 
 class Optimizer(Section):
-    name: Literal["adamw", "adamw8bit"] = Field(
-        "adamw", description="adamw8bit: bitsandbytes' AdamW, moments of matrices of 4,096 weights and more in 8 bits"
+    name: str = Field(
+        "adamw",
+        description="adamw; adamw8bit: bitsandbytes' AdamW, moments of matrices of 4,096 weights and more in 8 bits; "
+        "or a plugin's",
     )
     lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
     min_lr_ratio: float = Field(0.1, ge=0, le=1, description="final over peak learning rate (cosine)")

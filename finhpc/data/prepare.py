@@ -36,6 +36,7 @@ from finhpc.data.unit import Unit
 from finhpc.errors import ConfigError, DataError, FinhpcError, RunBusyError
 from finhpc.interrupts import terminable
 from finhpc.own_ray import keep_token_private, own_ray
+from finhpc.package import Driver, check_workers_package
 
 WORK = ".work"
 RESULT = "result.json"
@@ -202,14 +203,14 @@ def _run_tasks(
     from ray.exceptions import RayError
 
     # Plain tasks, not Ray Data: units are short, and its scheduling left each core idle for a third of the time.
-    task = ray.remote(num_cpus=1)(_task)
+    task, driver = ray.remote(num_cpus=1)(_task), Driver.here()
     # Twice as many as there are cores, so that a core that ends one has the next at hand.
     width = config.workers or 2 * int(ray.cluster_resources().get("CPU", 1))
     waiting, running = iter(pending), dict[Any, int]()
     try:
         while True:
             for index in islice(waiting, width - len(running)):
-                running[task.remote(index, units[index], config, work, tiktoken)] = index
+                running[task.remote(index, units[index], config, work, tiktoken, driver)] = index
             if not running:
                 return
             for done in ray.wait(list(running), num_returns=1)[0]:
@@ -224,10 +225,11 @@ def _run_tasks(
             ray.cancel(left)
 
 
-def _task(index: int, unit: Unit, config: PrepareConfig, work: Path, tiktoken: bool) -> dict[str, Any]:
+def _task(index: int, unit: Unit, config: PrepareConfig, work: Path, tiktoken: bool, driver: Driver) -> dict[str, Any]:
     """Encode one unit; what goes wrong comes back as data, to be raised once and in our words."""
     error, kind = "", ""
     try:
+        driver.enter()
         encode_unit(unit, config, work / TOKENIZER, unit_file(work, index), tiktoken)
     except FinhpcError as problem:
         error, kind = str(problem), type(problem).__name__
@@ -248,6 +250,7 @@ def _ray(config: PrepareConfig) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    check_workers_package()
     if not os.environ.get("RAY_ADDRESS"):
         with own_ray(config.workers or os.cpu_count() or 1):
             yield

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from finhpc.config import nearest
 from finhpc.errors import ConfigError
+from finhpc.plugins import Registry
 from finhpc.textfile import parse_yaml, read_text
 
 LABELS = "labels"  # {labels} in a prompt: all labels, a/b/c
@@ -135,13 +136,21 @@ def _shipped() -> dict[str, Template]:
     return {name: Template(name=name, **parts) for name, parts in tree.items()}
 
 
+def _check_template(name: str, template: object) -> None:
+    if not isinstance(template, Template) or name in _shipped() or template.name != name:
+        raise ConfigError(f"data.template={name} must be a finhpc.data.templates.Template of that name, and a new one.")
+
+
+TEMPLATES: Registry[Template] = Registry("data.template", {}, _check_template)  # those of plugins
+
+
 def templates(file: str | None = None) -> dict[str, Template]:
-    """Return all templates by name: those of finhpc, and those of a YAML file of the user's.
+    """Return all templates by name: those of finhpc, of plugins, and of a YAML file of the user's.
 
     Raises `ConfigError` with everything that is wrong in the file.
     """
     if file is None:
-        return _shipped()
+        return _shipped() | dict(TEMPLATES)
     path = Path(file).expanduser()
     if not path.is_file():
         raise ConfigError(f"data.templates={file} is not a file; give a YAML file of templates.")
@@ -161,13 +170,13 @@ def templates(file: str | None = None) -> dict[str, Template]:
             problems += [f"data.templates={file}: template {name}: {problem}" for problem in error.problems]
     if problems:
         raise ConfigError(problems)
-    return _shipped() | found
+    return _shipped() | dict(TEMPLATES) | found
 
 
 def _own(name: str, parts: Any) -> Template:
     """A template of the user's, checked."""
-    if name in _shipped():
-        raise ConfigError("finhpc has a template of that name; choose another.")
+    if name in _shipped() or name in TEMPLATES:
+        raise ConfigError("finhpc or a plugin has a template of that name; choose another.")
     if not isinstance(parts, dict):
         raise ConfigError("it must hold prompt and answer, such as {prompt: ..., answer: ...}.")
     if "name" in parts:

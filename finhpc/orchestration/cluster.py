@@ -11,6 +11,7 @@ from finhpc.config import TrainingConfig
 from finhpc.errors import ConfigError, TrainingFailedError
 from finhpc.interrupts import terminable
 from finhpc.own_ray import keep_token_private, own_ray
+from finhpc.package import check_workers_package
 
 
 @contextmanager
@@ -21,6 +22,7 @@ def ray_cluster() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    check_workers_package()
     with ExitStack() as stack:
         try:
             if os.environ.get("RAY_ADDRESS"):

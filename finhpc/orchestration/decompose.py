@@ -48,6 +48,7 @@ from finhpc.orchestration.groups import (
     with_moments,
 )
 from finhpc.orchestration.spectra import draw, save_spectra, summary
+from finhpc.package import Driver
 from finhpc.training.allocator import give_back_freed_memory
 
 FORMAT = 1
@@ -81,7 +82,7 @@ def decompose(config: DecomposeConfig, dry_run: bool = False) -> dict[str, Any]:
         with ray_cluster():
             cuda = _use_cuda(config)
             groups = groups_of(targets, weights, config.whiten, cuda)
-            job = Job(source, settings, work, config.keep_energy, config.resources.threads, cuda)
+            job = Job(source, settings, work, config.keep_energy, config.resources.threads, cuda, Driver.here())
             factorise_began = time.monotonic()
             peaks = _factorise(groups, weights, job, config)
         factorise_s = time.monotonic() - factorise_began

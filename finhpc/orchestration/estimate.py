@@ -36,6 +36,7 @@ from finhpc.planning.memory import Memory, Scheme, StageMemory, Topology
 from finhpc.planning.outline import Outline, outline_of
 from finhpc.planning.pace import Pace, measured, paced, reached_by, step_operations
 from finhpc.planning.topology import Option, options
+from finhpc.training.optimizer import OPTIMIZERS, check_optimizer
 
 MODES: tuple[Recompute, ...] = ("none", "attention", "full")
 
@@ -160,6 +161,8 @@ def not_counted(config: PretrainConfig, outline: Outline, scheme: Scheme) -> lis
             f"{memory} of W ({method.blend_weight}), {outline.replaced:,} parameters until step "
             f"{blend_steps(method, config.train.steps)}: {(6 if trained else 4) * multiplied:,} operations a token"
         )
+    if origin := OPTIMIZERS.origin(config.optimizer.name):
+        found.append(f"optimizer.name={config.optimizer.name} of {origin}: its moments are taken for AdamW's two")
     if config.optimizer.name == "adamw8bit" and scheme.name == "paper":
         found.append("optimizer.name=adamw8bit: the paper's scheme has moments of 4 bytes, and it takes about 1")
     return found
@@ -198,6 +201,8 @@ def checked(config: EstimateConfig) -> tuple[Any, int]:
         check_parallel(config)
     with collect(problems):
         check_blend(config)
+    with collect(problems):
+        check_optimizer(config.optimizer)
     with collect(problems):
         _check_hardware(config)
     with collect(problems):

@@ -29,6 +29,7 @@ from finhpc.planning.devices import CPU_REACHED, REACHED, THIS_MACHINE, Cluster,
 from finhpc.planning.finetune import FinetunePlan
 from finhpc.planning.memory import Topology
 from finhpc.planning.pace import Pace
+from finhpc.training.optimizer import check_optimizer
 
 BITS = (16, 8, 4)
 PACKS_LOOKED_AT = 200  # steps whose packs a dry run makes
@@ -176,6 +177,8 @@ def checked(config: FinetuneEstimateConfig) -> tuple[Weights, Adaptation]:
         check_parallel(config)
     with collect(problems):
         check_device(config.estimate)
+    with collect(problems):
+        check_optimizer(config.optimizer)
     work = config.estimate
     if work.shared + work.answer >= work.tokens:
         problems.append(

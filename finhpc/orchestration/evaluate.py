@@ -29,6 +29,7 @@ from finhpc.orchestration.mlflow_store import check_store
 from finhpc.orchestration.run import whole_path
 from finhpc.orchestration.runfolder import RunFolder, redact
 from finhpc.orchestration.tracking import absolute_tracking_uri, default_tracking_uri
+from finhpc.package import Driver
 from finhpc.quantization.schemes import SCHEMES
 
 FORMAT = 1
@@ -241,7 +242,7 @@ def _actors(config: EvaluateConfig, most: int) -> Iterator[Any]:
         )
     actor = ray.remote(num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker if cuda else 0)(Scorer)
     for _ in range(min(config.workers or room, most)):
-        yield actor.remote(config, cuda)
+        yield actor.remote(config, cuda, Driver.here())
 
 
 def _collected(found: list[Subject], pairs: list[Pair]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from finhpc.errors import FinhpcError
 from finhpc.evaluation import plausible
 from finhpc.evaluation.models import Subject
 from finhpc.evaluation.tasks import PERPLEXITY, TaskFile
+from finhpc.package import Driver
 
 # Rough tokens of an example, to begin with the longest tasks.
 TOKENS = {"boolq": 180, PERPLEXITY: 600, "ner": 110, "fpb": 70, "tfns": 70, "fiqa_sa": 60, "winogrande": 60, "piqa": 80}
@@ -66,11 +67,11 @@ class Pair:
 class Scorer:
     """Made once a worker by Ray; a plain object elsewhere."""
 
-    def __init__(self, config: EvaluateConfig, cuda: bool) -> None:
+    def __init__(self, config: EvaluateConfig, cuda: bool, driver: Driver) -> None:
         import torch
 
         torch.set_num_threads(config.resources.threads)
-        self.config, self.device = config, "cuda" if cuda else "cpu"
+        self.driver, self.config, self.device = driver, config, "cuda" if cuda else "cpu"
         self._open: Subject | None = None
         self._model: Any = None
 
@@ -78,6 +79,7 @@ class Scorer:
         """Write the pair's files; returns what the user can mend, and raises what nobody foresaw."""
         begin = time.monotonic()
         try:
+            self.driver.enter()
             model = self._opened(pair)
             scores, rows = self._perplexity(model) if pair.task is None else self._task(model, pair.task)
             bound = plausible.any_model(model.model.config.vocab_size)

@@ -13,7 +13,7 @@ from finhpc.orchestration import outcome
 from finhpc.orchestration.cluster import use_cuda
 from finhpc.orchestration.job import Job, Rows, Say
 from finhpc.orchestration.mlflow_shown import Dataset
-from finhpc.orchestration.plan import check_parallel, check_stages, collect
+from finhpc.orchestration.plan import check_parallel, check_parts, check_stages, collect
 from finhpc.orchestration.progress import rows_table, summary_table
 from finhpc.orchestration.run import checked, place_whole, run, whole_path
 from finhpc.training.checkpoint import Saved, read_stage
@@ -219,6 +219,8 @@ def _make(config: FinetuneConfig) -> Made:
     with collect(problems):
         check_parallel(config)
     with collect(problems):
+        check_parts(config)
+    with collect(problems):
         weights = open_base(config)
     if weights is not None:
         config.model.path = whole_path(str(weights.path))
@@ -245,11 +247,13 @@ def _make(config: FinetuneConfig) -> Made:
 
 
 def _check_model(config: FinetuneConfig, weights: Weights) -> None:
-    from finhpc.models.families import context_name, context_of
+    from finhpc.models.families import FAMILIES, context_name, context_of, family_of
 
     problems: list[str] = []
     with collect(problems):
         check_stages(config, weights.config)
+    with collect(problems):
+        FAMILIES.check_workers_see(family_of(weights.config).name)
     if config.data.max_len > context_of(weights.config):
         problems.append(
             f"data.max_len={config.data.max_len} is longer than the {context_name(weights.config)} that model.path="

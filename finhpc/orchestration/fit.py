@@ -22,6 +22,7 @@ from finhpc.orchestration.runfolder import RunFolder
 from finhpc.orchestration.waiting import Waiting, placed_whenever
 from finhpc.orchestration.worker import FATAL, train_worker
 from finhpc.own_ray import ray_logs
+from finhpc.package import Driver
 from finhpc.training import watchdog
 from finhpc.training.allocator import ENVIRONMENT
 from finhpc.training.journal import WORKER_FILE, read
@@ -114,7 +115,8 @@ def worker_share(job: Job, cuda: bool) -> dict[str, float]:
 def worker_arguments(job: Job, folder: RunFolder, cuda: bool) -> dict[str, Any]:
     """What `train_worker` is told."""
     config = job.config.model_dump(mode="json")
-    return {"config": config, "folder": str(folder.path), "cuda": cuda, "verb": job.verb, **job.worker_arguments()}
+    told = {"config": config, "folder": str(folder.path), "cuda": cuda, "verb": job.verb}
+    return told | {"driver": Driver.here()} | job.worker_arguments()
 
 
 def raise_fatal(job: Job, folder: RunFolder) -> None:

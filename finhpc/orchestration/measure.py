@@ -21,6 +21,7 @@ from finhpc.orchestration.cluster import cluster_resources, ray_cluster
 from finhpc.orchestration.progress import rows_table
 from finhpc.orchestration.runfolder import RunFolder, redact, write_atomically
 from finhpc.orchestration.tracking import absolute_tracking_uri, default_tracking_uri
+from finhpc.package import Driver
 
 STATE = "mlflow.json"  # beside the model, in the run folder that made it
 FORMAT = 1
@@ -112,7 +113,7 @@ def _measured(config: MeasureConfig, scratch: Path) -> dict[str, dict[int, dict[
         num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker if cuda else 0, max_retries=0
     )(_work)
     try:
-        found = ray.get(task.remote(config, scratch, "cuda" if cuda else "cpu"))
+        found = ray.get(task.remote(config, scratch, "cuda" if cuda else "cpu", Driver.here()))
     except RayError as error:
         reason = str(error).strip().splitlines()[-1].rstrip(".")
         raise TrainingFailedError(f"the worker that measured died ({reason}); the same command tries again.") from None
@@ -122,9 +123,12 @@ def _measured(config: MeasureConfig, scratch: Path) -> dict[str, dict[int, dict[
     return measured
 
 
-def _work(config: MeasureConfig, scratch: Path, device: str) -> dict[str, dict[int, dict[str, float]]] | FinhpcError:
+def _work(
+    config: MeasureConfig, scratch: Path, device: str, driver: Driver
+) -> dict[str, dict[int, dict[str, float]]] | FinhpcError:
     """What the user can mend comes back as a value: Ray would wrap it."""
     try:
+        driver.enter()
         return measure_widths(config, scratch, device)
     except FinhpcError as error:
         return error

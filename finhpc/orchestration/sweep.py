@@ -33,6 +33,7 @@ from finhpc.orchestration.sweep_shared import prepare_shared
 from finhpc.orchestration.sweep_tracking import Parent
 from finhpc.orchestration.sweep_trials import AnySweep
 from finhpc.orchestration.trial import OUTCOME, outcome_of, pruned, run_trial, write_outcome
+from finhpc.package import Driver
 
 TUNE = "tune"  # Ray Tune's own record of a start, which nothing is read from
 KEPT_FAILURES = ("diverged", "pruned")  # ends of a trial that another start would not change
@@ -103,11 +104,12 @@ def _tune(config: AnySweep, plan: Planned, parent: str | None) -> None:
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # its tracebacks of trials that failed
     told = {trial.name: plan.told(trial, parent) for trial in plan.trials}
+    train = tune.with_parameters(run_trial, trials=told, driver=Driver.here())
     storage = plan.folder / TUNE
     shutil.rmtree(storage, ignore_errors=True)
     follower = Follower(plan)
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(run_trial, trials=told), lambda point: plan.placement(point["trial"])),
+        tune.with_resources(train, lambda point: plan.placement(point["trial"])),
         param_space={"trial": tune.grid_search(names)},
         tune_config=TuneConfig(
             metric="val_loss",

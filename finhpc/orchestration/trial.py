@@ -18,13 +18,14 @@ from finhpc.config import FinetuneConfig, PretrainConfig, build
 from finhpc.errors import FinhpcError, ImplausibleError, RunBusyError
 from finhpc.orchestration.job import Job
 from finhpc.orchestration.runfolder import RunFolder, write_atomically
+from finhpc.package import Driver
 from finhpc.training.journal import WORKER_FILE, latest, read, strict_json
 
 OUTCOME = "trial.json"  # in the run folder: how the trial ended
 LET_GO_S = 60  # how long a trial waits for the actor of a killed sweep to let its folder go
 
 
-def run_trial(point: dict[str, Any], trials: dict[str, dict[str, Any]]) -> None:
+def run_trial(point: dict[str, Any], trials: dict[str, dict[str, Any]], driver: Driver) -> None:
     """Train and score `trials[point["trial"]]`; a mistake of the user's ends this trial, not the sweep.
 
     Any other exception goes to Tune, which starts the trial again as often as run.max_failures says.
@@ -42,6 +43,7 @@ def run_trial(point: dict[str, Any], trials: dict[str, dict[str, Any]]) -> None:
 
     begin = time.perf_counter()
     try:
+        driver.enter()
         found = _train(trial, run)
     except Pruned:
         raise SystemExit(0) from None  # as `tune.report` wants it

@@ -26,7 +26,7 @@ from finhpc.training.engine import Engine
 from finhpc.training.feed import Feed, Ints
 from finhpc.training.journal import Journal
 from finhpc.training.memory import counted_peak, forget_peaks, peak_resident_bytes
-from finhpc.training.optimizer import MOMENTS, begin_at, learning_rate, moments
+from finhpc.training.optimizer import begin_at, learning_rate, moments, moments_of
 from finhpc.training.watchdog import Watchdog
 
 TIMES_EVERY = 10  # steps between sums of busy times over all workers
@@ -143,7 +143,7 @@ class Worker:
         named = engine.trained_parameters()
         begin_at(engine.optimizer, saved.step)
         targets = {name: {"param": p.data, **moments(engine.optimizer, p)} for name, p in named.items()}
-        for prefix in ("param", *MOMENTS):
+        for prefix in ("param", *moments_of(engine.optimizer)):
             wanted = [name for name, target in targets.items() if prefix in target]
             for name, value in checkpoint.load_stage(saved, wanted, prefix).items():
                 targets[name][prefix].copy_(value)

@@ -20,6 +20,7 @@ from finhpc.evaluation.tasks import SOURCES, load_task, prepare_tasks
 from finhpc.models.export import export
 from finhpc.models.loading import load_model
 from finhpc.orchestration.evaluate_worker import Pair, Scorer
+from finhpc.package import Driver
 from finhpc.quantization.fake import round_weights
 from tests.evaluation.folders import tiny_folder
 from tests.evaluation.tasks import write_data
@@ -43,7 +44,7 @@ def scored(place: Path, out: Path, model: Path, tasks: list[str] = TASKS, **othe
     tree = {"model": [str(model)], "tasks": tasks, "data": {"folder": str(place / "data")}, "bootstrap": 0, **other}
     config = build(EvaluateConfig, tree)
     (subject,) = subjects(config.model, config.adapter)
-    scorer, found = Scorer(config, cuda=False), {}
+    scorer, found = Scorer(config, cuda=False, driver=Driver.here()), {}
     for task in prepare_tasks(config, out / "tasks"):
         pair = Pair(subject, task, out / task.name, "")
         assert scorer.score(pair) is None
