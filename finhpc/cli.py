@@ -16,6 +16,7 @@ from typing import Any
 
 import finhpc
 from finhpc.errors import ConfigError, FinhpcError
+from finhpc.files import private_files
 from finhpc.interrupts import interruptible
 
 USAGE = """usage: finhpc VERB [--config FILE_OR_RECIPE] [--KEY VALUE ...]
@@ -57,7 +58,8 @@ def main(argv: list[str] | None = None) -> int:
         print(finhpc.__version__)
         return 0
     try:
-        result = _run(words[0], words[1:])
+        with private_files():
+            result = _run(words[0], words[1:])
     except FinhpcError as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return error.exit_code

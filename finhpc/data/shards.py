@@ -8,7 +8,6 @@ the vocabulary allows. The manifest is written last: a folder without one is not
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -243,21 +242,6 @@ def encode_shard(blocks: Tokens) -> bytes:
         write_page_checksum=True,
     )
     return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file that is there whole or not at all, also after a power cut."""
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def file_sha256(path: Path) -> str:

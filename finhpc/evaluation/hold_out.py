@@ -13,9 +13,9 @@ from finhpc.config import EvaluateData, HoldOutConfig, Instructions
 from finhpc.data.examples import is_held_out
 from finhpc.data.instructions import FORMATS, format_of
 from finhpc.data.records import split_name
-from finhpc.data.shards import write_atomic
 from finhpc.errors import ConfigError
 from finhpc.evaluation.documents import documents
+from finhpc.files import write_atomic
 
 TASKS = {"phrasebank": "fpb", "fiqa": "fiqa_sa", "tfns": "tfns", "conll": "ner"}  # format -> task
 NAMED = ("phrasebank", "conll")  # formats of text files, which a task's file must be told

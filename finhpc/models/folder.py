@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from finhpc.errors import CheckpointError, ConfigError
+from finhpc.files import publish
 
 FILE_BYTES = 1 << 30  # a file of weights is written when it has grown beyond this: what is held in memory
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -113,12 +114,12 @@ class FolderWriter:
             (self.partial / "model.safetensors.index.json").write_text(text)
         config.save_pretrained(self.partial)
         for file in sorted({file for pattern in TOKENIZER_FILES for file in tokenizer.glob(pattern)}):
-            shutil.copy2(file, self.partial / file.name)
+            shutil.copyfile(file, self.partial / file.name)
         return sum(file.stat().st_size for file in self.partial.glob("*.safetensors"))
 
     def publish(self) -> None:
         try:
-            self.partial.rename(self.out)
+            publish(self.partial, self.out)
         except OSError as error:  # something came into being there meanwhile
             raise ConfigError(f"out={self.out} cannot be replaced ({error.strerror}); choose another --out.") from None
 

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from finhpc.errors import CheckpointError
+from finhpc.files import publish
 from finhpc.models.adapter import CONFIG, base_of, check_base, load_adapter, merge_adapter
 from finhpc.models.families import skeleton
 from finhpc.models.initialize import initialize
@@ -120,6 +121,5 @@ def save_model(
     hf_config.save_pretrained(partial)
     if tokenizer is not None:
         for file in sorted(tokenizer.iterdir()):
-            shutil.copy2(file, partial / file.name)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+            shutil.copyfile(file, partial / file.name)
+    publish(partial, folder, over=True)

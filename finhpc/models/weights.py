@@ -107,7 +107,7 @@ class Weights:
         files = [self.path / name for name in (*TOKENIZER_FILES, "generation_config.json")]
         for file in files:
             if file.is_file():
-                shutil.copy2(file, folder / file.name)
+                shutil.copyfile(file, folder / file.name)
         return any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model"))
 
     def _match(self) -> dict[str, str]:

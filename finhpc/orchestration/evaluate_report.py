@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from finhpc.config import EvaluateConfig, flatten
 from finhpc.evaluation.models import Subject
+from finhpc.files import write_atomic
 from finhpc.orchestration.mirror import PARAM_LENGTH, PARAMS_A_BATCH, REQUEST_TIMEOUT_S
 from finhpc.orchestration.mlflow_store import artifact_location
-from finhpc.orchestration.runfolder import redact, write_atomically
+from finhpc.orchestration.runfolder import redact
 from finhpc.orchestration.sweep_tracking import PARENT
 from finhpc.orchestration.tracking import absolute_tracking_uri, default_tracking_uri
 
@@ -86,7 +87,7 @@ def _own_run(client: MlflowClient, config: EvaluateConfig, folder: Path, uri: st
         )
         run = client.create_run(experiment_id, run_name=config.run.name, tags={"finhpc.verb": "evaluate"})
         old = key | {"run_id": run.info.run_id}
-        write_atomically(path, json.dumps(old, indent=1))
+        write_atomic(path, json.dumps(old, indent=1))
         _log_params(client, old["run_id"], config)
     run_id = str(old["run_id"])
     if len(result["models"]) == 1:

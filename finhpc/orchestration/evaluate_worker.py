@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from finhpc.config import EvaluateConfig, ExportConfig
-from finhpc.data.shards import Shards, write_atomic
+from finhpc.data.shards import Shards
 from finhpc.errors import FinhpcError
 from finhpc.evaluation.models import Subject
 from finhpc.evaluation.tasks import PERPLEXITY, TaskFile
+from finhpc.files import write_atomic
 
 # Rough tokens of an example, to begin with the longest tasks.
 TOKENS = {"boolq": 180, PERPLEXITY: 600, "ner": 110, "fpb": 70, "tfns": 70, "fiqa_sa": 60, "winogrande": 60, "piqa": 80}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from finhpc.config import FinetuneConfig
 from finhpc.errors import ConfigError, DataError
+from finhpc.files import publish
 from finhpc.orchestration import outcome
 from finhpc.orchestration.cluster import use_cuda
 from finhpc.orchestration.job import Job, Rows, Say
@@ -82,8 +83,7 @@ class Finetune(Job):
         made, config = self.made, self.config
         save_adapter(partial, config.lora, trained, made.weights, config.quantization, made.base_fingerprint)
         self.made.weights.save_tokenizer(partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        publish(partial, folder, over=True)
 
     def finish(self, result: dict[str, Any], folder: Path, say: Say) -> None:
         """Score the labels of held-out examples, on this process alone."""

@@ -41,6 +41,7 @@ def make_database(tracking_uri: str) -> None:
         draft = path.with_name(f".{path.name}.draft")
         draft.unlink(missing_ok=True)
         MlflowClient(f"sqlite:///{draft}").search_experiments(max_results=1)
+        draft.chmod(0o600)
         os.rename(draft, path)
 
 

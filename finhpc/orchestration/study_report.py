@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 
 from finhpc.config import PretrainConfig, StudyConfig
+from finhpc.files import write_atomic
 from finhpc.lowrank.blend import blend_steps
 from finhpc.lowrank.registry import BLEND
 from finhpc.orchestration.progress import rows_table
-from finhpc.orchestration.runfolder import write_atomically
 from finhpc.training.journal import WORKER_FILE, latest, read
 
 Row = dict[str, Any]
@@ -178,7 +178,7 @@ def write_csv(rows: list[Row], path: Path) -> None:
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_atomically(path, text.getvalue())
+    write_atomic(path, text.getvalue())
 
 
 def draw(
