@@ -14,11 +14,14 @@ from finhpc.config.training import Resources, Run
 class EvaluateData(Section):
     """Where the tasks' examples lie."""
 
-    folder: str | None = Field(None, description="of the tasks' files, found by their usual names in it or one below")
+    folder: str | None = Field(
+        None,
+        description="of the tasks' files, found by their usual names in it or one below; default: data.files alone",
+    )
     files: dict[str, str] = Field(default_factory=dict, description="a task's own file or hf:NAME: data.files.fpb FILE")
     encoding: str | None = Field(None, description="of text files; default: UTF-8, PhraseBank's latin-1")
     hf_split: str = Field("validation", description="split of an hf: source")
-    shards: str | None = Field(None, description="folder written by `finhpc prepare`, for perplexity")
+    shards: str | None = Field(None, description="folder written by `finhpc prepare`; required for the task perplexity")
     split: Literal["train", "val"] = Field("val", description="split of the shards")
     seq_len: int | None = Field(None, ge=2, description="tokens a sample of the shards; default: their block_len")
 
@@ -37,7 +40,9 @@ class EvaluateConfig(Section):
         description="of boolq piqa winogrande fpb fiqa_sa tfns ner perplexity, or lm-eval task files (.yaml)",
     )
     data: EvaluateData = Field(default_factory=EvaluateData)
-    limit: int | None = Field(None, ge=1, description="examples a task (samples, for perplexity), drawn by seed")
+    limit: int | None = Field(
+        None, ge=1, description="examples per task (samples, for perplexity), drawn by seed; default: all"
+    )
     seed: int = Field(0, ge=0, description="of the examples drawn, and of the bootstrap")
     batch_size: int = Field(16, ge=1, description="prompts computed together")
     bootstrap: int = Field(1000, ge=0, description="resamples for the 95 % intervals; 0: none")

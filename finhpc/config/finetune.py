@@ -15,7 +15,7 @@ class Base(Section):
     """The model that stays as it is."""
 
     path: str | None = Field(
-        None, description="base: a Hugging Face folder, a hub id, a .gguf file, or a model of ours"
+        None, description="base: a Hugging Face folder, a hub id, a .gguf file, or a model of finhpc; required"
     )
 
 
@@ -59,7 +59,7 @@ class Instructions(Section):
     template: str | None = Field(None, description="named prompt template; default: the one of each file's format")
     columns: dict[str, str] = Field(
         default_factory=dict,
-        description="columns that hold the template's fields, where they bear other names: input=headline, label=mood",
+        description="columns that hold the template's fields, if they have other names: input=headline, label=mood",
     )
     encoding: str | None = Field(
         None, description="of text and CSV files; default: UTF-8, and PhraseBank latin-1 unless it is valid UTF-8"
@@ -81,9 +81,13 @@ class Instructions(Section):
 class FinetuneTrain(Train):
     """As in pretraining, counted in passes over the examples."""
 
-    epochs: float | None = Field(
-        1.0, gt=0, description="passes over the examples, which say train.steps; not where train.steps is given"
+    steps: int = Field(
+        300,
+        ge=1,
+        description="optimizer steps; in place of train.epochs",
+        json_schema_extra={"default": "by train.epochs"},
     )
+    epochs: float | None = Field(1.0, gt=0, description="passes over the examples; not used if train.steps is given")
 
 
 class FinetuneConfig(Section):
@@ -103,9 +107,7 @@ class FinetuneConfig(Section):
 class PlannedBase(Base):
     """The base, of which the shape alone matters."""
 
-    preset: str | None = Field(
-        None, description="named shape in place of model.path: llama2-7b, ... (`finhpc pretrain --help` lists them)"
-    )
+    preset: str | None = Field(None, description="named shape in place of model.path; default: model.path's")
 
 
 class Workload(Hardware):

@@ -31,9 +31,11 @@ class GenerateConfig(Section):
         default_factory=list, description="NAME=FOLDER of peft's adapters over it, all in memory (repeat for several)"
     )
     adapter: str | None = Field(None, description="the adapter of prompts that name none; default: the model alone")
-    prompt: str | None = Field(None, description="one prompt")
+    prompt: str | None = Field(None, description="one prompt; this, prompts or chat is required")
     prompts: str | None = Field(
-        None, description='a file: .jsonl with "prompt" and perhaps "adapter" a line, or text, a prompt a line'
+        None,
+        description='a file: .jsonl with "prompt" and perhaps "adapter" a line, or text, a prompt per line; '
+        "default: see prompt",
     )
     chat: bool = Field(False, description="talk with the model here; words appear as they are made")
     out: str | None = Field(None, description="new .jsonl file for the answers; default: the screen alone")

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -45,13 +46,13 @@ class UnfinishedError(DataError):
     """The machine failed, not the text: what is done is kept, and the same command goes on."""
 
 
-def prepare(config: PrepareConfig) -> dict[str, Any]:
+def prepare(config: PrepareConfig, dry_run: bool = False) -> dict[str, Any]:
     """Write shards of `config.source` into `config.out`; returns what result.json holds.
 
     Continues an interrupted run of the same settings, and only reports where it is already done.
-    Starts a local Ray where none runs. Raises `ConfigError` for settings and sources that cannot
-    work, `DataError` for text that cannot be read, `RunBusyError` where another process prepares
-    the same folder.
+    Starts a local Ray where none runs. With `dry_run` it checks and counts, and starts and writes
+    nothing. Raises `ConfigError` for settings and sources that cannot work, `DataError` for text that
+    cannot be read, `RunBusyError` where another process prepares the same folder.
     """
     began = time.monotonic()
     if not config.out:
@@ -62,6 +63,8 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     settings = settings_sha256(config, units)
     if (done := _finished(out, settings)) is not None:
         return done
+    if dry_run:
+        return _dry(out, config, units, described)
     with _workplace(out, settings) as work:
         encoder = _tokenizer(work / TOKENIZER, units, config)
         dropped = _encode(units, config, work, encoder.slow_because is None)
@@ -104,6 +107,42 @@ def _finished(out: Path, settings: str) -> dict[str, Any] | None:
     return json.loads(stored.read_bytes()) if stored.is_file() else _result(out, manifest, None)
 
 
+def _dry(out: Path, config: PrepareConfig, units: list[Unit], described: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a preparation would read and where it would write; tokens are known only after it."""
+    _check_out(out)
+    vocab_size = trained_size(config.tokenizer)
+    if vocab_size is None:
+        with TemporaryDirectory() as folder:
+            save(config.tokenizer, Path(folder) / TOKENIZER, lambda: iter(()))
+            vocab_size = Encoder(Path(folder) / TOKENIZER).vocab_size
+    size = sum(unit.size for unit in units) if all(unit.size for unit in units) else None
+    result: dict[str, Any] = {
+        "status": "dry_run",
+        "out": str(out),
+        "source": described,
+        "files": len({path for unit in units for path in unit.paths}),
+        "bytes": size,
+        "units": len(units),
+        "vocab_size": vocab_size,
+        "tokens": None,
+    }
+    said = "unknown size" if size is None else f"{size / 1e6:,.1f} MB"
+    _say(f"dry run: {result['files']:,} files, {said}, in {len(units):,} units -> {out}; nothing was written")
+    return result
+
+
+def _check_out(out: Path) -> None:
+    """Raise `ConfigError` for a folder that shards cannot be written to."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"out={out} is a file; give a folder.")
+    if out.is_dir() and not (out / WORK).is_dir() and any(out.iterdir()):
+        raise ConfigError(f"out={out} holds other files; choose an empty or new folder.")
+    try:
+        TemporaryFile(dir=next(folder for folder in (out, *out.parents) if folder.exists())).close()
+    except OSError as error:
+        raise ConfigError(f"out={out} cannot be written ({error.strerror}); choose another --out.") from None
+
+
 @contextmanager
 def _workplace(out: Path, settings: str) -> Iterator[Path]:
     """`out/.work`, locked for this process, with what an earlier run of the same settings left there.
@@ -111,10 +150,7 @@ def _workplace(out: Path, settings: str) -> Iterator[Path]:
     Refused settings or text leave nothing: mending them makes it another run.
     """
     work, new = out / WORK, not out.exists()
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"out={out} is a file; give a folder.")
-    if out.is_dir() and not work.is_dir() and any(out.iterdir()):
-        raise ConfigError(f"out={out} holds other files; choose an empty or new folder.")
+    _check_out(out)
     try:
         private_folder(out)
         private_folder(work)

@@ -11,19 +11,23 @@ from typing import Any
 
 from finhpc.config import GenerateConfig
 from finhpc.errors import ConfigError
-from finhpc.evaluation.generation import Generator
+from finhpc.evaluation.generation import Generator, open_parts
 from finhpc.evaluation.prompts import Prompt, read_prompts
+from finhpc.models.families import context_of
 
 
-def generate(config: GenerateConfig) -> dict[str, Any]:
+def generate(config: GenerateConfig, dry_run: bool = False) -> dict[str, Any]:
     """Generate what `config` asks for; returns counts, sizes, speed and `answers`.
 
-    Text goes to stderr as it is made, and to `config.out`. Raises `ConfigError` for settings, prompts and adapters
+    Text goes to stderr as it is made, and to `config.out`. With `dry_run` prompts, model and adapters are checked and
+    counted, and no weight is read. Raises `ConfigError` for settings, prompts and adapters
     that cannot be used, `CheckpointError` for damaged weights.
     """
     begin = time.monotonic()
     _check(config)
     prompts = [] if config.chat else read_prompts(config, [_name(entry) for entry in config.adapters])
+    if dry_run:
+        return _dry(config, prompts)
     generator = Generator(config)
     if config.chat:
         answers = _chat(generator)
@@ -53,6 +57,30 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
         "forms": generator.forms,
         "wall_s": time.monotonic() - begin,
     }
+
+
+def _dry(config: GenerateConfig, prompts: list[Prompt]) -> dict[str, Any]:
+    """What a generation would begin with: the prompts' tokens, and the bytes of the model's files."""
+    opened = open_parts(config)
+    lengths = [len(opened.tokenizer(prompt.text).input_ids) for prompt in prompts]
+    room = context_of(opened.config) - config.sampling.max_new_tokens
+    result: dict[str, Any] = {
+        "status": "dry_run",
+        "model": config.model,
+        "adapters": list(opened.adapters),
+        "prompts": len(prompts),
+        "prompts_cut": sum(length > room for length in lengths),
+        "prompt_tokens": sum(lengths),
+        "new_tokens_at_most": len(prompts) * config.sampling.max_new_tokens,
+        "size_bytes": sum(file.stat().st_size for file in opened.folder.glob("*.safetensors")),
+    }
+    print(
+        f"dry run: {result['prompts']} prompts of {result['prompt_tokens']:,} tokens, at most "
+        f"{result['new_tokens_at_most']:,} new ones, by a model of {result['size_bytes'] / 1e6:,.1f} MB with adapters: "
+        f"{', '.join(opened.adapters) or 'none'}; nothing was generated",
+        file=sys.stderr,
+    )
+    return result
 
 
 def _check(config: GenerateConfig) -> None:

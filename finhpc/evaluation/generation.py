@@ -19,6 +19,7 @@ from finhpc.evaluation.decoder import Decoder
 from finhpc.evaluation.decoding import decode
 from finhpc.evaluation.forms import use_fast_forms
 from finhpc.evaluation.prompts import Prompt
+from finhpc.models.families import context_of
 from finhpc.models.loading import load_model
 from finhpc.models.weights import locate
 
@@ -38,20 +39,41 @@ class Counts:
     cache_bytes: int = 0
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What generation needs besides weights. `config`: transformers' config; `adapters`: by name."""
+
+    folder: Path
+    config: Any
+    tokenizer: Any
+    adapters: dict[str, Any]
+
+
+def open_parts(config: GenerateConfig) -> Parts:
+    """Check the model folder and what belongs to it; raises `ConfigError` with what does not fit."""
+    folder = locate(config.model)
+    if not folder.is_dir():
+        raise ConfigError(f"model={folder} is a file; give a model folder (finhpc decompose or export makes one).")
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        raise ConfigError(f"model={folder} has no tokeniser; copy the tokeniser's files into that folder.")
+    own = AutoConfig.from_pretrained(folder)
+    adapters = read_adapters(config.adapters, own, folder) if config.adapters else {}
+    if config.sampling.max_new_tokens >= context_of(own):
+        raise ConfigError(
+            f"sampling.max_new_tokens={config.sampling.max_new_tokens} leaves no room for a prompt in the model's "
+            f"context of {context_of(own)} tokens; use fewer."
+        )
+    return Parts(folder, own, AutoTokenizer.from_pretrained(folder, local_files_only=True), adapters)
+
+
 class Generator:
     """Opens `config.model`. Raises `ConfigError` with what does not fit, `CheckpointError` where files are damaged."""
 
     def __init__(self, config: GenerateConfig) -> None:
-        folder = locate(config.model)
-        if not folder.is_dir():
-            raise ConfigError(f"model={folder} is a file; give a model folder (finhpc decompose or export makes one).")
-        if not any((folder / name).is_file() for name in TOKENIZERS):
-            raise ConfigError(f"model={folder} has no tokeniser; copy the tokeniser's files into that folder.")
         self.config = config
         device = _device(config.resources)
-        own = AutoConfig.from_pretrained(folder)
-        adapters = read_adapters(config.adapters, own, folder) if config.adapters else {}
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        parts = open_parts(config)
+        folder, adapters, self.tokenizer = parts.folder, parts.adapters, parts.tokenizer
         self.model: Any = load_model(folder, _dtype(config, folder, device), device)
         if device.type == "cpu":
             leave_the_files(self.model)
@@ -61,11 +83,6 @@ class Generator:
         self.decoder = Decoder(self.model)
         self.stop = _stop_ids(self.model, self.tokenizer) if config.sampling.stop_at_eos else set()
         self.counts = Counts()
-        if config.sampling.max_new_tokens >= self.decoder.context:
-            raise ConfigError(
-                f"sampling.max_new_tokens={config.sampling.max_new_tokens} leaves no room for a prompt in the model's "
-                f"context of {self.decoder.context} tokens; use fewer."
-            )
 
     def encode(self, text: str) -> list[int]:
         """Ids of a prompt; an empty one starts where a document starts.

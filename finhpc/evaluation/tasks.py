@@ -6,6 +6,7 @@ scores: `lm_eval --model hf --model_args pretrained=MODEL --tasks NAME --include
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from dataclasses import dataclass
@@ -44,17 +45,21 @@ class TaskFile:
     own: bool  # the user's, read where it lies
 
 
-def prepare_tasks(config: EvaluateConfig, folder: Path) -> list[TaskFile]:
-    """Write the files of all tasks but perplexity into `folder`; raises one `ConfigError` with every problem."""
+def prepare_tasks(config: EvaluateConfig, folder: Path, write: bool = True) -> list[TaskFile]:
+    """Write the files of all tasks but perplexity into `folder`, or without `write` only describe them.
+
+    Raises one `ConfigError` with every problem.
+    """
     problems: list[str] = []
     found: list[TaskFile] = []
-    folder.mkdir(parents=True, exist_ok=True)
+    if write:
+        folder.mkdir(parents=True, exist_ok=True)
     for name in dict.fromkeys(config.tasks):
         try:
             if name.endswith((".yaml", ".yml")):
                 found.append(_own(Path(name), config))
             elif name in SOURCES:
-                found.append(_ours(name, config, folder))
+                found.append(_ours(name, config, folder, write))
             elif name != PERPLEXITY:
                 problems.append(f"tasks={name} is no task; {nearest(name, list(TASKS))} Or give a task file (.yaml).")
         except (ConfigError, DataError) as error:
@@ -68,14 +73,20 @@ def prepare_tasks(config: EvaluateConfig, folder: Path) -> list[TaskFile]:
     return found
 
 
-def _ours(name: str, config: EvaluateConfig, folder: Path) -> TaskFile:
+def _ours(name: str, config: EvaluateConfig, folder: Path, write: bool) -> TaskFile:
     rows, total = documents(name, config.data, config.limit, config.seed)
     examples, path = folder / f"{name}.jsonl", folder / f"{name}.yaml"
-    write_atomic(examples, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
     text, split = _definition(name)
     data = {"data_files": {split: str(examples.absolute())}}
-    write_atomic(path, (text + yaml.safe_dump({"dataset_kwargs": data})).encode())
-    return TaskFile(name, path, file_sha256(path)[:32] + file_sha256(examples)[:32], len(rows), total, False)
+    contents = {
+        path: (text + yaml.safe_dump({"dataset_kwargs": data})).encode(),
+        examples: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(),
+    }
+    if write:
+        for file, content in contents.items():
+            write_atomic(file, content)
+    sha256 = "".join(hashlib.sha256(content).hexdigest()[:32] for content in contents.values())
+    return TaskFile(name, path, sha256, len(rows), total, False)
 
 
 def _definition(name: str) -> tuple[str, str]:

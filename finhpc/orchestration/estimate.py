@@ -8,7 +8,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from finhpc.config import EstimateConfig, Hardware, Method, PretrainConfig, Recompute, TrainingConfig, nearest
+from finhpc.config import (
+    EstimateConfig,
+    FinetuneEstimateConfig,
+    Hardware,
+    Method,
+    PretrainConfig,
+    Recompute,
+    TrainingConfig,
+    nearest,
+)
 from finhpc.errors import ConfigError
 from finhpc.lowrank.blend import blend_steps
 from finhpc.lowrank.registry import BLEND
@@ -30,12 +39,21 @@ from finhpc.planning.topology import Option, options
 MODES: tuple[Recompute, ...] = ("none", "attention", "full")
 
 
-def estimate(config: EstimateConfig) -> dict[str, Any]:
+def estimate(config: EstimateConfig | FinetuneEstimateConfig, dry_run: bool = False) -> dict[str, Any]:
     """Plan the run of `config` on the hardware of its `estimate` section; print tables, return the result.
 
-    Nothing is trained or written. With `estimate.device this-machine` the parts are measured here, by as
-    many processes as the run has workers. Raises `ConfigError` with every problem.
+    Nothing is trained or written. With `estimate.device this-machine` the parts of a pretraining are measured here, by
+    as many processes as the run has workers, which `dry_run` refuses. Raises `ConfigError` with every problem.
     """
+    if isinstance(config, FinetuneEstimateConfig):
+        from finhpc.orchestration.estimate_finetune import estimate_finetune
+
+        return estimate_finetune(config)
+    if dry_run and config.estimate.device == THIS_MACHINE:
+        raise ConfigError(
+            f"estimate.device={THIS_MACHINE} runs the model's parts to measure them, which --dry_run does not; leave "
+            "--dry_run out (nothing is trained or written), or name a device, such as a100-80gb."
+        )
     hf_config, params_dense = checked(config)
     wanted = config.estimate
     topology, cluster = topology_of(config), _cluster(config)

@@ -39,32 +39,20 @@ def evaluate(config: EvaluateConfig, dry_run: bool = False) -> dict[str, Any]:
 
     `scores` is task: metric: value, with `ci95`, `majority` and `random` beside, of the only model, or null where
     there are several; `models` has them of each. Continues an interrupted run. With `dry_run` it checks models and
-    data and writes the task files alone. Raises `ConfigError` listing every problem with settings, models and data.
+    data, counts, and writes nothing. Raises `ConfigError` listing every problem with settings, models and data.
     """
     began = time.monotonic()
     if config.data.shards:  # workers have other working directories
         data = config.data.model_copy(update={"shards": whole_path(config.data.shards)})
         config = config.model_copy(update={"data": data})
     folder = RunFolder(config.run.storage, config.run.name)
+    if dry_run:
+        found, pairs, pending, result = _planned(config, folder.path, write=False)
+        what = f"{_counted(len(found), 'model')} x {_counted(len(result['tasks']), 'task')}"
+        _say(f"{what}, {len(pending)} of {_counted(len(pairs), 'pair')} to score")
+        return result
     with folder.lock():
-        found, tasks = _checked(config, folder.path)
-        names = [task.name for task in tasks] + ([PERPLEXITY] if PERPLEXITY in config.tasks else [])
-        pairs = [_pair(config, folder.path, subject, task) for subject in found for task in (*tasks, None)]
-        pairs = [pair for pair in pairs if pair.task is not None or PERPLEXITY in config.tasks]
-        pending = [pair for pair in pairs if not pair.done()]
-        result: dict[str, Any] = {
-            "status": "dry_run",
-            "tasks": names,
-            "examples": {task.name: task.examples for task in tasks},
-            "pairs": len(pairs),
-            "pairs_pending": len(pending),
-            "scores": None,
-            "models": [{"name": s.name, "model": s.path, "adapter": s.adapter, "scores": None} for s in found],
-        }
-        if dry_run:
-            what = f"{_counted(len(found), 'model')} x {_counted(len(names), 'task')}"
-            _say(f"{what}, {len(pending)} of {_counted(len(pairs), 'pair')} to score")
-            return result
+        found, pairs, pending, result = _planned(config, folder.path, write=True)
         run = config.run.model_copy(update={"tracking_uri": redact(config.run.tracking_uri or "") or None})
         write_atomic(folder.path / "config.yaml", to_yaml(config.model_copy(update={"run": run})).encode())
         folder.write_environment()
@@ -88,7 +76,27 @@ def evaluate(config: EvaluateConfig, dry_run: bool = False) -> dict[str, Any]:
     return result
 
 
-def _checked(config: EvaluateConfig, folder: Path) -> tuple[list[Subject], list[TaskFile]]:
+def _planned(
+    config: EvaluateConfig, folder: Path, write: bool
+) -> tuple[list[Subject], list[Pair], list[Pair], dict[str, Any]]:
+    """The models, all pairs, those to be scored, and the result as it stands before; `write`: the task files too."""
+    found, tasks = _checked(config, folder, write)
+    pairs = [_pair(config, folder, subject, task) for subject in found for task in (*tasks, None)]
+    pairs = [pair for pair in pairs if pair.task is not None or PERPLEXITY in config.tasks]
+    pending = [pair for pair in pairs if not pair.done()]
+    result: dict[str, Any] = {
+        "status": "dry_run",
+        "tasks": [task.name for task in tasks] + ([PERPLEXITY] if PERPLEXITY in config.tasks else []),
+        "examples": {task.name: task.examples for task in tasks},
+        "pairs": len(pairs),
+        "pairs_pending": len(pending),
+        "scores": None,
+        "models": [{"name": s.name, "model": s.path, "adapter": s.adapter, "scores": None} for s in found],
+    }
+    return found, pairs, pending, result
+
+
+def _checked(config: EvaluateConfig, folder: Path, write: bool) -> tuple[list[Subject], list[TaskFile]]:
     """Models and task files, or one error with everything that is wrong."""
     problems: list[str] = []
     found: list[Subject] = []
@@ -100,7 +108,7 @@ def _checked(config: EvaluateConfig, folder: Path) -> tuple[list[Subject], list[
     except ConfigError as error:
         problems += error.problems
     try:
-        tasks = prepare_tasks(config, folder / "tasks")
+        tasks = prepare_tasks(config, folder / "tasks", write)
     except ConfigError as error:
         problems += error.problems
     problems += _shards_problems(config) + _quantization_problems(config)

@@ -10,10 +10,10 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
 
+from finhpc.config import UiConfig
 from finhpc.errors import ConfigError, FinhpcError
 from finhpc.orchestration.mlflow_store import artifact_location, database_file
 from finhpc.orchestration.runfolder import redact
@@ -23,11 +23,17 @@ HOST = "127.0.0.1"
 START_S = 60.0
 
 
-def ui(storage: str | Path = "runs", tracking_uri: str | None = None, port: int = 5000) -> None:
-    """Show what was tracked, until interrupted."""
-    uri = absolute_tracking_uri(tracking_uri) if tracking_uri else default_tracking_uri(storage)
+def ui(config: UiConfig, dry_run: bool = False) -> None:
+    """Show what was tracked, until interrupted; with `dry_run` check that it could be shown."""
+    run, port = config.run, config.port
+    uri = absolute_tracking_uri(run.tracking_uri) if run.tracking_uri else default_tracking_uri(run.storage)
     if uri.startswith(("http://", "https://")):
         print(f"run.tracking_uri is a server already; open {redact(uri)} in a browser.", file=sys.stderr)
+        return
+    if dry_run:
+        check_database(uri)
+        _check_port(port)
+        print(f"MLflow's page of {redact(uri)} would open at http://{HOST}:{port}.", file=sys.stderr)
         return
     # Being told to end ends the server too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
