@@ -192,8 +192,8 @@ def _settle(verb: str, cls: type[Any], work: str, words: list[str]) -> dict[str,
     if "-h" in words or "--help" in words:
         _print(_help(verb, cls, words))
         return None
-    options, overrides = parse(words, cls)
-    settings = config.load(cls, options.get("config"), overrides)
+    options, overrides, problems = _parse(words, cls)
+    settings = config.load(cls, options.get("config"), overrides, problems)
     if "print_config" in options:
         _print(config.to_yaml(settings).rstrip("\n"))
         return None
@@ -214,6 +214,14 @@ def parse(words: list[str], cls: type[Any]) -> tuple[dict[str, str], dict[str, A
     Values are YAML (`[8, 16]`, `true`, `1e-3`); a key of several values may be repeated. Raises
     `ConfigError` with every word that does not fit.
     """
+    options, overrides, problems = _parse(words, cls)
+    if problems:
+        raise ConfigError(problems)
+    return options, overrides
+
+
+def _parse(words: list[str], cls: type[Any]) -> tuple[dict[str, str], dict[str, Any], list[str]]:
+    """The same, with the problems in place of an error."""
     config = _config()
     fields = config.keys(cls)
     options: dict[str, str] = {}
@@ -254,9 +262,7 @@ def parse(words: list[str], cls: type[Any]) -> tuple[dict[str, str], dict[str, A
                 i += 1
         else:
             overrides[name] = _value(value, fields.get(name))
-    if problems:
-        raise ConfigError(problems)
-    return options, overrides
+    return options, overrides, problems
 
 
 def _value(text: str, field: Any) -> Any:

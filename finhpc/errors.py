@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import finhpc
 
 # Python takes any folder called finhpc, such as the one around a clone, for a package without code of its own, and may
-# still find our modules. Nothing would be registered with transformers then, and packed weights would pass for plain ones.
+# still find our modules. Nothing would be registered with transformers then, and packed weights would pass for plain.
 if getattr(finhpc, "__file__", None) is None:
     raise ImportError(
         f"finhpc was found as a mere folder ({', '.join(finhpc.__path__)}) and not as the installed package, whose "
