@@ -8,6 +8,7 @@ the vocabulary allows. The manifest is written last: a folder without one is not
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -266,7 +267,8 @@ def _read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         if not any(folder.iterdir()):
             raise ConfigError(
-                f"data.shards={folder} is empty; write shards there with `finhpc prepare --out {folder}`."
+                f"data.shards={folder} is empty; write shards there with `finhpc prepare --out "
+                f"{shlex.quote(str(folder))}`."
             )
         raise ConfigError(
             f"data.shards={folder} has no {MANIFEST}: not prepared, or interrupted; run `finhpc prepare` again."

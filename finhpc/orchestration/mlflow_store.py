@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import shlex
 from pathlib import Path
 
 from finhpc.errors import ConfigError, FinhpcError
@@ -68,7 +69,7 @@ def unreadable(tracking_uri: str, error: Exception) -> FinhpcError:
         versions = f" (schema {found[1]}, this one reads {found[2]})" if found else ""
         return ConfigError(
             f"{database or uri} was written by another version of MLflow than the {__version__} here{versions}; keep a "
-            f"copy of the database, then run `mlflow db upgrade {uri}`, or use the MLflow that wrote it."
+            f"copy of the database, then run `mlflow db upgrade {shlex.quote(uri)}`, or use the MLflow that wrote it."
         )
     if database is not None:
         return ConfigError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import shlex
 import statistics
 import sys
 from collections.abc import Mapping
@@ -238,7 +239,7 @@ def show(result: Row) -> None:
     rows_table(title, [_text(row) for row in result["finals"]])
     if max(row["step_s_spread"] for row in result["finals"]) > QUIET:
         say("the machine was busy while step times were measured; the same command measures them again.")
-    say(f"written: result.json, table.csv and curves.png in {result['folder']}")
+    say(f"written: result.json, table.csv and curves.png in {shlex.quote(result['folder'])}")
 
 
 def say(text: str) -> None:

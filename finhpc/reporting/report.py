@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import time
 from dataclasses import asdict
@@ -72,7 +73,10 @@ def report(config: ReportConfig, dry_run: bool = False) -> dict[str, Any]:
     result["files"] = [str(path) for path in (page, *files, out / "result.json")]
     result["wall_s"] = time.perf_counter() - began
     write_atomic(out / "result.json", strict_json(result, indent=2) + "\n")
-    print(f"open {page} in a browser; its tables as CSV and figures as PNG lie beside it.", file=sys.stderr)
+    print(
+        f"open {shlex.quote(str(page))} in a browser; its tables as CSV and figures as PNG lie beside it.",
+        file=sys.stderr,
+    )
     return result
 
 
