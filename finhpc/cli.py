@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import finhpc
 from finhpc.errors import ConfigError, FinhpcError
+from finhpc.files import private_files
 from finhpc.interrupts import interruptible
 
 
@@ -112,7 +113,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code: 0, 1 for a failed job, 2 for a user's mistake."""
     words = sys.argv[1:] if argv is None else argv
     try:
-        return _main(words)
+        with private_files():
+            return _main(words)
     except FinhpcError as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return error.exit_code
@@ -190,8 +192,8 @@ def _settle(verb: str, cls: type[Any], work: str, words: list[str]) -> dict[str,
     if "-h" in words or "--help" in words:
         _print(_help(verb, cls, words))
         return None
-    options, overrides = parse(words, cls)
-    settings = config.load(cls, options.get("config"), overrides)
+    options, overrides, problems = _parse(words, cls)
+    settings = config.load(cls, options.get("config"), overrides, problems)
     if "list_templates" in options:
         from finhpc.data.templates import listing
 
@@ -217,6 +219,14 @@ def parse(words: list[str], cls: type[Any]) -> tuple[dict[str, str], dict[str, A
     Values are YAML (`[8, 16]`, `true`, `1e-3`); a key of several values may be repeated. Raises
     `ConfigError` with every word that does not fit.
     """
+    options, overrides, problems = _parse(words, cls)
+    if problems:
+        raise ConfigError(problems)
+    return options, overrides
+
+
+def _parse(words: list[str], cls: type[Any]) -> tuple[dict[str, str], dict[str, Any], list[str]]:
+    """The same, with the problems in place of an error."""
     config = _config()
     fields = config.keys(cls)
     options: dict[str, str] = {}
@@ -262,9 +272,7 @@ def parse(words: list[str], cls: type[Any]) -> tuple[dict[str, str], dict[str, A
                 i += 1
         else:
             overrides[name] = _value(value, fields.get(name))
-    if problems:
-        raise ConfigError(problems)
-    return options, overrides
+    return options, overrides, problems
 
 
 def _mapping(words: list[str], before: Any) -> Any:

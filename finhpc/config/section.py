@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
@@ -31,7 +31,7 @@ class _Refusing(ModelMetaclass):
             try:
                 return super().__call__(**_over_own_defaults(cls, given))
             except ValidationError as error:
-                raise ConfigError([_explain(cls, dict(item)) for item in error.errors()]) from None
+                raise ConfigError(_explained(cls, error)) from None
 
 
 class Section(BaseModel, metaclass=_Refusing):
@@ -47,7 +47,7 @@ class Section(BaseModel, metaclass=_Refusing):
             try:
                 super().__setattr__(name, value)
             except ValidationError as error:
-                raise ConfigError([_explain(type(self), dict(item)) for item in error.errors()]) from None
+                raise ConfigError(_explained(type(self), error)) from None
 
 
 C = TypeVar("C", bound=Section)
@@ -69,15 +69,29 @@ def recipes() -> dict[str, Path]:
     return {path.relative_to(folder).with_suffix("").as_posix(): path for path in paths}
 
 
-def load(cls: type[C], source: str | None, overrides: dict[str, Any] | None = None) -> C:
+def load(cls: type[C], source: str | None, overrides: dict[str, Any] | None = None, problems: Sequence[str] = ()) -> C:
     """Resolve defaults < `source` (a recipe's name or a YAML file) < `overrides` ({"a.b": value}).
 
-    Raises `ConfigError` with every unknown key and every bad value.
+    Raises `ConfigError` with every unknown key and every bad value, after `problems` that were found already.
     """
-    tree = _read(source) if source else {}
+    tree: dict[str, Any] = {}
+    found = list(problems)
+    try:
+        tree = _read(source) if source else {}
+    except ConfigError as error:
+        found += error.problems
     for dotted, value in (overrides or {}).items():
-        put(tree, dotted, value)
-    return build(cls, tree)
+        try:
+            put(tree, dotted, value)
+        except ConfigError as error:
+            found += error.problems
+    try:
+        settings = build(cls, tree)
+    except ConfigError as error:
+        found += error.problems
+    if found:
+        raise ConfigError(list(dict.fromkeys(found)))
+    return settings
 
 
 def build(cls: type[C], tree: dict[str, Any]) -> C:
@@ -85,7 +99,7 @@ def build(cls: type[C], tree: dict[str, Any]) -> C:
     try:
         return cls.model_validate(_over_own_defaults(cls, tree))
     except ValidationError as error:
-        raise ConfigError([_explain(cls, dict(item)) for item in error.errors()]) from None
+        raise ConfigError(_explained(cls, error)) from None
 
 
 def _over_own_defaults(cls: type[Section], tree: dict[str, Any]) -> dict[str, Any]:
@@ -203,6 +217,23 @@ def put(tree: dict[str, Any], dotted: str, value: Any) -> None:
             raise ConfigError(f"{dotted}: {part} is a value, not a section; valid keys are in --help.")
         tree = inner
     tree[leaf] = value
+
+
+class ProblemsError(ValueError):
+    """What a field's own check raises; each of its problems is a line of the `ConfigError` that comes of it."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = problems
+
+
+def _explained(cls: type[Section], error: ValidationError) -> list[str]:
+    """Every problem in words."""
+    found: list[str] = []
+    for item in error.errors():
+        cause = item.get("ctx", {}).get("error")
+        found += cause.problems if isinstance(cause, ProblemsError) else [_explain(cls, dict(item))]
+    return found
 
 
 def _explain(cls: type[Section], item: dict[str, Any]) -> str:

@@ -30,16 +30,21 @@ from finhpc.data import sources
 from finhpc.data.encoding import encode_unit, training_sample, unit_dropped, unit_file
 from finhpc.data.packing import Packed, pack
 from finhpc.data.progress import Progress
-from finhpc.data.shards import FORMAT, MANIFEST, TOKENIZER, Manifest, dataset_fingerprint, file_sha256, write_atomic
+from finhpc.data.shards import FORMAT, MANIFEST, TOKENIZER, Manifest, dataset_fingerprint, file_sha256
 from finhpc.data.tokenizer import Encoder, save, trained_size
 from finhpc.data.unit import Unit
 from finhpc.errors import ConfigError, DataError, FinhpcError, RunBusyError
+from finhpc.files import private_folder, publish, write_atomic
 from finhpc.interrupts import terminable
 from finhpc.own_ray import keep_token_private, own_ray
 from finhpc.package import Driver, check_workers_package
 
 WORK = ".work"
 RESULT = "result.json"
+
+
+class UnfinishedError(DataError):
+    """The machine failed, not the text: what is done is kept, and the same command goes on."""
 
 
 def prepare(config: PrepareConfig, dry_run: bool = False) -> dict[str, Any]:
@@ -64,8 +69,7 @@ def prepare(config: PrepareConfig, dry_run: bool = False) -> dict[str, Any]:
     with _workplace(out, settings) as work:
         encoder = _tokenizer(work / TOKENIZER, units, config)
         dropped = _encode(units, config, work, encoder.slow_because is None)
-        for stale in [*out.glob("train-*.parquet"), *out.glob("val-*.parquet")]:
-            stale.unlink()
+        _remove_shards(out)
         packed = pack([unit_file(work, i) for i in range(len(units))], out, config, encoder.vocab_size)
         packed.dropped |= dropped
         result = _finish(out, work, config, packed, encoder, described, settings, began)
@@ -142,11 +146,15 @@ def _check_out(out: Path) -> None:
 
 @contextmanager
 def _workplace(out: Path, settings: str) -> Iterator[Path]:
-    """`out/.work`, locked for this process, with what an earlier run of the same settings left there."""
-    work = out / WORK
+    """`out/.work`, locked for this process, with what an earlier run of the same settings left there.
+
+    Refused settings or text leave nothing: mending them makes it another run.
+    """
+    work, new = out / WORK, not out.exists()
     _check_out(out)
     try:
-        work.mkdir(parents=True, exist_ok=True)
+        private_folder(out)
+        private_folder(work)
     except OSError as error:
         raise ConfigError(f"out={out} cannot be written ({error.strerror}); choose another --out.") from None
     with open(work / "lock", "w") as lock:
@@ -160,7 +168,20 @@ def _workplace(out: Path, settings: str) -> Iterator[Path]:
             for path in [path for path in work.iterdir() if path.name != "lock"]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         write_atomic(key, settings.encode())
-        yield work
+        try:
+            yield work
+        except (ConfigError, DataError) as error:
+            if not isinstance(error, UnfinishedError):
+                shutil.rmtree(work)
+                _remove_shards(out)
+                if new:
+                    out.rmdir()
+            raise
+
+
+def _remove_shards(out: Path) -> None:
+    for stale in [*out.glob("train-*.parquet"), *out.glob("val-*.parquet")]:
+        stale.unlink()
 
 
 def _tokenizer(folder: Path, units: list[Unit], config: PrepareConfig) -> Encoder:
@@ -169,7 +190,7 @@ def _tokenizer(folder: Path, units: list[Unit], config: PrepareConfig) -> Encode
             _say(f"training the tokeniser {config.tokenizer}")
         fresh = folder.with_name(".tokenizer.partial")
         save(config.tokenizer, fresh, lambda: training_sample(units, config))
-        os.rename(fresh, folder)
+        publish(fresh, folder)
     encoder = Encoder(folder)
     if encoder.slow_because:
         _say(f"tokeniser {config.tokenizer}: by Hugging Face's code, slower than by tiktoken: {encoder.slow_because}")
@@ -187,7 +208,9 @@ def _encode(units: list[Unit], config: PrepareConfig, work: Path, tiktoken: bool
         with _ray(config), Progress("tokenising", total, bytes_=sized) as progress:
             for row in _run_tasks(pending, units, config, work, tiktoken):
                 if row["error"]:
-                    raise (ConfigError if row["kind"] == "ConfigError" else DataError)(row["error"])
+                    raise {"ConfigError": ConfigError, "DataError": DataError}.get(row["kind"], UnfinishedError)(
+                        row["error"]
+                    )
                 progress.advance(units[row["index"]].size if sized else 1)
     dropped = Counter[str]()
     for index in range(len(units)):
@@ -276,7 +299,7 @@ def _finish(
 ) -> dict[str, Any]:
     """Tokeniser, manifest, result, in that order; then the working files go."""
     shutil.rmtree(out / TOKENIZER, ignore_errors=True)
-    shutil.copytree(work / TOKENIZER, out / TOKENIZER)
+    shutil.copytree(work / TOKENIZER, out / TOKENIZER, copy_function=shutil.copyfile)
     sha256 = file_sha256(out / TOKENIZER / "tokenizer.json")
     shards = [shard for split in packed.splits.values() for shard in split]
     manifest = Manifest(

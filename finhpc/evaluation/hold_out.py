@@ -13,8 +13,8 @@ from typing import Any
 from finhpc.config import HoldOutConfig, Instructions
 from finhpc.data.examples import is_held_out
 from finhpc.data.schema import each, fields_of, open_sources
-from finhpc.data.shards import write_atomic
 from finhpc.errors import ConfigError
+from finhpc.files import write_atomic
 
 TASKS = {"phrasebank": "fpb", "fiqa": "fiqa_sa", "tfns": "tfns", "ner": "ner"}  # template -> task
 

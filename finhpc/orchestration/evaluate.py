@@ -18,10 +18,11 @@ from typing import Any
 
 from finhpc.config import EvaluateConfig, to_yaml
 from finhpc.data.progress import Progress
-from finhpc.data.shards import Shards, write_atomic
+from finhpc.data.shards import Shards
 from finhpc.errors import ConfigError, FinhpcError, TrainingFailedError
 from finhpc.evaluation.models import Subject, subjects
 from finhpc.evaluation.tasks import PERPLEXITY, TaskFile, prepare_tasks
+from finhpc.files import write_atomic
 from finhpc.orchestration.cluster import cluster_resources, ray_cluster
 from finhpc.orchestration.evaluate_report import log_to_mlflow, summary
 from finhpc.orchestration.evaluate_worker import Pair, Scorer

@@ -16,10 +16,11 @@ from finhpc.config import EvaluateConfig
 from finhpc.data.shards import Shards
 from finhpc.evaluation.models import Subject
 from finhpc.evaluation.tasks import PERPLEXITY, TaskFile
+from finhpc.files import write_atomic
 from finhpc.orchestration.mirror import PARAM_LENGTH, PARAMS_A_BATCH, TAG_LENGTH
 from finhpc.orchestration.mlflow_shown import HIDDEN, PARENT, Dataset, parameters, setting_tags
 from finhpc.orchestration.mlflow_store import active_run, experiment_id, set_up_client
-from finhpc.orchestration.runfolder import redact, write_atomically
+from finhpc.orchestration.runfolder import redact
 from finhpc.orchestration.tracking import absolute_tracking_uri, default_tracking_uri
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def _own_run(
         experiment = experiment_id(client, uri, config.run.experiment)
         run = client.create_run(experiment, run_name=config.run.name)
         old = key | {"run_id": run.info.run_id}
-        write_atomically(path, json.dumps(old, indent=1))
+        write_atomic(path, json.dumps(old, indent=1))
         one = result["models"][0] if len(result["models"]) == 1 else None
         _describe(client, old["run_id"], config, one, datasets, {})
     run_id = str(old["run_id"])

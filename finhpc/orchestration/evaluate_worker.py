@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from finhpc.config import EvaluateConfig, ExportConfig
-from finhpc.data.shards import Shards, write_atomic
+from finhpc.data.shards import Shards
 from finhpc.errors import FinhpcError
 from finhpc.evaluation import plausible
 from finhpc.evaluation.models import Subject
 from finhpc.evaluation.tasks import PERPLEXITY, TaskFile
+from finhpc.files import write_atomic
 from finhpc.package import Driver
 
 # Rough tokens of an example, to begin with the longest tasks.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from finhpc.config import FinetuneConfig
 from finhpc.errors import ConfigError, DataError
+from finhpc.files import publish
 from finhpc.orchestration import outcome
 from finhpc.orchestration.cluster import use_cuda
 from finhpc.orchestration.job import Job, Rows, Say
@@ -102,8 +103,7 @@ class Finetune(Job):
         save_adapter(partial, config.lora, trained, made.weights, config.quantization, made.base_fingerprint)
         made.weights.save_tokenizer(partial)
         write_stops(partial, self._ends(), made.weights.config)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        publish(partial, folder, over=True)
 
     def _ends(self) -> list[int]:
         """Ids that end the answers it learned: generation stops at them, here and elsewhere."""

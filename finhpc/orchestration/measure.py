@@ -16,10 +16,11 @@ from typing import Any
 from finhpc.config import MeasureConfig, to_yaml
 from finhpc.errors import ConfigError, FinhpcError, TrainingFailedError
 from finhpc.evaluation.speed import measure_widths, own_bits
+from finhpc.files import write_atomic
 from finhpc.models.weights import locate
 from finhpc.orchestration.cluster import cluster_resources, ray_cluster
 from finhpc.orchestration.progress import rows_table
-from finhpc.orchestration.runfolder import RunFolder, redact, write_atomically
+from finhpc.orchestration.runfolder import RunFolder, redact
 from finhpc.orchestration.tracking import absolute_tracking_uri, default_tracking_uri
 from finhpc.package import Driver
 
@@ -43,7 +44,7 @@ def measure(config: MeasureConfig) -> dict[str, Any]:
         if before and before.get("sha256") == sha256:
             return before
         run = config.run.model_copy(update={"tracking_uri": redact(config.run.tracking_uri or "") or None})
-        write_atomically(folder.path / "config.yaml", to_yaml(config.model_copy(update={"run": run})))
+        write_atomic(folder.path / "config.yaml", to_yaml(config.model_copy(update={"run": run})))
         scratch = folder.path / "exports"
         shutil.rmtree(scratch, ignore_errors=True)
         with ray_cluster():

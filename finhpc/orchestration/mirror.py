@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from finhpc.errors import ConfigError
+from finhpc.files import write_atomic
 from finhpc.orchestration.mirror_metrics import numbers, translate
 from finhpc.orchestration.mlflow_shown import HIDDEN, LEADING, Dataset
 from finhpc.orchestration.mlflow_store import (
@@ -28,7 +29,7 @@ from finhpc.orchestration.mlflow_store import (
     identity,
     make_database,
 )
-from finhpc.orchestration.runfolder import redact, write_atomically
+from finhpc.orchestration.runfolder import redact
 from finhpc.training.journal import DRIVER_FILE, WORKER_FILE, read, strict_json
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ class State:
     def save(self) -> None:
         values = asdict(self)
         del values["path"]
-        write_atomically(self.path, json.dumps(values, indent=1))
+        write_atomic(self.path, json.dumps(values, indent=1))
 
     def note(self, metrics: list[Metric], last_step: Mapping[str, int]) -> None:
         self.last_step |= last_step

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import re
+import shlex
 import sqlite3
 import tempfile
 from contextlib import closing
@@ -160,6 +161,7 @@ def make_database(tracking_uri: str) -> None:
         draft = path.with_name(f".{path.name}.draft")
         draft.unlink(missing_ok=True)
         MlflowClient(f"sqlite:///{draft}").search_experiments(max_results=1)
+        draft.chmod(0o600)
         os.rename(draft, path)
 
 
@@ -201,7 +203,7 @@ def unreadable(tracking_uri: str, error: Exception) -> FinhpcError:
         versions = f" (schema {found[1]}, this one reads {found[2]})" if found else ""
         return ConfigError(
             f"{database or uri} was written by another version of MLflow than the {__version__} here{versions}; keep a "
-            f"copy of the database, then run `mlflow db upgrade {uri}`, or use the MLflow that wrote it."
+            f"copy of the database, then run `mlflow db upgrade {shlex.quote(uri)}`, or use the MLflow that wrote it."
         )
     if database is not None:
         return ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -201,7 +202,7 @@ def summary(job: Job, result: dict[str, Any]) -> Rows:
     ]
     if result["sample"]:
         rows.append(("sample", " ".join(result["sample"].split())))
-    rows.append(("compare runs", _page(job.config)))
+    rows.append(("compare runs", compare_command(job.config)))
     return rows
 
 
@@ -225,13 +226,14 @@ def lower_batch(config: TrainingConfig, then: str) -> str:
     )
 
 
-def _page(config: TrainingConfig) -> str:
+def compare_command(config: TrainingConfig, *more: str) -> str:
     """How to see the run beside others; the command as it was called here, so that it can be copied."""
     if config.run.tracking_uri and config.run.tracking_uri.startswith("http"):
         return f"open {redact(config.run.tracking_uri)}"
     command = sys.argv[0] if Path(sys.argv[0]).name == "finhpc" else "finhpc"
-    where = f"--run.tracking_uri {config.run.tracking_uri}" if config.run.tracking_uri else ""
-    return f"{command} ui {where or f'--run.storage {config.run.storage}'}"
+    uri = config.run.tracking_uri
+    where = ["--run.tracking_uri", redact(uri)] if uri else ["--run.storage", config.run.storage]
+    return shlex.join([command, "ui", *where, *more])
 
 
 def _memory(result: dict[str, Any]) -> str:

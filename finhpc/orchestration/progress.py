@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import shlex
 import sys
 import threading
 import time
@@ -201,10 +202,14 @@ def _is_words(value: Any) -> bool:
 
 
 def summary_table(title: str, rows: list[tuple[str, str]], stream: TextIO | None = None) -> None:
-    """A short two-column table on stderr; paths and commands too long for it stand below, whole, to be copied."""
+    """A short two-column table on stderr; paths and commands too long for it stand below, whole, to be copied.
+
+    A value that is a path is quoted as a shell needs it.
+    """
+    rows = [(name, _pasted(value)) for name, value in rows]
     console = _console(stream)
     room = console.width - max((len(name) for name, _ in rows), default=0) - 7  # the table's lines and spaces
-    below = [(name, value) for name, value in rows if len(value) > room and (value[:1] == "/" or " --" in value)]
+    below = [(name, value) for name, value in rows if len(value) > room and (value[:1] in "/'" or " --" in value)]
     table = Table(title=title, title_justify="left", show_header=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -214,6 +219,10 @@ def summary_table(title: str, rows: list[tuple[str, str]], stream: TextIO | None
     console.print(table)
     for name, value in below:
         console.print(f"{name}: {value}", soft_wrap=True)
+
+
+def _pasted(value: str) -> str:
+    return shlex.quote(value) if os.path.isabs(value) and os.path.exists(value) else value
 
 
 def _size(path: Path) -> int:

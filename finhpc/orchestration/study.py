@@ -14,12 +14,13 @@ from typing import Any
 
 from finhpc.config import StudyConfig, to_yaml
 from finhpc.errors import ImplausibleError, NonFiniteError, TrainingFailedError
+from finhpc.files import write_atomic
 from finhpc.orchestration import study_report as report
 from finhpc.orchestration.cluster import ray_cluster
 from finhpc.orchestration.plan import make_plan
 from finhpc.orchestration.pretrain import pretrain
 from finhpc.orchestration.progress import rows_table
-from finhpc.orchestration.runfolder import RunFolder, write_atomically
+from finhpc.orchestration.runfolder import RunFolder
 from finhpc.orchestration.step_times import step_times
 from finhpc.orchestration.study_report import Trained
 from finhpc.orchestration.study_runs import best_of, check, finalists, in_order, kinds_of_steps, run_config, shortened
@@ -44,7 +45,7 @@ def study(config: StudyConfig, dry_run: bool = False) -> dict[str, Any]:
     if dry_run:
         return _dry_run(config)
     with folder.lock():
-        write_atomically(folder.path / "config.yaml", to_yaml(config))
+        write_atomic(folder.path / "config.yaml", to_yaml(config))
         with ray_cluster():
             screened = _screen(config)
             chosen = finalists(config, screened)

@@ -19,12 +19,13 @@ from typing import Any
 
 from finhpc.config import to_yaml
 from finhpc.errors import TrainingFailedError
+from finhpc.files import write_atomic
 from finhpc.interrupts import terminable
 from finhpc.orchestration import outcome
 from finhpc.orchestration.cluster import ray_cluster
 from finhpc.orchestration.fit import last_line, watched
 from finhpc.orchestration.run import place_whole
-from finhpc.orchestration.runfolder import RunFolder, write_atomically
+from finhpc.orchestration.runfolder import RunFolder
 from finhpc.orchestration.study_report import write_csv
 from finhpc.orchestration.sweep_delivery import deliver
 from finhpc.orchestration.sweep_plan import Planned, plan_sweep, show_plan
@@ -58,7 +59,7 @@ def sweep(config: AnySweep, dry_run: bool = False) -> dict[str, Any]:
     if dry_run:
         return counted | {"status": "dry_run"}
     with folder.lock(), terminable():
-        write_atomically(folder.path / "config.yaml", to_yaml(config))
+        write_atomic(folder.path / "config.yaml", to_yaml(config))
         _forget_failures(plan)
         with Parent(config, folder, plan) as parent:
             with ray_cluster():

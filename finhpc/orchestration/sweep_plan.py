@@ -24,7 +24,7 @@ from finhpc.orchestration.progress import rows_table
 from finhpc.orchestration.run import place_whole
 from finhpc.orchestration.run_time import said, sweep_time, this_machine_busy
 from finhpc.orchestration.runfolder import RunFolder
-from finhpc.orchestration.sweep_trials import BITS, AnySweep, Trial, trials_of
+from finhpc.orchestration.sweep_trials import BITS, AnySweep, Trial, check_points, trials_of
 from finhpc.orchestration.tracking import default_tracking_uri
 from finhpc.orchestration.trial import outcome_of
 
@@ -185,13 +185,18 @@ class Planned:
 
 def plan_sweep(config: AnySweep, folder: Path) -> Planned:
     """Check the grid and every trial of it; raises one `ConfigError` with every problem."""
-    trials = trials_of(config)
+    problems: list[str] = []
+    with collect(problems):
+        check_points(config)
+    # Of a grid without points, or with too many, what its trials share is checked all the same.
+    trials = trials_of(config.model_copy(update={"grid": {}}) if problems else config)
     uri = config.run.tracking_uri or default_tracking_uri(config.run.storage)
-    check_store(uri, config.run.experiment)
+    with collect(problems):
+        check_store(uri, config.run.experiment)
     plan = Planned(config, folder, trials, uri, resources=known_resources())
     if isinstance(config, SweepConfig) and any(_starts(trial) for trial in trials) and config.model.path is None:
         plan.reference = _reference(plan)
-    problems: list[str] = []
+    of: dict[str, list[str]] = {}  # problem -> the trials that have it
     checked: dict[str, _Checked] = {}
     for trial in trials:
         found: list[str] = []
@@ -204,11 +209,21 @@ def plan_sweep(config: AnySweep, folder: Path) -> Planned:
             found += one.problems
             plan.seconds[trial.name], plan.disk[trial.name], plan.steps[trial.name] = one.seconds, one.bytes, one.steps
             plan.parameters += [parameters(run, one.named, values) for _, values in trial.points]
-        problems += [f"trial {trial.name}: {problem}" for problem in found]
+        for problem in dict.fromkeys(found):
+            of.setdefault(problem, []).append(trial.name)
+    problems += [f"{_named(names, len(trials))}{problem}" for problem, names in of.items()]
     if problems:
-        raise ConfigError(list(dict.fromkeys(problems)))
+        raise ConfigError(problems)
     plan.check_disk()
     return plan
+
+
+def _named(names: list[str], total: int) -> str:
+    """Which trials a problem is of; nothing where it is of all."""
+    if len(names) == total:
+        return ""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"trial{'s' if len(names) > 1 else ''} {', '.join(names[:3])}{more}: "
 
 
 def free_bytes(folder: Path) -> int:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
+import shlex
 import time
 from collections.abc import Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 from finhpc.config import FinetuneSweepConfig
-from finhpc.orchestration.outcome import to_stderr
+from finhpc.orchestration.outcome import compare_command, to_stderr
 from finhpc.orchestration.progress import Progress, rows_table, summary_table
 from finhpc.orchestration.sweep_plan import Planned
 from finhpc.orchestration.sweep_trials import AnySweep, Trial
@@ -101,13 +100,11 @@ def show(config: AnySweep, result: Row) -> None:
         shown.append(line)
     rows_table(f"sweep {config.run.name}", shown)
     if len(result["trials"]) > MOST_ROWS:
-        to_stderr(f"and {len(result['trials']) - MOST_ROWS} more, in {result['folder']}/trials.csv")
+        to_stderr(f"and {len(result['trials']) - MOST_ROWS} more, in {shlex.quote(result['folder'])}/trials.csv")
     for row in result["trials"]:
         if row["error"] and not row["scored_only"]:
             to_stderr(f"{row['trial']}: {row['error']}")
     best = result["best"]
-    command = sys.argv[0] if Path(sys.argv[0]).name == "finhpc" else "finhpc"
-    where = f"--run.tracking_uri {config.run.tracking_uri}" if config.run.tracking_uri else ""
     summary = [
         ("best", str(best and best["trial"])),
         ("model", str(result["model"])),
@@ -115,7 +112,7 @@ def show(config: AnySweep, result: Row) -> None:
         ("steps trained", f"{result['steps_trained']:,}"),
         ("time", str(timedelta(seconds=round(result["wall_s"])))),
         ("table", f"{result['folder']}/trials.csv"),
-        ("compare", f"{command} ui {where or f'--run.storage {config.run.storage}'} --run.name {config.run.name}"),
+        ("compare", compare_command(config, "--run.name", config.run.name)),
     ]
     summary_table(f"sweep {config.run.name}", summary)
 

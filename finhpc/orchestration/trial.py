@@ -16,8 +16,9 @@ from typing import Any
 
 from finhpc.config import FinetuneConfig, PretrainConfig, build
 from finhpc.errors import FinhpcError, ImplausibleError, RunBusyError
+from finhpc.files import write_atomic
 from finhpc.orchestration.job import Job
-from finhpc.orchestration.runfolder import RunFolder, write_atomically
+from finhpc.orchestration.runfolder import RunFolder
 from finhpc.package import Driver
 from finhpc.training.journal import WORKER_FILE, latest, read, strict_json
 
@@ -181,4 +182,4 @@ def pruned(record: dict[str, Any]) -> dict[str, Any]:
 def write_outcome(run: Path, found: dict[str, Any]) -> None:
     """Say on disk how a trial ended."""
     run.mkdir(parents=True, exist_ok=True)
-    write_atomically(run / OUTCOME, strict_json(found, indent=1) + "\n")
+    write_atomic(run / OUTCOME, strict_json(found, indent=1) + "\n")

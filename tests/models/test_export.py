@@ -449,6 +449,8 @@ def test_the_command(make: Make, tmp_path: Path, capfd: pytest.CaptureFixture[st
     assert result["status"] == "finished"
     assert (result["format"], result["bits"], result["scheme"]) == ("merged", 8, "minmax")
     assert f"{result['size_bytes']:,} bytes" in err
+    readable = [path for path in (tmp_path / "out").iterdir() if path.stat().st_mode & 0o077]
+    assert not readable, "what a command writes is its user's alone, whatever the shell's umask"
     assert main([*words, "--quantization.bits", "8"]) == 2, "nothing is overwritten"
     assert main([*words, "--quantization.bits", "5"]) == 2
     assert "Traceback" not in capfd.readouterr().err

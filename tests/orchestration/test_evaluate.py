@@ -116,3 +116,4 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
     assert "first does not exist" in text
     assert "data.folder" in text
     assert "quantization.scheme=int8" in text
+    assert not list(tmp_path.rglob(".lock")), "a refused command leaves no run folder"

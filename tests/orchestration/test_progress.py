@@ -5,11 +5,16 @@ from __future__ import annotations
 import io
 import os
 import pty
+import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pytest
+
+from finhpc.config import PretrainConfig, build
+from finhpc.orchestration.outcome import compare_command
 from finhpc.orchestration.progress import Progress, rows_table, summary_table
 from finhpc.training.journal import Journal
 
@@ -169,3 +174,19 @@ def test_what_is_to_be_copied_is_never_broken() -> None:
     path, command = f"/{'long/' * 50}model", f"finhpc ui --run.storage /{'long/' * 50}"
     summary_table("Run demo", [("model", path), ("open", command), ("words", "many words " * 20)], screen)
     assert screen.getvalue().splitlines()[-2:] == [f"model: {path}", f"open: {command}"]
+
+
+def test_a_path_is_printed_as_a_shell_needs_it(tmp_path: Path) -> None:
+    path = tmp_path / "my runs" / "model"
+    path.mkdir(parents=True)
+    screen = io.StringIO()
+    summary_table("run", [("model", str(path)), ("base", f"{path}, 12 M parameters")], screen)
+    assert f"'{path}'" in screen.getvalue()
+    assert f" {path}, 12 M" in screen.getvalue(), "words that begin with a path are no path"
+
+
+@pytest.mark.parametrize("uri", [None, "sqlite:////a path/mlflow.db"])
+def test_the_command_that_compares_can_be_pasted(uri: str | None) -> None:
+    config = build(PretrainConfig, {"run": {"storage": "/my runs; rm", "tracking_uri": uri}})
+    words = shlex.split(compare_command(config))
+    assert words[1:] == ["ui", *(["--run.tracking_uri", uri] if uri else ["--run.storage", "/my runs; rm"])]
