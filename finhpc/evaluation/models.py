@@ -18,8 +18,9 @@ from finhpc.models.config_file import is_adapter
 from finhpc.models.families import whole_layers
 from finhpc.models.folder import has_tokenizer
 from finhpc.models.loading import load_model
+from finhpc.models.tokenizer_file import find_tokenizer, open_tokenizer
 from finhpc.models.tokens import check_rows
-from finhpc.models.weights import config_of, find_tokenizer, locate, open_tokenizer
+from finhpc.models.weights import config_of, locate
 
 
 @dataclass(frozen=True)

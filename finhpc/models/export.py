@@ -33,8 +33,9 @@ from finhpc.models.config_file import is_adapter
 from finhpc.models.families import as_dense, family_of, is_low_rank, model_sizes, skeleton
 from finhpc.models.folder import GENERATION, TOKENIZER_FILES, FolderWriter, copy_tokenizer, has_tokenizer
 from finhpc.models.pipeline import is_tied
+from finhpc.models.tokenizer_file import find_tokenizer, save_tokenizer
 from finhpc.models.tokens import check_rows, stop_ids, write_stops
-from finhpc.models.weights import Weights, find_tokenizer, locate, open_weights, save_tokenizer
+from finhpc.models.weights import Weights, locate, open_weights
 from finhpc.quantization.fake import TRAINED, trained_bits
 from finhpc.quantization.per_vector import rounded
 from finhpc.quantization.schemes import SCHEMES
@@ -56,7 +57,7 @@ def export(config: ExportConfig, dry_run: bool = False) -> dict[str, Any]:
     base = base_of(source) if adapter else source
     if adapter:
         check_base(adapter, base)
-    conversion = Conversion(config, open_weights(base, low_rank=True), adapter)
+    conversion = Conversion(config, open_weights(base, low_rank=True, floats=True), adapter)
     tokenizer = find_tokenizer(adapter) if adapter else None
     if tokenizer is None:
         tokenizer = find_tokenizer(base)
@@ -269,7 +270,7 @@ def _replace_tokenizer(adapter: Path, out: Path) -> None:
                 file.unlink()
         copy_tokenizer(adapter, out)
     if (adapter / GENERATION).is_file():
-        shutil.copy2(adapter / GENERATION, out / GENERATION)
+        shutil.copyfile(adapter / GENERATION, out / GENERATION)
 
 
 def _counted(config: ExportConfig, conversion: Conversion) -> dict[str, Any]:

@@ -88,7 +88,9 @@ def _add_transformers_flavor(folder: Path, out: Path, model: Model, config: dict
     """
     import transformers
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
+    from finhpc.models.tokenizer_file import open_tokenizer
+
+    tokenizer = open_tokenizer(folder)
     tokenizer.save_pretrained(str(out / _TOKENIZER))
     model.add_flavor(
         "transformers",
@@ -108,7 +110,7 @@ def _link(source: str, target: str) -> None:
     try:
         os.link(source, target)
     except OSError:  # a disk without hard links
-        shutil.copy2(source, target)
+        shutil.copyfile(source, target)
 
 
 class TextGenerator:
@@ -144,11 +146,10 @@ class TextGenerator:
 
 def _load_pyfunc(path: str) -> TextGenerator:
     """What MLflow calls with the model's folder."""
-    from transformers import AutoTokenizer
-
     from finhpc.models.loading import load_model
+    from finhpc.models.tokenizer_file import open_tokenizer
 
-    return TextGenerator(load_model(path), AutoTokenizer.from_pretrained(path))
+    return TextGenerator(load_model(path), open_tokenizer(Path(path)))
 
 
 def _prompts(model_input: Any) -> Iterable[str]:

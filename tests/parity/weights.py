@@ -207,7 +207,7 @@ class _Case:
         if adapter is not None:
             tree |= {"adapters": [f"a={adapter}"], "adapter": "a"}
         generator = Generator(build(GenerateConfig, tree | {"prompt": "unused"}))
-        generator.adapters.choose([tree.get("adapter")] * len(self.tokens))
+        generator.adapters.choose([generator.config.adapter] * len(self.tokens))
         decoder, found = generator.decoder, []
         decoder.reset(len(self.tokens), self.tokens.shape[1])
         for part in (self.tokens[:, :13], *self.tokens[:, 13:].split(1, dim=1)):
@@ -217,9 +217,9 @@ class _Case:
         file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt, _ in PAIRS))
         if self.tolerance == EXACT:
             answers = generate(build(GenerateConfig, tree | {"prompts": str(file)}))["answers"]
-            tokenizer = generator.tokenizers[tree.get("adapter")]
+            tokenizer = generator.tokenizers[generator.config.adapter]
             for (prompt, _), answer in zip(PAIRS, answers, strict=True):
-                self._check_text(tokenizer, generator.encode(prompt, tree.get("adapter")), answer["text"])
+                self._check_text(tokenizer, generator.encode(prompt, generator.config.adapter), answer["text"])
         return worst
 
     def _check_text(self, tokenizer: Any, prompt: list[int], text: str) -> None:
