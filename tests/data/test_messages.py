@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import compress
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from finhpc.config import Instructions
 from finhpc.data.instructions import read_examples
+from finhpc.data.tokenise import tokenised
 from finhpc.errors import ConfigError
 from tests.data.instructing import CHAT, jsonl, tokenizer
 
@@ -31,8 +34,9 @@ def share(roles, messages):
 def read(path, template=CHAT):
     tok = tokenizer()
     tok.chat_template = template
-    (found,) = read_examples([str(path)], Instructions(), tok)
-    return [(example.prompt, example.answer, example.more) for example in found.examples]
+    (found,) = read_examples([str(path)], Instructions())
+    rows = tokenised(found.examples, tok, 4096, True).rows
+    return [(tok.decode(row.tokens), tok.decode(list(compress(row.tokens, row.answer)))) for row in rows]
 
 
 def refusal(path, template=CHAT):
@@ -69,12 +73,9 @@ def test_tool_calls_are_learned_if_the_template_renders_them(tmp_path):
         {"role": "assistant", "content": "it is 5"},
     ]
     path = jsonl(tmp_path / "a.jsonl", [{"messages": turns}])
-    ((_, answer, more),) = read(path, TOOLS)
-    assert answer == '<call>price {"of": "ABC"}<|im_end|>'
-    assert more[0][1] == "it is 5<|im_end|>"
-    assert f"{path} line 1: message 3 holds tool_calls, which the tokenizer's chat template does not render" in refusal(
-        path
-    )
+    ((_, answer),) = read(path, TOOLS)
+    assert answer == '<call>price {"of": "ABC"}<|im_end|>it is 5<|im_end|>'
+    assert f"{path} line 1: message 3 calls a tool (price), which the chat template does not write" in refusal(path)
 
 
 @pytest.mark.parametrize(
@@ -100,4 +101,9 @@ def test_what_cannot_be_rendered_is_refused_by_name(tmp_path, changed, message):
 @pytest.mark.parametrize("column", ["tools", "functions", "images"])
 def test_columns_beside_a_conversation_that_are_not_read_are_refused(tmp_path, column):
     path = jsonl(tmp_path / "a.jsonl", [{"messages": PLAIN, column: [{"name": "price"}]}])
-    assert f"line 1: {column} are not read" in refusal(path)
+    told = (
+        "the record has tools, which the chat template does not write"
+        if column == "tools"
+        else f"{column} are not read"
+    )
+    assert f"line 1: {told}" in refusal(path)
