@@ -149,7 +149,9 @@ def _describe(
     params = [Param(key, redact(str(value))[:PARAM_LENGTH]) for key, value in shown.items()]
     given = setting_tags(config) | {HIDDEN + "verb": "evaluate", "mlflow.source.name": "finhpc evaluate", **tags}
     pending = [RunTag(key, redact(str(value))[:TAG_LENGTH]) for key, value in given.items()]
-    client.log_batch(run_id, params=params, tags=pending[:PARAMS_A_BATCH])
+    for at in range(0, max(len(params), len(pending)), PARAMS_A_BATCH):
+        part = slice(at, at + PARAMS_A_BATCH)
+        client.log_batch(run_id, params=params[part], tags=pending[part])
     client.log_inputs(run_id, [dataset.entity() for dataset in datasets])
 
 
