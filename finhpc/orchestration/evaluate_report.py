@@ -161,7 +161,9 @@ def _log_scores(client: MlflowClient, run_id: str, scores: dict[str, Any]) -> No
 
     from mlflow.entities import Metric
 
-    now, first, more = round(time.time() * 1000), [], []
+    now = round(time.time() * 1000)
+    first: list[Metric] = []
+    more: list[Metric] = []
     for task, values in scores.items():
         flat = {name: value for name, value in values.items() if isinstance(value, int | float)}
         for name, (low, high) in (values["ci95"] or {}).items():
