@@ -119,7 +119,10 @@ def _own_run(
 def _compare(
     client: MlflowClient, parent: str, config: EvaluateConfig, models: list[dict[str, Any]], datasets: list[Dataset]
 ) -> None:
-    """A run for each model below the evaluation's; the same one however often the command runs."""
+    """A run for each model below the evaluation's; the same one however often the command runs.
+
+    The evaluation's own run has the best model's main score of each task, as a sweep's has its best trial's.
+    """
     experiment = client.get_run(parent).info.experiment_id
     known = client.search_runs([experiment], f"tags.`{PARENT}` = '{parent}'")
     ids = {run.info.run_name: run.info.run_id for run in known}
@@ -131,6 +134,11 @@ def _compare(
             _describe(client, ids[name], config.model_copy(update=one), model, datasets, {PARENT: parent})
         _log_scores(client, ids[name], model["scores"])
         client.set_terminated(ids[name], "FINISHED")
+    for task in dict.fromkeys(task for model in models for task in model["scores"]):
+        scores = [model["scores"][task] for model in models if task in model["scores"]]
+        if (main := _main(scores[0])) is not None:
+            best = (min if main == PERPLEXITY else max)(score[main] for score in scores)
+            client.log_metric(parent, f"evaluate/{task}/{main}", best)
 
 
 def _describe(
@@ -169,13 +177,18 @@ def _log_scores(client: MlflowClient, run_id: str, scores: dict[str, Any]) -> No
         for name, (low, high) in (values["ci95"] or {}).items():
             flat |= {f"{name}_ci95_low": low, f"{name}_ci95_high": high}
         flat |= {f"{name}_majority": value for name, value in (values["majority"] or {}).items()}
-        main = next((name for name in METRICS if name in flat), None)
+        main = _main(flat)
         for name, value in flat.items():
             found = Metric(f"evaluate/{task}/{name}", float(value), now, 0)
             (first if name == main else more).append(found)
     metrics = first + more
     for at in range(0, len(metrics), 1000):
         client.log_batch(run_id, metrics=metrics[at : at + 1000])
+
+
+def _main(scores: dict[str, Any]) -> str | None:
+    """The metric that leads a task's."""
+    return next((name for name in METRICS if name in scores), None)
 
 
 def table(result: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
