@@ -123,7 +123,7 @@ def draw(browser: str, address: str, picture: Path) -> None:
         command += [f"--screenshot={picture}", address]
         subprocess.run(command, check=True, timeout=180, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     whole = Image.open(picture)
-    whole.crop((0, 0, SHOWN, SIZE[1])).save(picture, optimize=True)
+    whole.convert("RGB").crop((0, 0, SHOWN, SIZE[1])).quantize(128).save(picture, optimize=True)
 
 
 if __name__ == "__main__":

@@ -120,7 +120,10 @@ def _own_run(
 def _compare(
     client: MlflowClient, parent: str, config: EvaluateConfig, result: dict[str, Any], datasets: list[Dataset]
 ) -> None:
-    """A run for each model below the evaluation's; the same one however often the command runs."""
+    """A run for each model below the evaluation's; the same one however often the command runs.
+
+    The evaluation's own run has the best model's main score of each task, as a sweep's has its best trial's.
+    """
     experiment = client.get_run(parent).info.experiment_id
     known = client.search_runs([experiment], f"tags.`{PARENT}` = '{parent}'")
     ids = {run.info.run_name: run.info.run_id for run in known}
@@ -133,6 +136,11 @@ def _compare(
             _describe(client, ids[name], config.model_copy(update=one), model, datasets, {PARENT: parent})
         _log_scores(client, ids[name], model["scores"])
         client.set_terminated(ids[name], "FAILED" if model["name"] in failed else "FINISHED")
+    for task in dict.fromkeys(task for model in result["models"] for task in model["scores"]):
+        scores = [model["scores"][task] for model in result["models"] if task in model["scores"]]
+        if (main := _main(scores[0])) is not None:
+            best = (min if main == PERPLEXITY else max)(score[main] for score in scores)
+            client.log_metric(parent, f"evaluate/{task}/{main}", best)
 
 
 def _describe(
@@ -151,7 +159,9 @@ def _describe(
     params = [Param(key, redact(str(value))[:PARAM_LENGTH]) for key, value in shown.items()]
     given = setting_tags(config) | {HIDDEN + "verb": "evaluate", "mlflow.source.name": "finhpc evaluate", **tags}
     pending = [RunTag(key, redact(str(value))[:TAG_LENGTH]) for key, value in given.items()]
-    client.log_batch(run_id, params=params, tags=pending[:PARAMS_A_BATCH])
+    for at in range(0, max(len(params), len(pending)), PARAMS_A_BATCH):
+        part = slice(at, at + PARAMS_A_BATCH)
+        client.log_batch(run_id, params=params[part], tags=pending[part])
     client.log_inputs(run_id, [dataset.entity() for dataset in datasets])
 
 
@@ -161,19 +171,26 @@ def _log_scores(client: MlflowClient, run_id: str, scores: dict[str, Any]) -> No
 
     from mlflow.entities import Metric
 
-    now, first, more = round(time.time() * 1000), [], []
+    now = round(time.time() * 1000)
+    first: list[Metric] = []
+    more: list[Metric] = []
     for task, values in scores.items():
         flat = {name: value for name, value in values.items() if isinstance(value, int | float)}
         for name, (low, high) in (values["ci95"] or {}).items():
             flat |= {f"{name}_ci95_low": low, f"{name}_ci95_high": high}
         flat |= {f"{name}_majority": value for name, value in (values["majority"] or {}).items()}
-        main = next((name for name in METRICS if name in flat), None)
+        main = _main(flat)
         for name, value in flat.items():
             found = Metric(f"evaluate/{task}/{name}", float(value), now, 0)
             (first if name == main else more).append(found)
     metrics = first + more
     for at in range(0, len(metrics), 1000):
         client.log_batch(run_id, metrics=metrics[at : at + 1000])
+
+
+def _main(scores: dict[str, Any]) -> str | None:
+    """The metric that leads a task's."""
+    return next((name for name in METRICS if name in scores), None)
 
 
 def table(result: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:

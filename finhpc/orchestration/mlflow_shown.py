@@ -53,7 +53,7 @@ def parameters(config: Section, named: Mapping[str, Any], varied: Mapping[str, A
     if (epochs := flat.get("train.epochs")) is not None:  # the steps follow from them, and are a metric
         shown["train.epochs"] = epochs
         shown.pop("train.steps", None)
-    shown |= named | varied
+    shown |= {**named, **varied}
     if "train.epochs" in varied:
         shown.pop("train.steps", None)
     if isinstance(config, PretrainConfig) and config.method.kind == "dense":

@@ -19,11 +19,12 @@ from finhpc.errors import ConfigError, FinhpcError, TrainingFailedError
 from finhpc.files import write_atomic
 from finhpc.interrupts import terminable
 from finhpc.orchestration.cluster import cluster_resources, dead_process, known_resources, ray_cluster
+from finhpc.orchestration.mlflow_store import check_store
 from finhpc.orchestration.progress import rows_table
 from finhpc.orchestration.reproduce_check import Planned, check, misplaced, rows_of
 from finhpc.orchestration.reproduce_steps import AbsentError, inputs_of, merged, read_recipe, resolve, step_config
 from finhpc.orchestration.reproduce_verbs import VERBS
-from finhpc.orchestration.run import place_whole_run
+from finhpc.orchestration.run import place_whole_run, tracking_uri_of
 from finhpc.orchestration.runfolder import RunFolder, redact
 
 
@@ -54,6 +55,7 @@ def reproduce(config: ReproduceConfig, dry_run: bool = False) -> dict[str, Any]:
     folder = RunFolder(config.run.storage, config.run.name)
     recipe = read_recipe(config.scale)
     planned = check(config, recipe)
+    check_store(tracking_uri_of(config.run), config.run.experiment)
     total = known_resources()
     problems = misplaced(planned, total) if total is not None else []
     _show(config, recipe, planned)

@@ -17,13 +17,18 @@ from finhpc.errors import ImplausibleError, NonFiniteError, TrainingFailedError
 from finhpc.files import write_atomic
 from finhpc.orchestration import study_report as report
 from finhpc.orchestration.cluster import ray_cluster
+from finhpc.orchestration.mlflow_shown import model_name
+from finhpc.orchestration.mlflow_store import check_store
 from finhpc.orchestration.plan import make_plan
-from finhpc.orchestration.pretrain import pretrain
+from finhpc.orchestration.pretrain import Pretrain
 from finhpc.orchestration.progress import rows_table
+from finhpc.orchestration.run import checked, tracking_uri_of
+from finhpc.orchestration.run import run as run_job
 from finhpc.orchestration.runfolder import RunFolder
 from finhpc.orchestration.step_times import step_times
 from finhpc.orchestration.study_report import Trained
 from finhpc.orchestration.study_runs import best_of, check, finalists, in_order, kinds_of_steps, run_config, shortened
+from finhpc.orchestration.tracking import absolute_tracking_uri
 from finhpc.orchestration.worker import FATAL
 
 Row = dict[str, Any]
@@ -40,6 +45,7 @@ def study(config: StudyConfig, dry_run: bool = False) -> dict[str, Any]:
     begin = time.perf_counter()
     folder = RunFolder(config.run.storage, config.run.name)
     check(config)
+    check_store(absolute_tracking_uri(tracking_uri_of(config.run)), config.run.experiment)
     for note in shortened(config):
         report.say(note)
     if dry_run:
@@ -113,7 +119,9 @@ def _run(config: StudyConfig, phase: str, name: str, lr: float, seed: int, begin
     folder = RunFolder(run.run.storage, run.run.name).path
     report.say(f"study {config.run.name}: {run.run.name}")
     try:
-        result = pretrain(run)
+        job = checked(Pretrain(run))
+        job.varied = {"model": model_name(config)}  # not the run that it starts from, another one for every seed
+        result = run_job(job)
     except (TrainingFailedError, ImplausibleError) as error:
         if not isinstance(error, ImplausibleError) and not _diverged(folder):
             raise

@@ -63,6 +63,9 @@ def test_models_and_tasks_are_scored_logged_and_not_computed_again(
         "model"
     }, "what MLflow's comparison draws"
     assert next(iter(first.metrics)) == "evaluate/fpb/weighted_f1"
+    whole = client.get_run(result["mlflow_run_id"]).data.metrics
+    assert whole["evaluate/fpb/weighted_f1"] == max(of["fpb"]["weighted_f1"] for of in scores.values())
+    assert whole["evaluate/perplexity/perplexity"] == min(of["perplexity"]["perplexity"] for of in scores.values())
     logged = {found.dataset.name: found.dataset.digest for found in below["first"].inputs.dataset_inputs}
     assert set(logged) == {"fpb", "first-shards"}
     assert [key for key in first.tags if not key.startswith("mlflow.")] == []

@@ -76,7 +76,9 @@ def test_a_study_goes_on_where_it_stopped_and_leaves_table_and_curves(run_shards
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     experiment = client.get_experiment_by_name("s")
     assert experiment is not None
-    assert len(client.search_runs([experiment.experiment_id])) == 5
+    runs = client.search_runs([experiment.experiment_id])
+    assert len(runs) == 5
+    assert {run.data.params["model"] for run in runs} == {"gpt2-tiny"}, "the start of a variant is none of its settings"
 
 
 def curve(losses: dict[int, float], variant: str = "a", seed: int = 0, lr: float = 1e-3) -> Trained:
