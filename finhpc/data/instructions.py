@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from finhpc.config import Instructions, nearest
-from finhpc.data.chat import conversation
+from finhpc.data.chat import checked
 from finhpc.data.records import Record, read_records, split_name
 from finhpc.data.templates import Template, template
 from finhpc.errors import ConfigError
@@ -18,7 +19,7 @@ SHOWN = 5  # broken records that are named, of all
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and its answer. `more`: later (prompt, answer) turns of a conversation.
+    """A prompt and its answer, or a conversation's `messages`, which a chat template writes (with its `tools`).
 
     `cut`: characters [start, stop) of the prompt whose end may be cut. `end`: an end token follows the answer.
     `input`: what it is split by.
@@ -32,8 +33,13 @@ class Example:
     cut: tuple[int, int]
     end: bool = False
     label: str | None = None
-    more: tuple[tuple[str, str], ...] = ()
-    markup: bool = False  # special tokens in the text are the chat template's own, not plain text
+    messages: list[dict[str, Any]] | None = None
+    tools: Any = None
+
+    @property
+    def content(self) -> str:
+        """All that is learned from it, before a template or a tokenizer."""
+        return json.dumps([self.prompt, self.answer, self.messages, self.tools], default=str)
 
 
 class Format(NamedTuple):
@@ -75,13 +81,13 @@ class Source:
     notes: list[str]
 
 
-def read_examples(sources: list[str], settings: Instructions, tokenizer: Any) -> list[Source]:
+def read_examples(sources: list[str], settings: Instructions) -> list[Source]:
     """All examples of all sources, in order. Raises `ConfigError` with every problem found in any of them."""
     found: list[Source] = []
     problems: list[str] = []
     for number, spec in enumerate(sources):
         try:
-            found.append(_read(number, spec, settings, tokenizer))
+            found.append(_read(number, spec, settings))
         except ConfigError as error:
             problems += error.problems
     if problems:
@@ -98,7 +104,7 @@ def format_of(spec: str, settings: Instructions) -> str:
     return _detect(reading.source, reading.columns, settings)
 
 
-def _read(number: int, spec: str, settings: Instructions, tokenizer: Any) -> Source:
+def _read(number: int, spec: str, settings: Instructions) -> Source:
     path, named = split_name(spec, FORMATS)
     reading = read_records(path, settings.encoding, settings.hf_split, named)
     kind = named or _detect(reading.source, reading.columns, settings)
@@ -114,7 +120,7 @@ def _read(number: int, spec: str, settings: Instructions, tokenizer: Any) -> Sou
     for record in reading.records:
         try:
             if kind == "chat":
-                examples.append(_from_chat(record, columns["messages"], number, tokenizer))
+                examples.append(_from_chat(record, columns["messages"], number))
             else:
                 examples.append(_from_record(record, form, columns, FORMATS[kind].meaning, number))
         except ConfigError as error:
@@ -212,16 +218,11 @@ def _label(raw: str, form: Template, meaning: Mapping[str, str], where: str) -> 
     return label
 
 
-def _from_chat(record: Record, column: str, source: int, tokenizer: Any) -> Example:
-    turns, key = conversation(record.values.get(column), record.where, tokenizer)
-    first = key
-    (prompt, answer), *more = turns
-    start = prompt.rfind(first)
-    if start < 0:  # the user speaks after the first answer: nothing before it may be cut
-        start, first = len(prompt), ""
-    return Example(
-        prompt, answer, key, source, record.where, (start, start + len(first)), more=tuple(more), markup=True
-    )  # fmt: skip
+def _from_chat(record: Record, column: str, source: int) -> Example:
+    messages = checked(record.values.get(column), record.where)
+    said = [message["content"] for message in messages if message["role"] == "user"] or [messages[0]["content"] or ""]
+    tools = record.values.get("tools") or None
+    return Example("", "", said[0].strip(), source, record.where, (0, 0), messages=messages, tools=tools)
 
 
 def _text(value: Any) -> str:

@@ -6,11 +6,32 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from finhpc.config import GenerateConfig
 from finhpc.errors import ConfigError
 from finhpc.models.adapter import Adapter
-from finhpc.models.adapter_file import check_base, load_adapter
-from finhpc.models.config_file import quantizer_of
+from finhpc.models.adapter_file import base_of, check_base, load_adapter
+from finhpc.models.config_file import is_adapter, quantizer_of
 from finhpc.models.families import whole_layers
+
+
+def named(entry: str) -> tuple[str, Path]:
+    """Name and folder of an entry of `adapters`: NAME=FOLDER, or FOLDER, named by its last part."""
+    name, equals, rest = entry.partition("=")
+    path = Path(rest if equals else entry).expanduser()
+    return (name if equals else path.name), path
+
+
+def over_its_base(config: GenerateConfig) -> GenerateConfig:
+    """The same generation where `model` is the folder of an adapter: over its base, for prompts that name no other.
+
+    Raises `ConfigError` if the adapter's base is not there.
+    """
+    folder = Path(config.model).expanduser()
+    if not config.model or not is_adapter(folder):
+        return config
+    name = folder.name.replace("=", "-")
+    more = {"model": str(base_of(folder)), "adapters": [f"{name}={folder}", *config.adapters]}
+    return config.model_copy(update=more | {"adapter": config.adapter or name})
 
 
 def read_adapters(given: Sequence[str], config: Any, folder: Path) -> dict[str, Adapter]:
@@ -22,9 +43,7 @@ def read_adapters(given: Sequence[str], config: Any, folder: Path) -> dict[str, 
     found: dict[str, Adapter] = {}
     problems: list[str] = []
     for entry in given:
-        name, equals, rest = entry.partition("=")
-        path = Path(rest if equals else name).expanduser()
-        name = name if equals else path.name
+        name, path = named(entry)
         if name in found:
             problems.append(f"adapters names {name} twice; give each a name of its own, as NAME=FOLDER.")
             continue

@@ -6,13 +6,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from finhpc.config import GenerateConfig, Resources
 from finhpc.errors import ConfigError
-from finhpc.evaluation.adapters import read_adapters
+from finhpc.evaluation.adapters import named, over_its_base, read_adapters
 from finhpc.evaluation.decoder import Decoder
 from finhpc.evaluation.decoding import decode
 from finhpc.evaluation.forms import use_fast_forms
@@ -20,7 +21,9 @@ from finhpc.evaluation.prompts import Prompt
 from finhpc.models.attached import Adapters, round_for
 from finhpc.models.folder import has_tokenizer
 from finhpc.models.loading import load_model
-from finhpc.models.weights import config_of, locate, open_tokenizer
+from finhpc.models.tokenizer_file import find_tokenizer, open_tokenizer
+from finhpc.models.tokens import check_rows, decoded, generation_config, prompt_ids, stop_ids
+from finhpc.models.weights import config_of, locate
 
 
 @dataclass
@@ -40,6 +43,7 @@ class Generator:
     """Opens `config.model`. Raises `ConfigError` with what does not fit, `CheckpointError` where files are damaged."""
 
     def __init__(self, config: GenerateConfig) -> None:
+        config = over_its_base(config)
         folder = locate(config.model)
         own = config_of(folder)
         if folder.is_dir() and not has_tokenizer(folder):
@@ -47,7 +51,8 @@ class Generator:
         self.config = config
         device = _device(config.resources)
         adapters = read_adapters(config.adapters, own, folder) if config.adapters else {}
-        self.tokenizer: Any = open_tokenizer(folder)
+        folders = {None: folder} | dict(map(named, config.adapters))
+        self.tokenizers = _tokenizers(folders, own.vocab_size)
         self.model: Any = load_model(folder, _dtype(config, own, device), device)
         if device.type == "cpu":
             leave_the_files(self.model)
@@ -56,7 +61,11 @@ class Generator:
         self.model_bytes = tensor_bytes(self.model)
         self.adapters = Adapters(self.model, adapters)
         self.decoder = Decoder(self.model)
-        self.stop = _stop_ids(self.model, self.tokenizer) if config.sampling.stop_at_eos else set()
+        self.stop: set[int] = set()
+        if config.sampling.stop_at_eos:
+            for name, path in folders.items():
+                configs = (self.model.generation_config, generation_config(path))
+                self.stop |= set(stop_ids(self.tokenizers[name], *configs))
         self.counts = Counts()
         if config.sampling.max_new_tokens >= self.decoder.context:
             raise ConfigError(
@@ -64,15 +73,17 @@ class Generator:
                 f"context of {self.decoder.context} tokens; use fewer."
             )
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a prompt; an empty one starts where a document starts.
+    def encode(self, text: str, adapter: str | None = None) -> list[int]:
+        """Ids of a prompt, as finetuning and evaluation read it; an empty one starts where a document starts.
 
         A prompt that does not fit the context beside max_new_tokens loses its beginning; that is counted and said.
         """
-        ids: list[int] = self.tokenizer(text).input_ids or [self.tokenizer.eos_token_id]
-        return self.fit(ids)
+        return self.fit(prompt_ids(self.tokenizers[adapter], text))
 
     def fit(self, ids: list[int]) -> list[int]:
+        rows = self.model.config.vocab_size
+        if (largest := max(ids)) >= rows:  # the padding token, written out
+            raise ConfigError(f"a prompt holds the id {largest:,}, but the model has rows for {rows:,}; correct it.")
         room = self.decoder.context - self.config.sampling.max_new_tokens
         if (over := len(ids) - room) > 0:
             self.counts.prompts_cut += 1
@@ -98,16 +109,19 @@ class Generator:
         """Each prompt with its new ids and text, in order, `config.batch` computed at once."""
         for begin in range(0, len(prompts), self.config.batch):
             batch = prompts[begin : begin + self.config.batch]
+            encoded = [self.encode(prompt.text, prompt.adapter) for prompt in batch]
             made: list[list[int]] = [[] for _ in batch]
-            for ids in self.stream([self.encode(p.text) for p in batch], [p.adapter for p in batch]):
+            for ids in self.stream(encoded, [prompt.adapter for prompt in batch]):
                 for row, token in zip(made, ids, strict=True):
                     if token is not None:
                         row.append(token)
-            for prompt, row in zip(batch, made, strict=True):
-                yield prompt, row, self.text(row)
+            for prompt, before, row in zip(batch, encoded, made, strict=True):
+                yield prompt, row, self.text(before, row, prompt.adapter)
 
-    def text(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+    def text(self, before: list[int], ids: list[int], adapter: str | None) -> str:
+        """What `ids` say after the prompt `before`, so that prompt and text join; without the token that ended them."""
+        ended = bool(ids) and ids[-1] in self.stop
+        return decoded(self.tokenizers[adapter], before, ids[:-1] if ended else ids)
 
     def spoken(self, ids: list[int], adapter: str | None, write: Callable[[str], object]) -> str:
         """Generate after `ids` and write each piece of text when it is whole; returns all of it."""
@@ -115,13 +129,30 @@ class Generator:
         told = ""
         for row in self.stream([ids], [adapter]):
             made += [token for token in row if token is not None]
-            text = self.text(made)
+            text = self.text(ids, made, adapter)
             if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half of a character
                 write(text[len(told) :])
                 told = text
-        text = self.text(made)
+        text = self.text(ids, made, adapter)
         write(text[len(told) :])
         return text
+
+
+def _tokenizers(folders: dict[str | None, Path], rows: int) -> dict[str | None, Any]:
+    """The tokenizer of the model (None) and of each adapter: that of its folder if it has one, else the model's."""
+    found: dict[str | None, Any] = {}
+    problems: list[str] = []
+    for name, folder in folders.items():
+        try:
+            tokenizer = open_tokenizer(folder) if name is None else find_tokenizer(folder)
+            if tokenizer is not None:
+                check_rows(tokenizer, rows, f"model={folder}" if name is None else f"the base of adapter={folder}")
+            found[name] = tokenizer or found.get(None)
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return found
 
 
 def tensor_bytes(model: torch.nn.Module) -> int:
@@ -171,9 +202,3 @@ def _device(resources: Resources) -> torch.device:
         raise ConfigError("resources.device=cuda, but torch sees no GPU; use resources.device=cpu.")
     torch.set_num_threads(resources.threads)
     return torch.device("cuda" if cuda and resources.device != "cpu" else "cpu")
-
-
-def _stop_ids(model: Any, tokenizer: Any) -> set[int]:
-    own = model.generation_config.eos_token_id
-    ids = own if isinstance(own, list) else [own]
-    return {int(token) for token in [*ids, tokenizer.eos_token_id] if token is not None}

@@ -61,13 +61,20 @@ def _scored(pairs: list[tuple[int, int]]) -> dict[str, Any]:
 def _answers(examples: Examples) -> dict[int, list[Answer]]:
     """Source -> its different answers, where those are labels."""
     found: dict[int, set[Answer]] = {}
+    several: set[int] = set()  # sources with conversations of more than one answer
     for arrays in (examples.train, examples.held_out):
         for i in range(len(arrays)):
             tokens, answer = arrays.example(i)
+            if np.count_nonzero(np.diff(answer.astype(np.int8)) == 1) + int(answer[0]) > 1:
+                several.add(int(arrays.source[i]))
             of_source = found.setdefault(int(arrays.source[i]), set())
             if len(of_source) <= MOST_LABELS:
                 of_source.add(tuple(tokens[answer].tolist()))
-    return {source: sorted(labels) for source, labels in found.items() if len(labels) <= MOST_LABELS}
+    return {
+        source: sorted(labels)
+        for source, labels in found.items()
+        if len(labels) <= MOST_LABELS and source not in several
+    }
 
 
 def _number(arrays: Arrays, limit: int | None) -> int:

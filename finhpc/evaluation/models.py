@@ -18,7 +18,9 @@ from finhpc.models.config_file import is_adapter
 from finhpc.models.families import whole_layers
 from finhpc.models.folder import has_tokenizer
 from finhpc.models.loading import load_model
-from finhpc.models.weights import config_of, locate, open_tokenizer
+from finhpc.models.tokenizer_file import find_tokenizer, open_tokenizer
+from finhpc.models.tokens import check_rows
+from finhpc.models.weights import config_of, locate
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,25 @@ def subjects(models: list[str], adapters: list[str]) -> list[Subject]:
             problems += str(error).splitlines()
     twice = sorted({pair for pair in found if found.count(pair) > 1}, key=str)
     problems += [f"model={model} with adapter={adapter} is given twice; once is enough." for model, adapter in twice]
+    for model, adapter in dict.fromkeys(found):
+        try:
+            _check_ids(model, adapter)
+        except ConfigError as error:
+            problems += error.problems
     if problems:
         raise ConfigError(problems)
     names = [_name(adapter or model) for model, adapter in found]
     unique = [name if names.count(name) == 1 else f"{name}-{names[:i].count(name) + 1}" for i, name in enumerate(names)]
     return [Subject(name, model, adapter) for name, (model, adapter) in zip(unique, found, strict=True)]
+
+
+def _check_ids(model: str, adapter: str | None) -> None:
+    """Raise `ConfigError` if the tokenizer of a folder, or of its adapter, has ids that the model does not."""
+    for folder in (adapter, model):
+        tokenizer = find_tokenizer(Path(folder)) if folder else None
+        if tokenizer is not None:
+            check_rows(tokenizer, config_of(Path(model), any_family=True).vocab_size, f"model={model}")
+            return
 
 
 def _name(path: str) -> str:
@@ -118,9 +134,10 @@ def load_for_evaluation(
     `CheckpointError` for damaged weights.
     """
     base = Path(path)
-    of_config = config_of(base, any_family=True).dtype
-    kind = (of_config or torch.float32) if dtype == "auto" else getattr(torch, dtype)
+    config = config_of(base, any_family=True)
+    kind = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
     tokenizer = open_tokenizer(Path(adapter) if adapter and has_tokenizer(Path(adapter)) else base)
+    check_rows(tokenizer, config.vocab_size, f"model={path}")
     model = load_model(base, kind, device)
     if adapter:
         name = Path(adapter).name

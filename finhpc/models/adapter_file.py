@@ -27,7 +27,8 @@ from finhpc.models.config_file import quantizer_of, read_config
 from finhpc.models.folder import has_tokenizer
 from finhpc.models.lora_start import linear_shape
 from finhpc.models.manifest import weights_fingerprint
-from finhpc.models.weights import locate, open_tokenizer
+from finhpc.models.tokenizer_file import open_tokenizer
+from finhpc.models.weights import locate
 
 MERGE = "merge it into its base with peft (merge_and_unload, save_pretrained) and give the merged model"
 # Settings of peft's LoraConfig that `load_adapter` applies, ...

@@ -33,7 +33,9 @@ from finhpc.models.config_file import is_adapter
 from finhpc.models.families import as_dense, family_of, is_low_rank, model_sizes, skeleton
 from finhpc.models.folder import GENERATION, TOKENIZER_FILES, FolderWriter, copy_tokenizer, has_tokenizer
 from finhpc.models.pipeline import is_tied
-from finhpc.models.weights import Weights, locate, open_weights, save_tokenizer
+from finhpc.models.tokenizer_file import find_tokenizer, save_tokenizer
+from finhpc.models.tokens import check_rows, stop_ids, write_stops
+from finhpc.models.weights import Weights, locate, open_weights
 from finhpc.quantization.fake import TRAINED, trained_bits
 from finhpc.quantization.per_vector import rounded
 from finhpc.quantization.schemes import SCHEMES
@@ -56,6 +58,11 @@ def export(config: ExportConfig, dry_run: bool = False) -> dict[str, Any]:
     if adapter:
         check_base(adapter, base)
     conversion = Conversion(config, open_weights(base, low_rank=True, floats=True), adapter)
+    tokenizer = find_tokenizer(adapter) if adapter else None
+    if tokenizer is None:
+        tokenizer = find_tokenizer(base)
+    if tokenizer is not None:
+        check_rows(tokenizer, conversion.source_config.vocab_size, f"model={source}")
     result = _counted(config, conversion) | {"model": str(source), "out": str(out)}
     if dry_run:
         _summary(result | {"status": "dry_run"})
@@ -67,6 +74,8 @@ def export(config: ExportConfig, dry_run: bool = False) -> dict[str, Any]:
         save_tokenizer(base, writer.partial)
         if adapter:
             _replace_tokenizer(adapter, writer.partial)
+        if tokenizer is not None:
+            write_stops(writer.partial, stop_ids(tokenizer), conversion.source_config)
         result |= {"status": "finished", "size_bytes": size, "wall_s": time.monotonic() - begin}
         result["size_ratio"] = 2 * result["params_dense"] / size
         (writer.partial / "result.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -64,7 +64,9 @@ class GgufFile:
             raise ConfigError(f"model_type={kind} of {path} is not supported; supported: {', '.join(FAMILIES)}.")
         values = {name: field.contents() for name, field in reader.fields.items() if name not in LONG}
         parsed |= _settings(path, values)
-        self.has_tokenizer = "tokenizer.ggml.tokens" in reader.fields
+        self.tokens = (
+            len(reader.fields["tokenizer.ggml.tokens"].data) if "tokenizer.ggml.tokens" in reader.fields else 0
+        )
         self.config: Any = FAMILIES[kind].dense_class.config_class.from_dict(parsed | {"dtype": "float32"})
         self._processor = TENSOR_PROCESSORS.get(kind, TensorProcessor)(config=parsed)
         names = get_gguf_hf_weights_map(skeleton(self.config), self._processor)

@@ -25,7 +25,8 @@ from finhpc.models.folder import GENERATION, SafetensorsFolder
 from finhpc.models.initialize import initialize
 from finhpc.models.manifest import check_manifest
 from finhpc.models.pipeline import parts_of
-from finhpc.models.weights import Weights, config_of, locate, open_weights, save_tokenizer
+from finhpc.models.tokenizer_file import save_tokenizer
+from finhpc.models.weights import Weights, config_of, locate, open_weights
 from finhpc.quantization.fake import TRAINED, round_weights, trained_bits
 
 

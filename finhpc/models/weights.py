@@ -6,7 +6,6 @@ From a Hugging Face folder (safetensors, one file or an index of several), a hub
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,16 +14,16 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
 from finhpc.errors import CheckpointError, ConfigError
 from finhpc.lowrank.replace import dense_shape, layer_kind
 from finhpc.models.config_file import quantizer_of, read_config
 from finhpc.models.families import family_of, is_low_rank, skeleton
-from finhpc.models.folder import GENERATION, SafetensorsFolder, copy_tokenizer
+from finhpc.models.folder import SafetensorsFolder
 from finhpc.models.gguf import GgufFile
 from finhpc.models.pipeline import is_tied
+from finhpc.models.tokenizer_file import save_tokenizer
 from finhpc.quantization.fake import TRAINED, is_turned, trained_bits
 from finhpc.quantization.per_vector import rounded
 
@@ -164,34 +163,6 @@ class Weights:
                 f"{self.path} holds {self._stored[head]}, which differs from its embedding, but its config has "
                 "tie_word_embeddings=true; set it to false, or remove that weight."
             )
-
-
-def save_tokenizer(path: Path, out: Path) -> bool:
-    """Write the tokenizer and generation config of a model folder or GGUF file; False if it has no tokenizer."""
-    if path.is_dir():
-        if (path / GENERATION).is_file():
-            shutil.copy2(path / GENERATION, out / GENERATION)
-        return copy_tokenizer(path, out)
-    if not path.is_file():
-        return False
-    gguf = GgufFile(path)
-    GenerationConfig.from_model_config(gguf.config).save_pretrained(out)
-    if gguf.has_tokenizer:
-        open_tokenizer(path).save_pretrained(out)
-    return gguf.has_tokenizer
-
-
-def open_tokenizer(path: Path) -> Any:
-    """The tokenizer of a model folder, adapter's folder or GGUF file; raises `ConfigError` if none opens."""
-    try:
-        if path.is_file():
-            return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise ConfigError(
-            f"model={path} comes without a tokenizer that opens ({reason}); add the one it was trained with."
-        ) from None
 
 
 def config_of(path: Path, any_family: bool = False) -> Any:

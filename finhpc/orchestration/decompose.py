@@ -31,6 +31,8 @@ from finhpc.errors import CheckpointError, ConfigError, DataError, RunBusyError
 from finhpc.models.families import as_low_rank, context_name, context_of, model_sizes, parameter_count, skeleton
 from finhpc.models.manifest import check_manifest, write_manifest
 from finhpc.models.merge import header_of, merge_model, save_atomic
+from finhpc.models.tokenizer_file import find_tokenizer
+from finhpc.models.tokens import check_rows
 from finhpc.models.weights import Weights, locate, open_weights
 from finhpc.orchestration.cluster import cluster_resources, ray_cluster
 from finhpc.orchestration.groups import (
@@ -70,6 +72,8 @@ def decompose(config: DecomposeConfig, dry_run: bool = False) -> dict[str, Any]:
         return done
     check_manifest(source)
     weights = open_weights(source)
+    if (tokenizer := find_tokenizer(source)) is not None:
+        check_rows(tokenizer, weights.config.vocab_size, f"model={source}")
     targets = targets_of(weights, config)
     if dry_run:
         return _dry(config, weights, targets)

@@ -78,15 +78,26 @@ class Finetune(Job):
 
     def save_model(self, folder: Path, saved: Saved) -> None:
         from finhpc.models.adapter import save_adapter
+        from finhpc.models.tokens import write_stops
 
         trained = {name: tensor for file in saved.stage_files() for name, tensor in read_stage(file, "param").items()}
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         made, config = self.made, self.config
         save_adapter(partial, config.lora, trained, made.weights, config.quantization, made.base_fingerprint)
-        self.made.weights.save_tokenizer(partial)
+        made.weights.save_tokenizer(partial)
+        write_stops(partial, self._ends(), made.weights.config)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
+
+    def _ends(self) -> list[int]:
+        """Ids that end the answers it learned: generation stops at them, here and elsewhere."""
+        from finhpc.models.tokens import end_of_turn
+
+        tokenizer = tokenizer_of(self.made.weights)
+        chats = any(source["format"] == "chat" for source in self.made.examples.counts["by_source"])
+        ends = [tokenizer.eos_token_id, end_of_turn(tokenizer) if chats else None]
+        return [token for token in ends if token is not None]
 
     def finish(self, result: dict[str, Any], folder: Path, say: Say) -> None:
         """Score the labels of held-out examples, on this process alone."""
@@ -184,9 +195,10 @@ def _make(config: FinetuneConfig) -> Made:
     """Check everything together; raises one `ConfigError` with every problem."""
     from finhpc.data.examples import make_examples
     from finhpc.models.adapted import Adaptation
+    from finhpc.models.tokens import check_rows
 
     problems: list[str] = []
-    weights = adaptation = examples = None
+    weights = adaptation = examples = tokenizer = None
     with collect(problems):
         check_parallel(config)
     with collect(problems):
@@ -198,7 +210,12 @@ def _make(config: FinetuneConfig) -> Made:
         with collect(problems):
             adaptation = Adaptation.of(config, weights)
         with collect(problems):
-            examples = make_examples(config.data, tokenizer_of(weights), config.train.seed)
+            tokenizer = tokenizer_of(weights)
+            check_rows(tokenizer, weights.config.vocab_size, f"model.path={weights.path}")
+    if weights is not None and tokenizer is not None:
+        with collect(problems):
+            before = Path(config.run.storage) / config.run.name / EXAMPLES
+            examples = make_examples(config.data, tokenizer, config.train.seed, before)
     if examples is not None:
         with collect(problems):
             _set_steps(config, len(examples.train))
@@ -244,7 +261,7 @@ def _set_steps(config: FinetuneConfig, examples: int) -> None:
 
 def tokenizer_of(weights: Weights) -> Any:
     """The base's tokeniser; raises `ConfigError` where the model comes without."""
-    from finhpc.models.weights import open_tokenizer
+    from finhpc.models.tokenizer_file import open_tokenizer
 
     return open_tokenizer(weights.path)
 

@@ -143,15 +143,16 @@ def sample_text(config: PretrainConfig, model_folder: Path, say: Callable[[str],
     if not config.train.sample_tokens:
         return None
     import torch
-    from transformers import AutoTokenizer
 
     from finhpc.models.loading import load_model
+    from finhpc.models.tokenizer_file import open_tokenizer
+    from finhpc.models.tokens import prompt_ids
 
     say("sampling text from the model")
     model: Any = load_model(model_folder)
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    tokenizer = open_tokenizer(model_folder)
     prompt = config.train.sample_prompt or tokenizer.eos_token
-    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    ids = torch.tensor([prompt_ids(tokenizer, prompt)])
     room = model.config.max_position_embeddings - ids.shape[1]
     torch.manual_seed(config.train.seed)
     out = model.generate(

@@ -184,10 +184,9 @@ def _check_ids(config: PretrainConfig, folder: Path, vocab_size: int, shards: Sh
             f"model.path={folder} holds no tokenizer.json, so nothing says that its ids are those of "
             f"data.shards={config.data.shards}; add the tokeniser that it was trained with."
         )
-    if vocab_size < shards.manifest.vocab_size:
+    if vocab_size < shards.manifest.vocab_size and vocab_size < (ids := shards.ids_of_text()):
         raise ConfigError(
-            f"model.path={folder} knows {vocab_size} ids, data.shards={config.data.shards} has "
-            f"{shards.manifest.vocab_size}; {again}."
+            f"model.path={folder} knows {vocab_size} ids, data.shards={config.data.shards} has {ids}; {again}."
         )
 
     def same(file: Path) -> str:

@@ -106,7 +106,7 @@ def test_a_conversation_carries_loss_on_the_assistants_turns_alone(tmp_path):
     turns = [("user", "a b"), ("assistant", "c"), ("user", "d"), ("assistant", "e f")]
     source = jsonl(tmp_path / "c.jsonl", [{"messages": [{"role": r, "content": c} for r, c in turns]}])
     text, loss = said(make(source).train)
-    assert text == TOK.apply_chat_template([{"role": r, "content": c} for r, c in turns], tokenize=False).rstrip()
+    assert text == TOK.apply_chat_template([{"role": r, "content": c} for r, c in turns], tokenize=False)
     assert loss == "c<|im_end|>e f<|im_end|>"
 
 

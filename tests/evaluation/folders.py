@@ -44,8 +44,8 @@ def keep(model: Any) -> set[str]:
     return {name for name, _ in skeleton(model.config).named_parameters()}
 
 
-def tiny_adapter(folder: Path, model: Any, names: list[str], rank: int, seed: int) -> Path:
-    """A LoRA adapter in peft's own format, of weights large enough to change what is generated."""
+def tiny_adapter(folder: Path, model: Any, names: list[str], rank: int, seed: int, base: Path | None = None) -> Path:
+    """A LoRA adapter in peft's own format, of weights large enough to change what is generated; it names `base`."""
     from peft import LoraConfig
 
     from finhpc.models.lora_start import linear_shape
@@ -59,5 +59,7 @@ def tiny_adapter(folder: Path, model: Any, names: list[str], rank: int, seed: in
         tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(shape[0], rank, generator=draw) * 0.3
     folder.mkdir(parents=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    LoraConfig(r=rank, lora_alpha=rank, target_modules=names, task_type="CAUSAL_LM").save_pretrained(str(folder))
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=names, task_type="CAUSAL_LM")
+    config.base_model_name_or_path = None if base is None else str(base)
+    config.save_pretrained(str(folder))
     return folder

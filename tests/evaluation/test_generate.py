@@ -91,6 +91,18 @@ def test_quantised_low_rank_models_generate_and_take_adapters(bits: int, scheme:
     assert results[True, None]["model_bytes"] <= 1.05 * exported["size_bytes"], "what is packed stays packed"
 
 
+def test_the_folder_of_an_adapter_generates_over_its_base(llama: Path, tmp_path: Path) -> None:
+    adapter = tiny_adapter(tmp_path / "run=1" / "model", tiny_model("llama"), LLAMA, 4, seed=0, base=llama)
+    given = generate(settings(llama, adapters=[f"a={adapter}"], adapter="a", prompt=TEXTS[1]))
+    rows: list[dict[str, Any]] = [{"prompt": TEXTS[1]}, {"prompt": TEXTS[1], "adapter": None}]
+    found = generate(settings(adapter, prompts=write(tmp_path / "prompts.jsonl", rows)))
+    own, base = found["answers"]
+    assert own["text"] == given["answers"][0]["text"]
+    assert base["text"] == generate(settings(llama, prompt=TEXTS[1]))["answers"][0]["text"] != own["text"]
+    assert found["model"] == str(adapter)
+    assert generate(settings(adapter, prompt=TEXTS[1]))["answers"][0]["text"] == own["text"]
+
+
 def test_prompts_beyond_the_context_lose_their_beginning(llama: Path, tmp_path: Path) -> None:
     long = " ".join(TEXTS * 40)
     file = write(tmp_path / "p.jsonl", [{"prompt": long}, {"prompt": TEXTS[0]}])

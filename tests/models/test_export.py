@@ -27,7 +27,7 @@ from finhpc.models.loading import initial_model, save_model
 from finhpc.models.presets import resolve_shape
 from finhpc.quantization.fake import TRAINED, round_weights
 from finhpc.quantization.layers import PackedMatrix
-from tests.tiny import tiny_shards
+from tests.tiny import word_tokenizer
 
 VOCAB = 101
 MODELS: dict[str, tuple[str, dict[str, Any], int]] = {  # shape, method, width
@@ -51,7 +51,7 @@ Make = Callable[..., Path]
 @pytest.fixture(scope="session")
 def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
     """A model folder as training writes it, with a tokeniser; weights as large as trained ones are."""
-    tokenizer = tiny_shards(tmp_path_factory.mktemp("data") / "shards", blocks=8) / "tokenizer"
+    tokenizer = word_tokenizer(tmp_path_factory.mktemp("data") / "tokenizer", VOCAB)
     made: dict[str, Path] = {}
 
     def folder(name: str, bits: int = 16) -> Path:

@@ -20,7 +20,8 @@ from finhpc.models.adapter_file import base_of
 from finhpc.models.export import export
 from finhpc.models.lora_start import target_names
 from finhpc.models.manifest import weights_fingerprint
-from finhpc.models.weights import open_tokenizer, open_weights
+from finhpc.models.tokenizer_file import open_tokenizer
+from finhpc.models.weights import open_weights
 from tests.models.dense import tiny_llama
 from tests.models.folders import (
     adapter_ways,
