@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
 from finhpc.config import ExportConfig, GenerateConfig, MeasureConfig, Sampling
 from finhpc.config.folders import ExportQuantization
@@ -19,6 +18,7 @@ from finhpc.evaluation.generation import Generator
 from finhpc.models.adapter import CONFIG as ADAPTER
 from finhpc.models.adapter import QUANTIZED
 from finhpc.models.export import export
+from finhpc.models.weights import config_of
 from finhpc.quantization.fake import trained_bits
 
 WARM_UP = 2  # tokens
@@ -44,7 +44,7 @@ def own_bits(model: str) -> int:
     if (folder / ADAPTER).is_file():
         kept = folder / QUANTIZED
         return int(json.loads(kept.read_text(encoding="utf-8"))["bits"]) if kept.is_file() else 16
-    return trained_bits(AutoConfig.from_pretrained(folder, local_files_only=True))
+    return trained_bits(config_of(folder))
 
 
 def measure_widths(config: MeasureConfig, scratch: Path, device: str) -> dict[str, dict[int, dict[str, float]]]:

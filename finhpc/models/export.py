@@ -57,7 +57,7 @@ def export(config: ExportConfig, dry_run: bool = False) -> dict[str, Any]:
     base = base_of(source) if adapter else source
     if adapter:
         check_base(adapter, base)
-    conversion = Conversion(config, open_weights(base, low_rank=True), adapter)
+    conversion = Conversion(config, open_weights(base, low_rank=True, floats=True), adapter)
     tokenizer = find_tokenizer(adapter) if adapter else None
     if tokenizer is None:
         tokenizer = find_tokenizer(base)

@@ -26,14 +26,14 @@ from finhpc.models.initialize import initialize
 from finhpc.models.manifest import check_manifest
 from finhpc.models.pipeline import parts_of
 from finhpc.models.tokenizer_file import save_tokenizer
-from finhpc.models.weights import Weights, config_of, open_weights
+from finhpc.models.weights import Weights, config_of, locate, open_weights
 from finhpc.quantization.fake import TRAINED, round_weights, trained_bits
 
 
 def load_model(
     path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> PreTrainedModel:
-    """Open a model folder that finhpc or transformers wrote, or a .gguf file, in eval mode, on `device`.
+    """Open a model folder that finhpc or transformers wrote, a hub id or a .gguf file, in eval mode, on `device`.
 
     The folder of an adapter opens as its base with the adapter, which is added to the weights of a dense base in
     floats and stays on its own beside those of a low-rank or quantized one. A model that was trained with quantized
@@ -41,7 +41,7 @@ def load_model(
     Raises `CheckpointError` when the folder is not a model, or its weights are not as its manifest and config say,
     `ConfigError` for a model or an adapter that asks for what is not computed.
     """
-    path = Path(path)
+    path = locate(str(path))
     if is_adapter(path):
         return _with_adapter(path, dtype, device)
     if path.is_dir():
@@ -51,7 +51,7 @@ def load_model(
     if quantizer_of(config) or not is_known(config):
         model = _by_transformers(path, config, dtype, device)
     else:
-        model = _in_floats(open_weights(path, low_rank=True), dtype)
+        model = _in_floats(open_weights(path, low_rank=True, floats=True), dtype)
     if (bits := trained_bits(model.config)) < 16:
         round_weights(model, bits)
         delattr(model.config, TRAINED)

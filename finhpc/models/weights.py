@@ -24,6 +24,8 @@ from finhpc.models.folder import SafetensorsFolder
 from finhpc.models.gguf import GgufFile
 from finhpc.models.pipeline import is_tied
 from finhpc.models.tokenizer_file import save_tokenizer
+from finhpc.quantization.fake import TRAINED, is_turned, trained_bits
+from finhpc.quantization.per_vector import rounded
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 FETCHED = ("*.json", "*.safetensors", "merges.txt", "tokenizer.model", "chat_template.jinja")
@@ -59,14 +61,19 @@ class Linear:
 class Weights:
     """A model of a supported family, dense or low-rank, its weights on disk.
 
-    `path`: the folder or file. `config`: transformers' config. `tied`: one matrix is embedding and head.
+    `path`: the folder or file. `config`: transformers' config. `tied`: one matrix is embedding and head. A model that
+    was trained with rounded weights is read with these, and its config no longer says so, unless `floats` asks for
+    the weights that were rounded.
     """
 
-    def __init__(self, path: Path, store: Store) -> None:
+    def __init__(self, path: Path, store: Store, floats: bool = False) -> None:
         self.path, self.config, self._store = path, store.config, store
         if quantizer_of(self.config):
             raise ConfigError(f"model={path} is quantized already; give the model it was made from.")
         family_of(self.config)
+        self._bits = 16 if floats else trained_bits(self.config)
+        if self._bits < 16:
+            delattr(self.config, TRAINED)
         self.tied = is_tied(self.config)
         self.skeleton = skeleton(self.config)
         self._stored = self._match()
@@ -81,6 +88,9 @@ class Weights:
         tensor = self.raw(name).clone().float()
         if not _finite(tensor):
             raise CheckpointError(f"{self.path}: {name} holds NaN or infinity; mend the model.")
+        if self._bits < 16 and tensor.dim() == 2:
+            turned = is_turned(self.skeleton.get_submodule(name.rpartition(".")[0]))
+            return rounded(tensor.T, self._bits).T if turned else rounded(tensor, self._bits)
         return tensor
 
     def matrix(self, layer: Linear) -> Tensor:
@@ -103,7 +113,7 @@ class Weights:
         return save_tokenizer(self.path, folder)
 
     def raw(self, name: str) -> Tensor:
-        """The tensor of that Hugging Face name in the type that it is stored in, unchecked."""
+        """The tensor of that Hugging Face name as it is stored, unchecked."""
         return self._store.read(self._stored[name])
 
     def _match(self) -> dict[str, str]:
@@ -184,8 +194,8 @@ def locate(model: str, revision: str | None = None) -> Path:
         ) from None
 
 
-def open_weights(path: Path, low_rank: bool = False) -> Weights:
-    """Open a located model, dense or, where that is wanted, `low_rank`.
+def open_weights(path: Path, low_rank: bool = False, floats: bool = False) -> Weights:
+    """Open a located model, dense or, where that is wanted, `low_rank`; `floats`: see `Weights`.
 
     Raises `ConfigError` or `CheckpointError` where it cannot be used.
     """
@@ -193,7 +203,7 @@ def open_weights(path: Path, low_rank: bool = False) -> Weights:
         store = SafetensorsFolder(path, read_config(path))
         if is_low_rank(store.config) and not low_rank:
             raise ConfigError(f"model={path} is low-rank already; give a dense model.")
-        return Weights(path, store)
+        return Weights(path, store, floats)
     return Weights(path, GgufFile(path))
 
 

@@ -56,7 +56,7 @@ def open_start(config: PretrainConfig, shards: Shards) -> Start | None:
         return None
     folder = Path(config.model.path)
     model_config(config)  # refuses what does not go together before anything large is read
-    weights = open_weights(folder, low_rank=True)
+    weights = open_weights(folder, low_rank=True, floats=True)
     _check_ids(config, folder, weights.config.vocab_size, shards)
     return Start(folder, weights.config, weights_fingerprint(folder))
 
@@ -122,8 +122,8 @@ def fill_of(config: PretrainConfig, hf_config: Any, run: Path) -> Fill:
     if config.model.path is None:
         return drawn(hf_config, config.train.seed, config.method.init)
     folder = run / DECOMPOSED if needs_decomposing(config) else Path(config.model.path)
-    dense = open_weights(Path(config.model.path)) if config.method.kind == BLEND else None
-    return stored(open_weights(folder, low_rank=True), dense)
+    dense = open_weights(Path(config.model.path), floats=True) if config.method.kind == BLEND else None
+    return stored(open_weights(folder, low_rank=True, floats=True), dense)
 
 
 def _read(path: str) -> Any:

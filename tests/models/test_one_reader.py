@@ -174,3 +174,25 @@ def test_settings_that_transformers_computes_are_computed_by_all(
     with_setting(folder, **settings)
     wanted = logits(AutoModelForCausalLM.from_pretrained(folder).eval())
     assert_all_give(model_ways(folder, tmp_path / "out"), wanted)
+
+
+@pytest.mark.parametrize("family", MAKES)
+def test_a_base_that_was_trained_with_rounded_weights(family: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    """Finetuning reads what every other command computes with, and a decomposition is not rounded a second time."""
+    from finhpc.models.families import as_low_rank
+    from finhpc.models.loading import load_model
+    from finhpc.models.weights import open_weights
+    from finhpc.quantization.fake import TRAINED
+
+    folder = Path(shutil.copytree(folders[family], tmp_path / "model"))
+    with_setting(folder, **{TRAINED: {"bits": 4, "scheme": "minmax"}})
+    weights, model = open_weights(folder), load_model(folder)
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(weights.read(name), tensor, rtol=0, atol=0)
+    assert not torch.allclose(logits(model), logits(MAKES[family]()), atol=0.1)
+    ways = model_ways(folder, tmp_path / "out")
+    assert_all_give(ways, logits(model))
+    assert not hasattr(as_low_rank(weights.config, {"mlp": 4}), TRAINED)
+    kept = open_weights(folder, floats=True)
+    name = next(name for name in model.state_dict() if "mlp" in name and name.endswith("weight"))
+    torch.testing.assert_close(kept.read(name), MAKES[family]().state_dict()[name], rtol=0, atol=0)

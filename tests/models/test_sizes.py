@@ -58,7 +58,8 @@ def test_export_and_finetune_report_it(tmp_path: Path) -> None:
     counts = Finetune(build(FinetuneConfig, tree)).counts()
     assert counts["params_dense"] == by_hand(dense)
     assert counts["params_total"] == by_hand(model) + counts["params_trainable"]
-    planned = estimate_finetune(build(FinetuneEstimateConfig, {"model": {"path": str(folder)}, "lora": {"rank": 2}}))
+    tree = {"model": {"path": str(folder)}, "lora": {"rank": 2}, "estimate": {"tokens": 128, "shared": 0}}
+    planned = estimate_finetune(build(FinetuneEstimateConfig, tree))
     assert {key: planned[key] for key in ("params_dense", "params_total")} == {
         key: counts[key] for key in ("params_dense", "params_total")
     }
