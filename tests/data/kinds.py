@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -105,9 +106,15 @@ KINDS: dict[str, Callable[[], Tokenizer]] = {
 }
 
 
+@cache
+def _made(kind: str) -> str:
+    """Some trainers make another tokenizer each time."""
+    return str(KINDS[kind]().to_str())
+
+
 def tokenizer(kind: str, template: str | None = None, begin: bool = False, end: bool = False) -> Any:
     """A tokenizer of `kind`; `begin`, `end`: it puts <s> before and </s> after every text."""
-    made = KINDS[kind]()
+    made = Tokenizer.from_str(_made(kind))
     if begin or end:
         single = f"{'<s> ' if begin else ''}$A{' </s>' if end else ''}"
         ids = [(token, made.token_to_id(token)) for token in ("<s>", "</s>")]
