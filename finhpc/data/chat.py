@@ -61,15 +61,22 @@ def check_template(tokenizer: Any) -> None:
         )
 
 
-def rendered(messages: list[Message], tools: Any, where: str, tokenizer: Any) -> list[Conversation]:
+def control_tokens(tokenizer: Any) -> list[str]:
+    """Tokens that a template writes and a message must not hold."""
+    found = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return sorted(found | {token for token in tokenizer.all_special_tokens if token})
+
+
+def rendered(messages: list[Message], tools: Any, where: str, tokenizer: Any, control: list[str]) -> list[Conversation]:
     """The conversation as the template writes it, `answers` from the end of their prompts to the end of their turns.
 
     A prompt is what the template gives with `add_generation_prompt`, so that inference reads the same. A template
     that rewrites earlier turns (Qwen3 drops their reasoning) gives one conversation for each answer, as inference
-    reads it when that answer is due. Raises `ConfigError` for special tokens in a message, a conversation that the
-    template refuses, and a template whose prompt for an answer does not begin the answer's turn.
+    reads it when that answer is due. `control`: of `control_tokens`. Raises `ConfigError` for special tokens in a
+    message, a conversation that the template refuses, and a template whose prompt for an answer does not begin the
+    answer's turn.
     """
-    _check_special(messages, where, tokenizer)
+    _check_control(messages, where, control)
     places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     whole = _render(tokenizer, messages, tools, where)
     _check_tools(messages, tools, whole, where, tokenizer)
@@ -149,11 +156,9 @@ def _marked(messages: list[Message], tools: Any, where: str, tokenizer: Any) -> 
     return Conversation(text, answers, marked=True)
 
 
-def _check_special(messages: list[Message], where: str, tokenizer: Any) -> None:
-    special = {token for token in tokenizer.all_special_tokens if token}
-    special |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+def _check_control(messages: list[Message], where: str, control: list[str]) -> None:
     for number, message in enumerate(messages, 1):
-        if token := next((token for token in sorted(special) if token in (message.get("content") or "")), None):
+        if token := next((token for token in control if token in (message.get("content") or "")), None):
             raise ConfigError(f"{where}: message {number} holds the special token {token}; remove it from the text.")
 
 

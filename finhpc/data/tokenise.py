@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from finhpc.data.chat import Conversation, check_template, prompt_ids, rendered
+from finhpc.data.chat import Conversation, check_template, control_tokens, prompt_ids, rendered
 from finhpc.data.instructions import SHOWN, Example
 from finhpc.errors import ConfigError
 from finhpc.models.tokens import begin_ids, continuation_ids, encode
@@ -89,6 +89,7 @@ def _rendered(examples: list[Example], tokenizer: Any) -> tuple[list[Example], l
     found: list[Example] = []
     chats: list[Conversation | None] = []
     problems: list[str] = []
+    control = control_tokens(tokenizer)
     split = 0
     for example in examples:
         if example.messages is None:
@@ -96,7 +97,7 @@ def _rendered(examples: list[Example], tokenizer: Any) -> tuple[list[Example], l
             chats.append(None)
             continue
         try:
-            several = rendered(example.messages, example.tools, example.where, tokenizer)
+            several = rendered(example.messages, example.tools, example.where, tokenizer, control)
         except ConfigError as error:
             problems += error.problems
             continue
@@ -126,9 +127,10 @@ def _rows(examples: list[Example], chats: list[Conversation | None], tokenizer: 
             found[i] = Row(prompt + answer, [False] * len(prompt) + [True] * len(answer))
     talks = {i: chat for i, chat in enumerate(chats) if chat is not None}
     if talks:
+        added = frozenset(tokenizer.added_tokens_decoder)
         encoded = _with_offsets([chat.text for chat in talks.values()], tokenizer)
         for (i, chat), ids, offsets in zip(talks.items(), encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            found[i] = _talk(chat, ids, offsets, tokenizer)
+            found[i] = _talk(chat, ids, offsets, tokenizer, added)
     return [found[i] for i in range(len(examples))]
 
 
@@ -138,10 +140,13 @@ def _with_offsets(texts: list[str], tokenizer: Any, plain: bool = False) -> Any:
     )
 
 
-def _talk(chat: Conversation, ids: list[int], offsets: list[tuple[int, int]], tokenizer: Any) -> Row:
+def _talk(
+    chat: Conversation, ids: list[int], offsets: list[tuple[int, int]], tokenizer: Any, added: frozenset[int]
+) -> Row:
     """A conversation's row. An end token follows the last answer if the template does not end it with one."""
     answer = _inside(chat.answers, offsets)
-    if _ends(chat, ids, answer, tokenizer):
+    # A template's own marks are taken at their word.
+    if chat.marked or ids[_last(answer)] in added:
         return Row(list(ids), answer)
     if tokenizer.eos_token_id is None:
         raise ConfigError(NO_END)
@@ -161,9 +166,9 @@ def _inside(spans: tuple[tuple[int, int], ...], offsets: list[tuple[int, int]]) 
     return found
 
 
-def _ends(chat: Conversation, ids: list[int], answer: list[bool], tokenizer: Any) -> bool:
-    """Whether a token of the template's ends the last answer; its own marks are taken at their word."""
-    return chat.marked or ids[len(answer) - 1 - answer[::-1].index(True)] in tokenizer.added_tokens_decoder
+def _last(answer: list[bool]) -> int:
+    """The place of the last token that is learned."""
+    return len(answer) - 1 - answer[::-1].index(True)
 
 
 def _shorter(example: Example, chat: Conversation | None, tokenizer: Any, max_len: int) -> Row | None:
@@ -217,13 +222,12 @@ def _notes(chats: list[Conversation | None], rows: list[Row | None], tokenizer: 
     if not talks:
         return []
     added = tokenizer.added_tokens_decoder
-    last = [row.tokens[len(row.answer) - 1 - row.answer[::-1].index(True)] for _, row in talks]
+    last = [row.tokens[_last(row.answer)] for _, row in talks]
     endless = sum(token not in added for token in last)
     ended = 0
     for (chat, row), token in zip(talks, last, strict=True):
-        same = len(row.answer) - 1 - row.answer[::-1].index(True) == len(row.tokens) - 1
         written = str(added[token].content) if token in added else ""
-        ended += same and not chat.text[: chat.answers[-1][1]].endswith(written)
+        ended += row.answer[-1] and not chat.text[: chat.answers[-1][1]].endswith(written)
     other = sum(_other_prompt(chat, row, tokenizer) for chat, row in talks[:COMPARED] if not row.cut)
     left_out = sorted({role for chat, _ in talks for role in chat.left_out})
     said = {

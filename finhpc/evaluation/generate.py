@@ -27,6 +27,9 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     model, config = config.model, over_its_base(config)
     _check(config)
     prompts = [] if config.chat else read_prompts(config, [named(entry)[0] for entry in config.adapters])
+    if padded := sum(prompt.text != prompt.text.rstrip() for prompt in prompts):
+        said = "prompts end in white space, which finetuning gives to the answer; a model may do better without it"
+        print(f"{padded} {said}", file=sys.stderr)
     generator = Generator(config)
     if config.chat:
         answers = _chat(generator)

@@ -41,13 +41,12 @@ def settings(base: Path, source: str, storage: Path) -> FinetuneConfig:
 def refused_by(command: str, model: Path, tmp_path: Path) -> str:
     source = jsonl(tmp_path / "talk.jsonl", [{"context": "What", "target": "bread"}])
     tree = {"model": str(model), "out": str(tmp_path / "out")}
+    ranked = tree | {"rank": 4}
     commands: dict[str, Callable[[], Any]] = {
         "finetune": lambda: Finetune(settings(model, source, tmp_path)),
         "evaluate": lambda: subjects([str(model)], []),
         "export": lambda: export(build(ExportConfig, tree), True),
-        "decompose": lambda: decompose(
-            build(DecomposeConfig, {"model": str(model), "out": str(tmp_path / "out")}), True
-        ),
+        "decompose": lambda: decompose(build(DecomposeConfig, ranked), True),
     }
     with pytest.raises(ConfigError) as caught:
         commands[command]()
