@@ -229,10 +229,10 @@ def _copy(spec: str, folder: Path) -> None:
         raise ConfigError(
             f"tokenizer={spec} is no folder; give a folder with tokenizer.json, a hub id, gpt2 or train:N."
         )
-    from transformers import AutoTokenizer
+    from finhpc.models.tokenizer_file import read_tokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(spec)
+        tokenizer = read_tokenizer(spec)
     except Exception as error:  # the library raises many kinds, from a missing file to a dead network
         reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
         raise ConfigError(

@@ -16,6 +16,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from finhpc.errors import ConfigError
 from finhpc.models.folder import GENERATION, copy_tokenizer, has_tokenizer
@@ -30,17 +31,24 @@ def open_tokenizer(path: Path) -> Any:
     try:
         if path.is_file():
             return _of_gguf(path)
-        found = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        if type(found) is PreTrainedTokenizerFast or not _is_generic(path):
-            return found
-        written = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
+        return read_tokenizer(str(path), local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ConfigError(
             f"model={path} comes without a tokenizer that opens ({reason}); add the one it was trained with."
         ) from None
+
+
+def read_tokenizer(name: str, **how: Any) -> Any:
+    """The tokenizer of a folder or hub id; raises what transformers raises, of many kinds. `how`: its settings."""
+    found = AutoTokenizer.from_pretrained(name, **how)
+    slow = Path(name).is_dir() and not (Path(name) / "tokenizer.json").is_file()
+    own_class = get_tokenizer_config(name, **how).get("tokenizer_class") not in GENERIC
+    if type(found) is PreTrainedTokenizerFast or slow or own_class:
+        return found
+    written = PreTrainedTokenizerFast.from_pretrained(name, **how)
     if written(PROBE).input_ids != found(PROBE).input_ids:
-        _report(path, type(found).__name__)
+        _report(name, type(found).__name__)
     return written
 
 
@@ -65,14 +73,6 @@ def save_tokenizer(path: Path, out: Path) -> bool:
     return bool(gguf.tokens)
 
 
-def _is_generic(folder: Path) -> bool:
-    """Whether a folder has a tokenizer.json and names no class that would read it otherwise than it is written."""
-    config = folder / "tokenizer_config.json"
-    if not (folder / "tokenizer.json").is_file() or not config.is_file():
-        return False
-    return json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class") in GENERIC
-
-
 def _of_gguf(path: Path) -> Any:
     """The tokenizer in a GGUF file, with the file's own tokens: transformers adds those of the class it takes."""
     found = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
@@ -89,9 +89,9 @@ def _of_gguf(path: Path) -> Any:
 
 
 @cache
-def _report(path: Path, kind: str) -> None:
+def _report(name: str, kind: str) -> None:
     print(
-        f"The tokenizer in {path} is read as its tokenizer.json says. transformers' AutoTokenizer takes {kind}, as for "
+        f"The tokenizer of {name} is read as its tokenizer.json says. transformers' AutoTokenizer takes {kind}, as for "
         "every model of this type, and gives other ids: open it with PreTrainedTokenizerFast.from_pretrained.",
         file=sys.stderr,
     )

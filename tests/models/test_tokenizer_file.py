@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from finhpc.config import ExportConfig, GenerateConfig, build
-from finhpc.data.tokenizer import Encoder
+from finhpc.data.tokenizer import Encoder, save
 from finhpc.evaluation.generation import Generator
 from finhpc.evaluation.models import load_for_evaluation
 from finhpc.models.export import export
@@ -36,9 +36,10 @@ def test_a_qwen2_has_the_tokenizer_that_it_was_trained_with(
         made.save_pretrained(folder)
     ids = Tokenizer.from_file(str(base / "tokenizer.json")).encode(TEXT, add_special_tokens=False).ids
     assert AutoTokenizer.from_pretrained(base)(TEXT).input_ids != ids, "transformers takes Qwen2's own class"
-    assert Encoder(base).encode([TEXT])[0].tolist() == [*ids, made.eos_token_id], "prepare"
+    save(str(base), tmp_path / "prepared", lambda: iter(()))
+    for folder in (base, tmp_path / "prepared"):
+        assert Encoder(folder).encode([TEXT])[0].tolist() == [*ids, made.eos_token_id], "prepare"
     export(build(ExportConfig, {"model": str(low_rank), "out": str(tmp_path / "merged"), "format": "merged"}))
-    capfd.readouterr()
     for folder in (base, low_rank, tmp_path / "merged"):
         assert load_for_evaluation(str(folder))[1](TEXT).input_ids == ids, folder
         settings = {"model": str(folder), "prompt": TEXT, "sampling": {"max_new_tokens": 2}}

@@ -28,7 +28,10 @@ RANK = 4
 
 @dataclass(frozen=True)
 class Kind:
-    """`word`: what a refusal names. `lora`: settings of a finetuning that writes it; `peft`: of peft's config."""
+    """`word`: what a refusal names; empty: all commands apply it.
+
+    `lora`: settings of a finetuning that writes it. `peft`: settings of peft's `config`.
+    """
 
     word: str = ""
     lora: dict[str, Any] | None = None
@@ -84,13 +87,13 @@ OURS |= {
     "ours, beside minmax 4": Kind(lora={}, quantization={"bits": 4, "scheme": "minmax"}),
 }
 PEFT = {
-    "attention": _peft("LoRA"),
-    "all-linear": Kind("LoRA", peft=lambda names: {"target_modules": "all-linear"}),
-    "alpha": _peft("lora_alpha", lora_alpha=3),
-    "rslora": _peft("use_rslora", use_rslora=True),
-    "rank_pattern": Kind("rank_pattern", peft=lambda names: {
+    "attention": _peft(""),
+    "all-linear": Kind(peft=lambda names: {"target_modules": "all-linear"}),
+    "alpha": _peft("", lora_alpha=3),
+    "rslora": _peft("", use_rslora=True),
+    "rank_pattern": Kind(peft=lambda names: {
         "target_modules": names.all, "rank_pattern": {names.mlp[0]: 2}}),
-    "alpha_pattern": Kind("alpha_pattern", peft=lambda names: {
+    "alpha_pattern": Kind(peft=lambda names: {
         "target_modules": names.all, "alpha_pattern": {names.mlp[0]: 32}}),
     "head": Kind("lm_head", peft=lambda names: {"target_modules": [*names.attention, "lm_head"]}),
     "embedding": Kind("embed", peft=lambda names: {"target_modules": [*names.attention, names.embedding]}),
@@ -100,9 +103,9 @@ PEFT = {
     "modules_to_save": Kind("modules_to_save", peft=lambda names: {
         "target_modules": names.attention, "modules_to_save": [names.norm]}),
     "dora": _peft("dora", use_dora=True),
-    "layers_to_transform": Kind("layers_to_transform", peft=lambda names: {
+    "layers_to_transform": Kind(peft=lambda names: {
         "target_modules": names.attention, "layers_to_transform": [1], "layers_pattern": names.blocks}),
-    "exclude_modules": Kind("exclude_modules", peft=lambda names: {
+    "exclude_modules": Kind(peft=lambda names: {
         "target_modules": names.all, "exclude_modules": [names.mlp[0]]}),
     "trainable_token_indices": _peft("trainable_token_indices", trainable_token_indices=[5, 17]),
     "target_parameters": Kind("target_parameters", peft=lambda names: {
@@ -111,7 +114,7 @@ PEFT = {
     "alora": _peft("alora", alora_invocation_tokens=[9, 3]),
     "pissa": _peft("init_lora_weights", init_lora_weights="pissa"),
     "olora": _peft("init_lora_weights", init_lora_weights="olora"),
-    "gaussian": _peft("init_lora_weights", init_lora_weights="gaussian"),
+    "gaussian": _peft("", init_lora_weights="gaussian"),
     "IA3": Kind("IA3", config=IA3Config, peft=lambda names: {
         "target_modules": [names.attention[-1]], "feedforward_modules": []}),
     "LoHa": Kind("LOHA", config=LoHaConfig, peft=lambda names: {"target_modules": names.mlp}),

@@ -27,12 +27,14 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 from transformers.pytorch_utils import Conv1D
 
 from finhpc.config import ExportConfig, build
 from finhpc.models.export import export
 from finhpc.models.families import as_low_rank
 from finhpc.quantization.fake import TRAINED
+from finhpc.quantization.layers import PackedMatrix, TiedHead
 from tests.models.dense import settled
 from tests.parity.gguf_file import write_gguf
 from tests.parity.tokenizer_kinds import VOCAB
@@ -94,6 +96,53 @@ class Base:
         model.load_state_dict(self.state if state is None else state)
         return model.eval()
 
+    def quantized(self, state: State, scheme: str, bits: int, linear: bool = False, factors: bool = True) -> State:
+        """The state with every matrix as a scheme leaves it; `factors`: those of low-rank layers each for itself.
+
+        `linear`: linear layers of the blocks alone, as in finetuning.
+        """
+        of = self.plain()
+        made = quantized_state(of, state, scheme, bits, linear)
+        for name, pair in self.factors.items() if factors else ():
+            a, b = (REFERENCES[scheme][0](factor, bits) for factor in pair)
+            made[f"{name}.weight"] = _turned(of.get_submodule(name), b @ a)
+        return made
+
+
+def _turned(module: nn.Module, rows: Tensor) -> Tensor:
+    """A matrix (out, in) as the module stores it."""
+    return rows.T.contiguous() if isinstance(module, Conv1D) else rows
+
+
+def state_of(model: nn.Module, plain: nn.Module) -> State:
+    """The numbers of an opened model's weights by the names of `plain`, whatever they are stored as."""
+    found = {}
+    for name, module in plain.named_modules():
+        opened = model.get_submodule(name)
+        for key, _ in module.named_parameters(recurse=False):
+            matrix = key == "weight" and isinstance(module, nn.Linear | nn.Embedding | Conv1D)
+            last = opened if hasattr(opened, key) else getattr(opened, "B", opened)  # of two factors
+            found[f"{name}.{key}"] = _turned(module, _rows(opened)) if matrix else getattr(last, key).float()
+    return found
+
+
+def _rows(module: Any) -> Tensor:
+    """The matrix (out, in) of an opened layer, or of a factor."""
+    if isinstance(module, Tensor):
+        return module
+    if isinstance(module, TiedHead):
+        (module,) = module.embedding
+    if isinstance(module, PackedMatrix):
+        return module.dequantized()
+    if hasattr(module, "A") and hasattr(module, "B"):
+        return _rows(module.B) @ _rows(module.A)
+    kind = type(module).__name__
+    if kind in ("Linear8bitLt", "Linear4bit"):
+        made: Tensor = dequantize_bnb_weight(module.weight, module.weight if kind == "Linear8bitLt" else None)
+        return made.float()
+    weight: Tensor = module.weight.float()
+    return weight.T if isinstance(module, Conv1D) else weight
+
 
 def _dense(model: Any, path: Path) -> Base:
     state = {name: tensor.float().clone() for name, tensor in model.state_dict().items()}
@@ -138,8 +187,7 @@ def _low_rank(model: Any, folder: Path) -> Base:
         if hasattr(module, "A") and hasattr(module, "B"):
             a, b = (torch.randn(x.shape, generator=generator) * 0.15 for x in (module.A, module.B))
             factors[name] = a, b
-            turned = isinstance(model.get_submodule(name), Conv1D)
-            state[f"{name}.weight"] = (b @ a).T.contiguous() if turned else b @ a
+            state[f"{name}.weight"] = _turned(model.get_submodule(name), b @ a)
     held = {name: tensor for name, tensor in state.items() if name.removesuffix(".weight") not in factors}
     held |= {f"{name}.A": a for name, (a, _) in factors.items()} | {f"{name}.B": b for name, (_, b) in factors.items()}
     made.load_state_dict(held)

@@ -50,8 +50,7 @@ def test_every_pair_of_values_occurs() -> None:
 
 TEXTS = [
     Kind("byte level", "nothing", "ChatML"),
-    Kind("metaspace first", "end", "Llama 2"),
-    Kind("prepend", "begin", "Zephyr"),
+    Kind("prepend", "end", "Llama 2"),
     Kind("unigram", "begin, end", "Llama 3"),
 ]
 
@@ -64,7 +63,6 @@ WEIGHTS = [
     ("gpt2", "names without prefix", "ours, default", "byte level", "merged, minmax 4"),
     ("llama", "bfloat16", "peft, rank_pattern", "metaspace first", "native"),
     ("qwen2", "low-rank", "none", "unigram", "native, minmax 8"),
-    ("mistral", "float32", "peft, embedding", "prepend", "merged"),
 ]
 
 

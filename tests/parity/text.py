@@ -10,6 +10,7 @@ import io
 import json
 import shutil
 import sys
+from collections.abc import Collection
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from finhpc.evaluation.language_model import LanguageModel
 from finhpc.evaluation.models import load_for_evaluation
 from finhpc.models.export import export
 from finhpc.models.packed import IGNORED, POSITION, PREFIX, SEGMENT, TARGET, TOKEN
+from finhpc.orchestration.pyfunc import _load_pyfunc
 from tests.models.dense import settled
 from tests.parity.table import Row
 from tests.parity.tokenizer_kinds import END, END_OF_TURN, VOCAB, Kind, tokenizer_of
@@ -87,6 +89,12 @@ def text_row(of: Kind, source: Path, folder: Path) -> Row:
         _check_text(folder, model, plain)
     with row.column("generate, chat"):
         _check_talk(folder, model, plain, of.template)
+    with row.column("MLflow model"):
+        for prompt, _ in PAIRS:
+            ids = _whole(plain, prompt)
+            wanted = plain.decode([*ids, *_continued(model, ids, generator.stop)], skip_special_tokens=True)
+            (text,) = _load_pyfunc(str(folder)).predict(prompt, {"max_new_tokens": NEW})
+            assert text == wanted, f"it says {text!r}, not {wanted!r}"
     with row.column("generate, stops"):
         tokens, carries = chats.train.example(0)
         last = int(tokens[carries][-1])
@@ -192,13 +200,13 @@ def _settings(folder: Path, **more: Any) -> GenerateConfig:
     return build(GenerateConfig, {"model": str(folder), "sampling": {"max_new_tokens": NEW}, **more})
 
 
-def _continued(model: Any, ids: list[int], stop: list[int]) -> list[int]:
+def _continued(model: Any, ids: list[int], stop: Collection[int]) -> list[int]:
     """What transformers generates greedily after ids."""
     with torch.inference_mode():
         tokens = torch.tensor([ids])
         out = model.generate(
             input_ids=tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=NEW, do_sample=False,
-            pad_token_id=0, eos_token_id=stop,
+            pad_token_id=0, eos_token_id=list(stop),
         )  # fmt: skip
     found: list[int] = out[0, len(ids) :].tolist()
     return found
