@@ -47,7 +47,7 @@ FORMATS = {
     "fiqa": Format("fiqa", {"input": INPUT, "label": LABEL}),
     "conll": Format("ner", {"input": INPUT, "entity": ("entity",), "label": LABEL}),
     "alpaca": Format("alpaca", {}),
-    "context_target": Format("context_target", {}),
+    "context_target": Format("context_target", {"context": ("context", "prompt"), "target": ("target", "completion")}),
     "labelled": Format("phrasebank", {"input": INPUT, "label": LABEL[:2]}),
     "chat": Format("", {"messages": MESSAGES}),
 }
@@ -180,6 +180,8 @@ def _open(spec: str, settings: RecordSettings, format: str | None) -> Table:
 def _detect(reading: Reading, settings: RecordSettings) -> str:
     """The format that the file proves, or whose columns are there."""
     have = set(reading.columns)
+    if not have:
+        raise ConfigError(f"data.source={reading.source} holds no example; give a file with records.")
     if reading.format:
         return reading.format
     if settings.columns:
@@ -190,6 +192,7 @@ def _detect(reading: Reading, settings: RecordSettings) -> str:
             for kind, needed in (
                 ("alpaca", {"instruction", "output"}),
                 ("context_target", {"context", "target"}),
+                ("context_target", {"prompt", "completion"}),
                 ("conll", {"sentence", "entity", "label"}),
             )
             if needed <= have
@@ -343,6 +346,8 @@ def _label(record: Record, one: Table) -> str:
 def guesses(one: Table) -> list[str]:
     """The line that reports what was not said but found: format, template, and the meaning of labels."""
     used = ", ".join(dict.fromkeys(one.columns.values()))
+    if unused := [name for name in one.reading.columns if name not in one.columns.values()]:
+        used += f"; not used: {', '.join(unused[:10])}"
     guess = f"{one.source}: read as {one.format} (columns {used})" + (f", template {one.form.name}" if one.form else "")
     if one.meaning is not None:
         return [f"{guess}; {one.meaning.note(one.words)}"]
