@@ -75,3 +75,13 @@ def tiny_shards(folder: Path, blocks: int = 96, block_len: int = 64, vocab: int 
     )
     write_atomic(folder / MANIFEST, manifest.model_dump_json(indent=1).encode())
     return folder
+
+
+def word_tokenizer(folder: Path, size: int) -> Path:
+    """A tokenizer of exactly `size` ids, however few: a word each."""
+    words = {"<|endoftext|>": 0} | {f"w{i}": i for i in range(1, size)}
+    made = Tokenizer(models.WordLevel(words, unk_token="<|endoftext|>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    end = "<|endoftext|>"
+    PreTrainedTokenizerFast(tokenizer_object=made, eos_token=end, unk_token=end).save_pretrained(folder)
+    return folder

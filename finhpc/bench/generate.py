@@ -22,13 +22,13 @@ from finhpc.bench.report import Row, publish, say
 from finhpc.bench.settings import GenerateBench
 from finhpc.config import LINEAR_KINDS, ExportConfig, Sampling, build, nearest
 from finhpc.errors import ConfigError
-from finhpc.evaluation.adapters import Adapters
 from finhpc.evaluation.decoder import Decoder
 from finhpc.evaluation.decoding import decode
 from finhpc.evaluation.forms import use_fast_forms
 from finhpc.evaluation.generation import tensor_bytes
 from finhpc.lowrank.replace import layer_kind
 from finhpc.models.adapter import Adapter
+from finhpc.models.attached import Adapters
 from finhpc.models.export import export
 from finhpc.models.families import make_config, skeleton
 from finhpc.models.loading import load_model
@@ -298,4 +298,4 @@ def random_adapter(model: nn.Module, rank: int) -> Adapter:
         shape = linear_shape(module)
         if shape is not None and layer_kind(name) != "head":
             pairs[name] = torch.randn(rank, shape[1]) * 0.02, torch.randn(shape[0], rank) * 0.02
-    return Adapter(pairs, 2.0)
+    return Adapter(pairs, dict.fromkeys(pairs, 2.0))

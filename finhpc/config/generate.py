@@ -20,7 +20,9 @@ class Sampling(Section):
     seed: int = Field(
         0, ge=0, description="of the draws; a prompt's own depend on its place in the input, not its batch"
     )
-    stop_at_eos: bool = Field(True, description="end at the tokeniser's end-of-text token")
+    stop_at_eos: bool = Field(
+        True, description="end at an end token of generation_config.json, the tokenizer or its chat template"
+    )
 
 
 class GenerateConfig(Section):

@@ -1,62 +1,197 @@
-"""Conversations through a tokeniser's own chat template, cut into what is read and what is to be said."""
+"""Conversations through a tokenizer's own chat template: the text, and which parts of it are answers."""
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from typing import Any, NamedTuple
 
 from finhpc.data.messages import check_rendered
 from finhpc.errors import ConfigError
+from finhpc.models.tokens import encode
+
+ROLES = ("system", "user", "assistant", "tool")
+Message = dict[str, Any]
+MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")  # templates that mark the answers themselves
+PROBE = "A7a"  # an answer that stands for any
+NEXT = ("The", "no", "a", "I")  # beginnings that stand for any answer's
+SHOWN = 60
 
 
-def conversation(messages: list[dict[str, Any]], where: str, tokenizer: Any) -> tuple[list[tuple[str, str]], str]:
-    """(prompt, answer) of each assistant turn, all in a row the rendered text, and the first user message.
+class Conversation(NamedTuple):
+    """A rendered conversation: `answers` are the [start, stop) of its text that are learned.
 
-    An answer ends where the template ends the turn, with its end-of-turn token; what follows belongs
-    to the next prompt. A prompt is what the template gives with `add_generation_prompt`, so that
-    inference reads the same. Raises `ConfigError` for a tokeniser without a template, a conversation
-    without an answer, or a template that does not write a conversation turn by turn.
+    `marked`: the template says itself where they are. `left_out`: roles of messages that it does not write.
     """
+
+    text: str
+    answers: tuple[tuple[int, int], ...]
+    marked: bool = False
+    left_out: tuple[str, ...] = ()
+
+
+def checked(messages: Any, where: str) -> list[Message]:
+    """Messages that a template can be given, up to the last answer: nothing is learned from what follows it.
+
+    Raises `ConfigError` for other roles, content that is not text, and a conversation without an answer.
+    """
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise ConfigError(f"{where}: messages is no list of objects; write role and content of each.")
+    last = -1
+    for number, message in enumerate(messages, 1):
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES:
+            raise ConfigError(f"{where}: message {number} has the role {role!r}; roles are {', '.join(ROLES)}.")
+        calls = role == "assistant" and bool(message.get("tool_calls"))
+        if not isinstance(content, str) and not (content is None and calls):
+            raise ConfigError(f"{where}: message {number} holds {type(content).__name__}, not text; correct it.")
+        if role == "assistant":
+            last = number
+            if not (content or "").strip() and not calls:
+                raise ConfigError(f"{where}: the answer (message {number}) is empty; write one or remove the record.")
+    if last < 0:
+        raise ConfigError(f"{where}: no message of the role assistant, so nothing to learn; add one or remove it.")
+    return messages[:last]
+
+
+def check_template(tokenizer: Any) -> None:
+    """Raise `ConfigError` for a tokenizer without a chat template."""
     if not getattr(tokenizer, "chat_template", None):
         raise ConfigError(
-            "the tokeniser has no chat template, which records of `messages` need; use an instruction-tuned model's, "
+            "the tokenizer has no chat template, which records of `messages` need; use an instruction-tuned model's, "
             "or write the records as context and target."
         )
-    checked = _checked(messages, where, tokenizer)
-    turns: list[tuple[str, str]] = []
-    done = ""
-    for index, message in enumerate(checked):
-        if message["role"] != "assistant":
-            continue
-        before = _render(tokenizer, checked[:index], where, add_generation_prompt=True)
-        after = _render(tokenizer, checked[: index + 1], where, add_generation_prompt=False)
-        if not before.startswith(done) or not after.startswith(before):
-            raise ConfigError(
-                f"{where}: the tokeniser's chat template rewrites earlier turns, so that no turn's answer can be told "
-                "apart; train on one turn a record."
-            )
-        done = after[: len(after.rstrip())]
-        turns.append((before[sum(len(p) + len(a) for p, a in turns) :], done[len(before) :]))
-    if not turns:
-        raise ConfigError(f"{where}: no message of the role assistant, so nothing to learn; add one or remove it.")
-    first = next((message["content"] for message in checked if message["role"] == "user"), "")
-    return turns, first.strip()
 
 
-def _checked(messages: list[dict[str, Any]], where: str, tokenizer: Any) -> list[dict[str, Any]]:
-    special = [token for token in tokenizer.all_special_tokens if token]
+def control_tokens(tokenizer: Any) -> list[str]:
+    """Tokens that a template writes and a message must not hold."""
+    found = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return sorted(found | {token for token in tokenizer.all_special_tokens if token})
+
+
+def rendered(messages: list[Message], tools: Any, where: str, tokenizer: Any, control: list[str]) -> list[Conversation]:
+    """The conversation as the template writes it, `answers` from the end of their prompts to the end of their turns.
+
+    A prompt is what the template gives with `add_generation_prompt`, so that inference reads the same. A template
+    that rewrites earlier turns (Qwen3 drops their reasoning) gives one conversation for each answer, as inference
+    reads it when that answer is due. `control`: of `control_tokens`. Raises `ConfigError` for special tokens in a
+    message, a conversation that the template refuses, and a template whose prompt for an answer does not begin the
+    answer's turn.
+    """
+    _check_control(messages, where, control)
+    places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    whole = _render(tokenizer, messages, tools, where)
+    check_rendered(messages, lambda given: _render(tokenizer, given, tools, where), where)
+    _check_tools(messages, tools, whole, where, tokenizer)
+    left_out = tuple(
+        message["role"]
+        for message in messages
+        if message["role"] != "assistant" and message["content"].strip()[:SHOWN] not in whole
+    )
+    if MARKS.search(tokenizer.get_chat_template(tools=tools)):
+        return [_marked(messages, tools, where, tokenizer)._replace(left_out=left_out)]
+    each = [_answer(messages[: i + 1], tools, where, tokenizer) for i in places]
+    if all(whole.startswith(text[:stop]) for text, ((_, stop),), *_ in each):
+        return [Conversation(whole, tuple(span for chat in each for span in chat.answers), left_out=left_out)]
+    return [chat._replace(left_out=left_out) for chat in each]
+
+
+def prompt_text(messages: list[Message], tokenizer: Any, where: str = "the conversation") -> str:
+    """What is read before an answer is due."""
+    return _render(tokenizer, messages, None, where, add_generation_prompt=True)
+
+
+def prompt_ids(text: str, tokenizer: Any) -> list[int]:
+    """Ids of a rendered prompt as they are when an answer follows.
+
+    Of white space at its end that becomes part of the answer's first token (a template that ends in `ASSISTANT: `)
+    nothing is read: the model writes that token itself, as it has learned to.
+    """
+    (ids,) = encode(tokenizer, [text])
+    longer = [text + word for word in NEXT]
+    encoded = tokenizer(longer, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    for others, offsets in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        kept = next((i for i, (_, stop) in enumerate(offsets) if stop > len(text)), len(ids))
+        if 0 < kept < len(ids) and not text[offsets[kept - 1][1] :].strip():
+            return list(others[:kept])
+    return ids
+
+
+def _answer(messages: list[Message], tools: Any, where: str, tokenizer: Any) -> Conversation:
+    """The conversation up to its last answer, of which that one is learned."""
+    before = _before(messages[:-1], tools, where, tokenizer)
+    text = _render(tokenizer, messages, tools, where)
+    stop = len(text.rstrip())
+    if not text.startswith(before) or stop <= len(before):
+        raise ConfigError(
+            f"{where}: the chat template's prompt for an answer (add_generation_prompt) does not begin the turn that "
+            f"it writes with the answer: it ends in {before[-20:]!r}. The model would learn after another text than "
+            "it is asked with; mark the answers in the template with {% generation %}, or use another template."
+        )
+    return Conversation(text, ((len(before), stop),))
+
+
+def _before(messages: list[Message], tools: Any, where: str, tokenizer: Any) -> str:
+    if any(message["role"] != "system" for message in messages):
+        return _render(tokenizer, messages, tools, where, add_generation_prompt=True)
+    # The assistant speaks first: not every template writes a prompt after nothing.
+    text = _render(tokenizer, [*messages, {"role": "assistant", "content": PROBE}], tools, where)
+    return text[: text.find(PROBE)] if PROBE in text else text
+
+
+def _marked(messages: list[Message], tools: Any, where: str, tokenizer: Any) -> Conversation:
+    """What stands between {% generation %} and {% endgeneration %} is learned."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    (text,), (spans,) = render_jinja_template(
+        conversations=[_without_none(messages)],
+        tools=tools,
+        chat_template=tokenizer.get_chat_template(tools=tools),
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
+    )
+    answers = tuple((start, stop) for start, stop in spans if stop > start)
+    if not answers:
+        raise ConfigError(
+            f"{where}: the chat template marks no answer with {{% generation %}} in this conversation; correct the "
+            "template or the conversation."
+        )
+    return Conversation(text, answers, marked=True)
+
+
+def _check_control(messages: list[Message], where: str, control: list[str]) -> None:
     for number, message in enumerate(messages, 1):
-        role, content = message["role"], message["content"]
-        if role == "assistant" and not content.strip() and "tool_calls" not in message:
-            raise ConfigError(f"{where}: the answer (message {number}) is empty; write one or remove the record.")
-        if token := next((token for token in special if token in content), None):
+        if token := next((token for token in control if token in (message.get("content") or "")), None):
             raise ConfigError(f"{where}: message {number} holds the special token {token}; remove it from the text.")
-    check_rendered(messages, lambda given: _render(tokenizer, given, where, add_generation_prompt=False), where)
-    return messages
 
 
-def _render(tokenizer: Any, messages: list[dict[str, Any]], where: str, add_generation_prompt: bool) -> str:
+def _check_tools(messages: list[Message], tools: Any, text: str, where: str, tokenizer: Any) -> None:
+    """Raise `ConfigError` if the template leaves out calls of tools, or the tools that there are."""
+    for number, message in enumerate(messages, 1):
+        for call in message.get("tool_calls") or []:
+            name = (call.get("function", call) if isinstance(call, dict) else {}).get("name")
+            if not isinstance(name, str) or name not in text:
+                raise ConfigError(
+                    f"{where}: message {number} calls a tool ({name}), which the chat template does not write; use a "
+                    "model whose template does, or remove the record."
+                )
+    if tools and text == _render(tokenizer, messages, None, where):
+        raise ConfigError(
+            f"{where}: the record has tools, which the chat template does not write; use a model whose template does, "
+            "or remove them."
+        )
+
+
+def _without_none(messages: list[Message]) -> list[Message]:
+    return [{key: value for key, value in message.items() if value is not None} for message in messages]
+
+
+def _render(
+    tokenizer: Any, messages: list[Message], tools: Any, where: str, add_generation_prompt: bool = False
+) -> str:
     try:
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        text: str = tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
     except Exception as error:  # whatever the template's author raises, such as for roles out of turn
         raise ConfigError(f"{where}: the chat template refuses it ({error}); correct the conversation.") from None
     return text

@@ -18,7 +18,7 @@ from finhpc.config import Instructions
 from finhpc.data.instructions import Example, Source, labels_of, read_examples
 from finhpc.data.order import permutation
 from finhpc.data.shards import write_atomic
-from finhpc.data.tokenise import Row, rows
+from finhpc.data.tokenise import Row, check_tokenizer, tokenised
 from finhpc.errors import ConfigError, DataError
 
 SPLITS = ("train", "held_out")
@@ -52,6 +52,7 @@ class Examples:
     counts: dict[str, Any] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    origin: str = ""  # hash of all that they were made of
 
     @property
     def fingerprint(self) -> str:
@@ -67,7 +68,7 @@ class Examples:
         from safetensors.numpy import save
 
         fingerprint = self.fingerprint
-        about = {"counts": self.counts, "labels": self.labels, "notes": self.notes}
+        about = {"counts": self.counts, "labels": self.labels, "notes": self.notes, "origin": self.origin}
         metadata = {"fingerprint": fingerprint, "about": json.dumps(about)}
         write_atomic(path, save(_named(self), metadata=metadata))
         return fingerprint
@@ -84,25 +85,31 @@ def load(path: Path) -> Examples:
         about = json.loads(metadata["about"])
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise DataError(f"{path} holds no whole set of examples ({error}); remove it and run again.") from None
-    found = Examples(train, held_out, about["counts"], tuple(about["labels"]), tuple(about["notes"]))
+    labels, notes = tuple(about["labels"]), tuple(about["notes"])
+    found = Examples(train, held_out, about["counts"], labels, notes, about["origin"])
     if found.fingerprint != metadata.get("fingerprint"):
         raise DataError(f"{path} is not what was written (its fingerprint differs); remove it and run again.")
     return found
 
 
-def make_examples(settings: Instructions, tokenizer: Any, seed: int) -> Examples:
+def make_examples(settings: Instructions, tokenizer: Any, seed: int, before: Path | None = None) -> Examples:
     """Read, tokenise, cut and split all sources; draw `limit` of the training examples by `seed`.
 
     The split is by the hash of an example's normalised input: the same input is never on both sides,
     whatever the seed, the files' order, or the source it stands in. `tokenizer`: a fast Hugging Face
-    tokeniser. Raises `ConfigError` listing what cannot be used, and where more than `max_dropped` of the
-    examples have no room for their answer.
+    tokenizer. `before`: a file of examples that is taken if it was made of the same, since a chat template may write
+    the same conversation otherwise on another day. Raises `ConfigError` listing what cannot be used, and where more
+    than `max_dropped` of the examples have no room for their answer.
     """
     if not settings.source:
         raise ConfigError("data.source is not set; give --data.source with a file of examples or hf:NAME.")
-    sources = read_examples([*settings.source, *settings.eval_source], settings, tokenizer)
-    examples = [example for source in sources for example in source.examples]
-    made = rows(examples, tokenizer, settings.max_len, settings.cut == "input")
+    sources = read_examples([*settings.source, *settings.eval_source], settings)
+    given = [example for source in sources for example in source.examples]
+    check_tokenizer(tokenizer, given)
+    origin = _origin(given, settings, tokenizer, seed)
+    if before is not None and (stored := _stored(before, origin)) is not None:
+        return stored
+    examples, made, said = tokenised(given, tokenizer, settings.max_len, settings.cut == "input")
     _check_dropped(examples, made, settings)
     keys = [_key(example.input) for example in examples]
     train, held_out, leaked = _split(examples, made, keys, settings)
@@ -113,10 +120,31 @@ def make_examples(settings: Instructions, tokenizer: Any, seed: int) -> Examples
         raise ConfigError(f"data.eval_fraction={settings.eval_fraction} leaves no example to train on; lower it.")
     counts = _counts(sources, examples, made, keys, drawn, held_out)
     counts |= {"leaked": leaked, "not_drawn": len(train) - len(drawn)}
-    notes = tuple(note for source in sources for note in source.notes) + tuple(_said(counts, settings))
-    return Examples(
-        _arrays(drawn, examples, made), _arrays(held_out, examples, made), counts, tuple(labels_of(sources)), notes
-    )
+    notes = tuple(note for source in sources for note in source.notes) + tuple(said) + tuple(_said(counts, settings))
+    sides = _arrays(drawn, examples, made), _arrays(held_out, examples, made)
+    return Examples(*sides, counts, tuple(labels_of(sources)), notes, origin)
+
+
+def _stored(path: Path, origin: str) -> Examples | None:
+    """The examples in a file, if they are whole and of that origin."""
+    try:
+        found = load(path)
+    except DataError:  # none yet, or damaged: the same are made again, and a run checks their fingerprint
+        return None
+    return found if found.origin == origin else None
+
+
+def _origin(examples: list[Example], settings: Instructions, tokenizer: Any, seed: int) -> str:
+    """Hash of records, settings and tokenizer, which say what is learned, before a template writes any of it."""
+    ways = settings.model_dump(include={"eval_fraction", "limit", "max_len", "cut", "max_dropped"})
+    tokenizer.backend_tokenizer.no_truncation()  # left there by whoever encoded last
+    tokenizer.backend_tokenizer.no_padding()
+    speaks = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map]
+    digest = hashlib.sha256(json.dumps([ways, len(settings.source), speaks, seed], default=str).encode())
+    for example in examples:
+        kind = [example.content, example.input, example.source, example.cut, example.end, example.label]
+        digest.update(json.dumps(kind).encode())
+    return digest.hexdigest()
 
 
 def _split(
@@ -187,7 +215,7 @@ def _counts(
     held_out: list[int],
 ) -> dict[str, Any]:
     """What there is, in all and by source; `examples` are those trained on."""
-    same = Counter((key, example.prompt, example.answer) for key, example in zip(keys, examples, strict=True))
+    same = Counter((key, example.content) for key, example in zip(keys, examples, strict=True))
     answers: dict[str, set[str]] = {}
     for example in examples:
         if example.label is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,8 +10,8 @@ from functools import partial
 from typing import Any
 
 from finhpc.config import Instructions
-from finhpc.data.chat import conversation
-from finhpc.data.messages import messages_of
+from finhpc.data.chat import checked
+from finhpc.data.messages import messages_of, tools_of
 from finhpc.data.records import Record
 from finhpc.data.schema import Table, each, fields_of, guesses, open_sources
 from finhpc.errors import ConfigError
@@ -18,7 +19,7 @@ from finhpc.errors import ConfigError
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and its answer. `more`: later (prompt, answer) turns of a conversation.
+    """A prompt and its answer, or a conversation's `messages`, which a chat template writes (with its `tools`).
 
     `cut`: characters [start, stop) of the prompt whose end may be cut. `end`: an end token follows the answer.
     `input`: what it is split by.
@@ -32,8 +33,13 @@ class Example:
     cut: tuple[int, int]
     end: bool = False
     label: str | None = None
-    more: tuple[tuple[str, str], ...] = ()
-    markup: bool = False  # special tokens in the text are the chat template's own, not plain text
+    messages: list[dict[str, Any]] | None = None
+    tools: Any = None
+
+    @property
+    def content(self) -> str:
+        """All that is learned from it, before a template or a tokenizer."""
+        return json.dumps([self.prompt, self.answer, self.messages, self.tools], default=str)
 
 
 @dataclass
@@ -49,14 +55,14 @@ class Source:
     notes: list[str]
 
 
-def read_examples(sources: list[str], settings: Instructions, tokenizer: Any) -> list[Source]:
+def read_examples(sources: list[str], settings: Instructions) -> list[Source]:
     """All examples of all sources, in order. Raises `ConfigError` with every problem of any of them."""
     opened = open_sources(sources, settings)
     found: list[Source] = []
     problems: list[str] = []
     for number, (spec, one) in enumerate(zip(sources, opened, strict=True)):
         try:
-            examples = each(one, partial(_example, one=one, source=number, tokenizer=tokenizer))
+            examples = each(one, partial(_example, one=one, source=number))
             if not examples:
                 raise ConfigError(f"data.source={spec} holds no example; give a file with records.")
         except ConfigError as error:
@@ -72,9 +78,9 @@ def read_examples(sources: list[str], settings: Instructions, tokenizer: Any) ->
     return found
 
 
-def _example(record: Record, one: Table, source: int, tokenizer: Any) -> Example:
+def _example(record: Record, one: Table, source: int) -> Example:
     if one.form is None:
-        return _from_chat(record, one.columns["messages"], source, tokenizer)
+        return _from_chat(record, one.columns["messages"], source)
     form = one.form
     raw, label = fields_of(record, one)
     made = form.render(raw)
@@ -83,16 +89,11 @@ def _example(record: Record, one: Table, source: int, tokenizer: Any) -> Example
     )  # fmt: skip
 
 
-def _from_chat(record: Record, column: str, source: int, tokenizer: Any) -> Example:
-    turns, key = conversation(messages_of(record.values, column, record.where), record.where, tokenizer)
-    first = key
-    (prompt, answer), *more = turns
-    start = prompt.rfind(first)
-    if start < 0:  # the user speaks after the first answer: nothing before it may be cut
-        start, first = len(prompt), ""
-    return Example(
-        prompt, answer, key, source, record.where, (start, start + len(first)), more=tuple(more), markup=True
-    )  # fmt: skip
+def _from_chat(record: Record, column: str, source: int) -> Example:
+    messages = checked(messages_of(record.values, column, record.where), record.where)
+    said = [message["content"] for message in messages if message["role"] == "user"] or [messages[0]["content"]]
+    tools = tools_of(record.values, record.where)
+    return Example("", "", said[0].strip(), source, record.where, (0, 0), messages=messages, tools=tools)
 
 
 def labels_of(sources: list[Source]) -> Iterator[str]:

@@ -28,7 +28,7 @@ def messages_of(values: dict[str, Any], column: str, where: str) -> list[dict[st
     record stands before a conversation without a system message. Raises `ConfigError`, naming the record and the
     message, for everything that could not be rendered or learned as written.
     """
-    for name in ("tools", "functions", "images", "image", "videos", "audios"):
+    for name in ("functions", "images", "image", "videos", "audios"):
         if name != column and (held := values.get(name)) and not is_missing(held) and held not in ("[]", "{}"):
             raise ConfigError(f"{where}: {name} are not read; remove the column or the record.")
     messages = values.get(column)
@@ -41,12 +41,27 @@ def messages_of(values: dict[str, Any], column: str, where: str) -> list[dict[st
     return found
 
 
+def tools_of(values: dict[str, Any], where: str) -> list[Any] | None:
+    """Return the tools that a record offers, a list of objects or its JSON text; None if there are none."""
+    tools = values.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = parse_json(tools or "[]")
+        except ValueError as error:
+            raise ConfigError(f"{where}: tools are broken JSON ({error}); correct them.") from None
+    if is_missing(tools) or tools == []:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ConfigError(f"{where}: tools holds {shown(tools)}, not a list of objects; correct it.")
+    return tools
+
+
 def check_rendered(messages: list[dict[str, Any]], render: Callable[[list[dict[str, Any]]], str], where: str) -> None:
     """Raise `ConfigError` for a part of a message, such as its tool calls, that does not show in the rendered text."""
     for number, message in enumerate(messages):
         for part in (name for name in RENDERED if name in message):
             rest = {name: value for name, value in message.items() if name != part}
-            if render(messages) == render([*messages[:number], rest, *messages[number + 1 :]]):
+            if render(messages[: number + 1]) == render([*messages[:number], rest]):
                 raise ConfigError(
                     f"{where}: message {number + 1} holds {part}, which the tokenizer's chat template does not render; "
                     "use a model whose template does, or remove the record."

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from finhpc.errors import ConfigError, DataError
+from finhpc.models.tokens import largest_id
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -161,6 +162,13 @@ class Shards:
                 f"{path} is not the tokeniser these shards were made with (sha256 {found[:12]}, the manifest says "
                 f"{self.manifest.tokenizer_sha256[:12]}); restore it, or run the same prepare into a new folder."
             )
+
+    def ids_of_text(self) -> int:
+        """How many rows the ids of the text need in an embedding; a token that only pads needs none."""
+        from finhpc.models.weights import find_tokenizer
+
+        tokenizer = find_tokenizer(self.tokenizer)
+        return self.manifest.vocab_size if tokenizer is None else largest_id(tokenizer) + 1
 
     def check_same(self, fingerprint: str) -> None:
         """Raise `DataError` unless the folder holds what it held when a run began (`manifest.fingerprint`)."""

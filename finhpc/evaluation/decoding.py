@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterator, Sequence
 
 import torch
@@ -31,7 +32,7 @@ def decode(
     rows = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
     tokens = torch.tensor(rows, device=decoder.device)
     length = longest + sampling.max_new_tokens
-    draws = [torch.Generator().manual_seed(sampling.seed + first + i) for i in range(len(prompts))]
+    draws = [torch.Generator().manual_seed(row_seed(sampling.seed, first + i)) for i in range(len(prompts))]
     running = [True] * len(prompts)
     decoder.reset(len(prompts), length, padding)
     passed = tokens
@@ -48,6 +49,11 @@ def decode(
         passed = chosen[:, None]
         if not cache:
             tokens = torch.cat((tokens, passed), 1)
+
+
+def row_seed(seed: int, row: int) -> int:
+    """The seed of one row's draws: no two pairs of a seed and a row share one, as a sum of them would."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {row}".encode()).digest()[:8], "big") >> 1
 
 
 def choose(logits: Tensor, sampling: Sampling, draws: Sequence[torch.Generator]) -> Tensor:

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from finhpc.config import GenerateConfig
+from finhpc.data.chat import prompt_ids, prompt_text
 from finhpc.errors import ConfigError
+from finhpc.evaluation.adapters import named
 from finhpc.evaluation.generation import Generator
 from finhpc.evaluation.prompts import Prompt, read_prompts
 
@@ -23,7 +25,10 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     """
     begin = time.monotonic()
     _check(config)
-    prompts = [] if config.chat else read_prompts(config, [_name(entry) for entry in config.adapters])
+    prompts = [] if config.chat else read_prompts(config, [named(entry)[0] for entry in config.adapters])
+    if padded := sum(prompt.text != prompt.text.rstrip() for prompt in prompts):
+        said = "prompts end in white space, which finetuning gives to the answer; a model may do better without it"
+        print(f"{padded} {said}", file=sys.stderr)
     generator = Generator(config)
     if config.chat:
         answers = _chat(generator)
@@ -65,16 +70,11 @@ def _check(config: GenerateConfig) -> None:
         problems.append(f"{given}; give one of --prompt TEXT, --prompts FILE, --chat.")
     if config.out is not None and os.path.lexists(os.path.expanduser(config.out)):
         problems.append(f"out={config.out} exists already, and nothing is overwritten; choose another --out.")
-    names = [_name(entry) for entry in config.adapters]
+    names = [named(entry)[0] for entry in config.adapters]
     if config.adapter is not None and config.adapter not in names:
         problems.append(f"adapter={config.adapter} is none of adapters ({', '.join(names) or 'none is given'}).")
     if problems:
         raise ConfigError(problems)
-
-
-def _name(entry: str) -> str:
-    name, equals, _ = entry.partition("=")
-    return name if equals else Path(name).name
 
 
 def _write(text: str) -> None:
@@ -83,7 +83,7 @@ def _write(text: str) -> None:
 
 def _one(generator: Generator, prompt: Prompt) -> dict[str, Any]:
     _write(prompt.text)
-    text = generator.spoken(generator.encode(prompt.text), prompt.adapter, _write)
+    text = generator.spoken(generator.encode(prompt.text, prompt.adapter), prompt.adapter, _write)
     _write("\n")
     return _kept(generator, [{"prompt": prompt.text, "adapter": prompt.adapter, "text": text}])[0]
 
@@ -107,7 +107,9 @@ def _kept(generator: Generator, answers: list[dict[str, Any]]) -> list[dict[str,
 
 
 def _chat(generator: Generator) -> list[dict[str, Any]]:
-    """A talk until the input ends; with the tokeniser's chat template where it has one, else plain text."""
+    """A talk until the input ends; with the tokenizer's chat template if it has one, else plain text."""
+    adapter = generator.config.adapter
+    tokenizer = generator.tokenizers[adapter]
     said: list[dict[str, str]] = []
     answers: list[dict[str, Any]] = []
     print("end with ctrl-d", file=sys.stderr)
@@ -118,12 +120,12 @@ def _chat(generator: Generator) -> list[dict[str, Any]]:
             _write("\n")
             return _kept(generator, answers)
         said.append({"role": "user", "content": line.strip()})
-        if generator.tokenizer.chat_template:
-            ids = generator.tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
-            ids = generator.fit(list(ids))
+        if tokenizer.chat_template:
+            ids = generator.fit(prompt_ids(prompt_text(said, tokenizer), tokenizer))
         else:
-            ids = generator.encode("\n".join(turn["content"] for turn in said) + "\n")
-        text = generator.spoken(ids, generator.config.adapter, _write)
+            ids = generator.encode("\n".join(turn["content"] for turn in said) + "\n", adapter)
+        text = generator.spoken(ids, adapter, _write)
         _write("\n")
-        said.append({"role": "assistant", "content": text})
-        answers.append({"prompt": line.strip(), "adapter": generator.config.adapter, "text": text})
+        # A template puts its own space before an answer.
+        said.append({"role": "assistant", "content": text.strip() if tokenizer.chat_template else text})
+        answers.append({"prompt": line.strip(), "adapter": adapter, "text": text})

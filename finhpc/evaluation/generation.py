@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
 
 from finhpc.config import GenerateConfig, Resources
 from finhpc.errors import ConfigError
-from finhpc.evaluation.adapters import Adapters, read_adapters
+from finhpc.evaluation.adapters import named, read_adapters
 from finhpc.evaluation.decoder import Decoder
 from finhpc.evaluation.decoding import decode
 from finhpc.evaluation.forms import use_fast_forms
 from finhpc.evaluation.prompts import Prompt
+from finhpc.models.attached import Adapters, round_for
+from finhpc.models.folder import has_tokenizer
 from finhpc.models.loading import load_model
-from finhpc.models.weights import locate
-
-TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model")
+from finhpc.models.tokens import check_rows, decoded, generation_config, prompt_ids, stop_ids
+from finhpc.models.weights import config_of, find_tokenizer, locate
 
 
 @dataclass
@@ -43,23 +43,27 @@ class Generator:
 
     def __init__(self, config: GenerateConfig) -> None:
         folder = locate(config.model)
-        if not folder.is_dir():
-            raise ConfigError(f"model={folder} is a file; give a model folder (finhpc decompose or export makes one).")
-        if not any((folder / name).is_file() for name in TOKENIZERS):
+        own = config_of(folder)
+        if folder.is_dir() and not has_tokenizer(folder):
             raise ConfigError(f"model={folder} has no tokeniser; copy the tokeniser's files into that folder.")
         self.config = config
         device = _device(config.resources)
-        own = AutoConfig.from_pretrained(folder)
         adapters = read_adapters(config.adapters, own, folder) if config.adapters else {}
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        self.model: Any = load_model(folder, _dtype(config, folder, device), device)
+        folders = {None: folder} | dict(map(named, config.adapters))
+        self.tokenizers = _tokenizers(folders, own.vocab_size)
+        self.model: Any = load_model(folder, _dtype(config, own, device), device)
         if device.type == "cpu":
             leave_the_files(self.model)
+        round_for(self.model, adapters)
         self.forms = use_fast_forms(self.model)
         self.model_bytes = tensor_bytes(self.model)
         self.adapters = Adapters(self.model, adapters)
         self.decoder = Decoder(self.model)
-        self.stop = _stop_ids(self.model, self.tokenizer) if config.sampling.stop_at_eos else set()
+        self.stop: set[int] = set()
+        if config.sampling.stop_at_eos:
+            for name, path in folders.items():
+                configs = (self.model.generation_config, generation_config(path))
+                self.stop |= set(stop_ids(self.tokenizers[name], *configs))
         self.counts = Counts()
         if config.sampling.max_new_tokens >= self.decoder.context:
             raise ConfigError(
@@ -67,15 +71,17 @@ class Generator:
                 f"context of {self.decoder.context} tokens; use fewer."
             )
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a prompt; an empty one starts where a document starts.
+    def encode(self, text: str, adapter: str | None) -> list[int]:
+        """Ids of a prompt, as finetuning and evaluation read it; an empty one starts where a document starts.
 
         A prompt that does not fit the context beside max_new_tokens loses its beginning; that is counted and said.
         """
-        ids: list[int] = self.tokenizer(text).input_ids or [self.tokenizer.eos_token_id]
-        return self.fit(ids)
+        return self.fit(prompt_ids(self.tokenizers[adapter], text))
 
     def fit(self, ids: list[int]) -> list[int]:
+        rows = self.model.config.vocab_size
+        if (largest := max(ids)) >= rows:  # the padding token, written out
+            raise ConfigError(f"a prompt holds the id {largest:,}, but the model has rows for {rows:,}; correct it.")
         room = self.decoder.context - self.config.sampling.max_new_tokens
         if (over := len(ids) - room) > 0:
             self.counts.prompts_cut += 1
@@ -101,16 +107,19 @@ class Generator:
         """Each prompt with its new ids and text, in order, `config.batch` computed at once."""
         for begin in range(0, len(prompts), self.config.batch):
             batch = prompts[begin : begin + self.config.batch]
+            encoded = [self.encode(prompt.text, prompt.adapter) for prompt in batch]
             made: list[list[int]] = [[] for _ in batch]
-            for ids in self.stream([self.encode(p.text) for p in batch], [p.adapter for p in batch]):
+            for ids in self.stream(encoded, [prompt.adapter for prompt in batch]):
                 for row, token in zip(made, ids, strict=True):
                     if token is not None:
                         row.append(token)
-            for prompt, row in zip(batch, made, strict=True):
-                yield prompt, row, self.text(row)
+            for prompt, before, row in zip(batch, encoded, made, strict=True):
+                yield prompt, row, self.text(before, row, prompt.adapter)
 
-    def text(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+    def text(self, before: list[int], ids: list[int], adapter: str | None) -> str:
+        """What `ids` say after the prompt `before`, so that prompt and text join; without the token that ended them."""
+        ended = bool(ids) and ids[-1] in self.stop
+        return decoded(self.tokenizers[adapter], before, ids[:-1] if ended else ids)
 
     def spoken(self, ids: list[int], adapter: str | None, write: Callable[[str], object]) -> str:
         """Generate after `ids` and write each piece of text when it is whole; returns all of it."""
@@ -118,13 +127,30 @@ class Generator:
         told = ""
         for row in self.stream([ids], [adapter]):
             made += [token for token in row if token is not None]
-            text = self.text(made)
+            text = self.text(ids, made, adapter)
             if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half of a character
                 write(text[len(told) :])
                 told = text
-        text = self.text(made)
+        text = self.text(ids, made, adapter)
         write(text[len(told) :])
         return text
+
+
+def _tokenizers(folders: dict[str | None, Path], rows: int) -> dict[str | None, Any]:
+    """The tokenizer of the model (None) and of each adapter: that of its folder if it has one, else the model's."""
+    found: dict[str | None, Any] = {}
+    problems: list[str] = []
+    for name, folder in folders.items():
+        try:
+            tokenizer = find_tokenizer(folder)
+            if tokenizer is not None:
+                check_rows(tokenizer, rows, f"model={folder}" if name is None else f"the base of adapter={folder}")
+            found[name] = tokenizer or found[None]
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return found
 
 
 def tensor_bytes(model: torch.nn.Module) -> int:
@@ -158,10 +184,10 @@ def leave_the_files(model: torch.nn.Module) -> None:
             setattr(module, name, buffer.clone())
 
 
-def _dtype(config: GenerateConfig, folder: Path, device: torch.device) -> torch.dtype:
+def _dtype(config: GenerateConfig, model_config: Any, device: torch.device) -> torch.dtype:
     if config.dtype != "auto":
         return getattr(torch, config.dtype)  # type: ignore[no-any-return]
-    own = AutoConfig.from_pretrained(folder, local_files_only=True).dtype or torch.float32
+    own = model_config.dtype or torch.float32
     if own == torch.float16 and device.type == "cpu":
         print("weights are float16, which CPUs compute slowly; computing in float32", file=sys.stderr)
         return torch.float32
@@ -174,9 +200,3 @@ def _device(resources: Resources) -> torch.device:
         raise ConfigError("resources.device=cuda, but torch sees no GPU; use resources.device=cpu.")
     torch.set_num_threads(resources.threads)
     return torch.device("cuda" if cuda and resources.device != "cpu" else "cpu")
-
-
-def _stop_ids(model: Any, tokenizer: Any) -> set[int]:
-    own = model.generation_config.eos_token_id
-    ids = own if isinstance(own, list) else [own]
-    return {int(token) for token in [*ids, tokenizer.eos_token_id] if token is not None}

@@ -77,16 +77,23 @@ def _answers(examples: Examples) -> dict[int, list[Answer]]:
     """Source -> its different answers, if those are labels: its template's, or few. Sources of one set share it."""
     listed = {i: tuple(source.get("labels") or ()) for i, source in enumerate(examples.counts["by_source"])}
     found: dict[int, set[Answer]] = {}
+    several: set[int] = set()  # sources with conversations of more than one answer
     for arrays in (examples.train, examples.held_out):
         for i in range(len(arrays)):
             tokens, answer = arrays.example(i)
+            if np.count_nonzero(np.diff(answer.astype(np.int8)) == 1) + int(answer[0]) > 1:
+                several.add(int(arrays.source[i]))
             of_source = found.setdefault(int(arrays.source[i]), set())
             if listed[int(arrays.source[i])] or len(of_source) <= MOST_LABELS:
                 of_source.add(tuple(tokens[answer].tolist()))
     for source, labels in found.items():
         if listed[source]:
             labels.update(*(found[other] for other in found if listed[other] == listed[source]))
-    return {source: sorted(of) for source, of in found.items() if listed[source] or len(of) <= MOST_LABELS}
+    return {
+        source: sorted(labels)
+        for source, labels in found.items()
+        if listed[source] or (len(labels) <= MOST_LABELS and source not in several)
+    }
 
 
 def _number(arrays: Arrays, limit: int | None) -> int:

@@ -13,6 +13,8 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor, nn
 
+from finhpc.models.tokens import continuation_ids, encode, prompt_ids
+
 Request = tuple[tuple[str, str], list[int], list[int]]  # texts, tokens of the prompt, tokens of the answer
 PAD = 0  # comes after everything that is read, and is never seen by it
 
@@ -20,7 +22,8 @@ PAD = 0  # comes after everything that is read, and is never seen by it
 class LanguageModel(HFLM):
     """Wraps a loaded model. `cut`: requests whose prompt was longer than the context and lost its beginning.
 
-    That is lm-eval's rule: of prompt + answer the last `max_length` + 1 tokens are kept.
+    That is lm-eval's rule: of prompt + answer the last `max_length` + 1 tokens are kept. Ids are lm-eval's, but no end
+    token follows a text, and a prompt keeps its own ids if its answer would change them: as in finetuning.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, batch_size: int) -> None:
@@ -31,6 +34,22 @@ class LanguageModel(HFLM):
         if hasattr(model, "get_base_model"):
             base = base.get_base_model()  # under peft's adapter
         self._few = "logits_to_keep" in inspect.signature(base.forward).parameters
+
+    def tok_encode(
+        self,
+        string: str,
+        add_special_tokens: bool | None = None,
+        left_truncate_len: int | None = None,
+        **kwargs: Any,
+    ) -> list[int]:
+        plain = add_special_tokens is False
+        ids = encode(self.tokenizer, [string])[0] if plain else prompt_ids(self.tokenizer, string)
+        return ids[-left_truncate_len:] if left_truncate_len else ids
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        prompt = context.rstrip()
+        answer = context[len(prompt) :] + continuation
+        return self.tok_encode(prompt), continuation_ids(self.tokenizer, prompt, answer)
 
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None

@@ -1,4 +1,4 @@
-"""Models to score: any that transformers opens after `import finhpc`, alone or under a peft adapter."""
+"""Models to score: a model folder, a hub id or a .gguf file, alone or with an adapter."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
 
-import finhpc  # noqa: F401  transformers knows finhpc's models after it
 from finhpc.errors import CheckpointError, ConfigError
-from finhpc.models.adapter import QUANTIZED, check_base, load_adapter, merge_adapter
-from finhpc.models.loading import load_model, on_device, placed
-
-ADAPTER = "adapter_config.json"
+from finhpc.models.adapter_file import base_of, check_base, load_adapter
+from finhpc.models.attached import attach
+from finhpc.models.config_file import is_adapter
+from finhpc.models.families import whole_layers
+from finhpc.models.folder import has_tokenizer
+from finhpc.models.loading import load_model
+from finhpc.models.tokens import check_rows
+from finhpc.models.weights import config_of, find_tokenizer, locate, open_tokenizer
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class Subject:
         rows = [
             (path, file.name, (stat := file.stat()).st_size, stat.st_mtime_ns)
             for path in (self.path, self.adapter)
-            if path and Path(path).is_dir()
-            for file in sorted(Path(path).iterdir())
+            if path
+            for file in (sorted(Path(path).iterdir()) if Path(path).is_dir() else [Path(path)])
             if file.is_file() and file.name != "result.json"
         ]
         return hashlib.sha256(json.dumps([self.path, self.adapter, rows]).encode()).hexdigest()
@@ -70,13 +71,29 @@ def subjects(models: list[str], adapters: list[str]) -> list[Subject]:
             found.append(_resolved(model, None if adapter in ("none", "") else adapter))
         except ConfigError as error:
             problems += error.problems
+        except CheckpointError as error:
+            problems += str(error).splitlines()
     twice = sorted({pair for pair in found if found.count(pair) > 1}, key=str)
     problems += [f"model={model} with adapter={adapter} is given twice; once is enough." for model, adapter in twice]
+    for model, adapter in dict.fromkeys(found):
+        try:
+            _check_ids(model, adapter)
+        except ConfigError as error:
+            problems += error.problems
     if problems:
         raise ConfigError(problems)
     names = [_name(adapter or model) for model, adapter in found]
     unique = [name if names.count(name) == 1 else f"{name}-{names[:i].count(name) + 1}" for i, name in enumerate(names)]
     return [Subject(name, model, adapter) for name, (model, adapter) in zip(unique, found, strict=True)]
+
+
+def _check_ids(model: str, adapter: str | None) -> None:
+    """Raise `ConfigError` if the tokenizer of a folder, or of its adapter, has ids that the model does not."""
+    for folder in (adapter, model):
+        tokenizer = find_tokenizer(Path(folder)) if folder else None
+        if tokenizer is not None:
+            check_rows(tokenizer, config_of(Path(model), any_family=True).vocab_size, f"model={model}")
+            return
 
 
 def _name(path: str) -> str:
@@ -87,30 +104,23 @@ def _name(path: str) -> str:
 
 
 def _resolved(model: str, adapter: str | None) -> tuple[str, str | None]:
-    folder = Path(model).expanduser()
-    if adapter is None and (folder / ADAPTER).is_file():
-        adapter, model = str(folder.absolute()), str(_adapter_config(folder).get("base_model_name_or_path") or "")
-        if not model:
-            raise ConfigError(f"model={folder} is an adapter that does not name its base; give --model BASE --adapter.")
-        folder = Path(model).expanduser()
+    path = Path(model).expanduser()
+    if adapter is None and is_adapter(path):
+        adapter, path = str(path.absolute()), base_of(path)
+    else:
+        path = locate(model)
     if adapter is not None:
-        if not (Path(adapter).expanduser() / ADAPTER).is_file():
-            raise ConfigError(f"adapter={adapter} has no {ADAPTER}; give a folder that peft wrote.")
         adapter = str(Path(adapter).expanduser().absolute())
-    if folder.exists():
-        if not (folder / "config.json").is_file():
-            raise ConfigError(f"model={folder} has no config.json; give a model folder (a run's `model` folder).")
-        if not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
-            raise ConfigError(
-                f"model={folder} comes without a tokeniser, which prompts need; copy tokenizer.json and "
-                "tokenizer_config.json of the model it was made from there."
-            )
-        model = str(folder.absolute())
-        if adapter is not None:
-            check_base(Path(adapter), Path(model))
-    elif folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
-        raise ConfigError(f"model={model} does not exist; give a model folder or a hub id.")
-    return model, adapter
+    config = config_of(path, any_family=True)
+    if path.is_dir() and not has_tokenizer(path):
+        raise ConfigError(
+            f"model={path} comes without a tokeniser, which prompts need; copy tokenizer.json and "
+            "tokenizer_config.json of the model it was made from there."
+        )
+    if adapter is not None:
+        load_adapter(Path(adapter), whole_layers(config))
+        check_base(Path(adapter), path)
+    return str(path), adapter
 
 
 def load_for_evaluation(
@@ -122,68 +132,13 @@ def load_for_evaluation(
     is exported first (`finhpc.models.export`). Raises `ConfigError` for a folder or adapter that does not fit,
     `CheckpointError` for damaged weights.
     """
-    try:
-        config = AutoConfig.from_pretrained(path)
-        tokenizer = AutoTokenizer.from_pretrained(adapter if adapter and _has_tokenizer(adapter) else path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"model={path} cannot be opened ({_first(error)}); give a model folder or a hub id."
-        ) from None
-    of_config = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    kind = of_config if dtype == "auto" else getattr(torch, dtype)
-    open_ = load_model if Path(path).is_dir() else _from_hub
-    model = open_(path, kind, device)
-    if adapter and (Path(adapter) / QUANTIZED).is_file():  # its base is rounded as it was in training
-        merge_adapter(model, load_adapter(Path(adapter), model))
-    elif adapter:
-        return _adapted(model, path, adapter).eval(), tokenizer
+    base = Path(path)
+    config = config_of(base, any_family=True)
+    kind = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
+    tokenizer = open_tokenizer(Path(adapter) if adapter and has_tokenizer(Path(adapter)) else base)
+    check_rows(tokenizer, config.vocab_size, f"model={path}")
+    model = load_model(base, kind, device)
+    if adapter:
+        name = Path(adapter).name
+        attach(model, {name: load_adapter(Path(adapter), whole_layers(model.config))}).choose([name])
     return model.eval(), tokenizer
-
-
-def _from_hub(name: str, dtype: torch.dtype, device: str) -> Any:
-    logging.disable_progress_bar()
-    try:
-        where = placed(name, device)
-        return on_device(AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, **where), device)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model={name} cannot be opened ({_first(error)}); check the id and the network.") from None
-
-
-def _adapted(model: Any, path: str, adapter: str) -> nn.Module:
-    """The model under a peft adapter; refused where the adapter was made for another base."""
-    from peft import PeftConfig, get_peft_model
-    from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
-
-    said = _adapter_config(Path(adapter)).get("base_model_name_or_path")
-    refused = f"adapter={adapter} was made for another base than model={path}"
-    remedy = f"give its own base{f' ({said})' if said else ''}"
-    try:
-        adapted = get_peft_model(model, PeftConfig.from_pretrained(adapter))
-        weights = load_peft_weights(adapter, device="cpu")
-        shapes = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(adapted).items()}
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"{refused}, or is damaged ({_first(error)}); {remedy}.") from None
-    other = [name for name, tensor in weights.items() if shapes.get(name) != tuple(tensor.shape)]
-    other += [name for name in shapes if name not in weights]
-    if other:
-        raise ConfigError(
-            f"{refused}: {len(other)} of its {len(weights)} tensors do not fit, first {other[0]}; {remedy}."
-        )
-    set_peft_model_state_dict(adapted, weights)
-    return adapted  # type: ignore[no-any-return]
-
-
-def _adapter_config(folder: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / ADAPTER} cannot be read ({_first(error)}); restore it.") from None
-    return found
-
-
-def _has_tokenizer(folder: str) -> bool:
-    return (Path(folder) / "tokenizer_config.json").is_file()
-
-
-def _first(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -33,9 +33,9 @@ def perplexity(
     A sample is `seq_len` tokens and has `seq_len` - 1 targets, as in training. With `limit`, samples at
     even distances. Raises `ConfigError` where the ids do not fit the model's vocabulary or the split is empty.
     """
-    if shards.manifest.vocab_size > vocab_size:
+    if shards.manifest.vocab_size > vocab_size and (ids := shards.ids_of_text()) > vocab_size:
         raise ConfigError(
-            f"data.shards={shards.folder} has a vocabulary of {shards.manifest.vocab_size:,}, the model "
+            f"data.shards={shards.folder} has a vocabulary of {ids:,}, the model "
             f"{vocab_size:,}; prepare the text with the model's tokeniser (finhpc prepare --tokenizer MODEL)."
         )
     sizes = shards.shard_samples(split, seq_len)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -21,18 +22,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
-from finhpc.config import ExportConfig, nearest
-from finhpc.errors import CheckpointError, ConfigError, NonFiniteError
+from finhpc.config import ExportConfig
+from finhpc.errors import ConfigError, NonFiniteError
 from finhpc.lowrank.layers import LowRankEmbedding, LowRankLinear
 from finhpc.lowrank.replace import dense_shape
-from finhpc.models.adapter import CONFIG as ADAPTER
-from finhpc.models.adapter import base_of, check_base, load_adapter
-from finhpc.models.families import FAMILIES, as_dense, dense_original, family_of, is_low_rank, parameter_count, skeleton
-from finhpc.models.folder import FolderReader, FolderWriter
+from finhpc.models.adapter_file import base_of, check_base, load_adapter
+from finhpc.models.config_file import is_adapter
+from finhpc.models.families import as_dense, family_of, is_low_rank, model_sizes, skeleton
+from finhpc.models.folder import GENERATION, TOKENIZER_FILES, FolderWriter, copy_tokenizer, has_tokenizer
 from finhpc.models.pipeline import is_tied
+from finhpc.models.tokens import check_rows, stop_ids, write_stops
+from finhpc.models.weights import Weights, find_tokenizer, locate, open_weights, save_tokenizer
 from finhpc.quantization.fake import TRAINED, trained_bits
 from finhpc.quantization.per_vector import rounded
 from finhpc.quantization.schemes import SCHEMES
@@ -49,12 +51,17 @@ def export(config: ExportConfig, dry_run: bool = False) -> dict[str, Any]:
     """
     begin = time.monotonic()
     _check(config)
-    source, out = _path(config.model), _path(config.out)
-    base = base_of(source) if (source / ADAPTER).is_file() else source
-    if base != source:
-        check_base(source, base)
-    reader = FolderReader(base)
-    conversion = Conversion(config, _read_config(base), reader, source if base != source else None)
+    source, out = locate(config.model), _path(config.out)
+    adapter = source if is_adapter(source) else None
+    base = base_of(source) if adapter else source
+    if adapter:
+        check_base(adapter, base)
+    conversion = Conversion(config, open_weights(base, low_rank=True), adapter)
+    tokenizer = find_tokenizer(adapter) if adapter else None
+    if tokenizer is None:
+        tokenizer = find_tokenizer(base)
+    if tokenizer is not None:
+        check_rows(tokenizer, conversion.source_config.vocab_size, f"model={source}")
     result = _counted(config, conversion) | {"model": str(source), "out": str(out)}
     if dry_run:
         _summary(result | {"status": "dry_run"})
@@ -62,7 +69,12 @@ def export(config: ExportConfig, dry_run: bool = False) -> dict[str, Any]:
     with FolderWriter(out) as writer:
         for tensors in conversion.layers():
             writer.add(tensors)
-        size = writer.finish(conversion.target_config, source)
+        size = writer.finish(conversion.target_config)
+        save_tokenizer(base, writer.partial)
+        if adapter:
+            _replace_tokenizer(adapter, writer.partial)
+        if tokenizer is not None:
+            write_stops(writer.partial, stop_ids(tokenizer), conversion.source_config)
         result |= {"status": "finished", "size_bytes": size, "wall_s": time.monotonic() - begin}
         result["size_ratio"] = 2 * result["params_dense"] / size
         (writer.partial / "result.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -77,10 +89,9 @@ class Conversion:
     `adapter`: a folder whose adapter goes into the weights.
     """
 
-    def __init__(
-        self, config: ExportConfig, source_config: Any, reader: FolderReader, adapter: Path | None = None
-    ) -> None:
-        self.reader, self.source_config = reader, source_config
+    def __init__(self, config: ExportConfig, weights: Weights, adapter: Path | None = None) -> None:
+        self.weights, self.source_config = weights, weights.config
+        source_config = weights.config
         self.merged, self.bits = config.format == "merged", config.quantization.bits
         self.scheme = SCHEMES[config.quantization.scheme] if self.bits < 16 else None
         self.dtype: torch.dtype | None = None if config.dtype == "auto" else getattr(torch, config.dtype)
@@ -91,14 +102,8 @@ class Conversion:
                 f"format=native does not fit model={adapter}, an adapter of a low-rank model: its B A would have to "
                 "grow by the adapter's rank; use --format merged."
             )
-        if self.adapter and self.adapter.bits < 16 and is_low_rank(source_config):
-            raise ConfigError(
-                f"model={adapter} was trained beside a low-rank base whose factors were quantised, which are not "
-                "merged; train it with quantization.bits=16."
-            )
         self._check_mergeable()
         self.tied = is_tied(source_config)
-        self._check_weights()
         self.trained = trained_bits(source_config)
         # Weights that were trained rounded are the rounded ones; the same quantiser rounds them anyway.
         self.rounds = self.trained == self.bits and config.quantization.scheme == "minmax"
@@ -130,6 +135,7 @@ class Conversion:
             stays = not self.merged
             a, b = self._used(held["A"], stays), self._used(held["B"], stays)
             if self.merged:
+                a, b = self._beside(f"{name}.A", a, embedding), self._beside(f"{name}.B", b, embedding)
                 rows = self._adapted(name, module.product(a.float(), b.float()), embedding)
                 return self._store(name, rows, bias, embedding, dtype)
             if self.scheme:  # modules of their own, see FactorLinear
@@ -140,8 +146,13 @@ class Conversion:
         if dense_shape(module) is not None:
             weight = held["weight"]
             rows = self._used(weight.T if isinstance(module, Conv1D) else weight)
+            rows = self._beside(name, rows, embedding)
             return self._store(name, self._adapted(name, rows, embedding), bias, embedding, dtype)
         return self._named(name, held, dtype)
+
+    def _beside(self, name: str, rows: Tensor, embedding: bool) -> Tensor:
+        """A matrix as it was when the adapter was trained."""
+        return rows if self.adapter is None or embedding else self.adapter.rounded(name, rows)
 
     def _adapted(self, name: str, rows: Tensor, embedding: bool) -> Tensor:
         return rows if self.adapter is None or embedding else self.adapter.merged(name, rows)
@@ -168,10 +179,10 @@ class Conversion:
         return rounded(rows.float(), self.trained)
 
     def _read(self, name: str) -> Tensor:
-        tensor = self.reader.read(name)
+        tensor = self.weights.raw(name)
         if not torch.isfinite(tensor).all():
             raise NonFiniteError(
-                f"{name} in {self.reader.folder} holds NaN or infinity; export a model from before that happened."
+                f"{name} in {self.weights.path} holds NaN or infinity; export a model from before that happened."
             )
         return tensor
 
@@ -207,19 +218,6 @@ class Conversion:
             return [(name, module.num_embeddings, module.embedding_dim, True)]
         shape = dense_shape(module)
         return [] if shape is None else [(name, *(shape[::-1] if embedding else shape), embedding)]
-
-    def _check_weights(self) -> None:
-        """Raise one `CheckpointError` with every weight that is missing or of another shape."""
-        problems = []
-        for name, parameter in self.model.named_parameters():  # a tied one once
-            shape = self.reader.shapes.get(name)
-            if shape is None:
-                problems.append(f"{self.reader.folder} has no weight {name}, which its config.json asks for.")
-            elif shape != tuple(parameter.shape):
-                problems.append(f"{name} in {self.reader.folder} has the shape {shape}, not {tuple(parameter.shape)}.")
-        if problems:
-            more = [f"... and {len(problems) - 10} more; restore the folder."] if len(problems) > 10 else []
-            raise CheckpointError("\n".join(problems[:10] + more))
 
     def _target_config(self) -> Any:
         target = as_dense(self.source_config) if self.merged else deepcopy(self.source_config)
@@ -263,26 +261,21 @@ def _check(config: ExportConfig) -> None:
         raise ConfigError(problems)
 
 
-def _read_config(folder: Path) -> Any:
-    try:
-        tree = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        kind = str(tree["model_type"])
-    except (ValueError, KeyError, TypeError):
-        raise ConfigError(f"model={folder}/config.json is no model's config (no model_type); restore it.") from None
-    if kind.removeprefix("lowrank_") not in FAMILIES:
-        raise ConfigError(
-            f"model={folder} has model_type={kind}, which is not supported; {nearest(kind, list(FAMILIES))}"
-        )
-    if tree.get("quantization_config"):
-        raise ConfigError(f"model={folder} is quantised already; export from the model it was made from.")
-    return AutoConfig.from_pretrained(folder, local_files_only=True)
+def _replace_tokenizer(adapter: Path, out: Path) -> None:
+    """Put the adapter's own tokenizer and generation config, if it brings them, in the place of its base's."""
+    if has_tokenizer(adapter):
+        for pattern in TOKENIZER_FILES:
+            for file in out.glob(pattern):
+                file.unlink()
+        copy_tokenizer(adapter, out)
+    if (adapter / GENERATION).is_file():
+        shutil.copy2(adapter / GENERATION, out / GENERATION)
 
 
 def _counted(config: ExportConfig, conversion: Conversion) -> dict[str, Any]:
     """Every key of the result, with what can be told without the weights; the rest is null."""
-    merged = as_dense(conversion.source_config)
-    total = parameter_count(merged if conversion.merged else conversion.source_config)
-    dense = parameter_count(dense_original(conversion.source_config))
+    source = conversion.source_config
+    sizes = model_sizes(as_dense(source) if conversion.merged else source, source)
     quantised = conversion.scheme is not None
     return {
         "status": None,
@@ -293,9 +286,7 @@ def _counted(config: ExportConfig, conversion: Conversion) -> dict[str, Any]:
         "scheme": config.quantization.scheme if quantised else None,
         "not_quantised": conversion.kept,  # matrices that the scheme leaves as they are
         "dtype": str(conversion.target_config.dtype).removeprefix("torch."),
-        "params_total": total,
-        "params_dense": dense,
-        "compression_ratio": dense / total,
+        **sizes,
         "size_bytes": None,
         "size_ratio": None,  # the dense model in 16 bits over size_bytes
         "wall_s": None,

@@ -88,7 +88,8 @@ def as_low_rank(config: Any, ranks: Ranks, layers: dict[str, int] | None = None)
     )
     kept["tie_word_embeddings"] = bool(config.tie_word_embeddings) and not untied
     family = family_of(config)
-    made = family.low_rank_class.config_class(**kept, low_rank=ranks, low_rank_layers=layers or None)
+    tied = bool(config.tie_word_embeddings)
+    made = family.low_rank_class.config_class(**kept, low_rank=ranks, low_rank_layers=layers or None, dense_tied=tied)
     made.architectures = [family.low_rank_class.__name__]
     made.dtype = "float32"
     return made
@@ -99,17 +100,24 @@ def as_dense(config: Any) -> Any:
 
     Whether head and embedding are tied stays as it is: low-rank ones are not.
     """
-    ours = ("low_rank", "low_rank_kind", "low_rank_layers", "factor_modules", "model_type", "architectures", TRAINED)
+    fields = ("low_rank", "low_rank_kind", "low_rank_layers", "dense_tied", "factor_modules")
+    ours = {*fields, "model_type", "architectures", TRAINED}
     kept = {key: value for key, value in config.to_dict().items() if key not in ours}
     return family_of(config).dense_class.config_class.from_dict(kept)
 
 
 def dense_original(config: Any) -> Any:
-    """`as_dense`, tied where models of its family are: what a low-rank model is compared with."""
+    """`as_dense` with head and embedding tied as they were in the dense model: what a low-rank one is compared with."""
     made = as_dense(config)
-    if is_low_rank(config):  # its head is its own; whether that of a dense one is, the family says
-        made.tie_word_embeddings = type(made)().tie_word_embeddings
+    if is_low_rank(config):
+        made.tie_word_embeddings = config.tie_word_embeddings or config.dense_tied
     return made
+
+
+def model_sizes(config: Any, original: Any) -> dict[str, Any]:
+    """`params_total` of a model, `params_dense` of the dense one that `original` is or comes from, and their ratio."""
+    total, dense = parameter_count(config), parameter_count(dense_original(original))
+    return {"params_total": total, "params_dense": dense, "compression_ratio": dense / total}
 
 
 def skeleton(config: Any, recompute: Recompute = "none") -> nn.Module:
@@ -126,6 +134,26 @@ def skeleton(config: Any, recompute: Recompute = "none") -> nn.Module:
     name = attention.RECOMPUTED if recompute == "attention" else attention.NAME
     model.config._attn_implementation = name  # type: ignore[union-attr]
     return model
+
+
+def is_known(config: Any) -> bool:
+    """Whether a model is of one of the families here."""
+    return str(config.model_type).removeprefix("lowrank_") in FAMILIES
+
+
+def whole_layers(config: Any) -> nn.Module:
+    """`skeleton` of a model whose factors may be modules of their own, under the names that adapters give layers.
+
+    The model may be of a family that transformers alone knows.
+    """
+    config = deepcopy(config)
+    if not is_known(config):
+        with torch.device("meta"):
+            made: nn.Module = AutoModelForCausalLM.from_config(config)
+        return made
+    if getattr(config, "factor_modules", False):
+        config.factor_modules = False
+    return skeleton(config)
 
 
 def parameter_count(config: Any) -> int:

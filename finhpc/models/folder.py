@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -16,52 +15,119 @@ from torch import Tensor
 from finhpc.errors import CheckpointError, ConfigError
 
 FILE_BYTES = 1 << 30  # a file of weights is written when it has grown beyond this: what is held in memory
+ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model")  # one of them makes a tokenizer
 TOKENIZER_FILES = (
     *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
-    *("spiece.model", "generation_config.json"),
+    *("spiece.model", "additional_chat_templates/*"),
 )
+GENERATION = "generation_config.json"
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-class FolderReader:
-    """The tensors of a model folder, each read when it is asked for.
+class SafetensorsFolder:
+    """The safetensors of a Hugging Face folder. A file is open only while one tensor is read from it.
 
-    Raises `ConfigError` where the folder is no model or a pickled one, `CheckpointError` where a file
-    is damaged.
+    The weights are `model.safetensors` alone, or what the index names; other files are not weights of the model.
+    Raises `CheckpointError` where files are missing, damaged, or contradict the index.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        if not (folder / "config.json").is_file():
-            raise ConfigError(f"model={folder} has no config.json; give a model folder (a run's `model` folder).")
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            pickles = [file.name for pattern in PICKLES for file in folder.glob(pattern)]
-            found = f"only pickled weights ({', '.join(pickles)}), which are never opened" if pickles else "no weights"
-            raise ConfigError(f"model={folder} holds {found}; save the model as safetensors first.")
-        self._file: dict[str, Path] = {}
+    def __init__(self, folder: Path, config: Any) -> None:
+        self.config = config
         self.shapes: dict[str, tuple[int, ...]] = {}
-        for file in files:
-            with self._open(file) as opened:
-                for name in opened.keys():  # noqa: SIM118
-                    self._file[name] = file
+        self._files: dict[str, Path] = {}
+        index = _index(folder)
+        for file in sorted({folder / name for name in index.values()}) if index else [_single(folder)]:
+            with _open(file) as opened:
+                for name in opened.keys():  # noqa: SIM118 - no dictionary
+                    if index and index.get(name) != file.name:
+                        raise CheckpointError(
+                            f"{file} holds {name}, which {INDEX} puts {_where(index.get(name))}; write the model again."
+                        )
                     self.shapes[name] = tuple(opened.get_slice(name).get_shape())
+                    self._files[name] = file
+        absent = [f"{name} ({file})" for name, file in (index or {}).items() if name not in self.shapes]
+        if absent:
+            raise CheckpointError(
+                f"{folder}/{INDEX} names {', '.join(absent[:5])}, and no such tensor is there; fetch the model again."
+            )
 
     def read(self, name: str) -> Tensor:
-        with self._open(self._file[name]) as opened:
+        with _open(self._files[name]) as opened:
             tensor: Tensor = opened.get_tensor(name)
-            return tensor
-
-    @contextmanager
-    def _open(self, file: Path) -> Iterator[Any]:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                yield opened
-        except SafetensorError as error:
+        if tensor.dtype not in FLOATS:
             raise CheckpointError(
-                f"{file} is cut short, damaged or another format ({error}); restore it from a copy. "
-                "Pickles are never opened."
-            ) from None
+                f"{self._files[name]}: {name} is {tensor.dtype}, so the model is quantized; "
+                "give the model it was made from."
+            )
+        return tensor
+
+
+def _where(file: str | None) -> str:
+    return f"into {file}" if file else "nowhere"
+
+
+def _index(folder: Path) -> dict[str, str] | None:
+    """Name of each tensor -> its file, as the index says; None if there is no index."""
+    if not (folder / INDEX).is_file():
+        return None
+    try:
+        index: dict[str, str] = json.loads((folder / INDEX).read_bytes())["weight_map"]
+        names = sorted(set(index.values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{folder / INDEX} is cut short or damaged; fetch it again.") from None
+    absent = [name for name in names if not (folder / name).is_file()]
+    if absent:
+        raise CheckpointError(f"{folder} lacks {', '.join(absent)}, which its index names; fetch them.")
+    if (folder / ONE).is_file() and ONE not in names:
+        raise CheckpointError(
+            f"{folder} holds both {ONE} and {INDEX}, which names other files; remove the one that is out of date."
+        )
+    return index
+
+
+def _single(folder: Path) -> Path:
+    if (folder / ONE).is_file():
+        return folder / ONE
+    pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
+    others = sorted(file.name for file in folder.glob("*.safetensors"))
+    if others:
+        raise CheckpointError(
+            f"{folder} holds no {ONE} and no {INDEX}, only {', '.join(others[:5])}; rename the file of the whole model."
+        )
+    if pickles:
+        raise CheckpointError(
+            f"{folder} holds no .safetensors file, only {', '.join(pickles[:5])}; pickled weights are not opened; "
+            "convert them first (transformers: save_pretrained on a machine that you trust them on)."
+        )
+    raise CheckpointError(f"{folder} holds no {ONE} and no index of several; give a model folder.")
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{file} is cut short, damaged or another format ({error}); fetch or write it again; "
+            "pickles are never opened."
+        ) from None
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZERS)
+
+
+def copy_tokenizer(source: Path, out: Path) -> bool:
+    """Copy a folder's tokenizer, all its files or none, and chat templates; returns whether there is one."""
+    if not has_tokenizer(source):
+        return False
+    for pattern in TOKENIZER_FILES:
+        for file in source.glob(pattern):
+            if file.is_file():
+                (out / file.relative_to(source)).parent.mkdir(exist_ok=True)
+                shutil.copy2(file, out / file.relative_to(source))
+    return True
 
 
 class FolderWriter:
@@ -95,8 +161,8 @@ class FolderWriter:
         if self._bytes >= FILE_BYTES:
             self._flush()
 
-    def finish(self, config: Any, tokenizer: Path) -> int:
-        """Write the index, config.json and the tokeniser's files of the folder `tokenizer`; returns the weights' bytes.
+    def finish(self, config: Any) -> int:
+        """Write the index and config.json; returns the weights' bytes.
 
         Everything else that belongs into the folder may be written to `partial` before; `publish` then
         puts it in its place.
@@ -112,8 +178,6 @@ class FolderWriter:
             text = json.dumps({"metadata": {"total_size": self._total}, "weight_map": index}, indent=2)
             (self.partial / "model.safetensors.index.json").write_text(text)
         config.save_pretrained(self.partial)
-        for file in sorted({file for pattern in TOKENIZER_FILES for file in tokenizer.glob(pattern)}):
-            shutil.copy2(file, self.partial / file.name)
         return sum(file.stat().st_size for file in self.partial.glob("*.safetensors"))
 
     def publish(self) -> None:

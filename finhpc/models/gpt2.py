@@ -18,14 +18,15 @@ from finhpc.models.presets import Shape
 class LowRankGPT2Config(GPT2Config):
     """GPT2Config and `low_rank`: kind of layer -> rank, or None where it is dense; `low_rank_kind`: `method.kind`.
 
-    `low_rank_layers`: name -> rank of single layers, before their kind's. `factor_modules`: A and B are
-    modules, not parameters, as a quantised model has them.
+    `low_rank_layers`: name -> rank of single layers, before their kind's. `dense_tied`: whether the dense model has
+    one matrix as embedding and head. `factor_modules`: A and B are modules, as a quantized model has them.
     """
 
     model_type = "lowrank_gpt2"
     low_rank: dict[str, int | None] | None = None
     low_rank_kind: str = "low_rank"
     low_rank_layers: dict[str, int] | None = None
+    dense_tied: bool = False
     factor_modules: bool = False
 
 
@@ -59,7 +60,8 @@ def dense_config(shape: Shape) -> GPT2Config:
 
 def low_rank_config(shape: Shape, ranks: dict[str, int | None], kind: str) -> LowRankGPT2Config:
     tied = shape.tie_embeddings and ranks.get("head") is None and ranks.get("embedding") is None
-    return LowRankGPT2Config(**(_settings(shape) | {"tie_word_embeddings": tied}), low_rank=ranks, low_rank_kind=kind)
+    settings = _settings(shape) | {"tie_word_embeddings": tied, "dense_tied": shape.tie_embeddings}
+    return LowRankGPT2Config(**settings, low_rank=ranks, low_rank_kind=kind)
 
 
 def add_positions(data: Flow, module: nn.Module) -> Flow:

@@ -18,14 +18,15 @@ from finhpc.models.presets import Shape
 class LowRankLlamaConfig(LlamaConfig):
     """LlamaConfig and `low_rank`: kind of layer -> rank, or None where it is dense; `low_rank_kind`: `method.kind`.
 
-    `low_rank_layers`: name -> rank of single layers, before their kind's. `factor_modules`: A and B are
-    modules, not parameters, as a quantised model has them.
+    `low_rank_layers`: name -> rank of single layers, before their kind's. `dense_tied`: whether the dense model has
+    one matrix as embedding and head. `factor_modules`: A and B are modules, as a quantized model has them.
     """
 
     model_type = "lowrank_llama"
     low_rank: dict[str, int | None] | None = None
     low_rank_kind: str = "low_rank"
     low_rank_layers: dict[str, int] | None = None
+    dense_tied: bool = False
     factor_modules: bool = False
 
 
@@ -96,7 +97,7 @@ def llama_like(name: str, dense_class: Any, low_rank_class: Any) -> Family:
 
     def low_rank_config(shape: Shape, ranks: dict[str, int | None], kind: str) -> Any:
         tied = shape.tie_embeddings and ranks.get("head") is None and ranks.get("embedding") is None
-        settings = _settings(shape) | {"tie_word_embeddings": tied}
+        settings = _settings(shape) | {"tie_word_embeddings": tied, "dense_tied": shape.tie_embeddings}
         return low_rank_class.config_class(**settings, low_rank=ranks, low_rank_kind=kind)
 
     return Family(name, "llama", dense_config, low_rank_config, dense_class, low_rank_class, parts, init_std)

@@ -12,58 +12,88 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
 from finhpc.errors import CheckpointError
-from finhpc.models.adapter import CONFIG, base_of, check_base, load_adapter, merge_adapter
-from finhpc.models.families import skeleton
+from finhpc.models.adapter import merge_adapter
+from finhpc.models.adapter_file import base_of, check_base, load_adapter
+from finhpc.models.attached import attach
+from finhpc.models.config_file import is_adapter, quantizer_of
+from finhpc.models.families import family_of, is_known, is_low_rank, skeleton, whole_layers
+from finhpc.models.folder import GENERATION, SafetensorsFolder
 from finhpc.models.initialize import initialize
 from finhpc.models.manifest import check_manifest
 from finhpc.models.pipeline import parts_of
+from finhpc.models.weights import Weights, config_of, open_weights, save_tokenizer
 from finhpc.quantization.fake import TRAINED, round_weights, trained_bits
 
 
 def load_model(
     path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> PreTrainedModel:
-    """Open a model folder that finhpc or transformers wrote: dense or low-rank, in eval mode, on `device`.
+    """Open a model folder that finhpc or transformers wrote, or a .gguf file, in eval mode, on `device`.
 
-    The folder of an adapter opens as its base, not quantised, with the adapter added to its weights. A model
-    that was trained with quantised weights gets the weights it was trained with, as floats.
-    Weights are read from safetensors only. Raises `CheckpointError` when the folder is no model, or its
-    weights are not as its manifest says.
+    The folder of an adapter opens as its base with the adapter, which is added to the weights of a dense base in
+    floats and stays on its own beside those of a low-rank or quantized one. A model that was trained with quantized
+    weights gets the weights it was trained with, as floats. Weights are read from safetensors and GGUF files only.
+    Raises `CheckpointError` when the folder is not a model, or its weights are not as its manifest and config say,
+    `ConfigError` for a model or an adapter that asks for what is not computed.
     """
     path = Path(path)
-    if (path / CONFIG).is_file():
+    if is_adapter(path):
         return _with_adapter(path, dtype, device)
-    if not (path / "config.json").is_file():
-        raise CheckpointError(f"{path} has no config.json; give a model folder (a run's `model` folder).")
-    if not list(path.glob("*.safetensors")):
-        raise CheckpointError(f"{path} holds no .safetensors file; pickled weights are not opened; convert them first.")
-    check_manifest(path)
+    if path.is_dir():
+        check_manifest(path)
     logging.disable_progress_bar()  # reading one file needs no bar on the user's screen
-    try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, local_files_only=True, use_safetensors=True, **placed(path, device)
-        )
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{path} holds a .safetensors file that is damaged or another format ({error}); pickles are never opened."
-        ) from None
+    config = config_of(path, any_family=True)
+    if quantizer_of(config) or not is_known(config):
+        model = _by_transformers(path, config, dtype, device)
+    else:
+        model = _in_floats(open_weights(path, low_rank=True), dtype)
     if (bits := trained_bits(model.config)) < 16:
         round_weights(model, bits)
         delattr(model.config, TRAINED)
     return on_device(model.eval(), device)
 
 
-def placed(path: str | Path, device: str | torch.device) -> dict[str, Any]:
+def _in_floats(weights: Weights, dtype: torch.dtype) -> PreTrainedModel:
+    """transformers' model of weights that were found to be exactly its own."""
+    state = {name: weights.raw(name) for name, _ in weights.skeleton.named_parameters()}
+    family = family_of(weights.config)
+    kind = family.low_rank_class if is_low_rank(weights.config) else family.dense_class
+    model: PreTrainedModel = kind.from_pretrained(None, config=weights.config, state_dict=state, dtype=dtype)
+    model.config._name_or_path = str(weights.path)
+    if (weights.path / GENERATION).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(weights.path)
+    return model
+
+
+def _by_transformers(path: Path, config: Any, dtype: torch.dtype, device: str | torch.device) -> PreTrainedModel:
+    """A quantized model, or one of a family that transformers alone knows; every tensor of it is applied."""
+    SafetensorsFolder(path, config)  # raises where files and index contradict each other
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True,
+            **placed(config, device),
+        )  # fmt: skip
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path} holds a .safetensors file that is damaged or another format ({error}); pickles are never opened."
+        ) from None
+    kinds = {"missing_keys": "lacks", "unexpected_keys": "holds", "mismatched_keys": "has in another shape"}
+    problems = [f"{path} {words} {name}; export it again." for key, words in kinds.items() for name in info[key]]
+    if problems:
+        raise CheckpointError("\n".join(problems[:20]))
+    return model  # type: ignore[no-any-return]
+
+
+def placed(config: Any, device: str | torch.device) -> dict[str, Any]:
     """How transformers is told to open bitsandbytes' models on `device`: it takes a GPU unasked, and int8 cannot move.
 
     Empty for all others, which `on_device` moves.
     """
-    quantized = getattr(AutoConfig.from_pretrained(path), "quantization_config", None) or {}
-    return {"device_map": {"": str(device)}} if quantized.get("quant_method") == "bitsandbytes" else {}
+    return {"device_map": {"": str(device)}} if quantizer_of(config) == "bitsandbytes" else {}
 
 
 def on_device(model: PreTrainedModel, device: str | torch.device) -> PreTrainedModel:
@@ -77,7 +107,11 @@ def _with_adapter(path: Path, dtype: torch.dtype, device: str | torch.device) ->
     base = base_of(path)
     check_base(path, base)
     model = load_model(base, dtype, device)
-    merge_adapter(model, load_adapter(path, model))
+    adapter = load_adapter(path, whole_layers(model.config))
+    if quantizer_of(model.config) or is_low_rank(model.config):
+        attach(model, {path.name: adapter}).choose([path.name])
+    else:
+        merge_adapter(model, adapter)
     return model
 
 
@@ -96,8 +130,9 @@ def initial_model(hf_config: Any, seed: int, scheme: str | None) -> Any:
 def save_model(
     folder: Path, hf_config: Any, shards: Sequence[Callable[[], dict[str, Tensor]]], tokenizer: Path | None
 ) -> None:
-    """Write config.json, safetensors (one file a shard) and the tokeniser's files; complete or absent.
+    """Write config.json, safetensors (one file a shard) and the tokenizer's files; complete or absent.
 
+    `tokenizer`: a folder with a tokenizer, and perhaps a generation config, which goes along.
     Each of `shards` returns Hugging Face name -> tensor and is called once, in turn, so the memory
     needed is one shard.
     """
@@ -119,7 +154,6 @@ def save_model(
     hf_config.dtype = "float32"
     hf_config.save_pretrained(partial)
     if tokenizer is not None:
-        for file in sorted(tokenizer.iterdir()):
-            shutil.copy2(file, partial / file.name)
+        save_tokenizer(tokenizer, partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)

@@ -18,10 +18,12 @@ def write_manifest(folder: Path) -> None:
 
 
 def weights_fingerprint(folder: Path) -> str:
-    """One hash of a model folder's config and weights.
+    """One hash of a model folder's config and weights, or of a GGUF file.
 
     Raises `CheckpointError` naming every file that is not as its manifest says, where there is one.
     """
+    if folder.is_file():
+        return _sha256(folder)
     found = check_manifest(folder) | {"config.json": _sha256(folder / "config.json")}
     for path in folder.glob("*.safetensors"):
         if path.name not in found:

@@ -15,6 +15,7 @@ class LowRankMistralConfig(MistralConfig):
     low_rank: dict[str, int | None] | None = None
     low_rank_kind: str = "low_rank"
     low_rank_layers: dict[str, int] | None = None
+    dense_tied: bool = False
     factor_modules: bool = False
 
 

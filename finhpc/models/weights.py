@@ -5,31 +5,30 @@ From a Hugging Face folder (safetensors, one file or an index of several), a hub
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
 from finhpc.errors import CheckpointError, ConfigError
 from finhpc.lowrank.replace import dense_shape, layer_kind
+from finhpc.models.config_file import quantizer_of, read_config
 from finhpc.models.families import family_of, is_low_rank, skeleton
+from finhpc.models.folder import GENERATION, SafetensorsFolder, copy_tokenizer, has_tokenizer
 from finhpc.models.gguf import GgufFile
 from finhpc.models.pipeline import is_tied
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "tokenizer.model", "chat_template.jinja",
-)  # fmt: skip
+FETCHED = ("*.json", "*.safetensors", "merges.txt", "tokenizer.model", "chat_template.jinja")
+WRAPPERS = re.compile(r"(^|\.)(?:(?:module|_orig_mod|_fsdp_wrapped_module)\.)+")
 # What older checkpoints hold beside weights: causal masks and rotary frequencies.
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 
@@ -66,19 +65,21 @@ class Weights:
 
     def __init__(self, path: Path, store: Store) -> None:
         self.path, self.config, self._store = path, store.config, store
-        if getattr(self.config, "quantization_config", None) is not None:
-            raise ConfigError(f"model={path} is quantised; give the model it was made from.")
+        if quantizer_of(self.config):
+            raise ConfigError(f"model={path} is quantized already; give the model it was made from.")
         family_of(self.config)
         self.tied = is_tied(self.config)
         self.skeleton = skeleton(self.config)
         self._stored = self._match()
+        self._check_tie()
 
     def read(self, name: str) -> Tensor:
         """The tensor of that Hugging Face name, as the model holds it, in float32.
 
         Raises `CheckpointError` where it holds NaN or infinity.
         """
-        tensor = self._store.read(self._stored[name]).float()
+        # A copy: the mapped pages would count as this process's memory as long as the tensor lives.
+        tensor = self.raw(name).clone().float()
         if not _finite(tensor):
             raise CheckpointError(f"{self.path}: {name} holds NaN or infinity; mend the model.")
         return tensor
@@ -99,37 +100,33 @@ class Weights:
         return found
 
     def save_tokenizer(self, folder: Path) -> bool:
-        """Write the tokeniser's files into a folder; False where the model comes without."""
-        if self.path.is_file():
-            tokenizer = AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
-            tokenizer.save_pretrained(folder)
-            return True
-        files = [self.path / name for name in (*TOKENIZER_FILES, "generation_config.json")]
-        for file in files:
-            if file.is_file():
-                shutil.copy2(file, folder / file.name)
-        return any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model"))
+        """Write the tokenizer's files and the generation config into a folder; False if the model has no tokenizer."""
+        return save_tokenizer(self.path, folder)
+
+    def raw(self, name: str) -> Tensor:
+        """The tensor of that Hugging Face name in the type that it is stored in, unchecked."""
+        return self._store.read(self._stored[name])
 
     def _match(self) -> dict[str, str]:
         """Hugging Face name -> stored name of every weight; raises `CheckpointError` with every misfit."""
         state = self.skeleton.state_dict()
-        shapes = self._store.shapes
+        shapes, plain = self._store.shapes, self._plain_names()
         prefix = getattr(self.skeleton, "base_model_prefix", "") + "."
         names, problems = {}, []
         for name, tensor in state.items():
             # A checkpoint of the bare transformer leaves its prefix out; a tied head need not be stored.
             embedding = _embedding(state) if self.tied and name == "lm_head.weight" else name
             options = [name, name.removeprefix(prefix), embedding, embedding.removeprefix(prefix)]
-            stored = next((option for option in options if option in shapes), None)
+            stored = next((plain[option] for option in options if option in plain), None)
             if stored is None:
-                problems.append(f"{self.path} holds no {name}; it is no whole {self.config.model_type} model.")
+                problems.append(f"{self.path} holds no {name}; it is not a whole {self.config.model_type} model.")
             elif shapes[stored] != tuple(tensor.shape):
                 held, wanted = (" x ".join(map(str, shape)) for shape in (shapes[stored], tensor.shape))
                 problems.append(f"{self.path}: {stored} is {held}, but its config says {wanted}; one of them is wrong.")
             else:
                 names[name] = stored
-        known = {*names.values(), "lm_head.weight"}
-        extra = [name for name in shapes if name not in known and not name.endswith(BUFFERS)]
+        used = set(names.values())
+        extra = [name for name in shapes if name not in used and not name.endswith(BUFFERS)]
         if not problems:
             problems = [f"{self.path} holds {name}, which no {self.config.model_type} model has." for name in extra]
         if problems:
@@ -137,45 +134,69 @@ class Weights:
             raise CheckpointError("\n".join(shown))
         return names
 
+    def _plain_names(self) -> dict[str, str]:
+        """Name without what wrappers such as DDP and torch.compile add -> stored name."""
+        plain: dict[str, str] = {}
+        for stored in self._store.shapes:
+            name = WRAPPERS.sub(r"\1", stored)
+            if name in plain:
+                raise CheckpointError(f"{self.path} holds both {plain[name]} and {stored}; write the model again.")
+            plain[name] = stored
+        return plain
 
-class SafetensorsFolder:
-    """The safetensors of a Hugging Face folder. A file is open only while one tensor is read from it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.config: Any = read_config(folder)
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self._files: dict[str, Path] = {}
-        for file in _files(folder):
-            with _open(file) as opened:
-                for name in opened.keys():  # noqa: SIM118 - no dictionary
-                    self.shapes[name] = tuple(opened.get_slice(name).get_shape())
-                    self._files[name] = file
-
-    def read(self, name: str) -> Tensor:
-        with _open(self._files[name]) as opened:
-            # A copy: the mapped pages would count as this process's memory as long as the tensor lives.
-            tensor: Tensor = opened.get_tensor(name).clone()
-        if not tensor.is_floating_point():
+    def _check_tie(self) -> None:
+        """Raise `CheckpointError` where a head of its own contradicts a config that ties it to the embedding."""
+        if not self.tied:
+            return
+        head, embedding = "lm_head.weight", _embedding(self._stored)
+        if self._stored[head] != self._stored[embedding] and not torch.equal(self.raw(head), self.raw(embedding)):
             raise CheckpointError(
-                f"{self._files[name]}: {name} is {tensor.dtype}, so the model is quantised; "
-                "give the model it was made from."
+                f"{self.path} holds {self._stored[head]}, which differs from its embedding, but its config has "
+                "tie_word_embeddings=true; set it to false, or remove that weight."
             )
-        return tensor
 
 
-def read_config(folder: Path) -> Any:
-    """transformers' config of a model folder; raises `CheckpointError` where there is none."""
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} has no config.json; give a model folder in Hugging Face's layout.")
+def save_tokenizer(path: Path, out: Path) -> bool:
+    """Write the tokenizer and generation config of a model folder or GGUF file; False if it has no tokenizer."""
+    if path.is_dir():
+        if (path / GENERATION).is_file():
+            shutil.copy2(path / GENERATION, out / GENERATION)
+        return copy_tokenizer(path, out)
+    if not path.is_file():
+        return False
+    gguf = GgufFile(path)
+    GenerationConfig.from_model_config(gguf.config).save_pretrained(out)
+    if gguf.has_tokenizer:
+        open_tokenizer(path).save_pretrained(out)
+    return gguf.has_tokenizer
+
+
+def open_tokenizer(path: Path) -> Any:
+    """The tokenizer of a model folder, adapter's folder or GGUF file; raises `ConfigError` if none opens."""
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise CheckpointError(f"{folder}/config.json is not a model's config: {reason}; correct it.") from None
+        if path.is_file():
+            return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ConfigError(
+            f"model={path} comes without a tokenizer that opens ({reason}); add the one it was trained with."
+        ) from None
 
 
-def locate(model: str) -> Path:
-    """The folder or file of `model`, fetched from the hub where it is a hub id.
+def find_tokenizer(path: Path) -> Any:
+    """The tokenizer of a model folder, adapter's folder or GGUF file; None if it has none."""
+    there = has_tokenizer(path) if path.is_dir() else path.is_file() and GgufFile(path).has_tokenizer
+    return open_tokenizer(path) if there else None
+
+
+def config_of(path: Path, any_family: bool = False) -> Any:
+    """transformers' config of a located model, folder or GGUF file; see `read_config`."""
+    return read_config(path, any_family) if path.is_dir() else GgufFile(path).config
+
+
+def locate(model: str, revision: str | None = None) -> Path:
+    """The folder or file of `model`, fetched from the hub (at `revision`) where it is a hub id.
 
     Raises `ConfigError` where there is no such thing, `CheckpointError` where the hub does not answer.
     """
@@ -189,7 +210,7 @@ def locate(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", *TOKENIZER_FILES]))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=list(FETCHED)))
     except Exception as error:  # the hub's client raises many kinds, some of other packages
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise CheckpointError(
@@ -204,13 +225,11 @@ def open_weights(path: Path, low_rank: bool = False) -> Weights:
     Raises `ConfigError` or `CheckpointError` where it cannot be used.
     """
     if path.is_dir():
-        store = SafetensorsFolder(path)
+        store = SafetensorsFolder(path, read_config(path))
         if is_low_rank(store.config) and not low_rank:
             raise ConfigError(f"model={path} is low-rank already; give a dense model.")
         return Weights(path, store)
-    if path.suffix == ".gguf":
-        return Weights(path, GgufFile(path))
-    raise ConfigError(f"model={path} is a file that is no .gguf; give a Hugging Face folder or a .gguf file.")
+    return Weights(path, GgufFile(path))
 
 
 @lru_cache(maxsize=1)
@@ -219,37 +238,10 @@ def opened(path: Path, stamp: str) -> Weights:
     return open_weights(path)
 
 
-def _files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        absent = [name for name in names if not (folder / name).is_file()]
-        if absent:
-            raise CheckpointError(f"{folder} lacks {', '.join(absent)}, which its index names; fetch them.")
-        return [folder / name for name in names]
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    if list(folder.glob("*.bin")) or list(folder.glob("*.pt")) or list(folder.glob("*.pth")):
-        raise CheckpointError(
-            f"{folder} holds no .safetensors file; pickled weights are not opened; convert them first."
-        )
-    raise CheckpointError(f"{folder} holds no model.safetensors and no index of several; give a model folder.")
-
-
-def _open(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="pt")
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{file} is cut short, damaged or another format ({error}); fetch or write it again; "
-            "pickles are never opened."
-        ) from None
-
-
 def _finite(tensor: Tensor) -> bool:
     """Whether no entry is NaN or infinite. The sum tells in a twentieth of the time, unless it overflows."""
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
-def _embedding(state: dict[str, Tensor]) -> str:
+def _embedding(state: Iterable[str]) -> str:
     return next(name for name in state if name in ("transformer.wte.weight", "model.embed_tokens.weight"))

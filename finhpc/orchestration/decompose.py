@@ -28,10 +28,11 @@ from finhpc.data.calibration import calibration_blocks
 from finhpc.data.progress import Progress
 from finhpc.data.shards import write_atomic
 from finhpc.errors import CheckpointError, ConfigError, DataError, RunBusyError
-from finhpc.models.families import as_low_rank, context_name, context_of, parameter_count, skeleton
+from finhpc.models.families import as_low_rank, context_name, context_of, model_sizes, parameter_count, skeleton
 from finhpc.models.manifest import check_manifest, write_manifest
 from finhpc.models.merge import header_of, merge_model, save_atomic
-from finhpc.models.weights import Weights, locate, open_weights
+from finhpc.models.tokens import check_rows
+from finhpc.models.weights import Weights, find_tokenizer, locate, open_weights
 from finhpc.orchestration.cluster import cluster_resources, ray_cluster
 from finhpc.orchestration.groups import (
     Group,
@@ -70,6 +71,8 @@ def decompose(config: DecomposeConfig, dry_run: bool = False) -> dict[str, Any]:
         return done
     check_manifest(source)
     weights = open_weights(source)
+    if (tokenizer := find_tokenizer(source)) is not None:
+        check_rows(tokenizer, weights.config.vocab_size, f"model={source}")
     targets = targets_of(weights, config)
     if dry_run:
         return _dry(config, weights, targets)
@@ -292,7 +295,6 @@ def _copy_rest(names: list[str], weights: Weights, work: Path) -> list[Path]:
 
 
 def _result(config: DecomposeConfig, weights: Weights, reports: list[Report]) -> dict[str, Any]:
-    total, dense = parameter_count(low_rank_config(weights, reports)), parameter_count(weights.config)
     before = sum(report["out_features"] * report["in_features"] for report in reports)
     after = sum((report["out_features"] + report["in_features"]) * report["rank"] for report in reports)
     return {
@@ -300,9 +302,7 @@ def _result(config: DecomposeConfig, weights: Weights, reports: list[Report]) ->
         "source": str(weights.path),
         "model": str(Path(config.out).expanduser().absolute()),
         "settings": config.model_dump(mode="json", exclude={"out", "workers"}),
-        "params_total": total,
-        "params_dense": dense,
-        "compression_ratio": dense / total,
+        **model_sizes(low_rank_config(weights, reports), weights.config),
         "linear_params_kept": after / before,
         "layers": reports,
     }

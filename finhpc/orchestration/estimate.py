@@ -13,9 +13,9 @@ from finhpc.errors import ConfigError
 from finhpc.lowrank.blend import blend_steps
 from finhpc.lowrank.registry import BLEND
 from finhpc.lowrank.replace import ranks_of
+from finhpc.models.config_file import read_config
 from finhpc.models.families import dense_original, make_config, skeleton
 from finhpc.models.presets import resolve_shape
-from finhpc.models.weights import read_config
 from finhpc.orchestration.estimate_tables import show
 from finhpc.orchestration.measuring import part_seconds
 from finhpc.orchestration.plan import Plan, check_blend, check_model, check_parallel, collect

@@ -14,7 +14,7 @@ from finhpc.data.batches import Batches
 from finhpc.data.examples import Examples
 from finhpc.errors import ConfigError
 from finhpc.models.adapted import Adaptation
-from finhpc.models.families import FAMILIES, context_name, context_of
+from finhpc.models.families import FAMILIES, context_name, context_of, dense_original, parameter_count
 from finhpc.models.packed import Segments, segments_of
 from finhpc.models.presets import PRESETS, resolve_shape
 from finhpc.models.weights import Weights, locate, open_weights
@@ -42,13 +42,14 @@ def estimate_finetune(config: FinetuneEstimateConfig) -> dict[str, Any]:
     cuda = config.estimate.device != THIS_MACHINE
     plan = FinetunePlan(adaptation, pack, topology, cuda)
     base = sum(parameter.numel() for parameter in weights.skeleton.parameters())
+    dense = parameter_count(dense_original(weights.config))
     tokens = topology.samples_per_step * config.estimate.tokens
     result: dict[str, Any] = {
         "status": "dry_run",
         "params_total": base + plan.trained,
         "params_trainable": plan.trained,
-        "params_dense": base,
-        "compression_ratio": base / (base + plan.trained),
+        "params_dense": dense,
+        "compression_ratio": dense / (base + plan.trained),
         "tokens_per_s": None,
         "peak_memory_bytes": None,
         "pipeline_utilization": None,

@@ -21,7 +21,7 @@ def show(config: FinetuneEstimateConfig, cluster: Cluster, result: dict[str, Any
     rows_table("Table IX beside the same adapters here (GB)", _ix_rows(numbers["table_ix"]))
     parallel = config.parallel
     rows = [
-        ("base", f"{result['params_dense'] / 1e6:,.2f} M parameters"),
+        ("base", f"{(result['params_total'] - result['params_trainable']) / 1e6:,.2f} M parameters"),
         ("trained", f"{result['params_trainable'] / 1e6:,.2f} M"),
         ("a step", f"{numbers['step_s']:,.3g} s, {numbers['operations_per_step'] / 1e12:,.3g} TFLOP, rough: at "
          f"{cluster.reached:.0%} of {cluster.device.name}'s matrix rate"),

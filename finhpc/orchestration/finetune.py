@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,12 +61,16 @@ class Finetune(Job):
         (folder / EXAMPLES).unlink(missing_ok=True)
 
     def counts(self) -> dict[str, Any]:
+        from finhpc.models.families import dense_original, parameter_count
+
         made = self.made
+        total = made.params_base + made.params_trainable
+        dense = parameter_count(dense_original(made.weights.config))
         return {
-            "params_total": made.params_base + made.params_trainable,
+            "params_total": total,
             "params_trainable": made.params_trainable,
-            "params_dense": made.params_base,
-            "compression_ratio": made.params_base / (made.params_base + made.params_trainable),
+            "params_dense": dense,
+            "compression_ratio": dense / total,
             "data": made.examples.counts,
             "scores": None,
             "held_out_weighted_f1": None,
@@ -75,29 +78,36 @@ class Finetune(Job):
 
     def save_model(self, folder: Path, saved: Saved) -> None:
         from finhpc.models.adapter import save_adapter
+        from finhpc.models.tokens import write_stops
 
         trained = {name: tensor for file in saved.stage_files() for name, tensor in read_stage(file, "param").items()}
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         made, config = self.made, self.config
         save_adapter(partial, config.lora, trained, made.weights, config.quantization, made.base_fingerprint)
-        self.made.weights.save_tokenizer(partial)
+        made.weights.save_tokenizer(partial)
+        write_stops(partial, self._ends(), made.weights.config)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
+
+    def _ends(self) -> list[int]:
+        """Ids that end the answers it learned: generation stops at them, here and elsewhere."""
+        from finhpc.models.tokens import end_of_turn
+
+        tokenizer = tokenizer_of(self.made.weights)
+        chats = any(source["format"] == "chat" for source in self.made.examples.counts["by_source"])
+        ends = [tokenizer.eos_token_id, end_of_turn(tokenizer) if chats else None]
+        return [token for token in ends if token is not None]
 
     def finish(self, result: dict[str, Any], folder: Path, say: Say) -> None:
         """Score the labels of held-out examples, on this process alone."""
         import torch
 
         from finhpc.evaluation.held_out import label_scores
-        from finhpc.models.families import is_low_rank
         from finhpc.models.loading import load_model
 
         config = self.config
         weights = self.made.weights
-        if not weights.path.is_dir() or is_low_rank(weights.config):
-            say("labels of held-out examples are not scored beside a .gguf file or a low-rank base.")
-            return
         torch.set_num_threads(config.resources.threads)
         model = load_model(folder / "model", torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
         tokenizer = tokenizer_of(weights)
@@ -187,9 +197,10 @@ def _make(config: FinetuneConfig) -> Made:
     """Check everything together; raises one `ConfigError` with every problem."""
     from finhpc.data.examples import make_examples
     from finhpc.models.adapted import Adaptation
+    from finhpc.models.tokens import check_rows
 
     problems: list[str] = []
-    weights = adaptation = examples = None
+    weights = adaptation = examples = tokenizer = None
     with collect(problems):
         check_parallel(config)
     with collect(problems):
@@ -201,7 +212,12 @@ def _make(config: FinetuneConfig) -> Made:
         with collect(problems):
             adaptation = Adaptation.of(config, weights)
         with collect(problems):
-            examples = make_examples(config.data, tokenizer_of(weights), config.train.seed)
+            tokenizer = tokenizer_of(weights)
+            check_rows(tokenizer, weights.config.vocab_size, f"model.path={weights.path}")
+    if weights is not None and tokenizer is not None:
+        with collect(problems):
+            before = Path(config.run.storage) / config.run.name / EXAMPLES
+            examples = make_examples(config.data, tokenizer, config.train.seed, before)
     if examples is not None:
         with collect(problems):
             _set_steps(config, len(examples.train))
@@ -247,28 +263,16 @@ def _set_steps(config: FinetuneConfig, examples: int) -> None:
 
 def tokenizer_of(weights: Weights) -> Any:
     """The base's tokeniser; raises `ConfigError` where the model comes without."""
-    from transformers import AutoTokenizer
+    from finhpc.models.weights import open_tokenizer
 
-    path = weights.path
-    try:
-        if path.is_file():
-            return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise ConfigError(
-            f"model.path={path} comes without a tokeniser that opens ({reason}); add the one it was trained with."
-        ) from None
+    return open_tokenizer(weights.path)
 
 
 def base_fingerprint(path: Path) -> str:
     """One hash of the base, whose files are checked against their manifest where there is one."""
     from finhpc.models.manifest import weights_fingerprint
 
-    if path.is_dir():
-        return weights_fingerprint(path)
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return weights_fingerprint(path)
 
 
 def open_examples(folder: Path, fingerprint: str) -> Examples:

@@ -146,12 +146,13 @@ def sample_text(config: PretrainConfig, model_folder: Path, say: Callable[[str],
     from transformers import AutoTokenizer
 
     from finhpc.models.loading import load_model
+    from finhpc.models.tokens import prompt_ids
 
     say("sampling text from the model")
     model: Any = load_model(model_folder)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     prompt = config.train.sample_prompt or tokenizer.eos_token
-    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    ids = torch.tensor([prompt_ids(tokenizer, prompt)])
     room = model.config.max_position_embeddings - ids.shape[1]
     torch.manual_seed(config.train.seed)
     out = model.generate(

@@ -69,7 +69,9 @@ class Pretrain(Job):
 
         shards = [lambda file=file: read_stage(file, "param") for file in saved.stage_files()]  # type: ignore[misc]
         self.plan.shards.check_tokenizer()  # it goes into the model's folder
-        save_model(folder, self.plan.hf_config, shards, self.plan.shards.tokenizer)
+        # The model that the run starts from has the same ids, and perhaps a chat template and a generation config.
+        start = self.plan.start
+        save_model(folder, self.plan.hf_config, shards, start.folder if start else self.plan.shards.tokenizer)
 
     def finish(self, result: dict[str, Any], folder: Path, say: Say) -> None:
         result["sample"] = outcome.sample_text(self.config, folder / "model", say)

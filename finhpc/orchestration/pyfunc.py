@@ -126,16 +126,18 @@ class TextGenerator:
     def _continue(self, prompt: str, new_tokens: int) -> str:
         import torch
 
-        ids = self.tokenizer(prompt, return_tensors="pt").input_ids.long()
-        if ids.numel() == 0:  # an empty prompt starts where a document starts
-            ids = torch.tensor([[self.tokenizer.eos_token_id]])
+        from finhpc.models.tokens import prompt_ids, stop_ids
+
+        ids = torch.tensor([prompt_ids(self.tokenizer, prompt)])
+        stop = stop_ids(self.tokenizer, self.model.generation_config)
         with torch.inference_mode():
             out = self.model.generate(
                 ids.to(self.model.device),
                 attention_mask=torch.ones_like(ids).to(self.model.device),
                 max_new_tokens=new_tokens,
                 do_sample=False,
-                pad_token_id=self.tokenizer.eos_token_id,
+                eos_token_id=stop or None,
+                pad_token_id=stop[0] if stop else 0,
             )
         return str(self.tokenizer.decode(out[0], skip_special_tokens=True))
 

@@ -21,12 +21,13 @@ from finhpc.data.shards import Shards
 from finhpc.errors import CheckpointError, ConfigError
 from finhpc.lowrank.registry import BLEND, DENSE, LAYERS, STARTED, SVD, check_kind, layers_kind
 from finhpc.lowrank.replace import ranks_of
+from finhpc.models.config_file import read_config
 from finhpc.models.families import as_low_rank, family_of, is_low_rank, make_config
 from finhpc.models.initialize import Fill, drawn
 from finhpc.models.manifest import check_manifest, weights_fingerprint
 from finhpc.models.presets import resolve_shape
 from finhpc.models.start import stored
-from finhpc.models.weights import open_weights, read_config
+from finhpc.models.weights import open_weights
 
 DECOMPOSED = "decomposed"  # the low-rank model in the run folder that the factors come from
 SHAPE_KEYS = (
@@ -183,10 +184,9 @@ def _check_ids(config: PretrainConfig, folder: Path, vocab_size: int, shards: Sh
             f"model.path={folder} holds no tokenizer.json, so nothing says that its ids are those of "
             f"data.shards={config.data.shards}; add the tokeniser that it was trained with."
         )
-    if vocab_size < shards.manifest.vocab_size:
+    if vocab_size < shards.manifest.vocab_size and vocab_size < (ids := shards.ids_of_text()):
         raise ConfigError(
-            f"model.path={folder} knows {vocab_size} ids, data.shards={config.data.shards} has "
-            f"{shards.manifest.vocab_size}; {again}."
+            f"model.path={folder} knows {vocab_size} ids, data.shards={config.data.shards} has {ids}; {again}."
         )
 
     def same(file: Path) -> str:

@@ -3,12 +3,16 @@ from __future__ import annotations
 import json
 
 import pytest
+from tokenizers import AddedToken
 
 from finhpc.config import Instructions
 from finhpc.data.examples import load, make_examples
 from finhpc.data.templates import template, templates
 from finhpc.errors import ConfigError, DataError
+from finhpc.models.tokens import decoded, prompt_ids
 from tests.data.instructing import jsonl, phrases, sentences, tokenizer
+from tests.data.kinds import KINDS
+from tests.data.kinds import tokenizer as of_kind
 
 TOK = tokenizer()
 
@@ -106,7 +110,7 @@ def test_a_conversation_carries_loss_on_the_assistants_turns_alone(tmp_path):
     turns = [("user", "a b"), ("assistant", "c"), ("user", "d"), ("assistant", "e f")]
     source = jsonl(tmp_path / "c.jsonl", [{"messages": [{"role": r, "content": c} for r, c in turns]}])
     text, loss = said(make(source).train)
-    assert text == TOK.apply_chat_template([{"role": r, "content": c} for r, c in turns], tokenize=False).rstrip()
+    assert text == TOK.apply_chat_template([{"role": r, "content": c} for r, c in turns], tokenize=False)
     assert loss == "c<|im_end|>e f<|im_end|>"
 
 
@@ -243,3 +247,19 @@ def test_real_sets(shared_data):
     assert [source["records"] for source in found.counts["by_source"]] == [3628, 688, 1161]
     assert found.counts["examples"] == len(found.train) == 5477
     assert found.counts["by_source"][2]["skipped"]["entities of type MISC"] == 7
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_is_read_as_generation_reads_it_and_its_answer_follows(tmp_path, kind):
+    """Also if the two merge where they meet: ids of the prompt alone, then of an answer that begins no text."""
+    for form, begin in (("plain", False), ("merging", True)):
+        tok = of_kind(kind, begin=begin, end=begin)
+        if form == "merging":
+            tok.add_tokens([AddedToken(":\n", normalized=False)])
+        source = jsonl(tmp_path / "a.jsonl", [{"instruction": "What is it", "input": "", "output": "bread is"}])
+        tokens, answer = make(source, tok=tok).train.example(0)
+        prompt = template("alpaca").render({"instruction": "What is it", "input": ""}).prompt
+        assert tokens[~answer].tolist() == prompt_ids(tok, prompt)
+        assert tokens[-1] == tok.eos_token_id
+        said = decoded(tok, tokens[~answer].tolist(), tokens[answer][:-1].tolist())
+        assert said == (" bread is" if kind == "word piece" else "\nbread is")

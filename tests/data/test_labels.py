@@ -19,7 +19,7 @@ CODES = "text,label\nprofit fell,0\nit stayed,1\nprofit rose,2\n"
 
 
 def read(*sources, **settings):
-    return read_examples([str(source) for source in sources], Instructions(**settings), TOK)
+    return read_examples([str(source) for source in sources], Instructions(**settings))
 
 
 def answers(source, **settings):

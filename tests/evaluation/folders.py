@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,21 @@ def tiny_folder(folder: Path, family: str, kind: str = "dense", tokenizer: bool 
     shards = tiny_shards(folder.with_name(f"{folder.name}-shards"), vocab=300)
     state = {name: value.clone() for name, value in model.state_dict().items() if name in keep(model)}
     save_model(folder, model.config, [lambda: state], shards / "tokenizer" if tokenizer else None)
+    return folder
+
+
+def folder_of_kind(
+    folder: Path, tokenizer: Any, rows: int | None = None, likely: tuple[int, int] | None = None
+) -> Path:
+    """A llama with that tokenizer; `rows`: of its embedding. `likely`: ids whose rows in the head are exchanged."""
+    shape = replace(SHAPES["llama"], vocab_size=rows or len(tokenizer))
+    model = initial_model(make_config(shape, dict.fromkeys(LINEAR_KINDS)), 0, None).eval()
+    state = {name: value.clone() for name, value in model.state_dict().items() if name in keep(model)}
+    if likely is not None:
+        head = state["lm_head.weight"]
+        head[list(likely)] = head[list(reversed(likely))]
+    tokenizer.save_pretrained(folder.with_name(f"{folder.name}-tokenizer"))
+    save_model(folder, model.config, [lambda: state], folder.with_name(f"{folder.name}-tokenizer"))
     return folder
 
 

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from finhpc.config import EvaluateConfig, build
 from finhpc.errors import ConfigError
@@ -73,21 +74,24 @@ def test_a_folder_without_tokeniser(tmp_path: Path) -> None:
 
 
 def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, PeftModel, get_peft_model
     from transformers import GPT2Config, GPT2LMHeadModel
 
     folder = write_model(tmp_path / "model")
+    tokens = torch.arange(12)[None]
     for width, fits in ((32, True), (64, False)):
         base = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=64, n_embd=width, n_layer=2, n_head=2))
         lora = LoraConfig(r=2, target_modules=["c_attn"], init_lora_weights=False, fan_in_fan_out=True)
         get_peft_model(base, lora).save_pretrained(tmp_path / str(width))
-        (subject,) = subjects([str(folder)], [str(tmp_path / str(width))])
+        adapter = str(tmp_path / str(width))
         if fits:
+            (subject,) = subjects([str(folder)], [adapter])
             model, _ = load_for_evaluation(subject.path, subject.adapter)
-            assert any("lora_A" in name for name, _ in model.named_parameters())
+            opened = PeftModel.from_pretrained(GPT2LMHeadModel.from_pretrained(folder), adapter).eval()
+            torch.testing.assert_close(model(tokens).logits, opened(tokens).logits)
         else:
-            with pytest.raises(ConfigError, match="another base"):
-                load_for_evaluation(subject.path, subject.adapter)
+            with pytest.raises(ConfigError, match="it is of another model"):
+                subjects([str(folder)], [adapter])
 
 
 def test_every_problem_is_told_at_once(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from finhpc.config import Sampling
 from finhpc.errors import NonFiniteError
 from finhpc.evaluation.decoder import Decoder
-from finhpc.evaluation.decoding import choose, decode
+from finhpc.evaluation.decoding import choose, decode, row_seed
 from tests.evaluation.folders import tiny_model
 from tests.models.dense import tiny_mistral, tiny_qwen2
 
@@ -104,6 +104,19 @@ def test_draws_depend_on_the_seed_and_the_place_not_on_the_batch() -> None:
     assert generated(model, prompts[1:], sampling, first=1) == whole[1:]
     assert whole[0] != whole[2]
     assert generated(model, prompts, sampling.model_copy(update={"seed": 4})) != whole
+
+
+def test_seeds_and_places_draw_independently() -> None:
+    model, sampling = tiny_model("gpt2"), Sampling(max_new_tokens=8, temperature=5.0)
+    rows = [
+        tuple(row)
+        for seed in range(4)
+        for row in generated(model, [[1, 2, 3]] * 6, sampling.model_copy(update={"seed": seed}))
+    ]
+    assert len(set(rows)) == 24, "no seed's answers are another's, one place further"
+    assert len({row_seed(seed, row) for seed in range(100) for row in range(100)}) == 10_000
+    assert row_seed(1, 11) != row_seed(11, 1)
+    assert row_seed(11, 1) != row_seed(1, 111)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from finhpc.config import ExportConfig, Sampling, build
-from finhpc.evaluation.adapters import Adapters, read_adapters
+from finhpc.evaluation.adapters import read_adapters
 from finhpc.evaluation.decoder import Decoder
 from finhpc.evaluation.decoding import decode
 from finhpc.evaluation.forms import use_fast_forms
+from finhpc.models.attached import Adapters
 from finhpc.models.export import export
 from finhpc.models.loading import load_model
 from tests.evaluation.folders import tiny_adapter, tiny_folder, tiny_model

@@ -13,12 +13,16 @@ import torch
 from peft import PeftModel
 
 from finhpc.cli import main
-from finhpc.config import ExportConfig, GenerateConfig, build
+from finhpc.config import ExportConfig, GenerateConfig, Sampling, build
 from finhpc.errors import ConfigError
+from finhpc.evaluation.decoder import Decoder
+from finhpc.evaluation.decoding import decode
 from finhpc.evaluation.generate import generate
+from finhpc.evaluation.generation import Generator
 from finhpc.models.export import export
 from finhpc.models.loading import load_model
-from tests.evaluation.folders import tiny_adapter, tiny_folder, tiny_model
+from tests.data.kinds import tokenizer
+from tests.evaluation.folders import folder_of_kind, tiny_adapter, tiny_folder, tiny_model
 
 TEXTS = ["the bank", "prices move while markets wait", "news", "of growth and", "rate", "falls as", "the", "and"]
 LLAMA = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
@@ -123,6 +127,78 @@ def test_the_command_and_its_files(llama: Path, tmp_path: Path, capfd: pytest.Ca
     assert answers == result["answers"]
     assert [answer["prompt"] for answer in answers] == ["the bank", "prices move"]
     assert main(words) == 2, "nothing is overwritten"
+
+
+@pytest.mark.parametrize("kind", ["byte level, prefix", "metaspace first", "prepend", "word piece"])
+def test_prompt_and_text_join_and_no_end_is_read(kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    model = folder_of_kind(tmp_path / "model", tokenizer(kind, begin=True, end=True))
+    prompts = ["Alder Foods", "What does", "bread and"]
+    (tmp_path / "p.txt").write_text("\n".join(prompts))
+    many = generate(settings(model, prompts=str(tmp_path / "p.txt"), out=str(tmp_path / "out.jsonl")))
+    one = generate(settings(model, prompt=prompts[0]))
+    assert prompts[0] + one["answers"][0]["text"] in capfd.readouterr().err, "the screen shows it as it joins"
+    assert one["answers"][0]["text"] == many["answers"][0]["text"]
+    network, tok = load_model(model), tokenizer(kind)
+    for prompt, line in zip(prompts, (tmp_path / "out.jsonl").read_text().splitlines(), strict=True):
+        ids = torch.tensor([[tok.bos_token_id, *tok(prompt, add_special_tokens=False).input_ids]])
+        with torch.inference_mode():
+            whole: Any = network.generate(ids, max_new_tokens=12, min_new_tokens=12, pad_token_id=0)  # type: ignore[operator]
+        said = tok.decode(whole[0], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert prompt + json.loads(line)["text"] == said.removeprefix(" ")
+
+
+def test_a_chat_ends_with_the_templates_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base ends a text with </s>, its template a turn with <|im_end|>; generation_config.json has neither."""
+    tok = tokenizer("metaspace first", "chatml")
+    free = folder_of_kind(tmp_path / "free", tok)
+    sampling = {"max_new_tokens": 12, "stop_at_eos": True}
+
+    def talk(model: Path, **more: Any) -> dict[str, Any]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("What is it\n"))
+        return generate(settings(model, chat=True, sampling=sampling, **more))
+
+    endless = talk(free)
+    assert endless["new_tokens"] == 12
+    prompt = tok.apply_chat_template([{"role": "user", "content": "What is it"}], add_generation_prompt=True)[
+        "input_ids"
+    ]
+
+    ids = [row[0] for row in decode(Decoder(load_model(free)), [prompt], Sampling(max_new_tokens=12))]
+    at = next(i for i, token in enumerate(ids) if token not in ids[:i] and i)
+    end = tok.convert_tokens_to_ids("<|im_end|>")
+    model = folder_of_kind(tmp_path / "model", tok, likely=(int(ids[at] or 0), end))
+    ended = talk(model)
+    assert ended["new_tokens"] == at + 1
+    assert "im_end" not in ended["answers"][0]["text"]
+    adapter = tiny_adapter(tmp_path / "a", load_model(model), ["model.layers.0.self_attn.q_proj"], 2, seed=0)
+    bare = tokenizer("metaspace first")
+    bare.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").unlink(missing_ok=True)
+    assert end not in Generator(settings(model, prompt="a", sampling=sampling)).stop
+    (adapter / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, end]}))
+    generator = Generator(settings(model, prompt="a", sampling=sampling, adapters=[f"a={adapter}"]))
+    assert generator.stop == {2, end}, "an adapter brings the ends that it has learned"
+    tok.save_pretrained(adapter)
+    (adapter / "generation_config.json").unlink()
+    generator = Generator(settings(model, prompt="a", sampling=sampling, adapters=[f"a={adapter}"]))
+    assert generator.stop == {2, end}
+    assert generator.tokenizers["a"].chat_template
+    assert not generator.tokenizers[None].chat_template
+
+
+def test_a_tokenizer_with_more_ids_than_rows_is_refused(tmp_path: Path) -> None:
+    tok = tokenizer("byte level")
+    size = len(tok)
+    short = folder_of_kind(tmp_path / "short", tok, rows=size - 4)
+    message = refusal(settings(short, prompt="a"))
+    assert f"an embedding of {size - 4} rows" in message
+    assert f"{size} ids" in message
+    folder_of_kind(tmp_path / "padded", tok, rows=size + 28)
+    assert generate(settings(tmp_path / "padded", prompt="a"))["new_tokens"] == 12
+    tok.add_special_tokens({"pad_token": "[PAD]"})
+    pads = folder_of_kind(tmp_path / "pads", tok, rows=size)
+    assert generate(settings(pads, prompt="a"))["new_tokens"] == 12
+    assert f"holds the id {size}" in refusal(settings(pads, prompt="a [PAD]"))
 
 
 def refusal(config: GenerateConfig) -> str:

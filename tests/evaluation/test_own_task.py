@@ -11,7 +11,6 @@ from finhpc.config import EvaluateConfig, Instructions, build
 from finhpc.data.instructions import read_examples
 from finhpc.errors import ConfigError
 from finhpc.evaluation.tasks import TaskFile, load_task, prepare_tasks
-from tests.data.instructing import tokenizer
 
 STANCE = "headline,mood\nraise rates,hawkish\ncut rates,dovish\nhold,neutral\nraise more,hawkish\n"
 CODES = "text,label\nprofit fell,0\nit stayed,1\nprofit rose,2\n"
@@ -29,7 +28,7 @@ def test_a_task_of_ones_own_reads_what_finetuning_learned_from(tmp_path: Path) -
     file = tmp_path / "fomc.csv"
     file.write_text(STANCE)
     columns = {"input": "headline", "label": "mood"}
-    (learned,) = read_examples([str(file)], Instructions(columns=columns), tokenizer())
+    (learned,) = read_examples([str(file)], Instructions(columns=columns))
     (task,) = prepared(tmp_path, ["stance"], files={"stance": str(file)}, columns=columns)
     opened = load_task(task)
     documents = list(opened.test_docs())
@@ -47,14 +46,14 @@ def test_codes_need_a_meaning_in_evaluation_as_in_finetuning(tmp_path: Path, fil
     with pytest.raises(ConfigError, match=r"codes \(0, 1, 2\) and nothing tells what they mean"):
         prepared(tmp_path, [task], files={task: str(path)})
     with pytest.raises(ConfigError, match=r"codes \(0, 1, 2\) and nothing tells what they mean"):
-        read_examples([str(path)], Instructions(), tokenizer())
+        read_examples([str(path)], Instructions())
     for spec, given in (
         (f"{path}:phrasebank", {}),
         (str(path), {"labels": {0: "negative", 1: "neutral", 2: "positive"}}),
     ):
         (made,) = prepared(tmp_path, [task], files={task: spec}, **given)
         assert labels(made) == ["negative", "neutral", "positive"]
-        (learned,) = read_examples([spec], Instructions(**given), tokenizer())
+        (learned,) = read_examples([spec], Instructions(**given))
         assert labels(made) == [example.label for example in learned.examples]
 
 

@@ -20,23 +20,23 @@ from transformers import (
 
 def tiny_gpt2(vocab: int = 300, layers: int = 3) -> PreTrainedModel:
     """Untrained, with weights large enough that every layer matters; its embedding is its head."""
-    return _settled(GPT2LMHeadModel(GPT2Config(vocab_size=vocab, n_positions=64, n_embd=32, n_layer=layers, n_head=4)))
+    return settled(GPT2LMHeadModel(GPT2Config(vocab_size=vocab, n_positions=64, n_embd=32, n_layer=layers, n_head=4)))
 
 
 def tiny_llama(vocab: int = 300, tied: bool = True, layers: int = 3, context: int = 64) -> PreTrainedModel:
     config = LlamaConfig(**_shape(vocab, layers, context), tie_word_embeddings=tied)
-    return _settled(LlamaForCausalLM(config))
+    return settled(LlamaForCausalLM(config))
 
 
 def tiny_mistral(context: int = 64, window: int | None = None) -> PreTrainedModel:
     """Heads of 12, which together are wider than the model, as in Mistral Nemo."""
     config = MistralConfig(**_shape(context=context), head_dim=12, sliding_window=window)
-    return _settled(MistralForCausalLM(config))
+    return settled(MistralForCausalLM(config))
 
 
 def tiny_qwen2(context: int = 64) -> PreTrainedModel:
     """With biases on queries, keys and values."""
-    return _settled(Qwen2ForCausalLM(Qwen2Config(**_shape(context=context), tie_word_embeddings=True)))
+    return settled(Qwen2ForCausalLM(Qwen2Config(**_shape(context=context), tie_word_embeddings=True)))
 
 
 def _shape(vocab: int = 300, layers: int = 3, context: int = 64) -> dict[str, int]:
@@ -51,7 +51,7 @@ def _shape(vocab: int = 300, layers: int = 3, context: int = 64) -> dict[str, in
     }
 
 
-def _settled(model: PreTrainedModel) -> PreTrainedModel:
+def settled(model: PreTrainedModel) -> PreTrainedModel:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 from finhpc.config import ExportConfig
 from finhpc.config.finetune import FinetuneQuantization, Lora
 from finhpc.errors import CheckpointError, ConfigError
-from finhpc.models.adapter import CONFIG, FINGERPRINT, TENSORS, load_adapter, merge_adapter, save_adapter
+from finhpc.models.adapter import CONFIG, FINGERPRINT, TENSORS, merge_adapter, save_adapter
+from finhpc.models.adapter_file import load_adapter
 from finhpc.models.export import export
 from finhpc.models.loading import load_model
 from finhpc.models.manifest import weights_fingerprint

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import torch
@@ -19,6 +18,7 @@ from finhpc.models.merge import header_of, merge_model, save_atomic
 from finhpc.models.moments import second_moments
 from finhpc.models.weights import locate, open_weights
 from tests.models.dense import saved, tiny_gpt2, tiny_llama
+from tests.models.gguf_file import write_gguf
 
 
 def assert_same(path: Path, model: PreTrainedModel) -> None:
@@ -121,7 +121,7 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
 def test_integer_weights_are_no_dense_model(tmp_path: Path) -> None:
     saved(tiny_llama(), tmp_path)
     changed(tmp_path, **{"model.norm.weight": torch.ones(32, dtype=torch.int8)})
-    with pytest.raises(CheckpointError, match=r"model\.norm\.weight is torch\.int8, so the model is quantised"):
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight is torch\.int8, so the model is quantized"):
         open_weights(tmp_path).read("model.norm.weight")
 
 
@@ -144,43 +144,6 @@ def test_an_unknown_family_names_the_known(tmp_path: Path) -> None:
 def test_what_is_no_model_is_refused(model: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         open_weights(locate(model))
-
-
-def permuted(weight: Tensor, heads: int) -> Tensor:
-    """As llama.cpp stores queries and keys: the two halves of each head's rotary pairs interleaved."""
-    rows = weight.shape[0]
-    return weight.reshape(heads, 2, rows // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
-
-
-def write_gguf(model: PreTrainedModel, path: Path) -> Path:
-    """A tiny Llama as llama.cpp would write it, matrices of the MLP at 8 bits."""
-    config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, tensor in model.named_parameters():
-        stem, _, suffix = name.rpartition(".")
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(stem.split(".")[-1])
-        array = (permuted(tensor.detach(), heads) if heads else tensor.detach()).contiguous().numpy()
-        gguf_name = f"{names.get_name(stem)}.{suffix}"
-        if ".mlp." in name and array.shape[1] % 32 == 0:
-            kind = gguf.GGMLQuantizationType.Q8_0
-            writer.add_tensor(gguf_name, gguf.quantize(array, kind), raw_dtype=kind)
-        else:
-            writer.add_tensor(gguf_name, array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 @pytest.mark.parametrize("tied", [True, False])

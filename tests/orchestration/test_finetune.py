@@ -274,4 +274,4 @@ def test_a_low_rank_model_does_not_take_an_adapter_up_in_memory() -> None:
     model = skeleton(as_low_rank(tiny_llama().config, {"mlp": 4}))
     name = "model.layers.0.mlp.up_proj"
     with pytest.raises(ConfigError, match=r"base is low-rank .*export --format merged"):
-        merge_adapter(model, Adapter({name: (torch.zeros(2, 32), torch.zeros(48, 2))}, 1.0))
+        merge_adapter(model, Adapter({name: (torch.zeros(2, 32), torch.zeros(48, 2))}, {name: 1.0}))

@@ -1,0 +1,241 @@
+"""Tiny models of every family, on disk in every way that a base comes in.
+
+Each is a `Base`: where it lies, and the very weights it stands for in transformers' own architecture, so that the
+reference needs nothing of ours.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+from transformers.pytorch_utils import Conv1D
+
+from finhpc.config import ExportConfig, build
+from finhpc.models.export import export
+from finhpc.models.families import as_low_rank
+from finhpc.quantization.fake import TRAINED
+from tests.models.dense import settled
+from tests.parity.gguf_file import write_gguf
+from tests.parity.tokenizer_kinds import VOCAB
+
+State = dict[str, Tensor]
+CONTEXT = 128
+RANK = 32  # of the low-rank base: factors that NF4 can quantize
+
+
+def _gpt2(**more: Any) -> nn.Module:
+    config = GPT2Config(vocab_size=VOCAB, n_positions=1024, n_embd=64, n_layer=2, n_head=4, **more)
+    return settled(GPT2LMHeadModel(config))
+
+
+def _llama_like(config_class: Any, model_class: Any, **more: Any) -> nn.Module:
+    shape = {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": CONTEXT,
+        "tie_word_embeddings": False,
+    }
+    return settled(model_class(config_class(**shape | more)))
+
+
+SCALED = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0}
+SCALED |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+# Name of a row -> its family, as the registry has it, and a model.
+FAMILY_ROWS: dict[str, tuple[str, Callable[[], Any]]] = {
+    "gpt2": ("gpt2", _gpt2),
+    "gpt2, head of its own": ("gpt2", lambda: _gpt2(tie_word_embeddings=False)),
+    "gpt2, scaled by layer": ("gpt2", lambda: _gpt2(scale_attn_by_inverse_layer_idx=True, n_inner=96)),
+    "llama": ("llama", lambda: _llama_like(LlamaConfig, LlamaForCausalLM)),
+    "llama, tied": ("llama", lambda: _llama_like(LlamaConfig, LlamaForCausalLM, tie_word_embeddings=True)),
+    "llama, biases, scaled positions": (
+        "llama",
+        lambda: _llama_like(LlamaConfig, LlamaForCausalLM, attention_bias=True, mlp_bias=True, rope_parameters=SCALED),
+    ),
+    "mistral": ("mistral", lambda: _llama_like(MistralConfig, MistralForCausalLM, head_dim=24, sliding_window=96)),
+    "qwen2": ("qwen2", lambda: _llama_like(Qwen2Config, Qwen2ForCausalLM, tie_word_embeddings=True)),
+}
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base on disk. `state`: the weights it stands for, in float32; `factors`: those of low-rank layers as A, B."""
+
+    path: Path
+    config: Any
+    state: State
+    factors: dict[str, tuple[Tensor, Tensor]]
+
+    def plain(self, state: State | None = None) -> Any:
+        """transformers' own model with the base's weights, or with others."""
+        model = AutoModelForCausalLM.from_config(deepcopy(self.config), dtype=torch.float32)
+        model.load_state_dict(self.state if state is None else state)
+        return model.eval()
+
+
+def _dense(model: Any, path: Path) -> Base:
+    state = {name: tensor.float().clone() for name, tensor in model.state_dict().items()}
+    return Base(path, model.config, state, {})
+
+
+def _saved(model: Any, folder: Path, **how: Any) -> Base:
+    model.save_pretrained(folder, **how)
+    return _dense(model, folder)
+
+
+def _renamed(model: Any, folder: Path, prefix: str, new: str) -> Base:
+    base = _saved(model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(
+        {new + name.removeprefix(prefix): tensor for name, tensor in tensors.items()},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
+    return base
+
+
+def _gguf(model: Any, folder: Path) -> Base:
+    path = folder / "base of mine.gguf"
+    folder.mkdir(parents=True)
+    write_gguf(model, path)
+    return _dense(model, path)
+
+
+# A GGUF file of GPT-2 has no word for these.
+NOT_IN_GGUF = ("gpt2, scaled by layer",)
+
+
+def _low_rank(model: Any, folder: Path) -> Base:
+    """Attention and MLP as B A, all else as in the model."""
+    base = _dense(model, folder)
+    config = as_low_rank(model.config, {"attention": RANK, "mlp": RANK, "head": None, "embedding": None})
+    made = AutoModelForCausalLM.from_config(config)
+    generator = torch.Generator().manual_seed(3)
+    state, factors = dict(base.state), {}
+    for name, module in made.named_modules():
+        if hasattr(module, "A") and hasattr(module, "B"):
+            a, b = (torch.randn(x.shape, generator=generator) * 0.15 for x in (module.A, module.B))
+            factors[name] = a, b
+            turned = isinstance(model.get_submodule(name), Conv1D)
+            state[f"{name}.weight"] = (b @ a).T.contiguous() if turned else b @ a
+    held = {name: tensor for name, tensor in state.items() if name.removesuffix(".weight") not in factors}
+    held |= {f"{name}.A": a for name, (a, _) in factors.items()} | {f"{name}.B": b for name, (_, b) in factors.items()}
+    made.load_state_dict(held)
+    made.save_pretrained(folder)
+    return Base(folder, base.config, state, factors)
+
+
+def _trained_rounded(model: Any, folder: Path) -> Base:
+    """As pretraining with 8-bit weights leaves a model: float weights that are rounded when they are used."""
+    base = _saved(model, folder)
+    tree = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(tree | {TRAINED: {"bits": 8, "scheme": "minmax"}}))
+    return Base(folder, base.config, quantized_state(model, base.state, "minmax", 8), {})
+
+
+def _exported(bits: int, scheme: str, model: Any, folder: Path) -> Base:
+    """As `finhpc export` quantizes it."""
+    source = folder.with_name(f"{folder.name}-source")
+    base = _saved(model, source)
+    tree = {"bits": bits, "scheme": scheme}
+    export(build(ExportConfig, {"model": str(source), "out": str(folder), "format": "merged", "quantization": tree}))
+    return Base(folder, base.config, quantized_state(model, base.state, scheme, bits), {})
+
+
+def _prefix(model: Any) -> str:
+    return f"{model.base_model_prefix}."
+
+
+BASES: dict[str, Callable[[Any, Path], Base]] = {
+    "float32": _saved,
+    "bfloat16": lambda model, folder: _saved(model.to(torch.bfloat16), folder),
+    "float16": lambda model, folder: _saved(model.to(torch.float16), folder),
+    "several files": lambda model, folder: _saved(model, folder, max_shard_size="80KB"),
+    "names without prefix": lambda model, folder: _renamed(model, folder, _prefix(model), ""),
+    "names of a compiled model": lambda model, folder: _renamed(model, folder, "", "_orig_mod."),
+    "GGUF": _gguf,
+    "low-rank": _low_rank,
+    "trained in 8 bits": _trained_rounded,
+    "minmax, 8 bits": lambda model, folder: _exported(8, "minmax", model, folder),
+    "minmax, 4 bits": lambda model, folder: _exported(4, "minmax", model, folder),
+    "int8": lambda model, folder: _exported(8, "int8", model, folder),
+    "nf4": lambda model, folder: _exported(4, "nf4", model, folder),
+}
+
+
+# -- what a scheme makes of a matrix, from the schemes' own definitions -------------------------
+
+
+def _minmax(rows: Tensor, bits: int) -> Tensor:
+    low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
+    scale = (high - low) / (2**bits - 1)
+    return ((rows - low) / torch.where(scale == 0, 1.0, scale)).round() * scale + low
+
+
+def _int8(rows: Tensor, bits: int) -> Tensor:
+    half = rows.half().float()
+    largest = half.abs().amax(1, keepdim=True)
+    return (half * (127 / largest)).round() * largest / 127
+
+
+def _nf4(rows: Tensor, bits: int) -> Tensor:
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    if rows.shape[0] % 32 or rows.shape[1] % 32:
+        return rows
+    block = 64 if rows.shape[1] % 64 == 0 else 32
+    packed, state = quantize_4bit(rows.contiguous(), blocksize=block, compress_statistics=True, quant_type="nf4")
+    made: Tensor = dequantize_4bit(packed, state)
+    return made
+
+
+# Scheme, as the registry has it -> what becomes of a matrix (out, in), and whether embeddings are quantized, too.
+REFERENCES: dict[str, tuple[Callable[[Tensor, int], Tensor], bool]] = {
+    "minmax": (_minmax, True),
+    "int8": (_int8, False),
+    "nf4": (_nf4, False),
+}
+
+
+def quantized_state(model: nn.Module, state: State, scheme: str, bits: int, linear: bool = False) -> State:
+    """The state with every matrix as the scheme leaves it; `linear`: linear layers of the blocks alone, as in
+    finetuning.
+    """
+    of, embeddings = REFERENCES[scheme]
+    made = dict(state)
+    tied = getattr(model.config, "tie_word_embeddings", False)
+    for name, module in model.named_modules():
+        key = f"{name}.weight"
+        if isinstance(module, Conv1D):
+            made[key] = of(state[key].T, bits).T.contiguous()
+        elif (isinstance(module, nn.Linear) and name != "lm_head") or (
+            ((isinstance(module, nn.Embedding) and embeddings) or (name == "lm_head" and not tied)) and not linear
+        ):
+            made[key] = of(state[key], bits)
+    if tied:
+        embedding = model.get_input_embeddings()
+        (source,) = [name for name, module in model.named_modules() if module is embedding]
+        made["lm_head.weight"] = made[f"{source}.weight"]
+    return made
