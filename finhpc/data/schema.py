@@ -5,21 +5,20 @@ from __future__ import annotations
 import fnmatch
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol
 
 from finhpc.config import nearest
 from finhpc.data import labels
 from finhpc.data.labels import Meaning
+from finhpc.data.problems import each
 from finhpc.data.records import Reading, Record, read_records, split_name
 from finhpc.data.templates import Template, template
 from finhpc.data.values import text_of, word_of
 from finhpc.errors import ConfigError
-
-T = TypeVar("T")
-SHOWN = 5  # broken records that are named, of all
 
 
 class Format(NamedTuple):
@@ -139,31 +138,6 @@ def fields_of(record: Record, one: Table) -> tuple[dict[str, str], str | None]:
     return raw, raw["label"]
 
 
-def each(one: Table, work: Callable[[Record], T]) -> list[T]:
-    """`work` of every record; raises one `ConfigError` with what is wrong in them, each kind of fault once."""
-    made: list[T] = []
-    faults: dict[str, list[str]] = {}
-    for record in one.records:
-        try:
-            made.append(work(record))
-        except ConfigError as error:
-            for problem in error.problems:
-                faults.setdefault(problem.removeprefix(f"{record.where}: "), []).append(record.where)
-    if faults:
-        raise ConfigError(_grouped(one.source, faults))
-    return made
-
-
-def _grouped(source: str, faults: dict[str, list[str]]) -> list[str]:
-    told = []
-    for problem, places in list(faults.items())[:SHOWN]:
-        more = f" The same holds for {len(places) - 1:,} more." if len(places) > 1 else ""
-        told.append(f"{places[0]}: {problem}{more}")
-    if left := sum(len(places) for places in list(faults.values())[SHOWN:]):
-        told.append(f"{source}: {left:,} more records cannot be used.")
-    return told
-
-
 def _open(spec: str, settings: RecordSettings, format: str | None) -> Table:
     path, named = split_name(spec, FORMATS)
     reading = read_records(path, settings.encoding, settings.hf_split, named or format)
@@ -172,7 +146,7 @@ def _open(spec: str, settings: RecordSettings, format: str | None) -> Table:
     columns = _columns(form, kind, reading, settings)
     one = Table(reading, list(reading.records), kind, named is not None, not (named or format), form, columns)
     if form is not None and form.chooses:
-        for word in each(one, lambda record: _word(record, one)):
+        for word in each(one.records, partial(_word, one=one)):
             one.words[word] += word != ""
     return one
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from finhpc.config import EvaluateData
+from finhpc.data.problems import each
 from finhpc.data.records import Reading, Record, read_records
-from finhpc.data.schema import FORMATS, Table, each, fields_of, guesses, open_sources
+from finhpc.data.schema import FORMATS, Table, fields_of, guesses, open_sources
 from finhpc.data.templates import template
 from finhpc.data.values import is_missing, text_of, word_of
 from finhpc.errors import ConfigError
@@ -76,13 +77,13 @@ def documents(task: str, data: EvaluateData, limit: int | None, seed: int) -> Do
     source, spec = SOURCES[task], find(task, data)
     if source.format is not None:
         table = _finance_table(task, source.format, spec, data)
-        rows = each(table, lambda record: _stripped(fields_of(record, table)))
+        rows = each(table.records, lambda record: _stripped(fields_of(record, table)))
         notes = [*table.reading.notes, *guesses(table)]
     else:
         reading = read_records(spec, data.encoding, data.hf_split)
         present = _present_columns(task, source, reading)
         table = Table(reading, list(reading.records), "", False, False, None, {})
-        rows = each(table, lambda record: _document(source, present, record))
+        rows = each(table.records, lambda record: _document(source, present, record))
         notes = reading.notes
     if not rows:
         raise ConfigError(f"tasks={task}: {spec} holds no example; give a file that does.")

@@ -8,6 +8,7 @@ import pytest
 
 from finhpc.config import Instructions
 from finhpc.data.chat import control_tokens, rendered
+from finhpc.data.examples import make_examples
 from finhpc.data.instructions import read_examples
 from finhpc.errors import ConfigError
 from tests.data.instructing import CHAT, jsonl, tokenizer
@@ -116,3 +117,12 @@ def test_tools_that_the_template_does_not_render_are_refused(tmp_path, tools):
     ((text, _),) = read(path, "{{ tools | tojson if tools }}" + CHAT)
     assert text.startswith('[{"name": "price"}]')
     assert "tools holds an object" in refusal(jsonl(tmp_path / "b.jsonl", [{"messages": PLAIN, "tools": {"a": 1}}]))
+
+
+def test_a_part_that_is_not_rendered_is_told_once_for_all_records(tmp_path):
+    turns = [*PLAIN[:2], {"role": "assistant", "content": "", "tool_calls": [CALL]}]
+    path = jsonl(tmp_path / "a.jsonl", [{"messages": turns}] * 40)
+    with pytest.raises(ConfigError) as error:
+        make_examples(Instructions(source=[str(path)]), tokenizer(), 0)
+    assert len(error.value.problems) == 1
+    assert "The same holds for 39 more." in error.value.problems[0]
