@@ -40,6 +40,7 @@ class Planned:
     resources: dict[str, float] | None = None  # of the cluster; None: known once it is connected
     seconds: dict[str, float | None] = field(default_factory=dict)  # of a trial's training, estimated
     disk: dict[str, int] = field(default_factory=dict)  # bytes that a trial leaves at least
+    notes: dict[str, None] = field(default_factory=dict)  # what was guessed or left out of the trials' data
 
     @property
     def runs(self) -> Path:
@@ -204,7 +205,9 @@ def _check(plan: Planned, trial: Trial, run: TrainingConfig) -> tuple[list[str],
         if isinstance(run, FinetuneConfig):
             from finhpc.orchestration.finetune import Finetune
 
-            left = _left(run, Finetune(run).counts()["params_trainable"])
+            job = Finetune(run)
+            plan.notes |= dict.fromkeys(job.made.examples.notes)
+            left = _left(run, job.counts()["params_trainable"])
         else:
             if plan.reference is not None and _starts(trial):  # its model is not there yet: a low-rank one is as large
                 run = run.model_copy(update={"model": plan.reference.model}, deep=True)
@@ -255,7 +258,9 @@ def _same_plan(run: TrainingConfig) -> str:
 
 
 def show_plan(plan: Planned) -> None:
-    """The trials and their cost, before any starts."""
+    """The trials and their cost, and what was guessed about their data, before any starts."""
+    for note in plan.notes:
+        to_stderr(note)
     rows = []
     for trial in plan.trials[:SHOWN]:
         seconds = plan.seconds.get(trial.name)

@@ -24,7 +24,9 @@ def table(path: Path, rows: range) -> str:
 
 
 @pytest.mark.slow
-def test_evaluation_gives_the_held_out_scores_of_labels_of_ones_own(run_shards: Path, tmp_path: Path) -> None:
+def test_evaluation_gives_the_held_out_scores_of_labels_of_ones_own(
+    run_shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     base = with_tokenizer(saved(tiny_llama(context=256), tmp_path / "base"), run_shards)
     templates = tmp_path / "mine.yaml"
     templates.write_text('stance: {prompt: "{headline}\\nOne of {labels}:", answer: "{label}"}')
@@ -66,10 +68,10 @@ def test_evaluation_gives_the_held_out_scores_of_labels_of_ones_own(run_shards: 
     found = scored["models"][-1]["scores"]["stance"]
     assert found["acc"] == pytest.approx(scores["acc"])
     assert found["weighted_f1"] == pytest.approx(scores["weighted_f1"])
-    swept = sweep(
-        build(
-            FinetuneSweepConfig,
-            {**tree, "grid": {"lora.rank": [2]}, "run": {"name": "sweep", "storage": str(tmp_path / "runs")}},
-        )
-    )
-    assert swept["trials"][0]["held_out_weighted_f1"] is not None
+    capfd.readouterr()
+    run = {"name": "sweep", "storage": str(tmp_path / "runs")}
+    swept = sweep(build(FinetuneSweepConfig, {**tree, "grid": {"lora.rank": [2, 4]}, "run": run}))
+    assert all(0 <= trial["held_out_weighted_f1"] <= 1 for trial in swept["trials"])
+    told = capfd.readouterr().err
+    assert told.count("a.csv: read as separated by semicolons") == 1, "once for all trials"
+    assert "0 = dovish, 1 = hawkish, 2 = neutral" in told
