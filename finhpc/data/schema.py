@@ -251,7 +251,7 @@ def _settle(one: Table, settings: RecordSettings) -> None:
     if (form := one.form) is None or not form.chooses:
         return
     kind = FORMATS[one.format]
-    coded = one.named or _is_tfns(one.source)
+    coded = one.named or (one.format == "tfns" and _is_tfns(one.source))
     free = one.guessed and settings.template is None and one.reading.format is None and one.format != "conll"
     if settings.labels:
         _settle_given(one, form, free, coded, settings)
@@ -278,7 +278,7 @@ def _settle_given(one: Table, form: Template, free: bool, coded: bool, settings:
     if code := labels.contradiction(meaning, codes):
         raise ConfigError(
             f"data.labels says that {code} is {meaning.of[code]}, but in {one.source}, of the format {one.format}, it "
-            f"is {codes[code]}; leave out data.labels, or train on this file alone."
+            f"is {codes[code]}; leave out data.labels, or name the file {one.source}:labelled if it is another data set's."
         )
     names = {name.lower() for name in meaning.labels}
     if form.labels and names <= set(form.labels):

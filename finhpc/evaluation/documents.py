@@ -90,10 +90,17 @@ def documents(task: str, data: EvaluateData, limit: int | None, seed: int) -> Do
     return Documents(drawn(rows, limit, seed), len(rows), notes)
 
 
+def takes_labels(task: str, labels: Mapping[str, str]) -> bool:
+    """Whether `data.labels` can be what the values of a financial task mean: all are labels of the task."""
+    format = SOURCES[task].format if task in SOURCES else None
+    names = {name.lower() for name in labels.values()}
+    return format is not None and names <= set(template(FORMATS[format].template).labels)
+
+
 def _finance_table(task: str, format: str, spec: str, data: EvaluateData) -> Table:
     """The records of a financial task, read as finetuning reads them."""
     form = template(FORMATS[format].template)
-    fits = {name.lower() for name in data.labels.values()} <= set(form.labels)
+    fits = takes_labels(task, data.labels)
     settings = data.model_copy(
         update={"template": None, "templates": None, "columns": {}, "labels": data.labels if fits else {}}
     )

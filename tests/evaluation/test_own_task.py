@@ -103,3 +103,20 @@ def test_a_whole_number_written_as_a_float_is_a_label(tmp_path: Path) -> None:
     (tmp_path / "piqa.jsonl").write_text('{"goal": "g", "sol1": "a", "sol2": "b", "label": 1.0}')
     (made,) = prepared(tmp_path, ["piqa"], files={"piqa": str(tmp_path / "piqa.jsonl")})
     assert labels(made) == [1]
+
+
+def test_codes_of_tfns_are_not_taken_for_those_of_another_task(tmp_path: Path) -> None:
+    (tmp_path / "tfns.csv").write_text(CODES)
+    with pytest.raises(ConfigError, match="nothing tells what they mean"):
+        prepared(tmp_path, ["fpb"], files={"fpb": str(tmp_path / "tfns.csv")})
+    (made,) = prepared(tmp_path, ["fpb"], files={"fpb": f"{tmp_path / 'tfns.csv'}:tfns"})
+    assert labels(made) == ["negative", "positive", "neutral"]
+
+
+@pytest.mark.parametrize(
+    "given", [{"labels": ["hawkish", "dovish"]}, {"columns": {"input": "text"}}, {"template": "classify"}]
+)
+def test_settings_of_a_task_of_ones_own_are_not_dropped(tmp_path: Path, given: dict[str, object]) -> None:
+    (tmp_path / "tfns.csv").write_text(CODES)
+    with pytest.raises(ConfigError, match=rf"data.{next(iter(given))} is given, but no task of yours"):
+        prepared(tmp_path, ["tfns"], folder=str(tmp_path), **given)
