@@ -144,7 +144,15 @@ def _open(spec: str, settings: RecordSettings, format: str | None) -> Table:
     kind = named or format or _detect(reading, settings)
     form = None if kind == "chat" else template(settings.template or FORMATS[kind].template, settings.templates)
     columns = _columns(form, kind, reading, settings)
-    one = Table(reading, list(reading.records), kind, named is not None, not (named or format), form, columns)
+    one = Table(
+        reading,
+        list(reading.records),
+        kind,
+        named is not None,
+        (named or format or "labelled") == "labelled",
+        form,
+        columns,
+    )
     if form is not None and form.chooses:
         for word in each(one.records, partial(_word, one=one)):
             one.words[word] += word != ""
@@ -278,7 +286,7 @@ def _settle_given(one: Table, form: Template, free: bool, coded: bool, settings:
     if code := labels.contradiction(meaning, codes):
         raise ConfigError(
             f"data.labels says that {code} is {meaning.of[code]}, but in {one.source}, of the format {one.format}, it "
-            f"is {codes[code]}; leave out data.labels, or name the file {one.source}:labelled if it is another data set's."
+            f"is {codes[code]}; leave out data.labels, or name the file {one.source}:labelled if it is another set."
         )
     names = {name.lower() for name in meaning.labels}
     if form.labels and names <= set(form.labels):

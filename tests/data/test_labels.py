@@ -60,6 +60,9 @@ def test_files_of_tfns_are_known_by_name_and_it_is_reported(tmp_path):
     assert "data.labels says that 1 is neutral, but in" in refusal(
         tmp_path / "sent_train.csv", labels={"0": "negative", "1": "neutral", "2": "positive"}
     )
+    other = {"labels": {"0": "negative", "1": "neutral", "2": "positive"}}
+    assert answers(f"{tmp_path / 'sent_train.csv'}:labelled", **other) == ["negative", "neutral", "positive"]
+    assert "its labels are codes" in refusal(f"{tmp_path / 'sent_train.csv'}:labelled")
 
 
 @pytest.mark.parametrize(
