@@ -280,7 +280,11 @@ def _mapping(words: list[str], before: Any) -> Any:
     if len(words) == 1 and words[0].startswith("{"):
         found = _value(words[0], None)
     elif all("=" in word for word in words):
-        found = {key.strip(): value for key, _, value in (word.partition("=") for word in words)}
+        pairs = [(key.strip(), value) for key, _, value in (word.partition("=") for word in words)]
+        found = dict(pairs)
+        given = [*(before if isinstance(before, dict) else ()), *(key for key, _ in pairs)]
+        if twice := next((key for key in given if given.count(key) > 1), None):
+            raise ConfigError(f"{twice} is given twice ({' '.join(words)}); give it once.")
     else:
         return [*before, *words] if isinstance(before, list) else words
     return before | found if isinstance(before, dict) and isinstance(found, dict) else found
@@ -290,6 +294,8 @@ def _value(text: str, field: Any) -> Any:
     """A flag's text as YAML, but as plain text where the setting is text; `1e-3` is a number."""
     import yaml
 
+    from finhpc.textfile import parse_yaml
+
     if field is not None and "str" in str(field.annotation) and "dict" not in str(field.annotation):
         return None if text == "null" else text
     try:
@@ -297,7 +303,7 @@ def _value(text: str, field: Any) -> Any:
     except ValueError:
         pass
     try:
-        return yaml.safe_load(text)
+        return parse_yaml(text)
     except yaml.YAMLError:
         return text
 

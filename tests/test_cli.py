@@ -116,6 +116,8 @@ def test_settings_of_several_names_take_key_equals_value() -> None:
         assert load(FinetuneConfig, None, parse(written, FinetuneConfig)[1]).data.labels == {"yes": "yes", "no": "no"}
     mapping = parse(["--data.columns", "{input: headline}", "--data.columns.label", "mood"], FinetuneConfig)[1]
     assert load(FinetuneConfig, None, mapping).data.columns == {"input": "headline", "label": "mood"}
+    with pytest.raises(ConfigError, match="0 is given twice"):
+        parse(["--data.labels", "0=a", "1=b", "--data.labels", "0=c"], FinetuneConfig)
     with pytest.raises(ConfigError, match=r"data\.columns=\['headline'\] is refused.*input=headline"):
         load(FinetuneConfig, None, parse(["--data.columns", "headline"], FinetuneConfig)[1])
 

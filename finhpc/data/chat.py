@@ -72,7 +72,6 @@ def rendered(messages: list[Message], tools: Any, where: str, tokenizer: Any, co
     places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     whole = _render(tokenizer, messages, tools, where)
     _check_tools(messages, tools, whole, where, tokenizer)
-    check_rendered(messages, lambda given: _render(tokenizer, given, tools, where), where)
     left_out = tuple(
         message["role"]
         for message in messages
@@ -156,15 +155,8 @@ def _check_control(messages: list[Message], where: str, control: list[str]) -> N
 
 
 def _check_tools(messages: list[Message], tools: Any, text: str, where: str, tokenizer: Any) -> None:
-    """Raise `ConfigError` if the template leaves out calls of tools, or the tools that there are."""
-    for number, message in enumerate(messages, 1):
-        for call in message.get("tool_calls") or []:
-            name = (call.get("function", call) if isinstance(call, dict) else {}).get("name")
-            if not isinstance(name, str) or name not in text:
-                raise ConfigError(
-                    f"{where}: message {number} calls a tool ({name}), which the chat template does not write; use a "
-                    "model whose template does, or remove the record."
-                )
+    """Raise `ConfigError` if the template leaves out a part of a message, such as its tool calls, or the tools."""
+    check_rendered(messages, lambda given: _render(tokenizer, given, tools, where), where)
     if tools and text == _render(tokenizer, messages, None, where):
         raise ConfigError(
             f"{where}: the record has tools, which the chat template does not write; use a model whose template does, "

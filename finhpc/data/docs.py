@@ -57,7 +57,7 @@ def read_docs(unit: Unit, config: PrepareConfig, faults: Faults) -> Iterator[str
     """The documentation in each file of a unit; a file with too little of it gives no document."""
     for path in map(Path, unit.paths):
         try:
-            content = path.read_text(encoding="utf-8")
+            content = path.read_text(encoding="utf-8-sig")
         except OSError as error:
             raise DataError(f"{path} cannot be read ({error.strerror}); install its package again.") from None
         except UnicodeDecodeError:

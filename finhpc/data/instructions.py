@@ -12,8 +12,9 @@ from typing import Any
 from finhpc.config import Instructions
 from finhpc.data.chat import learned
 from finhpc.data.messages import messages_of, tools_of
+from finhpc.data.problems import each
 from finhpc.data.records import Record
-from finhpc.data.schema import Table, each, fields_of, guesses, open_sources
+from finhpc.data.schema import Table, fields_of, guesses, open_sources
 from finhpc.errors import ConfigError
 
 
@@ -62,7 +63,7 @@ def read_examples(sources: list[str], settings: Instructions) -> list[Source]:
     problems: list[str] = []
     for number, (spec, one) in enumerate(zip(sources, opened, strict=True)):
         try:
-            examples = each(one, partial(_example, one=one, source=number))
+            examples = each(one.records, partial(_example, one=one, source=number))
             if not examples:
                 raise ConfigError(f"data.source={spec} holds no example; give a file with records.")
         except ConfigError as error:

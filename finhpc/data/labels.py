@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from finhpc.errors import ConfigError
 
-CODE = re.compile(r"[+-]?\d+")
+CODE = re.compile(r"((label|class)[ _-]?)?[+-]?\d+", re.IGNORECASE)
 MOST = 100  # different labels of one source; more are text
 TYPO = 0.8  # similarity above which a label that stands in one record is taken for a slip
 

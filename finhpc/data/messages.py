@@ -17,8 +17,8 @@ ROLES = {
 }  # fmt: skip
 # Parts of a message that change what the model reads or learns: they are used or refused, never dropped.
 REFUSED = ("function_call", "tools", "functions", "images", "image", "audio", "videos", "refusal")
-RENDERED = ("reasoning_content", "thinking", "reasoning")
-PASSED = ("tool_calls", "name", "tool_call_id")
+RENDERED = ("tool_calls", "reasoning_content", "thinking", "reasoning")
+PASSED = ("name", "tool_call_id")
 
 
 def messages_of(values: dict[str, Any], column: str, where: str) -> list[dict[str, Any]]:
@@ -41,31 +41,27 @@ def messages_of(values: dict[str, Any], column: str, where: str) -> list[dict[st
     return found
 
 
-def tools_of(values: dict[str, Any], where: str) -> list[dict[str, Any]] | None:
-    """Return the tools of a record, a list of objects or the same as JSON text; None if it has none.
-
-    Raises `ConfigError`, naming the record, for anything else.
-    """
+def tools_of(values: dict[str, Any], where: str) -> list[Any] | None:
+    """Return the tools that a record offers, a list of objects or its JSON text; None if there are none."""
     tools = values.get("tools")
-    if is_missing(tools) or not tools:
-        return None
     if isinstance(tools, str):
         try:
-            tools = parse_json(tools)
+            tools = parse_json(tools or "[]")
         except ValueError as error:
             raise ConfigError(f"{where}: tools are broken JSON ({error}); correct them.") from None
+    if is_missing(tools) or tools == []:
+        return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise ConfigError(f"{where}: tools are not a list of objects; write one object for each tool.")
-    return tools or None
+        raise ConfigError(f"{where}: tools holds {shown(tools)}, not a list of objects; correct it.")
+    return tools
 
 
 def check_rendered(messages: list[dict[str, Any]], render: Callable[[list[dict[str, Any]]], str], where: str) -> None:
-    """Raise `ConfigError` for a part of a message, such as its reasoning, that the text ending in it does not show."""
+    """Raise `ConfigError` for a part of a message, such as its tool calls, that does not show in the rendered text."""
     for number, message in enumerate(messages):
-        before = messages[:number]
         for part in (name for name in RENDERED if name in message):
             rest = {name: value for name, value in message.items() if name != part}
-            if render([*before, message]) == render([*before, rest]):
+            if render(messages[: number + 1]) == render([*messages[:number], rest]):
                 raise ConfigError(
                     f"{where}: message {number + 1} holds {part}, which the tokenizer's chat template does not render; "
                     "use a model whose template does, or remove the record."

@@ -5,21 +5,20 @@ from __future__ import annotations
 import fnmatch
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol
 
 from finhpc.config import nearest
 from finhpc.data import labels
 from finhpc.data.labels import Meaning
+from finhpc.data.problems import each
 from finhpc.data.records import Reading, Record, read_records, split_name
 from finhpc.data.templates import Template, template
 from finhpc.data.values import text_of, word_of
 from finhpc.errors import ConfigError
-
-T = TypeVar("T")
-SHOWN = 5  # broken records that are named, of all
 
 
 class Format(NamedTuple):
@@ -47,7 +46,7 @@ FORMATS = {
     "fiqa": Format("fiqa", {"input": INPUT, "label": LABEL}),
     "conll": Format("ner", {"input": INPUT, "entity": ("entity",), "label": LABEL}),
     "alpaca": Format("alpaca", {}),
-    "context_target": Format("context_target", {}),
+    "context_target": Format("context_target", {"context": ("context", "prompt"), "target": ("target", "completion")}),
     "labelled": Format("phrasebank", {"input": INPUT, "label": LABEL[:2]}),
     "chat": Format("", {"messages": MESSAGES}),
 }
@@ -139,40 +138,23 @@ def fields_of(record: Record, one: Table) -> tuple[dict[str, str], str | None]:
     return raw, raw["label"]
 
 
-def each(one: Table, work: Callable[[Record], T]) -> list[T]:
-    """`work` of every record; raises one `ConfigError` with what is wrong in them, each kind of fault once."""
-    made: list[T] = []
-    faults: dict[str, list[str]] = {}
-    for record in one.records:
-        try:
-            made.append(work(record))
-        except ConfigError as error:
-            for problem in error.problems:
-                faults.setdefault(problem.removeprefix(f"{record.where}: "), []).append(record.where)
-    if faults:
-        raise ConfigError(_grouped(one.source, faults))
-    return made
-
-
-def _grouped(source: str, faults: dict[str, list[str]]) -> list[str]:
-    told = []
-    for problem, places in list(faults.items())[:SHOWN]:
-        more = f" The same holds for {len(places) - 1:,} more." if len(places) > 1 else ""
-        told.append(f"{places[0]}: {problem}{more}")
-    if left := sum(len(places) for places in list(faults.values())[SHOWN:]):
-        told.append(f"{source}: {left:,} more records cannot be used.")
-    return told
-
-
 def _open(spec: str, settings: RecordSettings, format: str | None) -> Table:
     path, named = split_name(spec, FORMATS)
     reading = read_records(path, settings.encoding, settings.hf_split, named or format)
     kind = named or format or _detect(reading, settings)
     form = None if kind == "chat" else template(settings.template or FORMATS[kind].template, settings.templates)
     columns = _columns(form, kind, reading, settings)
-    one = Table(reading, list(reading.records), kind, named is not None, not (named or format), form, columns)
+    one = Table(
+        reading,
+        list(reading.records),
+        kind,
+        named is not None,
+        (named or format or "labelled") == "labelled",
+        form,
+        columns,
+    )
     if form is not None and form.chooses:
-        for word in each(one, lambda record: _word(record, one)):
+        for word in each(one.records, partial(_word, one=one)):
             one.words[word] += word != ""
     return one
 
@@ -180,6 +162,8 @@ def _open(spec: str, settings: RecordSettings, format: str | None) -> Table:
 def _detect(reading: Reading, settings: RecordSettings) -> str:
     """The format that the file proves, or whose columns are there."""
     have = set(reading.columns)
+    if not have:
+        raise ConfigError(f"data.source={reading.source} holds no example; give a file with records.")
     if reading.format:
         return reading.format
     if settings.columns:
@@ -190,6 +174,7 @@ def _detect(reading: Reading, settings: RecordSettings) -> str:
             for kind, needed in (
                 ("alpaca", {"instruction", "output"}),
                 ("context_target", {"context", "target"}),
+                ("context_target", {"prompt", "completion"}),
                 ("conll", {"sentence", "entity", "label"}),
             )
             if needed <= have
@@ -274,7 +259,7 @@ def _settle(one: Table, settings: RecordSettings) -> None:
     if (form := one.form) is None or not form.chooses:
         return
     kind = FORMATS[one.format]
-    coded = one.named or _is_tfns(one.source)
+    coded = one.named or (one.format == "tfns" and _is_tfns(one.source))
     free = one.guessed and settings.template is None and one.reading.format is None and one.format != "conll"
     if settings.labels:
         _settle_given(one, form, free, coded, settings)
@@ -301,7 +286,7 @@ def _settle_given(one: Table, form: Template, free: bool, coded: bool, settings:
     if code := labels.contradiction(meaning, codes):
         raise ConfigError(
             f"data.labels says that {code} is {meaning.of[code]}, but in {one.source}, of the format {one.format}, it "
-            f"is {codes[code]}; leave out data.labels, or train on this file alone."
+            f"is {codes[code]}; leave out data.labels, or name the file {one.source}:labelled if it is another set."
         )
     names = {name.lower() for name in meaning.labels}
     if form.labels and names <= set(form.labels):
@@ -343,6 +328,8 @@ def _label(record: Record, one: Table) -> str:
 def guesses(one: Table) -> list[str]:
     """The line that reports what was not said but found: format, template, and the meaning of labels."""
     used = ", ".join(dict.fromkeys(one.columns.values()))
+    if unused := [name for name in one.reading.columns if name not in one.columns.values()]:
+        used += f"; not used: {', '.join(unused[:10])}"
     guess = f"{one.source}: read as {one.format} (columns {used})" + (f", template {one.form.name}" if one.form else "")
     if one.meaning is not None:
         return [f"{guess}; {one.meaning.note(one.words)}"]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from finhpc.data.chat import Conversation, check_template, control_tokens, prompt_ids, rendered
 from finhpc.data.instructions import Example
-from finhpc.data.schema import SHOWN
+from finhpc.data.problems import each
 from finhpc.errors import ConfigError
 from finhpc.models.tokens import begin_ids, continuation_ids, encode
 
@@ -89,26 +89,22 @@ def _rendered(examples: list[Example], tokenizer: Any) -> tuple[list[Example], l
     """The examples, a conversation's text for each that is one, and what there is to say about the template."""
     found: list[Example] = []
     chats: list[Conversation | None] = []
-    problems: list[str] = []
     control = control_tokens(tokenizer)
-    split = 0
-    for example in examples:
+
+    def written(example: Example) -> list[Conversation]:
         if example.messages is None:
+            return []
+        return rendered(example.messages, example.tools, example.where, tokenizer, control)
+
+    split = 0
+    for example, several in zip(examples, each(examples, written), strict=True):
+        split += len(several) > 1
+        if not several:
             found.append(example)
             chats.append(None)
-            continue
-        try:
-            several = rendered(example.messages, example.tools, example.where, tokenizer, control)
-        except ConfigError as error:
-            problems += error.problems
-            continue
-        split += len(several) > 1
         for chat in several:
             found.append(replace(example, prompt=chat.text[: chat.answers[0][0]]))
             chats.append(chat)
-    if problems:
-        more = [f"{len(problems) - SHOWN:,} more such conversations."] if len(problems) > SHOWN else []
-        raise ConfigError(problems[:SHOWN] + more)
     said = "conversations were split into one example for each answer, because the chat template rewrites earlier turns"
     return found, chats, [f"{split:,} {said}"] if split else []
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from finhpc.config import EvaluateData
+from finhpc.data.problems import each
 from finhpc.data.records import Reading, Record, read_records
-from finhpc.data.schema import FORMATS, Table, each, fields_of, guesses, open_sources
+from finhpc.data.schema import FORMATS, Table, fields_of, guesses, open_sources
 from finhpc.data.templates import template
 from finhpc.data.values import is_missing, text_of, word_of
 from finhpc.errors import ConfigError
@@ -76,23 +77,30 @@ def documents(task: str, data: EvaluateData, limit: int | None, seed: int) -> Do
     source, spec = SOURCES[task], find(task, data)
     if source.format is not None:
         table = _finance_table(task, source.format, spec, data)
-        rows = each(table, lambda record: _stripped(fields_of(record, table)))
+        rows = each(table.records, lambda record: _stripped(fields_of(record, table)))
         notes = [*table.reading.notes, *guesses(table)]
     else:
         reading = read_records(spec, data.encoding, data.hf_split)
         present = _present_columns(task, source, reading)
         table = Table(reading, list(reading.records), "", False, False, None, {})
-        rows = each(table, lambda record: _document(source, present, record))
+        rows = each(table.records, lambda record: _document(source, present, record))
         notes = reading.notes
     if not rows:
         raise ConfigError(f"tasks={task}: {spec} holds no example; give a file that does.")
     return Documents(drawn(rows, limit, seed), len(rows), notes)
 
 
+def takes_labels(task: str, labels: Mapping[str, str]) -> bool:
+    """Whether `data.labels` can be what the values of a financial task mean: all are labels of the task."""
+    format = SOURCES[task].format if task in SOURCES else None
+    names = {name.lower() for name in labels.values()}
+    return format is not None and names <= set(template(FORMATS[format].template).labels)
+
+
 def _finance_table(task: str, format: str, spec: str, data: EvaluateData) -> Table:
     """The records of a financial task, read as finetuning reads them."""
     form = template(FORMATS[format].template)
-    fits = {name.lower() for name in data.labels.values()} <= set(form.labels)
+    fits = takes_labels(task, data.labels)
     settings = data.model_copy(
         update={"template": None, "templates": None, "columns": {}, "labels": data.labels if fits else {}}
     )

@@ -12,7 +12,8 @@ from typing import Any
 
 from finhpc.config import HoldOutConfig, Instructions
 from finhpc.data.examples import is_held_out
-from finhpc.data.schema import each, fields_of, open_sources
+from finhpc.data.problems import each
+from finhpc.data.schema import fields_of, open_sources
 from finhpc.errors import ConfigError
 from finhpc.files import write_atomic
 
@@ -43,7 +44,7 @@ def held_out_documents(config: HoldOutConfig) -> dict[str, list[dict[str, Any]]]
     for table in open_sources(config.source, Instructions(encoding=config.encoding)):
         if table.form is None or (task := TASKS.get(table.form.name)) is None:
             continue
-        for fields, _ in each(table, partial(fields_of, one=table)):
+        for fields, _ in each(table.records, partial(fields_of, one=table)):
             if is_held_out(fields["input"], config.eval_fraction):
                 found.setdefault(task, []).append({name: text.strip() for name, text in sorted(fields.items())})
     if not any(found.values()):

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import yaml
 
 from finhpc.config import EvaluateData
-from finhpc.data.schema import each, fields_of, guesses, open_sources
+from finhpc.data.problems import each
+from finhpc.data.schema import fields_of, guesses, open_sources
 from finhpc.errors import ConfigError
 from finhpc.evaluation.documents import Document, Documents, drawn
 
@@ -44,7 +45,7 @@ def own_task(name: str, data: EvaluateData, limit: int | None, seed: int) -> Own
         )
 
     def documents() -> list[Document]:
-        fields = each(table, lambda record: fields_of(record, table))
+        fields = each(table.records, lambda record: fields_of(record, table))
         return [{"prompt": form.render(raw).prompt, "label": label} for raw, label in fields]
 
     rows = documents()

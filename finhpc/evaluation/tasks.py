@@ -18,7 +18,7 @@ import yaml
 from finhpc.config import EvaluateConfig, nearest
 from finhpc.data.shards import file_sha256
 from finhpc.errors import ConfigError, DataError
-from finhpc.evaluation.documents import SOURCES, documents
+from finhpc.evaluation.documents import SOURCES, documents, takes_labels
 from finhpc.evaluation.own_task import own_task
 from finhpc.evaluation.task_file import read_task, rendering
 from finhpc.files import write_atomic
@@ -75,11 +75,27 @@ def prepare_tasks(config: EvaluateConfig, folder: Path, write: bool = True) -> l
     problems += [
         f"data.files.{task} names no task; {nearest(task, list(SOURCES))} Or name it in tasks." for task in unknown
     ]
+    problems += _unused(config)
     names = [task.name for task in found]
     problems += [f"tasks: {name} is given twice; once is enough." for name in set(names) if names.count(name) > 1]
     if problems:
         raise ConfigError(problems)
     return found
+
+
+def _unused(config: EvaluateConfig) -> list[str]:
+    """Settings of a task of the user's own that no task follows."""
+    data = config.data
+    if any(name in data.files and name not in SOURCES for name in config.tasks):
+        return []
+    given = {name: getattr(data, name) for name in ("template", "templates", "columns")}
+    if not any(takes_labels(task, data.labels) for task in config.tasks):
+        given["labels"] = data.labels
+    return [
+        f"data.{name} is given, but no task of yours (--tasks NAME --data.files.NAME FILE) follows it; leave it out."
+        for name, value in given.items()
+        if value
+    ]
 
 
 def _ours(name: str, config: EvaluateConfig, folder: Path, write: bool) -> TaskFile:

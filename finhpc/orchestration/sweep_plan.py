@@ -53,6 +53,7 @@ class Planned:
     steps: dict[str, int] = field(default_factory=dict)  # of a trial's training
     ratios: list[float] = field(default_factory=list)  # of measured steps to those that were reckoned
     measuring_until: float = field(default_factory=lambda: time.monotonic() + MEASURING_S)
+    notes: dict[str, None] = field(default_factory=dict)  # what was guessed or left out of the trials' data
 
     @property
     def runs(self) -> Path:
@@ -258,6 +259,7 @@ def _check(plan: Planned, trial: Trial, run: TrainingConfig) -> _Checked:
             found.bytes = _left(job.config, job.counts()["params_trainable"])
             found.seconds = _tuning_seconds(plan, job)
             plan.datasets += [dataset for dataset in job.datasets if dataset not in plan.datasets]
+            plan.notes |= dict.fromkeys(job.made.examples.notes)
         else:
             if plan.reference is not None and _starts(trial):  # its model is not there yet: a low-rank one is as large
                 run = run.model_copy(update={"model": plan.reference.model}, deep=True)
@@ -349,7 +351,9 @@ def _counted(names: list[str], trials: int) -> str:
 
 
 def show_plan(plan: Planned) -> None:
-    """The trials and their cost, before any starts."""
+    """The trials and their cost, and what was guessed about their data, before any starts."""
+    for note in plan.notes:
+        to_stderr(note)
     rows = []
     for trial in plan.trials[:SHOWN]:
         seconds = plan.seconds.get(trial.name)

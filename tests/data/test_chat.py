@@ -44,7 +44,7 @@ def test_ids_are_those_of_the_whole_conversation(kind: str, template: str, tmp_p
         before = prompt_ids(prompt_text(TALK[:1], tok), tok)
         if template != "marked":
             assert tokens[: answer.tolist().index(True)].tolist() == before, "generation reads what was learned"
-        assert [note for note in found.notes if "read as chat" not in note] == []
+        assert [note for note in found.notes if ": read as chat" not in note] == []
         said = tok.decode(tokens[answer])
         assert "What" not in said
         assert "Fresh" in said
@@ -155,7 +155,9 @@ def test_what_a_template_leaves_out_is_refused_or_reported(tmp_path: Any) -> Non
     found = learned(tmp_path, tok, roles("s: it is good|u: What|a: bread"))
     assert any("1 conversations have messages that the chat template does not write (system)" in n for n in found.notes)
     call = [*roles("u: What"), {"role": "assistant", "content": "no", "tool_calls": [{"function": {"name": "sell"}}]}]
-    with pytest.raises(ConfigError, match=r"message 2 calls a tool .sell., which the chat template does not write"):
+    with pytest.raises(
+        ConfigError, match=r"message 2 holds tool_calls, which the tokenizer's chat template does not render"
+    ):
         learned(tmp_path, tok, call)
     with pytest.raises(ConfigError, match="the record has tools, which the chat template does not write"):
         learned(tmp_path, tok, roles("u: What|a: bread"), record={"tools": [{"name": "sell"}]})

@@ -19,7 +19,7 @@ CODES = "text,label\nprofit fell,0\nit stayed,1\nprofit rose,2\n"
 
 
 def read(*sources, **settings):
-    return read_examples([str(source) for source in sources], Instructions(**settings), TOK)
+    return read_examples([str(source) for source in sources], Instructions(**settings))
 
 
 def answers(source, **settings):
@@ -60,6 +60,9 @@ def test_files_of_tfns_are_known_by_name_and_it_is_reported(tmp_path):
     assert "data.labels says that 1 is neutral, but in" in refusal(
         tmp_path / "sent_train.csv", labels={"0": "negative", "1": "neutral", "2": "positive"}
     )
+    other = {"labels": {"0": "negative", "1": "neutral", "2": "positive"}}
+    assert answers(f"{tmp_path / 'sent_train.csv'}:labelled", **other) == ["negative", "neutral", "positive"]
+    assert "its labels are codes" in refusal(f"{tmp_path / 'sent_train.csv'}:labelled")
 
 
 @pytest.mark.parametrize(
@@ -150,6 +153,7 @@ def test_files_of_one_data_set_share_their_labels(tmp_path):
         (["a,hawkish", "b,hawkish"], "all records have the label 'hawkish'"),
         ([f"t{i},text number {i}" for i in range(101)], "101 different labels are more than 100"),
         (["a,hawkish", "b,0"], "its labels are codes (0)"),
+        (["a,LABEL_0", "b,LABEL_1"], "its labels are codes (LABEL_0, LABEL_1)"),
     ],
 )
 def test_labels_of_the_data_that_cannot_be_meant_are_refused(tmp_path, rows, message):
@@ -226,3 +230,13 @@ def test_a_file_of_templates_that_cannot_be_used_is_refused(tmp_path, text, mess
     file = write(tmp_path / "mine.yaml", text)
     data = write(tmp_path / "a.csv", "input,label\nup,good\n")
     assert message in refusal(data, template="a", templates=str(file))
+
+
+def test_what_is_guessed_names_the_columns_that_are_not_used(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "b", "history": "c"}])
+    (found,) = read(path)
+    assert (found.examples[0].prompt, found.examples[0].answer) == ("a", " b")
+    assert found.notes == [
+        f"{path}: read as context_target (columns prompt, completion; not used: history), template context_target"
+    ]
+    assert "holds no example" in refusal(write(tmp_path / "empty.jsonl", ""))

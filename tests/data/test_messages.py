@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from itertools import compress
-
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from finhpc.config import Instructions
+from finhpc.data.chat import control_tokens, rendered
+from finhpc.data.examples import make_examples
 from finhpc.data.instructions import read_examples
-from finhpc.data.tokenise import tokenised
 from finhpc.errors import ConfigError
 from tests.data.instructing import CHAT, jsonl, tokenizer
 
@@ -32,11 +31,16 @@ def share(roles, messages):
 
 
 def read(path, template=CHAT):
+    """Texts of the conversations, and their answers."""
     tok = tokenizer()
     tok.chat_template = template
     (found,) = read_examples([str(path)], Instructions())
-    rows = tokenised(found.examples, tok, 4096, True).rows
-    return [(tok.decode(row.tokens), tok.decode(list(compress(row.tokens, row.answer)))) for row in rows]
+    chats = [
+        chat
+        for example in found.examples
+        for chat in rendered(example.messages, example.tools, example.where, tok, control_tokens(tok))
+    ]
+    return [(chat.text, [chat.text[start:stop] for start, stop in chat.answers]) for chat in chats]
 
 
 def refusal(path, template=CHAT):
@@ -73,9 +77,11 @@ def test_tool_calls_are_learned_if_the_template_renders_them(tmp_path):
         {"role": "assistant", "content": "it is 5"},
     ]
     path = jsonl(tmp_path / "a.jsonl", [{"messages": turns}])
-    ((_, answer),) = read(path, TOOLS)
-    assert answer == '<call>price {"of": "ABC"}<|im_end|>it is 5<|im_end|>'
-    assert f"{path} line 1: message 3 calls a tool (price), which the chat template does not write" in refusal(path)
+    ((_, answers),) = read(path, TOOLS)
+    assert answers == ['<call>price {"of": "ABC"}<|im_end|>', "it is 5<|im_end|>"]
+    assert f"{path} line 1: message 3 holds tool_calls, which the tokenizer's chat template does not render" in refusal(
+        path
+    )
 
 
 @pytest.mark.parametrize(
@@ -98,12 +104,25 @@ def test_what_cannot_be_rendered_is_refused_by_name(tmp_path, changed, message):
     assert f"{path} line 1" in refusal(path, TOOLS)
 
 
-@pytest.mark.parametrize("column", ["tools", "functions", "images"])
+@pytest.mark.parametrize("column", ["functions", "images"])
 def test_columns_beside_a_conversation_that_are_not_read_are_refused(tmp_path, column):
     path = jsonl(tmp_path / "a.jsonl", [{"messages": PLAIN, column: [{"name": "price"}]}])
-    told = (
-        "the record has tools, which the chat template does not write"
-        if column == "tools"
-        else f"{column} are not read"
-    )
-    assert f"line 1: {told}" in refusal(path)
+    assert f"line 1: {column} are not read" in refusal(path)
+
+
+@pytest.mark.parametrize("tools", [[{"name": "price"}], '[{"name": "price"}]'])
+def test_tools_that_the_template_does_not_render_are_refused(tmp_path, tools):
+    path = jsonl(tmp_path / "a.jsonl", [{"messages": PLAIN, "tools": tools}])
+    assert "line 1: the record has tools, which the chat template does not write" in refusal(path)
+    ((text, _),) = read(path, "{{ tools | tojson if tools }}" + CHAT)
+    assert text.startswith('[{"name": "price"}]')
+    assert "tools holds an object" in refusal(jsonl(tmp_path / "b.jsonl", [{"messages": PLAIN, "tools": {"a": 1}}]))
+
+
+def test_a_part_that_is_not_rendered_is_told_once_for_all_records(tmp_path):
+    turns = [*PLAIN[:2], {"role": "assistant", "content": "", "tool_calls": [CALL]}]
+    path = jsonl(tmp_path / "a.jsonl", [{"messages": turns}] * 40)
+    with pytest.raises(ConfigError) as error:
+        make_examples(Instructions(source=[str(path)]), tokenizer(), 0)
+    assert len(error.value.problems) == 1
+    assert "The same holds for 39 more." in error.value.problems[0]

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from finhpc.config import Instructions
+from finhpc.data.examples import make_examples
 from finhpc.data.instructions import read_examples
 from finhpc.errors import ConfigError
 from finhpc.textfile import parse_json, parse_yaml, read_text
@@ -20,7 +21,7 @@ TOK = tokenizer()
 
 
 def examples(source, **settings):
-    (found,) = read_examples([str(source)], Instructions(**settings), TOK)
+    (found,) = read_examples([str(source)], Instructions(**settings))
     return found
 
 
@@ -187,7 +188,7 @@ def test_one_fault_of_many_records_is_told_once(tmp_path):
     bare.chat_template = None
     chats = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 40
     with pytest.raises(ConfigError) as error:
-        read_examples([jsonl(tmp_path / "c.jsonl", chats)] * 2, Instructions(), bare)
+        make_examples(Instructions(source=[jsonl(tmp_path / "c.jsonl", chats)] * 2), bare, 0)
     assert len(error.value.problems) == 1
 
 

@@ -11,7 +11,6 @@ from finhpc.config import EvaluateConfig, Instructions, build
 from finhpc.data.instructions import read_examples
 from finhpc.errors import ConfigError
 from finhpc.evaluation.tasks import TaskFile, load_task, prepare_tasks
-from tests.data.instructing import tokenizer
 
 STANCE = "headline,mood\nraise rates,hawkish\ncut rates,dovish\nhold,neutral\nraise more,hawkish\n"
 CODES = "text,label\nprofit fell,0\nit stayed,1\nprofit rose,2\n"
@@ -29,7 +28,7 @@ def test_a_task_of_ones_own_reads_what_finetuning_learned_from(tmp_path: Path) -
     file = tmp_path / "fomc.csv"
     file.write_text(STANCE)
     columns = {"input": "headline", "label": "mood"}
-    (learned,) = read_examples([str(file)], Instructions(columns=columns), tokenizer())
+    (learned,) = read_examples([str(file)], Instructions(columns=columns))
     (task,) = prepared(tmp_path, ["stance"], files={"stance": str(file)}, columns=columns)
     opened = load_task(task)
     documents = list(opened.test_docs())
@@ -47,14 +46,14 @@ def test_codes_need_a_meaning_in_evaluation_as_in_finetuning(tmp_path: Path, fil
     with pytest.raises(ConfigError, match=r"codes \(0, 1, 2\) and nothing tells what they mean"):
         prepared(tmp_path, [task], files={task: str(path)})
     with pytest.raises(ConfigError, match=r"codes \(0, 1, 2\) and nothing tells what they mean"):
-        read_examples([str(path)], Instructions(), tokenizer())
+        read_examples([str(path)], Instructions())
     for spec, given in (
         (f"{path}:phrasebank", {}),
         (str(path), {"labels": {0: "negative", 1: "neutral", 2: "positive"}}),
     ):
         (made,) = prepared(tmp_path, [task], files={task: spec}, **given)
         assert labels(made) == ["negative", "neutral", "positive"]
-        (learned,) = read_examples([spec], Instructions(**given), tokenizer())
+        (learned,) = read_examples([spec], Instructions(**given))
         assert labels(made) == [example.label for example in learned.examples]
 
 
@@ -104,3 +103,20 @@ def test_a_whole_number_written_as_a_float_is_a_label(tmp_path: Path) -> None:
     (tmp_path / "piqa.jsonl").write_text('{"goal": "g", "sol1": "a", "sol2": "b", "label": 1.0}')
     (made,) = prepared(tmp_path, ["piqa"], files={"piqa": str(tmp_path / "piqa.jsonl")})
     assert labels(made) == [1]
+
+
+def test_codes_of_tfns_are_not_taken_for_those_of_another_task(tmp_path: Path) -> None:
+    (tmp_path / "tfns.csv").write_text(CODES)
+    with pytest.raises(ConfigError, match="nothing tells what they mean"):
+        prepared(tmp_path, ["fpb"], files={"fpb": str(tmp_path / "tfns.csv")})
+    (made,) = prepared(tmp_path, ["fpb"], files={"fpb": f"{tmp_path / 'tfns.csv'}:tfns"})
+    assert labels(made) == ["negative", "positive", "neutral"]
+
+
+@pytest.mark.parametrize(
+    "given", [{"labels": ["hawkish", "dovish"]}, {"columns": {"input": "text"}}, {"template": "classify"}]
+)
+def test_settings_of_a_task_of_ones_own_are_not_dropped(tmp_path: Path, given: dict[str, object]) -> None:
+    (tmp_path / "tfns.csv").write_text(CODES)
+    with pytest.raises(ConfigError, match=rf"data.{next(iter(given))} is given, but no task of yours"):
+        prepared(tmp_path, ["tfns"], folder=str(tmp_path), **given)
