@@ -138,15 +138,8 @@ def as_dense(config: Any) -> Any:
 
     Whether head and embedding are tied stays as it is: low-rank ones are not.
     """
-    ours: tuple[str, ...] = (
-        "low_rank",
-        "low_rank_kind",
-        "low_rank_layers",
-        "factor_modules",
-        "model_type",
-        "architectures",
-    )
-    ours += (TRAINED, PLUGINS)
+    ours = {"low_rank", "low_rank_kind", "low_rank_layers", "factor_modules", "model_type", "architectures"}
+    ours |= {TRAINED, PLUGINS}
     kept = {key: value for key, value in config.to_dict().items() if key not in ours}
     return _noted(family_of(config).dense_class.config_class.from_dict(kept))
 
