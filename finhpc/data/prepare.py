@@ -34,7 +34,8 @@ from finhpc.data.shards import FORMAT, MANIFEST, TOKENIZER, Manifest, dataset_fi
 from finhpc.data.tokenizer import Encoder, save, trained_size
 from finhpc.data.unit import Unit
 from finhpc.errors import ConfigError, DataError, FinhpcError, RunBusyError
-from finhpc.package import Driver, check_workers_package
+from finhpc.package import Driver
+from finhpc.ray_ready import check_ray
 
 WORK = ".work"
 RESULT = "result.json"
@@ -59,6 +60,7 @@ def prepare(config: PrepareConfig, dry_run: bool = False) -> dict[str, Any]:
         return done
     if dry_run:
         return _dry(out, config, units, described)
+    check_ray()
     with _workplace(out, settings) as work:
         encoder = _tokenizer(work / TOKENIZER, units, config)
         dropped = _encode(units, config, work, encoder.slow_because is None)
@@ -248,7 +250,6 @@ def _ray(config: PrepareConfig) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    check_workers_package()
     if os.environ.get("RAY_ADDRESS"):  # as in a submitted job
         ray.init(log_to_driver=False, logging_level="ERROR")
     else:

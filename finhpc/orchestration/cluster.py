@@ -10,7 +10,7 @@ from pathlib import Path
 
 from finhpc.config import TrainingConfig
 from finhpc.errors import ConfigError, TrainingFailedError
-from finhpc.package import check_workers_package
+from finhpc.ray_ready import check_ray, session_logs
 
 
 @contextmanager
@@ -21,7 +21,7 @@ def ray_cluster() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    check_workers_package()
+    check_ray()
     # What polls and waits by default costs a short run seconds.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     _keep_token_private()  # an older one, before anything listens
@@ -40,8 +40,8 @@ def ray_cluster() -> Iterator[None]:
     except Exception as error:  # Ray raises bare ones here
         where = os.environ.get("RAY_ADDRESS") or "this machine"
         raise TrainingFailedError(
-            f"Ray did not start on {where}: {str(error).rstrip('.')}. Most often the address is wrong, the machine "
-            "overloaded or its disk full; mend that and run the same command again."
+            f"Ray did not start on {where}: {str(error).rstrip('.')}. Its logs are in {session_logs()}; correct that "
+            "and run the same command again."
         ) from None
     try:
         yield
