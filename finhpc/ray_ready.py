@@ -49,7 +49,7 @@ def _cluster_problems(address: str) -> Iterator[str]:
 
 
 def _speaks_grpc(target: str) -> bool:
-    import grpc
+    import grpc  # type: ignore[import-untyped]
 
     with grpc.insecure_channel(target) as channel:
         try:

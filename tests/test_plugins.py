@@ -83,6 +83,7 @@ def finhpc_in(folder: Path, *words: str, code: str = "") -> subprocess.Completed
     return subprocess.run([sys.executable, "-P", *start, *words], cwd=folder, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_a_module_of_ones_own_in_a_dry_run(place: Path) -> None:
     done = finhpc_in(place, "pretrain", "--data.shards", "shards", *NANO, "--dry_run", "--json")
     assert done.returncode == 0, done.stderr[-2000:]
@@ -286,10 +287,10 @@ weights = {n: p.detach().contiguous() for n, p in model.named_parameters()}
 save_model(Path("gelu-model"), hf, [lambda: weights], Path("shards/tokenizer"))
 again = finhpc.load_model("gelu-model")
 tokens = torch.arange(8)[None]
-assert torch.equal(again(tokens).logits, model.eval()(tokens).logits)
+assert torch.allclose(again(tokens).logits, model.eval()(tokens).logits, atol=1e-5)
 finhpc.export(config.ExportConfig(model="gelu-model", out="gelu-packed", quantization={"bits": 8}))
 packed = finhpc.load_model("gelu-packed")
-assert (packed(tokens).logits - again(tokens).logits).abs().max() < 0.3 * again(tokens).logits.abs().max()
+assert torch.nn.functional.cosine_similarity(packed(tokens).logits, again(tokens).logits, dim=-1).min() > 0.98
 try:
     finhpc.export(config.ExportConfig(model="gelu-model", out="merged", format="merged"))
 except finhpc.ConfigError as error:
