@@ -10,8 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from finhpc.interrupts import removed_at_once, terminable
+from finhpc.ray_ready import session_base
 
-LONGEST_BASE = 30  # characters of the folder above: the paths of Ray's sockets below it may have 107
 KEEP = "keep"  # in Ray's folder: a message names the logs in it
 
 
@@ -19,15 +19,16 @@ KEEP = "keep"  # in Ray's folder: a message names the logs in it
 def own_ray(cpus: int) -> Iterator[None]:
     """Start Ray here with so many CPUs to give out, and stop it afterwards.
 
-    Its folder (logs, sockets, spilled objects) lies in RAY_TMPDIR, TMPDIR or /tmp, and is removed with it, unless Ray
+    Its folder (logs, sockets, spilled objects) lies where `session_base` says, and is removed with it, unless Ray
     did not start or `ray_logs` named it.
     """
     import ray
 
     # Workers inherit it; Ray Train's own 2 s cost a short run seconds.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    base = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
-    folder = Path(tempfile.mkdtemp(prefix="ray-", dir=base if len(base) <= LONGEST_BASE else "/tmp"))  # mode 0700
+    base = session_base()[1]
+    base.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir=base))  # mode 0700
     keep_token_private()  # an older one, before anything listens
     with removed_at_once(str(folder)):
         try:

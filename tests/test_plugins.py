@@ -24,29 +24,17 @@ from finhpc.models.presets import PRESETS
 from finhpc.training.optimizer import OPTIMIZERS, OptimizerKind, begin_at, make_optimizer, moments
 from tests.tiny import tiny_shards
 
-# What a user writes. It is a module of its own in each test that needs a new process.
-MODULE = '''
+# What a user writes: the README's example and more. Tests with it run in new processes.
+README = (Path(__file__).parents[1] / "README.md").read_text()
+EXAMPLE = next(block for block in README.split("```python\n") if "@LAYERS.register" in block).partition("```")[0]
+MODULE = (
+    EXAMPLE
+    + """
 import torch
-import torch.nn.functional as F
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from finhpc.data.templates import TEMPLATES, Template
-from finhpc.lowrank.layers import LowRankLinear
-from finhpc.lowrank.registry import LAYERS
-from finhpc.lowrank.replace import LowRankModel
 from finhpc.models.presets import PRESETS, Shape
 from finhpc.training.optimizer import OPTIMIZERS, OptimizerKind
-
-
-@LAYERS.register("gelu")
-class GeluLinear(LowRankLinear):
-    """y = B gelu(A x) + bias."""
-
-    mergeable = False
-
-    @staticmethod
-    def between(narrow):
-        return F.gelu(narrow)
 
 
 def momentum(groups, settings):
@@ -62,7 +50,8 @@ TEMPLATES.register(
         cut="input", labels=("down", "up"),
     ),
 )
-'''
+"""
+)
 TRAIN = "--data.seq_len 32 --data.eval_samples 8 --method.kind gelu --method.rank 4 --optimizer.name momentum"
 NANO = [*TRAIN.split(), *["--model.preset", "gpt2-nano", "--plugins", "my_parts"]]
 
@@ -83,6 +72,7 @@ def finhpc_in(folder: Path, *words: str, code: str = "") -> subprocess.Completed
     return subprocess.run([sys.executable, "-P", *start, *words], cwd=folder, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_a_module_of_ones_own_in_a_dry_run(place: Path) -> None:
     done = finhpc_in(place, "pretrain", "--data.shards", "shards", *NANO, "--dry_run", "--json")
     assert done.returncode == 0, done.stderr[-2000:]
@@ -286,10 +276,10 @@ weights = {n: p.detach().contiguous() for n, p in model.named_parameters()}
 save_model(Path("gelu-model"), hf, [lambda: weights], Path("shards/tokenizer"))
 again = finhpc.load_model("gelu-model")
 tokens = torch.arange(8)[None]
-assert torch.equal(again(tokens).logits, model.eval()(tokens).logits)
+assert torch.allclose(again(tokens).logits, model.eval()(tokens).logits, atol=1e-5)
 finhpc.export(config.ExportConfig(model="gelu-model", out="gelu-packed", quantization={"bits": 8}))
 packed = finhpc.load_model("gelu-packed")
-assert (packed(tokens).logits - again(tokens).logits).abs().max() < 0.3 * again(tokens).logits.abs().max()
+assert torch.nn.functional.cosine_similarity(packed(tokens).logits, again(tokens).logits, dim=-1).min() > 0.98
 try:
     finhpc.export(config.ExportConfig(model="gelu-model", out="merged", format="merged"))
 except finhpc.ConfigError as error:

@@ -106,7 +106,10 @@ class Hardware(Section):
     """The hardware that is planned for."""
 
     device: str = Field(
-        "a100-80gb", description="v100-32gb, a100-40gb, a100-80gb, h100-80gb, h200-141gb, or this-machine (measured)"
+        "a100-80gb",
+        description="v100-32gb, a100-40gb, a100-80gb, h100-80gb, h200-141gb, rtx-3090-24gb, rtx-4090-24gb, "
+        "rtx-5090-32gb, rtx-a6000-48gb, rtx-6000-ada-48gb, l40s-48gb, l4-24gb, a10-24gb, t4-16gb, or this-machine "
+        "(measured)",
     )
     nodes: int = Field(1, ge=1, description="machines")
     devices_per_node: int | None = Field(

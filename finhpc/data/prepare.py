@@ -37,7 +37,8 @@ from finhpc.errors import ConfigError, DataError, FinhpcError, RunBusyError
 from finhpc.files import private_folder, publish, write_atomic
 from finhpc.interrupts import terminable
 from finhpc.own_ray import keep_token_private, own_ray
-from finhpc.package import Driver, check_workers_package
+from finhpc.package import Driver
+from finhpc.ray_ready import check_ray
 
 WORK = ".work"
 RESULT = "result.json"
@@ -66,6 +67,7 @@ def prepare(config: PrepareConfig, dry_run: bool = False) -> dict[str, Any]:
         return done
     if dry_run:
         return _dry(out, config, units, described)
+    check_ray()
     with _workplace(out, settings) as work:
         encoder = _tokenizer(work / TOKENIZER, units, config)
         dropped = _encode(units, config, work, encoder.slow_because is None)
@@ -273,7 +275,6 @@ def _ray(config: PrepareConfig) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    check_workers_package()
     if not os.environ.get("RAY_ADDRESS"):
         with own_ray(config.workers or os.cpu_count() or 1):
             yield

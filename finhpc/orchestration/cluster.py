@@ -10,8 +10,8 @@ from contextlib import ExitStack, contextmanager
 from finhpc.config import TrainingConfig
 from finhpc.errors import ConfigError, TrainingFailedError
 from finhpc.interrupts import terminable
-from finhpc.own_ray import keep_token_private, own_ray
-from finhpc.package import check_workers_package
+from finhpc.own_ray import keep_token_private, own_ray, ray_logs
+from finhpc.ray_ready import check_ray
 
 
 @contextmanager
@@ -22,7 +22,7 @@ def ray_cluster() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    check_workers_package()
+    check_ray()
     with ExitStack() as stack:
         try:
             if os.environ.get("RAY_ADDRESS"):
@@ -36,8 +36,8 @@ def ray_cluster() -> Iterator[None]:
         except Exception as error:  # Ray raises bare ones here
             where = os.environ.get("RAY_ADDRESS") or "this machine"
             raise TrainingFailedError(
-                f"Ray did not start on {where}: {str(error).rstrip('.')}. Most often the address is wrong, the machine "
-                "overloaded or its disk full; mend that and run the same command again."
+                f"Ray did not start on {where}: {str(error).rstrip('.')}. Its logs are in {ray_logs()}; correct that "
+                "and run the same command again."
             ) from None
         yield
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -38,6 +39,7 @@ from finhpc.planning.pace import Pace, measured, paced, reached_by, step_operati
 from finhpc.planning.topology import Option, options
 from finhpc.training.optimizer import OPTIMIZERS, check_optimizer
 
+ASSUMED = ("method.kind", "method.rank", "data.seq_len", "train.precision", "parallel.micro_batch_size")
 MODES: tuple[Recompute, ...] = ("none", "attention", "full")
 
 
@@ -74,7 +76,7 @@ def estimate(config: EstimateConfig | FinetuneEstimateConfig, dry_run: bool = Fa
         cut = outline.stages(topology.stages)
         pace = paced(outline, topology, cut, cluster)
     found = options(memory, cluster, wanted.samples_per_step or topology.samples_per_step, _sizes(config))
-    result = {
+    result: dict[str, Any] = {
         "status": "dry_run",
         "params_total": outline.params,
         "params_trainable": outline.params,
@@ -97,7 +99,21 @@ def estimate(config: EstimateConfig | FinetuneEstimateConfig, dry_run: bool = Fa
         },
     }
     show(config, outline, cluster, result)
+    if assumed := assumed_settings(config, ASSUMED):
+        print(f"assumed, as no setting says it: {', '.join(assumed)}; set what your run has.", file=sys.stderr)
+    result["estimate"]["assumed"] = assumed
     return result
+
+
+def assumed_settings(config: TrainingConfig, names: tuple[str, ...]) -> list[str]:
+    """Those of the settings that memory and time depend on most and nobody gave, as KEY=VALUE."""
+    found = []
+    for name in names:
+        section, _, key = name.partition(".")
+        values = getattr(config, section)
+        if key not in values.model_fields_set:
+            found.append(f"{name}={getattr(values, key)}")
+    return found
 
 
 def of_plan(plan: Plan, cuda: bool, here: bool, measures: bool = True) -> dict[str, Any]:
@@ -255,7 +271,10 @@ def check_device(wanted: Hardware) -> None:
     """Raise `ConfigError` for a device that is not known."""
     names = [*DEVICES, THIS_MACHINE]
     if wanted.device not in names:
-        raise ConfigError(f"estimate.device={wanted.device} is not known; {nearest(wanted.device, names)}")
+        raise ConfigError(
+            f"estimate.device={wanted.device} is not known; {nearest(wanted.device, names)} For another one take the "
+            "most similar, and state what differs: --estimate.memory_gb, --estimate.tflops, --estimate.link_gb_per_s."
+        )
 
 
 def _cluster(config: EstimateConfig) -> Cluster:

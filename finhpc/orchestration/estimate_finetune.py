@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
@@ -18,7 +19,7 @@ from finhpc.models.families import FAMILIES, context_name, context_of, dense_ori
 from finhpc.models.packed import Segments, segments_of
 from finhpc.models.presets import PRESETS, resolve_shape
 from finhpc.models.weights import Weights, locate, open_weights
-from finhpc.orchestration.estimate import check_device, cluster_of, stages_of
+from finhpc.orchestration.estimate import assumed_settings, check_device, cluster_of, stages_of
 from finhpc.orchestration.estimate_finetune_tables import show
 from finhpc.orchestration.measuring import adapted_part_seconds
 from finhpc.orchestration.plan import check_parallel, check_stages, collect
@@ -31,6 +32,7 @@ from finhpc.planning.memory import Topology
 from finhpc.planning.pace import Pace
 from finhpc.training.optimizer import check_optimizer
 
+ASSUMED = ("lora.rank", "quantization.bits", "estimate.tokens", "train.precision", "parallel.micro_batch_size")
 BITS = (16, 8, 4)
 PACKS_LOOKED_AT = 200  # steps whose packs a dry run makes
 
@@ -68,6 +70,9 @@ def estimate_finetune(config: FinetuneEstimateConfig) -> dict[str, Any]:
         },
     }
     show(config, cluster, result)
+    if assumed := assumed_settings(config, ASSUMED):
+        print(f"assumed, as no setting says it: {', '.join(assumed)}; set what your run has.", file=sys.stderr)
+    result["estimate"]["assumed"] = assumed
     return result
 
 

@@ -22,6 +22,7 @@ from finhpc.orchestration.progress import Progress, summary_table
 from finhpc.orchestration.runfolder import RunFolder
 from finhpc.orchestration.tracking import Status, Tracker, absolute_tracking_uri, default_tracking_uri
 from finhpc.orchestration.worker import FATAL, MEMORY, ROOM, ROOM_BYTES
+from finhpc.ray_ready import check_ray
 from finhpc.training.checkpoint import complete
 from finhpc.training.journal import DRIVER_FILE, WORKER_FILE
 
@@ -65,6 +66,8 @@ def run(job: Job, dry_run: bool = False, fit: Fit = fit) -> dict[str, Any]:
         outcome.to_stderr(note)
     if dry_run:
         return job.dry_run(total)
+    if not _is_done(folder.result(), config):
+        check_ray()
     with folder.lock(), terminable():
         _check_resume(job, folder)  # again: now nobody else writes
         _set_aside_other_settings(job, folder)

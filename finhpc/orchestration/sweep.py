@@ -35,6 +35,7 @@ from finhpc.orchestration.sweep_tracking import Parent
 from finhpc.orchestration.sweep_trials import AnySweep
 from finhpc.orchestration.trial import OUTCOME, outcome_of, pruned, run_trial, write_outcome
 from finhpc.package import Driver
+from finhpc.ray_ready import check_ray
 
 TUNE = "tune"  # Ray Tune's own record of a start, which nothing is read from
 KEPT_FAILURES = ("diverged", "pruned")  # ends of a trial that another start would not change
@@ -58,6 +59,7 @@ def sweep(config: AnySweep, dry_run: bool = False) -> dict[str, Any]:
     counted = plan.result()
     if dry_run:
         return counted | {"status": "dry_run"}
+    check_ray()
     with folder.lock(), terminable():
         write_atomic(folder.path / "config.yaml", to_yaml(config))
         _forget_failures(plan)

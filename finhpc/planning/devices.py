@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -54,6 +55,11 @@ class Cluster:
 # eight of 200 Gb/s for 8 (DGX A100), eight of 400 Gb/s for 8 (DGX H100, DGX H200).
 # finhpc multiplies float32 in full precision, so TF32 is not counted; a V100 has no bfloat16, its rate is float16's.
 
+# Workstations and small servers: the data sheets and architecture white papers of the GeForce RTX 30, 40 and 50 series,
+# RTX A6000, RTX 6000 Ada, L40S, L4, A10 and T4; bf16 with float32 accumulation, without sparsity. Between devices: PCIe
+# 4.0 x16 (5.0 of the RTX 5090, 3.0 of the T4, x8 of the L4's 4.0), NVLink of the RTX 3090 and A6000. Network: 10 Gb/s,
+# an assumption. A T4 has no bfloat16, its rate is float16's.
+
 # Measured on one H100 with 16 cores, beside other runs: a 6 x 384 GPT-2, 16 parts, 1,024 tokens, takes 16 ms at best.
 LAUNCH_S = 1e-3
 DEVICES = {
@@ -64,6 +70,15 @@ DEVICES = {
         Device("a100-80gb", 80, {"fp32": 19.5, "bf16": 312}, 2039, 300, 25),
         Device("h100-80gb", 80, {"fp32": 67, "bf16": 989}, 3350, 450, 50),
         Device("h200-141gb", 141, {"fp32": 67, "bf16": 989}, 4800, 450, 50),
+        Device("rtx-3090-24gb", 24, {"fp32": 35.6, "bf16": 71}, 936, 56, 1.25),
+        Device("rtx-4090-24gb", 24, {"fp32": 82.6, "bf16": 165}, 1008, 32, 1.25),
+        Device("rtx-5090-32gb", 32, {"fp32": 104.8, "bf16": 209}, 1792, 64, 1.25),
+        Device("rtx-a6000-48gb", 48, {"fp32": 38.7, "bf16": 154.8}, 768, 56, 1.25),
+        Device("rtx-6000-ada-48gb", 48, {"fp32": 91.1, "bf16": 364}, 960, 32, 1.25),
+        Device("l40s-48gb", 48, {"fp32": 91.6, "bf16": 362}, 864, 32, 1.25),
+        Device("l4-24gb", 24, {"fp32": 30.3, "bf16": 121}, 300, 16, 1.25),
+        Device("a10-24gb", 24, {"fp32": 31.2, "bf16": 125}, 600, 32, 1.25),
+        Device("t4-16gb", 16, {"fp32": 8.1, "bf16": 65}, 320, 16, 1.25),
     )
 }
 THIS_MACHINE = "this-machine"
@@ -95,10 +110,16 @@ def this_machine(workers: int, threads: int) -> Device:
 
 def gpu_here() -> Device | None:
     """This machine's first GPU, where its data sheet is known here; by series and the nearest memory."""
-    name = torch.cuda.get_device_name().lower()
-    total = torch.cuda.get_device_properties(0).total_memory
-    alike = [device for device in DEVICES.values() if device.name.partition("-")[0] in name]
-    return min(alike, key=lambda device: abs(device.memory_gb * 1e9 - total), default=None)
+    return device_called(torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory)
+
+
+def device_called(name: str, memory: int) -> Device | None:
+    """The device of this name, as a driver gives it, and the nearest memory in bytes."""
+    words = set(re.findall(r"[a-z0-9]+", name.lower()))
+    if "laptop" in words:  # slower, under the same number
+        return None
+    alike = [device for device in DEVICES.values() if words >= set(device.name.split("-")[:-1])]
+    return min(alike, key=lambda device: abs(device.memory_gb * 1e9 - memory), default=None)
 
 
 def _products(dtype: torch.dtype, threads: int) -> float:
