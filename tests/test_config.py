@@ -8,6 +8,7 @@ import pytest
 
 from finhpc.bench.settings import PrepareBench
 from finhpc.config import (
+    EvaluateConfig,
     FinetuneEstimateConfig,
     PrepareConfig,
     PretrainConfig,
@@ -89,3 +90,16 @@ def test_a_section_given_in_part_keeps_the_defaults_of_its_place() -> None:
     settings = load(PrepareBench, None, {"bench.out": "elsewhere"})
     assert (settings.bench.out, settings.bench.repeats) == ("elsewhere", 2)
     assert load(PrepareBench, None, {"bench.repeats": 7}).bench.repeats == 7
+
+
+def test_a_file_of_settings_may_not_trust_code(tmp_path: Path) -> None:
+    file = tmp_path / "evaluate.yaml"
+    file.write_text("tasks: [mine.yaml]\ntrust_task_code: true\n")
+    with pytest.raises(ConfigError, match=r"a file may not give that leave; .* --trust_task_code true"):
+        load(EvaluateConfig, str(file))
+    assert load(EvaluateConfig, str(file), {"trust_task_code": True}).trust_task_code
+    assert not load(EvaluateConfig, str(file), {"trust_task_code": False}).trust_task_code
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("steps: [{name: a, verb: evaluate, settings: {tasks: [mine.yaml], trust_task_code: true}}]\n")
+    with pytest.raises(ConfigError, match="a file may not give that leave"):
+        load(Recipe, str(recipe))

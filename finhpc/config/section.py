@@ -19,6 +19,7 @@ class Section(BaseModel):
 
 
 C = TypeVar("C", bound=Section)
+TRUST = "trust_task_code"
 
 
 def recipes() -> dict[str, Path]:
@@ -31,12 +32,25 @@ def recipes() -> dict[str, Path]:
 def load(cls: type[C], source: str | None, overrides: dict[str, Any] | None = None) -> C:
     """Resolve defaults < `source` (a recipe's name or a YAML file) < `overrides` ({"a.b": value}).
 
-    Raises `ConfigError` with every unknown key and every bad value.
+    Raises `ConfigError` with every unknown key and every bad value, and for a file that trusts code: settings and
+    recipes are passed on, and whoever runs one must trust the code, not who wrote it.
     """
     tree = _read(source) if source else {}
+    if _trusts(tree) and TRUST not in (overrides or {}):
+        raise ConfigError(
+            f"config={source} sets {TRUST}, which lets task files run code, and a file may not give that leave; read "
+            f"the task files, then give --{TRUST} true on the command line, or take it out of {source}."
+        )
     for dotted, value in (overrides or {}).items():
         put(tree, dotted, value)
     return build(cls, tree)
+
+
+def _trusts(tree: Any) -> bool:
+    """Whether settings, or those of a recipe's steps, let code run."""
+    if isinstance(tree, dict):
+        return bool(tree.get(TRUST)) or any(map(_trusts, tree.values()))
+    return isinstance(tree, list) and any(map(_trusts, tree))
 
 
 def build(cls: type[C], tree: dict[str, Any]) -> C:
