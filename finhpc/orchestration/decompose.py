@@ -28,6 +28,7 @@ from finhpc.data.calibration import calibration_blocks
 from finhpc.data.progress import Progress
 from finhpc.data.shards import write_atomic
 from finhpc.errors import CheckpointError, ConfigError, DataError, RunBusyError
+from finhpc.evaluation import plausible
 from finhpc.models.families import as_low_rank, context_name, context_of, parameter_count, skeleton
 from finhpc.models.manifest import check_manifest, write_manifest
 from finhpc.models.merge import header_of, merge_model, save_atomic
@@ -91,6 +92,7 @@ def decompose(config: DecomposeConfig, dry_run: bool = False) -> dict[str, Any]:
         }
         save_spectra(groups, work, model / "spectra.npz")
         draw(model / "spectra.npz", reports, model / "spectra.png")
+        plausible.check(f"decompose {config.model}", result)
         write_atomic(model / RESULT, json.dumps(result, indent=1).encode() + b"\n")
         os.rename(model, out)
     shutil.rmtree(work)
