@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -87,6 +88,7 @@ def of_plan(plan: Plan, cuda: bool, here: bool, measures: bool = True) -> dict[s
     `here`: whether the run would be on this machine; else, and on a GPU without a data sheet here, its time
     is not known (null). `measures`: whether the model's parts are measured, on a CPU, where they are small enough.
     """
+    opened_s = time.process_time()
     config, topology = plan.config, topology_of(plan.config)
     scheme = scheme_of(config, cuda)
     outline = replace(plan.outline, fused=scheme.fused(config.data.seq_len))
@@ -118,7 +120,7 @@ def of_plan(plan: Plan, cuda: bool, here: bool, measures: bool = True) -> dict[s
     if pace is not None:
         numbers |= timing(outline, topology, pace) | {"how": how}
         batches = config.data.eval_samples // (topology.micro_batch_size * topology.replicas)
-        numbers |= training_time(config, pace, batches, cuda).numbers(this_machine_busy())
+        numbers |= training_time(config, pace, batches, cuda, opened_s).numbers(this_machine_busy())
     return numbers
 
 

@@ -15,11 +15,12 @@ from typing import Any
 from finhpc.config import TrainingConfig
 from finhpc.planning.pace import Pace
 
-# Measured on two idle cores: seconds that one core computes. Ray's processes and the driver's own imports; a worker's
-# imports of torch, DeepSpeed and Ray Train; the model's folder, MLflow and the leave from Ray after the last step.
-RAY_S = 9.0
+# Measured on two cores that others took a third of: seconds that one core computes. Ray's processes; a worker's imports
+# of torch, DeepSpeed and Ray Train; the model's folder, MLflow and the leave from Ray after the last step.
+RAY_S = 7.0
 WORKER_S = 11.0
-END_S = 6.0
+END_S = 4.0
+MOST_OPENING_S = 30.0  # of this process so far: imports, data and base, which the run opens again
 TRIAL_S = 2.0  # of a trial of a sweep, beside its steps: its process is warm
 SCORE_S = 3.0  # of a score of a small model at fewer bits
 FORWARD = 1 / 3  # of the passes of a training step
@@ -80,35 +81,42 @@ class RunTime:
         }
 
 
+def starting_s(opened_s: float) -> float:
+    """CPU seconds until the first step, where this process took `opened_s` from its beginning to a checked run."""
+    return min(opened_s, MOST_OPENING_S) + RAY_S + WORKER_S
+
+
 def measurable(pace: Pace, kinds: Sequence[str]) -> bool:
     """Whether one part of each kind takes so little, by the `pace` reckoned for all, that a dry run can measure it."""
     return sum(pace.stage_s) * len(set(kinds)) / len(kinds) <= MEASURABLE_S
 
 
-def training_time(config: TrainingConfig, pace: Pace, eval_batches: int, cuda: bool, scoring_s: float = 0.0) -> RunTime:
+def training_time(config: TrainingConfig, pace: Pace, eval_batches: int, cuda: bool, opened_s: float) -> RunTime:
     """Of a pretraining or finetuning by itself, whose evaluations take so many micro-batches a replica.
 
-    `scoring_s`: of what is scored after the last step, in this process.
+    `opened_s`: CPU seconds that this process took to check the run, which the run takes again.
     """
     parallel, train, slowest = config.parallel, config.train, max(pace.stage_s)
     exchanged = EXCHANGE_S * parallel.micro_batches if parallel.stages > 1 else 0.0
     number = 1 if not train.eval_every else -(-train.steps // train.eval_every)
     evaluation_s = (eval_batches + parallel.stages - 1) * slowest * FORWARD
     return RunTime(
-        RAY_S + WORKER_S,
+        starting_s(opened_s),
         train.steps * (pace.step_s + STEP_S + exchanged),
         number * evaluation_s,
-        END_S + scoring_s,
+        END_S,
         0.0 if cuda else parallel.workers * config.resources.threads * pace.utilization,
         parallel.workers,
     )
 
 
-def sweep_time(trials_s: float, number: int, scores: int, concurrent: int, processes: float) -> RunTime:
+def sweep_time(
+    trials_s: float, number: int, scores: int, concurrent: int, processes: float, opened_s: float
+) -> RunTime:
     """Of a sweep of `number` trials that compute for `trials_s` in all; `processes`: of the trials of one moment."""
     rest_s = number * TRIAL_S + scores * SCORE_S
     return RunTime(
-        RAY_S + WORKER_S, (trials_s + rest_s) / concurrent, 0.0, END_S, processes, min(processes, number) or 1.0
+        starting_s(opened_s), (trials_s + rest_s) / concurrent, 0.0, END_S, processes, min(processes, number) or 1.0
     )
 
 

@@ -49,6 +49,7 @@ class Planned:
     disk: dict[str, int] = field(default_factory=dict)  # bytes that a trial leaves at least
     steps: dict[str, int] = field(default_factory=dict)  # of a trial's training
     ratios: list[float] = field(default_factory=list)  # of measured steps to those that were reckoned
+    opened_s: float = field(default_factory=time.process_time)  # CPU seconds until here
     measuring_until: float = field(default_factory=lambda: time.monotonic() + MEASURING_S)
 
     @property
@@ -143,7 +144,9 @@ class Planned:
         processes = 0.0 if self.cuda else min(self.concurrent, len(left)) * float(each)
         scores = sum(bits != 16 for trial in left for bits in trial.bits)
         whole = math.fsum(one or 0.0 for one in seconds)
-        return sweep_time(whole, len(left), scores, self.concurrent, processes).numbers(this_machine_busy())
+        return sweep_time(whole, len(left), scores, self.concurrent, processes, self.opened_s).numbers(
+            this_machine_busy()
+        )
 
     @property
     def disk_bytes(self) -> int:

@@ -27,12 +27,16 @@ def settings(**sections: Any) -> PretrainConfig:
 
 def test_starting_evaluations_and_the_end_count() -> None:
     pace = Pace([0.03, 0.06], 0.0, 0.0, 4)
-    whole = training_time(settings(parallel={"stages": 2, "micro_batches": 4}), pace, 8, cuda=False)
+    whole = training_time(settings(parallel={"stages": 2, "micro_batches": 4}), pace, 8, False, 5.0)
     assert whole.steps_s == pytest.approx(100 * pace.step_s, rel=0.1)
     assert whole.evaluations_s == pytest.approx(2 * 9 * 0.06 / 3)
     assert whole.on(IDLE) > whole.steps_s + 15
-    assert training_time(settings(), pace, 8, cuda=False, scoring_s=50.0).on(IDLE) > whole.steps_s + 60
-    never = training_time(settings(train={"steps": 100, "eval_every": 0}), pace, 8, cuda=False)
+    assert (
+        training_time(settings(), pace, 8, False, 25.0).on(IDLE)
+        - training_time(settings(), pace, 8, False, 5.0).on(IDLE)
+        == 20
+    )
+    never = training_time(settings(train={"steps": 100, "eval_every": 0}), pace, 8, False, 5.0)
     assert never.evaluations_s < whole.evaluations_s, "there is one after the last step"
 
 
@@ -40,7 +44,7 @@ def test_a_busy_machine_gives_each_process_its_share() -> None:
     assert Busy(2, 0.0).slower(1) == Busy(2, 1.0).slower(1) == 1.0
     assert Busy(2, 6.0).slower(2) == 4.0
     assert Busy(16, 6.0).slower(2) == 1.0
-    whole = training_time(settings(), Pace([0.1], 0.0, 0.0, 1), 8, cuda=False)
+    whole = training_time(settings(), Pace([0.1], 0.0, 0.0, 1), 8, False, 5.0)
     assert whole.on(Busy(2, 7.0)) > 3 * whole.on(IDLE)
     numbers = whole.numbers(Busy(2, 7.0))
     assert numbers["run_idle_s"] == pytest.approx(whole.on(IDLE))
@@ -50,9 +54,9 @@ def test_a_busy_machine_gives_each_process_its_share() -> None:
 
 
 def test_trials_of_a_sweep_share_one_start() -> None:
-    alone, together = (sweep_time(40.0, 4, 0, concurrent, concurrent).on(IDLE) for concurrent in (1, 2))
+    alone, together = (sweep_time(40.0, 4, 0, concurrent, concurrent, 5.0).on(IDLE) for concurrent in (1, 2))
     assert alone - together == pytest.approx((40.0 + 4 * TRIAL_S) / 2)
-    assert sweep_time(40.0, 4, 8, 1, 1.0).on(IDLE) > alone + 8
+    assert sweep_time(40.0, 4, 8, 1, 1.0, 5.0).on(IDLE) > alone + 8
 
 
 def test_only_what_is_small_is_measured() -> None:
