@@ -20,7 +20,7 @@ from finhpc.orchestration.outcome import to_stderr
 from finhpc.orchestration.plan import Plan, collect, make_plan
 from finhpc.orchestration.progress import rows_table
 from finhpc.orchestration.run import place_whole
-from finhpc.orchestration.run_time import said, sweep_time, this_machine_busy
+from finhpc.orchestration.run_time import Opened, said, sweep_time, this_machine_busy
 from finhpc.orchestration.runfolder import RunFolder
 from finhpc.orchestration.sweep_tracking import PARENT, SWEEP, check_database
 from finhpc.orchestration.sweep_trials import BITS, AnySweep, Trial, trials_of
@@ -49,7 +49,7 @@ class Planned:
     disk: dict[str, int] = field(default_factory=dict)  # bytes that a trial leaves at least
     steps: dict[str, int] = field(default_factory=dict)  # of a trial's training
     ratios: list[float] = field(default_factory=list)  # of measured steps to those that were reckoned
-    opened_s: float = field(default_factory=time.process_time)  # CPU seconds until here
+    opened: Opened = field(default_factory=Opened.now)
     measuring_until: float = field(default_factory=lambda: time.monotonic() + MEASURING_S)
 
     @property
@@ -144,8 +144,8 @@ class Planned:
         processes = 0.0 if self.cuda else min(self.concurrent, len(left)) * float(each)
         scores = sum(bits != 16 for trial in left for bits in trial.bits)
         whole = math.fsum(one or 0.0 for one in seconds)
-        return sweep_time(whole, len(left), scores, self.concurrent, processes, self.opened_s).numbers(
-            this_machine_busy()
+        return sweep_time(whole, len(left), scores, self.concurrent, processes, self.opened).numbers(
+            this_machine_busy(self.opened)
         )
 
     @property
