@@ -21,12 +21,12 @@ from finhpc.planning.pace import Pace
 # Measured on two cores that others took a third of: seconds that one core computes. Ray's processes; a worker's imports
 # of torch, DeepSpeed and Ray Train; the model's folder, MLflow and the leave from Ray after the last step.
 RAY_S = 7.0
-WORKER_S = 11.0
+WORKER_S = 13.0
 END_S = 4.0
 MOST_SLOWER = 6.0
 SPIN_S = 0.5  # of computing, to see how busy the machine is
 MOST_OPENING_S = 30.0  # of this process so far: imports, data and base, which the run opens again
-TRIAL_S = 2.0  # of a trial of a sweep, beside its steps: its process is warm
+TRIAL_S = 4.0  # of a trial of a sweep, beside its steps: its process is warm
 SCORE_S = 3.0  # of a score of a small model at fewer bits
 FORWARD = 1 / 3  # of the passes of a training step
 STEP_S = 0.01  # of a step beside its passes: DeepSpeed's schedule, the journal
