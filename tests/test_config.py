@@ -8,6 +8,7 @@ import pytest
 
 from finhpc.bench.settings import PrepareBench
 from finhpc.config import (
+    EvaluateConfig,
     FinetuneEstimateConfig,
     PrepareConfig,
     PretrainConfig,
@@ -112,3 +113,16 @@ def test_a_settings_file_that_would_be_misread_is_refused(tmp_path: Path, conten
     (tmp_path / "a.yaml").write_bytes(content)
     with pytest.raises(ConfigError, match=message):
         load(PretrainConfig, str(tmp_path / "a.yaml"))
+
+
+def test_a_file_of_settings_may_not_trust_code(tmp_path: Path) -> None:
+    file = tmp_path / "evaluate.yaml"
+    file.write_text("tasks: [mine.yaml]\ntrust_task_code: true\n")
+    with pytest.raises(ConfigError, match=r"a file may not give that leave; .* --trust_task_code true"):
+        load(EvaluateConfig, str(file))
+    assert load(EvaluateConfig, str(file), {"trust_task_code": True}).trust_task_code
+    assert not load(EvaluateConfig, str(file), {"trust_task_code": False}).trust_task_code
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("steps: [{name: a, verb: evaluate, settings: {tasks: [mine.yaml], trust_task_code: true}}]\n")
+    with pytest.raises(ConfigError, match="a file may not give that leave"):
+        load(Recipe, str(recipe))

@@ -51,6 +51,7 @@ class Section(BaseModel, metaclass=_Refusing):
 
 
 C = TypeVar("C", bound=Section)
+TRUST = "trust_task_code"
 Plugins = Annotated[list[str], AfterValidator(plugins.load)]  # imported when the settings are made, wherever that is
 
 
@@ -72,7 +73,9 @@ def recipes() -> dict[str, Path]:
 def load(cls: type[C], source: str | None, overrides: dict[str, Any] | None = None, problems: Sequence[str] = ()) -> C:
     """Resolve defaults < `source` (a recipe's name or a YAML file) < `overrides` ({"a.b": value}).
 
-    Raises `ConfigError` with every unknown key and every bad value, after `problems` that were found already.
+    Raises `ConfigError` with every unknown key and every bad value, after `problems` that were found already, and for
+    a file that trusts code: settings and recipes are passed on, and whoever runs one must trust the code, not who
+    wrote it.
     """
     tree: dict[str, Any] = {}
     found = list(problems)
@@ -80,6 +83,11 @@ def load(cls: type[C], source: str | None, overrides: dict[str, Any] | None = No
         tree = _read(source) if source else {}
     except ConfigError as error:
         found += error.problems
+    if _trusts(tree) and TRUST not in (overrides or {}):
+        found.append(
+            f"config={source} sets {TRUST}, which lets task files run code, and a file may not give that leave; read "
+            f"the task files, then give --{TRUST} true on the command line, or take it out of {source}."
+        )
     for dotted, value in (overrides or {}).items():
         try:
             put(tree, dotted, value)
@@ -92,6 +100,13 @@ def load(cls: type[C], source: str | None, overrides: dict[str, Any] | None = No
     if found:
         raise ConfigError(list(dict.fromkeys(found)))
     return settings
+
+
+def _trusts(tree: Any) -> bool:
+    """Whether settings, or those of a recipe's steps, let code run."""
+    if isinstance(tree, dict):
+        return bool(tree.get(TRUST)) or any(map(_trusts, tree.values()))
+    return isinstance(tree, list) and any(map(_trusts, tree))
 
 
 def build(cls: type[C], tree: dict[str, Any]) -> C:

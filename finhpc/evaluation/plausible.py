@@ -4,8 +4,8 @@ A model whose weights were damaged, or read in another format than they were wri
 are told by what no sound model can reach:
 
 - every figure is finite and not negative; shares and scores of classes lie between 0 and 1, a perplexity at 1 or more;
-- after training, a loss is at most ln(vocabulary) + 1 nat, or what the training began with where that is more, and
-  in no case more than 10 x ln(vocabulary): guessing evenly costs ln(vocabulary);
+- after training, a loss is at most 1 nat above ln(vocabulary), what guessing evenly costs, or above what the training
+  began with where that is more (but for a beginning beyond 10 x ln(vocabulary), which is no model's);
 - at fewer bits, a loss is within 1 nat of the 16-bit one at 8 bits; at 4 bits it is at most 1 nat above the larger
   of the 16-bit one and ln(vocabulary);
 - any model on any text: at most 10 x ln(vocabulary) a token. A model that is sure and wrong may well be above
@@ -42,12 +42,10 @@ class Bound:
 
 def after_training(vocab_size: int, began: float | None) -> Bound:
     """Of a trained model's loss; `began`: the first loss of its training, where it is known."""
-    even, most = math.log(vocab_size), any_model(vocab_size)
-    if began is not None and even + MARGIN < began < most.high:
-        return Bound(0.0, began, f"the loss its training began with, {began:.4f}")
-    return Bound(
-        0.0, even + MARGIN, f"ln(vocabulary of {vocab_size:,}) + {MARGIN:g}, guessing evenly and {MARGIN:g} nat"
-    )
+    even = math.log(vocab_size)
+    if began is not None and even < began < any_model(vocab_size).high:
+        return Bound(0.0, began + MARGIN, f"what its training began with, {began:.4f}, and {MARGIN:g} nat")
+    return Bound(0.0, even + MARGIN, f"guessing evenly, ln(vocabulary of {vocab_size:,}), and {MARGIN:g} nat")
 
 
 def at_fewer_bits(bits: int, vocab_size: int, full: float | None) -> Bound:

@@ -70,7 +70,7 @@ def _evaluated(model: LanguageModel, opened: Any, task: TaskFile, limit: int | N
     from lm_eval.evaluator import evaluate
 
     try:
-        found = evaluate(
+        found: dict[str, Any] | None = evaluate(
             model,
             {task.name: opened},
             limit=limit if task.own else None,  # those of our own tasks were drawn already

@@ -147,10 +147,11 @@ def _trusted(path: Path) -> dict[str, Any]:
     from lm_eval.tasks._yaml_loader import load_yaml
 
     try:
-        return load_yaml(path, resolve_func=False)
+        tree: dict[str, Any] = load_yaml(path, resolve_func=False)
     except (yaml.YAMLError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"tasks={path} cannot be read ({reason}); correct it.") from None
+    return tree
 
 
 def _hash(tree: dict[str, Any]) -> str:

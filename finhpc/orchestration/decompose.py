@@ -26,6 +26,7 @@ from finhpc.config import LINEAR_KINDS, DecomposeConfig
 from finhpc.data.calibration import calibration_blocks
 from finhpc.data.progress import Progress
 from finhpc.errors import CheckpointError, ConfigError, DataError, RunBusyError
+from finhpc.evaluation import plausible
 from finhpc.files import private_folder, publish, write_atomic
 from finhpc.models.families import as_low_rank, context_name, context_of, model_sizes, parameter_count, skeleton
 from finhpc.models.manifest import check_manifest, write_manifest
@@ -95,6 +96,7 @@ def decompose(config: DecomposeConfig, dry_run: bool = False) -> dict[str, Any]:
         }
         save_spectra(groups, work, model / "spectra.npz")
         draw(model / "spectra.npz", reports, model / "spectra.png")
+        plausible.check(f"decompose {config.model}", result)
         write_atomic(model / RESULT, json.dumps(result, indent=1).encode() + b"\n")
         publish(model, out)
     shutil.rmtree(work)

@@ -29,7 +29,7 @@ from finhpc.models.presets import resolve_shape
 from finhpc.orchestration.estimate_tables import show
 from finhpc.orchestration.measuring import own_part_seconds, part_seconds
 from finhpc.orchestration.plan import Plan, check_blend, check_model, check_parallel, collect
-from finhpc.orchestration.run_time import measurable, this_machine_busy, training_time
+from finhpc.orchestration.run_time import Opened, measurable, this_machine_busy, training_time
 from finhpc.orchestration.start import model_config
 from finhpc.planning import paper
 from finhpc.planning.devices import CPU_REACHED, DEVICES, REACHED, THIS_MACHINE, Cluster, gpu_here, this_machine
@@ -122,6 +122,7 @@ def of_plan(plan: Plan, cuda: bool, here: bool, measures: bool = True) -> dict[s
     `here`: whether the run would be on this machine; else, and on a GPU without a data sheet here, its time
     is not known (null). `measures`: whether the model's parts are measured, on a CPU, where they are small enough.
     """
+    opened = Opened.now()
     config, topology = plan.config, topology_of(plan.config)
     scheme = scheme_of(config, cuda)
     outline = replace(plan.outline, fused=scheme.fused(config.data.seq_len))
@@ -153,7 +154,7 @@ def of_plan(plan: Plan, cuda: bool, here: bool, measures: bool = True) -> dict[s
     if pace is not None:
         numbers |= timing(outline, topology, pace) | {"how": how}
         batches = config.data.eval_samples // (topology.micro_batch_size * topology.replicas)
-        numbers |= training_time(config, pace, batches, cuda).numbers(this_machine_busy())
+        numbers |= training_time(config, pace, batches, cuda, opened).numbers(this_machine_busy(opened))
     return numbers
 
 

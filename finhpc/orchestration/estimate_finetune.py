@@ -23,7 +23,7 @@ from finhpc.orchestration.estimate import assumed_settings, check_device, cluste
 from finhpc.orchestration.estimate_finetune_tables import show
 from finhpc.orchestration.measuring import adapted_part_seconds
 from finhpc.orchestration.plan import check_parallel, check_stages, collect
-from finhpc.orchestration.run_time import measurable, this_machine_busy, training_time
+from finhpc.orchestration.run_time import Opened, measurable, this_machine_busy, training_time
 from finhpc.planning import table_ix
 from finhpc.planning.adapted import PackSize, Shapes
 from finhpc.planning.devices import CPU_REACHED, REACHED, THIS_MACHINE, Cluster, gpu_here, this_machine
@@ -90,7 +90,7 @@ def of_examples(
     Memory is that of the largest pack of the first steps, time that of the mean one. `here`: whether the run would be
     on this machine; else, and on a GPU without a data sheet here, its time is not known (null).
     """
-    per_step = config.parallel.samples_per_step
+    opened, per_step = Opened.now(), config.parallel.samples_per_step
     steps = min(config.train.steps, PACKS_LOOKED_AT, -(-len(examples.train) // per_step))
     packs = [made["pack"] for step in range(steps) for made in batches.step(examples.train, step, 0)]
     sizes = [pack.shape[2] for pack in packs]
@@ -125,7 +125,7 @@ def of_examples(
         numbers |= timing(usual, pace, per_step * float(lengths.mean()))
         scored = min(len(examples.held_out), config.data.eval_limit or len(examples.held_out))
         eval_batches = -(-scored // (topology.micro_batch_size * topology.replicas))
-        numbers |= training_time(config, pace, eval_batches, cuda).numbers(this_machine_busy())
+        numbers |= training_time(config, pace, eval_batches, cuda, opened).numbers(this_machine_busy(opened))
     return numbers
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from finhpc.config import MeasureConfig, to_yaml
 from finhpc.errors import ConfigError, FinhpcError, TrainingFailedError
+from finhpc.evaluation import plausible
 from finhpc.evaluation.speed import measure_widths, own_bits
 from finhpc.files import write_atomic
 from finhpc.models.weights import locate
@@ -50,6 +51,7 @@ def measure(config: MeasureConfig) -> dict[str, Any]:
         with ray_cluster():
             found = _measured(config, scratch)
         shutil.rmtree(scratch, ignore_errors=True)
+        plausible.check("measuring", {"models": [of for widths in found.values() for of in widths.values()]})
         for model, widths in found.items():
             _log(*targets[model], figures(widths, own_bits(model)))
         rows = [{"model": m, "bits": bits} | of for m, widths in found.items() for bits, of in widths.items()]

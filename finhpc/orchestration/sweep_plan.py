@@ -22,7 +22,7 @@ from finhpc.orchestration.outcome import to_stderr
 from finhpc.orchestration.plan import Plan, collect, make_plan
 from finhpc.orchestration.progress import rows_table
 from finhpc.orchestration.run import place_whole
-from finhpc.orchestration.run_time import said, sweep_time, this_machine_busy
+from finhpc.orchestration.run_time import Opened, said, sweep_time, this_machine_busy
 from finhpc.orchestration.runfolder import RunFolder
 from finhpc.orchestration.sweep_trials import BITS, AnySweep, Trial, check_points, trials_of
 from finhpc.orchestration.tracking import default_tracking_uri
@@ -52,6 +52,7 @@ class Planned:
     datasets: list[Dataset] = field(default_factory=list)  # of all trials
     steps: dict[str, int] = field(default_factory=dict)  # of a trial's training
     ratios: list[float] = field(default_factory=list)  # of measured steps to those that were reckoned
+    opened: Opened = field(default_factory=Opened.now)
     measuring_until: float = field(default_factory=lambda: time.monotonic() + MEASURING_S)
     notes: dict[str, None] = field(default_factory=dict)  # what was guessed or left out of the trials' data
 
@@ -151,7 +152,9 @@ class Planned:
         processes = 0.0 if self.cuda else min(self.concurrent, len(left)) * float(each)
         scores = sum(bits != 16 for trial in left for bits in trial.bits)
         whole = math.fsum(one or 0.0 for one in seconds)
-        return sweep_time(whole, len(left), scores, self.concurrent, processes).numbers(this_machine_busy())
+        return sweep_time(whole, len(left), scores, self.concurrent, processes, self.opened).numbers(
+            this_machine_busy(self.opened)
+        )
 
     @property
     def disk_bytes(self) -> int:

@@ -13,11 +13,20 @@ from finhpc.config import PretrainConfig, SweepConfig, build
 from finhpc.orchestration.measuring import own_part_seconds
 from finhpc.orchestration.plan import make_plan
 from finhpc.orchestration.pretrain import pretrain
-from finhpc.orchestration.run_time import TRIAL_S, Busy, measurable, said, sweep_time, training_time
+from finhpc.orchestration.run_time import (
+    TRIAL_S,
+    Busy,
+    Opened,
+    measurable,
+    said,
+    sweep_time,
+    this_machine_busy,
+    training_time,
+)
 from finhpc.orchestration.sweep import sweep
 from finhpc.planning.pace import Pace
 
-IDLE = Busy(2, 0.0)
+IDLE, HERE = Busy(2), Opened(5.0, 1.0)
 
 
 def settings(**sections: Any) -> PretrainConfig:
@@ -27,32 +36,45 @@ def settings(**sections: Any) -> PretrainConfig:
 
 def test_starting_evaluations_and_the_end_count() -> None:
     pace = Pace([0.03, 0.06], 0.0, 0.0, 4)
-    whole = training_time(settings(parallel={"stages": 2, "micro_batches": 4}), pace, 8, cuda=False)
+    whole = training_time(settings(parallel={"stages": 2, "micro_batches": 4}), pace, 8, False, HERE)
     assert whole.steps_s == pytest.approx(100 * pace.step_s, rel=0.1)
     assert whole.evaluations_s == pytest.approx(2 * 9 * 0.06 / 3)
     assert whole.on(IDLE) > whole.steps_s + 15
-    assert training_time(settings(), pace, 8, cuda=False, scoring_s=50.0).on(IDLE) > whole.steps_s + 60
-    never = training_time(settings(train={"steps": 100, "eval_every": 0}), pace, 8, cuda=False)
+    assert (
+        training_time(settings(), pace, 8, False, Opened(25.0, 1.0)).on(IDLE)
+        - training_time(settings(), pace, 8, False, HERE).on(IDLE)
+        == 20
+    )
+    never = training_time(settings(train={"steps": 100, "eval_every": 0}), pace, 8, False, HERE)
     assert never.evaluations_s < whole.evaluations_s, "there is one after the last step"
 
 
 def test_a_busy_machine_gives_each_process_its_share() -> None:
-    assert Busy(2, 0.0).slower(1) == Busy(2, 1.0).slower(1) == 1.0
-    assert Busy(2, 6.0).slower(2) == 4.0
-    assert Busy(16, 6.0).slower(2) == 1.0
-    whole = training_time(settings(), Pace([0.1], 0.0, 0.0, 1), 8, cuda=False)
-    assert whole.on(Busy(2, 7.0)) > 3 * whole.on(IDLE)
-    numbers = whole.numbers(Busy(2, 7.0))
+    assert IDLE.slower(1) == IDLE.slower(2) == 1.0
+    assert Busy(2, 3.0).slower(1) == 3.0, "as it was tried out"
+    assert Busy(2, 3.0).slower(2) == 3.5, "five others stay"
+    assert Busy(2, 1.0, 4.0).slower(2) == 1.0
+    assert Busy(2, 1.0, 4.0).starting(2) == 4.0, "disks may be busy where cores are not"
+    whole = training_time(settings(), Pace([0.1], 0.0, 0.0, 1), 8, False, HERE)
+    numbers = whole.numbers(Busy(2, 4.0))
     assert numbers["run_idle_s"] == pytest.approx(whole.on(IDLE))
+    assert numbers["run_s"] == pytest.approx(4 * whole.on(IDLE))
     assert " to " in said(numbers)
-    assert "7.0 other processes on 2 cores" in said(numbers)
+    assert "steps x 4.0" in said(numbers)
     assert said(whole.numbers(IDLE)).startswith("about 0:00:")
 
 
+def test_how_busy_this_machine_is_is_tried_out() -> None:
+    here = this_machine_busy(Opened(3.0, 2.0))
+    assert here.opening == 2.0
+    assert 1.0 <= here.computing < 50
+    assert Opened.now().slower >= 1.0
+
+
 def test_trials_of_a_sweep_share_one_start() -> None:
-    alone, together = (sweep_time(40.0, 4, 0, concurrent, concurrent).on(IDLE) for concurrent in (1, 2))
+    alone, together = (sweep_time(40.0, 4, 0, concurrent, concurrent, HERE).on(IDLE) for concurrent in (1, 2))
     assert alone - together == pytest.approx((40.0 + 4 * TRIAL_S) / 2)
-    assert sweep_time(40.0, 4, 8, 1, 1.0).on(IDLE) > alone + 8
+    assert sweep_time(40.0, 4, 8, 1, 1.0, HERE).on(IDLE) > alone + 8
 
 
 def test_only_what_is_small_is_measured() -> None:
