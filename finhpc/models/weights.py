@@ -174,6 +174,11 @@ def read_config(folder: Path) -> Any:
         raise CheckpointError(f"{folder}/config.json is not a model's config: {reason}; correct it.") from None
 
 
+FETCHED = ["*.json", "*.safetensors", *TOKENIZER_FILES]
+# The same weights once more in their maker's own layout, as Mistral's and Meta's folders have them.
+NOT_FETCHED = ["consolidated*", "original/*"]
+
+
 def locate(model: str) -> Path:
     """The folder or file of `model`, fetched from the hub where it is a hub id.
 
@@ -189,7 +194,7 @@ def locate(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", *TOKENIZER_FILES]))
+        return Path(snapshot_download(model, allow_patterns=FETCHED, ignore_patterns=NOT_FETCHED))
     except Exception as error:  # the hub's client raises many kinds, some of other packages
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise CheckpointError(
