@@ -59,7 +59,7 @@ find_command() {
 # so the process must have been started when it was written down.
 running() {
   local pid started
-  [ -r "$STATE/$1.pid" ] && read -r pid started <"$STATE/$1.pid" && [ "$(started_at "$pid")" = "$started" ]
+  [ -r "$STATE/$1.pid" ] && read -r pid started <"$STATE/$1.pid" && [ -n "$started" ] && [ "$(started_at "$pid")" = "$started" ]
 }
 
 started_at() { awk '{ sub(/.*\) /, ""); print $20 }' "/proc/$1/stat" 2>/dev/null || true; }

@@ -170,6 +170,10 @@ def config_of(path: Path, any_family: bool = False) -> Any:
     return read_config(path, any_family) if path.is_dir() else GgufFile(path).config
 
 
+# The same weights once more in their maker's own layout, as Mistral's and Meta's folders have them.
+NOT_FETCHED = ["consolidated*", "original/*"]
+
+
 def locate(model: str, revision: str | None = None) -> Path:
     """The folder or file of `model`, fetched from the hub (at `revision`) where it is a hub id.
 
@@ -185,7 +189,9 @@ def locate(model: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=list(FETCHED)))
+        return Path(
+            snapshot_download(model, revision=revision, allow_patterns=list(FETCHED), ignore_patterns=NOT_FETCHED)
+        )
     except Exception as error:  # the hub's client raises many kinds, some of other packages
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise CheckpointError(

@@ -83,6 +83,12 @@ def check_fits(config: TrainingConfig, cuda: bool, total: dict[str, float]) -> N
             f"{resources.cpus_per_worker:g} need {workers * resources.cpus_per_worker:g} CPUs; {where} {cpus:g}; "
             f"use fewer, or resources.cpus_per_worker={cpus / workers:.3g} to share cores."
         )
+    if cuda and workers > 1 and resources.gpus_per_worker % 1:
+        problems.append(
+            f"resources.gpus_per_worker={resources.gpus_per_worker:g} with {workers} workers would put two workers "
+            "of a run on one GPU, which NCCL refuses; use resources.gpus_per_worker=1, or one worker "
+            "(parallel.stages=1 and parallel.replicas=1), of which several runs may share a GPU."
+        )
     if cuda and workers * resources.gpus_per_worker > total.get("GPU", 0):
         problems.append(
             f"{workers} workers of resources.gpus_per_worker={resources.gpus_per_worker:g} need "

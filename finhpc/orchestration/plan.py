@@ -178,13 +178,11 @@ def _check_data(config: PretrainConfig, shards: Shards) -> None:
     problems: list[str] = []
     with collect(problems):
         shards.check_seq_len(config.data.seq_len)
-        held_out = min(config.data.eval_samples, shards.num_samples("val", config.data.seq_len))
-        share = config.parallel.micro_batch_size * config.parallel.replicas
-        if held_out < share:
+        if not shards.num_samples("val", config.data.seq_len):
             problems.append(
-                f"an evaluation has {held_out} held-out samples, fewer than micro_batch_size x replicas = {share}; "
-                "raise data.eval_samples, hold out more documents (prepare --val_fraction), or use smaller "
-                "micro-batches."
+                f"data.shards={config.data.shards} has no held-out sample of "
+                f"data.seq_len={config.data.seq_len} tokens; "
+                "hold out more documents (prepare --val_fraction)."
             )
     if problems:
         raise ConfigError(problems)

@@ -46,6 +46,10 @@ class Feed(Protocol):
         """A replica's micro-batches of an evaluation, equally many for each."""
         ...
 
+    def filler(self) -> tuple[int, Tensor | None]:
+        """Copies of the last sample that only fill the micro-batches of `held_out`, and a micro-batch of copies."""
+        ...
+
     def tokens(self, step: int) -> int:
         """Tokens of the run's first `step` steps; padding does not count."""
         ...
@@ -56,8 +60,7 @@ class Blocks:
 
     def __init__(self, parallel: Parallel, open_stream: OpenStream, val: Ints) -> None:
         self.parallel, self.open_stream, self.val = parallel, open_stream, val
-        share = parallel.micro_batch_size * parallel.replicas
-        self.scored = len(val) // share * share
+        self.scored = len(val)
 
     def stream(self, step: int, replica: int) -> Iterator[Portion]:
         per_step = self.parallel.samples_per_step
@@ -71,9 +74,14 @@ class Blocks:
                 position += per_step - share
 
     def held_out(self, replica: int) -> list[Tensor]:
-        share = self.scored // self.parallel.replicas
-        mine = torch.from_numpy(self.val[replica * share : (replica + 1) * share])
-        return list(mine.split(self.parallel.micro_batch_size))
+        copies, _ = self.filler()
+        share = (self.scored + copies) // self.parallel.replicas
+        places = np.minimum(np.arange(replica * share, (replica + 1) * share), self.scored - 1)
+        return list(torch.from_numpy(self.val[places]).split(self.parallel.micro_batch_size))
+
+    def filler(self) -> tuple[int, Tensor | None]:
+        copies = -self.scored % (self.parallel.micro_batch_size * self.parallel.replicas)
+        return copies, torch.from_numpy(self.val[-1:].repeat(self.parallel.micro_batch_size, 0)) if copies else None
 
     def tokens(self, step: int) -> int:
         return step * self.parallel.samples_per_step * int(self.val.shape[1])
@@ -99,6 +107,9 @@ class Packs:
     def held_out(self, replica: int) -> list[Tensor]:
         found = self.batches.held_out(self.examples.held_out, replica, self.limit)
         return [torch.from_numpy(batch["pack"]) for batch in found]
+
+    def filler(self) -> tuple[int, Tensor | None]:
+        return 0, None
 
     def tokens(self, step: int) -> int:
         epochs, rest = divmod(step * self.batches.parallel.samples_per_step, len(self.examples.train))

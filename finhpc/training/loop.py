@@ -230,11 +230,10 @@ class Worker:
         }
 
     def _evaluate(self, step: int) -> None:
-        batches = self.feed.held_out(self.engine.replica)
-        if not batches:  # nothing was held out
-            return
         times = self.engine.busy_s, self.engine.wait_s  # of training steps; evaluation must not count
-        loss = self.engine.evaluate(iter(batches), len(batches))
+        loss = held_out_loss(self.engine, self.feed)
+        if loss is None:
+            return
         self.engine.busy_s, self.engine.wait_s = times
         found = {"step": step, "tokens": self.feed.tokens(step), "val_loss": loss, "val_perplexity": _exp(loss)}
         if self.journal:
@@ -284,6 +283,22 @@ class Worker:
     def _say(self, text: str) -> None:
         if self.journal:
             self.journal.write("message", text=text)
+
+
+def held_out_loss(engine: Engine, feed: Feed) -> float | None:
+    """Mean loss over every held-out sample, whatever the topology; None where nothing is held out.
+
+    The engine takes whole micro-batches, equally many on each replica: copies of a sample fill them, and their
+    share of the mean is taken out again.
+    """
+    batches = feed.held_out(engine.replica)
+    if not batches:
+        return None
+    loss = engine.evaluate(iter(batches), len(batches))
+    copies, filler = feed.filler()
+    if filler is not None:
+        loss += (loss - engine.evaluate(iter([filler]), 1)) * copies / feed.scored
+    return loss
 
 
 def sample_hash(position: int, sample: int) -> int:

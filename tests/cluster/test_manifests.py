@@ -116,6 +116,9 @@ def test_ray_on_kubernetes_asks_for_a_token_and_shares_a_volume(name: str) -> No
         assert {"name": "shared", "mountPath": "/shared"} in pod["containers"][0]["volumeMounts"]
         assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
         assert pod["containers"][0]["image"] == f"finhpc:{__version__}"
+        assert f"--uid {pod['securityContext']['fsGroup']} " in (CLUSTER / "Dockerfile").read_text()
+        assert pod["securityContext"]["runAsNonRoot"]
+        assert not pod["containers"][0]["securityContext"]["allowPrivilegeEscalation"]
 
 
 def test_the_rayjobs_command_is_one_that_finhpc_takes(tmp_path: Path) -> None:

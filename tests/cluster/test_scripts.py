@@ -178,3 +178,35 @@ def test_a_process_that_took_over_a_dead_servers_id_is_left_alone(tmp_path: Path
         assert "ray does not run" in start("stop", STORAGE=str(tmp_path), HOME=str(tmp_path)).stderr
         assert other.poll() is None
         other.kill()
+
+
+FAKES = {
+    "scontrol": "echo n1; echo n2",
+    "srun": 'echo "$SRUN_CPUS_PER_TASK $*" >>"$STORAGE/srun.words"',
+    "ray": '[ -e "$STORAGE/mlflow.words" ] && sed "s/.*/ node_/" "$STORAGE/srun.words"',
+    "mlflow": 'echo "$*" >"$STORAGE/mlflow.words"',
+    "finhpc": 'echo "$*"',
+}
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_slurm_gives_rays_nodes_their_cpus_and_all_nodes_mlflows_address(tmp_path: Path, nodes: int) -> None:
+    for name, body in FAKES.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"JOB_ID": "7", "CPUS_PER_TASK": "16", "JOB_NUM_NODES": str(nodes), "JOB_NODELIST": "n[1-2]"}
+    environment = {f"SLURM_{name}": value for name, value in slurm.items()}
+    environment |= {"PATH": f"{tmp_path}:/usr/bin:/bin", "STORAGE": str(tmp_path), "FINHPC_BIN": str(tmp_path)}
+    words = ["bash", str(CLUSTER / "slurm.sbatch"), "pretrain", "--train.steps", "3"]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0, done.stderr
+    started = (tmp_path / "srun.words").read_text().splitlines()
+    assert len(started) == nodes
+    for line in started:
+        assert line.startswith("16 ")
+        assert "--cpus-per-task=16" in line
+        assert "--num-cpus=16" in line
+    uri = done.stdout.split("--run.tracking_uri ")[1].split()[0]
+    host = uri.removeprefix("http://").partition(":")[0]
+    assert f"--host {host} " in (tmp_path / "mlflow.words").read_text()
+    assert (host == "127.0.0.1") == (nodes == 1), "an address that the other nodes reach"

@@ -227,3 +227,14 @@ def test_parts_without_wanted_layers_yield_nothing(tmp_path: Path) -> None:
     found = list(second_moments(weights, tokens, {"transformer.h.1.mlp.c_fc"}, torch.device("cpu")))
     assert [set(moments) for moments in found] == [{"transformer.h.1.mlp.c_fc"}]
     assert np.isfinite(found[0]["transformer.h.1.mlp.c_fc"].numpy()).all()
+
+
+def test_weights_in_a_second_layout_are_not_fetched() -> None:
+    from huggingface_hub.utils import filter_repo_objects
+
+    from finhpc.models.weights import FETCHED, NOT_FETCHED
+
+    wanted = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json"]
+    twice = ["consolidated.safetensors", "consolidated.00.pth", "original/params.json", "pytorch_model.bin"]
+    found = filter_repo_objects([*wanted, *twice], allow_patterns=FETCHED, ignore_patterns=NOT_FETCHED)
+    assert list(found) == wanted

@@ -10,6 +10,7 @@ import pytest
 from finhpc.config import PretrainConfig, build
 from finhpc.data.shards import Shards
 from finhpc.errors import ConfigError, DataError
+from finhpc.orchestration.cluster import check_fits
 from finhpc.orchestration.plan import check_tokenizer, make_plan
 from finhpc.training.checkpoint import write_json
 from tests.tiny import tiny_shards
@@ -62,7 +63,6 @@ def test_a_good_config_is_counted(shards: Path) -> None:
         ),
         ({"model": {"context": 16}}, "data.seq_len=32 is longer than the model's context of 16"),
         ({"model": {"vocab_size": 17}}, "model.vocab_size=17 is smaller than the tokeniser's"),
-        ({"data": {"eval_samples": 2}}, "an evaluation has 2 held-out samples, fewer than"),
     ],
 )
 def test_bad_settings_say_value_reason_and_remedy(shards: Path, sections: dict[str, Any], message: str) -> None:
@@ -118,3 +118,14 @@ def test_shards_of_another_tokeniser_are_refused(shards: Path, tmp_path: Path) -
         check_tokenizer(plan.config, plan.shards, tmp_path)
     write_json(saved / "manifest.json", whole | {"tokenizer_sha256": plan.shards.manifest.tokenizer_sha256})
     check_tokenizer(plan.config, plan.shards, tmp_path)
+
+
+def test_workers_of_one_run_do_not_share_a_gpu(shards: Path) -> None:
+    total = {"CPU": 8.0, "GPU": 2.0}
+    half = config(shards, resources={"gpus_per_worker": 0.5})
+    check_fits(half, True, total)
+    for parallel in ({"stages": 2}, {"replicas": 2}):
+        several = config(shards, parallel=parallel, resources={"gpus_per_worker": 0.5})
+        with pytest.raises(ConfigError, match=r"resources\.gpus_per_worker=0\.5 with 2 workers .* use .*=1"):
+            check_fits(several, True, total)
+        check_fits(several, False, total)

@@ -17,6 +17,7 @@ from finhpc.quantization.fake import fake_quantize, plain_name
 from tests.training.processes import run_processes
 
 SAMPLES, SEQ, VOCAB = 16, 32, 211
+ODD = 11  # held-out samples that fill no number of micro-batches
 CASES = {
     "gpt2-untied-low-rank": {"model": {"preset": "gpt2-tiny"}, "method": {"kind": "low_rank", "rank": 8}},
     "gpt2-tied-dense": {"model": {"preset": "gpt2-tiny"}, "method": {"kind": "dense"}},
@@ -96,6 +97,7 @@ def plain_loop(case: str, steps: int, **train: Any) -> dict[str, Any]:
     with torch.no_grad():
         model.eval()
         out["eval"] = model(tokens(99), labels=tokens(99)).loss.item()
+        out["odd"] = model(tokens(98)[:ODD], labels=tokens(98)[:ODD]).loss.item()
     out["weights"] = {plain_name(n): p.detach().clone() for n, p in model.named_parameters()}
     return out
 
@@ -105,6 +107,8 @@ def engine_runs(
 ) -> list[dict[str, Any]]:
     """In one process of the group: each run's losses, norms, this stage's gradients and weights."""
     from finhpc.training.engine import Engine
+    from finhpc.training.feed import Blocks
+    from finhpc.training.loop import held_out_loss
 
     class Recorder(Engine):
         """Keeps the gradients of the first step, before and after clipping."""
@@ -132,6 +136,8 @@ def engine_runs(
             out["losses"].append(engine.train_step(batches(tokens(step)), lr_at(config, step)))
             out["norms"].append(engine.grad_norm)
         out["eval"] = engine.evaluate(batches(tokens(99)), micro_batches)
+        feed = Blocks(config.parallel, lambda step, replica: iter(()), tokens(98)[:ODD].numpy())
+        out["odd"] = held_out_loss(engine, feed)
         out |= {"raw": engine.raw, "clipped": engine.clipped}
         named = engine.named_parameters()
         out["weights"] = {name: named[name].detach().to("cpu", copy=True) for name in engine.owned_names()}
@@ -168,6 +174,7 @@ def test_every_topology_equals_the_plain_loop_in_float32(stages: int, replicas: 
             assert result["losses"] == pytest.approx(plain["losses"], rel=1e-5), label
             assert result["norms"] == pytest.approx(plain["norms"], rel=1e-5), label
             assert result["eval"] == pytest.approx(plain["eval"], rel=1e-5), label
+            assert result["odd"] == pytest.approx(plain["odd"], rel=1e-5), f"every held-out sample counts: {label}"
         assert_same(merged(results, "raw"), plain["raw"], 1e-5, f"raw gradients, {label}")
         assert_same(merged(results, "clipped"), plain["clipped"], 1e-5, f"clipped gradients, {label}")
         assert_same(merged(results, "weights"), plain["weights"], 1e-3, f"weights, {label}")
