@@ -8,9 +8,15 @@ from pathlib import Path
 import pytest
 
 from finhpc.config import EvaluateConfig, Instructions, build
+from finhpc.data.examples import make_examples
 from finhpc.data.instructions import read_examples
 from finhpc.errors import ConfigError
+from finhpc.evaluation.held_out import label_scores
+from finhpc.evaluation.language_model import LanguageModel
+from finhpc.evaluation.models import load_for_evaluation
+from finhpc.evaluation.scores import score
 from finhpc.evaluation.tasks import TaskFile, load_task, prepare_tasks
+from tests.evaluation.tasks import write_model
 
 STANCE = "headline,mood\nraise rates,hawkish\ncut rates,dovish\nhold,neutral\nraise more,hawkish\n"
 CODES = "text,label\nprofit fell,0\nit stayed,1\nprofit rose,2\n"
@@ -120,3 +126,27 @@ def test_settings_of_a_task_of_ones_own_are_not_dropped(tmp_path: Path, given: d
     (tmp_path / "tfns.csv").write_text(CODES)
     with pytest.raises(ConfigError, match=rf"data.{next(iter(given))} is given, but no task of yours"):
         prepared(tmp_path, ["tfns"], folder=str(tmp_path), **given)
+
+
+def test_a_task_of_ones_own_scores_as_finetuning_scores_what_it_held_out(tmp_path: Path) -> None:
+    stances = ("Hawkish", "dovish", "neutral")
+    for name, rows in (("a.csv", range(12)), ("b.csv", range(20, 38))):
+        lines = [f"rate {i} of the bank {i * 7 % 5};{i % (3 if name == 'a.csv' else 2)}.0" for i in rows]
+        (tmp_path / name).write_text("\n".join(["headline;mood", *lines]))
+    (tmp_path / "mine.yaml").write_text('stance: {prompt: "{headline}\\nOne of {labels}:", answer: "{label}"}')
+    given = {
+        "template": "stance",
+        "templates": str(tmp_path / "mine.yaml"),
+        "columns": {"label": "mood"},
+        "labels": dict(enumerate(stances)),
+    }
+    model, words = load_for_evaluation(str(write_model(tmp_path / "model")))
+    files = {"source": [str(tmp_path / "a.csv")], "eval_source": [str(tmp_path / "b.csv")]}
+    examples = make_examples(Instructions(**files, **given), words, 0)
+    held_out = label_scores(model, words, examples, None, lambda line: None)["stance"]
+    (task,) = prepared(tmp_path, ["stance"], files={"stance": str(tmp_path / "b.csv")}, **given)
+    scores, rows = score(LanguageModel(model, words, 4), task, 0, 0)
+    assert len(rows) == held_out["n"] == 18
+    assert rows[0]["n_choices"] == 3, "neutral can be chosen, though no example of the file is neutral"
+    assert scores["acc"] == pytest.approx(held_out["acc"])
+    assert scores["weighted_f1"] == pytest.approx(held_out["weighted_f1"])
