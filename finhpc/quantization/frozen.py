@@ -131,7 +131,7 @@ class FrozenMinMax(Frozen):
     def __init__(self, held: Tensors, shape: tuple[int, int], bias: Tensor | None, bits: int) -> None:
         super().__init__(*shape, bias)
         self.bits = bits
-        self._hold(codes=held["weight"], scale=held["scale"], zero=held["zero"])
+        self._hold(codes=held["weight"].squeeze(-1), scale=held["scale"], zero=held["zero"])
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         return dequantize(Vectors(unpack(self.codes, self.bits, self.in_features), self.scale, self.zero)).to(dtype)
