@@ -21,7 +21,7 @@ class ExportQuantization(Section):
 class ExportConfig(Section):
     """Settings of `finhpc export`."""
 
-    model: str = Field("", description="a model folder: a run's `model`, or a dense one of the same families")
+    model: str = Field("", description="a model or adapter folder, a hub id or a .gguf file")
     format: Literal["native", "merged"] = Field(
         "native", description="native: low-rank as it is; merged: B A multiplied out, opened without finhpc"
     )

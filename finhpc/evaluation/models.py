@@ -76,9 +76,9 @@ def subjects(models: list[str], adapters: list[str]) -> list[Subject]:
             problems += str(error).splitlines()
     twice = sorted({pair for pair in found if found.count(pair) > 1}, key=str)
     problems += [f"model={model} with adapter={adapter} is given twice; once is enough." for model, adapter in twice]
-    for model, adapter in dict.fromkeys(found):
+    for pair in dict.fromkeys(found):
         try:
-            _check_ids(model, adapter)
+            _check_ids(*pair)
         except ConfigError as error:
             problems += error.problems
     if problems:

@@ -62,7 +62,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("kind", REFUSED)
+MORE = ("bias of B", "tokens", "olora", "invocation", "copy of the head")  # of the same ways as the others
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow) if k in MORE else k for k in REFUSED])
 def test_what_is_not_applied_every_command_refuses_by_name(kind: str, llama: Path, tmp_path: Path) -> None:
     settings, said = REFUSED[kind]
     adapter = peft_adapter(llama, tmp_path / "adapter", **settings)

@@ -153,6 +153,7 @@ def test_settings_that_no_command_computes(
     assert said in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "settings"),
     [

@@ -248,7 +248,7 @@ def test_a_low_rank_base_from_parquet_to_a_merged_export(run_shards: Path, news:
     settings = config(low_rank, tmp_path / "news.parquet", tmp_path, train={"steps": 4})
     result = finetune(settings)
     assert result["status"] == "finished"
-    assert result["scores"] is None
+    assert result["scores"], "labels are scored with a low-rank base, too"
     export(ExportConfig(model=result["model"], format="merged", out=str(tmp_path / "out")))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert type(merged) is type(tiny_llama())
