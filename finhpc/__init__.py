@@ -45,10 +45,12 @@ for _name, _value in {**TELEMETRY_OFF, **PICKLE_OFF}.items():
 
 _PUBLIC = {
     "load_model": "finhpc.models.loading",
+    "bench": "finhpc.bench",
     "decompose": "finhpc.orchestration.decompose",
     "prepare": "finhpc.data.prepare",
     "pretrain": "finhpc.orchestration.pretrain",
     "finetune": "finhpc.orchestration.finetune",
+    "estimate": "finhpc.orchestration.estimate",
     "study": "finhpc.orchestration.study",
     "sweep": "finhpc.orchestration.sweep",
     "reproduce": "finhpc.orchestration.reproduce",
@@ -56,8 +58,11 @@ _PUBLIC = {
     "generate": "finhpc.evaluation.generate",
     "export": "finhpc.models.export",
     "report": "finhpc.reporting.report",
+    "ui": "finhpc.orchestration.ui",
     "PretrainConfig": "finhpc.config",
     "FinetuneConfig": "finhpc.config",
+    "EstimateConfig": "finhpc.config",
+    "FinetuneEstimateConfig": "finhpc.config",
     "StudyConfig": "finhpc.config",
     "SweepConfig": "finhpc.config",
     "FinetuneSweepConfig": "finhpc.config",
@@ -68,6 +73,7 @@ _PUBLIC = {
     "DecomposeConfig": "finhpc.config",
     "ReportConfig": "finhpc.config",
     "ReproduceConfig": "finhpc.config",
+    "UiConfig": "finhpc.config",
     "FinhpcError": "finhpc.errors",
     "ConfigError": "finhpc.errors",
 }

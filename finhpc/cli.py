@@ -1,4 +1,4 @@
-"""The `finhpc` command: one verb a job.
+"""The `finhpc` command: one verb per job, each a row of `COMMANDS`.
 
     finhpc VERB --config FILE_OR_RECIPE --section.key VALUE ...
 
@@ -10,152 +10,207 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import sys
 from collections.abc import Callable
-from typing import Any
+from contextlib import suppress
+from importlib import import_module
+from typing import Any, NamedTuple
 
 import finhpc
 from finhpc.errors import ConfigError, FinhpcError
+from finhpc.files import private_files
+from finhpc.interrupts import interruptible
 
-USAGE = """usage: finhpc VERB [--config FILE_OR_RECIPE] [--KEY VALUE ...]
 
-verbs:
-  prepare    text on disk -> token shards
-  pretrain   token shards -> a low-rank (or dense) model
-  estimate   memory, time and the cluster that a pretrain would need, before it starts; estimate finetune: a finetune
-  sweep      a grid or a search over any settings of pretrain (or: sweep finetune), on Ray Tune, ranked
-  study      variants of a run beside each other: screened, the best trained for long on several seeds
-  decompose  a dense model -> a low-rank one of its best factors
-  finetune   examples and a frozen base, 16, 8 or 4 bits -> a LoRA adapter
-  export     a trained model -> a folder for transformers: low-rank or merged, 16, 8 or 4 bits
-  evaluate   models -> scores on general and financial tasks, with baselines and intervals
-  generate   prompts, a file of them or a chat -> text; adapters over one base
-  report     what was tracked -> the paper's tables and figures, its figures beside ours, as a page
-  bench      measure finhpc beside the plain way: finhpc bench --help names what
-  reproduce  the whole paper at one scale: pretraining, finetuning, scores, speeds, and the report
-  ui         open MLflow's page of what was tracked, on this machine only
+class Command(NamedTuple):
+    """`settings`: the class in finhpc.config. `work`: module:function, which takes the settings and `dry_run`."""
+
+    about: str
+    settings: str
+    work: str
+
+
+COMMANDS = {
+    "prepare": Command("text on disk -> token shards", "PrepareConfig", "finhpc.data.prepare:prepare"),
+    "pretrain": Command(
+        "token shards -> a low-rank (or dense) model", "PretrainConfig", "finhpc.orchestration.pretrain:pretrain"
+    ),
+    "estimate": Command(
+        "memory, time and devices of a pretrain; or: estimate finetune",
+        "EstimateConfig",
+        "finhpc.orchestration.estimate:estimate",
+    ),
+    "estimate finetune": Command("", "FinetuneEstimateConfig", "finhpc.orchestration.estimate:estimate"),
+    "sweep": Command(
+        "a grid or search over settings of pretrain; or: sweep finetune",
+        "SweepConfig",
+        "finhpc.orchestration.sweep:sweep",
+    ),
+    "sweep finetune": Command("", "FinetuneSweepConfig", "finhpc.orchestration.sweep:sweep"),
+    "study": Command(
+        "variants of a run: screened, the best trained on several seeds",
+        "StudyConfig",
+        "finhpc.orchestration.study:study",
+    ),
+    "decompose": Command(
+        "a dense model -> a low-rank one of its best factors",
+        "DecomposeConfig",
+        "finhpc.orchestration.decompose:decompose",
+    ),
+    "finetune": Command(
+        "examples and a frozen base, 16, 8 or 4 bits -> a LoRA adapter",
+        "FinetuneConfig",
+        "finhpc.orchestration.finetune:finetune",
+    ),
+    "export": Command(
+        "a trained model -> a folder for transformers, low-rank or merged",
+        "ExportConfig",
+        "finhpc.models.export:export",
+    ),
+    "evaluate": Command(
+        "models -> scores on general and financial tasks, with intervals",
+        "EvaluateConfig",
+        "finhpc.orchestration.evaluate:evaluate",
+    ),
+    "generate": Command(
+        "prompts, a file of them or a chat -> text; adapters over one base",
+        "GenerateConfig",
+        "finhpc.evaluation.generate:generate",
+    ),
+    "report": Command(
+        "what was tracked -> the paper's tables and figures, as a page",
+        "ReportConfig",
+        "finhpc.reporting.report:report",
+    ),
+    "bench": Command("finhpc measured against the plain way; bench --help lists what", "", "finhpc.bench:bench"),
+    "reproduce": Command(
+        "the whole paper at one scale, from pretraining to the report",
+        "ReproduceConfig",
+        "finhpc.orchestration.reproduce:reproduce",
+    ),
+    "ui": Command("MLflow's page of what was tracked, on this machine only", "UiConfig", "finhpc.orchestration.ui:ui"),
+}
+
+USAGE = (
+    "usage: finhpc VERB [--config FILE_OR_RECIPE] [--KEY VALUE ...]\n\nverbs:\n"
+    + "\n".join(f"  {verb:<9}  {command.about}" for verb, command in COMMANDS.items() if command.about)
+    + """
 
 options of every verb:
   --config NAME      a recipe's name or a YAML file
-  --KEY VALUE        set one key, e.g. --method.rank 96 (finhpc VERB --help lists them)
-  --json             print the result as one JSON object, the last line of stdout
+  --KEY VALUE        set one key, e.g. --method.rank 96 (VERB --help lists them)
+  --json             print the result as JSON, the last line of stdout
   --print_config     show the resolved settings and stop
-  --dry_run          check and count everything, start nothing (of every verb that computes)
+  --dry_run          check and count everything, start and write nothing
 
 finhpc --version"""
+)
 
 
+@interruptible
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code: 0, 1 for a failed job, 2 for a user's mistake."""
     words = sys.argv[1:] if argv is None else argv
-    if not words or words[0] in ("-h", "--help", "help"):
-        print(USAGE)
-        return 0 if words else 2
-    if words[0] == "--version":
-        print(finhpc.__version__)
-        return 0
     try:
-        result = _run(words[0], words[1:])
+        with private_files():
+            return _main(words)
     except FinhpcError as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return error.exit_code
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _drop_closed_streams():
+            return 141  # as a command that SIGPIPE ends: whoever read this one's output has left
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{error.strerror or error}; what was complete on disk is untouched.", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130
-    except BaseException as error:
-        if type(error).__name__ == "Terminated":
-            return 143
-        raise
+
+
+def _main(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        _print(USAGE)
+        return 0 if words else 2
+    if words[0] == "--version":
+        _print(finhpc.__version__)
+        return 0
+    result = _run(words)
     if "--json" in words:
-        print(json.dumps(result), flush=True)
+        _print(json.dumps(result))
     return 0
 
 
-def _run(verb: str, words: list[str]) -> dict[str, Any] | None:
-    from finhpc import config
+def _print(text: str) -> None:
+    print(text, flush=True)
 
+
+def _drop_closed_streams() -> bool:
+    """Point stdout and stderr at nothing if their reader has left, so that no later write fails; whether one had."""
+    dropped = False
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # a stream that is no file
+            poll = select.poll()
+            poll.register(stream.fileno(), select.POLLOUT)
+            if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+                dropped = True
+    return dropped
+
+
+def _run(words: list[str]) -> dict[str, Any] | None:
+    """Find the command that the first words name, resolve its settings and do its work."""
+    verb, *rest = words
     if verb == "bench":
-        return _bench(words)
-    if verb == "sweep":
-        return _sweep(words)
-    if verb == "estimate" and words[:1] == ["finetune"]:
-        return _settle("estimate finetune", config.FinetuneEstimateConfig, _estimate_finetune, words[1:])
-    verbs: dict[str, tuple[type[config.Section], Callable[..., dict[str, Any] | None]]] = {
-        "prepare": (config.PrepareConfig, _prepare),
-        "pretrain": (config.PretrainConfig, _pretrain),
-        "estimate": (config.EstimateConfig, _estimate),
-        "study": (config.StudyConfig, _study),
-        "decompose": (config.DecomposeConfig, _decompose),
-        "generate": (config.GenerateConfig, _generate),
-        "finetune": (config.FinetuneConfig, _finetune),
-        "export": (config.ExportConfig, _export),
-        "evaluate": (config.EvaluateConfig, _evaluate),
-        "report": (config.ReportConfig, _report),
-        "reproduce": (config.ReproduceConfig, _reproduce),
-        "ui": (config.UiConfig, _ui),
-    }
-    if verb not in verbs:
-        raise ConfigError(f"{verb} is no verb; {config.nearest(verb, list(verbs))}")
-    return _settle(verb, *verbs[verb], words)
-
-
-def _settle(
-    verb: str, cls: type[Any], work: Callable[..., dict[str, Any] | None], words: list[str]
-) -> dict[str, Any] | None:
-    """Resolve a verb's settings and do its work."""
-    from finhpc import config
-
-    if "-h" in words or "--help" in words:
-        print(_help(verb, cls))
-        return None
-    options, overrides = parse(words, cls)
-    settings = config.load(cls, options.get("config"), overrides)
-    if "print_config" in options:
-        print(config.to_yaml(settings), end="")
-        return None
-    return work(settings, "dry_run" in options)
+        return _bench(rest)
+    if verb in ("sweep", "estimate") and rest and not rest[0].startswith("-"):
+        of = ["pretrain", "finetune"]
+        if rest[0] not in of:
+            raise ConfigError(f"{verb} {rest[0]} is not possible; {_config().nearest(rest[0], of)}")
+        verb, rest = (verb if rest[0] == "pretrain" else f"{verb} finetune"), rest[1:]
+    if verb not in COMMANDS:
+        raise ConfigError(f"unknown command {verb!r}; {_config().nearest(verb, [v for v in COMMANDS if ' ' not in v])}")
+    command = COMMANDS[verb]
+    return _settle(verb, getattr(_config(), command.settings), command.work, rest)
 
 
 def _bench(words: list[str]) -> dict[str, Any] | None:
-    from finhpc import config
-    from finhpc.bench.settings import BENCHES, function_of
+    from finhpc.bench.settings import BENCHES
 
-    names = ", ".join(BENCHES)
     if not words or words[0] in ("-h", "--help"):
-        print(
-            f"usage: finhpc bench NAME [--KEY VALUE ...]\n\nNAME: {names}; finhpc bench NAME --help lists its settings"
+        names = ", ".join(BENCHES)
+        _print(
+            f"usage: finhpc bench NAME [--KEY VALUE ...]\n\nNAME: {names}\n`finhpc bench NAME --help` lists settings"
         )
         return None
-    name = words[0]
-    if name not in BENCHES:
-        raise ConfigError(f"{name} is no bench; {config.nearest(name, list(BENCHES))}")
-
-    def work(settings: Any, dry_run: bool) -> Any:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        return function_of(name)(settings)
-
-    return _settle(f"bench {name}", BENCHES[name][0], work, words[1:])
+    if words[0] not in BENCHES:
+        raise ConfigError(f"unknown bench {words[0]!r}; {_config().nearest(words[0], list(BENCHES))}")
+    return _settle(f"bench {words[0]}", BENCHES[words[0]][0], COMMANDS["bench"].work, words[1:])
 
 
-def _sweep(words: list[str]) -> dict[str, Any] | None:
-    """Of pretrain, or of the verb that its first word names."""
-    from finhpc import config
+def _settle(verb: str, cls: type[Any], work: str, words: list[str]) -> dict[str, Any] | None:
+    """Resolve a command's settings and do its work."""
+    config = _config()
+    if "-h" in words or "--help" in words:
+        _print(_help(verb, cls, words))
+        return None
+    options, overrides, problems = _parse(words, cls)
+    settings = config.load(cls, options.get("config"), overrides, problems)
+    if "list_templates" in options:
+        from finhpc.data.templates import listing
 
-    of: dict[str, type[config.Section]] = {"pretrain": config.SweepConfig, "finetune": config.FinetuneSweepConfig}
-    verb = words[0] if words and not words[0].startswith("-") else "pretrain"
-    if verb not in of:
-        raise ConfigError(f"sweep {verb} is not possible; {config.nearest(verb, list(of))}")
+        _print(listing(settings.data.templates))
+        return None
+    if "print_config" in options:
+        _print(config.to_yaml(settings).rstrip("\n"))
+        return None
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    module, _, name = work.partition(":")
+    function: Callable[..., dict[str, Any] | None] = getattr(import_module(module), name)
+    return function(settings, dry_run="dry_run" in options)
 
-    def work(settings: Any, dry_run: bool) -> dict[str, Any]:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        from finhpc.orchestration.sweep import sweep
 
-        return sweep(settings, dry_run=dry_run)
-
-    return _settle(f"sweep {verb}", of[verb], work, words[words[:1] == [verb] :])
+def _config() -> Any:
+    """finhpc.config, imported only when a command is run: `finhpc --help` answers at once."""
+    return import_module("finhpc.config")
 
 
 def parse(words: list[str], cls: type[Any]) -> tuple[dict[str, str], dict[str, Any]]:
@@ -164,8 +219,15 @@ def parse(words: list[str], cls: type[Any]) -> tuple[dict[str, str], dict[str, A
     Values are YAML (`[8, 16]`, `true`, `1e-3`); a key of several values may be repeated. Raises
     `ConfigError` with every word that does not fit.
     """
-    from finhpc import config
+    options, overrides, problems = _parse(words, cls)
+    if problems:
+        raise ConfigError(problems)
+    return options, overrides
 
+
+def _parse(words: list[str], cls: type[Any]) -> tuple[dict[str, str], dict[str, Any], list[str]]:
+    """The same, with the problems in place of an error."""
+    config = _config()
     fields = config.keys(cls)
     options: dict[str, str] = {}
     overrides: dict[str, Any] = {}
@@ -177,7 +239,7 @@ def parse(words: list[str], cls: type[Any]) -> tuple[dict[str, str], dict[str, A
             problems.append(f"{word} is no flag; settings are given as --key value.")
             continue
         name, equals, value = word[2:].partition("=")
-        if name in ("json", "dry_run", "print_config"):
+        if name in ("json", "dry_run", "print_config") or (name == "list_templates" and "data.templates" in fields):
             options[name] = ""
             continue
         if not equals:
@@ -198,6 +260,11 @@ def parse(words: list[str], cls: type[Any]) -> tuple[dict[str, str], dict[str, A
             if not equals:
                 problems.append(f"--grid {value} names no values; give --grid 'KEY=[VALUES]'.")
             overrides.setdefault(name, {})[key.strip()] = _numbers(_value(spec, None))
+        elif str(fields[name].annotation if name in fields else "").startswith("dict"):
+            values = [value]
+            while i < len(words) and not words[i].startswith("--"):
+                values, i = [*values, words[i]], i + 1
+            overrides[name] = _mapping(values, overrides.get(name))
         elif str(fields[name].annotation if name in fields else "").startswith("list"):
             overrides.setdefault(name, []).append(value)
             while i < len(words) and not words[i].startswith("--"):  # as a shell's * gives them
@@ -205,9 +272,18 @@ def parse(words: list[str], cls: type[Any]) -> tuple[dict[str, str], dict[str, A
                 i += 1
         else:
             overrides[name] = _value(value, fields.get(name))
-    if problems:
-        raise ConfigError(problems)
-    return options, overrides
+    return options, overrides, problems
+
+
+def _mapping(words: list[str], before: Any) -> Any:
+    """KEY=VALUE words as a mapping, with those given before; a YAML mapping as such; other words as a list."""
+    if len(words) == 1 and words[0].startswith("{"):
+        found = _value(words[0], None)
+    elif all("=" in word for word in words):
+        found = {key.strip(): value for key, _, value in (word.partition("=") for word in words)}
+    else:
+        return [*before, *words] if isinstance(before, list) else words
+    return before | found if isinstance(before, dict) and isinstance(found, dict) else found
 
 
 def _value(text: str, field: Any) -> Any:
@@ -235,113 +311,31 @@ def _numbers(value: Any) -> Any:
     return _value(value, None) if isinstance(value, str) else value
 
 
-def _help(verb: str, cls: type[Any]) -> str:
-    from finhpc import config
-
-    lines = [f"usage: finhpc {verb} [--config FILE_OR_RECIPE] [--KEY VALUE ...]", "", "settings (default):"]
-    for name, field in config.keys(cls).items():
-        default = field.get_default(call_default_factory=True)
-        about = f"  {field.description}" if field.description else ""
-        lines.append(f"  --{name} ({'none' if default is None else default}){about}")
-    if "model.preset" in config.keys(cls):
+def _help(verb: str, cls: type[Any], words: list[str]) -> str:
+    """Every setting with the value it has unless a flag changes it: the recipe's where `words` names one."""
+    config = _config()
+    source = next((words[i + 1] for i, word in enumerate(words[:-1]) if word == "--config"), None)
+    source = next((word.removeprefix("--config=") for word in words if word.startswith("--config=")), source)
+    of = f"as {source} sets them" if source else "default"
+    lines = [f"usage: finhpc {verb} [--config FILE_OR_RECIPE] [--KEY VALUE ...]", "", f"settings ({of}):"]
+    fields, shown = config.keys(cls), config.defaults(cls, source)
+    lines += [f"  --{name} ({shown[name]})  {fields[name].description}" for name in fields]
+    if "model.preset" in fields:
         from finhpc.models.presets import PRESETS
 
         lines += ["", f"shapes for --model.preset: {', '.join(PRESETS)}"]
-    if verb in ("prepare", "pretrain", "estimate", "estimate finetune", "study"):
-        kinds = {"prepare": "prepare", "study": "studies/", "reproduce": "reproduce/", "estimate finetune": "finetune"}
-        first = kinds.get(verb)
-        named = [
-            name
-            for name in config.recipes()
-            if (name.startswith(first) if first else not name.startswith(tuple(kinds.values())))
-        ]
+    if named := _recipes(verb):
         lines += ["", f"recipes for --config: {', '.join(named)}"]
     return "\n".join(lines)
 
 
-def _prepare(settings: Any, dry_run: bool) -> dict[str, Any]:
-    from finhpc.data.prepare import prepare
-
-    return prepare(settings)
-
-
-def _pretrain(settings: Any, dry_run: bool) -> dict[str, Any]:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from finhpc.orchestration.pretrain import pretrain
-
-    return pretrain(settings, dry_run=dry_run)
-
-
-def _study(settings: Any, dry_run: bool) -> dict[str, Any]:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from finhpc.orchestration.study import study
-
-    return study(settings, dry_run=dry_run)
-
-
-def _decompose(settings: Any, dry_run: bool) -> dict[str, Any]:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from finhpc.orchestration.decompose import decompose
-
-    return decompose(settings, dry_run=dry_run)
-
-
-def _generate(settings: Any, dry_run: bool) -> dict[str, Any]:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from finhpc.evaluation.generate import generate
-
-    return generate(settings)
-
-
-def _finetune(settings: Any, dry_run: bool) -> dict[str, Any]:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from finhpc.orchestration.finetune import finetune
-
-    return finetune(settings, dry_run=dry_run)
-
-
-def _export(settings: Any, dry_run: bool) -> dict[str, Any]:
-    from finhpc.models.export import export
-
-    return export(settings, dry_run=dry_run)
-
-
-def _evaluate(settings: Any, dry_run: bool) -> dict[str, Any]:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from finhpc.orchestration.evaluate import evaluate
-
-    return evaluate(settings, dry_run=dry_run)
-
-
-def _reproduce(settings: Any, dry_run: bool) -> dict[str, Any]:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from finhpc.orchestration.reproduce import reproduce
-
-    return reproduce(settings, dry_run=dry_run)
-
-
-def _estimate(settings: Any, dry_run: bool) -> dict[str, Any]:
-    from finhpc.orchestration.estimate import estimate
-
-    return estimate(settings)
-
-
-def _report(settings: Any, dry_run: bool) -> dict[str, Any]:
-    from finhpc.reporting.report import report
-
-    return report(settings, dry_run=dry_run)
-
-
-def _estimate_finetune(settings: Any, dry_run: bool) -> dict[str, Any]:
-    from finhpc.orchestration.estimate_finetune import estimate_finetune
-
-    return estimate_finetune(settings)
-
-
-def _ui(settings: Any, dry_run: bool) -> None:
-    from finhpc.orchestration.ui import ui
-
-    ui(settings.run.storage, settings.run.tracking_uri, settings.port)
+def _recipes(verb: str) -> list[str]:
+    """Names of the recipes that hold settings of the command."""
+    own = {"prepare": "prepare", "study": "studies/", "reproduce": "reproduce/", "estimate finetune": "finetune"}
+    names: list[str] = list(_config().recipes())
+    if verb in ("pretrain", "estimate", "sweep"):
+        return [name for name in names if not name.startswith(tuple(own.values()))]
+    return [name for name in names if name.startswith(own[verb])] if verb in own and verb != "reproduce" else []
 
 
 if __name__ == "__main__":

@@ -8,6 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import finhpc
+
+# Python takes any folder called finhpc, such as the one around a clone, for a package without code of its own, and may
+# still find our modules. Nothing would be registered with transformers then.
+if getattr(finhpc, "__file__", None) is None:
+    raise ImportError(
+        f"finhpc was found as a mere folder ({', '.join(finhpc.__path__)}) and not as the installed package, whose "
+        "start-up code did not run; work in another folder, or reinstall it with `pip install --editable CLONE`."
+    )
+
 
 class FinhpcError(Exception):
     """A problem the user can act on."""
@@ -38,6 +48,10 @@ class CheckpointError(FinhpcError):
 
 class NonFiniteError(FinhpcError):
     """A loss, gradient or weight that is NaN or infinite."""
+
+
+class ImplausibleError(FinhpcError):
+    """A score that no sound model can have; it counts as no result."""
 
 
 class OutOfMemoryError(FinhpcError):

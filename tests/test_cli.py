@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from finhpc.cli import main, parse
-from finhpc.config import PrepareConfig, PretrainConfig
+from finhpc.config import FinetuneConfig, PrepareConfig, PretrainConfig, load
 from finhpc.errors import ConfigError
 from tests.tiny import tiny_shards
 
@@ -103,3 +103,28 @@ def test_print_config_round_trips(tmp_path: Path, capfd: pytest.CaptureFixture[s
     file.write_text(capfd.readouterr().out)
     assert main(["pretrain", "--config", str(file), "--print_config"]) == 0
     assert capfd.readouterr().out == file.read_text()
+
+
+def test_settings_of_several_names_take_key_equals_value() -> None:
+    line = "--data.columns input=headline label=mood --data.labels 0=dovish --data.labels 1=hawkish"
+    words = line.split()
+    _, overrides = parse(words, FinetuneConfig)
+    data = load(FinetuneConfig, None, overrides).data
+    assert data.columns == {"input": "headline", "label": "mood"}
+    assert data.labels == {"0": "dovish", "1": "hawkish"}
+    for written in (["--data.labels", "yes", "no"], ["--data.labels", "yes", "--data.labels", "no"]):
+        assert load(FinetuneConfig, None, parse(written, FinetuneConfig)[1]).data.labels == {"yes": "yes", "no": "no"}
+    mapping = parse(["--data.columns", "{input: headline}", "--data.columns.label", "mood"], FinetuneConfig)[1]
+    assert load(FinetuneConfig, None, mapping).data.columns == {"input": "headline", "label": "mood"}
+    with pytest.raises(ConfigError, match=r"data\.columns=\['headline'\] is refused.*input=headline"):
+        load(FinetuneConfig, None, parse(["--data.columns", "headline"], FinetuneConfig)[1])
+
+
+def test_templates_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("stance: {prompt: '{headline}?', answer: '{label}'}")
+    assert main(["finetune", "--list_templates", "--data.templates", str(file)]) == 0
+    shown = capsys.readouterr().out
+    assert "phrasebank: fields input, label; labels: negative, neutral, positive" in shown
+    assert "stance: fields headline, label; labels: those of the data" in shown
+    assert main(["pretrain", "--list_templates"]) == 2

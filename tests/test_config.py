@@ -89,3 +89,26 @@ def test_a_section_given_in_part_keeps_the_defaults_of_its_place() -> None:
     settings = load(PrepareBench, None, {"bench.out": "elsewhere"})
     assert (settings.bench.out, settings.bench.repeats) == ("elsewhere", 2)
     assert load(PrepareBench, None, {"bench.repeats": 7}).bench.repeats == 7
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_settings_file_may_begin_with_a_mark(tmp_path: Path, encoding: str, end: str) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_bytes(f"optimizer:{end}  lr: 0.5{end}run:{end}  name: é{end}".encode(encoding))
+    config = load(PretrainConfig, str(path))
+    assert (config.optimizer.lr, config.run.name) == (0.5, "é")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"optimizer:\n  lr: 1\noptimizer:\n  lr: 2\n", "the key optimizer stands twice"),
+        ("run: {name: f\xe4llt}\n".encode("latin-1"), "line 1: byte 0xe4 is not utf-8"),
+        (b"run: {name: a\0b}\n", "NUL character"),
+    ],
+)
+def test_a_settings_file_that_would_be_misread_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "a.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        load(PretrainConfig, str(tmp_path / "a.yaml"))

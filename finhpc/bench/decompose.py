@@ -15,6 +15,7 @@ import os
 import statistics
 import tempfile
 import time
+from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from finhpc.lowrank.replace import dense_shape, layer_kind
 from finhpc.models.families import make_config
 from finhpc.models.presets import resolve_shape
 from finhpc.models.weights import Linear, Weights, open_weights
+from finhpc.own_ray import own_ray
 from finhpc.training.allocator import give_back_freed_memory
 
 Shape = tuple[int, int]
@@ -56,25 +58,19 @@ def bench_decompose(settings: DecomposeBench) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     threads = settings.resources.threads
     many = f"{threads} workers"
-    own = not ray.is_initialized()  # one that is up stays so
-    if own:
-        ray.init("local", num_cpus=max(2, threads), include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    try:
-        with tempfile.TemporaryDirectory(prefix="decompose-", dir=out) as name:
-            folder = Path(name)
-            weights = open_weights(settings.path or _write_model(folder / "dense", settings))
-            say(f"{len(_linears(weights))} weights, {settings.bench.repeats} rounds")
-            give_back_freed_memory()
-            plain, ours = Plain(weights, settings, folder), Ours(weights, settings, folder)
-            ours.seconds(threads)  # the workers' processes are up and have imported torch
-            ways = {SVD: plain.seconds, ONE: lambda: ours.seconds(1)}
-            if threads > 1:
-                ways[many] = lambda: ours.seconds(threads)
-            seconds = in_turn(ways, settings.bench.repeats)
-            rows = _rows(weights, plain, ours)
-    finally:
-        if own:
-            ray.shutdown()
+    cluster = nullcontext() if ray.is_initialized() else own_ray(max(2, threads))  # one that is up stays so
+    with cluster, tempfile.TemporaryDirectory(prefix="decompose-", dir=out) as name:
+        folder = Path(name)
+        weights = open_weights(settings.path or _write_model(folder / "dense", settings))
+        say(f"{len(_linears(weights))} weights, {settings.bench.repeats} rounds")
+        give_back_freed_memory()
+        plain, ours = Plain(weights, settings, folder), Ours(weights, settings, folder)
+        ours.seconds(threads)  # the workers' processes are up and have imported torch
+        ways = {SVD: plain.seconds, ONE: lambda: ours.seconds(1)}
+        if threads > 1:
+            ways[many] = lambda: ours.seconds(threads)
+        seconds = in_turn(ways, settings.bench.repeats)
+        rows = _rows(weights, plain, ours)
     best = seconds.get(many, seconds[ONE])
     ratios = {"speedup_over_svd": median_ratio(seconds[SVD], best)}
     if threads == 2:

@@ -19,26 +19,24 @@ import numpy as np
 from finhpc.data.encoding import digest, held_out
 from finhpc.data.shards import Shards
 from finhpc.errors import FinhpcError
+from finhpc.own_ray import own_ray
 
 BATCH = 100  # documents `datasets.map` hands to the tokeniser at a time
 
 
 def finhpc_prepare(corpus: str, tokenizer: str, out: str, workers: int, shape: dict[str, Any]) -> None:
     """finhpc's whole job, Ray already up: reading, duplicates, split, ids, blocks, verified shards on disk."""
-    import ray
-
     from finhpc.config import PrepareConfig
     from finhpc.data.prepare import prepare
 
-    ray.init("local", num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    _say("ready")
-    config = PrepareConfig(source=[corpus], tokenizer=tokenizer, out=out, workers=workers, **shape)
-    began = time.perf_counter()
-    result = prepare(config)
-    wall_s = time.perf_counter() - began
-    tail = result["dropped"]["tail_tokens"]
-    _say({"wall_s": wall_s, "tokens": result["tokens"] + tail - result["documents"], "documents": result["documents"]})
-    ray.shutdown()
+    with own_ray(workers):
+        _say("ready")
+        config = PrepareConfig(source=[corpus], tokenizer=tokenizer, out=out, workers=workers, **shape)
+        began = time.perf_counter()
+        result = prepare(config)
+        wall_s = time.perf_counter() - began
+    tokens = result["tokens"] + result["dropped"]["tail_tokens"] - result["documents"]
+    _say({"wall_s": wall_s, "tokens": tokens, "documents": result["documents"]})
 
 
 def datasets_map(corpus: str, tokenizer: str, out: str, workers: int, shards: str) -> None:

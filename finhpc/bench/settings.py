@@ -41,7 +41,7 @@ class TrainBench(Section):
     bench: Bench = Field(default_factory=Bench)
     model: Model = Field(default_factory=lambda: Model(preset="gpt2-127m"))
     ranks: list[int] = Field([192, 96, 48], min_length=1, description="ranks of the low-rank models; the first counts")
-    precisions: list[Literal["fp32", "bf16"]] = Field(["fp32", "bf16"], min_length=1)
+    precisions: list[Literal["fp32", "bf16"]] = Field(["fp32", "bf16"], min_length=1, description="each is measured")
     batch: int = Field(4, ge=1, description="samples a step")
     seq_len: int = Field(256, ge=2, description="tokens a sample")
     ray: bool = Field(True, description="measure a whole `finhpc pretrain`; false: the engine alone, without Ray")
@@ -74,7 +74,7 @@ class PipelineBench(Section):
     micro_batches: list[int] = Field([1, 2, 4, 8, 16], min_length=1, description="micro-batches a step, each measured")
     micro_batch_size: int = Field(1, ge=1, description="samples a micro-batch")
     seq_len: int = Field(256, ge=2, description="tokens a sample")
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast over float32 weights")
     counted: bool = Field(True, description="also the cut by counted operations, where it is another one")
     resources: Resources = Field(default_factory=Resources)
 
@@ -87,7 +87,7 @@ class RecomputeBench(Section):
     method: Method = Field(default_factory=lambda: Method(kind="dense"))
     batch: int = Field(1, ge=1, description="samples a pass")
     seq_len: int = Field(1024, ge=2, description="tokens a sample")
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast over float32 weights")
     resources: Resources = Field(default_factory=lambda: Resources(threads=2))
 
 
@@ -98,7 +98,7 @@ class DecomposeBench(Section):
     model: Model = Field(default_factory=lambda: Model(preset="gpt2-1.5b"))
     path: Path | None = Field(None, description="folder of a dense model; default: random weights of the shape")
     keep_params: float = Field(0.5, gt=0, le=1, description="share of each weight's parameters kept")
-    rank: int | None = Field(None, ge=1, description="rank of every weight, instead of keep_params")
+    rank: int | None = Field(None, ge=1, description="rank of every weight; default: by keep_params")
     blocks: int = Field(4, ge=0, description="blocks of the shape that are measured; 0: all")
     resources: Resources = Field(default_factory=lambda: Resources(threads=2))
 
@@ -107,8 +107,8 @@ class FinetuneBench(Section):
     """Settings of `finhpc bench finetune`."""
 
     bench: Bench = Field(default_factory=lambda: Bench(repeats=3))
-    model: str | None = Field(None, description="base: a Hugging Face folder or a hub id")
-    source: str | None = Field(None, description="examples, as data.source of finetune; PhraseBank's file")
+    model: str | None = Field(None, description="base: a Hugging Face folder or a hub id; required")
+    source: str | None = Field(None, description="examples, as data.source of finetune; required")
     examples: int = Field(160, ge=1, description="examples of a pass, in whole batches; the first batch warms up")
     batch: int = Field(16, ge=1, description="examples a step")
     rank: int = Field(8, ge=1, description="of the adapters, beside every linear layer but the head")
@@ -123,7 +123,7 @@ class ContextBench(Section):
     """Settings of `finhpc bench context`."""
 
     bench: Bench = Field(default_factory=lambda: Bench(repeats=3))
-    model: str | None = Field(None, description="base: a Hugging Face folder, a hub id or a GGUF file")
+    model: str | None = Field(None, description="base: a Hugging Face folder, a hub id or a GGUF file; required")
     lengths: list[Annotated[int, Field(ge=2)]] = Field(
         [512, 1024, 2048, 4096, 8192], min_length=1, description="tokens of the inputs, each measured"
     )
@@ -147,7 +147,7 @@ class GenerateBench(Section):
     schemes: list[Literal["minmax", "int8", "nf4"]] = Field(
         ["minmax", "int8", "nf4"], description="of those below 16 bits, each where it has them"
     )
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Literal["fp32", "bf16"] = Field("bf16", description="of weights that are not quantized")
     prompt: int = Field(100, ge=1, description="tokens of each prompt")
     new: int = Field(100, ge=2, description="tokens generated after each")
     adapters: int = Field(8, ge=2, description="adapters over one base, a row of a batch each")

@@ -16,8 +16,8 @@ from finhpc.data.shards import (
     SplitCounts,
     dataset_fingerprint,
     encode_shard,
-    write_atomic,
 )
+from finhpc.files import write_atomic
 
 VOCAB, SHARD_TOKENS = 50257, 1 << 22
 

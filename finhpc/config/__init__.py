@@ -21,7 +21,7 @@ from finhpc.config.pretrain import (
 )
 from finhpc.config.report import ReportConfig
 from finhpc.config.reproduce import HoldOutConfig, MeasureConfig, Recipe, ReproduceConfig, Step
-from finhpc.config.section import Section, build, flatten, keys, load, nearest, recipes, to_yaml
+from finhpc.config.section import Section, build, defaults, flatten, keys, load, nearest, recipes, to_yaml
 from finhpc.config.sweep import FinetuneSweepConfig, Sweep, SweepConfig
 from finhpc.config.training import Optimizer, Parallel, Recompute, Resources, Run, Train
 
@@ -69,6 +69,7 @@ __all__ = [
     "UiConfig",
     "Variant",
     "build",
+    "defaults",
     "flatten",
     "keys",
     "load",

@@ -6,8 +6,9 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
+from finhpc.config.labels import ABOUT, Labels
 from finhpc.config.pretrain import Hardware
-from finhpc.config.section import Section
+from finhpc.config.section import Plugins, Section, plugins_field
 from finhpc.config.training import Optimizer, Parallel, Resources, Run, Train
 
 
@@ -15,7 +16,7 @@ class Base(Section):
     """The model that stays as it is."""
 
     path: str | None = Field(
-        None, description="base: a Hugging Face folder, a hub id, a .gguf file, or a model of ours"
+        None, description="base: a Hugging Face folder, a hub id, a .gguf file, or a model of finhpc; required"
     )
 
 
@@ -59,8 +60,10 @@ class Instructions(Section):
     template: str | None = Field(None, description="named prompt template; default: the one of each file's format")
     columns: dict[str, str] = Field(
         default_factory=dict,
-        description="columns that hold the template's fields, where they bear other names: input=headline, label=mood",
+        description="columns that hold the template's fields, if they have other names: input=headline, label=mood",
     )
+    templates: str | None = Field(None, description="YAML file of your own templates (--list_templates shows all)")
+    labels: Labels = Field(default_factory=dict, description=ABOUT)
     encoding: str | None = Field(
         None, description="of text and CSV files; default: UTF-8, and PhraseBank latin-1 unless it is valid UTF-8"
     )
@@ -81,9 +84,13 @@ class Instructions(Section):
 class FinetuneTrain(Train):
     """As in pretraining, counted in passes over the examples."""
 
-    epochs: float | None = Field(
-        1.0, gt=0, description="passes over the examples, which say train.steps; not where train.steps is given"
+    steps: int = Field(
+        300,
+        ge=1,
+        description="optimizer steps; in place of train.epochs",
+        json_schema_extra={"default": "by train.epochs"},
     )
+    epochs: float | None = Field(1.0, gt=0, description="passes over the examples; not used if train.steps is given")
 
 
 class FinetuneConfig(Section):
@@ -98,14 +105,13 @@ class FinetuneConfig(Section):
     quantization: FinetuneQuantization = Field(default_factory=FinetuneQuantization)
     run: Run = Field(default_factory=lambda: Run(name="finetune"))
     resources: Resources = Field(default_factory=Resources)
+    plugins: Plugins = plugins_field()
 
 
 class PlannedBase(Base):
     """The base, of which the shape alone matters."""
 
-    preset: str | None = Field(
-        None, description="named shape in place of model.path: llama2-7b, ... (`finhpc pretrain --help` lists them)"
-    )
+    preset: str | None = Field(None, description="named shape in place of model.path; default: model.path's")
 
 
 class Workload(Hardware):

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from finhpc.config.pretrain import LINEAR_KINDS
-from finhpc.config.section import Section
+from finhpc.config.section import Plugins, Section, plugins_field
 from finhpc.config.training import Resources, Run
 
 
@@ -30,6 +30,7 @@ class ExportConfig(Section):
         "auto", description="of weights that are not quantised; auto: as in the model"
     )
     quantization: ExportQuantization = Field(default_factory=ExportQuantization)
+    plugins: Plugins = plugins_field()
 
 
 class PrepareConfig(Section):
@@ -63,15 +64,22 @@ class DecomposeConfig(Section):
 
     model: str = Field("", description="dense model: a Hugging Face folder, a hub id or a .gguf file")
     out: str = Field("", description="folder for the low-rank model")
-    rank: int | None = Field(None, description="rank of every layer that `ranks` does not name")
+    rank: int | None = Field(
+        None, description="rank of every layer that `ranks` does not name; default: by ranks or keep_*"
+    )
     ranks: dict[str, int] = Field(
         default_factory=dict,
         description=f"rank for a kind of layer: any of {', '.join(LINEAR_KINDS)}; without rank or keep_*, "
         "kinds not named stay dense",
     )
-    keep_params: float | None = Field(None, gt=0, le=1, description="share of each layer's parameters kept")
+    keep_params: float | None = Field(
+        None, gt=0, le=1, description="share of each layer's parameters kept; default: by rank"
+    )
     keep_energy: float | None = Field(
-        None, gt=0, le=1, description="share of each layer's squared singular values kept, by the smallest rank"
+        None,
+        gt=0,
+        le=1,
+        description="share of each layer's squared singular values kept, by the smallest rank; default: by rank",
     )
     embedding: Literal["dense", "low_rank"] = Field("dense", description="the token embedding")
     head: Literal["dense", "low_rank"] = Field(
@@ -81,6 +89,7 @@ class DecomposeConfig(Section):
     calibration: Calibration = Field(default_factory=Calibration)
     workers: int = Field(0, ge=0, description="parallel tasks; 0: as many as the cluster has room for")
     resources: Resources = Field(default_factory=Resources)
+    plugins: Plugins = plugins_field()
 
 
 class UiConfig(Section):

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from finhpc.config.section import Section
+from finhpc.config.section import Plugins, Section, plugins_field
 from finhpc.config.training import Resources
 
 
@@ -33,9 +33,11 @@ class GenerateConfig(Section):
         default_factory=list, description="NAME=FOLDER of peft's adapters over it, all in memory (repeat for several)"
     )
     adapter: str | None = Field(None, description="the adapter of prompts that name none; default: the model alone")
-    prompt: str | None = Field(None, description="one prompt")
+    prompt: str | None = Field(None, description="one prompt; this, prompts or chat is required")
     prompts: str | None = Field(
-        None, description='a file: .jsonl with "prompt" and perhaps "adapter" a line, or text, a prompt a line'
+        None,
+        description='a file: .jsonl with "prompt" and perhaps "adapter" a line, or text, a prompt per line; '
+        "default: see prompt",
     )
     chat: bool = Field(False, description="talk with the model here; words appear as they are made")
     out: str | None = Field(None, description="new .jsonl file for the answers; default: the screen alone")
@@ -44,3 +46,4 @@ class GenerateConfig(Section):
     cache: bool = Field(True, description="keep keys and values of past tokens; false: compute all again each time")
     sampling: Sampling = Field(default_factory=Sampling)
     resources: Resources = Field(default_factory=Resources)
+    plugins: Plugins = plugins_field()

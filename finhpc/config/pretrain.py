@@ -6,9 +6,10 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from finhpc.config.section import Section
+from finhpc.config.section import Plugins, Section, plugins_field
 from finhpc.config.training import Optimizer, Parallel, Resources, Run, Train
 
+OF_PRESET: dict[str, Any] = {"default": "the preset's"}  # what help shows in place of None
 LINEAR_KINDS = ("attention", "mlp", "head", "embedding")
 
 
@@ -16,17 +17,23 @@ class Model(Section):
     """Which transformer. A preset names a shape; the other keys change parts of it. Or `path`, which brings its own."""
 
     path: str | None = Field(
-        None, description="model folder whose weights training starts from, dense or low-rank; it brings its own shape"
+        None,
+        description="model folder whose weights training starts from, dense or low-rank, with its own shape; default: "
+        "weights are drawn",
     )
     preset: str = Field("gpt2-tiny", description="named shape; `finhpc pretrain --help` lists them")
-    layers: int | None = Field(None, ge=1, description="transformer blocks")
-    width: int | None = Field(None, ge=1, description="hidden size")
-    heads: int | None = Field(None, ge=1, description="attention heads")
-    kv_heads: int | None = Field(None, ge=1, description="key/value heads (Llama)")
-    mlp_width: int | None = Field(None, ge=1, description="inner size of the feed-forward part")
-    context: int | None = Field(None, ge=2, description="longest sequence the model can take")
+    layers: int | None = Field(None, ge=1, description="transformer blocks", json_schema_extra=OF_PRESET)
+    width: int | None = Field(None, ge=1, description="hidden size", json_schema_extra=OF_PRESET)
+    heads: int | None = Field(None, ge=1, description="attention heads", json_schema_extra=OF_PRESET)
+    kv_heads: int | None = Field(None, ge=1, description="key/value heads (Llama)", json_schema_extra=OF_PRESET)
+    mlp_width: int | None = Field(
+        None, ge=1, description="inner size of the feed-forward part", json_schema_extra=OF_PRESET
+    )
+    context: int | None = Field(
+        None, ge=2, description="longest sequence the model can take", json_schema_extra=OF_PRESET
+    )
     vocab_size: int | None = Field(None, ge=2, description="default: the shards' tokeniser's")
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(0.0, ge=0, lt=1, description="of embeddings, attention and residuals (GPT-2)")
     tie_embeddings: bool | None = Field(
         None, description="share embedding and head; default: as the preset; never with a low-rank head"
     )
@@ -42,7 +49,7 @@ class Method(Section):
     )
     rank: int = Field(64, description="rank of every pair that `ranks` does not name")
     ranks: dict[str, int] = Field(
-        default_factory=dict, description=f"rank for a kind of layer: any of {', '.join(LINEAR_KINDS)}"
+        default_factory=dict, description=f"rank for a kind of layer: any of {', '.join(LINEAR_KINDS)}; default: rank"
     )
     init: Literal["spectral", "normal", "cola"] | None = Field(
         None,
@@ -60,7 +67,7 @@ class Method(Section):
 
 
 class Data(Section):
-    shards: str | None = Field(None, description="folder written by `finhpc prepare`")
+    shards: str | None = Field(None, description="folder written by `finhpc prepare`; required to train")
     seq_len: int = Field(256, ge=2, description="tokens a sample; must divide the shards' block length")
     eval_samples: int = Field(128, ge=1, description="held-out samples scored at each evaluation")
 
@@ -92,6 +99,7 @@ class PretrainConfig(Section):
     quantization: Quantization = Field(default_factory=Quantization)
     run: Run = Field(default_factory=Run)
     resources: Resources = Field(default_factory=Resources)
+    plugins: Plugins = plugins_field()
 
 
 class Hardware(Section):

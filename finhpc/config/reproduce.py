@@ -20,7 +20,9 @@ class ReproduceConfig(Section):
         default_factory=list,
         description="text for pretraining, as prepare's source; default: the scale's (docs; OpenWebText)",
     )
-    general: str | None = Field(None, description="folder with files of BoolQ, PIQA and WinoGrande")
+    general: str | None = Field(
+        None, description="folder with files of BoolQ, PIQA and WinoGrande; default: their steps are left out"
+    )
     finance: list[str] = Field(
         default_factory=list, description="files of PhraseBank, FiQA, TFNS (FILE:FORMAT) that finetuning learns from"
     )
@@ -28,11 +30,13 @@ class ReproduceConfig(Section):
         default_factory=list, description="further examples that finetuning learns from; default: the scale's"
     )
     base: str | None = Field(None, description="base of finetuning; default: the scale's (the dense model, or Llama 2)")
-    base_large: str | None = Field(None, description="second, larger base of the scales that have one")
+    base_large: str | None = Field(None, description="second, larger base; default: the scale's, if it has one")
     examples: int | None = Field(None, ge=1, description="examples a finetuning learns from; default: the scale's")
     run: Run = Field(default_factory=lambda: Run(name="reproduce", experiment="reproduce"))
     resources: Resources = Field(
-        default_factory=Resources, description="what is given here holds for every step, over the scale's own"
+        default_factory=Resources,
+        description="what is given here holds for every step, over the scale's own",
+        json_schema_extra={"default": "the scale's"},
     )
 
 

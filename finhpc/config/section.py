@@ -4,21 +4,62 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from finhpc import plugins
 from finhpc.errors import ConfigError
+from finhpc.textfile import parse_yaml, read_text
+
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+class _Refusing(ModelMetaclass):
+    """Makes `PretrainConfig(...)` in Python what `build` makes of a YAML file, with the same messages."""
+
+    if not TYPE_CHECKING:
+
+        def __call__(cls, **given: Any) -> Any:
+            try:
+                return super().__call__(**_over_own_defaults(cls, given))
+            except ValidationError as error:
+                raise ConfigError(_explained(cls, error)) from None
+
+
+class Section(BaseModel, metaclass=_Refusing):
+    """Settings under one name; a wrong key or value raises `ConfigError`, when it is made as when it is assigned."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
+
+    if not TYPE_CHECKING:
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name not in type(self).model_fields:
+                raise ConfigError(f"{name} is not a setting; {nearest(name, list(type(self).model_fields))}")
+            try:
+                super().__setattr__(name, value)
+            except ValidationError as error:
+                raise ConfigError(_explained(type(self), error)) from None
 
 
 C = TypeVar("C", bound=Section)
+Plugins = Annotated[list[str], AfterValidator(plugins.load)]  # imported when the settings are made, wherever that is
+
+
+def plugins_field() -> Any:
+    """The setting of every command that own code can take part in."""
+    return Field(
+        default_factory=list,
+        description="modules that register low-rank layers, optimizers, families, shapes or templates of your own",
+    )
 
 
 def recipes() -> dict[str, Path]:
@@ -28,15 +69,29 @@ def recipes() -> dict[str, Path]:
     return {path.relative_to(folder).with_suffix("").as_posix(): path for path in paths}
 
 
-def load(cls: type[C], source: str | None, overrides: dict[str, Any] | None = None) -> C:
+def load(cls: type[C], source: str | None, overrides: dict[str, Any] | None = None, problems: Sequence[str] = ()) -> C:
     """Resolve defaults < `source` (a recipe's name or a YAML file) < `overrides` ({"a.b": value}).
 
-    Raises `ConfigError` with every unknown key and every bad value.
+    Raises `ConfigError` with every unknown key and every bad value, after `problems` that were found already.
     """
-    tree = _read(source) if source else {}
+    tree: dict[str, Any] = {}
+    found = list(problems)
+    try:
+        tree = _read(source) if source else {}
+    except ConfigError as error:
+        found += error.problems
     for dotted, value in (overrides or {}).items():
-        put(tree, dotted, value)
-    return build(cls, tree)
+        try:
+            put(tree, dotted, value)
+        except ConfigError as error:
+            found += error.problems
+    try:
+        settings = build(cls, tree)
+    except ConfigError as error:
+        found += error.problems
+    if found:
+        raise ConfigError(list(dict.fromkeys(found)))
+    return settings
 
 
 def build(cls: type[C], tree: dict[str, Any]) -> C:
@@ -44,16 +99,20 @@ def build(cls: type[C], tree: dict[str, Any]) -> C:
     try:
         return cls.model_validate(_over_own_defaults(cls, tree))
     except ValidationError as error:
-        raise ConfigError([_explain(cls, dict(item)) for item in error.errors()]) from None
+        raise ConfigError(_explained(cls, error)) from None
 
 
 def _over_own_defaults(cls: type[Section], tree: dict[str, Any]) -> dict[str, Any]:
     """`tree`, with a section given in part completed by what `cls` says of it, not by the section's class alone."""
     for name, field in cls.model_fields.items():
         given, kind = tree.get(name), field.annotation
-        if isinstance(given, dict) and isinstance(kind, type) and issubclass(kind, Section):
-            own: Section = field.get_default(call_default_factory=True)
-            tree = tree | {name: own.model_dump(exclude_unset=True) | _over_own_defaults(kind, given)}
+        if not (isinstance(kind, type) and issubclass(kind, Section)) or not isinstance(given, dict | Section):
+            continue
+        own = field.get_default(call_default_factory=True).model_dump(exclude_unset=True)
+        if isinstance(given, dict):
+            tree = tree | {name: own | _over_own_defaults(kind, given)}
+        elif own:  # an object of Python's: what it does not set is as the place has it, not as its class has it
+            tree = tree | {name: own | given.model_dump(exclude_unset=True)}
     return tree
 
 
@@ -71,6 +130,48 @@ def keys(cls: type[Section], prefix: str = "") -> dict[str, Any]:
         else:
             found[prefix + name] = field
     return found
+
+
+def defaults(cls: type[Section], source: str | None = None) -> dict[str, str]:
+    """Dotted name -> the value that a setting has without a flag, as help shows it; `source`: a recipe or YAML file.
+
+    A field says in `json_schema_extra` what stands for a value that is found only later.
+    """
+    given = load(cls, source)
+    later: dict[str, str] = {}
+    for path, field in _fields(cls):
+        if isinstance(extra := field.json_schema_extra, dict):
+            later |= {name: str(extra["default"]) for name in keys(cls) if f"{name}.".startswith(f"{path}.")}
+    tree = _read(source) if source else {}
+    shown = {}
+    for name, value in flatten(given).items():
+        shown[name] = later[name] if name in later and not _holds(tree, name) else _shown(value)
+    return shown
+
+
+def _fields(cls: type[Section], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, field) of every section and setting."""
+    for name, field in cls.model_fields.items():
+        yield prefix + name, field
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from _fields(field.annotation, f"{prefix}{name}.")
+
+
+def _holds(tree: Any, dotted: str) -> bool:
+    for part in dotted.split("."):
+        if not isinstance(tree, dict) or part not in tree:
+            return False
+        tree = tree[part]
+    return True
+
+
+def _shown(value: Any) -> str:
+    """A value as it is written on the command line."""
+    if value is None or value in ("", [], {}):
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def flatten(config: Section) -> dict[str, Any]:
@@ -100,8 +201,8 @@ def _read(source: str) -> dict[str, Any]:
             raise ConfigError(f"config={source} is not a file; give a YAML file or one of: {', '.join(known)}.")
         raise ConfigError(f"config={source} is no recipe; {nearest(source, list(known))}")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        tree = parse_yaml(read_text(path, setting=None)[0])
+    except yaml.YAMLError as error:
         raise ConfigError(f"config={source} is not valid YAML: {error}; correct that line.") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"config={source} must hold sections (`model:`, `train:`, ...), not {type(tree).__name__}.")
@@ -118,10 +219,27 @@ def put(tree: dict[str, Any], dotted: str, value: Any) -> None:
     tree[leaf] = value
 
 
+class ProblemsError(ValueError):
+    """What a field's own check raises; each of its problems is a line of the `ConfigError` that comes of it."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = problems
+
+
+def _explained(cls: type[Section], error: ValidationError) -> list[str]:
+    """Every problem in words."""
+    found: list[str] = []
+    for item in error.errors():
+        cause = item.get("ctx", {}).get("error")
+        found += cause.problems if isinstance(cause, ProblemsError) else [_explain(cls, dict(item))]
+    return found
+
+
 def _explain(cls: type[Section], item: dict[str, Any]) -> str:
     where = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        return f"{where} is not a setting; {nearest(where, list(keys(cls)))}"
+        return f"{where} is not a setting; {nearest(where, [name for name, _ in _fields(cls)])}"
     field = keys(cls).get(where)
     hint = ""
     if item["type"] == "literal_error" and field is not None:

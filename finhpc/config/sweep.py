@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from functools import partial
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from finhpc.config.finetune import FinetuneConfig
+from finhpc.config.grid import check_grid
 from finhpc.config.pretrain import PretrainConfig
 from finhpc.config.section import Section
 from finhpc.config.training import Run
@@ -47,7 +49,9 @@ class Sweep(Section):
 class SweepConfig(PretrainConfig):
     """Settings of `finhpc sweep`: those that its pretrainings share, and what they differ in."""
 
-    grid: dict[str, Any] = Field(default_factory=dict, description=GRID)
+    grid: Annotated[dict[str, Any], AfterValidator(partial(check_grid, PretrainConfig))] = Field(
+        default_factory=dict, description=GRID
+    )
     sweep: Sweep = Field(default_factory=Sweep)
     run: Run = Field(default_factory=lambda: Run(name="sweep"))
 
@@ -55,6 +59,8 @@ class SweepConfig(PretrainConfig):
 class FinetuneSweepConfig(FinetuneConfig):
     """Settings of `finhpc sweep finetune`."""
 
-    grid: dict[str, Any] = Field(default_factory=dict, description=GRID)
+    grid: Annotated[dict[str, Any], AfterValidator(partial(check_grid, FinetuneConfig))] = Field(
+        default_factory=dict, description=GRID
+    )
     sweep: Sweep = Field(default_factory=Sweep)
     run: Run = Field(default_factory=lambda: Run(name="sweep"))

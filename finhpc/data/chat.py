@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple
 
+from finhpc.data.messages import check_rendered
 from finhpc.errors import ConfigError
 from finhpc.models.tokens import encode
 
-ROLES = ("system", "user", "assistant", "tool")
 Message = dict[str, Any]
 MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")  # templates that mark the answers themselves
 PROBE = "A7a"  # an answer that stands for any
@@ -28,26 +28,18 @@ class Conversation(NamedTuple):
     left_out: tuple[str, ...] = ()
 
 
-def checked(messages: Any, where: str) -> list[Message]:
-    """Messages that a template can be given, up to the last answer: nothing is learned from what follows it.
+def learned(messages: list[Message], where: str) -> list[Message]:
+    """The messages up to the last answer: nothing is learned from what follows it.
 
-    Raises `ConfigError` for other roles, content that is not text, and a conversation without an answer.
+    Raises `ConfigError` for an empty answer, and for a conversation without an answer.
     """
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise ConfigError(f"{where}: messages is no list of objects; write role and content of each.")
-    last = -1
+    last = 0
     for number, message in enumerate(messages, 1):
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            raise ConfigError(f"{where}: message {number} has the role {role!r}; roles are {', '.join(ROLES)}.")
-        calls = role == "assistant" and bool(message.get("tool_calls"))
-        if not isinstance(content, str) and not (content is None and calls):
-            raise ConfigError(f"{where}: message {number} holds {type(content).__name__}, not text; correct it.")
-        if role == "assistant":
+        if message["role"] == "assistant":
             last = number
-            if not (content or "").strip() and not calls:
+            if not message["content"].strip() and "tool_calls" not in message:
                 raise ConfigError(f"{where}: the answer (message {number}) is empty; write one or remove the record.")
-    if last < 0:
+    if not last:
         raise ConfigError(f"{where}: no message of the role assistant, so nothing to learn; add one or remove it.")
     return messages[:last]
 
@@ -80,6 +72,7 @@ def rendered(messages: list[Message], tools: Any, where: str, tokenizer: Any, co
     places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     whole = _render(tokenizer, messages, tools, where)
     _check_tools(messages, tools, whole, where, tokenizer)
+    check_rendered(messages, lambda given: _render(tokenizer, given, tools, where), where)
     left_out = tuple(
         message["role"]
         for message in messages

@@ -22,6 +22,7 @@ from finhpc.config import PrepareConfig
 from finhpc.data import sources, tokenizer
 from finhpc.data.tokenizer import Encoder
 from finhpc.data.unit import Faults, Unit
+from finhpc.files import replace
 
 BATCH_BYTES = 1 << 20  # text encoded at a time: bounds a task's memory, whatever the unit's size
 DIGEST_BYTES = 16
@@ -57,7 +58,7 @@ def encode_unit(unit: Unit, config: PrepareConfig, folder: Path, target: Path, t
                 writer.write_batch(_rows([], encoder, schema), custom_metadata={DROPPED: json.dumps(dropped)})
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, target)
+        replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
 

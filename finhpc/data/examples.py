@@ -17,9 +17,9 @@ import numpy.typing as npt
 from finhpc.config import Instructions
 from finhpc.data.instructions import Example, Source, labels_of, read_examples
 from finhpc.data.order import permutation
-from finhpc.data.shards import write_atomic
 from finhpc.data.tokenise import Row, check_tokenizer, tokenised
 from finhpc.errors import ConfigError, DataError
+from finhpc.files import write_atomic
 
 SPLITS = ("train", "held_out")
 ARRAYS = ("tokens", "offsets", "answer", "source")
@@ -240,7 +240,13 @@ def _counts(
 
     by_source = [
         all_of(i)
-        | {"source": source.name, "format": source.format, "template": source.template, "skipped": dict(source.skipped)}
+        | {
+            "source": source.name,
+            "format": source.format,
+            "template": source.template,
+            "labels": list(source.labels),
+            "skipped": dict(source.skipped),
+        }
         for i, source in enumerate(sources)
     ]
     conflicting = sum(len(labels) > 1 for labels in answers.values())

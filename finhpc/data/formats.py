@@ -7,7 +7,6 @@ names file and line (or row) of what it cannot read.
 from __future__ import annotations
 
 import io
-import json
 import lzma
 import tarfile
 from collections.abc import Iterator
@@ -17,8 +16,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from finhpc.config import PrepareConfig
+from finhpc.data.tables import NOT_UTF8, column_values, first_line, open_parquet
 from finhpc.data.unit import UNIT_BYTES, Faults, Unit
+from finhpc.data.values import NotTextError, is_missing, plain_text, shown
 from finhpc.errors import ConfigError, DataError
+from finhpc.textfile import UnreadableText, decode, parse_json
 
 COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 ARCHIVES = (".tar", ".tar.xz", ".xz")
@@ -46,8 +48,9 @@ def read_jsonl(unit: Unit, config: PrepareConfig, faults: Faults) -> Iterator[st
     def where(number: int) -> str:
         return f"{unit.paths[0]} line {_lines_before(unit) + number}"
 
-    for number, line in enumerate(_lines(unit), 1):
-        if line.isspace():
+    # Splitting a line again finds those of a file whose lines end in \r alone, which JSON has nowhere else.
+    for number, line in enumerate((part for read in _lines(unit) for part in read.splitlines()), 1):
+        if not line or line.isspace():
             continue
         found = _text_of(line, config.text_field)
         if isinstance(found, str):
@@ -95,7 +98,7 @@ def _lines_before(unit: Unit) -> int:
 def _text_of(line: bytes, field: str) -> str | tuple[str, str]:
     """The text of a JSON line, or what is wrong with it and the remedy."""
     try:
-        record = json.loads(line.decode("utf-8-sig"))
+        record = parse_json(line.decode())
     except UnicodeDecodeError as error:
         return f"not UTF-8 (byte {error.start + 1} of the line)", "convert the file to UTF-8"
     except (ValueError, RecursionError) as error:
@@ -109,14 +112,12 @@ def _text_of(line: bytes, field: str) -> str | tuple[str, str]:
 
 
 def _checked(value: Any, field: str) -> str | tuple[str, str]:
-    if not isinstance(value, str):
-        return f'field "{field}" holds {type(value).__name__}, not text', "correct it"
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            return f'field "{field}" holds half a surrogate pair, which is no character', "correct it"
-    return value
+    if is_missing(value):
+        return f'field "{field}" holds {shown(value)}, not text', "correct it"
+    try:
+        return plain_text(value)
+    except NotTextError as error:
+        return f'field "{field}" holds {error.holds}', error.remedy
 
 
 # Parquet
@@ -124,7 +125,7 @@ def _checked(value: Any, field: str) -> str | tuple[str, str]:
 
 def parquet_units(path: Path, config: PrepareConfig) -> Iterator[Unit]:
     """Runs of row groups."""
-    with _parquet(str(path)) as file:
+    with open_parquet(str(path)) as file:
         _check_column(path, file.schema_arrow, config.text_field)
         first, size = 0, 0
         groups = file.metadata.num_row_groups
@@ -136,45 +137,21 @@ def parquet_units(path: Path, config: PrepareConfig) -> Iterator[Unit]:
 
 
 def read_parquet(unit: Unit, config: PrepareConfig, faults: Faults) -> Iterator[str]:
-    import pyarrow as pa
-
     def where(number: int) -> str:
         return f"{unit.paths[0]} row {number}"
 
     field = config.text_field
-    with _parquet(unit.paths[0]) as file:
+    with open_parquet(unit.paths[0]) as file:
         row = sum(file.metadata.row_group(group).num_rows for group in range(unit.start))
         groups = list(range(unit.start, unit.stop))
         for batch in file.iter_batches(batch_size=512, row_groups=groups, columns=[field], use_threads=False):
-            column = batch.column(0)
-            if pa.types.is_dictionary(column.type):
-                column = column.dictionary_decode()
-            for value in _values(column):
+            for value in column_values(batch.column(0)):
                 row += 1
-                found = ("not UTF-8", "convert it") if isinstance(value, bytes) else _checked(value, field)
+                found = ("not UTF-8", "convert it") if value is NOT_UTF8 else _checked(value, field)
                 if isinstance(found, str):
                     yield found
                 else:
                     faults.record(where, row, *found)
-
-
-def _values(column: Any) -> list[Any]:
-    """Text as str, null as None, what is no UTF-8 as bytes."""
-    try:
-        return column.to_pylist()  # type: ignore[no-any-return]
-    except UnicodeDecodeError:
-        import pyarrow as pa
-
-        wide = pa.types.is_large_string(column.type)
-        raw = column.cast(pa.large_binary() if wide else pa.binary()).to_pylist()
-        return [_decoded(value) for value in raw]
-
-
-def _decoded(value: bytes | None) -> str | bytes | None:
-    try:
-        return None if value is None else value.decode()
-    except UnicodeDecodeError:
-        return value
 
 
 def _check_column(path: Path, schema: Any, field: str) -> None:
@@ -190,18 +167,6 @@ def _check_column(path: Path, schema: Any, field: str) -> None:
     if not holds_text(schema.field(field).type):
         kind = schema.field(field).type
         raise DataError(f'{path}: column "{field}" holds {kind}, not text; use --text_field with one of: {texts}.')
-
-
-@contextmanager
-def _parquet(path: str) -> Iterator[Any]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path, memory_map=True) as file:
-            yield file
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path} is no whole parquet file ({_first(error)}); fetch or write it again.") from None
 
 
 # Text files, one document each
@@ -228,12 +193,9 @@ def read_text(unit: Unit, config: PrepareConfig, faults: Faults) -> Iterator[str
 
 def _document(content: bytes, where: str, faults: Faults) -> Iterator[str]:
     try:
-        yield content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        faults.record(
-            lambda number: f"{where} line {number}", line, "not UTF-8", "convert it (iconv -f LATIN1 -t UTF-8)"
-        )
+        yield decode(content)[0]
+    except UnreadableText as error:
+        faults.record(lambda line: f"{where} line {line}" if line else where, error.line, error.problem, error.remedy)
 
 
 # Archives: a tar of .txt files, or of further archives, as OpenWebText comes
@@ -301,7 +263,7 @@ def _whole(where: str) -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError, lzma.LZMAError, tarfile.TarError) as error:
-        raise DataError(f"{where} is damaged or cut ({_first(error)}); fetch it again.") from None
+        raise DataError(f"{where} is damaged or cut ({first_line(error)}); fetch it again.") from None
 
 
 # Data sets of the hub, streamed
@@ -340,11 +302,6 @@ def _stream(name: str, configuration: str, config: PrepareConfig) -> Any:
         return datasets.load_dataset(name, configuration or None, split=config.hf_split, streaming=True)
     except Exception as error:  # the library raises many kinds, from a wrong split to a dead network
         raise ConfigError(
-            f"source=hf:{name} with --hf_split {config.hf_split} cannot be opened ({_first(error)}); check the "
+            f"source=hf:{name} with --hf_split {config.hf_split} cannot be opened ({first_line(error)}); check the "
             "name (hf:NAME or hf:NAME:CONFIGURATION), the split and the network, or give a local folder."
         ) from None
-
-
-def _first(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -13,8 +13,9 @@ import numpy.typing as npt
 from finhpc.config import PrepareConfig
 from finhpc.data.encoding import DIGEST_BYTES, held_out, unit_batches
 from finhpc.data.progress import Progress
-from finhpc.data.shards import ShardFile, Split, SplitCounts, Tokens, encode_shard, write_atomic
+from finhpc.data.shards import ShardFile, Split, SplitCounts, Tokens, encode_shard
 from finhpc.errors import ConfigError
+from finhpc.files import write_atomic
 
 
 @dataclass

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -29,22 +30,30 @@ from finhpc.data import sources
 from finhpc.data.encoding import encode_unit, training_sample, unit_dropped, unit_file
 from finhpc.data.packing import Packed, pack
 from finhpc.data.progress import Progress
-from finhpc.data.shards import FORMAT, MANIFEST, TOKENIZER, Manifest, dataset_fingerprint, file_sha256, write_atomic
+from finhpc.data.shards import FORMAT, MANIFEST, TOKENIZER, Manifest, dataset_fingerprint, file_sha256
 from finhpc.data.tokenizer import Encoder, save, trained_size
 from finhpc.data.unit import Unit
 from finhpc.errors import ConfigError, DataError, FinhpcError, RunBusyError
+from finhpc.files import private_folder, publish, write_atomic
+from finhpc.interrupts import terminable
+from finhpc.own_ray import keep_token_private, own_ray
+from finhpc.package import Driver, check_workers_package
 
 WORK = ".work"
 RESULT = "result.json"
 
 
-def prepare(config: PrepareConfig) -> dict[str, Any]:
+class UnfinishedError(DataError):
+    """The machine failed, not the text: what is done is kept, and the same command goes on."""
+
+
+def prepare(config: PrepareConfig, dry_run: bool = False) -> dict[str, Any]:
     """Write shards of `config.source` into `config.out`; returns what result.json holds.
 
     Continues an interrupted run of the same settings, and only reports where it is already done.
-    Starts a local Ray where none runs. Raises `ConfigError` for settings and sources that cannot
-    work, `DataError` for text that cannot be read, `RunBusyError` where another process prepares
-    the same folder.
+    Starts a local Ray where none runs. With `dry_run` it checks and counts, and starts and writes
+    nothing. Raises `ConfigError` for settings and sources that cannot work, `DataError` for text that
+    cannot be read, `RunBusyError` where another process prepares the same folder.
     """
     began = time.monotonic()
     if not config.out:
@@ -55,11 +64,12 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     settings = settings_sha256(config, units)
     if (done := _finished(out, settings)) is not None:
         return done
+    if dry_run:
+        return _dry(out, config, units, described)
     with _workplace(out, settings) as work:
         encoder = _tokenizer(work / TOKENIZER, units, config)
         dropped = _encode(units, config, work, encoder.slow_because is None)
-        for stale in [*out.glob("train-*.parquet"), *out.glob("val-*.parquet")]:
-            stale.unlink()
+        _remove_shards(out)
         packed = pack([unit_file(work, i) for i in range(len(units))], out, config, encoder.vocab_size)
         packed.dropped |= dropped
         result = _finish(out, work, config, packed, encoder, described, settings, began)
@@ -98,16 +108,53 @@ def _finished(out: Path, settings: str) -> dict[str, Any] | None:
     return json.loads(stored.read_bytes()) if stored.is_file() else _result(out, manifest, None)
 
 
-@contextmanager
-def _workplace(out: Path, settings: str) -> Iterator[Path]:
-    """`out/.work`, locked for this process, with what an earlier run of the same settings left there."""
-    work = out / WORK
+def _dry(out: Path, config: PrepareConfig, units: list[Unit], described: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a preparation would read and where it would write; tokens are known only after it."""
+    _check_out(out)
+    vocab_size = trained_size(config.tokenizer)
+    if vocab_size is None:
+        with TemporaryDirectory() as folder:
+            save(config.tokenizer, Path(folder) / TOKENIZER, lambda: iter(()))
+            vocab_size = Encoder(Path(folder) / TOKENIZER).vocab_size
+    size = sum(unit.size for unit in units) if all(unit.size for unit in units) else None
+    result: dict[str, Any] = {
+        "status": "dry_run",
+        "out": str(out),
+        "source": described,
+        "files": len({path for unit in units for path in unit.paths}),
+        "bytes": size,
+        "units": len(units),
+        "vocab_size": vocab_size,
+        "tokens": None,
+    }
+    said = "unknown size" if size is None else f"{size / 1e6:,.1f} MB"
+    _say(f"dry run: {result['files']:,} files, {said}, in {len(units):,} units -> {out}; nothing was written")
+    return result
+
+
+def _check_out(out: Path) -> None:
+    """Raise `ConfigError` for a folder that shards cannot be written to."""
     if out.exists() and not out.is_dir():
         raise ConfigError(f"out={out} is a file; give a folder.")
-    if out.is_dir() and not work.is_dir() and any(out.iterdir()):
+    if out.is_dir() and not (out / WORK).is_dir() and any(out.iterdir()):
         raise ConfigError(f"out={out} holds other files; choose an empty or new folder.")
     try:
-        work.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=next(folder for folder in (out, *out.parents) if folder.exists())).close()
+    except OSError as error:
+        raise ConfigError(f"out={out} cannot be written ({error.strerror}); choose another --out.") from None
+
+
+@contextmanager
+def _workplace(out: Path, settings: str) -> Iterator[Path]:
+    """`out/.work`, locked for this process, with what an earlier run of the same settings left there.
+
+    Refused settings or text leave nothing: mending them makes it another run.
+    """
+    work, new = out / WORK, not out.exists()
+    _check_out(out)
+    try:
+        private_folder(out)
+        private_folder(work)
     except OSError as error:
         raise ConfigError(f"out={out} cannot be written ({error.strerror}); choose another --out.") from None
     with open(work / "lock", "w") as lock:
@@ -121,7 +168,20 @@ def _workplace(out: Path, settings: str) -> Iterator[Path]:
             for path in [path for path in work.iterdir() if path.name != "lock"]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         write_atomic(key, settings.encode())
-        yield work
+        try:
+            yield work
+        except (ConfigError, DataError) as error:
+            if not isinstance(error, UnfinishedError):
+                shutil.rmtree(work)
+                _remove_shards(out)
+                if new:
+                    out.rmdir()
+            raise
+
+
+def _remove_shards(out: Path) -> None:
+    for stale in [*out.glob("train-*.parquet"), *out.glob("val-*.parquet")]:
+        stale.unlink()
 
 
 def _tokenizer(folder: Path, units: list[Unit], config: PrepareConfig) -> Encoder:
@@ -130,7 +190,7 @@ def _tokenizer(folder: Path, units: list[Unit], config: PrepareConfig) -> Encode
             _say(f"training the tokeniser {config.tokenizer}")
         fresh = folder.with_name(".tokenizer.partial")
         save(config.tokenizer, fresh, lambda: training_sample(units, config))
-        os.rename(fresh, folder)
+        publish(fresh, folder)
     encoder = Encoder(folder)
     if encoder.slow_because:
         _say(f"tokeniser {config.tokenizer}: by Hugging Face's code, slower than by tiktoken: {encoder.slow_because}")
@@ -148,7 +208,9 @@ def _encode(units: list[Unit], config: PrepareConfig, work: Path, tiktoken: bool
         with _ray(config), Progress("tokenising", total, bytes_=sized) as progress:
             for row in _run_tasks(pending, units, config, work, tiktoken):
                 if row["error"]:
-                    raise (ConfigError if row["kind"] == "ConfigError" else DataError)(row["error"])
+                    raise {"ConfigError": ConfigError, "DataError": DataError}.get(row["kind"], UnfinishedError)(
+                        row["error"]
+                    )
                 progress.advance(units[row["index"]].size if sized else 1)
     dropped = Counter[str]()
     for index in range(len(units)):
@@ -164,14 +226,14 @@ def _run_tasks(
     from ray.exceptions import RayError
 
     # Plain tasks, not Ray Data: units are short, and its scheduling left each core idle for a third of the time.
-    task = ray.remote(num_cpus=1)(_task)
+    task, driver = ray.remote(num_cpus=1)(_task), Driver.here()
     # Twice as many as there are cores, so that a core that ends one has the next at hand.
     width = config.workers or 2 * int(ray.cluster_resources().get("CPU", 1))
     waiting, running = iter(pending), dict[Any, int]()
     try:
         while True:
             for index in islice(waiting, width - len(running)):
-                running[task.remote(index, units[index], config, work, tiktoken)] = index
+                running[task.remote(index, units[index], config, work, tiktoken, driver)] = index
             if not running:
                 return
             for done in ray.wait(list(running), num_returns=1)[0]:
@@ -186,10 +248,11 @@ def _run_tasks(
             ray.cancel(left)
 
 
-def _task(index: int, unit: Unit, config: PrepareConfig, work: Path, tiktoken: bool) -> dict[str, Any]:
+def _task(index: int, unit: Unit, config: PrepareConfig, work: Path, tiktoken: bool, driver: Driver) -> dict[str, Any]:
     """Encode one unit; what goes wrong comes back as data, to be raised once and in our words."""
     error, kind = "", ""
     try:
+        driver.enter()
         encode_unit(unit, config, work / TOKENIZER, unit_file(work, index), tiktoken)
     except FinhpcError as problem:
         error, kind = str(problem), type(problem).__name__
@@ -210,13 +273,16 @@ def _ray(config: PrepareConfig) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    if os.environ.get("RAY_ADDRESS"):  # as in a submitted job
-        ray.init(log_to_driver=False, logging_level="ERROR")
-    else:
-        cpus = config.workers or os.cpu_count()
-        ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    check_workers_package()
+    if not os.environ.get("RAY_ADDRESS"):
+        with own_ray(config.workers or os.cpu_count() or 1):
+            yield
+        return
+    keep_token_private()
+    ray.init(log_to_driver=False, logging_level="ERROR")  # as in a submitted job
     try:
-        yield
+        with terminable():
+            yield
     finally:
         ray.shutdown()
 
@@ -233,7 +299,7 @@ def _finish(
 ) -> dict[str, Any]:
     """Tokeniser, manifest, result, in that order; then the working files go."""
     shutil.rmtree(out / TOKENIZER, ignore_errors=True)
-    shutil.copytree(work / TOKENIZER, out / TOKENIZER)
+    shutil.copytree(work / TOKENIZER, out / TOKENIZER, copy_function=shutil.copyfile)
     sha256 = file_sha256(out / TOKENIZER / "tokenizer.json")
     shards = [shard for split in packed.splits.values() for shard in split]
     manifest = Manifest(

@@ -8,7 +8,7 @@ the vocabulary allows. The manifest is written last: a folder without one is not
 from __future__ import annotations
 
 import hashlib
-import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -253,21 +253,6 @@ def encode_shard(blocks: Tokens) -> bytes:
     return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file that is there whole or not at all, also after a power cut."""
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 def file_sha256(path: Path) -> str:
     """sha256 of a file; raises `DataError` where it cannot be read."""
     try:
@@ -290,7 +275,8 @@ def _read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         if not any(folder.iterdir()):
             raise ConfigError(
-                f"data.shards={folder} is empty; write shards there with `finhpc prepare --out {folder}`."
+                f"data.shards={folder} is empty; write shards there with `finhpc prepare --out "
+                f"{shlex.quote(str(folder))}`."
             )
         raise ConfigError(
             f"data.shards={folder} has no {MANIFEST}: not prepared, or interrupted; run `finhpc prepare` again."

@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from finhpc.data.chat import Conversation, check_template, control_tokens, prompt_ids, rendered
-from finhpc.data.instructions import SHOWN, Example
+from finhpc.data.instructions import Example
+from finhpc.data.schema import SHOWN
 from finhpc.errors import ConfigError
 from finhpc.models.tokens import begin_ids, continuation_ids, encode
 

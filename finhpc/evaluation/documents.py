@@ -4,31 +4,32 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from finhpc.config import EvaluateData
-from finhpc.data.records import Record, read_records, split_name
+from finhpc.data.records import Reading, Record, read_records
+from finhpc.data.schema import FORMATS, Table, each, fields_of, guesses, open_sources
 from finhpc.data.templates import template
-from finhpc.errors import ConfigError, DataError
+from finhpc.data.values import is_missing, text_of, word_of
+from finhpc.errors import ConfigError
 
 Document = dict[str, Any]
-Labels = tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Source:
     """Where a task's examples come from. `files`: patterns of usual names; `get`: where to fetch them.
 
-    `columns`: for each column of the task, the names it may have in a file. `document` makes what
-    lm-eval reads of a record's values. `format`: how a text file is read.
+    `format`: of a financial task, as finetuning reads it. Of other tasks, `columns`: for each column the names it may
+    have in a file, and `document`: what lm-eval reads, made of a record's values.
     """
 
     files: tuple[str, ...]
     get: str
-    columns: Mapping[str, tuple[str, ...]]
-    document: Callable[[dict[str, Any], str], Document]
+    columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    document: Callable[[dict[str, Any], str], Document] | None = None
     format: str | None = None
 
 
@@ -58,27 +59,70 @@ def find(task: str, data: EvaluateData) -> str:
     return str(found[0])
 
 
-def documents(task: str, data: EvaluateData, limit: int | None, seed: int) -> tuple[list[Document], int]:
-    """At most `limit` examples of a task, drawn by `seed`, in the file's order, and how many there are in all.
+class Documents(NamedTuple):
+    """Examples of a task, how many there are in all, and what was guessed about them."""
 
-    Raises `ConfigError` for missing data or columns and an empty set, `DataError` for a label that no
-    task knows, naming its place.
+    rows: list[Document]
+    total: int
+    notes: list[str]
+
+
+def documents(task: str, data: EvaluateData, limit: int | None, seed: int) -> Documents:
+    """Return at most `limit` examples of a task, drawn by `seed`, in the file's order.
+
+    Raises `ConfigError` for missing data or columns, an empty set, and values that are not text or not a label of the
+    task, each with its place.
     """
-    source = SOURCES[task]
-    path, name = split_name(find(task, data), ("phrasebank", "conll"))
-    reading = read_records(path, data.encoding, data.hf_split, name or source.format)
-    records = list(reading.records)
-    if not records:
-        raise ConfigError(f"tasks={task}: {path} holds no example; give a file that does.")
+    source, spec = SOURCES[task], find(task, data)
+    if source.format is not None:
+        table = _finance_table(task, source.format, spec, data)
+        rows = each(table, lambda record: _stripped(fields_of(record, table)))
+        notes = [*table.reading.notes, *guesses(table)]
+    else:
+        reading = read_records(spec, data.encoding, data.hf_split)
+        present = _present_columns(task, source, reading)
+        table = Table(reading, list(reading.records), "", False, False, None, {})
+        rows = each(table, lambda record: _document(source, present, record))
+        notes = reading.notes
+    if not rows:
+        raise ConfigError(f"tasks={task}: {spec} holds no example; give a file that does.")
+    return Documents(drawn(rows, limit, seed), len(rows), notes)
+
+
+def _finance_table(task: str, format: str, spec: str, data: EvaluateData) -> Table:
+    """The records of a financial task, read as finetuning reads them."""
+    form = template(FORMATS[format].template)
+    fits = {name.lower() for name in data.labels.values()} <= set(form.labels)
+    settings = data.model_copy(
+        update={"template": None, "templates": None, "columns": {}, "labels": data.labels if fits else {}}
+    )
+    (table,) = open_sources([spec], settings, format)
+    if table.form is None or table.form.labels != form.labels or set(table.form.fields) != set(form.fields):
+        raise ConfigError(
+            f"tasks={task}: {spec} is of the format {table.format}, which does not hold this task's "
+            f"{', '.join(form.fields)}; give another file or format."
+        )
+    return table
+
+
+def _stripped(found: tuple[dict[str, str], str | None]) -> Document:
+    return {name: text.strip() for name, text in sorted(found[0].items())}
+
+
+def _present_columns(task: str, source: Source, reading: Reading) -> dict[str, str]:
     present = {column: _present(names, reading.columns) for column, names in source.columns.items()}
     if missing := [column for column, name in present.items() if name is None]:
         wanted = "; ".join(f"{column} ({' or '.join(source.columns[column])})" for column in missing)
         raise ConfigError(
-            f"tasks={task}: {path} has no column for {wanted}; it has: {', '.join(reading.columns)}. Rename the "
-            f"columns, or give another file with --data.files.{task}."
+            f"tasks={task}: {reading.source} has no column for {wanted}; it has: {', '.join(reading.columns)}. Rename "
+            f"the columns, or give another file with --data.files.{task}."
         )
-    rows = range(len(records)) if limit is None else sorted(_sample(len(records), limit, seed))
-    return [_document(source, present, records[row]) for row in rows], len(records)
+    return {column: name for column, name in present.items() if name is not None}
+
+
+def drawn(rows: list[Document], limit: int | None, seed: int) -> list[Document]:
+    """At most `limit` examples, drawn by `seed`, in their order."""
+    return rows if limit is None else [rows[i] for i in sorted(_sample(len(rows), limit, seed))]
 
 
 def _sample(n: int, limit: int, seed: int) -> list[int]:
@@ -93,81 +137,65 @@ def _present(names: tuple[str, ...], columns: list[str]) -> str | None:
     return next((name for name in names if name in columns), None)
 
 
-def _document(source: Source, present: Mapping[str, str | None], record: Record) -> Document:
-    values = {column: record.values.get(name) for column, name in present.items() if name is not None}
-    if absent := [present[column] for column, value in values.items() if value is None]:
-        raise DataError(f"{record.where}: no value for {', '.join(map(str, absent))}; complete or remove the record.")
-    extra = {key: value for key, value in record.values.items() if key not in present.values()}
-    return source.document(extra | values, record.where)
+def _document(source: Source, present: Mapping[str, str], record: Record) -> Document:
+    values = {column: record.values.get(name) for column, name in present.items()}
+    if absent := [present[column] for column, value in values.items() if is_missing(value)]:
+        raise ConfigError(f"{record.where}: no value for {', '.join(absent)}; complete or remove the record.")
+    assert source.document is not None
+    return source.document({**record.values, **values}, record.where)
 
 
 def _label(value: Any, known: Mapping[str, str], where: str) -> str:
-    found = known.get(str(value).strip().lower())
+    found = known.get(word_of(value, "the label", where).lower())
     if found is None:
-        raise DataError(f"{where}: the label {value!r} is none of {', '.join(known)}; correct or remove the record.")
+        raise ConfigError(f"{where}: the label {value!r} is none of {', '.join(known)}; correct or remove the record.")
     return found
 
 
-def _finance(name: str, others: Mapping[str, str]) -> Callable[[dict[str, Any], str], Document]:
-    columns = {"input", "entity"} & set(template(name).fields)
-    known = {label: label for label in template(name).labels} | dict(others)
-
-    def document(values: dict[str, Any], where: str) -> Document:
-        return {column: str(values[column]).strip() for column in sorted(columns)} | {
-            "label": _label(values["label"], known, where)
-        }
-
-    return document
+def _texts(values: dict[str, Any], names: tuple[str, ...], where: str) -> dict[str, str]:
+    return {name: text_of(values.get(name), name, where) for name in names}
 
 
 def _boolq(values: dict[str, Any], where: str) -> Document:
     """As in SuperGLUE, where the title stands before the passage."""
     known = {"false": "0", "true": "1", "no": "0", "yes": "1", "0": "0", "1": "1"}
-    title = values.get("title")
-    passage = f"{title} -- {values['passage']}" if title else str(values["passage"])
-    return {"question": values["question"], "passage": passage, "label": int(_label(values["label"], known, where))}
+    texts = _texts(values, ("question", "title", "passage"), where)
+    passage = f"{texts['title']} -- {texts['passage']}" if texts["title"] else texts["passage"]
+    return {"question": texts["question"], "passage": passage, "label": int(_label(values["label"], known, where))}
 
 
 def _piqa(values: dict[str, Any], where: str) -> Document:
     label = int(_label(values["label"], {"0": "0", "1": "1"}, where))
-    return {"goal": values["goal"], "sol1": values["sol1"], "sol2": values["sol2"], "label": label}
+    return _texts(values, ("goal", "sol1", "sol2"), where) | {"label": label}
 
 
 def _winogrande(values: dict[str, Any], where: str) -> Document:
-    if "_" not in str(values["sentence"]):
-        raise DataError(f"{where}: the sentence has no _ to fill in; correct or remove the record.")
-    answer = _label(values["answer"], {"1": "1", "2": "2"}, where)
-    return {column: values[column] for column in ("sentence", "option1", "option2")} | {"answer": answer}
+    texts = _texts(values, ("sentence", "option1", "option2"), where)
+    if "_" not in texts["sentence"]:
+        raise ConfigError(f"{where}: the sentence has no _ to fill in; correct or remove the record.")
+    return texts | {"answer": _label(values["answer"], {"1": "1", "2": "2"}, where)}
 
 
-SENTIMENT = {"input": ("sentence", "text", "input"), "label": ("label", "sentiment", "output")}
-MOODS = {"bearish": "negative", "bullish": "positive"}
 SOURCES: dict[str, Source] = {
     "fpb": Source(
         ("fpb*.txt", "*hrase*ank*.txt", "Sentences_*.txt", "fpb*.jsonl", "fpb*.csv"),
         "Fetch Financial PhraseBank (Malo et al. 2014), a text file of sentence@label.",
-        SENTIMENT,
-        _finance("phrasebank", {}),
-        "phrasebank",
+        format="phrasebank",
     ),
     "fiqa_sa": Source(
         ("fiqa*.json", "fiqa*.jsonl", "fiqa*.csv"),
         "Fetch FiQA task 1 (2018): JSON with a sentence and its sentiment_score.",
-        SENTIMENT,
-        _finance("fiqa", {}),
+        format="fiqa",
     ),
     "tfns": Source(
         ("tfns*.csv", "sent_*.csv", "tfns*.jsonl"),
         "Fetch Twitter Financial News Sentiment: a CSV with text and label (0 bearish, 1 bullish, 2 neutral).",
-        SENTIMENT,
-        _finance("tfns", MOODS | {"0": "negative", "1": "positive", "2": "neutral"}),
+        format="tfns",
     ),
     "ner": Source(
         ("FIN*.txt", "ner*.txt", "ner*.jsonl", "*.conll"),
         "Fetch the SEC-filings entities of Salinas Alvarado et al. (2015), CoNLL text with the tag in the last column.",
-        {"input": ("sentence", "input"), "entity": ("entity",), "label": ("label", "output")},
-        _finance("ner", {}),
-        "conll",
+        format="conll",
     ),
     "boolq": Source(
         ("boolq*.jsonl", "boolq*.parquet"),

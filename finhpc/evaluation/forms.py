@@ -87,7 +87,7 @@ class ByteLinear(nn.Module):
     @classmethod
     def of_packed(cls, layer: QuantizedLinear) -> ByteLinear:
         """Of a layer of 8 bits, its codes OFFSET lower, in the same memory."""
-        codes = layer.weight.bitwise_xor_(OFFSET).view(torch.int8)
+        codes = layer.packed.bitwise_xor_(OFFSET).view(torch.int8)
         return cls(codes, layer.scale, layer.zero + OFFSET * layer.scale, layer.bias)
 
     @classmethod
@@ -121,7 +121,7 @@ class HalfByteLinear(nn.Module):
     def __init__(self, layer: QuantizedLinear) -> None:
         super().__init__()
         self.rows = layer.rows
-        filled = F.pad(unpack(layer.weight, 4, layer.columns), (0, 0, 0, -layer.rows % 16))
+        filled = F.pad(unpack(layer.packed, 4, layer.columns), (0, 0, 0, -layer.rows % 16))
         self.register_buffer("codes", torch.ops.aten._convert_weight_to_int4pack_for_cpu(filled.int(), 1))
         self.register_buffer("scale", layer.scale)
         self.register_buffer("zero", layer.zero + 8 * layer.scale)

@@ -13,14 +13,17 @@ from finhpc.config import GenerateConfig
 from finhpc.data.chat import prompt_ids, prompt_text
 from finhpc.errors import ConfigError
 from finhpc.evaluation.adapters import named, over_its_base
-from finhpc.evaluation.generation import Generator
+from finhpc.evaluation.generation import Generator, open_parts
 from finhpc.evaluation.prompts import Prompt, read_prompts
+from finhpc.models import tokens
+from finhpc.models.families import context_of
 
 
-def generate(config: GenerateConfig) -> dict[str, Any]:
+def generate(config: GenerateConfig, dry_run: bool = False) -> dict[str, Any]:
     """Generate what `config` asks for; returns counts, sizes, speed and `answers`.
 
-    Text goes to stderr as it is made, and to `config.out`. Raises `ConfigError` for settings, prompts and adapters
+    Text goes to stderr as it is made, and to `config.out`. With `dry_run` prompts, model and adapters are checked and
+    counted, and no weight is read. Raises `ConfigError` for settings, prompts and adapters
     that cannot be used, `CheckpointError` for damaged weights.
     """
     begin = time.monotonic()
@@ -30,6 +33,8 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     if padded := sum(prompt.text != prompt.text.rstrip() for prompt in prompts):
         said = "prompts end in white space, which finetuning gives to the answer; a model may do better without it"
         print(f"{padded} {said}", file=sys.stderr)
+    if dry_run:
+        return _dry(config, prompts)
     generator = Generator(config)
     if config.chat:
         answers = _chat(generator)
@@ -59,6 +64,33 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
         "forms": generator.forms,
         "wall_s": time.monotonic() - begin,
     }
+
+
+def _dry(config: GenerateConfig, prompts: list[Prompt]) -> dict[str, Any]:
+    """What a generation would begin with: the prompts' tokens, and the bytes of the model's files."""
+    opened = open_parts(config)
+    lengths = [len(tokens.prompt_ids(opened.tokenizers[prompt.adapter], prompt.text)) for prompt in prompts]
+    room = context_of(opened.config) - config.sampling.max_new_tokens
+    result: dict[str, Any] = {
+        "status": "dry_run",
+        "model": config.model,
+        "adapters": list(opened.adapters),
+        "prompts": len(prompts),
+        "prompts_cut": sum(length > room for length in lengths),
+        "prompt_tokens": sum(lengths),
+        "new_tokens_at_most": len(prompts) * config.sampling.max_new_tokens,
+        "size_bytes": sum(
+            file.stat().st_size
+            for file in ([opened.path] if opened.path.is_file() else opened.path.glob("*.safetensors"))
+        ),
+    }
+    print(
+        f"dry run: {result['prompts']} prompts of {result['prompt_tokens']:,} tokens, at most "
+        f"{result['new_tokens_at_most']:,} new ones, by a model of {result['size_bytes'] / 1e6:,.1f} MB with adapters: "
+        f"{', '.join(opened.adapters) or 'none'}; nothing was generated",
+        file=sys.stderr,
+    )
+    return result
 
 
 def _check(config: GenerateConfig) -> None:

@@ -19,6 +19,7 @@ from finhpc.evaluation.decoding import decode
 from finhpc.evaluation.forms import use_fast_forms
 from finhpc.evaluation.prompts import Prompt
 from finhpc.models.attached import Adapters, round_for
+from finhpc.models.families import context_of
 from finhpc.models.folder import has_tokenizer
 from finhpc.models.loading import load_model
 from finhpc.models.tokenizer_file import find_tokenizer, open_tokenizer
@@ -39,21 +40,47 @@ class Counts:
     cache_bytes: int = 0
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What generation needs besides weights.
+
+    `path`: a model folder or GGUF file. `config`: transformers' config. `folders`, `tokenizers`: of the model (None)
+    and of each adapter. `adapters`: by name.
+    """
+
+    path: Path
+    config: Any
+    folders: dict[str | None, Path]
+    tokenizers: dict[str | None, Any]
+    adapters: dict[str, Any]
+
+
+def open_parts(config: GenerateConfig) -> Parts:
+    """Check the model and what belongs to it; raises `ConfigError` with what does not fit."""
+    path = locate(config.model)
+    own = config_of(path)
+    if path.is_dir() and not has_tokenizer(path):
+        raise ConfigError(f"model={path} has no tokenizer; copy the tokenizer's files into that folder.")
+    adapters = read_adapters(config.adapters, own, path) if config.adapters else {}
+    if config.sampling.max_new_tokens >= context_of(own):
+        raise ConfigError(
+            f"sampling.max_new_tokens={config.sampling.max_new_tokens} leaves no room for a prompt in the model's "
+            f"context of {context_of(own)} tokens; use fewer."
+        )
+    folders = {None: path} | dict(map(named, config.adapters))
+    return Parts(path, own, folders, _tokenizers(folders, own.vocab_size), adapters)
+
+
 class Generator:
     """Opens `config.model`. Raises `ConfigError` with what does not fit, `CheckpointError` where files are damaged."""
 
     def __init__(self, config: GenerateConfig) -> None:
         config = over_its_base(config)
-        folder = locate(config.model)
-        own = config_of(folder)
-        if folder.is_dir() and not has_tokenizer(folder):
-            raise ConfigError(f"model={folder} has no tokeniser; copy the tokeniser's files into that folder.")
         self.config = config
         device = _device(config.resources)
-        adapters = read_adapters(config.adapters, own, folder) if config.adapters else {}
-        folders = {None: folder} | dict(map(named, config.adapters))
-        self.tokenizers = _tokenizers(folders, own.vocab_size)
-        self.model: Any = load_model(folder, _dtype(config, own, device), device)
+        parts = open_parts(config)
+        adapters, self.tokenizers = parts.adapters, parts.tokenizers
+        self.model: Any = load_model(parts.path, _dtype(config, parts.config, device), device)
         if device.type == "cpu":
             leave_the_files(self.model)
         round_for(self.model, adapters)
@@ -63,15 +90,10 @@ class Generator:
         self.decoder = Decoder(self.model)
         self.stop: set[int] = set()
         if config.sampling.stop_at_eos:
-            for name, path in folders.items():
+            for name, path in parts.folders.items():
                 configs = (self.model.generation_config, generation_config(path))
                 self.stop |= set(stop_ids(self.tokenizers[name], *configs))
         self.counts = Counts()
-        if config.sampling.max_new_tokens >= self.decoder.context:
-            raise ConfigError(
-                f"sampling.max_new_tokens={config.sampling.max_new_tokens} leaves no room for a prompt in the model's "
-                f"context of {self.decoder.context} tokens; use fewer."
-            )
 
     def encode(self, text: str, adapter: str | None = None) -> list[int]:
         """Ids of a prompt, as finetuning and evaluation read it; an empty one starts where a document starts.

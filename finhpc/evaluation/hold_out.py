@@ -6,19 +6,17 @@ A finetuning splits its files by a hash of each input, so which examples it neve
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from finhpc.config import EvaluateData, HoldOutConfig, Instructions
+from finhpc.config import HoldOutConfig, Instructions
 from finhpc.data.examples import is_held_out
-from finhpc.data.instructions import FORMATS, format_of
-from finhpc.data.records import split_name
-from finhpc.data.shards import write_atomic
+from finhpc.data.schema import each, fields_of, open_sources
 from finhpc.errors import ConfigError
-from finhpc.evaluation.documents import documents
+from finhpc.files import write_atomic
 
-TASKS = {"phrasebank": "fpb", "fiqa": "fiqa_sa", "tfns": "tfns", "conll": "ner"}  # format -> task
-NAMED = ("phrasebank", "conll")  # formats of text files, which a task's file must be told
+TASKS = {"phrasebank": "fpb", "fiqa": "fiqa_sa", "tfns": "tfns", "ner": "ner"}  # template -> task
 
 
 def hold_out(config: HoldOutConfig) -> dict[str, Any]:
@@ -42,15 +40,12 @@ def hold_out(config: HoldOutConfig) -> dict[str, Any]:
 def held_out_documents(config: HoldOutConfig) -> dict[str, list[dict[str, Any]]]:
     """Task -> its held-out examples, of all sources together."""
     found: dict[str, list[dict[str, Any]]] = {}
-    settings = Instructions(encoding=config.encoding)
-    for source in config.source:
-        kind = format_of(source, settings)
-        if (task := TASKS.get(kind)) is None:
+    for table in open_sources(config.source, Instructions(encoding=config.encoding)):
+        if table.form is None or (task := TASKS.get(table.form.name)) is None:
             continue
-        path, _ = split_name(source, FORMATS)
-        file = f"{path}:{kind}" if kind in NAMED else path
-        rows, _ = documents(task, EvaluateData(files={task: file}, encoding=config.encoding), None, 0)
-        found.setdefault(task, []).extend(row for row in rows if is_held_out(row["input"], config.eval_fraction))
+        for fields, _ in each(table, partial(fields_of, one=table)):
+            if is_held_out(fields["input"], config.eval_fraction):
+                found.setdefault(task, []).append({name: text.strip() for name, text in sorted(fields.items())})
     if not any(found.values()):
         raise ConfigError(
             f"source={', '.join(config.source)} holds out no example of a financial task; give files of PhraseBank, "

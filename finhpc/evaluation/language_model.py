@@ -2,17 +2,22 @@
 
 Log-probabilities are computed at the positions of the answers alone, not over the vocabulary at every
 token of the prompt, and answers that share all tokens but the last are read from one row.
+
+They are float32 whatever the model's type, and an answer's are summed in float64. lm-eval computes them in the
+model's type by default; in bfloat16 a log-probability of -3 is a multiple of 1/64, so that answers tie.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor, nn
 
+from finhpc.evaluation import plausible
 from finhpc.models.tokens import continuation_ids, encode, prompt_ids
 
 Request = tuple[tuple[str, str], list[int], list[int]]  # texts, tokens of the prompt, tokens of the answer
@@ -54,6 +59,10 @@ class LanguageModel(HFLM):
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
+        """Log-likelihoods of answers, and whether each is the model's own choice.
+
+        Raises `ImplausibleError` where they are such as no sound model gives.
+        """
         groups: dict[tuple[int, ...], list[int]] = {}
         for i, (texts, context, answer) in enumerate(requests):
             if len(context) + len(answer) > self.max_length + 1:
@@ -72,12 +81,17 @@ class LanguageModel(HFLM):
                     target = torch.tensor(requests[i][2], device=log_probs.device)
                     at = [place[position] for position in range(len(row) - len(target), len(row))]
                     of_answer = log_probs[r, at]  # (answer, vocabulary)
-                    score = of_answer.gather(1, target[:, None]).sum()
+                    score = of_answer.gather(1, target[:, None]).double().sum()
                     found[i] = float(score), bool((of_answer.argmax(-1) == target).all())
+            vocab_size = log_probs.shape[-1]
+        if found:
+            tokens = sum(len(answer) for _, _, answer in requests)
+            loss = -math.fsum(score for score, _ in found) / tokens
+            plausible.check("likelihoods of answers", {"loss": loss}, plausible.any_model(vocab_size))
         return found
 
     def _log_probs(self, batch: list[tuple[int, ...]], last: list[int]) -> tuple[Tensor, Tensor]:
-        """Positions, and log-probabilities (rows, positions, vocabulary) there: of each row the `last` ones."""
+        """Positions, and float32 log-probabilities (rows, positions, vocabulary) there: of each row the `last` ones."""
         width = max(map(len, batch))
         tokens = torch.full((len(batch), width), PAD, dtype=torch.long)
         for r, row in enumerate(batch):
@@ -90,4 +104,4 @@ class LanguageModel(HFLM):
                 logits = self.model(inputs, logits_to_keep=kept, use_cache=False).logits
             else:
                 logits = self.model(inputs, use_cache=False).logits[:, kept]
-            return kept, torch.log_softmax(logits, dim=-1)
+            return kept, torch.log_softmax(logits.float(), dim=-1)

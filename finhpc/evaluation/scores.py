@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from finhpc.errors import DataError
+from finhpc.errors import DataError, ImplausibleError
 from finhpc.evaluation.language_model import LanguageModel
 from finhpc.evaluation.metrics import intervals, majority, random_guess, weighted_f1
+from finhpc.evaluation.task_file import rendering
 from finhpc.evaluation.tasks import TaskFile, load_task
 
 Row = dict[str, Any]
@@ -23,28 +24,25 @@ def score(
 
     `acc`, `acc_norm` are lm-eval's own; `weighted_f1` is over the classes of the answers (their places in
     the list of choices). `unread`: examples whose answers' scores are not finite, or all the same, so
-    that nothing was chosen; they count as lm-eval counts them. `cut`: examples whose prompt lost its
-    beginning. Raises `DataError` for a label that is none of an example's choices.
+    that nothing was chosen; they count as lm-eval counts them. `tied`: examples of which two answers or more
+    share the highest score; the first of the list counts, as in lm-eval. `cut`: examples whose prompt lost its
+    beginning. Raises `DataError` for a label that is none of an example's choices, and for a template that cannot
+    be rendered.
     """
-    from lm_eval.evaluator import evaluate
-
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     opened = load_task(task)
     if opened.get_config("num_fewshot") is None:
         opened.set_config(key="num_fewshot", value=0)
     opened.set_fewshot_seed(seed=FEWSHOT_SEED)
     model.cut.clear()
-    # Those of our own tasks were drawn already.
-    found = evaluate(
-        model,
-        {task.name: opened},
-        limit=limit if task.own else None,
-        bootstrap_iters=0,
-        log_samples=True,
-        confirm_run_unsafe_code=True,  # a file with code is here only if it was trusted
-    )
-    assert found is not None  # this process is the only one
-    rows = [_row(sample, opened, model.cut, task) for sample in sorted(found["samples"][task.name], key=_place)]
+    with rendering(task.trusted):
+        found = _evaluated(model, opened, task, limit)
+        rows = [_row(sample, opened, model.cut, task) for sample in sorted(found["samples"][task.name], key=_place)]
+    if not any(row["read"] for row in rows) and any(row["n_choices"] > 1 for row in rows):
+        raise ImplausibleError(
+            f"tasks={task.name}: all answers of every example have the same likelihood, so that nothing was chosen; "
+            "the model's weights are damaged, or the answers of the task file are all alike."
+        )
     scores = {
         key.removesuffix(",none"): float(value)
         for key, value in found["results"][task.name].items()
@@ -61,8 +59,29 @@ def score(
         "examples": len(rows),
         "examples_total": task.total,
         "unread": sum(not row["read"] for row in rows),
+        "tied": sum(row["tied"] for row in rows),
         "cut": sum(row["cut"] for row in rows),
     }, rows
+
+
+def _evaluated(model: LanguageModel, opened: Any, task: TaskFile, limit: int | None) -> dict[str, Any]:
+    """lm-eval's own result, with its samples."""
+    from jinja2 import TemplateError
+    from lm_eval.evaluator import evaluate
+
+    try:
+        found = evaluate(
+            model,
+            {task.name: opened},
+            limit=limit if task.own else None,  # those of our own tasks were drawn already
+            bootstrap_iters=0,
+            log_samples=True,
+            confirm_run_unsafe_code=task.trusted,
+        )
+    except TemplateError as error:
+        raise DataError(f"tasks={task.path}: a template cannot be rendered ({error}); correct the task file.") from None
+    assert found is not None  # this process is the only one
+    return found
 
 
 def _place(sample: dict[str, Any]) -> int:
@@ -93,6 +112,7 @@ def _row(sample: dict[str, Any], task: Any, cut: set[str], file: TaskFile) -> Ro
         "acc": float(sample["acc"]) if "acc" in sample else None,
         **({"acc_norm": float(sample["acc_norm"])} if "acc_norm" in sample else {}),
         "read": bool(np.isfinite(scores).all() and len(np.unique(scores)) > 1),
+        "tied": bool((scores == scores.max()).sum() > 1),
         "cut": any(prompt in cut for prompt in prompts),
         "n_choices": len(choices),
     }

@@ -6,8 +6,8 @@ scores: `lm_eval --model hf --model_args pretrained=MODEL --tasks NAME --include
 
 from __future__ import annotations
 
+import hashlib
 import json
-import re
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -16,9 +16,12 @@ from typing import Any
 import yaml
 
 from finhpc.config import EvaluateConfig, nearest
-from finhpc.data.shards import file_sha256, write_atomic
+from finhpc.data.shards import file_sha256
 from finhpc.errors import ConfigError, DataError
 from finhpc.evaluation.documents import SOURCES, documents
+from finhpc.evaluation.own_task import own_task
+from finhpc.evaluation.task_file import read_task, rendering
+from finhpc.files import write_atomic
 
 PERPLEXITY = "perplexity"
 GENERAL = {  # lm-eval's own definitions, under its tasks/
@@ -27,13 +30,14 @@ GENERAL = {  # lm-eval's own definitions, under its tasks/
     "winogrande": "winogrande/default.yaml",
 }
 TASKS = (*SOURCES, PERPLEXITY)
-# What makes lm-eval import or run something: functions, classes, task code, pickled or scripted data.
-CODE = re.compile(r"!function|!!python|^\s*(class|custom_dataset|unsafe_code)\s*:", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class TaskFile:
-    """A task as lm-eval finds it. `sha256`: of the file and its examples; `total`: examples there are in all."""
+    """A task as lm-eval finds it. `sha256`: of the file, what it includes, and its examples as far as they are on disk.
+
+    `total`: examples there are in all; `trusted`: whether the file may run code.
+    """
 
     name: str
     path: Path
@@ -41,25 +45,36 @@ class TaskFile:
     examples: int | None
     total: int | None
     own: bool  # the user's, read where it lies
+    trusted: bool = False
+    notes: tuple[str, ...] = ()  # what was guessed about its examples
 
 
-def prepare_tasks(config: EvaluateConfig, folder: Path) -> list[TaskFile]:
-    """Write the files of all tasks but perplexity into `folder`; raises one `ConfigError` with every problem."""
+def prepare_tasks(config: EvaluateConfig, folder: Path, write: bool = True) -> list[TaskFile]:
+    """Write the files of all tasks but perplexity into `folder`, or without `write` only describe them.
+
+    Raises one `ConfigError` with every problem.
+    """
     problems: list[str] = []
     found: list[TaskFile] = []
-    folder.mkdir(parents=True, exist_ok=True)
+    if write:
+        folder.mkdir(parents=True, exist_ok=True)
     for name in dict.fromkeys(config.tasks):
         try:
             if name.endswith((".yaml", ".yml")):
                 found.append(_own(Path(name), config))
-            elif name in SOURCES:
-                found.append(_ours(name, config, folder))
+            elif name in SOURCES or name in config.data.files:
+                found.append(_ours(name, config, folder, write))
             elif name != PERPLEXITY:
-                problems.append(f"tasks={name} is no task; {nearest(name, list(TASKS))} Or give a task file (.yaml).")
+                problems.append(
+                    f"tasks={name} is no task; {nearest(name, list(TASKS))} Or give a task file (.yaml), or "
+                    f"your own labelled file with --data.files.{name} FILE."
+                )
         except (ConfigError, DataError) as error:
             problems += str(error).splitlines()
-    unknown = [task for task in config.data.files if task not in SOURCES]
-    problems += [f"data.files.{task} names no task; {nearest(task, list(SOURCES))}" for task in unknown]
+    unknown = [task for task in config.data.files if task not in (*SOURCES, *config.tasks)]
+    problems += [
+        f"data.files.{task} names no task; {nearest(task, list(SOURCES))} Or name it in tasks." for task in unknown
+    ]
     names = [task.name for task in found]
     problems += [f"tasks: {name} is given twice; once is enough." for name in set(names) if names.count(name) > 1]
     if problems:
@@ -67,14 +82,24 @@ def prepare_tasks(config: EvaluateConfig, folder: Path) -> list[TaskFile]:
     return found
 
 
-def _ours(name: str, config: EvaluateConfig, folder: Path) -> TaskFile:
-    rows, total = documents(name, config.data, config.limit, config.seed)
+def _ours(name: str, config: EvaluateConfig, folder: Path, write: bool) -> TaskFile:
+    if name in SOURCES:
+        found = documents(name, config.data, config.limit, config.seed)
+        text, split = _definition(name)
+    else:
+        text, found = own_task(name, config.data, config.limit, config.seed)
+        split = "test"
     examples, path = folder / f"{name}.jsonl", folder / f"{name}.yaml"
-    write_atomic(examples, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
-    text, split = _definition(name)
     data = {"data_files": {split: str(examples.absolute())}}
-    write_atomic(path, (text + yaml.safe_dump({"dataset_kwargs": data})).encode())
-    return TaskFile(name, path, file_sha256(path)[:32] + file_sha256(examples)[:32], len(rows), total, False)
+    contents = {
+        path: (text + yaml.safe_dump({"dataset_kwargs": data})).encode(),
+        examples: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found.rows).encode(),
+    }
+    if write:
+        for file, content in contents.items():
+            write_atomic(file, content)
+    sha256 = "".join(hashlib.sha256(content).hexdigest()[:32] for content in contents.values())
+    return TaskFile(name, path, sha256, len(found.rows), found.total, False, notes=tuple(found.notes))
 
 
 def _definition(name: str) -> tuple[str, str]:
@@ -90,47 +115,51 @@ def _definition(name: str) -> tuple[str, str]:
 
 
 def _own(path: Path, config: EvaluateConfig) -> TaskFile:
-    """A task file of the user's; what it includes is looked into as well."""
+    """A task file of the user's, with what it includes; refused if it runs code and that was not trusted."""
     if not path.is_file():
         raise ConfigError(f"tasks={path} is not a file; give an lm-eval task file or one of: {', '.join(TASKS)}.")
-    if not config.trust_task_code:
-        for file in _with_includes(path, set()):
-            if found := CODE.search(file.read_text(encoding="utf-8")):
-                raise ConfigError(
-                    f"tasks={path} runs code ({found[0].strip()} in {file}), which could do anything to this machine; "
-                    "read that code, then give --trust_task_code true, or write the task without it."
-                )
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    tree = load_yaml(path, resolve_func=False)
+    tree = _trusted(path) if config.trust_task_code else read_task(path)
     name = tree.get("task")
     if not isinstance(name, str):
         raise ConfigError(f"tasks={path} names no single task (task: NAME); give a task file, not a group.")
     if tree.get("output_type") != "multiple_choice":
         raise ConfigError(f"tasks={path} has output_type={tree.get('output_type')}; multiple_choice is what is scored.")
-    return TaskFile(name, path.absolute(), file_sha256(path), None, None, True)
+    return TaskFile(name, path.absolute(), _hash(tree), None, None, True, config.trust_task_code)
 
 
-def _with_includes(path: Path, seen: set[Path]) -> list[Path]:
-    path = path.resolve()
-    if path in seen:
-        return []
-    seen.add(path)
-    if not path.is_file():
-        raise ConfigError(f"tasks: the included file {path} does not exist; restore it.")
-    found = [path]
-    for name in re.findall(r"^\s*(?:-\s*|include\s*:\s*)['\"]?([^\s'\"\[\]]+\.ya?ml)", path.read_text("utf-8"), re.M):
-        found += _with_includes(path.parent / name, seen)
-    return found
+def _trusted(path: Path) -> dict[str, Any]:
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    try:
+        return load_yaml(path, resolve_func=False)
+    except (yaml.YAMLError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"tasks={path} cannot be read ({reason}); correct it.") from None
+
+
+def _hash(tree: dict[str, Any]) -> str:
+    """Of a task's settings and of the files of examples they name."""
+    named = (tree.get("dataset_kwargs") or {}).get("data_files") or []
+    names = [name for value in (named.values() if isinstance(named, dict) else [named]) for name in _listed(value)]
+    files = [file_sha256(Path(name)) for name in names if isinstance(name, str) and Path(name).is_file()]
+    return hashlib.sha256(json.dumps([tree, files], sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def load_task(task: TaskFile) -> Any:
-    """The task, opened by lm-eval with all its examples."""
+    """The task, opened by lm-eval with all its examples; a file of the user's that is not trusted, as data alone.
+
+    Call it, and all that renders the task's prompts, within `rendering(task.trusted)`.
+    """
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_defaults=False)
+    given: Any = read_task(task.path) if task.own and not task.trusted else str(task.path)
     try:
-        return manager.load([str(task.path)])["tasks"][task.name]
+        with rendering(task.trusted):
+            return TaskManager(include_defaults=False).load([given])["tasks"][task.name]
     except Exception as error:  # lm-eval and datasets raise many kinds for files that are not as the task says
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ConfigError(

@@ -17,6 +17,7 @@ from finhpc.config import LINEAR_KINDS, Method
 from finhpc.errors import ConfigError
 from finhpc.lowrank.layers import FactorEmbedding, FactorLinear, LowRankEmbedding, LowRankLinear
 from finhpc.lowrank.registry import DENSE, LAYERS, check_kind
+from finhpc.plugins import require
 
 Ranks = dict[str, int | None]
 
@@ -121,6 +122,8 @@ class LowRankModel(nn.Module):
     """Before a model class of transformers among a class's bases: its linear layers as its config's fields say."""
 
     def __init__(self, config: Any) -> None:
+        require(getattr(config, "finhpc_plugins", None) or (), "this model")
+        check_kind(config.low_rank_kind)
         super().__init__(config)
         make_low_rank(
             self,

@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from transformers.activations import ACT2FN
 
 from finhpc.errors import CheckpointError, ConfigError
-from finhpc.models.families import FAMILIES
+from finhpc.models.families import FAMILIES, check_plugins
 from finhpc.quantization.schemes import MINMAX
 
 ADAPTER = "adapter_config.json"  # a folder that has it is an adapter, whatever else it holds
@@ -49,6 +49,7 @@ def read_config(folder: Path, any_family: bool = False) -> Any:
         raise CheckpointError(
             f"{folder}/config.json is not a model's config (it has no model_type); correct it."
         ) from None
+    check_plugins(folder)
     known = kind.removeprefix("lowrank_") in FAMILIES
     if not known and not any_family:
         raise ConfigError(

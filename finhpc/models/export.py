@@ -270,7 +270,7 @@ def _replace_tokenizer(adapter: Path, out: Path) -> None:
                 file.unlink()
         copy_tokenizer(adapter, out)
     if (adapter / GENERATION).is_file():
-        shutil.copy2(adapter / GENERATION, out / GENERATION)
+        shutil.copyfile(adapter / GENERATION, out / GENERATION)
 
 
 def _counted(config: ExportConfig, conversion: Conversion) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """The families finhpc knows, and what follows from one: config, skeleton, counts.
 
-A new family is one file beside `gpt2.py` and one line here.
+A new family is one file like `gpt2.py` and one line here, or in a plugin (`finhpc.plugins`).
 """
 
 from __future__ import annotations
 
+import json
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,21 +16,38 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from finhpc.config import Recompute
 from finhpc.errors import ConfigError
-from finhpc.lowrank.registry import layers_kind
+from finhpc.lowrank.registry import LAYERS, layers_kind
 from finhpc.lowrank.replace import Ranks, layer_kind
 from finhpc.models import attention, gpt2, llama, mistral, qwen2
 from finhpc.models.family import Family
 from finhpc.models.presets import Shape
+from finhpc.plugins import Registry, require
 from finhpc.quantization.fake import TRAINED
 
-FAMILIES: dict[str, Family] = {
-    family.name: family for family in (gpt2.FAMILY, llama.FAMILY, mistral.FAMILY, qwen2.FAMILY)
-}
+PLUGINS = "finhpc_plugins"  # in config.json: modules of the plugins that the model needs
 
-for _family in FAMILIES.values():
-    _config_class = _family.low_rank_class.config_class
-    AutoConfig.register(_config_class.model_type, _config_class, exist_ok=True)
-    AutoModelForCausalLM.register(_config_class, _family.low_rank_class, exist_ok=True)
+
+def _add(name: str, family: Any) -> None:
+    """Make transformers know a family's low-rank models; raises `ConfigError` where it is not named as they are."""
+    if not isinstance(family, Family):
+        raise ConfigError(f"the model family {name} must be a finhpc.models.family.Family, such as llama_like makes.")
+    dense, low_rank = family.dense_class.config_class, family.low_rank_class.config_class
+    if not (family.name == name == dense.model_type and low_rank.model_type == f"lowrank_{name}"):
+        raise ConfigError(
+            f"the model family {name} has model_type {dense.model_type} and, low-rank, {low_rank.model_type}; it must "
+            f"be named as they are: {dense.model_type} and lowrank_{dense.model_type}."
+        )
+    AutoConfig.register(low_rank.model_type, low_rank, exist_ok=True)
+    AutoModelForCausalLM.register(low_rank, family.low_rank_class, exist_ok=True)
+
+
+FAMILIES: Registry[Family] = Registry(
+    "the model family",
+    {family.name: family for family in (gpt2.FAMILY, llama.FAMILY, mistral.FAMILY, qwen2.FAMILY)},
+    _add,
+)
+for _name, _family in FAMILIES.own():
+    _add(_name, _family)
 
 
 def family_of(config: Any) -> Family:
@@ -66,8 +85,28 @@ def make_config(shape: Shape, ranks: Ranks, kind: str = "low_rank") -> Any:
     """transformers config of a shape; the low-rank class unless every rank is None. `kind`: `method.kind`."""
     family = FAMILIES[shape.family]
     if any(rank is not None for rank in ranks.values()):
-        return family.low_rank_config(shape, ranks, layers_kind(kind))
-    return family.dense_config(shape)
+        return _noted(family.low_rank_config(shape, ranks, layers_kind(kind)))
+    return _noted(family.dense_config(shape))
+
+
+def _noted(config: Any) -> Any:
+    """With the names of the plugins that a model of this config needs to be opened."""
+    origins = [FAMILIES.origin(family_of(config).name)]
+    if is_low_rank(config):
+        origins.append(LAYERS.origin(config.low_rank_kind))
+    if needed := sorted({origin for origin in origins if origin}):
+        setattr(config, PLUGINS, needed)
+    return config
+
+
+def check_plugins(folder: Path) -> None:
+    """Raise `ConfigError` naming the plugin that the model in a folder needs and this process has not imported."""
+    try:
+        tree = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # whoever opens it says so
+    if isinstance(tree, dict) and isinstance(needed := tree.get(PLUGINS), list):
+        require(map(str, needed), f"model={folder}")
 
 
 def is_low_rank(config: Any) -> bool:
@@ -92,7 +131,7 @@ def as_low_rank(config: Any, ranks: Ranks, layers: dict[str, int] | None = None)
     made = family.low_rank_class.config_class(**kept, low_rank=ranks, low_rank_layers=layers or None, dense_tied=tied)
     made.architectures = [family.low_rank_class.__name__]
     made.dtype = "float32"
-    return made
+    return _noted(made)
 
 
 def as_dense(config: Any) -> Any:
@@ -101,9 +140,9 @@ def as_dense(config: Any) -> Any:
     Whether head and embedding are tied stays as it is: low-rank ones are not.
     """
     fields = ("low_rank", "low_rank_kind", "low_rank_layers", "dense_tied", "factor_modules")
-    ours = {*fields, "model_type", "architectures", TRAINED}
+    ours = {*fields, "model_type", "architectures", TRAINED, PLUGINS}
     kept = {key: value for key, value in config.to_dict().items() if key not in ours}
-    return family_of(config).dense_class.config_class.from_dict(kept)
+    return _noted(family_of(config).dense_class.config_class.from_dict(kept))
 
 
 def dense_original(config: Any) -> Any:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from finhpc.errors import CheckpointError, ConfigError
+from finhpc.files import publish
 
 FILE_BYTES = 1 << 30  # a file of weights is written when it has grown beyond this: what is held in memory
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -126,7 +127,7 @@ def copy_tokenizer(source: Path, out: Path) -> bool:
         for file in source.glob(pattern):
             if file.is_file():
                 (out / file.relative_to(source)).parent.mkdir(exist_ok=True)
-                shutil.copy2(file, out / file.relative_to(source))
+                shutil.copyfile(file, out / file.relative_to(source))
     return True
 
 
@@ -182,7 +183,7 @@ class FolderWriter:
 
     def publish(self) -> None:
         try:
-            self.partial.rename(self.out)
+            publish(self.partial, self.out)
         except OSError as error:  # something came into being there meanwhile
             raise ConfigError(f"out={self.out} cannot be replaced ({error.strerror}); choose another --out.") from None
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from finhpc.errors import CheckpointError
+from finhpc.files import publish
 from finhpc.models.manifest import check_manifest, write_manifest
 from finhpc.quantization.schemes import SCHEMES
 
@@ -48,7 +49,7 @@ def keep_base(adaptation: Adaptation, folder: Path, advance: Callable[[int], Non
         save_file({key: value.contiguous() for key, value in held.items()}, partial / f"{matrix.name}{FILE}")
         advance(1)
     write_manifest(partial)
-    partial.rename(folder)
+    publish(partial, folder)
 
 
 def kept_bytes(adaptation: Adaptation) -> int:

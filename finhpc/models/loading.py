@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
 from finhpc.errors import CheckpointError
+from finhpc.files import publish
 from finhpc.models.adapter import merge_adapter
 from finhpc.models.adapter_file import base_of, check_base, load_adapter
 from finhpc.models.attached import attach
@@ -156,5 +157,4 @@ def save_model(
     hf_config.save_pretrained(partial)
     if tokenizer is not None:
         save_tokenizer(tokenizer, partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    publish(partial, folder, over=True)

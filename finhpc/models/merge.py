@@ -15,6 +15,8 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from finhpc.files import replace
+
 FILE_BYTES = 5_000_000_000  # largest file of a model that is cut into several, as transformers cuts
 
 
@@ -22,7 +24,9 @@ def save_atomic(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]
     """Write a safetensors file, complete or absent."""
     fresh = path.with_name(path.name + ".tmp")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, fresh, metadata=metadata)
-    os.replace(fresh, path)
+    with open(fresh, "rb") as file:
+        os.fsync(file.fileno())
+    replace(fresh, path)
 
 
 def header_of(path: Path) -> dict[str, Any]:

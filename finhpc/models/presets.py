@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from finhpc.config import Model, nearest
 from finhpc.errors import ConfigError
+from finhpc.plugins import Registry
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def _llama(layers: int, width: int, heads: int, mlp: int, kv_heads: int = 0, voc
     return Shape("llama", layers, width, heads, 4096, vocab, False, kv_heads=kv_heads, mlp_width=mlp)
 
 
-PRESETS: dict[str, Shape] = {
+SHAPES = {
     "gpt2-tiny": _gpt2(4, 128, 4),
     "gpt2-small-cpu": _gpt2(6, 384, 6),
     "gpt2-127m": _gpt2(12, 768, 12),
@@ -48,6 +49,14 @@ PRESETS: dict[str, Shape] = {
     "llama2-13b": _llama(40, 5120, 40, 13824),
     "llama2-70b": _llama(80, 8192, 64, 28672, kv_heads=8),
 }
+
+
+def _check_shape(name: str, shape: object) -> None:
+    if not isinstance(shape, Shape):
+        raise ConfigError(f"model.preset={name} must be a finhpc.models.presets.Shape.")
+
+
+PRESETS: Registry[Shape] = Registry("model.preset", SHAPES, _check_shape)
 
 
 def resolve_shape(model: Model, vocab_size: int | None = None) -> Shape:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import ExitStack, contextmanager
 
 from finhpc.config import TrainingConfig
 from finhpc.errors import ConfigError, TrainingFailedError
+from finhpc.interrupts import terminable
+from finhpc.own_ray import keep_token_private, own_ray
+from finhpc.package import check_workers_package
 
 
 @contextmanager
@@ -20,53 +22,24 @@ def ray_cluster() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    # What polls and waits by default costs a short run seconds.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    _keep_token_private()  # an older one, before anything listens
-    try:
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(log_to_driver=False, logging_level="ERROR")
-        else:
-            ray.init(
-                "local",
-                num_cpus=os.cpu_count() or 1,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level="ERROR",
-            )
-        _keep_token_private()
-    except Exception as error:  # Ray raises bare ones here
-        where = os.environ.get("RAY_ADDRESS") or "this machine"
-        raise TrainingFailedError(
-            f"Ray did not start on {where}: {str(error).rstrip('.')}. Most often the address is wrong, the machine "
-            "overloaded or its disk full; mend that and run the same command again."
-        ) from None
-    try:
+    check_workers_package()
+    with ExitStack() as stack:
+        try:
+            if os.environ.get("RAY_ADDRESS"):
+                keep_token_private()
+                stack.callback(ray.shutdown)
+                os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+                ray.init(log_to_driver=False, logging_level="ERROR")
+                stack.enter_context(terminable())  # again, because Ray replaces the handlers
+            else:
+                stack.enter_context(own_ray(os.cpu_count() or 1))
+        except Exception as error:  # Ray raises bare ones here
+            where = os.environ.get("RAY_ADDRESS") or "this machine"
+            raise TrainingFailedError(
+                f"Ray did not start on {where}: {str(error).rstrip('.')}. Most often the address is wrong, the machine "
+                "overloaded or its disk full; mend that and run the same command again."
+            ) from None
         yield
-    finally:
-        _shut_down()
-
-
-def _shut_down() -> None:
-    """Leave Ray; of one started here, leave no process behind.
-
-    It ends its workers by asking them, and one that was stopped never hears it.
-    """
-    import psutil
-    import ray
-    from ray._private import worker
-
-    node = getattr(worker, "_global_node", None)
-    raylets = node.all_processes.get("raylet", []) if node is not None else []
-    workers: list[psutil.Process] = []
-    for raylet in raylets:
-        with suppress(psutil.Error):
-            workers += psutil.Process(raylet.process.pid).children(recursive=True)
-    ray.shutdown()
-    _, left = psutil.wait_procs(workers, timeout=5)
-    for process in left:
-        with suppress(psutil.Error):
-            process.kill()
 
 
 def cluster_resources() -> dict[str, float]:
@@ -129,11 +102,3 @@ def dead_process() -> str | None:
     node = getattr(worker, "_global_node", None)
     dead = node.dead_processes() if node is not None else []
     return next((str(name) for name, _ in dead if name in ("raylet", "gcs_server")), None)
-
-
-def _keep_token_private() -> None:
-    """Ray writes its authentication token readable by everyone; make it the user's alone."""
-    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    with suppress(PermissionError):  # a token that somebody else put there is not ours to change
-        if token.is_file() and token.stat().st_mode & 0o077:
-            token.chmod(0o600)

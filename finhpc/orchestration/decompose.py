@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import sys
 import time
@@ -26,8 +25,8 @@ from safetensors import safe_open
 from finhpc.config import LINEAR_KINDS, DecomposeConfig
 from finhpc.data.calibration import calibration_blocks
 from finhpc.data.progress import Progress
-from finhpc.data.shards import write_atomic
 from finhpc.errors import CheckpointError, ConfigError, DataError, RunBusyError
+from finhpc.files import private_folder, publish, write_atomic
 from finhpc.models.families import as_low_rank, context_name, context_of, model_sizes, parameter_count, skeleton
 from finhpc.models.manifest import check_manifest, write_manifest
 from finhpc.models.merge import header_of, merge_model, save_atomic
@@ -48,6 +47,7 @@ from finhpc.orchestration.groups import (
     with_moments,
 )
 from finhpc.orchestration.spectra import draw, save_spectra, summary
+from finhpc.package import Driver
 from finhpc.training.allocator import give_back_freed_memory
 
 FORMAT = 1
@@ -81,7 +81,7 @@ def decompose(config: DecomposeConfig, dry_run: bool = False) -> dict[str, Any]:
         with ray_cluster():
             cuda = _use_cuda(config)
             groups = groups_of(targets, weights, config.whiten, cuda)
-            job = Job(source, settings, work, config.keep_energy, config.resources.threads, cuda)
+            job = Job(source, settings, work, config.keep_energy, config.resources.threads, cuda, Driver.here())
             factorise_began = time.monotonic()
             peaks = _factorise(groups, weights, job, config)
         factorise_s = time.monotonic() - factorise_began
@@ -96,7 +96,7 @@ def decompose(config: DecomposeConfig, dry_run: bool = False) -> dict[str, Any]:
         save_spectra(groups, work, model / "spectra.npz")
         draw(model / "spectra.npz", reports, model / "spectra.png")
         write_atomic(model / RESULT, json.dumps(result, indent=1).encode() + b"\n")
-        os.rename(model, out)
+        publish(model, out)
     shutil.rmtree(work)
     summary(result)
     return result
@@ -137,7 +137,7 @@ def _workplace(out: Path, settings: str) -> Iterator[Path]:
     """`OUT.partial`, locked for this process, with what an earlier run of the same settings left there."""
     work = out.with_name(out.name + ".partial")
     try:
-        work.mkdir(parents=True, exist_ok=True)
+        private_folder(work)
     except OSError as error:
         raise ConfigError(f"out={out} cannot be written ({error.strerror}); choose another --out.") from None
     with open(work / "lock", "w") as lock:
@@ -151,7 +151,11 @@ def _workplace(out: Path, settings: str) -> Iterator[Path]:
             for path in [path for path in work.iterdir() if path.name != "lock"]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         write_atomic(key, settings.encode())
-        yield work
+        try:
+            yield work
+        except (ConfigError, DataError):  # mending that makes it another run
+            shutil.rmtree(work)
+            raise
 
 
 def _use_cuda(config: DecomposeConfig) -> bool:

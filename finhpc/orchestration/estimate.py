@@ -8,7 +8,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from finhpc.config import EstimateConfig, Hardware, Method, PretrainConfig, Recompute, TrainingConfig, nearest
+from finhpc.config import (
+    EstimateConfig,
+    FinetuneEstimateConfig,
+    Hardware,
+    Method,
+    PretrainConfig,
+    Recompute,
+    TrainingConfig,
+    nearest,
+)
 from finhpc.errors import ConfigError
 from finhpc.lowrank.blend import blend_steps
 from finhpc.lowrank.registry import BLEND
@@ -17,8 +26,9 @@ from finhpc.models.config_file import read_config
 from finhpc.models.families import dense_original, make_config, skeleton
 from finhpc.models.presets import resolve_shape
 from finhpc.orchestration.estimate_tables import show
-from finhpc.orchestration.measuring import part_seconds
+from finhpc.orchestration.measuring import own_part_seconds, part_seconds
 from finhpc.orchestration.plan import Plan, check_blend, check_model, check_parallel, collect
+from finhpc.orchestration.run_time import measurable, this_machine_busy, training_time
 from finhpc.orchestration.start import model_config
 from finhpc.planning import paper
 from finhpc.planning.devices import CPU_REACHED, DEVICES, REACHED, THIS_MACHINE, Cluster, gpu_here, this_machine
@@ -26,16 +36,26 @@ from finhpc.planning.memory import Memory, Scheme, StageMemory, Topology
 from finhpc.planning.outline import Outline, outline_of
 from finhpc.planning.pace import Pace, measured, paced, reached_by, step_operations
 from finhpc.planning.topology import Option, options
+from finhpc.training.optimizer import OPTIMIZERS, check_optimizer
 
 MODES: tuple[Recompute, ...] = ("none", "attention", "full")
 
 
-def estimate(config: EstimateConfig) -> dict[str, Any]:
+def estimate(config: EstimateConfig | FinetuneEstimateConfig, dry_run: bool = False) -> dict[str, Any]:
     """Plan the run of `config` on the hardware of its `estimate` section; print tables, return the result.
 
-    Nothing is trained or written. With `estimate.device this-machine` the parts are measured here, by as
-    many processes as the run has workers. Raises `ConfigError` with every problem.
+    Nothing is trained or written. With `estimate.device this-machine` the parts of a pretraining are measured here, by
+    as many processes as the run has workers, which `dry_run` refuses. Raises `ConfigError` with every problem.
     """
+    if isinstance(config, FinetuneEstimateConfig):
+        from finhpc.orchestration.estimate_finetune import estimate_finetune
+
+        return estimate_finetune(config)
+    if dry_run and config.estimate.device == THIS_MACHINE:
+        raise ConfigError(
+            f"estimate.device={THIS_MACHINE} runs the model's parts to measure them, which --dry_run does not; leave "
+            "--dry_run out (nothing is trained or written), or name a device, such as a100-80gb."
+        )
     hf_config, params_dense = checked(config)
     wanted = config.estimate
     topology, cluster = topology_of(config), _cluster(config)
@@ -80,34 +100,44 @@ def estimate(config: EstimateConfig) -> dict[str, Any]:
     return result
 
 
-def of_plan(plan: Plan, cuda: bool, here: bool) -> dict[str, Any]:
-    """Memory by stage and the time of a step, as a dry run shows them.
+def of_plan(plan: Plan, cuda: bool, here: bool, measures: bool = True) -> dict[str, Any]:
+    """Memory by stage, the time of a step and of the whole run (`run_s`, ...), as a dry run shows them.
 
     `here`: whether the run would be on this machine; else, and on a GPU without a data sheet here, its time
-    is not known (null).
+    is not known (null). `measures`: whether the model's parts are measured, on a CPU, where they are small enough.
     """
     config, topology = plan.config, topology_of(plan.config)
     scheme = scheme_of(config, cuda)
     outline = replace(plan.outline, fused=scheme.fused(config.data.seq_len))
     memory = Memory(outline, scheme)
-    cut = outline.stages(topology.stages)
+    cut, pace, reckoned, how = outline.stages(topology.stages), None, None, None
     device = None
     if here:
         device = gpu_here() if cuda else this_machine(topology.workers, config.resources.threads)
+    if device is not None:
+        reached = REACHED if cuda else CPU_REACHED
+        workers = topology.workers
+        cluster = Cluster(device, 1, workers, device.memory_gb * 1e9, reached, config.train.precision)
+        pace = reckoned = paced(outline, topology, cut, cluster)
+        how = device.said(config.train.precision, reached)
+        if measures and not cuda and measurable(pace, outline.kinds):
+            seconds = own_part_seconds(config, plan.hf_config)
+            cut = outline.stages(topology.stages, seconds)
+            pace, how = measured(outline, topology, cut, cluster, seconds), "its parts measured on this machine"
     numbers: dict[str, Any] = {
         "stages": stages_of(memory.stages(topology, cut)),
         "operations_per_step": step_operations(outline, topology.samples_per_step),
         "step_s": None,
         "tokens_per_s": None,
         "how": None,
+        "reckoned_step_s": None if reckoned is None else reckoned.step_s,
+        "run_s": None,
         "not_counted": not_counted(config, outline, scheme),
     }
-    if device is not None:
-        reached = REACHED if cuda else CPU_REACHED
-        workers = topology.workers
-        cluster = Cluster(device, 1, workers, device.memory_gb * 1e9, reached, config.train.precision)
-        numbers |= timing(outline, topology, paced(outline, topology, cut, cluster))
-        numbers["how"] = device.said(config.train.precision, reached)
+    if pace is not None:
+        numbers |= timing(outline, topology, pace) | {"how": how}
+        batches = config.data.eval_samples // (topology.micro_batch_size * topology.replicas)
+        numbers |= training_time(config, pace, batches, cuda).numbers(this_machine_busy())
     return numbers
 
 
@@ -131,6 +161,8 @@ def not_counted(config: PretrainConfig, outline: Outline, scheme: Scheme) -> lis
             f"{memory} of W ({method.blend_weight}), {outline.replaced:,} parameters until step "
             f"{blend_steps(method, config.train.steps)}: {(6 if trained else 4) * multiplied:,} operations a token"
         )
+    if origin := OPTIMIZERS.origin(config.optimizer.name):
+        found.append(f"optimizer.name={config.optimizer.name} of {origin}: its moments are taken for AdamW's two")
     if config.optimizer.name == "adamw8bit" and scheme.name == "paper":
         found.append("optimizer.name=adamw8bit: the paper's scheme has moments of 4 bytes, and it takes about 1")
     return found
@@ -169,6 +201,8 @@ def checked(config: EstimateConfig) -> tuple[Any, int]:
         check_parallel(config)
     with collect(problems):
         check_blend(config)
+    with collect(problems):
+        check_optimizer(config.optimizer)
     with collect(problems):
         _check_hardware(config)
     with collect(problems):

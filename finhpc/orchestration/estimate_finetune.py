@@ -20,12 +20,16 @@ from finhpc.models.presets import PRESETS, resolve_shape
 from finhpc.models.weights import Weights, locate, open_weights
 from finhpc.orchestration.estimate import check_device, cluster_of, stages_of
 from finhpc.orchestration.estimate_finetune_tables import show
+from finhpc.orchestration.measuring import adapted_part_seconds
 from finhpc.orchestration.plan import check_parallel, check_stages, collect
+from finhpc.orchestration.run_time import measurable, this_machine_busy, training_time
 from finhpc.planning import table_ix
 from finhpc.planning.adapted import PackSize, Shapes
 from finhpc.planning.devices import CPU_REACHED, REACHED, THIS_MACHINE, Cluster, gpu_here, this_machine
 from finhpc.planning.finetune import FinetunePlan
 from finhpc.planning.memory import Topology
+from finhpc.planning.pace import Pace
+from finhpc.training.optimizer import check_optimizer
 
 BITS = (16, 8, 4)
 PACKS_LOOKED_AT = 200  # steps whose packs a dry run makes
@@ -58,7 +62,7 @@ def estimate_finetune(config: FinetuneEstimateConfig) -> dict[str, Any]:
             "device": asdict(cluster.device) | {"usable_bytes": cluster.usable, "reached": cluster.reached},
             "stages": stages_of(plan.stages(), cluster.usable),
             "by_bits": list(_by_bits(plan, cluster, tokens)),
-            **timing(plan, cluster, tokens),
+            **timing(plan, plan.pace(cluster), tokens),
             "table_ix": _beside_table_ix(config, plan),
             "differences": [asdict(difference) for difference in table_ix.DIFFERENCES],
         },
@@ -68,7 +72,13 @@ def estimate_finetune(config: FinetuneEstimateConfig) -> dict[str, Any]:
 
 
 def of_examples(
-    config: FinetuneConfig, adaptation: Adaptation, examples: Examples, batches: Batches, cuda: bool, here: bool
+    config: FinetuneConfig,
+    adaptation: Adaptation,
+    examples: Examples,
+    batches: Batches,
+    cuda: bool,
+    here: bool,
+    measures: bool = True,
 ) -> dict[str, Any]:
     """Memory by stage and the time of a step, as a dry run of a finetuning shows them.
 
@@ -88,6 +98,8 @@ def of_examples(
         "step_s": None,
         "tokens_per_s": None,
         "how": None,
+        "reckoned_step_s": None,
+        "run_s": None,
         "not_counted": [],
     }
     usual = replace(plan, pack=_size(middle))
@@ -98,15 +110,23 @@ def of_examples(
     if device is not None:
         reached = REACHED if cuda else CPU_REACHED
         cluster = Cluster(device, 1, topology.workers, device.memory_gb * 1e9, reached, config.train.precision)
+        pace, numbers["how"] = usual.pace(cluster), device.said(config.train.precision, reached)
+        numbers["reckoned_step_s"] = pace.step_s
+        if measures and not cuda and measurable(pace, [part.kind for part in usual.parts]):
+            seconds = adapted_part_seconds(adaptation, middle, config.resources.threads)
+            stage_s = [sum(seconds[part.kind] for part in parts) for parts in usual.cut]
+            pace, numbers["how"] = replace(pace, stage_s=stage_s), "its parts measured on this machine"
         lengths = np.diff(examples.train.offsets)
-        numbers |= timing(usual, cluster, per_step * float(lengths.mean()))
-        numbers["how"] = device.said(config.train.precision, reached)
+        numbers |= timing(usual, pace, per_step * float(lengths.mean()))
+        scored = min(len(examples.held_out), config.data.eval_limit or len(examples.held_out))
+        eval_batches = -(-scored // (topology.micro_batch_size * topology.replicas))
+        numbers |= training_time(config, pace, eval_batches, cuda).numbers(this_machine_busy())
     return numbers
 
 
-def timing(plan: FinetunePlan, cluster: Cluster, tokens: float) -> dict[str, Any]:
+def timing(plan: FinetunePlan, pace: Pace, tokens: float) -> dict[str, Any]:
     """Seconds and tokens a second of a step of so many tokens, each example's counted whole."""
-    pace, topology = plan.pace(cluster), plan.topology
+    topology = plan.topology
     return {
         "operations_per_step": plan.operations() * topology.micro_batches * topology.replicas,
         "stage_s": pace.stage_s,
@@ -157,6 +177,8 @@ def checked(config: FinetuneEstimateConfig) -> tuple[Weights, Adaptation]:
         check_parallel(config)
     with collect(problems):
         check_device(config.estimate)
+    with collect(problems):
+        check_optimizer(config.optimizer)
     work = config.estimate
     if work.shared + work.answer >= work.tokens:
         problems.append(

@@ -8,6 +8,7 @@ from typing import Any
 from finhpc.config import EstimateConfig
 from finhpc.models.family import described
 from finhpc.orchestration.progress import rows_table, summary_table
+from finhpc.orchestration.run_time import said
 from finhpc.planning.devices import THIS_MACHINE, Cluster
 from finhpc.planning.outline import Outline
 
@@ -141,11 +142,11 @@ def plan_summary(numbers: dict[str, Any], steps: int) -> list[tuple[str, str]]:
     rows += [("not counted", line) for line in numbers["not_counted"]]
     if numbers["step_s"] is None:
         return [*rows, ("time", "for a GPU not known here: finhpc estimate --estimate.device NAME")]
-    pace = f"{numbers['step_s']:,.2g} s, {numbers['tokens_per_s']:,.0f} tokens/s: rough, {numbers['how']}"
-    whole = str(timedelta(seconds=round(steps * numbers["step_s"])))
+    pace = f"{numbers['step_s']:,.2g} s, {numbers['tokens_per_s']:,.0f} tokens/s on idle cores: {numbers['how']}"
     return [
         *rows,
         ("a step", pace),
-        (f"all {steps:,} steps", whole),
+        (f"all {steps:,} steps", str(timedelta(seconds=round(steps * numbers["step_s"])))),
+        ("the whole run", said(numbers)),
         ("pipeline bubble", f"{numbers['pipeline_bubble']:.1%} with even stages"),
     ]

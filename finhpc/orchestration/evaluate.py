@@ -18,15 +18,19 @@ from typing import Any
 
 from finhpc.config import EvaluateConfig, to_yaml
 from finhpc.data.progress import Progress
-from finhpc.data.shards import Shards, write_atomic
+from finhpc.data.shards import Shards
 from finhpc.errors import ConfigError, FinhpcError, TrainingFailedError
 from finhpc.evaluation.models import Subject, subjects
 from finhpc.evaluation.tasks import PERPLEXITY, TaskFile, prepare_tasks
+from finhpc.files import write_atomic
 from finhpc.orchestration.cluster import cluster_resources, ray_cluster
 from finhpc.orchestration.evaluate_report import log_to_mlflow, summary
 from finhpc.orchestration.evaluate_worker import Pair, Scorer
+from finhpc.orchestration.mlflow_store import check_store
 from finhpc.orchestration.run import whole_path
 from finhpc.orchestration.runfolder import RunFolder, redact
+from finhpc.orchestration.tracking import absolute_tracking_uri, default_tracking_uri
+from finhpc.package import Driver
 from finhpc.quantization.schemes import SCHEMES
 
 FORMAT = 1
@@ -38,32 +42,22 @@ def evaluate(config: EvaluateConfig, dry_run: bool = False) -> dict[str, Any]:
 
     `scores` is task: metric: value, with `ci95`, `majority` and `random` beside, of the only model, or null where
     there are several; `models` has them of each. Continues an interrupted run. With `dry_run` it checks models and
-    data and writes the task files alone. Raises `ConfigError` listing every problem with settings, models and data.
+    data, counts, and writes nothing. Raises `ConfigError` listing every problem with settings, models and data.
     """
     began = time.monotonic()
     if config.data.shards:  # workers have other working directories
         data = config.data.model_copy(update={"shards": whole_path(config.data.shards)})
         config = config.model_copy(update={"data": data})
     folder = RunFolder(config.run.storage, config.run.name)
+    uri = absolute_tracking_uri(config.run.tracking_uri or default_tracking_uri(config.run.storage))
+    check_store(uri, config.run.experiment)
+    if dry_run:
+        found, _, pairs, pending, result = _planned(config, folder.path, write=False)
+        what = f"{_counted(len(found), 'model')} x {_counted(len(result['tasks']), 'task')}"
+        _say(f"{what}, {len(pending)} of {_counted(len(pairs), 'pair')} to score")
+        return result
     with folder.lock():
-        found, tasks = _checked(config, folder.path)
-        names = [task.name for task in tasks] + ([PERPLEXITY] if PERPLEXITY in config.tasks else [])
-        pairs = [_pair(config, folder.path, subject, task) for subject in found for task in (*tasks, None)]
-        pairs = [pair for pair in pairs if pair.task is not None or PERPLEXITY in config.tasks]
-        pending = [pair for pair in pairs if not pair.done()]
-        result: dict[str, Any] = {
-            "status": "dry_run",
-            "tasks": names,
-            "examples": {task.name: task.examples for task in tasks},
-            "pairs": len(pairs),
-            "pairs_pending": len(pending),
-            "scores": None,
-            "models": [{"name": s.name, "model": s.path, "adapter": s.adapter, "scores": None} for s in found],
-        }
-        if dry_run:
-            what = f"{_counted(len(found), 'model')} x {_counted(len(names), 'task')}"
-            _say(f"{what}, {len(pending)} of {_counted(len(pairs), 'pair')} to score")
-            return result
+        found, tasks, pairs, pending, result = _planned(config, folder.path, write=True)
         run = config.run.model_copy(update={"tracking_uri": redact(config.run.tracking_uri or "") or None})
         write_atomic(folder.path / "config.yaml", to_yaml(config.model_copy(update={"run": run})).encode())
         folder.write_environment()
@@ -79,7 +73,7 @@ def evaluate(config: EvaluateConfig, dry_run: bool = False) -> dict[str, Any]:
             "wall_s": time.monotonic() - began,
         }
         folder.write_result(result)
-        result["mlflow_run_id"], result["tracking_uri"] = log_to_mlflow(config, folder.path, found, result)
+        result["mlflow_run_id"], result["tracking_uri"] = log_to_mlflow(config, folder.path, found, tasks, result)
         folder.write_result(result)
     summary(result)
     if failed:
@@ -87,7 +81,29 @@ def evaluate(config: EvaluateConfig, dry_run: bool = False) -> dict[str, Any]:
     return result
 
 
-def _checked(config: EvaluateConfig, folder: Path) -> tuple[list[Subject], list[TaskFile]]:
+def _planned(
+    config: EvaluateConfig, folder: Path, write: bool
+) -> tuple[list[Subject], list[TaskFile], list[Pair], list[Pair], dict[str, Any]]:
+    """The models, the tasks, all pairs, those to be scored, and the result so far; `write`: the task files too."""
+    found, tasks = _checked(config, folder, write)
+    for note in (note for task in tasks for note in task.notes):
+        _say(note)
+    pairs = [_pair(config, folder, subject, task) for subject in found for task in (*tasks, None)]
+    pairs = [pair for pair in pairs if pair.task is not None or PERPLEXITY in config.tasks]
+    pending = [pair for pair in pairs if not pair.done()]
+    result: dict[str, Any] = {
+        "status": "dry_run",
+        "tasks": [task.name for task in tasks] + ([PERPLEXITY] if PERPLEXITY in config.tasks else []),
+        "examples": {task.name: task.examples for task in tasks},
+        "pairs": len(pairs),
+        "pairs_pending": len(pending),
+        "scores": None,
+        "models": [{"name": s.name, "model": s.path, "adapter": s.adapter, "scores": None} for s in found],
+    }
+    return found, tasks, pairs, pending, result
+
+
+def _checked(config: EvaluateConfig, folder: Path, write: bool) -> tuple[list[Subject], list[TaskFile]]:
     """Models and task files, or one error with everything that is wrong."""
     problems: list[str] = []
     found: list[Subject] = []
@@ -99,7 +115,7 @@ def _checked(config: EvaluateConfig, folder: Path) -> tuple[list[Subject], list[
     except ConfigError as error:
         problems += error.problems
     try:
-        tasks = prepare_tasks(config, folder / "tasks")
+        tasks = prepare_tasks(config, folder / "tasks", write)
     except ConfigError as error:
         problems += error.problems
     problems += _shards_problems(config) + _quantization_problems(config)
@@ -227,7 +243,7 @@ def _actors(config: EvaluateConfig, most: int) -> Iterator[Any]:
         )
     actor = ray.remote(num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker if cuda else 0)(Scorer)
     for _ in range(min(config.workers or room, most)):
-        yield actor.remote(config, cuda)
+        yield actor.remote(config, cuda, Driver.here())
 
 
 def _collected(found: list[Subject], pairs: list[Pair]) -> dict[str, Any]:

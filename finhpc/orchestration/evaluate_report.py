@@ -8,17 +8,19 @@ EVALUATION/MODEL, with the same metric names, so that MLflow's comparison page h
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finhpc.config import EvaluateConfig, flatten
+from finhpc.config import EvaluateConfig
+from finhpc.data.shards import Shards
 from finhpc.evaluation.models import Subject
-from finhpc.orchestration.mirror import PARAM_LENGTH, PARAMS_A_BATCH, REQUEST_TIMEOUT_S
-from finhpc.orchestration.mlflow_store import artifact_location
-from finhpc.orchestration.runfolder import redact, write_atomically
-from finhpc.orchestration.sweep_tracking import PARENT
+from finhpc.evaluation.tasks import PERPLEXITY, TaskFile
+from finhpc.files import write_atomic
+from finhpc.orchestration.mirror import PARAM_LENGTH, PARAMS_A_BATCH, TAG_LENGTH
+from finhpc.orchestration.mlflow_shown import HIDDEN, PARENT, Dataset, parameters, setting_tags
+from finhpc.orchestration.mlflow_store import active_run, experiment_id, set_up_client
+from finhpc.orchestration.runfolder import redact
 from finhpc.orchestration.tracking import absolute_tracking_uri, default_tracking_uri
 
 if TYPE_CHECKING:
@@ -29,22 +31,20 @@ STATE = "mlflow.json"
 
 
 def log_to_mlflow(
-    config: EvaluateConfig, folder: Path, subjects: list[Subject], result: dict[str, Any]
+    config: EvaluateConfig, folder: Path, subjects: list[Subject], tasks: list[TaskFile], result: dict[str, Any]
 ) -> tuple[str | None, str]:
     """Log everything; returns the evaluation's run id, or None where MLflow did not take it, and its address.
 
     What it did not take stays in the run folder; the same command sends it again.
     """
-    for name, value in (("MAX_RETRIES", "0"), ("TIMEOUT", REQUEST_TIMEOUT_S)):
-        os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{name}", value)
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    set_up_client()
     uri = absolute_tracking_uri(config.run.tracking_uri or default_tracking_uri(config.run.storage))
     run_id: str | None = None
     try:
         from mlflow import MlflowClient
 
-        run_id = _own_run(MlflowClient(tracking_uri=uri), config, folder, uri, result)
+        datasets = _datasets(config, tasks)
+        run_id = _own_run(MlflowClient(tracking_uri=uri), config, folder, uri, result, datasets)
     except Exception as error:  # whatever MLflow or the network comes up with: the scores are there
         _complain(uri, folder, error)
     for subject, model in zip(subjects, result["models"], strict=True):
@@ -72,81 +72,106 @@ def _complain(uri: str, folder: Path, error: Exception) -> None:
     )
 
 
-def _own_run(client: MlflowClient, config: EvaluateConfig, folder: Path, uri: str, result: dict[str, Any]) -> str:
+def _datasets(config: EvaluateConfig, tasks: list[TaskFile]) -> list[Dataset]:
+    """What the models are scored on: the file of each task, and the shards of perplexity."""
+    files = config.data.files
+    found = [
+        Dataset(task.name, task.sha256, files.get(task.name, config.data.folder or str(task.path)), "evaluation",
+                {"examples": task.examples})
+        for task in tasks
+    ]  # fmt: skip
+    if PERPLEXITY in config.tasks and config.data.shards:
+        found.append(Dataset.of_shards(Shards.open(config.data.shards), "evaluation"))
+    return found
+
+
+def _own_run(
+    client: MlflowClient,
+    config: EvaluateConfig,
+    folder: Path,
+    uri: str,
+    result: dict[str, Any],
+    datasets: list[Dataset],
+) -> str:
     """The evaluation's run: one for the folder, however often the command runs."""
     path = folder / STATE
     key = {"tracking_uri": redact(uri), "experiment": config.run.experiment, "run_name": config.run.name}
     old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if {name: old.get(name) for name in key} != key or not _there(client, old.get("run_id")):
-        experiment = client.get_experiment_by_name(config.run.experiment)
-        experiment_id = (
-            experiment.experiment_id
-            if experiment
-            else client.create_experiment(config.run.experiment, artifact_location=artifact_location(uri))
-        )
-        run = client.create_run(experiment_id, run_name=config.run.name, tags={"finhpc.verb": "evaluate"})
+    if {name: old.get(name) for name in key} != key or active_run(client, old.get("run_id")) is None:
+        experiment = experiment_id(client, uri, config.run.experiment)
+        run = client.create_run(experiment, run_name=config.run.name)
         old = key | {"run_id": run.info.run_id}
-        write_atomically(path, json.dumps(old, indent=1))
-        _log_params(client, old["run_id"], config)
+        write_atomic(path, json.dumps(old, indent=1))
+        one = result["models"][0] if len(result["models"]) == 1 else None
+        _describe(client, old["run_id"], config, one, datasets, {})
     run_id = str(old["run_id"])
     if len(result["models"]) == 1:
         _log_scores(client, run_id, result["models"][0]["scores"])
     else:
-        _compare(client, run_id, config, result["models"])
+        _compare(client, run_id, config, result, datasets)
     columns, rows = table(result)
     client.log_dict(run_id, {"columns": columns, "data": rows}, "scores.json")
     client.log_artifacts(run_id, str(folder / "scores"), "predictions")
     client.log_artifacts(run_id, str(folder / "tasks"), "tasks")
-    client.set_terminated(run_id, "FINISHED")
+    client.set_terminated(run_id, "FAILED" if result["failed"] else "FINISHED")
     return run_id
 
 
-def _compare(client: MlflowClient, parent: str, config: EvaluateConfig, models: list[dict[str, Any]]) -> None:
+def _compare(
+    client: MlflowClient, parent: str, config: EvaluateConfig, result: dict[str, Any], datasets: list[Dataset]
+) -> None:
     """A run for each model below the evaluation's; the same one however often the command runs."""
     experiment = client.get_run(parent).info.experiment_id
     known = client.search_runs([experiment], f"tags.`{PARENT}` = '{parent}'")
     ids = {run.info.run_name: run.info.run_id for run in known}
-    for model in models:
+    failed = {failure["model"] for failure in result["failed"]}
+    for model in result["models"]:
         name = f"{config.run.name}/{model['name']}"
         if name not in ids:
-            tags = {PARENT: parent, "finhpc.verb": "evaluate"}
-            ids[name] = client.create_run(experiment, run_name=name, tags=tags).info.run_id
+            ids[name] = client.create_run(experiment, run_name=name, tags={PARENT: parent}).info.run_id
             one = {"model": [model["model"]], "adapter": [model["adapter"]] if model["adapter"] else []}
-            _log_params(client, ids[name], config.model_copy(update=one))
+            _describe(client, ids[name], config.model_copy(update=one), model, datasets, {PARENT: parent})
         _log_scores(client, ids[name], model["scores"])
-        client.set_terminated(ids[name], "FINISHED")
+        client.set_terminated(ids[name], "FAILED" if model["name"] in failed else "FINISHED")
 
 
-def _there(client: MlflowClient, run_id: str | None) -> bool:
-    from mlflow.exceptions import MlflowException
+def _describe(
+    client: MlflowClient,
+    run_id: str,
+    config: EvaluateConfig,
+    model: dict[str, Any] | None,
+    datasets: list[Dataset],
+    tags: dict[str, str],
+) -> None:
+    """The parameters, settings and datasets of a run; `model`: the only one that it scores."""
+    from mlflow.entities import Param, RunTag
 
-    try:
-        return run_id is not None and client.get_run(run_id).info.lifecycle_stage == "active"
-    except MlflowException:
-        return False
-
-
-def _log_params(client: MlflowClient, run_id: str, config: EvaluateConfig) -> None:
-    from mlflow.entities import Param
-
-    params = [Param(key, redact(str(value))[:PARAM_LENGTH]) for key, value in flatten(config).items()]
-    for at in range(0, len(params), PARAMS_A_BATCH):
-        client.log_batch(run_id, params=params[at : at + PARAMS_A_BATCH])
+    varied = {"model": model["name"]} if model else {}
+    shown = {key: value for key, value in parameters(config, {}, varied).items() if key != "tasks"}
+    params = [Param(key, redact(str(value))[:PARAM_LENGTH]) for key, value in shown.items()]
+    given = setting_tags(config) | {HIDDEN + "verb": "evaluate", "mlflow.source.name": "finhpc evaluate", **tags}
+    pending = [RunTag(key, redact(str(value))[:TAG_LENGTH]) for key, value in given.items()]
+    client.log_batch(run_id, params=params, tags=pending[:PARAMS_A_BATCH])
+    client.log_inputs(run_id, [dataset.entity() for dataset in datasets])
 
 
 def _log_scores(client: MlflowClient, run_id: str, scores: dict[str, Any]) -> None:
-    """`evaluate/TASK/METRIC`, the ends of its interval and the majority's beside it."""
+    """`evaluate/TASK/METRIC`, with the ends of its interval and the majority's; the main metric of each task first."""
     import time
 
     from mlflow.entities import Metric
 
-    now, metrics = round(time.time() * 1000), []
+    now, first, more = round(time.time() * 1000), [], []
     for task, values in scores.items():
         flat = {name: value for name, value in values.items() if isinstance(value, int | float)}
         for name, (low, high) in (values["ci95"] or {}).items():
             flat |= {f"{name}_ci95_low": low, f"{name}_ci95_high": high}
         flat |= {f"{name}_majority": value for name, value in (values["majority"] or {}).items()}
-        metrics += [Metric(f"evaluate/{task}/{name}", float(value), now, 0) for name, value in flat.items()]
+        main = next((name for name in METRICS if name in flat), None)
+        for name, value in flat.items():
+            found = Metric(f"evaluate/{task}/{name}", float(value), now, 0)
+            (first if name == main else more).append(found)
+    metrics = first + more
     for at in range(0, len(metrics), 1000):
         client.log_batch(run_id, metrics=metrics[at : at + 1000])
 
@@ -182,6 +207,13 @@ def summary(result: dict[str, Any]) -> None:
         counts = [str(of[name]) for name in ("examples", "unread", "cut")]
         shown.add_row(of["task"], of["model"], of["metric"], _short(of["value"]), interval, *bases, *counts)
     Console(stderr=True, width=None if sys.stderr.isatty() else 120).print(shown)
+    for model in result["models"]:
+        for task, values in model["scores"].items():
+            if values.get("tied"):
+                what = (
+                    f"{values['tied']} of {values['examples']} examples have several answers of the same highest score"
+                )
+                print(f"{model['name']} on {task}: {what}; the first in the list counts.", file=sys.stderr)
     if any(row[-1] for row in rows):
         print(
             "cut: prompts longer than the model's context, which lost their beginning (lm-eval's rule).",

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from finhpc.config import EvaluateConfig, ExportConfig
-from finhpc.data.shards import Shards, write_atomic
+from finhpc.data.shards import Shards
 from finhpc.errors import FinhpcError
+from finhpc.evaluation import plausible
 from finhpc.evaluation.models import Subject
 from finhpc.evaluation.tasks import PERPLEXITY, TaskFile
+from finhpc.files import write_atomic
+from finhpc.package import Driver
 
 # Rough tokens of an example, to begin with the longest tasks.
 TOKENS = {"boolq": 180, PERPLEXITY: 600, "ner": 110, "fpb": 70, "tfns": 70, "fiqa_sa": 60, "winogrande": 60, "piqa": 80}
@@ -65,11 +68,11 @@ class Pair:
 class Scorer:
     """Made once a worker by Ray; a plain object elsewhere."""
 
-    def __init__(self, config: EvaluateConfig, cuda: bool) -> None:
+    def __init__(self, config: EvaluateConfig, cuda: bool, driver: Driver) -> None:
         import torch
 
         torch.set_num_threads(config.resources.threads)
-        self.config, self.device = config, "cuda" if cuda else "cpu"
+        self.driver, self.config, self.device = driver, config, "cuda" if cuda else "cpu"
         self._open: Subject | None = None
         self._model: Any = None
 
@@ -77,8 +80,11 @@ class Scorer:
         """Write the pair's files; returns what the user can mend, and raises what nobody foresaw."""
         begin = time.monotonic()
         try:
+            self.driver.enter()
             model = self._opened(pair)
             scores, rows = self._perplexity(model) if pair.task is None else self._task(model, pair.task)
+            bound = plausible.any_model(model.model.config.vocab_size)
+            plausible.check(f"{pair.subject.name} on {pair.name}", scores, bound)
         except FinhpcError as error:
             return error
         pair.write(scores | {"wall_s": time.monotonic() - begin}, rows)

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from finhpc.config import FinetuneConfig
 from finhpc.errors import ConfigError, DataError
+from finhpc.files import publish
 from finhpc.orchestration import outcome
 from finhpc.orchestration.cluster import use_cuda
 from finhpc.orchestration.job import Job, Rows, Say
-from finhpc.orchestration.plan import check_parallel, check_stages, collect
+from finhpc.orchestration.mlflow_shown import Dataset
+from finhpc.orchestration.plan import check_parallel, check_parts, check_stages, collect
 from finhpc.orchestration.progress import rows_table, summary_table
-from finhpc.orchestration.run import place_whole, run, whole_path
+from finhpc.orchestration.run import checked, place_whole, run, whole_path
 from finhpc.training.checkpoint import Saved, read_stage
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ def finetune(config: FinetuneConfig, dry_run: bool = False) -> dict[str, Any]:
     for settings that cannot work, `DataError` for damaged examples, `TrainingFailedError` or another
     `FinhpcError` when training fails.
     """
-    return run(Finetune(config), dry_run)
+    return run(checked(Finetune(config)), dry_run)
 
 
 class Finetune(Job):
@@ -51,6 +53,16 @@ class Finetune(Job):
     @property
     def fingerprints(self) -> tuple[str, str | None]:
         return self.made.examples.fingerprint, self.made.base_fingerprint
+
+    @property
+    def hf_config(self) -> Any:
+        return self.made.weights.config
+
+    @property
+    def datasets(self) -> list[Dataset]:
+        data, read = self.config.data, self.made.examples
+        learned = [Dataset.of_file(source, read.fingerprint) for source in data.source]
+        return learned + [Dataset.of_file(source, read.fingerprint, "evaluation") for source in data.eval_source]
 
     def make_ready(self, folder: Path, say: Say) -> None:
         for note in self.made.examples.notes:
@@ -76,6 +88,10 @@ class Finetune(Job):
             "held_out_weighted_f1": None,
         }
 
+    @property
+    def vocab_size(self) -> int:
+        return int(self.made.weights.config.vocab_size)
+
     def save_model(self, folder: Path, saved: Saved) -> None:
         from finhpc.models.adapter import save_adapter
         from finhpc.models.tokens import write_stops
@@ -87,8 +103,7 @@ class Finetune(Job):
         save_adapter(partial, config.lora, trained, made.weights, config.quantization, made.base_fingerprint)
         made.weights.save_tokenizer(partial)
         write_stops(partial, self._ends(), made.weights.config)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        publish(partial, folder, over=True)
 
     def _ends(self) -> list[int]:
         """Ids that end the answers it learned: generation stops at them, here and elsewhere."""
@@ -138,6 +153,8 @@ class Finetune(Job):
         from finhpc.training.feed import Packs
 
         config, made = self.config, self.made
+        for note in made.examples.notes:
+            outcome.to_stderr(note)
         result = outcome.counted(self) | {"status": "dry_run", "steps": config.train.steps}
         batches = batches_of(config)
         result["tokens"] = Packs(made.examples, batches).tokens(config.train.steps)
@@ -202,6 +219,8 @@ def _make(config: FinetuneConfig) -> Made:
     with collect(problems):
         check_parallel(config)
     with collect(problems):
+        check_parts(config)
+    with collect(problems):
         weights = open_base(config)
     if weights is not None:
         config.model.path = whole_path(str(weights.path))
@@ -228,11 +247,13 @@ def _make(config: FinetuneConfig) -> Made:
 
 
 def _check_model(config: FinetuneConfig, weights: Weights) -> None:
-    from finhpc.models.families import context_name, context_of
+    from finhpc.models.families import FAMILIES, context_name, context_of, family_of
 
     problems: list[str] = []
     with collect(problems):
         check_stages(config, weights.config)
+    with collect(problems):
+        FAMILIES.check_workers_see(family_of(weights.config).name)
     if config.data.max_len > context_of(weights.config):
         problems.append(
             f"data.max_len={config.data.max_len} is longer than the {context_name(weights.config)} that model.path="

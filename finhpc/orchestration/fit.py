@@ -21,6 +21,8 @@ from finhpc.orchestration.job import Job, Say
 from finhpc.orchestration.runfolder import RunFolder
 from finhpc.orchestration.waiting import Waiting, placed_whenever
 from finhpc.orchestration.worker import FATAL, train_worker
+from finhpc.own_ray import ray_logs
+from finhpc.package import Driver
 from finhpc.training import watchdog
 from finhpc.training.allocator import ENVIRONMENT
 from finhpc.training.journal import WORKER_FILE, read
@@ -73,8 +75,8 @@ def fit(job: Job, folder: RunFolder, cuda: bool, say: Say, look: Callable[[], No
     if problem is not None:
         raise TrainingFailedError(
             f"the workers failed more than run.max_failures={config.run.max_failures} times; the last error: "
-            f"{around.cause(problem)}\nlogs: {folder.path / 'ray'} and Ray's own, "
-            "/tmp/ray/session_latest/logs/train. The same command resumes from the newest checkpoint."
+            f"{around.cause(problem)}\nlogs: {folder.path / 'ray'} and Ray's own, {ray_logs()}/train. The same command "
+            "resumes from the newest checkpoint."
         )
 
 
@@ -113,7 +115,8 @@ def worker_share(job: Job, cuda: bool) -> dict[str, float]:
 def worker_arguments(job: Job, folder: RunFolder, cuda: bool) -> dict[str, Any]:
     """What `train_worker` is told."""
     config = job.config.model_dump(mode="json")
-    return {"config": config, "folder": str(folder.path), "cuda": cuda, "verb": job.verb, **job.worker_arguments()}
+    told = {"config": config, "folder": str(folder.path), "cuda": cuda, "verb": job.verb}
+    return told | {"driver": Driver.here()} | job.worker_arguments()
 
 
 def raise_fatal(job: Job, folder: RunFolder) -> None:

@@ -17,6 +17,7 @@ from finhpc.errors import TrainingFailedError
 from finhpc.orchestration.fit import AllDone, Around, raise_fatal, watched, worker_arguments, worker_share
 from finhpc.orchestration.job import Job, Say
 from finhpc.orchestration.runfolder import RunFolder
+from finhpc.own_ray import ray_logs
 from finhpc.training.allocator import ENVIRONMENT
 from finhpc.training.journal import WORKER_FILE
 
@@ -45,8 +46,8 @@ def fit_warm(job: Job, folder: RunFolder, cuda: bool, say: Say, look: Callable[[
         if failures == config.run.max_failures:
             raise TrainingFailedError(
                 f"the workers failed more than run.max_failures={failures} times; the last error: "
-                f"{around.cause(problem)}\nlogs: Ray's own, /tmp/ray/session_latest/logs. The same command resumes "
-                "from the newest checkpoint."
+                f"{around.cause(problem)}\nlogs: Ray's own, {ray_logs()}. The same command resumes from the newest "
+                "checkpoint."
             )
         say(f"{around.cause(problem)}; the workers start again.")
 

@@ -35,6 +35,7 @@ from finhpc.models.merge import save_atomic
 from finhpc.models.moments import second_moments
 from finhpc.models.pipeline import parts_of
 from finhpc.models.weights import Linear, Weights, opened
+from finhpc.package import Driver
 from finhpc.training.allocator import give_back_freed_memory
 from finhpc.training.memory import peak_resident_bytes
 
@@ -198,6 +199,7 @@ class Job:
     keep_energy: float | None
     threads: int
     cuda: bool
+    driver: Driver
 
 
 def group_task(job: Job, group: Group) -> Report:
@@ -206,6 +208,7 @@ def group_task(job: Job, group: Group) -> Report:
     torch.set_num_threads(job.threads)
     error, kind = "", ""
     try:
+        job.driver.enter()
         _factorise(job, group)
     except FinhpcError as problem:
         error, kind = str(problem), type(problem).__name__

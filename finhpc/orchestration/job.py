@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from finhpc.config import TrainingConfig
+from finhpc.orchestration.mlflow_shown import Dataset, model_name, parameters, shape_of
 from finhpc.training.checkpoint import Saved
 
 Say = Callable[[str], None]
@@ -18,18 +19,38 @@ Rows = list[tuple[str, str]]
 class Job(ABC):
     """A checked training.
 
-    `config`: its settings, paths whole; `tags`, `params`: of its MLflow run, beside or in place of the usual ones.
+    `config`: its settings, paths whole; `tags`: of its MLflow run, with the usual ones; `varied`: parameters of it that
+    are shown whatever they are, in place of the usual ones (what a sweep varies).
     """
 
     verb: str
     config: TrainingConfig
     tags: Mapping[str, str] = MappingProxyType({})
-    params: Mapping[str, Any] = MappingProxyType({})
+    varied: Mapping[str, Any] = MappingProxyType({})
 
     @property
     @abstractmethod
     def fingerprints(self) -> tuple[str, str | None]:
         """Of the data, and of the model it starts from: what the settings cannot say."""
+
+    @property
+    @abstractmethod
+    def hf_config(self) -> Any:
+        """transformers config of the model that is trained, or of the base."""
+
+    @property
+    @abstractmethod
+    def datasets(self) -> list[Dataset]:
+        """What it reads, as MLflow lists it."""
+
+    def names(self) -> dict[str, Any]:
+        """Parameters that name its model and its data, with the model's shape."""
+        names = {"model": model_name(self.config), "dataset": ", ".join(d.name for d in self.datasets)}
+        return names | shape_of(self.hf_config)
+
+    def parameters(self) -> dict[str, Any]:
+        """The parameters of its MLflow run."""
+        return parameters(self.config, self.names(), self.varied)
 
     def check_checkpoints(self, checkpoints: Path) -> None:  # noqa: B027
         """Raise `ConfigError` where those of the run were trained on something else than this job's data."""
@@ -49,6 +70,11 @@ class Job(ABC):
     @abstractmethod
     def counts(self) -> dict[str, Any]:
         """The keys of the result that can be told without training."""
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """Of the model that is trained."""
 
     @abstractmethod
     def save_model(self, folder: Path, saved: Saved) -> None:

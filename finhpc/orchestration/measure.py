@@ -16,11 +16,13 @@ from typing import Any
 from finhpc.config import MeasureConfig, to_yaml
 from finhpc.errors import ConfigError, FinhpcError, TrainingFailedError
 from finhpc.evaluation.speed import measure_widths, own_bits
+from finhpc.files import write_atomic
 from finhpc.models.weights import locate
 from finhpc.orchestration.cluster import cluster_resources, ray_cluster
 from finhpc.orchestration.progress import rows_table
-from finhpc.orchestration.runfolder import RunFolder, redact, write_atomically
+from finhpc.orchestration.runfolder import RunFolder, redact
 from finhpc.orchestration.tracking import absolute_tracking_uri, default_tracking_uri
+from finhpc.package import Driver
 
 STATE = "mlflow.json"  # beside the model, in the run folder that made it
 FORMAT = 1
@@ -42,7 +44,7 @@ def measure(config: MeasureConfig) -> dict[str, Any]:
         if before and before.get("sha256") == sha256:
             return before
         run = config.run.model_copy(update={"tracking_uri": redact(config.run.tracking_uri or "") or None})
-        write_atomically(folder.path / "config.yaml", to_yaml(config.model_copy(update={"run": run})))
+        write_atomic(folder.path / "config.yaml", to_yaml(config.model_copy(update={"run": run})))
         scratch = folder.path / "exports"
         shutil.rmtree(scratch, ignore_errors=True)
         with ray_cluster():
@@ -112,7 +114,7 @@ def _measured(config: MeasureConfig, scratch: Path) -> dict[str, dict[int, dict[
         num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker if cuda else 0, max_retries=0
     )(_work)
     try:
-        found = ray.get(task.remote(config, scratch, "cuda" if cuda else "cpu"))
+        found = ray.get(task.remote(config, scratch, "cuda" if cuda else "cpu", Driver.here()))
     except RayError as error:
         reason = str(error).strip().splitlines()[-1].rstrip(".")
         raise TrainingFailedError(f"the worker that measured died ({reason}); the same command tries again.") from None
@@ -122,9 +124,12 @@ def _measured(config: MeasureConfig, scratch: Path) -> dict[str, dict[int, dict[
     return measured
 
 
-def _work(config: MeasureConfig, scratch: Path, device: str) -> dict[str, dict[int, dict[str, float]]] | FinhpcError:
+def _work(
+    config: MeasureConfig, scratch: Path, device: str, driver: Driver
+) -> dict[str, dict[int, dict[str, float]]] | FinhpcError:
     """What the user can mend comes back as a value: Ray would wrap it."""
     try:
+        driver.enter()
         return measure_widths(config, scratch, device)
     except FinhpcError as error:
         return error
@@ -137,7 +142,9 @@ def _log(tracking_uri: str, run_id: str, found: dict[str, float]) -> None:
     now = round(time.time() * 1000)
     try:
         client = MlflowClient(tracking_uri=tracking_uri)
-        client.log_batch(run_id, metrics=[Metric(name, float(value), now, 0) for name, value in found.items()])
+        # At the last step, so that they follow the sizes that the training counted.
+        step = int(client.get_run(run_id).data.metrics.get("steps", 0))
+        client.log_batch(run_id, metrics=[Metric(name, float(value), now, step) for name, value in found.items()])
     except Exception as error:  # whatever MLflow or the network comes up with
         reason = (redact(str(error)).strip().splitlines() or [type(error).__name__])[0][:160]
         raise TrainingFailedError(

@@ -11,16 +11,25 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from finhpc.errors import ConfigError
+from finhpc.files import write_atomic
 from finhpc.orchestration.mirror_metrics import numbers, translate
-from finhpc.orchestration.mlflow_store import artifact_location, database_file, identity, make_database
-from finhpc.orchestration.runfolder import redact, write_atomically
+from finhpc.orchestration.mlflow_shown import HIDDEN, LEADING, Dataset
+from finhpc.orchestration.mlflow_store import (
+    REQUEST_TIMEOUT_S,
+    active_run,
+    database_file,
+    experiment_id,
+    identity,
+    make_database,
+)
+from finhpc.orchestration.runfolder import redact
 from finhpc.training.journal import DRIVER_FILE, WORKER_FILE, read, strict_json
 
 if TYPE_CHECKING:
@@ -29,14 +38,14 @@ if TYPE_CHECKING:
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
-REQUEST_TIMEOUT_S = "10"
 UPLOAD_TIMEOUT_S = "300"
 RECORDS_A_BATCH = 200
 METRICS_A_BATCH = 1000  # MLflow's limits
 PARAMS_A_BATCH = 100
 PARAM_LENGTH = 6000
 TAG_LENGTH = 8000
-UID_TAG = "finhpc.run_uid"
+UID_TAG = HIDDEN + "run_uid"
+LEAD_WAIT_S = 180.0  # for the first evaluation of a training, before its other metrics are sent without one
 
 
 @dataclass
@@ -89,7 +98,7 @@ class State:
     def save(self) -> None:
         values = asdict(self)
         del values["path"]
-        write_atomically(self.path, json.dumps(values, indent=1))
+        write_atomic(self.path, json.dumps(values, indent=1))
 
     def note(self, metrics: list[Metric], last_step: Mapping[str, int]) -> None:
         self.last_step |= last_step
@@ -104,9 +113,15 @@ class Mirror:
     """The calls to MLflow. Each may raise; each can be made again."""
 
     def __init__(
-        self, folder: Path, tracking_uri: str, state: State, params: Mapping[str, Any], tags: Mapping[str, Any]
+        self,
+        folder: Path,
+        tracking_uri: str,
+        state: State,
+        params: Mapping[str, Any],
+        tags: Mapping[str, Any],
+        datasets: Sequence[Dataset] = (),
     ) -> None:
-        self.folder, self.tracking_uri, self.state = folder, tracking_uri, state
+        self.folder, self.tracking_uri, self.state, self.datasets = folder, tracking_uri, state, datasets
         self.params = {key: redact(str(value))[:PARAM_LENGTH] for key, value in params.items()}
         self.tags = {key: redact(str(value))[:TAG_LENGTH] for key, value in tags.items()}
         self._began = round(time.time() * 1000)
@@ -132,7 +147,7 @@ class Mirror:
             make_database(self.tracking_uri)
             self._database = identity(self.tracking_uri)
             self._client = MlflowClient(tracking_uri=self.tracking_uri)
-            if not self._run_is_alive():
+            if active_run(self._client, self.state.run_id) is None:
                 self.state.forget_run()
                 self._described = self._running = False
                 self.state.run_id = self._find_run() or self._create_run()
@@ -143,6 +158,31 @@ class Mirror:
 
     def disconnect(self) -> None:
         self._client = None
+
+    def lead(self, ending: Ending | None, closing: bool) -> bool:
+        """Send the leading metric before all others, as MLflow's comparison opens with what was logged first.
+
+        False as long as the others have to wait for it: until the first evaluation, the run's end, or `LEAD_WAIT_S`.
+        """
+        first = LEADING[0]
+        if first in self.state.last_step:
+            return True
+        records, _ = read(self.folder / WORKER_FILE)
+        evaluation = next((record for record in records if record["kind"] == "eval" and first in record), None)
+        if evaluation is None and ending is not None and ending.result.get(first) is not None:
+            step = int(ending.result.get("steps") or 0)
+            evaluation = {"kind": "eval", "time": time.time(), "step": step, first: ending.result[first]}
+        if evaluation is None:
+            begin = next((record["time"] for record in records if record["kind"] == "train"), None)
+            return closing or (begin is not None and time.time() - begin >= LEAD_WAIT_S)
+        self._check_database()
+        self._mark_running()
+        lead = {key: evaluation[key] for key in ("kind", "time", "step", first)}
+        metrics, _, last_step = translate([lead], {})
+        self._log(metrics, {})
+        self.state.note(metrics, last_step)
+        self.state.save()
+        return True
 
     def send_batch(self) -> bool:
         """Send the next records of the journals; False when there are none."""
@@ -201,18 +241,6 @@ class Mirror:
         self.state.note(metrics, last_step)
         self.state.save()
 
-    def _run_is_alive(self) -> bool:
-        from mlflow.exceptions import MlflowException
-
-        if self.state.run_id is None:
-            return False
-        try:
-            return bool(self.client.get_run(self.run_id).info.lifecycle_stage == "active")
-        except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                return False
-            raise
-
     def _find_run(self) -> str | None:
         """The run that a driver made and died before writing down."""
         query = f"tags.`{UID_TAG}` = '{self.state.run_uid}'"
@@ -226,19 +254,7 @@ class Mirror:
         return str(run.info.run_id)
 
     def _experiment_id(self) -> str:
-        from mlflow.exceptions import MlflowException
-
-        name = self.state.experiment
-        if found := self.client.get_experiment_by_name(name):
-            return str(found.experiment_id)
-        try:
-            # The kind tells the page to show losses and parameters, not chats.
-            kind = {"mlflow.experimentKind": "custom_model_development"}
-            return str(self.client.create_experiment(name, artifact_location(self.tracking_uri), kind))
-        except MlflowException:  # another run was first
-            if found := self.client.get_experiment_by_name(name):
-                return str(found.experiment_id)
-            raise
+        return experiment_id(self.client, self.tracking_uri, self.state.experiment)
 
     def _describe(self) -> None:
         from mlflow.entities import Param
@@ -247,9 +263,11 @@ class Mirror:
         new = [Param(key, value) for key, value in self.params.items() if key not in known]
         for begin in range(0, len(new), PARAMS_A_BATCH):
             self.client.log_batch(self.run_id, params=new[begin : begin + PARAMS_A_BATCH])
-        # MLflow keeps a parameter's first value; what a resumed run may change is told as a tag.
+        # MLflow keeps a parameter's first value; one that a resumed run changed is a tag too.
         changed = {f"now.{key}": value for key, value in self.params.items() if known.get(key, value) != value}
         self._log([], self.tags | changed)
+        if self.datasets:
+            self.client.log_inputs(self.run_id, [dataset.entity() for dataset in self.datasets])
         for name in ("config.yaml", "environment.json"):
             if (self.folder / name).exists():
                 self.client.log_artifact(self.run_id, str(self.folder / name))

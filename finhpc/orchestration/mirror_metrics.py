@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from finhpc.orchestration.mlflow_shown import HIDDEN, in_front
 from finhpc.orchestration.runfolder import redact
 from finhpc.training.journal import Record
 
@@ -20,7 +21,8 @@ def translate(
 ) -> tuple[list[Metric], dict[str, str], dict[str, int]]:
     """Records as metrics and tags, and the newest step of each metric.
 
-    A step that a metric already has is left out: the first telling of a repeated step stands.
+    A step that a metric already has is left out: the first telling of a repeated step stands. The leading metrics of
+    a record come first.
     """
     from mlflow.entities import Metric
 
@@ -30,10 +32,10 @@ def translate(
     for record in records:
         if record["kind"] == "start":
             told = {key: value for key, value in record.items() if key not in ("kind", "time")}
-            tags |= {f"finhpc.start.{key}": redact(str(value)) for key, value in told.items()}
+            tags |= {f"{HIDDEN}start.{key}": redact(str(value)) for key, value in told.items()}
         if record["kind"] not in kinds:
             continue
-        for key, value in numbers(record):
+        for key, value in in_front(numbers(record)):
             if record["step"] <= newest.get(key, last_step.get(key, -1)):
                 continue
             if not math.isfinite(value):  # MLflow would store infinity as 1.8e308

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 
 from finhpc.config import PretrainConfig, TrainingConfig
 from finhpc.errors import CheckpointError
+from finhpc.evaluation import plausible
 from finhpc.orchestration.job import Job, Rows
 from finhpc.orchestration.runfolder import redact
 from finhpc.training.journal import WORKER_FILE, Record, latest, read
@@ -76,6 +78,19 @@ def collect(job: Job, folder: Path, wall_s: float) -> dict[str, Any]:
         "worker_hours": earlier + wall_s * job.config.parallel.workers / 3600,
     }
     return result
+
+
+def check(job: Job, folder: Path, result: dict[str, Any]) -> None:
+    """Raise `ImplausibleError` if a figure of a run that took all its steps cannot be."""
+    train = latest(read(folder / WORKER_FILE)[0], "train")
+    bound = plausible.after_training(job.vocab_size, train[min(train)]["train_loss"] if train else None)
+    plausible.check(
+        f"{job.verb} {job.config.run.name}",
+        {key: value for key, value in result.items() if key != "data"},
+        bound,
+        "if the losses on the screen grew, lower optimizer.lr or raise optimizer.warmup_steps under another run.name; "
+        "otherwise run the same command again, which evaluates the last checkpoint anew",
+    )
 
 
 def unfinished(job: Job, folder: Path, status: str) -> dict[str, Any]:
@@ -187,7 +202,7 @@ def summary(job: Job, result: dict[str, Any]) -> Rows:
     ]
     if result["sample"]:
         rows.append(("sample", " ".join(result["sample"].split())))
-    rows.append(("compare runs", _page(job.config)))
+    rows.append(("compare runs", compare_command(job.config)))
     return rows
 
 
@@ -211,13 +226,14 @@ def lower_batch(config: TrainingConfig, then: str) -> str:
     )
 
 
-def _page(config: TrainingConfig) -> str:
+def compare_command(config: TrainingConfig, *more: str) -> str:
     """How to see the run beside others; the command as it was called here, so that it can be copied."""
     if config.run.tracking_uri and config.run.tracking_uri.startswith("http"):
         return f"open {redact(config.run.tracking_uri)}"
     command = sys.argv[0] if Path(sys.argv[0]).name == "finhpc" else "finhpc"
-    where = f"--run.tracking_uri {config.run.tracking_uri}" if config.run.tracking_uri else ""
-    return f"{command} ui {where or f'--run.storage {config.run.storage}'}"
+    uri = config.run.tracking_uri
+    where = ["--run.tracking_uri", redact(uri)] if uri else ["--run.storage", config.run.storage]
+    return shlex.join([command, "ui", *where, *more])
 
 
 def _memory(result: dict[str, Any]) -> str:

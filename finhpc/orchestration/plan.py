@@ -64,6 +64,8 @@ def make_plan(config: PretrainConfig) -> Plan:
         check_quantization(config)
     with collect(problems):
         check_blend(config)
+    with collect(problems):
+        check_parts(config)
     shards = hf_config = start = None
     with collect(problems):
         shards = _open_shards(config)
@@ -125,6 +127,23 @@ def check_parallel(config: TrainingConfig) -> None:
         )
 
 
+def check_parts(config: TrainingConfig) -> None:
+    """Raise `ConfigError` where the optimizer or method is unknown, or known to this process and not to workers."""
+    from finhpc.lowrank.registry import LAYERS, check_kind
+    from finhpc.training.optimizer import OPTIMIZERS, check_optimizer
+
+    problems: list[str] = []
+    with collect(problems):
+        check_optimizer(config.optimizer)
+        OPTIMIZERS.check_workers_see(config.optimizer.name)
+    if isinstance(config, PretrainConfig):
+        with collect(problems):
+            check_kind(config.method.kind)
+            LAYERS.check_workers_see(config.method.kind)
+    if problems:
+        raise ConfigError(problems)
+
+
 def check_quantization(config: PretrainConfig) -> None:
     bits = config.quantization.bits
     if bits < 16 and config.quantization.when == "after":
@@ -182,11 +201,13 @@ def check_stages(config: TrainingConfig, hf_config: Any) -> None:
 
 def check_model(config: PretrainConfig, hf_config: Any) -> None:
     """Raise `ConfigError` where the model is too small for the stages or the samples."""
-    from finhpc.models.families import context_name, context_of
+    from finhpc.models.families import FAMILIES, context_name, context_of, family_of
 
     problems: list[str] = []
     with collect(problems):
         check_stages(config, hf_config)
+    with collect(problems):
+        FAMILIES.check_workers_see(family_of(hf_config).name)
     if config.data.seq_len > context_of(hf_config):
         problems.append(
             f"data.seq_len={config.data.seq_len} is longer than the model's {context_name(hf_config)}; "

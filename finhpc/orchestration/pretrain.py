@@ -10,9 +10,10 @@ from finhpc.config import PretrainConfig
 from finhpc.orchestration import outcome
 from finhpc.orchestration.cluster import ray_cluster, use_cuda
 from finhpc.orchestration.job import Job, Rows, Say
+from finhpc.orchestration.mlflow_shown import Dataset
 from finhpc.orchestration.plan import check_tokenizer, make_plan
 from finhpc.orchestration.progress import rows_table, summary_table
-from finhpc.orchestration.run import place_whole, run, terminable
+from finhpc.orchestration.run import checked, place_whole, run
 from finhpc.orchestration.start import DECOMPOSED, decompose_start, needs_decomposing
 from finhpc.training.checkpoint import Saved, read_stage
 
@@ -24,7 +25,7 @@ def pretrain(config: PretrainConfig, dry_run: bool = False) -> dict[str, Any]:
     With `dry_run` everything is checked and counted, and nothing starts. Raises `ConfigError` for
     settings that cannot work, `TrainingFailedError` or another `FinhpcError` when training fails.
     """
-    return run(Pretrain(config), dry_run)
+    return run(checked(Pretrain(config)), dry_run)
 
 
 class Pretrain(Job):
@@ -42,12 +43,20 @@ class Pretrain(Job):
     def fingerprints(self) -> tuple[str, str | None]:
         return self.plan.shards.manifest.fingerprint, self.plan.start.fingerprint if self.plan.start else None
 
+    @property
+    def hf_config(self) -> Any:
+        return self.plan.hf_config
+
+    @property
+    def datasets(self) -> list[Dataset]:
+        return [Dataset.of_shards(self.plan.shards)]
+
     def check_checkpoints(self, checkpoints: Path) -> None:
         check_tokenizer(self.config, self.plan.shards, checkpoints)
 
     def make_ready(self, folder: Path, say: Say) -> None:
         if needs_decomposing(self.config):
-            with ray_cluster(), terminable():
+            with ray_cluster():
                 decompose_start(self.config, folder)
 
     def forget(self, folder: Path) -> None:
@@ -62,7 +71,12 @@ class Pretrain(Job):
             "compression_ratio": plan.compression_ratio,
             "val_unigram_entropy": plan.shards.manifest.val_unigram_entropy_nats,
             **{f"size_{bits}bit_bytes": plan.outline.stored_bytes(bits) for bits in (16, 8, 4)},
+            "size_bytes": plan.outline.stored_bytes(self.config.quantization.training_bits),
         }
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.plan.hf_config.vocab_size)
 
     def save_model(self, folder: Path, saved: Saved) -> None:
         from finhpc.models.loading import save_model

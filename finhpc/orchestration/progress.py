@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import shlex
 import sys
 import threading
 import time
@@ -31,7 +32,8 @@ FILE_WIDTH = 200  # columns
 class Progress:
     """`with Progress(total_steps, folder) as progress:` shows what is written into the folder meanwhile.
 
-    `say` prints a line of its own; `show` takes records by hand.
+    `eval_every`: the line of such a step, and of the last one, waits for the evaluation's loss. `say` prints a line
+    of its own; `show` takes records by hand.
     """
 
     def __init__(
@@ -41,8 +43,10 @@ class Progress:
         stream: TextIO | None = None,
         line_every_s: float = 5.0,
         checkpoint_line_every_s: float = 10.0,
+        eval_every: int = 0,
     ) -> None:
-        self.total_steps = total_steps
+        self.total_steps, self.eval_every = total_steps, eval_every
+        self._line_waits = False  # for the evaluation of the newest step
         self._console = Console(file=stream or sys.stderr, soft_wrap=True)
         self._line_every_s = line_every_s
         self._last_line = -math.inf
@@ -72,6 +76,7 @@ class Progress:
             self._thread.join()
         self._poll()
         with self._lock:
+            self._print_waiting_line()
             self._print_checkpoint(at_once=True)
         if self._bar:
             self._bar.stop()
@@ -90,12 +95,17 @@ class Progress:
         if kind == "message":
             self._print(str(record["text"]))
         elif kind == "train":
+            self._print_waiting_line()  # there was no evaluation: nothing is held out
             self._train = record
             self._pace.append((record["time"], record["step"]))
             if self._bar:
                 self._bar.update(self._task, completed=record["step"], figures=self._figures())
             elif time.monotonic() - self._last_line >= self._line_every_s:
-                self._print_line()
+                step = record["step"]
+                if step == self.total_steps or (self.eval_every and step % self.eval_every == 0):
+                    self._line_waits = True
+                else:
+                    self._print_line()
         elif kind == "eval":
             self._eval = record
             if self._bar:
@@ -107,8 +117,12 @@ class Progress:
             self._checkpoint = record
             self._print_checkpoint(at_once=self._bar is not None)
 
+    def _print_waiting_line(self) -> None:
+        if self._line_waits:
+            self._print_line()
+
     def _print_line(self) -> None:
-        self._last_line = time.monotonic()
+        self._last_line, self._line_waits = time.monotonic(), False
         self._print(f"step {self._train['step']}/{self.total_steps}  {self._figures()}")
 
     def _print_checkpoint(self, at_once: bool = False) -> None:
@@ -188,10 +202,14 @@ def _is_words(value: Any) -> bool:
 
 
 def summary_table(title: str, rows: list[tuple[str, str]], stream: TextIO | None = None) -> None:
-    """A short two-column table on stderr; paths and commands too long for it stand below, whole, to be copied."""
+    """A short two-column table on stderr; paths and commands too long for it stand below, whole, to be copied.
+
+    A value that is a path is quoted as a shell needs it.
+    """
+    rows = [(name, _pasted(value)) for name, value in rows]
     console = _console(stream)
     room = console.width - max((len(name) for name, _ in rows), default=0) - 7  # the table's lines and spaces
-    below = [(name, value) for name, value in rows if len(value) > room and (value[:1] == "/" or " --" in value)]
+    below = [(name, value) for name, value in rows if len(value) > room and (value[:1] in "/'" or " --" in value)]
     table = Table(title=title, title_justify="left", show_header=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -201,6 +219,10 @@ def summary_table(title: str, rows: list[tuple[str, str]], stream: TextIO | None
     console.print(table)
     for name, value in below:
         console.print(f"{name}: {value}", soft_wrap=True)
+
+
+def _pasted(value: str) -> str:
+    return shlex.quote(value) if os.path.isabs(value) and os.path.exists(value) else value
 
 
 def _size(path: Path) -> int:

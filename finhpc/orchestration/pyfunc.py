@@ -110,7 +110,7 @@ def _link(source: str, target: str) -> None:
     try:
         os.link(source, target)
     except OSError:  # a disk without hard links
-        shutil.copy2(source, target)
+        shutil.copyfile(source, target)
 
 
 class TextGenerator:

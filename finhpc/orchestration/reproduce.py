@@ -16,13 +16,15 @@ from typing import Any
 
 from finhpc.config import Recipe, ReproduceConfig, to_yaml
 from finhpc.errors import ConfigError, FinhpcError, TrainingFailedError
+from finhpc.files import write_atomic
+from finhpc.interrupts import terminable
 from finhpc.orchestration.cluster import cluster_resources, dead_process, known_resources, ray_cluster
 from finhpc.orchestration.progress import rows_table
 from finhpc.orchestration.reproduce_check import Planned, check, misplaced, rows_of
 from finhpc.orchestration.reproduce_steps import AbsentError, inputs_of, merged, read_recipe, resolve, step_config
 from finhpc.orchestration.reproduce_verbs import VERBS
-from finhpc.orchestration.run import place_whole_run, terminable
-from finhpc.orchestration.runfolder import RunFolder, redact, write_atomically
+from finhpc.orchestration.run import place_whole_run
+from finhpc.orchestration.runfolder import RunFolder, redact
 
 
 @dataclass
@@ -73,8 +75,8 @@ def reproduce(config: ReproduceConfig, dry_run: bool = False) -> dict[str, Any]:
         raise ConfigError(problems)
     with folder.lock(), terminable():
         run = config.run.model_copy(update={"tracking_uri": redact(config.run.tracking_uri or "") or None})
-        write_atomically(folder.path / "config.yaml", to_yaml(config.model_copy(update={"run": run})))
-        write_atomically(folder.path / "recipe.yaml", to_yaml(recipe))
+        write_atomic(folder.path / "config.yaml", to_yaml(config.model_copy(update={"run": run})))
+        write_atomic(folder.path / "recipe.yaml", to_yaml(recipe))
         folder.write_environment()
         done = _work(config, recipe, planned, folder, result)
     rows_table(f"reproduce {config.run.name} at scale {config.scale}", [_shown(one) for one in done])
@@ -95,7 +97,7 @@ def _work(
     done: list[Outcome] = []
     result["status"] = "killed"
     try:
-        with ray_cluster(), terminable():  # again, because connecting to Ray replaces the handler
+        with ray_cluster():
             if problems := misplaced(planned, cluster_resources()):
                 raise ConfigError(problems)
             _run_all(config, recipe, planned, done)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from types import FrameType
-from typing import Any
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, TypeVar
 
-from finhpc.config import PretrainConfig, Run, TrainingConfig, flatten
+from finhpc.config import PretrainConfig, Run, TrainingConfig
 from finhpc.errors import ConfigError
+from finhpc.interrupts import Terminated, terminable
 from finhpc.orchestration import outcome
 from finhpc.orchestration.cluster import check_fits, cluster_resources, known_resources, ray_cluster, use_cuda
 from finhpc.orchestration.fit import fit
 from finhpc.orchestration.job import Job, Say
+from finhpc.orchestration.mlflow_shown import HIDDEN, origin, setting_tags
+from finhpc.orchestration.mlflow_store import check_store
 from finhpc.orchestration.progress import Progress, summary_table
 from finhpc.orchestration.runfolder import RunFolder
 from finhpc.orchestration.tracking import Status, Tracker, absolute_tracking_uri, default_tracking_uri
@@ -25,15 +26,24 @@ from finhpc.training.checkpoint import complete
 from finhpc.training.journal import DRIVER_FILE, WORKER_FILE
 
 
-class Terminated(BaseException):
-    """SIGTERM arrived: the run stops here and the same command resumes it."""
-
-
 class Pruned(BaseException):
     """A sweep's scheduler ended the run: others of its trials are ahead."""
 
 
 Fit = Callable[[Job, RunFolder, bool, Say], None]
+J = TypeVar("J", bound=Job)
+
+
+def checked(job: J) -> J:
+    """The job, if MLflow will take its run; raises `ConfigError` otherwise, before anything starts."""
+    config = job.config
+    check_store(tracking_uri_of(config.run), config.run.experiment)
+    return job
+
+
+def tracking_uri_of(run: Run) -> str:
+    """The address of its MLflow, given or next to the run folders."""
+    return run.tracking_uri or default_tracking_uri(run.storage)
 
 
 def run(job: Job, dry_run: bool = False, fit: Fit = fit) -> dict[str, Any]:
@@ -51,6 +61,8 @@ def run(job: Job, dry_run: bool = False, fit: Fit = fit) -> dict[str, Any]:
     total = known_resources()
     if total is not None:
         check_fits(config, use_cuda(config, total), total)
+    if note := config.optimizer.shortened(config.train.steps):
+        outcome.to_stderr(note)
     if dry_run:
         return job.dry_run(total)
     with folder.lock(), terminable():
@@ -81,7 +93,8 @@ def _tracked(
     """Train, and tell MLflow and the person at the screen; of a run that is finished, `before` is its result."""
     config = job.config
     # Ray is left last: it may end this process, and a stopped job has little time to write down how it ended.
-    with ExitStack() as ray, Progress(config.train.steps, folder.path) as progress:
+    screen = Progress(config.train.steps, folder.path, eval_every=config.train.eval_every)
+    with ExitStack() as ray, screen as progress:
         tracker = _tracker(job, folder, environment, progress.say).start()
         status: Status = "FAILED"
         result = before
@@ -90,8 +103,10 @@ def _tracked(
                 progress.say(f"run {config.run.name} is finished; this is its result (another run.name trains anew).")
             else:
                 _train(job, folder, progress.say, fit, ray)
-                result = outcome.collect(job, folder.path, time.perf_counter() - begin)
-                job.finish(result, folder.path, progress.say)
+                collected = outcome.collect(job, folder.path, time.perf_counter() - begin)
+                job.finish(collected, folder.path, progress.say)
+                outcome.check(job, folder.path, collected)
+                result = collected
             status = "FINISHED"
         except Pruned:
             status = "KILLED"
@@ -122,10 +137,14 @@ def place_whole(config: TrainingConfig) -> None:
     else:
         config.data.source = [_whole_source(source) for source in config.data.source]
         config.data.eval_source = [_whole_source(source) for source in config.data.eval_source]
+        config.data.templates = config.data.templates and whole_path(config.data.templates)
 
 
 def _whole_source(source: str) -> str:
-    return source if source.startswith("hf:") else whole_path(source)
+    if not source.startswith("hf:"):
+        return whole_path(source)
+    name, colon, configuration = source.removeprefix("hf:").partition(":")
+    return f"hf:{whole_path(name)}{colon}{configuration}" if os.path.isdir(name) else source
 
 
 def place_whole_run(run: Run) -> None:
@@ -189,7 +208,6 @@ def _train(job: Job, folder: RunFolder, say: Say, fit: Fit, ray: ExitStack) -> N
     config = job.config
     say("starting Ray and the workers (10 to 30 s)")
     ray.enter_context(ray_cluster())
-    ray.enter_context(terminable())  # again, because connecting to Ray replaces the handler
     total = cluster_resources()
     cuda = use_cuda(config, total)
     check_fits(config, cuda, total)
@@ -203,43 +221,24 @@ def _train(job: Job, folder: RunFolder, say: Say, fit: Fit, ray: ExitStack) -> N
 
 def _tracker(job: Job, folder: RunFolder, environment: dict[str, Any], say: Say) -> Tracker:
     config = job.config
-    counted = ("params_total", "params_trainable", "params_dense")
-    params = flatten(config) | {key: value for key, value in job.counts().items() if key in counted}
-    params |= job.params
-    packages = {f"version.{name}": value for name, value in environment["packages"].items() if value}
     data, model = job.fingerprints
     tags = {
         "mlflow.source.name": f"finhpc {job.verb}",
         "mlflow.source.git.commit": environment.get("git_commit"),
-        "finhpc.dataset_fingerprint": data,
-        "finhpc.model_fingerprint": model,
-        **packages,
+        HIDDEN + "verb": job.verb,
+        HIDDEN + "dataset_fingerprint": data,
+        HIDDEN + "model_fingerprint": model,
+        HIDDEN + "started_from": config.model.path and origin(config.model.path),
+        **setting_tags(config),
         **job.tags,
     }
-    uri = config.run.tracking_uri or default_tracking_uri(config.run.storage)
+    run = config.run
+    given = {key: value for key, value in tags.items() if value not in (None, "")}
+    params = job.parameters()
     return Tracker(
-        folder.path, uri, config.run.experiment, config.run.name, params, {k: v for k, v in tags.items() if v}, say
+        folder.path, tracking_uri_of(run), run.experiment, run.name, params, given, say, datasets=job.datasets
     )
 
 
 def _is_done(before: dict[str, Any] | None, config: TrainingConfig) -> bool:
     return bool(before) and before["status"] == "finished" and before["steps"] >= config.train.steps  # type: ignore[index]
-
-
-@contextmanager
-def terminable() -> Iterator[None]:
-    """Turn SIGTERM into an exception, so that workers, run and lock are let go in order."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise Terminated
-
-    try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread: whoever runs it handles signals
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -16,11 +16,12 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,6 +31,7 @@ import yaml
 
 from finhpc.config import PretrainConfig, TrainingConfig, build, flatten, to_yaml
 from finhpc.errors import ConfigError, RunBusyError
+from finhpc.files import private_folder, write_atomic
 from finhpc.training.journal import strict_json
 
 # Settings that only place a run; all others are its meaning and must stay as they were. The cosine
@@ -40,6 +42,8 @@ MAY_CHANGE = re.compile(
     r"|train\.(epochs|eval_every|checkpoint_every|keep_checkpoints|hang_timeout_s|recompute|sample_.*)"
 )
 PACKAGES = ("finhpc", "torch", "ray", "deepspeed", "transformers", "tokenizers", "mlflow", "numpy", "pyarrow")
+# What may lie in a run folder before its work begins.
+BEFORE_WORK = {".lock", ".room", "config.yaml", "environment.json", "identity.json", "tasks"}
 RESERVED = ("mlflow.db", "mlartifacts")  # what lies beside the run folders in the storage
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _SECRET_WORDS = {"password", "passwd", "secret", "token", "key", "apikey", "credential", "credentials", "auth"}
@@ -59,7 +63,11 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the run; a second process is refused. The kernel lets go when the holder dies, however it dies."""
+        """Hold the run; a second process is refused. The kernel lets go when the holder dies, however it dies.
+
+        A folder that is new and in which nothing has begun goes again when a `ConfigError` ends the block.
+        """
+        new = [path for path in (self.path, self.path.parent) if not path.exists()]
         self._make()
         with open(self.path / ".lock", "a+", encoding="utf-8") as file:
             try:
@@ -79,7 +87,14 @@ class RunFolder:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()} since {_now()}")
             file.flush()
-            yield
+            try:
+                yield
+            except ConfigError:
+                if self.path in new and {path.name for path in self.path.iterdir()} <= BEFORE_WORK:
+                    shutil.rmtree(self.path)
+                    with suppress(OSError):  # the storage holds other runs
+                        new[-1].rmdir()
+                raise
 
     def write_config(
         self, config: TrainingConfig, dataset_fingerprint: str | None = None, model_fingerprint: str | None = None
@@ -87,7 +102,7 @@ class RunFolder:
         run = config.run.model_copy(
             update={"tracking_uri": config.run.tracking_uri and redact(config.run.tracking_uri)}
         )
-        write_atomically(self.path / "config.yaml", to_yaml(config.model_copy(update={"run": run})))
+        write_atomic(self.path / "config.yaml", to_yaml(config.model_copy(update={"run": run})))
         identity = {"dataset_fingerprint": dataset_fingerprint, "model_fingerprint": model_fingerprint}
         self._write_json("identity.json", identity)
 
@@ -129,7 +144,7 @@ class RunFolder:
 
     def _make(self) -> None:
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            private_folder(self.path)
         except OSError as error:
             raise ConfigError(
                 f"run.storage={self.path.parent} cannot hold the run folder {self.name} ({error.strerror}); "
@@ -137,7 +152,7 @@ class RunFolder:
             ) from None
 
     def _write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        write_atomically(self.path / name, strict_json(value, indent=2) + "\n")
+        write_atomic(self.path / name, strict_json(value, indent=2) + "\n")
 
     def _read_json(self, name: str) -> dict[str, Any] | None:
         path = self.path / name
@@ -148,16 +163,6 @@ class RunFolder:
         except ValueError as error:
             raise ConfigError(f"{path} is not valid JSON ({error}); restore it, or delete it to do without.") from None
         return value
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """The whole text or, after a crash at any moment, what was there before."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(draft, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
 
 
 def redact(text: str) -> str:

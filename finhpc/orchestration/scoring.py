@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,20 @@ import torch
 
 from finhpc.config import ExportConfig, PretrainConfig, build
 from finhpc.data.shards import Shards
+from finhpc.errors import ImplausibleError
+from finhpc.evaluation import plausible
 from finhpc.models.export import export
 from finhpc.models.loading import load_model
 
 FOLDER = "quantized-{bits}bit"  # in the run folder
 
 
-def score_at(bits: int, config: PretrainConfig, run: Path) -> dict[str, Any]:
+def score_at(bits: int, config: PretrainConfig, run: Path, full: float | None = None) -> dict[str, Any]:
     """Write the run's model at `bits` into RUN/quantized-BITSbit and score it; what is there already is kept.
 
     Returns `val_loss`, `val_perplexity`, `model`, `size_bytes` (of its weights on disk) and `score_s`. The samples
-    and the precision are those of the run's own evaluations.
+    and the precision are those of the run's own evaluations. `full`: the run's loss at 16 bits. Raises
+    `ImplausibleError` if the loss cannot be that model's, and keeps nothing of it.
     """
     out = run / FOLDER.format(bits=bits)
     known = out / "scores.json"
@@ -42,6 +46,17 @@ def score_at(bits: int, config: PretrainConfig, run: Path) -> dict[str, Any]:
         "size_bytes": sum(file.stat().st_size for file in out.glob("*.safetensors")),
         "score_s": time.perf_counter() - begin,
     }
+    vocab_size = Shards.open(str(config.data.shards)).manifest.vocab_size
+    try:
+        plausible.check(
+            f"{run.name} at {bits} bits",
+            found,
+            plausible.at_fewer_bits(bits, vocab_size, full),
+            "if other runs quantize well, remove this one's model folder and run the same command again",
+        )
+    except ImplausibleError:
+        shutil.rmtree(out)  # the next start exports it again
+        raise
     known.write_text(json.dumps(found), encoding="utf-8")
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def summary(result: dict[str, Any]) -> None:
     larger = [report["name"] for report in result["layers"] if _grows(report)]
     if larger:
         console.print(f"{len(larger)} layers are larger than dense, as {larger[0]}; a lower rank would save memory")
-    console.print(f"model: {result['model']} (spectra.png there)")
+    console.print(f"model: {shlex.quote(result['model'])} (spectra.png there)", soft_wrap=True, highlight=False)
 
 
 def _grows(report: Report) -> bool:

@@ -13,16 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from finhpc.config import StudyConfig, to_yaml
-from finhpc.errors import NonFiniteError, TrainingFailedError
+from finhpc.errors import ImplausibleError, NonFiniteError, TrainingFailedError
+from finhpc.files import write_atomic
 from finhpc.orchestration import study_report as report
 from finhpc.orchestration.cluster import ray_cluster
 from finhpc.orchestration.plan import make_plan
 from finhpc.orchestration.pretrain import pretrain
 from finhpc.orchestration.progress import rows_table
-from finhpc.orchestration.runfolder import RunFolder, write_atomically
+from finhpc.orchestration.runfolder import RunFolder
 from finhpc.orchestration.step_times import step_times
 from finhpc.orchestration.study_report import Trained
-from finhpc.orchestration.study_runs import best_of, check, finalists, in_order, kinds_of_steps, run_config
+from finhpc.orchestration.study_runs import best_of, check, finalists, in_order, kinds_of_steps, run_config, shortened
 from finhpc.orchestration.worker import FATAL
 
 Row = dict[str, Any]
@@ -39,10 +40,12 @@ def study(config: StudyConfig, dry_run: bool = False) -> dict[str, Any]:
     begin = time.perf_counter()
     folder = RunFolder(config.run.storage, config.run.name)
     check(config)
+    for note in shortened(config):
+        report.say(note)
     if dry_run:
         return _dry_run(config)
     with folder.lock():
-        write_atomically(folder.path / "config.yaml", to_yaml(config))
+        write_atomic(folder.path / "config.yaml", to_yaml(config))
         with ray_cluster():
             screened = _screen(config)
             chosen = finalists(config, screened)
@@ -111,8 +114,8 @@ def _run(config: StudyConfig, phase: str, name: str, lr: float, seed: int, begin
     report.say(f"study {config.run.name}: {run.run.name}")
     try:
         result = pretrain(run)
-    except TrainingFailedError:
-        if not _diverged(folder):
+    except (TrainingFailedError, ImplausibleError) as error:
+        if not isinstance(error, ImplausibleError) and not _diverged(folder):
             raise
         report.say(f"{run.run.name} diverged; the study goes on without it")
         return Trained(name, lr, seed, run)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import shlex
 import statistics
 import sys
 from collections.abc import Mapping
@@ -19,10 +20,10 @@ from typing import Any
 import numpy as np
 
 from finhpc.config import PretrainConfig, StudyConfig
+from finhpc.files import write_atomic
 from finhpc.lowrank.blend import blend_steps
 from finhpc.lowrank.registry import BLEND
 from finhpc.orchestration.progress import rows_table
-from finhpc.orchestration.runfolder import write_atomically
 from finhpc.training.journal import WORKER_FILE, latest, read
 
 Row = dict[str, Any]
@@ -178,7 +179,7 @@ def write_csv(rows: list[Row], path: Path) -> None:
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_atomically(path, text.getvalue())
+    write_atomic(path, text.getvalue())
 
 
 def draw(
@@ -238,7 +239,7 @@ def show(result: Row) -> None:
     rows_table(title, [_text(row) for row in result["finals"]])
     if max(row["step_s_spread"] for row in result["finals"]) > QUIET:
         say("the machine was busy while step times were measured; the same command measures them again.")
-    say(f"written: result.json, table.csv and curves.png in {result['folder']}")
+    say(f"written: result.json, table.csv and curves.png in {shlex.quote(result['folder'])}")
 
 
 def say(text: str) -> None:

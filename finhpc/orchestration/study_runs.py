@@ -38,6 +38,17 @@ def check(config: StudyConfig) -> None:
         raise ConfigError(problems)
 
 
+def shortened(config: StudyConfig) -> list[str]:
+    """What to tell of warm-ups that are too long for the screening's steps or for the finals'."""
+    found: dict[str, None] = {}
+    for name, variant in config.study.variants.items():
+        for phase in ("screen", "final"):
+            run = run_config(config, phase, name, variant.lr[0], config.study.seeds[0])
+            if note := run.optimizer.shortened(run.train.steps):
+                found[f"{'screening' if phase == 'screen' else 'finals'}: {note}"] = None
+    return list(found)
+
+
 def run_config(
     config: StudyConfig, phase: str, name: str, lr: float, seed: int, start: str | None = None
 ) -> PretrainConfig:

@@ -19,19 +19,22 @@ from typing import Any
 
 from finhpc.config import to_yaml
 from finhpc.errors import TrainingFailedError
+from finhpc.files import write_atomic
+from finhpc.interrupts import terminable
 from finhpc.orchestration import outcome
 from finhpc.orchestration.cluster import ray_cluster
 from finhpc.orchestration.fit import last_line, watched
-from finhpc.orchestration.run import place_whole, terminable
-from finhpc.orchestration.runfolder import RunFolder, write_atomically
+from finhpc.orchestration.run import place_whole
+from finhpc.orchestration.runfolder import RunFolder
 from finhpc.orchestration.study_report import write_csv
 from finhpc.orchestration.sweep_delivery import deliver
 from finhpc.orchestration.sweep_plan import Planned, plan_sweep, show_plan
-from finhpc.orchestration.sweep_report import Follower, flat, ranked, show
+from finhpc.orchestration.sweep_report import FIGURES, Follower, flat, ranked, show
 from finhpc.orchestration.sweep_shared import prepare_shared
 from finhpc.orchestration.sweep_tracking import Parent
 from finhpc.orchestration.sweep_trials import AnySweep
 from finhpc.orchestration.trial import OUTCOME, outcome_of, pruned, run_trial, write_outcome
+from finhpc.package import Driver
 
 TUNE = "tune"  # Ray Tune's own record of a start, which nothing is read from
 KEPT_FAILURES = ("diverged", "pruned")  # ends of a trial that another start would not change
@@ -56,17 +59,17 @@ def sweep(config: AnySweep, dry_run: bool = False) -> dict[str, Any]:
     if dry_run:
         return counted | {"status": "dry_run"}
     with folder.lock(), terminable():
-        write_atomically(folder.path / "config.yaml", to_yaml(config))
+        write_atomic(folder.path / "config.yaml", to_yaml(config))
         _forget_failures(plan)
         with Parent(config, folder, plan) as parent:
-            with ray_cluster(), terminable():
+            with ray_cluster():
                 plan.check_fits()  # again: only now is another cluster's size known
                 prepare_shared(plan, outcome.to_stderr)
                 _tune(config, plan, parent.id)
             deliver(plan, parent.tracker.run_id)
             rows = ranked(plan)
             result = counted | _outcome(rows) | {"wall_s": time.perf_counter() - begin}
-            parent.end(result, rows)
+            parent.end(result, {key: result["best"][key] for key in FIGURES} if result["best"] else {})
         write_csv(flat(result["trials"]), folder.path / "trials.csv")
         folder.write_result(result)
     show(config, result)
@@ -85,7 +88,7 @@ def _outcome(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "trials": rows,
         "best": best,
         "model": best and best["model"],
-        "steps_trained": sum(row["steps"] or 0 for row in rows if row["trained"]),
+        "steps_trained": sum(row["steps"] or 0 for row in rows if not row["scored_only"]),
     }
 
 
@@ -102,11 +105,12 @@ def _tune(config: AnySweep, plan: Planned, parent: str | None) -> None:
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # its tracebacks of trials that failed
     told = {trial.name: plan.told(trial, parent) for trial in plan.trials}
+    train = tune.with_parameters(run_trial, trials=told, driver=Driver.here())
     storage = plan.folder / TUNE
     shutil.rmtree(storage, ignore_errors=True)
     follower = Follower(plan)
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(run_trial, trials=told), lambda point: plan.placement(point["trial"])),
+        tune.with_resources(train, lambda point: plan.placement(point["trial"])),
         param_space={"trial": tune.grid_search(names)},
         tune_config=TuneConfig(
             metric="val_loss",

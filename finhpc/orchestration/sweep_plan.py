@@ -4,27 +4,35 @@ from __future__ import annotations
 
 import math
 import shutil
+import statistics
+import time
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finhpc.config import FinetuneConfig, FinetuneSweepConfig, PretrainConfig, SweepConfig, TrainingConfig, flatten
 from finhpc.errors import ConfigError
 from finhpc.lowrank.registry import DENSE, STARTED
 from finhpc.orchestration.cluster import check_fits, known_resources, use_cuda
+from finhpc.orchestration.mlflow_shown import PARENT, SWEEP, Dataset, model_name, parameters, shape_of
+from finhpc.orchestration.mlflow_store import check_store
 from finhpc.orchestration.outcome import to_stderr
 from finhpc.orchestration.plan import Plan, collect, make_plan
 from finhpc.orchestration.progress import rows_table
 from finhpc.orchestration.run import place_whole
+from finhpc.orchestration.run_time import said, sweep_time, this_machine_busy
 from finhpc.orchestration.runfolder import RunFolder
-from finhpc.orchestration.sweep_tracking import PARENT, SWEEP, check_database
-from finhpc.orchestration.sweep_trials import BITS, AnySweep, Trial, trials_of
+from finhpc.orchestration.sweep_trials import BITS, AnySweep, Trial, check_points, trials_of
 from finhpc.orchestration.tracking import default_tracking_uri
 from finhpc.orchestration.trial import outcome_of
 
+if TYPE_CHECKING:
+    from finhpc.orchestration.finetune import Finetune
+
 REFERENCE = "dense-reference"
+MEASURING_S = 20.0  # spent on measuring the steps of trials; the rest are reckoned
 SHOWN = 60  # trials listed before a sweep starts
 
 
@@ -40,6 +48,11 @@ class Planned:
     resources: dict[str, float] | None = None  # of the cluster; None: known once it is connected
     seconds: dict[str, float | None] = field(default_factory=dict)  # of a trial's training, estimated
     disk: dict[str, int] = field(default_factory=dict)  # bytes that a trial leaves at least
+    parameters: list[dict[str, Any]] = field(default_factory=list)  # of each point, as MLflow shows them
+    datasets: list[Dataset] = field(default_factory=list)  # of all trials
+    steps: dict[str, int] = field(default_factory=dict)  # of a trial's training
+    ratios: list[float] = field(default_factory=list)  # of measured steps to those that were reckoned
+    measuring_until: float = field(default_factory=lambda: time.monotonic() + MEASURING_S)
 
     @property
     def runs(self) -> Path:
@@ -114,20 +127,30 @@ class Planned:
             tree.setdefault("lora", {})
         scores = {name: values[BITS] for name, values in trial.points if trial.bits and values[BITS] != 16}
         tags |= {SWEEP: self.config.run.name}
-        params: dict[str, Any] = {}
+        varied = dict(trial.values)
         if self.reference is not None and _starts(trial):
-            # As the sweep has them: the path of the reference would stand out as a key that varies.
-            params = {key: value for key, value in flatten(self.config).items() if key.startswith("model.")}
-            tags |= {"finhpc.started_from": str(tree["model"]["path"])}
-        return {"config": tree, "tags": tags, "params": params, "scores": scores}
+            # As the sweep has it: the reference would stand out as a model that varies.
+            varied |= {"model": model_name(self.config)}
+        return {"config": tree, "tags": tags, "varied": varied, "scores": scores}
 
-    @property
-    def cost_s(self) -> float | None:
-        """Seconds until the end, estimated; None where a trial's pace is not known."""
-        left = [self.seconds.get(t.name) for t in self.trials if "status" not in outcome_of(self.run_folder(t.name))]
-        if any(seconds is None for seconds in left):
+    def shared_parameters(self) -> dict[str, Any]:
+        """The parameters that all trials have in common."""
+        first, *others = self.parameters
+        return {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
+
+    @cached_property
+    def cost(self) -> dict[str, Any] | None:
+        """What is left of the sweep in time (`finhpc.orchestration.run_time`); None where a trial's is not known."""
+        left = [t for t in self.trials if "status" not in outcome_of(self.run_folder(t.name))]
+        seconds = [self.seconds.get(trial.name) for trial in left]
+        if not left or any(one is None for one in seconds):
             return None
-        return math.fsum(seconds or 0.0 for seconds in left) / self.concurrent
+        configs = [self.config_of(trial) for trial in left]
+        each = max(config.parallel.workers * config.resources.threads for config in configs)
+        processes = 0.0 if self.cuda else min(self.concurrent, len(left)) * float(each)
+        scores = sum(bits != 16 for trial in left for bits in trial.bits)
+        whole = math.fsum(one or 0.0 for one in seconds)
+        return sweep_time(whole, len(left), scores, self.concurrent, processes).numbers(this_machine_busy())
 
     @property
     def disk_bytes(self) -> int:
@@ -153,7 +176,7 @@ class Planned:
             "scored": sum(len(trial.points) for trial in self.trials),
             "ended_before": ended,
             "concurrent": self.concurrent,
-            "estimated_s": self.cost_s,
+            "estimated_s": self.cost and self.cost["run_s"],
             "disk_bytes": self.disk_bytes,
             "folder": str(self.folder),
             "tracking_uri": self.tracking_uri,
@@ -162,14 +185,19 @@ class Planned:
 
 def plan_sweep(config: AnySweep, folder: Path) -> Planned:
     """Check the grid and every trial of it; raises one `ConfigError` with every problem."""
-    trials = trials_of(config)
+    problems: list[str] = []
+    with collect(problems):
+        check_points(config)
+    # Of a grid without points, or with too many, what its trials share is checked all the same.
+    trials = trials_of(config.model_copy(update={"grid": {}}) if problems else config)
     uri = config.run.tracking_uri or default_tracking_uri(config.run.storage)
-    check_database(uri)
+    with collect(problems):
+        check_store(uri, config.run.experiment)
     plan = Planned(config, folder, trials, uri, resources=known_resources())
     if isinstance(config, SweepConfig) and any(_starts(trial) for trial in trials) and config.model.path is None:
         plan.reference = _reference(plan)
-    problems: list[str] = []
-    checked: dict[str, tuple[list[str], float | None, int]] = {}
+    of: dict[str, list[str]] = {}  # problem -> the trials that have it
+    checked: dict[str, _Checked] = {}
     for trial in trials:
         found: list[str] = []
         with collect(found):
@@ -177,13 +205,25 @@ def plan_sweep(config: AnySweep, folder: Path) -> Planned:
             key = _same_plan(run)
             if key not in checked:
                 checked[key] = _check(plan, trial, run)
-            found += checked[key][0]
-            plan.seconds[trial.name], plan.disk[trial.name] = checked[key][1:]
-        problems += [f"trial {trial.name}: {problem}" for problem in found]
+            one = checked[key]
+            found += one.problems
+            plan.seconds[trial.name], plan.disk[trial.name], plan.steps[trial.name] = one.seconds, one.bytes, one.steps
+            plan.parameters += [parameters(run, one.named, values) for _, values in trial.points]
+        for problem in dict.fromkeys(found):
+            of.setdefault(problem, []).append(trial.name)
+    problems += [f"{_named(names, len(trials))}{problem}" for problem, names in of.items()]
     if problems:
-        raise ConfigError(list(dict.fromkeys(problems)))
+        raise ConfigError(problems)
     plan.check_disk()
     return plan
+
+
+def _named(names: list[str], total: int) -> str:
+    """Which trials a problem is of; nothing where it is of all."""
+    if len(names) == total:
+        return ""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"trial{'s' if len(names) > 1 else ''} {', '.join(names[:3])}{more}: "
 
 
 def free_bytes(folder: Path) -> int:
@@ -192,34 +232,73 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(there).free
 
 
-def _check(plan: Planned, trial: Trial, run: TrainingConfig) -> tuple[list[str], float | None, int]:
-    """(problems, estimated seconds, bytes it leaves) of a trial."""
-    problems: list[str] = []
-    seconds, left = None, 0
-    with collect(problems):
+@dataclass
+class _Checked:
+    """What is known of a trial: problems, estimated seconds of training, bytes it leaves, steps, names and shape."""
+
+    problems: list[str]
+    seconds: float | None = None
+    bytes: int = 0
+    steps: int = 0
+    named: dict[str, Any] = field(default_factory=dict)  # of its model and data
+
+
+def _check(plan: Planned, trial: Trial, run: TrainingConfig) -> _Checked:
+    found = _Checked([])
+    with collect(found.problems):
         RunFolder(run.run.storage, run.run.name)
         if plan.resources is not None:
             check_fits(run, use_cuda(run, plan.resources), plan.resources)
-    with collect(problems):
+    with collect(found.problems):
         if isinstance(run, FinetuneConfig):
             from finhpc.orchestration.finetune import Finetune
 
-            left = _left(run, Finetune(run).counts()["params_trainable"])
+            job = Finetune(run)
+            found.steps, found.named = job.config.train.steps, job.names()
+            found.bytes = _left(job.config, job.counts()["params_trainable"])
+            found.seconds = _tuning_seconds(plan, job)
+            plan.datasets += [dataset for dataset in job.datasets if dataset not in plan.datasets]
         else:
             if plan.reference is not None and _starts(trial):  # its model is not there yet: a low-rank one is as large
                 run = run.model_copy(update={"model": plan.reference.model}, deep=True)
                 run.method.kind = "low_rank"
             made = make_plan(run)
-            seconds, left = _seconds(plan, made), _left(run, made.params_total)
-            left += sum(made.outline.stored_bytes(bits) for bits in trial.bits if bits != 16)
-    return problems, seconds, left
+            found.steps, found.seconds = run.train.steps, _seconds(plan, made)
+            found.bytes = _left(run, made.params_total)
+            found.bytes += sum(made.outline.stored_bytes(bits) for bits in trial.bits if bits != 16)
+            dataset = Dataset.of_shards(made.shards)
+            found.named = {"model": model_name(run), "dataset": dataset.name} | shape_of(made.hf_config)
+            plan.datasets += [dataset] if dataset not in plan.datasets else []
+    return found
 
 
 def _seconds(plan: Planned, made: Plan) -> float | None:
     from finhpc.orchestration.estimate import of_plan
 
-    step_s = of_plan(made, plan.cuda, here=plan.resources is not None)["step_s"]
-    return None if step_s is None else float(step_s) * made.config.train.steps
+    measures = time.monotonic() < plan.measuring_until
+    return _computing(plan, of_plan(made, plan.cuda, here=plan.resources is not None, measures=measures))
+
+
+def _tuning_seconds(plan: Planned, job: Finetune) -> float | None:
+    from finhpc.orchestration.estimate_finetune import of_examples
+    from finhpc.orchestration.finetune import batches_of
+
+    made, measures = job.made, time.monotonic() < plan.measuring_until
+    examples, batches = made.examples, batches_of(job.config)
+    here = plan.resources is not None
+    numbers = of_examples(job.config, made.adaptation, examples, batches, plan.cuda, here, measures)
+    return _computing(plan, numbers)
+
+
+def _computing(plan: Planned, numbers: dict[str, Any]) -> float | None:
+    """Seconds of a trial's steps and evaluations on cores of their own; those not measured go by those that were."""
+    if numbers["step_s"] is None:
+        return None
+    ratio = float(numbers["step_s"] / numbers["reckoned_step_s"])
+    if ratio != 1.0:
+        plan.ratios.append(ratio)
+        return float(numbers["computing_s"])
+    return float(numbers["computing_s"]) * (statistics.median(plan.ratios) if plan.ratios else 1.0)
 
 
 def _left(run: TrainingConfig, trained: int) -> int:
@@ -254,6 +333,21 @@ def _same_plan(run: TrainingConfig) -> str:
     return repr({key: value for key, value in flat.items() if key != "train.seed"})
 
 
+def _shortened(plan: Planned) -> dict[str, list[str]]:
+    """What is told of warm-ups that are too long -> the trials it is told of."""
+    found: dict[str, list[str]] = {}
+    for trial in plan.trials:
+        if note := plan.config_of(trial).optimizer.shortened(plan.steps[trial.name]):
+            found.setdefault(note, []).append(trial.name)
+    return found
+
+
+def _counted(names: list[str], trials: int) -> str:
+    if len(names) == trials:
+        return "every trial"
+    return f"trial {names[0]}" if len(names) == 1 else f"{len(names)} trials, the first {names[0]}"
+
+
 def show_plan(plan: Planned) -> None:
     """The trials and their cost, before any starts."""
     rows = []
@@ -267,10 +361,11 @@ def show_plan(plan: Planned) -> None:
                 "estimated": "-" if seconds is None else str(timedelta(seconds=round(seconds))),
             }
         )
+    for note, names in _shortened(plan).items():
+        to_stderr(f"{_counted(names, len(plan.trials))}: {note}")
     numbers = plan.result()
     rows_table(f"sweep {numbers['sweep']}: {numbers['trained']} trials, {numbers['scored']} points scored", rows)
     if len(plan.trials) > SHOWN:
         to_stderr(f"and {len(plan.trials) - SHOWN} more")
-    cost = plan.cost_s
-    about = "" if cost is None else f"; training takes about {timedelta(seconds=round(cost))}"
+    about = "" if plan.cost is None else f"; the sweep takes {said(plan.cost)}"
     to_stderr(f"{plan.concurrent} at a time{about}; at least {plan.disk_bytes / 1e6:,.0f} MB on disk")

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
+import shlex
 import time
 from collections.abc import Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 from finhpc.config import FinetuneSweepConfig
-from finhpc.orchestration.outcome import to_stderr
+from finhpc.orchestration.outcome import compare_command, to_stderr
 from finhpc.orchestration.progress import Progress, rows_table, summary_table
 from finhpc.orchestration.sweep_plan import Planned
 from finhpc.orchestration.sweep_trials import AnySweep, Trial
@@ -25,7 +24,7 @@ FIGURES = (  # of each row, the names they have in every result and in MLflow
 SHOWN = {
     "val_loss": ("val loss", "{:.4f}"),
     "held_out_weighted_f1": ("weighted F1", "{:.3f}"),
-    "params_trainable": ("trained", "{:,.0f}"),
+    "params_trainable": ("parameters trained", "{:,.0f}"),
     "compression_ratio": ("compression", "{:.2f}"),
     "size_bytes": ("size MB", "{:,.2f}"),
     "tokens_per_s": ("tokens/s", "{:,.0f}"),
@@ -45,11 +44,11 @@ def metric_of(config: AnySweep) -> tuple[str, bool]:
 def ranked(plan: Planned) -> list[Row]:
     """A row for each point of the grid, the best first; those that did not end well stand last, without a rank.
 
-    `trained`: whether the row carries its trial's training; the others score the same model at other bits.
+    `scored_only`: whether the row scores, at other bits, the model that another row's training made.
     """
     rows = [row for trial in plan.trials for row in _rows(plan, trial)]
     metric, more = metric_of(plan.config)
-    if plan.config.sweep.metric is None and all(row[metric] is None for row in rows):
+    if plan.config.sweep.metric is None and metric != "val_loss" and all(row[metric] is None for row in rows):
         metric, more = "val_loss", False  # finetuned on texts: there are no labels to score
         to_stderr("nothing held out has labels; the trials are ranked by val_loss.")
     well = [row for row in rows if row["status"] == "finished" and row.get(metric) is not None]
@@ -71,7 +70,7 @@ def _rows(plan: Planned, trial: Trial) -> Iterator[Row]:
         spans = found.get("trial_s"), found.get("train_s")
         scoring = sum(score["score_s"] for score in found.get("scored", {}).values())
         row |= {
-            "trained": i == 0,
+            "scored_only": i > 0,
             "train_s": spans[1],
             "fixed_s": spans[0] - spans[1] - scoring if spans[0] and spans[1] else None,
             "model": figures.get("model"),
@@ -101,13 +100,11 @@ def show(config: AnySweep, result: Row) -> None:
         shown.append(line)
     rows_table(f"sweep {config.run.name}", shown)
     if len(result["trials"]) > MOST_ROWS:
-        to_stderr(f"and {len(result['trials']) - MOST_ROWS} more, in {result['folder']}/trials.csv")
+        to_stderr(f"and {len(result['trials']) - MOST_ROWS} more, in {shlex.quote(result['folder'])}/trials.csv")
     for row in result["trials"]:
-        if row["error"] and row["trained"]:
+        if row["error"] and not row["scored_only"]:
             to_stderr(f"{row['trial']}: {row['error']}")
     best = result["best"]
-    command = sys.argv[0] if Path(sys.argv[0]).name == "finhpc" else "finhpc"
-    where = f"--run.tracking_uri {config.run.tracking_uri}" if config.run.tracking_uri else ""
     summary = [
         ("best", str(best and best["trial"])),
         ("model", str(result["model"])),
@@ -115,7 +112,7 @@ def show(config: AnySweep, result: Row) -> None:
         ("steps trained", f"{result['steps_trained']:,}"),
         ("time", str(timedelta(seconds=round(result["wall_s"])))),
         ("table", f"{result['folder']}/trials.csv"),
-        ("compare", f"{command} ui {where or f'--run.storage {config.run.storage}'}"),
+        ("compare", compare_command(config, "--run.name", config.run.name)),
     ]
     summary_table(f"sweep {config.run.name}", summary)
 

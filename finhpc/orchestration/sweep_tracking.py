@@ -8,23 +8,22 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from finhpc.config import flatten
 from finhpc.orchestration.job import Job
-from finhpc.orchestration.mlflow_store import database_file, has_content, unreadable
+from finhpc.orchestration.mlflow_shown import HIDDEN, PARENT, SCORED_FROM, SETTING, SWEEP, setting_tags
+from finhpc.orchestration.mlflow_store import RefusedError, active_run
 from finhpc.orchestration.outcome import to_stderr
 from finhpc.orchestration.runfolder import RunFolder
-from finhpc.orchestration.tracking import Status, Tracker, set_up_client
+from finhpc.orchestration.tracking import Status, Tracker
 from finhpc.training.journal import strict_json
 
 if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
     from finhpc.orchestration.sweep_plan import Planned
     from finhpc.orchestration.sweep_trials import AnySweep
 
 T = TypeVar("T")
 
-PARENT = "mlflow.parentRunId"
-SCORED_FROM = "finhpc.scored_from"  # of a run that scores another run's model: that run's id
-SWEEP = "finhpc.sweep"  # of every run of a sweep: its name
 BEST = "best"  # the alias
 WAIT_S = 20.0  # for MLflow to give the parent its id, before the trials start
 
@@ -35,11 +34,12 @@ class Parent:
     def __init__(self, config: AnySweep, folder: RunFolder, plan: Planned) -> None:
         self.plan, self.config = plan, config
         environment = folder.write_environment()
-        params = {key: value for key, value in flatten(config).items() if key not in config.grid}
-        tags = {SWEEP: config.run.name, "mlflow.source.name": "finhpc sweep"}
+        tags = setting_tags(config) | {SWEEP: config.run.name, HIDDEN + "verb": "sweep"}
+        tags |= {"mlflow.source.name": "finhpc sweep"}
         tags |= {"mlflow.source.git.commit": environment["git_commit"]} if environment["git_commit"] else {}
         uri, experiment = plan.tracking_uri, config.run.experiment
-        self.tracker = Tracker(folder.path, uri, experiment, config.run.name, params, tags, to_stderr)
+        params, datasets = plan.shared_parameters(), plan.datasets
+        self.tracker = Tracker(folder.path, uri, experiment, config.run.name, params, tags, to_stderr, datasets)
         self.ended = False
 
     def __enter__(self) -> Parent:
@@ -56,8 +56,11 @@ class Parent:
             "KILLED" if stopped else "FAILED", {"status": "stopped" if stopped else "failed"}, timeout_s=10
         )
 
-    def end(self, result: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-        """The outcome: children below the parent, the best one registered; adds what MLflow says to `result`."""
+    def end(self, result: dict[str, Any], figures: Mapping[str, Any]) -> None:
+        """The outcome: children below the parent, the best one registered; adds what MLflow says to `result`.
+
+        `figures`: of the best trial, which become the sweep's own metrics.
+        """
         self._settle()
         best, name = result["best"], self.config.sweep.register_as or self.config.run.name
         result |= {"registered": None}
@@ -66,11 +69,9 @@ class Parent:
             result["registered"] = self._try(
                 lambda: register(self.plan.tracking_uri, name, best["mlflow_run_id"], model, steps)
             )
-        figures = {key: value for key, value in (best or {}).items() if isinstance(value, int | float)}
-        numbers = {key: value for key, value in result.items() if isinstance(value, int | float)}
         self.ended = True
         status: Status = "FINISHED" if best else "FAILED"
-        self.tracker.finish(status, figures | numbers | {"status": result["status"]}, timeout_s=60)
+        self.tracker.finish(status, {**figures, "status": result["status"]}, timeout_s=60)
         result |= {"mlflow_run_id": self.tracker.run_id, "tracking_uri": self.tracker.uri}
 
     def _settle(self) -> None:
@@ -82,29 +83,17 @@ class Parent:
         self._try(lambda: settle_children(self.plan.tracking_uri, self.tracker.run_id, children))
 
     def _try(self, work: Callable[[], T]) -> T | None:
-        """What `work` returns; None, and a line, where MLflow does not answer."""
+        """What `work` returns; None, and a line, where MLflow does not answer or refuses."""
         from mlflow.exceptions import MlflowException
 
         try:
             return work()
+        except RefusedError as error:
+            to_stderr(str(error))
+            return None
         except MlflowException as error:
             to_stderr(f"MLflow at {self.tracker.uri}: {str(error).splitlines()[0][:160]}; run the same command again.")
             return None
-
-
-def check_database(tracking_uri: str) -> None:
-    """Raise `ConfigError` for a sqlite database that this MLflow cannot open, before anything is trained."""
-    path = database_file(tracking_uri)
-    if path is None or not has_content(path):
-        return
-    set_up_client()
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
-    try:
-        MlflowClient(tracking_uri=tracking_uri).search_experiments(max_results=1)
-    except MlflowException as error:
-        raise unreadable(tracking_uri, error) from None
 
 
 def wait_for_id(tracker: Tracker, say: Callable[[str], None]) -> str | None:
@@ -117,32 +106,39 @@ def wait_for_id(tracker: Tracker, say: Callable[[str], None]) -> str | None:
     return tracker.run_id
 
 
-def track_score(job: Job, folder: RunFolder, name: str, bits: int, figures: Mapping[str, Any]) -> str | None:
+def track_score(
+    job: Job, folder: RunFolder, name: str, bits: int, figures: Mapping[str, Any], status: Status = "FINISHED"
+) -> str | None:
     """Log the figures of a trained model at `bits` as a run of its own; returns its id, None while MLflow is down."""
     own = folder.path / f"score-{bits}bit"
     own.mkdir(exist_ok=True)
     (own / "result.json").write_text(strict_json(figures, indent=1), encoding="utf-8")
-    config = job.config
-    params = {**flatten(config), **job.params, "quantization.bits": bits}
+    config, at = job.config, {"quantization.bits": bits}
+    params = job.parameters() | at
     trained = RunFolder(config.run.storage, config.run.name).result() or {}
-    tags = dict(job.tags) | {SCORED_FROM: str(trained.get("mlflow_run_id")), "mlflow.source.name": "finhpc sweep"}
-    assert config.run.tracking_uri is not None
-    tracker = Tracker(own, config.run.tracking_uri, config.run.experiment, name, params, tags, lambda text: None)
+    tags = setting_tags(config) | {SETTING + key: value for key, value in at.items()} | dict(job.tags)
+    tags |= {SCORED_FROM: str(trained.get("mlflow_run_id")), HIDDEN + "verb": job.verb}
+    tags |= {HIDDEN + "dataset_fingerprint": job.fingerprints[0], "mlflow.source.name": "finhpc sweep"}
+    run, datasets = config.run, job.datasets
+    assert run.tracking_uri is not None
+    tracker = Tracker(own, run.tracking_uri, run.experiment, name, params, tags, lambda text: None, datasets)
     tracker.start()
-    tracker.finish("FINISHED", figures, timeout_s=15)
+    tracker.finish(status, figures, timeout_s=15)
     return tracker.run_id
 
 
 def settle_children(tracking_uri: str, parent: str | None, children: list[tuple[str, str]]) -> None:
     """Put runs (id, status) below the parent; those that a killed process left RUNNING get their status.
 
-    Raises `MlflowException` where MLflow does not answer.
+    Runs that somebody deleted in MLflow are left alone. Raises `MlflowException` where MLflow does not answer.
     """
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=tracking_uri)
     for run_id, status in children:
-        run = client.get_run(run_id)
+        run = active_run(client, run_id)
+        if run is None:
+            continue
         if parent and run.data.tags.get(PARENT) != parent:
             client.set_tag(run_id, PARENT, parent)
         if run.info.status == "RUNNING":
@@ -152,26 +148,42 @@ def settle_children(tracking_uri: str, parent: str | None, children: list[tuple[
 def register(tracking_uri: str, name: str, run_id: str, model: Path, steps: int) -> str:
     """Make the model folder a version of `name` in the registry, with the alias `best`; returns MLflow's address of it.
 
-    The same run is registered once.
+    The same run is registered once. Raises `RefusedError` for a run that was deleted in MLflow.
     """
     from mlflow import MlflowClient
 
     from finhpc.orchestration.pyfunc import log_model
 
     client = MlflowClient(tracking_uri=tracking_uri)
+    run = active_run(client, run_id)
+    if run is None:
+        raise RefusedError(
+            f"the run of the best trial was deleted in MLflow, so nothing is registered as {name}; restore it "
+            f"(mlflow runs restore --run-id {run_id}), then run the same command again."
+        )
     if not client.search_registered_models(filter_string=f"name = '{name}'"):
         client.create_registered_model(name, description="The best models of finhpc sweeps.")
     known = [v for v in client.search_model_versions(f"name = '{name}'") if v.run_id == run_id]
     if known:
         version = known[0].version
     else:
-        outputs = client.get_run(run_id).outputs
-        ids = [output.model_id for output in outputs.model_outputs] if outputs else []
+        logged = run.outputs.model_outputs if run.outputs else []
+        ids = [output.model_id for output in logged if _exists(client, output.model_id)]
         if not ids:
             log_model(client, run_id, model, step=steps)
-            logged = client.get_run(run_id).outputs
-            ids = [output.model_id for output in logged.model_outputs]
+            ids = [output.model_id for output in client.get_run(run_id).outputs.model_outputs]
         source = client.get_logged_model(ids[-1]).artifact_location  # models:/ID would be looked for elsewhere
         version = client.create_model_version(name, source, run_id=run_id, model_id=ids[-1]).version
     client.set_registered_model_alias(name, BEST, version)
     return f"models:/{name}@{BEST}"
+
+
+def _exists(client: MlflowClient, model_id: str) -> bool:
+    """Whether a logged model was not deleted in MLflow."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.get_logged_model(model_id)
+    except MlflowException:
+        return False
+    return True

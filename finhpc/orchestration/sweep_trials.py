@@ -12,7 +12,7 @@ import json
 import math
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +23,8 @@ from finhpc.config import (
     SweepConfig,
     TrainingConfig,
     build,
-    nearest,
 )
-from finhpc.config import keys as keys_of
+from finhpc.config.grid import DISTRIBUTIONS
 from finhpc.config.section import put
 from finhpc.errors import ConfigError
 
@@ -60,8 +59,7 @@ class Trial:
 
 
 def trials_of(config: AnySweep) -> list[Trial]:
-    """Every trial, in the order of the grid. Raises one `ConfigError` with every problem of the grid."""
-    _check(config)
+    """Every trial, in the order of the grid; of an empty grid the one that nothing varies in."""
     base = config.model_dump(mode="json", exclude={"grid", "sweep"}, exclude_unset=True)
     if isinstance(config, FinetuneSweepConfig):
         base.setdefault("lora", {})
@@ -109,34 +107,14 @@ def _draw(spec: dict[str, Any], draw: random.Random) -> Any:
     return DISTRIBUTIONS[name][1](draw, *given)
 
 
-def _log_uniform(draw: random.Random, low: float, high: float) -> float:
-    return float(f"{math.exp(draw.uniform(math.log(low), math.log(high))):.4g}")
-
-
-# name -> (what it takes, a draw)
-DISTRIBUTIONS: dict[str, tuple[str, Callable[..., Any]]] = {
-    "uniform": ("[LOW, HIGH]", lambda draw, low, high: float(f"{draw.uniform(low, high):.4g}")),
-    "log_uniform": ("[LOW, HIGH], both above 0", _log_uniform),
-    "randint": ("[LOW, HIGH], both whole and possible", lambda draw, low, high: draw.randint(low, high)),
-    "choice": ("[VALUE, ...]", lambda draw, *values: draw.choice(values)),
-}
-
-
 # -- checks ---------------------------------------------------------------------------------
 
 
-def _check(config: AnySweep) -> None:
+def check_points(config: AnySweep) -> None:
+    """Raise `ConfigError` where the grid, whose keys and values are checked already, has no points or too many."""
     problems: list[str] = []
     if not config.grid:
         problems.append("grid is empty; say what varies, such as --grid 'method.rank=[8, 16]' (repeat for more keys).")
-    cls = FinetuneConfig if isinstance(config, FinetuneSweepConfig) else PretrainConfig
-    fields = keys_of(cls)
-    for key, spec in config.grid.items():
-        if key not in fields and key.rpartition(".")[0] not in fields:
-            problems.append(f"grid: {key} is not a setting; {nearest(key, list(fields))}")
-        elif key.startswith("run."):
-            problems.append(f"grid: {key} cannot vary; the sweep names and places its runs itself.")
-        problems += [f"grid: {key}={spec!r} {problem}" for problem in _problems_of(spec)]
     counted = [spec for spec in config.grid.values() if isinstance(spec, list)]
     drawn = len(counted) < len(config.grid)
     if "samples" in config.sweep.model_fields_set and config.grid and not drawn:
@@ -144,35 +122,13 @@ def _check(config: AnySweep) -> None:
             f"sweep.samples={config.sweep.samples}, but no key of the grid has a distribution; leave it out."
         )
     number = math.prod(len(spec) for spec in counted) * (config.sweep.samples if drawn else 1)
-    if not problems and number > config.sweep.max_trials:
+    if number > config.sweep.max_trials:
         problems.append(
             f"the grid has {number:,} points, more than sweep.max_trials={config.sweep.max_trials:,}; take fewer "
             "values, draw keys at random (--grid 'KEY={choice: [...]}' with sweep.samples), or raise sweep.max_trials."
         )
     if problems:
         raise ConfigError(problems)
-
-
-def _problems_of(spec: Any) -> Iterator[str]:
-    """What is wrong with one key's values."""
-    known = ", ".join(f"{name}: {takes}" for name, (takes, _) in DISTRIBUTIONS.items())
-    if isinstance(spec, list):
-        if not spec:
-            yield "has no values; give at least one, or leave the key out."
-        elif len({json.dumps(value) for value in spec}) < len(spec):
-            yield "names a value twice; give each once."
-        return
-    if not isinstance(spec, dict) or len(spec) != 1 or next(iter(spec)) not in DISTRIBUTIONS:
-        yield f"is neither a list of values nor one distribution; give KEY=[VALUES], or KEY={{NAME: ...}} with {known}."
-        return
-    (name, given), *_ = spec.items()
-    bad = not isinstance(given, list) or not given
-    if not bad and name != "choice":
-        bad = len(given) != 2 or not all(isinstance(x, int | float) and math.isfinite(x) for x in given)
-        bad = bad or given[0] >= given[1] or (name == "log_uniform" and given[0] <= 0)
-        bad = bad or (name == "randint" and not all(isinstance(x, int) for x in given))
-    if bad:
-        yield f"does not bound its draws; {name} takes {DISTRIBUTIONS[name][0]}."
 
 
 # -- names ----------------------------------------------------------------------------------

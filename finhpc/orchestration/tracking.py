@@ -12,15 +12,16 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from finhpc.errors import ConfigError
-from finhpc.orchestration.mirror import REQUEST_TIMEOUT_S, Ending, Mirror, State, Status
-from finhpc.orchestration.mlflow_store import database_file, reason
+from finhpc.orchestration.mirror import Ending, Mirror, State, Status
+from finhpc.orchestration.mlflow_shown import Dataset
+from finhpc.orchestration.mlflow_store import RefusedError, database_file, reason, refuses, set_up_client
 from finhpc.orchestration.runfolder import redact
 from finhpc.training.journal import DRIVER_FILE, Journal, read
 
@@ -55,18 +56,6 @@ def _check_folder(folder: str, what: str, otherwise: str) -> None:
         )
 
 
-def set_up_client() -> None:
-    """Tell MLflow, before it is imported, how to wait and what not to print."""
-    # Short waits and no retries of its own: the thread tries again anyway, and must notice the run's end.
-    for name, value in (("MAX_RETRIES", "0"), ("TIMEOUT", REQUEST_TIMEOUT_S)):
-        os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{name}", value)
-    # A pool would hold on to a database that was deleted and made anew.
-    os.environ.setdefault("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")
-    # MLflow prints addresses on stdout, which belongs to results.
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-
-
 class Tracker:
     """Keeps one MLflow run in step with one run folder, from `start` to `finish`.
 
@@ -83,13 +72,14 @@ class Tracker:
         params: Mapping[str, Any],
         tags: Mapping[str, Any],
         say: Callable[[str], None] | None = None,
+        datasets: Sequence[Dataset] = (),
     ) -> None:
         self.folder = Path(folder)
         # At once: nobody promises that the current directory is the same when the thread gets to it.
         tracking_uri = absolute_tracking_uri(tracking_uri)
         self.uri = redact(tracking_uri)
         self._state = State.load(self.folder, self.uri, experiment, run_name)
-        self._mirror = Mirror(self.folder, tracking_uri, self._state, params, tags)
+        self._mirror = Mirror(self.folder, tracking_uri, self._state, params, tags, datasets)
         self._say = say or _to_stderr
         self._journal = Journal(self.folder / DRIVER_FILE)
         self._sampler = threading.Thread(target=self._sample, name="finhpc-system-metrics", daemon=True)
@@ -99,6 +89,7 @@ class Tracker:
         self._abandoned = threading.Event()
         self._ending: Ending | None = None
         self._complaint: str | None = None
+        self._refused = False
 
     @property
     def run_id(self) -> str | None:
@@ -149,14 +140,15 @@ class Tracker:
                 break
             self._thread.join(0.1)
         self._abandoned.set()
-        sent = not self._thread.is_alive()
+        sent = not self._thread.is_alive() and not self._refused
         if sent:
             self._journal.close()
         else:
             why = f" ({self._complaint})" if self._complaint else ""
+            then = "then run" if self._refused else "run"
             self._say(
                 f"MLflow at {self.uri} did not take everything{why}; the rest is kept in {self.folder}: "
-                f"run the same command again to send it."
+                f"{then} the same command again to send it."
             )
         return sent
 
@@ -167,8 +159,9 @@ class Tracker:
             closing = self._closing.is_set()  # asked before reading, so that nothing is written after it
             try:
                 self._mirror.connect()
-                while self._mirror.send_batch():
-                    self._cheer()
+                if self._mirror.lead(self._ending, closing):
+                    while self._mirror.send_batch():
+                        self._cheer()
                 if closing and self._ending:
                     self._mirror.end(self._ending)
                 self._cheer()
@@ -178,17 +171,21 @@ class Tracker:
             except Exception as error:  # whatever MLflow or the network comes up with: training goes on
                 self._mirror.disconnect()
                 self._complain(error)
+                if closing and refuses(error):  # asking again would not help
+                    self._refused = True
+                    return
                 wait = min(1.0 if closing else 2 * wait, LONGEST_RETRY_S)
             self._wake.wait(wait)
             self._wake.clear()
 
     def _complain(self, error: Exception) -> None:
-        if self._complaint is None:
+        why = str(error).rstrip(".") if isinstance(error, RefusedError) else reason(error)
+        if self._complaint is None or (why != self._complaint and refuses(error)):
             self._say(
-                f"MLflow at {self.uri} does not take metrics ({reason(error)}); training goes on, "
-                f"they are kept in {self.folder} and sent when it does."
+                f"MLflow at {self.uri} does not take metrics ({why}); training goes on, they are kept in {self.folder} "
+                "and sent when it does."
             )
-        self._complaint = reason(error)
+        self._complaint = why
 
     def _cheer(self) -> None:
         if self._complaint is not None:

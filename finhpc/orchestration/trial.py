@@ -15,16 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from finhpc.config import FinetuneConfig, PretrainConfig, build
-from finhpc.errors import FinhpcError, RunBusyError
+from finhpc.errors import FinhpcError, ImplausibleError, RunBusyError
+from finhpc.files import write_atomic
 from finhpc.orchestration.job import Job
-from finhpc.orchestration.runfolder import RunFolder, write_atomically
+from finhpc.orchestration.runfolder import RunFolder
+from finhpc.package import Driver
 from finhpc.training.journal import WORKER_FILE, latest, read, strict_json
 
 OUTCOME = "trial.json"  # in the run folder: how the trial ended
 LET_GO_S = 60  # how long a trial waits for the actor of a killed sweep to let its folder go
 
 
-def run_trial(point: dict[str, Any], trials: dict[str, dict[str, Any]]) -> None:
+def run_trial(point: dict[str, Any], trials: dict[str, dict[str, Any]], driver: Driver) -> None:
     """Train and score `trials[point["trial"]]`; a mistake of the user's ends this trial, not the sweep.
 
     Any other exception goes to Tune, which starts the trial again as often as run.max_failures says.
@@ -42,6 +44,7 @@ def run_trial(point: dict[str, Any], trials: dict[str, dict[str, Any]]) -> None:
 
     begin = time.perf_counter()
     try:
+        driver.enter()
         found = _train(trial, run)
     except Pruned:
         raise SystemExit(0) from None  # as `tune.report` wants it
@@ -81,7 +84,7 @@ def job_of(trial: dict[str, Any]) -> Job:
         job = Finetune(build(FinetuneConfig, trial["config"]))
     else:
         job = Pretrain(build(PretrainConfig, trial["config"]))
-    job.tags, job.params = trial["tags"], trial["params"]
+    job.tags, job.varied = trial["tags"], trial["varied"]
     return job
 
 
@@ -112,17 +115,23 @@ def _score(trial: dict[str, Any], job: Job, folder: RunFolder, result: dict[str,
     scored: dict[str, Any] = {}
     for name, bits in trial["scores"].items():
         assert isinstance(job.config, PretrainConfig)
-        figures = score_at(bits, job.config, folder.path)
+        try:
+            figures = score_at(bits, job.config, folder.path, result["val_loss"])
+        except ImplausibleError as error:
+            track_score(job, folder, name, bits, {"status": "failed", "run": name, "error": str(error)}, "FAILED")
+            raise
         figures = {**_lasting(result), "status": "finished", "run": name, **figures}
         scored[name] = figures | {"mlflow_run_id": track_score(job, folder, name, bits, figures)}
     return scored
 
 
 def _lasting(result: dict[str, Any]) -> dict[str, Any]:
-    """Of a training's result, what is as true of its quantised model."""
-    kept = ("params_total", "params_trainable", "params_dense", "compression_ratio", "steps", "tokens", "train_loss")
-    more = ("worker_hours", "consumed_sha256", "tracking_uri")
-    return {key: value for key, value in result.items() if key in kept + more or key.startswith("size_")}
+    """Of a training's result, what is as true of its quantized model: all but what names the training's own files.
+
+    So every point of a sweep has the same metrics.
+    """
+    own = ("checkpoint", "model", "sample", "mlflow_run_id", "run", "status", "val_loss", "val_perplexity", "train_s")
+    return {key: value for key, value in result.items() if key not in own}
 
 
 # -- what Tune is told ----------------------------------------------------------------------
@@ -173,4 +182,4 @@ def pruned(record: dict[str, Any]) -> dict[str, Any]:
 def write_outcome(run: Path, found: dict[str, Any]) -> None:
     """Say on disk how a trial ended."""
     run.mkdir(parents=True, exist_ok=True)
-    write_atomically(run / OUTCOME, strict_json(found, indent=1) + "\n")
+    write_atomic(run / OUTCOME, strict_json(found, indent=1) + "\n")

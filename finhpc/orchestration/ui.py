@@ -7,14 +7,18 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+import webbrowser
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from typing import IO
 from urllib.error import URLError
 from urllib.request import urlopen
 
+from finhpc.config import UiConfig
 from finhpc.errors import ConfigError, FinhpcError
+from finhpc.orchestration.mlflow_pages import Pages, pages_of
 from finhpc.orchestration.mlflow_store import artifact_location, database_file
 from finhpc.orchestration.runfolder import redact
 from finhpc.orchestration.tracking import absolute_tracking_uri, default_tracking_uri
@@ -23,17 +27,43 @@ HOST = "127.0.0.1"
 START_S = 60.0
 
 
-def ui(storage: str | Path = "runs", tracking_uri: str | None = None, port: int = 5000) -> None:
-    """Show what was tracked, until interrupted."""
-    uri = absolute_tracking_uri(tracking_uri) if tracking_uri else default_tracking_uri(storage)
-    if uri.startswith(("http://", "https://")):
-        print(f"run.tracking_uri is a server already; open {redact(uri)} in a browser.", file=sys.stderr)
+def ui(config: UiConfig, dry_run: bool = False) -> None:
+    """Show what was tracked, until interrupted: the comparison of the sweep `run.name`, by default of the newest one.
+
+    Prints the addresses, and opens the first where there is a desktop; with `dry_run` checks that it could be shown.
+    Raises `ConfigError` for a name that no run has, a database that cannot be read and a port that is taken.
+    """
+    run, port = config.run, config.port
+    uri = absolute_tracking_uri(run.tracking_uri) if run.tracking_uri else default_tracking_uri(run.storage)
+    name = run.name if "name" in run.model_fields_set else None
+    served = uri.startswith(("http://", "https://"))
+    if not served:
+        check_database(uri)
+        _check_port(port)
+    pages = pages_of(uri, name)
+    if dry_run:
+        address = redact(uri) if served else f"http://{HOST}:{port}"
+        print(f"MLflow's page of {redact(uri)} would open at {address}.", file=sys.stderr)
+        return
+    if served:
+        _show(redact(uri).rstrip("/"), pages)
         return
     # Being told to end ends the server too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with suppress(KeyboardInterrupt), serving(uri, port) as (server, address):
-        print(f"MLflow page: {address} (Ctrl-C ends it)", file=sys.stderr, flush=True)
+        _show(address, pages)
+        print("Ctrl-C ends it.", file=sys.stderr, flush=True)
         server.wait()
+
+
+def _show(address: str, pages: Pages) -> None:
+    """Print the addresses and open the first page in a browser, if this machine has a desktop."""
+    print(f"MLflow's page: {address}", file=sys.stderr)
+    for title, page in pages:
+        print(f"{title}: {address}/{page}", file=sys.stderr, flush=True)
+    desktop = sys.platform == "darwin" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    if desktop and sys.stderr.isatty():
+        webbrowser.open(f"{address}/{pages[0][1]}" if pages else address)
 
 
 @contextmanager
@@ -42,13 +72,16 @@ def serving(tracking_uri: str, port: int) -> Iterator[tuple[subprocess.Popen[byt
     check_database(tracking_uri)
     _check_port(port)
     address = f"http://{HOST}:{port}"
-    server = subprocess.Popen(server_command(tracking_uri, port), env=server_environment(), stdout=sys.stderr.fileno())
-    try:
-        _wait_until_healthy(server, address)
-        yield server, address
-    finally:
-        server.terminate()
-        server.wait()
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
+        # What its libraries print is for nobody, unless it fails.
+        command = server_command(tracking_uri, port)
+        server = subprocess.Popen(command, env=server_environment(), stdout=log, stderr=subprocess.STDOUT)
+        try:
+            _wait_until_healthy(server, address, log)
+            yield server, address
+        finally:
+            server.terminate()
+            server.wait()
 
 
 def server_command(tracking_uri: str, port: int) -> list[str]:
@@ -84,15 +117,20 @@ def _check_port(port: int) -> None:
             ) from None
 
 
-def _wait_until_healthy(server: subprocess.Popen[bytes], address: str) -> None:
+def _wait_until_healthy(server: subprocess.Popen[bytes], address: str, log: IO[str]) -> None:
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline:
         if server.poll() is not None:
-            raise FinhpcError(f"the MLflow server ended with code {server.returncode}; its own message is above.")
+            raise FinhpcError(f"the MLflow server ended with code {server.returncode}:\n{_last_lines(log)}")
         try:
             with urlopen(f"{address}/health", timeout=2) as answer:
                 if answer.status == 200:
                     return
         except (URLError, OSError):
             time.sleep(0.2)
-    raise FinhpcError(f"the MLflow server did not answer at {address} within {START_S:.0f} s; look at its lines above.")
+    raise FinhpcError(f"the MLflow server did not answer at {address} within {START_S:.0f} s:\n{_last_lines(log)}")
+
+
+def _last_lines(log: IO[str]) -> str:
+    log.seek(0)
+    return "\n".join(log.read().splitlines()[-15:])

@@ -29,7 +29,8 @@ OnEval = Callable[[dict[str, Any]], None]
 
 
 def train_worker(arguments: dict[str, Any], on_eval: OnEval | None = None) -> None:
-    """One worker's whole life. `arguments`: verb, config (a dict), folder, cuda, fingerprint (of the run's data).
+    """One worker's whole life. `arguments`: verb, config (a dict), folder, cuda, fingerprint (of the run's data),
+    driver (`finhpc.package.Driver`).
 
     `on_eval` is told of each evaluation but the last, and may end the training by raising. A failure of the
     user's making is written to `fatal.json`; a worker that finds one ends at once, so that Ray Train does not
@@ -39,6 +40,7 @@ def train_worker(arguments: dict[str, Any], on_eval: OnEval | None = None) -> No
     if (folder / FATAL).exists():
         return
     try:
+        arguments["driver"].enter()
         _train(arguments, folder, on_eval)
     except NonFiniteError as error:  # raised by all workers alike: all end, none hangs
         _fatal(folder, error)

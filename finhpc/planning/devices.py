@@ -77,16 +77,17 @@ SECONDS = 0.3  # spent on each measurement
 def this_machine(workers: int, threads: int) -> Device:
     """This machine's CPU, shared by `workers` processes of `threads` threads.
 
-    Rates are measured now, with the threads of one worker while the others rest; memory is the whole
-    machine's by workers; what workers exchange is copied once, at memory's speed.
+    Rates are measured now, with the threads of one worker while the others rest, by the seconds that these compute,
+    so that other processes do not change them; memory is the whole machine's by workers; what workers exchange is
+    copied once, at memory's speed.
     """
     import psutil
 
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        rates = {name: _products(dtype) for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))}
-        copies = _copies()
+        rates = {name: _products(dtype, threads) for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))}
+        copies = _copies(threads)
     finally:
         torch.set_num_threads(before)
     return Device(THIS_MACHINE, psutil.virtual_memory().total / workers / 1e9, rates, 2 * copies, copies, copies)
@@ -100,23 +101,23 @@ def gpu_here() -> Device | None:
     return min(alike, key=lambda device: abs(device.memory_gb * 1e9 - total), default=None)
 
 
-def _products(dtype: torch.dtype) -> float:
+def _products(dtype: torch.dtype, threads: int) -> float:
     """TFLOP/s of square matrix products."""
     a = torch.randn(SIZE, SIZE).to(dtype)
-    return 2 * SIZE**3 * _times_a_second(lambda: torch.mm(a, a)) / 1e12
+    return 2 * SIZE**3 * _times_a_second(lambda: torch.mm(a, a), threads) / 1e12
 
 
-def _copies() -> float:
+def _copies(threads: int) -> float:
     """GB/s of copying a tensor larger than the caches."""
     source = torch.zeros(1 << 26)
     target = torch.empty_like(source)
-    return source.numel() * 4 * _times_a_second(lambda: target.copy_(source)) / 1e9
+    return source.numel() * 4 * _times_a_second(lambda: target.copy_(source), threads) / 1e9
 
 
-def _times_a_second(work: Callable[[], object]) -> float:
+def _times_a_second(work: Callable[[], object], threads: int) -> float:
     work()
-    count, start = 0, time.perf_counter()
-    while (spent := time.perf_counter() - start) < SECONDS:
+    count, start = 0, time.process_time()
+    while (spent := (time.process_time() - start) / threads) < SECONDS:
         work()
         count += 1
     return count / spent

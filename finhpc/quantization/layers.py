@@ -20,8 +20,10 @@ from finhpc.quantization.per_vector import Vectors, dequantize, pack, packed_col
 class PackedMatrix(nn.Module):
     """A matrix (rows, columns) quantised by rows.
 
-    `weight`: uint8 (rows, `packed_columns(columns, bits)`), a buffer like the others, as nothing here
-    is trained. `scale`, `zero`: float32 (rows,), whatever type the model is cast to.
+    `weight`: uint8 (rows, `packed_columns(columns, bits)`, 1), a buffer like the others, as nothing here
+    is trained. Its third dimension is there for programs that know nothing of the scheme: transformers only warns of
+    an unknown one, and would take codes of a matrix's own shape for weights.
+    `scale`, `zero`: float32 (rows,), whatever type the model is cast to.
     """
 
     weight: Tensor
@@ -32,14 +34,19 @@ class PackedMatrix(nn.Module):
     def __init__(self, rows: int, columns: int, bits: int) -> None:
         super().__init__()
         self.rows, self.columns, self.bits = rows, columns, bits
-        self.register_buffer("weight", torch.empty(rows, packed_columns(columns, bits), dtype=torch.uint8))
+        self.register_buffer("weight", torch.empty(rows, packed_columns(columns, bits), 1, dtype=torch.uint8))
         self.register_buffer("scale", torch.empty(rows, dtype=torch.float32))
         self.register_buffer("zero", torch.empty(rows, dtype=torch.float32))
         self.register_buffer("like", torch.empty(0), persistent=False)  # cast with the model, to know its type
 
+    @property
+    def packed(self) -> Tensor:
+        """The codes as `finhpc.quantization.per_vector.pack` gives them, (rows, packed columns)."""
+        return self.weight.squeeze(-1)
+
     def dequantized(self) -> Tensor:
         """The float32 matrix (rows, columns) that is computed with."""
-        return dequantize(Vectors(unpack(self.weight, self.bits, self.columns), self.scale, self.zero))
+        return dequantize(Vectors(unpack(self.packed, self.bits, self.columns), self.scale, self.zero))
 
     def extra_repr(self) -> str:
         return f"rows={self.rows}, columns={self.columns}, bits={self.bits}"
@@ -72,7 +79,7 @@ class QuantizedEmbedding(PackedMatrix):
         self.num_embeddings, self.embedding_dim = num_embeddings, dim
 
     def forward(self, tokens: Tensor) -> Tensor:
-        codes = unpack(self.weight[tokens], self.bits, self.columns)
+        codes = unpack(self.packed[tokens], self.bits, self.columns)
         return dequantize(Vectors(codes, self.scale[tokens], self.zero[tokens])).to(self.like.dtype)
 
 
@@ -90,7 +97,7 @@ class TiedHead(nn.Module):
 def packed_tensors(matrix: Tensor, bits: int, name: str) -> dict[str, Tensor]:
     """What a `PackedMatrix` holds of `matrix` (rows, columns), by the names of its buffers."""
     codes, scale, zero = quantize(matrix, bits, name)
-    return {"weight": pack(codes, bits), "scale": scale, "zero": zero}
+    return {"weight": pack(codes, bits).unsqueeze(-1), "scale": scale, "zero": zero}
 
 
 def replace(model: nn.Module, bits: int) -> None:

@@ -1,12 +1,13 @@
 """Which of the paper's claims hold at the scale that was measured: its figure, ours, and what that says.
 
 A claim holds where ours is at least the paper's figure as printed; in part, where it points the same way with
-less; it does not hold where it points the other way. What lacks a run or a figure is not measured.
+less; it does not hold where it points the other way. What lacks a run or a figure is not measured. Time and memory
+of runs that were placed differently, or times of trainings too short to tell, are not comparable.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +16,9 @@ from finhpc.reporting.paper import INFERENCE_SPEEDUP, TUNED_FINANCIAL, TUNED_GEN
 from finhpc.reporting.runs import FINANCIAL, GENERAL, Collected
 from finhpc.reporting.tables import Group, Row, Table, inference
 
-Verdict = Literal["holds", "in part", "does not hold", "not measured"]
+Verdict = Literal["holds", "in part", "does not hold", "not comparable", "not measured"]
+LEAST_TRAINING_S = 60.0  # of steps, below which times say more about starting up than about training
+PLACES = {"stages": "stages", "replicas": "replicas", "device": "device", "threads": "threads per worker"}
 ABSTRACT = "Llama2-13B-r16"  # whose figures the abstract gives
 NAMES = {
     "boolq": "BoolQ",
@@ -75,28 +78,61 @@ def _method_1(group: Group | None) -> Iterator[Claim]:
             "needs a dense and a low-rank run of one scale, at a rank of the paper",
         )
         return
-    for name, key, how in (
-        ("Fewer parameters", "params_total", "parameters, dense over low-rank"),
-        ("Less training time", "worker_hours", "worker-hours of the whole command, dense over low-rank"),
-    ):
-        for row in pairs:
-            yield _ratio(name, row, _quotient(dense, row, key), _paper_ratio(dense, row, key), how)
-    steps = "median tokens/s, low-rank over dense; the paper's: of the whole training"
     for row in pairs:
-        paper = _paper_ratio(dense, row, "worker_hours")
-        yield _ratio("Faster training steps", row, _quotient(row, dense, "tokens_per_s"), paper, steps)
+        how = "parameters, dense over low-rank"
+        params = _quotient(dense, row, "params_total"), _paper_ratio(dense, row, "params_total")
+        yield _ratio("Fewer parameters", row, *params, how)
     for row in pairs:
-        paper = _paper_ratio(dense, row, "memory_gb")
+        how = "worker-hours of the whole command, dense over low-rank"
+        hours = _quotient(dense, row, "worker_hours"), _paper_ratio(dense, row, "worker_hours")
+        yield _ratio("Less training time", row, *hours, how, unlike(dense, row, time=True, start_up=True))
+    for row in pairs:
+        how = "median tokens/s, low-rank over dense; the paper's: of the whole training"
+        pace = _quotient(row, dense, "tokens_per_s"), _paper_ratio(dense, row, "worker_hours")
+        yield _ratio("Faster training steps", row, *pace, how, unlike(dense, row, time=True))
+    for row in pairs:
         how = "peak memory of all workers, dense over low-rank"
-        yield _ratio("Less training memory", row, _quotient(dense, row, "memory_gb"), paper, how)
+        memory = _quotient(dense, row, "memory_gb"), _paper_ratio(dense, row, "memory_gb")
+        yield _ratio("Less training memory", row, *memory, how, unlike(dense, row))
     for row in pairs:
         yield _inference(dense, row)
     for row in pairs:
         yield _no_drop(dense, row)
 
 
-def _ratio(name: str, row: Row, ours: float | None, paper: float, how: str) -> Claim:
+def _ratio(name: str, row: Row, ours: float | None, paper: float, how: str, apart: str = "") -> Claim:
+    """`apart`: why the two rows are not comparable, if they are not."""
+    if ours is not None and apart:
+        return Claim(name, _at(row), _x(paper), apart, "not comparable", how)
     return Claim(name, _at(row), _x(paper), _x(ours), _verdict_x(ours, paper), how)
+
+
+def unlike(one: Row, other: Row, time: bool = False, start_up: bool = False) -> str:
+    """Why the memory of two rows, or their `time`, is not comparable; empty if it is.
+
+    `start_up`: the time counts starting up, which a sweep's trials do in processes that are warm already.
+    """
+    said = []
+    for key, name in PLACES.items():
+        values = [_joined(run.place(key) for run in row.runs) for row in (one, other)]
+        if values[0] != values[1]:
+            said.append(f"{name} {values[0]} and {values[1]}")
+    if start_up:
+        warm = [_joined(("warm" if run.warm else "cold") for run in row.runs) for row in (one, other)]
+        if warm[0] != warm[1]:
+            said.append(f"{warm[0]} and {warm[1]} starts")
+    if time:
+        spans = [run.train_s for row in (one, other) for run in row.runs]
+        known = [span for span in spans if span is not None]
+        if len(known) < len(spans):
+            said.append("length of a training unknown")
+        elif min(known) < LEAST_TRAINING_S:
+            said.append(f"only {min(known):,.0f} s of steps, below {LEAST_TRAINING_S:.0f}")
+    return "; ".join(said)
+
+
+def _joined(values: Iterable[str | None]) -> str:
+    return "/".join(sorted({value or "unknown" for value in values}))
 
 
 def _inference(dense: Row, row: Row) -> Claim:
@@ -230,9 +266,13 @@ def _bits_ratio(group: Group | None, bits: int, key: str, name: str) -> Claim:
     of_paper = {row.bits: row.values[key] for row in table.rows if row.model == model and row.rank == 8}
     paper = of_paper[16] / of_paper[bits]
     ours = _quotient(*pairs[0], key) if pairs else None
+    apart = unlike(*pairs[0]) if pairs and key == "memory_gb" else ""
     at = f"{pairs[0][1].label} / {model.name}-r8" if pairs else f"{model.name}-r8"
     how = "adapters of one rank, their bases at 16 bits over fewer"
-    return Claim(f"{name}, 16 bits over {bits}", at, _x(paper), _x(ours), _verdict_x(ours, paper), how)
+    name = f"{name}, 16 bits over {bits}"
+    if ours is not None and apart:
+        return Claim(name, at, _x(paper), apart, "not comparable", how)
+    return Claim(name, at, _x(paper), _x(ours), _verdict_x(ours, paper), how)
 
 
 # -- figures --------------------------------------------------------------------------------

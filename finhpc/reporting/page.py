@@ -17,7 +17,7 @@ from finhpc.reporting.runs import Collected
 from finhpc.reporting.tables import Group, Row, Table
 
 OPEN_GROUPS = 2  # scales shown at once; the others are folded
-VERDICTS = ("holds", "in part", "does not hold", "not measured")
+VERDICTS = ("holds", "in part", "does not hold", "not comparable", "not measured")
 CLAIM_WIDTHS = (21, 18, 15, 17, 10, 19)  # of the columns, in percent
 PAPER = "X.-Y. Liu, J. Zhang, G. Wang, W. Tong, A. Walid, FinGPT-HPC"
 NOTES = {
@@ -92,10 +92,8 @@ def _machine(group: Group) -> str:
     """On what the group's runs ran, as far as MLflow knows: workers, device, threads."""
     said: list[str] = []
     for run in [run for row in group.rows for run in row.runs]:
-        workers, threads = (run.tags.get(f"finhpc.start.{key}") for key in ("workers", "threads"))
-        device = run.tags.get("finhpc.start.device")
-        if device is None and run.tags.get("version.torch", "").endswith("+cpu"):
-            device = "cpu"
+        workers, threads = (run.start(key) for key in ("workers", "threads"))
+        device = run.start("device")
         parts = [f"{workers} worker{'' if workers == '1' else 's'}"] if workers else []
         parts += [f"on {device.upper() if device == 'cpu' else device}"] if device else []
         parts += [f"{threads} thread{'' if threads == '1' else 's'} each"] if threads and device == "cpu" else []
@@ -113,7 +111,9 @@ def _claims(claims: Sequence[Claim]) -> str:
     widths = "".join(f"<col style='width: {share}%'>" for share in CLAIM_WIDTHS)
     return (
         f"<p>A claim holds where ours is at least the paper's figure, in part where it points the same way with less, "
-        f"and does not hold where it points the other way.</p><div class='tally'>{counted}</div>"
+        f"and does not hold where it points the other way. Time and memory "
+        f"are compared only between runs that were placed alike and trained long enough.</p>"
+        f"<div class='tally'>{counted}</div>"
         f"<div class='scroll'><table class='words'><colgroup>{widths}</colgroup><thead><tr><th>claim</th>"
         f"<th>ours / paper's</th><th>paper</th><th>ours</th><th></th>"
         f"<th>compared</th></tr></thead><tbody>{rows}</tbody></table></div>"

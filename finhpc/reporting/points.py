@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from finhpc.orchestration.mlflow_shown import SCORED_FROM
 from finhpc.reporting.runs import FINANCIAL, Collected, Scale, Tracked
 from finhpc.reporting.tables import Row
 
@@ -60,7 +61,7 @@ def _scored_points(found: Collected, rows: list[Row]) -> list[Point]:
     points = []
     for row in rows:
         ids = {run.id for run in row.runs}
-        of_row = [run for run in found.scored if run.tags["finhpc.scored_from"] in ids]
+        of_row = [run for run in found.scored if run.tags[SCORED_FROM] in ids]
         for bits in (8, 4):
             runs = [run for run in of_row if run.whole("quantization.bits") == bits]
             losses, sizes = _known(runs, lambda run: run.metrics.get("val_loss")), _known(runs, _size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import time
 from dataclasses import asdict
@@ -13,7 +14,8 @@ from typing import Any
 import finhpc
 from finhpc.config import ReportConfig
 from finhpc.errors import ConfigError
-from finhpc.orchestration.runfolder import redact, write_atomically
+from finhpc.files import write_atomic
+from finhpc.orchestration.runfolder import redact
 from finhpc.orchestration.tracking import absolute_tracking_uri, default_tracking_uri
 from finhpc.reporting.cells import csv_of, rows_of
 from finhpc.reporting.claims import make_claims
@@ -62,16 +64,19 @@ def report(config: ReportConfig, dry_run: bool = False) -> dict[str, Any]:
     _make(out)
     files = [out / f"table-{key}.csv" for key in tables]
     for path, table in zip(files, tables.values(), strict=True):
-        write_atomically(path, csv_of(table))
+        write_atomic(path, csv_of(table))
     files += [save_png(figure, out) for figure in figures]
     about = {"tracking_uri": redact(uri), "experiments": used, "version": finhpc.__version__}
     about["made"] = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
     page = out / "report.html"
-    write_atomically(page, page_of(found, tables, claims, figures, about))
+    write_atomic(page, page_of(found, tables, claims, figures, about))
     result["files"] = [str(path) for path in (page, *files, out / "result.json")]
     result["wall_s"] = time.perf_counter() - began
-    write_atomically(out / "result.json", strict_json(result, indent=2) + "\n")
-    print(f"open {page} in a browser; its tables as CSV and figures as PNG lie beside it.", file=sys.stderr)
+    write_atomic(out / "result.json", strict_json(result, indent=2) + "\n")
+    print(
+        f"open {shlex.quote(str(page))} in a browser; its tables as CSV and figures as PNG lie beside it.",
+        file=sys.stderr,
+    )
     return result
 
 

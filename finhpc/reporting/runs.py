@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Any
 from finhpc.config import Model
 from finhpc.errors import ConfigError
 from finhpc.models.presets import PRESETS, Shape, resolve_shape
+from finhpc.orchestration.mlflow_shown import HIDDEN, PARENT, SCORED_FROM, SETTING, SWEEP
 from finhpc.orchestration.runfolder import MAY_CHANGE
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-PARENT = "mlflow.parentRunId"
-SCORED_FROM = "finhpc.scored_from"  # the run whose model a run only scored
 FAMILIES = {"gpt2": "GPT-2", "llama": "Llama"}
 GENERAL, FINANCIAL = ("boolq", "piqa", "winogrande"), ("fpb", "fiqa_sa", "tfns")
 SHAPE_KEYS = ("layers", "width", "heads", "kv_heads", "mlp_width", "context", "vocab_size")
@@ -29,27 +28,28 @@ Curve = dict[int, float]  # step -> loss in nats
 
 @dataclass(frozen=True)
 class Tracked:
-    """One run of MLflow: settings as the text MLflow keeps, figures by the names of `result.json`."""
+    """One run of MLflow: settings (its hidden tags) as text, figures by the names of `result.json`."""
 
     id: str
     name: str
     status: str
     start_ms: int
-    params: Mapping[str, str]
     metrics: Mapping[str, float]
     tags: Mapping[str, str]
 
     @staticmethod
     def of(run: Any) -> Tracked:
         info, data = run.info, run.data
-        return Tracked(
-            info.run_id, info.run_name, info.status, info.start_time or 0, data.params, data.metrics, data.tags
-        )
+        return Tracked(info.run_id, info.run_name, info.status, info.start_time or 0, data.metrics, data.tags)
 
     def setting(self, key: str) -> str | None:
-        """The value that a resumed run has now (a tag, since MLflow keeps a parameter's first), as text."""
-        value = self.tags.get(f"now.{key}", self.params.get(key))
+        """Its value as text; of a resumed run, the newest."""
+        value = self.tags.get(SETTING + key)
         return None if value in (None, "None", "") else value
+
+    def start(self, key: str) -> str | None:
+        """What its workers reported at their newest start: workers, threads, device, ..."""
+        return self.tags.get(f"{HIDDEN}start.{key}")
 
     def whole(self, key: str) -> int | None:
         """A setting that is a whole number."""
@@ -65,12 +65,24 @@ class Tracked:
 
     @property
     def verb(self) -> str | None:
-        """pretrain, finetune or evaluate by its settings; None for anything else."""
-        if self.tags.get("finhpc.verb") == "evaluate":
-            return "evaluate"
-        if self.setting("lora.rank"):
-            return "finetune"
-        return "pretrain" if self.setting("method.kind") else None
+        """pretrain, finetune or evaluate; None for anything else."""
+        verb = self.tags.get(HIDDEN + "verb")
+        return verb if verb in ("pretrain", "finetune", "evaluate") else None
+
+    def place(self, key: str) -> str | None:
+        """Where it ran: `stages`, `replicas`, `device` or `threads`."""
+        return self.start(key) or self.setting(f"parallel.{key}") or self.setting(f"resources.{key}")
+
+    @property
+    def warm(self) -> bool:
+        """Whether it trained in a process that a sweep keeps for its trials."""
+        return SWEEP in self.tags
+
+    @property
+    def train_s(self) -> float | None:
+        """Seconds that its steps took, at their median pace."""
+        tokens, pace = self.metrics.get("tokens"), self.metrics.get("tokens_per_s")
+        return tokens / pace if tokens and pace else None
 
     @property
     def complete(self) -> bool:
@@ -85,7 +97,8 @@ class Tracked:
     @cached_property
     def meaning(self) -> tuple[tuple[str, str], ...]:
         """Its settings but the seed and those that only place it: equal for the seeds of one experiment."""
-        kept = {k: self.tags.get(f"now.{k}", v) for k, v in self.params.items() if not MAY_CHANGE.fullmatch(k)}
+        named = {k.removeprefix(SETTING): v for k, v in self.tags.items() if k.startswith(SETTING)}
+        kept = {key: value for key, value in named.items() if not MAY_CHANGE.fullmatch(key)}
         # A dense model has no ranks, whatever a grid of them gave it.
         dropped = {"train.seed", *(("method.rank", "method.ranks") if self.setting("method.kind") == "dense" else ())}
         return tuple(sorted((key, value) for key, value in kept.items() if key not in dropped))
@@ -165,7 +178,7 @@ class Collected:
 
     def start_of(self, run: Tracked) -> Tracked | None:
         """The run that made the model it starts from, where MLflow holds it."""
-        path = run.setting("model.path")
+        path = run.tags.get(HIDDEN + "started_from") or run.setting("model.path")
         return self.makers.get(path.rstrip("/")) if path else None
 
     def shape(self, run: Tracked) -> Shape | None:
@@ -185,7 +198,7 @@ class Collected:
 
     def scale(self, run: Tracked) -> Scale:
         """Where a run belongs. Parameters are 0 where MLflow holds none."""
-        params, data = int(run.metrics.get("params_dense", 0)), run.tags.get("finhpc.dataset_fingerprint", "")[:12]
+        params, data = int(run.metrics.get("params_dense", 0)), run.tags.get(HIDDEN + "dataset_fingerprint", "")[:12]
         if run.verb == "finetune":
             # Which examples are held out depends on the seed, and so does their fingerprint.
             limit = run.setting("data.limit")

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from finhpc.config import nearest
 from finhpc.errors import ConfigError
-from finhpc.orchestration.mirror import REQUEST_TIMEOUT_S
-from finhpc.orchestration.mlflow_store import unreadable
+from finhpc.orchestration.mlflow_store import REQUEST_TIMEOUT_S, unreadable
 from finhpc.orchestration.ui import check_database
 
 if TYPE_CHECKING:

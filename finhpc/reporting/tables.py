@@ -160,13 +160,18 @@ def _apart(run: Tracked, kind: str) -> str:
 
 
 def _with_start(found: Collected, run: Tracked) -> float | None:
-    """Worker-hours with those of the dense model it starts from, if MLflow knows them."""
-    own = run.metrics.get("worker_hours")
-    if not run.setting("model.path"):
-        return own
-    start = found.start_of(run)
-    before = _with_start(found, start) if start and start.id != run.id else None
-    return own + before if own is not None and before is not None else None
+    """Worker-hours with those of every model behind the one it starts from; None if MLflow does not have them all."""
+    hours: list[float | None] = []
+    seen: set[str] = set()
+    behind: Tracked | None = run
+    while behind is not None and behind.id not in seen:
+        seen.add(behind.id)
+        hours.append(behind.metrics.get("worker_hours"))
+        if not behind.setting("model.path"):
+            known = [of_one for of_one in hours if of_one is not None]
+            return sum(known) if len(known) == len(hours) else None
+        behind = found.start_of(behind)
+    return None
 
 
 # -- Tables VIII and IX ---------------------------------------------------------------------

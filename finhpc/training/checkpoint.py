@@ -31,6 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from finhpc.errors import CheckpointError
+from finhpc.files import write_atomic
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -282,9 +283,4 @@ def _save(file: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
     """Atomically: a reader sees the whole file or none."""
-    partial = file.with_name(file.name + f".{os.getpid()}.partial")
-    with open(partial, "w", encoding="utf-8") as opened:
-        json.dump(content, opened, indent=1)
-        opened.flush()
-        os.fsync(opened.fileno())
-    partial.replace(file)
+    write_atomic(file, json.dumps(content, indent=1))

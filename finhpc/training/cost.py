@@ -30,6 +30,7 @@ from finhpc.training.checkpoint import write_json
 from finhpc.training.optimizer import make_optimizer
 
 REPEATS = 5  # measured after one that warms up
+Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,14 @@ def _read(file: Path, stages: int, kinds: list[str], say: Callable[[str], None])
     return cut if (cut.stages, cut.parts) == (stages, kinds) else None
 
 
-def measure(config: PretrainConfig, hf_config: Any, device: torch.device) -> list[float]:
+def measure(
+    config: PretrainConfig, hf_config: Any, device: torch.device, clock: Clock = time.perf_counter
+) -> list[float]:
     """Seconds a micro-batch of each part: forward, backward, and its share of the optimiser's step.
 
     One block, or its halves, is measured for all. The mean over the processes of the group, which all measure at the
-    same time, as they will train. Random draws of the process are left as they were.
+    same time, as they will train. `clock`: what the seconds are read from. Random draws of the process are left as
+    they were.
     """
     if device.type == "cpu":
         keep_freed_memory()  # as in training
@@ -108,14 +112,14 @@ def measure(config: PretrainConfig, hf_config: Any, device: torch.device) -> lis
     with torch.random.fork_rng():
         for i, kind in enumerate(kinds):
             dist.barrier()
-            seconds[i] = _seconds(first[kind], config, hf_config, device)
+            seconds[i] = _seconds(first[kind], config, hf_config, device, clock)
             gc.collect()
     dist.all_reduce(seconds)
     mean = (seconds / dist.get_world_size()).tolist()
     return [mean[kinds.index(part.kind)] for part in row]
 
 
-def _seconds(part: Part, config: PretrainConfig, hf_config: Any, device: torch.device) -> float:
+def _seconds(part: Part, config: PretrainConfig, hf_config: Any, device: torch.device, clock: Clock) -> float:
     # A matrix's values cost the same however they were drawn; the SVD of the spectral start is slow.
     model = skeleton(hf_config, config.train.recompute)
     bf16, bits = config.train.precision == "bf16", config.quantization.training_bits
@@ -131,7 +135,7 @@ def _seconds(part: Part, config: PretrainConfig, hf_config: Any, device: torch.d
         else:
             out[0].backward(torch.ones_like(out[0]))
 
-    cost = _median(passes, device)
+    cost = median(passes, device, clock)
     named = dict(layer.parameters_by_name())
     if named:
         optimizer = make_optimizer(named, config.optimizer)
@@ -140,18 +144,19 @@ def _seconds(part: Part, config: PretrainConfig, hf_config: Any, device: torch.d
             torch._foreach_norm([p.grad for p in named.values() if p.grad is not None])
             optimizer.step()
 
-        cost += _median(step, device) / config.parallel.micro_batches
+        cost += median(step, device, clock) / config.parallel.micro_batches
     return cost
 
 
-def _median(work: Callable[[], None], device: torch.device) -> float:
+def median(work: Callable[[], None], device: torch.device, clock: Clock = time.perf_counter) -> float:
+    """Seconds that `work` takes, once it is warm."""
     found = []
     for _ in range(1 + REPEATS):
         _synchronize(device)
-        start = time.perf_counter()
+        start = clock()
         work()
         _synchronize(device)
-        found.append(time.perf_counter() - start)
+        found.append(clock() - start)
     return statistics.median(found[1:])
 
 

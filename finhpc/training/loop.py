@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from finhpc.training.engine import Engine
 from finhpc.training.feed import Feed, Ints
 from finhpc.training.journal import Journal
 from finhpc.training.memory import counted_peak, forget_peaks, peak_resident_bytes
-from finhpc.training.optimizer import MOMENTS, begin_at, learning_rate, moments
+from finhpc.training.optimizer import begin_at, learning_rate, moments, moments_of
 from finhpc.training.watchdog import Watchdog
 
 TIMES_EVERY = 10  # steps between sums of busy times over all workers
@@ -69,6 +70,8 @@ class Worker:
     def _run(self, dog: Watchdog) -> None:
         self._set_up()
         self.started = time.perf_counter()
+        if self.engine.step == self.config.train.steps:  # taken before: whatever was scored then is scored again
+            self._evaluate(self.engine.step)
         for step in range(self.engine.step + 1, self.config.train.steps + 1):
             self._step(step)
             dog.settle()
@@ -119,6 +122,7 @@ class Worker:
         if saved is not None:
             self._load(saved)
         self.batches = self._micro_batches()
+        dist.barrier()  # no worker's first step waits for another's data to be opened
         if self.journal:
             parallel = self.config.parallel
             self.journal.write(
@@ -139,7 +143,7 @@ class Worker:
         named = engine.trained_parameters()
         begin_at(engine.optimizer, saved.step)
         targets = {name: {"param": p.data, **moments(engine.optimizer, p)} for name, p in named.items()}
-        for prefix in ("param", *MOMENTS):
+        for prefix in ("param", *moments_of(engine.optimizer)):
             wanted = [name for name, target in targets.items() if prefix in target]
             for name, value in checkpoint.load_stage(saved, wanted, prefix).items():
                 targets[name][prefix].copy_(value)
@@ -155,13 +159,17 @@ class Worker:
     # -- data -------------------------------------------------------------------------------
 
     def _micro_batches(self) -> Iterator[Tensor]:
-        """Tokens for the engine, in the run's order; counts what is consumed."""
-        if self.engine.stage > 0:
+        """Tokens for the engine, in the run's order; counts what is consumed.
+
+        The first micro-batch is read at once: opening the data belongs to the start, and is no wait of a step.
+        """
+        if self.engine.stage > 0 or self.engine.step >= self.config.train.steps:
             return iter(())
         stream = self.feed.stream(self.engine.step, self.engine.replica)
+        first = list(islice(stream, 1))
 
         def inputs() -> Iterator[Tensor]:
-            for portion in stream:
+            for portion in chain(first, stream):
                 self._consume(portion.positions, portion.samples)
                 yield portion.inputs
 
@@ -207,7 +215,11 @@ class Worker:
             self.journal.write("train", **record)
 
     def _times(self) -> dict[str, float]:
-        """Shares of the steps since the last call: workers computing, first stages waiting for data."""
+        """Shares of the steps since the last call: workers computing, first stages waiting for data.
+
+        `data_wait_fraction` is the time that first stages waited for micro-batches, over the time of those steps;
+        opening the data after a start or a resume comes before the first step and counts in neither.
+        """
         busy, wait = self.engine.take_times()
         sums = torch.tensor([busy, wait], dtype=torch.float64, device=self.device)
         dist.all_reduce(sums)

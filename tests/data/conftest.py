@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from finhpc.data.shards import Manifest, ShardFile, SplitCounts, dataset_fingerprint, encode_shard, write_atomic
+from finhpc.data.shards import Manifest, ShardFile, SplitCounts, dataset_fingerprint, encode_shard
+from finhpc.files import write_atomic
 
 BLOCK = 64
 TOKENIZER_JSON = b"{}"  # never opened here, only hashed

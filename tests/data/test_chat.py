@@ -44,7 +44,7 @@ def test_ids_are_those_of_the_whole_conversation(kind: str, template: str, tmp_p
         before = prompt_ids(prompt_text(TALK[:1], tok), tok)
         if template != "marked":
             assert tokens[: answer.tolist().index(True)].tolist() == before, "generation reads what was learned"
-        assert found.notes == ()
+        assert [note for note in found.notes if "read as chat" not in note] == []
         said = tok.decode(tokens[answer])
         assert "What" not in said
         assert "Fresh" in said

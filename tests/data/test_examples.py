@@ -182,9 +182,9 @@ def test_bad_records_are_told_together(tmp_path):
     with pytest.raises(ConfigError) as error:
         make(source)
     assert [problem.split(": ")[0].split()[-1] for problem in error.value.problems] == ["1", "3", "4"]
-    assert "'good' is no label of template phrasebank; it has negative, neutral, positive" in str(error.value)
+    assert "'good' is not a label of template phrasebank; it has negative, neutral, positive" in str(error.value)
     empty = jsonl(tmp_path / "a.jsonl", [{"instruction": "x", "input": "", "output": " "}])
-    with pytest.raises(ConfigError, match=r"line 1: the answer \(\{output\}\) is empty"):
+    with pytest.raises(ConfigError, match=r"line 1: the answer \(output\) is empty"):
         make(empty)
 
 
@@ -193,7 +193,9 @@ def test_columns_that_do_not_exist_are_told_with_those_that_do(tmp_path):
     source = str(tmp_path / "t.csv")
     with pytest.raises(ConfigError, match="no column 'feeling' for label; columns: headline, mood"):
         make(source, columns={"input": "headline", "label": "feeling"})
-    with pytest.raises(ConfigError, match="no column 'label' for label; columns: headline, mood"):
+    with pytest.raises(
+        ConfigError, match="no column 'label' or 'sentiment' or 'output' for label; columns: headline, mood"
+    ):
         make(source + ":tfns", columns={"input": "headline"})
     with pytest.raises(ConfigError, match="headline, mood"):
         make(source)
@@ -213,15 +215,15 @@ def test_a_tokeniser_without_an_end_token_is_refused_where_answers_need_one(tmp_
     ("written", "read", "message"),
     [
         ("latin-1", "utf-8", "line 2: byte 0xe4 is not utf-8; PhraseBank comes in latin-1"),
-        ("utf-8", "latin-1", "is UTF-8, but would be read as latin-1"),
+        ("utf-8", "latin-1", "it is UTF-8, but would be read as latin-1"),
         ("cp1252", "latin-1", "cp1252"),
-        ("utf-16", None, "UTF-16"),
+        ("utf-16-le", None, "NUL"),
     ],
 )
 def test_a_wrong_encoding_is_told(tmp_path, written, read, message):
     euro = " €" if written == "cp1252" else ""
     source = phrases(tmp_path / "a.txt", ["A b .@neutral", f"Hämeenlinna{euro} .@positive"], written)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(ConfigError, match=message):
         make(source, encoding=read)
 
 
@@ -234,7 +236,7 @@ def test_phrasebank_is_read_in_either_encoding_and_it_is_said(tmp_path, written)
 
 def test_labels_of_every_template_can_be_had():
     assert template("phrasebank").labels == ("negative", "neutral", "positive")
-    assert all(entry.labels or entry.end for entry in templates().values())
+    assert all(entry.chooses or entry.end for entry in templates().values())
     with pytest.raises(ConfigError, match="did you mean phrasebank"):
         template("phrasebnak")
 

@@ -2,6 +2,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -204,7 +205,7 @@ def test_a_broken_line_is_one_clear_error_or_counted(corpus):
     ) as error:
         run(whole)
     assert "Traceback" not in str(error.value)
-    assert not (folder / "out" / "manifest.json").exists()
+    assert not (folder / "out").exists(), "text that is refused leaves nothing: the mended file makes it another run"
     result = run(whole.model_copy(update={"on_error": "skip"}))
     assert result["dropped"]["broken"] == 1
     assert result["documents"] == 113
@@ -232,6 +233,26 @@ def test_a_corpus_too_small_for_one_block_says_what_to_change(corpus):
         ConfigError, match=r"the held-out split has 0 documents .* a larger --val_fraction \(now 1e-06\)"
     ):
         run(settings(folder, val_fraction=1e-6))
+    assert not (folder / "out").exists()
+    (folder / "out").mkdir()  # the user's own
+    with pytest.raises(ConfigError, match="smaller --block_len"):
+        run(settings(folder, block_len=100_000))
+    assert not list((folder / "out").iterdir())
+
+
+def test_a_failure_of_the_machine_keeps_what_is_done(corpus, monkeypatch, capsys):
+    folder, _ = corpus
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "_run_tasks", lambda *_: iter([{"index": 0, "error": "disk full", "kind": ""}]))
+        with pytest.raises(DataError, match="disk full"):
+            run(settings(folder))
+    assert (folder / "out" / ".work" / "tokenizer").is_dir()
+    run(settings(folder))
+    assert mode(folder / "out") == 0o700
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
 
 
 def test_a_tokeniser_learns_from_the_train_split_evenly_over_units(corpus, monkeypatch):

@@ -11,8 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from finhpc.data.shards import ShardFile, Shards, dataset_fingerprint, encode_shard, write_atomic
+from finhpc.data.shards import ShardFile, Shards, dataset_fingerprint, encode_shard
 from finhpc.errors import ConfigError, DataError
+from finhpc.files import write_atomic
 
 
 def test_blocks_come_back_as_written(shards_folder):

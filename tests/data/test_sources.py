@@ -141,7 +141,7 @@ def bad_jsonl(folder: Path, bad: bytes) -> Path:
 BAD_LINES = [
     (b'{"txt": "a", "source": "b"}', r'line 30: no field "text"; use --text_field with one of: txt, source'),
     (b'{"text": "a', r"line 30: broken JSON \(.*\); correct the line"),
-    (b'{"text": null}', r'line 30: field "text" holds NoneType, not text'),
+    (b'{"text": null}', r'line 30: field "text" holds null, not text'),
     (b'["text"]', r"line 30: a JSON list, not an object"),
     (b'{"text": "caf\xe9"}', r"line 30: not UTF-8 \(byte 14 of the line\); convert the file to UTF-8"),
     (b'{"text": "\\ud800"}', r"line 30: .* half a surrogate pair"),
@@ -161,7 +161,7 @@ def test_a_bad_line_is_named_or_counted(bad, message, tmp_path, monkeypatch):
 
 def test_a_text_file_that_is_not_utf8_is_named(tmp_path):
     (tmp_path / "a.txt").write_bytes("first\nprofit rose 5 £\n".encode("latin-1"))
-    with pytest.raises(DataError, match=r"a.txt line 2: not UTF-8; convert it \(iconv"):
+    with pytest.raises(DataError, match=r"a.txt line 2: byte 0xa3 is not utf-8; convert it to UTF-8 \(iconv"):
         read_all(tmp_path)
 
 
@@ -178,7 +178,7 @@ def test_bad_parquet_rows_are_named_or_counted(tmp_path, monkeypatch):
     raw = pa.array([b"good", b"fine", None, b"caf\xe9"], pa.binary())
     text = pa.StringArray.from_buffers(4, raw.buffers()[1], raw.buffers()[2], raw.buffers()[0])
     pq.write_table(pa.table({"text": text}), tmp_path / "a.parquet", row_group_size=2)
-    with pytest.raises(DataError, match=r'a.parquet row 3: field "text" holds NoneType'):
+    with pytest.raises(DataError, match=r'a.parquet row 3: field "text" holds null'):
         read_all(tmp_path)
     assert read_all(tmp_path, on_error="skip") == ["good", "fine"]
 
@@ -213,3 +213,38 @@ def test_a_hub_name_that_cannot_be_opened_says_what_to_check(tmp_path):
         read_all(f"hf:{tmp_path}", hf_split="dev")
     with pytest.raises(DataError, match='no column "body"; use --text_field with one of: id, text'):
         read_all(f"hf:{tmp_path}", text_field="body")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_text_files_lose_their_mark_and_odd_line_ends(tmp_path, encoding, end):
+    (tmp_path / "a.txt").write_bytes(f"é one{end}two\u2028three{end}".encode(encoding))
+    (tmp_path / "b.tar").write_bytes(tar_of({"b.txt": f"é{end}".encode(encoding)}))
+    assert read_all(tmp_path / "a.txt", tmp_path / "b.tar") == ["é one\ntwo\u2028three\n", "é\n"]
+
+
+def test_json_lines_of_an_old_mac_and_of_joined_files_are_read(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\r{"text": "b"}\r\n\xef\xbb\xbf{"text": "c"}\r\r')
+    assert read_all(tmp_path / "a.jsonl") == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": NaN}', 'line 1: field "text" holds null, not text'),
+        ('{"text": 5}', 'line 1: field "text" holds the number 5, not text'),
+        ('{"text": ["a"]}', 'field "text" holds a list, not text'),
+        ('{"text": "a", "text": "b"}', "line 1: broken JSON .the key 'text' stands twice"),
+    ],
+)
+def test_values_that_are_not_text_are_named(tmp_path, line, message):
+    (tmp_path / "a.jsonl").write_text(line)
+    with pytest.raises(DataError, match=message):
+        read_all(tmp_path / "a.jsonl")
+
+
+def test_a_text_file_with_nul_characters_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_bytes("plain\nwide".encode("utf-16-le"))
+    with pytest.raises(DataError, match=r"a\.txt line 1: a NUL character, so it is not text, or UTF-16"):
+        read_all(tmp_path / "a.txt")
+    assert read_all(tmp_path / "a.txt", on_error="skip") == []

@@ -30,10 +30,10 @@ def test_missing_data_says_what_to_fetch_and_where_it_was_looked_for(tmp_path: P
 @pytest.mark.parametrize(
     ("task", "file", "content", "said"),
     [
-        ("tfns", "tfns.csv", "text,mood\nup,1\n", "no column for label"),
-        ("tfns", "tfns.csv", "text,label\nup,7\n", "'7' is none of negative"),
+        ("tfns", "tfns.csv", "text,mood\nup,1\n", "for label; columns: text, mood"),
+        ("tfns", "tfns.csv", "text,label\nup,7\n", "'7' is not a label of template tfns"),
         ("tfns", "tfns.csv", "text,label\n", "no example"),
-        ("fpb", "fpb.txt", "up@wonderful\n", "'wonderful' is none of"),
+        ("fpb", "fpb.txt", "up@wonderful\n", "'wonderful' is not a label of"),
         ("piqa", "piqa.jsonl", '{"goal": "a", "sol1": "b", "label": 0}\n', "no column for sol2"),
         (
             "winogrande",

@@ -51,7 +51,7 @@ def test_codes_lie_where_the_kernel_can_take_them(shift: int) -> None:
     layer = packed(96, 64, 8, bias=False)
     room = torch.empty(96 * 64 + 128, dtype=torch.uint8)
     begin = -room.data_ptr() % 64 + shift
-    layer.weight = room[begin : begin + 96 * 64].view(96, 64).copy_(layer.weight)
+    layer.weight = room[begin : begin + 96 * 64].view(96, 64, 1).copy_(layer.weight)
     exact, x = layer.dequantized(), torch.randn(8, 64).to(torch.bfloat16)
     model = nn.Sequential(layer)
     use_fast_forms(model)

@@ -243,4 +243,4 @@ def test_an_adapter_of_another_base_and_a_model_without_tokeniser_are_refused(
     message = refusal(settings(other, prompt="a", adapters=adapters[:1]))
     assert f"adapts {LLAMA[0]}, which the base does not have" in message
     bare = tiny_folder(tmp_path / "bare", "gpt2", tokenizer=False)
-    assert "has no tokeniser" in refusal(settings(bare, prompt="a"))
+    assert "has no tokenizer" in refusal(settings(bare, prompt="a"))

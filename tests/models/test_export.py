@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, LlamaForCausalLM
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 import finhpc
 from finhpc.cli import main
@@ -27,6 +28,7 @@ from finhpc.models.loading import initial_model, save_model
 from finhpc.models.presets import resolve_shape
 from finhpc.quantization.fake import TRAINED, round_weights
 from finhpc.quantization.layers import PackedMatrix
+from finhpc.quantization.schemes import MINMAX
 from tests.tiny import word_tokenizer
 
 VOCAB = 101
@@ -447,6 +449,20 @@ def test_the_command(make: Make, tmp_path: Path, capfd: pytest.CaptureFixture[st
     assert result["status"] == "finished"
     assert (result["format"], result["bits"], result["scheme"]) == ("merged", 8, "minmax")
     assert f"{result['size_bytes']:,} bytes" in err
+    readable = [path for path in (tmp_path / "out").iterdir() if path.stat().st_mode & 0o077]
+    assert not readable, "what a command writes is its user's alone, whatever the shell's umask"
     assert main([*words, "--quantization.bits", "8"]) == 2, "nothing is overwritten"
     assert main([*words, "--quantization.bits", "5"]) == 2
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_transformers_alone_opens_no_packed_model(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It only warns of a scheme that it does not know; codes must not pass for weights there."""
+    for name in ("gpt2-dense-tied", "llama-dense"):
+        for bits in (8, 4):
+            out = tmp_path / f"{name}-{bits}"
+            export(settings(make(name), out, bits=bits))
+            with monkeypatch.context() as without_finhpc:
+                without_finhpc.delitem(AUTO_QUANTIZATION_CONFIG_MAPPING, MINMAX)
+                with pytest.raises(RuntimeError, match="mismatch"):
+                    AutoModelForCausalLM.from_pretrained(out)

@@ -30,11 +30,13 @@ CUT = {"stages": 2, "parts": PARTS, "costs_s": [1.0] * len(PARTS), "borders": [0
 
 
 @contextmanager
-def command(storage: Path, shards: Path, *more: str, flags: Sequence[str] = FLAGS) -> Iterator[subprocess.Popen[bytes]]:
+def command(
+    storage: Path, shards: Path, *more: str, flags: Sequence[str] = FLAGS, **variables: str
+) -> Iterator[subprocess.Popen[bytes]]:
     """`finhpc pretrain` with its own Ray and home; its words in `storage/stderr`; killed on leaving."""
     words = [sys.executable, "-m", "finhpc.cli", "pretrain", *flags, "--data.shards", str(shards)]
     words += ["--run.storage", str(storage), "--run.name", "run", *more]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | variables
     environment["HOME"] = str(storage)
     if flags is FLAGS and not (kept := storage / "run" / "stages.json").exists():
         kept.parent.mkdir(exist_ok=True)

@@ -57,9 +57,15 @@ def test_models_and_tasks_are_scored_logged_and_not_computed_again(
     assert sum(row["acc"] for row in table) / len(table) == scores["first"]["fpb"]["acc"]
     client = MlflowClient(tracking_uri=result["tracking_uri"])
     below = nested(client, result["mlflow_run_id"])
-    assert {name: run.data.params["model"] for name, run in below.items()} == {
-        name: str([str(tmp_path / name)]) for name in scores
-    }
+    assert {name: run.data.params["model"] for name, run in below.items()} == {name: name for name in scores}
+    first, second = (run.data for run in below.values())
+    assert {key for key in first.params.keys() | second.params if first.params.get(key) != second.params.get(key)} == {
+        "model"
+    }, "what MLflow's comparison draws"
+    assert next(iter(first.metrics)) == "evaluate/fpb/weighted_f1"
+    logged = {found.dataset.name: found.dataset.digest for found in below["first"].inputs.dataset_inputs}
+    assert set(logged) == {"fpb", "first-shards"}
+    assert [key for key in first.tags if not key.startswith("mlflow.")] == []
     evaluations = collect(client, all_runs(client, chosen_experiments(client, []))).evaluations
     assert {run.id for run in evaluations} == {run.info.run_id for run in below.values()}, "what reports read"
     for name, run in below.items():
@@ -110,3 +116,4 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
     assert "first does not exist" in text
     assert "data.folder" in text
     assert "quantization.scheme=int8" in text
+    assert not list(tmp_path.rglob(".lock")), "a refused command leaves no run folder"

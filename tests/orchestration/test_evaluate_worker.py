@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,17 @@ import pytest
 import torch
 from lm_eval.evaluator import evaluate as lm_evaluate
 from lm_eval.models.huggingface import HFLM
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finhpc.config import EvaluateConfig, ExportConfig, build
+from finhpc.errors import ImplausibleError
 from finhpc.evaluation.models import subjects
 from finhpc.evaluation.tasks import SOURCES, load_task, prepare_tasks
 from finhpc.models.export import export
 from finhpc.models.loading import load_model
 from finhpc.orchestration.evaluate_worker import Pair, Scorer
+from finhpc.package import Driver
 from finhpc.quantization.fake import round_weights
 from tests.evaluation.folders import tiny_folder
 from tests.evaluation.tasks import write_data
@@ -40,7 +44,7 @@ def scored(place: Path, out: Path, model: Path, tasks: list[str] = TASKS, **othe
     tree = {"model": [str(model)], "tasks": tasks, "data": {"folder": str(place / "data")}, "bootstrap": 0, **other}
     config = build(EvaluateConfig, tree)
     (subject,) = subjects(config.model, config.adapter)
-    scorer, found = Scorer(config, cuda=False), {}
+    scorer, found = Scorer(config, cuda=False, driver=Driver.here()), {}
     for task in prepare_tasks(config, out / "tasks"):
         pair = Pair(subject, task, out / task.name, "")
         assert scorer.score(pair) is None
@@ -70,6 +74,26 @@ def assert_same(ours: dict[str, list[list[float]]], theirs: dict[str, list[list[
     for task in ours:
         for row, wanted in zip(ours[task], theirs[task], strict=True):
             assert row == pytest.approx(wanted, abs=tolerance)
+
+
+def test_a_broken_model_gets_no_scores(place: Path, tmp_path: Path) -> None:
+    """Of a model whose weights are another's numbers, every task and perplexity fail, and nothing is written."""
+    folder = shutil.copytree(place / "dense", tmp_path / "broken")
+    for scale, said in ((1e3, "loss="), (float("nan"), "is not a number")):
+        tensors = load_file(place / "dense" / "model.safetensors")
+        tensors["lm_head.weight"] *= scale
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        shards = {"shards": str(place / "dense-shards"), "seq_len": 32}
+        tree = {"model": [str(folder)], "tasks": ["fpb", "boolq"], "data": {"folder": str(place / "data"), **shards}}
+        config = build(EvaluateConfig, tree | {"bootstrap": 5})
+        (subject,) = subjects(config.model, config.adapter)
+        scorer = Scorer(config, cuda=False)
+        for task in (*prepare_tasks(config, tmp_path / "tasks"), None):
+            pair = Pair(subject, task, tmp_path / "scores" / (task.name if task else "perplexity"), "")
+            error = scorer.score(pair)
+            assert isinstance(error, ImplausibleError)
+            assert said in str(error)
+            assert not pair.done()
 
 
 def test_every_task_scores_as_by_lm_eval_alone(place: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from finhpc.config import PretrainConfig, ReportConfig, build
 from finhpc.data.reading import ReplicaStream, local_stream
 from finhpc.data.shards import Shards
 from finhpc.errors import ConfigError, RunBusyError, TrainingFailedError
+from finhpc.orchestration.mlflow_shown import HIDDEN
 from finhpc.orchestration.pretrain import pretrain
 from finhpc.orchestration.runfolder import RunFolder
 from finhpc.training.checkpoint import complete
@@ -121,7 +122,11 @@ def test_mlflow_has_the_run(finished: tuple[PretrainConfig, dict[str, Any]]) -> 
     assert run.data.metrics["val_loss"] == result["val_loss"]
     history = client.get_metric_history(run.info.run_id, "train_loss")
     assert sorted(point.step for point in history) == list(range(1, 61))
-    assert run.data.tags["finhpc.dataset_fingerprint"]
+    assert run.data.tags[HIDDEN + "dataset_fingerprint"]
+    assert next(iter(run.data.metrics)) == "val_loss"
+    assert not [key for key in run.data.tags if not key.startswith("mlflow.")]
+    (logged,) = run.inputs.dataset_inputs
+    assert run.data.tags[HIDDEN + "dataset_fingerprint"].startswith(logged.dataset.digest)
 
 
 def test_the_model_opens_from_mlflow_in_a_fresh_process(finished: tuple[PretrainConfig, dict[str, Any]]) -> None:

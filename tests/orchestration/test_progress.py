@@ -5,11 +5,16 @@ from __future__ import annotations
 import io
 import os
 import pty
+import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pytest
+
+from finhpc.config import PretrainConfig, build
+from finhpc.orchestration.outcome import compare_command
 from finhpc.orchestration.progress import Progress, rows_table, summary_table
 from finhpc.training.journal import Journal
 
@@ -55,6 +60,29 @@ def test_plain_lines(tmp_path: Path) -> None:
         "step 41/300  loss 5.123  val 5.301 (step 40)  lr 9.1e-04  12,345 tokens/s  0:02:10 left",
         "[a] https://x " + "y" * 300,
     ]
+
+
+def _eval(step: int) -> dict[str, object]:
+    return {"kind": "eval", "time": 0.0, "step": step, "val_loss": 5.3}
+
+
+def test_a_step_that_is_evaluated_has_one_line(tmp_path: Path) -> None:
+    screen = io.StringIO()
+    progress = Progress(5, tmp_path, screen, line_every_s=0, eval_every=2)
+    for step in range(1, 6):
+        progress.show([_train(step, 0.0)])  # read alone: the evaluation takes its time
+        if step in (2, 4, 5):
+            progress.show([_eval(step)])
+    lines = screen.getvalue().splitlines()
+    assert [line.split("/")[0] for line in lines] == [f"step {step}" for step in range(1, 6)]
+    assert all("val 5.300  " in lines[step - 1] for step in (2, 4, 5)), "its own loss, not an earlier step's"
+
+
+def test_steps_whose_evaluation_never_comes_have_their_lines_too(tmp_path: Path) -> None:
+    screen = io.StringIO()
+    with Progress(4, tmp_path, screen, line_every_s=0, eval_every=2) as progress:
+        progress.show([_train(step, 0.0) for step in range(1, 5)])  # nothing is held out
+    assert [line.split("/")[0] for line in screen.getvalue().splitlines()] == [f"step {i}" for i in range(1, 5)]
 
 
 def _checkpoints(steps: range) -> list[dict[str, object]]:
@@ -146,3 +174,19 @@ def test_what_is_to_be_copied_is_never_broken() -> None:
     path, command = f"/{'long/' * 50}model", f"finhpc ui --run.storage /{'long/' * 50}"
     summary_table("Run demo", [("model", path), ("open", command), ("words", "many words " * 20)], screen)
     assert screen.getvalue().splitlines()[-2:] == [f"model: {path}", f"open: {command}"]
+
+
+def test_a_path_is_printed_as_a_shell_needs_it(tmp_path: Path) -> None:
+    path = tmp_path / "my runs" / "model"
+    path.mkdir(parents=True)
+    screen = io.StringIO()
+    summary_table("run", [("model", str(path)), ("base", f"{path}, 12 M parameters")], screen)
+    assert f"'{path}'" in screen.getvalue()
+    assert f" {path}, 12 M" in screen.getvalue(), "words that begin with a path are no path"
+
+
+@pytest.mark.parametrize("uri", [None, "sqlite:////a path/mlflow.db"])
+def test_the_command_that_compares_can_be_pasted(uri: str | None) -> None:
+    config = build(PretrainConfig, {"run": {"storage": "/my runs; rm", "tracking_uri": uri}})
+    words = shlex.split(compare_command(config))
+    assert words[1:] == ["ui", *(["--run.tracking_uri", uri] if uri else ["--run.storage", "/my runs; rm"])]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import random
 import signal
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from tests.orchestration.runs import assert_same_run, command, outcome, train_workers, wait_for_step
+from tests.orchestration.runs import assert_same_run, command, last_words, outcome, train_workers, wait_for_step
 
 
 def random_step() -> int:
@@ -53,6 +56,30 @@ def test_a_stopped_driver_resumes_with_the_same_command(
     resumed = outcome(tmp_path)
     assert resumed["starts"][-1] > 0
     assert_same_run(resumed, unbroken)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("after_s", "gap_s"), [(0.3, 0.5), (2, 1.5), (6, 0.3), (9, 1)])
+def test_two_ctrl_c_while_it_starts_leave_nothing_and_the_run_resumes(
+    after_s: float, gap_s: float, run_shards: Path, unbroken: dict[str, Any], tmp_path: Path
+) -> None:
+    own = Path(tempfile.mkdtemp(dir="/tmp"))  # a short path, as Ray's sockets need
+    with command(tmp_path, run_shards, RAY_TMPDIR=str(own)) as process:
+        while "starting Ray" not in last_words(tmp_path):
+            assert process.poll() is None
+        time.sleep(after_s)
+        process.send_signal(signal.SIGINT)
+        time.sleep(gap_s)
+        children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        process.send_signal(signal.SIGINT)
+        assert process.wait(5) == 130
+    assert not psutil.wait_procs(children, timeout=2)[1]
+    own.rmdir()  # there is nothing in it
+    words = last_words(tmp_path)
+    assert not any(bad in words for bad in ("Traceback", "Fatal", "ignored", "error")), words
+    with command(tmp_path, run_shards) as process:
+        assert process.wait(240) == 0, last_words(tmp_path)
+    assert_same_run(outcome(tmp_path), unbroken)
 
 
 @pytest.mark.slow

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from finhpc.config import PretrainConfig, build
 from finhpc.errors import ConfigError, RunBusyError
-from finhpc.orchestration.runfolder import RunFolder, environment, redact, write_atomically
+from finhpc.files import write_atomic
+from finhpc.orchestration.runfolder import RunFolder, environment, redact
 
 HOLD = """
 import sys, time
@@ -61,6 +64,27 @@ def test_the_lock_ends_with_its_block(tmp_path: Path) -> None:
     for _ in range(2):
         with RunFolder(tmp_path, "one").lock():
             pass
+
+
+def _refuse(folder: RunFolder, *begun: str) -> None:
+    with suppress(ConfigError), folder.lock():
+        folder.write_config(_config())
+        for name in begun:
+            (folder.path / name).mkdir()
+        raise ConfigError("no")
+
+
+def test_a_refused_command_leaves_no_folder_but_work_and_older_folders_stay(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "runs", "one")
+    _refuse(folder)
+    assert not (tmp_path / "runs").exists()
+    _refuse(folder, "checkpoints")
+    assert (folder.path / "checkpoints").is_dir(), "its work had begun"
+    _refuse(RunFolder(tmp_path / "runs", "two"))
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["one"]
+    shutil.rmtree(folder.path / "checkpoints")
+    _refuse(folder)
+    assert (folder.path / "config.yaml").is_file(), "it was there before"
 
 
 def test_storage_that_cannot_be_written_is_an_error_with_a_remedy(tmp_path: Path) -> None:
@@ -170,11 +194,11 @@ def test_result_round_trip_is_whole_or_nothing(tmp_path: Path) -> None:
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
-    write_atomically(path, json.dumps({"old": 1}))
+    write_atomic(path, json.dumps({"old": 1}))
     script = "import resource, signal, sys; from pathlib import Path\n"
-    script += "from finhpc.orchestration.runfolder import write_atomically\n"
+    script += "from finhpc.files import write_atomic\n"
     script += "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
-    script += "write_atomically(Path(sys.argv[1]), 'x' * 1000)"
+    script += "write_atomic(Path(sys.argv[1]), 'x' * 1000)"
     failed = subprocess.run([sys.executable, "-c", script, path], capture_output=True, text=True)
     assert "File too large" in failed.stderr
     assert json.loads(path.read_text()) == {"old": 1}

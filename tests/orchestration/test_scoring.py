@@ -9,6 +9,7 @@ import torch
 
 from finhpc.config import PretrainConfig, build
 from finhpc.data.shards import Shards
+from finhpc.errors import ImplausibleError
 from finhpc.models.loading import load_model
 from finhpc.orchestration.scoring import held_out_loss, score_at
 from tests.models.dense import saved, tiny_gpt2
@@ -48,3 +49,23 @@ def test_a_gpu_gives_the_cpus_loss(tmp_path: Path, run_shards: Path) -> None:
     own = score_at(4, settings(run_shards, "cpu"), run)["val_loss"]
     assert held_out_loss(run / "quantized-4bit", settings(run_shards, "auto")) == pytest.approx(own, rel=1e-4)
     assert torch.cuda.max_memory_allocated() > 0
+
+
+@pytest.mark.parametrize(("bits", "scale"), [(8, 300.0), (8, 0.0), (4, 300.0)])
+def test_a_loss_that_cannot_be_is_kept_nowhere_and_the_next_start_exports_again(
+    tmp_path: Path, run_shards: Path, bits: int, scale: float
+) -> None:
+    run = run_of(tmp_path, run_shards)
+    config = settings(run_shards, "cpu")
+    full = held_out_loss(run / "model", config)
+    out = run / f"quantized-{bits}bit"
+    damaged = load_model(run / "model")
+    with torch.no_grad():  # as packed weights read as plain numbers: of another size
+        for parameter in damaged.parameters():
+            parameter.mul_(scale)
+    saved(damaged, out)
+    with pytest.raises(ImplausibleError, match=rf"{run.name} at {bits} bits: val_loss=.*16-bit loss"):
+        score_at(bits, config, run, full if scale else 1 + full)
+    assert not out.exists()
+    assert abs(score_at(bits, config, run, full)["val_loss"] - full) < 1
+    assert (out / "scores.json").is_file()

@@ -12,10 +12,14 @@ from mlflow import MlflowClient
 
 from finhpc.config import PretrainConfig, SweepConfig, build
 from finhpc.errors import ConfigError, RunBusyError
+from finhpc.orchestration.mlflow_shown import SCORED_FROM, short_name
 from finhpc.orchestration.pretrain import pretrain
 from finhpc.orchestration.runfolder import RunFolder
 from finhpc.orchestration.sweep import sweep
 from finhpc.orchestration.sweep_plan import plan_sweep
+from finhpc.reporting.runs import collect
+from finhpc.reporting.store import all_runs, chosen_experiments
+from finhpc.reporting.tables import _with_start
 from finhpc.training.journal import read
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -82,13 +86,21 @@ def test_a_sweep_trains_scores_nests_ranks_and_resumes(
     assert (child.data.params["method.rank"], child.data.params["quantization.bits"]) == ("8", "4")
     assert child.data.metrics["val_loss"] == rounded["val_loss"]
     assert child.data.metrics["size_bytes"] == rounded["size_bytes"]
-    assert child.data.tags["finhpc.scored_from"] == plain["mlflow_run_id"]
+    trained = runs[plain["mlflow_run_id"]]
+    own = {"score_s", "lr", "grad_norm", "step_s", "samples_per_s"}  # of a scoring, and of each step
+    assert {key for key in trained.data.metrics.keys() ^ child.data.metrics.keys() if "/" not in key} <= own
+    assert {next(iter(run.data.metrics)) for run in (trained, child)} == {"val_loss"}
+    assert not {"concurrent", "disk_bytes", "ended_before"} & set(parent.data.metrics)
+    assert [logged.dataset.name for logged in parent.inputs.dataset_inputs] == [short_name(str(run_shards))]
+    assert child.data.tags[SCORED_FROM] == plain["mlflow_run_id"]
     version = client.get_model_version_by_alias("ranks", "best")
     assert version.run_id == result["best"]["mlflow_run_id"]
 
     with open(tmp_path / "ranks" / "trials.csv", encoding="utf-8", newline="") as file:
         table = list(csv.DictReader(file))
     assert [row["trial"] for row in table] == [row["trial"] for row in result["trials"]]
+    assert "trained" not in table[0], "a number of trainings in result.json"
+    assert {row["scored_only"] for row in table if row["quantization.bits"] == "16"} == {"False"}
     assert table[0]["method.rank"] == str(result["best"]["values"]["method.rank"])
 
     # The same command trains nothing again; a wider grid adds its own trials alone.
@@ -125,8 +137,12 @@ def test_methods_that_start_from_a_dense_model_share_it(run_shards: Path, tmp_pa
     assert loss["kind-svd-seed0"] < loss["kind-low_rank-seed0"], "it goes on from the trained dense model"
     client = MlflowClient(result["tracking_uri"])
     runs = [client.get_run(row["mlflow_run_id"]) for row in result["trials"]]
-    differing = {key for run in runs for key, value in run.data.params.items() if runs[0].data.params[key] != value}
-    assert {key for key in differing if key.partition(".")[0] != "run"} == {"method.kind", "train.seed"}
+    keys = {key for run in runs for key in run.data.params}
+    assert {key for key in keys if len({run.data.params.get(key) for run in runs}) > 1} == {"method.kind", "train.seed"}
+    found = collect(client, all_runs(client, chosen_experiments(client, [])))
+    hours = {run.name: run.metrics["worker_hours"] for run in found.pretrained}
+    svd = next(run for run in found.pretrained if run.name == "kind-svd-seed0")
+    assert _with_start(found, svd) == pytest.approx(hours["kind-svd-seed0"] + hours["dense-reference"])
     shared = tmp_path / "ranks" / "shared"
     assert starts(shared / "dense-reference") == 1
     assert len(list(shared.glob("decomposed-*"))) == 1, "two seeds, one factorisation"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from finhpc.cli import parse
+from finhpc.cli import main, parse
 from finhpc.config import FinetuneSweepConfig, PretrainConfig, SweepConfig, build, load
 from finhpc.errors import ConfigError
-from finhpc.orchestration.sweep_trials import trials_of
+from finhpc.orchestration import sweep_plan
+from finhpc.orchestration.sweep_plan import plan_sweep
+from finhpc.orchestration.sweep_trials import check_points, trials_of
 
 
 def config(grid: dict[str, Any], **sections: Any) -> SweepConfig:
@@ -80,22 +83,56 @@ def test_names_are_unique_and_fit_a_folder() -> None:
 )
 def test_grids_that_cannot_be(grid: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        trials_of(config(grid))
+        check_points(config(grid))
 
 
 def test_every_problem_of_a_grid_is_told_at_once() -> None:
     with pytest.raises(ConfigError) as error:
-        trials_of(config({"method.rnak": [8], "train.seed": []}))
-    assert len(error.value.problems) == 2
+        config({"method.rnak": [8], "train.seed": [], "quantization.bits": [5], "train.steps": [8, -8]})
+    assert len(error.value.problems) == 4
+
+
+def test_a_mistyped_key_hides_no_other_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of flags, the YAML file and the grid, whatever is wrong with each."""
+    file = tmp_path / "sweep.yaml"
+    file.write_text("train: {stesp: 5}\nmodel: {layers: none}\n")
+    words = ["--config", str(file), "--method.rnak", "8", "--optimizer.lr", "fast", "--grid", "method.rnk=[8]"]
+    assert main(["sweep", *words]) == 2
+    told = capsys.readouterr().err
+    for key in ("--method.rnak", "train.stesp", "model.layers", "optimizer.lr", "grid: method.rnk"):
+        assert key in told
+    assert main(["finetune", "--lora.rnk", "8", "--optimizer.lr", "fast", "--config", "nowhere.yaml"]) == 2
+    told = capsys.readouterr().err
+    for key in ("--lora.rnk", "optimizer.lr", "config=nowhere.yaml"):
+        assert key in told
+
+
+def test_a_grid_without_points_hides_no_problem_of_its_runs(tmp_path: Path) -> None:
+    sweep = config({}, run={"storage": str(tmp_path)}, data={"shards": str(tmp_path / "nowhere")})
+    with pytest.raises(ConfigError) as error:
+        plan_sweep(sweep, tmp_path / "sweep")
+    assert "grid is empty" in str(error.value)
+    assert "nowhere is no folder" in str(error.value)
+
+
+def test_a_problem_that_several_trials_share_is_one_line(tmp_path: Path) -> None:
+    sweep = config({"train.seed": list(range(5))}, run={"storage": str(tmp_path)}, data={"shards": "nowhere"})
+    with pytest.raises(ConfigError) as error:
+        plan_sweep(sweep, tmp_path / "sweep")
+    assert len(error.value.problems) == 1
+    assert error.value.problems[0].startswith("data.shards=")
+    assert sweep_plan._named(["a", "b"], 3) == "trials a, b: "
+    assert sweep_plan._named(["a"], 3) == "trial a: "
+    assert sweep_plan._named(list("abcd"), 9) == "trials a, b, c and 1 more: "
 
 
 def test_the_number_of_trials_is_bounded_and_said() -> None:
     grid = {"method.rank": list(range(1, 101)), "train.seed": list(range(20))}
     with pytest.raises(ConfigError, match=r"the grid has 2,000 points, more than sweep\.max_trials=1,000"):
-        trials_of(config(grid))
+        check_points(config(grid))
     assert len(trials_of(config(grid, sweep={"max_trials": 2000}))) == 2000
     with pytest.raises(ConfigError, match=r"sweep\.samples=4, but no key"):
-        trials_of(config({"method.rank": [8]}, sweep={"samples": 4}))
+        check_points(config({"method.rank": [8]}, sweep={"samples": 4}))
 
 
 def test_the_command_takes_grids_as_words() -> None:

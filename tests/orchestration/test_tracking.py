@@ -19,8 +19,10 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
+from finhpc.config import UiConfig, build
 from finhpc.errors import ConfigError
-from finhpc.orchestration import tracking, ui
+from finhpc.orchestration import mirror, tracking, ui
+from finhpc.orchestration.mlflow_shown import HIDDEN
 from finhpc.orchestration.mlflow_store import artifact_location
 from finhpc.orchestration.tracking import Tracker, absolute_tracking_uri, default_tracking_uri
 from finhpc.training.journal import Journal
@@ -32,19 +34,12 @@ LOSSES = {step: math.sin(step) / 3 + 5.0 for step in range(1, 2001)}
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking, "POLL_S", 0.1)
     monkeypatch.setattr(tracking, "LONGEST_RETRY_S", 0.5)
-
-
-@pytest.fixture(scope="session")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty MLflow database (making one takes seconds)."""
-    path = tmp_path_factory.mktemp("database") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
+    monkeypatch.setattr(mirror, "LEAD_WAIT_S", 0.0)
 
 
 @pytest.fixture
-def storage(tmp_path: Path, database: Path) -> Path:
-    shutil.copy(database, tmp_path / "mlflow.db")
+def storage(tmp_path: Path, empty_database: Path) -> Path:
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
     return tmp_path
 
 
@@ -121,7 +116,7 @@ def test_a_run_from_start_to_end(storage: Path, capsys: pytest.CaptureFixture[st
     assert len(run.data.params) == 253
     assert run.data.params["long"] == "x" * 6000
     assert run.data.tags["mlflow.source.git.commit"] == "abc"
-    assert run.data.tags["finhpc.start.stages"] == "2"
+    assert run.data.tags[HIDDEN + "start.stages"] == "2"
     assert run.data.tags["finhpc.not_finite"] == "train_loss at step 2: nan"
     assert _history(client, run.info.run_id, "train_loss") == [(1, 0.1 + 0.2)]
     assert _history(client, run.info.run_id, "tokens") == [(1, 512), (2, 1024)]
@@ -490,7 +485,7 @@ def test_a_relative_database_stays_where_it_was_meant(
     assert list(elsewhere.iterdir()) == []
 
     with pytest.raises(ConfigError, match=f"{elsewhere}/sub/none.db does not exist"):
-        ui.ui(tracking_uri="sqlite:///sub/none.db")
+        ui.ui(build(UiConfig, {"run": {"tracking_uri": "sqlite:///sub/none.db"}}))
     for absolute in ("sqlite:////a/b.db", "http://host:5000", "https://host/x?y=1"):
         assert absolute_tracking_uri(absolute) == absolute
     (elsewhere / "a%b").mkdir()
@@ -501,7 +496,7 @@ def test_a_relative_database_stays_where_it_was_meant(
 
 def test_the_page_says_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nothing was tracked there yet"):
-        ui.ui(tmp_path)
+        ui.ui(build(UiConfig, {"run": {"storage": str(tmp_path)}}))
     (tmp_path / "mlflow.db").touch()
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError, match="choose another"):
-        ui.ui(tmp_path, port=taken.getsockname()[1])
+        ui.ui(build(UiConfig, {"run": {"storage": str(tmp_path)}, "port": taken.getsockname()[1]}))

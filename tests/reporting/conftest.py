@@ -1,20 +1,12 @@
-"""One empty MLflow database (making one takes seconds), and the store that most tests look at."""
+"""The store that most tests look at."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from mlflow import MlflowClient
 
 from tests.reporting.store import Store
-
-
-@pytest.fixture(scope="session")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("database") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
 
 
 @pytest.fixture
@@ -31,7 +23,7 @@ def paper_like(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -
     store.pretrain(
         "dense-0",
         "dense",
-        result=dense | scored | {"worker_hours": 0.4, "tokens_per_s": 1000.0, "generate_tokens_per_s": 50.0},
+        result=dense | scored | {"worker_hours": 0.4, "tokens_per_s": 100.0, "generate_tokens_per_s": 50.0},
         train={step: 6.0 - 0.1 * step for step in range(1, 11)},
         evals={5: 5.5, 10: 5.0},
     )
@@ -39,11 +31,11 @@ def paper_like(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -
         "dense-1",
         "dense",
         seed=1,
-        result=dense | {"worker_hours": 0.6, "tokens_per_s": 1000.0, "generate_tokens_per_s": 50.0},
+        result=dense | {"worker_hours": 0.6, "tokens_per_s": 100.0, "generate_tokens_per_s": 50.0},
         train={step: 6.2 - 0.1 * step for step in range(1, 11)},
         evals={5: 5.7, 10: 5.2},
     )
-    low = {"params_total": 7_640_000, "size_8bit_bytes": 7_700_000, "tokens_per_s": 1500.0}
+    low = {"params_total": 7_640_000, "size_8bit_bytes": 7_700_000, "tokens_per_s": 150.0}
     store.pretrain(
         "one-96",
         "low_rank",

@@ -9,14 +9,13 @@ from typing import Any
 
 from mlflow import MlflowClient
 
-from finhpc.config import FinetuneConfig, PretrainConfig, TrainingConfig, build, flatten
+from finhpc.config import FinetuneConfig, PretrainConfig, TrainingConfig, build
 from finhpc.orchestration.mirror import Status
+from finhpc.orchestration.mlflow_shown import HIDDEN, SETTING, parameters, setting_tags
 from finhpc.orchestration.tracking import Tracker, default_tracking_uri
 from finhpc.reporting.runs import Collected, collect
 from finhpc.reporting.store import all_runs, chosen_experiments, open_store
 from finhpc.training.journal import Journal
-
-COUNTED = ("params_total", "params_dense")
 
 
 class Store:
@@ -69,26 +68,27 @@ class Store:
         evals: Mapping[int, float] | None = None,
         tags: Mapping[str, str] | None = None,
         experiment: str = "tests",
+        place: Mapping[str, Any] | None = None,
     ) -> str:
         """Journal and result of one run, sent to MLflow as a run's driver sends them; returns the run's id."""
         config.run.name, config.run.storage = name, str(self.folder)
         folder = self.folder / name.replace("/", "_")
         folder.mkdir()
         journal = Journal(folder / "journal.jsonl")
-        journal.write("start", step=0, workers=2, threads=1, device="cpu")
+        journal.write("start", **{"step": 0, "workers": 2, "threads": 1, "device": "cpu", **(place or {})})
         for step, loss in (train or {}).items():
             journal.write("train", step=step, train_loss=loss)
         for step, loss in (evals or {}).items():
             journal.write("eval", step=step, val_loss=loss)
         journal.close()
         last = {"val_loss": evals[max(evals)]} if evals else {}
-        params = flatten(config) | {key: result[key] for key in COUNTED if key in result}
-        all_tags = {
+        all_tags = setting_tags(config) | {
             "mlflow.source.name": f"finhpc {verb}",
-            "finhpc.dataset_fingerprint": "d" * 64,
+            HIDDEN + "verb": verb,
+            HIDDEN + "dataset_fingerprint": "d" * 64,
             **(tags or {}),
         }
-        tracker = Tracker(folder, self.uri, experiment, name, params, all_tags)
+        tracker = Tracker(folder, self.uri, experiment, name, parameters(config, {}, {}), all_tags)
         assert tracker.start().finish(status, last | dict(result))
         assert tracker.run_id
         return tracker.run_id
@@ -98,9 +98,9 @@ class Store:
         client = MlflowClient(self.uri)
         experiment = client.get_experiment_by_name("tests")
         assert experiment
-        run_id = str(client.create_run(experiment.experiment_id, tags={"finhpc.verb": "evaluate"}).info.run_id)
+        run_id = str(client.create_run(experiment.experiment_id, tags={HIDDEN + "verb": "evaluate"}).info.run_id)
         for key, value in {"model": models, "adapter": adapters or [], "quantization.bits": 16}.items():
-            client.log_param(run_id, key, str(value))
+            client.set_tag(run_id, SETTING + key, str(value))
         for key, value in metrics.items():
             client.log_metric(run_id, key, value)
         client.set_terminated(run_id)

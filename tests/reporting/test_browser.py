@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -22,16 +21,6 @@ const svg = document.querySelector("figure svg").getBoundingClientRect();
 document.title = `width ${document.documentElement.scrollWidth} wide ${wide} svg ${Math.round(svg.width)} `
   + `ground ${getComputedStyle(document.body).backgroundColor}`;
 </script></body>"""
-
-
-@pytest.fixture(scope="module")
-def chromium() -> str:
-    found = next(
-        (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-    )
-    if found is None:
-        pytest.skip("no chromium or google-chrome on PATH")
-    return found
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
+from finhpc.orchestration.mlflow_shown import SWEEP
 from finhpc.reporting.claims import Claim, make_claims, verdict
 from finhpc.reporting.curves import smoothed, steps_to
 from finhpc.reporting.tables import make_tables
@@ -69,3 +72,47 @@ def test_curves_are_crossed_between_their_points_and_smoothed_in_windows() -> No
     assert steps_to({2: 5.0}, 5.5) == 2.0
     assert steps_to({2: 6.0, 4: 5.8}, 5.5) is None
     assert smoothed({1: 1.0, 2: 3.0, 3: 5.0, 4: 7.0}, points=2) == {2: 2.0, 4: 6.0}
+
+
+LONG = {"params_total": 10, "worker_hours": 1.0, "tokens_per_s": 100.0, "peak_memory_bytes": [10]}  # 102 s of steps
+
+
+@pytest.mark.parametrize(
+    ("dense", "low", "apart"),
+    [
+        ({}, {"settings": {"parallel": {"stages": 2, "micro_batches": 4}}}, "stages 1 and 2"),
+        ({}, {"settings": {"parallel": {"replicas": 2}}}, "replicas 1 and 2"),
+        ({"place": {"device": "NVIDIA H100"}}, {}, "device NVIDIA H100 and cpu"),
+        ({}, {"place": {"threads": 2}}, "threads per worker 1 and 2"),
+    ],
+)
+def test_time_and_memory_of_runs_placed_differently_are_not_comparable(
+    store: Store, dense: dict[str, Any], low: dict[str, Any], apart: str
+) -> None:
+    store.pretrain("dense", "dense", result=LONG, **dense)
+    store.pretrain("low", "low_rank", 96, result=LONG, **low)
+    found = store.collected()
+    claims = {claim.claim: claim for claim in make_claims(found, make_tables(found))}
+    for name in ("Less training time", "Faster training steps", "Less training memory"):
+        assert (claims[name].verdict, claims[name].ours) == ("not comparable", apart), name
+    assert claims["Fewer parameters"].verdict == "does not hold", "sizes do not depend on the place"
+
+
+def test_short_trainings_and_cold_starts_say_nothing_about_time(store: Store) -> None:
+    short = LONG | {"tokens_per_s": 1000.0}
+    store.pretrain("dense", "dense", result=short)
+    store.pretrain("low", "low_rank", 96, result=short, tags={SWEEP: "ranks"})
+    found = store.collected()
+    claims = {claim.claim: claim for claim in make_claims(found, make_tables(found))}
+    assert claims["Less training time"].ours == "cold and warm starts; only 10 s of steps, below 60"
+    assert claims["Faster training steps"].ours == "only 10 s of steps, below 60"
+    assert claims["Less training memory"].verdict != "not comparable", "a peak does not depend on the time"
+
+
+def test_finetuning_memory_is_compared_only_between_like_places(store: Store) -> None:
+    for bits, device in ((16, "cpu"), (8, "NVIDIA H100")):
+        store.finetune(f"r8-{bits}", 8, bits, result={"peak_memory_bytes": [bits]}, place={"device": device})
+    found = store.collected()
+    claims = {claim.claim: claim for claim in make_claims(found, make_tables(found))}
+    claim = claims["Finetuning memory, 16 bits over 8"]
+    assert (claim.verdict, claim.ours) == ("not comparable", "device cpu and NVIDIA H100")

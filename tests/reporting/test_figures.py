@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from finhpc.orchestration.mlflow_shown import SCORED_FROM
 from finhpc.reporting.figures import make_figures
 from finhpc.reporting.points import Point, pretrained_points, tuned_points
 from finhpc.reporting.tables import Group, make_tables
@@ -22,9 +23,7 @@ def test_sizes_are_those_logged_or_two_bytes_a_parameter(store: Store) -> None:
     for bits, loss in ((8, 5.1), (4, 5.5)):
         settings = {"quantization": {"bits": bits}}
         result = {"val_loss": loss, "size_bytes": 7e6 * bits / 8}
-        store.pretrain(
-            f"low-{bits}", "low_rank", 96, settings=settings, result=result, tags={"finhpc.scored_from": low}
-        )
+        store.pretrain(f"low-{bits}", "low_rank", 96, settings=settings, result=result, tags={SCORED_FROM: low})
     found = store.collected()
     (group,) = make_tables(found)["vi"].groups
     assert pretrained_points(found, group.scale, group.rows, "size") == [

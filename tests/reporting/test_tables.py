@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
+import json
+from pathlib import Path
 
 import pytest
 
+from finhpc.orchestration.mlflow_shown import HIDDEN, SCORED_FROM, origin
 from finhpc.reporting.cells import COLUMNS, count, csv_of, rows_of, three
 from finhpc.reporting.paper import paper_tables
 from finhpc.reporting.tables import Value, make_tables
@@ -90,7 +93,7 @@ def test_runs_that_say_nothing_are_left_out_and_counted(store: Store) -> None:
     store.pretrain("stopped-early", "dense", result={"steps": 4, "params_total": 1})
     parent = store.pretrain("sweep", "dense", result={"params_total": 1})
     store.pretrain("child", "low_rank", 96, tags={"mlflow.parentRunId": parent}, result={"params_total": 7_640_000})
-    store.pretrain("scored", "dense", tags={"finhpc.scored_from": kept}, result={"params_total": 1})
+    store.pretrain("scored", "dense", tags={SCORED_FROM: kept}, result={"params_total": 1})
     found = store.collected()
     assert sorted(run.name for run in found.pretrained) == ["child", "kept"]
     assert [run.name for run in found.scored] == ["scored"]
@@ -121,7 +124,7 @@ def test_a_dense_model_has_no_ranks_whatever_a_grid_gave_it(store: Store) -> Non
 def test_only_rows_of_one_shape_data_and_amount_are_compared(store: Store) -> None:
     store.pretrain("one", "dense")
     store.pretrain("longer", "dense", result={"tokens": 20480})
-    store.pretrain("other-data", "dense", tags={"finhpc.dataset_fingerprint": "e" * 64})
+    store.pretrain("other-data", "dense", tags={HIDDEN + "dataset_fingerprint": "e" * 64})
     store.pretrain("wider", "dense", settings={"model": {"width": 768, "heads": 12, "layers": 12}})
     groups = make_tables(store.collected())["vi"].groups
     assert len(groups) == 4
@@ -189,3 +192,43 @@ def test_small_figures_keep_their_digits() -> None:
         "0.214",
         "0.0534",
     ]
+
+
+HOURS = {"params_total": 10}
+
+
+def with_start(store: Store, label: str) -> float | None:
+    tables = make_tables(store.collected())
+    rows = {row.label: row for group in tables["vii"].groups for row in group.rows}
+    value = rows[label].values["worker_hours_with_start"]
+    return value and value.mean
+
+
+def test_a_start_counts_with_all_that_stand_behind_it(store: Store) -> None:
+    """Dense, trained on, and then method 3 from that."""
+    store.pretrain("dense", "dense", result=HOURS | {"worker_hours": 1.0})
+    store.pretrain("longer", "dense", start="dense", result=HOURS | {"worker_hours": 2.0})
+    store.pretrain("blended", "blend", 96, start="longer", result=HOURS | {"worker_hours": 4.0})
+    assert with_start(store, "gpt2-small-cpu-r96 (method 3)") == 7.0
+
+
+def test_a_decomposed_model_counts_as_the_training_that_it_was_made_of(store: Store, tmp_path: Path) -> None:
+    store.pretrain("dense", "dense", result=HOURS | {"worker_hours": 1.0})
+    low = tmp_path / "low"
+    low.mkdir()
+    (low / "result.json").write_text(json.dumps({"source": store.model("dense"), "model": str(low)}))
+    tags = {HIDDEN + "started_from": origin(str(low))}
+    settings = {"model": {"path": str(low)}}
+    store.pretrain("two", "svd", 96, settings=settings, tags=tags, result=HOURS | {"worker_hours": 3.0})
+    assert with_start(store, "gpt2-small-cpu-r96") == 4.0
+
+
+def test_runs_that_start_from_each_other_have_no_known_cost(store: Store) -> None:
+    """A name that was used again: the newest run of it starts from what started from the oldest."""
+    store.pretrain("one", "svd", 96, start="two", result=HOURS | {"worker_hours": 1.0})
+    store.pretrain("two", "svd", 48, start="one", result=HOURS | {"worker_hours": 1.0})
+    assert not any(
+        row.values["worker_hours_with_start"]
+        for group in make_tables(store.collected())["vii"].groups
+        for row in group.rows
+    )

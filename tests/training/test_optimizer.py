@@ -21,6 +21,25 @@ def test_warm_up_then_cosine_to_the_minimum() -> None:
     assert learning_rate(Optimizer(lr=2.0, warmup_steps=0), 1, 1) == pytest.approx(0.2)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 6, 19, 20, 39, 40, 100])
+def test_every_training_reaches_its_peak_and_leaves_it(steps: int) -> None:
+    settings = Optimizer(lr=1.0, warmup_steps=20, min_lr_ratio=0.1)
+    rates = [learning_rate(settings, step, steps) for step in range(1, steps + 1)]
+    assert max(rates) == 1.0
+    assert rates.index(1.0) + 1 == settings.warmup(steps) <= max(1, steps // 2)
+    assert steps == 1 or rates[-1] == pytest.approx(0.1)
+    said = settings.shortened(steps)
+    assert (said is None) == (steps >= 40)
+    assert said is None or f"train.steps={steps}" in said
+
+
+def test_a_training_made_longer_warms_up_as_long_as_was_asked() -> None:
+    settings = Optimizer(lr=1.0, warmup_steps=20)
+    assert [settings.warmup(steps) for steps in (6, 30, 60)] == [3, 15, 20]
+    assert settings.shortened(60) is None
+    assert Optimizer(warmup_steps=0).shortened(1) is None
+
+
 def test_norms_and_biases_are_not_decayed() -> None:
     layer = nn.Linear(3, 2)
     optimizer = make_optimizer(dict(layer.named_parameters()), Optimizer(lr=0.1, weight_decay=0.5))

@@ -1,0 +1,130 @@
+"""Makes the pictures of MLflow's pages in this folder: tiny models are trained, and a real browser draws the pages.
+
+    python docs/pictures.py [FOLDER]
+
+FOLDER keeps the runs (default: runs/pictures); what is there already is not trained again. It needs chromium or
+google-chrome on PATH, and about ten minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+import finhpc
+from finhpc.config import EvaluateConfig, FinetuneSweepConfig, PrepareConfig, PretrainConfig, SweepConfig, build
+from finhpc.orchestration.cluster import ray_cluster
+from finhpc.orchestration.mlflow_pages import pages_of
+from finhpc.orchestration.tracking import default_tracking_uri
+from finhpc.orchestration.ui import serving
+
+HERE = Path(__file__).parent
+SIZE, SHOWN = (1680, 800), 1256  # pixels; on the right MLflow opens its assistant
+WORDS = ("profit", "loss", "sales", "costs", "orders", "shares", "margin", "revenue")
+MOVES = {"positive": "rose", "negative": "fell", "neutral": "did not change"}
+
+
+def main(folder: Path) -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    folder.mkdir(parents=True, exist_ok=True)
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        sys.exit("no chromium or google-chrome on PATH; install one of them.")
+    for name in train(folder):
+        uri = default_tracking_uri(folder / name)
+        with serving(uri, port=5055) as (_, address):
+            pages = pages_of(uri, None)
+            for (title, page), picture in zip(pages, (f"compare-{name}", f"runs-{name}"), strict=True):
+                draw(browser, f"{address}/{page}", HERE / f"{picture}.png")
+                print(f"{picture}.png: {title}", flush=True)
+
+
+def train(folder: Path) -> list[str]:
+    """Plain runs, a pretraining sweep, a finetuning sweep and an evaluation, each in a storage of its own."""
+    shards = text(folder)
+    labels = folder / "news.txt"
+    labels.write_text("".join(sentences()), encoding="utf-8")
+    base: dict[str, Any] = {
+        "model": {"preset": "gpt2-tiny", "layers": 2, "width": 64},
+        "data": {"shards": str(shards), "seq_len": 64, "eval_samples": 32},
+        "parallel": {"micro_batch_size": 8},
+        "train": {"steps": 60, "eval_every": 20, "checkpoint_every": 0},
+    }
+
+    def run(storage: str, name: str) -> dict[str, Any]:
+        return {"run": {"name": name, "storage": str(folder / storage)}}
+
+    with ray_cluster():
+        for name, method, lr in (
+            ("dense", {"kind": "dense"}, 1e-3),
+            ("rank-8", {"rank": 8}, 2e-3),
+            ("rank-16", {"rank": 16}, 2e-3),
+            ("cola-16", {"kind": "cola", "rank": 16}, 1e-3),
+        ):
+            own = {"method": method, "optimizer": {"lr": lr}}
+            finhpc.pretrain(build(PretrainConfig, base | own | run("plain", name)))
+        grid = {"method.kind": ["low_rank", "svd"], "method.rank": [8, 16, 32], "quantization.bits": [16, 8, 4]}
+        finhpc.sweep(build(SweepConfig, base | {"grid": grid} | run("pretraining", "ranks")))
+        models = {name: str(folder / "plain" / name / "model") for name in ("dense", "rank-8", "rank-16", "cola-16")}
+        tuning = {
+            "grid": {"lora.rank": [2, 4, 8], "quantization.bits": [16, 8, 4]},
+            "model": {"path": models["dense"]},
+            "data": {"source": [str(labels)], "max_len": 256, "eval_fraction": 0.2},
+            "optimizer": {"lr": 1e-2},
+            "train": {"steps": 200, "eval_every": 50, "checkpoint_every": 0},
+        }
+        finhpc.sweep(build(FinetuneSweepConfig, tuning | run("finetuning", "lora-ranks")))
+        adapters = folder / "finetuning" / "lora-ranks" / "trials"
+        scored = {
+            "model": [models["dense"]] * 4,
+            "adapter": ["none", *(str(adapters / f"rank{rank}-bits16" / "model") for rank in (2, 4, 8))],
+            "tasks": ["fpb", "perplexity"],
+            "data": {"files": {"fpb": str(labels)}, "shards": str(shards), "seq_len": 64},
+            "limit": 60,
+            "bootstrap": 100,
+        }
+        finhpc.evaluate(build(EvaluateConfig, scored | run("evaluation", "scores")))
+    return ["plain", "pretraining", "finetuning", "evaluation"]
+
+
+def text(folder: Path) -> Path:
+    """Shards of the documentation of the installed packages."""
+    shards = folder / "docs-of-packages"
+    if not (shards / "manifest.json").is_file():
+        settings = {"source": ["docs"], "tokenizer": "train:512", "out": str(shards), "block_len": 64}
+        finhpc.prepare(build(PrepareConfig, settings))
+    return shards
+
+
+def sentences() -> list[str]:
+    """Lines of a labelled file: what moved, and how."""
+    return [
+        f"The {word} of the company {move} in quarter {quarter} of year {year} .@{label}\n"
+        for word in WORDS
+        for quarter in range(1, 5)
+        for year in range(1, 4)
+        for label, move in MOVES.items()
+    ]
+
+
+def draw(browser: str, address: str, picture: Path) -> None:
+    """A page as a browser draws it once it has loaded everything."""
+    with tempfile.TemporaryDirectory() as profile:
+        command = [browser, "--headless", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={profile}"]
+        command += ["--no-sandbox"] if os.geteuid() == 0 else []
+        command += [f"--window-size={SIZE[0]},{SIZE[1]}", "--virtual-time-budget=20000"]
+        command += [f"--screenshot={picture}", address]
+        subprocess.run(command, check=True, timeout=180, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    whole = Image.open(picture)
+    whole.crop((0, 0, SHOWN, SIZE[1])).save(picture, optimize=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/pictures").absolute())

@@ -1,0 +1,132 @@
+"""What the labels of a source are, and which of them each value of its records means.
+
+Codes (0, 1, 2) say nothing of themselves, and two data sets order them differently: they need a format that was named,
+names in the file, or `data.labels`. Words are their own meaning.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from finhpc.errors import ConfigError
+
+CODE = re.compile(r"[+-]?\d+")
+MOST = 100  # different labels of one source; more are text
+TYPO = 0.8  # similarity above which a label that stands in one record is taken for a slip
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """The labels in the order of the prompt, and the label of each value, in lower case, that stands for one."""
+
+    labels: tuple[str, ...]
+    of: Mapping[str, str]
+
+    def note(self, words: Counter[str]) -> str:
+        """The labels with their numbers, and the codes that were read as labels."""
+        counts: Counter[str] = Counter()
+        for word, number in words.items():
+            if (label := self.of.get(word.lower())) is not None:
+                counts[label] += number
+        codes = sorted({word for word in words if word.lower() in self.of and self.of[word.lower()] != word.lower()})
+        read = ", ".join(f"{code} = {self.of[code.lower()]}" for code in codes if not _same(code, self.of))
+        labels = ", ".join(f"{label} {counts[label]:,}" for label in self.labels)
+        return f"labels: {labels}" + (f"; {read}" if read else "")
+
+
+def _same(code: str, of: Mapping[str, str]) -> bool:
+    return of[code.lower()].lower() == code.lower()
+
+
+def is_code(word: str) -> bool:
+    """Whether a value is a number, which means nothing until it is given a meaning."""
+    return CODE.fullmatch(word) is not None
+
+
+def given(labels: Mapping[str, str]) -> Meaning:
+    """The meaning that `data.labels` states; a label stands for itself, too."""
+    names = tuple(dict.fromkeys(labels.values()))
+    return Meaning(names, {name.lower(): name for name in names} | {_key(code): name for code, name in labels.items()})
+
+
+def of_words(labels: Iterable[str], others: Mapping[str, str]) -> Meaning:
+    """The meaning of labels that are known beforehand, and of other values that stand for them."""
+    names = tuple(labels)
+    return Meaning(names, {name.lower(): name for name in names} | dict(others))
+
+
+def contradiction(setting: Meaning, codes: Mapping[str, str]) -> str | None:
+    """The first code that a format gives another meaning than the setting does."""
+    return next((code for code, label in codes.items() if setting.of.get(code, label).lower() != label), None)
+
+
+def refuse_codes(source: str, words: Iterable[str], known: Mapping[str, Mapping[str, str]]) -> None:
+    """Raise `ConfigError` if values are codes without a meaning; `known`: format -> what codes mean in it."""
+    codes = sorted({word for word in words if is_code(word)})
+    if not codes:
+        return
+    formats = "; ".join(
+        f"{source}:{name} if they are " + ", ".join(f"{code} {label}" for code, label in meaning.items())
+        for name, meaning in known.items()
+    )
+    example = " ".join(f"{code}=..." for code in codes[:4])
+    raise ConfigError(
+        f"{source}: its labels are codes ({', '.join(codes[:10])}) and nothing tells what they mean; give "
+        f"--data.labels {example}, or name the format: {formats}."
+    )
+
+
+def of_data(source: str, words: Counter[str]) -> Meaning:
+    """The labels that a source itself holds, in the order of the alphabet, each in its most frequent spelling.
+
+    Raises `ConfigError` if there is one label, if there are so many that they are text, and for a label in a single
+    record that looks like a slip of another.
+    """
+    spellings: dict[str, Counter[str]] = {}
+    for word, number in words.items():
+        spellings.setdefault(word.lower(), Counter())[word] += number
+    counts = {key: sum(found.values()) for key, found in spellings.items()}
+    if len(counts) > MOST:
+        raise ConfigError(
+            f"{source}: {len(counts):,} different labels are more than {MOST}, so they seem to be text; name the "
+            "columns of prompt and answer with --data.columns context=COLUMN target=COLUMN."
+        )
+    if len(counts) < 2:
+        raise ConfigError(
+            f"{source}: all records have the label {next(iter(words), '')!r}, so there is nothing to choose; list all "
+            "labels with --data.labels."
+        )
+    for key, number in counts.items():
+        others = [other for other, count in counts.items() if count > number]
+        if number == 1 and (near := difflib.get_close_matches(key, others, n=1, cutoff=TYPO)):
+            raise ConfigError(
+                f"{source}: the label {next(iter(spellings[key]))!r} stands in one record alone; did you mean "
+                f"{near[0]!r}? Correct it, or list all labels with --data.labels."
+            )
+    named = {key: min(found, key=lambda word: (-found[word], word)) for key, found in sorted(spellings.items())}
+    return Meaning(tuple(named.values()), named)
+
+
+def united(meanings: list[Meaning]) -> list[Meaning]:
+    """The same meanings, with one for all that share a label: files of one data set have one set of labels."""
+    groups: list[dict[str, str]] = []
+    for meaning in meanings:
+        mine = dict(meaning.of)
+        for group in [group for group in groups if group.keys() & mine.keys()]:
+            groups.remove(group)
+            mine = mine | group
+        groups.append(mine)
+    found = []
+    for meaning in meanings:
+        group = next(group for group in groups if group.keys() & meaning.of.keys())
+        found.append(Meaning(tuple(group[key] for key in sorted(group)), group))
+    return found
+
+
+def _key(code: str) -> str:
+    whole = re.fullmatch(r"([+-]?\d+)\.0*", code)
+    return (whole[1] if whole else code).lower()

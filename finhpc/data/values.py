@@ -1,0 +1,77 @@
+"""What the values of a record mean: text, a missing value, a label; everything else is refused with its place."""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+from typing import Any
+
+from finhpc.errors import ConfigError
+
+WHOLE = re.compile(r"([+-]?\d+)\.0*")
+KINDS = ((bool, "the boolean"), (int, "the number"), (float, "the number"), (list, "a list"), (dict, "an object"))
+
+
+class NotTextError(Exception):
+    """What a value holds in place of text, and the remedy."""
+
+    def __init__(self, holds: str, remedy: str = "correct it") -> None:
+        self.holds, self.remedy = holds, remedy
+        super().__init__(holds)
+
+
+def plain_text(value: Any) -> str:
+    """Return a value that is text; "" for a missing one (null, NaN). Raises `NotTextError` for every other value."""
+    if isinstance(value, str):
+        if not value.isascii():
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                raise NotTextError("half a surrogate pair, which is not a character") from None
+        return value
+    if is_missing(value):
+        return ""
+    raise NotTextError(f"{shown(value)}, not text", "write it as text, in quotation marks")
+
+
+def text_of(value: Any, name: str, where: str) -> str:
+    """Return a field that is text, "" for a missing one; raises `ConfigError` with its place for every other value."""
+    try:
+        return plain_text(value)
+    except NotTextError as error:
+        raise ConfigError(f"{where}: {name} holds {error.holds}; {error.remedy}.") from None
+
+
+def word_of(value: Any, name: str, where: str) -> str:
+    """Return a label as written, without white space around it; whole numbers (1, 1.0, "1.0") as their digits.
+
+    "" for a missing value. Raises `ConfigError` with its place for every value that is neither text nor a whole number.
+    """
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (int, float, Decimal)) and not is_missing(value) and value == value // 1:
+        return str(int(value))
+    if not isinstance(value, str) and not is_missing(value):
+        raise ConfigError(
+            f"{where}: {name} holds {shown(value)}, which is not a label; write a word or a whole number."
+        )
+    word = " ".join(text_of(value, name, where).split())
+    whole = WHOLE.fullmatch(word)
+    return whole[1] if whole else word
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a value is null, or NaN as pandas writes a missing one."""
+    return value is None or (isinstance(value, (float, Decimal)) and value != value)
+
+
+def shown(value: Any) -> str:
+    """A value that is not text, in words."""
+    if value is None:
+        return "null"
+    for kind, words in KINDS:
+        if isinstance(value, kind):
+            return words if kind in (list, dict) else f"{words} {value}"
+    return {"bytes": "bytes", "datetime": "a date", "date": "a date"}.get(
+        type(value).__name__, f"a value of type {type(value).__name__}"
+    )

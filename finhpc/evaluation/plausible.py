@@ -1,0 +1,113 @@
+"""Figures that cannot be: the one check before a score is written anywhere as a result.
+
+A model whose weights were damaged, or read in another format than they were written in, still gives numbers. They
+are told by what no sound model can reach:
+
+- every figure is finite and not negative; shares and scores of classes lie between 0 and 1, a perplexity at 1 or more;
+- after training, a loss is at most ln(vocabulary) + 1 nat, or what the training began with where that is more, and
+  in no case more than 10 x ln(vocabulary): guessing evenly costs ln(vocabulary);
+- at fewer bits, a loss is within 1 nat of the 16-bit one at 8 bits; at 4 bits it is at most 1 nat above the larger
+  of the 16-bit one and ln(vocabulary);
+- any model on any text: at most 10 x ln(vocabulary) a token. A model that is sure and wrong may well be above
+  ln(vocabulary), as an untrained one may, so that `evaluate` refuses no more than that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from finhpc.errors import ImplausibleError
+
+MARGIN = 1.0  # nats
+ANY_MODEL = 10.0  # x ln(vocabulary)
+SHARES = {"acc", "acc_norm", "f1", "weighted_f1", "held_out_weighted_f1"}
+ROUNDING = 1e-6  # of means
+TIMED = {"data_wait_fraction", "pipeline_utilization", "pipeline_utilization_ideal"}
+CLOCKS = 0.05  # of shares of time, which clocks of several workers measured
+LOSSES = {"loss", "val_loss"}
+PERPLEXITIES = {"perplexity", "val_perplexity"}
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What a loss may be. `why`: what the upper end stands for."""
+
+    low: float
+    high: float
+    why: str
+
+
+def after_training(vocab_size: int, began: float | None) -> Bound:
+    """Of a trained model's loss; `began`: the first loss of its training, where it is known."""
+    even, most = math.log(vocab_size), any_model(vocab_size)
+    if began is not None and even + MARGIN < began < most.high:
+        return Bound(0.0, began, f"the loss its training began with, {began:.4f}")
+    return Bound(
+        0.0, even + MARGIN, f"ln(vocabulary of {vocab_size:,}) + {MARGIN:g}, guessing evenly and {MARGIN:g} nat"
+    )
+
+
+def at_fewer_bits(bits: int, vocab_size: int, full: float | None) -> Bound:
+    """Of a trained model's loss with weights of `bits`; `full`: its loss at 16 bits, where it is known."""
+    even = math.log(vocab_size)
+    if full is None or not math.isfinite(full):
+        return after_training(vocab_size, None)
+    if bits >= 8:
+        return Bound(max(0.0, full - MARGIN), full + MARGIN, f"its 16-bit loss, {full:.4f}, and {MARGIN:g} nat")
+    high = max(full, even) + MARGIN
+    return Bound(max(0.0, full - MARGIN), high, f"its 16-bit loss, {full:.4f}, or guessing evenly, and {MARGIN:g} nat")
+
+
+def any_model(vocab_size: int) -> Bound:
+    """Of the mean loss a token of any model on any text."""
+    high = ANY_MODEL * math.log(vocab_size)
+    return Bound(0.0, high, f"{ANY_MODEL:g} x ln(vocabulary of {vocab_size:,})")
+
+
+def check(what: str, figures: Mapping[str, Any], loss: Bound | None = None, remedy: str = "") -> None:
+    """Raise `ImplausibleError` if `figures`, however nested, hold a number that cannot be.
+
+    `what`: what was scored; `loss`: bounds of `val_loss` and `loss`; `remedy`: what to do beside looking at the model.
+    """
+    problems = list(_problems(figures, loss, ""))
+    if problems:
+        remedy = remedy or "look at how the model was made, and run the same command again"
+        raise ImplausibleError(
+            f"{what}: {'; '.join(problems)}. Its weights are damaged, were read in another format than they were "
+            f"written in, or its training diverged; nothing of it counts as a result. What to do: {remedy}."
+        )
+
+
+def _problems(figures: Mapping[str, Any], loss: Bound | None, where: str) -> Iterator[str]:
+    for key, value in figures.items():
+        name = f"{where}{key}"
+        if isinstance(value, Mapping):
+            yield from _problems(value, loss, f"{name}.")
+            continue
+        for one in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(one, Mapping):
+                yield from _problems(one, loss, f"{name}.")
+            elif isinstance(one, int | float) and not isinstance(one, bool):
+                problem = _problem(str(key), one, loss)
+                if problem:
+                    yield f"{name}={one:.6g} {problem}"
+
+
+def _problem(key: str, value: float, loss: Bound | None) -> str | None:
+    if not math.isfinite(value):
+        return "is not a number" if math.isnan(value) else "is infinite"
+    if value < 0:
+        return "is negative"
+    room = ROUNDING if key in SHARES else CLOCKS if key in TIMED else None
+    if room is not None and value > 1 + room:
+        return "is a share above 1"
+    if key in PERPLEXITIES and value < 1 - ROUNDING:
+        return "is below 1"
+    if loss is not None and key in LOSSES and value > loss.high:
+        return f"is above {loss.high:.4f} ({loss.why})"
+    if loss is not None and key in LOSSES and value < loss.low:
+        return f"is below {loss.low:.4f}, more than {MARGIN:g} nat below its 16-bit loss"
+    return None

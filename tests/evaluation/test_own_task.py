@@ -1,0 +1,106 @@
+"""Tasks of the user's own, and files whose labels two commands must read alike."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from finhpc.config import EvaluateConfig, Instructions, build
+from finhpc.data.instructions import read_examples
+from finhpc.errors import ConfigError
+from finhpc.evaluation.tasks import TaskFile, load_task, prepare_tasks
+from tests.data.instructing import tokenizer
+
+STANCE = "headline,mood\nraise rates,hawkish\ncut rates,dovish\nhold,neutral\nraise more,hawkish\n"
+CODES = "text,label\nprofit fell,0\nit stayed,1\nprofit rose,2\n"
+
+
+def prepared(tmp_path: Path, tasks: list[str], **data: object) -> list[TaskFile]:
+    return prepare_tasks(build(EvaluateConfig, {"tasks": tasks, "data": data}), tmp_path / "tasks")
+
+
+def labels(task: TaskFile) -> list[str]:
+    return [json.loads(line)["label"] for line in task.path.with_suffix(".jsonl").read_text().splitlines()]
+
+
+def test_a_task_of_ones_own_reads_what_finetuning_learned_from(tmp_path: Path) -> None:
+    file = tmp_path / "fomc.csv"
+    file.write_text(STANCE)
+    columns = {"input": "headline", "label": "mood"}
+    (learned,) = read_examples([str(file)], Instructions(columns=columns), tokenizer())
+    (task,) = prepared(tmp_path, ["stance"], files={"stance": str(file)}, columns=columns)
+    opened = load_task(task)
+    documents = list(opened.test_docs())
+    assert [opened.doc_to_text(doc) for doc in documents] == [example.prompt for example in learned.examples]
+    assert [opened.doc_to_target(doc) for doc in documents] == [example.label for example in learned.examples]
+    assert tuple(opened.doc_to_choice(documents[0])) == learned.labels == ("dovish", "hawkish", "neutral")
+    assert opened.config.target_delimiter + learned.examples[0].label == learned.examples[0].answer
+    assert any("labels: dovish 1, hawkish 2, neutral 1" in note for note in task.notes)
+
+
+@pytest.mark.parametrize(("file", "task"), [("tweets.csv", "tfns"), ("tweets.csv", "fpb"), ("sent_mine.csv", "tfns")])
+def test_codes_need_a_meaning_in_evaluation_as_in_finetuning(tmp_path: Path, file: str, task: str) -> None:
+    path = tmp_path / file
+    path.write_text(CODES)
+    with pytest.raises(ConfigError, match=r"codes \(0, 1, 2\) and nothing tells what they mean"):
+        prepared(tmp_path, [task], files={task: str(path)})
+    with pytest.raises(ConfigError, match=r"codes \(0, 1, 2\) and nothing tells what they mean"):
+        read_examples([str(path)], Instructions(), tokenizer())
+    for spec, given in (
+        (f"{path}:phrasebank", {}),
+        (str(path), {"labels": {0: "negative", 1: "neutral", 2: "positive"}}),
+    ):
+        (made,) = prepared(tmp_path, [task], files={task: spec}, **given)
+        assert labels(made) == ["negative", "neutral", "positive"]
+        (learned,) = read_examples([spec], Instructions(**given), tokenizer())
+        assert labels(made) == [example.label for example in learned.examples]
+
+
+def test_codes_of_tfns_are_reported(tmp_path: Path) -> None:
+    (tmp_path / "tfns.csv").write_text(CODES)
+    (made,) = prepared(tmp_path, ["tfns"], folder=str(tmp_path))
+    assert labels(made) == ["negative", "positive", "neutral"]
+    assert any("0 = negative, 1 = positive, 2 = neutral" in note for note in made.notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"instruction": "a", "input": "", "output": "b"}', "are text, but a task chooses among labels"),
+        ("a.csv", "text,label\nx,0\ny,1\n", "its labels are codes"),
+        ("a.csv", "text,label\nx,good\n,bad\n", "line 3: the prompt's input"),
+    ],
+)
+def test_files_that_are_no_task_are_refused(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        prepared(tmp_path, ["mine"], files={"mine": str(tmp_path / name)})
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "message"),
+    [
+        ("boolq", '{"question": "q", "passage": NaN, "answer": true}', "no value for passage"),
+        ("boolq", '{"question": 5, "passage": "p", "answer": true}', "question holds the number 5, not text"),
+        ("piqa", '{"goal": "g", "sol1": ["a"], "sol2": "b", "label": 0}', "sol1 holds a list, not text"),
+        ("piqa", '{"goal": "g", "sol1": "a", "sol2": "b", "label": 0.5}', "not a label"),
+        ("ner", '{"sentence": "s", "entity": null, "label": "person"}', "the prompt's entity"),
+        (
+            "fpb",
+            '{"sentence": "s", "label": "positive"}\n{"sentence": 1, "label": "positive"}',
+            "line 2: sentence holds",
+        ),
+    ],
+)
+def test_values_of_evaluation_files_follow_the_same_rule(tmp_path: Path, task: str, row: str, message: str) -> None:
+    (tmp_path / f"{task}.jsonl").write_text(row)
+    with pytest.raises(ConfigError, match=message):
+        prepared(tmp_path, [task], files={task: str(tmp_path / f"{task}.jsonl")})
+
+
+def test_a_whole_number_written_as_a_float_is_a_label(tmp_path: Path) -> None:
+    (tmp_path / "piqa.jsonl").write_text('{"goal": "g", "sol1": "a", "sol2": "b", "label": 1.0}')
+    (made,) = prepared(tmp_path, ["piqa"], files={"piqa": str(tmp_path / "piqa.jsonl")})
+    assert labels(made) == [1]

@@ -1,0 +1,95 @@
+"""Files and folders: whole or absent, and private."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from finhpc.errors import ConfigError
+from finhpc.files import private_files, private_folder, publish, write_atomic
+from finhpc.orchestration.runfolder import RunFolder
+from finhpc.training.journal import Journal
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.fixture
+def open_umask() -> object:
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+def make_folder(path: Path, content: str) -> Path:
+    path.mkdir()
+    (path / "file").write_text(content)
+    return path
+
+
+def test_a_published_folder_takes_the_place_of_an_older_one(tmp_path: Path) -> None:
+    old = make_folder(tmp_path / "model", "old")
+    publish(make_folder(tmp_path / "model.partial", "new"), old, over=True)
+    assert (old / "file").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_folder_in_the_way_is_not_replaced_unasked(tmp_path: Path) -> None:
+    old = make_folder(tmp_path / "model", "old")
+    with pytest.raises(OSError, match="not empty"):
+        publish(make_folder(tmp_path / "model.partial", "new"), old)
+    assert (old / "file").read_text() == "old"
+
+
+def test_renames_are_synced_into_their_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a power cut a rename is there only if the folder was synced after it."""
+    order: list[str] = []
+    real_sync, real_replace = os.fsync, os.replace
+
+    def sync(opened: int) -> None:
+        order.append("folder" if stat.S_ISDIR(os.fstat(opened).st_mode) else "file")
+        real_sync(opened)
+
+    def rename(*names: Path) -> None:
+        order.append("rename")
+        real_replace(*names)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "replace", rename)
+    write_atomic(tmp_path / "a.json", "{}")
+    assert order == ["file", "rename", "folder"]
+    order.clear()
+    publish(make_folder(tmp_path / "partial", "new"), tmp_path / "model")
+    assert order == ["file", "folder", "folder"], "its files, itself, and the folder that it is in"
+
+
+def test_a_failed_write_leaves_no_draft(tmp_path: Path) -> None:
+    (tmp_path / "result.json").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        write_atomic(tmp_path / "result.json", "{}")
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+
+
+@pytest.mark.usefixtures("open_umask")
+def test_run_folders_and_journals_are_private_whoever_calls(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "runs", "run")
+    with folder.lock():
+        Journal(folder.path / "journal.jsonl").close()
+    assert mode(folder.path) == 0o700
+    assert mode(folder.path / "journal.jsonl") == 0o600
+
+
+@pytest.mark.usefixtures("open_umask")
+def test_the_mask_may_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FINHPC_UMASK", "027")
+    private_folder(tmp_path / "shared")
+    with private_files():
+        write_atomic(tmp_path / "file", "text")
+    assert (mode(tmp_path / "shared"), mode(tmp_path / "file")) == (0o750, 0o640)
+    monkeypatch.setenv("FINHPC_UMASK", "rwx")
+    with pytest.raises(ConfigError, match="FINHPC_UMASK=rwx is not an octal number"), private_files():
+        pass

@@ -1,0 +1,85 @@
+"""The time that a training waits for data, as its journal has it: opening the data is no part of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from finhpc.config import PretrainConfig, build
+from finhpc.data.reading import Batch, ReplicaStream, local_stream
+from finhpc.data.shards import Shards
+from finhpc.lowrank.replace import ranks_of
+from finhpc.models.families import make_config
+from finhpc.models.initialize import drawn
+from finhpc.models.presets import resolve_shape
+from finhpc.training.feed import Blocks
+from finhpc.training.journal import latest, read
+from tests.tiny import tiny_shards
+
+OPENING_S = 0.6  # far longer than a step
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Shards:
+    return Shards.open(str(tiny_shards(tmp_path_factory.mktemp("waiting") / "shards")))
+
+
+def train(folder: Path, shards: Shards, steps: int, each_s: float = 0.0) -> list[dict[str, Any]]:
+    """The steps of one start of a run of `steps`, whose data opens slowly and then takes `each_s` a batch."""
+    from finhpc.training.engine import process_group
+    from finhpc.training.loop import Worker
+
+    tree: dict[str, Any] = {
+        "model": {"preset": "gpt2-tiny", "vocab_size": shards.manifest.vocab_size, "layers": 1, "width": 32},
+        "method": {"kind": "dense"},
+        "data": {"seq_len": 32, "eval_samples": 4},
+        "parallel": {"micro_batch_size": 2, "micro_batches": 2},
+        "train": {"steps": steps, "eval_every": 0, "checkpoint_every": 0, "hang_timeout_s": 0},
+    }
+    config = build(PretrainConfig, tree)
+
+    def stream(first_step: int, replica: int) -> Iterator[Batch]:
+        time.sleep(OPENING_S)
+        for batch in local_stream(ReplicaStream(shards, 32, 0, first_step, steps, 4, 2)):
+            time.sleep(each_s)
+            yield batch
+
+    folder.mkdir(exist_ok=True)
+    journal = folder / "journal.jsonl"
+    _, before = read(journal)
+    hf_config = make_config(resolve_shape(config.model), ranks_of(config.method), config.method.kind)
+    with process_group("gloo"):
+        worker = Worker(
+            config=config,
+            hf_config=hf_config,
+            fill=drawn(hf_config, 0, config.method.init),
+            device=torch.device("cpu"),
+            folder=folder,
+            journal_path=journal,
+            feed=Blocks(config.parallel, stream, shards.eval_samples(4, 32)),
+        )
+        worker.run()
+    found = latest(read(journal, before)[0], "train")
+    assert len(found) == steps - worker.resumed_from
+    return [found[step] for step in sorted(found)]
+
+
+def waited(steps: list[dict[str, Any]]) -> float:
+    """Seconds, from the share that the last step's record has of all of them."""
+    return float(steps[-1]["data_wait_fraction"]) * sum(step["step_s"] for step in steps)
+
+
+def test_opening_the_data_is_no_wait_of_a_step_after_a_start_and_after_a_resume(tmp_path: Path, shards: Shards) -> None:
+    for steps in (1, 4):  # the second start goes on from the first one's checkpoint
+        last = train(tmp_path / "run", shards, steps)
+        assert waited(last) < OPENING_S / 4
+
+
+def test_data_that_is_slow_all_along_is_waited_for(tmp_path: Path, shards: Shards) -> None:
+    last = train(tmp_path / "run", shards, 4, each_s=0.2)
+    assert waited(last) == pytest.approx(7 * 0.2, rel=0.5), "for all micro-batches but the first"
