@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from tests.parity.harness import run_texts, run_weights
-from tests.parity.table import Table
+from tests.parity.table import Row, Table
 from tests.parity.tokenizer_kinds import tokenizer_pairs
 from tests.parity.weights import combinations
 
@@ -26,10 +26,10 @@ def main() -> int:
         begin = time.monotonic()
         if given.only != "weights":
             kinds = [kind for kind in tokenizer_pairs() if given.match in str(kind)]
-            tables["text"] = run_texts(kinds[:: given.every], Path(made))
+            tables["text"] = run_texts(kinds[:: given.every], Path(made), say)
         if given.only != "text":
             chosen = [one for one in combinations() if given.match in " | ".join(one.values())]
-            tables["weights"] = run_weights(chosen[:: given.every], Path(made))
+            tables["weights"] = run_weights(chosen[:: given.every], Path(made), say)
     faults = []
     for name, table in tables.items():
         table.write(given.out, name)
@@ -37,6 +37,10 @@ def main() -> int:
         print(f"\n{table.title}: {len(table.rows)} rows\n", *table.summary(), sep="\n")
     print(f"\n{time.monotonic() - begin:.0f} s", *faults, sep="\n")
     return 1 if faults else 0
+
+
+def say(row: Row) -> None:
+    print("\n".join(row.faults()) or ".", end="\n" if row.faults() else "", flush=True)
 
 
 sys.exit(main())

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from transformers.utils import logging
 
 from tests.parity.pairwise import Combination
-from tests.parity.table import Table
+from tests.parity.table import Row, Table
 from tests.parity.text import model_folder, text_row
 from tests.parity.tokenizer_kinds import Kind
 from tests.parity.weights import BITSANDBYTES, EXACT, weights_row
@@ -29,28 +29,33 @@ WEIGHTS_NOTES = [
 ]
 
 
-def run_texts(kinds: Iterable[Kind], folder: Path) -> Table:
+Say = Callable[[Row], None]  # called with each row when it is there
+
+
+def run_texts(kinds: Iterable[Kind], folder: Path, say: Say = lambda row: None) -> Table:
     """The table of tokenizers and chat templates; `folder` is for files that are removed again."""
     table = Table("Ids and text of every tokenizer and chat template", notes=TEXT_NOTES)
     model = model_folder(folder / "model")
     for number, kind in enumerate(kinds):
         with _quiet(folder / str(number)) as at:
             table.rows.append(text_row(kind, model, at))
+        say(table.rows[-1])
     shutil.rmtree(model)
     return table
 
 
-def run_weights(combinations: Iterable[Combination], folder: Path) -> Table:
+def run_weights(combinations: Iterable[Combination], folder: Path, say: Say = lambda row: None) -> Table:
     """The table of families, bases, adapters, tokenizers and export formats."""
     table = Table("Losses, logits and text of every family, base, adapter and export format", notes=WEIGHTS_NOTES)
     for number, combination in enumerate(combinations):
         with _quiet(folder / str(number)) as at:
             table.rows.append(weights_row(combination, at))
+        say(table.rows[-1])
     return table
 
 
 @contextlib.contextmanager
-def _quiet(folder: Path) -> Iterable[Path]:  # type: ignore[misc]
+def _quiet(folder: Path) -> Iterator[Path]:
     """A folder for one row; what commands write on the screen is dropped."""
     logging.disable_progress_bar()
     logging.set_verbosity_error()
