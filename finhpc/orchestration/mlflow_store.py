@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 REQUEST_TIMEOUT_S = "10"
-REFUSALS = ("PERMISSION_DENIED", "UNAUTHENTICATED", "401", "403", "readonly database", "read-only")
+REFUSALS = re.compile(r"PERMISSION_DENIED|UNAUTHENTICATED|error code 40[13]\b|readonly database|Read-only file system")
 PRIMARY = "val_loss"
 VIEW = "finhpc"  # the saved view of the list of runs, opened by its name in the address
 EXPERIMENT_TAGS = {
@@ -103,7 +103,7 @@ def _check_writable(database: Path) -> None:
 def refuses(error: Exception) -> bool:
     """Whether an error is a refusal, which trying again does not change."""
     text = f"{getattr(error, 'error_code', '')} {error}"
-    return isinstance(error, RefusedError) or any(word in text for word in REFUSALS)
+    return isinstance(error, RefusedError) or REFUSALS.search(text) is not None
 
 
 def deleted(tracking_uri: str, experiment: str, experiment_id: str) -> RefusedError:

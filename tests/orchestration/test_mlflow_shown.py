@@ -17,7 +17,7 @@ from finhpc.errors import ConfigError
 from finhpc.orchestration import mirror, sweep_plan, tracking
 from finhpc.orchestration.mlflow_pages import pages_of
 from finhpc.orchestration.mlflow_shown import PARENT, Dataset, origin, parameters, setting_tags, short_name
-from finhpc.orchestration.mlflow_store import check_store, deleted, experiment_id
+from finhpc.orchestration.mlflow_store import check_store, deleted, experiment_id, refuses
 from finhpc.orchestration.pretrain import Pretrain
 from finhpc.orchestration.sweep_plan import plan_sweep
 from finhpc.orchestration.sweep_tracking import register, settle_children
@@ -326,6 +326,8 @@ def test_a_folder_that_cannot_be_written_is_refused_at_once() -> None:
 
 def test_a_server_that_is_away_is_no_reason_to_refuse() -> None:
     check_store("http://127.0.0.1:9", "finhpc")
+    assert not refuses(OSError("http://127.0.0.1:40301/runs/get?run_id=a403b401: Connection refused"))
+    assert refuses(OSError("API request to endpoint /api/2.0 failed with error code 403 != 200"))
 
 
 def test_a_password_is_not_in_the_remedy() -> None:
