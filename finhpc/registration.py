@@ -1,4 +1,4 @@
-"""Makes transformers know finhpc's models and quantizer after `import finhpc`, which stays light, and no other code.
+"""Makes transformers know finhpc's models and quantizer after `import finhpc`, which stays light.
 
 What transformers must know is imported once its own module that keeps the list is there, and nothing of
 transformers is half imported: ours needs much of it. transformers itself is not imported here.
@@ -16,7 +16,6 @@ from types import ModuleType
 LISTS = {
     "transformers.models.auto.modeling_auto": "finhpc.models.families",
     "transformers.quantizers.auto": "finhpc.quantization.hf_quantizer",
-    "transformers.dynamic_module_utils": "finhpc.models.foreign",
 }
 
 

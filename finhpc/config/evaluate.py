@@ -22,7 +22,7 @@ class EvaluateData(Section):
     files: dict[str, str] = Field(default_factory=dict, description="a task's own file or hf:NAME: data.files.fpb FILE")
     labels: Labels = Field(default_factory=dict, description=ABOUT)
     template: str | None = Field(None, description="of a task of your own; default: as finetune's")
-    templates: str | None = Field(None, description="YAML file of your own templates, as finetune's; by default finhpc's alone")
+    templates: str | None = Field(None, description="YAML file of your own templates; default: none")
     columns: dict[str, str] = Field(default_factory=dict, description="of a task of your own, as finetune's")
     encoding: str | None = Field(None, description="of text files; default: UTF-8, PhraseBank's latin-1")
     hf_split: str = Field("validation", description="split of an hf: source")

@@ -62,7 +62,9 @@ class Instructions(Section):
         default_factory=dict,
         description="columns that hold the template's fields, if they have other names: input=headline, label=mood",
     )
-    templates: str | None = Field(None, description="YAML file of your own templates; by default finhpc's alone (--list_templates shows all)")
+    templates: str | None = Field(
+        None, description="YAML file of your own templates; default: none (--list_templates shows all)"
+    )
     labels: Labels = Field(default_factory=dict, description=ABOUT)
     encoding: str | None = Field(
         None, description="of text and CSV files; default: UTF-8, and PhraseBank latin-1 unless it is valid UTF-8"

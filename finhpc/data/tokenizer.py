@@ -233,6 +233,8 @@ def _copy(spec: str, folder: Path) -> None:
 
     try:
         tokenizer = read_tokenizer(spec)
+    except ConfigError:
+        raise
     except Exception as error:  # the library raises many kinds, from a missing file to a dead network
         reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
         raise ConfigError(

@@ -19,6 +19,7 @@ from finhpc.quantization.schemes import MINMAX
 
 ADAPTER = "adapter_config.json"  # a folder that has it is an adapter, whatever else it holds
 OUR_QUANTIZERS = ("bitsandbytes", MINMAX)  # `quant_method` of exports, which load_model opens
+OWN_CODE = "Python code of its own (auto_map), which finhpc never runs; use a model that transformers knows"
 ROPES = ("default", "linear", "dynamic", "yarn", "llama3")
 ABSENT: tuple[Any, ...] = (None, False, 0, "", "none", [], {})
 # Setting -> the value at which it changes nothing. Without a value: only its absence changes nothing.
@@ -50,6 +51,8 @@ def read_config(folder: Path, any_family: bool = False) -> Any:
             f"{folder}/config.json is not a model's config (it has no model_type); correct it."
         ) from None
     check_plugins(folder)
+    if "AutoConfig" in (tree.get("auto_map") or {}):
+        raise ConfigError(f"model={folder} has a config with {OWN_CODE}.")
     known = kind.removeprefix("lowrank_") in FAMILIES
     if not known and not any_family:
         raise ConfigError(
@@ -58,7 +61,7 @@ def read_config(folder: Path, any_family: bool = False) -> Any:
     if known:
         check_computation(tree, str(folder))
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, TypeError, AttributeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise CheckpointError(f"{folder}/config.json is not a model's config: {reason}; correct it.") from None

@@ -106,8 +106,9 @@ class Conversion:
         self._check_mergeable()
         self.tied = is_tied(source_config)
         self.trained = trained_bits(source_config)
-        # Weights that were trained rounded are the rounded ones; the same quantiser rounds them anyway.
-        self.rounds = self.trained == self.bits and config.quantization.scheme == "minmax"
+        # Weights that were trained rounded are the rounded ones. The same quantizer rounds them anyway, unless an
+        # adapter is added to them first.
+        self.rounds = self.adapter is None and self.trained == self.bits and config.quantization.scheme == "minmax"
         self.kept = self._kept()
         self.target_config = self._target_config()
         target = skeleton(as_dense(source_config)) if self.merged else self.model

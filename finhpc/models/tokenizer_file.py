@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFas
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from finhpc.errors import ConfigError
+from finhpc.models.config_file import OWN_CODE
 from finhpc.models.folder import GENERATION, copy_tokenizer, has_tokenizer
 from finhpc.models.gguf import GgufFile
 
@@ -40,8 +41,16 @@ def open_tokenizer(path: Path) -> Any:
 
 
 def read_tokenizer(name: str, **how: Any) -> Any:
-    """The tokenizer of a folder or hub id; raises what transformers raises, of many kinds. `how`: its settings."""
-    found = AutoTokenizer.from_pretrained(name, **how)
+    """The tokenizer of a folder or hub id; raises what transformers raises, of many kinds. `how`: its settings.
+
+    Raises `ConfigError` for one that brings Python code of its own: left to itself, transformers asks at the terminal.
+    """
+    try:
+        found = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **how)
+    except ValueError as error:
+        if "trust_remote_code" in str(error):
+            raise ConfigError(f"the tokenizer of {name} is {OWN_CODE}.") from None
+        raise
     slow = Path(name).is_dir() and not (Path(name) / "tokenizer.json").is_file()
     own_class = get_tokenizer_config(name, **how).get("tokenizer_class") not in GENERIC
     if type(found) is PreTrainedTokenizerFast or slow or own_class:
@@ -62,7 +71,7 @@ def save_tokenizer(path: Path, out: Path) -> bool:
     """Write the tokenizer and generation config of a model folder or GGUF file; False if it has no tokenizer."""
     if path.is_dir():
         if (path / GENERATION).is_file():
-            shutil.copy2(path / GENERATION, out / GENERATION)
+            shutil.copyfile(path / GENERATION, out / GENERATION)
         return copy_tokenizer(path, out)
     if not path.is_file():
         return False

@@ -21,9 +21,11 @@ from finhpc.models.export import export
 from finhpc.models.loading import load_model
 from finhpc.models.manifest import weights_fingerprint
 from finhpc.models.weights import open_weights
+from finhpc.quantization.fake import TRAINED
 from tests.models.dense import logits, saved, tiny_gpt2, tiny_llama
 from tests.models.packs import examples, packs_of, plain_loss
-from tests.models.test_packed import adapted, loss_of, parameters
+from tests.models.test_packed import LORA, adapted, loss_of, parameters
+from tests.tiny import word_tokenizer
 
 
 def trained(base: Path, lora: Lora, out: Path) -> float:
@@ -136,6 +138,24 @@ def test_export_merges_it_onto_the_base_it_was_trained_beside(tmp_path: Path, bi
     merged, opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval(), load_model(tmp_path / "adapter")
     assert float(plain_loss(merged, examples(8))) == pytest.approx(float(loss_of(layers, packs)), rel=1e-4)
     assert torch.allclose(logits(merged), logits(opened), atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_an_adapter_is_added_to_the_rounded_weights_of_its_base_before_an_export_rounds_the_sum(
+    tmp_path: Path, bits: Any
+) -> None:
+    base = saved(tiny_llama(), tmp_path / "base")
+    config = base / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {TRAINED: {"bits": bits, "scheme": "minmax"}}))
+    adaptation, layers = adapted(base, LORA)
+    draw = torch.Generator().manual_seed(3)
+    trained = {name: p.detach() + 0.1 * torch.randn(p.shape, generator=draw) for name, p in parameters(layers).items()}
+    save_adapter(tmp_path / "adapter", LORA, trained, adaptation.weights)
+    load_model(tmp_path / "adapter").save_pretrained(tmp_path / "sum")
+    tree = {"dtype": "float32", "quantization": {"bits": bits}}
+    for source, out in (("adapter", "out"), ("sum", "wanted")):
+        export(ExportConfig.model_validate(tree | {"model": str(tmp_path / source), "out": str(tmp_path / out)}))
+    torch.testing.assert_close(logits(load_model(tmp_path / "out")), logits(load_model(tmp_path / "wanted")))
 
 
 def test_an_adapter_of_another_model_and_damaged_files_are_refused(tmp_path: Path) -> None:

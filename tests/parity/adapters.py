@@ -19,6 +19,7 @@ from torch import nn
 from finhpc.config.finetune import FinetuneQuantization, Lora
 from finhpc.models.adapted import Adaptation, AdaptedLayer
 from finhpc.models.adapter import CONFIG, save_adapter
+from finhpc.models.lora_start import MOVES_BASE
 from finhpc.models.manifest import weights_fingerprint
 from finhpc.models.weights import open_weights
 from tests.parity.bases import Base
@@ -74,7 +75,8 @@ def _peft(word: str, **more: Any) -> Kind:
     return Kind(word, peft=lambda names: {"target_modules": names.attention} | more)
 
 
-OURS = {f"ours, {init}": Kind(lora={"init": init}) for init in get_args(Lora.model_fields["init"].annotation)}
+STARTS = get_args(Lora.model_fields["init"].annotation)
+OURS = {f"ours, {init}": Kind("lora.init" if init in MOVES_BASE else "", lora={"init": init}) for init in STARTS}
 OURS |= {
     "ours, attention and a pattern": Kind(
         lora={"targets": [r".*\.1\..*(c_attn|q_proj)", r".*\.0\.mlp\.(c_fc|up_proj)"]}

@@ -245,7 +245,7 @@ def _minmax(rows: Tensor, bits: int) -> Tensor:
 def _int8(rows: Tensor, bits: int) -> Tensor:
     half = rows.half().float()
     largest = half.abs().amax(1, keepdim=True)
-    return (half * (127 / largest)).round() * largest / 127
+    return (half * (127 / largest)).round() * (largest * (1 / 127))
 
 
 def _nf4(rows: Tensor, bits: int) -> Tensor:

@@ -10,7 +10,6 @@ import io
 import json
 import shutil
 import sys
-from collections.abc import Collection
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -68,6 +67,7 @@ def text_row(of: Kind, source: Path, folder: Path) -> Row:
     tokenizer_of(of).save_pretrained(folder)
     plain, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     chats, pairs = _examples(folder, plain)
+    stop = [plain.eos_token_id, plain.convert_tokens_to_ids(END_OF_TURN.get(of.template, END))]
     generator = Generator(_settings(folder, prompt="unused"))
     with row.column("finetune, chats"):
         for number, chat in enumerate(CHATS):
@@ -86,13 +86,13 @@ def text_row(of: Kind, source: Path, folder: Path) -> Row:
             tokens, carries = pairs.train.example(number)
             _same(generator.encode(prompt, None), tokens[~carries].tolist())
     with row.column("generate, text"):
-        _check_text(folder, model, plain)
+        _check_text(folder, model, plain, stop)
     with row.column("generate, chat"):
-        _check_talk(folder, model, plain, of.template)
+        _check_talk(folder, model, plain, stop)
     with row.column("MLflow model"):
         for prompt, _ in PAIRS:
             ids = _whole(plain, prompt)
-            wanted = plain.decode([*ids, *_continued(model, ids, generator.stop)], skip_special_tokens=True)
+            wanted = plain.decode([*ids, *_continued(model, ids, stop)], skip_special_tokens=True)
             (text,) = _load_pyfunc(str(folder)).predict(prompt, {"max_new_tokens": NEW})
             assert text == wanted, f"it says {text!r}, not {wanted!r}"
     with row.column("generate, stops"):
@@ -200,26 +200,26 @@ def _settings(folder: Path, **more: Any) -> GenerateConfig:
     return build(GenerateConfig, {"model": str(folder), "sampling": {"max_new_tokens": NEW}, **more})
 
 
-def _continued(model: Any, ids: list[int], stop: Collection[int]) -> list[int]:
+def _continued(model: Any, ids: list[int], stop: list[int]) -> list[int]:
     """What transformers generates greedily after ids."""
     with torch.inference_mode():
         tokens = torch.tensor([ids])
         out = model.generate(
             input_ids=tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=NEW, do_sample=False,
-            pad_token_id=0, eos_token_id=list(stop),
+            pad_token_id=0, eos_token_id=stop,
         )  # fmt: skip
     found: list[int] = out[0, len(ids) :].tolist()
     return found
 
 
-def _check_text(folder: Path, model: Any, plain: Any) -> None:
+def _check_text(folder: Path, model: Any, plain: Any, stop: list[int]) -> None:
     """Greedy text of prompts, one at a time and together; a prompt and its text join to what the ids say."""
     prompts = folder / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt, _ in PAIRS))
     together = generate(_settings(folder, prompts=str(prompts)))["answers"]
     for (prompt, _), answer in zip(PAIRS, together, strict=True):
         ids = _whole(plain, prompt)
-        new = _continued(model, ids, [plain.eos_token_id])
+        new = _continued(model, ids, stop)
         wanted = _joined(plain, ids, new)
         assert answer["text"] == wanted, f"after {prompt!r} stands {answer['text']!r}, not {wanted!r}"
     (alone,) = generate(_settings(folder, prompt=PAIRS[0][0]))["answers"]
@@ -234,13 +234,12 @@ def _joined(plain: Any, before: list[int], new: list[int]) -> str:
     return str(plain.decode(new, skip_special_tokens=True))
 
 
-def _check_talk(folder: Path, model: Any, plain: Any, template: str) -> None:
+def _check_talk(folder: Path, model: Any, plain: Any, stop: list[int]) -> None:
     """A talk of two turns: transformers' ids of the conversation, and its text."""
     asked = [content for role, content in CHATS[0] if role == "user"]
     with patch.object(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in asked))):
         answers = generate(_settings(folder, chat=True))["answers"]
     said: list[dict[str, str]] = []
-    stop = [plain.eos_token_id, plain.convert_tokens_to_ids(END_OF_TURN.get(template, END))]
     for line, answer in zip(asked, answers, strict=True):
         said.append({"role": "user", "content": line})
         ids = _chat_ids(plain, said, prompt=True)
