@@ -304,7 +304,7 @@ def test_a_model_says_which_plugin_it_needs(
         for words in (
             ["generate", "--model", model, "--prompt", "x"],
             ["evaluate", "--model", model, "--tasks", "perplexity", "--data.shards", "shards"],
-            ["export", "--model", model, "--out", "out"],
+            ["export", "--model", "gelu-model", "--out", "out"],
         ):
             assert main(words) == 2, words
             assert "needs the plugin my_parts" in capsys.readouterr().err
