@@ -49,7 +49,6 @@ def test_every_pair_of_values_occurs() -> None:
 
 
 TEXTS = [
-    Kind("byte level", "nothing", "ChatML"),
     Kind("prepend", "end", "Llama 2"),
     Kind("unigram", "begin, end", "Llama 3"),
 ]
@@ -61,8 +60,7 @@ def test_some_tokenizers_agree(tmp_path: Path) -> None:
 
 WEIGHTS = [
     ("gpt2", "names without prefix", "ours, default", "byte level", "merged, minmax 4"),
-    ("llama", "bfloat16", "peft, rank_pattern", "metaspace first", "native"),
-    ("qwen2", "low-rank", "none", "unigram", "native, minmax 8"),
+    ("qwen2", "low-rank", "peft, rank_pattern", "unigram", "merged"),
 ]
 
 
