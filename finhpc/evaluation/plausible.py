@@ -3,7 +3,7 @@
 A model whose weights were damaged, or read in another format than they were written in, still gives numbers. They
 are told by what no sound model can reach:
 
-- every figure is finite and not negative; shares and scores of classes lie between 0 and 1, a perplexity at 1 or more;
+- every figure is finite and, but for correlations and log-likelihoods, not negative; shares and scores of classes lie between 0 and 1, a perplexity at 1 or more;
 - after training, a loss is at most 1 nat above ln(vocabulary), what guessing evenly costs, or above what the training
   began with where that is more (but for a beginning beyond 10 x ln(vocabulary), which is no model's);
 - at fewer bits, a loss is within 1 nat of the 16-bit one at 8 bits; at 4 bits it is at most 1 nat above the larger
@@ -24,6 +24,7 @@ from finhpc.errors import ImplausibleError
 MARGIN = 1.0  # nats
 ANY_MODEL = 10.0  # x ln(vocabulary)
 SHARES = {"acc", "acc_norm", "f1", "weighted_f1", "held_out_weighted_f1"}
+SIGNED = {"mcc", "likelihood"}  # metrics of lm-eval's that may be negative
 ROUNDING = 1e-6  # of means
 TIMED = {"data_wait_fraction", "pipeline_utilization", "pipeline_utilization_ideal"}
 CLOCKS = 0.05  # of shares of time, which clocks of several workers measured
@@ -97,7 +98,7 @@ def _problems(figures: Mapping[str, Any], loss: Bound | None, where: str) -> Ite
 def _problem(key: str, value: float, loss: Bound | None) -> str | None:
     if not math.isfinite(value):
         return "is not a number" if math.isnan(value) else "is infinite"
-    if value < 0:
+    if value < 0 and key not in SIGNED:
         return "is negative"
     room = ROUNDING if key in SHARES else CLOCKS if key in TIMED else None
     if room is not None and value > 1 + room:

@@ -44,7 +44,7 @@ def test_what_can_be_passes() -> None:
     figures = {
         "val_loss": EVEN + 0.9, "val_perplexity": math.exp(EVEN + 0.9), "acc": 1.0, "weighted_f1": 0.0, "steps": 0,
         "pipeline_utilization": 1.01, "peak_memory_bytes": [None, 3], "sample": "-1", "resumed_from_step": None,
-        "registered": True, "random": {"perplexity": 300.0}, "ci95": None,
+        "registered": True, "mcc": -0.2, "random": {"perplexity": 300.0}, "ci95": None,
     }  # fmt: skip
     check("the model", figures, after_training(300, None))
 

@@ -20,6 +20,7 @@ from finhpc.models.presets import resolve_shape
 from finhpc.training.feed import Blocks
 from finhpc.training.journal import latest, read
 from tests.tiny import tiny_shards
+from tests.training.processes import run_processes
 
 OPENING_S = 0.6  # far longer than a step
 
@@ -30,8 +31,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Shards:
 
 
 def train(folder: Path, shards: Shards, steps: int, each_s: float = 0.0) -> list[dict[str, Any]]:
-    """The steps of one start of a run of `steps`, whose data opens slowly and then takes `each_s` a batch."""
-    from finhpc.training.engine import process_group
+    """The steps of one start of a run of `steps`, whose data opens slowly and then takes `each_s` a batch; a process."""
     from finhpc.training.loop import Worker
 
     tree: dict[str, Any] = {
@@ -53,17 +53,16 @@ def train(folder: Path, shards: Shards, steps: int, each_s: float = 0.0) -> list
     journal = folder / "journal.jsonl"
     _, before = read(journal)
     hf_config = make_config(resolve_shape(config.model), ranks_of(config.method), config.method.kind)
-    with process_group("gloo"):
-        worker = Worker(
-            config=config,
-            hf_config=hf_config,
-            fill=drawn(hf_config, 0, config.method.init),
-            device=torch.device("cpu"),
-            folder=folder,
-            journal_path=journal,
-            feed=Blocks(config.parallel, stream, shards.eval_samples(4, 32)),
-        )
-        worker.run()
+    worker = Worker(
+        config=config,
+        hf_config=hf_config,
+        fill=drawn(hf_config, 0, config.method.init),
+        device=torch.device("cpu"),
+        folder=folder,
+        journal_path=journal,
+        feed=Blocks(config.parallel, stream, shards.eval_samples(4, 32)),
+    )
+    worker.run()
     found = latest(read(journal, before)[0], "train")
     assert len(found) == steps - worker.resumed_from
     return [found[step] for step in sorted(found)]
@@ -76,10 +75,10 @@ def waited(steps: list[dict[str, Any]]) -> float:
 
 def test_opening_the_data_is_no_wait_of_a_step_after_a_start_and_after_a_resume(tmp_path: Path, shards: Shards) -> None:
     for steps in (1, 4):  # the second start goes on from the first one's checkpoint
-        last = train(tmp_path / "run", shards, steps)
+        (last,) = run_processes(train, 1, tmp_path / "run", shards, steps)
         assert waited(last) < OPENING_S / 4
 
 
 def test_data_that_is_slow_all_along_is_waited_for(tmp_path: Path, shards: Shards) -> None:
-    last = train(tmp_path / "run", shards, 4, each_s=0.2)
+    (last,) = run_processes(train, 1, tmp_path / "run", shards, 4, 0.2)
     assert waited(last) == pytest.approx(7 * 0.2, rel=0.5), "for all micro-batches but the first"
