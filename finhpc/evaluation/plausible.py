@@ -3,7 +3,8 @@
 A model whose weights were damaged, or read in another format than they were written in, still gives numbers. They
 are told by what no sound model can reach:
 
-- every figure is finite and, but for correlations and log-likelihoods, not negative; shares and scores of classes lie between 0 and 1, a perplexity at 1 or more;
+- every figure is finite, and negative only if it is a correlation or a log-likelihood; shares and scores of classes
+  lie between 0 and 1, a perplexity at 1 or more;
 - after training, a loss is at most 1 nat above ln(vocabulary), what guessing evenly costs, or above what the training
   began with where that is more (but for a beginning beyond 10 x ln(vocabulary), which is no model's);
 - at fewer bits, a loss is within 1 nat of the 16-bit one at 8 bits; at 4 bits it is at most 1 nat above the larger

@@ -31,7 +31,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Shards:
 
 
 def train(folder: Path, shards: Shards, steps: int, each_s: float = 0.0) -> list[dict[str, Any]]:
-    """The steps of one start of a run of `steps`, whose data opens slowly and then takes `each_s` a batch; a process."""
+    """The steps of one start of a run of `steps`, whose data opens slowly and then takes `each_s` a batch."""
     from finhpc.training.loop import Worker
 
     tree: dict[str, Any] = {
