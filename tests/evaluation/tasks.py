@@ -18,7 +18,7 @@ def write_data(folder: Path, n: int = 6) -> Path:
     phrases = [f"The bank rate rises {i} times in M\xfcnchen@{moods[i % 3]}" for i in range(n)]
     (folder / "fpb.txt").write_bytes("\n".join(phrases).encode("latin-1"))
     (folder / "tfns.csv").write_text("text,label\n" + "".join(f"prices move {i},{i % 3}\n" for i in range(n)))
-    fiqa = {str(i): {"sentence": f"news {i}", "info": [{"sentiment_score": str(i / 4 - 0.5)}]} for i in range(n)}
+    fiqa = {str(i): {"sentence": f"news {i}", "info": [{"sentiment_score": str(i % 6 / 4 - 0.5)}]} for i in range(n)}
     (folder / "fiqa.json").write_text(json.dumps(fiqa))
     tags = ["PER", "LOC", "ORG"]
     conll = [f"the DT - O\nBank NNP - I-{tags[i % 3]}\nof{i} IN - O\n" for i in range(n)]

@@ -26,6 +26,7 @@ from finhpc.models.weights import open_weights
 from finhpc.orchestration import decompose as module
 from finhpc.orchestration.decompose import decompose
 from finhpc.orchestration.groups import Job, group_task, groups_of, targets_of
+from finhpc.package import Driver
 from finhpc.training.memory import counted_peak
 from tests.data.corpus import make_texts, write_jsonl
 from tests.models.dense import logits, saved, tiny_gpt2, tiny_llama, tiny_mistral, tiny_qwen2
@@ -209,7 +210,7 @@ def peaks(folder: Path, layers: int) -> tuple[int, int]:
     config = build(DecomposeConfig, {"model": str(folder), "out": str(folder / "low-rank"), "rank": 16})
     weights = open_weights(folder)
     (folder / "work").mkdir()
-    job = Job(folder, str(folder), folder / "work", None, 1, False)
+    job = Job(folder, str(folder), folder / "work", None, 1, False, Driver.here())
     groups = groups_of(targets_of(weights, config), weights, False, False)
     rows, worker = counted_peak(lambda: [group_task(job, group) for group in groups])
     assert {row["error"] for row in rows} == {""}
