@@ -115,7 +115,7 @@ def _resolved(model: str, adapter: str | None) -> tuple[str, str | None]:
     config = config_of(path, any_family=True)
     if path.is_dir() and not has_tokenizer(path):
         raise ConfigError(
-            f"model={path} comes without a tokeniser, which prompts need; copy tokenizer.json and "
+            f"model={path} comes without a tokenizer, which prompts need; copy tokenizer.json and "
             "tokenizer_config.json of the model it was made from there."
         )
     if adapter is not None:

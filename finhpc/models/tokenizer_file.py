@@ -29,6 +29,8 @@ PROBE = "In 2023 it's 12.5 % more:  don't\n\n caf\u00e9 ABC_def\tHello, how are 
 
 def open_tokenizer(path: Path) -> Any:
     """The tokenizer of a model folder, adapter's folder or GGUF file; raises `ConfigError` if none opens."""
+    if path.is_dir() and not has_tokenizer(path):
+        raise ConfigError(f"model={path} comes without a tokenizer (tokenizer.json); add the one it was trained with.")
     try:
         if path.is_file():
             return _of_gguf(path)

@@ -203,7 +203,7 @@ def _calibration(weights: Weights, job: Job, config: DecomposeConfig) -> torch.T
     folder = job.work / "tokenizer"
     folder.mkdir(exist_ok=True)
     if not weights.save_tokenizer(folder):
-        raise ConfigError(f"model={weights.path} comes without a tokeniser, which whitening needs; add tokenizer.json.")
+        raise ConfigError(f"model={weights.path} comes without a tokenizer, which whitening needs; add tokenizer.json.")
     return calibration_blocks(config.calibration, folder)
 
 

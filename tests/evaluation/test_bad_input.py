@@ -69,7 +69,7 @@ def test_a_folder_without_tokeniser(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model")
     for file in folder.glob("tokenizer*"):
         file.unlink()
-    with pytest.raises(ConfigError, match="without a tokeniser"):
+    with pytest.raises(ConfigError, match="without a tokenizer"):
         subjects([str(folder)], [])
 
 

@@ -198,7 +198,7 @@ def test_a_base_that_is_not_there(path: str, told: str, news: Path, tmp_path: Pa
 
 def test_a_base_without_tokeniser(news: Path, tmp_path: Path) -> None:
     folder = saved(tiny_llama(), tmp_path / "bare")
-    with pytest.raises(ConfigError, match=r"comes without a tokeniser"):
+    with pytest.raises(ConfigError, match=r"comes without a tokenizer"):
         Finetune(config(folder, news, tmp_path))
 
 
