@@ -87,7 +87,7 @@ def test_a_broken_model_gets_no_scores(place: Path, tmp_path: Path) -> None:
         tree = {"model": [str(folder)], "tasks": ["fpb", "boolq"], "data": {"folder": str(place / "data"), **shards}}
         config = build(EvaluateConfig, tree | {"bootstrap": 5})
         (subject,) = subjects(config.model, config.adapter)
-        scorer = Scorer(config, cuda=False)
+        scorer = Scorer(config, cuda=False, driver=Driver.here())
         for task in (*prepare_tasks(config, tmp_path / "tasks"), None):
             pair = Pair(subject, task, tmp_path / "scores" / (task.name if task else "perplexity"), "")
             error = scorer.score(pair)

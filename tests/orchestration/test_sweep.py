@@ -165,8 +165,8 @@ def test_what_is_wrong_with_any_trial_is_told_before_one_starts(run_shards: Path
     with pytest.raises(ConfigError) as error:
         sweep(build(SweepConfig, base | {"grid": {"method.rank": [8, 64], "parallel.stages": [1, 3, 9]}}))
     text = str(error.value)
-    assert "trial rank64-stages1: " in text
-    assert "parallel.stages=3 does not fit 2 transformer blocks" in text
+    assert "rank64-stages1, rank64-stages3, rank64-stages9: method.rank=64 does not fit lm_head" in text
+    assert "trials rank8-stages3, rank64-stages3: parallel.stages=3 does not fit 2 transformer blocks" in text
     assert "need 9 CPUs" in text
     assert not (tmp_path / "ranks").exists()
 
