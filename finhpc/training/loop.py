@@ -121,8 +121,6 @@ class Worker:
         self.saver = Checkpointer(checkpoints, self.config.train.keep_checkpoints, self.attempt, self.rank, self.ranks)
         if saved is not None:
             self._load(saved)
-        self.batches = self._micro_batches()
-        dist.barrier()  # no worker's first step waits for another's data to be opened
         if self.journal:
             parallel = self.config.parallel
             self.journal.write(
@@ -136,6 +134,8 @@ class Worker:
                 device="cpu" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device),
                 val_samples=self.feed.scored,
             )
+        self.batches = self._micro_batches()
+        dist.barrier()  # no worker's first step waits for another's data to be opened
 
     def _load(self, saved: checkpoint.Saved) -> None:
         engine = self.engine
