@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+CONTROL = re.compile(rb"[\x80-\x9f]")
 OTHER_FILES = ((b"\x1f\x8b", "a gzip archive"), (b"PK\x03\x04", "a ZIP archive or an Excel file"), (b"PAR1", "parquet"))
 
 
@@ -142,7 +144,11 @@ def _decoded(content: bytes, encoding: str, setting: str | None, convert: str) -
         return content.decode(encoding)
     except UnicodeDecodeError as error:
         byte = f"byte 0x{content[error.start]:02x} is not {encoding}"
-        latin = f"PhraseBank comes in latin-1: give --{setting} latin-1, or {convert}" if setting else convert
+        if CONTROL.search(content):  # no letters in latin-1, but quotation marks and dashes in Windows' encoding
+            said, other, convert = "it may be Windows' cp1252", "cp1252", convert.replace("LATIN1", "CP1252")
+        else:
+            said, other = "PhraseBank comes in latin-1", "latin-1"
+        latin = f"{said}: give --{setting} {other}, or {convert}" if setting else convert
         raise UnreadableText(content.count(b"\n", 0, error.start) + 1, byte, latin) from None
     except (UnicodeError, LookupError, ValueError):  # codecs that are not of text, such as undefined and rot13
         raise ConfigError(f"{setting}={encoding} is not an encoding of text; use utf-8 or latin-1.") from None
@@ -163,7 +169,7 @@ def _refuse_other_letters(content: bytes, text: str, used: str, is_utf8: bool, s
         raise UnreadableText(
             _text_line(text, control),
             f"0x{ord(text[control]):02x} is not a letter of latin-1; the text may be Windows' cp1252 or mac-roman",
-            f"give --{setting}" if setting else "convert it to UTF-8",
+            f"give --{setting} cp1252 or mac-roman" if setting else "convert it to UTF-8",
         )
 
 

@@ -9,6 +9,7 @@ import pytest
 from finhpc.bench.settings import PrepareBench
 from finhpc.config import (
     EvaluateConfig,
+    FinetuneConfig,
     FinetuneEstimateConfig,
     PrepareConfig,
     PretrainConfig,
@@ -113,6 +114,22 @@ def test_a_settings_file_that_would_be_misread_is_refused(tmp_path: Path, conten
     (tmp_path / "a.yaml").write_bytes(content)
     with pytest.raises(ConfigError, match=message):
         load(PretrainConfig, str(tmp_path / "a.yaml"))
+
+
+def test_a_section_without_a_line_says_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("optimizer:\n  # lr: 1\nrun:\n  name: mine\n")
+    config = load(PretrainConfig, str(tmp_path / "a.yaml"))
+    assert (config.optimizer, config.run.name) == (PretrainConfig().optimizer, "mine")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("data.source: [a.csv]", "written with a dot"), ("data: {source: a.csv}", "a valid list, such as \\[a.csv\\]")],
+)
+def test_what_settings_of_yaml_lack_is_told(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load(FinetuneConfig, str(tmp_path / "a.yaml"))
 
 
 def test_a_file_of_settings_may_not_trust_code(tmp_path: Path) -> None:

@@ -121,7 +121,12 @@ def _over_own_defaults(cls: type[Section], tree: dict[str, Any]) -> dict[str, An
     """`tree`, with a section given in part completed by what `cls` says of it, not by the section's class alone."""
     for name, field in cls.model_fields.items():
         given, kind = tree.get(name), field.annotation
-        if not (isinstance(kind, type) and issubclass(kind, Section)) or not isinstance(given, dict | Section):
+        if not (isinstance(kind, type) and issubclass(kind, Section)) or name not in tree:
+            continue
+        if given is None:  # a section of a YAML file of which no line is left
+            tree = {key: value for key, value in tree.items() if key != name}
+            continue
+        if not isinstance(given, dict | Section):
             continue
         own = field.get_default(call_default_factory=True).model_dump(exclude_unset=True)
         if isinstance(given, dict):
@@ -253,6 +258,8 @@ def _explained(cls: type[Section], error: ValidationError) -> list[str]:
 
 def _explain(cls: type[Section], item: dict[str, Any]) -> str:
     where = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden" and where in keys(cls):
+        return f"{where} is written with a dot, as on the command line; in YAML and Python a section holds its keys."
     if item["type"] == "extra_forbidden":
         return f"{where} is not a setting; {nearest(where, [name for name, _ in _fields(cls)])}"
     field = keys(cls).get(where)
@@ -263,4 +270,6 @@ def _explain(cls: type[Section], item: dict[str, Any]) -> str:
     elif field is not None and field.description:
         hint = f" ({where}: {field.description})"
     reason = item["msg"][0].lower() + item["msg"][1:]
+    if item["type"] == "list_type" and not isinstance(item["input"], dict):
+        reason += f", such as [{item['input']}]"
     return f"{where}={item['input']!r} is refused: {reason}{hint}."

@@ -20,6 +20,7 @@ from finhpc.data.order import permutation
 from finhpc.data.tokenise import Row, check_tokenizer, tokenised
 from finhpc.errors import ConfigError, DataError
 from finhpc.files import write_atomic
+from finhpc.models.tokens import continuation_ids
 
 SPLITS = ("train", "held_out")
 ARRAYS = ("tokens", "offsets", "answer", "source")
@@ -119,10 +120,26 @@ def make_examples(settings: Instructions, tokenizer: Any, seed: int, before: Pat
     if not train:
         raise ConfigError(f"data.eval_fraction={settings.eval_fraction} leaves no example to train on; lower it.")
     counts = _counts(sources, examples, made, keys, drawn, held_out)
+    for number, source in enumerate(counts["by_source"]):
+        source["unseen"] = _unseen(number, sources[number], [examples[i] for i in drawn + held_out], tokenizer)
     counts |= {"leaked": leaked, "not_drawn": len(train) - len(drawn)}
     notes = tuple(note for source in sources for note in source.notes) + tuple(said) + tuple(_said(counts, settings))
     sides = _arrays(drawn, examples, made), _arrays(held_out, examples, made)
     return Examples(*sides, counts, tuple(labels_of(sources)), notes, origin)
+
+
+def _unseen(number: int, source: Source, learned: list[Example], tokenizer: Any) -> list[list[int]]:
+    """Ids of the labels that a source's template offers and no record that is used has: they can be chosen, too."""
+    seen = {example.label for example in learned if example.source == number}
+    first = source.examples[0]
+    if first.label is None:
+        return []
+    between = first.answer.removesuffix(first.label)
+    return [
+        continuation_ids(tokenizer, first.prompt, between + label, plain=True)
+        for label in source.labels
+        if label not in seen
+    ]
 
 
 def _stored(path: Path, origin: str) -> Examples | None:

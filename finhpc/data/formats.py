@@ -33,7 +33,7 @@ FILES_A_UNIT = 2000
 def jsonl_units(path: Path) -> Iterator[Unit]:
     """Byte ranges of a plain file; a compressed one is a single unit, it can only be read from its start."""
     size = path.stat().st_size
-    if path.suffix in COMPRESSION:
+    if path.suffix.lower() in COMPRESSION:
         yield Unit("jsonl", (str(path),), 0, size, size=size)
         return
     pieces = max(1, round(size / UNIT_BYTES))
@@ -61,7 +61,7 @@ def read_jsonl(unit: Unit, config: PrepareConfig, faults: Faults) -> Iterator[st
 
 def _lines(unit: Unit) -> Iterator[bytes]:
     path = unit.paths[0]
-    if compression := COMPRESSION.get(Path(path).suffix):
+    if compression := COMPRESSION.get(Path(path).suffix.lower()):
         import pyarrow as pa
 
         with _whole(path), io.BufferedReader(pa.input_stream(path, compression=compression)) as file:
@@ -203,8 +203,8 @@ def _document(content: bytes, where: str, faults: Faults) -> Iterator[str]:
 
 def archive_units(path: Path) -> Iterator[Unit]:
     """One unit for each archive inside a plain tar; else the whole file, which can only be read from its start."""
-    whole = Unit("archive", (str(path),), 0, path.stat().st_size, name=path.name, size=path.stat().st_size)
-    if path.suffix != ".tar":
+    whole = Unit("archive", (str(path),), 0, path.stat().st_size, name=path.name.lower(), size=path.stat().st_size)
+    if path.suffix.lower() != ".tar":
         yield whole
         return
     with _whole(str(path)), tarfile.open(path, "r:") as tar:
@@ -232,7 +232,7 @@ def _texts_in(file: IO[bytes], name: str, where: str, faults: Faults) -> Iterato
                 content = tar.extractfile(member) if member.isfile() else None
                 if content is None:
                     continue
-                if member.name.endswith(".txt"):
+                if member.name.lower().endswith(".txt"):
                     yield from _document(content.read(), f"{where} {member.name}", faults)
                 elif member.name.endswith(ARCHIVES):
                     yield from _texts_in(content, member.name, f"{where} {member.name}", faults)

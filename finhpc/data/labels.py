@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from finhpc.errors import ConfigError
 
-CODE = re.compile(r"((label|class)[ _-]?)?[+-]?\d+", re.IGNORECASE)
+CODE = re.compile(r"((label|class)[ _-]?)?[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 MOST = 100  # different labels of one source; more are text
 TYPO = 0.8  # similarity above which a label that stands in one record is taken for a slip
 
@@ -66,17 +66,21 @@ def contradiction(setting: Meaning, codes: Mapping[str, str]) -> str | None:
 
 def refuse_codes(source: str, words: Iterable[str], known: Mapping[str, Mapping[str, str]]) -> None:
     """Raise `ConfigError` if values are codes without a meaning; `known`: format -> what codes mean in it."""
-    codes = sorted({word for word in words if is_code(word)})
+    codes = sorted({word for word in words if is_code(word)}, key=lambda word: (len(word.lstrip("+-")), word))
     if not codes:
         return
+    if len(codes) > MOST:
+        raise ConfigError(f"{source}: its labels are {len(codes):,} numbers, not labels; write a word for each range.")
     formats = "; ".join(
         f"{source}:{name} if they are " + ", ".join(f"{code} {label}" for code, label in meaning.items())
         for name, meaning in known.items()
+        if set(codes) <= set(meaning)
     )
-    example = " ".join(f"{code}=..." for code in codes[:4])
+    example = " ".join(f"{code}=..." for code in codes[:4]) + (" and so on" if len(codes) > 4 else "")
     raise ConfigError(
-        f"{source}: its labels are codes ({', '.join(codes[:10])}) and nothing tells what they mean; give "
-        f"--data.labels {example}, or name the format: {formats}."
+        f"{source}: its labels are codes ({', '.join(codes[:10])}{', ...' if len(codes) > 10 else ''}) and nothing "
+        f"tells what they mean; give --data.labels {example}"
+        + (f", or name the format: {formats}." if formats else " with a word for each.")
     )
 
 

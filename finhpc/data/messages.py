@@ -24,14 +24,19 @@ PASSED = ("name", "tool_call_id")
 def messages_of(values: dict[str, Any], column: str, where: str) -> list[dict[str, Any]]:
     """Return the messages of a record as `role` and `content`; ShareGPT's `from` and `value` are read as these.
 
-    Content is text, or a list of text parts, which are joined; null only beside tool calls. A `system` column of the
-    record stands before a conversation without a system message. Raises `ConfigError`, naming the record and the
-    message, for everything that could not be rendered or learned as written.
+    The list of messages may be JSON text. Content is text, or a list of text parts, which are joined; null only beside
+    tool calls. A `system` column of the record stands before a conversation without a system message. Raises
+    `ConfigError`, naming the record and the message, for everything that could not be rendered or learned as written.
     """
     for name in ("functions", "images", "image", "videos", "audios"):
         if name != column and (held := values.get(name)) and not is_missing(held) and held not in ("[]", "{}"):
             raise ConfigError(f"{where}: {name} are not read; remove the column or the record.")
     messages = values.get(column)
+    if isinstance(messages, str) and messages.lstrip().startswith("["):  # as tables hold them
+        try:
+            messages = parse_json(messages)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{where}: {column} is broken JSON ({error}); correct it.") from None
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise ConfigError(f"{where}: {column} is not a list of objects; write role and content of each.")
     found = [_message(message, f"{where}: message {number}") for number, message in enumerate(messages, 1)]
@@ -69,10 +74,10 @@ def check_rendered(messages: list[dict[str, Any]], render: Callable[[list[dict[s
 
 
 def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
-    names = ("from", "value") if "from" in message and message.get("role") is None else ("role", "content")
-    role = message.get(names[0])
+    role = message.get("from" if is_missing(message.get("role")) else "role")
     if not isinstance(role, str) or role.lower() not in ROLES:
         raise ConfigError(f"{where} has the role {role!r}; roles are {', '.join(ROLES)}.")
+    content = message.get("value" if is_missing(message.get("content")) and "value" in message else "content")
     given = {name: value for name, value in message.items() if not is_missing(value) and value not in ([], {}, "")}
     if unread := next((name for name in REFUSED if name in given), None):
         raise ConfigError(f"{where} holds {unread}, which is not read; remove it or the record.")
@@ -81,7 +86,7 @@ def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
             raise ConfigError(
                 f"{where} holds {name}={given[name]!r}, but every answer is learned; remove the message or the record."
             )
-    read: dict[str, Any] = {"role": ROLES[role.lower()], "content": _content(message.get(names[1]), given, where)}
+    read: dict[str, Any] = {"role": ROLES[role.lower()], "content": _content(content, given, where)}
     read |= {name: given[name] for name in (*RENDERED, *PASSED) if name in given}
     if "tool_calls" in read:
         read["tool_calls"] = [_call(call, where) for call in read["tool_calls"]]

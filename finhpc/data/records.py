@@ -73,9 +73,23 @@ def _json(path: Path, encoding: str | None) -> Reading:
         if text.lstrip().startswith("{") and "\n{" in text.strip():  # a record a line, in a file named .json
             return _json_lines(path, encoding)
         raise ConfigError(f"{path} is broken JSON ({error}); correct it or fetch it again.") from None
+    if isinstance(tree, dict):
+        _check_keyed(path, tree)
     rows = list(tree.items()) if isinstance(tree, dict) else list(enumerate(tree, 1))
     reading = _table(str(path), (_object(value, f"{path} record {key}") for key, value in rows))
     return _with_labels(reading, encoding_note(path, text, used))
+
+
+def _check_keyed(path: Path, tree: dict[str, Any]) -> None:
+    """Refuse an object that holds a list of records under a name, or values by column, as pandas writes them."""
+    if name := next((name for name, value in tree.items() if isinstance(value, list)), None):
+        raise ConfigError(f"{path} holds a list under the name {name!r}; write the list of records alone.")
+    inner = [value for value in tree.values() if isinstance(value, dict) and value]
+    if inner and len(inner) == len(tree) and all(key.isdigit() for value in inner for key in value):
+        raise ConfigError(
+            f"{path} holds values by column ({', '.join(list(tree)[:5])}), as pandas' to_json writes them; write "
+            "records with to_json(orient='records')."
+        )
 
 
 def _json_lines(path: Path, encoding: str | None) -> Reading:

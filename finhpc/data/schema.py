@@ -50,6 +50,7 @@ FORMATS = {
     "labelled": Format("phrasebank", {"input": INPUT, "label": LABEL[:2]}),
     "chat": Format("", {"messages": MESSAGES}),
 }
+SHOWN = 20  # columns named in a message
 OWN_LABELS = "classify"  # the template of labels that no other template has
 # Names under which Twitter Financial News Sentiment comes: with them its codes have its meaning.
 TFNS_FILES = ("tfns*", "sent_train.csv", "sent_valid.csv", "*twitter-financial-news-sentiment*")
@@ -191,11 +192,17 @@ def _detect(reading: Reading, settings: RecordSettings) -> str:
         return "phrasebank" if {"sentence", "label"} <= have else "labelled"
     if settings.template:
         return "labelled" if template(settings.template, settings.templates).chooses else "context_target"
+    above = " If these are a record, write a first line with the columns' names above it."
     raise ConfigError(
-        f"{reading.source}: its columns ({', '.join(reading.columns)}) are of no known format; name the format "
+        f"{reading.source}: its columns ({_listed(reading.columns)}) are of no known format; name the format "
         f"(FILE:FORMAT, one of {', '.join(FORMATS)}), or the columns that hold its fields with --data.columns, such as "
-        "input=COLUMN label=COLUMN."
+        "input=COLUMN label=COLUMN." + (above if reading.source.lower().endswith((".csv", ".tsv")) else "")
     )
+
+
+def _listed(columns: list[str]) -> str:
+    more = f", and {len(columns) - SHOWN:,} more" if len(columns) > SHOWN else ""
+    return ", ".join(columns[:SHOWN]) + more
 
 
 def _is_tfns(source: str) -> bool:
@@ -230,7 +237,7 @@ def _columns(form: Template | None, kind: str, reading: Reading, settings: Recor
         else:
             missing.append(
                 f"{reading.source}: no column {' or '.join(map(repr, wanted))} for {name}; columns: "
-                f"{', '.join(reading.columns)}. Name it with --data.columns {name}=COLUMN."
+                f"{_listed(reading.columns)}. Name it with --data.columns {name}=COLUMN."
             )
     if missing:
         raise ConfigError(missing)
@@ -327,8 +334,11 @@ def _label(record: Record, one: Table) -> str:
 
 def guesses(one: Table) -> list[str]:
     """The line that reports what was not said but found: format, template, and the meaning of labels."""
-    used = ", ".join(dict.fromkeys(one.columns.values()))
-    if unused := [name for name in one.reading.columns if name not in one.columns.values()]:
+    columns = list(dict.fromkeys(one.columns.values()))
+    if one.form is None:  # what goes with the messages, see `finhpc.data.messages`
+        columns += [name for name in ("system", "tools") if name in one.reading.columns]
+    used = ", ".join(columns)
+    if unused := [name for name in one.reading.columns if name not in columns]:
         used += f"; not used: {', '.join(unused[:10])}"
     guess = f"{one.source}: read as {one.format} (columns {used})" + (f", template {one.form.name}" if one.form else "")
     if one.meaning is not None:

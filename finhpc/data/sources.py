@@ -14,6 +14,7 @@ from finhpc.errors import ConfigError
 
 KINDS: dict[str, Kind] = {
     ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
     ".jsonl.gz": "jsonl",
     ".jsonl.zst": "jsonl",
     ".json.gz": "jsonl",
@@ -112,4 +113,4 @@ def _files(source: Path) -> tuple[list[Path], int]:
 
 
 def _kind(path: Path) -> Kind | None:
-    return next((kind for ending, kind in KINDS.items() if path.name.endswith(ending)), None)
+    return next((kind for ending, kind in KINDS.items() if path.name.lower().endswith(ending)), None)

@@ -18,6 +18,8 @@ from finhpc.textfile import read_text
 
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 
+QUOTES = 'a value that begins with a quotation mark ends with one, and holds others doubled ("He said ""buy""")'
+
 csv.field_size_limit(sys.maxsize)  # the default refuses a text of more than 131,072 characters, such as a filing
 
 
@@ -44,7 +46,11 @@ class Reading:
 
 
 def read_csv(path: Path, encoding: str | None) -> Reading:
-    """Read a table with a header; the delimiter is the one that splits the header into the most names."""
+    """Read a table with a header; the delimiter is the one that splits the header into the most names.
+
+    A column without a name (an index, or what spreadsheets write beside a table) and a row without a value are left
+    out, which is reported.
+    """
     text, used = read_text(path, encoding)
     first, _, rest = text.partition("\n")
     usual = "\t" if path.suffix.lower() == ".tsv" else ","
@@ -53,7 +59,10 @@ def read_csv(path: Path, encoding: str | None) -> Reading:
         delimiter, text, before = first[4], rest, 1
     else:
         delimiter = _delimiter(first, usual)
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    # Spaces after a delimiter are skipped: in `1, "a, b"` the quotation marks would else be text.
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True)
+    skipped: Counter[str] = Counter()
+    nameless = 0
     try:
         header = [name.strip() for name in next(rows, [])]
         _check_header(path, header)
@@ -61,19 +70,29 @@ def read_csv(path: Path, encoding: str | None) -> Reading:
         begin = rows.line_num + 1
         for row in rows:
             where, begin = f"{path} line {begin + before}", rows.line_num + 1
+            if row and not any(value.strip() for value in row):
+                skipped["rows without a value"] += 1
+                continue
             if len(row) != len(header) and row:
                 raise ConfigError(
                     f"{where}: {len(row)} values, but the first line names {len(header)} columns ({', '.join(header)})"
                     f'; put text that holds {DELIMITERS.get(delimiter, repr(delimiter))} between quotation marks (").'
                 )
+            if delimiter == "\t" and any("\t" in value and "\n" in value for value in row):
+                raise ConfigError(f"{where}: a quotation mark joins several rows; {QUOTES}.")
             if row:
-                records.append(Record(dict(zip(header, row, strict=True)), where))
+                nameless += any(value for name, value in zip(header, row, strict=True) if not name)
+                values = {name: value for name, value in zip(header, row, strict=True) if name}
+                records.append(Record(values, where))
     except csv.Error as error:
-        raise ConfigError(f"{path} line {rows.line_num + before}: broken CSV ({error}); correct the line.") from None
+        reason = "a quotation mark is never closed" if "end of data" in str(error) else str(error)
+        raise ConfigError(f"{path} line {rows.line_num + before}: broken CSV ({reason}); {QUOTES}.") from None
     notes = encoding_note(path, text, used)
+    if nameless:
+        notes.append(f"{path}: values of columns without a name are not used, of {nameless:,} rows")
     if delimiter != usual:
         notes.append(f"{path}: read as separated by {DELIMITERS.get(delimiter, repr(delimiter))}")
-    return Reading(str(path), header, records, notes=notes)
+    return Reading(str(path), [name for name in header if name], records, skipped, notes)
 
 
 def encoding_note(path: Path, text: str, used: str) -> list[str]:
@@ -94,7 +113,7 @@ def _check_header(path: Path, header: list[str]) -> None:
             f"{path} line 1: {len(header)} columns; the first line names at least two, separated by "
             f"{', '.join(list(DELIMITERS.values())[:-1])} or {list(DELIMITERS.values())[-1]}."
         )
-    check_names(str(path), header)
+    check_names(str(path), [name for name in header if name])
 
 
 def check_names(source: str, names: list[str]) -> None:

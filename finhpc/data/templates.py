@@ -184,7 +184,7 @@ def _own(name: str, parts: Any) -> Template:
     try:
         return Template(**{"name": name, **parts})
     except ValidationError as error:
-        raise ConfigError([_problem(dict(item)) for item in error.errors()]) from None
+        raise ConfigError(list(dict.fromkeys(_problem(dict(item)) for item in error.errors()))) from None
 
 
 def _problem(item: dict[str, Any]) -> str:

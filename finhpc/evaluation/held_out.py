@@ -76,7 +76,10 @@ def _scored(pairs: list[tuple[int, int]]) -> dict[str, Any]:
 
 
 def _answers(examples: Examples) -> dict[int, list[Answer]]:
-    """Source -> its different answers, if those are labels: its template's, or few. Sources of one set share it."""
+    """Source -> its different answers, if those are labels: its template's, or few. Sources of one set share it.
+
+    A label that no example has is among them, as in `finhpc evaluate`.
+    """
     listed = {i: tuple(source.get("labels") or ()) for i, source in enumerate(examples.counts["by_source"])}
     found: dict[int, set[Answer]] = {}
     several: set[int] = set()  # sources with conversations of more than one answer
@@ -88,6 +91,8 @@ def _answers(examples: Examples) -> dict[int, list[Answer]]:
             of_source = found.setdefault(int(arrays.source[i]), set())
             if listed[int(arrays.source[i])] or len(of_source) <= MOST_LABELS:
                 of_source.add(tuple(tokens[answer].tolist()))
+    for source, labels in found.items():
+        labels.update(map(tuple, examples.counts["by_source"][source].get("unseen", ())))
     for source, labels in found.items():
         if listed[source]:
             labels.update(*(found[other] for other in found if listed[other] == listed[source]))

@@ -67,7 +67,12 @@ def _in_floats(weights: Weights, dtype: torch.dtype) -> PreTrainedModel:
     model: PreTrainedModel = kind.from_pretrained(None, config=weights.config, state_dict=state, dtype=dtype)
     model.config._name_or_path = str(weights.path)
     if (weights.path / GENERATION).is_file():
-        model.generation_config = GenerationConfig.from_pretrained(weights.path)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(weights.path)
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(
+                f"{weights.path / GENERATION} cannot be read ({error}); restore it, or remove it to do without."
+            ) from None
     return model
 
 

@@ -120,7 +120,11 @@ def stop_ids(tokenizer: Any, *configs: Any) -> list[int]:
         own = config.get("eos_token_id") if isinstance(config, dict) else getattr(config, "eos_token_id", None)
         found += own if isinstance(own, list) else [own]
     found += [tokenizer.eos_token_id, end_of_turn(tokenizer)]
-    return list(dict.fromkeys(int(token) for token in found if token is not None))
+    if wrong := [token for token in found if token is not None and type(token) is not int]:
+        raise CheckpointError(
+            f"eos_token_id={wrong[0]!r} in {GENERATION} or config.json is not the id of a token; correct it."
+        )
+    return list(dict.fromkeys(token for token in found if token is not None))
 
 
 def generation_config(folder: Path) -> dict[str, Any]:

@@ -154,6 +154,10 @@ def test_files_of_one_data_set_share_their_labels(tmp_path):
         ([f"t{i},text number {i}" for i in range(101)], "101 different labels are more than 100"),
         (["a,hawkish", "b,0"], "its labels are codes (0)"),
         (["a,LABEL_0", "b,LABEL_1"], "its labels are codes (LABEL_0, LABEL_1)"),
+        (["a,0.85", "b,-0.2"], "its labels are codes (-0.2, 0.85)"),
+        (["a,-1", "b,0", "c,1"], "give --data.labels -1=... 0=... 1=... with a word for each."),
+        ([f"t{i},{i}" for i in range(11)], "codes (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, ...)"),
+        ([f"t{i},{i / 7}" for i in range(101)], "its labels are 101 numbers"),
     ],
 )
 def test_labels_of_the_data_that_cannot_be_meant_are_refused(tmp_path, rows, message):

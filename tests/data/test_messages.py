@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -56,6 +58,9 @@ def refusal(path, template=CHAT):
         {"conversations": share(("human", "gpt"), PLAIN[1:]), "system": "be brief"},
         {"messages": share(("system", "user", "assistant"), PLAIN)},
         {"conversations": PLAIN},
+        {"conversations": [{"from": m["role"], "content": m["content"]} for m in PLAIN]},
+        {"messages": [{"role": m["role"], "value": m["content"]} for m in PLAIN]},
+        {"messages": json.dumps(PLAIN)},
         {"messages": [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in PLAIN]},
         {"messages": [{"role": m["role"], "content": [m["content"][:2], m["content"][2:]]} for m in PLAIN]},
         {"messages": [{**m, "tool_calls": None, "weight": 1} for m in PLAIN], "tools": None},
@@ -65,8 +70,15 @@ def test_every_shape_gives_what_role_and_content_give(tmp_path, record):
     plain = read(jsonl(tmp_path / "plain.jsonl", [{"messages": PLAIN}]))
     assert read(jsonl(tmp_path / "a.jsonl", [record])) == plain
     pq.write_table(pa.Table.from_pylist([record, record]), tmp_path / "a.parquet")
-    if not any(isinstance(m.get("content"), list) for m in record.get("messages", [])):
+    if not any(isinstance(m.get("content"), list) for m in record.get("messages", []) if isinstance(m, dict)):
         assert read(tmp_path / "a.parquet") == plain * 2
+
+
+def test_what_goes_with_a_conversation_is_reported_as_used(tmp_path):
+    record = {"id": 1, "conversations": share(("human", "gpt"), PLAIN[1:]), "system": "be brief"}
+    path = jsonl(tmp_path / "a.jsonl", [record])
+    (found,) = read_examples([path], Instructions())
+    assert found.notes == [f"{path}: read as chat (columns conversations, system; not used: id)"]
 
 
 def test_tool_calls_are_learned_if_the_template_renders_them(tmp_path):

@@ -107,6 +107,48 @@ def test_a_line_number_counts_the_lines_of_fields_before_it(tmp_path):
     assert "line 4: the label (label) is empty" in refusal(tmp_path / "a.csv")
 
 
+def test_what_spreadsheets_write_beside_a_table_is_left_out(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("v1,v2,,,\nham,so it is,,,\nspam,win it,,,\n,,,,\n")
+    found = examples(path, columns={"input": "v2", "label": "v1"})
+    assert [example.answer for example in found.examples] == [" ham", " spam"]
+    assert found.skipped == {"rows without a value": 1}
+    path.write_text(",text,label\n0,it rose,positive\n1,it fell,negative\n   \n")
+    assert answers(path) == ["positive", "negative"]
+    assert f"{path}: values of columns without a name are not used, of 2 rows" in examples(path).notes
+
+
+def test_spaces_after_a_comma_do_not_make_quotation_marks_text(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('text, label\n"it rose, again", "positive"\n"it fell", "negative"\n')
+    assert answers(path) == ["positive", "negative"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.tsv", 'text\tlabel\n"a quote\tpositive\nits end"\tnegative\n', "line 2: a quotation mark joins"),
+        ("a.tsv", 'text\tlabel\n"a quote\tpositive\nits end\tnegative\n', "a quotation mark is never closed"),
+        ("a.csv", 'text,label\n"say \\"buy\\"",positive\n', "holds others doubled"),
+        ("a.csv", "positive,it rose\nnegative,it fell\n", "write a first line with the columns' names above it"),
+        ("a.json", '{"data": [{"text": "a", "label": "b"}]}', "holds a list under the name 'data'"),
+        ("a.json", '{"text": {"0": "a", "1": "b"}, "label": {"0": "x", "1": "y"}}', "orient='records'"),
+    ],
+)  # fmt: skip
+def test_tables_that_would_be_misread_are_refused_with_the_remedy(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    assert message in refusal(tmp_path / name)
+
+
+def test_the_encoding_that_is_advised_reads_the_file(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes("text,label\nit’s up,positive\ndown,negative\n".encode("cp1252"))
+    assert "give --data.encoding cp1252, or convert it to UTF-8 (iconv -f CP1252 -t UTF-8)" in refusal(path)
+    assert examples(path, encoding="cp1252").examples[0].input == "it’s up"
+    path.write_bytes("text,label\né up,positive\ndown,negative\n".encode("latin-1"))
+    assert "give --data.encoding latin-1" in refusal(path)
+
+
 @pytest.mark.parametrize("text", ["text,text,label\na,b,positive\n", "text, text,label\na,b,positive\n"])
 def test_a_column_that_stands_twice_is_refused(tmp_path, text):
     (tmp_path / "a.csv").write_text(text)

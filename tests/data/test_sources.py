@@ -112,6 +112,13 @@ def test_sources_keep_their_order_and_are_described(tmp_path):
     assert described == [{"source": str(tmp_path), "files": 2, "bytes": size, "ignored_files": 1}]
 
 
+def test_endings_are_known_in_any_case(tmp_path):
+    write_jsonl(tmp_path / "a.JSONL", TEXTS[:3])
+    (tmp_path / "b.Jsonl.GZ").write_bytes(gzip.compress(write_jsonl(tmp_path / "b.ndjson", TEXTS[3:6]).read_bytes()))
+    (tmp_path / "c.TXT").write_text(TEXTS[6])
+    assert read_all(tmp_path) == TEXTS[:3] + TEXTS[3:6] + TEXTS[3:6] + TEXTS[6:7]
+
+
 def test_bad_sources_are_all_listed_at_once(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "others").mkdir()

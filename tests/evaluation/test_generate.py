@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from peft import PeftModel
 
 from finhpc.cli import main
 from finhpc.config import ExportConfig, GenerateConfig, Sampling, build
-from finhpc.errors import ConfigError
+from finhpc.errors import CheckpointError, ConfigError
 from finhpc.evaluation.decoder import Decoder
 from finhpc.evaluation.decoding import decode
 from finhpc.evaluation.generate import generate
@@ -244,3 +245,11 @@ def test_an_adapter_of_another_base_and_a_model_without_tokeniser_are_refused(
     assert f"adapts {LLAMA[0]}, which the base does not have" in message
     bare = tiny_folder(tmp_path / "bare", "gpt2", tokenizer=False)
     assert "has no tokenizer" in refusal(settings(bare, prompt="a"))
+
+
+@pytest.mark.parametrize("content", ["{", '\ufeff{"eos_token_id": 0}', '{"eos_token_id": "</s>"}'])
+def test_a_broken_generation_config_is_refused(llama: Path, tmp_path: Path, content: str) -> None:
+    model = shutil.copytree(llama, tmp_path / "model")
+    (model / "generation_config.json").write_text(content, encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"generation_config\.json"):
+        generate(settings(model, prompt="the bank", sampling={"max_new_tokens": 1}))

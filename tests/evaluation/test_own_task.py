@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from finhpc.config import EvaluateConfig, Instructions, build
-from finhpc.data.examples import make_examples
+from finhpc.data.examples import load, make_examples
 from finhpc.data.instructions import read_examples
 from finhpc.errors import ConfigError
-from finhpc.evaluation.held_out import label_scores
+from finhpc.evaluation.held_out import _answers, label_scores
 from finhpc.evaluation.language_model import LanguageModel
 from finhpc.evaluation.models import load_for_evaluation
 from finhpc.evaluation.scores import score
@@ -126,6 +126,24 @@ def test_settings_of_a_task_of_ones_own_are_not_dropped(tmp_path: Path, given: d
     (tmp_path / "tfns.csv").write_text(CODES)
     with pytest.raises(ConfigError, match=rf"data.{next(iter(given))} is given, but no task of yours"):
         prepared(tmp_path, ["tfns"], folder=str(tmp_path), **given)
+
+
+def test_a_label_that_no_record_has_can_be_chosen_in_finetuning_too(tmp_path: Path) -> None:
+    """Records of two labels, a template of three: finetuning chooses among three, as evaluation does."""
+    rows = [f"news {i} of the bank {i * 7 % 5},{('negative', 'positive')[i % 2]}" for i in range(40)]
+    (tmp_path / "a.csv").write_text("\n".join(["text,label", *rows[:20]]))
+    (tmp_path / "b.csv").write_text("\n".join(["text,label", *rows[20:]]))
+    model, words = load_for_evaluation(str(write_model(tmp_path / "model")))
+    files = {"source": [str(tmp_path / "a.csv")], "eval_source": [str(tmp_path / "b.csv")]}
+    examples = make_examples(Instructions(**files), words, 0)
+    assert [len(found) for found in _answers(examples).values()] == [3, 3]
+    examples.save(tmp_path / "examples.safetensors")
+    assert _answers(load(tmp_path / "examples.safetensors")) == _answers(examples)
+    held_out = label_scores(model, words, examples, None, lambda line: None)["phrasebank"]
+    (task,) = prepared(tmp_path, ["stance"], files={"stance": str(tmp_path / "b.csv")})
+    scores, _ = score(LanguageModel(model, words, 4), task, 0, 0)
+    assert scores["acc"] == pytest.approx(held_out["acc"])
+    assert scores["weighted_f1"] == pytest.approx(held_out["weighted_f1"])
 
 
 def test_a_task_of_ones_own_scores_as_finetuning_scores_what_it_held_out(tmp_path: Path) -> None:

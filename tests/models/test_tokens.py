@@ -115,6 +115,11 @@ def test_stops_are_added_to_those_there_are(tmp_path: Path) -> None:
         write_stops(tmp_path, [6], GPT2Config())
 
 
+def test_an_end_that_is_no_id_is_refused() -> None:
+    with pytest.raises(CheckpointError, match=r"eos_token_id='</s>' in generation_config.json or config.json is not"):
+        stop_ids(tokenizer("byte level"), {"eos_token_id": "</s>"})
+
+
 def test_a_text_goes_on_as_evaluation_reads_it() -> None:
     """lm-eval's own pair, but for an end token and for prompts whose ids an answer would change."""
     from lm_eval.api.model import TemplateLM
