@@ -23,11 +23,12 @@ from torch import Tensor, nn
 
 from finhpc.errors import CheckpointError, ConfigError
 from finhpc.models.adapter import CONFIG, FINGERPRINT, PREFIX, QUANTIZED, TENSORS, Adapter
-from finhpc.models.config_file import quantizer_of, read_config
+from finhpc.models.config_file import is_adapter, quantizer_of, read_config
 from finhpc.models.folder import has_tokenizer
 from finhpc.models.lora_start import linear_shape
 from finhpc.models.manifest import weights_fingerprint
 from finhpc.models.tokenizer_file import open_tokenizer
+from finhpc.models.tokens import pad_alone
 from finhpc.models.weights import locate
 
 MERGE = "merge it into its base with peft (merge_and_unload, save_pretrained) and give the merged model"
@@ -40,6 +41,11 @@ INERT |= {"fan_in_fan_out", "init_lora_weights", "loftq_config", "eva_config", "
 INERT |= {"qalora_group_size", "megatron_core", "ensure_weight_tying"}
 # ... and starts after which the base is another one than the base on disk.
 MOVED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), (str, list)),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), (dict,)),
+    "layers_to_transform": (int, list),
+}
 KINDS = {  # part of a tensor's name -> what it is
     "lora_embedding_": "LoRA of an embedding",
     "lora_magnitude_vector": "DoRA's magnitudes",
@@ -112,14 +118,17 @@ def check_base(folder: Path, base: Path) -> None:
 
 
 def _check_tokenizer(folder: Path, base: Path) -> None:
-    file = "tokenizer.json"
+    files = [place / "tokenizer.json" for place in (folder, base)]
     if not has_tokenizer(folder) or (base.is_dir() and not has_tokenizer(base)):
         return
-    both = (base / file).is_file() and (folder / file).is_file()
-    if both and (base / file).read_bytes() == (folder / file).read_bytes():
+    if all(file.is_file() for file in files) and files[0].read_bytes() == files[1].read_bytes():
         return
-    ours, theirs = open_tokenizer(folder).get_vocab(), open_tokenizer(base).get_vocab()
-    other = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+    tokenizer, base_tokenizer = open_tokenizer(folder), open_tokenizer(base)
+    ours, theirs = tokenizer.get_vocab(), base_tokenizer.get_vocab()
+    # A token that one of them fills batches up with, and the other lacks, changes no text's ids.
+    fillers = {pad_alone(tokenizer)} - theirs.keys() | {pad_alone(base_tokenizer)} - ours.keys()
+    both = ours.keys() | theirs.keys()
+    other = sorted(token for token in both - fillers if ours.get(token) != theirs.get(token))
     if other:
         shown = ", ".join(f"{token!r} ({ours.get(token)}, there {theirs.get(token)})" for token in other[:3])
         raise ConfigError(
@@ -141,13 +150,20 @@ def base_of(folder: Path) -> Path:
             f"adapter={folder} does not name its base; write its path into {CONFIG} (base_model_name_or_path)."
         )
     try:
-        return locate(named, tree.get("revision"))
+        base = locate(named, tree.get("revision"))
     except (ConfigError, CheckpointError) as error:
         where = f" ({Path(named).expanduser().absolute()})" if not Path(named).is_absolute() else ""
         raise type(error)(
             f"adapter={folder} names the base {named}{where}, which is not there; put it there, or name another in "
             f"{CONFIG} (base_model_name_or_path)."
         ) from None
+    if is_adapter(base):
+        raise ConfigError(
+            f"adapter={folder} names the base {named}, which is an adapter's folder itself (it has an {CONFIG}); put "
+            f"the base into a folder of its own, or merge that adapter into its base first, and name the base in "
+            f"{CONFIG} (base_model_name_or_path)."
+        )
+    return base
 
 
 def _odd_settings(folder: Path, tree: dict[str, Any]) -> list[str]:
@@ -247,6 +263,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, AttributeError):
         raise CheckpointError(f"{file} is cut short or damaged; fetch or write the adapter again.") from None
     if tree.get("peft_type", "LORA") == "LORA":
+        bad = [f"{key}={json.dumps(tree[key])[:60]}" for key, kinds in TYPES.items() if not _is_of(tree.get(key), kinds)]
+        if bad:
+            raise CheckpointError(f"{file} is damaged: {', '.join(bad)}; fetch or write the adapter again.")
         numbers = {f"{key}={tree.get(key)}": tree.get(key) for key in ("r", "lora_alpha")}
         for key in ("rank_pattern", "alpha_pattern"):
             numbers |= {f"{key}.{name}={value}": value for name, value in (tree.get(key) or {}).items()}
@@ -254,6 +273,19 @@ def _read_config(folder: Path) -> dict[str, Any]:
         if bad:
             raise CheckpointError(f"{file} is damaged: {', '.join(bad)}; fetch or write the adapter again.")
     return tree
+
+
+def _is_of(value: Any, kinds: tuple[type, ...]) -> bool:
+    """Whether a setting is absent or of one of these types; what peft reads as regular expressions must be such."""
+    if value is None:
+        return True
+    patterns = [value] if isinstance(value, str) else list(value) if isinstance(value, dict) else []
+    try:
+        for pattern in patterns:
+            re.compile(pattern)
+    except re.error:
+        return False
+    return isinstance(value, kinds)
 
 
 def _is_size(value: Any, text: str) -> bool:

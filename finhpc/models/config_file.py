@@ -31,7 +31,12 @@ CHANGES: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("qk_norm", "use_qk_norm", "use_parallel_residual", "parallel_attn", "alibi"), ()),
     **dict.fromkeys(("add_cross_attention", "is_encoder_decoder", "use_bidirectional_attention"), ()),
     **dict.fromkeys(("num_experts", "num_local_experts", "no_rope_layers", "attn_temperature_tuning"), ()),
-    **dict.fromkeys(("compression_config", "num_nextn_predict_layers"), ()),
+    **dict.fromkeys(("compression_config", "num_nextn_predict_layers", "use_mrope"), ()),
+}
+TYPES: dict[str, type] = {
+    **dict.fromkeys(("rope_scaling", "rope_parameters", "quantization_config", "auto_map", "low_rank"), dict),
+    **dict.fromkeys(("low_rank_layers",), dict),
+    "layer_types": list,
 }
 
 
@@ -50,6 +55,9 @@ def read_config(folder: Path, any_family: bool = False) -> Any:
         raise CheckpointError(
             f"{folder}/config.json is not a model's config (it has no model_type); correct it."
         ) from None
+    odd = [f"{key}={tree[key]!r}" for key, wanted in TYPES.items() if not isinstance(tree.get(key) or wanted(), wanted)]
+    if odd:
+        raise CheckpointError(f"{folder}/config.json is not a model's config: it has {', '.join(odd)}; correct it.")
     check_plugins(folder)
     if "AutoConfig" in (tree.get("auto_map") or {}):
         raise ConfigError(f"model={folder} has a config with {OWN_CODE}.")
@@ -62,8 +70,9 @@ def read_config(folder: Path, any_family: bool = False) -> Any:
         check_computation(tree, str(folder))
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError, TypeError, AttributeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    except Exception as error:  # transformers trusts the file: a wrong value shows as whatever error comes first
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = " ".join(line.strip() for line in lines[:2]).rstrip(".")
         raise CheckpointError(f"{folder}/config.json is not a model's config: {reason}; correct it.") from None
 
 

@@ -35,7 +35,9 @@ def open_tokenizer(path: Path) -> Any:
         if path.is_file():
             return _of_gguf(path)
         return read_tokenizer(str(path), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except ConfigError:
+        raise
+    except Exception as error:  # transformers and tokenizers trust the files, and raise whatever comes first
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ConfigError(
             f"model={path} comes without a tokenizer that opens ({reason}); add the one it was trained with."

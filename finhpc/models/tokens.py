@@ -80,9 +80,14 @@ def decoded(tokenizer: Any, before: list[int], ids: list[int]) -> str:
 
 def largest_id(tokenizer: Any) -> int:
     """The largest id that a text may be given; a token that only pads is not among them."""
-    pad, ends = tokenizer.pad_token_id, (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
-    only_pads = pad is not None and pad not in ends
-    return max((i for i in tokenizer.get_vocab().values() if not (only_pads and i == pad)), default=-1)
+    pad = pad_alone(tokenizer)
+    return max((i for token, i in tokenizer.get_vocab().items() if token != pad), default=-1)
+
+
+def pad_alone(tokenizer: Any) -> str | None:
+    """The token that fills batches up, if the tokenizer gives it no other meaning."""
+    pad, ends = tokenizer.pad_token, (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token)
+    return None if pad in ends else pad
 
 
 def check_rows(tokenizer: Any, rows: int, where: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from finhpc.errors import CheckpointError, ConfigError
 from finhpc.models.adapter import CONFIG, TENSORS
 from finhpc.models.adapter_file import base_of, check_base, load_adapter
 from finhpc.models.families import skeleton
+from finhpc.models.loading import load_model
 from finhpc.models.weights import config_of
 from tests.models.dense import saved, tiny_gpt2, tiny_llama
 from tests.models.folders import adapter_ways, assert_all_give, assert_all_refuse, by_peft, peft_adapter, with_tokenizer
@@ -120,9 +122,14 @@ def test_settings_and_tensors_without_effect_are_refused(
         ({"r": 0}, "r=0"),
         ({"lora_alpha": None}, "lora_alpha=None"),
         ({"rank_pattern": {"q_proj": -1}}, "q_proj=-1"),
+        ({"rank_pattern": ["q_proj"]}, "rank_pattern="),
+        ({"alpha_pattern": {"(": 2}}, "alpha_pattern="),
+        ({"target_modules": 3}, "target_modules=3"),
+        ({"target_modules": "*q_proj"}, "target_modules="),
+        ({"layers_to_transform": "1"}, "layers_to_transform="),
     ],
 )
-def test_sizes_that_are_no_numbers_are_damage(settings: dict[str, Any], said: str, llama: Path, tmp_path: Path) -> None:
+def test_settings_of_the_wrong_kind_are_damage(settings: dict[str, Any], said: str, llama: Path, tmp_path: Path) -> None:
     adapter = changed(peft_adapter(llama, tmp_path / "adapter", target_modules=["q_proj"]), settings)
     with pytest.raises(CheckpointError, match=said):
         load_adapter(adapter, skeleton(config_of(llama)))
@@ -185,6 +192,25 @@ def test_a_base_is_rounded_as_in_training_by_every_command(kind: str, llama: Pat
     assert_all_give(ways, wanted, tolerance=1e-3)
 
 
+def test_a_base_that_is_an_adapter_itself_is_refused(llama: Path, tmp_path: Path) -> None:
+    adapter = peft_adapter(llama, tmp_path / "adapter", target_modules=["q_proj"])
+    shutil.copytree(llama, adapter, dirs_exist_ok=True)  # model and adapter saved into one folder
+    changed(adapter, {"base_model_name_or_path": str(adapter)})
+    for way in (base_of, load_model):
+        with pytest.raises(ConfigError, match="is an adapter's folder itself"):
+            way(adapter)
+
+
+def test_a_token_that_only_pads_makes_no_other_tokenizer(llama: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    adapter = peft_adapter(llama, tmp_path / "adapter", target_modules=["q_proj"])
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(adapter)
+    assert_all_give(adapter_ways(llama, adapter, tmp_path / "out"), by_peft(llama, adapter))
+
+
 def test_a_tokenizer_with_other_ids_is_refused(llama: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
@@ -192,6 +218,6 @@ def test_a_tokenizer_with_other_ids_is_refused(llama: Path, tmp_path: Path) -> N
     tokenizer = AutoTokenizer.from_pretrained(llama)
     tokenizer.save_pretrained(adapter)  # the same ids, written anew
     check_base(adapter, llama)
-    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
     tokenizer.save_pretrained(adapter)
-    assert_all_refuse(adapter_ways(llama, adapter, tmp_path / "out"), "'<pad>'", "brings a tokenizer with other ids")
+    assert_all_refuse(adapter_ways(llama, adapter, tmp_path / "out"), "'<|im_end|>'", "brings a tokenizer with other ids")

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from finhpc.errors import ConfigError
+from finhpc.errors import CheckpointError, ConfigError
 from finhpc.models.config_file import read_config
 from tests.models.dense import saved, tiny_gpt2, tiny_llama, tiny_mistral, tiny_qwen2
 from tests.models.folders import assert_all_give, assert_all_refuse, logits, model_ways, peft_adapter, with_tokenizer
@@ -141,6 +141,7 @@ def test_what_is_not_applied_is_refused_by_every_command(how: str, folders: dict
         ({"add_cross_attention": True}, "add_cross_attention=True"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quant_method=fp8"),
         ({"compression_config": {"format": "int-quantized"}}, "compression_config"),
+        ({"use_mrope": True}, "use_mrope=True"),
     ],
 )
 def test_settings_that_no_command_computes(
@@ -149,6 +150,29 @@ def test_settings_that_no_command_computes(
     shutil.copy(folders["llama"] / "config.json", tmp_path)
     with_setting(tmp_path, **settings)
     with pytest.raises(ConfigError) as caught:
+        read_config(tmp_path)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"hidden_size": "64"}, "hidden_size"),
+        ({"vocab_size": None}, "vocab_size"),
+        ({"num_attention_heads": 5}, "multiple of the number of attention heads"),
+        ({"rope_scaling": "linear"}, "rope_scaling='linear'"),
+        ({"rope_parameters": [1]}, "rope_parameters="),
+        ({"quantization_config": "int8"}, "quantization_config='int8'"),
+        ({"layer_types": "full"}, "layer_types='full'"),
+        ({"model_type": "lowrank_llama", "low_rank": "4"}, "low_rank='4'"),
+    ],
+)
+def test_settings_of_the_wrong_kind_are_one_error(
+    settings: dict[str, Any], said: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copy(folders["llama"] / "config.json", tmp_path)
+    with_setting(tmp_path, **settings)
+    with pytest.raises(CheckpointError, match="is not a model's config.*; correct it") as caught:
         read_config(tmp_path)
     assert said in str(caught.value)
 

@@ -10,11 +10,13 @@ from transformers import AutoTokenizer
 
 from finhpc.config import ExportConfig, GenerateConfig, build
 from finhpc.data.tokenizer import Encoder, save
+from finhpc.errors import ConfigError
 from finhpc.evaluation.generation import Generator
 from finhpc.evaluation.models import load_for_evaluation
 from finhpc.models.export import export
 from finhpc.models.families import as_low_rank
 from finhpc.models.loading import initial_model
+from finhpc.models.tokenizer_file import open_tokenizer
 from tests.data.kinds import tokenizer
 from tests.models.dense import saved, tiny_llama, tiny_qwen2
 from tests.parity.gguf_file import write_gguf
@@ -46,6 +48,23 @@ def test_a_qwen2_has_the_tokenizer_that_it_was_trained_with(
         assert Generator(build(GenerateConfig, settings)).encode(TEXT) == ids, folder
     lines = [line for line in capfd.readouterr().err.splitlines() if "AutoTokenizer takes Qwen2Tokenizer" in line]
     assert len(lines) == len(set(lines)) == 2, "once for each folder that transformers reads otherwise"
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("tokenizer.json", '{"model": {"type": "Foo"}}'),
+        ("tokenizer.json", '{"model": {"type": "BPE", "vocab": {}, "merges": ["zz qq"]}}'),
+        ("tokenizer.json", "[]"),
+        ("tokenizer.json", "version https://git-lfs.github.com/spec/v1"),
+        ("tokenizer_config.json", "[]"),
+    ],
+)
+def test_a_damaged_tokenizer_is_one_error(file: str, text: str, tmp_path: Path) -> None:
+    tokenizer("unigram").save_pretrained(tmp_path)
+    (tmp_path / file).write_text(text)
+    with pytest.raises(ConfigError, match="comes without a tokenizer that opens"):
+        open_tokenizer(tmp_path)
 
 
 def test_a_gguf_file_has_its_own_tokens_alone(tmp_path: Path) -> None:
