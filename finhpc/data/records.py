@@ -164,7 +164,8 @@ def _text(path: Path, encoding: str | None, name: str | None) -> Reading:
     text, used = read_text(path, encoding, otherwise="latin-1")
     lines = text.split("\n")
     filled = [line for line in lines if line.strip()]
-    if name == "conll" or (name is None and filled and filled[0].startswith("-DOCSTART-")):
+    tagged = path.suffix.lower() in (".conll", ".iob") or (filled and filled[0].startswith("-DOCSTART-"))
+    if name == "conll" or (name is None and tagged):
         return _conll(path, lines, encoding_note(path, text, used))
     reading = _table(str(path), _phrases(path, lines))
     if not text.isascii():

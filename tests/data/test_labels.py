@@ -140,6 +140,13 @@ def test_labels_of_the_data_become_the_choice(tmp_path):
     assert make_examples(Instructions(source=[str(path)], eval_fraction=0.0), TOK, 0).labels == found.labels
 
 
+@pytest.mark.parametrize("two", [("AAA", "AA"), ("uncertain", "certain"), ("class_a", "class_b"), ("tier 1", "tier 2")])
+def test_a_rare_label_is_no_slip_of_one_that_is_named_alike(tmp_path, two):
+    rows = [f"a,{two[0]}", *(f"t{i},{two[1]}" for i in range(5))]
+    (found,) = read(write(tmp_path / "a.csv", "\n".join(["text,label", *rows])))
+    assert found.labels == tuple(sorted(two, key=str.lower))
+
+
 def test_labels_can_be_listed_in_an_order_and_a_spelling(tmp_path):
     path = write(tmp_path / "fomc.csv", STANCE)
     (found,) = read(path, labels=["Hawkish", "Dovish", "neutral", "mixed"])
