@@ -178,6 +178,14 @@ def test_a_dry_run_counts_what_there_is(files: Path, monkeypatch: pytest.MonkeyP
     assert generated["size_bytes"] == (files / "model" / "model.safetensors").stat().st_size
 
 
+def test_files_that_prepare_does_not_read_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a.txt", "b.csv", "c.xlsx"):
+        (tmp_path / name).write_text("the bank")
+    config = finhpc.PrepareConfig(source=[str(tmp_path)], out=str(tmp_path / "out"), tokenizer="train:300")
+    assert finhpc.prepare(config, True)["files"] == 1
+    assert f"{tmp_path}: not read, 2 files of other formats" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

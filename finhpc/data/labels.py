@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from finhpc.errors import ConfigError
 
 CODE = re.compile(r"((label|class)[ _-]?)?[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
+NUMBERED = re.compile(r"[ _-]\w{1,2}$")
 MOST = 100  # different labels of one source; more are text
 TYPO = 0.8  # similarity above which a label that stands in one record is taken for a slip
 
@@ -105,7 +106,7 @@ def of_data(source: str, words: Counter[str]) -> Meaning:
             "labels with --data.labels."
         )
     for key, number in counts.items():
-        others = [other for other, count in counts.items() if count > number]
+        others = [other for other, count in counts.items() if count > number and not _told_apart(key, other)]
         if number == 1 and (near := difflib.get_close_matches(key, others, n=1, cutoff=TYPO)):
             raise ConfigError(
                 f"{source}: the label {next(iter(spellings[key]))!r} stands in one record alone; did you mean "
@@ -113,6 +114,14 @@ def of_data(source: str, words: Counter[str]) -> Meaning:
             )
     named = {key: min(found, key=lambda word: (-found[word], word)) for key, found in sorted(spellings.items())}
     return Meaning(tuple(named.values()), named)
+
+
+def _told_apart(one: str, other: str) -> bool:
+    """Whether two similar labels differ as names do: AAA and AA, certain and uncertain, class_a and class_b."""
+    if one.endswith(other) or other.endswith(one):
+        return True
+    stems = {NUMBERED.sub("", label) for label in (one, other)}
+    return len(stems) == 1 and not stems & {one, other}
 
 
 def united(meanings: list[Meaning]) -> list[Meaning]:

@@ -60,11 +60,14 @@ def prepare(config: PrepareConfig, dry_run: bool = False) -> dict[str, Any]:
     if not config.out:
         raise ConfigError("out is not set; give --out with a folder for the shards.")
     trained_size(config.tokenizer)
-    out = Path(config.out).absolute()
+    out = Path(config.out).expanduser().absolute()
     units, described = sources.units(config)
     settings = settings_sha256(config, units)
     if (done := _finished(out, settings)) is not None:
         return done
+    for source in described:
+        if ignored := source.get("ignored_files"):
+            _say(f"{source['source']}: not read, {ignored:,} files of other formats")
     if dry_run:
         return _dry(out, config, units, described)
     check_ray()

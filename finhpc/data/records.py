@@ -24,7 +24,7 @@ ENDINGS = ".json, .jsonl, .csv, .parquet, .txt"
 def split_name(source: str, formats: Iterable[str]) -> tuple[str, str | None]:
     """A source and the format it names (FILE:FORMAT), or None; a path that exists is a path."""
     path, colon, name = source.rpartition(":")
-    if colon and name in formats and not Path(source).exists():
+    if colon and name in formats and not Path(source).expanduser().exists():
         return path, name
     return source, None
 
@@ -36,10 +36,11 @@ def read_records(source: str, encoding: str | None, hf_split: str, name: str | N
     """
     if source.startswith("hf:"):
         return read_hub(source, hf_split)
-    path = Path(source)
+    path = Path(source).expanduser()
     if not path.is_file():
-        kind = "is a folder, not a file" if path.is_dir() else "does not exist"
-        raise ConfigError(f"data.source={source} {kind}; give a file ({ENDINGS}) or hf:NAME.")
+        kind = "is a folder, not a file" if source and path.is_dir() else "does not exist"
+        name = f"hf:{source} for a data set that is a folder" if source and path.is_dir() else "hf:NAME"
+        raise ConfigError(f"data.source={source} {kind}; give a file ({ENDINGS}) or {name}.")
     match path.suffix.lower():
         case ".json":
             return _json(path, encoding)
@@ -163,7 +164,8 @@ def _text(path: Path, encoding: str | None, name: str | None) -> Reading:
     text, used = read_text(path, encoding, otherwise="latin-1")
     lines = text.split("\n")
     filled = [line for line in lines if line.strip()]
-    if name == "conll" or (name is None and filled and filled[0].startswith("-DOCSTART-")):
+    tagged = path.suffix.lower() in (".conll", ".iob") or (filled and filled[0].startswith("-DOCSTART-"))
+    if name == "conll" or (name is None and tagged):
         return _conll(path, lines, encoding_note(path, text, used))
     reading = _table(str(path), _phrases(path, lines))
     if not text.isascii():

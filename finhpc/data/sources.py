@@ -73,7 +73,7 @@ def _source_units(source: str, config: PrepareConfig) -> tuple[list[Unit], dict[
     if source.startswith("hf:"):
         pieces = list(formats.hf_units(source.removeprefix("hf:"), config))
         return pieces, {"split": config.hf_split, "shards": len(pieces)}
-    files, ignored = _files(Path(source))
+    files, ignored = _files(Path(source).expanduser())
     pieces = list(_file_units(files, config))
     description = {"files": len(files), "bytes": sum(path.stat().st_size for path in files)}
     return pieces, description | ({"ignored_files": ignored} if ignored else {})

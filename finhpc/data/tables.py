@@ -212,9 +212,13 @@ def read_hub(source: str, split: str) -> Reading:
     import datasets
 
     name, _, configuration = source.removeprefix("hf:").partition(":")
+    folder = Path(name).expanduser()
+    name = str(folder) if folder.is_dir() else name
     try:
-        if any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json")):  # of save_to_disk
+        if any((folder / file).is_file() for file in ("state.json", "dataset_dict.json")):  # of save_to_disk
             opened = datasets.load_from_disk(name)
+            if isinstance(opened, dict) and split not in opened:
+                raise ValueError(f"it has the splits {', '.join(opened)}")
             dataset = opened[split] if isinstance(opened, dict) else opened
         else:
             dataset = datasets.load_dataset(name, configuration or None, split=split)

@@ -44,7 +44,7 @@ def find(task: str, data: EvaluateData) -> str:
             f"tasks={task} has no data; give --data.folder with a folder that holds {' or '.join(source.files)}, or "
             f"--data.files.{task} with a file or hf:NAME. {source.get}"
         )
-    folder = Path(data.folder)
+    folder = Path(data.folder).expanduser()
     if not folder.is_dir():
         raise ConfigError(f"data.folder={folder} is no folder; give the folder that holds the tasks' files.")
     found = sorted({path for name in source.files for at in (folder, *_below(folder)) for path in at.glob(name)})

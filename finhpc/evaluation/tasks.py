@@ -60,8 +60,8 @@ def prepare_tasks(config: EvaluateConfig, folder: Path, write: bool = True) -> l
         folder.mkdir(parents=True, exist_ok=True)
     for name in dict.fromkeys(config.tasks):
         try:
-            if name.endswith((".yaml", ".yml")):
-                found.append(_own(Path(name), config))
+            if name.lower().endswith((".yaml", ".yml")):
+                found.append(_own(Path(name).expanduser(), config))
             elif name in SOURCES or name in config.data.files:
                 found.append(_ours(name, config, folder, write))
             elif name != PERPLEXITY:

@@ -107,6 +107,20 @@ def test_the_names_of_numbered_classes_are_used(tmp_path, form):
     assert answers(source) == ["neutral", "positive", "negative"]
 
 
+def test_a_split_that_is_not_there_and_a_folder_are_refused_with_the_remedy(tmp_path):
+    made = datasets.Dataset.from_dict({"text": ["a", "b"], "label": ["x", "y"]})
+    datasets.DatasetDict({"test": made}).save_to_disk(str(tmp_path / "set"))
+    assert "it has the splits test" in refusal(f"hf:{tmp_path}/set")
+    assert f"hf:{tmp_path}/set for a data set that is a folder" in refusal(f"{tmp_path}/set")
+    assert len(read(f"hf:{tmp_path}/set", hf_split="test")[0].examples) == 2
+
+
+def test_the_home_folder_is_found_in_settings_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "a.csv", "text,label\na,0\nb,1\n")
+    assert answers("~/a.csv:tfns") == ["negative", "positive"]
+
+
 def test_numbered_classes_without_names_are_codes(tmp_path):
     pq.write_table(pa.table({"text": ["a", "b"], "label": [0, 1]}), tmp_path / "a.parquet")
     assert "its labels are codes (0, 1)" in refusal(tmp_path / "a.parquet")
@@ -124,6 +138,13 @@ def test_labels_of_the_data_become_the_choice(tmp_path):
     assert "{dovish/hawkish/neutral}" in found.examples[0].prompt
     assert any("labels: dovish 1, hawkish 3, neutral 1" in note for note in found.notes)
     assert make_examples(Instructions(source=[str(path)], eval_fraction=0.0), TOK, 0).labels == found.labels
+
+
+@pytest.mark.parametrize("two", [("AAA", "AA"), ("uncertain", "certain"), ("class_a", "class_b"), ("tier 1", "tier 2")])
+def test_a_rare_label_is_no_slip_of_one_that_is_named_alike(tmp_path, two):
+    rows = [f"a,{two[0]}", *(f"t{i},{two[1]}" for i in range(5))]
+    (found,) = read(write(tmp_path / "a.csv", "\n".join(["text,label", *rows])))
+    assert found.labels == tuple(sorted(two, key=str.lower))
 
 
 def test_labels_can_be_listed_in_an_order_and_a_spelling(tmp_path):

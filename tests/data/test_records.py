@@ -140,6 +140,12 @@ def test_tables_that_would_be_misread_are_refused_with_the_remedy(tmp_path, name
     assert message in refusal(tmp_path / name)
 
 
+def test_words_with_tags_are_known_by_the_ending(tmp_path):
+    path = tmp_path / "a.conll"
+    path.write_text("John\tI-PER\nlives\tO\n")
+    assert (examples(path).format, answers(path)) == ("conll", ["person"])
+
+
 def test_the_encoding_that_is_advised_reads_the_file(tmp_path):
     path = tmp_path / "a.csv"
     path.write_bytes("text,label\nit’s up,positive\ndown,negative\n".encode("cp1252"))

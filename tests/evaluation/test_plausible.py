@@ -19,6 +19,7 @@ EVEN = math.log(300)
         {"val_loss": math.nan},
         {"val_loss": math.inf},
         {"tokens_per_s": -1.0},
+        {"val_loss": -0.01},
         {"wall_s": -0.1},
         {"peak_memory_bytes": [5, -1]},
         {"acc": 1.2},
@@ -47,6 +48,7 @@ def test_what_can_be_passes() -> None:
         "registered": True, "mcc": -0.2, "random": {"perplexity": 300.0}, "ci95": None,
     }  # fmt: skip
     check("the model", figures, after_training(300, None))
+    check("what is known by heart", {"val_loss": -2e-6, "train_loss": -1e-7, "val_perplexity": 1 - 2e-6})
 
 
 @pytest.mark.parametrize(
