@@ -56,6 +56,7 @@ def test_every_problem_is_listed_at_once() -> None:
     ("source", "message"),
     [
         ("dmo", "config=dmo is no recipe; did you mean demo?"),
+        ("nothing-like-it", "is no recipe; valid: demo, "),
         ("no/such.yaml", "config=no/such.yaml is not a file"),
     ],
 )

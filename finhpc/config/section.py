@@ -205,12 +205,12 @@ def flatten(config: Section) -> dict[str, Any]:
     return flat
 
 
-def nearest(name: str, valid: list[str]) -> str:
-    """', nearest: X' for a mistyped name, or the whole list when nothing is near."""
+def nearest(name: str, valid: list[str], most: int = 20) -> str:
+    """What to write instead of a mistyped name: the nearest valid one, or all of them, if they are at most `most`."""
     close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
     if close:
         return f"did you mean {close[0]}?"
-    return f"valid: {', '.join(valid)}." if len(valid) <= 20 else "--help lists all."
+    return f"valid: {', '.join(valid)}." if len(valid) <= most else "--help lists all."
 
 
 def _read(source: str) -> dict[str, Any]:
@@ -219,7 +219,7 @@ def _read(source: str) -> dict[str, Any]:
     if not path.is_file():
         if os.sep in source or source.endswith((".yaml", ".yml")):
             raise ConfigError(f"config={source} is not a file; give a YAML file or one of: {', '.join(known)}.")
-        raise ConfigError(f"config={source} is no recipe; {nearest(source, list(known))}")
+        raise ConfigError(f"config={source} is no recipe; {nearest(source, list(known), most=100)}")
     try:
         tree = parse_yaml(read_text(path, setting=None)[0])
     except yaml.YAMLError as error:

@@ -263,7 +263,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, AttributeError):
         raise CheckpointError(f"{file} is cut short or damaged; fetch or write the adapter again.") from None
     if tree.get("peft_type", "LORA") == "LORA":
-        bad = [f"{key}={json.dumps(tree[key])[:60]}" for key, kinds in TYPES.items() if not _is_of(tree.get(key), kinds)]
+        bad = [
+            f"{key}={json.dumps(tree[key])[:60]}" for key, kinds in TYPES.items() if not _is_of(tree.get(key), kinds)
+        ]
         if bad:
             raise CheckpointError(f"{file} is damaged: {', '.join(bad)}; fetch or write the adapter again.")
         numbers = {f"{key}={tree.get(key)}": tree.get(key) for key in ("r", "lora_alpha")}

@@ -32,9 +32,10 @@ from finhpc.models.adapter_file import base_of, check_base, load_adapter
 from finhpc.models.config_file import is_adapter
 from finhpc.models.families import as_dense, family_of, is_low_rank, model_sizes, skeleton
 from finhpc.models.folder import GENERATION, TOKENIZER_FILES, FolderWriter, copy_tokenizer, has_tokenizer
+from finhpc.models.manifest import check_manifest
 from finhpc.models.pipeline import is_tied
 from finhpc.models.tokenizer_file import find_tokenizer, save_tokenizer
-from finhpc.models.tokens import check_rows, stop_ids, write_stops
+from finhpc.models.tokens import check_rows, generation_config, stop_ids, write_stops
 from finhpc.models.weights import Weights, locate, open_weights
 from finhpc.quantization.fake import TRAINED, trained_bits
 from finhpc.quantization.per_vector import rounded
@@ -63,10 +64,13 @@ def export(config: ExportConfig, dry_run: bool = False) -> dict[str, Any]:
         tokenizer = find_tokenizer(base)
     if tokenizer is not None:
         check_rows(tokenizer, conversion.source_config.vocab_size, f"model={source}")
+    generation_config(source)  # raises if an adapter's own is damaged
     result = _counted(config, conversion) | {"model": str(source), "out": str(out)}
     if dry_run:
         _summary(result | {"status": "dry_run"})
         return result | {"status": "dry_run"}
+    if base.is_dir():
+        check_manifest(base)
     with FolderWriter(out) as writer:
         for tensors in conversion.layers():
             writer.add(tensors)

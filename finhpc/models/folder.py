@@ -24,6 +24,7 @@ TOKENIZER_FILES = (
     *("spiece.model", "additional_chat_templates/*"),
 )
 GENERATION = "generation_config.json"
+STORED_FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -37,16 +38,21 @@ class SafetensorsFolder:
     def __init__(self, folder: Path, config: Any) -> None:
         self.config = config
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.quantized: dict[str, str] = {}  # name -> type of every tensor that is not in floats
         self._files: dict[str, Path] = {}
         index = _index(folder)
-        for file in sorted({folder / name for name in index.values()}) if index else [_single(folder)]:
+        for part in sorted(set(index.values())) if index else [_single(folder)]:
+            file = folder / part
             with _open(file) as opened:
                 for name in opened.keys():  # noqa: SIM118 - no dictionary
-                    if index and index.get(name) != file.name:
+                    if index and index.get(name) != part:
                         raise CheckpointError(
                             f"{file} holds {name}, which {INDEX} puts {_where(index.get(name))}; write the model again."
                         )
-                    self.shapes[name] = tuple(opened.get_slice(name).get_shape())
+                    view = opened.get_slice(name)
+                    self.shapes[name] = tuple(view.get_shape())
+                    if view.get_dtype() not in STORED_FLOATS:
+                        self.quantized[name] = view.get_dtype()
                     self._files[name] = file
         absent = [f"{name} ({file})" for name, file in (index or {}).items() if name not in self.shapes]
         if absent:
@@ -76,9 +82,13 @@ def _index(folder: Path) -> dict[str, str] | None:
     try:
         index: dict[str, str] = json.loads((folder / INDEX).read_bytes())["weight_map"]
         names = sorted(set(index.values()))
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError
     except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{folder / INDEX} is cut short or damaged; fetch it again.") from None
     absent = [name for name in names if not (folder / name).is_file()]
+    if absent and (folder / absent[0]).is_symlink():
+        raise CheckpointError(_dangling(folder / absent[0]))
     if absent:
         raise CheckpointError(f"{folder} lacks {', '.join(absent)}, which its index names; fetch them.")
     if (folder / ONE).is_file() and ONE not in names:
@@ -88,9 +98,15 @@ def _index(folder: Path) -> dict[str, str] | None:
     return index
 
 
-def _single(folder: Path) -> Path:
+def _dangling(file: Path) -> str:
+    return f"{file} is a link to {file.readlink()}, which is not there; fetch the model again."
+
+
+def _single(folder: Path) -> str:
     if (folder / ONE).is_file():
-        return folder / ONE
+        return ONE
+    if (folder / ONE).is_symlink():
+        raise CheckpointError(_dangling(folder / ONE))
     pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
     others = sorted(file.name for file in folder.glob("*.safetensors"))
     if others:

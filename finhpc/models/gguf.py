@@ -73,6 +73,7 @@ class GgufFile:
         names["output.weight"] = "lm_head.weight"
         self._places: dict[str, _Place] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.quantized: dict[str, str] = {}  # nothing: every format is opened as floats
         for tensor in reader.tensors:
             if (name := names.get(tensor.name)) is None:
                 self.shapes[tensor.name] = tuple(int(size) for size in reversed(tensor.shape))  # refused by its name

@@ -27,6 +27,7 @@ from finhpc.models.initialize import initialize
 from finhpc.models.manifest import check_manifest
 from finhpc.models.pipeline import parts_of
 from finhpc.models.tokenizer_file import save_tokenizer
+from finhpc.models.tokens import generation_config
 from finhpc.models.weights import Weights, config_of, locate, open_weights
 from finhpc.quantization.fake import TRAINED, round_weights, trained_bits
 
@@ -47,6 +48,7 @@ def load_model(
         return _with_adapter(path, dtype, device)
     if path.is_dir():
         check_manifest(path)
+        generation_config(path)  # raises if it is damaged
     logging.disable_progress_bar()  # reading one file needs no bar on the user's screen
     config = config_of(path, any_family=True)
     if quantizer_of(config) or not is_known(config):

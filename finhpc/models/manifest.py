@@ -38,7 +38,10 @@ def check_manifest(folder: Path) -> dict[str, str]:
     """
     if not (folder / NAME).is_file():
         return {}
-    expected: dict[str, str] = json.loads((folder / NAME).read_bytes()).get("sha256", {})
+    try:
+        expected: dict[str, str] = dict(json.loads((folder / NAME).read_bytes())["sha256"])
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{folder / NAME} is cut short or damaged; make or fetch the model again.") from None
     problems = []
     for name, sha256 in expected.items():
         file = folder / name

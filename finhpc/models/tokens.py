@@ -139,11 +139,12 @@ def generation_config(folder: Path) -> dict[str, Any]:
         return {}
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(tree, dict):
-            return tree
-    except (OSError, ValueError):
-        pass
-    raise CheckpointError(f"{path} is not a JSON object; restore it, or remove it to do without.")
+        ends = tree.get("eos_token_id")
+    except (OSError, ValueError, AttributeError):
+        raise CheckpointError(f"{path} is not a JSON object; restore it, or remove it to do without.") from None
+    if not all(isinstance(token, int) for token in (ends if isinstance(ends, list) else [ends or 0])):
+        raise CheckpointError(f"{path} has eos_token_id={ends!r}, not an id or a list of ids; correct it.")
+    return tree  # type: ignore[no-any-return]
 
 
 def write_stops(folder: Path, ids: Iterable[int], config: Any) -> None:

@@ -24,6 +24,7 @@ from finhpc.models.folder import SafetensorsFolder
 from finhpc.models.gguf import GgufFile
 from finhpc.models.pipeline import is_tied
 from finhpc.models.tokenizer_file import save_tokenizer
+from finhpc.models.tokens import generation_config
 from finhpc.quantization.fake import TRAINED, is_turned, trained_bits
 from finhpc.quantization.per_vector import rounded
 
@@ -35,10 +36,11 @@ BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 
 
 class Store(Protocol):
-    """Where tensors lie: their shapes, and each when asked for."""
+    """Where tensors lie: their shapes, the types of those that do not come as floats, and each when asked for."""
 
     config: Any
     shapes: dict[str, tuple[int, ...]]
+    quantized: dict[str, str]
 
     def read(self, name: str) -> Tensor: ...
 
@@ -129,15 +131,23 @@ class Weights:
             stored = next((plain[option] for option in options if option in plain), None)
             if stored is None:
                 problems.append(f"{self.path} holds no {name}; it is not a whole {self.config.model_type} model.")
+            elif stored in self._store.quantized:
+                kind = self._store.quantized[stored]
+                problems.append(
+                    f"{self.path}: {stored} is {kind}, so the model is quantized; give what it was made from."
+                )
             elif shapes[stored] != tuple(tensor.shape):
-                held, wanted = (" x ".join(map(str, shape)) for shape in (shapes[stored], tensor.shape))
+                held, wanted = (" x ".join(map(str, shape)) or "a scalar" for shape in (shapes[stored], tensor.shape))
                 problems.append(f"{self.path}: {stored} is {held}, but its config says {wanted}; one of them is wrong.")
             else:
                 names[name] = stored
         used = set(names.values())
         extra = [name for name in shapes if name not in used and not name.endswith(BUFFERS)]
         if not problems:
-            problems = [f"{self.path} holds {name}, which no {self.config.model_type} model has." for name in extra]
+            problems = [
+                f"{self.path} holds {name}, which no {self.config.model_type} model has; save the plain language model."
+                for name in extra
+            ]
         if problems:
             shown = problems[:20] + ([f"... and {len(problems) - 20} more."] if len(problems) > 20 else [])
             raise CheckpointError("\n".join(shown))
@@ -207,6 +217,7 @@ def open_weights(path: Path, low_rank: bool = False, floats: bool = False) -> We
     """
     if path.is_dir():
         store = SafetensorsFolder(path, read_config(path))
+        generation_config(path)  # whatever is made of the model takes it along; raises if it is damaged
         if is_low_rank(store.config) and not low_rank:
             raise ConfigError(f"model={path} is low-rank already; give a dense model.")
         return Weights(path, store, floats)

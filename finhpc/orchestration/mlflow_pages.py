@@ -31,8 +31,8 @@ def pages_of(tracking_uri: str, name: str | None) -> Pages:
     set_up_client()
     from mlflow import MlflowClient
 
-    client = MlflowClient(tracking_uri=tracking_uri)
     try:
+        client = MlflowClient(tracking_uri=tracking_uri)  # it opens the database
         experiments = {found.experiment_id: found for found in client.search_experiments()}
         runs = list(client.search_runs(list(experiments), max_results=RECENT, order_by=["attributes.start_time DESC"]))
     except Exception as error:  # of MLflow, of its database's driver, or of the network

@@ -129,7 +129,9 @@ def test_settings_and_tensors_without_effect_are_refused(
         ({"layers_to_transform": "1"}, "layers_to_transform="),
     ],
 )
-def test_settings_of_the_wrong_kind_are_damage(settings: dict[str, Any], said: str, llama: Path, tmp_path: Path) -> None:
+def test_settings_of_the_wrong_kind_are_damage(
+    settings: dict[str, Any], said: str, llama: Path, tmp_path: Path
+) -> None:
     adapter = changed(peft_adapter(llama, tmp_path / "adapter", target_modules=["q_proj"]), settings)
     with pytest.raises(CheckpointError, match=said):
         load_adapter(adapter, skeleton(config_of(llama)))
@@ -220,4 +222,6 @@ def test_a_tokenizer_with_other_ids_is_refused(llama: Path, tmp_path: Path) -> N
     check_base(adapter, llama)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
     tokenizer.save_pretrained(adapter)
-    assert_all_refuse(adapter_ways(llama, adapter, tmp_path / "out"), "'<|im_end|>'", "brings a tokenizer with other ids")
+    assert_all_refuse(
+        adapter_ways(llama, adapter, tmp_path / "out"), "'<|im_end|>'", "brings a tokenizer with other ids"
+    )

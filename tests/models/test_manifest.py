@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from finhpc.config import ExportConfig, build
 from finhpc.errors import CheckpointError
+from finhpc.models.export import export
 from finhpc.models.loading import load_model
-from finhpc.models.manifest import check_manifest, write_manifest
+from finhpc.models.manifest import NAME, check_manifest, write_manifest
 from tests.models.dense import saved, tiny_llama
 
 
@@ -21,11 +23,20 @@ def test_a_flipped_bit_and_a_missing_file_are_named(tmp_path: Path) -> None:
     content = bytearray(file.read_bytes())
     content[-5] ^= 1
     file.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is not as it was written"):
-        load_model(tmp_path)
+    wanted = build(ExportConfig, {"model": str(tmp_path), "out": str(tmp_path / "out")})
+    for way in (lambda: load_model(tmp_path), lambda: export(wanted)):
+        with pytest.raises(CheckpointError, match=r"model\.safetensors is not as it was written"):
+            way()
     content[-5] ^= 1
     file.write_bytes(content)
     check_manifest(tmp_path)
     file.unlink()
     with pytest.raises(CheckpointError, match=r"model\.safetensors is missing"):
+        check_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"sha256": null}', "{}"])
+def test_a_damaged_manifest_is_one_error(text: str, tmp_path: Path) -> None:
+    (tmp_path / NAME).write_text(text)
+    with pytest.raises(CheckpointError, match="is cut short or damaged"):
         check_manifest(tmp_path)

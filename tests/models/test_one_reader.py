@@ -64,6 +64,14 @@ def test_an_index_of_bare_names(folders: dict[str, Path], tmp_path: Path) -> Non
     assert_all_give(model_ways(folder, tmp_path / "out"), logits(MAKES["llama"]()))
 
 
+def test_an_index_of_a_folder_below(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folders["llama"], tmp_path / "model"))
+    (folder / "below").mkdir()
+    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(load_file(folder / ONE), f"below/{ONE}")}))
+    (folder / ONE).rename(folder / "below" / ONE)
+    assert_all_give(model_ways(folder, tmp_path / "out"), logits(MAKES["llama"]()))
+
+
 def part(folder: Path, index: dict[str, str], **more: Tensor) -> None:
     """The weights in one part under an index."""
     tensors = load_file(folder / ONE) | more
@@ -89,7 +97,7 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
     "untied without head": (lambda f: with_setting(f, tie_word_embeddings=False), "holds no lm_head.weight"),
     "fp8": (
         lambda f: with_tensor(f, **{"model.norm.weight": torch.ones(32).to(torch.float8_e4m3fn)}),
-        "is torch.float8_e4m3fn",
+        "is F8_E4M3, so the model is quantized",
     ),
     "index of more": (lambda f: part(f, {"lm_head.weight": "part.safetensors"}), "names lm_head.weight"),
     "index of less": (lambda f: part(f, {}, **{"score.weight": torch.ones(2)}), "puts nowhere"),
@@ -97,6 +105,13 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (shutil.copy(f / ONE, f / "old"), part(f, {}), shutil.move(f / "old", f / ONE)),
         "holds both model.safetensors and",
     ),
+    "index of numbers": (lambda f: part(f, {"lm_head.weight": 3}), "is cut short or damaged"),  # type: ignore[dict-item]
+    "dead link": (
+        lambda f: ((f / ONE).unlink(), (f / ONE).symlink_to("gone")),
+        "a link to gone, which is not",
+    ),
+    "generation config": (lambda f: (f / "generation_config.json").write_text("[]"), "is not a JSON object"),
+    "ends": (lambda f: (f / "generation_config.json").write_text('{"eos_token_id": "x"}'), "has eos_token_id='x'"),
     "another name": (lambda f: (f / ONE).rename(f / "gptq.safetensors"), "only gptq.safetensors"),
     "pickle": (lambda f: (f / ONE).rename(f / "pytorch_model.bin"), "only pytorch_model.bin; pickled weights"),
     "both names": (
@@ -119,8 +134,6 @@ def test_what_is_not_applied_is_refused_by_every_command(how: str, folders: dict
     ways = model_ways(folder, tmp_path / "out")
     if how == "both":  # as an adapter it opens with load_model, evaluate and export
         ways = {name: ways[name] for name in ("generate", "finetune")}
-    if how == "fp8":
-        ways.pop("finetune")  # it reads weights when it trains
     assert_all_refuse(ways, said, str(folder))
 
 
@@ -172,7 +185,7 @@ def test_settings_of_the_wrong_kind_are_one_error(
 ) -> None:
     shutil.copy(folders["llama"] / "config.json", tmp_path)
     with_setting(tmp_path, **settings)
-    with pytest.raises(CheckpointError, match="is not a model's config.*; correct it") as caught:
+    with pytest.raises(CheckpointError, match=r"is not a model's config.*; correct it") as caught:
         read_config(tmp_path)
     assert said in str(caught.value)
 

@@ -378,3 +378,9 @@ def test_a_deleted_run_is_left_alone_and_never_registered(tmp_path: Path, empty_
         ConfigError, match=rf"was deleted in MLflow, .*restore it \(mlflow runs restore --run-id {gone}"
     ):
         register(uri, "ranks", gone, model, 300)
+
+
+def test_a_database_that_cannot_be_read_shows_no_pages(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_text("not a database")
+    with pytest.raises(ConfigError, match="no database that MLflow can read"):
+        pages_of(default_tracking_uri(str(tmp_path)), None)
