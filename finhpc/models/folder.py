@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -25,7 +24,6 @@ TOKENIZER_FILES = (
 )
 GENERATION = "generation_config.json"
 STORED_FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class SafetensorsFolder:
@@ -63,11 +61,6 @@ class SafetensorsFolder:
     def read(self, name: str) -> Tensor:
         with _open(self._files[name]) as opened:
             tensor: Tensor = opened.get_tensor(name)
-        if tensor.dtype not in FLOATS:
-            raise CheckpointError(
-                f"{self._files[name]}: {name} is {tensor.dtype}, so the model is quantized; "
-                "give the model it was made from."
-            )
         return tensor
 
 
