@@ -23,7 +23,7 @@ from finhpc.orchestration.estimate import assumed_settings, check_device, cluste
 from finhpc.orchestration.estimate_finetune_tables import show
 from finhpc.orchestration.measuring import adapted_part_seconds
 from finhpc.orchestration.plan import check_parallel, check_stages, collect
-from finhpc.orchestration.run_time import Opened, measurable, this_machine_busy, training_time
+from finhpc.orchestration.run_time import FORWARD, Opened, measurable, this_machine_busy, training_time
 from finhpc.planning import table_ix
 from finhpc.planning.adapted import PackSize, Shapes
 from finhpc.planning.devices import CPU_REACHED, REACHED, THIS_MACHINE, Cluster, gpu_here, this_machine
@@ -125,7 +125,12 @@ def of_examples(
         numbers |= timing(usual, pace, per_step * float(lengths.mean()))
         scored = min(len(examples.held_out), config.data.eval_limit or len(examples.held_out))
         eval_batches = -(-scored // (topology.micro_batch_size * topology.replicas))
-        numbers |= training_time(config, pace, eval_batches, cuda, opened).numbers(this_machine_busy(opened))
+        time = training_time(config, pace, eval_batches, cuda, opened)
+        labels = max((len(source.get("labels") or ()) for source in examples.counts["by_source"]), default=0)
+        # The workers read the base as this process did, and so does the choice of labels at the end.
+        end_s = opened.cpu_s + scored * labels * FORWARD * pace.step_s / per_step if labels else 0.0
+        time = replace(time, start_s=time.start_s + opened.cpu_s, end_s=time.end_s + end_s)
+        numbers |= time.numbers(this_machine_busy(opened))
     return numbers
 
 
