@@ -46,7 +46,11 @@ def own_task(name: str, data: EvaluateData, limit: int | None, seed: int) -> Own
 
     def documents() -> list[Document]:
         fields = each(table.records, lambda record: fields_of(record, table))
-        return [{"prompt": form.render(raw).prompt, "label": label} for raw, label in fields]
+        # By its place: lm-eval's reader makes a time of a label such as 2021-01-01.
+        places = {label: place for place, label in enumerate(meaning.labels)}
+        return [
+            {"prompt": form.render(raw).prompt, "label": label, "answer": places[str(label)]} for raw, label in fields
+        ]
 
     rows = documents()
     if not rows:
@@ -58,7 +62,7 @@ def own_task(name: str, data: EvaluateData, limit: int | None, seed: int) -> Own
         "output_type": "multiple_choice",
         "doc_to_text": "{{prompt}}",
         "doc_to_choice": list(meaning.labels),
-        "doc_to_target": "label",
+        "doc_to_target": "answer",
         "target_delimiter": form.separator,
         "metadata": {"version": 1.0},
     }

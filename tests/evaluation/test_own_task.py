@@ -39,7 +39,8 @@ def test_a_task_of_ones_own_reads_what_finetuning_learned_from(tmp_path: Path) -
     opened = load_task(task)
     documents = list(opened.test_docs())
     assert [opened.doc_to_text(doc) for doc in documents] == [example.prompt for example in learned.examples]
-    assert [opened.doc_to_target(doc) for doc in documents] == [example.label for example in learned.examples]
+    chosen = [opened.doc_to_choice(doc)[opened.doc_to_target(doc)] for doc in documents]
+    assert chosen == [example.label for example in learned.examples]
     assert tuple(opened.doc_to_choice(documents[0])) == learned.labels == ("dovish", "hawkish", "neutral")
     assert opened.config.target_delimiter + learned.examples[0].label == learned.examples[0].answer
     assert any("labels: dovish 1, hawkish 2, neutral 1" in note for note in task.notes)
@@ -144,6 +145,15 @@ def test_a_label_that_no_record_has_can_be_chosen_in_finetuning_too(tmp_path: Pa
     scores, _ = score(LanguageModel(model, words, 4), task, 0, 0)
     assert scores["acc"] == pytest.approx(held_out["acc"])
     assert scores["weighted_f1"] == pytest.approx(held_out["weighted_f1"])
+
+
+def test_labels_that_look_like_dates_are_labels(tmp_path: Path) -> None:
+    rows = [f"news {i} of the bank,{2020 + i % 2}-01-01" for i in range(6)]
+    (tmp_path / "a.csv").write_text("\n".join(["text,label", *rows]))
+    model, words = load_for_evaluation(str(write_model(tmp_path / "model")))
+    (task,) = prepared(tmp_path, ["year"], files={"year": str(tmp_path / "a.csv")})
+    scores, _ = score(LanguageModel(model, words, 4), task, 0, 0)
+    assert scores["majority"]["acc"] == pytest.approx(0.5)
 
 
 def test_a_task_of_ones_own_scores_as_finetuning_scores_what_it_held_out(tmp_path: Path) -> None:
