@@ -50,7 +50,7 @@ _PUBLIC = {
     "prepare": "finhpc.data.prepare",
     "pretrain": "finhpc.orchestration.pretrain",
     "finetune": "finhpc.orchestration.finetune",
-    "estimate": "finhpc.orchestration.estimate",
+    "estimate": "finhpc.orchestration.estimates",
     "study": "finhpc.orchestration.study",
     "sweep": "finhpc.orchestration.sweep",
     "reproduce": "finhpc.orchestration.reproduce",

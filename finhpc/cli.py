@@ -39,9 +39,9 @@ COMMANDS = {
     "estimate": Command(
         "memory, time and devices of a pretrain; or: estimate finetune",
         "EstimateConfig",
-        "finhpc.orchestration.estimate:estimate",
+        "finhpc.orchestration.estimates:estimate",
     ),
-    "estimate finetune": Command("", "FinetuneEstimateConfig", "finhpc.orchestration.estimate:estimate"),
+    "estimate finetune": Command("", "FinetuneEstimateConfig", "finhpc.orchestration.estimates:estimate"),
     "sweep": Command(
         "a grid or search over settings of pretrain; or: sweep finetune",
         "SweepConfig",

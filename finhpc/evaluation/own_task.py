@@ -25,7 +25,7 @@ METRICS = """metric_list:
 
 
 class OwnTask(NamedTuple):
-    """The task file, but for where its examples are, and the examples."""
+    """The task file without the place of its examples, and the examples."""
 
     definition: str
     documents: Documents

@@ -11,7 +11,6 @@ from typing import Any
 
 from finhpc.config import (
     EstimateConfig,
-    FinetuneEstimateConfig,
     Hardware,
     Method,
     PretrainConfig,
@@ -43,16 +42,12 @@ ASSUMED = ("method.kind", "method.rank", "data.seq_len", "train.precision", "par
 MODES: tuple[Recompute, ...] = ("none", "attention", "full")
 
 
-def estimate(config: EstimateConfig | FinetuneEstimateConfig, dry_run: bool = False) -> dict[str, Any]:
-    """Plan the run of `config` on the hardware of its `estimate` section; print tables, return the result.
+def estimate_pretrain(config: EstimateConfig, dry_run: bool = False) -> dict[str, Any]:
+    """Plan the pretraining of `config` on the hardware of its `estimate` section; print tables, return the result.
 
-    Nothing is trained or written. With `estimate.device this-machine` the parts of a pretraining are measured here, by
+    Nothing is trained or written. With `estimate.device this-machine` the parts of the model are measured here, by
     as many processes as the run has workers, which `dry_run` refuses. Raises `ConfigError` with every problem.
     """
-    if isinstance(config, FinetuneEstimateConfig):
-        from finhpc.orchestration.estimate_finetune import estimate_finetune
-
-        return estimate_finetune(config)
     if dry_run and config.estimate.device == THIS_MACHINE:
         raise ConfigError(
             f"estimate.device={THIS_MACHINE} runs the model's parts to measure them, which --dry_run does not; leave "

@@ -11,7 +11,7 @@ import pytest
 from finhpc.cli import main
 from finhpc.config import EstimateConfig, build
 from finhpc.errors import ConfigError
-from finhpc.orchestration.estimate import estimate
+from finhpc.orchestration.estimates import estimate
 from tests.tiny import tiny_shards
 
 TINY = {"model": {"preset": "gpt2-tiny", "width": 32, "context": 64, "vocab_size": 300}, "data": {"seq_len": 32}}
