@@ -19,11 +19,11 @@ from typing import Any
 from PIL import Image
 
 import finhpc
-from finhpc.config import EvaluateConfig, FinetuneSweepConfig, PrepareConfig, PretrainConfig, SweepConfig, build
-from finhpc.orchestration.cluster import ray_cluster
-from finhpc.orchestration.mlflow_pages import pages_of
-from finhpc.orchestration.tracking import default_tracking_uri
-from finhpc.orchestration.ui import serving
+from finhpc.cluster.connect import ray_cluster
+from finhpc.commands.ui import serving
+from finhpc.settings import EvaluateConfig, FinetuneSweepConfig, PrepareConfig, PretrainConfig, SweepConfig, build
+from finhpc.tracking.pages import pages_of
+from finhpc.tracking.tracker import default_tracking_uri
 
 HERE = Path(__file__).parent
 SIZE, SHOWN = (1680, 800), 1256  # pixels; on the right MLflow opens its assistant

@@ -1,20 +1,23 @@
-"""Low-rank, quantised language models: pretrain, compress, finetune and compare.
+"""Low-rank, quantized language models: pretrain, compress, finetune, evaluate and compare them.
 
-The rooms, from the top down (imports point down only):
+The packages from the top down; an import points down, never up or in a circle:
 
-- `cli`            the `finhpc` command: one verb per job
-- `reporting`      the paper's tables and figures from what MLflow holds: no Ray, no torch
-- `orchestration`  Ray Train runs, MLflow tracking, what is on the screen
-- `training`       engine, loop, checkpoint, metrics: torch and DeepSpeed, no Ray
-- `planning`       memory, time and topologies before a run: counted from the code, beside the paper's tables
-- `evaluation`     scores on general and financial tasks, by lm-eval; text generated with a cache: no Ray
-- `data`           text on disk -> token shards (`prepare`) -> ordered streams (Ray Data)
-- `models`         Hugging Face models cut into pipeline layers; presets; load, save, export
-- `quantization`   weights in 8 and 4 bits: per vector, int8, NF4; training with rounded weights
-- `lowrank`        y = B(A x): the layers, their initialisation, best factors, where they go in a model
-- `config`, `errors`
-- `registration`   what transformers knows of finhpc after `import finhpc`
-- `noise`          lines of libraries' logs that say nothing to a user
+- `cli`             the `finhpc` command: a table of commands
+- `bench`           finhpc measured against the plain way of doing the same
+- `commands`        one file or folder per command
+- `runs`            one training run: folder, workers, progress, result
+- `tracking`        MLflow, mirrored from the run's journal
+- `planning`        what a run needs in memory and time, counted from the code
+- `training`        engine, trainer, checkpoints, journal: torch and DeepSpeed, no Ray
+- `evaluation`      scores on general and financial tasks
+- `generation`      text from a model with cached keys and values, and adapters
+- `data`            text to shards, shards to streams, records to packed examples
+- `models`          Hugging Face models: families, pipeline layers, LoRA, files
+- `cluster`         Ray: connection, placement, network
+- `lowrank`         y = B(A x): the layers, where they go, how they are initialized, factorization
+- `quantization`    weights in 8 and 4 bits: per vector, int8, NF4
+- `settings`        what a user can set, checked as a whole
+- `files`, `screen`, `log`, `errors` and other small files that everything uses
 
 `import finhpc` is light: torch, Ray and the rest are imported by what needs them.
 """
@@ -25,7 +28,7 @@ import os
 from importlib import import_module
 from typing import Any
 
-from finhpc.noise import drop
+from finhpc.log import drop
 from finhpc.registration import register
 
 __version__ = "0.1.0"
@@ -46,34 +49,34 @@ for _name, _value in {**TELEMETRY_OFF, **PICKLE_OFF}.items():
 _PUBLIC = {
     "load_model": "finhpc.models.loading",
     "bench": "finhpc.bench",
-    "decompose": "finhpc.orchestration.decompose",
-    "prepare": "finhpc.data.prepare",
-    "pretrain": "finhpc.orchestration.pretrain",
-    "finetune": "finhpc.orchestration.finetune",
-    "estimate": "finhpc.orchestration.estimates",
-    "study": "finhpc.orchestration.study",
-    "sweep": "finhpc.orchestration.sweep",
-    "reproduce": "finhpc.orchestration.reproduce",
-    "evaluate": "finhpc.orchestration.evaluate",
-    "generate": "finhpc.evaluation.generate",
-    "export": "finhpc.models.export",
-    "report": "finhpc.reporting.report",
-    "ui": "finhpc.orchestration.ui",
-    "PretrainConfig": "finhpc.config",
-    "FinetuneConfig": "finhpc.config",
-    "EstimateConfig": "finhpc.config",
-    "FinetuneEstimateConfig": "finhpc.config",
-    "StudyConfig": "finhpc.config",
-    "SweepConfig": "finhpc.config",
-    "FinetuneSweepConfig": "finhpc.config",
-    "PrepareConfig": "finhpc.config",
-    "EvaluateConfig": "finhpc.config",
-    "GenerateConfig": "finhpc.config",
-    "ExportConfig": "finhpc.config",
-    "DecomposeConfig": "finhpc.config",
-    "ReportConfig": "finhpc.config",
-    "ReproduceConfig": "finhpc.config",
-    "UiConfig": "finhpc.config",
+    "decompose": "finhpc.commands.decompose.command",
+    "prepare": "finhpc.commands.prepare",
+    "pretrain": "finhpc.commands.pretrain",
+    "finetune": "finhpc.commands.finetune",
+    "estimate": "finhpc.commands.estimate.command",
+    "study": "finhpc.commands.study.command",
+    "sweep": "finhpc.commands.sweep.command",
+    "reproduce": "finhpc.commands.reproduce.command",
+    "evaluate": "finhpc.commands.evaluate.command",
+    "generate": "finhpc.commands.generate",
+    "export": "finhpc.commands.export",
+    "report": "finhpc.commands.report.command",
+    "ui": "finhpc.commands.ui",
+    "PretrainConfig": "finhpc.settings",
+    "FinetuneConfig": "finhpc.settings",
+    "EstimateConfig": "finhpc.settings",
+    "FinetuneEstimateConfig": "finhpc.settings",
+    "StudyConfig": "finhpc.settings",
+    "SweepConfig": "finhpc.settings",
+    "FinetuneSweepConfig": "finhpc.settings",
+    "PrepareConfig": "finhpc.settings",
+    "EvaluateConfig": "finhpc.settings",
+    "GenerateConfig": "finhpc.settings",
+    "ExportConfig": "finhpc.settings",
+    "DecomposeConfig": "finhpc.settings",
+    "ReportConfig": "finhpc.settings",
+    "ReproduceConfig": "finhpc.settings",
+    "UiConfig": "finhpc.settings",
     "FinhpcError": "finhpc.errors",
     "ConfigError": "finhpc.errors",
 }

@@ -24,7 +24,7 @@ from finhpc.interrupts import interruptible
 
 
 class Command(NamedTuple):
-    """`settings`: the class in finhpc.config. `work`: module:function, which takes the settings and `dry_run`."""
+    """`settings`: the class in finhpc.settings. `work`: module:function, which takes the settings and `dry_run`."""
 
     about: str
     settings: str
@@ -32,64 +32,64 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "prepare": Command("text on disk -> token shards", "PrepareConfig", "finhpc.data.prepare:prepare"),
+    "prepare": Command("text on disk -> token shards", "PrepareConfig", "finhpc.commands.prepare:prepare"),
     "pretrain": Command(
-        "token shards -> a low-rank (or dense) model", "PretrainConfig", "finhpc.orchestration.pretrain:pretrain"
+        "token shards -> a low-rank (or dense) model", "PretrainConfig", "finhpc.commands.pretrain:pretrain"
     ),
     "estimate": Command(
         "memory, time and devices of a pretrain; or: estimate finetune",
         "EstimateConfig",
-        "finhpc.orchestration.estimates:estimate",
+        "finhpc.commands.estimate.command:estimate",
     ),
-    "estimate finetune": Command("", "FinetuneEstimateConfig", "finhpc.orchestration.estimates:estimate"),
+    "estimate finetune": Command("", "FinetuneEstimateConfig", "finhpc.commands.estimate.command:estimate"),
     "sweep": Command(
         "a grid or search over settings of pretrain; or: sweep finetune",
         "SweepConfig",
-        "finhpc.orchestration.sweep:sweep",
+        "finhpc.commands.sweep.command:sweep",
     ),
-    "sweep finetune": Command("", "FinetuneSweepConfig", "finhpc.orchestration.sweep:sweep"),
+    "sweep finetune": Command("", "FinetuneSweepConfig", "finhpc.commands.sweep.command:sweep"),
     "study": Command(
         "variants of a run: screened, the best trained on several seeds",
         "StudyConfig",
-        "finhpc.orchestration.study:study",
+        "finhpc.commands.study.command:study",
     ),
     "decompose": Command(
         "a dense model -> a low-rank one of its best factors",
         "DecomposeConfig",
-        "finhpc.orchestration.decompose:decompose",
+        "finhpc.commands.decompose.command:decompose",
     ),
     "finetune": Command(
         "examples and a frozen base, 16, 8 or 4 bits -> a LoRA adapter",
         "FinetuneConfig",
-        "finhpc.orchestration.finetune:finetune",
+        "finhpc.commands.finetune:finetune",
     ),
     "export": Command(
         "a trained model -> a folder for transformers, low-rank or merged",
         "ExportConfig",
-        "finhpc.models.export:export",
+        "finhpc.commands.export:export",
     ),
     "evaluate": Command(
         "models -> scores on general and financial tasks, with intervals",
         "EvaluateConfig",
-        "finhpc.orchestration.evaluate:evaluate",
+        "finhpc.commands.evaluate.command:evaluate",
     ),
     "generate": Command(
         "prompts, a file of them or a chat -> text; adapters over one base",
         "GenerateConfig",
-        "finhpc.evaluation.generate:generate",
+        "finhpc.commands.generate:generate",
     ),
     "report": Command(
         "what was tracked -> the paper's tables and figures, as a page",
         "ReportConfig",
-        "finhpc.reporting.report:report",
+        "finhpc.commands.report.command:report",
     ),
     "bench": Command("finhpc measured against the plain way; bench --help lists what", "", "finhpc.bench:bench"),
     "reproduce": Command(
         "the whole paper at one scale, from pretraining to the report",
         "ReproduceConfig",
-        "finhpc.orchestration.reproduce:reproduce",
+        "finhpc.commands.reproduce.command:reproduce",
     ),
-    "ui": Command("MLflow's page of what was tracked, on this machine only", "UiConfig", "finhpc.orchestration.ui:ui"),
+    "ui": Command("MLflow's page of what was tracked, on this machine only", "UiConfig", "finhpc.commands.ui:ui"),
 }
 
 USAGE = (
@@ -195,7 +195,7 @@ def _settle(verb: str, cls: type[Any], work: str, words: list[str]) -> dict[str,
     options, overrides, problems = _parse(words, cls)
     settings = config.load(cls, options.get("config"), overrides, problems)
     if "list_templates" in options:
-        from finhpc.data.templates import listing
+        from finhpc.data.examples.templates import listing
 
         _print(listing(settings.data.templates))
         return None
@@ -209,8 +209,8 @@ def _settle(verb: str, cls: type[Any], work: str, words: list[str]) -> dict[str,
 
 
 def _config() -> Any:
-    """finhpc.config, imported only when a command is run: `finhpc --help` answers at once."""
-    return import_module("finhpc.config")
+    """finhpc.settings, imported only when a command is run: `finhpc --help` answers at once."""
+    return import_module("finhpc.settings")
 
 
 def parse(words: list[str], cls: type[Any]) -> tuple[dict[str, str], dict[str, Any]]:
@@ -327,7 +327,7 @@ def _help(verb: str, cls: type[Any], words: list[str]) -> str:
     fields, shown = config.keys(cls), config.defaults(cls, source)
     lines += [f"  --{name} ({shown[name]})  {fields[name].description}" for name in fields]
     if "model.preset" in fields:
-        from finhpc.models.presets import PRESETS
+        from finhpc.models.families.presets import PRESETS
 
         lines += ["", f"shapes for --model.preset: {', '.join(PRESETS)}"]
     if named := _recipes(verb):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -85,3 +86,9 @@ def _sync(path: Path) -> None:
         os.fsync(opened)
     finally:
         os.close(opened)
+
+
+def redact(text: str) -> str:
+    """The text without the passwords of addresses: no `user:password@`, no `?token=...`."""
+    text = re.sub(r"(?<=://)[^/\s'\"]*@", "", text)
+    return re.sub(r"(?i)([?&][a-z_]*(?:password|passwd|token|secret|key)=)[^&\s'\"]+", r"\1***", text)

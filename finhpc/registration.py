@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from types import ModuleType
 
 LISTS = {
-    "transformers.models.auto.modeling_auto": "finhpc.models.families",
+    "transformers.models.auto.modeling_auto": "finhpc.models.families.registry",
     "transformers.quantizers.auto": "finhpc.quantization.hf_quantizer",
 }
 

@@ -6,11 +6,14 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import finhpc  # turns usage reports off before Ray is imported
+from tests.runs.runs import command, outcome
+from tests.tiny import tiny_shards
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -59,3 +62,16 @@ def chromium() -> str:
     if found is None:
         pytest.skip("no chromium or google-chrome on PATH")
     return found
+
+
+@pytest.fixture(scope="session")
+def run_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_shards(tmp_path_factory.mktemp("data") / "shards")
+
+
+@pytest.fixture(scope="session")
+def unbroken(run_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    storage = tmp_path_factory.mktemp("unbroken")
+    with command(storage, run_shards) as process:
+        assert process.wait(240) == 0, (storage / "stderr").read_text()[-3000:]
+    return outcome(storage) | {"token_mode": (storage / ".ray" / "auth_token").stat().st_mode}

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from finhpc.cli import main, parse
-from finhpc.config import FinetuneConfig, PrepareConfig, PretrainConfig, load
 from finhpc.errors import ConfigError
+from finhpc.settings import FinetuneConfig, PrepareConfig, PretrainConfig, load
 from tests.tiny import tiny_shards
 
 

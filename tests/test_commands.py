@@ -13,11 +13,11 @@ import psutil
 import pytest
 
 import finhpc
-from finhpc import config
+from finhpc import settings as config
 from finhpc.bench.settings import BENCHES, DataBench, PrepareBench
 from finhpc.cli import COMMANDS, USAGE, main
-from finhpc.config.training import Optimizer
 from finhpc.errors import ConfigError
+from finhpc.settings.training import Optimizer
 from tests.evaluation.tasks import write_data, write_model
 from tests.tiny import WORDS, tiny_shards
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from finhpc.bench.settings import PrepareBench
-from finhpc.config import (
+from finhpc.errors import ConfigError
+from finhpc.settings import (
     EvaluateConfig,
     FinetuneConfig,
     FinetuneEstimateConfig,
@@ -21,8 +22,7 @@ from finhpc.config import (
     recipes,
     to_yaml,
 )
-from finhpc.config.reproduce import Recipe
-from finhpc.errors import ConfigError
+from finhpc.settings.reproduce import Recipe
 
 
 def test_flags_win_over_yaml_over_defaults(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_every_recipe_is_valid(name: str) -> None:
     kinds |= {"reproduce/": Recipe}
     config = load(next((kind for first, kind in kinds.items() if name.startswith(first)), PretrainConfig), name)
     if isinstance(config, PretrainConfig) and name != "demo":
-        from finhpc.models.presets import resolve_shape
+        from finhpc.models.families.presets import resolve_shape
 
         resolve_shape(config.model)
 

@@ -10,7 +10,7 @@ import pytest
 
 from finhpc.errors import ConfigError
 from finhpc.files import private_files, private_folder, publish, write_atomic
-from finhpc.orchestration.runfolder import RunFolder
+from finhpc.runs.folder import RunFolder
 from finhpc.training.journal import Journal
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from finhpc import package
+from finhpc.cluster import package
+from finhpc.cluster.package import FOLDER, Driver, check_workers_package
 from finhpc.errors import ConfigError
-from finhpc.package import FOLDER, Driver, check_workers_package
 from tests.tiny import tiny_shards
 
 ROOT = Path(__file__).parents[1]
@@ -21,7 +21,7 @@ FOUND_AS_A_FOLDER = """
 import sys, types
 sys.modules["finhpc"] = types.ModuleType("finhpc")  # as an import system gives it that found a folder alone
 sys.modules["finhpc"].__path__ = [sys.argv[1]]
-import finhpc.config
+import finhpc.settings
 """
 
 

@@ -12,15 +12,16 @@ import pytest
 import torch
 
 import finhpc
-from finhpc import config, plugins
+from finhpc import plugins
+from finhpc import settings as config
 from finhpc.cli import main
-from finhpc.config import build
-from finhpc.data.templates import TEMPLATES
+from finhpc.data.examples.templates import TEMPLATES
 from finhpc.errors import ConfigError
 from finhpc.lowrank.layers import LowRankLinear
 from finhpc.lowrank.registry import LAYERS
-from finhpc.models.families import FAMILIES
-from finhpc.models.presets import PRESETS
+from finhpc.models.families.presets import PRESETS
+from finhpc.models.families.registry import FAMILIES
+from finhpc.settings import build
 from finhpc.training.optimizer import OPTIMIZERS, OptimizerKind, begin_at, make_optimizer, moments
 from tests.tiny import tiny_shards
 
@@ -32,8 +33,8 @@ MODULE = (
     + """
 import torch
 
-from finhpc.data.templates import TEMPLATES, Template
-from finhpc.models.presets import PRESETS, Shape
+from finhpc.data.examples.templates import TEMPLATES, Template
+from finhpc.models.families.presets import PRESETS, Shape
 from finhpc.training.optimizer import OPTIMIZERS, OptimizerKind
 
 
@@ -94,10 +95,10 @@ def test_without_its_module_it_is_refused(place: Path, capsys: pytest.CaptureFix
 INSTALLED = """
 import finhpc
 from finhpc.lowrank.registry import LAYERS
-from finhpc.data.templates import template
-from finhpc.models.presets import PRESETS
+from finhpc.data.examples.templates import template
+from finhpc.models.families.presets import PRESETS
 assert LAYERS["gelu"].__name__ == "GeluLinear" and "gpt2-nano" in PRESETS and template("headline")
-from finhpc.package import Driver
+from finhpc.cluster.package import Driver
 assert Driver.here().plugins == ("my_package",)
 """
 
@@ -267,9 +268,9 @@ from finhpc import config, plugins
 plugins.load(["my_parts"])
 from pathlib import Path
 from finhpc.lowrank.replace import ranks_of
-from finhpc.models.families import make_config
+from finhpc.models.families.registry import make_config
 from finhpc.models.loading import initial_model, save_model
-from finhpc.models.presets import PRESETS
+from finhpc.models.families.presets import PRESETS
 hf = make_config(PRESETS["gpt2-nano"], ranks_of(config.Method(kind="gelu", rank=4)), "gelu")
 model = initial_model(hf, 0, None)
 weights = {n: p.detach().contiguous() for n, p in model.named_parameters()}

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from finhpc.cli import main
+from tests.commands.test_start import with_tokenizer
 from tests.evaluation.tasks import write_data
 from tests.models.dense import saved, tiny_llama
-from tests.orchestration.test_start import with_tokenizer
 from tests.tiny import WORDS, tiny_shards
 
 ROOT = Path(__file__).parents[1]

@@ -9,7 +9,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from finhpc.data.shards import (
+from finhpc.data.shards.shards import (
     MANIFEST,
     Manifest,
     ShardFile,

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-from finhpc.config import PrepareConfig
-from finhpc.data import sources
-from finhpc.data.tokenizer import Encoder
-from finhpc.data.unit import Faults
+from finhpc.data.text import sources
+from finhpc.data.text.tokenizer import Encoder
+from finhpc.data.text.unit import Faults
 from finhpc.errors import DataError
+from finhpc.settings import PrepareConfig
 
 FILES = 8  # at least: several files can be read in parallel whatever their size
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import torch
 
-from finhpc.config import Resources
 from finhpc.errors import ConfigError
+from finhpc.settings import Resources
 from finhpc.training.allocator import keep_freed_memory
 
 

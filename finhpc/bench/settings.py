@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from finhpc.config import Method, Model, Resources, Section
+from finhpc.settings import Method, Model, Resources, Section
 
 
 class Bench(Section):
@@ -157,15 +157,15 @@ class GenerateBench(Section):
 
 
 BENCHES: dict[str, tuple[type[Section], str]] = {
-    "train": (TrainBench, "finhpc.bench.train:bench_train"),
-    "data": (DataBench, "finhpc.bench.data:bench_data"),
-    "pipeline": (PipelineBench, "finhpc.bench.pipeline:bench_pipeline"),
-    "prepare": (PrepareBench, "finhpc.bench.prepare:bench_prepare"),
-    "recompute": (RecomputeBench, "finhpc.bench.recompute:bench_recompute"),
-    "decompose": (DecomposeBench, "finhpc.bench.decompose:bench_decompose"),
-    "finetune": (FinetuneBench, "finhpc.bench.finetune:bench_finetune"),
-    "context": (ContextBench, "finhpc.bench.context:bench_context"),
-    "generate": (GenerateBench, "finhpc.bench.generate:bench_generate"),
+    "train": (TrainBench, "finhpc.bench.measures.train:bench_train"),
+    "data": (DataBench, "finhpc.bench.measures.data:bench_data"),
+    "pipeline": (PipelineBench, "finhpc.bench.measures.pipeline:bench_pipeline"),
+    "prepare": (PrepareBench, "finhpc.bench.measures.prepare:bench_prepare"),
+    "recompute": (RecomputeBench, "finhpc.bench.measures.recompute:bench_recompute"),
+    "decompose": (DecomposeBench, "finhpc.bench.measures.decompose:bench_decompose"),
+    "finetune": (FinetuneBench, "finhpc.bench.measures.finetune:bench_finetune"),
+    "context": (ContextBench, "finhpc.bench.measures.context:bench_context"),
+    "generate": (GenerateBench, "finhpc.bench.measures.generate:bench_generate"),
 }
 """Name -> its settings and the function that measures, as `module:function`."""
 

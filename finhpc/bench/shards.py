@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from finhpc.data.shards import (
+from finhpc.data.shards.shards import (
     MANIFEST,
     TOKENIZER,
     Manifest,

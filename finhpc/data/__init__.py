@@ -1,1 +1,1 @@
-"""Text on disk -> token shards (`prepare`) -> ordered streams of micro-batches (`reading`; over Ray Data: `stream`)."""
+"""Text to token shards (`text`), shards to a stream of batches (`shards`), records to packed examples (`examples`)."""

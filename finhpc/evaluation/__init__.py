@@ -1,1 +1,1 @@
-"""What models can do: scores on tasks, by lm-eval, and generated text. torch and transformers, no Ray, no MLflow."""
+"""Scores of a model: tasks through lm-eval, perplexity, labels. torch and transformers; no Ray, no MLflow."""

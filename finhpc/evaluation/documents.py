@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from finhpc.config import EvaluateData
-from finhpc.data.problems import each
-from finhpc.data.records import Reading, Record, read_records
-from finhpc.data.schema import FORMATS, Table, fields_of, guesses, open_sources
-from finhpc.data.templates import template
-from finhpc.data.values import is_missing, text_of, word_of
+from finhpc.data.examples.problems import each
+from finhpc.data.examples.records import Reading, Record, read_records
+from finhpc.data.examples.schema import FORMATS, Table, fields_of, guesses, open_sources
+from finhpc.data.examples.templates import template
+from finhpc.data.examples.values import is_missing, text_of, word_of
 from finhpc.errors import ConfigError
+from finhpc.settings import EvaluateData
 
 Document = dict[str, Any]
 

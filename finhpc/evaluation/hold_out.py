@@ -10,12 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from finhpc.config import HoldOutConfig, Instructions
-from finhpc.data.examples import is_held_out
-from finhpc.data.problems import each
-from finhpc.data.schema import fields_of, open_sources
+from finhpc.data.examples.examples import is_held_out
+from finhpc.data.examples.problems import each
+from finhpc.data.examples.schema import fields_of, open_sources
 from finhpc.errors import ConfigError
 from finhpc.files import write_atomic
+from finhpc.settings import HoldOutConfig, Instructions
 
 TASKS = {"phrasebank": "fpb", "fiqa": "fiqa_sa", "tfns": "tfns", "ner": "ner"}  # template -> task
 

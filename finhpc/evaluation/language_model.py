@@ -18,7 +18,7 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor, nn
 
 from finhpc.evaluation import plausible
-from finhpc.models.tokens import continuation_ids, encode, prompt_ids
+from finhpc.models.files.tokens import continuation_ids, encode, prompt_ids
 
 Request = tuple[tuple[str, str], list[int], list[int]]  # texts, tokens of the prompt, tokens of the answer
 PAD = 0  # comes after everything that is read, and is never seen by it

@@ -12,15 +12,15 @@ import torch
 from torch import nn
 
 from finhpc.errors import CheckpointError, ConfigError
-from finhpc.models.adapter_file import base_of, check_base, load_adapter
-from finhpc.models.attached import attach
-from finhpc.models.config_file import is_adapter
-from finhpc.models.families import whole_layers
-from finhpc.models.folder import has_tokenizer
+from finhpc.models.families.registry import whole_layers
+from finhpc.models.files.config import is_adapter
+from finhpc.models.files.folder import has_tokenizer
+from finhpc.models.files.tokenizer import find_tokenizer, open_tokenizer
+from finhpc.models.files.tokens import check_rows
+from finhpc.models.files.weights import config_of, locate
 from finhpc.models.loading import load_model
-from finhpc.models.tokenizer_file import find_tokenizer, open_tokenizer
-from finhpc.models.tokens import check_rows
-from finhpc.models.weights import config_of, locate
+from finhpc.models.lora.adapter_file import base_of, check_base, load_adapter
+from finhpc.models.lora.attached import attach
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def load_for_evaluation(
     """A model in eval mode on `device` and its tokeniser: dense, low-rank or quantised, with the adapter if given.
 
     `dtype` auto: that of the folder's config.json, float32 where it says none. A model quantised on the fly
-    is exported first (`finhpc.models.export`). Raises `ConfigError` for a folder or adapter that does not fit,
+    is exported first (`finhpc.commands.export`). Raises `ConfigError` for a folder or adapter that does not fit,
     `CheckpointError` for damaged weights.
     """
     base = Path(path)

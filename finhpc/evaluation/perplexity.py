@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from finhpc.data.shards import Shards, Split
+from finhpc.data.shards.shards import Shards, Split
 from finhpc.errors import ConfigError
 
 PER_SAMPLE = ("example", "loss", "tokens")

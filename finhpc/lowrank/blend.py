@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from finhpc.config import Method
 from finhpc.lowrank.layers import LowRankEmbedding, LowRankLinear
+from finhpc.settings import Method
 
 
 class BlendLinear(LowRankLinear):

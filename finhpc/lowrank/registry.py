@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from finhpc.config import nearest
 from finhpc.errors import ConfigError
 from finhpc.lowrank.cola import ColaLinear
 from finhpc.lowrank.initialize import SCHEMES
 from finhpc.lowrank.layers import LowRankLinear
 from finhpc.plugins import Registry
+from finhpc.settings import nearest
 
 DENSE = "dense"
 SVD, BLEND = "svd", "blend"

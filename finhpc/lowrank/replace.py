@@ -13,11 +13,11 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from finhpc.config import LINEAR_KINDS, Method
 from finhpc.errors import ConfigError
 from finhpc.lowrank.layers import FactorEmbedding, FactorLinear, LowRankEmbedding, LowRankLinear
 from finhpc.lowrank.registry import DENSE, LAYERS, check_kind
 from finhpc.plugins import require
+from finhpc.settings import LINEAR_KINDS, Method
 
 Ranks = dict[str, int | None]
 

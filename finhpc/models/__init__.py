@@ -1,1 +1,1 @@
-"""Hugging Face models: shapes by name, cut into pipeline layers, saved and loaded."""
+"""Hugging Face models: built, cut into pipeline layers, loaded and saved."""

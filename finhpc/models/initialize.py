@@ -17,7 +17,7 @@ from finhpc.lowrank.blend import BlendEmbedding, BlendLinear
 from finhpc.lowrank.initialize import SCHEMES
 from finhpc.lowrank.layers import LowRankEmbedding, LowRankLinear
 from finhpc.lowrank.replace import dense_shape
-from finhpc.models.families import family_of
+from finhpc.models.families.registry import family_of
 
 Fill = Callable[[nn.Module, str], None]  # gives a module of that Hugging Face name its numbers, in place
 

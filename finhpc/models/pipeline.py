@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from finhpc.config import Recompute
-from finhpc.models.families import family_of
-from finhpc.models.family import BLOCK, Part
+from finhpc.models.families.family import BLOCK, Part
+from finhpc.models.families.registry import family_of
 from finhpc.models.initialize import Fill
 from finhpc.models.recompute import whole_blocks
 from finhpc.quantization.fake import fake_quantize, plain_name
+from finhpc.settings import Recompute
 
 
 class Layer(nn.Module):

@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from finhpc.models.attention import LONGEST
-from finhpc.planning import paper
+from finhpc.planning import paper_memory as paper
+from finhpc.planning.fake_passes import PartBytes, counted
 from finhpc.planning.outline import Outline, Stages, one_block
-from finhpc.planning.passes import PartBytes, counted
 
 BUCKET = 500_000_000  # gradients that DeepSpeed averages at a time
 

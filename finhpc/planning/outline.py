@@ -14,9 +14,9 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from finhpc.config import Recompute
-from finhpc.models.families import skeleton, with_blocks
+from finhpc.models.families.registry import skeleton, with_blocks
 from finhpc.models.pipeline import is_tied, operations, parts_of, stage_borders
+from finhpc.settings import Recompute
 
 Stages = list[list[str]]  # kinds of the parts of each stage
 Matrix = tuple[int, int]  # (vectors, their length): outputs and inputs of a layer, rows of an embedding

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from finhpc.planning.paper import Difference
+from finhpc.planning.paper_memory import Difference
 
 
 @dataclass(frozen=True)

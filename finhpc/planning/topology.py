@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from finhpc.planning.devices import Cluster
 from finhpc.planning.memory import Memory, StageMemory, Topology
 from finhpc.planning.outline import Stages
-from finhpc.planning.pace import Pace, paced
+from finhpc.planning.step_time import Pace, paced
 
 
 @dataclass(frozen=True)

@@ -21,20 +21,20 @@ from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe import schedule
 from torch import Tensor, nn
 
-from finhpc.config import PretrainConfig
-from finhpc.config.finetune import FinetuneConfig
 from finhpc.errors import NonFiniteError
 from finhpc.lowrank.blend import alpha_at, blend_in, set_alpha
 from finhpc.lowrank.layers import LowRankEmbedding, LowRankLinear
 from finhpc.lowrank.registry import BLEND
-from finhpc.models.adapted import Adaptation, AdaptedLayer
-from finhpc.models.families import skeleton as make_skeleton
+from finhpc.models.families.registry import skeleton as make_skeleton
 from finhpc.models.initialize import Fill, drawn
-from finhpc.models.lora import LoraLinear
+from finhpc.models.lora.frozen_base import Adaptation, AdaptedLayer
+from finhpc.models.lora.layers import LoraLinear
 from finhpc.models.pipeline import Layer, is_tied, parts_of
+from finhpc.settings import PretrainConfig
+from finhpc.settings.finetune import FinetuneConfig
 from finhpc.training.allocator import keep_freed_memory
-from finhpc.training.cost import measured_cut
 from finhpc.training.optimizer import decay_products, forget, make_optimizer, set_lr
+from finhpc.training.stages import measured_cut
 
 Batch = tuple[Tensor, Tensor]
 

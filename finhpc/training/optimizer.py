@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finhpc.config import Optimizer, nearest
 from finhpc.errors import ConfigError
 from finhpc.plugins import Registry
+from finhpc.settings import Optimizer, nearest
 
 Groups = list[dict[str, Any]]  # each with its params, weight_decay and lr_scale
 

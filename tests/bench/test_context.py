@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from finhpc.bench.context import bench_context
+from finhpc.bench.measures.context import bench_context
 from finhpc.bench.settings import ContextBench
-from finhpc.config import build
 from finhpc.errors import ConfigError
+from finhpc.settings import build
 from tests.models.dense import saved
 
 

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from finhpc.bench import data, shards
+from finhpc.bench import shards
+from finhpc.bench.measures import data
 from finhpc.bench.settings import DataBench
-from finhpc.config import build
-from finhpc.data import stream
-from finhpc.data.reading import ReplicaStream, local_stream
+from finhpc.data.shards import stream
+from finhpc.data.shards.reader import ReplicaStream, local_stream
 from finhpc.errors import ConfigError, DataError
+from finhpc.settings import build
 
 
 def settings(out: Path, **changes: Any) -> DataBench:

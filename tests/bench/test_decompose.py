@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from finhpc.bench import decompose
+from finhpc.bench.measures import decompose
 from finhpc.bench.settings import DecomposeBench
-from finhpc.config import build
 from finhpc.errors import ConfigError
 from finhpc.lowrank.factorize import residual, truncated_svd
+from finhpc.settings import build
 
 
 def settings(folder: Path, **changes: Any) -> DecomposeBench:

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from finhpc.bench.finetune import OURS, PLAIN, TRAINER, bench_finetune
+from finhpc.bench.measures.finetune import OURS, PLAIN, TRAINER, bench_finetune
 from finhpc.bench.settings import FinetuneBench
-from finhpc.config import build
 from finhpc.errors import ConfigError
+from finhpc.settings import build
 from tests.models.dense import saved
 from tests.tiny import WORDS, tiny_shards
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from finhpc.bench.generate import bench_generate
+from finhpc.bench.measures.generate import bench_generate
 from finhpc.bench.settings import GenerateBench
-from finhpc.config import build
 from finhpc.errors import ConfigError
+from finhpc.settings import build
 
 
 def settings(tmp_path: Path, **more: Any) -> GenerateBench:

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from finhpc.bench import memory, prepare
+from finhpc.bench import memory
 from finhpc.bench.corpus import write_salted
+from finhpc.bench.measures import prepare
 from finhpc.bench.settings import PrepareBench
-from finhpc.config import build
-from finhpc.data.tokenizer import Encoder, save
+from finhpc.data.text.tokenizer import Encoder, save
 from finhpc.errors import DataError
+from finhpc.settings import build
 from tests.data.corpus import make_texts, write_jsonl
 
 TOKENS = 30_000

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from finhpc.bench.recompute import bench_recompute
+from finhpc.bench.measures.recompute import bench_recompute
 from finhpc.bench.settings import RecomputeBench
-from finhpc.config import build
+from finhpc.settings import build
 
 TINY = {"preset": "gpt2-tiny", "vocab_size": 101, "context": 256, "layers": 2, "width": 64, "heads": 4}
 

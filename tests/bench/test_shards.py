@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from finhpc.bench import shards
-from finhpc.data.shards import Shards
+from finhpc.data.shards.shards import Shards
 
 
 def test_random_shards_are_whole_and_have_the_frequencies_of_text(

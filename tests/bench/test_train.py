@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from finhpc.bench.overhead import overhead
+from finhpc.bench.measures.overhead import overhead
+from finhpc.bench.measures.train import bench_train, operations, run_config
 from finhpc.bench.profile import REST, kind_of, profiled
 from finhpc.bench.settings import TrainBench
 from finhpc.bench.shards import VOCAB
-from finhpc.bench.train import bench_train, operations, run_config
-from finhpc.config import build
 from finhpc.errors import ConfigError, TrainingFailedError
 from finhpc.lowrank.replace import ranks_of
-from finhpc.models.families import make_config
-from finhpc.models.presets import resolve_shape
+from finhpc.models.families.presets import resolve_shape
+from finhpc.models.families.registry import make_config
+from finhpc.settings import build
 from tests.training.processes import run_processes
 
 TINY = {"preset": "gpt2-tiny", "vocab_size": 101, "context": 32, "layers": 2, "width": 32, "heads": 4}
@@ -85,7 +85,7 @@ def test_a_whole_run_trains_as_the_plain_loop_beside_it(tmp_path: Path) -> None:
 
 
 def test_runs_that_train_differently_are_no_measurement() -> None:
-    from finhpc.bench.overhead import _check_alike
+    from finhpc.bench.measures.overhead import _check_alike
 
     ours = [{"step": 1.0, "train_loss": 5.0}]
     _check_alike(ours, [{"step": 1.0, "train_loss": 5.0004}], "fp32")

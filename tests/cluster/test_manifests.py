@@ -122,7 +122,7 @@ def test_ray_on_kubernetes_asks_for_a_token_and_shares_a_volume(name: str) -> No
 
 
 def test_the_rayjobs_command_is_one_that_finhpc_takes(tmp_path: Path) -> None:
-    from finhpc import config
+    from finhpc import settings as config
     from finhpc.cli import parse
 
     words = read("kuberay-job.yaml")["spec"]["entrypoint"].split()

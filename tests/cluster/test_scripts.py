@@ -1,4 +1,4 @@
-"""The shell scripts of `cluster/`, as far as they go without one; `tests/orchestration/test_jobs.py` starts one."""
+"""The shell scripts of `cluster/`, as far as they go without one; `tests/runs/test_jobs.py` starts one."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from finhpc.data.shards import Manifest, ShardFile, SplitCounts, dataset_fingerprint, encode_shard
+from finhpc.data.shards.shards import Manifest, ShardFile, SplitCounts, dataset_fingerprint, encode_shard
 from finhpc.files import write_atomic
 
 BLOCK = 64

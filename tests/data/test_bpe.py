@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from finhpc.data import bpe
-from finhpc.data.tokenizer import Encoder, save
+from finhpc.data.text import bpe
+from finhpc.data.text.tokenizer import Encoder, save
 from finhpc.errors import DataError
 from tests.data.corpus import make_texts
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from finhpc.config import Calibration
-from finhpc.data.calibration import calibration_blocks
-from finhpc.data.tokenizer import Encoder, save
+from finhpc.data.text.calibration import calibration_blocks
+from finhpc.data.text.tokenizer import Encoder, save
 from finhpc.errors import ConfigError
+from finhpc.settings import Calibration
 from tests.data.corpus import make_texts, write_jsonl
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from finhpc.config import Instructions
-from finhpc.data.chat import prompt_ids, prompt_text
-from finhpc.data.examples import make_examples
+from finhpc.data.examples.chat import prompt_ids, prompt_text
+from finhpc.data.examples.examples import make_examples
 from finhpc.errors import ConfigError
+from finhpc.settings import Instructions
 from tests.data.instructing import jsonl
 from tests.data.kinds import CHATML, KINDS, MARKED, TEMPLATES, tokenizer
 

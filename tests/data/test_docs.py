@@ -2,10 +2,10 @@ from importlib.metadata import version
 
 import pytest
 
-from finhpc.config import PrepareConfig
-from finhpc.data import docs
-from finhpc.data.unit import Faults
+from finhpc.data.text import docs
+from finhpc.data.text.unit import Faults
 from finhpc.errors import ConfigError
+from finhpc.settings import PrepareConfig
 
 CONFIG = PrepareConfig(source=["docs"])
 

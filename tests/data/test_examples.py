@@ -5,11 +5,11 @@ import json
 import pytest
 from tokenizers import AddedToken
 
-from finhpc.config import Instructions
-from finhpc.data.examples import load, make_examples
-from finhpc.data.templates import template, templates
+from finhpc.data.examples.examples import load, make_examples
+from finhpc.data.examples.templates import template, templates
 from finhpc.errors import ConfigError, DataError
-from finhpc.models.tokens import decoded, prompt_ids
+from finhpc.models.files.tokens import decoded, prompt_ids
+from finhpc.settings import Instructions
 from tests.data.instructing import jsonl, phrases, sentences, tokenizer
 from tests.data.kinds import KINDS
 from tests.data.kinds import tokenizer as of_kind

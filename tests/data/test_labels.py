@@ -7,11 +7,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from finhpc.config import FinetuneConfig, Instructions, build
-from finhpc.data.examples import make_examples
-from finhpc.data.instructions import read_examples
-from finhpc.data.templates import listing
+from finhpc.data.examples.examples import make_examples
+from finhpc.data.examples.instructions import read_examples
+from finhpc.data.examples.templates import listing
 from finhpc.errors import ConfigError
+from finhpc.settings import FinetuneConfig, Instructions, build
 from tests.data.instructing import jsonl, tokenizer
 
 TOK = tokenizer()

@@ -8,11 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from finhpc.config import Instructions
-from finhpc.data.chat import control_tokens, rendered
-from finhpc.data.examples import make_examples
-from finhpc.data.instructions import read_examples
+from finhpc.data.examples.chat import control_tokens, rendered
+from finhpc.data.examples.examples import make_examples
+from finhpc.data.examples.instructions import read_examples
 from finhpc.errors import ConfigError
+from finhpc.settings import Instructions
 from tests.data.instructing import CHAT, jsonl, tokenizer
 
 TOOLS = CHAT.replace(

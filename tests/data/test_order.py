@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from finhpc.data.order import Order, replica_mask
+from finhpc.data.shards.order import Order, replica_mask
 
 SIZES = [7, 0, 5, 11, 1]
 EPOCH = sum(SIZES)

@@ -3,12 +3,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from finhpc.config import Instructions, Parallel
-from finhpc.data.batches import Batches
-from finhpc.data.examples import Arrays, make_examples
-from finhpc.data.packs import groups, pack, piece, size
+from finhpc.data.examples.batches import Batches
+from finhpc.data.examples.examples import Arrays, make_examples
+from finhpc.data.examples.layout import groups, pack, piece, size
 from finhpc.errors import ConfigError
-from finhpc.models.packed import IGNORED, PACKS, POSITION, PREFIX, SEGMENT, TARGET, TARGETS, TOKEN
+from finhpc.models.packed.layout import IGNORED, PACKS, POSITION, PREFIX, SEGMENT, TARGET, TARGETS, TOKEN
+from finhpc.settings import Instructions, Parallel
 from tests.data.instructing import phrases, sentences, tokenizer
 
 

@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from finhpc.config import Instructions
-from finhpc.data.examples import make_examples
-from finhpc.data.instructions import read_examples
+from finhpc.data.examples.examples import make_examples
+from finhpc.data.examples.instructions import read_examples
 from finhpc.errors import ConfigError
+from finhpc.settings import Instructions
 from finhpc.textfile import parse_json, parse_yaml, read_text
 from tests.data.instructing import jsonl, tokenizer
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from finhpc.data.shards import ShardFile, Shards, dataset_fingerprint, encode_shard
+from finhpc.data.shards.shards import ShardFile, Shards, dataset_fingerprint, encode_shard
 from finhpc.errors import ConfigError, DataError
 from finhpc.files import write_atomic
 

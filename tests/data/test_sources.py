@@ -9,10 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from finhpc.config import PrepareConfig
-from finhpc.data import formats, sources
-from finhpc.data.unit import Faults
+from finhpc.data.text import formats, sources
+from finhpc.data.text.unit import Faults
 from finhpc.errors import ConfigError, DataError
+from finhpc.settings import PrepareConfig
 from tests.data.corpus import make_texts, write_jsonl
 
 TEXTS = make_texts(40)

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from finhpc.data import reading
-from finhpc.data.reading import ReplicaStream, local_stream, micro_batches
-from finhpc.data.shards import Shards, encode_shard
-from finhpc.data.stream import _read_next, ray_stream
+from finhpc.data.shards import reader as reading
+from finhpc.data.shards.reader import ReplicaStream, local_stream, micro_batches
+from finhpc.data.shards.shards import Shards, encode_shard
+from finhpc.data.shards.stream import _read_next, ray_stream
 from finhpc.errors import ConfigError, DataError
 
 TRAIN = (5, 3, 4, 6)  # 18 blocks of 64: 72 samples of 16 an epoch
@@ -116,7 +116,7 @@ def test_segments_are_the_visits_in_order(shards_folder, monkeypatch):
 @pytest.mark.parametrize(("segment", "tasks"), [(1 << 24, 4), (72 * 16, 4), (2 * 72 * 16, 1)])
 def test_ray_gives_the_local_stream(shards_folder, monkeypatch, segment, tasks):
     monkeypatch.setattr(reading, "SEGMENT_TOKENS", segment)
-    monkeypatch.setattr("finhpc.data.stream.MAX_TASKS", tasks)
+    monkeypatch.setattr("finhpc.data.shards.stream.MAX_TASKS", tasks)
     folder = shards_folder(TRAIN)
     for replica in range(2):
         stream = make(folder, start_step=5, replicas=2, replica=replica)

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from finhpc.data.tokenizer import END_OF_TEXT, Encoder, save
+from finhpc.data.text.tokenizer import END_OF_TEXT, Encoder, save
 from finhpc.errors import ConfigError, DataError
 from tests.data.corpus import make_texts
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from finhpc.config import EvaluateConfig, build
 from finhpc.errors import ConfigError
 from finhpc.evaluation.models import load_for_evaluation, subjects
 from finhpc.evaluation.tasks import prepare_tasks
+from finhpc.settings import EvaluateConfig, build
 from tests.evaluation.tasks import write_data, write_model
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from finhpc.config import EvaluateData, HoldOutConfig, Instructions
-from finhpc.data.examples import make_examples
+from finhpc.data.examples.examples import make_examples
 from finhpc.errors import ConfigError
 from finhpc.evaluation.documents import documents
 from finhpc.evaluation.hold_out import hold_out
+from finhpc.settings import EvaluateData, HoldOutConfig, Instructions
 from tests.data.instructing import jsonl, phrases, sentences, tokenizer
 
 

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from finhpc.config import EvaluateConfig, Instructions, build
-from finhpc.data.examples import load, make_examples
-from finhpc.data.instructions import read_examples
+from finhpc.data.examples.examples import load, make_examples
+from finhpc.data.examples.instructions import read_examples
 from finhpc.errors import ConfigError
-from finhpc.evaluation.held_out import _answers, label_scores
+from finhpc.evaluation.label_scores import _answers, label_scores
 from finhpc.evaluation.language_model import LanguageModel
 from finhpc.evaluation.models import load_for_evaluation
 from finhpc.evaluation.scores import score
 from finhpc.evaluation.tasks import TaskFile, load_task, prepare_tasks
+from finhpc.settings import EvaluateConfig, Instructions, build
 from tests.evaluation.tasks import write_model
 
 STANCE = "headline,mood\nraise rates,hawkish\ncut rates,dovish\nhold,neutral\nraise more,hawkish\n"

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from finhpc.config import EvaluateConfig, build
-from finhpc.data.templates import template
+from finhpc.data.examples.templates import template
 from finhpc.evaluation.language_model import LanguageModel
 from finhpc.evaluation.models import load_for_evaluation
 from finhpc.evaluation.scores import score
 from finhpc.evaluation.tasks import SOURCES, load_task, prepare_tasks
+from finhpc.settings import EvaluateConfig, build
 from tests.evaluation.tasks import write_data, write_model
 
 

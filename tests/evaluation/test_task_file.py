@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from finhpc.config import EvaluateConfig, build
 from finhpc.errors import ConfigError
 from finhpc.evaluation.task_file import rendering
 from finhpc.evaluation.tasks import load_task, prepare_tasks
+from finhpc.settings import EvaluateConfig, build
 
 HONEST = """
 task: mine

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from finhpc.config import Method
 from finhpc.lowrank.blend import BlendEmbedding, BlendLinear, alpha_at, blend_in, blend_steps, set_alpha
 from finhpc.lowrank.layers import LowRankEmbedding, LowRankLinear
 from finhpc.quantization.fake import fake_quantize
+from finhpc.settings import Method
 
 
 def made(trainable: bool = True) -> nn.Sequential:

@@ -10,15 +10,15 @@ import torch.nn.functional as F
 from torch import nn
 
 import finhpc
-from finhpc.config import Method, Model
 from finhpc.errors import ConfigError
 from finhpc.lowrank.cola import ColaLinear
 from finhpc.lowrank.layers import LowRankLinear
 from finhpc.lowrank.registry import LAYERS
 from finhpc.lowrank.replace import ranks_of
-from finhpc.models.families import make_config
+from finhpc.models.families.presets import resolve_shape
+from finhpc.models.families.registry import make_config
 from finhpc.models.loading import initial_model, save_model
-from finhpc.models.presets import resolve_shape
+from finhpc.settings import Method, Model
 
 
 def test_the_narrow_activations_pass_through_silu() -> None:

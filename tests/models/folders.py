@@ -12,13 +12,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from finhpc.config import ExportConfig, FinetuneConfig, GenerateConfig, build
+from finhpc.commands.export import export
+from finhpc.commands.finetune import open_base
 from finhpc.errors import FinhpcError
-from finhpc.evaluation.generation import Generator
 from finhpc.evaluation.models import load_for_evaluation, subjects
-from finhpc.models.export import export
+from finhpc.generation.generator import Generator
 from finhpc.models.loading import load_model
-from finhpc.orchestration.finetune import open_base
+from finhpc.settings import ExportConfig, FinetuneConfig, GenerateConfig, build
 from tests.tiny import tiny_shards
 
 TOKENS = torch.randint(0, 300, (2, 16), generator=torch.Generator().manual_seed(1))

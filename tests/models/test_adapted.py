@@ -10,9 +10,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from finhpc.config.finetune import FinetuneQuantization, Lora
-from finhpc.models.adapted import Adaptation, AdaptedLayer
-from finhpc.models.weights import open_weights
+from finhpc.models.files.weights import open_weights
+from finhpc.models.lora.frozen_base import Adaptation, AdaptedLayer
+from finhpc.settings.finetune import FinetuneQuantization, Lora
 from finhpc.training.memory import live_tensor_bytes
 from tests.models.dense import saved
 

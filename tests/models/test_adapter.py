@@ -12,16 +12,16 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from finhpc.config import ExportConfig
-from finhpc.config.finetune import FinetuneQuantization, Lora
+from finhpc.commands.export import export
 from finhpc.errors import CheckpointError, ConfigError
-from finhpc.models.adapter import CONFIG, FINGERPRINT, TENSORS, merge_adapter, save_adapter
-from finhpc.models.adapter_file import load_adapter
-from finhpc.models.export import export
+from finhpc.models.files.manifest import weights_fingerprint
+from finhpc.models.files.weights import open_weights
 from finhpc.models.loading import load_model
-from finhpc.models.manifest import weights_fingerprint
-from finhpc.models.weights import open_weights
+from finhpc.models.lora.adapter_file import load_adapter
+from finhpc.models.lora.peft_format import CONFIG, FINGERPRINT, TENSORS, merge_adapter, save_adapter
 from finhpc.quantization.fake import TRAINED
+from finhpc.settings import ExportConfig
+from finhpc.settings.finetune import FinetuneQuantization, Lora
 from tests.models.dense import logits, saved, tiny_gpt2, tiny_llama
 from tests.models.packs import examples, packs_of, plain_loss
 from tests.models.test_packed import LORA, adapted, loss_of, parameters
@@ -83,8 +83,8 @@ def test_regular_expressions_choose_what_peft_chooses(tmp_path: Path, targets: A
 
 
 def test_another_model_of_the_same_shape_is_no_base(tmp_path: Path) -> None:
-    from finhpc.evaluation.adapters import read_adapters
     from finhpc.evaluation.models import subjects
+    from finhpc.generation.adapters import read_adapters
 
     base, adapter = saved(tiny_llama(), tmp_path / "base"), tmp_path / "adapter"
     lora, weights = Lora(rank=4), open_weights(base)

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finhpc.errors import CheckpointError, ConfigError
-from finhpc.models.adapter import CONFIG, TENSORS
-from finhpc.models.adapter_file import base_of, check_base, load_adapter
-from finhpc.models.families import skeleton
+from finhpc.models.families.registry import skeleton
+from finhpc.models.files.weights import config_of
 from finhpc.models.loading import load_model
-from finhpc.models.weights import config_of
+from finhpc.models.lora.adapter_file import base_of, check_base, load_adapter
+from finhpc.models.lora.peft_format import CONFIG, TENSORS
 from tests.models.dense import saved, tiny_gpt2, tiny_llama
 from tests.models.folders import adapter_ways, assert_all_give, assert_all_refuse, by_peft, peft_adapter, with_tokenizer
 
@@ -158,9 +158,9 @@ def test_bases_are_found_by_relative_paths_and_missed_ones_named(
 
 
 def test_a_quantized_base_takes_adapters_beside_it(llama: Path, tmp_path: Path) -> None:
-    from finhpc.config import ExportConfig
-    from finhpc.models.adapter import QUANTIZED
-    from finhpc.models.export import export
+    from finhpc.commands.export import export
+    from finhpc.models.lora.peft_format import QUANTIZED
+    from finhpc.settings import ExportConfig
 
     export(
         ExportConfig(
@@ -178,8 +178,8 @@ def test_a_quantized_base_takes_adapters_beside_it(llama: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("kind", ["dense", "low_rank"])
 def test_a_base_is_rounded_as_in_training_by_every_command(kind: str, llama: Path, tmp_path: Path) -> None:
-    from finhpc.models.adapter import QUANTIZED
-    from tests.evaluation.folders import tiny_adapter, tiny_folder, tiny_model
+    from finhpc.models.lora.peft_format import QUANTIZED
+    from tests.generation.folders import tiny_adapter, tiny_folder, tiny_model
 
     base = tiny_folder(tmp_path / "base", "llama", kind)
     layers = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, GenerationConfig
 
-from finhpc.config import ExportConfig
-from finhpc.models.export import export
+from finhpc.commands.export import export
+from finhpc.models.files.weights import open_weights
 from finhpc.models.loading import load_model, save_model
-from finhpc.models.weights import open_weights
+from finhpc.settings import ExportConfig
 from tests.models.dense import saved, tiny_llama
 from tests.models.folders import generator, peft_adapter, with_tokenizer
 

@@ -10,12 +10,12 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from finhpc.config import ExportConfig
-from finhpc.config.finetune import FinetuneQuantization, Lora
-from finhpc.models.adapter import save_adapter
-from finhpc.models.export import export
-from finhpc.models.families import context_of
-from finhpc.models.weights import open_weights
+from finhpc.commands.export import export
+from finhpc.models.families.registry import context_of
+from finhpc.models.files.weights import open_weights
+from finhpc.models.lora.peft_format import save_adapter
+from finhpc.settings import ExportConfig
+from finhpc.settings.finetune import FinetuneQuantization, Lora
 from tests.models.dense import logits, saved, tiny_llama, tiny_mistral, tiny_qwen2
 from tests.models.packs import examples, packs_of, peft_model, peft_parameters, plain_loss
 from tests.models.test_packed import adapted, assert_near, loss_of, parameters

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from finhpc.config import GenerateConfig, build
-from finhpc.data.tokenizer import _copy
+from finhpc.data.text.tokenizer import _copy
 from finhpc.errors import FinhpcError
-from finhpc.evaluation.generation import Generator
 from finhpc.evaluation.models import load_for_evaluation
-from finhpc.models.weights import read_config
-from tests.evaluation.folders import tiny_folder
+from finhpc.generation.generator import Generator
+from finhpc.models.files.weights import read_config
+from finhpc.settings import GenerateConfig, build
+from tests.generation.folders import tiny_folder
 
 OPENED: dict[str, Callable[[Path], Any]] = {
     "config": read_config,

@@ -12,16 +12,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finhpc.config import ExportConfig
-from finhpc.config.finetune import Lora
+from finhpc.commands.export import export
 from finhpc.errors import ConfigError
-from finhpc.models.adapter import CONFIG, save_adapter
-from finhpc.models.adapter_file import base_of
-from finhpc.models.export import export
-from finhpc.models.lora_start import target_names
-from finhpc.models.manifest import weights_fingerprint
-from finhpc.models.tokenizer_file import open_tokenizer
-from finhpc.models.weights import open_weights
+from finhpc.models.files.manifest import weights_fingerprint
+from finhpc.models.files.tokenizer import open_tokenizer
+from finhpc.models.files.weights import open_weights
+from finhpc.models.lora.adapter_file import base_of
+from finhpc.models.lora.peft_format import CONFIG, save_adapter
+from finhpc.models.lora.targets import target_names
+from finhpc.settings import ExportConfig
+from finhpc.settings.finetune import Lora
 from tests.models.dense import tiny_llama
 from tests.models.folders import (
     adapter_ways,

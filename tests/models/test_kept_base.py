@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from finhpc.config.finetune import FinetuneQuantization, Lora
 from finhpc.errors import CheckpointError
-from finhpc.models.adapted import Adaptation, AdaptedLayer
-from finhpc.models.families import as_low_rank
-from finhpc.models.kept_base import keep_base, kept_bytes
+from finhpc.models.families.registry import as_low_rank
+from finhpc.models.files.weights import open_weights
 from finhpc.models.loading import initial_model, save_model
-from finhpc.models.weights import open_weights
+from finhpc.models.lora.frozen_base import Adaptation, AdaptedLayer
+from finhpc.models.lora.quantized_cache import keep_base, kept_bytes
 from finhpc.quantization.frozen import Frozen, FrozenFloat
+from finhpc.settings.finetune import FinetuneQuantization, Lora
 from tests.models.dense import saved, tiny_gpt2, tiny_llama
 
 WIDTHS = [(8, "int8"), (4, "nf4"), (8, "minmax"), (4, "minmax")]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from finhpc.models.kept_base import keep_base
+from finhpc.models.lora.quantized_cache import keep_base
 from tests.gpu import ON, needs_gpu
 from tests.models.dense import saved, tiny_llama
 from tests.models.test_kept_base import WIDTHS, adaptation_of, frozen_of

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from finhpc.config import ExportConfig, build
+from finhpc.commands.export import export
 from finhpc.errors import CheckpointError
-from finhpc.models.export import export
+from finhpc.models.files.manifest import NAME, check_manifest, write_manifest
 from finhpc.models.loading import load_model
-from finhpc.models.manifest import NAME, check_manifest, write_manifest
+from finhpc.settings import ExportConfig, build
 from tests.models.dense import saved, tiny_llama
 
 

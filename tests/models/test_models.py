@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 import finhpc
-from finhpc.config import Method, Model
 from finhpc.errors import CheckpointError, ConfigError
 from finhpc.lowrank.replace import ranks_of
-from finhpc.models.families import family_of, make_config, parameter_count, skeleton
+from finhpc.models.families.presets import PRESETS, resolve_shape
+from finhpc.models.families.registry import family_of, make_config, parameter_count, skeleton
 from finhpc.models.loading import initial_model, load_model, save_model
 from finhpc.models.pipeline import counted_costs, cut, operations, parts_of, stage_borders
-from finhpc.models.presets import PRESETS, resolve_shape
+from finhpc.settings import Method, Model
 
 
 def config_of(model: dict[str, Any], method: dict[str, Any], vocab: int | None = None) -> Any:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from finhpc.errors import CheckpointError, ConfigError
-from finhpc.models.config_file import read_config
+from finhpc.models.files.config import read_config
 from tests.models.dense import saved, tiny_gpt2, tiny_llama, tiny_mistral, tiny_qwen2
 from tests.models.folders import assert_all_give, assert_all_refuse, logits, model_ways, peft_adapter, with_tokenizer
 
@@ -217,9 +217,9 @@ def test_settings_that_transformers_computes_are_computed_by_all(
 @pytest.mark.parametrize("family", MAKES)
 def test_a_base_that_was_trained_with_rounded_weights(family: str, folders: dict[str, Path], tmp_path: Path) -> None:
     """Finetuning reads what every other command computes with, and a decomposition is not rounded a second time."""
-    from finhpc.models.families import as_low_rank
+    from finhpc.models.families.registry import as_low_rank
+    from finhpc.models.files.weights import open_weights
     from finhpc.models.loading import load_model
-    from finhpc.models.weights import open_weights
     from finhpc.quantization.fake import TRAINED
 
     folder = Path(shutil.copytree(folders[family], tmp_path / "model"))

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from finhpc.config.finetune import FinetuneQuantization, Lora
 from finhpc.errors import ConfigError
-from finhpc.models.adapted import Adaptation, AdaptedLayer
-from finhpc.models.packed import IGNORED, LAYOUT, TARGET, Segments, laid_out, layout_of, segments_of
-from finhpc.models.packed_attention import attend
-from finhpc.models.weights import open_weights
+from finhpc.models.files.weights import open_weights
+from finhpc.models.lora.frozen_base import Adaptation, AdaptedLayer
+from finhpc.models.packed.attention import attend
+from finhpc.models.packed.layout import IGNORED, LAYOUT, TARGET, Segments, laid_out, layout_of, segments_of
 from finhpc.quantization.frozen import freeze
+from finhpc.settings.finetune import FinetuneQuantization, Lora
 from tests.models.dense import saved, tiny_gpt2, tiny_llama
 from tests.models.packs import examples, pack, packs_of, peft_model, peft_parameters, plain_loss
 
@@ -123,7 +123,7 @@ def test_a_pack_remembers_its_layout_and_a_copy_is_known_by_its_content() -> Non
     data = pack(examples(6, prefix=5), 5, 9, 1)
     found = layout_of(data)
     assert getattr(data, LAYOUT) is found
-    with patch("finhpc.models.packed.segments_of", side_effect=AssertionError("read again")):
+    with patch("finhpc.models.packed.layout.segments_of", side_effect=AssertionError("read again")):
         assert layout_of(data) is found
         assert layout_of(data.clone()) is found
 

@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from finhpc.config import Method, Model, Recompute
 from finhpc.lowrank.replace import ranks_of
 from finhpc.models.attention import NAME, RECOMPUTED
-from finhpc.models.families import make_config, parameter_count, skeleton
+from finhpc.models.families.presets import resolve_shape
+from finhpc.models.families.registry import make_config, parameter_count, skeleton
 from finhpc.models.initialize import drawn
 from finhpc.models.loading import initial_model
 from finhpc.models.pipeline import Layer, counted_costs, parts_of, stage_borders
-from finhpc.models.presets import resolve_shape
 from finhpc.models.recompute import draws_random
+from finhpc.settings import Method, Model, Recompute
 
 SEQ, VOCAB = 150, 101  # more than one block of queries
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from finhpc.config import ExportConfig, FinetuneConfig, FinetuneEstimateConfig, build
-from finhpc.models.export import export
-from finhpc.models.families import as_low_rank, make_config, model_sizes, parameter_count
+from finhpc.commands.estimate.finetuning import estimate_finetune
+from finhpc.commands.export import export
+from finhpc.commands.finetune import Finetune
+from finhpc.models.families.presets import Shape
+from finhpc.models.families.registry import as_low_rank, make_config, model_sizes, parameter_count
 from finhpc.models.loading import initial_model, save_model
-from finhpc.models.presets import Shape
-from finhpc.orchestration.estimate_finetune import estimate_finetune
-from finhpc.orchestration.finetune import Finetune
+from finhpc.settings import ExportConfig, FinetuneConfig, FinetuneEstimateConfig, build
 from tests.models.dense import tiny_gpt2, tiny_llama, tiny_mistral, tiny_qwen2
 from tests.models.folders import with_tokenizer
 

@@ -8,15 +8,15 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from finhpc.config import ExportConfig, GenerateConfig, build
-from finhpc.data.tokenizer import Encoder, save
+from finhpc.commands.export import export
+from finhpc.data.text.tokenizer import Encoder, save
 from finhpc.errors import ConfigError
-from finhpc.evaluation.generation import Generator
 from finhpc.evaluation.models import load_for_evaluation
-from finhpc.models.export import export
-from finhpc.models.families import as_low_rank
+from finhpc.generation.generator import Generator
+from finhpc.models.families.registry import as_low_rank
+from finhpc.models.files.tokenizer import open_tokenizer
 from finhpc.models.loading import initial_model
-from finhpc.models.tokenizer_file import open_tokenizer
+from finhpc.settings import ExportConfig, GenerateConfig, build
 from tests.data.kinds import tokenizer
 from tests.models.dense import saved, tiny_llama, tiny_qwen2
 from tests.parity.gguf_file import write_gguf

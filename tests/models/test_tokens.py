@@ -10,7 +10,7 @@ import pytest
 from transformers import GPT2Config
 
 from finhpc.errors import CheckpointError, ConfigError
-from finhpc.models.tokens import (
+from finhpc.models.files.tokens import (
     begin_ids,
     check_rows,
     continuation_ids,

@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+from finhpc.commands.decompose.merge import header_of, merge_model, save_atomic
+from finhpc.commands.decompose.moments import second_moments
 from finhpc.errors import CheckpointError, ConfigError
-from finhpc.models.merge import header_of, merge_model, save_atomic
-from finhpc.models.moments import second_moments
-from finhpc.models.weights import locate, open_weights
+from finhpc.models.files.weights import locate, open_weights
 from tests.models.dense import saved, tiny_gpt2, tiny_llama
 from tests.models.gguf_file import write_gguf
 
@@ -182,7 +182,7 @@ def test_parts_become_one_file_or_several(tmp_path: Path, monkeypatch: pytest.Mo
     assert merged.keys() == expected.keys()
     assert all(torch.equal(merged[name], tensor) for name, tensor in expected.items())
     assert header_of(tmp_path / "one" / "model.safetensors")["__metadata__"] == {"format": "pt"}
-    monkeypatch.setattr("finhpc.models.merge.FILE_BYTES", parts[0].stat().st_size + parts[1].stat().st_size)
+    monkeypatch.setattr("finhpc.commands.decompose.merge.FILE_BYTES", parts[0].stat().st_size + parts[1].stat().st_size)
     (tmp_path / "two").mkdir()
     merge_model(parts, tmp_path / "two")
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == [
@@ -232,7 +232,7 @@ def test_parts_without_wanted_layers_yield_nothing(tmp_path: Path) -> None:
 def test_weights_in_a_second_layout_are_not_fetched() -> None:
     from huggingface_hub.utils import filter_repo_objects
 
-    from finhpc.models.weights import FETCHED, NOT_FETCHED
+    from finhpc.models.files.weights import FETCHED, NOT_FETCHED
 
     wanted = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json"]
     twice = ["consolidated.safetensors", "consolidated.00.pth", "original/params.json", "pytorch_model.bin"]

@@ -16,12 +16,12 @@ import torch
 from peft import IA3Config, LoHaConfig, LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 
-from finhpc.config.finetune import FinetuneQuantization, Lora
-from finhpc.models.adapted import Adaptation, AdaptedLayer
-from finhpc.models.adapter import CONFIG, save_adapter
-from finhpc.models.lora_start import MOVES_BASE
-from finhpc.models.manifest import weights_fingerprint
-from finhpc.models.weights import open_weights
+from finhpc.models.files.manifest import weights_fingerprint
+from finhpc.models.files.weights import open_weights
+from finhpc.models.lora.frozen_base import Adaptation, AdaptedLayer
+from finhpc.models.lora.peft_format import CONFIG, save_adapter
+from finhpc.models.lora.targets import MOVES_BASE
+from finhpc.settings.finetune import FinetuneQuantization, Lora
 from tests.parity.bases import Base
 
 RANK = 4

@@ -30,11 +30,11 @@ from transformers import (
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 from transformers.pytorch_utils import Conv1D
 
-from finhpc.config import ExportConfig, build
-from finhpc.models.export import export
-from finhpc.models.families import as_low_rank
+from finhpc.commands.export import export
+from finhpc.models.families.registry import as_low_rank
 from finhpc.quantization.fake import TRAINED
 from finhpc.quantization.layers import PackedMatrix, TiedHead
+from finhpc.settings import ExportConfig, build
 from tests.models.dense import settled
 from tests.parity.gguf_file import write_gguf
 from tests.parity.tokenizer_kinds import VOCAB

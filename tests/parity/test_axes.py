@@ -9,9 +9,9 @@ from typing import get_args
 
 from peft import LoraConfig
 
-from finhpc.config.finetune import FinetuneQuantization, Lora
-from finhpc.models.families import FAMILIES
+from finhpc.models.families.registry import FAMILIES
 from finhpc.quantization.schemes import SCHEMES
+from finhpc.settings.finetune import FinetuneQuantization, Lora
 from tests.parity.adapters import ADAPTERS, LLAMA, OURS, UNUSED
 from tests.parity.bases import FAMILY_ROWS, REFERENCES
 from tests.parity.harness import run_texts, run_weights

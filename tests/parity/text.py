@@ -18,17 +18,17 @@ from unittest.mock import patch
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from finhpc.config import ExportConfig, GenerateConfig, Instructions, Parallel, build
-from finhpc.data.batches import Batches
-from finhpc.data.examples import Arrays, Examples, make_examples
-from finhpc.data.tokenizer import Encoder
-from finhpc.evaluation.generate import generate
-from finhpc.evaluation.generation import Generator
+from finhpc.commands.export import export
+from finhpc.commands.generate import generate
+from finhpc.data.examples.batches import Batches
+from finhpc.data.examples.examples import Arrays, Examples, make_examples
+from finhpc.data.text.tokenizer import Encoder
 from finhpc.evaluation.language_model import LanguageModel
 from finhpc.evaluation.models import load_for_evaluation
-from finhpc.models.export import export
-from finhpc.models.packed import IGNORED, POSITION, PREFIX, SEGMENT, TARGET, TOKEN
-from finhpc.orchestration.pyfunc import _load_pyfunc
+from finhpc.generation.generator import Generator
+from finhpc.models.packed.layout import IGNORED, POSITION, PREFIX, SEGMENT, TARGET, TOKEN
+from finhpc.settings import ExportConfig, GenerateConfig, Instructions, Parallel, build
+from finhpc.tracking.pyfunc import _load_pyfunc
 from tests.models.dense import settled
 from tests.parity.table import Row
 from tests.parity.tokenizer_kinds import END, END_OF_TURN, VOCAB, Kind, tokenizer_of

@@ -20,18 +20,18 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finhpc.config import ExportConfig, GenerateConfig, Instructions, Parallel, build
-from finhpc.data.batches import Batches
-from finhpc.data.examples import make_examples
-from finhpc.evaluation.generate import generate
-from finhpc.evaluation.generation import Generator
+from finhpc.commands.export import export
+from finhpc.commands.generate import generate
+from finhpc.data.examples.batches import Batches
+from finhpc.data.examples.examples import make_examples
 from finhpc.evaluation.language_model import LanguageModel
 from finhpc.evaluation.models import load_for_evaluation, subjects
-from finhpc.models import tokenizer_file
-from finhpc.models.export import export
+from finhpc.generation.generator import Generator
+from finhpc.models.files import tokenizer as tokenizer_file
+from finhpc.models.files.tokenizer import open_tokenizer
 from finhpc.models.loading import load_model
-from finhpc.models.tokenizer_file import open_tokenizer
 from finhpc.quantization.schemes import SCHEMES
+from finhpc.settings import ExportConfig, GenerateConfig, Instructions, Parallel, build
 from tests.models.packs import plain_loss
 from tests.parity.adapters import ADAPTERS, NONE, Kind, make_ours, make_peft
 from tests.parity.bases import BASES, FAMILY_ROWS, NOT_IN_GGUF, Base, State, state_of

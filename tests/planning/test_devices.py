@@ -6,9 +6,9 @@ import pytest
 
 import finhpc
 from finhpc.cli import main
-from finhpc.config import EstimateConfig, build
-from finhpc.config.pretrain import Hardware
 from finhpc.planning.devices import DEVICES, device_called
+from finhpc.settings import EstimateConfig, build
+from finhpc.settings.pretrain import Hardware
 
 
 @pytest.mark.parametrize(

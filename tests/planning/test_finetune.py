@@ -11,18 +11,18 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from finhpc.config import build
-from finhpc.config.finetune import FinetuneConfig
-from finhpc.models.adapted import Adaptation
-from finhpc.models.families import as_low_rank
+from finhpc.models.families.registry import as_low_rank
+from finhpc.models.files.weights import open_weights
 from finhpc.models.loading import initial_model, save_model
-from finhpc.models.packed import segments_of
-from finhpc.models.weights import open_weights
-from finhpc.planning.adapted import PackSize
+from finhpc.models.lora.frozen_base import Adaptation
+from finhpc.models.packed.layout import segments_of
 from finhpc.planning.devices import DEVICES, Cluster
-from finhpc.planning.finetune import FinetunePlan
+from finhpc.planning.fake_packs import PackSize
+from finhpc.planning.finetuning import FinetunePlan
 from finhpc.planning.memory import Topology
 from finhpc.quantization.frozen import freeze, hollow
+from finhpc.settings import build
+from finhpc.settings.finetune import FinetuneConfig
 from tests.models.dense import saved
 from tests.models.packs import examples, packs_of
 from tests.training.processes import run_processes

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from finhpc.config import PretrainConfig, build
+from finhpc.commands.estimate.pretraining import scheme_of
 from finhpc.lowrank.replace import ranks_of
-from finhpc.models.families import make_config
-from finhpc.models.presets import resolve_shape
-from finhpc.orchestration.estimate import scheme_of
+from finhpc.models.families.presets import resolve_shape
+from finhpc.models.families.registry import make_config
 from finhpc.planning.memory import Memory, Topology
 from finhpc.planning.outline import outline_of
+from finhpc.settings import PretrainConfig, build
 from tests.training.processes import run_processes
 
 SHAPE = {"layers": 4, "width": 128, "heads": 4, "context": 128, "vocab_size": 2000}

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from finhpc.config import PretrainConfig, build
 from finhpc.planning.memory import Memory, Scheme, Topology
 from finhpc.planning.outline import outline_of
+from finhpc.settings import PretrainConfig, build
 from tests.gpu import CUDA, DEVICE, alone, held_bytes, needs_gpu, peak_of
 from tests.planning.test_memory import SHAPE, hf_config
 

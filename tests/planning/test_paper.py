@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from finhpc.config import Method, Model
 from finhpc.lowrank.replace import ranks_of
-from finhpc.models.families import make_config
-from finhpc.models.presets import resolve_shape
+from finhpc.models.families.presets import resolve_shape
+from finhpc.models.families.registry import make_config
 from finhpc.planning.memory import Memory, Scheme, Topology
 from finhpc.planning.outline import Outline, outline_of
-from finhpc.planning.pace import step_operations
-from finhpc.planning.paper import DIFFERENCES, GB, GIB, part_bytes, table_iii_intermediates, variables
+from finhpc.planning.paper_memory import DIFFERENCES, GB, GIB, part_bytes, table_iii_intermediates, variables
+from finhpc.planning.step_time import step_operations
+from finhpc.settings import Method, Model
 
 # Table II: (amount in M, storage in GB, %) of Llama2-7B and Llama2-13B.
 TABLE_II = {

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from finhpc.config import build
-from finhpc.config.finetune import FinetuneConfig
-from finhpc.models.adapted import Adaptation
-from finhpc.models.weights import open_weights
+from finhpc.models.files.weights import open_weights
+from finhpc.models.lora.frozen_base import Adaptation
+from finhpc.settings import build
+from finhpc.settings.finetune import FinetuneConfig
 from tests.models.dense import saved, tiny_gpt2, tiny_llama
 from tests.models.packs import examples, packs_of, peft_model, peft_parameters, plain_loss
 from tests.training.processes import run_processes

@@ -15,11 +15,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from finhpc.config import PretrainConfig, build
 from finhpc.lowrank.blend import alpha_at
 from finhpc.models.initialize import drawn
 from finhpc.models.loading import initial_model
-from finhpc.training.feed import Blocks
+from finhpc.settings import PretrainConfig, build
+from finhpc.training.batches import Blocks
 from finhpc.training.journal import latest, read
 from finhpc.training.memory import live_tensor_bytes
 from tests.training.processes import run_processes
@@ -62,9 +62,9 @@ class Stopped(Exception):
 
 def train(folder: Path, config: PretrainConfig, stop: int = STEPS) -> None:
     """Train as a worker does, and stop before step `stop` + 1 as if killed there."""
-    from finhpc.training.loop import Worker
+    from finhpc.training.trainer import Trainer
 
-    class Stopping(Worker):
+    class Stopping(Trainer):
         def _step(self, step: int) -> None:
             if step > stop:
                 self.saver.wait()
@@ -82,7 +82,6 @@ def train(folder: Path, config: PretrainConfig, stop: int = STEPS) -> None:
         fill=fill,
         device=torch.device("cpu"),
         folder=folder,
-        journal_path=folder / "journal.jsonl",
         feed=Blocks(config.parallel, stream, held_out),
     )
     try:

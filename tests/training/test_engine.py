@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from finhpc.config import PretrainConfig, build
 from finhpc.lowrank.replace import ranks_of
-from finhpc.models.families import make_config
+from finhpc.models.families.presets import resolve_shape
+from finhpc.models.families.registry import make_config
 from finhpc.models.loading import initial_model
-from finhpc.models.presets import resolve_shape
 from finhpc.quantization.fake import fake_quantize, plain_name
+from finhpc.settings import PretrainConfig, build
 from tests.training.processes import run_processes
 
 SAMPLES, SEQ, VOCAB = 16, 32, 211
@@ -106,9 +106,9 @@ def engine_runs(
     runs: list[tuple[str, int, int, int, dict[str, Any]]], steps: int, device: str = "cpu"
 ) -> list[dict[str, Any]]:
     """In one process of the group: each run's losses, norms, this stage's gradients and weights."""
+    from finhpc.training.batches import Blocks
     from finhpc.training.engine import Engine
-    from finhpc.training.feed import Blocks
-    from finhpc.training.loop import held_out_loss
+    from finhpc.training.trainer import held_out_loss
 
     class Recorder(Engine):
         """Keeps the gradients of the first step, before and after clipping."""

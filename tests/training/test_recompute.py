@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from finhpc.models.pipeline import parts_of
-from finhpc.training.saved import saved_bytes
+from finhpc.training.activation_bytes import saved_bytes
 from tests.training.processes import run_processes
 from tests.training.test_engine import CASES, SAMPLES, SEQ, hf_config, lr_at, settings, tokens
 

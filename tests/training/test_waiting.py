@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from finhpc.config import PretrainConfig, build
-from finhpc.data.reading import Batch, ReplicaStream, local_stream
-from finhpc.data.shards import Shards
+from finhpc.data.shards.reader import Batch, ReplicaStream, local_stream
+from finhpc.data.shards.shards import Shards
 from finhpc.lowrank.replace import ranks_of
-from finhpc.models.families import make_config
+from finhpc.models.families.presets import resolve_shape
+from finhpc.models.families.registry import make_config
 from finhpc.models.initialize import drawn
-from finhpc.models.presets import resolve_shape
-from finhpc.training.feed import Blocks
+from finhpc.settings import PretrainConfig, build
+from finhpc.training.batches import Blocks
 from finhpc.training.journal import latest, read
 from tests.tiny import tiny_shards
 from tests.training.processes import run_processes
@@ -32,7 +32,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Shards:
 
 def train(folder: Path, shards: Shards, steps: int, each_s: float = 0.0) -> list[dict[str, Any]]:
     """The steps of one start of a run of `steps`, whose data opens slowly and then takes `each_s` a batch."""
-    from finhpc.training.loop import Worker
+    from finhpc.training.trainer import Trainer
 
     tree: dict[str, Any] = {
         "model": {"preset": "gpt2-tiny", "vocab_size": shards.manifest.vocab_size, "layers": 1, "width": 32},
@@ -53,13 +53,12 @@ def train(folder: Path, shards: Shards, steps: int, each_s: float = 0.0) -> list
     journal = folder / "journal.jsonl"
     _, before = read(journal)
     hf_config = make_config(resolve_shape(config.model), ranks_of(config.method), config.method.kind)
-    worker = Worker(
+    worker = Trainer(
         config=config,
         hf_config=hf_config,
         fill=drawn(hf_config, 0, config.method.init),
         device=torch.device("cpu"),
         folder=folder,
-        journal_path=journal,
         feed=Blocks(config.parallel, stream, shards.eval_samples(4, 32)),
     )
     worker.run()

@@ -1,0 +1,1 @@
+"""What `finhpc bench` can measure, one file each."""

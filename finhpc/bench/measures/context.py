@@ -1,0 +1,128 @@
+"""`finhpc bench context`: LoRA steps on long inputs, in every mode of recomputation.
+
+A filing or a call transcript is thousands of tokens with a short answer (FinLoRA's abstract names such
+inputs as what makes finetuning costly). One example a step, one process, no Ray: what a step's memory
+is made of when the input and not the batch is long, and what a mode of recomputation costs there.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, get_args
+
+import numpy as np
+import torch
+
+from finhpc.bench.device import device_of
+from finhpc.bench.measures.finetune import NAMES, lora_engine
+from finhpc.bench.pairs import in_turn, median_ratio, spread
+from finhpc.bench.report import Row, publish, say
+from finhpc.bench.settings import ContextBench
+from finhpc.data.examples.batches import Batches
+from finhpc.data.examples.examples import Arrays
+from finhpc.errors import ConfigError
+from finhpc.models.files.weights import locate, open_weights
+from finhpc.settings import Parallel, Recompute
+from finhpc.training.engine import Engine
+from finhpc.training.memory import counted_peak, live_tensor_bytes
+
+Way = tuple[int, Recompute]  # tokens, mode
+
+
+def bench_context(settings: ContextBench) -> dict[str, Any]:
+    """Measure and publish; `ratios`, at the longest input: `time_*_over_none` and
+    `peak_*_over_none`.
+
+    `peak_memory_bytes` counts live tensors in a step, `state_bytes` those that lie there between steps: base,
+    adapters, optimiser. Raises `ConfigError` for a GPU, which is not measured, without a model, or for more tokens
+    than its context.
+    """
+    began = time.perf_counter()
+    if device_of(settings.resources).type != "cpu":
+        raise ConfigError("bench context measures CPUs alone; use resources.device=cpu.")
+    if settings.model is None:
+        raise ConfigError("bench context needs --model FOLDER, the base.")
+    path = locate(settings.model)
+    hf_config = open_weights(path).config
+    _check(settings, int(hf_config.max_position_embeddings))
+    modes: tuple[Recompute, ...] = get_args(Recompute)
+    packs = {length: _example(length, settings.answer, hf_config.vocab_size) for length in sorted(settings.lengths)}
+    ways: dict[Way, Callable[[], float]] = {}
+    memory: dict[Way, Row] = {}
+    for mode in modes:
+        say(f"{mode}: loading the base; then a counted step of each length")
+        gc.collect()
+        before = live_tensor_bytes()
+        engine = lora_engine(path, settings.bits, settings.rank, batch=1, recompute=mode)
+        for length, pack in packs.items():
+            ways[length, mode] = partial(_step, engine, pack)
+            memory[length, mode] = _memory(ways[length, mode], before)
+    rows: list[Row] = []
+    for length in packs:
+        say(f"{length} tokens: {settings.bench.repeats} rounds of a step in each of {len(modes)} modes")
+        seconds = in_turn({mode: ways[length, mode] for mode in modes}, settings.bench.repeats)
+        least = memory[length, "none"]["peak_memory_bytes"]
+        rows += [
+            {
+                "tokens": length,
+                "recompute": mode,
+                "tokens_per_s": length / statistics.median(seconds[mode]),
+                "time_over_none": median_ratio(seconds[mode], seconds["none"]),
+                **memory[length, mode],
+                "peak_over_none": memory[length, mode]["peak_memory_bytes"] / least,
+                "spread": spread(seconds[mode]),
+            }
+            for mode in modes
+        ]
+    longest = {row["recompute"]: row for row in rows[-len(modes) :]}
+    ratios = {f"{kind}_{mode}_over_none": longest[mode][f"{kind}_over_none"]
+              for kind in ("time", "peak") for mode in modes[1:]}  # fmt: skip
+    return publish("context", settings.bench.out, _conditions(settings), rows, ratios, began)
+
+
+def _check(settings: ContextBench, context: int) -> None:
+    shortest, longest = min(settings.lengths), max(settings.lengths)
+    if longest > context:
+        raise ConfigError(f"lengths={longest} is above the {context} tokens of {settings.model}'s context; shorten it.")
+    if shortest <= settings.answer:
+        raise ConfigError(f"lengths={shortest} leaves no input before answer={settings.answer} tokens; lengthen it.")
+
+
+def _conditions(settings: ContextBench) -> Row:
+    return {
+        "model": settings.model,
+        "example": f"one a step, random tokens, an answer of {settings.answer}; logits of the answer alone",
+        "adapters": f"rank {settings.rank} beside every linear layer but the head, float32",
+        "base": f"{NAMES[settings.bits]}, bfloat16 activations",
+        "optimizer": "AdamW",
+        "threads": settings.resources.threads,
+        "ray": False,
+    }
+
+
+def _memory(step: Callable[[], object], before: int) -> Row:
+    """Tensor bytes above `before`: the peak of a step, and what lies there between steps (base, adapters, AdamW)."""
+    step()  # makes the optimiser's
+    gc.collect()
+    state = live_tensor_bytes() - before
+    return {"peak_memory_bytes": counted_peak(step)[1] - before, "state_bytes": state}
+
+
+def _example(length: int, answer: int, vocabulary: int) -> torch.Tensor:
+    """A pack of one example, int64 (1, FIELDS, length - 1): its last token predicts nothing."""
+    learnt = np.arange(length) >= length - answer
+    tokens = np.random.default_rng(length).integers(0, vocabulary, length, dtype=np.int32)
+    arrays = Arrays(tokens, np.array([0, length]), learnt, np.zeros(1, np.int32))
+    (made,) = Batches(Parallel(micro_batch_size=1), seed=0).step(arrays, 0, 0)
+    return torch.from_numpy(made["pack"])
+
+
+def _step(engine: Engine, pack: torch.Tensor) -> float:
+    """Seconds of one step."""
+    start = time.perf_counter()
+    engine.train_step(iter([pack]), 1e-4)
+    return time.perf_counter() - start

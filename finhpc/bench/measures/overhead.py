@@ -1,0 +1,115 @@
+"""A whole `finhpc pretrain` beside a plain torch loop over the same model and batches."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from finhpc.bench.pairs import in_turn, median_ratio, spread
+from finhpc.bench.report import Row, say
+from finhpc.bench.settings import TrainBench
+from finhpc.bench.shards import random_shards
+from finhpc.errors import TrainingFailedError
+from finhpc.settings import PretrainConfig, to_yaml
+
+LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-3}  # relative; the two must train the same model on the same batches
+
+
+def overhead(config: PretrainConfig, settings: TrainBench) -> tuple[list[Row], dict[str, float]]:
+    """Tokens/s of finhpc (one stage, Ray, streaming, tracking) over a plain loop, in pairs of whole processes.
+
+    Raises `TrainingFailedError` where a process fails or the two do not train alike.
+    """
+    steps, precision = settings.overhead_steps, config.train.precision
+    os.makedirs(settings.bench.out, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=settings.bench.out, prefix=".overhead-") as temporary:
+        folder = Path(os.path.abspath(temporary))
+        tokens = 2 * steps * config.parallel.samples_per_step * config.data.seq_len
+        shards = random_shards(folder / "shards", tokens, config.data.seq_len)
+        config = config.model_copy(deep=True)
+        config.data.shards, config.data.eval_samples = str(shards.folder), config.parallel.micro_batch_size
+        config.train.steps, config.train.eval_every, config.train.checkpoint_every = steps, 0, 0
+        config.run.storage = str(folder / "runs")
+        found: dict[str, list[list[dict[str, float]]]] = {"finhpc": [], "plain": []}
+
+        def measure(way: str) -> float:
+            say(f"{precision}, {way}: {steps} steps (pair {len(found[way]) + 1} of {settings.overhead_pairs})")
+            config.run.name = f"run-{len(found['finhpc'])}"
+            found[way].append((_finhpc if way == "finhpc" else _plain)(config, folder))
+            return _tokens_per_s(found[way][-1], config)
+
+        pace = in_turn({way: lambda way=way: measure(way) for way in found}, settings.overhead_pairs)  # type: ignore[misc]
+    _check_alike(found["finhpc"][0], found["plain"][0], precision)
+    rows = [_row(way, values, config, settings) for way, values in pace.items()]
+    return rows, {f"overhead_{precision}": median_ratio(pace["finhpc"], pace["plain"])}
+
+
+def _finhpc(config: PretrainConfig, folder: Path) -> list[dict[str, float]]:
+    from finhpc.training.journal import WORKER_FILE, latest, read
+
+    _run([sys.executable, "-m", "finhpc.cli", "pretrain", "--config", _write(config, folder)])
+    records, _ = read(Path(config.run.storage) / config.run.name / WORKER_FILE)
+    train = latest(records, "train")
+    return [train[step] for step in sorted(train)]
+
+
+def _plain(config: PretrainConfig, folder: Path) -> list[dict[str, float]]:
+    answer: list[dict[str, float]] = json.loads(
+        _run([sys.executable, "-m", "finhpc.bench.plain.pretrain", _write(config, folder)]).splitlines()[-1]
+    )
+    return answer
+
+
+def _write(config: PretrainConfig, folder: Path) -> str:
+    path = folder / "config.yaml"
+    path.write_text(to_yaml(config), encoding="utf-8")
+    return str(path)
+
+
+def _run(words: list[str]) -> str:
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise TrainingFailedError(f"{' '.join(words[2:4])} failed ({done.returncode}): {done.stderr[-500:]}")
+    return done.stdout
+
+
+def _tokens_per_s(records: list[dict[str, float]], config: PretrainConfig) -> float:
+    """Over all steps but the first quarter, from record to record: what lies between the steps counts too."""
+    first = len(records) // 4
+    span = records[-1]["time"] - records[first - 1]["time"]
+    return (len(records) - first) * config.parallel.samples_per_step * config.data.seq_len / span
+
+
+def _check_alike(ours: list[dict[str, float]], plain: list[dict[str, float]], precision: str) -> None:
+    for mine, other in zip(ours, plain, strict=True):
+        difference = abs(mine["train_loss"] / other["train_loss"] - 1)
+        if not difference <= LOSS_TOLERANCE[precision]:
+            raise TrainingFailedError(
+                f"step {mine['step']:.0f}: finhpc's loss {mine['train_loss']:.6f}, the plain loop's "
+                f"{other['train_loss']:.6f}; they do not train the same model on the same batches."
+            )
+
+
+def _row(way: str, values: list[float], config: PretrainConfig, settings: TrainBench) -> Row:
+    pace = statistics.median(values)
+    name = "finhpc pretrain (Ray, stream, tracking)" if way == "finhpc" else "plain loop over the same parts"
+    row: dict[str, Any] = {
+        "way": f"rank {settings.ranks[0]}, {name}",
+        "precision": config.train.precision,
+        "params": None,
+        "step_s": config.parallel.samples_per_step * config.data.seq_len / pace,
+        "tokens_per_s": pace,
+    }
+    return row | {
+        "matrix_gflops": None,
+        "speedup": None,
+        "limit": None,
+        "speedup_over_limit": None,
+        "spread": spread(values),
+    }

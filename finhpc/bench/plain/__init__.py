@@ -1,0 +1,1 @@
+"""The plain ways that benchmarks compare with: transformers, peft and datasets without finhpc."""

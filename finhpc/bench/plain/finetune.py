@@ -1,0 +1,129 @@
+"""The finetuning loops that finhpc is measured against: transformers and peft, alone and with transformers' Trainer.
+
+Both pad each batch to its longest example on the right, in the order they are given; AdamW at a constant rate without
+decay and clipping. The base is bfloat16, or bitsandbytes' over it; peft keeps the adapters in float32.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from finhpc.data.examples.examples import Arrays
+from finhpc.models.packed.layout import IGNORED
+
+
+class Pass(NamedTuple):
+    """Seconds of all steps but the first, which warms up; the loss of every step, in nats."""
+
+    seconds: float
+    losses: list[float]
+
+
+Passes = Callable[[Sequence[Sequence[int]]], Pass]  # batches of examples' ids -> a pass over them
+
+
+def peft_model(path: Path, bits: int, rank: int, seed: int) -> Any:
+    """The base of a folder with an adapter beside every linear layer but the head, as the loops train it."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    quantization = None
+    if bits == 8:
+        quantization = BitsAndBytesConfig(load_in_8bit=True)
+    elif bits == 4:
+        how: dict[str, Any] = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+        quantization = BitsAndBytesConfig(load_in_4bit=True, **how)
+    torch.manual_seed(seed)
+    base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, quantization_config=quantization)
+    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(base, lora)
+
+
+def adapters(model: Any) -> dict[str, Tensor]:
+    """finhpc's name of each of the adapters' factors -> it."""
+    found: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            layer, _, rest = name.removeprefix("base_model.model.").partition(".lora_")
+            found[f"{layer}.{rest[0]}"] = parameter
+    return found
+
+
+def padded(examples: list[tuple[Any, Any]], pad: int) -> dict[str, Tensor]:
+    """A batch (examples, longest) of (tokens, which are the answer's); labels are the answers alone."""
+    shape = (len(examples), max(len(tokens) for tokens, _ in examples))
+    batch = {
+        "input_ids": torch.full(shape, pad, dtype=torch.int64),
+        "attention_mask": torch.zeros(shape, dtype=torch.int64),
+        "labels": torch.full(shape, IGNORED, dtype=torch.int64),
+    }
+    for row, (tokens, answer) in enumerate(examples):
+        ids = torch.from_numpy(tokens).long()
+        batch["input_ids"][row, : len(ids)] = ids
+        batch["attention_mask"][row, : len(ids)] = 1
+        batch["labels"][row, : len(ids)] = ids.where(torch.from_numpy(answer), IGNORED)
+    return batch
+
+
+def plain_passes(model: Any, arrays: Arrays, pad: int, lr: float) -> Passes:
+    """Passes of the loop that peft's documentation shows."""
+
+    def run(batches: Sequence[Sequence[int]]) -> Pass:
+        model.eval()  # as transformers loads it: nothing in it drops out
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0)
+        losses: list[float] = []
+        start = time.perf_counter()
+        for batch in batches:
+            if len(losses) == 1:
+                start = time.perf_counter()
+            loss = model(**padded([arrays.example(i) for i in batch], pad)).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return Pass(time.perf_counter() - start, losses)
+
+    return run
+
+
+def trainer_passes(model: Any, arrays: Arrays, pad: int, lr: float, folder: Path) -> Passes:
+    """Passes of transformers' Trainer; `folder`: where it may write."""
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    class InOrder(Trainer):  # type: ignore[misc]
+        def get_train_dataloader(self) -> Any:
+            return self.train_dataset
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        start = 0.0
+        steps = 0
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.steps += 1
+            if self.steps == 1:
+                self.start = time.perf_counter()
+
+    def run(batches: Sequence[Sequence[int]]) -> Pass:
+        how: dict[str, Any] = {"lr_scheduler_type": "constant", "max_grad_norm": 0.0, "weight_decay": 0.0}
+        arguments = TrainingArguments(
+            str(folder), learning_rate=lr, num_train_epochs=1, per_device_train_batch_size=len(batches[0]),
+            logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True, **how,
+        )  # fmt: skip
+        made: Any = torch.utils.data.DataLoader(
+            [[arrays.example(i) for i in batch] for batch in batches],  # type: ignore[arg-type]
+            batch_size=None,
+            collate_fn=lambda examples: padded(examples, pad),
+        )
+        clock = Clock()
+        trainer = InOrder(model, arguments, train_dataset=made, callbacks=[clock])
+        trainer.train()
+        seconds = time.perf_counter() - clock.start
+        return Pass(seconds, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+
+    return run

@@ -1,0 +1,1 @@
+"""Ray: connect or start, check that it works, place workers, find the network."""

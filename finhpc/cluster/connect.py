@@ -1,0 +1,110 @@
+"""The Ray cluster a command works on: the one it is submitted to, or one of its own on this machine."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from finhpc.cluster.own_ray import keep_token_private, own_ray, ray_logs
+from finhpc.cluster.ready import check_ray
+from finhpc.errors import ConfigError, TrainingFailedError
+from finhpc.interrupts import terminable
+from finhpc.settings import TrainingConfig
+
+
+@contextmanager
+def ray_cluster() -> Iterator[None]:
+    """Connect to the cluster in RAY_ADDRESS (set in submitted jobs), or start one here and stop it after."""
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    check_ray()
+    with ExitStack() as stack:
+        try:
+            if os.environ.get("RAY_ADDRESS"):
+                keep_token_private()
+                stack.callback(ray.shutdown)
+                os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+                ray.init(log_to_driver=False, logging_level="ERROR")
+                stack.enter_context(terminable())  # again, because Ray replaces the handlers
+            else:
+                stack.enter_context(own_ray(os.cpu_count() or 1))
+        except Exception as error:  # Ray raises bare ones here
+            where = os.environ.get("RAY_ADDRESS") or "this machine"
+            raise TrainingFailedError(
+                f"Ray did not start on {where}: {str(error).rstrip('.')}. Its logs are in {ray_logs()}; correct that "
+                "and run the same command again."
+            ) from None
+        yield
+
+
+def cluster_resources() -> dict[str, float]:
+    """What the connected cluster has in all: CPU, GPU, ..."""
+    import ray
+
+    return dict(ray.cluster_resources())
+
+
+def known_resources() -> dict[str, float] | None:
+    """The same without connecting: this machine's, or None when RAY_ADDRESS names another cluster."""
+    import torch
+
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+        return cluster_resources()
+    if os.environ.get("RAY_ADDRESS"):
+        return None
+    return {"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()}
+
+
+def use_cuda(config: TrainingConfig, total: dict[str, float]) -> bool:
+    """Whether the workers run on GPUs; raises `ConfigError` when asked for and absent."""
+    gpus = total.get("GPU", 0)
+    if config.resources.device == "cuda" and not gpus:
+        raise ConfigError(
+            "resources.device=cuda, but the cluster has no GPU; use --resources.device cpu, or a cluster with GPUs."
+        )
+    return config.resources.device == "cuda" or (config.resources.device == "auto" and gpus > 0)
+
+
+def check_fits(config: TrainingConfig, cuda: bool, total: dict[str, float]) -> None:
+    """Raise `ConfigError` when the cluster could never place the workers (Ray would wait for ever)."""
+    own = not os.environ.get("RAY_ADDRESS")
+    workers, resources = config.parallel.workers, config.resources
+    problems = []
+    cpus = total.get("CPU", 0)  # reading data reserves none, see `data.stream`
+    if workers * resources.cpus_per_worker > cpus:
+        where = "this machine has" if own else "the cluster has"
+        problems.append(
+            f"parallel.stages x parallel.replicas = {workers} workers of resources.cpus_per_worker="
+            f"{resources.cpus_per_worker:g} need {workers * resources.cpus_per_worker:g} CPUs; {where} {cpus:g}; "
+            f"use fewer, or resources.cpus_per_worker={cpus / workers:.3g} to share cores."
+        )
+    if cuda and workers > 1 and resources.gpus_per_worker % 1:
+        problems.append(
+            f"resources.gpus_per_worker={resources.gpus_per_worker:g} with {workers} workers would put two workers "
+            "of a run on one GPU, which NCCL refuses; use resources.gpus_per_worker=1, or one worker "
+            "(parallel.stages=1 and parallel.replicas=1), of which several runs may share a GPU."
+        )
+    if cuda and workers * resources.gpus_per_worker > total.get("GPU", 0):
+        problems.append(
+            f"{workers} workers of resources.gpus_per_worker={resources.gpus_per_worker:g} need "
+            f"{workers * resources.gpus_per_worker:g} GPUs; the cluster has {total.get('GPU', 0):g}; use fewer."
+        )
+    if problems:
+        raise ConfigError(problems)
+
+
+def dead_process() -> str | None:
+    """The name of a process of this machine's own Ray that died under us; None while all is well.
+
+    Ray itself notices after a minute or never, and then ends this process without a word of ours.
+    """
+    from ray._private import worker
+
+    node = getattr(worker, "_global_node", None)
+    dead = node.dead_processes() if node is not None else []
+    return next((str(name) for name, _ in dead if name in ("raylet", "gcs_server")), None)

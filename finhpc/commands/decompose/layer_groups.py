@@ -1,0 +1,314 @@
+"""The layers of a model in groups that are factorised together, and the task that does one group."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from finhpc.cluster.package import Driver
+from finhpc.commands.decompose.merge import save_atomic
+from finhpc.commands.decompose.moments import second_moments
+from finhpc.errors import CheckpointError, ConfigError, FinhpcError
+from finhpc.lowrank.factorize import (
+    Spectrum,
+    error_of,
+    factors,
+    product,
+    residual,
+    solved,
+    spectra,
+    squared_norm,
+    whitening_root,
+)
+from finhpc.lowrank.ranks import rank_of_energy, rank_of_params
+from finhpc.models.files.weights import Linear, Weights, opened
+from finhpc.models.pipeline import parts_of
+from finhpc.settings import LINEAR_KINDS, DecomposeConfig
+from finhpc.training.allocator import give_back_freed_memory
+from finhpc.training.memory import peak_resident_bytes
+
+# Parameters and layers of a group, at most: little enough for memory and even shares on a CPU; enough
+# to fill a GPU.
+CPU_GROUP, GPU_GROUP = (4 << 20, 8), (64 << 20, 64)
+Report = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A layer to factorise; `rank` is None where its spectrum decides."""
+
+    linear: Linear
+    rank: int | None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Same-shaped layers that one task factorises; `moments`: file of second moments of their inputs."""
+
+    index: int
+    targets: tuple[Target, ...]
+    moments: Path | None = None
+
+    @property
+    def size(self) -> int:
+        return sum(target.linear.size for target in self.targets)
+
+    def result(self, work: Path) -> Path:
+        """Where its factors lie once it is done."""
+        return work / f"group-{self.index:05d}.safetensors"
+
+    def spectra(self, work: Path) -> Path:
+        return work / f"spectra-{self.index:05d}.safetensors"
+
+
+def targets_of(weights: Weights, config: DecomposeConfig) -> list[Target]:
+    """Every layer that becomes low-rank and its rank.
+
+    Raises `ConfigError` for settings that say no rank or two, and naming every layer that its rank
+    does not fit.
+    """
+    _check(config)
+    chosen = [Target(linear, _rank(linear, config)) for linear in weights.linears() if _wanted(linear, config)]
+    misfits: dict[tuple[str, int, int, int, str], int] = {}
+    for target in chosen:
+        linear = target.linear
+        if target.rank is not None and not 1 <= target.rank <= min(linear.out_features, linear.in_features):
+            # One line for the same layer of all blocks, which differ in a number alone.
+            name = re.sub(r"\.\d+\.", ".*.", linear.name)
+            key = (name, target.rank, linear.out_features, linear.in_features, linear.kind)
+            misfits[key] = misfits.get(key, 0) + 1
+    if misfits:
+        raise ConfigError(
+            [
+                f"rank={rank} does not fit {name} ({out} x {in_}, layers: {count}); "
+                f"use 1 to {min(out, in_)} (ranks.{kind} sets this kind alone)."
+                for (name, rank, out, in_, kind), count in misfits.items()
+            ]
+        )
+    return chosen
+
+
+def _check(config: DecomposeConfig) -> None:
+    problems = [
+        f"ranks.{kind} is no kind of layer; valid: {', '.join(LINEAR_KINDS)}."
+        for kind in sorted(set(config.ranks) - set(LINEAR_KINDS))
+    ]
+    given = [name for name in ("rank", "keep_params", "keep_energy") if getattr(config, name) is not None]
+    if not given and not config.ranks:
+        problems.append("nothing says the ranks; give one of --rank, --ranks.KIND, --keep_params, --keep_energy.")
+    if len(given) > 1:
+        problems.append(f"{' and '.join(given)} both say the rank; give one of them.")
+    problems += [
+        f"ranks.{kind}={config.ranks[kind]}, but {kind}=dense; add --{kind} low_rank, or leave the rank out."
+        for kind in ("head", "embedding")
+        if kind in config.ranks and getattr(config, kind) == "dense"
+    ]
+    if config.calibration.source and not config.whiten:
+        problems.append("calibration.source is given, but whiten is off; add --whiten, or leave the text out.")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _wanted(linear: Linear, config: DecomposeConfig) -> bool:
+    if linear.kind in ("head", "embedding") and getattr(config, linear.kind) == "dense":
+        return False
+    return linear.kind in config.ranks or any(
+        setting is not None for setting in (config.rank, config.keep_params, config.keep_energy)
+    )
+
+
+def _rank(linear: Linear, config: DecomposeConfig) -> int | None:
+    if linear.kind in config.ranks:
+        return config.ranks[linear.kind]
+    if config.keep_params is not None:
+        return rank_of_params(linear.out_features, linear.in_features, config.keep_params)
+    return config.rank
+
+
+def groups_of(targets: list[Target], weights: Weights, whiten: bool, cuda: bool) -> list[Group]:
+    """Same-shaped layers together, the largest groups first; whitened ones within one part of the model."""
+    part_of = _parts(weights) if whiten else {}
+
+    def key(target: Target) -> tuple[int, int, int]:
+        return part_of.get(target.linear.name, 0), target.linear.out_features, target.linear.in_features
+
+    most_params, most_layers = GPU_GROUP if cuda else CPU_GROUP
+    found: list[tuple[Target, ...]] = []
+    for _, same in groupby(sorted(targets, key=key), key):
+        layers = list(same)
+        width = max(1, min(most_layers, most_params // layers[0].linear.size))
+        found += [tuple(layers[i : i + width]) for i in range(0, len(layers), width)]
+    if not whiten:  # or they come in the order that the text goes through the model
+        found.sort(key=lambda layers: -sum(_cost(target.linear) for target in layers))
+    return [Group(index, layers) for index, layers in enumerate(found)]
+
+
+def _cost(linear: Linear) -> int:
+    return linear.size * min(linear.out_features, linear.in_features)
+
+
+def _parts(weights: Weights) -> dict[str, int]:
+    """Linear layer -> index of the part it is in."""
+    found: dict[str, int] = {}
+    for index, part in enumerate(parts_of(weights.config)):
+        for name in part.names:
+            for sub, _ in weights.skeleton.get_submodule(name).named_modules(prefix=name):
+                found.setdefault(sub, index)
+        if part.kind == "head":
+            found["lm_head"] = index
+    return found
+
+
+def with_moments(
+    pending: Iterable[Group], weights: Weights, tokens: Tensor, work: Path, device: torch.device
+) -> Iterator[Group]:
+    """The groups, each as soon as the moments of its layers' inputs are on disk. An embedding has no moments."""
+    waiting = {target.linear.name: group for group in pending for target in group.targets}
+    plain = {group.index: group for group in waiting.values() if group.targets[0].linear.kind == "embedding"}
+    yield from plain.values()
+    wanted = {name for name, group in waiting.items() if group.index not in plain}
+    for moments in second_moments(weights, tokens, wanted, device):
+        ready = {waiting[name].index: waiting[name] for name in moments if name in wanted}
+        for group in ready.values():
+            path = work / f"moments-{group.index:05d}.safetensors"
+            names = [target.linear.name for target in group.targets]
+            owners = {name: next(other for other in names if moments[other] is moments[name]) for name in names}
+            save_atomic({owner: moments[owner] for owner in owners.values()}, path, {"owners": json.dumps(owners)})
+            yield replace(group, moments=path)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every task of one decomposition is told."""
+
+    source: Path
+    stamp: str  # of the settings and the files
+    work: Path
+    keep_energy: float | None
+    threads: int
+    cuda: bool
+    driver: Driver
+
+
+def group_task(job: Job, group: Group) -> Report:
+    """Factorise one group; what goes wrong comes back as data, to be raised once and in our words."""
+    give_back_freed_memory()
+    torch.set_num_threads(job.threads)
+    error, kind = "", ""
+    try:
+        job.driver.enter()
+        _factorise(job, group)
+    except FinhpcError as problem:
+        error, kind = str(problem), type(problem).__name__
+    except Exception as problem:  # a full disk, memory that ran out: named with its layers, not as a Ray traceback
+        error = mend(group, type(problem).__name__, str(problem))
+    return {"error": error, "kind": kind, "pid": os.getpid(), "peak_memory_bytes": peak_memory_bytes(job.cuda)}
+
+
+def mend(group: Group, kind: str, problem: str) -> str:
+    names = ", ".join(target.linear.name for target in group.targets)
+    return f"{names}: {kind}: {problem}; mend that and run the same decompose again."
+
+
+def peak_memory_bytes(cuda: bool) -> int:
+    """Of this process: the allocator's peak on a GPU, else resident bytes."""
+    return torch.cuda.max_memory_allocated() if cuda else peak_resident_bytes()
+
+
+def _factorise(job: Job, group: Group) -> None:
+    weights = opened(job.source, job.stamp)
+    device = torch.device("cuda" if job.cuda else "cpu")
+    matrices = [weights.matrix(target.linear).to(device) for target in group.targets]
+    began = time.perf_counter()
+    roots = _roots(group, device)
+    found = [] if roots else solved(matrices, lambda i, spectrum: _rank_in(group.targets[i], spectrum, job))
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, Tensor] = {}
+    reports: list[Report] = []
+    for i, target in enumerate(group.targets):
+        name = target.linear.name
+        root, damping = roots.get(name, (None, None))
+        if root is None:
+            spectrum, rank = found[i]
+        else:  # a steeper spectrum than the weight's own, always in float64
+            spectrum = spectra([product(matrices[i].double(), root)])[0]
+            rank = _rank_in(target, spectrum, job)
+        a, b = factors(matrices[i], spectrum, rank, root)
+        reports.append(_report(target.linear, rank, matrices[i], a, b, spectrum, root, damping))
+        tensors[f"{name}.A"] = (a.T if target.linear.kind == "embedding" else a).cpu()
+        tensors[f"{name}.B"] = b.cpu()
+        values[name] = spectrum.values.cpu()
+    seconds = (time.perf_counter() - began) / len(reports)
+    for report in reports:
+        report["wall_s"] = seconds
+    save_atomic(values, group.spectra(job.work), {})
+    save_atomic(tensors, group.result(job.work), {"layers": json.dumps(reports)})
+    if group.moments is not None:
+        group.moments.unlink(missing_ok=True)
+
+
+def _roots(group: Group, device: torch.device) -> dict[str, tuple[Tensor, float]]:
+    """Layer -> (S, damping) of a whitened group; empty for a plain one."""
+    if group.moments is None:
+        return {}
+    with safe_open(group.moments, framework="pt") as file:
+        owners: dict[str, str] = json.loads(file.metadata()["owners"])
+    roots = {}
+    for name, moment in load_file(group.moments).items():
+        try:
+            roots[name] = whitening_root(moment.to(device))
+        except ValueError as error:
+            raise CheckpointError(f"{name}: {error}: its inputs are all zero or not finite; give other text.") from None
+    return {name: roots[owner] for name, owner in owners.items()}
+
+
+def _report(
+    linear: Linear,
+    rank: int,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    spectrum: Spectrum,
+    root: Tensor | None,
+    damping: float | None,
+) -> Report:
+    """A layer's line in result.json. `error` is relative to the weight's norm; the optimum is that of what
+    was made small: the weight's error, or that of its outputs on the calibration text."""
+    norm = squared_norm(weight) ** 0.5 or 1.0
+    error = error_of(weight, a, b) if root is None else residual(weight, a, b)
+    made_small = error if root is None else residual(weight, a, b, root)
+    scale = float(spectrum.values.square().sum().sqrt()) or 1.0
+    optimum = spectrum.optimum(rank)
+    report: Report = {
+        "name": linear.name,
+        "kind": linear.kind,
+        "out_features": linear.out_features,
+        "in_features": linear.in_features,
+        "rank": rank,
+        "error": error / norm,
+        "error_optimal": optimum / scale,
+        # With all of the spectrum kept the optimum is nothing but rounding, and so would be the quotient.
+        "error_over_optimal": made_small / optimum if optimum > 1e-6 * scale else None,
+    }
+    if root is not None:
+        report |= {"output_error": made_small / scale, "damping": damping}
+    return report
+
+
+def _rank_in(target: Target, spectrum: Spectrum, job: Job) -> int:
+    if target.rank is not None:
+        return target.rank
+    assert job.keep_energy is not None, "a target without a rank is one that its energy decides"
+    return rank_of_energy(spectrum.values, job.keep_energy)

@@ -1,0 +1,148 @@
+"""Seconds of each kind of part on this machine, measured by as many processes at once as will train."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finhpc.errors import TrainingFailedError
+from finhpc.settings import PretrainConfig
+
+if TYPE_CHECKING:
+    from finhpc.models.lora.frozen_base import Adaptation
+
+GROUP = "group"  # file by which the processes find each other
+ANSWER = "seconds.json"
+
+
+def part_seconds(config: PretrainConfig) -> dict[str, float]:
+    """Kind of part -> seconds a micro-batch, forward and backward with its share of the optimiser.
+
+    Takes seconds to a minute. Raises `TrainingFailedError` where a process dies.
+    """
+    workers = config.parallel.workers
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = (config.model_dump(mode="json"), workers, folder)
+        processes: list[Any] = [context.Process(target=_measure, args=(i, *arguments)) for i in range(workers)]
+        try:
+            for process in processes:
+                process.start()
+            for process in processes:
+                process.join()
+        finally:
+            for process in processes:
+                process.kill()
+        codes = [process.exitcode for process in processes if process.exitcode]
+        if codes:
+            raise TrainingFailedError(
+                f"measuring the parts failed (exit code {codes[0]}); its error stands above. "
+                "Was there room for so many workers?"
+            )
+        seconds: dict[str, float] = json.loads((Path(folder) / ANSWER).read_text(encoding="utf-8"))
+    return seconds
+
+
+def own_part_seconds(config: PretrainConfig, hf_config: Any) -> dict[str, float]:
+    """As `part_seconds`, in this process alone, in seconds of the CPU: others that are busy here do not change them."""
+    import torch
+    import torch.distributed as dist
+
+    from finhpc.models.pipeline import parts_of
+    from finhpc.training.stages import measure
+
+    alone = not dist.is_initialized()
+    with _threads(config.resources.threads):
+        if alone:
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+        try:
+            costs = measure(config, hf_config, torch.device("cpu"), _clock(config.resources.threads))
+        finally:
+            if alone:
+                dist.destroy_process_group()
+    kinds = [part.kind for part in parts_of(hf_config, config.train.recompute)]
+    return dict(zip(kinds, costs, strict=True))
+
+
+def adapted_part_seconds(adaptation: Adaptation, pack: Any, threads: int) -> dict[str, float]:
+    """Kind of part -> CPU seconds of its passes over a pack, forward and backward, of an adapted model."""
+    import torch
+    from torch import Tensor
+
+    from finhpc.models.lora.frozen_base import Adaptation, AdaptedLayer
+    from finhpc.models.packed.layout import layout_of
+    from finhpc.training.stages import median
+
+    own = Adaptation(**{field.name: getattr(adaptation, field.name) for field in fields(adaptation)})
+    tokens, found = torch.from_numpy(pack), dict[str, float]()
+    first = {part.kind: part for part in reversed(own.parts())}
+    order = list(dict.fromkeys(part.kind for part in own.parts()))
+    flow: Any = tokens
+    with _threads(threads):
+        for kind in order:
+            layer = AdaptedLayer(first[kind], own, torch.device("cpu"))
+            if kind == "head":
+                flow = flow[0][:, layout_of(tokens).predicting], tokens
+
+            def passes(layer: Any = layer, flow: Any = flow) -> Any:
+                start = flow if isinstance(flow, Tensor) else (flow[0].detach().requires_grad_(), flow[1])
+                out = layer(start)
+                value = out if isinstance(out, Tensor) else out[0]
+                if value.requires_grad:
+                    value.backward(torch.ones_like(value))
+                return out
+
+            found[kind] = median(passes, torch.device("cpu"), _clock(threads))
+            flow = passes()
+    return found
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _clock(threads: int) -> Callable[[], float]:
+    """Seconds that this process computed, of each of its threads."""
+    return lambda: time.process_time() / threads
+
+
+def _measure(rank: int, settings: dict[str, Any], workers: int, folder: str) -> None:
+    import torch
+    import torch.distributed as dist
+
+    from finhpc.models.pipeline import parts_of
+    from finhpc.planning.start import model_config
+    from finhpc.settings import EstimateConfig
+    from finhpc.training.stages import measure
+
+    config = EstimateConfig.model_validate(settings)
+    torch.set_num_threads(config.resources.threads)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/{GROUP}",
+        rank=rank,
+        world_size=workers,
+        timeout=timedelta(minutes=10),
+    )
+    hf_config = model_config(config)
+    costs = measure(config, hf_config, torch.device("cpu"))
+    if rank == 0:
+        kinds = [part.kind for part in parts_of(hf_config, config.train.recompute)]
+        (Path(folder) / ANSWER).write_text(json.dumps(dict(zip(kinds, costs, strict=True))), encoding="utf-8")
+    dist.destroy_process_group()

@@ -1,0 +1,1 @@
+"""`finhpc evaluate`: models scored on tasks, side by side on the Ray cluster."""

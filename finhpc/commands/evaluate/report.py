@@ -1,0 +1,241 @@
+"""What `finhpc evaluate` leaves for people: a table on the screen, and the scores in MLflow.
+
+The scores of a model go to the MLflow run that made it, if its run folder says which, and with the table and the
+predictions to a run of the evaluation's own. Several models have a run each nested below it, named
+EVALUATION/MODEL, with the same metric names, so that MLflow's comparison page has them side by side.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finhpc.data.shards.shards import Shards
+from finhpc.evaluation.models import Subject
+from finhpc.evaluation.tasks import PERPLEXITY, TaskFile
+from finhpc.files import redact, write_atomic
+from finhpc.settings import EvaluateConfig
+from finhpc.tracking.mirror import PARAM_LENGTH, PARAMS_A_BATCH, TAG_LENGTH
+from finhpc.tracking.shown import HIDDEN, PARENT, Dataset, parameters, setting_tags
+from finhpc.tracking.store import active_run, experiment_id, set_up_client
+from finhpc.tracking.tracker import absolute_tracking_uri, default_tracking_uri
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+METRICS = ("weighted_f1", "acc", "acc_norm", "perplexity")  # those shown, the first a task has leads
+STATE = "mlflow.json"
+
+
+def log_to_mlflow(
+    config: EvaluateConfig, folder: Path, subjects: list[Subject], tasks: list[TaskFile], result: dict[str, Any]
+) -> tuple[str | None, str]:
+    """Log everything; returns the evaluation's run id, or None where MLflow did not take it, and its address.
+
+    What it did not take stays in the run folder; the same command sends it again.
+    """
+    set_up_client()
+    uri = absolute_tracking_uri(config.run.tracking_uri or default_tracking_uri(config.run.storage))
+    run_id: str | None = None
+    try:
+        from mlflow import MlflowClient
+
+        datasets = _datasets(config, tasks)
+        run_id = _own_run(MlflowClient(tracking_uri=uri), config, folder, uri, result, datasets)
+    except Exception as error:  # whatever MLflow or the network comes up with: the scores are there
+        _complain(uri, folder, error)
+    for subject, model in zip(subjects, result["models"], strict=True):
+        if (maker := subject.made_by) is not None:
+            state = json.loads((maker / STATE).read_text(encoding="utf-8"))
+            if not state.get("run_id"):
+                continue
+            # The address on disk has no password; the one that was given may be the same server's.
+            there = uri if redact(uri) == state["tracking_uri"] else state["tracking_uri"]
+            try:
+                from mlflow import MlflowClient
+
+                _log_scores(MlflowClient(tracking_uri=there), state["run_id"], model["scores"])
+            except Exception as error:
+                _complain(there, maker, error)
+    return run_id, redact(uri)
+
+
+def _complain(uri: str, folder: Path, error: Exception) -> None:
+    reason = (redact(str(error)).strip().splitlines() or [type(error).__name__])[0][:160]
+    print(
+        f"MLflow at {redact(uri)} did not take the scores ({reason}); they are kept in {folder}: run the same command "
+        "again to send them.",
+        file=sys.stderr,
+    )
+
+
+def _datasets(config: EvaluateConfig, tasks: list[TaskFile]) -> list[Dataset]:
+    """What the models are scored on: the file of each task, and the shards of perplexity."""
+    files = config.data.files
+    found = [
+        Dataset(task.name, task.sha256, files.get(task.name, config.data.folder or str(task.path)), "evaluation",
+                {"examples": task.examples})
+        for task in tasks
+    ]  # fmt: skip
+    if PERPLEXITY in config.tasks and config.data.shards:
+        found.append(Dataset.of_shards(Shards.open(config.data.shards), "evaluation"))
+    return found
+
+
+def _own_run(
+    client: MlflowClient,
+    config: EvaluateConfig,
+    folder: Path,
+    uri: str,
+    result: dict[str, Any],
+    datasets: list[Dataset],
+) -> str:
+    """The evaluation's run: one for the folder, however often the command runs."""
+    path = folder / STATE
+    key = {"tracking_uri": redact(uri), "experiment": config.run.experiment, "run_name": config.run.name}
+    old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if {name: old.get(name) for name in key} != key or active_run(client, old.get("run_id")) is None:
+        experiment = experiment_id(client, uri, config.run.experiment)
+        run = client.create_run(experiment, run_name=config.run.name)
+        old = key | {"run_id": run.info.run_id}
+        write_atomic(path, json.dumps(old, indent=1))
+        one = result["models"][0] if len(result["models"]) == 1 else None
+        _describe(client, old["run_id"], config, one, datasets, {})
+    run_id = str(old["run_id"])
+    if len(result["models"]) == 1:
+        _log_scores(client, run_id, result["models"][0]["scores"])
+    else:
+        _compare(client, run_id, config, result, datasets)
+    columns, rows = table(result)
+    client.log_dict(run_id, {"columns": columns, "data": rows}, "scores.json")
+    client.log_artifacts(run_id, str(folder / "scores"), "predictions")
+    client.log_artifacts(run_id, str(folder / "tasks"), "tasks")
+    client.set_terminated(run_id, "FAILED" if result["failed"] else "FINISHED")
+    return run_id
+
+
+def _compare(
+    client: MlflowClient, parent: str, config: EvaluateConfig, result: dict[str, Any], datasets: list[Dataset]
+) -> None:
+    """A run for each model below the evaluation's; the same one however often the command runs.
+
+    The evaluation's own run has the best model's main score of each task, as a sweep's has its best trial's.
+    """
+    experiment = client.get_run(parent).info.experiment_id
+    known = client.search_runs([experiment], f"tags.`{PARENT}` = '{parent}'")
+    ids = {run.info.run_name: run.info.run_id for run in known}
+    failed = {failure["model"] for failure in result["failed"]}
+    for model in result["models"]:
+        name = f"{config.run.name}/{model['name']}"
+        if name not in ids:
+            ids[name] = client.create_run(experiment, run_name=name, tags={PARENT: parent}).info.run_id
+            one = {"model": [model["model"]], "adapter": [model["adapter"]] if model["adapter"] else []}
+            _describe(client, ids[name], config.model_copy(update=one), model, datasets, {PARENT: parent})
+        _log_scores(client, ids[name], model["scores"])
+        client.set_terminated(ids[name], "FAILED" if model["name"] in failed else "FINISHED")
+    for task in dict.fromkeys(task for model in result["models"] for task in model["scores"]):
+        scores = [model["scores"][task] for model in result["models"] if task in model["scores"]]
+        if (main := _main(scores[0])) is not None:
+            best = (min if main == PERPLEXITY else max)(score[main] for score in scores)
+            client.log_metric(parent, f"evaluate/{task}/{main}", best)
+
+
+def _describe(
+    client: MlflowClient,
+    run_id: str,
+    config: EvaluateConfig,
+    model: dict[str, Any] | None,
+    datasets: list[Dataset],
+    tags: dict[str, str],
+) -> None:
+    """The parameters, settings and datasets of a run; `model`: the only one that it scores."""
+    from mlflow.entities import Param, RunTag
+
+    varied = {"model": model["name"]} if model else {}
+    shown = {key: value for key, value in parameters(config, {}, varied).items() if key != "tasks"}
+    params = [Param(key, redact(str(value))[:PARAM_LENGTH]) for key, value in shown.items()]
+    given = setting_tags(config) | {HIDDEN + "verb": "evaluate", "mlflow.source.name": "finhpc evaluate", **tags}
+    pending = [RunTag(key, redact(str(value))[:TAG_LENGTH]) for key, value in given.items()]
+    for at in range(0, max(len(params), len(pending)), PARAMS_A_BATCH):
+        part = slice(at, at + PARAMS_A_BATCH)
+        client.log_batch(run_id, params=params[part], tags=pending[part])
+    client.log_inputs(run_id, [dataset.entity() for dataset in datasets])
+
+
+def _log_scores(client: MlflowClient, run_id: str, scores: dict[str, Any]) -> None:
+    """`evaluate/TASK/METRIC`, with the ends of its interval and the majority's; the main metric of each task first."""
+    import time
+
+    from mlflow.entities import Metric
+
+    now = round(time.time() * 1000)
+    first: list[Metric] = []
+    more: list[Metric] = []
+    for task, values in scores.items():
+        flat = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        for name, (low, high) in (values["ci95"] or {}).items():
+            flat |= {f"{name}_ci95_low": low, f"{name}_ci95_high": high}
+        flat |= {f"{name}_majority": value for name, value in (values["majority"] or {}).items()}
+        main = _main(flat)
+        for name, value in flat.items():
+            found = Metric(f"evaluate/{task}/{name}", float(value), now, 0)
+            (first if name == main else more).append(found)
+    metrics = first + more
+    for at in range(0, len(metrics), 1000):
+        client.log_batch(run_id, metrics=metrics[at : at + 1000])
+
+
+def _main(scores: dict[str, Any]) -> str | None:
+    """The metric that leads a task's."""
+    return next((name for name in METRICS if name in scores), None)
+
+
+def table(result: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    """A row for each model, task and metric: model, task, metric, value, interval, majority, random, counts."""
+    columns = ["model", "task", "metric", "value", "ci95_low", "ci95_high", "majority", "random"]
+    rows: list[list[Any]] = []
+    for model in result["models"]:
+        for task, values in model["scores"].items():
+            for metric in (name for name in METRICS if name in values):
+                low, high = (values["ci95"] or {}).get(metric, (None, None))
+                bases = [(values[name] or {}).get(metric) for name in ("majority", "random")]
+                counts = [values[name] for name in ("examples", "unread", "cut")]
+                rows.append([model["name"], task, metric, values[metric], low, high, *bases, *counts])
+    return [*columns, "examples", "unread", "cut"], rows
+
+
+def summary(result: dict[str, Any]) -> None:
+    """The table on the screen, tasks below each other."""
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(title="evaluate")
+    for name in ("task", "model", "metric", "score", "95 %", "majority", "random", "examples", "unread", "cut"):
+        shown.add_column(name, justify="left" if name in ("task", "model", "metric") else "right")
+    columns, rows = table(result)
+    order = {name: i for i, name in enumerate(result["tasks"])}
+    for row in sorted(rows, key=lambda row: order[row[1]]):
+        of = dict(zip(columns, row, strict=True))
+        interval = "" if of["ci95_low"] is None else f"{_short(of['ci95_low'])} to {_short(of['ci95_high'])}"
+        bases = [_short(of["majority"]), _short(of["random"])]
+        counts = [str(of[name]) for name in ("examples", "unread", "cut")]
+        shown.add_row(of["task"], of["model"], of["metric"], _short(of["value"]), interval, *bases, *counts)
+    Console(stderr=True, width=None if sys.stderr.isatty() else 120).print(shown)
+    for model in result["models"]:
+        for task, values in model["scores"].items():
+            if values.get("tied"):
+                what = (
+                    f"{values['tied']} of {values['examples']} examples have several answers of the same highest score"
+                )
+                print(f"{model['name']} on {task}: {what}; the first in the list counts.", file=sys.stderr)
+    if any(row[-1] for row in rows):
+        print(
+            "cut: prompts longer than the model's context, which lost their beginning (lm-eval's rule).",
+            file=sys.stderr,
+        )
+
+
+def _short(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}"

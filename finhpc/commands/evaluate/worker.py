@@ -1,0 +1,137 @@
+"""A worker of `finhpc evaluate`: scores one pair of a model and a task after the other, the model held open."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finhpc.cluster.package import Driver
+from finhpc.data.shards.shards import Shards
+from finhpc.errors import FinhpcError
+from finhpc.evaluation import plausible
+from finhpc.evaluation.models import Subject
+from finhpc.evaluation.tasks import PERPLEXITY, TaskFile
+from finhpc.files import write_atomic
+from finhpc.settings import EvaluateConfig, ExportConfig
+
+# Rough tokens of an example, to begin with the longest tasks.
+TOKENS = {"boolq": 180, PERPLEXITY: 600, "ner": 110, "fpb": 70, "tfns": 70, "fiqa_sa": 60, "winogrande": 60, "piqa": 80}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A model and a task (None: perplexity); `out` is the path of its files without their suffix."""
+
+    subject: Subject
+    task: TaskFile | None
+    out: Path
+    sha256: str
+
+    @property
+    def name(self) -> str:
+        return self.out.name
+
+    @property
+    def weight(self) -> int:
+        examples = (self.task.examples if self.task else None) or 100
+        return examples * TOKENS.get(self.name, 100)
+
+    def done(self) -> bool:
+        path = self.out.with_name(self.name + ".json")
+        try:
+            return bool(json.loads(path.read_text(encoding="utf-8"))["sha256"] == self.sha256)
+        except (OSError, ValueError, KeyError):
+            return False
+
+    def read(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.out.with_name(self.name + ".json").read_text(encoding="utf-8"))
+        del found["sha256"]
+        return found
+
+    def write(self, scores: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+        """The table of predictions, then the scores: a pair with scores is whole."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.Table.from_pylist(rows), sink, compression="zstd")
+        write_atomic(self.out.with_name(self.name + ".parquet"), sink.getvalue().to_pybytes())
+        text = json.dumps({"sha256": self.sha256, **scores}, indent=1)
+        write_atomic(self.out.with_name(self.name + ".json"), text.encode() + b"\n")
+
+
+class Scorer:
+    """Made once a worker by Ray; a plain object elsewhere."""
+
+    def __init__(self, config: EvaluateConfig, cuda: bool, driver: Driver) -> None:
+        import torch
+
+        torch.set_num_threads(config.resources.threads)
+        self.driver, self.config, self.device = driver, config, "cuda" if cuda else "cpu"
+        self._open: Subject | None = None
+        self._model: Any = None
+
+    def score(self, pair: Pair) -> FinhpcError | None:
+        """Write the pair's files; returns what the user can mend, and raises what nobody foresaw."""
+        begin = time.monotonic()
+        try:
+            self.driver.enter()
+            model = self._opened(pair)
+            scores, rows = self._perplexity(model) if pair.task is None else self._task(model, pair.task)
+            bound = plausible.any_model(model.model.config.vocab_size)
+            plausible.check(f"{pair.subject.name} on {pair.name}", scores, bound)
+        except FinhpcError as error:
+            return error
+        pair.write(scores | {"wall_s": time.monotonic() - begin}, rows)
+        return None
+
+    def _task(self, model: Any, task: TaskFile) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        from finhpc.evaluation.scores import score
+
+        return score(model, task, self.config.bootstrap, self.config.seed, self.config.limit)
+
+    def _perplexity(self, model: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        from finhpc.evaluation.perplexity import perplexity
+
+        config, data = self.config, self.config.data
+        shards = Shards.open(data.shards or "")
+        seq_len = data.seq_len or shards.manifest.block_len
+        vocab, rows = model.model.config.vocab_size, config.batch_size
+        resamples = (config.bootstrap, config.seed)
+        return perplexity(model.model, vocab, shards, data.split, seq_len, config.limit, rows, *resamples)
+
+    def _opened(self, pair: Pair) -> Any:
+        """The pair's model, ready for lm-eval; the one before it is let go first."""
+        if self._open == pair.subject:
+            return self._model
+        from finhpc.evaluation.language_model import LanguageModel
+        from finhpc.evaluation.models import load_for_evaluation
+
+        self._open = self._model = None
+        subject = pair.subject
+        if self.config.quantization.bits == 16:
+            opened = load_for_evaluation(subject.path, subject.adapter, self.config.dtype, self.device)
+        else:
+            folder = self._quantized(pair)
+            try:
+                opened = load_for_evaluation(str(folder), subject.adapter, self.config.dtype, self.device)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+        self._model = LanguageModel(*opened, self.config.batch_size)
+        self._open = subject
+        return self._model
+
+    def _quantized(self, pair: Pair) -> Path:
+        """The model exported in the bits asked for, beside its scores: the very weights an export has."""
+        from finhpc.commands.export import export
+
+        pair.out.parent.mkdir(parents=True, exist_ok=True)
+        out = pair.out.with_name(f".{pair.name}-quantized")
+        shutil.rmtree(out, ignore_errors=True)
+        export(ExportConfig(model=pair.subject.path, out=str(out), quantization=self.config.quantization))
+        return out

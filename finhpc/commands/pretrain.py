@@ -1,0 +1,194 @@
+"""`finhpc pretrain`: one run from its settings to its model, resumable at any moment."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finhpc.cluster.connect import ray_cluster, use_cuda
+from finhpc.lowrank.replace import ranks_of
+from finhpc.models.files.manifest import check_manifest
+from finhpc.planning.plan import check_tokenizer, hf_config_of, make_plan
+from finhpc.planning.start import DECOMPOSED, fill_of, needs_decomposing
+from finhpc.runs import result as outcome
+from finhpc.runs.job import Job, Rows, Say
+from finhpc.runs.progress import rows_table, summary_table
+from finhpc.runs.run import checked, place_whole, run
+from finhpc.settings import DecomposeConfig, PretrainConfig
+from finhpc.tracking.shown import Dataset
+from finhpc.training.checkpoint import Saved, read_stage
+
+if TYPE_CHECKING:
+    import torch
+
+    from finhpc.training.trainer import Trainer
+
+
+def pretrain(config: PretrainConfig, dry_run: bool = False) -> dict[str, Any]:
+    """Train a model as `config` says and return the content of `result.json`.
+
+    The same `run.name` and `run.storage` resume; a finished run returns its result at once.
+    With `dry_run` everything is checked and counted, and nothing starts. Raises `ConfigError` for
+    settings that cannot work, `TrainingFailedError` or another `FinhpcError` when training fails.
+    """
+    return run(checked(Pretrain(config)), dry_run)
+
+
+class Pretrain(Job):
+    """Token shards -> a model."""
+
+    verb = "pretrain"
+
+    def __init__(self, config: PretrainConfig) -> None:
+        config = config.model_copy(deep=True)
+        place_whole(config)
+        self.config: PretrainConfig = config
+        self.plan = make_plan(config)
+
+    @property
+    def fingerprints(self) -> tuple[str, str | None]:
+        return self.plan.shards.manifest.fingerprint, self.plan.start.fingerprint if self.plan.start else None
+
+    @property
+    def hf_config(self) -> Any:
+        return self.plan.hf_config
+
+    @property
+    def datasets(self) -> list[Dataset]:
+        return [Dataset.of_shards(self.plan.shards)]
+
+    @classmethod
+    def trainer(cls, settings: dict[str, Any], folder: Path, device: torch.device, fingerprint: str) -> Trainer:
+        from finhpc.data.shards.reader import ReplicaStream
+        from finhpc.data.shards.shards import Shards
+        from finhpc.data.shards.stream import ray_stream
+        from finhpc.training.batches import Blocks
+        from finhpc.training.trainer import Trainer
+
+        config = PretrainConfig.model_validate(settings)
+        shards = Shards.open(str(config.data.shards))
+        shards.check_same(fingerprint)  # a restarted worker may find another folder than the run began with
+
+        def open_stream(first_step: int, replica: int) -> Iterator[dict[str, Any]]:
+            # Called by the trainer, which alone knows at which step the run resumes.
+            stream = ReplicaStream(
+                shards=shards,
+                seq_len=config.data.seq_len,
+                seed=config.train.seed,
+                start_step=first_step,
+                stop_step=config.train.steps,
+                samples_per_step=config.parallel.samples_per_step,
+                micro_batch_size=config.parallel.micro_batch_size,
+                replica=replica,
+                replicas=config.parallel.replicas,
+            )
+            return ray_stream(stream)
+
+        hf_config = hf_config_of(config, shards)
+        validation = shards.eval_samples(config.data.eval_samples, config.data.seq_len)
+        return Trainer(
+            config=config,
+            hf_config=hf_config,
+            fill=fill_of(config, hf_config, folder),
+            device=device,
+            folder=folder,
+            feed=Blocks(config.parallel, open_stream, validation),
+            labels={"tokenizer_sha256": shards.manifest.tokenizer_sha256, "dataset": shards.manifest.fingerprint},
+        )
+
+    def check_checkpoints(self, checkpoints: Path) -> None:
+        check_tokenizer(self.config, self.plan.shards, checkpoints)
+
+    def make_ready(self, folder: Path, say: Say) -> None:
+        if needs_decomposing(self.config):
+            with ray_cluster():
+                decompose_start(self.config, folder)
+
+    def forget(self, folder: Path) -> None:
+        shutil.rmtree(folder / DECOMPOSED, ignore_errors=True)
+
+    def counts(self) -> dict[str, Any]:
+        plan = self.plan
+        return {
+            "params_total": plan.params_total,
+            "params_trainable": plan.params_total,
+            "params_dense": plan.params_dense,
+            "compression_ratio": plan.compression_ratio,
+            "val_unigram_entropy": plan.shards.manifest.val_unigram_entropy_nats,
+            **{f"size_{bits}bit_bytes": plan.outline.stored_bytes(bits) for bits in (16, 8, 4)},
+            "size_bytes": plan.outline.stored_bytes(self.config.quantization.training_bits),
+        }
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.plan.hf_config.vocab_size)
+
+    def save_model(self, folder: Path, saved: Saved) -> None:
+        from finhpc.models.loading import save_model
+
+        shards = [lambda file=file: read_stage(file, "param") for file in saved.stage_files()]  # type: ignore[misc]
+        self.plan.shards.check_tokenizer()  # it goes into the model's folder
+        # The model that the run starts from has the same ids, and perhaps a chat template and a generation config.
+        start = self.plan.start
+        save_model(folder, self.plan.hf_config, shards, start.folder if start else self.plan.shards.tokenizer)
+
+    def finish(self, result: dict[str, Any], folder: Path, say: Say) -> None:
+        result["sample"] = outcome.sample_text(self.config, folder / "model", say)
+
+    def rows(self) -> Rows:
+        plan = self.plan
+        return [
+            ("parameters", f"{outcome.millions(plan.params_total)}, dense {outcome.millions(plan.params_dense)}"),
+            ("compression", f"{plan.compression_ratio:.2f} x"),
+        ]
+
+    def remark(self, result: dict[str, Any]) -> str:
+        entropy, loss = self.plan.shards.manifest.val_unigram_entropy_nats, result["val_loss"]
+        if loss is None:
+            return ""
+        where = "below" if loss <= entropy else "above"
+        return f" ({abs(entropy - loss):.2f} nat {where} the unigram entropy of the same split, {entropy:.4f})"
+
+    def dry_run(self, total: dict[str, float] | None) -> dict[str, Any]:
+        from finhpc.commands.estimate.pretraining import of_plan
+        from finhpc.commands.estimate.tables import plan_summary, stage_rows
+
+        config = self.config
+        result = outcome.counted(self) | {"status": "dry_run", "steps": config.train.steps}
+        result["tokens"] = config.train.steps * config.parallel.samples_per_step * config.data.seq_len
+        cuda = use_cuda(config, total) if total else config.resources.device == "cuda"
+        result["estimate"] = of_plan(self.plan, cuda, here=total is not None)
+        title = f"dry run of {config.run.name}"
+        summary_table(title, outcome.dry_summary(self) + plan_summary(result["estimate"], result["steps"]))
+        rows_table("memory of a worker by stage in GB, estimated", stage_rows(result["estimate"]["stages"]))
+        return result
+
+    def memory_advice(self) -> str:
+        config = self.config
+        rank = f", method.rank (now {config.method.rank})" if config.method.kind != "dense" else ", use low_rank layers"
+        return outcome.lower_batch(config, f", data.seq_len (now {config.data.seq_len}){rank}")
+
+
+def decompose_start(config: PretrainConfig, run: Path) -> None:
+    """Factorise `model.path` into RUN/decomposed; an interrupted one is continued, a complete one checked alone."""
+    from finhpc.commands.decompose.command import decompose
+
+    out = run / DECOMPOSED
+    if (out / "result.json").is_file():  # renamed there when it was complete
+        check_manifest(out)
+        return
+    method = config.method
+    kinds = {kind: rank for kind, rank in ranks_of(method).items() if rank is not None and kind in method.ranks}
+    decompose(
+        DecomposeConfig(
+            model=str(config.model.path),
+            out=str(out),
+            rank=method.rank,
+            ranks=kinds,
+            embedding=method.embedding,
+            head=method.head,
+            resources=config.resources,
+        )
+    )

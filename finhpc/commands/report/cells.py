@@ -1,0 +1,146 @@
+"""The columns of each table, and figures as they stand in its cells."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from finhpc.commands.report.tables import Group, Row, Table, Value
+
+MISSING = "-"
+Form = Callable[[float], str]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column as the paper has it, or one of ours beside (`own`). `second`: a figure in brackets behind the first."""
+
+    title: str
+    key: str
+    form: Form
+    over: str = ""  # the heading above several columns
+    own: bool = False
+    second: tuple[str, Form] | None = None
+
+    @property
+    def keys(self) -> list[str]:
+        return [self.key, *([self.second[0]] if self.second else [])]
+
+
+def percent(value: float) -> str:
+    return f"{value:.1f}"
+
+
+def count(value: float) -> str:
+    """127.4 M or 1.56 B, as the paper has them."""
+    if value >= 2e8:
+        return f"{value / 1e9:.2f} B"
+    return f"{value / 1e6:.1f} M" if value >= 1e7 else f"{value / 1e6:.2f} M" if value >= 1e5 else f"{value:,.0f}"
+
+
+def size(value: float) -> str:
+    """Bytes, decimal."""
+    if value >= 2e8:
+        return f"{value / 1e9:.2f} GB"
+    return f"{value / 1e6:.1f} MB" if value >= 1e7 else f"{value / 1e6:.2f} MB"
+
+
+def three(value: float) -> str:
+    """Three digits, all before the point."""
+    if value >= 100:
+        return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}"
+    return f"{value:.{2 if value >= 1 else 3 if value >= 0.1 else 4}f}"
+
+
+def loss(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def whole(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+_GENERAL = [Column(*of, form=percent) for of in (("BoolQ", "boolq"), ("PIQA", "piqa"), ("WinoGrande", "winogrande"))]
+_FINANCIAL = [Column(*of, form=percent) for of in (("FPB", "fpb"), ("FiQA SA", "fiqa_sa"), ("TFNS", "tfns"))]
+_PRETRAINED = [
+    *_GENERAL,
+    Column("#Params. (Model size)", "params_total", count, second=("size_8bit_bytes", size)),
+    Column("Memory (GB)", "memory_gb", three),
+    Column("Time (hours)", "worker_hours", three),
+]
+_LOSS = Column("Val. loss", "val_loss", loss, own=True)
+COLUMNS: dict[str, list[Column]] = {
+    "vi": [*_PRETRAINED, _LOSS, Column("Tokens/s", "tokens_per_s", whole, own=True)],
+    "vii": [*_PRETRAINED, Column("With start", "worker_hours_with_start", three, own=True), _LOSS],
+    "viii": [*_GENERAL, *_FINANCIAL, Column("Held-out F1", "held_out_f1", percent, own=True), _LOSS],
+    "ix": [
+        Column("#Params", "params_trainable", count, "Finetuning"),
+        Column("Memory (GB)", "memory_gb", three, "Finetuning"),
+        Column("Time (hours)", "worker_hours", three, "Finetuning"),
+        Column("Model Size (GB)", "size_gb", three, "Inference"),
+        Column("Time (seconds)", "inference_s", three, "Inference"),
+    ],
+}
+
+
+def spread(value: Value | None, form: Form) -> str:
+    """Half of what the seeds spread over, with as many decimals as the figure; empty for one seed, or no spread."""
+    if value is None or not value.spread:
+        return ""
+    decimals = len(form(value.mean).partition(".")[2])
+    return f"{value.spread / 2:.{decimals}f}"
+
+
+def rows_of(table: Table) -> list[dict[str, Any]]:
+    """The table as plain rows: where ours was measured, our figures, their spread, and the paper's."""
+    plain = [_plain(table.key, group, row) for group in table.groups for row in group.rows]
+    for other in table.others:
+        row = dict.fromkeys(_names(table.key))
+        row |= {"paper_model": other.label} | {f"{key}_paper": value for key, value in other.values.items()}
+        plain.append({name: row[name] for name in _names(table.key)})
+    return plain
+
+
+_FIRST = (
+    *("model", "paper_model", "scale_model", "scale_params", "scale_data", "scale_amount", "scale_unit"),
+    *("seeds", "settings_tried", "remark"),
+)
+
+
+def _names(key: str) -> list[str]:
+    keys = [name for column in COLUMNS[key] for name in column.keys]
+    return [*_FIRST, *(f"{name}{end}" for name in keys for end in ("", "_spread", "_paper"))]
+
+
+def _plain(key: str, group: Group, row: Row) -> dict[str, Any]:
+    scale = group.scale
+    plain: dict[str, Any] = {
+        "model": row.label,
+        "paper_model": row.paper.label if row.paper else None,
+        "scale_model": scale.model,
+        "scale_params": scale.params,
+        "scale_data": scale.data,
+        "scale_amount": scale.amount,
+        "scale_unit": scale.unit,
+        "seeds": row.train_seeds,
+        "settings_tried": row.settings,
+        "remark": row.remark,
+    }
+    for name in [name for column in COLUMNS[key] for name in column.keys]:
+        value = row.values.get(name)
+        plain[name] = value.mean if value else None
+        plain[f"{name}_spread"] = value.spread if value else None
+        plain[f"{name}_paper"] = row.paper.values.get(name) if row.paper else None
+    return plain
+
+
+def csv_of(table: Table) -> str:
+    """The rows as CSV; a figure not measured is an empty field."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, _names(table.key), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows_of(table))
+    return text.getvalue()

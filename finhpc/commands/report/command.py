@@ -1,0 +1,106 @@
+"""`finhpc report`: the paper's tables and figures from what MLflow holds, as a page, CSV and PNG."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import time
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import finhpc
+from finhpc.commands.report.cells import csv_of, rows_of
+from finhpc.commands.report.claims import make_claims
+from finhpc.commands.report.figures import make_figures, save_png
+from finhpc.commands.report.page import page_of
+from finhpc.commands.report.runs import Collected, collect
+from finhpc.commands.report.store import all_runs, chosen_experiments, open_store, reading
+from finhpc.commands.report.tables import make_tables
+from finhpc.errors import ConfigError
+from finhpc.files import redact, write_atomic
+from finhpc.settings import ReportConfig
+from finhpc.tracking.tracker import absolute_tracking_uri, default_tracking_uri
+from finhpc.training.journal import strict_json
+
+
+def report(config: ReportConfig, dry_run: bool = False) -> dict[str, Any]:
+    """Write the page, a CSV a table, a PNG a figure and `result.json` into `config.out`; returns what the last holds.
+
+    Everything comes from MLflow. With `dry_run` it looks and counts, and writes nothing. Raises `ConfigError` for
+    an address that holds nothing to read, an experiment that does not exist, one without a finished run, or an `out`
+    that is no folder, and `FinhpcError` for a server that does not answer.
+    """
+    began = time.perf_counter()
+    run = config.run
+    uri = absolute_tracking_uri(run.tracking_uri) if run.tracking_uri else default_tracking_uri(run.storage)
+    out = _checked_out(config.out)
+    client = open_store(uri)
+    with reading(uri):
+        experiments = chosen_experiments(client, config.experiments)
+        found = collect(client, all_runs(client, experiments))
+        _check_found(found, uri, [experiment.name for experiment in experiments])
+        used = [experiment.name for experiment in experiments if experiment.experiment_id in found.experiments]
+        tables = make_tables(found)
+        claims = make_claims(found, tables)
+        figures = [] if dry_run else make_figures(found, tables)
+    result: dict[str, Any] = {
+        "status": "dry_run" if dry_run else "finished",
+        "out": str(out),
+        "tracking_uri": redact(uri),
+        "experiments": used,
+        "runs": {"pretrained": len(found.pretrained), "finetuned": len(found.finetuned), "scored": len(found.scored)},
+        "left_out": dict(found.left_out),
+        "claims": [asdict(claim) for claim in claims],
+        "tables": {key: rows_of(table) for key, table in tables.items()},
+        "files": [],
+        "wall_s": None,
+    }
+    if dry_run:
+        return result
+    _make(out)
+    files = [out / f"table-{key}.csv" for key in tables]
+    for path, table in zip(files, tables.values(), strict=True):
+        write_atomic(path, csv_of(table))
+    files += [save_png(figure, out) for figure in figures]
+    about = {"tracking_uri": redact(uri), "experiments": used, "version": finhpc.__version__}
+    about["made"] = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
+    page = out / "report.html"
+    write_atomic(page, page_of(found, tables, claims, figures, about))
+    result["files"] = [str(path) for path in (page, *files, out / "result.json")]
+    result["wall_s"] = time.perf_counter() - began
+    write_atomic(out / "result.json", strict_json(result, indent=2) + "\n")
+    print(
+        f"open {shlex.quote(str(page))} in a browser; its tables as CSV and figures as PNG lie beside it.",
+        file=sys.stderr,
+    )
+    return result
+
+
+def _checked_out(out: str) -> Path:
+    if not out:
+        raise ConfigError("out is not set; give a folder for the report.")
+    path = Path(os.path.abspath(Path(out).expanduser()))
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"out={out} is a file; give a folder for the report.")
+    return path
+
+
+def _make(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"out={out} cannot be made ({error.strerror}); choose a folder you may write to.") from None
+
+
+def _check_found(found: Collected, uri: str, names: list[str]) -> None:
+    if found.pretrained or found.finetuned:
+        return
+    why = "; ".join(f"{number} {reason}" for reason, number in found.left_out.items())
+    raise ConfigError(
+        f"{redact(uri)} holds no finished run of pretrain or finetune in {', '.join(names)}"
+        f"{f' ({why})' if why else ''}; train something first, or give the --run.storage and --experiments that runs "
+        "went to."
+    )

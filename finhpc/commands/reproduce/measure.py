@@ -1,0 +1,161 @@
+"""Sizes and speed of generation of trained models, into the MLflow runs that made them: a step of `reproduce`.
+
+A run gets `size_bytes` and `generate_tokens_per_s` at the bits it was trained at, and for every width measured
+`size_8bit_bytes` and `generate_8bit_tokens_per_s`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from finhpc.cluster.connect import cluster_resources, ray_cluster
+from finhpc.cluster.package import Driver
+from finhpc.commands.reproduce.speed import measure_widths, own_bits
+from finhpc.errors import ConfigError, FinhpcError, TrainingFailedError
+from finhpc.evaluation import plausible
+from finhpc.files import redact, write_atomic
+from finhpc.models.files.weights import locate
+from finhpc.runs.folder import RunFolder
+from finhpc.runs.progress import rows_table
+from finhpc.settings import MeasureConfig, to_yaml
+from finhpc.tracking.tracker import absolute_tracking_uri, default_tracking_uri
+
+STATE = "mlflow.json"  # beside the model, in the run folder that made it
+FORMAT = 1
+
+
+def measure(config: MeasureConfig) -> dict[str, Any]:
+    """Measure every model and log the figures; returns what the run folder's result.json holds.
+
+    Found done where neither models nor settings changed. Raises `ConfigError` for models that cannot be used or that
+    no run made, `TrainingFailedError` where MLflow does not take the figures.
+    """
+    begin = time.monotonic()
+    folder = RunFolder(config.run.storage, config.run.name)
+    config = config.model_copy(update={"model": [str(locate(model)) for model in config.model]})
+    targets = _targets(config)
+    with folder.lock():
+        sha256 = _sha256(config)
+        before = folder.result()
+        if before and before.get("sha256") == sha256:
+            return before
+        run = config.run.model_copy(update={"tracking_uri": redact(config.run.tracking_uri or "") or None})
+        write_atomic(folder.path / "config.yaml", to_yaml(config.model_copy(update={"run": run})))
+        scratch = folder.path / "exports"
+        shutil.rmtree(scratch, ignore_errors=True)
+        with ray_cluster():
+            found = _measured(config, scratch)
+        shutil.rmtree(scratch, ignore_errors=True)
+        plausible.check("measuring", {"models": [of for widths in found.values() for of in widths.values()]})
+        for model, widths in found.items():
+            _log(*targets[model], figures(widths, own_bits(model)))
+        rows = [{"model": m, "bits": bits} | of for m, widths in found.items() for bits, of in widths.items()]
+        result = {"status": "finished", "models": rows, "sha256": sha256, "wall_s": time.monotonic() - begin}
+        folder.write_result(result)
+    rows_table("sizes and generation, one prompt", [row | {"model": _short(str(row["model"]))} for row in rows])
+    return result
+
+
+def figures(widths: dict[int, dict[str, float]], own: int) -> dict[str, float]:
+    """Metric -> value of one model: at its own bits under plain names, at every width under names with the bits."""
+    found = dict(widths[own])
+    for bits, of in widths.items():
+        found |= {f"{name.partition('_')[0]}_{bits}bit_{name.partition('_')[2]}": value for name, value in of.items()}
+    return found
+
+
+def _targets(config: MeasureConfig) -> dict[str, tuple[str, str]]:
+    """Model -> MLflow's address and the run that takes its figures; raises one `ConfigError` with every misfit."""
+    ours = absolute_tracking_uri(config.run.tracking_uri or default_tracking_uri(config.run.storage))
+    found, problems = {}, []
+    if config.mlflow_run_id and len(config.model) > 1:
+        problems.append(f"mlflow_run_id is one run, and there are {len(config.model)} models; measure one at a time.")
+    for model in config.model:
+        kept = Path(model).absolute().parent / STATE
+        if config.mlflow_run_id:
+            found[model] = (ours, config.mlflow_run_id)
+        elif kept.is_file() and (state := json.loads(kept.read_text(encoding="utf-8"))).get("run_id"):
+            # The address on disk has no password; the one that was given may be the same server's.
+            there = ours if redact(ours) == state["tracking_uri"] else state["tracking_uri"]
+            found[model] = (there, state["run_id"])
+        else:
+            problems.append(f"model={model} was made by no run that MLflow knows; give mlflow_run_id.")
+    if problems:
+        raise ConfigError(problems)
+    return found
+
+
+def _sha256(config: MeasureConfig) -> str:
+    """Of all that the figures depend on: settings, and the models' files by size and time of change."""
+    files = [
+        (str(file), (stat := file.stat()).st_size, stat.st_mtime_ns)
+        for model in config.model
+        for file in sorted(Path(model).glob("*"))
+    ]
+    kept = config.model_dump(mode="json", exclude={"run"})
+    return hashlib.sha256(json.dumps([FORMAT, kept, files]).encode()).hexdigest()
+
+
+def _measured(config: MeasureConfig, scratch: Path) -> dict[str, dict[int, dict[str, float]]]:
+    """In a worker of the cluster, where its GPUs are."""
+    import ray
+    from ray.exceptions import RayError
+
+    resources, gpus = config.resources, cluster_resources().get("GPU", 0)
+    if resources.device == "cuda" and not gpus:
+        raise ConfigError(
+            "resources.device=cuda, but the cluster has no GPU; use --resources.device cpu, or a cluster with GPUs."
+        )
+    cuda = resources.device != "cpu" and gpus > 0
+    task = ray.remote(
+        num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker if cuda else 0, max_retries=0
+    )(_work)
+    try:
+        found = ray.get(task.remote(config, scratch, "cuda" if cuda else "cpu", Driver.here()))
+    except RayError as error:
+        reason = str(error).strip().splitlines()[-1].rstrip(".")
+        raise TrainingFailedError(f"the worker that measured died ({reason}); the same command tries again.") from None
+    if isinstance(found, FinhpcError):
+        raise found
+    measured: dict[str, dict[int, dict[str, float]]] = found
+    return measured
+
+
+def _work(
+    config: MeasureConfig, scratch: Path, device: str, driver: Driver
+) -> dict[str, dict[int, dict[str, float]]] | FinhpcError:
+    """What the user can mend comes back as a value: Ray would wrap it."""
+    try:
+        driver.enter()
+        return measure_widths(config, scratch, device)
+    except FinhpcError as error:
+        return error
+
+
+def _log(tracking_uri: str, run_id: str, found: dict[str, float]) -> None:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric
+
+    now = round(time.time() * 1000)
+    try:
+        client = MlflowClient(tracking_uri=tracking_uri)
+        # At the last step, so that they follow the sizes that the training counted.
+        step = int(client.get_run(run_id).data.metrics.get("steps", 0))
+        client.log_batch(run_id, metrics=[Metric(name, float(value), now, step) for name, value in found.items()])
+    except Exception as error:  # whatever MLflow or the network comes up with
+        reason = (redact(str(error)).strip().splitlines() or [type(error).__name__])[0][:160]
+        raise TrainingFailedError(
+            f"MLflow at {redact(tracking_uri)} did not take the sizes and speeds ({reason}); mend that and run the "
+            "same command again."
+        ) from None
+
+
+def _short(model: str) -> str:
+    """A run's name for its `model`."""
+    path = Path(model)
+    return path.parent.name if path.name == "model" else path.name

@@ -1,0 +1,171 @@
+"""The steps of a reproduction as they stand in its recipe, and how a step's settings come to name what others made.
+
+A setting that is `${NAME}` or `${NAME.KEY}`, whole, is an input of the study (text, finance, base, ...) or a figure of
+an earlier step's result. Where that is absent (an input nobody gave, a step that failed) the step is not run; in a
+list only the item is left out. A list in a list is spliced into it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from finhpc.commands.reproduce.verbs import VERBS
+from finhpc.errors import ConfigError
+from finhpc.runs.folder import RunFolder
+from finhpc.settings import Recipe, ReproduceConfig, Section, Step, build, keys, load, nearest, recipes
+
+REFERENCE = re.compile(r"\$\{([a-z0-9_-]+)((?:\.[a-z0-9_]+)*)\}")
+INPUTS = ("text", "general", "finance", "instructions", "base", "base_large", "examples")
+SCALES = "reproduce/"  # of the recipes
+
+Tree = dict[str, Any]
+
+
+class AbsentError(Exception):
+    """What a setting refers to is not there. `name`: the input or the step."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        super().__init__(name)
+
+
+def read_recipe(scale: str) -> Recipe:
+    """The steps of a scale by name, or of a YAML file; raises `ConfigError` with every problem of their form."""
+    names = [name.removeprefix(SCALES) for name in recipes() if name.startswith(SCALES)]
+    if scale not in names and not scale.endswith((".yaml", ".yml")):
+        raise ConfigError(f"scale={scale} is no scale; {nearest(scale, names)} Or give a YAML file of steps.")
+    recipe = load(Recipe, SCALES + scale if scale in names else scale)
+    _check_form(recipe)
+    return recipe
+
+
+def _check_form(recipe: Recipe) -> None:
+    problems = [
+        f"inputs.{name} is no input; {nearest(name, list(INPUTS))}" for name in recipe.inputs if name not in INPUTS
+    ]
+    verbs = {f"defaults.{verb}": verb for verb in recipe.defaults}
+    verbs |= {f"step {step.name}": step.verb for step in recipe.steps}
+    problems += [
+        f"{at}: {verb} is no verb; {nearest(verb, list(VERBS))}" for at, verb in verbs.items() if verb not in VERBS
+    ]
+    names = [step.name for step in recipe.steps]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    problems += [f"step {name} is there twice; give one another name." for name in twice]
+    problems += [f"step {name} has the name of an input; give it another." for name in names if name in INPUTS]
+    for at, step in enumerate(recipe.steps):
+        for name in dict.fromkeys(references(merged(recipe, step))):
+            if name in INPUTS or name in names[:at]:
+                continue
+            mend = "a later step; put it before."
+            if name not in names:
+                mend = f"no input and no step; {nearest(name, [*INPUTS, *names[:at]])}"
+            problems.append(f"step {step.name}: ${{{name}}} is {mend}")
+    if problems:
+        raise ConfigError(problems)
+
+
+def inputs_of(config: ReproduceConfig, recipe: Recipe) -> Tree:
+    """Input -> its value: the flag's, else the recipe's, else None. `general` becomes a file a task.
+
+    Raises `ConfigError` for a general folder without the tasks' files.
+    """
+    from finhpc.evaluation.documents import find
+    from finhpc.evaluation.tasks import GENERAL
+    from finhpc.settings import EvaluateData
+
+    given = {name: getattr(config, name) or None for name in INPUTS}
+    if config.general:
+        given["general"] = {task: find(task, EvaluateData(folder=config.general)) for task in GENERAL}
+    return {name: recipe.inputs.get(name) if value is None else value for name, value in given.items()}
+
+
+def merged(recipe: Recipe, step: Step) -> Tree:
+    """The step's settings over those of its verb, section by section; a `model` with a path brings its own shape."""
+    tree = dict(recipe.defaults.get(step.verb, {}))
+    for section, values in step.settings.items():
+        before = tree.get(section)
+        stands_alone = section == "model" and isinstance(values, dict) and "path" in values
+        both = isinstance(before, dict) and isinstance(values, dict)
+        tree[section] = before | values if both and not stands_alone else values  # type: ignore[operator]
+    return tree
+
+
+def references(value: Any) -> Iterator[str]:
+    """Names of inputs and steps that settings refer to."""
+    if isinstance(value, Mapping):
+        for inner in value.values():
+            yield from references(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from references(inner)
+    elif isinstance(value, str) and (match := REFERENCE.fullmatch(value)):
+        yield match[1]
+
+
+def resolve(value: Any, known: Mapping[str, Any], dropped: list[str]) -> Any:
+    """Settings with every reference replaced; what a list lost is added to `dropped`.
+
+    `known`: input or step -> value or result, None where there is none. Raises `AbsentError`, and `ConfigError` for a
+    key that a result does not have.
+    """
+    if isinstance(value, Mapping):
+        return {key: resolve(inner, known, dropped) for key, inner in value.items()}
+    if isinstance(value, list):
+        return _resolve_list(value, known, dropped)
+    match = REFERENCE.fullmatch(value) if isinstance(value, str) else None
+    return value if match is None else _look_up(match[1], match[2].split(".")[1:], known, dropped)
+
+
+def _resolve_list(value: list[Any], known: Mapping[str, Any], dropped: list[str]) -> list[Any]:
+    made: list[Any] = []
+    for item in value:
+        try:
+            found = resolve(item, known, dropped)
+        except AbsentError as absent:
+            dropped.append(absent.name)
+            continue
+        made += found if isinstance(found, list) and not isinstance(item, list) else [found]
+    if value and not made:
+        raise AbsentError(dropped[-1])
+    return made
+
+
+def _look_up(name: str, path: list[str], known: Mapping[str, Any], dropped: list[str]) -> Any:
+    value = known.get(name)
+    if value is None:
+        raise AbsentError(name)
+    if name in INPUTS:
+        value = resolve(value, known, dropped)  # an input may be what a step makes, such as the base
+    for key in path:
+        if not isinstance(value, Mapping) or key not in value:
+            has = ", ".join(value) if isinstance(value, Mapping) else "a single value"
+            raise ConfigError(f"${{{'.'.join([name, *path])}}}: the result of {name} has no {key}; it has: {has}.")
+        value = value[key]
+    if value is None:
+        raise AbsentError(name)
+    return value
+
+
+def step_config(study: ReproduceConfig, step: Step, tree: Tree) -> Section:
+    """A step's checked settings: `tree`, its references replaced, put where the study lies and tracked with it."""
+    cls = VERBS[step.verb].settings()
+    fields, tree = cls.model_fields, dict(tree)
+    name = f"{study.run.name}-{step.name}"
+    folder = RunFolder(study.run.storage, name).path
+    own = study.run.model_dump() | {"name": name, "storage": str(folder.parent)}
+    if "run" in fields:
+        tree["run"] = {key: own[key] for key in _keys_of_run(cls)} | tree.get("run", {})
+    if "out" in fields:
+        tree.setdefault("out", str(folder))
+    if "experiments" in fields:
+        tree.setdefault("experiments", [study.run.experiment])
+    if "resources" in fields and (given := study.resources.model_dump(exclude_unset=True)):
+        tree["resources"] = tree.get("resources", {}) | given
+    return build(cls, tree)
+
+
+def _keys_of_run(cls: type[Section]) -> list[str]:
+    """A report knows where runs are tracked, and has no name of its own."""
+    return [key.removeprefix("run.") for key in keys(cls) if key.startswith("run.")]

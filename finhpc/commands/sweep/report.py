@@ -1,0 +1,177 @@
+"""What a sweep shows: a line as each trial ends, and the ranked table after."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+from finhpc.commands.sweep.grid import AnySweep, Trial
+from finhpc.commands.sweep.plan import Planned
+from finhpc.commands.sweep.trial import outcome_of
+from finhpc.runs.progress import Progress, rows_table, summary_table
+from finhpc.runs.result import compare_command, to_stderr
+from finhpc.settings import FinetuneSweepConfig
+from finhpc.training.journal import WORKER_FILE, read
+
+Row = dict[str, Any]
+FIGURES = (  # of each row, the names they have in every result and in MLflow
+    "val_loss", "val_perplexity", "held_out_weighted_f1", "params_total", "params_trainable", "compression_ratio",
+    "size_bytes", "size_16bit_bytes", "size_8bit_bytes", "size_4bit_bytes", "tokens_per_s", "worker_hours", "steps",
+)  # fmt: skip
+SHOWN = {
+    "val_loss": ("val loss", "{:.4f}"),
+    "held_out_weighted_f1": ("weighted F1", "{:.3f}"),
+    "params_trainable": ("parameters trained", "{:,.0f}"),
+    "compression_ratio": ("compression", "{:.2f}"),
+    "size_bytes": ("size MB", "{:,.2f}"),
+    "tokens_per_s": ("tokens/s", "{:,.0f}"),
+}
+MOST_ROWS = 60
+LINE_EVERY_S = 15.0
+
+
+def metric_of(config: AnySweep) -> tuple[str, bool]:
+    """(key of a result that ranks, whether more is better)."""
+    default = "held_out_weighted_f1" if isinstance(config, FinetuneSweepConfig) else "val_loss"
+    metric = config.sweep.metric or default
+    more = config.sweep.mode == "max" if config.sweep.mode else "f1" in metric or "accuracy" in metric
+    return metric, more
+
+
+def ranked(plan: Planned) -> list[Row]:
+    """A row for each point of the grid, the best first; those that did not end well stand last, without a rank.
+
+    `scored_only`: whether the row scores, at other bits, the model that another row's training made.
+    """
+    rows = [row for trial in plan.trials for row in _rows(plan, trial)]
+    metric, more = metric_of(plan.config)
+    if plan.config.sweep.metric is None and metric != "val_loss" and all(row[metric] is None for row in rows):
+        metric, more = "val_loss", False  # finetuned on texts: there are no labels to score
+        to_stderr("nothing held out has labels; the trials are ranked by val_loss.")
+    well = [row for row in rows if row["status"] == "finished" and row.get(metric) is not None]
+    well.sort(key=lambda row: (-row[metric] if more else row[metric], row["trial"]))
+    for i, row in enumerate(well):
+        row["rank"] = i + 1
+    return well + [row for row in rows if row not in well]
+
+
+def _rows(plan: Planned, trial: Trial) -> Iterator[Row]:
+    found = outcome_of(plan.run_folder(trial.name))
+    for i, (name, values) in enumerate(trial.points):
+        figures = found if name == trial.name or "scored" not in found else found["scored"].get(name, {})
+        row: Row = {"rank": None, "trial": name, "status": found.get("status", "not run"), "values": values}
+        row |= {key: figures.get(key) for key in FIGURES}
+        row["size_bytes"] = row["size_bytes"] or row["size_16bit_bytes"]
+        peaks = [peak for peak in found.get("peak_memory_bytes") or [] if peak is not None]
+        row["peak_memory_bytes"] = sum(peaks) if peaks else None
+        spans = found.get("trial_s"), found.get("train_s")
+        scoring = sum(score["score_s"] for score in found.get("scored", {}).values())
+        row |= {
+            "scored_only": i > 0,
+            "train_s": spans[1],
+            "fixed_s": spans[0] - spans[1] - scoring if spans[0] and spans[1] else None,
+            "model": figures.get("model"),
+            "mlflow_run_id": figures.get("mlflow_run_id"),
+            "error": found.get("error"),
+        }
+        yield row
+
+
+def flat(rows: list[Row]) -> list[Row]:
+    """The rows with each varying key as a column of its own, for a table or a CSV file."""
+    return [
+        {"rank": r["rank"], "trial": r["trial"]} | r["values"] | {k: r[k] for k in r if k != "values"} for r in rows
+    ]
+
+
+def show(config: AnySweep, result: Row) -> None:
+    """The ranked table and the best trial."""
+    shown = []
+    for row in result["trials"][:MOST_ROWS]:
+        line: Row = {"rank": row["rank"] or "-", "trial": row["trial"]}
+        for key, (title, form) in SHOWN.items():
+            if any(other[key] is not None for other in result["trials"]):
+                value = row[key] if key != "size_bytes" or row[key] is None else row[key] / 1e6
+                line[title] = "-" if value is None else form.format(value)
+        line["status"] = row["status"]
+        shown.append(line)
+    rows_table(f"sweep {config.run.name}", shown)
+    if len(result["trials"]) > MOST_ROWS:
+        to_stderr(f"and {len(result['trials']) - MOST_ROWS} more, in {shlex.quote(result['folder'])}/trials.csv")
+    for row in result["trials"]:
+        if row["error"] and not row["scored_only"]:
+            to_stderr(f"{row['trial']}: {row['error']}")
+    best = result["best"]
+    summary = [
+        ("best", str(best and best["trial"])),
+        ("model", str(result["model"])),
+        ("registered as", str(result["registered"])),
+        ("steps trained", f"{result['steps_trained']:,}"),
+        ("time", str(timedelta(seconds=round(result["wall_s"])))),
+        ("table", f"{result['folder']}/trials.csv"),
+        ("compare", compare_command(config, "--run.name", config.run.name)),
+    ]
+    summary_table(f"sweep {config.run.name}", summary)
+
+
+class Follower:
+    """Says how far the sweep is: a line as a trial ends, and now and then the newest losses of those that run."""
+
+    def __init__(self, plan: Planned) -> None:
+        self.plan, self.began = plan, time.monotonic()
+        self.left = {t.name for t in plan.trials if "status" not in outcome_of(plan.run_folder(t.name))}
+        self.total, self.at_start = len(plan.trials), len(self.left)
+        self.last_line = time.monotonic()
+        self._progress = Progress(0, plan.folder)
+
+    def __enter__(self) -> Follower:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.look()
+
+    def say(self, text: str) -> None:
+        self._progress.say(text)
+
+    def look(self) -> None:
+        """Tell of trials that have ended since the last call."""
+        for name in sorted(self.left):
+            found = outcome_of(self.plan.run_folder(name))
+            if "status" in found:
+                self.left.discard(name)
+                self._tell(name, found)
+        if time.monotonic() - self.last_line > LINE_EVERY_S and self.left:
+            self._tell_running()
+
+    def _tell(self, name: str, found: Row) -> None:
+        loss, seconds = found.get("val_loss"), found.get("trial_s")
+        figures = "" if loss is None else f", val loss {loss:.4f}"
+        figures += "" if seconds is None else f", {seconds:.0f} s"
+        why = f": {found['error'].splitlines()[0]}" if found.get("error") else ""
+        ended = self.total - len(self.left)
+        self.say(f"trial {ended}/{self.total} {name}: {found['status']}{figures}{why}{self._time_left()}")
+        self.last_line = time.monotonic()
+
+    def _time_left(self) -> str:
+        ended = self.at_start - len(self.left)
+        if not ended or not self.left:
+            return ""
+        seconds = (time.monotonic() - self.began) / ended * len(self.left)
+        return f"; {len(self.left)} left, about {timedelta(seconds=round(seconds))}"
+
+    def _tell_running(self) -> None:
+        self.last_line = time.monotonic()
+        running = []
+        for name in sorted(self.left):
+            journal = self.plan.run_folder(name) / WORKER_FILE
+            steps = [record for record in read(journal)[0] if record["kind"] == "train"]
+            if steps and time.time() - steps[-1]["time"] < LINE_EVERY_S:
+                last = steps[-1]
+                running.append(
+                    f"{name} step {last['step']}, loss {last['train_loss']:.3f}, {last['tokens_per_s']:,.0f} tokens/s"
+                )
+        if running:
+            self.say("; ".join(running))

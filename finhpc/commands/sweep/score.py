@@ -1,0 +1,80 @@
+"""A trained model at fewer bits: quantised per vector, its size on disk, its loss on the same held-out samples."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finhpc.commands.export import export
+from finhpc.data.shards.shards import Shards
+from finhpc.errors import ImplausibleError
+from finhpc.evaluation import plausible
+from finhpc.models.loading import load_model
+from finhpc.settings import ExportConfig, PretrainConfig, build
+
+FOLDER = "quantized-{bits}bit"  # in the run folder
+
+
+def score_at(bits: int, config: PretrainConfig, run: Path, full: float | None = None) -> dict[str, Any]:
+    """Write the run's model at `bits` into RUN/quantized-BITSbit and score it; what is there already is kept.
+
+    Returns `val_loss`, `val_perplexity`, `model`, `size_bytes` (of its weights on disk) and `score_s`. The samples
+    and the precision are those of the run's own evaluations. `full`: the run's loss at 16 bits. Raises
+    `ImplausibleError` if the loss cannot be that model's, and keeps nothing of it.
+    """
+    out = run / FOLDER.format(bits=bits)
+    known = out / "scores.json"
+    if known.is_file():
+        found: dict[str, Any] = json.loads(known.read_text(encoding="utf-8"))
+        return found
+    begin = time.perf_counter()
+    if not (out / "config.json").is_file():
+        settings = {"bits": bits, "scheme": config.quantization.scheme}
+        source = str(run / "model")
+        export(build(ExportConfig, {"model": source, "out": str(out), "dtype": "bfloat16", "quantization": settings}))
+    loss = held_out_loss(out, config)
+    found = {
+        "val_loss": loss,
+        "val_perplexity": math.exp(min(loss, 700.0)),
+        "model": str(out),
+        "size_bytes": sum(file.stat().st_size for file in out.glob("*.safetensors")),
+        "score_s": time.perf_counter() - begin,
+    }
+    vocab_size = Shards.open(str(config.data.shards)).manifest.vocab_size
+    try:
+        plausible.check(
+            f"{run.name} at {bits} bits",
+            found,
+            plausible.at_fewer_bits(bits, vocab_size, full),
+            "if other runs quantize well, remove this one's model folder and run the same command again",
+        )
+    except ImplausibleError:
+        shutil.rmtree(out)  # the next start exports it again
+        raise
+    known.write_text(json.dumps(found), encoding="utf-8")
+    return found
+
+
+def held_out_loss(model_folder: Path, config: PretrainConfig) -> float:
+    """Mean loss in nats of a model folder on the samples that the run is evaluated on.
+
+    On this process's GPU where it has one and the run may use it, else on the CPU.
+    """
+    shards = Shards.open(str(config.data.shards))
+    samples = torch.from_numpy(shards.eval_samples(config.data.eval_samples, config.data.seq_len))
+    torch.set_num_threads(config.resources.threads)
+    device = "cuda" if config.resources.device != "cpu" and torch.cuda.is_available() else "cpu"
+    model: Any = load_model(model_folder, device=device)
+    size, bf16 = config.parallel.micro_batch_size, config.train.precision == "bf16"
+    losses, counts = [], []
+    with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=bf16):
+        for batch in samples.to(device).split(size):
+            losses.append(float(model(input_ids=batch, labels=batch).loss))
+            counts.append(len(batch))
+    return math.fsum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)

@@ -1,0 +1,136 @@
+"""The MLflow page on this machine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import webbrowser
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import IO
+from urllib.error import URLError
+from urllib.request import urlopen
+
+from finhpc.errors import ConfigError, FinhpcError
+from finhpc.files import redact
+from finhpc.settings import UiConfig
+from finhpc.tracking.pages import Pages, pages_of
+from finhpc.tracking.store import artifact_location, database_file
+from finhpc.tracking.tracker import absolute_tracking_uri, default_tracking_uri
+
+HOST = "127.0.0.1"
+START_S = 60.0
+
+
+def ui(config: UiConfig, dry_run: bool = False) -> None:
+    """Show what was tracked, until interrupted: the comparison of the sweep `run.name`, by default of the newest one.
+
+    Prints the addresses, and opens the first where there is a desktop; with `dry_run` checks that it could be shown.
+    Raises `ConfigError` for a name that no run has, a database that cannot be read and a port that is taken.
+    """
+    run, port = config.run, config.port
+    uri = absolute_tracking_uri(run.tracking_uri) if run.tracking_uri else default_tracking_uri(run.storage)
+    name = run.name if "name" in run.model_fields_set else None
+    served = uri.startswith(("http://", "https://"))
+    if not served:
+        check_database(uri)
+        _check_port(port)
+    pages = pages_of(uri, name)
+    if dry_run:
+        address = redact(uri) if served else f"http://{HOST}:{port}"
+        print(f"MLflow's page of {redact(uri)} would open at {address}.", file=sys.stderr)
+        return
+    if served:
+        _show(redact(uri).rstrip("/"), pages)
+        return
+    # Being told to end ends the server too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    with suppress(KeyboardInterrupt), serving(uri, port) as (server, address):
+        _show(address, pages)
+        print("Ctrl-C ends it.", file=sys.stderr, flush=True)
+        server.wait()
+
+
+def _show(address: str, pages: Pages) -> None:
+    """Print the addresses and open the first page in a browser, if this machine has a desktop."""
+    print(f"MLflow's page: {address}", file=sys.stderr)
+    for title, page in pages:
+        print(f"{title}: {address}/{page}", file=sys.stderr, flush=True)
+    desktop = sys.platform == "darwin" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    if desktop and sys.stderr.isatty():
+        webbrowser.open(f"{address}/{pages[0][1]}" if pages else address)
+
+
+@contextmanager
+def serving(tracking_uri: str, port: int) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """An MLflow server over a database, for this machine alone; ended on leaving."""
+    check_database(tracking_uri)
+    _check_port(port)
+    address = f"http://{HOST}:{port}"
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
+        # What its libraries print is for nobody, unless it fails.
+        command = server_command(tracking_uri, port)
+        server = subprocess.Popen(command, env=server_environment(), stdout=log, stderr=subprocess.STDOUT)
+        try:
+            _wait_until_healthy(server, address, log)
+            yield server, address
+        finally:
+            server.terminate()
+            server.wait()
+
+
+def server_command(tracking_uri: str, port: int) -> list[str]:
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", tracking_uri]
+    if artifacts := artifact_location(tracking_uri):
+        command += ["--default-artifact-root", artifacts]
+    return [*command, "--host", HOST, "--port", str(port), "--workers", "1", "--uvicorn-opts", "--log-level warning"]
+
+
+def server_environment() -> dict[str, str]:
+    """Without the job queue of its agent tools, which starts processes that no run of ours needs."""
+    return {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true", **os.environ}
+
+
+def check_database(tracking_uri: str) -> None:
+    """Raise `ConfigError` for a sqlite address whose file does not exist."""
+    database = database_file(tracking_uri)
+    if database and not database.is_file():
+        raise ConfigError(
+            f"{database} does not exist: nothing was tracked there yet; "
+            f"train something first, or give the --run.storage that runs were written to."
+        )
+
+
+def _check_port(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise ConfigError(
+                f"port={port} cannot be used ({error.strerror}); choose another, such as {port + 1}."
+            ) from None
+
+
+def _wait_until_healthy(server: subprocess.Popen[bytes], address: str, log: IO[str]) -> None:
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline:
+        if server.poll() is not None:
+            raise FinhpcError(f"the MLflow server ended with code {server.returncode}:\n{_last_lines(log)}")
+        try:
+            with urlopen(f"{address}/health", timeout=2) as answer:
+                if answer.status == 200:
+                    return
+        except (URLError, OSError):
+            time.sleep(0.2)
+    raise FinhpcError(f"the MLflow server did not answer at {address} within {START_S:.0f} s:\n{_last_lines(log)}")
+
+
+def _last_lines(log: IO[str]) -> str:
+    log.seek(0)
+    return "\n".join(log.read().splitlines()[-15:])

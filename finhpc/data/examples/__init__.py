@@ -1,0 +1,1 @@
+"""Instruction data: records, templates and chats to tokenized examples, and examples to packed batches."""

@@ -1,0 +1,290 @@
+"""Tokenised examples of a finetuning run, split by sentence, in one file with a fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from finhpc.data.examples.instructions import Example, Source, labels_of, read_examples
+from finhpc.data.examples.tokenize import Row, check_tokenizer, tokenised
+from finhpc.data.shards.order import permutation
+from finhpc.errors import ConfigError, DataError
+from finhpc.files import write_atomic
+from finhpc.models.files.tokens import continuation_ids
+from finhpc.settings import Instructions
+
+SPLITS = ("train", "held_out")
+ARRAYS = ("tokens", "offsets", "answer", "source")
+LETTERS = re.compile(r"[\W_]+")
+
+
+class Arrays(NamedTuple):
+    """Examples in a row: tokens int32, answer bool (tokens,), offsets int64 (n + 1,), source int32 (n,)."""
+
+    tokens: npt.NDArray[np.int32]
+    offsets: npt.NDArray[np.int64]
+    answer: npt.NDArray[np.bool_]
+    source: npt.NDArray[np.int32]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def example(self, index: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
+        """Tokens of one example, and which of them are its answer's."""
+        part = slice(self.offsets[index], self.offsets[index + 1])
+        return self.tokens[part], self.answer[part]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What a run learns from, and what it is scored on."""
+
+    train: Arrays
+    held_out: Arrays
+    counts: dict[str, Any] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    origin: str = ""  # hash of all that they were made of
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of all ids, borders, answers and sources."""
+        digest = hashlib.sha256()
+        for name, array in _named(self).items():
+            digest.update(f"{name} {array.dtype} {array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+    def save(self, path: Path) -> str:
+        """Write everything to one safetensors file and return its fingerprint."""
+        from safetensors.numpy import save
+
+        fingerprint = self.fingerprint
+        about = {"counts": self.counts, "labels": self.labels, "notes": self.notes, "origin": self.origin}
+        metadata = {"fingerprint": fingerprint, "about": json.dumps(about)}
+        write_atomic(path, save(_named(self), metadata=metadata))
+        return fingerprint
+
+
+def load(path: Path) -> Examples:
+    """What `save` wrote; raises `DataError` where it is missing, damaged or something else."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            train, held_out = (Arrays(*(file.get_tensor(f"{split}.{name}") for name in ARRAYS)) for split in SPLITS)
+        about = json.loads(metadata["about"])
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise DataError(f"{path} holds no whole set of examples ({error}); remove it and run again.") from None
+    labels, notes = tuple(about["labels"]), tuple(about["notes"])
+    found = Examples(train, held_out, about["counts"], labels, notes, about["origin"])
+    if found.fingerprint != metadata.get("fingerprint"):
+        raise DataError(f"{path} is not what was written (its fingerprint differs); remove it and run again.")
+    return found
+
+
+def make_examples(settings: Instructions, tokenizer: Any, seed: int, before: Path | None = None) -> Examples:
+    """Read, tokenise, cut and split all sources; draw `limit` of the training examples by `seed`.
+
+    The split is by the hash of an example's normalised input: the same input is never on both sides,
+    whatever the seed, the files' order, or the source it stands in. `tokenizer`: a fast Hugging Face
+    tokenizer. `before`: a file of examples that is taken if it was made of the same, since a chat template may write
+    the same conversation otherwise on another day. Raises `ConfigError` listing what cannot be used, and where more
+    than `max_dropped` of the examples have no room for their answer.
+    """
+    if not settings.source:
+        raise ConfigError("data.source is not set; give --data.source with a file of examples or hf:NAME.")
+    sources = read_examples([*settings.source, *settings.eval_source], settings)
+    given = [example for source in sources for example in source.examples]
+    check_tokenizer(tokenizer, given)
+    origin = _origin(given, settings, tokenizer, seed)
+    if before is not None and (stored := _stored(before, origin)) is not None:
+        return stored
+    examples, made, said = tokenised(given, tokenizer, settings.max_len, settings.cut == "input")
+    _check_dropped(examples, made, settings)
+    keys = [_key(example.input) for example in examples]
+    train, held_out, leaked = _split(examples, made, keys, settings)
+    drawn = train
+    if settings.limit is not None and settings.limit < len(train):
+        drawn = [train[i] for i in permutation(len(train), 4, seed)[: settings.limit].tolist()]
+    if not train:
+        raise ConfigError(f"data.eval_fraction={settings.eval_fraction} leaves no example to train on; lower it.")
+    counts = _counts(sources, examples, made, keys, drawn, held_out)
+    for number, source in enumerate(counts["by_source"]):
+        source["unseen"] = _unseen(number, sources[number], [examples[i] for i in drawn + held_out], tokenizer)
+    counts |= {"leaked": leaked, "not_drawn": len(train) - len(drawn)}
+    notes = tuple(note for source in sources for note in source.notes) + tuple(said) + tuple(_said(counts, settings))
+    sides = _arrays(drawn, examples, made), _arrays(held_out, examples, made)
+    return Examples(*sides, counts, tuple(labels_of(sources)), notes, origin)
+
+
+def _unseen(number: int, source: Source, learned: list[Example], tokenizer: Any) -> list[list[int]]:
+    """Ids of the labels that a source's template offers and no record that is used has: they can be chosen, too."""
+    seen = {example.label for example in learned if example.source == number}
+    first = source.examples[0]
+    if first.label is None:
+        return []
+    between = first.answer.removesuffix(first.label)
+    return [
+        continuation_ids(tokenizer, first.prompt, between + label, plain=True)
+        for label in source.labels
+        if label not in seen
+    ]
+
+
+def _stored(path: Path, origin: str) -> Examples | None:
+    """The examples in a file, if they are whole and of that origin."""
+    try:
+        found = load(path)
+    except DataError:  # none yet, or damaged: the same are made again, and a run checks their fingerprint
+        return None
+    return found if found.origin == origin else None
+
+
+def _origin(examples: list[Example], settings: Instructions, tokenizer: Any, seed: int) -> str:
+    """Hash of records, settings and tokenizer, which say what is learned, before a template writes any of it."""
+    ways = settings.model_dump(include={"eval_fraction", "limit", "max_len", "cut", "max_dropped"})
+    tokenizer.backend_tokenizer.no_truncation()  # left there by whoever encoded last
+    tokenizer.backend_tokenizer.no_padding()
+    speaks = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map]
+    digest = hashlib.sha256(json.dumps([ways, len(settings.source), speaks, seed], default=str).encode())
+    for example in examples:
+        kind = [example.content, example.input, example.source, example.cut, example.end, example.label]
+        digest.update(json.dumps(kind).encode())
+    return digest.hexdigest()
+
+
+def _split(
+    examples: list[Example], made: list[Row | None], keys: list[bytes], settings: Instructions
+) -> tuple[list[int], list[int], int]:
+    """Indices trained on, those held out in the order of their hashes, and how many given ones leaked."""
+    kept = [i for i, row in enumerate(made) if row is not None]
+    leaked = 0
+    if settings.eval_source:
+        given = len(settings.source)
+        held_out = [i for i in kept if examples[i].source >= given]
+        seen = {keys[i] for i in held_out}
+        learned = [i for i in kept if examples[i].source < given]
+        train = [i for i in learned if keys[i] not in seen]
+        leaked = len(learned) - len(train)
+    else:
+        chosen = [_is_held_out(key, settings.eval_fraction) for key in keys]
+        train = [i for i in kept if not chosen[i]]
+        held_out = [i for i in kept if chosen[i]]
+    # By the far end of the hash: its beginning decided the split, and eval_limit takes the first of these.
+    held_out.sort(key=lambda i: keys[i][::-1])
+    return train, held_out, leaked
+
+
+def is_held_out(text: str, fraction: float) -> bool:
+    """Whether an input is among the held-out `fraction`, of whatever source: its letters and digits say it."""
+    return _is_held_out(_key(text), fraction)
+
+
+def _is_held_out(key: bytes, fraction: float) -> bool:
+    return int.from_bytes(key[:8], "big") < int(fraction * 2**64)
+
+
+def _key(text: str) -> bytes:
+    """Hash of a text's letters and digits, whatever its case, spaces and punctuation."""
+    plain = LETTERS.sub("", unicodedata.normalize("NFKC", text).casefold()) or text.strip()
+    return hashlib.sha256(plain.encode()).digest()
+
+
+def _check_dropped(examples: list[Example], made: list[Row | None], settings: Instructions) -> None:
+    lost = [example for example, row in zip(examples, made, strict=True) if row is None]
+    if len(lost) > settings.max_dropped * len(examples):
+        named = ", ".join(example.where for example in lost[:3])
+        raise ConfigError(
+            f"data.max_len={settings.max_len} leaves no room for the answer of {len(lost):,} of {len(examples):,} "
+            f"examples ({named}{', ...' if len(lost) > 3 else ''}), more than data.max_dropped={settings.max_dropped}; "
+            "raise max_len, or max_dropped to train without them."
+        )
+
+
+def _arrays(chosen: list[int], examples: list[Example], made: list[Row | None]) -> Arrays:
+    picked = [row for i in chosen if (row := made[i]) is not None]
+    lengths = np.array([len(row.tokens) for row in picked], np.int64)
+    return Arrays(
+        np.array([token for row in picked for token in row.tokens], np.int32),
+        np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)]),
+        np.array([answer for row in picked for answer in row.answer], np.bool_),
+        np.array([examples[i].source for i in chosen], np.int32),
+    )
+
+
+def _counts(
+    sources: list[Source],
+    examples: list[Example],
+    made: list[Row | None],
+    keys: list[bytes],
+    train: list[int],
+    held_out: list[int],
+) -> dict[str, Any]:
+    """What there is, in all and by source; `examples` are those trained on."""
+    same = Counter((key, example.content) for key, example in zip(keys, examples, strict=True))
+    answers: dict[str, set[str]] = {}
+    for example in examples:
+        if example.label is not None:
+            answers.setdefault(example.prompt, set()).add(example.label)
+
+    def of(chosen: list[int]) -> tuple[int, int, int]:
+        picked = [row for i in chosen if (row := made[i]) is not None]
+        return len(picked), sum(len(row.tokens) for row in picked), sum(sum(row.answer) for row in picked)
+
+    def all_of(source: int | None) -> dict[str, Any]:
+        mine = [i for i in range(len(examples)) if source in (None, examples[i].source)]
+        number, tokens, answer_tokens = of([i for i in train if source in (None, examples[i].source)])
+        return {
+            "records": len(mine),
+            "examples": number,
+            "held_out": sum(source in (None, examples[i].source) for i in held_out),
+            "cut": sum(row.cut for i in mine if (row := made[i]) is not None),
+            "dropped": sum(made[i] is None for i in mine),
+            "tokens": tokens,
+            "answer_tokens": answer_tokens,
+        }
+
+    by_source = [
+        all_of(i)
+        | {
+            "source": source.name,
+            "format": source.format,
+            "template": source.template,
+            "labels": list(source.labels),
+            "skipped": dict(source.skipped),
+        }
+        for i, source in enumerate(sources)
+    ]
+    conflicting = sum(len(labels) > 1 for labels in answers.values())
+    duplicates = sum(count - 1 for count in same.values())
+    return all_of(None) | {"duplicates": duplicates, "conflicting": conflicting, "by_source": by_source}
+
+
+def _said(counts: dict[str, Any], settings: Instructions) -> list[str]:
+    """What was cut or left out, in words."""
+    said = {
+        "cut": f"inputs longer than data.max_len={settings.max_len} were cut at their end",
+        "dropped": f"examples were left out: data.max_len={settings.max_len} has no room for their answer",
+        "leaked": "examples were left out of training: their input is held out",
+        "conflicting": "prompts stand there with different labels",
+    }
+    notes = [f"{counts[name]:,} {text}" for name, text in said.items() if counts[name]]
+    for source in counts["by_source"]:
+        notes += [f"{source['source']}: {number:,} {what} were left out" for what, number in source["skipped"].items()]
+    return notes
+
+
+def _named(examples: Examples) -> dict[str, npt.NDArray[Any]]:
+    splits = {"train": examples.train, "held_out": examples.held_out}
+    return {f"{split}.{name}": getattr(arrays, name) for split, arrays in splits.items() for name in ARRAYS}

@@ -1,0 +1,127 @@
+"""One micro-batch as one pack: its examples side by side, prefixes that several share laid down once.
+
+The layout stands in `finhpc.models.packed.layout`. A prefix never reaches the token that predicts the first
+answer token, so that it carries no target and every loss stands at its own example. What follows the
+last token that predicts anything is left out: with causal attention nothing looks at it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from finhpc.data.examples.examples import Arrays
+from finhpc.errors import ConfigError
+from finhpc.models.packed.layout import FIELDS, IGNORED, PACKS, POSITION, PREFIX, SEGMENT, TARGET, TARGETS, TOKEN
+
+SHORTEST_PREFIX = 8  # tokens; a segment more is not worth fewer
+Ints = npt.NDArray[np.int64]
+
+
+class Piece(NamedTuple):
+    """An example as the model needs it: `tokens` read, `target` of each (or IGNORED), the first that has one."""
+
+    tokens: Ints
+    target: Ints
+    first: int
+
+
+class Group(NamedTuple):
+    """Examples, as indices, that share their first `prefix` tokens (0: none)."""
+
+    members: tuple[int, ...]
+    prefix: int
+
+
+def piece(arrays: Arrays, index: int) -> Piece:
+    """Example `index` without what follows its last predicting token."""
+    tokens, answer = arrays.example(index)
+    predicting = np.flatnonzero(answer[1:])
+    last = int(predicting[-1]) + 1
+    target = np.where(answer[1 : last + 1], tokens[1 : last + 1], IGNORED).astype(np.int64)
+    return Piece(tokens[:last].astype(np.int64), target, int(predicting[0]))
+
+
+def groups(pieces: Sequence[Piece], share_prefix: bool = True) -> list[Group]:
+    """Examples by common prefix, such that as many tokens as possible are saved: runs in the order of their tokens."""
+    n = len(pieces)
+    if not share_prefix or n < 2:
+        return [Group((i,), 0) for i in range(n)]
+    heads = [tuple(one.tokens[: one.first].tolist()) for one in pieces]
+    order = sorted(range(n), key=lambda i: (heads[i], len(pieces[i].tokens), i))
+    common = [_common(heads[a], heads[b]) for a, b in pairwise(order)]
+    saved, start = [0] * (n + 1), list(range(n + 1))  # best of the first k; where its last run begins
+    for k in range(1, n + 1):
+        saved[k], start[k] = saved[k - 1], k - 1
+        shared = len(heads[order[k - 1]])
+        for j in range(k - 2, -1, -1):
+            shared = min(shared, common[j])
+            if shared < SHORTEST_PREFIX:
+                break
+            if (gain := saved[j] + (k - 1 - j) * shared) > saved[k]:
+                saved[k], start[k] = gain, j
+    found: list[Group] = []
+    k = n
+    while k:
+        j = start[k]
+        members = tuple(order[j:k])
+        found.append(Group(members, min(common[j : k - 1]) if k - j > 1 else 0))
+        k = j
+    return found[::-1]
+
+
+def _common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+    shorter = min(len(a), len(b))
+    return next((i for i in range(shorter) if a[i] != b[i]), shorter)
+
+
+def size(pieces: Sequence[Piece], found: Sequence[Group]) -> int:
+    """Tokens that a pack computes."""
+    return sum(len(one.tokens) for one in pieces) - sum((len(group.members) - 1) * group.prefix for group in found)
+
+
+def pack(
+    pieces: Sequence[Piece],
+    found: Sequence[Group],
+    targets: int,
+    packs: int,
+    multiple: int = 1,
+    length: int | None = None,
+) -> Ints:
+    """int64 (1, FIELDS, T): T is the tokens computed, rounded up to `multiple`, or `length` where given.
+
+    `targets`, `packs`: of the whole step or evaluation. Without examples it is padding alone. Raises
+    `ConfigError` where `length` is too short.
+    """
+    needed = size(pieces, found)
+    total = max(-(-needed // multiple), 1) * multiple if length is None else length
+    if total < needed:
+        raise ConfigError(f"a micro-batch of {needed:,} tokens does not fit packs of {total:,}; use smaller ones.")
+    made = np.zeros((1, FIELDS, total), np.int64)
+    made[0, TARGET] = IGNORED
+    made[0, TARGETS], made[0, PACKS] = targets, packs
+    at, segment = 0, 0
+
+    def lay(tokens: Ints, position: int, target: Ints, before: int) -> None:
+        nonlocal at, segment
+        segment += 1
+        part = slice(at, at + len(tokens))
+        made[0, TOKEN, part], made[0, TARGET, part] = tokens, target
+        made[0, POSITION, part] = np.arange(position, position + len(tokens))
+        made[0, SEGMENT, part], made[0, PREFIX, part] = segment, before
+        at += len(tokens)
+
+    for group in found:
+        before = 0
+        if group.prefix:
+            first = pieces[group.members[0]]
+            lay(first.tokens[: group.prefix], 0, first.target[: group.prefix], 0)
+            before = segment
+        for member in group.members:
+            one = pieces[member]
+            lay(one.tokens[group.prefix :], group.prefix, one.target[group.prefix :], before)
+    return made

@@ -1,0 +1,128 @@
+"""Conversations as files hold them, in one form: role and content of each message, and tool calls if there are any."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from finhpc.data.examples.values import is_missing, shown
+from finhpc.errors import ConfigError
+from finhpc.textfile import parse_json
+
+# Roles as ShareGPT's files and others name them.
+ROLES = {
+    "system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant",
+    "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant", "tool": "tool",
+    "function": "tool", "observation": "tool", "function_response": "tool",
+}  # fmt: skip
+# Parts of a message that change what the model reads or learns: they are used or refused, never dropped.
+REFUSED = ("function_call", "tools", "functions", "images", "image", "audio", "videos", "refusal")
+RENDERED = ("tool_calls", "reasoning_content", "thinking", "reasoning")
+PASSED = ("name", "tool_call_id")
+
+
+def messages_of(values: dict[str, Any], column: str, where: str) -> list[dict[str, Any]]:
+    """Return the messages of a record as `role` and `content`; ShareGPT's `from` and `value` are read as these.
+
+    The list of messages may be JSON text. Content is text, or a list of text parts, which are joined; null only beside
+    tool calls. A `system` column of the record stands before a conversation without a system message. Raises
+    `ConfigError`, naming the record and the message, for everything that could not be rendered or learned as written.
+    """
+    for name in ("functions", "images", "image", "videos", "audios"):
+        if name != column and (held := values.get(name)) and not is_missing(held) and held not in ("[]", "{}"):
+            raise ConfigError(f"{where}: {name} are not read; remove the column or the record.")
+    messages = values.get(column)
+    if isinstance(messages, str) and messages.lstrip().startswith("["):  # as tables hold them
+        try:
+            messages = parse_json(messages)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{where}: {column} is broken JSON ({error}); correct it.") from None
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise ConfigError(f"{where}: {column} is not a list of objects; write role and content of each.")
+    found = [_message(message, f"{where}: message {number}") for number, message in enumerate(messages, 1)]
+    system = values.get("system")
+    if isinstance(system, str) and system.strip() and not any(message["role"] == "system" for message in found):
+        found.insert(0, {"role": "system", "content": system})
+    return found
+
+
+def tools_of(values: dict[str, Any], where: str) -> list[Any] | None:
+    """Return the tools that a record offers, a list of objects or its JSON text; None if there are none."""
+    tools = values.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = parse_json(tools or "[]")
+        except ValueError as error:
+            raise ConfigError(f"{where}: tools are broken JSON ({error}); correct them.") from None
+    if is_missing(tools) or tools == []:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ConfigError(f"{where}: tools holds {shown(tools)}, not a list of objects; correct it.")
+    return tools
+
+
+def check_rendered(messages: list[dict[str, Any]], render: Callable[[list[dict[str, Any]]], str], where: str) -> None:
+    """Raise `ConfigError` for a part of a message, such as its tool calls, that does not show in the rendered text."""
+    for number, message in enumerate(messages):
+        for part in (name for name in RENDERED if name in message):
+            rest = {name: value for name, value in message.items() if name != part}
+            if render(messages[: number + 1]) == render([*messages[:number], rest]):
+                raise ConfigError(
+                    f"{where}: message {number + 1} holds {part}, which the tokenizer's chat template does not render; "
+                    "use a model whose template does, or remove the record."
+                )
+
+
+def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
+    role = message.get("from" if is_missing(message.get("role")) else "role")
+    if not isinstance(role, str) or role.lower() not in ROLES:
+        raise ConfigError(f"{where} has the role {role!r}; roles are {', '.join(ROLES)}.")
+    content = message.get("value" if is_missing(message.get("content")) and "value" in message else "content")
+    given = {name: value for name, value in message.items() if not is_missing(value) and value not in ([], {}, "")}
+    if unread := next((name for name in REFUSED if name in given), None):
+        raise ConfigError(f"{where} holds {unread}, which is not read; remove it or the record.")
+    for name in ("weight", "loss", "train"):
+        if name in given and given[name] not in (1, True):
+            raise ConfigError(
+                f"{where} holds {name}={given[name]!r}, but every answer is learned; remove the message or the record."
+            )
+    read: dict[str, Any] = {"role": ROLES[role.lower()], "content": _content(content, given, where)}
+    read |= {name: given[name] for name in (*RENDERED, *PASSED) if name in given}
+    if "tool_calls" in read:
+        read["tool_calls"] = [_call(call, where) for call in read["tool_calls"]]
+    return read
+
+
+def _content(content: Any, given: dict[str, Any], where: str) -> str:
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list) and content:
+        return "".join(_part(part, where) for part in content)
+    if (is_missing(content) or content == []) and "tool_calls" in given:
+        return ""
+    raise ConfigError(f"{where} holds {shown(content)}, not text; correct it.")
+
+
+def _part(part: Any, where: str) -> str:
+    if isinstance(part, str):
+        return part
+    kind = part.get("type") if isinstance(part, dict) else shown(part)
+    if isinstance(part, dict) and kind in ("text", "input_text", "output_text") and isinstance(part.get("text"), str):
+        return str(part["text"])
+    raise ConfigError(f"{where} holds a part of type {kind}, of which only text is read; remove it or the record.")
+
+
+def _call(call: Any, where: str) -> dict[str, Any]:
+    """A tool call with its arguments as an object, as chat templates expect; OpenAI's files hold them as JSON text."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise ConfigError(f"{where} holds a tool call without a function name; correct it.")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = parse_json(arguments or "{}")
+        except ValueError as error:
+            raise ConfigError(f"{where}: the arguments of {function['name']} are broken JSON ({error}).") from None
+    call = {name: value for name, value in call.items() if value is not None}
+    made: dict[str, Any] = function | {"arguments": {} if arguments is None else arguments}
+    return {**call, "function": made} if "function" in call else {**call, **made}

@@ -1,0 +1,242 @@
+"""Records of instruction data: a file or a data set of the hub in, dictionaries with their places out.
+
+What a container holds is read as it is (JSON, JSON lines, CSV, parquet, hf:NAME); the formats that
+are no tables (PhraseBank's lines, FiQA's scores, CoNLL's tags) become records here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from finhpc.data.examples.tables import Reading, Record, encoding_note, read_csv, read_hub, read_parquet
+from finhpc.errors import ConfigError
+from finhpc.textfile import parse_json, read_text
+
+__all__ = ["Reading", "Record", "read_records", "split_name"]
+FIQA_THRESHOLD = 0.1  # scores beyond it are positive or negative
+CONLL_TYPES = {"PER": "person", "LOC": "location", "ORG": "organization"}
+ENDINGS = ".json, .jsonl, .csv, .parquet, .txt"
+
+
+def split_name(source: str, formats: Iterable[str]) -> tuple[str, str | None]:
+    """A source and the format it names (FILE:FORMAT), or None; a path that exists is a path."""
+    path, colon, name = source.rpartition(":")
+    if colon and name in formats and not Path(source).expanduser().exists():
+        return path, name
+    return source, None
+
+
+def read_records(source: str, encoding: str | None, hf_split: str, name: str | None = None) -> Reading:
+    """Open a source. `name`: its format where it was named.
+
+    Raises `ConfigError` for a source that does not exist, is of no known kind, is damaged or in another encoding.
+    """
+    if source.startswith("hf:"):
+        return read_hub(source, hf_split)
+    path = Path(source).expanduser()
+    if not path.is_file():
+        kind = "is a folder, not a file" if source and path.is_dir() else "does not exist"
+        name = f"hf:{source} for a data set that is a folder" if source and path.is_dir() else "hf:NAME"
+        raise ConfigError(f"data.source={source} {kind}; give a file ({ENDINGS}) or {name}.")
+    match path.suffix.lower():
+        case ".json":
+            return _json(path, encoding)
+        case ".jsonl" | ".ndjson":
+            return _json_lines(path, encoding)
+        case ".csv" | ".tsv":
+            return read_csv(path, encoding)
+        case ".parquet":
+            return read_parquet(path)
+        case ".txt" | ".conll" | ".iob":
+            return _text(path, encoding, name)
+    raise ConfigError(f"data.source={source} is of no known format; its name must end in {ENDINGS}.")
+
+
+def _table(source: str, records: Iterable[Record]) -> Reading:
+    records = list(records)
+    columns = list(dict.fromkeys(column for record in records for column in record.values))
+    return Reading(source, columns, records)
+
+
+# JSON
+
+
+def _json(path: Path, encoding: str | None) -> Reading:
+    text, used = read_text(path, encoding)
+    if not text.lstrip().startswith(("[", "{")):
+        raise ConfigError(f"{path} holds no JSON array or object; write a list of records.")
+    try:
+        tree = parse_json(text)
+    except (ValueError, RecursionError) as error:
+        if text.lstrip().startswith("{") and "\n{" in text.strip():  # a record a line, in a file named .json
+            return _json_lines(path, encoding)
+        raise ConfigError(f"{path} is broken JSON ({error}); correct it or fetch it again.") from None
+    if isinstance(tree, dict):
+        _check_keyed(path, tree)
+    rows = list(tree.items()) if isinstance(tree, dict) else list(enumerate(tree, 1))
+    reading = _table(str(path), (_object(value, f"{path} record {key}") for key, value in rows))
+    return _with_labels(reading, encoding_note(path, text, used))
+
+
+def _check_keyed(path: Path, tree: dict[str, Any]) -> None:
+    """Refuse an object that holds a list of records under a name, or values by column, as pandas writes them."""
+    if name := next((name for name, value in tree.items() if isinstance(value, list)), None):
+        raise ConfigError(f"{path} holds a list under the name {name!r}; write the list of records alone.")
+    inner = [value for value in tree.values() if isinstance(value, dict) and value]
+    if inner and len(inner) == len(tree) and all(key.isdigit() for value in inner for key in value):
+        raise ConfigError(
+            f"{path} holds values by column ({', '.join(list(tree)[:5])}), as pandas' to_json writes them; write "
+            "records with to_json(orient='records')."
+        )
+
+
+def _json_lines(path: Path, encoding: str | None) -> Reading:
+    text, used = read_text(path, encoding)
+
+    def records() -> Iterator[Record]:
+        for number, line in enumerate(text.split("\n"), 1):
+            if not line.strip():
+                continue
+            try:
+                value = parse_json(line)
+            except (ValueError, RecursionError) as error:
+                raise ConfigError(f"{path} line {number}: broken JSON ({error}); correct the line.") from None
+            yield _object(value, f"{path} line {number}")
+
+    return _with_labels(_table(str(path), records()), encoding_note(path, text, used))
+
+
+def _object(value: Any, where: str) -> Record:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where}: a JSON {type(value).__name__}, not an object; write one with named fields.")
+    return Record(value, where)
+
+
+def _with_labels(reading: Reading, notes: list[str]) -> Reading:
+    """The same records, and of FiQA's, which carry scores, one with a label for each score."""
+    found = _scored(reading) if {"sentence", "info"} <= set(reading.columns) else reading
+    found.notes[:0] = notes
+    return found
+
+
+def _scored(reading: Reading) -> Reading:
+    skipped: Counter[str] = Counter()
+
+    def records() -> Iterator[Record]:
+        for record in reading.records:
+            scores = record.values.get("info") or []
+            skipped["sentences without a score"] += not scores
+            for info in scores:
+                label = score_label(_score(info, record.where))
+                yield Record({"sentence": record.values.get("sentence"), "label": label}, record.where)
+
+    note = f"{reading.source}: scores below -{FIQA_THRESHOLD} are negative, above {FIQA_THRESHOLD} positive"
+    found = _table(reading.source, records())
+    found.notes.append(f"{note}, else neutral")
+    found.skipped, found.format = skipped, "fiqa"
+    return found
+
+
+def _score(info: Any, where: str) -> float:
+    try:
+        score = float(info["sentiment_score"])
+    except (TypeError, KeyError, ValueError):
+        raise ConfigError(f"{where}: no number under info / sentiment_score; FiQA's records carry one each.") from None
+    if not -1 <= score <= 1:  # also NaN
+        raise ConfigError(f"{where}: sentiment_score={score:g} is not from -1 to 1, as FiQA's are; correct it.")
+    return score
+
+
+def score_label(score: float) -> str:
+    """FiQA's score, from -1 to 1, as a label."""
+    if score > FIQA_THRESHOLD:
+        return "positive"
+    return "negative" if score < -FIQA_THRESHOLD else "neutral"
+
+
+# Text: PhraseBank's lines, CoNLL's words
+
+
+def _text(path: Path, encoding: str | None, name: str | None) -> Reading:
+    text, used = read_text(path, encoding, otherwise="latin-1")
+    lines = text.split("\n")
+    filled = [line for line in lines if line.strip()]
+    tagged = path.suffix.lower() in (".conll", ".iob") or (filled and filled[0].startswith("-DOCSTART-"))
+    if name == "conll" or (name is None and tagged):
+        return _conll(path, lines, encoding_note(path, text, used))
+    reading = _table(str(path), _phrases(path, lines))
+    if not text.isascii():
+        reading.notes.append(f"{path}: read as {used}")
+    reading.format = "phrasebank"
+    return reading
+
+
+def _phrases(path: Path, lines: list[str]) -> Iterator[Record]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        sentence, at, label = line.rpartition("@")
+        if not at:
+            raise ConfigError(
+                f"{path} line {number}: no `@label` at its end, as PhraseBank has; name another format (FILE:conll) "
+                "or correct the line."
+            )
+        yield Record({"sentence": sentence, "label": label}, f"{path} line {number}")
+
+
+def _conll(path: Path, lines: list[str], notes: list[str]) -> Reading:
+    """A record for each named entity: its words, type and sentence."""
+    skipped: Counter[str] = Counter()
+
+    def records() -> Iterator[Record]:
+        for number, rows in _sentences(path, lines):
+            entities = list(_entities(rows))
+            skipped["sentences without an entity"] += not entities
+            for words, tag in entities:
+                if tag not in CONLL_TYPES:
+                    skipped[f"entities of type {tag}"] += 1
+                    continue
+                sentence = " ".join(word for word, _ in rows)
+                values = {"sentence": sentence, "entity": words, "label": CONLL_TYPES[tag]}
+                yield Record(values, f"{path} line {number}")
+
+    reading = _table(str(path), records())
+    reading.notes += notes
+    reading.skipped, reading.format = skipped, "conll"
+    return reading
+
+
+def _sentences(path: Path, lines: list[str]) -> Iterator[tuple[int, list[tuple[str, str]]]]:
+    """First line, and (word, tag) pairs, of each run of lines between empty ones."""
+    rows: list[tuple[str, str]] = []
+    first = 1
+    for number, line in enumerate([*lines, ""], 1):
+        parts = line.split()
+        if not parts or parts[0] == "-DOCSTART-":
+            if rows:
+                yield first, rows
+            rows, first = [], number + 1
+            continue
+        tag = parts[-1]
+        if len(parts) < 2 or not (tag == "O" or tag[:2] in ("I-", "B-", "E-", "S-")):
+            raise ConfigError(
+                f"{path} line {number}: {tag!r} is no tag; CoNLL's lines end in O, I-TYPE or B-TYPE. Correct the line, "
+                "or name another format (FILE:phrasebank)."
+            )
+        rows.append((parts[0], tag))
+
+
+def _entities(rows: list[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """Runs of words of one type; B- and S- begin another."""
+    words: list[str] = []
+    kind = ""
+    for word, tag in [*rows, ("", "O")]:
+        if words and (tag[2:] != kind or tag[:2] in ("B-", "S-")):
+            yield " ".join(words), kind
+            words = []
+        if tag != "O":
+            words.append(word)
+            kind = tag[2:]

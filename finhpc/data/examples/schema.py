@@ -1,0 +1,346 @@
+"""Which format a source has, where the fields of its template stand, and what its labels mean: `open_sources`."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from types import MappingProxyType
+from typing import NamedTuple, Protocol
+
+from finhpc.data.examples import labels
+from finhpc.data.examples.labels import Meaning
+from finhpc.data.examples.problems import each
+from finhpc.data.examples.records import Reading, Record, read_records, split_name
+from finhpc.data.examples.templates import Template, template
+from finhpc.data.examples.values import text_of, word_of
+from finhpc.errors import ConfigError
+from finhpc.settings import nearest
+
+
+class Format(NamedTuple):
+    """The names that a field's column may have, the template, and what codes and other words for labels mean."""
+
+    template: str
+    columns: dict[str, tuple[str, ...]]
+    codes: Mapping[str, str] = MappingProxyType({})
+    words: Mapping[str, str] = MappingProxyType({})
+
+
+INPUT = ("sentence", "text", "input")
+LABEL = ("label", "sentiment", "output")
+MESSAGES = ("messages", "conversations", "conversation")
+FORMATS = {
+    "phrasebank": Format(
+        "phrasebank", {"input": INPUT, "label": LABEL}, {"0": "negative", "1": "neutral", "2": "positive"}
+    ),
+    "tfns": Format(
+        "tfns",
+        {"input": ("text", "sentence", "input"), "label": LABEL},
+        {"0": "negative", "1": "positive", "2": "neutral"},
+        {"bearish": "negative", "bullish": "positive"},
+    ),
+    "fiqa": Format("fiqa", {"input": INPUT, "label": LABEL}),
+    "conll": Format("ner", {"input": INPUT, "entity": ("entity",), "label": LABEL}),
+    "alpaca": Format("alpaca", {}),
+    "context_target": Format("context_target", {"context": ("context", "prompt"), "target": ("target", "completion")}),
+    "labelled": Format("phrasebank", {"input": INPUT, "label": LABEL[:2]}),
+    "chat": Format("", {"messages": MESSAGES}),
+}
+SHOWN = 20  # columns named in a message
+OWN_LABELS = "classify"  # the template of labels that no other template has
+# Names under which Twitter Financial News Sentiment comes: with them its codes have its meaning.
+TFNS_FILES = ("tfns*", "sent_train.csv", "sent_valid.csv", "*twitter-financial-news-sentiment*")
+
+
+class RecordSettings(Protocol):
+    """The settings by which records are read, the same for finetuning and for evaluation."""
+
+    template: str | None
+    templates: str | None
+    columns: dict[str, str]
+    labels: dict[str, str]
+    encoding: str | None
+    hf_split: str
+
+
+@dataclass
+class Table:
+    """A source whose records are read and checked, before they are rendered.
+
+    `named`: the user named the format; `guessed`: nobody did. `form`: its template, None for conversations.
+    `columns`: field -> column. `words`: how often each label stands there as it is written.
+    """
+
+    reading: Reading
+    records: list[Record]
+    format: str
+    named: bool
+    guessed: bool
+    form: Template | None
+    columns: dict[str, str]
+    words: Counter[str] = field(default_factory=Counter)
+    meaning: Meaning | None = None
+
+    @property
+    def source(self) -> str:
+        return self.reading.source
+
+
+def open_sources(sources: Iterable[str], settings: RecordSettings, format: str | None = None) -> list[Table]:
+    """Read all sources and find out what their labels mean, with one set of labels for sources that share a label.
+
+    `format`: that of all sources whose own is not named. Raises `ConfigError` with every problem of any of them.
+    """
+    opened: list[Table] = []
+    problems: list[str] = []
+    for spec in sources:
+        try:
+            opened.append(_open(spec, settings, format))
+        except ConfigError as error:
+            problems += [problem for problem in error.problems if problem not in problems]
+    if problems:
+        raise ConfigError(problems)
+    _check_used(opened, settings)
+    for one in opened:
+        try:
+            _settle(one, settings)
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    own = [one for one in opened if one.form is not None and one.form.chooses and not one.form.labels]
+    for one, meaning in zip(own, labels.united([one.meaning for one in own if one.meaning]), strict=True):
+        assert one.form is not None
+        one.form, one.meaning = one.form.with_labels(meaning.labels), meaning
+    return opened
+
+
+def fields_of(record: Record, one: Table) -> tuple[dict[str, str], str | None]:
+    """The text of each field of a record, and its label if its template chooses among labels.
+
+    Raises `ConfigError` with the record's place for a value that is missing, is not text or is not a label.
+    """
+    assert one.form is not None
+    form, raw = one.form, {}
+    for name, column in one.columns.items():
+        if form.chooses and name == "label":
+            continue
+        raw[name] = text_of(record.values.get(column), column, record.where)
+        if not raw[name].strip() and not (name == "input" and form.without_input):
+            what = "answer" if name not in form.prompt_fields else f"prompt's {name}"
+            raise ConfigError(f"{record.where}: the {what} ({column}) is empty; write one or remove the record.")
+    if not form.chooses:
+        return raw, None
+    raw["label"] = _label(record, one)
+    return raw, raw["label"]
+
+
+def _open(spec: str, settings: RecordSettings, format: str | None) -> Table:
+    path, named = split_name(spec, FORMATS)
+    reading = read_records(path, settings.encoding, settings.hf_split, named or format)
+    kind = named or format or _detect(reading, settings)
+    form = None if kind == "chat" else template(settings.template or FORMATS[kind].template, settings.templates)
+    columns = _columns(form, kind, reading, settings)
+    one = Table(
+        reading,
+        list(reading.records),
+        kind,
+        named is not None,
+        (named or format or "labelled") == "labelled",
+        form,
+        columns,
+    )
+    if form is not None and form.chooses:
+        for word in each(one.records, partial(_word, one=one)):
+            one.words[word] += word != ""
+    return one
+
+
+def _detect(reading: Reading, settings: RecordSettings) -> str:
+    """The format that the file proves, or whose columns are there."""
+    have = set(reading.columns)
+    if not have:
+        raise ConfigError(f"data.source={reading.source} holds no example; give a file with records.")
+    if reading.format:
+        return reading.format
+    if settings.columns:
+        return "chat" if "messages" in settings.columns else _by_fields(set(settings.columns))
+    kind = next(
+        (
+            kind
+            for kind, needed in (
+                ("alpaca", {"instruction", "output"}),
+                ("context_target", {"context", "target"}),
+                ("context_target", {"prompt", "completion"}),
+                ("conll", {"sentence", "entity", "label"}),
+            )
+            if needed <= have
+        ),
+        None,
+    )
+    if have & set(MESSAGES):
+        return "chat"
+    if kind:
+        return kind
+    if have & set(INPUT) and have & set(FORMATS["labelled"].columns["label"]):
+        if {"text", "label"} <= have and _is_tfns(reading.source):
+            return "tfns"
+        return "phrasebank" if {"sentence", "label"} <= have else "labelled"
+    if settings.template:
+        return "labelled" if template(settings.template, settings.templates).chooses else "context_target"
+    above = " If these are a record, write a first line with the columns' names above it."
+    raise ConfigError(
+        f"{reading.source}: its columns ({_listed(reading.columns)}) are of no known format; name the format "
+        f"(FILE:FORMAT, one of {', '.join(FORMATS)}), or the columns that hold its fields with --data.columns, such as "
+        "input=COLUMN label=COLUMN." + (above if reading.source.lower().endswith((".csv", ".tsv")) else "")
+    )
+
+
+def _listed(columns: list[str]) -> str:
+    more = f", and {len(columns) - SHOWN:,} more" if len(columns) > SHOWN else ""
+    return ", ".join(columns[:SHOWN]) + more
+
+
+def _is_tfns(source: str) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for name in (os.path.basename(source), source) for pattern in TFNS_FILES)
+
+
+def _by_fields(fields: set[str]) -> str:
+    if fields & {"instruction", "output"}:
+        return "alpaca"
+    if fields & {"context", "target"}:
+        return "context_target"
+    return "conll" if "entity" in fields else "labelled"
+
+
+def _columns(form: Template | None, kind: str, reading: Reading, settings: RecordSettings) -> dict[str, str]:
+    """The column of each field of the template; raises `ConfigError` for those that are not there."""
+    fields = form.fields if form else ("messages",)
+    if unknown := [name for name in settings.columns if name not in fields]:
+        what = f"template {form.name}" if form else "a conversation"
+        raise ConfigError([f"data.columns: {name} is not a field of {what}; {nearest(name, list(fields))}"
+                           for name in unknown])  # fmt: skip
+    found: dict[str, str] = {}
+    missing: list[str] = []
+    for name in fields:
+        usual = FORMATS[kind].columns.get(name, (name,))
+        wanted = (settings.columns[name],) if name in settings.columns else usual
+        column = next((column for column in wanted if column in reading.columns), None)
+        if column is not None:
+            found[name] = column
+        elif name == "input" and form is not None and form.without_input and name not in settings.columns:
+            found[name] = name  # it is empty in every record
+        else:
+            missing.append(
+                f"{reading.source}: no column {' or '.join(map(repr, wanted))} for {name}; columns: "
+                f"{_listed(reading.columns)}. Name it with --data.columns {name}=COLUMN."
+            )
+    if missing:
+        raise ConfigError(missing)
+    return found
+
+
+def _check_used(opened: list[Table], settings: RecordSettings) -> None:
+    """Refuse settings that no source could follow."""
+    problems = []
+    if settings.template and all(one.form is None for one in opened):
+        problems.append(
+            f"data.template={settings.template} is not for conversations, which the tokenizer's chat template renders; "
+            "leave it out."
+        )
+    if settings.labels and not any(one.form is not None and one.form.chooses for one in opened):
+        problems.append("data.labels is given, but the answers of all sources are text; leave it out.")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _settle(one: Table, settings: RecordSettings) -> None:
+    """Find what each label of a source means, and with it the template of a source whose format was guessed.
+
+    A template whose labels come from the data keeps none until those of all sources are known.
+    """
+    if (form := one.form) is None or not form.chooses:
+        return
+    kind = FORMATS[one.format]
+    coded = one.named or (one.format == "tfns" and _is_tfns(one.source))
+    free = one.guessed and settings.template is None and one.reading.format is None and one.format != "conll"
+    if settings.labels:
+        _settle_given(one, form, free, coded, settings)
+        return
+    if free and one.words and {word.lower() for word in one.words} <= {*FORMATS["tfns"].words, "neutral"}:
+        one.format, kind = "tfns", FORMATS["tfns"]
+        form = one.form = template(kind.template)
+    known = labels.of_words(form.labels, {**kind.words, **(kind.codes if coded else {})})
+    strange = [word for word in one.words if word.lower() not in known.of]
+    if not form.labels or (strange and free):
+        labels.refuse_codes(one.source, strange, {name: f.codes for name, f in FORMATS.items() if f.codes})
+        one.form = form if not form.labels else template(OWN_LABELS)
+        one.meaning = labels.of_data(one.source, one.words)
+    else:
+        if not coded:
+            labels.refuse_codes(one.source, strange, {name: f.codes for name, f in FORMATS.items() if f.codes})
+        one.meaning = known
+
+
+def _settle_given(one: Table, form: Template, free: bool, coded: bool, settings: RecordSettings) -> None:
+    """As `data.labels` says."""
+    meaning = labels.given(settings.labels)
+    codes = FORMATS[one.format].codes if coded else {}
+    if code := labels.contradiction(meaning, codes):
+        raise ConfigError(
+            f"data.labels says that {code} is {meaning.of[code]}, but in {one.source}, of the format {one.format}, it "
+            f"is {codes[code]}; leave out data.labels, or name the file {one.source}:labelled if it is another set."
+        )
+    names = {name.lower() for name in meaning.labels}
+    if form.labels and names <= set(form.labels):
+        kept = form.labels if names == set(form.labels) or not one.guessed else [n for n in form.labels if n in names]
+        one.form = form.with_labels(tuple(kept))
+        one.meaning = labels.of_words(kept, {word: name.lower() for word, name in meaning.of.items()})
+        return
+    if free and form.labels:
+        form = template(OWN_LABELS)
+    if form.labels and not form.shows_labels:
+        raise ConfigError(
+            f"data.labels ({', '.join(meaning.labels)}) are other labels than template {form.name} names in its prompt "
+            f"({', '.join(form.labels)}); use a template with {{labels}}, such as --data.template {OWN_LABELS}."
+        )
+    one.form, one.meaning = form.with_labels(meaning.labels), meaning
+
+
+def _word(record: Record, one: Table) -> str:
+    return word_of(record.values.get(one.columns["label"]), one.columns["label"], record.where)
+
+
+def _label(record: Record, one: Table) -> str:
+    assert one.meaning is not None
+    word = _word(record, one)
+    if not word:
+        raise ConfigError(
+            f"{record.where}: the label ({one.columns['label']}) is empty; write one or remove the record."
+        )
+    if (label := one.meaning.of.get(word.lower())) is None:
+        form, others = one.form, [code for code in one.meaning.of if code not in one.meaning.labels]
+        codes = "".join(f", {code} ({one.meaning.of[code]})" for code in others)
+        raise ConfigError(
+            f"{record.where}: {word!r} is not a label of template {form.name if form else ''}; it has "
+            f"{', '.join(one.meaning.labels)}{codes}. Correct the record, or list the labels with --data.labels."
+        )
+    return label
+
+
+def guesses(one: Table) -> list[str]:
+    """The line that reports what was not said but found: format, template, and the meaning of labels."""
+    columns = list(dict.fromkeys(one.columns.values()))
+    if one.form is None:  # what goes with the messages, see `finhpc.data.examples.messages`
+        columns += [name for name in ("system", "tools") if name in one.reading.columns]
+    used = ", ".join(columns)
+    if unused := [name for name in one.reading.columns if name not in columns]:
+        used += f"; not used: {', '.join(unused[:10])}"
+    guess = f"{one.source}: read as {one.format} (columns {used})" + (f", template {one.form.name}" if one.form else "")
+    if one.meaning is not None:
+        return [f"{guess}; {one.meaning.note(one.words)}"]
+    return [guess] if one.guessed else []

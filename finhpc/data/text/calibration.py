@@ -1,0 +1,50 @@
+"""A few blocks of text to look at what goes into each layer: for whitening, not for training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from finhpc.data.text import sources
+from finhpc.data.text.tokenizer import Encoder
+from finhpc.data.text.unit import Faults
+from finhpc.errors import ConfigError
+from finhpc.settings import Calibration, PrepareConfig
+
+SPREAD = 8  # times as many tokens are read as are taken, so that they come from more documents
+
+
+def calibration_blocks(config: Calibration, tokenizer: Path) -> Tensor:
+    """Token ids, int64 (samples, seq_len): blocks at even distances in the text, documents in a row.
+
+    `tokenizer`: folder of the model's tokeniser. Raises `ConfigError` where the text holds fewer
+    tokens than samples x seq_len, or cannot be read as `finhpc prepare` reads it.
+    """
+    if not config.source:
+        raise ConfigError("calibration.source is not set; whitening needs text: give --calibration.source.")
+    as_prepare = PrepareConfig(source=config.source, text_field=config.text_field)
+    encoder = Encoder(tokenizer)
+    needed = config.samples * config.seq_len
+    pieces: list[np.ndarray] = []
+    held = 0
+    for unit in sources.units(as_prepare)[0]:
+        for text in sources.read(unit, as_prepare, Faults("strict")):
+            ids, _ = encoder.encode([text])
+            pieces.append(ids)
+            held += len(ids)
+            if held >= SPREAD * needed:
+                break
+        if held >= SPREAD * needed:
+            break
+    if held < needed:
+        raise ConfigError(
+            f"calibration.source holds {held:,} tokens, fewer than calibration.samples x calibration.seq_len = "
+            f"{config.samples} x {config.seq_len} = {needed:,}; give more text, or use fewer or shorter samples."
+        )
+    ids = np.concatenate(pieces).astype(np.int64)
+    blocks = ids[: len(ids) // config.seq_len * config.seq_len].reshape(-1, config.seq_len)
+    chosen = np.linspace(0, len(blocks) - 1, config.samples).round().astype(np.int64)
+    return torch.from_numpy(blocks[chosen])

@@ -1,0 +1,156 @@
+"""Unit files to shards: duplicates out, documents to their split, ids into blocks (no Ray in here)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from finhpc.data.shards.shards import ShardFile, Split, SplitCounts, Tokens, encode_shard
+from finhpc.data.text.encoding import DIGEST_BYTES, held_out, unit_batches
+from finhpc.errors import ConfigError
+from finhpc.files import write_atomic
+from finhpc.screen import Progress
+from finhpc.settings import PrepareConfig
+
+
+@dataclass
+class Packed:
+    """What packing made: the shards of each split, its counts, and what was dropped."""
+
+    splits: dict[str, list[ShardFile]]
+    counts: dict[str, SplitCounts]
+    dropped: dict[str, int]
+    val_unigram_entropy_nats: float
+
+
+@dataclass
+class Packer:
+    """Fills blocks of one split with ids and writes every full shard. Holds one shard's ids."""
+
+    out: Path
+    split: Split
+    config: PrepareConfig
+    vocab_size: int
+    shards: list[ShardFile] = field(default_factory=list)
+    counts: SplitCounts = field(default_factory=SplitCounts)
+    held: list[Tokens] = field(default_factory=list)
+    held_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        self.frequencies = np.zeros(self.vocab_size, np.int64)
+
+    def add(self, ids: Tokens) -> None:
+        """Take the ids of whole documents, in a row; they are copied, for a view would keep its file in memory."""
+        self.held.append(ids.copy())
+        self.held_tokens += len(ids)
+        full = self.config.block_len * self.config.shard_blocks
+        while self.held_tokens >= full:
+            self._write(self.config.shard_blocks)
+
+    def close(self) -> int:
+        """Write the last shard; returns the tail of ids that fill no block and are dropped."""
+        if blocks := self.held_tokens // self.config.block_len:
+            self._write(blocks)
+        return self.held_tokens
+
+    def _write(self, blocks: int) -> None:
+        ids = np.concatenate(self.held)
+        size = blocks * self.config.block_len
+        self.held, self.held_tokens = [ids[size:]], len(ids) - size
+        content = encode_shard(ids[:size].reshape(blocks, self.config.block_len))
+        name = f"{self.split}-{len(self.shards):05d}.parquet"
+        write_atomic(self.out / name, content)
+        sha256 = hashlib.sha256(content).hexdigest()
+        self.shards.append(ShardFile(file=name, blocks=blocks, sha256=sha256, bytes=len(content)))
+        self.counts.tokens += size
+        if self.split == "val":
+            self.frequencies += np.bincount(ids[:size], minlength=self.vocab_size)
+
+
+def pack(files: list[Path], out: Path, config: PrepareConfig, vocab_size: int) -> Packed:
+    """Write the shards of both splits into `out` from unit files, in their order.
+
+    Holds about 48 bytes a document (digests and their sorting) and one shard of each split. Raises
+    `ConfigError` where a split would have no block.
+    """
+    digests = _digests(files)
+    keep, val = first_occurrences(digests), held_out(digests, config.val_fraction)
+    duplicates = len(keep) - int(keep.sum())
+    del digests
+    packers = {split: Packer(out, split, config, vocab_size) for split in ("train", "val")}
+    done = 0
+    with Progress("packing", sum(path.stat().st_size for path in files)) as progress:
+        for path in files:
+            for tokens, ends, sizes in _documents(path):
+                here = slice(done, done + len(sizes))
+                for split, packer in packers.items():
+                    chosen = keep[here] & (val[here] == (split == "val"))
+                    packer.counts.documents += int(chosen.sum())
+                    packer.counts.bytes += int(sizes[chosen].sum())
+                    for start, stop in runs(chosen):
+                        packer.add(tokens[ends[start] : ends[stop]])
+                done = here.stop
+            progress.advance(path.stat().st_size)
+    tail = sum(packer.close() for packer in packers.values())
+    for packer in packers.values():
+        if not packer.shards:
+            raise ConfigError(_too_small(packer, config))
+    return Packed(
+        splits={split: packer.shards for split, packer in packers.items()},
+        counts={split: packer.counts for split, packer in packers.items()},
+        dropped={"duplicate": duplicates, "tail_tokens": tail},
+        val_unigram_entropy_nats=entropy_nats(packers["val"].frequencies),
+    )
+
+
+def first_occurrences(digests: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+    """Which rows of (n, 2) digests appear for the first time."""
+    order = np.lexsort((digests[:, 1], digests[:, 0]))  # stable: equal digests stay in their order
+    ordered = digests[order]
+    keep = np.ones(len(digests), np.bool_)
+    keep[order[1:]] = (ordered[1:] != ordered[:-1]).any(axis=1)
+    return keep
+
+
+def runs(chosen: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """Where the True of a mask begin and end, [start, stop): few pieces, for most documents go to train."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], chosen, [False]])))
+    return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
+
+
+def entropy_nats(frequencies: npt.NDArray[np.int64]) -> float:
+    """-sum p log p: the loss, in nats a token, of the best guess that knows only how often ids occur."""
+    p = frequencies[frequencies > 0] / frequencies.sum()
+    return float(-(p * np.log(p)).sum())
+
+
+def _digests(files: list[Path]) -> npt.NDArray[np.uint64]:
+    """All documents' digests, in order: (n, 2) uint64."""
+    parts = [np.empty(0, np.dtype("<u8"))]
+    for path in files:
+        for batch in unit_batches(path):
+            column = batch.column(1)
+            view = np.frombuffer(column.buffers()[1], "<u8", len(column) * 2, column.offset * DIGEST_BYTES)
+            parts.append(view.copy())  # a view would keep the file mapped
+    return np.concatenate(parts).reshape(-1, 2)
+
+
+def _documents(path: Path) -> Iterator[tuple[Tokens, npt.NDArray[np.int32], npt.NDArray[np.int64]]]:
+    """A unit file, one batch at a time: ids in a row, where each document's begin and end, bytes a document."""
+    for batch in unit_batches(path):
+        rows = batch.column(0)
+        yield rows.values.to_numpy(), rows.offsets.to_numpy(), batch.column(2).to_numpy()
+
+
+def _too_small(packer: Packer, config: PrepareConfig) -> str:
+    what = "held-out" if packer.split == "val" else "train"
+    return (
+        f"the {what} split has {packer.counts.documents} documents of {packer.held_tokens} tokens in all, less than "
+        f"one block of {config.block_len}; give more text, a smaller --block_len (now {config.block_len})"
+        + (f" or a larger --val_fraction (now {config.val_fraction})." if packer.split == "val" else ".")
+    )

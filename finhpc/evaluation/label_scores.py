@@ -1,0 +1,107 @@
+"""How well a model chooses the labels of examples that were held out of its finetuning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from finhpc.data.examples.examples import Arrays, Examples
+from finhpc.evaluation.language_model import LanguageModel
+from finhpc.evaluation.metrics import majority, weighted_f1
+
+MOST_LABELS = 20  # a source with more different answers asks for text, not for a label
+BATCH = 16
+Answer = tuple[int, ...]  # its tokens
+
+
+def label_scores(
+    model: nn.Module, tokenizer: Any, examples: Examples, limit: int | None, say: Callable[[str], None]
+) -> dict[str, dict[str, Any]]:
+    """Template -> scores over the first `limit` held-out examples: acc, weighted_f1, majority (theirs), n, tied.
+
+    Of each source's answers the one with the highest log-likelihood after the prompt is chosen, of equal ones the
+    first (as `finhpc evaluate` does). Sources whose answers are text are left out.
+    """
+    answers = _answers(examples)
+    chosen = [i for i in range(_number(examples.held_out, limit)) if int(examples.held_out.source[i]) in answers]
+    if not chosen:
+        return {}
+    say(f"choosing labels for {len(chosen):,} held-out examples")
+    lm = LanguageModel(model, tokenizer, BATCH)
+    requests, golds = [], []
+    for i in chosen:
+        tokens, answer = examples.held_out.example(i)
+        first = int(np.flatnonzero(answer)[0])
+        labels = answers[int(examples.held_out.source[i])]
+        golds.append(labels.index(tuple(tokens[answer].tolist())))
+        requests += [(("", ""), tokens[:first].tolist(), list(label)) for label in labels]
+    likelihoods = iter(score for score, _ in lm._loglikelihood_tokens(requests, disable_tqdm=True))
+    names = _names(examples, answers)
+    pairs: dict[str, list[tuple[int, int]]] = {}
+    tied: dict[str, int] = {}
+    for i, gold in zip(chosen, golds, strict=True):
+        source = int(examples.held_out.source[i])
+        scores = [next(likelihoods) for _ in answers[source]]
+        pairs.setdefault(names[source], []).append((gold, int(np.argmax(scores))))
+        tied[names[source]] = tied.get(names[source], 0) + (scores.count(max(scores)) > 1)
+    return {name: _scored(some) | {"tied": tied[name]} for name, some in pairs.items()}
+
+
+def _names(examples: Examples, answers: dict[int, list[Answer]]) -> dict[int, str]:
+    """Source -> the name of its scores: its template, and the file as well if another has other labels."""
+    sources = examples.counts["by_source"]
+    of_template: dict[str, set[tuple[Answer, ...]]] = {}
+    for source, labels in answers.items():
+        of_template.setdefault(str(sources[source]["template"]), set()).add(tuple(labels))
+    return {
+        source: str(sources[source]["template"])
+        if len(of_template[str(sources[source]["template"])]) == 1
+        else f"{sources[source]['template']} of {Path(str(sources[source]['source'])).name}"
+        for source in answers
+    }
+
+
+def _scored(pairs: list[tuple[int, int]]) -> dict[str, Any]:
+    golds = np.array([gold for gold, _ in pairs])
+    return {
+        "acc": float(np.mean([gold == guess for gold, guess in pairs])),
+        "weighted_f1": weighted_f1(pairs),
+        "majority": majority(golds),
+        "n": len(pairs),
+    }
+
+
+def _answers(examples: Examples) -> dict[int, list[Answer]]:
+    """Source -> its different answers, if those are labels: its template's, or few. Sources of one set share it.
+
+    A label that no example has is among them, as in `finhpc evaluate`.
+    """
+    listed = {i: tuple(source.get("labels") or ()) for i, source in enumerate(examples.counts["by_source"])}
+    found: dict[int, set[Answer]] = {}
+    several: set[int] = set()  # sources with conversations of more than one answer
+    for arrays in (examples.train, examples.held_out):
+        for i in range(len(arrays)):
+            tokens, answer = arrays.example(i)
+            if np.count_nonzero(np.diff(answer.astype(np.int8)) == 1) + int(answer[0]) > 1:
+                several.add(int(arrays.source[i]))
+            of_source = found.setdefault(int(arrays.source[i]), set())
+            if listed[int(arrays.source[i])] or len(of_source) <= MOST_LABELS:
+                of_source.add(tuple(tokens[answer].tolist()))
+    for source, labels in found.items():
+        labels.update(map(tuple, examples.counts["by_source"][source].get("unseen", ())))
+    for source, labels in found.items():
+        if listed[source]:
+            labels.update(*(found[other] for other in found if listed[other] == listed[source]))
+    return {
+        source: sorted(labels)
+        for source, labels in found.items()
+        if listed[source] or (len(labels) <= MOST_LABELS and source not in several)
+    }
+
+
+def _number(arrays: Arrays, limit: int | None) -> int:
+    return len(arrays) if limit is None else min(limit, len(arrays))

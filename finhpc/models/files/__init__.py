@@ -1,0 +1,1 @@
+"""Model folders on disk: weights, config, tokenizer and manifest, in safetensors or GGUF."""

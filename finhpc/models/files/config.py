@@ -1,0 +1,164 @@
+"""A model's config: read from its folder, and refused where it asks for something that no command computes.
+
+transformers ignores settings that its classes do not have. A model that was trained with them would then load and
+compute other numbers, so every such setting is an error here.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+from transformers.activations import ACT2FN
+
+from finhpc.errors import CheckpointError, ConfigError
+from finhpc.models.families.registry import FAMILIES, check_plugins
+from finhpc.quantization.schemes import MINMAX
+
+ADAPTER = "adapter_config.json"  # a folder that has it is an adapter, whatever else it holds
+OUR_QUANTIZERS = ("bitsandbytes", MINMAX)  # `quant_method` of exports, which load_model opens
+OWN_CODE = "Python code of its own (auto_map), which finhpc never runs; use a model that transformers knows"
+ROPES = ("default", "linear", "dynamic", "yarn", "llama3")
+ABSENT: tuple[Any, ...] = (None, False, 0, "", "none", [], {})
+# Setting -> the value at which it changes nothing. Without a value: only its absence changes nothing.
+CHANGES: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale"), (1, 1.0)),
+    **dict.fromkeys(("scale_emb", "embedding_scale", "partial_rotary_factor", "rotary_pct"), (1, 1.0)),
+    **dict.fromkeys(("attention_multiplier", "query_pre_attn_scalar", "scale_depth", "dim_model_base"), ()),
+    **dict.fromkeys(("final_logit_softcapping", "attn_logit_softcapping", "clip_qkv", "rope_interleaved"), ()),
+    **dict.fromkeys(("qk_norm", "use_qk_norm", "use_parallel_residual", "parallel_attn", "alibi"), ()),
+    **dict.fromkeys(("add_cross_attention", "is_encoder_decoder", "use_bidirectional_attention"), ()),
+    **dict.fromkeys(("num_experts", "num_local_experts", "no_rope_layers", "attn_temperature_tuning"), ()),
+    **dict.fromkeys(("compression_config", "num_nextn_predict_layers", "use_mrope"), ()),
+}
+TYPES: dict[str, type] = {
+    **dict.fromkeys(("rope_scaling", "rope_parameters", "quantization_config", "auto_map", "low_rank"), dict),
+    **dict.fromkeys(("low_rank_layers",), dict),
+    "layer_types": list,
+}
+
+
+def read_config(folder: Path, any_family: bool = False) -> Any:
+    """Return transformers' config of a model folder, dense or low-rank, quantized or not.
+
+    With `any_family` the model may be one that transformers alone opens, with all settings that its class has.
+    Raises `CheckpointError` if there is no readable config, `ConfigError` if it is an adapter's folder or of a family
+    or kind that is not supported.
+    """
+    _check_folder(folder)
+    try:
+        tree = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kind = str(tree["model_type"])
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(
+            f"{folder}/config.json is not a model's config (it has no model_type); correct it."
+        ) from None
+    odd = [f"{key}={tree[key]!r}" for key, wanted in TYPES.items() if not isinstance(tree.get(key) or wanted(), wanted)]
+    if odd:
+        raise CheckpointError(f"{folder}/config.json is not a model's config: it has {', '.join(odd)}; correct it.")
+    check_plugins(folder)
+    if "AutoConfig" in (tree.get("auto_map") or {}):
+        raise ConfigError(f"model={folder} has a config with {OWN_CODE}.")
+    known = kind.removeprefix("lowrank_") in FAMILIES
+    if not known and not any_family:
+        raise ConfigError(
+            f"model_type={kind} is not supported; supported: {', '.join(FAMILIES)} (it is in {folder}/config.json)."
+        )
+    if known:
+        check_computation(tree, str(folder))
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers trusts the file: a wrong value shows as whatever error comes first
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = " ".join(line.strip() for line in lines[:2]).rstrip(".")
+        raise CheckpointError(f"{folder}/config.json is not a model's config: {reason}; correct it.") from None
+
+
+def quantizer_of(config: Any) -> str | None:
+    """Return the `quant_method` of a quantized model's config, None for a model in floats."""
+    said = getattr(config, "quantization_config", None)
+    if not said:
+        return None
+    tree = said if isinstance(said, dict) else said.to_dict()
+    method = tree.get("quant_method") or (
+        "bitsandbytes" if tree.get("load_in_8bit") or tree.get("load_in_4bit") else ""
+    )
+    return str(getattr(method, "value", method) or "unknown")
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter in peft's format."""
+    return (folder / ADAPTER).is_file()
+
+
+def check_computation(tree: dict[str, Any], where: str) -> None:
+    """Raise one `ConfigError` with every setting of a config that would change the computation and is not applied."""
+    odd = [f"{key}={tree[key]}" for key, same in CHANGES.items() if _differs(tree.get(key), same)]
+    if tree.get("is_causal") is False:
+        odd.append("is_causal=False")
+    odd += _odd_layers(tree) + _odd_rope(tree)
+    act = tree.get("hidden_act", tree.get("activation_function"))
+    if act is not None and act not in ACT2FN:
+        odd.append(f"activation {act}")
+    if "AutoModelForCausalLM" in (tree.get("auto_map") or {}):
+        odd.append(f"auto_map={tree['auto_map']['AutoModelForCausalLM']} (code of its own, which is never run)")
+    method = (tree.get("quantization_config") or {}).get("quant_method", "bitsandbytes")
+    if method not in OUR_QUANTIZERS:
+        odd.append(f"quantization_config.quant_method={method}")
+    if odd:
+        kind = str(tree.get("model_type")).removeprefix("lowrank_")
+        raise ConfigError(
+            f"model={where} has {', '.join(odd)} in its config, which finhpc does not compute; give a plain {kind} "
+            "model in 16 or 32 bits."
+        )
+
+
+def _differs(value: Any, same: tuple[Any, ...]) -> bool:
+    if isinstance(value, list):  # of a value a layer: all equal to nothing is nothing
+        return any(_differs(each, same) for each in value)
+    return value not in ABSENT and value not in same
+
+
+def _odd_layers(tree: dict[str, Any]) -> list[str]:
+    """Kinds of attention layers that the family's class does not compute: Llama's are full, Mistral's are all alike."""
+    kinds = set(tree.get("layer_types") or [])
+    kind = str(tree.get("model_type")).removeprefix("lowrank_")
+    sliding = bool(tree.get("sliding_window"))
+    known: dict[str, set[str]] = {
+        "qwen2": {"full_attention", "sliding_attention"},
+        "mistral": {"sliding_attention" if sliding else "full_attention"},
+    }
+    odd = kinds - known.get(kind, {"full_attention"})
+    return [f"layer_types with {', '.join(sorted(map(str, odd)))}"] if odd else []
+
+
+def _odd_rope(tree: dict[str, Any]) -> list[str]:
+    found = []
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = tree.get(key) or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if any(isinstance(value, dict) for value in rope.values()):
+            found.append(f"{key} of several kinds of layers")
+        elif kind not in ROPES:
+            found.append(f"{key} of type {kind}")
+        elif _differs(rope.get("partial_rotary_factor"), (1, 1.0)):
+            found.append(f"{key}.partial_rotary_factor={rope['partial_rotary_factor']}")
+    return found
+
+
+def _check_folder(folder: Path) -> None:
+    if is_adapter(folder):
+        raise ConfigError(
+            f"model={folder} is an adapter's folder ({ADAPTER}), and here the model itself is needed; give the base, "
+            "or a merged export of the adapter."
+        )
+    if (folder / "config.json").is_file():
+        return
+    files = sorted(file.name for file in folder.glob("*.gguf"))
+    if files:
+        raise ConfigError(
+            f"model={folder} is a folder of GGUF files ({', '.join(files[:5])}); give one of the files itself."
+        )
+    raise CheckpointError(f"{folder} has no config.json; give a model folder in Hugging Face's layout.")

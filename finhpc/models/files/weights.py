@@ -1,0 +1,239 @@
+"""A model whose weights are read one at a time, so that memory is a layer and not a model.
+
+From a Hugging Face folder (safetensors, one file or an index of several), a hub id, or a GGUF file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from finhpc.errors import CheckpointError, ConfigError
+from finhpc.lowrank.replace import dense_shape, layer_kind
+from finhpc.models.families.registry import family_of, is_low_rank, skeleton
+from finhpc.models.files.config import quantizer_of, read_config
+from finhpc.models.files.folder import SafetensorsFolder
+from finhpc.models.files.gguf import GgufFile
+from finhpc.models.files.tokenizer import save_tokenizer
+from finhpc.models.files.tokens import generation_config
+from finhpc.models.pipeline import is_tied
+from finhpc.quantization.fake import TRAINED, is_turned, trained_bits
+from finhpc.quantization.per_vector import rounded
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+FETCHED = ("*.json", "*.safetensors", "merges.txt", "tokenizer.model", "chat_template.jinja")
+WRAPPERS = re.compile(r"(^|\.)(?:(?:module|_orig_mod|_fsdp_wrapped_module)\.)+")
+# What older checkpoints hold beside weights: causal masks and rotary frequencies.
+BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+
+
+class Store(Protocol):
+    """Where tensors lie: their shapes, the types of those that do not come as floats, and each when asked for."""
+
+    config: Any
+    shapes: dict[str, tuple[int, ...]]
+    quantized: dict[str, str]
+
+    def read(self, name: str) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer or embedding of a dense model, by its Hugging Face name."""
+
+    name: str
+    kind: str
+    out_features: int
+    in_features: int
+    transposed: bool  # stored as (in, out)
+
+    @property
+    def size(self) -> int:
+        return self.out_features * self.in_features
+
+
+class Weights:
+    """A model of a supported family, dense or low-rank, its weights on disk.
+
+    `path`: the folder or file. `config`: transformers' config. `tied`: one matrix is embedding and head. A model that
+    was trained with rounded weights is read with these, and its config no longer says so, unless `floats` asks for
+    the weights that were rounded.
+    """
+
+    def __init__(self, path: Path, store: Store, floats: bool = False) -> None:
+        self.path, self.config, self._store = path, store.config, store
+        if quantizer_of(self.config):
+            raise ConfigError(f"model={path} is quantized already; give the model it was made from.")
+        family_of(self.config)
+        self._bits = 16 if floats else trained_bits(self.config)
+        if self._bits < 16:
+            delattr(self.config, TRAINED)
+        self.tied = is_tied(self.config)
+        self.skeleton = skeleton(self.config)
+        self._stored = self._match()
+        self._check_tie()
+
+    def read(self, name: str) -> Tensor:
+        """The tensor of that Hugging Face name, as the model holds it, in float32.
+
+        Raises `CheckpointError` where it holds NaN or infinity.
+        """
+        # A copy: the mapped pages would count as this process's memory as long as the tensor lives.
+        tensor = self.raw(name).clone().float()
+        if not _finite(tensor):
+            raise CheckpointError(f"{self.path}: {name} holds NaN or infinity; mend the model.")
+        if self._bits < 16 and tensor.dim() == 2:
+            turned = is_turned(self.skeleton.get_submodule(name.rpartition(".")[0]))
+            return rounded(tensor.T, self._bits).T if turned else rounded(tensor, self._bits)
+        return tensor
+
+    def matrix(self, layer: Linear) -> Tensor:
+        """A layer's weight as (out, in), in float32; it lies in memory as it is stored."""
+        weight = self.read(f"{layer.name}.weight")
+        return weight.T if layer.transposed else weight
+
+    def linears(self) -> list[Linear]:
+        """Every linear layer and embedding that has a kind, in the order data flows through them."""
+        found = []
+        for name, module in self.skeleton.named_modules():
+            shape, kind = dense_shape(module), layer_kind(name)
+            if shape is not None and kind is not None:
+                transposed = isinstance(module, Conv1D | nn.Embedding)
+                found.append(Linear(name, kind, *shape, transposed))
+        return found
+
+    def save_tokenizer(self, folder: Path) -> bool:
+        """Write the tokenizer's files and the generation config into a folder; False if the model has no tokenizer."""
+        return save_tokenizer(self.path, folder)
+
+    def raw(self, name: str) -> Tensor:
+        """The tensor of that Hugging Face name as it is stored, unchecked."""
+        return self._store.read(self._stored[name])
+
+    def _match(self) -> dict[str, str]:
+        """Hugging Face name -> stored name of every weight; raises `CheckpointError` with every misfit."""
+        state = self.skeleton.state_dict()
+        shapes, plain = self._store.shapes, self._plain_names()
+        prefix = getattr(self.skeleton, "base_model_prefix", "") + "."
+        names, problems = {}, []
+        for name, tensor in state.items():
+            # A checkpoint of the bare transformer leaves its prefix out; a tied head need not be stored.
+            embedding = _embedding(state) if self.tied and name == "lm_head.weight" else name
+            options = [name, name.removeprefix(prefix), embedding, embedding.removeprefix(prefix)]
+            stored = next((plain[option] for option in options if option in plain), None)
+            if stored is None:
+                problems.append(f"{self.path} holds no {name}; it is not a whole {self.config.model_type} model.")
+            elif stored in self._store.quantized:
+                kind = self._store.quantized[stored]
+                problems.append(
+                    f"{self.path}: {stored} is {kind}, so the model is quantized; give what it was made from."
+                )
+            elif shapes[stored] != tuple(tensor.shape):
+                held, wanted = (" x ".join(map(str, shape)) or "a scalar" for shape in (shapes[stored], tensor.shape))
+                problems.append(f"{self.path}: {stored} is {held}, but its config says {wanted}; one of them is wrong.")
+            else:
+                names[name] = stored
+        used = set(names.values())
+        extra = [name for name in shapes if name not in used and not name.endswith(BUFFERS)]
+        if not problems:
+            problems = [
+                f"{self.path} holds {name}, which no {self.config.model_type} model has; save the plain language model."
+                for name in extra
+            ]
+        if problems:
+            shown = problems[:20] + ([f"... and {len(problems) - 20} more."] if len(problems) > 20 else [])
+            raise CheckpointError("\n".join(shown))
+        return names
+
+    def _plain_names(self) -> dict[str, str]:
+        """Name without what wrappers such as DDP and torch.compile add -> stored name."""
+        plain: dict[str, str] = {}
+        for stored in self._store.shapes:
+            name = WRAPPERS.sub(r"\1", stored)
+            if name in plain:
+                raise CheckpointError(f"{self.path} holds both {plain[name]} and {stored}; write the model again.")
+            plain[name] = stored
+        return plain
+
+    def _check_tie(self) -> None:
+        """Raise `CheckpointError` where a head of its own contradicts a config that ties it to the embedding."""
+        if not self.tied:
+            return
+        head, embedding = "lm_head.weight", _embedding(self._stored)
+        if self._stored[head] != self._stored[embedding] and not torch.equal(self.raw(head), self.raw(embedding)):
+            raise CheckpointError(
+                f"{self.path} holds {self._stored[head]}, which differs from its embedding, but its config has "
+                "tie_word_embeddings=true; set it to false, or remove that weight."
+            )
+
+
+def config_of(path: Path, any_family: bool = False) -> Any:
+    """transformers' config of a located model, folder or GGUF file; see `read_config`."""
+    return read_config(path, any_family) if path.is_dir() else GgufFile(path).config
+
+
+# The same weights once more in their maker's own layout, as Mistral's and Meta's folders have them.
+NOT_FETCHED = ["consolidated*", "original/*"]
+
+
+def locate(model: str, revision: str | None = None) -> Path:
+    """The folder or file of `model`, fetched from the hub (at `revision`) where it is a hub id.
+
+    Raises `ConfigError` where there is no such thing, `CheckpointError` where the hub does not answer.
+    """
+    if not model:
+        raise ConfigError("model is not set; give --model with a Hugging Face folder, a hub id or a .gguf file.")
+    path = Path(model).expanduser()
+    if path.exists():
+        return path.absolute()
+    if not HUB_ID.fullmatch(model) or model.endswith((".gguf", ".safetensors")):
+        raise ConfigError(f"model={model} does not exist; give a Hugging Face folder, a hub id or a .gguf file.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(model, revision=revision, allow_patterns=list(FETCHED), ignore_patterns=NOT_FETCHED)
+        )
+    except Exception as error:  # the hub's client raises many kinds, some of other packages
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise CheckpointError(
+            f"model={model} is nothing on this machine, and the hub did not give it ({reason}); "
+            "check the name and the connection, or give a folder."
+        ) from None
+
+
+def open_weights(path: Path, low_rank: bool = False, floats: bool = False) -> Weights:
+    """Open a located model, dense or, where that is wanted, `low_rank`; `floats`: see `Weights`.
+
+    Raises `ConfigError` or `CheckpointError` where it cannot be used.
+    """
+    if path.is_dir():
+        store = SafetensorsFolder(path, read_config(path))
+        generation_config(path)  # whatever is made of the model takes it along; raises if it is damaged
+        if is_low_rank(store.config) and not low_rank:
+            raise ConfigError(f"model={path} is low-rank already; give a dense model.")
+        return Weights(path, store, floats)
+    return Weights(path, GgufFile(path))
+
+
+@lru_cache(maxsize=1)
+def opened(path: Path, stamp: str) -> Weights:
+    """The same, kept open between the tasks of one process; `stamp` changes with the files."""
+    return open_weights(path)
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or infinite. The sum tells in a twentieth of the time, unless it overflows."""
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+
+
+def _embedding(state: Iterable[str]) -> str:
+    return next(name for name in state if name in ("transformer.wte.weight", "model.embed_tokens.weight"))

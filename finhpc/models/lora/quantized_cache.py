@@ -1,0 +1,69 @@
+"""A frozen base quantised once and kept on disk, for the many finetunings of a sweep that start from it.
+
+A folder holds a safetensors file for each matrix that is quantised, named as the matrix is in the base, with what its
+scheme makes of it (`finhpc.quantization.schemes`), and the sha256 of each. What stays in float is read from the base.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from finhpc.errors import CheckpointError
+from finhpc.files import publish
+from finhpc.models.files.manifest import check_manifest, write_manifest
+from finhpc.quantization.schemes import SCHEMES
+
+if TYPE_CHECKING:
+    from finhpc.models.lora.frozen_base import Adaptation
+
+FILE = ".safetensors"
+
+
+def keep_base(adaptation: Adaptation, folder: Path, advance: Callable[[int], None]) -> None:
+    """Quantise the base of `adaptation` into `folder`, a matrix at a time; one that is there and whole stays.
+
+    `advance` is told of each matrix. It is quantised on the CPU, whatever trains beside it later. Raises
+    `NonFiniteError` or `ConfigError` naming a matrix that cannot be quantised.
+    """
+    if folder.is_dir():  # renamed there when it was complete
+        try:
+            check_manifest(folder)
+            return
+        except CheckpointError as error:
+            print(f"{error}\nThe base is quantised again.", file=sys.stderr)
+            shutil.rmtree(folder)
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    scheme, bits = SCHEMES[adaptation.scheme], adaptation.quantization.bits
+    for matrix in adaptation.quantized_matrices():
+        held = scheme.tensors(adaptation.rows(matrix), bits, matrix.name)
+        save_file({key: value.contiguous() for key, value in held.items()}, partial / f"{matrix.name}{FILE}")
+        advance(1)
+    write_manifest(partial)
+    publish(partial, folder)
+
+
+def kept_bytes(adaptation: Adaptation) -> int:
+    """Bytes of the codes that `keep_base` writes; scales come on top."""
+    bits = adaptation.quantization.bits
+    return sum(matrix.shape[0] * matrix.shape[1] * bits // 8 for matrix in adaptation.quantized_matrices())
+
+
+def kept(folder: Path, name: str) -> dict[str, Tensor]:
+    """What the scheme made of the matrix `name`. Raises `CheckpointError` where the folder does not hold it whole."""
+    try:
+        held: dict[str, Tensor] = load_file(folder / f"{name}{FILE}")
+        return held
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder} does not hold the quantised {name} whole ({error}); remove the folder and run again."
+        ) from None

@@ -1,0 +1,1 @@
+"""Examples of different lengths side by side in one row, each blind to the others."""

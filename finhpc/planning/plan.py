@@ -1,0 +1,229 @@
+"""A run before it starts: everything checked together, everything that can be counted, counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finhpc.data.shards.shards import Shards
+from finhpc.errors import CheckpointError, ConfigError, DataError
+from finhpc.settings import Method, PretrainConfig, TrainingConfig
+
+if TYPE_CHECKING:
+    from finhpc.planning.outline import Outline
+    from finhpc.planning.start import Start
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a valid config amounts to."""
+
+    config: PretrainConfig
+    shards: Shards
+    hf_config: Any
+    outline: Outline
+    params_dense: int
+    start: Start | None = None  # the model it starts from, where it starts from one
+
+    @property
+    def params_total(self) -> int:
+        return self.outline.params
+
+    @property
+    def compression_ratio(self) -> float:
+        return self.params_dense / self.params_total
+
+
+def hf_config_of(config: PretrainConfig, shards: Shards) -> Any:
+    """transformers config of the run's model, its special tokens those of the shards' tokeniser."""
+    from finhpc.planning.start import model_config
+    from finhpc.quantization.fake import TRAINED
+
+    hf_config = model_config(config, shards.manifest.vocab_size)
+    if hasattr(hf_config, TRAINED):  # of the model that this run starts from
+        delattr(hf_config, TRAINED)
+    hf_config.bos_token_id = hf_config.eos_token_id = shards.manifest.eot_id
+    if config.quantization.when == "during":  # the saved weights are those before rounding
+        setattr(hf_config, TRAINED, {"bits": config.quantization.bits, "scheme": config.quantization.scheme})
+    return hf_config
+
+
+def make_plan(config: PretrainConfig) -> Plan:
+    """Check `config` against the model, the shards and itself; raises one `ConfigError` with every problem."""
+    from finhpc.models.families.registry import skeleton
+    from finhpc.planning.outline import outline_of
+    from finhpc.planning.start import open_start
+
+    problems: list[str] = []
+    with collect(problems):
+        check_parallel(config)
+    with collect(problems):
+        check_quantization(config)
+    with collect(problems):
+        check_blend(config)
+    with collect(problems):
+        check_parts(config)
+    shards = hf_config = start = None
+    with collect(problems):
+        shards = _open_shards(config)
+    if shards is not None:
+        with collect(problems):
+            _check_data(config, shards)
+        with collect(problems):
+            hf_config = hf_config_of(config, shards)
+        if hf_config is not None:
+            with collect(problems):
+                check_model(config, hf_config)
+            with collect(problems):
+                skeleton(hf_config)
+            with collect(problems):
+                start = open_start(config, shards)
+    if problems:
+        raise ConfigError(problems)
+    assert shards is not None
+    seq_len, recompute = config.data.seq_len, config.train.recompute
+    params_dense = outline_of(_dense_config(config, start, shards), seq_len).params
+    return Plan(config, shards, hf_config, outline_of(hf_config, seq_len, recompute), params_dense, start)
+
+
+def _dense_config(config: PretrainConfig, start: Start | None, shards: Shards) -> Any:
+    """Of the dense model that the run's one is compared with."""
+    from finhpc.models.families.registry import dense_original
+
+    if start is not None:
+        return dense_original(start.config)
+    return hf_config_of(config.model_copy(update={"method": Method(kind="dense")}), shards)
+
+
+@contextmanager
+def collect(problems: list[str]) -> Iterator[None]:
+    """Add what is wrong in the `with` block to `problems`."""
+    try:
+        yield
+    except ConfigError as error:
+        problems += error.problems
+    except (DataError, CheckpointError) as error:
+        problems += str(error).splitlines()
+
+
+def _open_shards(config: PretrainConfig) -> Shards:
+    if not config.data.shards:
+        raise ConfigError("data.shards is not set; give the folder that `finhpc prepare --out FOLDER` wrote.")
+    return Shards.open(config.data.shards)
+
+
+def check_parallel(config: TrainingConfig) -> None:
+    """Raise `ConfigError` where the sizes of a step contradict each other."""
+    parallel = config.parallel
+    asked, derived = parallel.global_batch_size, parallel.samples_per_step
+    if asked is not None and asked != derived:
+        raise ConfigError(
+            f"parallel.global_batch_size={asked} is not micro_batch_size x micro_batches x replicas = "
+            f"{parallel.micro_batch_size} x {parallel.micro_batches} x {parallel.replicas} = {derived}; "
+            "change one of them, or leave global_batch_size out."
+        )
+
+
+def check_parts(config: TrainingConfig) -> None:
+    """Raise `ConfigError` where the optimizer or method is unknown, or known to this process and not to workers."""
+    from finhpc.lowrank.registry import LAYERS, check_kind
+    from finhpc.training.optimizer import OPTIMIZERS, check_optimizer
+
+    problems: list[str] = []
+    with collect(problems):
+        check_optimizer(config.optimizer)
+        OPTIMIZERS.check_workers_see(config.optimizer.name)
+    if isinstance(config, PretrainConfig):
+        with collect(problems):
+            check_kind(config.method.kind)
+            LAYERS.check_workers_see(config.method.kind)
+    if problems:
+        raise ConfigError(problems)
+
+
+def check_quantization(config: PretrainConfig) -> None:
+    bits = config.quantization.bits
+    if bits < 16 and config.quantization.when == "after":
+        raise ConfigError(
+            f"quantization.bits={bits} with quantization.when=after does not change training; leave it at 16 and "
+            f"quantise the trained model with `finhpc export --quantization.bits {bits}`, or use "
+            "quantization.when=during."
+        )
+    if bits == 16 and config.quantization.when == "during":
+        raise ConfigError("quantization.when=during needs quantization.bits=8 or 4; at 16 nothing is quantised.")
+    if config.optimizer.decay == "product" and config.quantization.training_bits < 16:
+        raise ConfigError(
+            "optimizer.decay=product does not work on rounded weights; use optimizer.decay=factors with "
+            "quantization.when=during."
+        )
+
+
+def check_blend(config: PretrainConfig) -> None:
+    """Raise `ConfigError` where method 3 would have no steps to hand over in."""
+    from finhpc.lowrank.blend import blend_steps
+    from finhpc.lowrank.registry import BLEND
+
+    method, steps = config.method, config.train.steps
+    if method.kind == BLEND and (count := blend_steps(method, steps)) < 2:
+        raise ConfigError(
+            f"method.blend_share={method.blend_share} of train.steps={steps} is {count} steps, too few for alpha to "
+            "fall; raise one of them, or use method.kind=svd."
+        )
+
+
+def _check_data(config: PretrainConfig, shards: Shards) -> None:
+    problems: list[str] = []
+    with collect(problems):
+        shards.check_seq_len(config.data.seq_len)
+        if not shards.num_samples("val", config.data.seq_len):
+            problems.append(
+                f"data.shards={config.data.shards} has no held-out sample of "
+                f"data.seq_len={config.data.seq_len} tokens; "
+                "hold out more documents (prepare --val_fraction)."
+            )
+    if problems:
+        raise ConfigError(problems)
+
+
+def check_stages(config: TrainingConfig, hf_config: Any) -> None:
+    """Raise `ConfigError` where a stage would have no block of its own to begin with."""
+    layers = hf_config.num_hidden_layers
+    if config.parallel.stages > layers:
+        raise ConfigError(
+            f"parallel.stages={config.parallel.stages} does not fit {layers} transformer blocks; use 1 to {layers}."
+        )
+
+
+def check_model(config: PretrainConfig, hf_config: Any) -> None:
+    """Raise `ConfigError` where the model is too small for the stages or the samples."""
+    from finhpc.models.families.registry import FAMILIES, context_name, context_of, family_of
+
+    problems: list[str] = []
+    with collect(problems):
+        check_stages(config, hf_config)
+    with collect(problems):
+        FAMILIES.check_workers_see(family_of(hf_config).name)
+    if config.data.seq_len > context_of(hf_config):
+        problems.append(
+            f"data.seq_len={config.data.seq_len} is longer than the model's {context_name(hf_config)}; "
+            + ("lower it or raise model.context." if config.model.path is None else "lower it or take another model.")
+        )
+    if problems:
+        raise ConfigError(problems)
+
+
+def check_tokenizer(config: PretrainConfig, shards: Shards, checkpoints: Path) -> None:
+    """Raise `ConfigError` when a checkpoint to resume from was trained on another tokeniser's ids."""
+    from finhpc.training.checkpoint import complete
+
+    for saved in complete(checkpoints)[:1]:
+        trained = saved.manifest.get("tokenizer_sha256")
+        if trained and trained != shards.manifest.tokenizer_sha256:
+            raise ConfigError(
+                f"data.shards={config.data.shards} was made with another tokeniser (sha256 "
+                f"{shards.manifest.tokenizer_sha256[:12]}) than the checkpoint {saved.path.name} ({trained[:12]}); "
+                "use the shards the run began with, or another run.name."
+            )

@@ -1,0 +1,256 @@
+"""The folder of one run: who works in it, what it was asked to do, and what came out.
+
+    config.yaml       the resolved settings, so that the folder can rerun itself
+    environment.json  versions, git commit, command line
+    identity.json     what the settings cannot say: the fingerprints of the dataset and of the model it started from
+    journal.jsonl     events of the training, driver.jsonl those of the driver
+    mlflow.json       where the run stands in MLflow
+    result.json       the outcome
+
+Every file but the journals is replaced whole or not at all. Passwords are left out of all of them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finhpc.files import redact
+from finhpc.settings import PretrainConfig, TrainingConfig, build, flatten, to_yaml
+from finhpc.errors import ConfigError, RunBusyError
+from finhpc.files import private_folder, write_atomic
+from finhpc.training.journal import strict_json
+
+# Settings that only place a run; all others are its meaning and must stay as they were. The cosine
+# schedule spans `train.steps`, so more steps stretch what is left of it; fewer would leave steps
+# behind that were trained on another schedule.
+MAY_CHANGE = re.compile(
+    r"grid|(run|resources|parallel|sweep)\..*|data\.(shards|source|eval_source)|model\.path|method\.blend_share"
+    r"|train\.(epochs|eval_every|checkpoint_every|keep_checkpoints|hang_timeout_s|recompute|sample_.*)"
+)
+PACKAGES = ("finhpc", "torch", "ray", "deepspeed", "transformers", "tokenizers", "mlflow", "numpy", "pyarrow")
+# What may lie in a run folder before its work begins.
+BEFORE_WORK = {".lock", ".room", "config.yaml", "environment.json", "identity.json", "tasks"}
+RESERVED = ("mlflow.db", "mlartifacts")  # what lies beside the run folders in the storage
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_SECRET_WORDS = {"password", "passwd", "secret", "token", "key", "apikey", "credential", "credentials", "auth"}
+
+
+class RunFolder:
+    """`storage/name`, made when first locked."""
+
+    def __init__(self, storage: str | Path, name: str) -> None:
+        if not _NAME.fullmatch(name) or name in RESERVED:
+            raise ConfigError(
+                f"run.name={name!r} cannot name a run folder; use up to 128 letters, digits, '.', '_' and '-', "
+                f"starting with a letter or digit, and none of {', '.join(RESERVED)}."
+            )
+        self.name = name
+        self.path = Path(os.path.abspath(Path(storage).expanduser())) / name
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run; a second process is refused. The kernel lets go when the holder dies, however it dies.
+
+        A folder that is new and in which nothing has begun goes again when a `ConfigError` ends the block.
+        """
+        new = [path for path in (self.path, self.path.parent) if not path.exists()]
+        self._make()
+        with open(self.path / ".lock", "a+", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                raise RunBusyError(
+                    f"run.name={self.name} is busy: {holder} works in it; wait until that ends, "
+                    f"or choose another run.name."
+                ) from None
+            except OSError as error:
+                raise ConfigError(
+                    f"run.storage={self.path.parent} does not support file locks ({error.strerror}), which keep two "
+                    f"runs of one name apart; use another disk, or mount it with locks (flock)."
+                ) from None
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()} since {_now()}")
+            file.flush()
+            try:
+                yield
+            except ConfigError:
+                if self.path in new and {path.name for path in self.path.iterdir()} <= BEFORE_WORK:
+                    shutil.rmtree(self.path)
+                    with suppress(OSError):  # the storage holds other runs
+                        new[-1].rmdir()
+                raise
+
+    def write_config(
+        self, config: TrainingConfig, dataset_fingerprint: str | None = None, model_fingerprint: str | None = None
+    ) -> None:
+        run = config.run.model_copy(
+            update={"tracking_uri": config.run.tracking_uri and redact(config.run.tracking_uri)}
+        )
+        write_atomic(self.path / "config.yaml", to_yaml(config.model_copy(update={"run": run})))
+        identity = {"dataset_fingerprint": dataset_fingerprint, "model_fingerprint": model_fingerprint}
+        self._write_json("identity.json", identity)
+
+    def write_environment(self, argv: Sequence[str] | None = None) -> dict[str, Any]:
+        """Write and return what the run ran on."""
+        found = environment(sys.argv if argv is None else argv)
+        self._write_json("environment.json", found)
+        return found
+
+    def check_resume(
+        self, config: TrainingConfig, dataset_fingerprint: str | None = None, model_fingerprint: str | None = None
+    ) -> None:
+        """Refuse settings that would make the folder's run another run; every difference in one error."""
+        path = self.path / "config.yaml"
+        if not path.exists():
+            return
+        before = build(type(config), yaml.safe_load(path.read_text(encoding="utf-8")))
+        problems = _differences(before, config)
+        identity = self._read_json("identity.json") or {}
+        old_model, old_data = identity.get("model_fingerprint"), identity.get("dataset_fingerprint")
+        if old_model != model_fingerprint:
+            problems.append(
+                f"model.path={config.model.path} (fingerprint {_short(model_fingerprint)}) is not what the run started "
+                f"from ({_short(old_model)}, {before.model.path}); use another run.name or restore it."
+            )
+        if old_data and dataset_fingerprint and old_data != dataset_fingerprint:
+            problems.append(
+                f"{_data(config)} holds other data (fingerprint {dataset_fingerprint[:12]}) than the "
+                f"run was trained on ({old_data[:12]}, {_data(before)}); use another run.name or restore the data."
+            )
+        if problems:
+            raise ConfigError(problems)
+
+    def write_result(self, result: Mapping[str, Any]) -> None:
+        self._write_json("result.json", result)
+
+    def result(self) -> dict[str, Any] | None:
+        return self._read_json("result.json")
+
+    def _make(self) -> None:
+        try:
+            private_folder(self.path)
+        except OSError as error:
+            raise ConfigError(
+                f"run.storage={self.path.parent} cannot hold the run folder {self.name} ({error.strerror}); "
+                f"choose a folder you may write to."
+            ) from None
+
+    def _write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        write_atomic(self.path / name, strict_json(value, indent=2) + "\n")
+
+    def _read_json(self, name: str) -> dict[str, Any] | None:
+        path = self.path / name
+        try:
+            value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise ConfigError(f"{path} is not valid JSON ({error}); restore it, or delete it to do without.") from None
+        return value
+
+
+def environment(argv: Sequence[str]) -> dict[str, Any]:
+    """Versions, git commit and command line of this process."""
+    return {
+        "python": sys.version.split()[0],
+        "packages": {name: _version(name) for name in PACKAGES},
+        **_git(),
+        "command": _without_secrets(argv),
+        "started": _now(),
+    }
+
+
+def _differences(before: TrainingConfig, now: TrainingConfig) -> list[str]:
+    old, new = flatten(before), flatten(now)
+    old["samples a step (micro_batch_size x micro_batches x replicas)"] = before.parallel.samples_per_step
+    new["samples a step (micro_batch_size x micro_batches x replicas)"] = now.parallel.samples_per_step
+    kinds = [config.method.kind for config in (before, now) if isinstance(config, PretrainConfig)]
+    if kinds == ["blend", "blend"]:  # alpha must have been what it would be now
+        key = "the step from which W is gone (method.blend_share x train.steps)"
+        shares = (old["method.blend_share"], new["method.blend_share"])
+        old[key], new[key] = (round(a * c.train.steps) for a, c in zip(shares, (before, now), strict=True))
+    problems = []
+    for key, value in new.items():
+        if old[key] == value or MAY_CHANGE.fullmatch(key):
+            continue
+        if key == "train.steps":
+            if value < old[key]:
+                problems.append(
+                    f"train.steps was {old[key]} in the run's config, now {value}; a run can only be made longer: "
+                    f"use {old[key]} or more, or another run.name."
+                )
+            continue
+        problems.append(f"{key} was {old[key]} in the run's config, now {value}; use another run.name or restore it.")
+    return problems
+
+
+def _data(config: TrainingConfig) -> str:
+    if isinstance(config, PretrainConfig):
+        return f"data.shards={config.data.shards}"
+    return f"data.source={', '.join(config.data.source)}"
+
+
+def _short(fingerprint: str | None) -> str:
+    return fingerprint[:12] if fingerprint else "none"
+
+
+def _git() -> dict[str, Any]:
+    """Commit of the checkout finhpc runs from, else of the working directory; null where neither is one."""
+    here = Path(__file__).resolve()
+    # A virtual environment inside some other checkout is not that checkout: the file must be tracked.
+    tracked = _run_git(here.parent, "ls-files", "--error-unmatch", here.name) is not None
+    folder = here.parent if tracked else Path.cwd()
+    if commit := _run_git(folder, "rev-parse", "HEAD"):
+        return {"git_commit": commit, "git_dirty": bool(_run_git(folder, "status", "--porcelain"))}
+    return {"git_commit": None, "git_dirty": None}
+
+
+def _run_git(folder: Path, *words: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _without_secrets(argv: Sequence[str]) -> list[str]:
+    """The command line; the value of any flag whose name speaks of a secret becomes ***."""
+    words: list[str] = [Path(argv[0]).name] if argv else []
+    hide_next = False
+    for word in argv[1:]:
+        name, equals, _ = word.partition("=")
+        secret = not _SECRET_WORDS.isdisjoint(re.split(r"[^a-z]+", name.lower()))
+        if hide_next and not word.startswith("--"):
+            words.append("***")
+        else:
+            words.append(f"{name}=***" if secret and equals else redact(word))
+        hide_next = secret and not equals and word.startswith("-")
+    return words
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,1 @@
+"""MLflow: a run's journal is mirrored to it, and training never waits for it."""

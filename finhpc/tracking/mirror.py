@@ -1,0 +1,301 @@
+"""One MLflow run as the mirror of a run folder: the calls to MLflow, and how far they came.
+
+Nothing here waits or tries again: a call raises, and whoever made it (`finhpc.tracking.tracker`)
+makes it again later. Sending the same batch again is harmless: MLflow drops a metric of equal name,
+step, time and value.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from finhpc.errors import ConfigError
+from finhpc.files import redact, write_atomic
+from finhpc.tracking.metrics import numbers, translate
+from finhpc.tracking.shown import HIDDEN, LEADING, Dataset
+from finhpc.tracking.store import (
+    REQUEST_TIMEOUT_S,
+    active_run,
+    database_file,
+    experiment_id,
+    identity,
+    make_database,
+)
+from finhpc.training.journal import DRIVER_FILE, WORKER_FILE, read, strict_json
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+UPLOAD_TIMEOUT_S = "300"
+RECORDS_A_BATCH = 200
+METRICS_A_BATCH = 1000  # MLflow's limits
+PARAMS_A_BATCH = 100
+PARAM_LENGTH = 6000
+TAG_LENGTH = 8000
+UID_TAG = HIDDEN + "run_uid"
+LEAD_WAIT_S = 180.0  # for the first evaluation of a training, before its other metrics are sent without one
+
+
+@dataclass
+class Ending:
+    """What `finish` asks for."""
+
+    status: Status
+    result: dict[str, Any]
+    model: Path | None
+    uploading: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.status} at step {self.result.get('steps')}"
+
+
+@dataclass
+class State:
+    """How far the folder is mirrored: `mlflow.json`, written after every batch."""
+
+    path: Path
+    tracking_uri: str
+    experiment: str
+    run_name: str
+    run_uid: str  # a tag of the MLflow run, written here before the run is made, by which it is found again
+    run_id: str | None = None
+    offsets: dict[str, int] = field(default_factory=dict)  # bytes read, by journal
+    last_step: dict[str, int] = field(default_factory=dict)  # by metric: a resumed run repeats steps
+    last_time_ms: int = 0  # of any metric
+    model_at: int | None = None  # the step of the model logged last
+    ended: str | None = None
+
+    @classmethod
+    def load(cls, folder: Path, tracking_uri: str, experiment: str, run_name: str) -> State:
+        path = folder / "mlflow.json"
+        try:
+            old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        except ValueError as error:
+            raise ConfigError(
+                f"{path} is not valid JSON ({error}); restore it, or delete it for a new MLflow run."
+            ) from None
+        if [old.get(key) for key in ("tracking_uri", "experiment", "run_name")] == [tracking_uri, experiment, run_name]:
+            return cls(path, **old)
+        # Another server or experiment gets the whole story again; another name is a copied folder.
+        same_run = old.get("run_name") == run_name
+        state = cls(path, tracking_uri, experiment, run_name, old["run_uid"] if same_run else uuid.uuid4().hex)
+        state.save()
+        return state
+
+    def save(self) -> None:
+        values = asdict(self)
+        del values["path"]
+        write_atomic(self.path, json.dumps(values, indent=1))
+
+    def note(self, metrics: list[Metric], last_step: Mapping[str, int]) -> None:
+        self.last_step |= last_step
+        self.last_time_ms = max([self.last_time_ms, *(metric.timestamp for metric in metrics)])
+
+    def forget_run(self) -> None:
+        self.run_id, self.offsets, self.last_step, self.last_time_ms = None, {}, {}, 0
+        self.model_at = self.ended = None
+
+
+class Mirror:
+    """The calls to MLflow. Each may raise; each can be made again."""
+
+    def __init__(
+        self,
+        folder: Path,
+        tracking_uri: str,
+        state: State,
+        params: Mapping[str, Any],
+        tags: Mapping[str, Any],
+        datasets: Sequence[Dataset] = (),
+    ) -> None:
+        self.folder, self.tracking_uri, self.state, self.datasets = folder, tracking_uri, state, datasets
+        self.params = {key: redact(str(value))[:PARAM_LENGTH] for key, value in params.items()}
+        self.tags = {key: redact(str(value))[:TAG_LENGTH] for key, value in tags.items()}
+        self._began = round(time.time() * 1000)
+        self._client: MlflowClient | None = None
+        self._database: tuple[int, int] | None = None  # device and inode of the file that is open
+        self._described = self._running = False
+
+    @property
+    def client(self) -> MlflowClient:
+        assert self._client is not None, "connect() comes first"
+        return self._client
+
+    @property
+    def run_id(self) -> str:
+        assert self.state.run_id is not None, "connect() comes first"
+        return self.state.run_id
+
+    def connect(self) -> None:
+        """Make sure that the run is there, and bears its settings."""
+        if self._client is None:
+            from mlflow import MlflowClient
+
+            make_database(self.tracking_uri)
+            self._database = identity(self.tracking_uri)
+            self._client = MlflowClient(tracking_uri=self.tracking_uri)
+            if active_run(self._client, self.state.run_id) is None:
+                self.state.forget_run()
+                self._described = self._running = False
+                self.state.run_id = self._find_run() or self._create_run()
+                self.state.save()
+        if not self._described:
+            self._describe()
+            self._described = True
+
+    def disconnect(self) -> None:
+        self._client = None
+
+    def lead(self, ending: Ending | None, closing: bool) -> bool:
+        """Send the leading metric before all others, as MLflow's comparison opens with what was logged first.
+
+        False as long as the others have to wait for it: until the first evaluation, the run's end, or `LEAD_WAIT_S`.
+        """
+        first = LEADING[0]
+        if first in self.state.last_step:
+            return True
+        records, _ = read(self.folder / WORKER_FILE)
+        evaluation = next((record for record in records if record["kind"] == "eval" and first in record), None)
+        if evaluation is None and ending is not None and ending.result.get(first) is not None:
+            step = int(ending.result.get("steps") or 0)
+            evaluation = {"kind": "eval", "time": time.time(), "step": step, first: ending.result[first]}
+        if evaluation is None:
+            begin = next((record["time"] for record in records if record["kind"] == "train"), None)
+            return closing or (begin is not None and time.time() - begin >= LEAD_WAIT_S)
+        self._check_database()
+        self._mark_running()
+        lead = {key: evaluation[key] for key in ("kind", "time", "step", first)}
+        metrics, _, last_step = translate([lead], {})
+        self._log(metrics, {})
+        self.state.note(metrics, last_step)
+        self.state.save()
+        return True
+
+    def send_batch(self) -> bool:
+        """Send the next records of the journals; False when there are none."""
+        self._check_database()
+        for name in (WORKER_FILE, DRIVER_FILE):
+            offset = self.state.offsets.get(name, 0)
+            records, new_offset = read(self.folder / name, offset, limit=RECORDS_A_BATCH)
+            if new_offset == offset:
+                continue
+            self._mark_running()
+            metrics, tags, last_step = translate(records, self.state.last_step)
+            self._log(metrics, tags)
+            self.state.offsets[name] = new_offset
+            self.state.note(metrics, last_step)
+            self.state.save()
+            return True
+        return False
+
+    def end(self, ending: Ending) -> None:
+        """The result, the model and the status."""
+        self._check_database()
+        if self.state.ended == ending.name:
+            return
+        step = int(ending.result.get("steps") or 0)
+        self._log_result(ending.result, step)
+        self.client.log_text(self.run_id, redact(strict_json(ending.result, indent=2)), "result.json")
+        if ending.model and self.state.model_at != step:
+            from finhpc.tracking.pyfunc import log_model
+
+            ending.uploading = True
+            with _patience():
+                log_model(self.client, self.run_id, ending.model, step=step)
+            self.state.model_at = step
+            self.state.save()
+        self.client.set_terminated(self.run_id, status=ending.status)
+        self.state.ended = ending.name
+        self.state.save()
+
+    def _check_database(self) -> None:
+        """A deleted file that is still open takes everything, and keeps nothing."""
+        if identity(self.tracking_uri) != self._database:
+            raise FileNotFoundError(f"{database_file(self.tracking_uri)} was deleted or replaced")
+
+    def _log_result(self, result: Mapping[str, Any], step: int) -> None:
+        """Make the result's figures the ones that MLflow's list of runs shows.
+
+        It shows a metric's last value by step, then time. Of a pace, that is the last step's value until the
+        whole run's follows it at the same step. A figure that is shown already is not sent again.
+        """
+        shown = self.client.get_run(self.run_id).data.metrics
+        new = {key: value for key, value in numbers(result) if shown.get(key) != float(value)}
+        # The clock of the worker's machine may be ahead of this one's.
+        when = max(time.time(), (self.state.last_time_ms + 1) / 1000)
+        metrics, tags, last_step = translate([{**new, "kind": "result", "time": when, "step": step}], {}, {"result"})
+        self._log(metrics, tags)
+        self.state.note(metrics, last_step)
+        self.state.save()
+
+    def _find_run(self) -> str | None:
+        """The run that a driver made and died before writing down."""
+        query = f"tags.`{UID_TAG}` = '{self.state.run_uid}'"
+        runs = self.client.search_runs([self._experiment_id()], query, max_results=1)
+        return str(runs[0].info.run_id) if runs else None
+
+    def _create_run(self) -> str:
+        tags = {UID_TAG: self.state.run_uid}
+        # The run began when its driver did, not when MLflow first answered.
+        run = self.client.create_run(self._experiment_id(), self._began, tags, self.state.run_name)
+        return str(run.info.run_id)
+
+    def _experiment_id(self) -> str:
+        return experiment_id(self.client, self.tracking_uri, self.state.experiment)
+
+    def _describe(self) -> None:
+        from mlflow.entities import Param
+
+        known = self.client.get_run(self.run_id).data.params
+        new = [Param(key, value) for key, value in self.params.items() if key not in known]
+        for begin in range(0, len(new), PARAMS_A_BATCH):
+            self.client.log_batch(self.run_id, params=new[begin : begin + PARAMS_A_BATCH])
+        # MLflow keeps a parameter's first value; one that a resumed run changed is a tag too.
+        changed = {f"now.{key}": value for key, value in self.params.items() if known.get(key, value) != value}
+        self._log([], self.tags | changed)
+        if self.datasets:
+            self.client.log_inputs(self.run_id, [dataset.entity() for dataset in self.datasets])
+        for name in ("config.yaml", "environment.json"):
+            if (self.folder / name).exists():
+                self.client.log_artifact(self.run_id, str(self.folder / name))
+
+    def _mark_running(self) -> None:
+        """New records mean that the run goes on, whatever its last driver said."""
+        if not self._running:
+            self.client.update_run(self.run_id, status="RUNNING")
+            self.state.ended = None
+            self._running = True
+
+    def _log(self, metrics: list[Metric], tags: Mapping[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        pending = [RunTag(key, value[:TAG_LENGTH]) for key, value in tags.items()]
+        for begin in range(0, len(pending), PARAMS_A_BATCH):
+            self.client.log_batch(self.run_id, tags=pending[begin : begin + PARAMS_A_BATCH])
+        for begin in range(0, len(metrics), METRICS_A_BATCH):
+            self.client.log_batch(self.run_id, metrics=metrics[begin : begin + METRICS_A_BATCH])
+
+
+@contextmanager
+def _patience() -> Iterator[None]:
+    """Uploading a model takes longer than a batch of metrics; a time limit the user set stands."""
+    name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+    if ours := os.environ.get(name) == REQUEST_TIMEOUT_S:
+        os.environ[name] = UPLOAD_TIMEOUT_S
+    try:
+        yield
+    finally:
+        if ours:
+            os.environ[name] = REQUEST_TIMEOUT_S

@@ -1,0 +1,122 @@
+"""What the engine is fed with: blocks of tokens, or packs of examples, in the run's order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from finhpc.settings import Parallel
+
+if TYPE_CHECKING:
+    from finhpc.data.examples.batches import Batches
+    from finhpc.data.examples.examples import Examples
+
+MicroBatch = dict[str, Any]  # tokens: int64 (micro_batch_size, seq_len); sample: int64 (micro_batch_size,)
+OpenStream = Callable[[int, int], Iterator[MicroBatch]]  # (first step, replica) -> micro-batches
+Ints = np.ndarray[Any, np.dtype[np.int64]]
+
+
+class Portion(NamedTuple):
+    """A micro-batch: what the engine takes; its samples' ids; their places in the run, whoever reads them."""
+
+    inputs: Tensor
+    samples: Ints
+    positions: Ints
+
+
+class Feed(Protocol):
+    """A run's data."""
+
+    @property
+    def scored(self) -> int:
+        """Held-out samples of an evaluation, over all replicas."""
+        ...
+
+    def stream(self, step: int, replica: int) -> Iterator[Portion]:
+        """A replica's micro-batches from the step after `step` on; called on first stages only."""
+        ...
+
+    def held_out(self, replica: int) -> list[Tensor]:
+        """A replica's micro-batches of an evaluation, equally many for each."""
+        ...
+
+    def filler(self) -> tuple[int, Tensor | None]:
+        """Copies of the last sample that only fill the micro-batches of `held_out`, and a micro-batch of copies."""
+        ...
+
+    def tokens(self, step: int) -> int:
+        """Tokens of the run's first `step` steps; padding does not count."""
+        ...
+
+
+class Blocks:
+    """Samples of `seq_len` tokens. `val`: int64 (samples, seq_len), the same on every worker."""
+
+    def __init__(self, parallel: Parallel, open_stream: OpenStream, val: Ints) -> None:
+        self.parallel, self.open_stream, self.val = parallel, open_stream, val
+        self.scored = len(val)
+
+    def stream(self, step: int, replica: int) -> Iterator[Portion]:
+        per_step = self.parallel.samples_per_step
+        share = per_step // self.parallel.replicas
+        position = step * per_step + replica * share
+        for i, batch in enumerate(self.open_stream(step, replica)):
+            samples = batch["sample"]
+            yield Portion(torch.from_numpy(batch["tokens"]), samples, position + np.arange(len(samples)))
+            position += len(samples)
+            if (i + 1) % self.parallel.micro_batches == 0:
+                position += per_step - share
+
+    def held_out(self, replica: int) -> list[Tensor]:
+        copies, _ = self.filler()
+        share = (self.scored + copies) // self.parallel.replicas
+        places = np.minimum(np.arange(replica * share, (replica + 1) * share), self.scored - 1)
+        return list(torch.from_numpy(self.val[places]).split(self.parallel.micro_batch_size))
+
+    def filler(self) -> tuple[int, Tensor | None]:
+        copies = -self.scored % (self.parallel.micro_batch_size * self.parallel.replicas)
+        return copies, torch.from_numpy(self.val[-1:].repeat(self.parallel.micro_batch_size, 0)) if copies else None
+
+    def tokens(self, step: int) -> int:
+        return step * self.parallel.samples_per_step * int(self.val.shape[1])
+
+
+@dataclass(frozen=True)
+class Packs:
+    """Examples, each micro-batch of them one pack. `limit`: held-out examples of an evaluation; None: all."""
+
+    examples: Examples
+    batches: Batches
+    limit: int | None = None
+
+    @property
+    def scored(self) -> int:
+        number = len(self.examples.held_out)
+        return number if self.limit is None else min(number, self.limit)
+
+    def stream(self, step: int, replica: int) -> Iterator[Portion]:
+        for batch in self.batches.stream(self.examples.train, replica, step):
+            yield Portion(torch.from_numpy(batch["pack"]), batch["sample"], batch["position"])
+
+    def held_out(self, replica: int) -> list[Tensor]:
+        found = self.batches.held_out(self.examples.held_out, replica, self.limit)
+        return [torch.from_numpy(batch["pack"]) for batch in found]
+
+    def filler(self) -> tuple[int, Tensor | None]:
+        return 0, None
+
+    def tokens(self, step: int) -> int:
+        epochs, rest = divmod(step * self.batches.parallel.samples_per_step, len(self.examples.train))
+        begun: Ints = self.batches.order(len(self.examples.train), epochs)[:rest]
+        return epochs * int(self._lengths.sum()) + int(self._lengths[begun].sum())
+
+    @cached_property
+    def _lengths(self) -> Ints:
+        lengths: Ints = np.diff(self.examples.train.offsets)
+        return lengths

@@ -1,0 +1,165 @@
+"""Seconds that each part of a model takes on this machine: what the cut into stages balances.
+
+A cut is measured once and kept beside the run, because a resumed run is bit-equal to an unbroken one
+only over the same stages.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from finhpc.models.families.family import Part, described
+from finhpc.models.families.registry import skeleton
+from finhpc.models.initialize import drawn
+from finhpc.models.pipeline import Layer, parts_of, stage_borders
+from finhpc.settings import PretrainConfig
+from finhpc.training.allocator import keep_freed_memory
+from finhpc.training.checkpoint import write_json
+from finhpc.training.optimizer import make_optimizer
+
+REPEATS = 5  # measured after one that warms up
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Stage i has the parts `borders[i]` to `borders[i + 1] - 1`; `costs_s`: seconds a micro-batch of each part."""
+
+    stages: int
+    parts: list[str]  # the parts' kinds
+    costs_s: list[float]
+    borders: list[int]
+
+    def __str__(self) -> str:
+        stages = " | ".join(described(self.parts[a:b]) for a, b in pairwise(self.borders))
+        seconds = ", ".join(f"{sum(self.costs_s[a:b]):.3g} s" for a, b in pairwise(self.borders))
+        return f"{stages} ({seconds} a micro-batch)"
+
+
+def measured_cut(config: PretrainConfig, hf_config: Any, device: torch.device) -> Cut:
+    """Measure on every process of the group at once, and cut; one stage needs no measuring."""
+    row, stages = parts_of(hf_config, config.train.recompute), config.parallel.stages
+    kinds = [part.kind for part in row]
+    if stages == 1:
+        return Cut(1, kinds, [0.0] * len(kinds), [0, len(kinds)])
+    costs = measure(config, hf_config, device)
+    return Cut(stages, kinds, costs, stage_borders(row, costs, stages))
+
+
+def kept_cut(
+    config: PretrainConfig, hf_config: Any, device: torch.device, file: Path, say: Callable[[str], None]
+) -> Cut:
+    """The cut in `file` if it is of as many stages and the same parts; else it is measured and written there.
+
+    Rank 0 reads and writes; every process of the group must call this and gets the same cut.
+    """
+    if config.parallel.stages == 1:
+        return measured_cut(config, hf_config, device)
+    kinds = [part.kind for part in parts_of(hf_config, config.train.recompute)]
+    known: list[Cut | None] = [_read(file, config.parallel.stages, kinds, say) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(known)
+    if known[0] is not None:
+        return known[0]
+    cut = measured_cut(config, hf_config, device)
+    if dist.get_rank() == 0:
+        write_json(file, asdict(cut))
+    say(f"stages cut by measured cost: {cut}")
+    return cut
+
+
+def _read(file: Path, stages: int, kinds: list[str], say: Callable[[str], None]) -> Cut | None:
+    if not file.exists():
+        return None
+    try:
+        cut = Cut(**json.loads(file.read_text(encoding="utf-8")))
+        ends = [cut.borders[0], cut.borders[-1], len(cut.borders)]
+        whole = ends == [0, len(cut.parts), cut.stages + 1] and all(a < b for a, b in pairwise(cut.borders))
+    except (ValueError, TypeError, IndexError):
+        whole = False
+    if not whole:
+        say(f"{file.name} is damaged: the stages are measured and cut anew.")
+        return None
+    return cut if (cut.stages, cut.parts) == (stages, kinds) else None
+
+
+def measure(
+    config: PretrainConfig, hf_config: Any, device: torch.device, clock: Clock = time.perf_counter
+) -> list[float]:
+    """Seconds a micro-batch of each part: forward, backward, and its share of the optimiser's step.
+
+    One block, or its halves, is measured for all. The mean over the processes of the group, which all measure at the
+    same time, as they will train. `clock`: what the seconds are read from. Random draws of the process are left as
+    they were.
+    """
+    if device.type == "cpu":
+        keep_freed_memory()  # as in training
+    row = parts_of(hf_config, config.train.recompute)
+    first = {part.kind: part for part in reversed(row)}
+    kinds = sorted(first)
+    seconds = torch.zeros(len(kinds), dtype=torch.float64, device=device)
+    with torch.random.fork_rng():
+        for i, kind in enumerate(kinds):
+            dist.barrier()
+            seconds[i] = _seconds(first[kind], config, hf_config, device, clock)
+            gc.collect()
+    dist.all_reduce(seconds)
+    mean = (seconds / dist.get_world_size()).tolist()
+    return [mean[kinds.index(part.kind)] for part in row]
+
+
+def _seconds(part: Part, config: PretrainConfig, hf_config: Any, device: torch.device, clock: Clock) -> float:
+    # A matrix's values cost the same however they were drawn; the SVD of the spectral start is slow.
+    model = skeleton(hf_config, config.train.recompute)
+    bf16, bits = config.train.precision == "bf16", config.quantization.training_bits
+    layer = Layer(part, model, device, drawn(hf_config, 0, "normal"), bf16, bits)
+    shape = (config.parallel.micro_batch_size, config.data.seq_len)
+    tokens = torch.randint(0, hf_config.vocab_size, shape, device=device)
+    hidden = torch.randn(*shape, hf_config.hidden_size, device=device)
+
+    def passes() -> None:
+        out = layer(tokens if part.kind == "embedding" else (hidden.detach().requires_grad_(), tokens))
+        if isinstance(out, Tensor):
+            out.backward()  # type: ignore[no-untyped-call]
+        else:
+            out[0].backward(torch.ones_like(out[0]))
+
+    cost = median(passes, device, clock)
+    named = dict(layer.parameters_by_name())
+    if named:
+        optimizer = make_optimizer(named, config.optimizer)
+
+        def step() -> None:
+            torch._foreach_norm([p.grad for p in named.values() if p.grad is not None])
+            optimizer.step()
+
+        cost += median(step, device, clock) / config.parallel.micro_batches
+    return cost
+
+
+def median(work: Callable[[], None], device: torch.device, clock: Clock = time.perf_counter) -> float:
+    """Seconds that `work` takes, once it is warm."""
+    found = []
+    for _ in range(1 + REPEATS):
+        _synchronize(device)
+        start = clock()
+        work()
+        _synchronize(device)
+        found.append(clock() - start)
+    return statistics.median(found[1:])
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

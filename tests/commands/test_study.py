@@ -1,0 +1,156 @@
+"""A study on a real Ray: what it leaves, what it does not do twice, what it refuses."""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from mlflow import MlflowClient
+
+from finhpc.commands.study.command import study
+from finhpc.commands.study.report import Trained, at, final_rows, first_below, time_at
+from finhpc.commands.study.runs import best_of, finalists, run_config
+from finhpc.errors import ConfigError, RunBusyError
+from finhpc.runs.folder import RunFolder
+from finhpc.settings import PretrainConfig, StudyConfig, build, load
+from finhpc.training.journal import read
+
+
+def config(shards: Path, storage: Path, **about: Any) -> StudyConfig:
+    variants: dict[str, Any] = {
+        "dense": {"settings": {"method": {"kind": "dense"}}, "lr": [3e-3]},
+        "after": {"settings": {"method": {"kind": "svd", "rank": 8}}, "lr": [3e-3], "start": "dense"},
+        "wild": {"settings": {"method": {"rank": 4}, "optimizer": {"warmup_steps": 0, "grad_clip": 0}}, "lr": [1e30]},
+    }
+    tree: dict[str, Any] = {
+        "model": {"preset": "gpt2-tiny", "layers": 2, "width": 32, "context": 64},
+        "data": {"shards": str(shards), "seq_len": 32, "eval_samples": 8},
+        "optimizer": {"warmup_steps": 2},
+        "train": {"steps": 9, "eval_every": 3, "checkpoint_every": 0},
+        "run": {"name": "s", "storage": str(storage), "experiment": "s"},
+        "study": {"variants": variants, "screen_steps": 3, "finalists": 1, "seeds": [0], "pace_steps": 2} | about,
+    }
+    return build(StudyConfig, tree)
+
+
+def starts(storage: Path, name: str) -> int:
+    return sum(record["kind"] == "start" for record in read(storage / name / "journal.jsonl")[0])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_study_goes_on_where_it_stopped_and_leaves_table_and_curves(run_shards: Path, tmp_path: Path) -> None:
+    settings = config(run_shards, tmp_path)
+    last = RunFolder(tmp_path, "s-final-after-lr0.003-s0")
+    with last.lock(), pytest.raises(RunBusyError):
+        study(settings)
+    done = ["s-screen-dense-lr0.003-s0", "s-screen-after-lr0.003-s0", "s-final-dense-lr0.003-s0"]
+    before = {name: (tmp_path / name / "journal.jsonl").read_bytes() for name in done}
+    result = study(settings)
+    for name in done:
+        assert (tmp_path / name / "journal.jsonl").read_bytes() == before[name], "a finished run is not trained again"
+        assert starts(tmp_path, name) == 1
+    assert starts(tmp_path, last.name) == 1
+
+    assert json.loads((tmp_path / "s" / "result.json").read_text()) == result
+    screening = {row["variant"]: row["val_loss"] for row in result["screening"]}
+    assert screening["wild"] is None, "it diverged, and the study went on"
+    rows = {row["variant"]: row for row in result["finals"]}
+    assert set(rows) == {"dense", "after"}
+    for name, row in rows.items():
+        final = json.loads((tmp_path / f"s-final-{name}-lr0.003-s0" / "result.json").read_text())
+        assert row["val_loss"] == final["val_loss"] < screening[name]
+        assert row["tokens"] == 9 * 4 * 32
+        assert row["step_s"] == statistics.median(result["step_s"][name]) > 0
+    assert rows["dense"]["time_to_reference_loss"] == pytest.approx(1)
+    begun = yaml.safe_load((tmp_path / last.name / "config.yaml").read_text())["model"]
+    assert begun["path"] == str(tmp_path / done[2] / "model"), "from the dense model of the same seed"
+    with open(tmp_path / "s" / "table.csv", encoding="utf-8") as file:
+        assert [row["variant"] for row in csv.DictReader(file)] == ["dense", "after"]
+    assert (tmp_path / "s" / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = client.get_experiment_by_name("s")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    assert len(runs) == 5
+    assert {run.data.params["model"] for run in runs} == {"gpt2-tiny"}, "the start of a variant is none of its settings"
+
+
+def curve(losses: dict[int, float], variant: str = "a", seed: int = 0, lr: float = 1e-3) -> Trained:
+    settings = build(PretrainConfig, {"train": {"steps": max(losses, default=1)}})
+    return Trained(variant, lr, seed, settings, {"params_total": 1, "tokens": 10}, losses)
+
+
+def test_when_a_curve_comes_down_to_a_loss() -> None:
+    falling = {10: 5.0, 20: 4.0, 30: 3.0}
+    assert first_below(falling, 3.5) == pytest.approx(25)
+    assert first_below(falling, 6.0) == 10
+    assert first_below(falling, 2.9) is None
+    assert at(falling, 15) == pytest.approx(4.5)
+    assert at(falling, 99) == 3.0
+
+
+def test_times_are_steps_by_measured_seconds_and_a_start_counts() -> None:
+    variants = {"dense": {"lr": [1e-3]}, "fast": {"lr": [1e-3]}, "after": {"lr": [1e-3], "start": "dense"}}
+    settings = build(StudyConfig, {"study": {"variants": variants}})
+    runs = [curve({10: 5, 20: 4, 30: 3 + seed / 10}, "dense", seed) for seed in (-1, 1)]
+    runs += [curve({10: 5, 20: 3, 30: 2.5}, "fast"), curve({10: 3, 20: 2.8, 30: 2.7}, "after")]
+    seconds = {"dense": [1.0, 9.0, 1.0], "fast": [0.5], "after": [0.5]}
+    dense, fast, after = final_rows(settings, runs, seconds)
+    assert dense["val_loss"] == pytest.approx(3.0)
+    assert dense["spread"] == pytest.approx(0.2)
+    assert dense["time_to_reference_loss"] == 1.0
+    assert dense["step_s_spread"] == 8.0, "the machine was not quiet"
+    assert fast["time_to_reference_loss"] == pytest.approx(20 * 0.5 / 30)
+    assert after["time_to_reference_loss_with_start"] == pytest.approx((30 + 10 * 0.5) / 30)
+    assert fast["val_loss_at_equal_time"] == 2.5, "it ended before dense did"
+
+
+def test_method_3_pays_for_its_dense_weights_as_long_as_it_has_them() -> None:
+    run = build(PretrainConfig, {"method": {"kind": "blend", "blend_share": 0.5}, "train": {"steps": 20}})
+    seconds = {"m": [3.0], "m without W": [1.0]}
+    assert time_at(run, seconds, "m", 9) == 27, "alpha is 0 from step 10 on"
+    assert time_at(run, seconds, "m", 20) == 27 + 11
+
+
+def test_the_best_go_on_at_their_best_learning_rate_beside_the_reference() -> None:
+    variants = {name: {"lr": [1e-3, 2e-3]} for name in ("dense", "a", "b", "c")}
+    settings = build(StudyConfig, {"study": {"variants": variants, "finalists": 2}})
+    ends = {"dense": (6.0, 5.0), "a": (4.0, 4.5), "b": (4.4, 4.2), "c": (4.9, None)}
+    screened = [
+        curve({} if loss is None else {9: loss}, name, lr=lr)
+        for name, losses in ends.items()
+        for lr, loss in zip((1e-3, 2e-3), losses, strict=True)
+    ]
+    assert finalists(settings, screened) == {"dense": 2e-3, "a": 1e-3, "b": 2e-3}
+    assert best_of(screened)["c"].lr == 1e-3
+
+
+def test_every_problem_of_a_study_is_named_at_once(run_shards: Path, tmp_path: Path) -> None:
+    variants: dict[str, Any] = {
+        "low": {"settings": {"method": {"rank": 900}}, "lr": [1e-3]},
+        "odd": {"settings": {"method": {"knid": "cola"}}, "lr": [1e-3, 2e-3], "start": "nobody"},
+    }
+    with pytest.raises(ConfigError) as caught:
+        study(config(run_shards, tmp_path, variants=variants))
+    text = str(caught.value)
+    for part in ("study.reference=dense", "unequal numbers", "start=nobody", "low: method.rank=900", "method.knid"):
+        assert part in text
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["quality", "quality-start", "figure6"])
+def test_the_studies_that_ship_are_whole(name: str) -> None:
+    settings = load(StudyConfig, f"studies/{name}")
+    names = [
+        run_config(settings, "screen", variant, lr, 0).run.name
+        for variant, about in settings.study.variants.items()
+        for lr in about.lr
+    ]
+    assert len(set(names)) == len(names) >= 4
+    assert len({len(about.lr) for about in settings.study.variants.values()}) == 1

@@ -1,0 +1,93 @@
+"""Generation on a GPU: the ids with a cache, without one, and of transformers' own generate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from finhpc.commands.export import export
+from finhpc.generation.adapters import read_adapters
+from finhpc.generation.decoder import Decoder
+from finhpc.generation.fast_layers import use_fast_forms
+from finhpc.generation.sampling import decode
+from finhpc.models.loading import load_model
+from finhpc.models.lora.attached import Adapters
+from finhpc.settings import ExportConfig, Sampling, build
+from tests.generation.folders import tiny_adapter, tiny_folder, tiny_model
+from tests.generation.test_decoding import MODELS, generated
+from tests.gpu import DEVICE, needs_gpu
+
+pytestmark = needs_gpu
+
+NEW = 24
+PROMPT = torch.randint(0, 300, (1, 20), generator=torch.Generator().manual_seed(1))
+LLAMA = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
+
+
+def assert_ids_agree(model: Any) -> None:
+    sampling, prompt = Sampling(max_new_tokens=NEW), PROMPT.to(DEVICE)
+    with torch.inference_mode():
+        theirs = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW, pad_token_id=0)
+    ids = generated(model, PROMPT.tolist(), sampling)
+    assert generated(model, PROMPT.tolist(), sampling, cache=False) == ids
+    assert ids == [theirs[0, 20:].tolist()]
+    assert len(set(ids[0])) > 2
+
+
+@pytest.mark.parametrize(("family", "kind"), MODELS)
+def test_ids_are_transformers_own(family: str, kind: str) -> None:
+    model = tiny_model(family, kind)
+    plain = generated(model, PROMPT.tolist(), Sampling(max_new_tokens=NEW))
+    assert_ids_agree(model.to(DEVICE))
+    assert generated(model, PROMPT.tolist(), Sampling(max_new_tokens=NEW)) == plain, "and the CPU's"
+
+
+@pytest.mark.parametrize(("bits", "scheme"), [(8, "minmax"), (4, "minmax"), (8, "int8"), (4, "nf4")])
+@pytest.mark.parametrize("kind", ["dense", "low_rank"])
+def test_ids_of_quantised_models_are_transformers_own(tmp_path: Path, kind: str, bits: int, scheme: str) -> None:
+    source, out = tiny_folder(tmp_path / "model", "llama", kind, tokenizer=False), tmp_path / "q"
+    tree = {"model": str(source), "out": str(out), "quantization": {"bits": bits, "scheme": scheme}}
+    export(build(ExportConfig, tree))
+    model: Any = load_model(out, device=DEVICE)
+    use_fast_forms(model)
+    assert_ids_agree(model)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_prompt_gives_the_same_beside_longer_ones(family: str) -> None:
+    model, sampling = tiny_model(family).to(DEVICE), Sampling(max_new_tokens=20)
+    prompts = [list(range(5)), list(range(40, 80)), [7], list(range(30))]
+    alone = [generated(model, [prompt], sampling)[0] for prompt in prompts]
+    assert generated(model, prompts, sampling) == alone
+    assert generated(model, prompts, sampling, cache=False) == alone
+
+
+def test_each_row_goes_through_its_own_adapter(tmp_path: Path) -> None:
+    source = tiny_folder(tmp_path / "model", "llama", tokenizer=False)
+    given = [
+        f"a{i}={tiny_adapter(tmp_path / f'a{i}', tiny_model('llama'), LLAMA[: 1 + i % 2], 2 + i, seed=i)}"
+        for i in range(3)
+    ]
+    model: Any = load_model(source, device=DEVICE)
+    adapters = Adapters(model, read_adapters(given, model.config, source))
+    names = ["a2", None, "a0", "a1", "a0"]
+    prompts, sampling = [[3 + i, 1, 4] for i in range(len(names))], Sampling(max_new_tokens=12)
+    adapters.choose(names)
+    mixed = generated(model, prompts, sampling)
+    for name, prompt, ids in zip(names, prompts, mixed, strict=True):
+        adapters.choose([name])
+        assert generated(model, [prompt], sampling) == [ids], name
+    adapters.choose([None])
+    assert generated(model, prompts[:1], sampling) != mixed[:1]
+
+
+def test_draws_are_the_cpus() -> None:
+    model, sampling = tiny_model("gpt2"), Sampling(max_new_tokens=12, temperature=1.5, top_k=50, top_p=0.9, seed=3)
+    prompts = [[1, 2, 3], [4, 5, 6]]
+    plain = list(decode(Decoder(model), prompts, sampling))
+    decoder = Decoder(model.to(DEVICE))
+    assert list(decode(decoder, prompts, sampling)) == plain
+    assert list(decode(decoder, prompts, sampling, cache=False)) == plain

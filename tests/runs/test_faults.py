@@ -1,0 +1,228 @@
+"""Whole runs hurt on purpose: what they survive goes on to the same numbers, what they do not is one clear line."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+
+from finhpc.settings import PretrainConfig, build
+from finhpc.errors import TrainingFailedError
+from finhpc.commands.pretrain import pretrain
+from finhpc.runs.worker import _repeats
+from finhpc.training.checkpoint import MANIFEST, complete
+from finhpc.training.journal import read
+from tests.runs.runs import (
+    assert_same_run,
+    command,
+    last_words,
+    outcome,
+    ray_process,
+    train_workers,
+    wait_for_step,
+)
+from tests.commands.storm import storm, table
+
+
+def errors(storage: Path) -> list[str]:
+    """The lines with which the command says what went wrong."""
+    return [line for line in (storage / "stderr").read_text().splitlines() if line.startswith("error: ")]
+
+
+def test_workers_that_hang_are_found_shown_and_replaced(
+    run_shards: Path, unbroken: dict[str, Any], tmp_path: Path
+) -> None:
+    with command(tmp_path, run_shards, "--train.hang_timeout_s", "8") as process:
+        wait_for_step(tmp_path, 33, process)
+        first = train_workers(process)[1]
+        first.suspend()
+        wait_for_end(tmp_path, process)
+        last = train_workers(process)[0]
+        last.suspend()
+        assert process.wait(60) == 0, last_words(tmp_path)
+        for victim in (first, last):
+            assert not victim.is_running(), "a stopped process was ended, though it could not end itself"
+    resumed = outcome(tmp_path)
+    assert resumed["starts"] == [0, 30], "nobody starts again for a worker that hangs when all is done"
+    assert_same_run(resumed, unbroken)
+    # `last` leaves an empty one where it was stopped before its watchdog was.
+    (stacks,) = [path for path in (tmp_path / "run" / "stacks").glob("*.txt") if path.stat().st_size]
+    assert "made no progress for 8 s (train.hang_timeout_s=8)" in stacks.read_text()
+    assert "in train_step" in stacks.read_text(), "it stood in a step, waiting for its neighbour"
+    assert f"its stacks are in {stacks}" in (tmp_path / "stderr").read_text()
+
+
+def wait_for_end(storage: Path, process: subprocess.Popen[bytes]) -> None:
+    """Until the workers wrote that they are done; they are still there then, for a moment."""
+    deadline = time.monotonic() + 120
+    while not any(record["kind"] == "finished" for record in read(storage / "run" / "journal.jsonl")[0]):
+        assert process.poll() is None, last_words(storage)
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def wait_for_checkpoint(storage: Path, step: int, process: subprocess.Popen[bytes], name: str = "") -> Path:
+    """The checkpoint's folder as soon as it, or the file `name` in it, is there."""
+    path = storage / "run" / "checkpoints" / f"step_{step:08d}"
+    deadline = time.monotonic() + 120
+    while not (path / name).exists():
+        assert process.poll() is None, last_words(storage)
+        assert time.monotonic() < deadline
+        time.sleep(0.0002)
+    return path
+
+
+def test_workers_killed_in_a_save_and_right_after_one(
+    run_shards: Path, unbroken: dict[str, Any], tmp_path: Path
+) -> None:
+    with command(tmp_path, run_shards) as process:
+        for step in (15, 30, 45, 60, 75):  # a save takes milliseconds: try until one is caught halfway
+            path = wait_for_checkpoint(tmp_path, step, process)
+            workers = train_workers(process)
+            for worker in workers:
+                worker.suspend()
+            if halfway := not (path / MANIFEST).exists():
+                workers[0].kill()  # worker 0 completes checkpoints
+            for worker in workers:
+                worker.resume()
+            if halfway:
+                break
+        else:
+            raise AssertionError("no save was caught halfway")
+        wait_for_checkpoint(tmp_path, 90, process, MANIFEST)
+        train_workers(process)[0].kill()
+        assert process.wait(120) == 0, last_words(tmp_path)
+    resumed = outcome(tmp_path)
+    assert resumed["starts"] == [0, step - 15, 90]
+    assert_same_run(resumed, unbroken)
+
+
+@pytest.mark.slow
+def test_a_full_disk_a_damaged_checkpoint_a_cut_record_of_ray_and_a_kill_too_many(
+    run_shards: Path, unbroken: dict[str, Any], tmp_path: Path
+) -> None:
+    with command(tmp_path, run_shards) as process:
+        wait_for_step(tmp_path, 46, process)
+        for worker in train_workers(process):  # no file may grow beyond this: the next save fails
+            worker.rlimit(psutil.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        assert process.wait(120) == 1
+    (line,) = errors(tmp_path)
+    assert "could not be written" in line
+    assert "make room" in line
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "failed"
+    newest, before = complete(tmp_path / "run" / "checkpoints")
+    newest.verify()
+    before.verify()
+
+    os.truncate(newest.path / "stage-00001.safetensors", 1000)
+    (attempt,) = (path for path in (tmp_path / "run" / "ray").iterdir() if path.is_dir())
+    (attempt / "checkpoint_manager_snapshot.json").write_text('{"checkpoint_res')
+    with command(tmp_path, run_shards, "--run.max_failures", "0") as process:
+        wait_for_step(tmp_path, 76, process)
+        train_workers(process)[1].kill()
+        assert process.wait(120) == 1
+    killed = "\n".join(errors(tmp_path)[1:])
+    assert "more than run.max_failures=0 times" in killed
+    assert "worker 1 was killed from outside, most often by the kernel when memory runs out" in killed
+    assert "lower parallel.micro_batch_size (now 2;" in killed
+
+    with command(tmp_path, run_shards) as process:
+        assert process.wait(120) == 0, last_words(tmp_path)
+    assert f"checkpoint {newest.path.name} is damaged" in (tmp_path / "stderr").read_text()
+    resumed = outcome(tmp_path)
+    assert resumed["starts"] == [0, before.step, 75]
+    assert_same_run(resumed, unbroken)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["raylet", "gcs_server"])
+def test_the_command_ends_when_ray_dies_and_resumes(
+    name: str, run_shards: Path, unbroken: dict[str, Any], tmp_path: Path
+) -> None:
+    with command(tmp_path, run_shards) as process:
+        wait_for_step(tmp_path, 33, process)
+        ray_process(process, name).kill()
+        assert process.wait(60) == 1
+    assert f"Ray's process {name} died; stopping." in (tmp_path / "stderr").read_text()
+    # Without its GCS, Ray may end the command itself, with the same code, before the error is shown.
+    assert errors(tmp_path) in (
+        [
+            f"error: Ray's process {name} died (killed, or out of memory?), and with it the workers. "
+            "The same command resumes from the newest checkpoint."
+        ],
+        [],
+    )
+    with command(tmp_path, run_shards) as process:
+        assert process.wait(120) == 0, last_words(tmp_path)
+    resumed = outcome(tmp_path)
+    assert resumed["starts"][-1] >= 30
+    assert_same_run(resumed, unbroken)
+
+
+def config(shards: Path, storage: Path, **sections: Any) -> PretrainConfig:
+    tree: dict[str, Any] = {
+        "model": {"preset": "gpt2-tiny", "layers": 2, "width": 32, "context": 64},
+        "method": {"rank": 8},
+        "data": {"shards": str(shards), "seq_len": 32, "eval_samples": 16},
+        "train": {"steps": 4, "checkpoint_every": 2},
+        "run": {"name": "run", "storage": str(storage)},
+    }
+    for section, values in sections.items():
+        tree[section] = tree.get(section, {}) | values
+    return build(PretrainConfig, tree)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_only_damaged_checkpoints_are_never_taken_for_a_new_run(run_shards: Path, tmp_path: Path) -> None:
+    pretrain(config(run_shards, tmp_path))
+    for file in (tmp_path / "run" / "checkpoints").glob("*/stage-*.safetensors"):
+        os.truncate(file, 10)
+    with pytest.raises(TrainingFailedError, match=r"every checkpoint in .* is damaged .*step_00000004.*step_00000002"):
+        pretrain(config(run_shards, tmp_path, train={"steps": 6}))
+    records, _ = read(tmp_path / "run" / "journal.jsonl")
+    assert len([record for record in records if record["kind"] == "start"]) == 1
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_memory_that_is_not_there_is_one_line_of_advice(run_shards: Path, tmp_path: Path) -> None:
+    """A feed-forward part that no address space holds: the allocator refuses it on any machine."""
+    vast = config(run_shards, tmp_path, model={"mlp_width": 2**44}, method={"kind": "dense"}, run={"max_failures": 50})
+    with pytest.raises(TrainingFailedError) as caught:
+        pretrain(vast)
+    message = str(caught.value)
+    assert message.startswith("memory ran out on worker 0 in step 1: ")
+    for key in ("parallel.micro_batch_size", "data.seq_len", "train.precision=bf16", "parallel.stages"):
+        assert key in message
+    assert "\n" not in message
+    attempts = list((tmp_path / "run" / "ray").glob("attempt-*"))
+    assert len(attempts) == 1
+
+
+def test_memory_that_runs_out_again_at_the_same_step_is_fatal(tmp_path: Path) -> None:
+    def ran_out(step: int, attempt: str, resumed_from: int = 0) -> bool:
+        return _repeats(tmp_path, SimpleNamespace(step=step, attempt=attempt, resumed_from=resumed_from))  # type: ignore[arg-type]
+
+    assert ran_out(0, "a"), "in the first step after a start: the same will happen again"
+    assert not ran_out(7, "a"), "later: perhaps something else filled the machine"
+    assert not ran_out(7, "a"), "the same start, another worker"
+    assert not ran_out(9, "b"), "further than before"
+    assert ran_out(9, "c")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_a_storm_changes_nothing(tmp_path: Path) -> None:
+    seconds = float(os.environ.get("FINHPC_STORM_S", "150"))
+    it = storm(tmp_path, seconds, seed=0, gap=(1, 4), chunk=500)
+    print(table(it))
+    assert it.problems == []
+    assert len([event for event in it.events if "fault" in event]) >= 3

@@ -1,0 +1,47 @@
+"""Leaving a training in the middle: nothing of it goes on, and Ray can be left."""
+
+from __future__ import annotations
+
+import threading
+import time
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finhpc.runs.launch import watched
+
+
+def sleep_for_ever(arguments: dict[str, Any]) -> None:
+    Path(arguments["started"]).touch()
+    time.sleep(600)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_an_interrupted_training_is_over_before_ray_is_left(tmp_path: Path) -> None:
+    import ray
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    started = tmp_path / "started"
+    trainer = TorchTrainer(
+        sleep_for_ever,
+        train_loop_config={"started": str(started)},
+        scaling_config=ScalingConfig(num_workers=1),
+        run_config=RunConfig(storage_path=str(tmp_path)),
+    )
+
+    def look() -> None:
+        if started.exists():
+            raise KeyboardInterrupt
+
+    free = ray.available_resources()["CPU"]
+    with pytest.raises(KeyboardInterrupt):
+        watched(trainer.fit, look, lambda: False, print)
+    assert not [thread for thread in threading.enumerate() if thread.name == "ray-train"]
+    # Ray learns a moment after a worker ended that its CPUs are free.
+    until = time.monotonic() + 60
+    while ray.available_resources().get("CPU", 0) < free and time.monotonic() < until:
+        time.sleep(0.1)
+    assert ray.available_resources()["CPU"] >= free, "its worker is gone"

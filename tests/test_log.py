@@ -1,0 +1,47 @@
+"""What libraries log is dropped where it says nothing, and shown else."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+
+import pytest
+
+import finhpc
+from finhpc.log import DROPPED
+
+
+@pytest.mark.parametrize("name", list(DROPPED))
+def test_named_lines_alone_are_dropped(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    assert finhpc.__version__
+    logger = logging.getLogger(name)
+    with caplog.at_level(logging.WARNING, logger=name):
+        for beginning in DROPPED[name]:
+            logger.warning(beginning + ": and the rest")
+        logger.warning("a kernel is missing")
+        logger.warning("%s is not what it seems", "this")
+    assert [record.getMessage() for record in caplog.records] == ["a kernel is missing", "this is not what it seems"]
+
+
+def test_the_lines_are_those_of_the_installed_libraries() -> None:
+    """A new release may word them anew: then they are noise again, and this fails."""
+    from pathlib import Path
+
+    import bitsandbytes
+    import lm_eval
+
+    folders = {"bitsandbytes": Path(bitsandbytes.__file__).parent, "lm_eval": Path(lm_eval.__file__).parent}
+    for name, beginnings in DROPPED.items():
+        package, _, rest = name.partition(".")
+        source = (folders[package] / (rest.replace(".", "/") + ".py")).read_text(encoding="utf-8")
+        assert "getLogger(__name__)" in source
+        for beginning in beginnings:
+            assert beginning in source
+
+
+def test_bitsandbytes_is_quiet_after_import() -> None:
+    words = "import finhpc, bitsandbytes"
+    done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "gemm_4bit_forward" not in done.stderr
