@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from finhpc.models.families.family import BLOCKS, Flow, Part
-from finhpc.models.families.registry import skeleton, with_blocks
+from finhpc.models.families.registry import family_of, skeleton, with_blocks
 from finhpc.models.files.weights import Weights
 from finhpc.models.lora.model import LoraModel, LoraPipelineLayer, Matrix
 from finhpc.models.packing.layout import FIELDS, LAYOUT, Segments, build_layout, layout_of
 from finhpc.models.pipeline import is_tied
 from finhpc.planning.fake_passes import Meter, NextPart, PartBytes
-from finhpc.quantization.frozen import FrozenLinear, hollow
+from finhpc.quantization.frozen import FrozenLinear, empty_frozen
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ class Shapes(Weights):
 
     def __init__(self, hf_config: Any) -> None:
         self.path, self.config, self.tied = Path(), hf_config, is_tied(hf_config)
+        self.family = family_of(hf_config)
         self.skeleton = skeleton(hf_config)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self.skeleton.state_dict().items()}
 
@@ -73,10 +74,10 @@ class Shapes(Weights):
 
 
 class Hollow(LoraModel):
-    """An lora_model that is counted, never trained: its frozen matrices have no content."""
+    """A LoRA model that is counted, never trained: its frozen matrices have no content."""
 
     def _frozen(self, matrix: Matrix, bias: Tensor | None, device: torch.device) -> FrozenLinear:
-        return hollow(matrix.shape, bias, self.bits_of(matrix.name), self.scheme, self.dtype)
+        return empty_frozen(matrix.shape, bias, self.bits_of(matrix.name), self.scheme, self.dtype)
 
 
 def counted_parts(lora_model: LoraModel, pack: PackSize, cuda: bool) -> list[AdaptedPart]:

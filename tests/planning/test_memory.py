@@ -11,8 +11,7 @@ import torch
 
 from finhpc.commands.estimate.pretraining import scheme_of
 from finhpc.lowrank.replace import ranks_of
-from finhpc.models.families.presets import resolve_shape
-from finhpc.models.families.registry import make_config
+from finhpc.models.families.registry import make_config, resolve_shape
 from finhpc.planning.memory import Memory, Topology
 from finhpc.planning.outline import outline_of
 from finhpc.settings import PretrainConfig, build

@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from finhpc.cluster.package import Driver
-from finhpc.commands.decompose.merge import save_atomic
 from finhpc.commands.decompose.moments import second_moments
 from finhpc.errors import CheckpointError, ConfigError, FinhpcError
 from finhpc.lowrank.factorize import (
@@ -33,6 +32,7 @@ from finhpc.lowrank.factorize import (
     whitening_root,
 )
 from finhpc.lowrank.ranks import rank_of_energy, rank_of_params
+from finhpc.models.files.tensor_folder import save_tensors
 from finhpc.models.files.weights import Linear, Weights, opened
 from finhpc.models.pipeline import parts_of
 from finhpc.settings import LINEAR_KINDS, DecomposeConfig
@@ -185,7 +185,7 @@ def with_moments(
             path = work / f"moments-{group.index:05d}.safetensors"
             names = [target.linear.name for target in group.targets]
             owners = {name: next(other for other in names if moments[other] is moments[name]) for name in names}
-            save_atomic({owner: moments[owner] for owner in owners.values()}, path, {"owners": json.dumps(owners)})
+            save_tensors({owner: moments[owner] for owner in owners.values()}, path, {"owners": json.dumps(owners)})
             yield replace(group, moments=path)
 
 
@@ -247,14 +247,14 @@ def _factorise(job: Job, group: Group) -> None:
             rank = _rank_in(target, spectrum, job)
         a, b = factors(matrices[i], spectrum, rank, root)
         reports.append(_report(target.linear, rank, matrices[i], a, b, spectrum, root, damping))
-        tensors[f"{name}.A"] = (a.T if target.linear.kind == "embedding" else a).cpu()
-        tensors[f"{name}.B"] = b.cpu()
+        tensors[f"{name}.A.weight"] = (a.T if target.linear.kind == "embedding" else a).cpu()
+        tensors[f"{name}.B.weight"] = b.cpu()
         values[name] = spectrum.values.cpu()
     seconds = (time.perf_counter() - began) / len(reports)
     for report in reports:
         report["wall_s"] = seconds
-    save_atomic(values, group.spectra(job.work), {})
-    save_atomic(tensors, group.result(job.work), {"layers": json.dumps(reports)})
+    save_tensors(values, group.spectra(job.work), {})
+    save_tensors(tensors, group.result(job.work), {"layers": json.dumps(reports)})
     if group.moments is not None:
         group.moments.unlink(missing_ok=True)
 

@@ -16,8 +16,7 @@ from finhpc.errors import ConfigError
 from finhpc.lowrank.blend import blend_steps
 from finhpc.lowrank.registry import BLEND
 from finhpc.lowrank.replace import ranks_of
-from finhpc.models.families.presets import resolve_shape
-from finhpc.models.families.registry import dense_original, make_config, skeleton
+from finhpc.models.families.registry import dense_original, make_config, resolve_shape, skeleton
 from finhpc.models.files.config import read_config
 from finhpc.planning import paper_memory as paper
 from finhpc.planning.devices import CPU_REACHED, DEVICES, REACHED, THIS_MACHINE, Cluster, gpu_here, this_machine
