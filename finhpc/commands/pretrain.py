@@ -16,7 +16,8 @@ from finhpc.runs import result as outcome
 from finhpc.runs.job import Job, Rows, Say
 from finhpc.runs.progress import rows_table, summary_table
 from finhpc.runs.run import checked, place_whole, run
-from finhpc.settings import DecomposeConfig, PretrainConfig
+from finhpc.settings.decompose import DecomposeConfig
+from finhpc.settings.pretrain import PretrainConfig
 from finhpc.tracking.shown import Dataset
 from finhpc.training.checkpoint import Saved, read_stage
 

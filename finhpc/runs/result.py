@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from finhpc.settings import PretrainConfig, TrainingConfig
+from finhpc.settings.finetune import TrainingConfig
+from finhpc.settings.pretrain import PretrainConfig
 from finhpc.errors import CheckpointError
 from finhpc.evaluation import plausible
 from finhpc.runs.job import Job, Rows

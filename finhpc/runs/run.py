@@ -9,7 +9,9 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
-from finhpc.settings import PretrainConfig, Run, TrainingConfig
+from finhpc.settings.finetune import TrainingConfig
+from finhpc.settings.pretrain import PretrainConfig
+from finhpc.settings.training import Run
 from finhpc.errors import ConfigError
 from finhpc.interrupts import Terminated, terminable
 from finhpc.runs import result as outcome

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from finhpc.settings import PretrainConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.pretrain import PretrainConfig
 from finhpc.data.shards.shards import Manifest, Shards, dataset_fingerprint, encode_shard
 from finhpc.errors import TrainingFailedError
 from finhpc.commands.pretrain import pretrain

@@ -14,7 +14,8 @@ from typing import Any
 import psutil
 import pytest
 
-from finhpc.settings import PretrainConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.pretrain import PretrainConfig
 from finhpc.errors import TrainingFailedError
 from finhpc.commands.pretrain import pretrain
 from finhpc.runs.worker import _repeats

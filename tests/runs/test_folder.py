@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from finhpc.settings import PretrainConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.pretrain import PretrainConfig
 from finhpc.errors import ConfigError, RunBusyError
 from finhpc.files import write_atomic
 from finhpc.runs.folder import RunFolder, environment

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from finhpc.settings import PretrainConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.pretrain import PretrainConfig
 from finhpc.errors import TrainingFailedError
 from finhpc.runs.launch_warm import KEPT, fit_warm
 from finhpc.commands.pretrain import Pretrain, pretrain

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from finhpc.settings import PretrainConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.pretrain import PretrainConfig
 from finhpc.runs.result import compare_command
 from finhpc.runs.progress import Progress, rows_table, summary_table
 from finhpc.training.journal import Journal

@@ -12,7 +12,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from finhpc.settings import DecomposeConfig, ExportConfig, FinetuneConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.decompose import DecomposeConfig
+from finhpc.settings.export import ExportConfig
+from finhpc.settings.finetune import FinetuneConfig
 from finhpc.errors import ConfigError
 from finhpc.evaluation.models import subjects
 from finhpc.commands.export import export

@@ -7,7 +7,11 @@ from typing import Any
 
 import pytest
 
-from finhpc.settings import FinetuneConfig, FinetuneSweepConfig, PretrainConfig, StudyConfig, SweepConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.finetune import FinetuneConfig
+from finhpc.settings.pretrain import PretrainConfig
+from finhpc.settings.study import StudyConfig
+from finhpc.settings.sweep import FinetuneSweepConfig, SweepConfig
 from finhpc.commands.finetune import finetune
 from finhpc.commands.pretrain import pretrain
 from finhpc.commands.study.command import study

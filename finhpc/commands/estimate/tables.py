@@ -10,7 +10,7 @@ from finhpc.models.families.family import described
 from finhpc.planning.devices import THIS_MACHINE, Cluster
 from finhpc.planning.outline import Outline
 from finhpc.runs.progress import rows_table, summary_table
-from finhpc.settings import EstimateConfig
+from finhpc.settings.estimate import EstimateConfig
 
 Rows = list[dict[str, Any]]
 COLUMNS = {

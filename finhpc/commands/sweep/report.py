@@ -13,7 +13,7 @@ from finhpc.commands.sweep.plan import Planned
 from finhpc.commands.sweep.trial import outcome_of
 from finhpc.runs.progress import Progress, rows_table, summary_table
 from finhpc.runs.result import compare_command, to_stderr
-from finhpc.settings import FinetuneSweepConfig
+from finhpc.settings.sweep import FinetuneSweepConfig
 from finhpc.training.journal import WORKER_FILE, read
 
 Row = dict[str, Any]
