@@ -14,8 +14,8 @@ from finhpc.planning.plan import check_tokenizer, hf_config_of, make_plan
 from finhpc.planning.start import DECOMPOSED, fill_of, needs_decomposing
 from finhpc.runs import result as outcome
 from finhpc.runs.job import Job, Rows, Say
-from finhpc.runs.progress import rows_table, summary_table
 from finhpc.runs.run import checked, place_whole, run
+from finhpc.screen import rows_table, summary_table
 from finhpc.settings.decompose import DecomposeConfig
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.tracking.shown import Dataset

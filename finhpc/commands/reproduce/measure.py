@@ -21,7 +21,7 @@ from finhpc.evaluation import plausible
 from finhpc.files import redact, write_atomic
 from finhpc.models.files.weights import locate
 from finhpc.runs.folder import RunFolder
-from finhpc.runs.progress import rows_table
+from finhpc.screen import rows_table
 from finhpc.settings.base import to_yaml
 from finhpc.settings.reproduce import MeasureConfig
 from finhpc.tracking.tracker import absolute_tracking_uri, default_tracking_uri

@@ -22,7 +22,7 @@ import numpy as np
 from finhpc.files import write_atomic
 from finhpc.lowrank.blend import blend_steps
 from finhpc.lowrank.registry import BLEND
-from finhpc.runs.progress import rows_table
+from finhpc.screen import rows_table
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.study import StudyConfig
 from finhpc.training.journal import WORKER_FILE, latest, read

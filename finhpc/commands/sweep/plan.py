@@ -20,9 +20,9 @@ from finhpc.errors import ConfigError
 from finhpc.lowrank.registry import DENSE, STARTED
 from finhpc.planning.plan import Plan, collect, make_plan
 from finhpc.runs.folder import RunFolder
-from finhpc.runs.progress import rows_table
 from finhpc.runs.result import to_stderr
 from finhpc.runs.run import place_whole
+from finhpc.screen import rows_table
 from finhpc.settings.base import flatten
 from finhpc.settings.finetune import FinetuneConfig, TrainingConfig
 from finhpc.settings.pretrain import PretrainConfig
