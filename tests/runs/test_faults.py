@@ -18,7 +18,7 @@ from finhpc.settings import PretrainConfig, build
 from finhpc.errors import TrainingFailedError
 from finhpc.commands.pretrain import pretrain
 from finhpc.runs.worker import _repeats
-from finhpc.training.checkpoint import MANIFEST, complete
+from finhpc.training.checkpoint import MANIFEST, list_complete
 from finhpc.training.journal import read
 from tests.runs.runs import (
     assert_same_run,
@@ -118,7 +118,7 @@ def test_a_full_disk_a_damaged_checkpoint_a_cut_record_of_ray_and_a_kill_too_man
     assert "could not be written" in line
     assert "make room" in line
     assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "failed"
-    newest, before = complete(tmp_path / "run" / "checkpoints")
+    newest, before = list_complete(tmp_path / "run" / "checkpoints")
     newest.verify()
     before.verify()
 
