@@ -17,7 +17,7 @@ from finhpc.errors import ConfigError
 from finhpc.settings import ExportConfig, PretrainConfig, build
 from finhpc.training.journal import latest, read
 
-pytestmark = pytest.mark.usefixtures("ray_cluster")
+pytestmark = pytest.mark.usefixtures("quick_training")
 
 
 def config(shards: Path, storage: Path, **quantization: Any) -> PretrainConfig:
