@@ -14,11 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from finhpc.settings import PretrainConfig, build
 from finhpc.errors import ConfigError, RunBusyError
-from finhpc.files import write_atomic
+from finhpc.files import redact, write_atomic
 from finhpc.runs.folder import RunFolder, environment
-from finhpc.files import redact
+from finhpc.settings import PretrainConfig, build
 
 HOLD = """
 import sys, time

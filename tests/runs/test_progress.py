@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from finhpc.settings import PretrainConfig, build
-from finhpc.runs.result import compare_command
 from finhpc.runs.progress import Progress, rows_table, summary_table
+from finhpc.runs.result import compare_command
+from finhpc.settings import PretrainConfig, build
 from finhpc.training.journal import Journal
 
 SHOW = """
