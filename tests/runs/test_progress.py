@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from finhpc.runs.progress import Progress, rows_table, summary_table
+from finhpc.runs.progress import Progress
 from finhpc.runs.result import compare_command
 from finhpc.screen import rows_table, summary_table
 from finhpc.settings.base import build
