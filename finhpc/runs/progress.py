@@ -32,8 +32,8 @@ FILE_WIDTH = 200  # columns
 class Progress:
     """`with Progress(total_steps, folder) as progress:` shows what is written into the folder meanwhile.
 
-    `eval_every`: the line of such a step, and of the last one, waits for the evaluation's loss. `say` prints a line
-    of its own; `show` takes records by hand.
+    `eval_every`: the line of such a step, and of the last one, waits for the evaluation's loss.
+    `show` takes records by hand.
     """
 
     def __init__(
@@ -80,10 +80,6 @@ class Progress:
             self._print_checkpoint(at_once=True)
         if self._bar:
             self._bar.stop()
-
-    def say(self, text: str) -> None:
-        with self._lock:
-            self._print(text)
 
     def show(self, records: Iterable[Record]) -> None:
         with self._lock:
