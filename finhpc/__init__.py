@@ -28,7 +28,7 @@ import os
 from importlib import import_module
 from typing import Any
 
-from finhpc.log import drop
+from finhpc.log import set_up
 from finhpc.registration import register
 
 __version__ = "0.1.0"
@@ -89,5 +89,5 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'finhpc' has no attribute {name!r}; public names: {__all__}")
 
 
-drop()
+set_up()
 register()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
@@ -34,6 +34,8 @@ from finhpc.settings.estimate import FinetuneEstimateConfig
 from finhpc.settings.finetune import FinetuneConfig
 from finhpc.settings.pretrain import Model
 from finhpc.training.optimizer import check_optimizer
+
+log = logging.getLogger(__name__)
 
 ASSUMED = ("lora.rank", "quantization.bits", "estimate.tokens", "train.precision", "parallel.micro_batch_size")
 BITS = (16, 8, 4)
@@ -74,7 +76,7 @@ def estimate_finetune(config: FinetuneEstimateConfig) -> dict[str, Any]:
     }
     show(config, cluster, result)
     if assumed := assumed_settings(config, ASSUMED):
-        print(f"assumed, as no setting says it: {', '.join(assumed)}; set what your run has.", file=sys.stderr)
+        log.info(f"assumed, as no setting says it: {', '.join(assumed)}; set what your run has.")
     result["estimate"]["assumed"] = assumed
     return result
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -33,6 +33,8 @@ from finhpc.settings.finetune import TrainingConfig
 from finhpc.settings.pretrain import Method, PretrainConfig
 from finhpc.settings.training import Recompute
 from finhpc.training.optimizer import OPTIMIZERS, check_optimizer
+
+log = logging.getLogger(__name__)
 
 ASSUMED = ("method.kind", "method.rank", "data.seq_len", "train.precision", "parallel.micro_batch_size")
 MODES: tuple[Recompute, ...] = ("none", "attention", "full")
@@ -91,7 +93,7 @@ def estimate_pretrain(config: EstimateConfig, dry_run: bool = False) -> dict[str
     }
     show(config, outline, cluster, result)
     if assumed := assumed_settings(config, ASSUMED):
-        print(f"assumed, as no setting says it: {', '.join(assumed)}; set what your run has.", file=sys.stderr)
+        log.info(f"assumed, as no setting says it: {', '.join(assumed)}; set what your run has.")
     result["estimate"]["assumed"] = assumed
     return result
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 import statistics
@@ -20,7 +21,6 @@ from finhpc.errors import ConfigError, collect
 from finhpc.lowrank.registry import DENSE, STARTED
 from finhpc.planning.plan import Plan, make_plan
 from finhpc.runs.folder import RunFolder
-from finhpc.runs.result import to_stderr
 from finhpc.runs.run import place_whole
 from finhpc.screen import rows_table
 from finhpc.settings.base import flatten
@@ -33,6 +33,8 @@ from finhpc.tracking.tracker import default_tracking_uri
 
 if TYPE_CHECKING:
     from finhpc.commands.finetune import Finetune
+
+log = logging.getLogger(__name__)
 
 REFERENCE = "dense-reference"
 MEASURING_S = 20.0  # spent on measuring the steps of trials; the rest are reckoned
@@ -359,7 +361,7 @@ def _counted(names: list[str], trials: int) -> str:
 def show_plan(plan: Planned) -> None:
     """The trials and their cost, and what was guessed about their data, before any starts."""
     for note in plan.notes:
-        to_stderr(note)
+        log.info(note)
     rows = []
     for trial in plan.trials[:SHOWN]:
         seconds = plan.seconds.get(trial.name)
@@ -372,10 +374,10 @@ def show_plan(plan: Planned) -> None:
             }
         )
     for note, names in _shortened(plan).items():
-        to_stderr(f"{_counted(names, len(plan.trials))}: {note}")
+        log.info(f"{_counted(names, len(plan.trials))}: {note}")
     numbers = plan.result()
     rows_table(f"sweep {numbers['sweep']}: {numbers['trained']} trials, {numbers['scored']} points scored", rows)
     if len(plan.trials) > SHOWN:
-        to_stderr(f"and {len(plan.trials) - SHOWN} more")
+        log.info(f"and {len(plan.trials) - SHOWN} more")
     about = "" if plan.cost is None else f"; the sweep takes {said(plan.cost)}"
-    to_stderr(f"{plan.concurrent} at a time{about}; at least {plan.disk_bytes / 1e6:,.0f} MB on disk")
+    log.info(f"{plan.concurrent} at a time{about}; at least {plan.disk_bytes / 1e6:,.0f} MB on disk")
