@@ -13,9 +13,9 @@ from finhpc.files import publish
 from finhpc.planning.plan import check_parallel, check_parts, check_stages
 from finhpc.runs import result as outcome
 from finhpc.runs.job import Job, Rows, Say
-from finhpc.runs.progress import rows_table, summary_table
 from finhpc.runs.run import checked, place_whole, run, whole_path
-from finhpc.settings import FinetuneConfig
+from finhpc.screen import rows_table, summary_table
+from finhpc.settings.finetune import FinetuneConfig
 from finhpc.tracking.shown import Dataset
 from finhpc.training.checkpoint import Checkpoint, read_stage
 

@@ -14,9 +14,10 @@ from finhpc.planning.init import DECOMPOSED, initial_fill, needs_decomposing
 from finhpc.planning.plan import check_tokenizer, hf_config_of, make_plan
 from finhpc.runs import result as outcome
 from finhpc.runs.job import Job, Rows, Say
-from finhpc.runs.progress import rows_table, summary_table
 from finhpc.runs.run import checked, place_whole, run
-from finhpc.settings import DecomposeConfig, PretrainConfig
+from finhpc.screen import rows_table, summary_table
+from finhpc.settings.decompose import DecomposeConfig
+from finhpc.settings.pretrain import PretrainConfig
 from finhpc.tracking.shown import Dataset
 from finhpc.training.checkpoint import Checkpoint, read_stage
 

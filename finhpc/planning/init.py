@@ -27,7 +27,7 @@ from finhpc.models.files.manifest import weights_fingerprint
 from finhpc.models.files.weights import open_weights
 from finhpc.models.init_from_model import stored
 from finhpc.models.initialize import Fill, drawn
-from finhpc.settings import Method, Model, PretrainConfig
+from finhpc.settings.pretrain import Method, Model, PretrainConfig
 
 DECOMPOSED = "decomposed"  # the low-rank model in the run folder that the factors come from
 SHAPE_KEYS = (

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from finhpc.data.shards.shards import Shards
 from finhpc.errors import ConfigError, collect
-from finhpc.settings import Method, PretrainConfig, TrainingConfig
+from finhpc.settings.finetune import TrainingConfig
+from finhpc.settings.pretrain import Method, PretrainConfig
 
 if TYPE_CHECKING:
     from finhpc.planning.init import InitModel

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from finhpc.settings import PretrainConfig, TrainingConfig
 from finhpc.errors import CheckpointError
 from finhpc.evaluation import plausible
-from finhpc.runs.job import Job, Rows
 from finhpc.files import redact
+from finhpc.runs.job import Job, Rows
+from finhpc.settings.finetune import TrainingConfig
+from finhpc.settings.pretrain import PretrainConfig
 from finhpc.training.journal import WORKER_FILE, Record, latest, read
 
 
@@ -159,9 +160,9 @@ def sample_text(config: PretrainConfig, model_folder: Path, say: Callable[[str],
         return None
     import torch
 
-    from finhpc.models.loading import load_model
     from finhpc.models.files.tokenizer import open_tokenizer
     from finhpc.models.files.tokens import prompt_ids
+    from finhpc.models.loading import load_model
 
     say("sampling text from the model")
     model: Any = load_model(model_folder)

@@ -9,20 +9,23 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
-from finhpc.settings import PretrainConfig, Run, TrainingConfig
+from finhpc.cluster.connect import check_fits, cluster_resources, known_resources, ray_cluster, use_cuda
+from finhpc.cluster.ready import check_ray
 from finhpc.errors import ConfigError
 from finhpc.interrupts import Terminated, terminable
 from finhpc.runs import result as outcome
-from finhpc.cluster.connect import check_fits, cluster_resources, known_resources, ray_cluster, use_cuda
-from finhpc.runs.launch import fit
+from finhpc.runs.folder import RunFolder
 from finhpc.runs.job import Job, Say
+from finhpc.runs.launch import fit
+from finhpc.runs.progress import Progress
+from finhpc.runs.worker import FATAL, MEMORY, ROOM, ROOM_BYTES
+from finhpc.screen import summary_table
+from finhpc.settings.finetune import TrainingConfig
+from finhpc.settings.pretrain import PretrainConfig
+from finhpc.settings.training import Run
 from finhpc.tracking.shown import HIDDEN, origin, setting_tags
 from finhpc.tracking.store import check_store
-from finhpc.runs.progress import Progress, summary_table
-from finhpc.runs.folder import RunFolder
 from finhpc.tracking.tracker import Status, Tracker, absolute_tracking_uri, default_tracking_uri
-from finhpc.runs.worker import FATAL, MEMORY, ROOM, ROOM_BYTES
-from finhpc.cluster.ready import check_ray
 from finhpc.training.checkpoint import list_complete
 from finhpc.training.journal import DRIVER_FILE, WORKER_FILE
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finhpc.settings import Parallel
+from finhpc.settings.training import Parallel
 
 if TYPE_CHECKING:
     from finhpc.data.examples.batches import Batches

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from finhpc.models.initialize import Fill
 from finhpc.models.lora.frozen_base import Adaptation
-from finhpc.settings import FinetuneConfig, TrainingConfig
+from finhpc.settings.finetune import FinetuneConfig, TrainingConfig
 from finhpc.training import checkpoint
 from finhpc.training.batches import BatchSource, Ints
 from finhpc.training.checkpoint import Checkpointer

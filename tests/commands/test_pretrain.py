@@ -19,7 +19,9 @@ from finhpc.data.shards.reader import ReplicaStream, local_stream
 from finhpc.data.shards.shards import Shards
 from finhpc.errors import ConfigError, RunBusyError, TrainingFailedError
 from finhpc.runs.folder import RunFolder
-from finhpc.settings import PretrainConfig, ReportConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.pretrain import PretrainConfig
+from finhpc.settings.report import ReportConfig
 from finhpc.tracking.shown import HIDDEN
 from finhpc.training.checkpoint import list_complete
 from finhpc.training.journal import latest, read

@@ -25,7 +25,8 @@ from finhpc.models.loading import initial_model, load_model, save_model
 from finhpc.models.pipeline import Layer, parts_of
 from finhpc.planning.init import initial_fill
 from finhpc.planning.plan import make_plan
-from finhpc.settings import Method, Model, PretrainConfig, build, flatten
+from finhpc.settings.base import build, flatten
+from finhpc.settings.pretrain import Method, Model, PretrainConfig
 from finhpc.training.journal import latest, read
 from tests.models.dense import saved, tiny_gpt2, tiny_llama
 

@@ -12,15 +12,18 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from finhpc.settings import DecomposeConfig, ExportConfig, FinetuneConfig, build
+from finhpc.commands.decompose.command import decompose
+from finhpc.commands.export import export
+from finhpc.commands.finetune import Finetune
 from finhpc.errors import ConfigError
 from finhpc.evaluation.models import subjects
-from finhpc.commands.export import export
 from finhpc.models.loading import load_model
-from finhpc.commands.decompose.command import decompose
-from finhpc.commands.finetune import Finetune
-from finhpc.tracking.pyfunc import TextGenerator
 from finhpc.runs.folder import RunFolder
+from finhpc.settings.base import build
+from finhpc.settings.decompose import DecomposeConfig
+from finhpc.settings.export import ExportConfig
+from finhpc.settings.finetune import FinetuneConfig
+from finhpc.tracking.pyfunc import TextGenerator
 from finhpc.training.checkpoint import Checkpoint
 from tests.data.instructing import jsonl
 from tests.data.kinds import CHATML, tokenizer

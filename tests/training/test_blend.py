@@ -18,7 +18,8 @@ from torch import Tensor
 from finhpc.lowrank.blend import alpha_at
 from finhpc.models.initialize import drawn
 from finhpc.models.loading import initial_model
-from finhpc.settings import PretrainConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.pretrain import PretrainConfig
 from finhpc.training.batches import TokenBatches
 from finhpc.training.journal import latest, read
 from finhpc.training.memory import live_tensor_bytes

@@ -13,7 +13,8 @@ from finhpc.models.families.presets import resolve_shape
 from finhpc.models.families.registry import make_config
 from finhpc.models.loading import initial_model
 from finhpc.quantization.fake import fake_quantize, plain_name
-from finhpc.settings import PretrainConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.pretrain import PretrainConfig
 from tests.training.processes import run_processes
 
 SAMPLES, SEQ, VOCAB = 16, 32, 211

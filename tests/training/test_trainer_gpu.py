@@ -16,7 +16,8 @@ from finhpc.lowrank.replace import ranks_of
 from finhpc.models.families.presets import resolve_shape
 from finhpc.models.families.registry import make_config
 from finhpc.models.initialize import drawn
-from finhpc.settings import PretrainConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.pretrain import PretrainConfig
 from finhpc.training.batches import TokenBatches
 from finhpc.training.journal import latest, read
 from tests.gpu import CUDA, DEVICE, alone, needs_gpu

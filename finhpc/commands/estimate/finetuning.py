@@ -29,7 +29,10 @@ from finhpc.planning.finetuning import FinetunePlan
 from finhpc.planning.memory import Topology
 from finhpc.planning.plan import check_parallel, check_stages
 from finhpc.planning.step_time import Pace
-from finhpc.settings import FinetuneConfig, FinetuneEstimateConfig, Model, nearest
+from finhpc.settings.base import nearest
+from finhpc.settings.estimate import FinetuneEstimateConfig
+from finhpc.settings.finetune import FinetuneConfig
+from finhpc.settings.pretrain import Model
 from finhpc.training.optimizer import check_optimizer
 
 ASSUMED = ("lora.rank", "quantization.bits", "estimate.tokens", "train.precision", "parallel.micro_batch_size")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finhpc.errors import TrainingFailedError
-from finhpc.settings import PretrainConfig
+from finhpc.settings.pretrain import PretrainConfig
 
 if TYPE_CHECKING:
     from finhpc.models.lora.frozen_base import Adaptation
@@ -128,7 +128,7 @@ def _measure(rank: int, settings: dict[str, Any], workers: int, folder: str) -> 
 
     from finhpc.models.pipeline import parts_of
     from finhpc.planning.init import hf_config_of_settings
-    from finhpc.settings import EstimateConfig
+    from finhpc.settings.estimate import EstimateConfig
     from finhpc.training.stages import measure
 
     config = EstimateConfig.model_validate(settings)

@@ -27,15 +27,11 @@ from finhpc.planning.outline import Outline, outline_of
 from finhpc.planning.plan import Plan, check_blend, check_model, check_parallel
 from finhpc.planning.step_time import Pace, measured, paced, reached_by, step_operations
 from finhpc.planning.topology import Option, options
-from finhpc.settings import (
-    EstimateConfig,
-    Hardware,
-    Method,
-    PretrainConfig,
-    Recompute,
-    TrainingConfig,
-    nearest,
-)
+from finhpc.settings.base import nearest
+from finhpc.settings.estimate import EstimateConfig, Hardware
+from finhpc.settings.finetune import TrainingConfig
+from finhpc.settings.pretrain import Method, PretrainConfig
+from finhpc.settings.training import Recompute
 from finhpc.training.optimizer import OPTIMIZERS, check_optimizer
 
 ASSUMED = ("method.kind", "method.rank", "data.seq_len", "train.precision", "parallel.micro_batch_size")

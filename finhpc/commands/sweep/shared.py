@@ -16,7 +16,8 @@ from finhpc.errors import ConfigError, FinhpcError
 from finhpc.lowrank.registry import STARTED
 from finhpc.planning.init import DECOMPOSED, needs_decomposing
 from finhpc.runs.folder import RunFolder
-from finhpc.settings import FinetuneConfig, PretrainConfig
+from finhpc.settings.finetune import FinetuneConfig
+from finhpc.settings.pretrain import PretrainConfig
 
 Say = Callable[[str], None]
 
