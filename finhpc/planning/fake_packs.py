@@ -20,11 +20,11 @@ from torch._subclasses import FakeTensorMode
 from finhpc.models.families.family import BLOCKS, Flow, Part
 from finhpc.models.families.registry import skeleton, with_blocks
 from finhpc.models.files.weights import Weights
-from finhpc.models.lora.frozen_base import Adaptation, AdaptedLayer, Matrix
-from finhpc.models.packed.layout import FIELDS, LAYOUT, Segments, laid_out, layout_of
+from finhpc.models.lora.model import LoraModel, LoraPipelineLayer, Matrix
+from finhpc.models.packing.layout import FIELDS, LAYOUT, Segments, build_layout, layout_of
 from finhpc.models.pipeline import is_tied
 from finhpc.planning.fake_passes import Meter, NextPart, PartBytes
-from finhpc.quantization.frozen import Frozen, hollow
+from finhpc.quantization.frozen import FrozenLinear, hollow
 
 
 @dataclass(frozen=True)
@@ -72,22 +72,22 @@ class Shapes(Weights):
         return torch.empty(self.shapes[name])
 
 
-class Hollow(Adaptation):
-    """An adaptation that is counted, never trained: its frozen matrices have no content."""
+class Hollow(LoraModel):
+    """An lora_model that is counted, never trained: its frozen matrices have no content."""
 
-    def _frozen(self, matrix: Matrix, bias: Tensor | None, device: torch.device) -> Frozen:
+    def _frozen(self, matrix: Matrix, bias: Tensor | None, device: torch.device) -> FrozenLinear:
         return hollow(matrix.shape, bias, self.bits_of(matrix.name), self.scheme, self.dtype)
 
 
-def counted_parts(adaptation: Adaptation, pack: PackSize, cuda: bool) -> list[AdaptedPart]:
+def counted_parts(lora_model: LoraModel, pack: PackSize, cuda: bool) -> list[AdaptedPart]:
     """Every part of the model in order, for packs of that size.
 
     With `cuda` attention is torch's fused kernel and the loss makes its float32 copy, as on a GPU. A tied head's
     `weights_bytes` are 0, as if its stage held the embedding too.
     """
-    layers = int(adaptation.hf_config.num_hidden_layers)
-    counted = layers if not _alike(adaptation) else min(layers, 3)
-    small = _with_blocks(adaptation, counted)
+    layers = int(lora_model.hf_config.num_hidden_layers)
+    counted = layers if not _alike(lora_model) else min(layers, 3)
+    small = _with_blocks(lora_model, counted)
     row = _count(small, pack, cuda)
     inside = [i for i, part in enumerate(row) if part.kind in BLOCKS]
     per = len(inside) // counted
@@ -98,40 +98,40 @@ def counted_parts(adaptation: Adaptation, pack: PackSize, cuda: bool) -> list[Ad
     return first + (middle * (layers - 2) if counted == 3 else middle) + last
 
 
-def _alike(adaptation: Adaptation) -> bool:
+def _alike(lora_model: LoraModel) -> bool:
     """Whether every block has the same layers and adapters."""
-    if getattr(adaptation.hf_config, "low_rank_layers", None):
+    if getattr(lora_model.hf_config, "low_rank_layers", None):
         return False
     blocks: dict[str, set[tuple[str, tuple[int, int]]]] = {}
-    for name, shape in adaptation.targets.items():
+    for name, shape in lora_model.targets.items():
         if found := re.search(r"\.(\d+)\.(.+)", name):
             blocks.setdefault(found[1], set()).add((found[2], shape))
     several = list(blocks.values())
-    return all(some == several[0] for some in several) and len(several) in (0, adaptation.hf_config.num_hidden_layers)
+    return all(some == several[0] for some in several) and len(several) in (0, lora_model.hf_config.num_hidden_layers)
 
 
-def _with_blocks(adaptation: Adaptation, blocks: int) -> Hollow:
-    small = Shapes(with_blocks(adaptation.hf_config, blocks))
+def _with_blocks(lora_model: LoraModel, blocks: int) -> Hollow:
+    small = Shapes(with_blocks(lora_model.hf_config, blocks))
     return Hollow(
-        small, adaptation.lora, adaptation.quantization, adaptation.bf16, adaptation.recompute, adaptation.seed
+        small, lora_model.lora, lora_model.quantization, lora_model.bf16, lora_model.recompute, lora_model.seed
     )
 
 
-def _count(adaptation: Hollow, pack: PackSize, cuda: bool) -> list[AdaptedPart]:
+def _count(lora_model: Hollow, pack: PackSize, cuda: bool) -> list[AdaptedPart]:
     found = []
-    width, size = int(adaptation.hf_config.hidden_size), adaptation.dtype.itemsize
-    assert adaptation.skeleton is not None  # made now, on the meta device: not to be counted
+    width, size = int(lora_model.hf_config.hidden_size), lora_model.dtype.itemsize
+    assert lora_model.skeleton is not None  # made now, on the meta device: not to be counted
     meter = Meter()
     with FakeTensorMode(), meter:
         data = torch.zeros(1, FIELDS, pack.tokens, dtype=torch.int64)
-        setattr(data, LAYOUT, laid_out(pack.segments, data.device, fused=cuda))
+        setattr(data, LAYOUT, build_layout(pack.segments, data.device, fused=cuda))
         rows, given, asks = pack.tokens, 0, False
-        for part in adaptation.parts():
+        for part in lora_model.parts():
             before = meter.live
-            layer = AdaptedLayer(_as_on_gpu(part) if cuda else part, adaptation, data.device)
+            layer = LoraPipelineLayer(_as_on_gpu(part) if cuda else part, lora_model, data.device)
             held = meter.live - before
             trained = sum(p.numel() for _, p in layer.parameters_by_name())
-            trial = _Trial(meter, layer, data, (1, rows, width), adaptation.dtype, asks)
+            trial = _Trial(meter, layer, data, (1, rows, width), lora_model.dtype, asks)
             trial.passes()  # rotary positions, gradients of the adapters
             passes, rows, asks = trial.passes()
             gives = 0 if part.kind == "head" else rows * width * size
@@ -145,7 +145,7 @@ class _Trial:
     """Passes through one layer. `shape`: of the hidden states it is given; `asks`: whether for their gradient."""
 
     meter: Meter
-    layer: AdaptedLayer
+    layer: LoraPipelineLayer
     data: Tensor
     shape: tuple[int, int, int]
     dtype: torch.dtype
@@ -188,7 +188,7 @@ def _as_on_gpu(part: Part) -> Part:
     def run(data: Flow, module: nn.Module) -> Tensor:
         hidden, pack = data
         weight = getattr(module, "weight", None)
-        tied = isinstance(weight, Tensor) and not isinstance(module, Frozen)
+        tied = isinstance(weight, Tensor) and not isinstance(module, FrozenLinear)
         logits = F.linear(hidden[0], weight) if tied else module(hidden[0])  # type: ignore[arg-type]
         return F.cross_entropy(logits.float(), layout_of(pack).wanted)
 

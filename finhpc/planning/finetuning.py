@@ -8,9 +8,9 @@ from functools import cached_property
 from itertools import pairwise
 
 from finhpc.models.families.family import BLOCKS, HALVES
-from finhpc.models.lora.frozen_base import Adaptation
-from finhpc.models.packed.layout import FIELDS, KEPT
-from finhpc.models.packed.parts import packed_parts
+from finhpc.models.lora.model import LoraModel
+from finhpc.models.packing.layout import CACHED_LAYOUTS, FIELDS
+from finhpc.models.packing.parts import packed_parts
 from finhpc.models.pipeline import is_tied
 from finhpc.planning.devices import Cluster
 from finhpc.planning.fake_packs import AdaptedPart, PackSize, counted_parts
@@ -24,19 +24,19 @@ ADAPTED = 3  # times the launches of a part without adapters; measured as `launc
 class FinetunePlan:
     """A finetuning with packs of one size. `layouts`: packs whose layouts are kept, in a long run all that may be."""
 
-    adaptation: Adaptation
+    lora_model: LoraModel
     pack: PackSize
     topology: Topology
     cuda: bool = False
-    layouts: int = KEPT
+    layouts: int = CACHED_LAYOUTS
 
     @cached_property
     def parts(self) -> list[AdaptedPart]:
-        return counted_parts(self.adaptation, self.pack, self.cuda)
+        return counted_parts(self.lora_model, self.pack, self.cuda)
 
     @cached_property
     def cut(self) -> list[list[AdaptedPart]]:
-        borders = self.adaptation.borders(self.topology.stages)
+        borders = self.lora_model.borders(self.topology.stages)
         return [self.parts[a:b] for a, b in pairwise(borders)]
 
     @property
@@ -56,7 +56,7 @@ class FinetunePlan:
         first, last = stage == 0, stage == topology.stages - 1
         trained = sum(part.trained for part in parts)
         weights = sum(part.weights_bytes for part in parts)
-        if last and not first and is_tied(self.adaptation.hf_config):
+        if last and not first and is_tied(self.lora_model.hf_config):
             weights += self.parts[0].weights_bytes  # a stage without the embedding reads the matrix for its head
         gradients, optimizer = 4 * trained, 8 * trained
         ids = 8 * FIELDS * self.pack.tokens
@@ -83,9 +83,9 @@ class FinetunePlan:
 
     def _layout_bytes(self) -> int:
         """Of the layout that is kept of a pack: rotary positions, and rows."""
-        config, tokens = self.adaptation.hf_config, self.pack.tokens
+        config, tokens = self.lora_model.hf_config, self.pack.tokens
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        rotary = 2 * size * self.adaptation.dtype.itemsize if hasattr(config, "rope_parameters") else 0
+        rotary = 2 * size * self.lora_model.dtype.itemsize if hasattr(config, "rope_parameters") else 0
         return tokens * (rotary + 8 + 8 + 1)
 
     # -- time -------------------------------------------------------------------------------
@@ -96,10 +96,10 @@ class FinetunePlan:
         A frozen matrix is multiplied once each way, an adapter once forward and twice back; attention's products
         twice as often back as forward. `recompute` runs blocks' forward passes, or q k^T, once more.
         """
-        recompute, width = self.adaptation.recompute, int(self.adaptation.hf_config.hidden_size)
+        recompute, width = self.lora_model.recompute, int(self.lora_model.hf_config.hidden_size)
         total = 0.0
         for part in self.parts if parts is None else parts:
-            before, after = (size / (width * self.adaptation.dtype.itemsize) for size in (part.given, part.gives))
+            before, after = (size / (width * self.lora_model.dtype.itemsize) for size in (part.given, part.gives))
             frozen, adapters = 2.0 * self._frozen(part, (before, after)), 2.0 * before * part.trained
             scores = 2.0 * 2.0 * width * self.pack.pairs if part.kind in ("attention", "block") else 0.0
             forward = frozen + adapters + scores
@@ -121,19 +121,19 @@ class FinetunePlan:
     def _sizes(self) -> dict[str, int]:
         """Kind of part (blocks by their halves) -> weights of its matrices that are multiplied."""
         found = {}
-        for part in packed_parts(self.adaptation.hf_config):
+        for part in packed_parts(self.lora_model.hf_config):
             if part.kind not in found:
-                modules = part.modules(self.adaptation.weights.skeleton)
+                modules = part.modules(self.lora_model.weights.skeleton)
                 matrices = sum(p.numel() for m in modules for p in m.parameters() if p.dim() == 2)
                 found[part.kind] = matrices if part.in_block or part.kind == "head" else 0
         return found
 
     def _unpacked_bytes(self, parts: Sequence[AdaptedPart]) -> float:
         """Bytes moved to turn quantised matrices into floats: codes read, floats written and read, for each product."""
-        if self.adaptation.quantization.bits == 16:
+        if self.lora_model.quantization.bits == 16:
             return 0.0
-        times = 3 if self.adaptation.recompute == "full" else 2
-        floats = self.adaptation.dtype.itemsize
+        times = 3 if self.lora_model.recompute == "full" else 2
+        floats = self.lora_model.dtype.itemsize
         each = [part.weights_bytes + 2 * floats * self._frozen(part) for part in parts if part.kind in BLOCKS]
         return float(times * sum(each))
 

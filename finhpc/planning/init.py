@@ -25,8 +25,7 @@ from finhpc.models.families.registry import as_low_rank, family_of, is_low_rank,
 from finhpc.models.files.config import read_config
 from finhpc.models.files.manifest import weights_fingerprint
 from finhpc.models.files.weights import open_weights
-from finhpc.models.init_from_model import stored
-from finhpc.models.initialize import Fill, drawn
+from finhpc.models.initialize import Fill, random_fill, weights_fill
 from finhpc.settings.pretrain import Method, Model, PretrainConfig
 
 DECOMPOSED = "decomposed"  # the low-rank model in the run folder that the factors come from
@@ -97,10 +96,10 @@ def needs_decomposing(config: PretrainConfig) -> bool:
 def initial_fill(config: PretrainConfig, hf_config: Any, run: Path) -> Fill:
     """What gives the modules of the run's model their first numbers."""
     if config.model.path is None:
-        return drawn(hf_config, config.train.seed, config.method.init)
+        return random_fill(hf_config, config.train.seed, config.method.init)
     folder = run / DECOMPOSED if needs_decomposing(config) else Path(config.model.path)
     dense = open_weights(Path(config.model.path), floats=True) if config.method.kind == BLEND else None
-    return stored(open_weights(folder, low_rank=True, floats=True), dense)
+    return weights_fill(open_weights(folder, low_rank=True, floats=True), dense)
 
 
 def _read(path: str) -> Any:

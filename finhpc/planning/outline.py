@@ -15,7 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from finhpc.models.families.registry import skeleton, with_blocks
-from finhpc.models.pipeline import is_tied, operations, parts_of, stage_borders
+from finhpc.models.pipeline import estimated_cost, is_tied, parts_of, stage_borders
 from finhpc.settings.training import Recompute
 
 Stages = list[list[str]]  # kinds of the parts of each stage
@@ -165,7 +165,7 @@ def outline_of(hf_config: Any, seq_len: int, recompute: Recompute = "none", fuse
     costs: dict[str, float] = {}
     tied = is_tied(hf_config)
     for part in parts_of(single, recompute):
-        costs[part.kind] = operations(part, model, seq_len)
+        costs[part.kind] = estimated_cost(part, model, seq_len)
         if tied and part.kind == "head":
             continue
         for name, module in zip(part.names, part.modules(model), strict=True):

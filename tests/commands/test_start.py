@@ -22,7 +22,7 @@ from finhpc.models.families.presets import resolve_shape
 from finhpc.models.families.registry import make_config, skeleton
 from finhpc.models.files.manifest import write_manifest
 from finhpc.models.loading import initial_model, load_model, save_model
-from finhpc.models.pipeline import Layer, parts_of
+from finhpc.models.pipeline import PipelineLayer, parts_of
 from finhpc.planning.init import initial_fill
 from finhpc.planning.plan import make_plan
 from finhpc.settings.base import build, flatten
@@ -116,7 +116,7 @@ def test_method_3_from_a_dense_model(run_shards: Path, dense: Path, tmp_path: Pa
     hf_config = make_plan(longer).hf_config
     fill, blended = initial_fill(longer, hf_config, tmp_path / "run"), skeleton(hf_config)
     blend_in(blended, trainable=True)
-    rows = [Layer(part, blended, torch.device("cpu"), fill) for part in parts_of(hf_config)]
+    rows = [PipelineLayer(part, blended, torch.device("cpu"), fill) for part in parts_of(hf_config)]
     set_alpha((module for row in rows for module in row.modules()), 1.0)
     with torch.no_grad():
         data: Any = batch
@@ -148,7 +148,7 @@ def test_each_stage_reads_its_own_weights_alone(dense: Path, run_shards: Path) -
     store.read = lambda name: read.append(name) or original(name)
     held = load_file(dense / "model.safetensors")
     for part in row[2:4]:
-        layer = Layer(part, skeleton(hf_config), torch.device("cpu"), fill)
+        layer = PipelineLayer(part, skeleton(hf_config), torch.device("cpu"), fill)
         for name, parameter in layer.parameters_by_name():
             assert torch.equal(parameter, held[name]), name
     assert read

@@ -20,8 +20,8 @@ from finhpc.errors import ConfigError, collect
 from finhpc.models.families.presets import PRESETS, resolve_shape
 from finhpc.models.families.registry import FAMILIES, context_name, context_of, dense_original, parameter_count
 from finhpc.models.files.weights import Weights, locate, open_weights
-from finhpc.models.lora.frozen_base import Adaptation
-from finhpc.models.packed.layout import Segments, segments_of
+from finhpc.models.lora.model import LoraModel
+from finhpc.models.packing.layout import Segments, segments_of
 from finhpc.planning import table_ix
 from finhpc.planning.devices import CPU_REACHED, REACHED, THIS_MACHINE, Cluster, gpu_here, this_machine
 from finhpc.planning.fake_packs import PackSize, Shapes
@@ -45,11 +45,11 @@ def estimate_finetune(config: FinetuneEstimateConfig) -> dict[str, Any]:
 
     Nothing is read but the base's config, nothing trained or written. Raises `ConfigError` with every problem.
     """
-    weights, adaptation = checked(config)
+    weights, lora_model = checked(config)
     cluster, topology = _cluster(config), _topology(config)
     pack = pack_of(config)
     cuda = config.estimate.device != THIS_MACHINE
-    plan = FinetunePlan(adaptation, pack, topology, cuda)
+    plan = FinetunePlan(lora_model, pack, topology, cuda)
     base = sum(parameter.numel() for parameter in weights.skeleton.parameters())
     dense = parameter_count(dense_original(weights.config))
     tokens = topology.samples_per_step * config.estimate.tokens
@@ -81,7 +81,7 @@ def estimate_finetune(config: FinetuneEstimateConfig) -> dict[str, Any]:
 
 def of_examples(
     config: FinetuneConfig,
-    adaptation: Adaptation,
+    lora_model: LoraModel,
     examples: Examples,
     batches: Batches,
     cuda: bool,
@@ -99,7 +99,7 @@ def of_examples(
     sizes = [pack.shape[2] for pack in packs]
     largest, middle = packs[int(np.argmax(sizes))], packs[int(np.argsort(sizes)[len(sizes) // 2])]
     topology = _topology(config)
-    plan = FinetunePlan(adaptation, _size(largest), topology, cuda)
+    plan = FinetunePlan(lora_model, _size(largest), topology, cuda)
     numbers: dict[str, Any] = {
         "stages": stages_of(plan.stages()),
         "operations_per_step": None,
@@ -121,7 +121,7 @@ def of_examples(
         pace, numbers["how"] = usual.pace(cluster), device.said(config.train.precision, reached)
         numbers["reckoned_step_s"] = pace.step_s
         if measures and not cuda and measurable(pace, [part.kind for part in usual.parts]):
-            seconds = adapted_part_seconds(adaptation, middle, config.resources.threads)
+            seconds = adapted_part_seconds(lora_model, middle, config.resources.threads)
             stage_s = [sum(seconds[part.kind] for part in parts) for parts in usual.cut]
             pace, numbers["how"] = replace(pace, stage_s=stage_s), "its parts measured on this machine"
         lengths = np.diff(examples.train.offsets)
@@ -182,10 +182,10 @@ def _cluster(config: FinetuneEstimateConfig) -> Cluster:
 # -- checks -----------------------------------------------------------------------------------
 
 
-def checked(config: FinetuneEstimateConfig) -> tuple[Weights, Adaptation]:
+def checked(config: FinetuneEstimateConfig) -> tuple[Weights, LoraModel]:
     """The base (its shape alone where a preset is named) and its adapters, once nothing is wrong."""
     problems: list[str] = []
-    weights = adaptation = None
+    weights = lora_model = None
     with collect(problems):
         check_parallel(config)
     with collect(problems):
@@ -208,12 +208,12 @@ def checked(config: FinetuneEstimateConfig) -> tuple[Weights, Adaptation]:
         with collect(problems):
             check_stages(config, weights.config)
         with collect(problems):
-            adaptation = Adaptation.of(config, weights)
+            lora_model = LoraModel.of(config, weights)
     if problems:
         raise ConfigError(problems)
     assert weights is not None
-    assert adaptation is not None
-    return weights, adaptation
+    assert lora_model is not None
+    return weights, lora_model
 
 
 def _base(config: FinetuneEstimateConfig) -> Weights:
@@ -233,17 +233,17 @@ def _base(config: FinetuneEstimateConfig) -> Weights:
 
 def _with(config: FinetuneConfig, plan: FinetunePlan, bits: int, **lora: Any) -> FinetunePlan:
     """The same finetuning with other bits and adapters."""
-    old = plan.adaptation
+    old = plan.lora_model
     scheme = config.quantization.scheme if config.quantization.scheme == "minmax" else "auto"
     quantization = config.quantization.model_copy(update={"bits": bits, "scheme": scheme if bits < 16 else "auto"})
     settings = old.lora.model_copy(update=lora)
-    adaptation = Adaptation(old.weights, settings, quantization, old.bf16, old.recompute, old.seed)
-    return FinetunePlan(adaptation, plan.pack, plan.topology, plan.cuda, plan.layouts)
+    lora_model = LoraModel(old.weights, settings, quantization, old.bf16, old.recompute, old.seed)
+    return FinetunePlan(lora_model, plan.pack, plan.topology, plan.cuda, plan.layouts)
 
 
 def _by_bits(plan: FinetunePlan, cluster: Cluster, tokens: float) -> Iterator[dict[str, Any]]:
     """The fullest stage and the time of a step at 16, 8 and 4 bits."""
-    old = plan.adaptation
+    old = plan.lora_model
     for bits in BITS:
         settings = FinetuneConfig(lora=old.lora, quantization=old.quantization)
         try:
@@ -254,7 +254,7 @@ def _by_bits(plan: FinetunePlan, cluster: Cluster, tokens: float) -> Iterator[di
         pace = other.pace(cluster)
         yield {
             "bits": bits,
-            "scheme": other.adaptation.scheme,
+            "scheme": other.lora_model.scheme,
             "base_bytes": other.weights_bytes,
             "peak_bytes": fullest.peak_bytes,
             "fits": fullest.peak_bytes <= cluster.usable,

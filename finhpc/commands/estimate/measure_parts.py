@@ -17,7 +17,7 @@ from finhpc.errors import TrainingFailedError
 from finhpc.settings.pretrain import PretrainConfig
 
 if TYPE_CHECKING:
-    from finhpc.models.lora.frozen_base import Adaptation
+    from finhpc.models.lora.model import LoraModel
 
 GROUP = "group"  # file by which the processes find each other
 ANSWER = "seconds.json"
@@ -72,23 +72,23 @@ def own_part_seconds(config: PretrainConfig, hf_config: Any) -> dict[str, float]
     return dict(zip(kinds, costs, strict=True))
 
 
-def adapted_part_seconds(adaptation: Adaptation, pack: Any, threads: int) -> dict[str, float]:
+def adapted_part_seconds(lora_model: LoraModel, pack: Any, threads: int) -> dict[str, float]:
     """Kind of part -> CPU seconds of its passes over a pack, forward and backward, of an adapted model."""
     import torch
     from torch import Tensor
 
-    from finhpc.models.lora.frozen_base import Adaptation, AdaptedLayer
-    from finhpc.models.packed.layout import layout_of
+    from finhpc.models.lora.model import LoraModel, LoraPipelineLayer
+    from finhpc.models.packing.layout import layout_of
     from finhpc.training.stages import median
 
-    own = Adaptation(**{field.name: getattr(adaptation, field.name) for field in fields(adaptation)})
+    own = LoraModel(**{field.name: getattr(lora_model, field.name) for field in fields(lora_model)})
     tokens, found = torch.from_numpy(pack), dict[str, float]()
     first = {part.kind: part for part in reversed(own.parts())}
     order = list(dict.fromkeys(part.kind for part in own.parts()))
     flow: Any = tokens
     with _threads(threads):
         for kind in order:
-            layer = AdaptedLayer(first[kind], own, torch.device("cpu"))
+            layer = LoraPipelineLayer(first[kind], own, torch.device("cpu"))
             if kind == "head":
                 flow = flow[0][:, layout_of(tokens).predicting], tokens
 

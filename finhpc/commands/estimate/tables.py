@@ -6,7 +6,7 @@ from datetime import timedelta
 from typing import Any
 
 from finhpc.commands.estimate.run_time import said
-from finhpc.models.families.family import described
+from finhpc.models.families.family import describe_parts
 from finhpc.planning.devices import THIS_MACHINE, Cluster
 from finhpc.planning.outline import Outline
 from finhpc.screen import rows_table, summary_table
@@ -57,7 +57,7 @@ def stage_rows(stages: Rows) -> Rows:
     return [
         {
             "stage": stage["stage"],
-            "parts": described(stage["parts"]),
+            "parts": describe_parts(stage["parts"]),
             "parameters M": f"{stage['params'] / 1e6:,.2f}",
             **{name: gb(stage[key]) for name, key in COLUMNS.items()},
             **({"fits": "yes" if stage["fits"] else "no"} if "fits" in stage else {}),

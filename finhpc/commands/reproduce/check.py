@@ -242,8 +242,8 @@ def _count_adapters(planned: Planned, config: FinetuneConfig, preset: str, devic
 
     tree = config.model_dump() | {"model": {"preset": preset}, "estimate": {"device": device or THIS_MACHINE}}
     planning = build(FinetuneEstimateConfig, tree)
-    _, adaptation = checked_finetuning(planning)
-    plan = FinetunePlan(adaptation, pack_of(planning), topology_of(config), device is not None)
+    _, lora_model = checked_finetuning(planning)
+    plan = FinetunePlan(lora_model, pack_of(planning), topology_of(config), device is not None)
     planned.params = plan.trained
     if device:
         _note_memory(planned, max(stage.peak_bytes for stage in plan.stages()), DEVICES[device])

@@ -294,7 +294,7 @@ def _tuning_seconds(plan: Planned, job: Finetune) -> float | None:
     made, measures = job.made, time.monotonic() < plan.measuring_until
     examples, batches = made.examples, batches_of(job.config)
     here = plan.resources is not None
-    numbers = of_examples(job.config, made.adaptation, examples, batches, plan.cuda, here, measures)
+    numbers = of_examples(job.config, made.lora_model, examples, batches, plan.cuda, here, measures)
     return _computing(plan, numbers)
 
 

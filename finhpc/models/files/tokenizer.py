@@ -20,8 +20,8 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from finhpc.errors import ConfigError
 from finhpc.models.files.config import OWN_CODE
-from finhpc.models.files.folder import GENERATION, copy_tokenizer, has_tokenizer
 from finhpc.models.files.gguf import GgufFile
+from finhpc.models.files.tensor_folder import GENERATION, copy_tokenizer, has_tokenizer
 
 GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend", "PreTrainedTokenizer")  # the same, by its names over time
 PROBE = "In 2023 it's 12.5 % more:  don't\n\n caf\u00e9 ABC_def\tHello, how are you?"  # read alike, all is read alike
