@@ -189,7 +189,7 @@ class Finetune(Job):
         result["estimate"] = numbers
         rows = [("tokens", f"{result['tokens']:,}"), *plan_summary(numbers, config.train.steps)]
         summary_table(f"dry run of {config.run.name}", outcome.dry_summary(self) + rows)
-        rows_table("memory of a worker by stage in GB, estimated", stage_rows(numbers["stages"]))
+        rows_table("memory per worker by stage in GB, estimated", stage_rows(numbers["stages"]))
         return result
 
     def memory_advice(self) -> str:

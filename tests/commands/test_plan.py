@@ -115,7 +115,7 @@ def test_shards_of_another_tokeniser_are_refused(shards: Path, tmp_path: Path) -
     saved.mkdir()
     whole = {"step": 10, "files": {"stage-0": {}}, "ranks": 1, "consumed": "0"}
     write_json(saved / "manifest.json", whole | {"tokenizer_sha256": "0" * 64})
-    with pytest.raises(ConfigError, match="was made with another tokeniser"):
+    with pytest.raises(ConfigError, match="was made with another tokenizer"):
         check_tokenizer(plan.config, plan.shards, tmp_path)
     write_json(saved / "manifest.json", whole | {"tokenizer_sha256": plan.shards.manifest.tokenizer_sha256})
     check_tokenizer(plan.config, plan.shards, tmp_path)

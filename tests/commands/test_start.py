@@ -160,7 +160,7 @@ def test_each_stage_reads_its_own_weights_alone(dense: Path, run_shards: Path) -
     [
         (
             {"model": {"layers": 2, "width": 64}},
-            "model.layers, model.width are set beside model.path={dense}, which brings its own; leave one of the two",
+            "model.layers, model.width conflict with model.path={dense}, which defines the model; remove one of them",
         ),
         ({"method": {"kind": "low_rank"}}, "method.kind=low_rank starts from scratch or from a low-rank model, and"),
         ({"method": {"kind": "cola"}}, "use method.kind=svd"),
@@ -169,12 +169,12 @@ def test_each_stage_reads_its_own_weights_alone(dense: Path, run_shards: Path) -
             {"data": {"seq_len": 64}, "short": 32},
             "data.seq_len=64 is longer than the model's context of 32; lower it or ",
         ),
-        ({"method": {"kind": "blend", "init": "normal"}}, "method.init=normal does not go with model.path={dense}"),
+        ({"method": {"kind": "blend", "init": "normal"}}, "method.init=normal conflicts with model.path={dense}"),
         (
             {"method": {"kind": "blend", "blend_share": 0.5}},
             "method.blend_share=0.5 of train.steps=2 is 1 steps, too few",
         ),
-        ({"model": {"path": "nowhere"}}, "model.path=nowhere is no folder; give a model folder"),
+        ({"model": {"path": "nowhere"}}, "model.path=nowhere is not a folder; give a model folder"),
     ],
 )
 def test_settings_that_do_not_go_with_the_path(
@@ -202,7 +202,7 @@ def test_method_2_needs_a_path_and_a_low_rank_model_its_own_kind(run_shards: Pat
     with pytest.raises(ConfigError) as caught:
         make_plan(config(run_shards, path))
     assert "method.kind=svd does not go on from; use method.kind=cola" in str(caught.value)
-    assert f"method.rank, method.ranks are set beside model.path={path}" in str(caught.value)
+    assert f"method.rank, method.ranks conflict with model.path={path}" in str(caught.value)
     with pytest.raises(
         ConfigError, match=r"method\.kind=blend takes W from a dense model, and model\.path=.* is low-rank"
     ):
@@ -243,8 +243,8 @@ def damage(folder: Path, how: str) -> None:
         ("flipped", "is not as it was written"),
         ("pickled", "pickled weights are not opened"),
         ("family", "model_type=opt is not supported; supported: gpt2, llama"),
-        ("no tokeniser", "holds no tokenizer.json, so nothing says"),
-        ("tokeniser", "was made with another tokeniser than the model in model.path="),
+        ("no tokeniser", "has no tokenizer.json, so its ids cannot"),
+        ("tokeniser", "was made with another tokenizer than the one of model.path="),
     ],
 )
 def test_models_that_cannot_be_started_from(
