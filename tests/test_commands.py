@@ -82,7 +82,7 @@ def test_usage_fits_a_screen_and_unknown_commands_name_all(capsys: pytest.Captur
     assert max(map(len, USAGE.splitlines())) <= 80
     for wrong, near in {"swep": "sweep", "benhc": "bench", "pretrian": "pretrain"}.items():
         assert main([wrong]) == 2
-        assert f"error: unknown command '{wrong}'; did you mean {near}?" in capsys.readouterr().err
+        assert f"error: unknown command '{wrong}'; did you mean '{near}'?" in capsys.readouterr().err
     assert main(["zzz"]) == 2
     listed = capsys.readouterr().err
     assert all(verb.split()[0] in listed for verb in COMMANDS)
@@ -225,13 +225,13 @@ def test_python_gets_the_messages_of_the_command_line() -> None:
     with pytest.raises(ConfigError) as caught:
         finhpc.PretrainConfig(train={"stepz": 3, "precision": "bf61"}, optimizer={"lr": -1}, methd={})
     assert set(caught.value.problems) == {
-        "train.stepz is not a setting; did you mean train.steps?",
-        "train.precision='bf61' is refused: input should be 'fp32' or 'bf16' (did you mean bf16?).",
+        "train.stepz is not a setting; did you mean 'train.steps'?",
+        "train.precision='bf61' is refused: input should be 'fp32' or 'bf16' (did you mean 'bf16'?).",
         "optimizer.lr=-1 is refused: input should be greater than 0 (optimizer.lr: peak learning rate of AdamW).",
-        "methd is not a setting; did you mean method?",
+        "methd is not a setting; did you mean 'method'?",
     }
     settings = finhpc.PretrainConfig()
-    with pytest.raises(ConfigError, match="stepz is not a setting; did you mean steps"):
+    with pytest.raises(ConfigError, match="stepz is not a setting; did you mean 'steps"):
         settings.train.stepz = 3
     with pytest.raises(ConfigError, match="steps='many' is refused"):
         settings.train.steps = "many"

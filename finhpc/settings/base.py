@@ -209,7 +209,7 @@ def nearest(name: str, valid: list[str], most: int = 20) -> str:
     """What to write instead of a mistyped name: the nearest valid one, or all of them, if they are at most `most`."""
     close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
     if close:
-        return f"did you mean {close[0]}?"
+        return f"did you mean '{close[0]}'?"
     return f"valid: {', '.join(valid)}." if len(valid) <= most else "--help lists all."
 
 
@@ -266,7 +266,7 @@ def _explain(cls: type[Section], item: dict[str, Any]) -> str:
     hint = ""
     if item["type"] == "literal_error" and field is not None:
         near = difflib.get_close_matches(str(item["input"]), [str(a) for a in get_args(field.annotation)], n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
+        hint = f" (did you mean '{near[0]}'?)" if near else ""
     elif field is not None and field.description:
         hint = f" ({where}: {field.description})"
     reason = item["msg"][0].lower() + item["msg"][1:]
