@@ -59,9 +59,9 @@ def counted(job: Job) -> dict[str, Any]:
 
 def collect(job: Job, folder: Path, wall_s: float) -> dict[str, Any]:
     """Write the model folder from the last checkpoint and gather the result of a finished run."""
-    from finhpc.training.checkpoint import complete
+    from finhpc.training.checkpoint import list_complete
 
-    saved = next(iter(complete(folder / "checkpoints")), None)
+    saved = next(iter(list_complete(folder / "checkpoints")), None)
     if saved is None or saved.step != job.config.train.steps:
         raise CheckpointError(
             f"{folder}/checkpoints holds no checkpoint of the last step; run the same command again to make it."
@@ -96,9 +96,9 @@ def check(job: Job, folder: Path, result: dict[str, Any]) -> None:
 
 def unfinished(job: Job, folder: Path, status: str) -> dict[str, Any]:
     """The result of a run that failed or was stopped."""
-    from finhpc.training.checkpoint import complete
+    from finhpc.training.checkpoint import list_complete
 
-    saved = next(iter(complete(folder / "checkpoints")), None)
+    saved = next(iter(list_complete(folder / "checkpoints")), None)
     return _measured(job, folder) | {"status": status.lower(), "checkpoint": str(saved.path) if saved else None}
 
 

@@ -107,7 +107,7 @@ def engine_runs(
     runs: list[tuple[str, int, int, int, dict[str, Any]]], steps: int, device: str = "cpu"
 ) -> list[dict[str, Any]]:
     """In one process of the group: each run's losses, norms, this stage's gradients and weights."""
-    from finhpc.training.batches import Blocks
+    from finhpc.training.batches import TokenBatches
     from finhpc.training.engine import Engine
     from finhpc.training.trainer import held_out_loss
 
@@ -137,7 +137,7 @@ def engine_runs(
             out["losses"].append(engine.train_step(batches(tokens(step)), lr_at(config, step)))
             out["norms"].append(engine.grad_norm)
         out["eval"] = engine.evaluate(batches(tokens(99)), micro_batches)
-        feed = Blocks(config.parallel, lambda step, replica: iter(()), tokens(98)[:ODD].numpy())
+        feed = TokenBatches(config.parallel, lambda step, replica: iter(()), tokens(98)[:ODD].numpy())
         out["odd"] = held_out_loss(engine, feed)
         out |= {"raw": engine.raw, "clipped": engine.clipped}
         named = engine.named_parameters()

@@ -13,12 +13,11 @@ from finhpc.cluster.connect import check_fits, use_cuda
 from finhpc.commands.estimate.pretraining import checked, scheme_of, topology_of
 from finhpc.commands.reproduce.recipe import AbsentError, Tree, inputs_of, merged, resolve, step_config
 from finhpc.commands.reproduce.verbs import expected_result
-from finhpc.errors import ConfigError
+from finhpc.errors import ConfigError, collect
 from finhpc.lowrank.registry import SVD
 from finhpc.planning.devices import CPU_REACHED, DEVICES, REACHED, THIS_MACHINE, Cluster, Device, this_machine
 from finhpc.planning.memory import Memory
 from finhpc.planning.outline import outline_of
-from finhpc.planning.plan import collect
 from finhpc.planning.step_time import paced
 from finhpc.runs.folder import RunFolder
 from finhpc.settings.base import Section, build
