@@ -28,14 +28,14 @@ import numpy as np
 from finhpc.cluster.own_ray import keep_token_private, own_ray
 from finhpc.cluster.package import Driver
 from finhpc.cluster.ready import check_ray
-from finhpc.data.shards.shards import FORMAT, MANIFEST, TOKENIZER, Manifest, dataset_fingerprint, file_sha256
+from finhpc.data.shards.shards import FORMAT, MANIFEST, TOKENIZER, Manifest, dataset_fingerprint
 from finhpc.data.text import sources
 from finhpc.data.text.encoding import encode_unit, training_sample, unit_dropped, unit_file
 from finhpc.data.text.pack_shards import Packed, pack
 from finhpc.data.text.tokenizer import Encoder, save, trained_size
 from finhpc.data.text.unit import Unit
 from finhpc.errors import ConfigError, DataError, FinhpcError, RunBusyError
-from finhpc.files import private_folder, publish, write_atomic
+from finhpc.files import file_sha256, private_folder, publish, write_atomic
 from finhpc.interrupts import terminable
 from finhpc.screen import Progress
 from finhpc.settings import PrepareConfig
