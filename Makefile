@@ -3,12 +3,13 @@
 # make test    lint, types, import rule and tests
 # make slow    the tests that take minutes
 # make test-gpu  the tests that need a CUDA device
+# make docs    build the documentation into site/, refusing broken links
 
 PYTHON ?= python3.11
 BIN := .venv/bin
 DEMO := runs/demo
 
-.PHONY: setup demo test slow test-gpu clean
+.PHONY: setup demo test slow test-gpu docs clean
 
 setup: .venv/.ready
 
@@ -32,5 +33,8 @@ slow: setup
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
 
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 clean:
-	rm -rf runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf runs site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
