@@ -11,9 +11,10 @@ from typing import Any
 from finhpc.commands.sweep.grid import AnySweep, Trial
 from finhpc.commands.sweep.plan import Planned
 from finhpc.commands.sweep.trial import outcome_of
-from finhpc.runs.progress import Progress, rows_table, summary_table
+from finhpc.runs.progress import Progress
 from finhpc.runs.result import compare_command, to_stderr
-from finhpc.settings import FinetuneSweepConfig
+from finhpc.screen import rows_table, summary_table
+from finhpc.settings.sweep import FinetuneSweepConfig
 from finhpc.training.journal import WORKER_FILE, read
 
 Row = dict[str, Any]
