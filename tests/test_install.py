@@ -25,10 +25,10 @@ import finhpc.settings
 """
 
 
-def test_a_mere_folder_is_refused() -> None:
+def test_a_plain_folder_is_refused() -> None:
     done = subprocess.run([sys.executable, "-c", FOUND_AS_A_FOLDER, FOLDER], capture_output=True, text=True)
     assert done.returncode != 0
-    assert f"ImportError: finhpc was found as a mere folder ({FOLDER})" in done.stderr
+    assert f"ImportError: finhpc was found as a plain folder ({FOLDER})" in done.stderr
     assert "reinstall it with `pip install --editable CLONE`" in done.stderr
 
 
