@@ -21,7 +21,7 @@ FOUND_AS_A_FOLDER = """
 import sys, types
 sys.modules["finhpc"] = types.ModuleType("finhpc")  # as an import system gives it that found a folder alone
 sys.modules["finhpc"].__path__ = [sys.argv[1]]
-import finhpc.settings
+import finhpc.settings.base
 """
 
 
