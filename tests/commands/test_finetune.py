@@ -26,8 +26,10 @@ from finhpc.models.files.weights import open_weights
 from finhpc.models.loading import initial_model, load_model, save_model
 from finhpc.models.lora.peft_format import Adapter, merge_adapter, save_adapter
 from finhpc.models.lora.targets import target_names
-from finhpc.settings import ExportConfig, FinetuneConfig, FinetuneSweepConfig, build
-from finhpc.settings.finetune import FinetuneQuantization, Lora
+from finhpc.settings.base import build
+from finhpc.settings.export import ExportConfig
+from finhpc.settings.finetune import FinetuneConfig, FinetuneQuantization, Lora
+from finhpc.settings.sweep import FinetuneSweepConfig
 from finhpc.training.journal import latest, read
 from tests.commands.test_start import with_tokenizer
 from tests.models.dense import saved, tiny_llama

@@ -17,7 +17,10 @@ from finhpc.commands.sweep import plan as sweep_plan
 from finhpc.commands.sweep.plan import plan_sweep
 from finhpc.commands.sweep.tracking import register, settle_children
 from finhpc.errors import ConfigError
-from finhpc.settings import FinetuneConfig, FinetuneSweepConfig, PretrainConfig, SweepConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.finetune import FinetuneConfig
+from finhpc.settings.pretrain import PretrainConfig
+from finhpc.settings.sweep import FinetuneSweepConfig, SweepConfig
 from finhpc.tracking import mirror
 from finhpc.tracking import tracker as tracking
 from finhpc.tracking.pages import pages_of
@@ -256,7 +259,7 @@ def test_the_pages_of_a_sweep_are_found_by_its_name_or_as_the_newest(tmp_path: P
     assert title == "compare the 2 runs of older"
     ((title, page), _) = pages_of(uri, "plain")
     assert page.endswith(f"runs/{ids['plain']}")
-    with pytest.raises(ConfigError, match=r"run\.name=oldr is not the name of a run in MLflow; did you mean older\?"):
+    with pytest.raises(ConfigError, match=r"run\.name=oldr is not the name of a run in MLflow; did you mean 'older'\?"):
         pages_of(uri, "oldr")
     assert client.get_experiment(experiment).tags["mlflow.experiment.primaryMetric.name"] == "val_loss"
 
