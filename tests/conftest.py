@@ -82,14 +82,14 @@ def quick_training(ray_cluster: None) -> Iterator[None]:
         launch_warm.KEPT[0].shutdown()
 
 
-def fit_quickly(job: Any, folder: Any, cuda: bool, say: Any) -> None:
+def fit_quickly(job: Any, *arguments: Any) -> None:
     from finhpc.runs.launch_here import fit_here
     from finhpc.runs.launch_warm import fit_warm
 
     if job.config.parallel.workers == 1:
-        fit_here(job, folder, cuda, say, on_eval=lambda record: None)
+        fit_here(job, *arguments, on_eval=lambda record: None)
     else:
-        fit_warm(job, folder, cuda, say, look=lambda: None)
+        fit_warm(job, *arguments, look=lambda: None)
 
 
 @pytest.fixture(scope="session")
