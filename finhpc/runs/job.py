@@ -8,9 +8,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from finhpc.settings import TrainingConfig
+from finhpc.settings.finetune import TrainingConfig
 from finhpc.tracking.shown import Dataset, model_name, parameters, shape_of
-from finhpc.training.checkpoint import Saved
+from finhpc.training.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -87,7 +87,7 @@ class Job(ABC):
         """Of the model that is trained."""
 
     @abstractmethod
-    def save_model(self, folder: Path, saved: Saved) -> None:
+    def save_model(self, folder: Path, saved: Checkpoint) -> None:
         """Write the trained model as `folder`, complete or absent."""
 
     def finish(self, result: dict[str, Any], folder: Path, say: Say) -> None:  # noqa: B027

@@ -15,14 +15,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from finhpc.errors import NonFiniteError, OutOfMemoryError, TrainingFailedError
 from finhpc.cluster.connect import dead_process
-from finhpc.runs.job import Job, Say
-from finhpc.runs.folder import RunFolder
-from finhpc.runs.watch import Waiting, placed_whenever
-from finhpc.runs.worker import FATAL, train_worker
 from finhpc.cluster.own_ray import ray_logs
 from finhpc.cluster.package import Driver
+from finhpc.errors import NonFiniteError, OutOfMemoryError, TrainingFailedError
+from finhpc.runs.folder import RunFolder
+from finhpc.runs.job import Job, Say
+from finhpc.runs.watch import Waiting, placed_whenever
+from finhpc.runs.worker import FATAL, train_worker
 from finhpc.training import watchdog
 from finhpc.training.allocator import ENVIRONMENT
 from finhpc.training.journal import WORKER_FILE, read

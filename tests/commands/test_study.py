@@ -17,7 +17,9 @@ from finhpc.commands.study.report import Trained, at, final_rows, first_below, t
 from finhpc.commands.study.variants import SCREEN, trial_of
 from finhpc.commands.sweep.trial import Trial
 from finhpc.errors import ConfigError, TrainingFailedError
-from finhpc.settings import PretrainConfig, StudyConfig, build, load
+from finhpc.settings.base import build, load
+from finhpc.settings.pretrain import PretrainConfig
+from finhpc.settings.study import StudyConfig
 from finhpc.training.journal import read
 
 

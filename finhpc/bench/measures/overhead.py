@@ -16,7 +16,8 @@ from finhpc.bench.report import Row, say
 from finhpc.bench.settings import TrainBench
 from finhpc.bench.shards import random_shards
 from finhpc.errors import TrainingFailedError
-from finhpc.settings import PretrainConfig, to_yaml
+from finhpc.settings.base import to_yaml
+from finhpc.settings.pretrain import PretrainConfig
 
 LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-3}  # relative; the two must train the same model on the same batches
 

@@ -35,7 +35,7 @@ from finhpc.data.text import sources
 from finhpc.data.text.encoding import training_sample
 from finhpc.data.text.tokenizer import Encoder, save, trained_size
 from finhpc.errors import DataError
-from finhpc.settings import PrepareConfig
+from finhpc.settings.prepare import PrepareConfig
 
 USUAL_TOKENS_PER_S = 350_000  # of datasets.map with two processes, to say beforehand how long it takes
 FINHPC, PLAIN, TENTH, ALONE = "finhpc", "datasets.map", "finhpc, a tenth", "tiktoken, one core"

@@ -25,10 +25,12 @@ from finhpc.files import write_atomic
 from finhpc.interrupts import terminable
 from finhpc.lowrank.registry import BLEND, SVD
 from finhpc.runs.folder import RunFolder
-from finhpc.runs.progress import rows_table
 from finhpc.runs.result import to_stderr
 from finhpc.runs.run import place_whole, tracking_uri_of
-from finhpc.settings import PretrainConfig, StudyConfig, to_yaml
+from finhpc.screen import rows_table
+from finhpc.settings.base import to_yaml
+from finhpc.settings.pretrain import PretrainConfig
+from finhpc.settings.study import StudyConfig
 from finhpc.tracking.store import check_store
 from finhpc.tracking.tracker import absolute_tracking_uri
 

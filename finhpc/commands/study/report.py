@@ -19,9 +19,10 @@ import numpy as np
 from finhpc.commands.sweep.trial import Trial
 from finhpc.lowrank.blend import blend_steps
 from finhpc.lowrank.registry import BLEND
-from finhpc.runs.progress import rows_table
 from finhpc.runs.result import to_stderr
-from finhpc.settings import PretrainConfig, StudyConfig
+from finhpc.screen import rows_table
+from finhpc.settings.pretrain import PretrainConfig
+from finhpc.settings.study import StudyConfig
 from finhpc.training.journal import WORKER_FILE, latest, read
 
 Row = dict[str, Any]

@@ -8,11 +8,12 @@ from typing import Any
 from finhpc.commands.sweep.estimate import Estimate
 from finhpc.commands.sweep.plan import SweepPlan, check_trials
 from finhpc.commands.sweep.trial import Trial, read_record
-from finhpc.errors import ConfigError
-from finhpc.planning.plan import collect
+from finhpc.errors import ConfigError, collect
 from finhpc.runs.folder import RunFolder
 from finhpc.runs.run import tracking_uri_of
-from finhpc.settings import PretrainConfig, StudyConfig, nearest
+from finhpc.settings.base import nearest
+from finhpc.settings.pretrain import PretrainConfig
+from finhpc.settings.study import StudyConfig
 from finhpc.settings.sweep import Sweep
 from finhpc.tracking.shown import model_name
 from finhpc.tracking.tracker import absolute_tracking_uri

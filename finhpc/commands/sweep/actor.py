@@ -16,7 +16,7 @@ from finhpc.cluster.package import Driver
 from finhpc.commands.sweep.trial import TrialArguments, pruned, read_outcome, write_outcome
 from finhpc.errors import FinhpcError, ImplausibleError, RunBusyError
 from finhpc.runs.job import Job
-from finhpc.settings import PretrainConfig
+from finhpc.settings.pretrain import PretrainConfig
 from finhpc.training.journal import WORKER_FILE, latest, read
 
 BUSY_S = 60  # how long a trial waits while the actor of a killed sweep still works in its folder

@@ -25,7 +25,7 @@ from finhpc.files import write_atomic
 from finhpc.interrupts import terminable
 from finhpc.runs.folder import RunFolder
 from finhpc.runs.run import place_whole
-from finhpc.settings import to_yaml
+from finhpc.settings.base import to_yaml
 
 
 def sweep(config: AnySweep, dry_run: bool = False) -> dict[str, Any]:

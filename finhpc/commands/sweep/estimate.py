@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from finhpc.cluster.connect import check_fits, use_cuda
+from finhpc.errors import collect
 from finhpc.lowrank.registry import STARTED
-from finhpc.planning.plan import collect, make_plan
+from finhpc.planning.plan import make_plan
 from finhpc.runs.folder import RunFolder
-from finhpc.settings import FinetuneConfig, PretrainConfig, TrainingConfig
+from finhpc.settings.finetune import FinetuneConfig, TrainingConfig
+from finhpc.settings.pretrain import PretrainConfig
 from finhpc.tracking.shown import Dataset, model_name, shape_of
 
 MEASURING_S = 20.0  # spent on measuring the steps of trials; the time of further ones is calculated

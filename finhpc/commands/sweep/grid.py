@@ -17,9 +17,10 @@ from typing import Any
 
 from finhpc.commands.sweep.trial import BITS, Trial, Values
 from finhpc.errors import ConfigError
-from finhpc.settings import FinetuneConfig, FinetuneSweepConfig, PretrainConfig, SweepConfig
 from finhpc.settings.base import put
-from finhpc.settings.grid import DISTRIBUTIONS
+from finhpc.settings.finetune import FinetuneConfig
+from finhpc.settings.pretrain import PretrainConfig
+from finhpc.settings.sweep import DISTRIBUTIONS, FinetuneSweepConfig, SweepConfig
 
 WHEN = "quantization.when"
 LONGEST_NAME = 100

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from finhpc.cluster.connect import check_fits, use_cuda
-from finhpc.errors import ConfigError
-from finhpc.planning.plan import collect
-from finhpc.settings import TrainingConfig
+from finhpc.errors import ConfigError, collect
+from finhpc.settings.finetune import TrainingConfig
 
 
 @dataclass(frozen=True)

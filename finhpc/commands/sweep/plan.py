@@ -16,14 +16,15 @@ from finhpc.commands.sweep.estimate import Estimate, Estimator
 from finhpc.commands.sweep.grid import AnySweep, check_points, trials_of
 from finhpc.commands.sweep.placement import Placement
 from finhpc.commands.sweep.trial import BITS, Trial, TrialArguments, read_outcome
-from finhpc.errors import ConfigError
+from finhpc.errors import ConfigError, collect
 from finhpc.lowrank.registry import DENSE, STARTED
-from finhpc.planning.plan import collect
-from finhpc.runs.progress import rows_table
 from finhpc.runs.result import to_stderr
 from finhpc.runs.run import place_whole
-from finhpc.settings import PretrainConfig, SweepConfig, TrainingConfig, flatten
-from finhpc.settings.sweep import Sweep
+from finhpc.screen import rows_table
+from finhpc.settings.base import flatten
+from finhpc.settings.finetune import TrainingConfig
+from finhpc.settings.pretrain import PretrainConfig
+from finhpc.settings.sweep import Sweep, SweepConfig
 from finhpc.tracking.shown import PARENT, SWEEP, Dataset, model_name, parameters
 from finhpc.tracking.store import check_store
 from finhpc.tracking.tracker import default_tracking_uri
@@ -251,8 +252,8 @@ def show_plan(plan: SweepPlan) -> None:
         )
     warmups: dict[str, list[str]] = {}  # note on a warm-up that is too long -> the trials that have it
     for trial in plan.trials:
-        if note := plan.config_of(trial).optimizer.shortened(plan.estimates[trial.name].steps):
-            warmups.setdefault(note, []).append(trial.name)
+        if warmup := plan.config_of(trial).optimizer.shortened(plan.estimates[trial.name].steps):
+            warmups.setdefault(warmup, []).append(trial.name)
     for warmup, names in warmups.items():
         who = f"trial {names[0]}" if len(names) == 1 else f"{len(names)} trials, the first {names[0]}"
         to_stderr(f"{'every trial' if len(names) == len(plan.trials) else who}: {warmup}")

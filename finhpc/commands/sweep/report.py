@@ -15,9 +15,10 @@ from finhpc.commands.sweep.grid import AnySweep
 from finhpc.commands.sweep.plan import SweepPlan
 from finhpc.commands.sweep.trial import Trial, read_outcome
 from finhpc.files import write_atomic
-from finhpc.runs.progress import Progress, rows_table, summary_table
+from finhpc.runs.progress import Progress
 from finhpc.runs.result import compare_command, to_stderr
-from finhpc.settings import FinetuneConfig
+from finhpc.screen import rows_table, summary_table
+from finhpc.settings.finetune import FinetuneConfig
 from finhpc.training.journal import WORKER_FILE, read
 
 Row = dict[str, Any]

@@ -10,7 +10,9 @@ from typing import Any
 from finhpc.files import write_atomic
 from finhpc.runs.folder import RunFolder
 from finhpc.runs.job import Job
-from finhpc.settings import FinetuneConfig, PretrainConfig, TrainingConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.finetune import FinetuneConfig, TrainingConfig
+from finhpc.settings.pretrain import PretrainConfig
 from finhpc.training.journal import strict_json
 
 BITS = "quantization.bits"
