@@ -10,10 +10,10 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import platform
 import shutil
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -39,6 +39,8 @@ from finhpc.files import private_folder, publish, write_atomic
 from finhpc.interrupts import terminable
 from finhpc.screen import Progress
 from finhpc.settings.prepare import PrepareConfig
+
+log = logging.getLogger(__name__)
 
 WORK = ".work"
 RESULT = "result.json"
@@ -67,7 +69,7 @@ def prepare(config: PrepareConfig, dry_run: bool = False) -> dict[str, Any]:
         return done
     for source in described:
         if ignored := source.get("ignored_files"):
-            _say(f"{source['source']}: not read, {ignored:,} files of other formats")
+            log.info(f"{source['source']}: not read, {ignored:,} files of other formats")
     if dry_run:
         return _dry(out, config, units, described)
     check_ray()
@@ -108,7 +110,7 @@ def _finished(out: Path, settings: str) -> dict[str, Any] | None:
             f"out={out} already holds shards of other settings or another source ({MANIFEST} says which); "
             "choose another --out, or remove that folder."
         )
-    _say(f"{out} is already prepared with these settings; nothing to do")
+    log.info(f"{out} is already prepared with these settings; nothing to do")
     stored = out / RESULT
     return json.loads(stored.read_bytes()) if stored.is_file() else _result(out, manifest, None)
 
@@ -133,7 +135,7 @@ def _dry(out: Path, config: PrepareConfig, units: list[Unit], described: list[di
         "tokens": None,
     }
     said = "unknown size" if size is None else f"{size / 1e6:,.1f} MB"
-    _say(f"dry run: {result['files']:,} files, {said}, in {len(units):,} units -> {out}; nothing was written")
+    log.info(f"dry run: {result['files']:,} files, {said}, in {len(units):,} units -> {out}; nothing was written")
     return result
 
 
@@ -169,7 +171,7 @@ def _workplace(out: Path, settings: str) -> Iterator[Path]:
             raise RunBusyError(f"out={out} is being prepared by another process; wait for it.") from None
         key = work / "settings"
         if key.is_file() and key.read_text() != settings:
-            _say(f"{out}: an unfinished run had other settings; what it left is discarded")
+            log.info(f"{out}: an unfinished run had other settings; what it left is discarded")
             for path in [path for path in work.iterdir() if path.name != "lock"]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         write_atomic(key, settings.encode())
@@ -192,13 +194,15 @@ def _remove_shards(out: Path) -> None:
 def _tokenizer(folder: Path, units: list[Unit], config: PrepareConfig) -> Encoder:
     if not folder.is_dir():
         if trained_size(config.tokenizer) is not None:
-            _say(f"training the tokeniser {config.tokenizer}")
+            log.info(f"training the tokeniser {config.tokenizer}")
         fresh = folder.with_name(".tokenizer.partial")
         save(config.tokenizer, fresh, lambda: training_sample(units, config))
         publish(fresh, folder)
     encoder = Encoder(folder)
     if encoder.slow_because:
-        _say(f"tokeniser {config.tokenizer}: by Hugging Face's code, slower than by tiktoken: {encoder.slow_because}")
+        log.info(
+            f"tokeniser {config.tokenizer}: by Hugging Face's code, slower than by tiktoken: {encoder.slow_because}"
+        )
     return encoder
 
 
@@ -206,7 +210,7 @@ def _encode(units: list[Unit], config: PrepareConfig, work: Path, tiktoken: bool
     """Phase 1: every unit that has no file yet, in parallel; returns what all units dropped."""
     pending = [index for index in range(len(units)) if not unit_file(work, index).is_file()]
     if len(pending) < len(units):
-        _say(f"continuing: {len(units) - len(pending)} of {len(units)} units are done")
+        log.info(f"continuing: {len(units) - len(pending)} of {len(units)} units are done")
     sized = all(units[index].size for index in pending)
     total = sum(units[index].size if sized else 1 for index in pending)
     if pending:
@@ -384,7 +388,3 @@ def _summary(result: dict[str, Any]) -> None:
     table.add_row("shards", f"{result['shards']:,} files, {result['shard_bytes'] / 1e6:,.1f} MB")
     table.add_row("time", f"{result['wall_s']:.1f} s, {result['tokens_per_s']:,.0f} tokens/s")
     Console(stderr=True).print(table)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,8 @@ from torch import Tensor
 
 from finhpc.errors import CheckpointError
 from finhpc.files import write_atomic
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -101,7 +103,7 @@ def open_checkpoint(path: Path) -> Checkpoint | CheckpointError:
     return CheckpointError(f"{path / MANIFEST} is missing or cut short")
 
 
-def latest_valid(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
+def latest_valid(folder: Path) -> Checkpoint | None:
     """The newest checkpoint whose every file is as it was written; None where none was ever completed.
 
     Says which damaged ones it passed over, and removes them, so that they do not count among those
@@ -121,7 +123,7 @@ def latest_valid(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
             damaged[path] = error
             continue
         for other, why in damaged.items():
-            say(f"checkpoint {other.name} is damaged ({why}); it is removed and {path.name} taken.")
+            log.info(f"checkpoint {other.name} is damaged ({why}); it is removed and {path.name} taken.")
             shutil.rmtree(other, ignore_errors=True)
         return opened
     if damaged:

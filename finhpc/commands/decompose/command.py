@@ -10,8 +10,8 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,6 +58,8 @@ from finhpc.screen import Progress
 from finhpc.settings.decompose import DecomposeConfig
 from finhpc.settings.pretrain import LINEAR_KINDS
 from finhpc.training.allocator import give_back_freed_memory
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 RESULT = "result.json"
@@ -138,7 +140,7 @@ def _finished(out: Path, settings: str) -> dict[str, Any] | None:
         )
     # Left where the command was killed at the very end.
     shutil.rmtree(out.with_name(out.name + ".partial"), ignore_errors=True)
-    _say(f"{out} is already decomposed with these settings; nothing to do")
+    log.info(f"{out} is already decomposed with these settings; nothing to do")
     return result
 
 
@@ -157,7 +159,7 @@ def _workplace(out: Path, settings: str) -> Iterator[Path]:
             raise RunBusyError(f"out={out} is being written by another process; wait for it.") from None
         key = work / "settings"
         if key.is_file() and key.read_text() != settings:
-            _say(f"{out}: an unfinished run had other settings; what it left is discarded")
+            log.info(f"{out}: an unfinished run had other settings; what it left is discarded")
             for path in [path for path in work.iterdir() if path.name != "lock"]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         write_atomic(key, settings.encode())
@@ -182,7 +184,7 @@ def _factorise(groups: list[Group], weights: Weights, job: Job, config: Decompos
     pending = [group for group in groups if not group.result(job.work).is_file()]
     if len(pending) < len(groups):
         done = sum(len(group.targets) for group in groups) - sum(len(group.targets) for group in pending)
-        _say(f"continuing: {done} of {sum(len(group.targets) for group in groups)} layers are done")
+        log.info(f"continuing: {done} of {sum(len(group.targets) for group in groups)} layers are done")
     peaks: dict[int, int] = {}
     if not pending:
         return peaks
@@ -344,15 +346,11 @@ def _dry(config: DecomposeConfig, weights: Weights, targets: list[Target]) -> di
     }
     if all(target.rank is not None for target in targets):
         result |= _result(config, weights, reports) | {"status": "dry_run", "model": None}
-        _say(
+        log.info(
             f"parameters {result['params_total'] / 1e6:,.2f} M, dense {result['params_dense'] / 1e6:,.2f} M "
             f"({result['compression_ratio']:.2f} x); linear layers keep {result['linear_params_kept']:.1%}"
         )
     else:
         result |= {"params_total": None, "compression_ratio": None, "layers": reports}
-        _say(f"{len(reports)} layers; their ranks come from their spectra")
+        log.info(f"{len(reports)} layers; their ranks come from their spectra")
     return result
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,6 +34,8 @@ from finhpc.settings.evaluate import EvaluateConfig
 from finhpc.tracking.store import check_store
 from finhpc.tracking.tracker import absolute_tracking_uri, default_tracking_uri
 
+log = logging.getLogger(__name__)
+
 FORMAT = 1
 Failure = tuple[Pair, FinhpcError]
 
@@ -55,7 +57,7 @@ def evaluate(config: EvaluateConfig, dry_run: bool = False) -> dict[str, Any]:
     if dry_run:
         found, _, pairs, pending, result = _planned(config, folder.path, write=False)
         what = f"{_counted(len(found), 'model')} x {_counted(len(result['tasks']), 'task')}"
-        _say(f"{what}, {len(pending)} of {_counted(len(pairs), 'pair')} to score")
+        log.info(f"{what}, {len(pending)} of {_counted(len(pairs), 'pair')} to score")
         return result
     with folder.lock():
         found, tasks, pairs, pending, result = _planned(config, folder.path, write=True)
@@ -88,7 +90,7 @@ def _planned(
     """The models, the tasks, all pairs, those to be scored, and the result so far; `write`: the task files too."""
     found, tasks = _checked(config, folder, write)
     for note in (note for task in tasks for note in task.notes):
-        _say(note)
+        log.info(note)
     pairs = [_pair(config, folder, subject, task) for subject in found for task in (*tasks, None)]
     pairs = [pair for pair in pairs if pair.task is not None or PERPLEXITY in config.tasks]
     pending = [pair for pair in pairs if not pair.done()]
@@ -258,7 +260,3 @@ def _collected(found: list[Subject], pairs: list[Pair]) -> dict[str, Any]:
 def _counted(number: int, what: str) -> str:
     """1 model, 2 models."""
     return f"{number} {what}{'' if number == 1 else 's'}"
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -8,6 +8,7 @@ EVALUATION/MODEL, with the same metric names, so that MLflow's comparison page h
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,8 @@ from finhpc.tracking.tracker import absolute_tracking_uri, default_tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+log = logging.getLogger(__name__)
 
 METRICS = ("weighted_f1", "acc", "acc_norm", "perplexity")  # those shown, the first a task has leads
 STATE = "mlflow.json"
@@ -64,10 +67,9 @@ def log_to_mlflow(
 
 def _complain(uri: str, folder: Path, error: Exception) -> None:
     reason = (redact(str(error)).strip().splitlines() or [type(error).__name__])[0][:160]
-    print(
+    log.info(
         f"MLflow at {redact(uri)} did not take the scores ({reason}); they are kept in {folder}: run the same command "
         "again to send them.",
-        file=sys.stderr,
     )
 
 
@@ -229,11 +231,10 @@ def summary(result: dict[str, Any]) -> None:
                 what = (
                     f"{values['tied']} of {values['examples']} examples have several answers of the same highest score"
                 )
-                print(f"{model['name']} on {task}: {what}; the first in the list counts.", file=sys.stderr)
+                log.info(f"{model['name']} on {task}: {what}; the first in the list counts.")
     if any(row[-1] for row in rows):
-        print(
+        log.info(
             "cut: prompts longer than the model's context, which lost their beginning (lm-eval's rule).",
-            file=sys.stderr,
         )
 
 

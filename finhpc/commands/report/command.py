@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
-import sys
 import time
 from dataclasses import asdict
 from datetime import datetime
@@ -24,6 +24,8 @@ from finhpc.files import redact, write_atomic
 from finhpc.settings.report import ReportConfig
 from finhpc.tracking.tracker import absolute_tracking_uri, default_tracking_uri
 from finhpc.training.journal import strict_json
+
+log = logging.getLogger(__name__)
 
 
 def report(config: ReportConfig, dry_run: bool = False) -> dict[str, Any]:
@@ -72,9 +74,8 @@ def report(config: ReportConfig, dry_run: bool = False) -> dict[str, Any]:
     result["files"] = [str(path) for path in (page, *files, out / "result.json")]
     result["wall_s"] = time.perf_counter() - began
     write_atomic(out / "result.json", strict_json(result, indent=2) + "\n")
-    print(
+    log.info(
         f"open {shlex.quote(str(page))} in a browser; its tables as CSV and figures as PNG lie beside it.",
-        file=sys.stderr,
     )
     return result
 

@@ -7,6 +7,7 @@ command resumes; runs that have ended are not repeated.
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any
 
@@ -25,7 +26,6 @@ from finhpc.files import write_atomic
 from finhpc.interrupts import terminable
 from finhpc.lowrank.registry import BLEND, SVD
 from finhpc.runs.folder import RunFolder
-from finhpc.runs.result import to_stderr
 from finhpc.runs.run import place_whole, tracking_uri_of
 from finhpc.screen import rows_table
 from finhpc.settings.base import to_yaml
@@ -33,6 +33,8 @@ from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.study import StudyConfig
 from finhpc.tracking.store import check_store
 from finhpc.tracking.tracker import absolute_tracking_uri
+
+log = logging.getLogger(__name__)
 
 
 def study(config: StudyConfig, dry_run: bool = False) -> dict[str, Any]:
@@ -49,7 +51,7 @@ def study(config: StudyConfig, dry_run: bool = False) -> dict[str, Any]:
     estimates = check(config)
     check_store(absolute_tracking_uri(tracking_uri_of(config.run)), config.run.experiment)
     for note in shortened(config):
-        to_stderr(note)
+        log.info(note)
     if dry_run:
         return _dry_run(config, estimates)
     check_ray()
@@ -60,7 +62,7 @@ def study(config: StudyConfig, dry_run: bool = False) -> dict[str, Any]:
             lr_of = finalists(config, screened)
             # Seed after seed, so that a study cut short is still balanced.
             finals = [one for seed in config.study.seeds for one in _train_finals(config, lr_of, seed)]
-        to_stderr("measuring the step times of the finalists, in turn")
+        log.info("measuring the step times of the finalists, in turn")
         seconds = step_times(_measured_runs(finals), config.study.pace_steps, config.study.pace_rounds)
         rows = report.final_rows(config, finals, seconds)
         result: dict[str, Any] = {
@@ -128,7 +130,7 @@ def _train(config: StudyConfig, named: list[tuple[str, Trial]]) -> list[Trained]
         outcome, run = read_outcome(folder), plan.config_of(trial)
         assert isinstance(run, PretrainConfig)
         if outcome["status"] == "diverged" or outcome.get("kind") == ImplausibleError.__name__:
-            to_stderr(f"{trial.name} diverged; the study goes on without it")
+            log.info(f"{trial.name} diverged; the study goes on without it")
             trained.append(Trained(variant, trial, run))
         elif outcome["status"] != "finished":
             raise TrainingFailedError(f"{trial.name} failed: {outcome['error']}")
@@ -184,5 +186,5 @@ def _dry_run(config: StudyConfig, estimates: dict[str, Estimate]) -> dict[str, A
         )
     rows_table(f"study {config.run.name}, not started", rows)
     final_tokens = config.train.steps * per_step
-    to_stderr(f"finals: {final_tokens:,} tokens per run, seeds {config.study.seeds}")
+    log.info(f"finals: {final_tokens:,} tokens per run, seeds {config.study.seeds}")
     return {"status": "dry_run", "study": config.run.name, "variants": rows, "final_tokens": final_tokens}

@@ -6,6 +6,7 @@ the runs themselves, which depends on what else the machine did.
 
 from __future__ import annotations
 
+import logging
 import shlex
 import statistics
 from collections.abc import Mapping
@@ -19,11 +20,12 @@ import numpy as np
 from finhpc.commands.sweep.trial import Trial
 from finhpc.lowrank.blend import blend_steps
 from finhpc.lowrank.registry import BLEND
-from finhpc.runs.result import to_stderr
 from finhpc.screen import rows_table
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.study import StudyConfig
 from finhpc.training.journal import WORKER_FILE, latest, read
+
+log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 Curve = dict[int, float]  # step -> loss in nats
@@ -228,8 +230,8 @@ def show(result: Row) -> None:
     title = f"{result['study']}, finals; time: to the final loss of {result['reference']}, over its whole time"
     rows_table(title, [_text(row) for row in result["finals"]])
     if max(row["step_s_spread"] for row in result["finals"]) > QUIET:
-        to_stderr("the machine was busy while step times were measured; the same command measures them again.")
-    to_stderr(f"written: result.json, table.csv and curves.png in {shlex.quote(result['folder'])}")
+        log.info("the machine was busy while step times were measured; the same command measures them again.")
+    log.info(f"written: result.json, table.csv and curves.png in {shlex.quote(result['folder'])}")
 
 
 def _text(row: Row) -> Row:

@@ -93,7 +93,7 @@ class Estimator:
         estimate.disk_bytes = disk_bytes(job.config, estimate.params)
         if self.timed:
             made, batches, here = job.made, batches_of(job.config), self.resources is not None
-            numbers = of_examples(job.config, made.adaptation, made.examples, batches, self.cuda, here, self._measures)
+            numbers = of_examples(job.config, made.lora_model, made.examples, batches, self.cuda, here, self._measures)
             estimate.seconds = self._seconds(numbers)
         estimate.datasets, estimate.notes = list(job.datasets), list(job.made.examples.notes)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 from dataclasses import dataclass, field, replace
@@ -11,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from finhpc.cluster.connect import known_resources
-from finhpc.commands.estimate.run_time import Opened, said, sweep_time, this_machine_busy
+from finhpc.commands.estimate.run_time import Opened, describe_run_time, sweep_time, this_machine_busy
 from finhpc.commands.sweep.estimate import Estimate, Estimator
 from finhpc.commands.sweep.grid import AnySweep, check_points, trials_of
 from finhpc.commands.sweep.placement import Placement
 from finhpc.commands.sweep.trial import BITS, Trial, TrialArguments, read_outcome
 from finhpc.errors import ConfigError, collect
 from finhpc.lowrank.registry import DENSE, STARTED
-from finhpc.runs.result import to_stderr
 from finhpc.runs.run import place_whole
 from finhpc.screen import rows_table
 from finhpc.settings.base import flatten
@@ -28,6 +28,8 @@ from finhpc.settings.sweep import Sweep, SweepConfig
 from finhpc.tracking.shown import PARENT, SWEEP, Dataset, model_name, parameters
 from finhpc.tracking.store import check_store
 from finhpc.tracking.tracker import default_tracking_uri
+
+log = logging.getLogger(__name__)
 
 REFERENCE = "dense-reference"
 SHOWN = 60  # trials listed before a sweep starts
@@ -238,7 +240,7 @@ def free_bytes(folder: Path) -> int:
 def show_plan(plan: SweepPlan) -> None:
     """Print the trials with their cost, and notes on their data, before any starts."""
     for note in plan.notes:
-        to_stderr(note)
+        log.info(note)
     rows = []
     for trial in plan.trials[:SHOWN]:
         seconds = plan.estimates[trial.name].seconds
@@ -256,10 +258,10 @@ def show_plan(plan: SweepPlan) -> None:
             warmups.setdefault(warmup, []).append(trial.name)
     for warmup, names in warmups.items():
         who = f"trial {names[0]}" if len(names) == 1 else f"{len(names)} trials, the first {names[0]}"
-        to_stderr(f"{'every trial' if len(names) == len(plan.trials) else who}: {warmup}")
+        log.info(f"{'every trial' if len(names) == len(plan.trials) else who}: {warmup}")
     numbers = plan.result()
     rows_table(f"sweep {numbers['sweep']}: {numbers['trained']} trials, {numbers['scored']} points scored", rows)
     if len(plan.trials) > SHOWN:
-        to_stderr(f"and {len(plan.trials) - SHOWN} more")
-    about = "" if plan.cost is None else f"; the sweep takes {said(plan.cost)}"
-    to_stderr(f"{numbers['concurrent']} at a time{about}; at least {plan.disk_bytes / 1e6:,.0f} MB on disk")
+        log.info(f"and {len(plan.trials) - SHOWN} more")
+    about = "" if plan.cost is None else f"; the sweep takes {describe_run_time(plan.cost)}"
+    log.info(f"{numbers['concurrent']} at a time{about}; at least {plan.disk_bytes / 1e6:,.0f} MB on disk")

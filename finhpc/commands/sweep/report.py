@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import shlex
 import time
 from collections.abc import Iterator, Sequence
@@ -15,17 +16,19 @@ from finhpc.commands.sweep.grid import AnySweep
 from finhpc.commands.sweep.plan import SweepPlan
 from finhpc.commands.sweep.trial import Trial, read_outcome
 from finhpc.files import write_atomic
-from finhpc.runs.progress import Progress
-from finhpc.runs.result import compare_command, to_stderr
+from finhpc.runs.result import compare_command
 from finhpc.screen import rows_table, summary_table
 from finhpc.settings.finetune import FinetuneConfig
 from finhpc.training.journal import WORKER_FILE, read
+
+log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 FIGURES = (  # of each row, the names they have in every result and in MLflow
     "val_loss", "val_perplexity", "held_out_weighted_f1", "params_total", "params_trainable", "compression_ratio",
     "size_bytes", "size_16bit_bytes", "size_8bit_bytes", "size_4bit_bytes", "tokens_per_s", "worker_hours", "steps",
 )  # fmt: skip
+
 SHOWN = {
     "val_loss": ("val loss", "{:.4f}"),
     "held_out_weighted_f1": ("weighted F1", "{:.3f}"),
@@ -55,7 +58,7 @@ def ranked(plan: SweepPlan) -> list[Row]:
     metric, more = metric_of(plan)
     if plan.options.metric is None and metric != "val_loss" and all(row[metric] is None for row in rows):
         metric, more = "val_loss", False  # finetuned on texts: there are no labels to score
-        to_stderr("no held-out example has a label; the trials are ranked by val_loss.")
+        log.info("no held-out example has a label; the trials are ranked by val_loss.")
     well = [row for row in rows if row["status"] == "finished" and row.get(metric) is not None]
     well.sort(key=lambda row: (-row[metric] if more else row[metric], row["trial"]))
     for i, row in enumerate(well):
@@ -113,10 +116,10 @@ def show(config: AnySweep, result: Row) -> None:
         shown.append(line)
     rows_table(f"sweep {config.run.name}", shown)
     if len(result["trials"]) > MOST_ROWS:
-        to_stderr(f"and {len(result['trials']) - MOST_ROWS} more, in {shlex.quote(result['folder'])}/trials.csv")
+        log.info(f"and {len(result['trials']) - MOST_ROWS} more, in {shlex.quote(result['folder'])}/trials.csv")
     for row in result["trials"]:
         if row["error"] and not row["scored_only"]:
-            to_stderr(f"{row['trial']}: {row['error']}")
+            log.info(f"{row['trial']}: {row['error']}")
     best = result["best"]
     summary = [
         ("best", str(best and best["trial"])),
@@ -138,16 +141,12 @@ class Follower:
         self.left = {trial.name for trial in trials if not plan.has_ended(trial)}
         self.total, self.at_start = len(trials), len(self.left)
         self.last_line = time.monotonic()
-        self._progress = Progress(0, plan.folder)
 
     def __enter__(self) -> Follower:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.update()
-
-    def say(self, text: str) -> None:
-        self._progress.say(text)
 
     def update(self) -> None:
         """Report trials that have ended since the last call."""
@@ -168,7 +167,7 @@ class Follower:
         if ended and self.left:
             seconds = (time.monotonic() - self.began) / ended * len(self.left)
             left = f"; {len(self.left)} left, about {timedelta(seconds=round(seconds))}"
-        self.say(f"trial {self.total - len(self.left)}/{self.total} {name}: {outcome['status']}{figures}{why}{left}")
+        log.info(f"trial {self.total - len(self.left)}/{self.total} {name}: {outcome['status']}{figures}{why}{left}")
         self.last_line = time.monotonic()
 
     def _report_running(self) -> None:
@@ -183,4 +182,4 @@ class Follower:
                     f"{name} step {last['step']}, loss {last['train_loss']:.3f}, {last['tokens_per_s']:,.0f} tokens/s"
                 )
         if running:
-            self.say("; ".join(running))
+            log.info("; ".join(running))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +18,25 @@ from finhpc.planning.init import DECOMPOSED, needs_decomposing
 from finhpc.settings.finetune import FinetuneConfig
 from finhpc.settings.pretrain import PretrainConfig
 
-Say = Callable[[str], None]
+log = logging.getLogger(__name__)
 
 
-def prepare_shared(plan: SweepPlan, trials: Sequence[Trial], say: Say) -> None:
+def prepare_shared(plan: SweepPlan, trials: Sequence[Trial]) -> None:
     """Factorize or quantize once what several of `trials`, which have not ended, need."""
     configs = {trial.name: plan.config_of(trial) for trial in trials}
-    _share_bases(plan, {name: c for name, c in configs.items() if isinstance(c, FinetuneConfig)}, say)
+    _share_bases(plan, {name: c for name, c in configs.items() if isinstance(c, FinetuneConfig)})
     for name, config in configs.items():
         if isinstance(config, PretrainConfig) and needs_decomposing(config):
             method = config.method
             ranks = [config.model.path, method.rank, sorted(method.ranks.items()), method.embedding, method.head]
             shared = plan.shared / f"decomposed-{_hash(ranks)}"
             if not (shared / DECOMPOSED / "result.json").is_file():
-                say(f"factorizing the dense model for {name} and other trials of the same ranks")
+                log.info(f"factorizing the dense model for {name} and other trials of the same ranks")
             decompose_start(config, shared)
             _link(plan.run_folder(name) / DECOMPOSED, shared / DECOMPOSED)
 
 
-def _share_bases(plan: SweepPlan, configs: dict[str, FinetuneConfig], say: Say) -> None:
+def _share_bases(plan: SweepPlan, configs: dict[str, FinetuneConfig]) -> None:
     """Quantize each base at each of its bits if two or more trials need it so."""
     from finhpc.models.lora.targets import scheme_of
 
@@ -48,29 +49,29 @@ def _share_bases(plan: SweepPlan, configs: dict[str, FinetuneConfig], say: Say) 
         try:
             _share_base(plan, scheme, configs[names[0]], names)
         except FinhpcError as error:
-            say(f"{path} is not quantized once for all trials at {bits} bits ({error}); each of them does it.")
+            log.info(f"{path} is not quantized once for all trials at {bits} bits ({error}); each of them does it.")
 
 
 def _share_base(plan: SweepPlan, scheme: str, config: FinetuneConfig, names: list[str]) -> None:
     from finhpc.commands.finetune import QUANTIZED, base_fingerprint, open_base
-    from finhpc.models.lora.frozen_base import Adaptation
-    from finhpc.models.lora.quantized_cache import keep_base, kept_bytes
+    from finhpc.models.lora.model import LoraModel
+    from finhpc.models.lora.quantized_cache import quantized_cache_bytes, write_quantized_cache
     from finhpc.screen import Progress
 
     weights = open_base(config)
     shared = plan.shared / f"base-{_hash([base_fingerprint(weights.path), scheme, config.quantization.bits])}"
-    adaptation = Adaptation.of(config, weights)
+    lora_model = LoraModel.of(config, weights)
     if not shared.is_dir():
         if len(names) == 1:
             return
-        needed, free = kept_bytes(adaptation), free_bytes(plan.folder) - plan.disk_bytes
+        needed, free = quantized_cache_bytes(lora_model), free_bytes(plan.folder) - plan.disk_bytes
         if needed > free:
             raise ConfigError(
                 f"it takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} are free besides what the trials need"
             )
     label = f"quantizing {weights.path.name} at {config.quantization.bits} bits, for {len(names)} trials"
-    with Progress(label, len(adaptation.quantized_matrices()), bytes_=False) as progress:
-        keep_base(adaptation, shared, progress.advance)
+    with Progress(label, len(lora_model.quantized_matrices()), bytes_=False) as progress:
+        write_quantized_cache(lora_model, shared, progress.advance)
     for name in names:
         _link(plan.run_folder(name) / QUANTIZED, shared)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +13,6 @@ from finhpc.commands.sweep.trial import TrialArguments, read_outcome, read_recor
 from finhpc.errors import FinhpcError
 from finhpc.runs.folder import RunFolder
 from finhpc.runs.job import Job
-from finhpc.runs.result import to_stderr
 from finhpc.runs.run import tell_mlflow
 from finhpc.tracking.shown import HIDDEN, PARENT, SCORED_FROM, SETTING, setting_tags
 from finhpc.tracking.store import RefusedError, active_run
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
     from finhpc.commands.sweep.plan import SweepPlan
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -41,13 +43,13 @@ class Parent:
         tags |= {"mlflow.source.git.commit": commit} if commit else {}
         self.tracker = Tracker(
             folder.path, plan.tracking_uri, config.run.experiment, config.run.name, plan.shared_parameters(), tags,
-            to_stderr, plan.datasets,
+            plan.datasets,
         )  # fmt: skip
         self.ended = False
 
     def __enter__(self) -> Parent:
         self.tracker.start()
-        self.id = wait_for_id(self.tracker, to_stderr)
+        self.id = wait_for_id(self.tracker)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -89,19 +91,19 @@ class Parent:
         try:
             return work()
         except RefusedError as error:
-            to_stderr(str(error))
+            log.info(str(error))
         except MlflowException as error:
-            to_stderr(f"MLflow at {self.tracker.uri}: {str(error).splitlines()[0][:160]}; run the same command again.")
+            log.info(f"MLflow at {self.tracker.uri}: {str(error).splitlines()[0][:160]}; run the same command again.")
         return None
 
 
-def wait_for_id(tracker: Tracker, say: Callable[[str], None]) -> str | None:
+def wait_for_id(tracker: Tracker) -> str | None:
     """The parent's id; None if MLflow does not answer in time, in which case the children are nested at the end."""
     deadline = time.monotonic() + WAIT_S
     while tracker.run_id is None and time.monotonic() < deadline:
         time.sleep(0.05)
     if tracker.run_id is None:
-        say("MLflow does not answer yet; the sweep goes on, and its trials are nested below it when MLflow is back.")
+        log.info("MLflow does not answer yet; the sweep goes on, and its trials are nested below it later.")
     return tracker.run_id
 
 
@@ -118,8 +120,7 @@ def track_score(
     tags |= {HIDDEN + "dataset_fingerprint": job.fingerprints[0], "mlflow.source.name": "finhpc sweep"}
     assert config.run.tracking_uri is not None
     tracker = Tracker(
-        own, config.run.tracking_uri, config.run.experiment, name, job.parameters() | at, tags, lambda text: None,
-        job.datasets,
+        own, config.run.tracking_uri, config.run.experiment, name, job.parameters() | at, tags, job.datasets,
     )  # fmt: skip
     tracker.start()
     tracker.finish(status, figures, timeout_s=15)
@@ -136,21 +137,21 @@ def send_missed(plan: SweepPlan, parent: str | None) -> None:
         run = plan.run_folder(trial.name)
         if not read_outcome(run) or not _missed(run):
             continue
-        to_stderr(f"sending to MLflow what it missed of trial {trial.name}")
+        log.info(f"sending to MLflow what it missed of trial {trial.name}")
         try:
             _send(run, plan.arguments(trial, parent))
         except FinhpcError as error:
-            to_stderr(f"trial {trial.name} was not sent: {error}")
+            log.info(f"trial {trial.name} was not sent: {error}")
             continue
         if _missed(run):
-            to_stderr("MLflow does not answer; the same command sends the rest.")
+            log.info("MLflow does not answer; the same command sends the rest.")
             return
 
 
 def _send(run: Path, arguments: TrialArguments) -> None:
     record, job, folder = read_record(run), arguments.job(), arguments.folder
     if _unsent(run):
-        sent = tell_mlflow(job, folder, STATUS.get(record["status"], "FAILED"), to_stderr)
+        sent = tell_mlflow(job, folder, STATUS.get(record["status"], "FAILED"))
         record |= {"mlflow_run_id": sent["mlflow_run_id"]}
     for name, score in record.get("scored", {}).items():
         bits = arguments.scores[name]

@@ -18,7 +18,6 @@ from finhpc.commands.sweep.shared import prepare_shared
 from finhpc.commands.sweep.trial import OUTCOME, Trial, pruned, read_outcome, read_record, write_outcome
 from finhpc.errors import TrainingFailedError
 from finhpc.runs.launch import last_line, watched
-from finhpc.runs.result import to_stderr
 
 TUNE = "tune"  # Ray Tune's own record of a start, which is never read
 
@@ -51,7 +50,7 @@ def train_trials(plan: SweepPlan, parent: str | None = None) -> None:
 def _train(plan: SweepPlan, trials: Sequence[Trial], parent: str | None, scheduler: Any) -> None:
     left = [trial for trial in trials if not plan.has_ended(trial)]
     if left:
-        prepare_shared(plan, left, to_stderr)
+        prepare_shared(plan, left)
         _tune(plan, trials, parent, scheduler)
 
 
@@ -88,7 +87,7 @@ def _tune(plan: SweepPlan, trials: Sequence[Trial], parent: str | None, schedule
     )
     results: list[Any] = []
     with Follower(plan, trials) as follower:
-        problem = watched(lambda: results.extend(tuner.fit()), follower.update, lambda: False, follower.say)
+        problem = watched(lambda: results.extend(tuner.fit()), follower.update, lambda: False)
     for result in results:  # whose actor died before it could record an outcome
         run = plan.run_folder(result.config["trial"])
         if read_record(run):
