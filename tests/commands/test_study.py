@@ -49,10 +49,11 @@ def starts(storage: Path, name: str) -> int:
 def test_a_study_goes_on_where_it_stopped_and_leaves_table_and_curves(run_shards: Path, tmp_path: Path) -> None:
     settings = config(run_shards, tmp_path)
     last = tmp_path / "s-final-after-lr0.003-s0"
-    last.touch()  # where its run folder belongs
-    with pytest.raises(TrainingFailedError, match=f"{last.name} failed: run.storage=.* cannot hold the run folder"):
+    last.mkdir()
+    (last / "result.json").write_text("{")
+    with pytest.raises(TrainingFailedError, match=rf"{last.name} failed: .*result.json is not valid JSON"):
         study(settings)
-    last.unlink()
+    (last / "result.json").unlink()
     done = ["s-screen-dense-lr0.003-s0", "s-screen-after-lr0.003-s0", "s-final-dense-lr0.003-s0"]
     before = {name: (tmp_path / name / "journal.jsonl").read_bytes() for name in done}
     result = study(settings)
