@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,10 @@ from finhpc.models.files.tokens import check_rows, decoded, generation_config, p
 from finhpc.models.files.weights import config_of, locate
 from finhpc.models.loading import load_model
 from finhpc.models.lora.multi_lora import Adapters, round_for
-from finhpc.settings import GenerateConfig, Resources
+from finhpc.settings.generate import GenerateConfig
+from finhpc.settings.training import Resources
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -109,7 +112,7 @@ class Generator:
         if (over := len(ids) - room) > 0:
             self.counts.prompts_cut += 1
             self.counts.tokens_cut += over
-            print(f"a prompt of {len(ids)} tokens was cut to its last {room}: its context is full", file=sys.stderr)
+            log.info(f"a prompt of {len(ids)} tokens was cut to its last {room}: its context is full")
         return ids[-room:]
 
     def stream(self, batch: Sequence[list[int]], adapters: Sequence[str | None]) -> Iterator[list[int | None]]:
@@ -212,7 +215,7 @@ def _dtype(config: GenerateConfig, model_config: Any, device: torch.device) -> t
         return getattr(torch, config.dtype)  # type: ignore[no-any-return]
     own = model_config.dtype or torch.float32
     if own == torch.float16 and device.type == "cpu":
-        print("weights are float16, which CPUs compute slowly; computing in float32", file=sys.stderr)
+        log.info("weights are float16, which CPUs compute slowly; computing in float32")
         return torch.float32
     return own  # type: ignore[no-any-return]
 

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from finhpc.errors import ConfigError
 from finhpc.lowrank.layers import LowRankEmbedding, LowRankLinear
 from finhpc.lowrank.registry import DENSE, LAYERS, check_kind
-from finhpc.settings import LINEAR_KINDS, Method
+from finhpc.settings.pretrain import LINEAR_KINDS, Method
 
 Ranks = dict[str, int | None]
 KindOf = Callable[[str], str | None]  # a module's name -> embedding, head, attention, mlp; None for any other module

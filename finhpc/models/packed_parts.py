@@ -18,7 +18,7 @@ from finhpc.models.families.registry import family_of
 from finhpc.models.loss import cross_entropy
 from finhpc.models.packing.layout import POSITION, TOKEN, layout_of
 from finhpc.models.recompute import whole_blocks
-from finhpc.settings import Recompute
+from finhpc.settings.training import Recompute
 
 
 def packed_parts(config: Any, recompute: Recompute = "none") -> list[Part]:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from finhpc.settings.base import Plugins, Section, plugins_field
+from finhpc.settings.base import MAY_CHANGE, LocalPath, ModelPath, Plugins, Section, plugins_field
 from finhpc.settings.training import Optimizer, Parallel, Resources, Run, Train
 
 OF_PRESET: dict[str, Any] = {"default": "the preset's"}  # what help shows in place of None
@@ -16,10 +16,11 @@ LINEAR_KINDS = ("attention", "mlp", "head", "embedding")
 class Model(Section):
     """Which transformer. A preset names a shape; the other keys change parts of it. Or `path`, which brings its own."""
 
-    path: str | None = Field(
+    path: ModelPath | None = Field(
         None,
         description="model folder whose weights training starts from, dense or low-rank, with its own shape; default: "
         "weights are drawn",
+        json_schema_extra=MAY_CHANGE,
     )
     preset: str = Field("gpt2-tiny", description="named shape; `finhpc pretrain --help` lists them")
     layers: int | None = Field(None, ge=1, description="transformer blocks", json_schema_extra=OF_PRESET)
@@ -59,15 +60,32 @@ class Method(Section):
     embedding: Literal["dense", "low_rank"] = Field("dense", description="the token embedding")
     head: Literal["low_rank", "dense"] = Field("low_rank", description="the output layer")
     blend_start: float = Field(0.99, gt=0, le=1, description="alpha in the first step (blend)")
-    blend_share: float = Field(0.5, gt=0, le=1, description="share of train.steps after which alpha is 0 (blend)")
+    blend_share: float = Field(
+        0.5, gt=0, le=1, description="share of train.steps after which alpha is 0 (blend)", json_schema_extra=MAY_CHANGE
+    )
     blend_schedule: Literal["linear", "cosine"] = Field("linear", description="how alpha falls (blend)")
     blend_weight: Literal["frozen", "trainable"] = Field(
         "frozen", description="whether W is trained too, as long as it is there (blend)"
     )
 
+    def blend_steps(self, steps: int) -> int:
+        """Return the first of `steps` steps (from 1) that is taken without W (blend)."""
+        return round(self.blend_share * steps)
+
+    def problems(self, steps: int) -> list[str]:
+        """Return what does not work in a training of `steps`, with its remedy."""
+        if self.kind != "blend" or (count := self.blend_steps(steps)) >= 2:
+            return []
+        return [
+            f"method.blend_share={self.blend_share} of train.steps={steps} is {count} steps, too few for alpha to "
+            "fall; raise one of them, or use method.kind=svd."
+        ]
+
 
 class Data(Section):
-    shards: str | None = Field(None, description="folder written by `finhpc prepare`; required to train")
+    shards: LocalPath | None = Field(
+        None, description="folder written by `finhpc prepare`; required to train", json_schema_extra=MAY_CHANGE
+    )
     seq_len: int = Field(256, ge=2, description="tokens a sample; must divide the shards' block length")
     eval_samples: int = Field(128, ge=1, description="held-out samples scored at each evaluation")
 
@@ -80,6 +98,24 @@ class Quantization(Section):
     when: Literal["after", "during"] = Field(
         "after", description="during: trained with rounded weights in the forward pass; after: see `finhpc export`"
     )
+
+    def problems(self, optimizer: Optimizer) -> list[str]:
+        """Return what is contradictory, each with its remedy."""
+        problems = []
+        if self.bits < 16 and self.when == "after":
+            problems.append(
+                f"quantization.bits={self.bits} with quantization.when=after does not change training; leave it at 16 "
+                f"and quantize the trained model with `finhpc export --quantization.bits {self.bits}`, or use "
+                "quantization.when=during."
+            )
+        if self.bits == 16 and self.when == "during":
+            problems.append("quantization.when=during needs quantization.bits=8 or 4; at 16 nothing is quantized.")
+        if optimizer.decay == "product" and self.training_bits < 16:
+            problems.append(
+                "optimizer.decay=product does not work on rounded weights; use optimizer.decay=factors with "
+                "quantization.when=during."
+            )
+        return problems
 
     @property
     def training_bits(self) -> int:
@@ -100,83 +136,3 @@ class PretrainConfig(Section):
     run: Run = Field(default_factory=Run)
     resources: Resources = Field(default_factory=Resources)
     plugins: Plugins = plugins_field()
-
-
-class Hardware(Section):
-    """The hardware that is planned for."""
-
-    device: str = Field(
-        "a100-80gb",
-        description="v100-32gb, a100-40gb, a100-80gb, h100-80gb, h200-141gb, rtx-3090-24gb, rtx-4090-24gb, "
-        "rtx-5090-32gb, rtx-a6000-48gb, rtx-6000-ada-48gb, l40s-48gb, l4-24gb, a10-24gb, t4-16gb, or this-machine "
-        "(measured)",
-    )
-    nodes: int = Field(1, ge=1, description="machines")
-    devices_per_node: int | None = Field(
-        None, ge=1, description="devices of each; default: 8, on this machine its cores by resources.threads"
-    )
-    memory_gb: float | None = Field(None, gt=0, description="a device's memory; default: as its maker states")
-    tflops: float | None = Field(None, gt=0, description="its matrix rate at train.precision; default: as stated")
-    reached: float = Field(
-        0.4,
-        gt=0,
-        le=1,
-        description="share of that rate that training reaches; Table I's GPU hours of Llama 2 on A100s amount to "
-        "0.38 to 0.43",
-    )
-    usable: float = Field(
-        0.9, gt=0, le=1, description="share of the memory for tensors; the rest: libraries, fragments between tensors"
-    )
-    link_gb_per_s: float | None = Field(None, gt=0, description="to a device of the node, each way; default: as stated")
-    network_gb_per_s: float | None = Field(None, gt=0, description="to a device of another node; default: as stated")
-
-
-class Estimate(Hardware):
-    """The hardware, and how it is planned for."""
-
-    scheme: Literal["finhpc", "paper"] = Field(
-        "finhpc",
-        description="finhpc: what its engine holds, counted from its code; paper: 16-bit weights and gradients, 12 "
-        "bytes of optimiser and Table IV's variables",
-    )
-    zero_stage: int = Field(
-        0, ge=0, le=3, description="shares out optimiser (1), gradients (2), weights (3); paper only"
-    )
-    weight_bits: Literal[16, 8, 4] = Field(16, description="of the stored weights; paper only")
-    samples_per_step: int | None = Field(
-        None, ge=1, description="of the topologies compared; default: as `parallel` says"
-    )
-    micro_batch_sizes: list[int] = Field([1, 2, 4, 8, 16], min_length=1, description="sizes tried in the topologies")
-    show: int = Field(10, ge=1, description="topologies shown")
-
-
-class EstimateConfig(PretrainConfig):
-    """Settings of `finhpc estimate`: those of the run, and the hardware."""
-
-    estimate: Estimate = Field(default_factory=Estimate)
-
-
-class Variant(Section):
-    """One way to train, beside the others of a study."""
-
-    settings: dict[str, Any] = Field(default_factory=dict, description="sections of settings, over the study's own")
-    lr: list[float] = Field(min_length=1, description="learning rates that are screened")
-    start: str | None = Field(None, description="the variant whose trained model it starts from (model.path)")
-
-
-class Study(Section):
-    """Which variants of the run are compared, and how."""
-
-    variants: dict[str, Variant] = Field(default_factory=dict, description="name -> settings, lr, start")
-    reference: str = Field("dense", description="the variant that the others are compared with")
-    screen_steps: int = Field(300, ge=1, description="steps of the screening; train.steps: of the finals")
-    finalists: int = Field(2, ge=0, description="best variants that go on beside the reference; 0: all")
-    seeds: list[int] = Field([0, 1, 2], min_length=1, description="seeds of the finals; the first also screens")
-    pace_steps: int = Field(20, ge=1, description="steps a round in which a finalist's step time is measured")
-    pace_rounds: int = Field(3, ge=1, description="such rounds, the finalists in turn")
-
-
-class StudyConfig(PretrainConfig):
-    """Settings of `finhpc study`: those that its runs share, and what they differ in."""
-
-    study: Study = Field(default_factory=Study)

@@ -1,17 +1,11 @@
-"""Settings of `finhpc report`."""
+"""Settings of `finhpc report` and `finhpc ui`, which show what was tracked."""
 
 from __future__ import annotations
 
 from pydantic import Field
 
 from finhpc.settings.base import Section
-
-
-class Tracked(Section):
-    """Where runs were tracked."""
-
-    storage: str = Field("runs", description="folder of run folders, whose mlflow.db is read")
-    tracking_uri: str | None = Field(None, description="MLflow server or database; default: sqlite in run.storage")
+from finhpc.settings.training import Run, Tracked
 
 
 class ReportConfig(Section):
@@ -20,3 +14,10 @@ class ReportConfig(Section):
     run: Tracked = Field(default_factory=Tracked)
     experiments: list[str] = Field(default_factory=list, description="MLflow experiments; default: all")
     out: str = Field("report", description="folder for the page, its tables and figures; a report in it is replaced")
+
+
+class UiConfig(Section):
+    """Settings of `finhpc ui`."""
+
+    run: Run = Field(default_factory=Run)
+    port: int = Field(5000, ge=1, le=65535, description="port on 127.0.0.1")

@@ -21,7 +21,9 @@ from finhpc.generation.decoder import Decoder
 from finhpc.generation.generator import Generator
 from finhpc.generation.sampling import decode
 from finhpc.models.loading import load_model
-from finhpc.settings import ExportConfig, GenerateConfig, Sampling, build
+from finhpc.settings.base import build
+from finhpc.settings.export import ExportConfig
+from finhpc.settings.generate import GenerateConfig, Sampling
 from tests.data.kinds import tokenizer
 from tests.generation.folders import folder_of_kind, tiny_adapter, tiny_folder, tiny_model
 
@@ -231,7 +233,7 @@ def test_what_cannot_be_used_is_named(llama: Path, adapters: list[str], tmp_path
     file = write(tmp_path / "bad.jsonl", [{"prompt": "a"}, {"text": "b"}])
     assert "bad.jsonl:2 is no" in refusal(settings(llama, prompts=file))
     file = write(tmp_path / "name.jsonl", [{"prompt": "a", "adapter": "a11"}])
-    assert "name.jsonl:1: adapter a11 is not loaded; did you mean a1?" in refusal(
+    assert "name.jsonl:1: adapter a11 is not loaded; did you mean 'a1'?" in refusal(
         settings(llama, prompts=file, adapters=adapters)
     )
     assert "leaves no room" in refusal(settings(llama, prompt="a", sampling={"max_new_tokens": 128}))

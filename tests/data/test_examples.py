@@ -9,7 +9,7 @@ from finhpc.data.examples.examples import load, make_examples
 from finhpc.data.examples.templates import template, templates
 from finhpc.errors import ConfigError, DataError
 from finhpc.models.files.tokens import decoded, prompt_ids
-from finhpc.settings import Instructions
+from finhpc.settings.finetune import Instructions
 from tests.data.instructing import jsonl, phrases, sentences, tokenizer
 from tests.data.kinds import KINDS
 from tests.data.kinds import tokenizer as of_kind
@@ -237,7 +237,7 @@ def test_phrasebank_is_read_in_either_encoding_and_it_is_said(tmp_path, written)
 def test_labels_of_every_template_can_be_had():
     assert template("phrasebank").labels == ("negative", "neutral", "positive")
     assert all(entry.chooses or entry.end for entry in templates().values())
-    with pytest.raises(ConfigError, match="did you mean phrasebank"):
+    with pytest.raises(ConfigError, match="did you mean 'phrasebank"):
         template("phrasebnak")
 
 

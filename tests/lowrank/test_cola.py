@@ -17,7 +17,7 @@ from finhpc.lowrank.registry import LAYERS
 from finhpc.lowrank.replace import ranks_of
 from finhpc.models.families.registry import make_config, resolve_shape
 from finhpc.models.loading import initial_model, save_model
-from finhpc.settings import Method, Model
+from finhpc.settings.pretrain import Method, Model
 
 
 def test_the_narrow_activations_pass_through_silu() -> None:
@@ -61,7 +61,7 @@ def test_it_starts_as_its_authors_say_unless_told_otherwise() -> None:
 
 
 def test_a_kind_that_is_not_registered_is_refused_and_the_nearest_named() -> None:
-    with pytest.raises(ConfigError, match=r"method\.kind=colla is no method; did you mean cola"):
+    with pytest.raises(ConfigError, match=r"method\.kind=colla is no method; did you mean 'cola"):
         ranks_of(Method(kind="colla"))
 
 

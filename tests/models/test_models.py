@@ -18,7 +18,7 @@ from finhpc.models.families.presets import PRESETS
 from finhpc.models.families.registry import family_of, make_config, parameter_count, resolve_shape, skeleton
 from finhpc.models.loading import initial_model, load_model, save_model
 from finhpc.models.pipeline import cut, estimated_cost, estimated_costs, parts_of, stage_borders
-from finhpc.settings import Method, Model
+from finhpc.settings.pretrain import Method, Model
 
 
 def config_of(model: dict[str, Any], method: dict[str, Any], vocab: int | None = None) -> Any:
@@ -68,7 +68,7 @@ def test_misfits_are_all_named() -> None:
     with pytest.raises(ConfigError) as caught:
         resolve_shape(Model(preset="gpt2-tiny", heads=3, kv_heads=2, vocab_size=10), vocab_size=20)
     assert len(caught.value.problems) == 4
-    with pytest.raises(ConfigError, match="did you mean gpt2-127m"):
+    with pytest.raises(ConfigError, match="did you mean 'gpt2-127m"):
         resolve_shape(Model(preset="gpt2-128m"))
 
 

@@ -28,7 +28,7 @@ from finhpc.models.initialize import random_fill
 from finhpc.models.loading import initial_model, save_model
 from finhpc.models.lora.model import LoraModel, LoraPipelineLayer
 from finhpc.models.pipeline import PipelineLayer, estimated_costs, parts_of, stage_borders
-from finhpc.settings import Method, Model
+from finhpc.settings.pretrain import Method, Model
 from finhpc.settings.finetune import FinetuneQuantization, Lora
 from tests.models import mixer
 from tests.models.packs import examples, packs_of

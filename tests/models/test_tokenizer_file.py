@@ -16,7 +16,9 @@ from finhpc.generation.generator import Generator
 from finhpc.models.families.registry import as_low_rank
 from finhpc.models.files.tokenizer import open_tokenizer
 from finhpc.models.loading import initial_model
-from finhpc.settings import ExportConfig, GenerateConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.export import ExportConfig
+from finhpc.settings.generate import GenerateConfig
 from tests.data.kinds import tokenizer
 from tests.models.dense import saved, tiny_llama, tiny_qwen2
 from tests.parity.gguf_file import write_gguf
@@ -46,7 +48,7 @@ def test_a_qwen2_has_the_tokenizer_that_it_was_trained_with(
         assert load_for_evaluation(str(folder))[1](TEXT).input_ids == ids, folder
         settings = {"model": str(folder), "prompt": TEXT, "sampling": {"max_new_tokens": 2}}
         assert Generator(build(GenerateConfig, settings)).encode(TEXT) == ids, folder
-    lines = [line for line in capfd.readouterr().err.splitlines() if "AutoTokenizer takes Qwen2Tokenizer" in line]
+    lines = [line for line in capfd.readouterr().err.splitlines() if "AutoTokenizer uses Qwen2Tokenizer" in line]
     assert len(lines) == len(set(lines)) == 2, "once for each folder that transformers reads otherwise"
 
 

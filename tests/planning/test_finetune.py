@@ -18,10 +18,10 @@ from finhpc.models.lora.model import LoraModel
 from finhpc.models.packing.layout import segments_of
 from finhpc.planning.devices import DEVICES, Cluster
 from finhpc.planning.fake_packs import PackSize
-from finhpc.planning.finetuning import FinetunePlan
+from finhpc.planning.finetuning import LoraCosts
 from finhpc.planning.memory import Topology
 from finhpc.quantization.frozen import empty_frozen, freeze
-from finhpc.settings import build
+from finhpc.settings.base import build
 from finhpc.settings.finetune import FinetuneConfig
 from tests.models.dense import saved
 from tests.models.packs import examples, packs_of
@@ -93,13 +93,13 @@ def counted(names: list[str], bases: dict[str, Path]) -> list[tuple[int, int]]:
     return found
 
 
-def planned(name: str, bases: dict[str, Path]) -> FinetunePlan:
+def planned(name: str, bases: dict[str, Path]) -> LoraCosts:
     config, path = settings(name, bases)
     parallel = config.parallel
     one = packs(config)[0]
     size = PackSize(one.shape[2], segments_of(one[0]))
     topology = Topology(parallel.stages, parallel.replicas, EACH, parallel.micro_batches)
-    return FinetunePlan(LoraModel.of(config, open_weights(path, low_rank=True)), size, topology, layouts=1)
+    return LoraCosts(LoraModel.of(config, open_weights(path, low_rank=True)), size, topology, layouts=1)
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from finhpc.lowrank.replace import ranks_of
 from finhpc.models.families.registry import make_config, resolve_shape
 from finhpc.models.loading import initial_model, load_model
-from finhpc.settings import Method, Model
+from finhpc.settings.pretrain import Method, Model
+from finhpc.settings.training import default_tracking_uri
 from finhpc.tracking.pyfunc import TextGenerator, log_model
-from finhpc.tracking.tracker import Tracker, default_tracking_uri
+from finhpc.tracking.tracker import Tracker
 
 PROMPTS = ["hello world", "this is"]
 

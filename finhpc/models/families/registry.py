@@ -21,7 +21,9 @@ from finhpc.models.families.family import Family, LowRankConfig
 from finhpc.models.families.presets import PRESETS, Shape
 from finhpc.plugins import Registry, require
 from finhpc.quantization.fake import TRAINED
-from finhpc.settings import Model, Recompute, nearest
+from finhpc.settings.base import nearest
+from finhpc.settings.pretrain import Model
+from finhpc.settings.training import Recompute
 
 PLUGINS = "finhpc_plugins"  # in config.json: modules of the plugins that the model needs
 

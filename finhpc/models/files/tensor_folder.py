@@ -8,7 +8,6 @@ FOLDER/model.safetensors.index.json                name -> file
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from finhpc.errors import CheckpointError
-from finhpc.files import publish, replace
+from finhpc.files import partial_file, publish
 
 FILE_BYTES = 1 << 30  # a file is written when its tensors take this much, which bounds the memory needed
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -123,11 +122,8 @@ def _open(file: Path) -> Any:
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     """Write one safetensors file, which appears only when it is complete and on the disk."""
-    partial = path.with_name(path.name + ".tmp")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
-    with open(partial, "rb") as file:
-        os.fsync(file.fileno())
-    replace(partial, path)
+    with partial_file(path) as partial:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
 
 
 class TensorFolderWriter:

@@ -7,8 +7,8 @@ also looks at the model's type: it opens every Qwen2 tokenizer as a Qwen2Tokeniz
 from __future__ import annotations
 
 import json
+import logging
 import shutil
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,15 @@ from finhpc.models.files.config import OWN_CODE
 from finhpc.models.files.gguf import GgufFile
 from finhpc.models.files.tokens import GENERATION
 
+log = logging.getLogger(__name__)
+
 TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model")  # a folder with one of them has a tokenizer
 TOKENIZER_FILES = (
     *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
     *("spiece.model", "additional_chat_templates/*"),
 )
-GENERIC = (
-    "PreTrainedTokenizerFast",
-    "TokenizersBackend",
-    "PreTrainedTokenizer",
-)  # one class, over versions
+# Names of one class, over versions.
+GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend", "PreTrainedTokenizer")
 PROBE = "In 2023 it's 12.5 % more:  don't\n\n caf\u00e9 ABC_def\tHello, how are you?"  # equal ids: equal tokenizers
 
 
@@ -120,8 +119,7 @@ def _of_gguf(path: Path) -> Any:
 
 @cache
 def _report(name: str, kind: str) -> None:
-    print(
+    log.info(
         f"The tokenizer of {name} is opened as its tokenizer.json defines it. transformers' AutoTokenizer uses {kind}, "
-        "as for every model of this type, and gives other ids: open it with PreTrainedTokenizerFast.from_pretrained.",
-        file=sys.stderr,
+        "as for every model of this type, and gives other ids: open it with PreTrainedTokenizerFast.from_pretrained."
     )

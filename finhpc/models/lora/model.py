@@ -30,12 +30,12 @@ from finhpc.models.lora.targets import (
     scale_of,
     scheme_of,
     target_shapes,
-)  # fmt: skip
+)
 from finhpc.models.packed_parts import packed_parts, without_dropout
 from finhpc.models.pipeline import PipelineLayer, stage_borders
 from finhpc.quantization.frozen import FrozenLinear, freeze, frozen_from_tensors, is_quantized
-from finhpc.settings import Recompute
 from finhpc.settings.finetune import FinetuneConfig, FinetuneQuantization, Lora
+from finhpc.settings.training import Recompute
 
 HEAD_ROWS = 1 / 16  # assumed share of a pack's rows that predict a token, for estimated costs
 

@@ -6,8 +6,8 @@ and a manifest of sha256. Unquantized weights are read from the base.
 
 from __future__ import annotations
 
+import logging
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +22,8 @@ from finhpc.quantization.schemes import SCHEMES
 if TYPE_CHECKING:
     from finhpc.models.lora.model import LoraModel
 
+log = logging.getLogger(__name__)
+
 
 def write_quantized_cache(lora_model: LoraModel, folder: Path, advance: Callable[[int], None]) -> None:
     """Quantize the base of `lora_model` into `folder`, a matrix at a time, unless it is there and undamaged.
@@ -34,7 +36,7 @@ def write_quantized_cache(lora_model: LoraModel, folder: Path, advance: Callable
             check_manifest(folder)
             return
         except CheckpointError as error:
-            print(f"{error}\nThe base is quantized again.", file=sys.stderr)
+            log.info(f"{error}\nThe base is quantized again.")
             shutil.rmtree(folder)
     scheme, bits = SCHEMES[lora_model.scheme], lora_model.quantization.bits
     with TensorFolderWriter(folder) as writer:
