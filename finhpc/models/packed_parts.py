@@ -9,7 +9,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finhpc.models.families import flow
@@ -35,7 +34,7 @@ def packed_parts(config: Any, recompute: Recompute = "none") -> list[Part]:
         "dropout": lambda data, module: data,  # a frozen base uses none: a prefix that examples share has one value
         "mlp": flow.mlp,
         "norm": flow.norm,
-        "head": tied_head if config.tie_word_embeddings else head,
+        "head": head,
     }
     packed = []
     for i, part in enumerate(row):
@@ -67,24 +66,12 @@ def attention(
 
 
 def head(data: Flow, module: nn.Module) -> Tensor:
-    hidden, pack = data
-    return target_loss(module(hidden[0]), pack)
-
-
-def tied_head(data: Flow, module: nn.Module) -> Tensor:
-    hidden, pack = data
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return target_loss(F.linear(hidden[0], weight), pack)
-
-
-def target_loss(logits: Tensor, pack: Tensor) -> Tensor:
     """Return the pack's share of the mean cross-entropy over all targets, in nats, times the number of packs.
 
-    See `PACKS`. `logits`: (targets of the pack, vocab), which may be overwritten; a pack without targets has one row,
-    and loss 0.
+    See `PACKS`. A pack without targets has one row and loss 0.
     """
-    layout = layout_of(pack)
+    hidden, pack = data
+    layout, logits = layout_of(pack), flow.logits(hidden[0], module)
     if len(layout.wanted) == 0:
         return logits.sum().float() * 0.0
     return cross_entropy(logits, layout.wanted) * (len(layout.wanted) * layout.scale)

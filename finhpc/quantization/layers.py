@@ -37,7 +37,9 @@ class QuantizedMatrix(nn.Module):
         self.rows, self.columns, self.bits = rows, columns, bits
         if tensors is None:
             codes = torch.empty(rows, packed_columns(columns, bits), 1, dtype=torch.uint8)
-            tensors = {"weight": codes, "scale": torch.empty(rows), "zero": torch.empty(rows)}
+            # float32 even if torch's default type is another, as in from_pretrained
+            scale, zero = (torch.empty(rows, dtype=torch.float32) for _ in range(2))
+            tensors = {"weight": codes, "scale": scale, "zero": zero}
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor.contiguous())
         self.register_buffer("probe", torch.empty(0), persistent=False)  # is cast with the model and tells its type

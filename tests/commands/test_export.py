@@ -344,7 +344,7 @@ def test_what_does_not_fit_together_is_named_at_once(make: Make, tmp_path: Path)
     )
     with pytest.raises(ConfigError, match=r"use quantization\.bits=4, or a scheme of 8 bits: minmax, int8"):
         export(settings(make("gpt2"), tmp_path / "out", bits=8, scheme="nf4"))
-    with pytest.raises(ConfigError, match=r"quantization\.bits=16 quantises nothing; use quantization\.bits=4"):
+    with pytest.raises(ConfigError, match=r"quantization\.bits=16 quantizes nothing; use quantization\.bits=4"):
         export(settings(make("gpt2"), tmp_path / "out", bits=16, scheme="nf4"))
     assert (tmp_path / "full" / "file").read_text() == "mine"
     assert not (tmp_path / "out").exists()

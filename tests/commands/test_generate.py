@@ -225,7 +225,7 @@ def refusal(config: GenerateConfig) -> str:
 def test_what_cannot_be_used_is_named(llama: Path, adapters: list[str], tmp_path: Path) -> None:
     assert "model is not set" in refusal(build(GenerateConfig, {"prompt": "a"}))
     assert "nothing to generate from" in refusal(settings(llama))
-    assert "prompt and chat are given" in refusal(settings(llama, prompt="a", chat=True))
+    assert "prompt and chat are set together" in refusal(settings(llama, prompt="a", chat=True))
     assert "adapter=x is not among adapters" in refusal(settings(llama, prompt="a", adapter="x"))
     assert "does not exist" in refusal(settings(llama, prompts=str(tmp_path / "none.txt")))
     (tmp_path / "empty.txt").write_text(" \n\n")

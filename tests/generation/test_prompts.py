@@ -43,7 +43,7 @@ def test_a_line_separator_does_not_end_a_prompt(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "a"}', r'a\.jsonl:1 is not {"prompt"'),
         ("a.jsonl", b"a", "is broken JSON"),
         ("a.csv", b"prompt\na\n", r"a\.csv has an unsupported format; give \.jsonl or text"),
-        ("a.json", b'["a"]', r"a\.json is not read"),
+        ("a.json", b'["a"]', r"a\.json has an unsupported format"),
         ("a.txt", b"a\0b", "line 1: a NUL character"),
         ("a.txt", "f\xe4llt".encode("latin-1"), "line 1: byte 0xe4 is not utf-8; convert it to UTF-8"),
     ],

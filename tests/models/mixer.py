@@ -123,8 +123,7 @@ class Mixer(Family):
             row.append(Part((f"{block}.before_mix", f"{block}.mix"), "attention", flow.mlp))  # x + f(norm(x)) too
             row.append(Part((f"{block}.before_feed", f"{block}.feed"), "mlp", flow.mlp))
         row.append(Part(("net.last",), "norm", flow.norm))
-        tied = config.tie_word_embeddings
-        row.append(Part((self.embedding if tied else self.head,), "head", flow.tied_head if tied else flow.head))
+        row.append(Part((self.embedding if config.tie_word_embeddings else self.head,), "head", flow.head))
         return row
 
     def packed_attention(self, config: Any) -> PackedAttention:

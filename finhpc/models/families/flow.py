@@ -29,30 +29,18 @@ def mlp(flow: Flow, norm: nn.Module, mlp: nn.Module) -> Flow:
 
 
 def head(flow: Flow, module: nn.Module) -> Tensor:
-    """Apply the output layer, then the loss."""
-    hidden, tokens = flow
-    return next_token_loss(module(_predicting(hidden)), tokens)
-
-
-def tied_head(flow: Flow, module: nn.Module) -> Tensor:
-    """Apply the token embedding's matrix as output layer, then the loss."""
-    hidden, tokens = flow
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return next_token_loss(F.linear(_predicting(hidden), weight), tokens)
-
-
-def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
     """Return the mean cross-entropy in nats of each next token, in float32, as transformers computes it.
 
-    `logits`: (batch * (seq - 1), vocab), which may be overwritten; `tokens`: (batch, seq).
+    A sample's last state predicts nothing.
     """
-    return cross_entropy(logits, tokens[:, 1:].reshape(-1))
+    hidden, tokens = flow
+    rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])
+    return cross_entropy(logits(rows, module), tokens[:, 1:].reshape(-1))
 
 
-def _predicting(hidden: Tensor) -> Tensor:
-    """Return the states that predict a token, all but each sample's last: (batch * (seq - 1), width)."""
-    return hidden[:, :-1].reshape(-1, hidden.shape[-1])
+def logits(hidden: Tensor, module: nn.Module) -> Tensor:
+    """Apply the output layer, or the matrix of the embedding that is tied to it."""
+    return F.linear(hidden, module.weight) if isinstance(module, nn.Embedding) else module(hidden)
 
 
 def split_heads(x: Tensor, size: int) -> Tensor:

@@ -74,8 +74,7 @@ class Gpt2(Family):
             row.append(Part((f"{block}.ln_1", f"{block}.attn"), "attention", _attention))
             row.append(Part((f"{block}.ln_2", f"{block}.mlp"), "mlp", flow.mlp))
         row.append(Part(("transformer.ln_f",), "norm", flow.norm))
-        tied = config.tie_word_embeddings
-        row.append(Part((self.embedding if tied else self.head,), "head", flow.tied_head if tied else flow.head))
+        row.append(Part((self.embedding if config.tie_word_embeddings else self.head,), "head", flow.head))
         return row
 
     def packed_attention(self, config: GPT2Config) -> PackedAttention:

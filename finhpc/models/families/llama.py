@@ -66,8 +66,7 @@ class Llama(Family):
             row.append(Part((f"{block}.input_layernorm", f"{block}.self_attn"), "attention", attention))
             row.append(Part((f"{block}.post_attention_layernorm", f"{block}.mlp"), "mlp", flow.mlp))
         row.append(Part(("model.norm",), "norm", flow.norm))
-        tied = config.tie_word_embeddings
-        row.append(Part((self.embedding if tied else self.head,), "head", flow.tied_head if tied else flow.head))
+        row.append(Part((self.embedding if config.tie_word_embeddings else self.head,), "head", flow.head))
         return row
 
     def packed_attention(self, config: LlamaConfig) -> PackedAttention:
