@@ -11,7 +11,7 @@ from finhpc.cluster.own_ray import keep_token_private, own_ray, ray_logs
 from finhpc.cluster.ready import check_ray
 from finhpc.errors import ConfigError, TrainingFailedError
 from finhpc.interrupts import terminable
-from finhpc.settings import TrainingConfig
+from finhpc.settings.finetune import TrainingConfig
 
 
 @contextmanager

@@ -39,7 +39,7 @@ from finhpc.models.pipeline import is_tied
 from finhpc.quantization.fake import TRAINED, trained_bits
 from finhpc.quantization.per_vector import rounded
 from finhpc.quantization.schemes import SCHEMES
-from finhpc.settings import ExportConfig
+from finhpc.settings.export import ExportConfig
 
 log = logging.getLogger(__name__)
 

@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finhpc.cluster.connect import use_cuda
-from finhpc.errors import ConfigError, DataError
+from finhpc.errors import ConfigError, DataError, collect
 from finhpc.files import publish
-from finhpc.planning.plan import check_parallel, check_parts, check_stages, collect
+from finhpc.planning.plan import check_parallel, check_parts, check_stages
 from finhpc.runs import result as outcome
 from finhpc.runs.job import Job, Rows
-from finhpc.runs.progress import rows_table, summary_table
 from finhpc.runs.run import checked, place_whole, run, whole_path
-from finhpc.settings import FinetuneConfig
+from finhpc.screen import rows_table, summary_table
+from finhpc.settings.finetune import FinetuneConfig
 from finhpc.tracking.shown import Dataset
-from finhpc.training.checkpoint import Saved, read_stage
+from finhpc.training.checkpoint import Checkpoint, read_stage
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +73,7 @@ class Finetune(Job):
     @classmethod
     def trainer(cls, settings: dict[str, Any], folder: Path, device: torch.device, fingerprint: str) -> Trainer:
         from finhpc.models.lora.frozen_base import Adaptation
-        from finhpc.training.batches import Packs
+        from finhpc.training.batches import PackedBatches
         from finhpc.training.trainer import Trainer
 
         config = FinetuneConfig.model_validate(settings)
@@ -85,7 +85,7 @@ class Finetune(Job):
             fill=None,
             device=device,
             folder=folder,
-            feed=Packs(open_examples(folder, fingerprint), batches_of(config), config.data.eval_limit),
+            batches=PackedBatches(open_examples(folder, fingerprint), batches_of(config), config.data.eval_limit),
             adapt=Adaptation.of(config, weights, quantized if quantized.is_dir() else None),
             labels={"dataset": fingerprint},
         )
@@ -118,7 +118,7 @@ class Finetune(Job):
     def vocab_size(self) -> int:
         return int(self.made.weights.config.vocab_size)
 
-    def save_model(self, folder: Path, saved: Saved) -> None:
+    def save_model(self, folder: Path, saved: Checkpoint) -> None:
         from finhpc.models.files.tokens import write_stops
         from finhpc.models.lora.peft_format import save_adapter
 
@@ -176,14 +176,14 @@ class Finetune(Job):
     def dry_run(self, total: dict[str, float] | None) -> dict[str, Any]:
         from finhpc.commands.estimate.finetuning import of_examples
         from finhpc.commands.estimate.tables import plan_summary, stage_rows
-        from finhpc.training.batches import Packs
+        from finhpc.training.batches import PackedBatches
 
         config, made = self.config, self.made
         for note in made.examples.notes:
             log.info(note)
         result = outcome.counted(self) | {"status": "dry_run", "steps": config.train.steps}
         batches = batches_of(config)
-        result["tokens"] = Packs(made.examples, batches).tokens(config.train.steps)
+        result["tokens"] = PackedBatches(made.examples, batches).tokens(config.train.steps)
         cuda = use_cuda(config, total) if total else config.resources.device == "cuda"
         numbers = of_examples(config, made.adaptation, made.examples, batches, cuda, here=total is not None)
         result["estimate"] = numbers

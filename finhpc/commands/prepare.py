@@ -38,7 +38,7 @@ from finhpc.errors import ConfigError, DataError, FinhpcError, RunBusyError
 from finhpc.files import private_folder, publish, write_atomic
 from finhpc.interrupts import terminable
 from finhpc.screen import Progress
-from finhpc.settings import PrepareConfig
+from finhpc.settings.prepare import PrepareConfig
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from urllib.request import urlopen
 
 from finhpc.errors import ConfigError, FinhpcError
 from finhpc.files import redact
-from finhpc.settings import UiConfig
+from finhpc.settings.report import UiConfig
 from finhpc.tracking.pages import Pages, pages_of
 from finhpc.tracking.store import artifact_location, database_file
 from finhpc.tracking.tracker import absolute_tracking_uri, default_tracking_uri

@@ -24,7 +24,8 @@ from finhpc.models.files.tokens import check_rows, decoded, generation_config, p
 from finhpc.models.files.weights import config_of, locate
 from finhpc.models.loading import load_model
 from finhpc.models.lora.attached import Adapters, round_for
-from finhpc.settings import GenerateConfig, Resources
+from finhpc.settings.generate import GenerateConfig
+from finhpc.settings.training import Resources
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from finhpc.models.families.registry import family_of
 from finhpc.models.initialize import Fill
 from finhpc.models.recompute import whole_blocks
 from finhpc.quantization.fake import fake_quantize, plain_name
-from finhpc.settings import Recompute
+from finhpc.settings.training import Recompute
 
 
 class Layer(nn.Module):

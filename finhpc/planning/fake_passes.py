@@ -23,7 +23,7 @@ from finhpc.lowrank.blend import blend_in
 from finhpc.models.families.family import Flow, Part
 from finhpc.models.families.registry import skeleton
 from finhpc.models.pipeline import is_tied, parts_of
-from finhpc.settings import Recompute
+from finhpc.settings.training import Recompute
 
 
 @dataclass(frozen=True)

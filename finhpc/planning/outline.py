@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from finhpc.models.families.registry import skeleton, with_blocks
 from finhpc.models.pipeline import is_tied, operations, parts_of, stage_borders
-from finhpc.settings import Recompute
+from finhpc.settings.training import Recompute
 
 Stages = list[list[str]]  # kinds of the parts of each stage
 Matrix = tuple[int, int]  # (vectors, their length): outputs and inputs of a layer, rows of an embedding

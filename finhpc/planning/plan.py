@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finhpc.data.shards.shards import Shards
-from finhpc.errors import CheckpointError, ConfigError, DataError
-from finhpc.settings import Method, PretrainConfig, TrainingConfig
+from finhpc.errors import ConfigError, collect
+from finhpc.settings.finetune import TrainingConfig
+from finhpc.settings.pretrain import Method, PretrainConfig
 
 if TYPE_CHECKING:
+    from finhpc.planning.init import InitModel
     from finhpc.planning.outline import Outline
-    from finhpc.planning.start import Start
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Plan:
     hf_config: Any
     outline: Outline
     params_dense: int
-    start: Start | None = None  # the model it starts from, where it starts from one
+    init_model: InitModel | None = None  # the model it starts from, where it starts from one
 
     @property
     def params_total(self) -> int:
@@ -39,10 +38,10 @@ class Plan:
 
 def hf_config_of(config: PretrainConfig, shards: Shards) -> Any:
     """transformers config of the run's model, its special tokens those of the shards' tokeniser."""
-    from finhpc.planning.start import model_config
+    from finhpc.planning.init import hf_config_of_settings
     from finhpc.quantization.fake import TRAINED
 
-    hf_config = model_config(config, shards.manifest.vocab_size)
+    hf_config = hf_config_of_settings(config, shards.manifest.vocab_size)
     if hasattr(hf_config, TRAINED):  # of the model that this run starts from
         delattr(hf_config, TRAINED)
     hf_config.bos_token_id = hf_config.eos_token_id = shards.manifest.eot_id
@@ -54,8 +53,8 @@ def hf_config_of(config: PretrainConfig, shards: Shards) -> Any:
 def make_plan(config: PretrainConfig) -> Plan:
     """Check `config` against the model, the shards and itself; raises one `ConfigError` with every problem."""
     from finhpc.models.families.registry import skeleton
+    from finhpc.planning.init import open_init_model
     from finhpc.planning.outline import outline_of
-    from finhpc.planning.start import open_start
 
     problems: list[str] = []
     with collect(problems):
@@ -66,7 +65,7 @@ def make_plan(config: PretrainConfig) -> Plan:
         check_blend(config)
     with collect(problems):
         check_parts(config)
-    shards = hf_config = start = None
+    shards = hf_config = init_model = None
     with collect(problems):
         shards = _open_shards(config)
     if shards is not None:
@@ -80,33 +79,22 @@ def make_plan(config: PretrainConfig) -> Plan:
             with collect(problems):
                 skeleton(hf_config)
             with collect(problems):
-                start = open_start(config, shards)
+                init_model = open_init_model(config, shards)
     if problems:
         raise ConfigError(problems)
     assert shards is not None
     seq_len, recompute = config.data.seq_len, config.train.recompute
-    params_dense = outline_of(_dense_config(config, start, shards), seq_len).params
-    return Plan(config, shards, hf_config, outline_of(hf_config, seq_len, recompute), params_dense, start)
+    params_dense = outline_of(_dense_config(config, init_model, shards), seq_len).params
+    return Plan(config, shards, hf_config, outline_of(hf_config, seq_len, recompute), params_dense, init_model)
 
 
-def _dense_config(config: PretrainConfig, start: Start | None, shards: Shards) -> Any:
+def _dense_config(config: PretrainConfig, init_model: InitModel | None, shards: Shards) -> Any:
     """Of the dense model that the run's one is compared with."""
     from finhpc.models.families.registry import dense_original
 
-    if start is not None:
-        return dense_original(start.config)
+    if init_model is not None:
+        return dense_original(init_model.config)
     return hf_config_of(config.model_copy(update={"method": Method(kind="dense")}), shards)
-
-
-@contextmanager
-def collect(problems: list[str]) -> Iterator[None]:
-    """Add what is wrong in the `with` block to `problems`."""
-    try:
-        yield
-    except ConfigError as error:
-        problems += error.problems
-    except (DataError, CheckpointError) as error:
-        problems += str(error).splitlines()
 
 
 def _open_shards(config: PretrainConfig) -> Shards:
@@ -217,9 +205,9 @@ def check_model(config: PretrainConfig, hf_config: Any) -> None:
 
 def check_tokenizer(config: PretrainConfig, shards: Shards, checkpoints: Path) -> None:
     """Raise `ConfigError` when a checkpoint to resume from was trained on another tokeniser's ids."""
-    from finhpc.training.checkpoint import complete
+    from finhpc.training.checkpoint import list_complete
 
-    for saved in complete(checkpoints)[:1]:
+    for saved in list_complete(checkpoints)[:1]:
         trained = saved.manifest.get("tokenizer_sha256")
         if trained and trained != shards.manifest.tokenizer_sha256:
             raise ConfigError(

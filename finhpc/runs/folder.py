@@ -29,10 +29,11 @@ from typing import Any
 
 import yaml
 
-from finhpc.files import redact
-from finhpc.settings import PretrainConfig, TrainingConfig, build, flatten, to_yaml
 from finhpc.errors import ConfigError, RunBusyError
-from finhpc.files import private_folder, write_atomic
+from finhpc.files import private_folder, redact, write_atomic
+from finhpc.settings.base import build, flatten, to_yaml
+from finhpc.settings.finetune import TrainingConfig
+from finhpc.settings.pretrain import PretrainConfig
 from finhpc.training.journal import strict_json
 
 # Settings that only place a run; all others are its meaning and must stay as they were. The cosine

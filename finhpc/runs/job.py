@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from finhpc.settings import TrainingConfig
+from finhpc.settings.finetune import TrainingConfig
 from finhpc.tracking.shown import Dataset, model_name, parameters, shape_of
-from finhpc.training.checkpoint import Saved
+from finhpc.training.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -86,7 +86,7 @@ class Job(ABC):
         """Of the model that is trained."""
 
     @abstractmethod
-    def save_model(self, folder: Path, saved: Saved) -> None:
+    def save_model(self, folder: Path, saved: Checkpoint) -> None:
         """Write the trained model as `folder`, complete or absent."""
 
     def finish(self, result: dict[str, Any], folder: Path) -> None:  # noqa: B027

@@ -15,14 +15,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from finhpc.errors import NonFiniteError, OutOfMemoryError, TrainingFailedError
 from finhpc.cluster.connect import dead_process
-from finhpc.runs.job import Job
-from finhpc.runs.folder import RunFolder
-from finhpc.runs.watch import Waiting, placed_whenever
-from finhpc.runs.worker import FATAL, train_worker
 from finhpc.cluster.own_ray import ray_logs
 from finhpc.cluster.package import Driver
+from finhpc.errors import NonFiniteError, OutOfMemoryError, TrainingFailedError
+from finhpc.runs.folder import RunFolder
+from finhpc.runs.job import Job
+from finhpc.runs.watch import Waiting, placed_whenever
+from finhpc.runs.worker import FATAL, train_worker
 from finhpc.training import watchdog
 from finhpc.training.allocator import ENVIRONMENT
 from finhpc.training.journal import WORKER_FILE, read
@@ -85,9 +85,7 @@ def fit(job: Job, folder: RunFolder, cuda: bool, look: Callable[[], None] | None
 class Around:
     """What is looked at again and again while workers train: stacks of those that hang, room for all, `look`."""
 
-    def __init__(
-        self, job: Job, folder: RunFolder, each: dict[str, float], look: Callable[[], None] | None
-    ) -> None:
+    def __init__(self, job: Job, folder: RunFolder, each: dict[str, float], look: Callable[[], None] | None) -> None:
         self.job, self.look = job, look
         self.stacks = _Stacks(folder.path)
         self.waiting = Waiting(job.config.parallel.workers, each)
@@ -186,9 +184,7 @@ class AllDone:
         return time.monotonic() - self.since > GRACE_S
 
 
-def watched(
-    work: Callable[[], object], look: Callable[[], None], done: Callable[[], bool]
-) -> Exception | None:
+def watched(work: Callable[[], object], look: Callable[[], None], done: Callable[[], bool]) -> Exception | None:
     """Run `work` beside the main thread, which stays free for signals and looks around; returns what it raised.
 
     A signal handler that raises inside Ray's own waiting is swallowed there. When `done` says so, `work` is
@@ -212,7 +208,9 @@ def watched(
             if done():
                 return None
             if name := dead_process():
-                log.info(f"Ray's process {name} died; stopping.")  # now: Ray may end this process before the error is shown
+                log.info(
+                    f"Ray's process {name} died; stopping."
+                )  # now: Ray may end this process before the error is shown
                 raise TrainingFailedError(
                     f"Ray's process {name} died (killed, or out of memory?), and with it the workers. "
                     "The same command resumes from the newest checkpoint."

@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from finhpc.runs.launch import raise_fatal, torch_timeout_s, worker_arguments
-from finhpc.runs.job import Job
 from finhpc.runs.folder import RunFolder
+from finhpc.runs.job import Job
+from finhpc.runs.launch import raise_fatal, torch_timeout_s, worker_arguments
 from finhpc.runs.worker import OnEval, train_worker
 
 

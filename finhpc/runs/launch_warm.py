@@ -8,18 +8,17 @@ on from the newest checkpoint, as under Ray Train.
 from __future__ import annotations
 
 import logging
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from typing import Any
 
-from finhpc.errors import TrainingFailedError
-from finhpc.runs.launch import AllDone, Around, raise_fatal, watched, worker_arguments, worker_share
-from finhpc.runs.job import Job
-from finhpc.runs.folder import RunFolder
 from finhpc.cluster.own_ray import ray_logs
+from finhpc.errors import TrainingFailedError
+from finhpc.runs.folder import RunFolder
+from finhpc.runs.job import Job
+from finhpc.runs.launch import AllDone, Around, raise_fatal, watched, worker_arguments, worker_share
 from finhpc.training.allocator import ENVIRONMENT
 from finhpc.training.journal import WORKER_FILE
 
@@ -81,8 +80,8 @@ class WarmTrainWorker:
     def train(self, arguments: dict[str, Any], rank: int, size: int, meeting: tuple[str, int]) -> None:
         import torch.distributed as dist
 
-        from finhpc.runs.launch_here import train_here
         from finhpc.cluster.network import use_interface_of_node
+        from finhpc.runs.launch_here import train_here
 
         use_interface_of_node()
         store = self.store if rank == 0 else dist.TCPStore(*meeting, is_master=False)  # type: ignore[attr-defined]

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import logging
-
 import shlex
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from finhpc.settings import PretrainConfig, TrainingConfig
 from finhpc.errors import CheckpointError
 from finhpc.evaluation import plausible
-from finhpc.runs.job import Job, Rows
 from finhpc.files import redact
+from finhpc.runs.job import Job, Rows
+from finhpc.settings.finetune import TrainingConfig
+from finhpc.settings.pretrain import PretrainConfig
 from finhpc.training.journal import WORKER_FILE, Record, latest, read
 
 log = logging.getLogger(__name__)
@@ -57,9 +56,9 @@ def counted(job: Job) -> dict[str, Any]:
 
 def collect(job: Job, folder: Path, wall_s: float) -> dict[str, Any]:
     """Write the model folder from the last checkpoint and gather the result of a finished run."""
-    from finhpc.training.checkpoint import complete
+    from finhpc.training.checkpoint import list_complete
 
-    saved = next(iter(complete(folder / "checkpoints")), None)
+    saved = next(iter(list_complete(folder / "checkpoints")), None)
     if saved is None or saved.step != job.config.train.steps:
         raise CheckpointError(
             f"{folder}/checkpoints holds no checkpoint of the last step; run the same command again to make it."
@@ -94,9 +93,9 @@ def check(job: Job, folder: Path, result: dict[str, Any]) -> None:
 
 def unfinished(job: Job, folder: Path, status: str) -> dict[str, Any]:
     """The result of a run that failed or was stopped."""
-    from finhpc.training.checkpoint import complete
+    from finhpc.training.checkpoint import list_complete
 
-    saved = next(iter(complete(folder / "checkpoints")), None)
+    saved = next(iter(list_complete(folder / "checkpoints")), None)
     return _measured(job, folder) | {"status": status.lower(), "checkpoint": str(saved.path) if saved else None}
 
 
@@ -158,9 +157,9 @@ def sample_text(config: PretrainConfig, model_folder: Path) -> str | None:
         return None
     import torch
 
-    from finhpc.models.loading import load_model
     from finhpc.models.files.tokenizer import open_tokenizer
     from finhpc.models.files.tokens import prompt_ids
+    from finhpc.models.loading import load_model
 
     log.info("sampling text from the model")
     model: Any = load_model(model_folder)

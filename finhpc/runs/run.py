@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-import logging
-
 import json
+import logging
 import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
-from finhpc.settings import PretrainConfig, Run, TrainingConfig
+from finhpc.cluster.connect import check_fits, cluster_resources, known_resources, ray_cluster, use_cuda
+from finhpc.cluster.ready import check_ray
 from finhpc.errors import ConfigError
 from finhpc.interrupts import Terminated, terminable
 from finhpc.runs import result as outcome
-from finhpc.cluster.connect import check_fits, cluster_resources, known_resources, ray_cluster, use_cuda
-from finhpc.runs.launch import fit
+from finhpc.runs.folder import RunFolder
 from finhpc.runs.job import Job
+from finhpc.runs.launch import fit
+from finhpc.runs.progress import Progress
+from finhpc.runs.worker import FATAL, MEMORY, ROOM, ROOM_BYTES
+from finhpc.screen import summary_table
+from finhpc.settings.finetune import TrainingConfig
+from finhpc.settings.pretrain import PretrainConfig
+from finhpc.settings.training import Run
 from finhpc.tracking.shown import HIDDEN, origin, setting_tags
 from finhpc.tracking.store import check_store
-from finhpc.runs.progress import Progress, summary_table
-from finhpc.runs.folder import RunFolder
 from finhpc.tracking.tracker import Status, Tracker, absolute_tracking_uri, default_tracking_uri
-from finhpc.runs.worker import FATAL, MEMORY, ROOM, ROOM_BYTES
-from finhpc.cluster.ready import check_ray
-from finhpc.training.checkpoint import complete
+from finhpc.training.checkpoint import list_complete
 from finhpc.training.journal import DRIVER_FILE, WORKER_FILE
 
 log = logging.getLogger(__name__)
@@ -161,7 +163,7 @@ def place_whole_run(run: Run) -> None:
 
 
 def _where_it_goes_on(folder: RunFolder) -> str:
-    saved = complete(folder.path / "checkpoints")
+    saved = list_complete(folder.path / "checkpoints")
     if saved:
         return f"stopped; the same command goes on from the checkpoint of step {saved[0].step}."
     return "stopped before a first checkpoint was complete; the same command begins at step 0."
@@ -194,7 +196,7 @@ def tell_mlflow(job: Job, folder: RunFolder, status: Status) -> dict[str, Any]:
 
 def _check_resume(job: Job, folder: RunFolder) -> None:
     """Refuse settings that differ from what was trained; where nothing was, there is nothing to differ from."""
-    if complete(folder.path / "checkpoints"):
+    if list_complete(folder.path / "checkpoints"):
         folder.check_resume(job.config, *job.fingerprints)
 
 
@@ -247,9 +249,7 @@ def _tracker(job: Job, folder: RunFolder, environment: dict[str, Any]) -> Tracke
     run = config.run
     given = {key: value for key, value in tags.items() if value not in (None, "")}
     params = job.parameters()
-    return Tracker(
-        folder.path, tracking_uri_of(run), run.experiment, run.name, params, given, datasets=job.datasets
-    )
+    return Tracker(folder.path, tracking_uri_of(run), run.experiment, run.name, params, given, datasets=job.datasets)
 
 
 def _is_done(before: dict[str, Any] | None, config: TrainingConfig) -> bool:

@@ -75,7 +75,9 @@ def _train(arguments: dict[str, Any], folder: Path, on_eval: OnEval | None) -> N
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        ran_out = OutOfMemoryError(f"memory ran out on worker {trainer.rank} in step {trainer.step + 1}: {_line(error)}")
+        ran_out = OutOfMemoryError(
+            f"memory ran out on worker {trainer.rank} in step {trainer.step + 1}: {_line(error)}"
+        )
         if _repeats(folder, trainer):
             raise ran_out from error  # fatal
         raise RuntimeError(str(ran_out)) from error  # perhaps something else filled the machine: once more

@@ -31,8 +31,8 @@ from finhpc.models.initialize import Fill, drawn
 from finhpc.models.lora.frozen_base import Adaptation, AdaptedLayer
 from finhpc.models.lora.layers import LoraLinear
 from finhpc.models.pipeline import Layer, is_tied, parts_of
-from finhpc.settings import PretrainConfig
 from finhpc.settings.finetune import FinetuneConfig
+from finhpc.settings.pretrain import PretrainConfig
 from finhpc.training.allocator import keep_freed_memory
 from finhpc.training.optimizer import decay_products, forget, make_optimizer, set_lr
 from finhpc.training.stages import measured_cut

@@ -25,7 +25,7 @@ from finhpc.models.families.family import Part, described
 from finhpc.models.families.registry import skeleton
 from finhpc.models.initialize import drawn
 from finhpc.models.pipeline import Layer, parts_of, stage_borders
-from finhpc.settings import PretrainConfig
+from finhpc.settings.pretrain import PretrainConfig
 from finhpc.training.allocator import keep_freed_memory
 from finhpc.training.checkpoint import write_json
 from finhpc.training.optimizer import make_optimizer

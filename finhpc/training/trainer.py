@@ -20,9 +20,9 @@ from torch import Tensor
 from finhpc.log import redirected
 from finhpc.models.initialize import Fill
 from finhpc.models.lora.frozen_base import Adaptation
-from finhpc.settings import FinetuneConfig, TrainingConfig
+from finhpc.settings.finetune import FinetuneConfig, TrainingConfig
 from finhpc.training import checkpoint
-from finhpc.training.batches import Feed, Ints
+from finhpc.training.batches import BatchSource, Ints
 from finhpc.training.checkpoint import Checkpointer
 from finhpc.training.engine import Engine
 from finhpc.training.journal import WORKER_FILE, Journal
@@ -48,7 +48,7 @@ class Trainer:
     fill: Fill | None
     device: torch.device
     folder: Path
-    feed: Feed
+    batches: BatchSource
     adapt: Adaptation | None = None
     consumed: int = 0  # sum of sample hashes this worker read, see `_consume`
     labels: dict[str, Any] = field(default_factory=dict)  # goes into every checkpoint's manifest
@@ -94,7 +94,12 @@ class Trainer:
         engine: Engine | None = getattr(self, "engine", None)
         if engine is None:  # still being made
             return ()
-        return engine.step, engine.busy_s, engine.wait_s, checkpoint.bytes_under_way(self.folder / "checkpoints")
+        return (
+            engine.step,
+            engine.busy_s,
+            engine.wait_s,
+            checkpoint.newest_checkpoint_bytes(self.folder / "checkpoints"),
+        )
 
     @property
     def step(self) -> int:
@@ -116,7 +121,7 @@ class Trainer:
         plan: list[Any] = [None, None]
         if self.rank == 0:
             checkpoints.mkdir(parents=True, exist_ok=True)
-            saved = checkpoint.newest_good(checkpoints)
+            saved = checkpoint.latest_valid(checkpoints)
             if saved is None and any(checkpoints.glob("step_*")):
                 log.info("no checkpoint was ever completed: the run begins at step 0 again.")
             checkpoint.remove_partial(checkpoints)
@@ -137,12 +142,12 @@ class Trainer:
                 workers=self.ranks,
                 threads=torch.get_num_threads(),
                 device="cpu" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device),
-                val_samples=self.feed.scored,
+                val_samples=self.batches.scored,
             )
-        self.batches = self._micro_batches()
+        self.micro_batches = self._micro_batches()
         dist.barrier()  # no worker's first step waits for another's data to be opened
 
-    def _load(self, saved: checkpoint.Saved) -> None:
+    def _load(self, saved: checkpoint.Checkpoint) -> None:
         engine = self.engine
         engine.go_to(saved.step)
         named = engine.trained_parameters()
@@ -150,7 +155,7 @@ class Trainer:
         targets = {name: {"param": p.data, **moments(engine.optimizer, p)} for name, p in named.items()}
         for prefix in ("param", *moments_of(engine.optimizer)):
             wanted = [name for name, target in targets.items() if prefix in target]
-            for name, value in checkpoint.load_stage(saved, wanted, prefix).items():
+            for name, value in checkpoint.load_tensors(saved, wanted, prefix).items():
                 targets[name][prefix].copy_(value)
         self.resumed_from = saved.step
         self.consumed = int(saved.manifest["consumed"], 16) if self.rank == 0 else 0
@@ -170,13 +175,13 @@ class Trainer:
         """
         if self.engine.stage > 0 or self.engine.step >= self.config.train.steps:
             return iter(())
-        stream = self.feed.stream(self.engine.step, self.engine.replica)
+        stream = self.batches.stream(self.engine.step, self.engine.replica)
         first = list(islice(stream, 1))
 
         def inputs() -> Iterator[Tensor]:
-            for portion in chain(first, stream):
-                self._consume(portion.positions, portion.samples)
-                yield portion.inputs
+            for batch in chain(first, stream):
+                self._consume(batch.positions, batch.samples)
+                yield batch.inputs
 
         return inputs()
 
@@ -196,11 +201,11 @@ class Trainer:
         lr = learning_rate(config.optimizer, step, config.train.steps)
         begin = time.perf_counter()
         if step == self.resumed_from + 2 and self.device.type == "cpu":
-            loss, self.peak = counted_peak(lambda: engine.train_step(self.batches, lr))
+            loss, self.peak = counted_peak(lambda: engine.train_step(self.micro_batches, lr))
         else:
-            loss = engine.train_step(self.batches, lr)
+            loss = engine.train_step(self.micro_batches, lr)
         step_s = time.perf_counter() - begin
-        tokens = self.feed.tokens(step)
+        tokens = self.batches.tokens(step)
         record: dict[str, Any] = {
             "step": step,
             "tokens": tokens,
@@ -208,7 +213,7 @@ class Trainer:
             "lr": lr,
             "grad_norm": engine.grad_norm,
             "step_s": step_s,
-            "tokens_per_s": (tokens - self.feed.tokens(step - 1)) / step_s,
+            "tokens_per_s": (tokens - self.batches.tokens(step - 1)) / step_s,
             "samples_per_s": config.parallel.samples_per_step / step_s,
         }
         if engine.alpha is not None:
@@ -236,11 +241,11 @@ class Trainer:
 
     def _evaluate(self, step: int) -> None:
         times = self.engine.busy_s, self.engine.wait_s  # of training steps; evaluation must not count
-        loss = held_out_loss(self.engine, self.feed)
+        loss = held_out_loss(self.engine, self.batches)
         if loss is None:
             return
         self.engine.busy_s, self.engine.wait_s = times
-        found = {"step": step, "tokens": self.feed.tokens(step), "val_loss": loss, "val_perplexity": _exp(loss)}
+        found = {"step": step, "tokens": self.batches.tokens(step), "val_loss": loss, "val_perplexity": _exp(loss)}
         if self.journal:
             self.journal.write("eval", **found)
         if self.on_eval and self.rank == 0 and step < self.config.train.steps:
@@ -290,7 +295,7 @@ class Trainer:
         self.journal.write("message", text=text)
 
 
-def held_out_loss(engine: Engine, feed: Feed) -> float | None:
+def held_out_loss(engine: Engine, feed: BatchSource) -> float | None:
     """Mean loss over every held-out sample, whatever the topology; None where nothing is held out.
 
     The engine takes whole micro-batches, equally many on each replica: copies of a sample fill them, and their

@@ -11,7 +11,8 @@ import pytest
 from finhpc.cli import main
 from finhpc.commands.estimate.command import estimate
 from finhpc.errors import ConfigError
-from finhpc.settings import EstimateConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.estimate import EstimateConfig
 from tests.tiny import tiny_shards
 
 TINY = {"model": {"preset": "gpt2-tiny", "width": 32, "context": 64, "vocab_size": 300}, "data": {"seq_len": 32}}

@@ -13,7 +13,8 @@ from finhpc.commands.estimate.finetuning import estimate_finetune, pack_of
 from finhpc.commands.finetune import finetune
 from finhpc.errors import ConfigError
 from finhpc.planning import table_ix
-from finhpc.settings import FinetuneEstimateConfig, build, load
+from finhpc.settings.base import build, load
+from finhpc.settings.estimate import FinetuneEstimateConfig
 from tests.commands.test_finetune import base as base
 from tests.commands.test_finetune import config as finetune_config
 from tests.commands.test_finetune import news as news

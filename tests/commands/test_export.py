@@ -28,7 +28,9 @@ from finhpc.models.loading import initial_model, save_model
 from finhpc.quantization.fake import TRAINED, round_weights
 from finhpc.quantization.layers import PackedMatrix
 from finhpc.quantization.schemes import MINMAX
-from finhpc.settings import LINEAR_KINDS, ExportConfig, Method, Model, build
+from finhpc.settings.base import build
+from finhpc.settings.export import ExportConfig
+from finhpc.settings.pretrain import LINEAR_KINDS, Method, Model
 from tests.tiny import word_tokenizer
 
 VOCAB = 101

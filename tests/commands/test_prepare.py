@@ -18,7 +18,7 @@ from finhpc.data.text import encoding, sources
 from finhpc.data.text import pack_shards as packing
 from finhpc.data.text.pack_shards import entropy_nats, first_occurrences
 from finhpc.errors import ConfigError, DataError, RunBusyError
-from finhpc.settings import PrepareConfig
+from finhpc.settings.prepare import PrepareConfig
 from tests.data.corpus import make_texts, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")

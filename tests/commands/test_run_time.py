@@ -24,7 +24,9 @@ from finhpc.commands.pretrain import pretrain
 from finhpc.commands.sweep.command import sweep
 from finhpc.planning.plan import make_plan
 from finhpc.planning.step_time import Pace
-from finhpc.settings import PretrainConfig, SweepConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.pretrain import PretrainConfig
+from finhpc.settings.sweep import SweepConfig
 
 IDLE, HERE = Busy(2), Opened(5.0, 1.0)
 

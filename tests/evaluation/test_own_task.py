@@ -15,7 +15,9 @@ from finhpc.evaluation.language_model import LanguageModel
 from finhpc.evaluation.models import load_for_evaluation
 from finhpc.evaluation.scores import score
 from finhpc.evaluation.tasks import TaskFile, load_task, prepare_tasks
-from finhpc.settings import EvaluateConfig, Instructions, build
+from finhpc.settings.base import build
+from finhpc.settings.evaluate import EvaluateConfig
+from finhpc.settings.finetune import Instructions
 from tests.evaluation.tasks import write_model
 
 STANCE = "headline,mood\nraise rates,hawkish\ncut rates,dovish\nhold,neutral\nraise more,hawkish\n"

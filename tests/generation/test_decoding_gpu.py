@@ -15,7 +15,9 @@ from finhpc.generation.fast_layers import use_fast_forms
 from finhpc.generation.sampling import decode
 from finhpc.models.loading import load_model
 from finhpc.models.lora.attached import Adapters
-from finhpc.settings import ExportConfig, Sampling, build
+from finhpc.settings.base import build
+from finhpc.settings.export import ExportConfig
+from finhpc.settings.generate import Sampling
 from tests.generation.folders import tiny_adapter, tiny_folder, tiny_model
 from tests.generation.test_decoding import MODELS, generated
 from tests.gpu import DEVICE, needs_gpu

@@ -20,7 +20,7 @@ from finhpc.models.loading import load_model
 from finhpc.models.lora.adapter_file import load_adapter
 from finhpc.models.lora.peft_format import CONFIG, FINGERPRINT, TENSORS, merge_adapter, save_adapter
 from finhpc.quantization.fake import TRAINED
-from finhpc.settings import ExportConfig
+from finhpc.settings.export import ExportConfig
 from finhpc.settings.finetune import FinetuneQuantization, Lora
 from tests.models.dense import logits, saved, tiny_gpt2, tiny_llama
 from tests.models.packs import examples, packs_of, plain_loss

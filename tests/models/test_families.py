@@ -14,7 +14,7 @@ from finhpc.commands.export import export
 from finhpc.models.families.registry import context_of
 from finhpc.models.files.weights import open_weights
 from finhpc.models.lora.peft_format import save_adapter
-from finhpc.settings import ExportConfig
+from finhpc.settings.export import ExportConfig
 from finhpc.settings.finetune import FinetuneQuantization, Lora
 from tests.models.dense import logits, saved, tiny_llama, tiny_mistral, tiny_qwen2
 from tests.models.packs import examples, packs_of, peft_model, peft_parameters, plain_loss

@@ -18,7 +18,7 @@ from finhpc.models.families.presets import PRESETS, resolve_shape
 from finhpc.models.families.registry import family_of, make_config, parameter_count, skeleton
 from finhpc.models.loading import initial_model, load_model, save_model
 from finhpc.models.pipeline import counted_costs, cut, operations, parts_of, stage_borders
-from finhpc.settings import Method, Model
+from finhpc.settings.pretrain import Method, Model
 
 
 def config_of(model: dict[str, Any], method: dict[str, Any], vocab: int | None = None) -> Any:

@@ -16,7 +16,8 @@ from finhpc.models.initialize import drawn
 from finhpc.models.loading import initial_model
 from finhpc.models.pipeline import Layer, counted_costs, parts_of, stage_borders
 from finhpc.models.recompute import draws_random
-from finhpc.settings import Method, Model, Recompute
+from finhpc.settings.pretrain import Method, Model
+from finhpc.settings.training import Recompute
 
 SEQ, VOCAB = 150, 101  # more than one block of queries
 

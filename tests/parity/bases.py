@@ -34,7 +34,8 @@ from finhpc.commands.export import export
 from finhpc.models.families.registry import as_low_rank
 from finhpc.quantization.fake import TRAINED
 from finhpc.quantization.layers import PackedMatrix, TiedHead
-from finhpc.settings import ExportConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.export import ExportConfig
 from tests.models.dense import settled
 from tests.parity.gguf_file import write_gguf
 from tests.parity.tokenizer_kinds import VOCAB

@@ -27,7 +27,11 @@ from finhpc.evaluation.language_model import LanguageModel
 from finhpc.evaluation.models import load_for_evaluation
 from finhpc.generation.generator import Generator
 from finhpc.models.packed.layout import IGNORED, POSITION, PREFIX, SEGMENT, TARGET, TOKEN
-from finhpc.settings import ExportConfig, GenerateConfig, Instructions, Parallel, build
+from finhpc.settings.base import build
+from finhpc.settings.export import ExportConfig
+from finhpc.settings.finetune import Instructions
+from finhpc.settings.generate import GenerateConfig
+from finhpc.settings.training import Parallel
 from finhpc.tracking.pyfunc import _load_pyfunc
 from tests.models.dense import settled
 from tests.parity.table import Row

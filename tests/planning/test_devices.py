@@ -7,8 +7,8 @@ import pytest
 import finhpc
 from finhpc.cli import main
 from finhpc.planning.devices import DEVICES, device_called
-from finhpc.settings import EstimateConfig, build
-from finhpc.settings.pretrain import Hardware
+from finhpc.settings.base import build
+from finhpc.settings.estimate import EstimateConfig, Hardware
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from finhpc.planning.fake_packs import PackSize
 from finhpc.planning.finetuning import FinetunePlan
 from finhpc.planning.memory import Topology
 from finhpc.quantization.frozen import freeze, hollow
-from finhpc.settings import build
+from finhpc.settings.base import build
 from finhpc.settings.finetune import FinetuneConfig
 from tests.models.dense import saved
 from tests.models.packs import examples, packs_of

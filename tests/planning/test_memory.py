@@ -15,7 +15,8 @@ from finhpc.models.families.presets import resolve_shape
 from finhpc.models.families.registry import make_config
 from finhpc.planning.memory import Memory, Topology
 from finhpc.planning.outline import outline_of
-from finhpc.settings import PretrainConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.pretrain import PretrainConfig
 from tests.training.processes import run_processes
 
 SHAPE = {"layers": 4, "width": 128, "heads": 4, "context": 128, "vocab_size": 2000}

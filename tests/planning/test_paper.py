@@ -13,7 +13,7 @@ from finhpc.planning.memory import Memory, Scheme, Topology
 from finhpc.planning.outline import Outline, outline_of
 from finhpc.planning.paper_memory import DIFFERENCES, GB, GIB, part_bytes, table_iii_intermediates, variables
 from finhpc.planning.step_time import step_operations
-from finhpc.settings import Method, Model
+from finhpc.settings.pretrain import Method, Model
 
 # Table II: (amount in M, storage in GB, %) of Llama2-7B and Llama2-13B.
 TABLE_II = {

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from finhpc.settings import PretrainConfig, build
 from finhpc.errors import ConfigError, RunBusyError
-from finhpc.files import write_atomic
+from finhpc.files import redact, write_atomic
 from finhpc.runs.folder import RunFolder, environment
-from finhpc.files import redact
+from finhpc.settings.base import build
+from finhpc.settings.pretrain import PretrainConfig
 
 HOLD = """
 import sys, time

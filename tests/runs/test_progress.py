@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from finhpc.settings import PretrainConfig, build
+from finhpc.runs.progress import Progress
 from finhpc.runs.result import compare_command
-from finhpc.runs.progress import Progress, rows_table, summary_table
+from finhpc.screen import rows_table, summary_table
+from finhpc.settings.base import build
+from finhpc.settings.pretrain import PretrainConfig
 from finhpc.training.journal import Journal
 
 SHOW = """

@@ -22,7 +22,8 @@ from mlflow import MlflowClient
 from finhpc.commands import ui
 from finhpc.errors import ConfigError
 from finhpc.log import redirected
-from finhpc.settings import UiConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.report import UiConfig
 from finhpc.tracking import mirror
 from finhpc.tracking import tracker as tracking
 from finhpc.tracking.shown import HIDDEN

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from finhpc.models.files.weights import open_weights
 from finhpc.models.lora.frozen_base import Adaptation
-from finhpc.settings import build
+from finhpc.settings.base import build
 from finhpc.settings.finetune import FinetuneConfig
 from tests.models.dense import saved, tiny_gpt2, tiny_llama
 from tests.models.packs import examples, packs_of, peft_model, peft_parameters, plain_loss

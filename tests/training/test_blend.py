@@ -18,8 +18,9 @@ from torch import Tensor
 from finhpc.lowrank.blend import alpha_at
 from finhpc.models.initialize import drawn
 from finhpc.models.loading import initial_model
-from finhpc.settings import PretrainConfig, build
-from finhpc.training.batches import Blocks
+from finhpc.settings.base import build
+from finhpc.settings.pretrain import PretrainConfig
+from finhpc.training.batches import TokenBatches
 from finhpc.training.journal import latest, read
 from finhpc.training.memory import live_tensor_bytes
 from tests.training.processes import run_processes
@@ -82,7 +83,7 @@ def train(folder: Path, config: PretrainConfig, stop: int = STEPS) -> None:
         fill=fill,
         device=torch.device("cpu"),
         folder=folder,
-        feed=Blocks(config.parallel, stream, held_out),
+        batches=TokenBatches(config.parallel, stream, held_out),
     )
     try:
         worker.run()

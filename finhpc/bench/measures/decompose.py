@@ -37,7 +37,8 @@ from finhpc.lowrank.replace import dense_shape, layer_kind
 from finhpc.models.families.presets import resolve_shape
 from finhpc.models.families.registry import make_config
 from finhpc.models.files.weights import Linear, Weights, open_weights
-from finhpc.settings import DecomposeConfig, Resources
+from finhpc.settings.decompose import DecomposeConfig
+from finhpc.settings.training import Resources
 from finhpc.training.allocator import give_back_freed_memory
 
 log = logging.getLogger(__name__)

@@ -33,8 +33,9 @@ from finhpc.data.examples.examples import Arrays, make_examples
 from finhpc.errors import ConfigError
 from finhpc.models.files.weights import locate, open_weights
 from finhpc.models.lora.frozen_base import Adaptation
-from finhpc.settings import Instructions, Recompute, build
-from finhpc.settings.finetune import FinetuneConfig
+from finhpc.settings.base import build
+from finhpc.settings.finetune import FinetuneConfig, Instructions
+from finhpc.settings.training import Recompute
 from finhpc.training.engine import Engine
 from finhpc.training.memory import counted_peak, live_tensor_bytes
 

@@ -36,7 +36,10 @@ from finhpc.models.lora.peft_format import Adapter
 from finhpc.models.lora.targets import linear_shape
 from finhpc.quantization.layers import PackedMatrix, replace
 from finhpc.quantization.schemes import SCHEMES
-from finhpc.settings import LINEAR_KINDS, ExportConfig, Sampling, build, nearest
+from finhpc.settings.base import build, nearest
+from finhpc.settings.export import ExportConfig
+from finhpc.settings.generate import Sampling
+from finhpc.settings.pretrain import LINEAR_KINDS
 
 log = logging.getLogger(__name__)
 

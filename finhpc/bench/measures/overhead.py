@@ -17,7 +17,8 @@ from finhpc.bench.report import Row
 from finhpc.bench.settings import TrainBench
 from finhpc.bench.shards import random_shards
 from finhpc.errors import TrainingFailedError
-from finhpc.settings import PretrainConfig, to_yaml
+from finhpc.settings.base import to_yaml
+from finhpc.settings.pretrain import PretrainConfig
 
 log = logging.getLogger(__name__)
 

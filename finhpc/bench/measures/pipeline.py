@@ -24,7 +24,8 @@ from finhpc.bench.pairs import in_turn, median_ratio, spread
 from finhpc.bench.report import Row, publish
 from finhpc.bench.settings import PipelineBench
 from finhpc.errors import ConfigError, TrainingFailedError
-from finhpc.settings import PretrainConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.pretrain import PretrainConfig
 
 log = logging.getLogger(__name__)
 

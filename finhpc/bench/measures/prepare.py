@@ -36,7 +36,7 @@ from finhpc.data.text import sources
 from finhpc.data.text.encoding import training_sample
 from finhpc.data.text.tokenizer import Encoder, save, trained_size
 from finhpc.errors import DataError
-from finhpc.settings import PrepareConfig
+from finhpc.settings.prepare import PrepareConfig
 
 log = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from finhpc.models.families.registry import make_config, skeleton
 from finhpc.models.initialize import drawn
 from finhpc.models.loading import initial_model
 from finhpc.models.pipeline import Layer, parts_of
-from finhpc.settings import Recompute
+from finhpc.settings.training import Recompute
 from finhpc.training.activation_bytes import block_saved_bytes
 from finhpc.training.memory import counted_peak
 

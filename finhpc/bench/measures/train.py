@@ -34,7 +34,8 @@ from finhpc.bench.settings import TrainBench
 from finhpc.lowrank.replace import ranks_of
 from finhpc.models.families.presets import resolve_shape
 from finhpc.models.families.registry import make_config, skeleton
-from finhpc.settings import PretrainConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.pretrain import PretrainConfig
 from finhpc.training.engine import Engine
 
 log = logging.getLogger(__name__)

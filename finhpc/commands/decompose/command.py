@@ -55,7 +55,8 @@ from finhpc.models.files.tokenizer import find_tokenizer
 from finhpc.models.files.tokens import check_rows
 from finhpc.models.files.weights import Weights, locate, open_weights
 from finhpc.screen import Progress
-from finhpc.settings import LINEAR_KINDS, DecomposeConfig
+from finhpc.settings.decompose import DecomposeConfig
+from finhpc.settings.pretrain import LINEAR_KINDS
 from finhpc.training.allocator import give_back_freed_memory
 
 log = logging.getLogger(__name__)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from finhpc.settings import EstimateConfig, FinetuneEstimateConfig
+from finhpc.settings.estimate import EstimateConfig, FinetuneEstimateConfig
 
 
 def estimate(config: EstimateConfig | FinetuneEstimateConfig, dry_run: bool = False) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from finhpc.commands.estimate.pretraining import assumed_settings, check_device,
 from finhpc.commands.estimate.run_time import FORWARD, Opened, measurable, this_machine_busy, training_time
 from finhpc.data.examples.batches import Batches
 from finhpc.data.examples.examples import Examples
-from finhpc.errors import ConfigError
+from finhpc.errors import ConfigError, collect
 from finhpc.models.families.presets import PRESETS, resolve_shape
 from finhpc.models.families.registry import FAMILIES, context_name, context_of, dense_original, parameter_count
 from finhpc.models.files.weights import Weights, locate, open_weights
@@ -27,9 +27,12 @@ from finhpc.planning.devices import CPU_REACHED, REACHED, THIS_MACHINE, Cluster,
 from finhpc.planning.fake_packs import PackSize, Shapes
 from finhpc.planning.finetuning import FinetunePlan
 from finhpc.planning.memory import Topology
-from finhpc.planning.plan import check_parallel, check_stages, collect
+from finhpc.planning.plan import check_parallel, check_stages
 from finhpc.planning.step_time import Pace
-from finhpc.settings import FinetuneConfig, FinetuneEstimateConfig, Model, nearest
+from finhpc.settings.base import nearest
+from finhpc.settings.estimate import FinetuneEstimateConfig
+from finhpc.settings.finetune import FinetuneConfig
+from finhpc.settings.pretrain import Model
 from finhpc.training.optimizer import check_optimizer
 
 log = logging.getLogger(__name__)

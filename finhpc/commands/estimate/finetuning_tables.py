@@ -7,8 +7,8 @@ from typing import Any
 
 from finhpc.commands.estimate.tables import gb, stage_rows
 from finhpc.planning.devices import Cluster
-from finhpc.runs.progress import rows_table, summary_table
-from finhpc.settings import FinetuneEstimateConfig
+from finhpc.screen import rows_table, summary_table
+from finhpc.settings.estimate import FinetuneEstimateConfig
 
 Rows = list[dict[str, Any]]
 

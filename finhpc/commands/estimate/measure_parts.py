@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finhpc.errors import TrainingFailedError
-from finhpc.settings import PretrainConfig
+from finhpc.settings.pretrain import PretrainConfig
 
 if TYPE_CHECKING:
     from finhpc.models.lora.frozen_base import Adaptation
@@ -127,8 +127,8 @@ def _measure(rank: int, settings: dict[str, Any], workers: int, folder: str) -> 
     import torch.distributed as dist
 
     from finhpc.models.pipeline import parts_of
-    from finhpc.planning.start import model_config
-    from finhpc.settings import EstimateConfig
+    from finhpc.planning.init import hf_config_of_settings
+    from finhpc.settings.estimate import EstimateConfig
     from finhpc.training.stages import measure
 
     config = EstimateConfig.model_validate(settings)
@@ -140,7 +140,7 @@ def _measure(rank: int, settings: dict[str, Any], workers: int, folder: str) -> 
         world_size=workers,
         timeout=timedelta(minutes=10),
     )
-    hf_config = model_config(config)
+    hf_config = hf_config_of_settings(config)
     costs = measure(config, hf_config, torch.device("cpu"))
     if rank == 0:
         kinds = [part.kind for part in parts_of(hf_config, config.train.recompute)]

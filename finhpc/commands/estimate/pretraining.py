@@ -12,7 +12,7 @@ from typing import Any
 from finhpc.commands.estimate.measure_parts import own_part_seconds, part_seconds
 from finhpc.commands.estimate.run_time import Opened, measurable, this_machine_busy, training_time
 from finhpc.commands.estimate.tables import show
-from finhpc.errors import ConfigError
+from finhpc.errors import ConfigError, collect
 from finhpc.lowrank.blend import blend_steps
 from finhpc.lowrank.registry import BLEND
 from finhpc.lowrank.replace import ranks_of
@@ -21,21 +21,17 @@ from finhpc.models.families.registry import dense_original, make_config, skeleto
 from finhpc.models.files.config import read_config
 from finhpc.planning import paper_memory as paper
 from finhpc.planning.devices import CPU_REACHED, DEVICES, REACHED, THIS_MACHINE, Cluster, gpu_here, this_machine
+from finhpc.planning.init import hf_config_of_settings
 from finhpc.planning.memory import Memory, Scheme, StageMemory, Topology
 from finhpc.planning.outline import Outline, outline_of
-from finhpc.planning.plan import Plan, check_blend, check_model, check_parallel, collect
-from finhpc.planning.start import model_config
+from finhpc.planning.plan import Plan, check_blend, check_model, check_parallel
 from finhpc.planning.step_time import Pace, measured, paced, reached_by, step_operations
 from finhpc.planning.topology import Option, options
-from finhpc.settings import (
-    EstimateConfig,
-    Hardware,
-    Method,
-    PretrainConfig,
-    Recompute,
-    TrainingConfig,
-    nearest,
-)
+from finhpc.settings.base import nearest
+from finhpc.settings.estimate import EstimateConfig, Hardware
+from finhpc.settings.finetune import TrainingConfig
+from finhpc.settings.pretrain import Method, PretrainConfig
+from finhpc.settings.training import Recompute
 from finhpc.training.optimizer import OPTIMIZERS, check_optimizer
 
 log = logging.getLogger(__name__)
@@ -220,7 +216,7 @@ def checked(config: EstimateConfig) -> tuple[Any, int]:
     with collect(problems):
         _check_hardware(config)
     with collect(problems):
-        hf_config = model_config(config)
+        hf_config = hf_config_of_settings(config)
     if hf_config is not None:
         with collect(problems):
             check_model(config, hf_config)

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 from finhpc.planning.step_time import Pace
-from finhpc.settings import TrainingConfig
+from finhpc.settings.finetune import TrainingConfig
 
 # Measured on two cores that others took a third of: seconds that one core computes. Ray's processes; a worker's imports
 # of torch, DeepSpeed and Ray Train; the model's folder, MLflow and the leave from Ray after the last step.

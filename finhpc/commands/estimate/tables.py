@@ -9,8 +9,8 @@ from finhpc.commands.estimate.run_time import said
 from finhpc.models.families.family import described
 from finhpc.planning.devices import THIS_MACHINE, Cluster
 from finhpc.planning.outline import Outline
-from finhpc.runs.progress import rows_table, summary_table
-from finhpc.settings import EstimateConfig
+from finhpc.screen import rows_table, summary_table
+from finhpc.settings.estimate import EstimateConfig
 
 Rows = list[dict[str, Any]]
 COLUMNS = {

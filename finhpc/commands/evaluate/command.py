@@ -29,7 +29,8 @@ from finhpc.quantization.schemes import SCHEMES
 from finhpc.runs.folder import RunFolder
 from finhpc.runs.run import whole_path
 from finhpc.screen import Progress
-from finhpc.settings import EvaluateConfig, to_yaml
+from finhpc.settings.base import to_yaml
+from finhpc.settings.evaluate import EvaluateConfig
 from finhpc.tracking.store import check_store
 from finhpc.tracking.tracker import absolute_tracking_uri, default_tracking_uri
 

@@ -17,7 +17,7 @@ from finhpc.data.shards.shards import Shards
 from finhpc.evaluation.models import Subject
 from finhpc.evaluation.tasks import PERPLEXITY, TaskFile
 from finhpc.files import redact, write_atomic
-from finhpc.settings import EvaluateConfig
+from finhpc.settings.evaluate import EvaluateConfig
 from finhpc.tracking.mirror import PARAM_LENGTH, PARAMS_A_BATCH, TAG_LENGTH
 from finhpc.tracking.shown import HIDDEN, PARENT, Dataset, parameters, setting_tags
 from finhpc.tracking.store import active_run, experiment_id, set_up_client

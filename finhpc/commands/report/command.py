@@ -21,7 +21,7 @@ from finhpc.commands.report.store import all_runs, chosen_experiments, open_stor
 from finhpc.commands.report.tables import make_tables
 from finhpc.errors import ConfigError
 from finhpc.files import redact, write_atomic
-from finhpc.settings import ReportConfig
+from finhpc.settings.report import ReportConfig
 from finhpc.tracking.tracker import absolute_tracking_uri, default_tracking_uri
 from finhpc.training.journal import strict_json
 

@@ -13,29 +13,21 @@ from finhpc.cluster.connect import check_fits, use_cuda
 from finhpc.commands.estimate.pretraining import checked, scheme_of, topology_of
 from finhpc.commands.reproduce.recipe import AbsentError, Tree, inputs_of, merged, resolve, step_config
 from finhpc.commands.reproduce.verbs import VERBS
-from finhpc.errors import ConfigError
+from finhpc.errors import ConfigError, collect
 from finhpc.lowrank.registry import SVD
 from finhpc.planning.devices import CPU_REACHED, DEVICES, REACHED, THIS_MACHINE, Cluster, Device, this_machine
 from finhpc.planning.memory import Memory
 from finhpc.planning.outline import outline_of
-from finhpc.planning.plan import collect
 from finhpc.planning.step_time import paced
 from finhpc.runs.folder import RunFolder
-from finhpc.settings import (
-    DecomposeConfig,
-    EstimateConfig,
-    EvaluateConfig,
-    FinetuneConfig,
-    FinetuneEstimateConfig,
-    HoldOutConfig,
-    PrepareConfig,
-    PretrainConfig,
-    Recipe,
-    ReproduceConfig,
-    Section,
-    Step,
-    build,
-)
+from finhpc.settings.base import Section, build
+from finhpc.settings.decompose import DecomposeConfig
+from finhpc.settings.estimate import EstimateConfig, FinetuneEstimateConfig
+from finhpc.settings.evaluate import EvaluateConfig
+from finhpc.settings.finetune import FinetuneConfig
+from finhpc.settings.prepare import PrepareConfig
+from finhpc.settings.pretrain import PretrainConfig
+from finhpc.settings.reproduce import HoldOutConfig, Recipe, ReproduceConfig, Step
 
 DEVICES_A_NODE = 8
 USABLE = 0.9  # of a device's memory, as estimate.usable

@@ -23,9 +23,10 @@ from finhpc.errors import ConfigError, FinhpcError, TrainingFailedError
 from finhpc.files import redact, write_atomic
 from finhpc.interrupts import terminable
 from finhpc.runs.folder import RunFolder
-from finhpc.runs.progress import rows_table
 from finhpc.runs.run import place_whole_run, tracking_uri_of
-from finhpc.settings import Recipe, ReproduceConfig, to_yaml
+from finhpc.screen import rows_table
+from finhpc.settings.base import to_yaml
+from finhpc.settings.reproduce import Recipe, ReproduceConfig
 from finhpc.tracking.store import check_store
 
 log = logging.getLogger(__name__)

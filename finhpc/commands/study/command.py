@@ -23,11 +23,12 @@ from finhpc.errors import ImplausibleError, NonFiniteError, TrainingFailedError
 from finhpc.files import write_atomic
 from finhpc.planning.plan import make_plan
 from finhpc.runs.folder import RunFolder
-from finhpc.runs.progress import rows_table
 from finhpc.runs.run import checked, tracking_uri_of
 from finhpc.runs.run import run as run_job
 from finhpc.runs.worker import FATAL
-from finhpc.settings import StudyConfig, to_yaml
+from finhpc.screen import rows_table
+from finhpc.settings.base import to_yaml
+from finhpc.settings.study import StudyConfig
 from finhpc.tracking.shown import model_name
 from finhpc.tracking.store import check_store
 from finhpc.tracking.tracker import absolute_tracking_uri

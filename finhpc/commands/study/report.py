@@ -22,8 +22,9 @@ import numpy as np
 from finhpc.files import write_atomic
 from finhpc.lowrank.blend import blend_steps
 from finhpc.lowrank.registry import BLEND
-from finhpc.runs.progress import rows_table
-from finhpc.settings import PretrainConfig, StudyConfig
+from finhpc.screen import rows_table
+from finhpc.settings.pretrain import PretrainConfig
+from finhpc.settings.study import StudyConfig
 from finhpc.training.journal import WORKER_FILE, latest, read
 
 log = logging.getLogger(__name__)

@@ -34,7 +34,7 @@ from finhpc.interrupts import terminable
 from finhpc.runs.folder import RunFolder
 from finhpc.runs.launch import last_line, watched
 from finhpc.runs.run import place_whole
-from finhpc.settings import to_yaml
+from finhpc.settings.base import to_yaml
 
 TUNE = "tune"  # Ray Tune's own record of a start, which nothing is read from
 KEPT_FAILURES = ("diverged", "pruned")  # ends of a trial that another start would not change

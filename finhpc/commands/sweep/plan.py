@@ -17,13 +17,16 @@ from finhpc.cluster.connect import check_fits, known_resources, use_cuda
 from finhpc.commands.estimate.run_time import Opened, said, sweep_time, this_machine_busy
 from finhpc.commands.sweep.grid import BITS, AnySweep, Trial, check_points, trials_of
 from finhpc.commands.sweep.trial import outcome_of
-from finhpc.errors import ConfigError
+from finhpc.errors import ConfigError, collect
 from finhpc.lowrank.registry import DENSE, STARTED
-from finhpc.planning.plan import Plan, collect, make_plan
+from finhpc.planning.plan import Plan, make_plan
 from finhpc.runs.folder import RunFolder
-from finhpc.runs.progress import rows_table
 from finhpc.runs.run import place_whole
-from finhpc.settings import FinetuneConfig, FinetuneSweepConfig, PretrainConfig, SweepConfig, TrainingConfig, flatten
+from finhpc.screen import rows_table
+from finhpc.settings.base import flatten
+from finhpc.settings.finetune import FinetuneConfig, TrainingConfig
+from finhpc.settings.pretrain import PretrainConfig
+from finhpc.settings.sweep import FinetuneSweepConfig, SweepConfig
 from finhpc.tracking.shown import PARENT, SWEEP, Dataset, model_name, parameters, shape_of
 from finhpc.tracking.store import check_store
 from finhpc.tracking.tracker import default_tracking_uri

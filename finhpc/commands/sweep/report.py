@@ -12,9 +12,9 @@ from typing import Any
 from finhpc.commands.sweep.grid import AnySweep, Trial
 from finhpc.commands.sweep.plan import Planned
 from finhpc.commands.sweep.trial import outcome_of
-from finhpc.runs.progress import rows_table, summary_table
 from finhpc.runs.result import compare_command
-from finhpc.settings import FinetuneSweepConfig
+from finhpc.screen import rows_table, summary_table
+from finhpc.settings.sweep import FinetuneSweepConfig
 from finhpc.training.journal import WORKER_FILE, read
 
 log = logging.getLogger(__name__)

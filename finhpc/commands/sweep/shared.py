@@ -14,9 +14,10 @@ from finhpc.commands.sweep.plan import REFERENCE, Planned, free_bytes
 from finhpc.commands.sweep.trial import outcome_of
 from finhpc.errors import ConfigError, FinhpcError
 from finhpc.lowrank.registry import STARTED
-from finhpc.planning.start import DECOMPOSED, needs_decomposing
+from finhpc.planning.init import DECOMPOSED, needs_decomposing
 from finhpc.runs.folder import RunFolder
-from finhpc.settings import FinetuneConfig, PretrainConfig
+from finhpc.settings.finetune import FinetuneConfig
+from finhpc.settings.pretrain import PretrainConfig
 
 log = logging.getLogger(__name__)
 

@@ -26,8 +26,8 @@ from finhpc.models.lora.targets import MOVES_BASE, linear_shape, scale_of, schem
 from finhpc.models.packed.parts import packed_parts, without_dropout
 from finhpc.models.pipeline import Layer, stage_borders
 from finhpc.quantization.frozen import Frozen, freeze, hold, is_quantized
-from finhpc.settings import Recompute
 from finhpc.settings.finetune import FinetuneConfig, FinetuneQuantization, Lora
+from finhpc.settings.training import Recompute
 
 HEAD_ROWS = 1 / 16  # rows of a pack that predict a token, as counted costs take it
 

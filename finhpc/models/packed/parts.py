@@ -20,7 +20,7 @@ from finhpc.models.loss import cross_entropy
 from finhpc.models.packed.attention import attend
 from finhpc.models.packed.layout import POSITION, TOKEN, layout_of
 from finhpc.models.recompute import whole_blocks
-from finhpc.settings import Recompute
+from finhpc.settings.training import Recompute
 
 Attended = Callable[[Any, Tensor, Tensor, bool], Tensor]  # (module, x (1, T, width), pack, keep) -> as x
 

@@ -27,7 +27,7 @@ from finhpc.models.files.manifest import weights_fingerprint
 from finhpc.models.files.weights import open_weights
 from finhpc.models.init_from_model import stored
 from finhpc.models.initialize import Fill, drawn
-from finhpc.settings import Method, Model, PretrainConfig
+from finhpc.settings.pretrain import Method, Model, PretrainConfig
 
 DECOMPOSED = "decomposed"  # the low-rank model in the run folder that the factors come from
 SHAPE_KEYS = (
@@ -38,7 +38,7 @@ DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout")
 
 
 @dataclass(frozen=True)
-class Start:
+class InitModel:
     """A model folder that a run starts from, checked. `config`: transformers' config of what lies there."""
 
     folder: Path
@@ -46,7 +46,7 @@ class Start:
     fingerprint: str
 
 
-def open_start(config: PretrainConfig, shards: Shards) -> Start | None:
+def open_init_model(config: PretrainConfig, shards: Shards) -> InitModel | None:
     """`model.path`, once its files are as their manifest says and its ids are the shards'; None where there is none.
 
     Raises `ConfigError` for settings that do not go with it, `CheckpointError` where the folder is no
@@ -55,13 +55,13 @@ def open_start(config: PretrainConfig, shards: Shards) -> Start | None:
     if config.model.path is None:
         return None
     folder = Path(config.model.path)
-    model_config(config)  # refuses what does not go together before anything large is read
+    hf_config_of_settings(config)  # refuses what does not go together before anything large is read
     weights = open_weights(folder, low_rank=True, floats=True)
     _check_ids(config, folder, weights.config.vocab_size, shards)
-    return Start(folder, weights.config, weights_fingerprint(folder))
+    return InitModel(folder, weights.config, weights_fingerprint(folder))
 
 
-def model_config(config: PretrainConfig, vocab_size: int | None = None) -> Any:
+def hf_config_of_settings(config: PretrainConfig, vocab_size: int | None = None) -> Any:
     """transformers config of the run's model, as it is trained and saved.
 
     `vocab_size`: the tokeniser's. Raises `ConfigError` with every setting that does not fit, or that
@@ -94,7 +94,7 @@ def needs_decomposing(config: PretrainConfig) -> bool:
     return path is not None and config.method.kind in STARTED and not is_low_rank(_read(path))
 
 
-def fill_of(config: PretrainConfig, hf_config: Any, run: Path) -> Fill:
+def initial_fill(config: PretrainConfig, hf_config: Any, run: Path) -> Fill:
     """What gives the modules of the run's model their first numbers."""
     if config.model.path is None:
         return drawn(hf_config, config.train.seed, config.method.init)

@@ -1,0 +1,1 @@
+"""One training run: its folder, its workers, its progress and its result."""
