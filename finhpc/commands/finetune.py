@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from finhpc.data.examples.examples import Examples
     from finhpc.models.files.weights import Weights
-    from finhpc.models.lora.frozen_base import Adaptation
+    from finhpc.models.lora.model import LoraModel
     from finhpc.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class Finetune(Job):
 
     @classmethod
     def trainer(cls, settings: dict[str, Any], folder: Path, device: torch.device, fingerprint: str) -> Trainer:
-        from finhpc.models.lora.frozen_base import Adaptation
+        from finhpc.models.lora.model import LoraModel
         from finhpc.training.batches import PackedBatches
         from finhpc.training.trainer import Trainer
 
@@ -86,7 +86,7 @@ class Finetune(Job):
             device=device,
             folder=folder,
             batches=PackedBatches(open_examples(folder, fingerprint), batches_of(config), config.data.eval_limit),
-            adapt=Adaptation.of(config, weights, quantized if quantized.is_dir() else None),
+            adapt=LoraModel.of(config, weights, quantized if quantized.is_dir() else None),
             labels={"dataset": fingerprint},
         )
 
@@ -185,11 +185,11 @@ class Finetune(Job):
         batches = batches_of(config)
         result["tokens"] = PackedBatches(made.examples, batches).tokens(config.train.steps)
         cuda = use_cuda(config, total) if total else config.resources.device == "cuda"
-        numbers = of_examples(config, made.adaptation, made.examples, batches, cuda, here=total is not None)
+        numbers = of_examples(config, made.lora_model, made.examples, batches, cuda, here=total is not None)
         result["estimate"] = numbers
         rows = [("tokens", f"{result['tokens']:,}"), *plan_summary(numbers, config.train.steps)]
         summary_table(f"dry run of {config.run.name}", outcome.dry_summary(self) + rows)
-        rows_table("memory of a worker by stage in GB, estimated", stage_rows(numbers["stages"]))
+        rows_table("memory per worker by stage in GB, estimated", stage_rows(numbers["stages"]))
         return result
 
     def memory_advice(self) -> str:
@@ -206,7 +206,7 @@ class Made:
     config: FinetuneConfig
     weights: Weights
     base_fingerprint: str
-    adaptation: Adaptation
+    lora_model: LoraModel
     examples: Examples
 
     @property
@@ -215,7 +215,7 @@ class Made:
 
     @property
     def params_trainable(self) -> int:
-        return sum(self.config.lora.rank * sum(shape) for shape in self.adaptation.targets.values())
+        return sum(self.config.lora.rank * sum(shape) for shape in self.lora_model.targets.values())
 
 
 def batches_of(config: FinetuneConfig) -> Any:
@@ -238,10 +238,10 @@ def _make(config: FinetuneConfig) -> Made:
     """Check everything together; raises one `ConfigError` with every problem."""
     from finhpc.data.examples.examples import make_examples
     from finhpc.models.files.tokens import check_rows
-    from finhpc.models.lora.frozen_base import Adaptation
+    from finhpc.models.lora.model import LoraModel
 
     problems: list[str] = []
-    weights = adaptation = examples = tokenizer = None
+    weights = lora_model = examples = tokenizer = None
     with collect(problems):
         check_parallel(config)
     with collect(problems):
@@ -253,7 +253,7 @@ def _make(config: FinetuneConfig) -> Made:
         with collect(problems):
             _check_model(config, weights)
         with collect(problems):
-            adaptation = Adaptation.of(config, weights)
+            lora_model = LoraModel.of(config, weights)
         with collect(problems):
             tokenizer = tokenizer_of(weights)
             check_rows(tokenizer, weights.config.vocab_size, f"model.path={weights.path}")
@@ -267,9 +267,9 @@ def _make(config: FinetuneConfig) -> Made:
     if problems:
         raise ConfigError(problems)
     assert weights is not None
-    assert adaptation is not None
+    assert lora_model is not None
     assert examples is not None
-    return Made(config, weights, base_fingerprint(weights.path), adaptation, examples)
+    return Made(config, weights, base_fingerprint(weights.path), lora_model, examples)
 
 
 def _check_model(config: FinetuneConfig, weights: Weights) -> None:

@@ -163,7 +163,7 @@ class Pretrain(Job):
         result["estimate"] = of_plan(self.plan, cuda, here=total is not None)
         title = f"dry run of {config.run.name}"
         summary_table(title, outcome.dry_summary(self) + plan_summary(result["estimate"], result["steps"]))
-        rows_table("memory of a worker by stage in GB, estimated", stage_rows(result["estimate"]["stages"]))
+        rows_table("memory per worker by stage in GB, estimated", stage_rows(result["estimate"]["stages"]))
         return result
 
     def memory_advice(self) -> str:

@@ -14,16 +14,16 @@ import torch
 from finhpc.errors import ConfigError
 from finhpc.generation.adapters import named, over_its_base, read_adapters
 from finhpc.generation.decoder import Decoder
-from finhpc.generation.fast_layers import use_fast_forms
+from finhpc.generation.fast_layers import use_fast_layers
 from finhpc.generation.prompts import Prompt
 from finhpc.generation.sampling import decode
 from finhpc.models.families.registry import context_of
-from finhpc.models.files.folder import has_tokenizer
+from finhpc.models.files.tensor_folder import has_tokenizer
 from finhpc.models.files.tokenizer import find_tokenizer, open_tokenizer
 from finhpc.models.files.tokens import check_rows, decoded, generation_config, prompt_ids, stop_ids
 from finhpc.models.files.weights import config_of, locate
 from finhpc.models.loading import load_model
-from finhpc.models.lora.attached import Adapters, round_for
+from finhpc.models.lora.multi_lora import Adapters, round_for
 from finhpc.settings.generate import GenerateConfig
 from finhpc.settings.training import Resources
 
@@ -87,7 +87,7 @@ class Generator:
         if device.type == "cpu":
             leave_the_files(self.model)
         round_for(self.model, adapters)
-        self.forms = use_fast_forms(self.model)
+        self.forms = use_fast_layers(self.model)
         self.model_bytes = tensor_bytes(self.model)
         self.adapters = Adapters(self.model, adapters)
         self.decoder = Decoder(self.model)

@@ -27,10 +27,10 @@ from finhpc.lowrank.blend import alpha_at, blend_in, set_alpha
 from finhpc.lowrank.layers import LowRankEmbedding, LowRankLinear
 from finhpc.lowrank.registry import BLEND
 from finhpc.models.families.registry import skeleton as make_skeleton
-from finhpc.models.initialize import Fill, drawn
-from finhpc.models.lora.frozen_base import Adaptation, AdaptedLayer
+from finhpc.models.initialize import Fill, random_fill
 from finhpc.models.lora.layers import LoraLinear
-from finhpc.models.pipeline import Layer, is_tied, parts_of
+from finhpc.models.lora.model import LoraModel, LoraPipelineLayer
+from finhpc.models.pipeline import PipelineLayer, is_tied, parts_of
 from finhpc.settings.finetune import FinetuneConfig
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.training.allocator import keep_freed_memory
@@ -71,7 +71,7 @@ class Engine:
         device: torch.device,
         borders: list[int] | None = None,
         fill: Fill | None = None,
-        adapt: Adaptation | None = None,
+        adapt: LoraModel | None = None,
     ) -> None:
         self.config, self.hf_config, self.device = config, hf_config, device
         if device.type == "cpu":
@@ -81,11 +81,11 @@ class Engine:
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
         if adapt is not None:
             self.borders = borders or adapt.borders(parallel.stages)
-            specs = [LayerSpec(AdaptedLayer, part, adapt, device) for part in adapt.parts()]
+            specs = [LayerSpec(LoraPipelineLayer, part, adapt, device) for part in adapt.parts()]
         else:
             assert isinstance(config, PretrainConfig)
             self.borders = borders or measured_cut(config, hf_config, device).borders
-            specs = self._layers(config, fill or drawn(hf_config, config.train.seed, config.method.init))
+            specs = self._layers(config, fill or random_fill(hf_config, config.train.seed, config.method.init))
         pipeline = CutPipeline(specs, self.borders, dynamic_shape=adapt is not None)
         self.layers = _layers_of(pipeline)
         self.optimizer = make_optimizer(self.trained_parameters(), config.optimizer)
@@ -125,14 +125,16 @@ class Engine:
         for part in parts_of(self.hf_config, recompute):
             if is_tied(self.hf_config) and part.kind in ("embedding", "head"):
 
-                def run(layer: Layer, data: Any, part: Any = part) -> Any:
+                def run(layer: PipelineLayer, data: Any, part: Any = part) -> Any:
                     return layer.run(part, data)
 
                 specs.append(
-                    TiedLayerSpec("embedding", Layer, part, *arguments, forward_fn=run, tied_weight_attr=[tied_weight])
+                    TiedLayerSpec(
+                        "embedding", PipelineLayer, part, *arguments, forward_fn=run, tied_weight_attr=[tied_weight]
+                    )
                 )
             else:
-                specs.append(LayerSpec(Layer, part, *arguments))
+                specs.append(LayerSpec(PipelineLayer, part, *arguments))
         return specs
 
     # -- names ------------------------------------------------------------------------------
@@ -297,6 +299,6 @@ def process_group(
         deepspeed.comm.comm.cdb = None
 
 
-def _layers_of(pipeline: PipelineModule) -> list[Layer]:
-    """The Layer objects of this stage, a tied one once."""
-    return [module for module in pipeline.modules() if isinstance(module, Layer)]
+def _layers_of(pipeline: PipelineModule) -> list[PipelineLayer]:
+    """The PipelineLayer objects of this stage, a tied one once."""
+    return [module for module in pipeline.modules() if isinstance(module, PipelineLayer)]

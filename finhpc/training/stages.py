@@ -21,10 +21,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from finhpc.models.families.family import Part, described
+from finhpc.models.families.family import Part, describe_parts
 from finhpc.models.families.registry import skeleton
-from finhpc.models.initialize import drawn
-from finhpc.models.pipeline import Layer, parts_of, stage_borders
+from finhpc.models.initialize import random_fill
+from finhpc.models.pipeline import PipelineLayer, parts_of, stage_borders
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.training.allocator import keep_freed_memory
 from finhpc.training.checkpoint import write_json
@@ -46,7 +46,7 @@ class Cut:
     borders: list[int]
 
     def __str__(self) -> str:
-        stages = " | ".join(described(self.parts[a:b]) for a, b in pairwise(self.borders))
+        stages = " | ".join(describe_parts(self.parts[a:b]) for a, b in pairwise(self.borders))
         seconds = ", ".join(f"{sum(self.costs_s[a:b]):.3g} s" for a, b in pairwise(self.borders))
         return f"{stages} ({seconds} a micro-batch)"
 
@@ -124,7 +124,7 @@ def _seconds(part: Part, config: PretrainConfig, hf_config: Any, device: torch.d
     # A matrix's values cost the same however they were drawn; the SVD of the spectral start is slow.
     model = skeleton(hf_config, config.train.recompute)
     bf16, bits = config.train.precision == "bf16", config.quantization.training_bits
-    layer = Layer(part, model, device, drawn(hf_config, 0, "normal"), bf16, bits)
+    layer = PipelineLayer(part, model, device, random_fill(hf_config, 0, "normal"), bf16, bits)
     shape = (config.parallel.micro_batch_size, config.data.seq_len)
     tokens = torch.randint(0, hf_config.vocab_size, shape, device=device)
     hidden = torch.randn(*shape, hf_config.hidden_size, device=device)

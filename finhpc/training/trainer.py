@@ -19,7 +19,7 @@ from torch import Tensor
 
 from finhpc.log import redirected
 from finhpc.models.initialize import Fill
-from finhpc.models.lora.frozen_base import Adaptation
+from finhpc.models.lora.model import LoraModel
 from finhpc.settings.finetune import FinetuneConfig, TrainingConfig
 from finhpc.training import checkpoint
 from finhpc.training.batches import BatchSource, Ints
@@ -49,7 +49,7 @@ class Trainer:
     device: torch.device
     folder: Path
     batches: BatchSource
-    adapt: Adaptation | None = None
+    adapt: LoraModel | None = None
     consumed: int = 0  # sum of sample hashes this worker read, see `_consume`
     labels: dict[str, Any] = field(default_factory=dict)  # goes into every checkpoint's manifest
     on_eval: Callable[[dict[str, Any]], None] | None = None  # told of each evaluation but the last, on rank 0

@@ -32,7 +32,7 @@ from finhpc.data.examples.batches import Batches
 from finhpc.data.examples.examples import Arrays, make_examples
 from finhpc.errors import ConfigError
 from finhpc.models.files.weights import locate, open_weights
-from finhpc.models.lora.frozen_base import Adaptation
+from finhpc.models.lora.model import LoraModel
 from finhpc.settings.base import build
 from finhpc.settings.finetune import FinetuneConfig, Instructions
 from finhpc.settings.training import Recompute
@@ -187,8 +187,8 @@ def lora_engine(path: Path, bits: int, rank: int, batch: int, recompute: Recompu
     )
     device = torch.device("cpu")
     one_process_group(device)
-    adaptation = Adaptation.of(config, open_weights(path))
-    return Engine(config, adaptation.hf_config, device, adapt=adaptation)
+    lora_model = LoraModel.of(config, open_weights(path))
+    return Engine(config, lora_model.hf_config, device, adapt=lora_model)
 
 
 def _engine_passes(engine: Engine, arrays: Arrays, lr: float) -> Passes:

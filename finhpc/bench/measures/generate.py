@@ -24,17 +24,17 @@ from finhpc.bench.settings import GenerateBench
 from finhpc.commands.export import export
 from finhpc.errors import ConfigError
 from finhpc.generation.decoder import Decoder
-from finhpc.generation.fast_layers import use_fast_forms
+from finhpc.generation.fast_layers import use_fast_layers
 from finhpc.generation.generator import tensor_bytes
 from finhpc.generation.sampling import decode
 from finhpc.lowrank.replace import layer_kind
 from finhpc.models.families.presets import PRESETS
 from finhpc.models.families.registry import make_config, skeleton
 from finhpc.models.loading import load_model
-from finhpc.models.lora.attached import Adapters
+from finhpc.models.lora.multi_lora import Adapters
 from finhpc.models.lora.peft_format import Adapter
 from finhpc.models.lora.targets import linear_shape
-from finhpc.quantization.layers import PackedMatrix, replace
+from finhpc.quantization.layers import QuantizedMatrix, replace
 from finhpc.quantization.schemes import SCHEMES
 from finhpc.settings.base import build, nearest
 from finhpc.settings.export import ExportConfig
@@ -115,7 +115,7 @@ def random_model(preset: str, rank: int | None, bits: int, dtype: torch.dtype, d
                 parameter.normal_(0, 0.02)
             else:
                 parameter.fill_(0.0 if name == "bias" else 1.0)
-        if isinstance(module, PackedMatrix):
+        if isinstance(module, QuantizedMatrix):
             module.weight.random_(0, 256)
             module.scale.fill_(0.1 / 2**bits)
             module.zero.fill_(-0.05)
@@ -190,7 +190,7 @@ def _shape(
                 models[f"rank {rank}, {scheme}"] = (exported(preset, rank, bits, scheme, dtype, device), bits)
     for name, (model, _) in models.items():
         if name != THEIRS:
-            use_fast_forms(model)
+            use_fast_layers(model)
     rows, ratio = [], 0.0
     for batch in settings.batches:
         tokens = torch.randint(0, PRESETS[preset].vocab_size, (batch, settings.prompt), device=device)
@@ -245,7 +245,7 @@ def _cache(settings: GenerateBench, preset: str, rank: int, device: torch.device
     """Speed with the cache over that without, of the low-rank model; tokens are counted in the passes."""
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     decoder = Decoder(random_model(preset, rank, 16, dtype, device))
-    use_fast_forms(decoder.model)
+    use_fast_layers(decoder.model)
     tokens = torch.randint(0, PRESETS[preset].vocab_size, (1, settings.prompt), device=device)
     log.info("with and without the cache")
     rows, seconds = [], {}

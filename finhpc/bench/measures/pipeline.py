@@ -192,14 +192,14 @@ def _build(config: PretrainConfig, borders: Any, device: Any) -> tuple[Any, Any]
     from finhpc.lowrank.replace import ranks_of
     from finhpc.models.families.presets import resolve_shape
     from finhpc.models.families.registry import make_config, skeleton
-    from finhpc.models.pipeline import counted_costs, parts_of, stage_borders
+    from finhpc.models.pipeline import estimated_costs, parts_of, stage_borders
     from finhpc.training.engine import Engine
     from finhpc.training.stages import measured_cut
 
     hf_config = make_config(resolve_shape(config.model, None), ranks_of(config.method), config.method.kind)
     cut = measured_cut(config, hf_config, device) if borders == "measured" else None
     row = parts_of(hf_config, config.train.recompute)
-    costs = counted_costs(row, skeleton(hf_config), config.data.seq_len)
+    costs = estimated_costs(row, skeleton(hf_config), config.data.seq_len)
     counted = stage_borders(row, costs, config.parallel.stages)
     return Engine(config, hf_config, device, cut.borders if cut else borders), (cut, counted)
 

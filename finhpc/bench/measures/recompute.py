@@ -24,9 +24,9 @@ from finhpc.bench.settings import RecomputeBench
 from finhpc.lowrank.replace import ranks_of
 from finhpc.models.families.presets import resolve_shape
 from finhpc.models.families.registry import make_config, skeleton
-from finhpc.models.initialize import drawn
+from finhpc.models.initialize import random_fill
 from finhpc.models.loading import initial_model
-from finhpc.models.pipeline import Layer, parts_of
+from finhpc.models.pipeline import PipelineLayer, parts_of
 from finhpc.settings.training import Recompute
 from finhpc.training.activation_bytes import block_saved_bytes
 from finhpc.training.memory import counted_peak
@@ -91,8 +91,8 @@ def _passes(
 ) -> Callable[[], None]:
     """One forward and one backward pass; the gradients are dropped."""
     model, bf16 = _sharing(hf_config, recompute, weights), settings.precision == "bf16"
-    fill = drawn(hf_config, 0, "normal")
-    layers = [Layer(part, model, tokens.device, fill, bf16) for part in parts_of(hf_config, recompute)]
+    fill = random_fill(hf_config, 0, "normal")
+    layers = [PipelineLayer(part, model, tokens.device, fill, bf16) for part in parts_of(hf_config, recompute)]
     parameters = list(model.parameters())
 
     def passes() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finhpc.cluster.connect import check_fits, known_resources, use_cuda
-from finhpc.commands.estimate.run_time import Opened, said, sweep_time, this_machine_busy
+from finhpc.commands.estimate.run_time import Opened, describe_run_time, sweep_time, this_machine_busy
 from finhpc.commands.sweep.grid import BITS, AnySweep, Trial, check_points, trials_of
 from finhpc.commands.sweep.trial import outcome_of
 from finhpc.errors import ConfigError, collect
@@ -296,7 +296,7 @@ def _tuning_seconds(plan: Planned, job: Finetune) -> float | None:
     made, measures = job.made, time.monotonic() < plan.measuring_until
     examples, batches = made.examples, batches_of(job.config)
     here = plan.resources is not None
-    numbers = of_examples(job.config, made.adaptation, examples, batches, plan.cuda, here, measures)
+    numbers = of_examples(job.config, made.lora_model, examples, batches, plan.cuda, here, measures)
     return _computing(plan, numbers)
 
 
@@ -379,5 +379,5 @@ def show_plan(plan: Planned) -> None:
     rows_table(f"sweep {numbers['sweep']}: {numbers['trained']} trials, {numbers['scored']} points scored", rows)
     if len(plan.trials) > SHOWN:
         log.info(f"and {len(plan.trials) - SHOWN} more")
-    about = "" if plan.cost is None else f"; the sweep takes {said(plan.cost)}"
+    about = "" if plan.cost is None else f"; the sweep takes {describe_run_time(plan.cost)}"
     log.info(f"{plan.concurrent} at a time{about}; at least {plan.disk_bytes / 1e6:,.0f} MB on disk")

@@ -56,22 +56,22 @@ def _share_bases(plan: Planned, configs: dict[str, FinetuneConfig]) -> None:
 
 def _share_base(plan: Planned, scheme: str, config: FinetuneConfig, names: list[str]) -> None:
     from finhpc.commands.finetune import QUANTIZED, base_fingerprint, open_base
-    from finhpc.models.lora.frozen_base import Adaptation
-    from finhpc.models.lora.quantized_cache import keep_base, kept_bytes
+    from finhpc.models.lora.model import LoraModel
+    from finhpc.models.lora.quantized_cache import quantized_cache_bytes, write_quantized_cache
     from finhpc.screen import Progress
 
     weights = open_base(config)
     shared = plan.shared / f"base-{_hash([base_fingerprint(weights.path), scheme, config.quantization.bits])}"
-    adaptation = Adaptation.of(config, weights)
+    lora_model = LoraModel.of(config, weights)
     if not shared.is_dir():
         if len(names) == 1:
             return
-        needed, free = kept_bytes(adaptation), free_bytes(plan.folder) - plan.disk_bytes
+        needed, free = quantized_cache_bytes(lora_model), free_bytes(plan.folder) - plan.disk_bytes
         if needed > free:
             raise ConfigError(f"it takes {needed / 1e9:.1f} GB, and beside the trials' own there are {free / 1e9:.1f}")
     label = f"quantising {weights.path.name} at {config.quantization.bits} bits, for {len(names)} trials"
-    with Progress(label, len(adaptation.quantized_matrices()), bytes_=False) as progress:
-        keep_base(adaptation, shared, progress.advance)
+    with Progress(label, len(lora_model.quantized_matrices()), bytes_=False) as progress:
+        write_quantized_cache(lora_model, shared, progress.advance)
     for name in names:
         _link(plan.run_folder(name) / QUANTIZED, shared)
 

@@ -20,8 +20,8 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from finhpc.errors import ConfigError
 from finhpc.models.files.config import OWN_CODE
-from finhpc.models.files.folder import GENERATION, copy_tokenizer, has_tokenizer
 from finhpc.models.files.gguf import GgufFile
+from finhpc.models.files.tensor_folder import GENERATION, copy_tokenizer, has_tokenizer
 
 log = logging.getLogger(__name__)
 
