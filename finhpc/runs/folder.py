@@ -144,6 +144,11 @@ class RunFolder:
     def result(self) -> dict[str, Any] | None:
         return self._read_json("result.json")
 
+    def is_finished(self, steps: int) -> bool:
+        """Whether the run took at least `steps` steps and finished."""
+        result = self.result()
+        return result is not None and result["status"] == "finished" and result["steps"] >= steps
+
     def _make(self) -> None:
         try:
             private_folder(self.path)

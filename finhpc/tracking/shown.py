@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 HIDDEN = "mlflow.finhpc."
 SETTING = HIDDEN + "setting."
+COMMAND = HIDDEN + "command"  # that made the run
 PARENT = "mlflow.parentRunId"
 SCORED_FROM = HIDDEN + "scored_from"  # of a run that scores another run's model: that run's id
 SWEEP = "finhpc.sweep"  # of every run of a sweep: its name
@@ -75,8 +76,8 @@ def model_name(config: TrainingConfig) -> str:
     return config.model.preset if isinstance(config, PretrainConfig) else "unknown"
 
 
-def origin(path: str) -> str:
-    """The model whose training stands behind the one in `path`: of a decomposed one, the dense model it was made of."""
+def trained_model(path: str) -> str:
+    """The model that was trained: `path`, or for a decomposed model the dense model it was made from."""
     seen = set()
     while path not in seen and (result := Path(path) / "result.json").is_file():
         seen.add(path)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import finhpc
 from finhpc.commands.pretrain import pretrain
 from finhpc.data.shards.shards import Shards
 from finhpc.errors import CheckpointError, ConfigError
@@ -110,7 +111,7 @@ def test_method_3_from_a_dense_model(run_shards: Path, dense: Path, tmp_path: Pa
     with pytest.raises(ConfigError, match=r"the step from which W is gone .* was 3 in the run's config, now 6"):
         pretrain(longer)
     longer.method.blend_share = 0.25
-    assert pretrain(longer, dry_run=True)["status"] == "dry_run"
+    assert finhpc.pretrain(longer, dry_run=True)["status"] == "dry_run"
 
     # Its first numbers: at alpha 1 it is the dense model.
     hf_config = make_plan(longer).hf_config

@@ -24,7 +24,7 @@ from finhpc.settings.sweep import FinetuneSweepConfig, SweepConfig
 from finhpc.tracking import mirror
 from finhpc.tracking import tracker as tracking
 from finhpc.tracking.pages import pages_of
-from finhpc.tracking.shown import PARENT, Dataset, origin, parameters, setting_tags, short_name
+from finhpc.tracking.shown import PARENT, Dataset, parameters, setting_tags, short_name, trained_model
 from finhpc.tracking.store import check_store, deleted, experiment_id, refuses
 from finhpc.tracking.tracker import Tracker, default_tracking_uri
 from finhpc.training.journal import Journal
@@ -141,11 +141,11 @@ def test_a_decomposed_model_leads_back_to_the_one_it_was_made_of(tmp_path: Path)
     for name, source in (("low", "/runs/dense/model"), ("lower", str(tmp_path / "low"))):
         (tmp_path / name).mkdir()
         (tmp_path / name / "result.json").write_text(json.dumps({"source": source}))
-    assert origin(str(tmp_path / "lower")) == "/runs/dense/model"
-    assert origin("/runs/dense/model") == "/runs/dense/model"
+    assert trained_model(str(tmp_path / "lower")) == "/runs/dense/model"
+    assert trained_model("/runs/dense/model") == "/runs/dense/model"
     (tmp_path / "loop").mkdir()
     (tmp_path / "loop" / "result.json").write_text(json.dumps({"source": str(tmp_path / "loop")}))
-    assert origin(str(tmp_path / "loop")) == str(tmp_path / "loop")
+    assert trained_model(str(tmp_path / "loop")) == str(tmp_path / "loop")
 
 
 # -- what a real store holds ----------------------------------------------------------------

@@ -19,7 +19,7 @@ from finhpc.evaluation.tasks import PERPLEXITY, TaskFile
 from finhpc.files import redact, write_atomic
 from finhpc.settings.evaluate import EvaluateConfig
 from finhpc.tracking.mirror import PARAM_LENGTH, PARAMS_A_BATCH, TAG_LENGTH
-from finhpc.tracking.shown import HIDDEN, PARENT, Dataset, parameters, setting_tags
+from finhpc.tracking.shown import COMMAND, PARENT, Dataset, parameters, setting_tags
 from finhpc.tracking.store import active_run, experiment_id, set_up_client
 from finhpc.tracking.tracker import absolute_tracking_uri, default_tracking_uri
 
@@ -158,7 +158,7 @@ def _describe(
     varied = {"model": model["name"]} if model else {}
     shown = {key: value for key, value in parameters(config, {}, varied).items() if key != "tasks"}
     params = [Param(key, redact(str(value))[:PARAM_LENGTH]) for key, value in shown.items()]
-    given = setting_tags(config) | {HIDDEN + "verb": "evaluate", "mlflow.source.name": "finhpc evaluate", **tags}
+    given = setting_tags(config) | {COMMAND: "evaluate", "mlflow.source.name": "finhpc evaluate", **tags}
     pending = [RunTag(key, redact(str(value))[:TAG_LENGTH]) for key, value in given.items()]
     for at in range(0, max(len(params), len(pending)), PARAMS_A_BATCH):
         part = slice(at, at + PARAMS_A_BATCH)

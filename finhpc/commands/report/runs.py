@@ -15,7 +15,7 @@ from finhpc.errors import ConfigError
 from finhpc.models.families.presets import PRESETS, Shape, resolve_shape
 from finhpc.runs.folder import MAY_CHANGE
 from finhpc.settings.pretrain import Model
-from finhpc.tracking.shown import HIDDEN, PARENT, SCORED_FROM, SETTING, SWEEP
+from finhpc.tracking.shown import COMMAND, HIDDEN, PARENT, SCORED_FROM, SETTING, SWEEP
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -66,7 +66,7 @@ class Tracked:
     @property
     def verb(self) -> str | None:
         """pretrain, finetune or evaluate; None for anything else."""
-        verb = self.tags.get(HIDDEN + "verb")
+        verb = self.tags.get(COMMAND)
         return verb if verb in ("pretrain", "finetune", "evaluate") else None
 
     def place(self, key: str) -> str | None:

@@ -32,8 +32,8 @@ from finhpc.errors import TrainingFailedError
 from finhpc.files import write_atomic
 from finhpc.interrupts import terminable
 from finhpc.runs.folder import RunFolder
-from finhpc.runs.launch import last_line, watched
 from finhpc.runs.run import place_whole
+from finhpc.runs.watch import last_line, watch
 from finhpc.settings.base import to_yaml
 
 TUNE = "tune"  # Ray Tune's own record of a start, which nothing is read from
@@ -130,7 +130,7 @@ def _tune(config: AnySweep, plan: Planned, parent: str | None) -> None:
     )
     ended: list[Any] = []
     with follower:
-        problem = watched(lambda: ended.extend(tuner.fit()), follower.look, lambda: False)
+        problem = watch(lambda: ended.extend(tuner.fit()), follower.look)
     _write_outcomes(plan, ended)
     if problem is not None:
         raise TrainingFailedError(

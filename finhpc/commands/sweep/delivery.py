@@ -12,7 +12,7 @@ from finhpc.commands.sweep.tracking import track_score
 from finhpc.commands.sweep.trial import job_of, outcome_of, write_outcome
 from finhpc.errors import FinhpcError
 from finhpc.runs.folder import RunFolder
-from finhpc.runs.run import tell_mlflow
+from finhpc.runs.run import send_to_mlflow
 from finhpc.tracking.tracker import Status
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def deliver(plan: Planned, parent: str | None) -> None:
 def _send(run: Path, told: dict[str, Any]) -> None:
     found, job, folder = outcome_of(run), job_of(told), RunFolder(str(run.parent), run.name)
     if _unsent(run):
-        sent = tell_mlflow(job, folder, HOW.get(found["status"], "FAILED"))
+        sent = send_to_mlflow(job, folder, HOW.get(found["status"], "FAILED"))
         found |= {"mlflow_run_id": sent["mlflow_run_id"]}
     for name, score in found.get("scored", {}).items():
         if _unsent(run / f"score-{told['scores'][name]}bit"):

@@ -267,7 +267,7 @@ def _check(plan: Planned, trial: Trial, run: TrainingConfig) -> _Checked:
             found.bytes = _left(job.config, job.counts()["params_trainable"])
             found.seconds = _tuning_seconds(plan, job)
             plan.datasets += [dataset for dataset in job.datasets if dataset not in plan.datasets]
-            plan.notes |= dict.fromkeys(job.made.examples.notes)
+            plan.notes |= dict.fromkeys(job.examples.notes)
         else:
             if plan.reference is not None and _starts(trial):  # its model is not there yet: a low-rank one is as large
                 run = run.model_copy(update={"model": plan.reference.model}, deep=True)
@@ -293,10 +293,9 @@ def _tuning_seconds(plan: Planned, job: Finetune) -> float | None:
     from finhpc.commands.estimate.finetuning import of_examples
     from finhpc.commands.finetune import batches_of
 
-    made, measures = job.made, time.monotonic() < plan.measuring_until
-    examples, batches = made.examples, batches_of(job.config)
-    here = plan.resources is not None
-    numbers = of_examples(job.config, made.lora_model, examples, batches, plan.cuda, here, measures)
+    measures, here = time.monotonic() < plan.measuring_until, plan.resources is not None
+    batches = batches_of(job.config)
+    numbers = of_examples(job.config, job.lora_model, job.examples, batches, plan.cuda, here, measures)
     return _computing(plan, numbers)
 
 

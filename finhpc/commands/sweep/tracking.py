@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from finhpc.runs.folder import RunFolder
 from finhpc.runs.job import Job
-from finhpc.tracking.shown import HIDDEN, PARENT, SCORED_FROM, SETTING, SWEEP, setting_tags
+from finhpc.tracking.shown import COMMAND, HIDDEN, PARENT, SCORED_FROM, SETTING, SWEEP, setting_tags
 from finhpc.tracking.store import RefusedError, active_run
 from finhpc.tracking.tracker import Status, Tracker
 from finhpc.training.journal import strict_json
@@ -36,7 +36,7 @@ class Parent:
     def __init__(self, config: AnySweep, folder: RunFolder, plan: Planned) -> None:
         self.plan, self.config = plan, config
         environment = folder.write_environment()
-        tags = setting_tags(config) | {SWEEP: config.run.name, HIDDEN + "verb": "sweep"}
+        tags = setting_tags(config) | {SWEEP: config.run.name, COMMAND: "sweep"}
         tags |= {"mlflow.source.name": "finhpc sweep"}
         tags |= {"mlflow.source.git.commit": environment["git_commit"]} if environment["git_commit"] else {}
         uri, experiment = plan.tracking_uri, config.run.experiment
@@ -119,7 +119,7 @@ def track_score(
     params = job.parameters() | at
     trained = RunFolder(config.run.storage, config.run.name).result() or {}
     tags = setting_tags(config) | {SETTING + key: value for key, value in at.items()} | dict(job.tags)
-    tags |= {SCORED_FROM: str(trained.get("mlflow_run_id")), HIDDEN + "verb": job.verb}
+    tags |= {SCORED_FROM: str(trained.get("mlflow_run_id")), COMMAND: job.command}
     tags |= {HIDDEN + "dataset_fingerprint": job.fingerprints[0], "mlflow.source.name": "finhpc sweep"}
     run, datasets = config.run, job.datasets
     assert run.tracking_uri is not None

@@ -91,18 +91,17 @@ def job_of(trial: dict[str, Any]) -> Job:
 
 
 def _run(job: Job, folder: RunFolder) -> dict[str, Any]:
-    from finhpc.runs.launch_here import fit_here
-    from finhpc.runs.launch_warm import fit_warm
+    from finhpc.runs.launch import launch_here
+    from finhpc.runs.launch_warm import launch_warm
     from finhpc.runs.run import run
 
-    alone = job.config.parallel.workers == 1
-    start: Any = (
-        partial(fit_here, on_eval=partial(_on_eval, folder.path)) if alone else partial(fit_warm, look=_Follow(folder))
-    )
+    start: Any = partial(launch_warm, poll=_Follow(folder))
+    if job.config.parallel.workers == 1:
+        start = partial(launch_here, on_eval=partial(_on_eval, folder.path))
     deadline = time.monotonic() + LET_GO_S
     while True:
         try:
-            return run(job, fit=start)
+            return run(job, launch=start)
         except RunBusyError:
             if time.monotonic() > deadline:
                 raise

@@ -12,7 +12,7 @@ import pytest
 from finhpc.commands.report.cells import COLUMNS, count, csv_of, rows_of, three
 from finhpc.commands.report.paper import paper_tables
 from finhpc.commands.report.tables import Value, make_tables
-from finhpc.tracking.shown import HIDDEN, SCORED_FROM, origin
+from finhpc.tracking.shown import HIDDEN, SCORED_FROM, trained_model
 from tests.commands.report.store import Store
 
 
@@ -217,7 +217,7 @@ def test_a_decomposed_model_counts_as_the_training_that_it_was_made_of(store: St
     low = tmp_path / "low"
     low.mkdir()
     (low / "result.json").write_text(json.dumps({"source": store.model("dense"), "model": str(low)}))
-    tags = {HIDDEN + "started_from": origin(str(low))}
+    tags = {HIDDEN + "started_from": trained_model(str(low))}
     settings = {"model": {"path": str(low)}}
     store.pretrain("two", "svd", 96, settings=settings, tags=tags, result=HOURS | {"worker_hours": 3.0})
     assert with_start(store, "gpt2-small-cpu-r96") == 4.0
