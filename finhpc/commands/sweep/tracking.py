@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from finhpc.files import write_json
 from finhpc.runs.folder import RunFolder
 from finhpc.runs.job import Job
 from finhpc.tracking.shown import COMMAND, HIDDEN, PARENT, SCORED_FROM, SETTING, SWEEP, setting_tags
 from finhpc.tracking.store import RefusedError, active_run
 from finhpc.tracking.tracker import Status, Tracker
-from finhpc.training.journal import strict_json
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -114,7 +114,7 @@ def track_score(
     """Log the figures of a trained model at `bits` as a run of its own; returns its id, None while MLflow is down."""
     own = folder.path / f"score-{bits}bit"
     own.mkdir(exist_ok=True)
-    (own / "result.json").write_text(strict_json(figures, indent=1), encoding="utf-8")
+    write_json(own / "result.json", figures)
     config, at = job.config, {"quantization.bits": bits}
     params = job.parameters() | at
     trained = RunFolder(config.run.storage, config.run.name).result() or {}
