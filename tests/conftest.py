@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import finhpc  # turns usage reports off before Ray is imported
-from tests.runs.runs import command, outcome
+from tests.runs.runs import PATIENCE_S, command, outcome
 from tests.tiny import tiny_shards
 
 
@@ -130,5 +130,5 @@ def run_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def unbroken(run_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     storage = tmp_path_factory.mktemp("unbroken")
     with command(storage, run_shards) as process:
-        assert process.wait(240) == 0, (storage / "stderr").read_text()[-3000:]
+        assert process.wait(PATIENCE_S) == 0, (storage / "stderr").read_text()[-3000:]
     return outcome(storage) | {"token_mode": (storage / ".ray" / "auth_token").stat().st_mode}

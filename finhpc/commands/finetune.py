@@ -12,7 +12,7 @@ from finhpc.files import publish
 from finhpc.planning.plan import check_parallel, check_parts, check_stages
 from finhpc.runs.job import Job
 from finhpc.runs.result import lower_batch, millions
-from finhpc.runs.run import checked, place_whole, run, whole_path
+from finhpc.runs.run import checked, run
 from finhpc.settings.finetune import FinetuneConfig
 from finhpc.tracking.shown import Dataset
 from finhpc.training.checkpoint import Checkpoint, read_stage
@@ -59,7 +59,6 @@ class Finetune(Job):
         from finhpc.models.lora.model import LoraModel
 
         config = config.model_copy(deep=True)
-        place_whole(config)
         problems: list[str] = []
         with collect(problems):
             check_parallel(config)
@@ -69,7 +68,7 @@ class Finetune(Job):
         with collect(problems):
             base = open_base(config)
         if base is not None:
-            config.model.path = whole_path(str(base.path))
+            config.model.path = str(base.path.absolute())
             with collect(problems):
                 _check_model(config, base)
             with collect(problems):

@@ -15,7 +15,7 @@ from finhpc.planning.init import DECOMPOSED, initial_fill, needs_decomposing
 from finhpc.planning.plan import check_tokenizer, hf_config_of, make_plan
 from finhpc.runs.job import Job
 from finhpc.runs.result import lower_batch, millions
-from finhpc.runs.run import checked, place_whole, run
+from finhpc.runs.run import checked, run
 from finhpc.settings.decompose import DecomposeConfig
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.tracking.shown import Dataset
@@ -44,8 +44,6 @@ class Pretrain(Job):
     command = "pretrain"
 
     def __init__(self, config: PretrainConfig) -> None:
-        config = config.model_copy(deep=True)
-        place_whole(config)
         self.config: PretrainConfig = config
         self.plan = make_plan(config)
 

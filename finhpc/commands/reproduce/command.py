@@ -23,7 +23,6 @@ from finhpc.errors import ConfigError, FinhpcError, TrainingFailedError
 from finhpc.files import redact, write_atomic
 from finhpc.interrupts import terminable
 from finhpc.runs.folder import RunFolder
-from finhpc.runs.run import place_whole_run, tracking_uri_of
 from finhpc.screen import rows_table
 from finhpc.settings.base import to_yaml
 from finhpc.settings.reproduce import Recipe, ReproduceConfig
@@ -54,12 +53,10 @@ def reproduce(config: ReproduceConfig, dry_run: bool = False) -> dict[str, Any]:
     Before anything starts every step is checked, and one `ConfigError` lists every problem. With `dry_run` that is
     all. The same command goes on: finished steps are found finished.
     """
-    config = config.model_copy(deep=True)
-    place_whole_run(config.run)
     folder = RunFolder(config.run.storage, config.run.name)
     recipe = read_recipe(config.scale)
     planned = check(config, recipe)
-    check_store(tracking_uri_of(config.run), config.run.experiment)
+    check_store(config.run.mlflow_uri, config.run.experiment)
     total = known_resources()
     problems = misplaced(planned, total) if total is not None else []
     _show(config, recipe, planned)

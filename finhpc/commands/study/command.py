@@ -23,7 +23,7 @@ from finhpc.errors import ImplausibleError, NonFiniteError, TrainingFailedError
 from finhpc.files import write_atomic
 from finhpc.planning.plan import make_plan
 from finhpc.runs.folder import RunFolder
-from finhpc.runs.run import checked, tracking_uri_of
+from finhpc.runs.run import checked
 from finhpc.runs.run import run as run_job
 from finhpc.runs.worker import FATAL
 from finhpc.screen import rows_table
@@ -31,7 +31,6 @@ from finhpc.settings.base import to_yaml
 from finhpc.settings.study import StudyConfig
 from finhpc.tracking.shown import model_name
 from finhpc.tracking.store import check_store
-from finhpc.tracking.tracker import absolute_tracking_uri
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +48,7 @@ def study(config: StudyConfig, dry_run: bool = False) -> dict[str, Any]:
     begin = time.perf_counter()
     folder = RunFolder(config.run.storage, config.run.name)
     check(config)
-    check_store(absolute_tracking_uri(tracking_uri_of(config.run)), config.run.experiment)
+    check_store(config.run.mlflow_uri, config.run.experiment)
     for note in shortened(config):
         log.info(note)
     if dry_run:

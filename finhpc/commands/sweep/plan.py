@@ -21,7 +21,6 @@ from finhpc.errors import ConfigError, collect
 from finhpc.lowrank.registry import DENSE, STARTED
 from finhpc.planning.plan import Plan, make_plan
 from finhpc.runs.folder import RunFolder
-from finhpc.runs.run import place_whole
 from finhpc.screen import rows_table
 from finhpc.settings.base import flatten
 from finhpc.settings.finetune import FinetuneConfig, TrainingConfig
@@ -29,7 +28,6 @@ from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.sweep import FinetuneSweepConfig, SweepConfig
 from finhpc.tracking.shown import PARENT, SWEEP, Dataset, model_name, parameters, shape_of
 from finhpc.tracking.store import check_store
-from finhpc.tracking.tracker import default_tracking_uri
 
 if TYPE_CHECKING:
     from finhpc.commands.finetune import Finetune
@@ -73,12 +71,11 @@ class Planned:
         return self.runs / name
 
     def config_of(self, trial: Trial) -> TrainingConfig:
-        """A trial's settings, placed below the sweep; paths whole, as its actor has another working directory."""
+        """A trial's settings, placed below the sweep."""
         config = trial.config(run=self._place(self.runs, trial.name))
         if self.reference is not None and _starts(trial):
             tree = {"path": str(self.shared / REFERENCE / "model")}
             config = config.model_copy(update={"model": type(config.model).model_validate(tree)})
-        place_whole(config)
         return config
 
     def _place(self, storage: Path, name: str) -> dict[str, Any]:
@@ -199,7 +196,7 @@ def plan_sweep(config: AnySweep, folder: Path) -> Planned:
         check_points(config)
     # Of a grid without points, or with too many, what its trials share is checked all the same.
     trials = trials_of(config.model_copy(update={"grid": {}}) if problems else config)
-    uri = config.run.tracking_uri or default_tracking_uri(config.run.storage)
+    uri = config.run.mlflow_uri
     with collect(problems):
         check_store(uri, config.run.experiment)
     plan = Planned(config, folder, trials, uri, resources=known_resources())
