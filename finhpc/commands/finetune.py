@@ -14,7 +14,7 @@ from finhpc.runs.job import Job
 from finhpc.runs.result import lower_batch, millions
 from finhpc.runs.run import checked, run
 from finhpc.settings.finetune import FinetuneConfig
-from finhpc.tracking.shown import Dataset
+from finhpc.tracking.describe import Dataset
 from finhpc.training.checkpoint import Checkpoint, read_stage
 
 if TYPE_CHECKING:

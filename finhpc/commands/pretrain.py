@@ -18,7 +18,7 @@ from finhpc.runs.result import lower_batch, millions
 from finhpc.runs.run import checked, run
 from finhpc.settings.decompose import DecomposeConfig
 from finhpc.settings.pretrain import PretrainConfig
-from finhpc.tracking.shown import Dataset
+from finhpc.tracking.describe import Dataset
 from finhpc.training.checkpoint import Checkpoint, read_stage
 
 if TYPE_CHECKING:

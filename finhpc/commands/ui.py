@@ -21,7 +21,7 @@ from finhpc.errors import ConfigError, FinhpcError
 from finhpc.files import redact
 from finhpc.settings.report import UiConfig
 from finhpc.tracking.pages import Pages, pages_of
-from finhpc.tracking.store import artifact_location, database_file
+from finhpc.tracking.store import artifact_location, check_database
 
 log = logging.getLogger(__name__)
 
@@ -96,16 +96,6 @@ def server_command(tracking_uri: str, port: int) -> list[str]:
 def server_environment() -> dict[str, str]:
     """Without the job queue of its agent tools, which starts processes that no run of ours needs."""
     return {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true", **os.environ}
-
-
-def check_database(tracking_uri: str) -> None:
-    """Raise `ConfigError` for a sqlite address whose file does not exist."""
-    database = database_file(tracking_uri)
-    if database and not database.is_file():
-        raise ConfigError(
-            f"{database} does not exist: nothing was tracked there yet; "
-            f"train something first, or give the --run.storage that runs were written to."
-        )
 
 
 def _check_port(port: int) -> None:

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from finhpc.settings.finetune import TrainingConfig
-from finhpc.tracking.shown import Dataset, model_name, parameters, shape_of
+from finhpc.tracking.describe import Dataset, model_name, parameters, shape_of
 from finhpc.training.checkpoint import Checkpoint
 
 if TYPE_CHECKING:

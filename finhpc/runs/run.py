@@ -23,8 +23,9 @@ from finhpc.runs.progress import Progress
 from finhpc.runs.result import collect, summary, unfinished
 from finhpc.runs.worker import FATAL, MEMORY, RESERVE, RESERVE_BYTES
 from finhpc.screen import summary_table
-from finhpc.tracking.shown import COMMAND, HIDDEN, setting_tags, trained_model
+from finhpc.tracking.describe import trained_model
 from finhpc.tracking.store import check_store
+from finhpc.tracking.tags import COMMAND, PREFIX, setting_tags
 from finhpc.tracking.tracker import Status, Tracker
 from finhpc.training.checkpoint import list_complete
 from finhpc.training.journal import DRIVER_FILE, WORKER_FILE
@@ -172,9 +173,9 @@ def _tracker(job: Job, folder: RunFolder, environment: dict[str, Any]) -> Tracke
         "mlflow.source.name": f"finhpc {job.command}",
         "mlflow.source.git.commit": environment.get("git_commit"),
         COMMAND: job.command,
-        HIDDEN + "dataset_fingerprint": data,
-        HIDDEN + "model_fingerprint": model,
-        HIDDEN + "started_from": config.model.path and trained_model(config.model.path),
+        PREFIX + "dataset_fingerprint": data,
+        PREFIX + "model_fingerprint": model,
+        PREFIX + "started_from": config.model.path and trained_model(config.model.path),
         **setting_tags(config),
         **job.tags,
     }

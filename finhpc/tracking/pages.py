@@ -8,22 +8,23 @@ from urllib.parse import quote
 
 from finhpc.errors import ConfigError
 from finhpc.settings.base import nearest
-from finhpc.tracking.shown import LEADING, PARENT, SWEEP
+from finhpc.tracking.metrics import LEADING
 from finhpc.tracking.store import VIEW, database_file, has_content, set_up_client, unreadable
+from finhpc.tracking.tags import PARENT, SWEEP
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 COMPARED = 100  # runs on one comparison page; more are slow to draw and hard to read
-RECENT = 1000  # runs that are looked through
-Pages = list[tuple[str, str]]  # what is there, and where below the server's address
+RECENT = 1000  # runs that are searched
+Pages = list[tuple[str, str]]  # title, and path below the server's address
 
 
 def pages_of(tracking_uri: str, name: str | None) -> Pages:
-    """The pages worth opening: the comparison of a sweep or an evaluation, and the list of its experiment's runs.
+    """The comparison page of a sweep or an evaluation, and the list of its experiment's runs.
 
-    `name`: of a run, a sweep or an evaluation; by default the newest that compares something. Raises `ConfigError` for
-    a name that no run has and a store that cannot be read.
+    `name`: of a run, a sweep or an evaluation; by default the newest one with runs to compare. Raises `ConfigError` if
+    no run has that name or the store cannot be read.
     """
     database = database_file(tracking_uri)
     if database is not None and not has_content(database):
@@ -35,7 +36,7 @@ def pages_of(tracking_uri: str, name: str | None) -> Pages:
         client = MlflowClient(tracking_uri=tracking_uri)  # it opens the database
         experiments = {found.experiment_id: found for found in client.search_experiments()}
         runs = list(client.search_runs(list(experiments), max_results=RECENT, order_by=["attributes.start_time DESC"]))
-    except Exception as error:  # of MLflow, of its database's driver, or of the network
+    except Exception as error:  # from MLflow, its database driver or the network
         raise unreadable(tracking_uri, error) from None
     chosen = _named(runs, name) if name else next((run for run in runs if _children(runs, run)), None)
     if chosen is None:
@@ -75,12 +76,12 @@ def _all_children(client: MlflowClient, parent: Any) -> list[Any]:
 
 
 def _comparison(title: str, runs: list[Any]) -> Pages:
-    """The page that compares those of the runs that finished; nothing for fewer than two.
+    """The page that compares the finished runs; none for fewer than two.
 
-    Runs that lack a metric would take it from the page, as it offers those that all have.
+    It offers only metrics that all runs have, so runs without the leading metric are left out.
     """
     done = [run for run in runs if run.info.status == "FINISHED" and run.data.metrics]
-    done = [run for run in done if SWEEP in run.data.tags] or done  # without the model that a sweep's trials start from
+    done = [run for run in done if SWEEP in run.data.tags] or done  # not the model that a sweep's trials start from
     leading = next((key for key in LEADING if any(key in run.data.metrics for run in done)), None)
     if leading is not None:
         done = sorted((run for run in done if leading in run.data.metrics), key=lambda run: run.data.metrics[leading])

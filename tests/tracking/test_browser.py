@@ -20,7 +20,8 @@ from finhpc.settings.base import build
 from finhpc.settings.finetune import FinetuneConfig
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.training import default_tracking_uri
-from finhpc.tracking.shown import PARENT, SWEEP, Dataset, parameters, setting_tags
+from finhpc.tracking.describe import Dataset, parameters
+from finhpc.tracking.tags import PARENT, SWEEP, setting_tags
 from finhpc.tracking.tracker import Tracker
 from finhpc.training.journal import Journal
 

@@ -24,8 +24,10 @@ from finhpc.runs.folder import RunFolder
 from finhpc.screen import rows_table
 from finhpc.settings.base import to_yaml
 from finhpc.settings.reproduce import MeasureConfig
+from finhpc.tracking.mirror import tracked_run
+from finhpc.tracking.store import reason
+from finhpc.tracking.writer import RunWriter
 
-STATE = "mlflow.json"  # beside the model, in the run folder that made it
 FORMAT = 1
 
 
@@ -76,13 +78,10 @@ def _targets(config: MeasureConfig) -> dict[str, tuple[str, str]]:
     if config.mlflow_run_id and len(config.model) > 1:
         problems.append(f"mlflow_run_id is one run, and there are {len(config.model)} models; measure one at a time.")
     for model in config.model:
-        kept = Path(model).absolute().parent / STATE
         if config.mlflow_run_id:
             found[model] = (ours, config.mlflow_run_id)
-        elif kept.is_file() and (state := json.loads(kept.read_text(encoding="utf-8"))).get("run_id"):
-            # The address on disk has no password; the one that was given may be the same server's.
-            there = ours if redact(ours) == state["tracking_uri"] else state["tracking_uri"]
-            found[model] = (there, state["run_id"])
+        elif tracked := tracked_run(Path(model).absolute().parent, ours):
+            found[model] = tracked
         else:
             problems.append(f"model={model} was made by no run that MLflow knows; give mlflow_run_id.")
     if problems:
@@ -139,19 +138,16 @@ def _work(
 
 def _log(tracking_uri: str, run_id: str, found: dict[str, float]) -> None:
     from mlflow import MlflowClient
-    from mlflow.entities import Metric
 
-    now = round(time.time() * 1000)
     try:
         client = MlflowClient(tracking_uri=tracking_uri)
         # At the last step, so that they follow the sizes that the training counted.
         step = int(client.get_run(run_id).data.metrics.get("steps", 0))
-        client.log_batch(run_id, metrics=[Metric(name, float(value), now, step) for name, value in found.items()])
-    except Exception as error:  # whatever MLflow or the network comes up with
-        reason = (redact(str(error)).strip().splitlines() or [type(error).__name__])[0][:160]
+        RunWriter(client, run_id).log_figures(found.items(), step)
+    except Exception as error:  # from MLflow or the network
         raise TrainingFailedError(
-            f"MLflow at {redact(tracking_uri)} did not take the sizes and speeds ({reason}); mend that and run the "
-            "same command again."
+            f"MLflow at {redact(tracking_uri)} did not accept the sizes and speeds ({reason(error)}); fix this and "
+            "rerun the command."
         ) from None
 
 

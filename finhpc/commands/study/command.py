@@ -29,7 +29,7 @@ from finhpc.runs.worker import FATAL
 from finhpc.screen import rows_table
 from finhpc.settings.base import to_yaml
 from finhpc.settings.study import StudyConfig
-from finhpc.tracking.shown import model_name
+from finhpc.tracking.describe import model_name
 from finhpc.tracking.store import check_store
 
 log = logging.getLogger(__name__)

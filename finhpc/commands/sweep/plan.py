@@ -26,8 +26,9 @@ from finhpc.settings.base import flatten
 from finhpc.settings.finetune import FinetuneConfig, TrainingConfig
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.sweep import FinetuneSweepConfig, SweepConfig
-from finhpc.tracking.shown import PARENT, SWEEP, Dataset, model_name, parameters, shape_of
+from finhpc.tracking.describe import Dataset, model_name, parameters, shape_of
 from finhpc.tracking.store import check_store
+from finhpc.tracking.tags import PARENT, SWEEP
 
 if TYPE_CHECKING:
     from finhpc.commands.finetune import Finetune

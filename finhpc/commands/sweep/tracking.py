@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from finhpc.files import write_json
 from finhpc.runs.folder import RunFolder
 from finhpc.runs.job import Job
-from finhpc.tracking.shown import COMMAND, HIDDEN, PARENT, SCORED_FROM, SETTING, SWEEP, setting_tags
-from finhpc.tracking.store import RefusedError, active_run
+from finhpc.tracking.registry import register, settle_children
+from finhpc.tracking.store import RefusedError
+from finhpc.tracking.tags import COMMAND, PREFIX, SCORED_FROM, SETTING, SWEEP, setting_tags
 from finhpc.tracking.tracker import Status, Tracker
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
-
     from finhpc.commands.sweep.grid import AnySweep
     from finhpc.commands.sweep.plan import Planned
 
@@ -26,7 +25,6 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-BEST = "best"  # the alias
 WAIT_S = 20.0  # for MLflow to give the parent its id, before the trials start
 
 
@@ -120,72 +118,10 @@ def track_score(
     trained = RunFolder(config.run.storage, config.run.name).result() or {}
     tags = setting_tags(config) | {SETTING + key: value for key, value in at.items()} | dict(job.tags)
     tags |= {SCORED_FROM: str(trained.get("mlflow_run_id")), COMMAND: job.command}
-    tags |= {HIDDEN + "dataset_fingerprint": job.fingerprints[0], "mlflow.source.name": "finhpc sweep"}
+    tags |= {PREFIX + "dataset_fingerprint": job.fingerprints[0], "mlflow.source.name": "finhpc sweep"}
     run, datasets = config.run, job.datasets
     assert run.tracking_uri is not None
     tracker = Tracker(own, run.tracking_uri, run.experiment, name, params, tags, datasets)
     tracker.start()
     tracker.finish(status, figures, timeout_s=15)
     return tracker.run_id
-
-
-def settle_children(tracking_uri: str, parent: str | None, children: list[tuple[str, str]]) -> None:
-    """Put runs (id, status) below the parent; those that a killed process left RUNNING get their status.
-
-    Runs that somebody deleted in MLflow are left alone. Raises `MlflowException` where MLflow does not answer.
-    """
-    from mlflow import MlflowClient
-
-    client = MlflowClient(tracking_uri=tracking_uri)
-    for run_id, status in children:
-        run = active_run(client, run_id)
-        if run is None:
-            continue
-        if parent and run.data.tags.get(PARENT) != parent:
-            client.set_tag(run_id, PARENT, parent)
-        if run.info.status == "RUNNING":
-            client.set_terminated(run_id, status=status)
-
-
-def register(tracking_uri: str, name: str, run_id: str, model: Path, steps: int) -> str:
-    """Make the model folder a version of `name` in the registry, with the alias `best`; returns MLflow's address of it.
-
-    The same run is registered once. Raises `RefusedError` for a run that was deleted in MLflow.
-    """
-    from mlflow import MlflowClient
-
-    from finhpc.tracking.pyfunc import log_model
-
-    client = MlflowClient(tracking_uri=tracking_uri)
-    run = active_run(client, run_id)
-    if run is None:
-        raise RefusedError(
-            f"the run of the best trial was deleted in MLflow, so nothing is registered as {name}; restore it "
-            f"(mlflow runs restore --run-id {run_id}), then run the same command again."
-        )
-    if not client.search_registered_models(filter_string=f"name = '{name}'"):
-        client.create_registered_model(name, description="The best models of finhpc sweeps.")
-    known = [v for v in client.search_model_versions(f"name = '{name}'") if v.run_id == run_id]
-    if known:
-        version = known[0].version
-    else:
-        logged = run.outputs.model_outputs if run.outputs else []
-        ids = [output.model_id for output in logged if _exists(client, output.model_id)]
-        if not ids:
-            log_model(client, run_id, model, step=steps)
-            ids = [output.model_id for output in client.get_run(run_id).outputs.model_outputs]
-        source = client.get_logged_model(ids[-1]).artifact_location  # models:/ID would be looked for elsewhere
-        version = client.create_model_version(name, source, run_id=run_id, model_id=ids[-1]).version
-    client.set_registered_model_alias(name, BEST, version)
-    return f"models:/{name}@{BEST}"
-
-
-def _exists(client: MlflowClient, model_id: str) -> bool:
-    """Whether a logged model was not deleted in MLflow."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client.get_logged_model(model_id)
-    except MlflowException:
-        return False
-    return True

@@ -15,8 +15,9 @@ from finhpc.settings.base import build
 from finhpc.settings.finetune import FinetuneConfig, TrainingConfig
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.training import default_tracking_uri
+from finhpc.tracking.describe import parameters
 from finhpc.tracking.mirror import Status
-from finhpc.tracking.shown import COMMAND, HIDDEN, SETTING, parameters, setting_tags
+from finhpc.tracking.tags import COMMAND, PREFIX, SETTING, setting_tags
 from finhpc.tracking.tracker import Tracker
 from finhpc.training.journal import Journal
 
@@ -88,7 +89,7 @@ class Store:
         all_tags = setting_tags(config) | {
             "mlflow.source.name": f"finhpc {verb}",
             COMMAND: verb,
-            HIDDEN + "dataset_fingerprint": "d" * 64,
+            PREFIX + "dataset_fingerprint": "d" * 64,
             **(tags or {}),
         }
         tracker = Tracker(folder, self.uri, experiment, name, parameters(config, {}, {}), all_tags)
