@@ -214,7 +214,7 @@ def test_other_data_under_the_same_name_is_refused(base: Path, news: Path, tmp_p
     changed = tmp_path / "other.txt"
     changed.write_text(news.read_text(encoding="latin-1").replace("@neutral", "@positive"), encoding="latin-1")
     other = Finetune(config(base, changed, tmp_path))
-    with pytest.raises(ConfigError, match=r"data.source=.*other.txt holds other data"):
+    with pytest.raises(ConfigError, match=r"data.source=.*other.txt has other data"):
         folder.check_resume(other.config, *other.fingerprints)
     assert json.loads((tmp_path / "run" / "identity.json").read_text())["model_fingerprint"]
 

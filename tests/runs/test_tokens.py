@@ -129,7 +129,7 @@ def test_a_template_with_the_date_does_not_stop_a_resume(tmp_path: Path, monkeyp
     again = Finetune(settings(base, moved, tmp_path))
     folder.check_resume(again.config, *again.fingerprints)
     other = Finetune(settings(base, jsonl(tmp_path / "talk.jsonl", [{"messages": [*TALK, *TALK]}]), tmp_path))
-    with pytest.raises(ConfigError, match="holds other data"):
+    with pytest.raises(ConfigError, match="has other data"):
         folder.check_resume(other.config, *other.fingerprints)
 
 

@@ -20,7 +20,7 @@ from finhpc.runs.watch import missing
             {"CPU": 4},
             {"CPU": 8},
             {"CPU": 4},
-            "the free CPUs and GPUs are not on the same nodes as the workers need them",
+            "the free CPUs and GPUs are not on the nodes where workers need them",
         ),
     ],
 )
