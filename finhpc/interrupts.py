@@ -170,13 +170,13 @@ def _descendants(root: int) -> set[int]:
         with suppress(OSError):
             parent = int(path.read_text(errors="replace").rpartition(")")[2].split()[1])
             children.setdefault(parent, []).append(int(path.parent.name))
-    found: set[int] = set()
+    descendants: set[int] = set()
     left = [root]
     while left:
         new = children.get(left.pop(), [])
-        found.update(new)
+        descendants.update(new)
         left += new
-    return found
+    return descendants
 
 
 def _leave() -> None:

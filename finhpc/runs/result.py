@@ -81,7 +81,7 @@ def collect(job: Job, folder: Path, wall_s: float) -> dict[str, Any]:
         {key: value for key, value in result.items() if key != "data"},
         plausible.after_training(job.vocab_size, train[min(train)]["train_loss"] if train else None),
         "if the losses on the screen grew, lower optimizer.lr or raise optimizer.warmup_steps under another run.name; "
-        "otherwise run the same command again, which evaluates the last checkpoint anew",
+        "otherwise run the same command again, which evaluates the last checkpoint again",
     )
     return result
 

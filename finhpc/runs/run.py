@@ -62,7 +62,7 @@ def run(job: Job, launch: Launch = launch) -> dict[str, Any]:
     if not folder.is_finished(config.train.steps):
         check_ray()
     with folder.lock(), terminable():
-        _check_resume(job, folder)  # again: from here on nobody else writes
+        _check_resume(job, folder)  # again: now no other process writes
         _set_aside_other_settings(job, folder)
         finished = folder.result() if folder.is_finished(config.train.steps) else None
         folder.write_config(config, *job.fingerprints)
@@ -82,7 +82,7 @@ def run(job: Job, launch: Launch = launch) -> dict[str, Any]:
                     _train(job, folder, launch, cluster)
                     final = collect(job, folder.path, time.perf_counter() - begin)
                 else:
-                    log.info(f"run {config.run.name} is finished; this is its result (another run.name trains anew).")
+                    log.info(f"run {config.run.name} is finished; this is its result. Another run.name trains again.")
                 status = "FINISHED"
             except Pruned:
                 status = "KILLED"

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 POLL_S = 0.2
 RESOURCES_POLL_S = 2.0
 PATIENCE_S = 4.0  # a placement on free nodes takes less
-END_S = 2.0  # for Ray Train's controller to end when told to; a stopped job has 3 s in all by default
+END_S = 2.0  # for Ray Train's controller to end on request; a stopped job has 3 s in all by default
 GRACE_S = 10.0  # for workers to return after they reported the last step
 RECENT_S = 60.0  # a hang explains a failure that came at most this much later
 
@@ -106,8 +106,8 @@ class Watcher:
     def poll(self) -> bool:
         """Report what changed; True when the workers reported the last step and had `GRACE_S` to return.
 
-        A worker that stands still after that (stopped, swapped out) has nothing that is still needed; Ray Train would
-        wait for it and start all of them again.
+        A worker that hangs after that (stopped, swapped out) is not needed any more; Ray Train would wait for it and
+        start all of them again.
         """
         self._report_hangs()
         self._report_waiting()

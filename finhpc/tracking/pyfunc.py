@@ -70,9 +70,9 @@ def _write(folder: Path, out: Path, model: Model) -> None:
         params=ParamSchema([ParamSpec("max_new_tokens", DataType.long, MAX_NEW_TOKENS)]),
     )
     pyfunc.add_to_model(model, loader_module="finhpc.tracking.pyfunc", data=_DATA)
-    whole = (folder / "config.json").is_file()  # otherwise it is an adapter, which opens over its base
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8")) if whole else {}
-    if whole and "lowrank" not in config["model_type"]:
+    is_model = (folder / "config.json").is_file()  # otherwise it is an adapter, which opens over its base
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8")) if is_model else {}
+    if is_model and "lowrank" not in config["model_type"]:
         _add_transformers_flavor(folder, out, model, config)
     model.model_size_bytes = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     requirements = [f"{package}=={version(package).partition('+')[0]}" for package in REQUIREMENTS]

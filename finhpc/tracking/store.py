@@ -72,13 +72,13 @@ def check_store(tracking_uri: str, experiment: str) -> None:
     from mlflow import MlflowClient
 
     try:
-        found = MlflowClient(tracking_uri=tracking_uri).get_experiment_by_name(experiment)
+        known = MlflowClient(tracking_uri=tracking_uri).get_experiment_by_name(experiment)
     except Exception as error:  # from MLflow, its database driver or the network
         if "database is locked" in str(error) or (database is None and not refuses(error)):
             return
         raise unreadable(tracking_uri, error) from None
-    if found is not None and found.lifecycle_stage == "deleted":
-        raise deleted(tracking_uri, experiment, found.experiment_id)
+    if known is not None and known.lifecycle_stage == "deleted":
+        raise deleted(tracking_uri, experiment, known.experiment_id)
 
 
 def check_database(tracking_uri: str) -> None:
@@ -128,17 +128,17 @@ def experiment_id(client: MlflowClient, tracking_uri: str, name: str) -> str:
     """The id of the experiment of this name, created if there is none; raises `RefusedError` if it was deleted."""
     from mlflow.exceptions import MlflowException
 
-    found = client.get_experiment_by_name(name)
-    if found is None:
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
         try:
             return str(client.create_experiment(name, artifact_location(tracking_uri), EXPERIMENT_TAGS))
         except MlflowException:  # another run was first
-            found = client.get_experiment_by_name(name)
-            if found is None:
+            experiment = client.get_experiment_by_name(name)
+            if experiment is None:
                 raise
-    if found.lifecycle_stage == "deleted":
-        raise deleted(tracking_uri, name, found.experiment_id)
-    return str(found.experiment_id)
+    if experiment.lifecycle_stage == "deleted":
+        raise deleted(tracking_uri, name, experiment.experiment_id)
+    return str(experiment.experiment_id)
 
 
 def database_file(tracking_uri: str) -> Path | None:
@@ -184,8 +184,8 @@ def identity(tracking_uri: str) -> tuple[int, int] | None:
     path = database_file(tracking_uri)
     if path is None or not path.exists():
         return None
-    found = path.stat()
-    return found.st_dev, found.st_ino
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino
 
 
 def active_run(client: MlflowClient, run_id: str | None) -> Run | None:
@@ -209,8 +209,8 @@ def unreadable(tracking_uri: str, error: Exception) -> FinhpcError:
     if "database schema" in text:
         from mlflow import __version__
 
-        found = re.search(r"found version (\w+), but expected (\w+)", text)
-        versions = f" (schema {found[1]}, this one reads {found[2]})" if found else ""
+        match = re.search(r"found version (\w+), but expected (\w+)", text)
+        versions = f" (schema {match[1]}, this one reads {match[2]})" if match else ""
         return ConfigError(
             f"{database or uri} was written by another version of MLflow than the {__version__} here{versions}; keep a "
             f"copy of the database, then run `mlflow db upgrade {shlex.quote(uri)}`, or use the MLflow that wrote it."
@@ -238,6 +238,6 @@ def reason(error: Exception) -> str:
     text = redact(str(error))
     if "timed out" in text:
         return "no answer in time"
-    if found := re.search(r"\[Errno -?\d+\] ([^'\")\]]+)", text):
-        return found[1].strip()
+    if match := re.search(r"\[Errno -?\d+\] ([^'\")\]]+)", text):
+        return match[1].strip()
     return (text.strip().splitlines() or [type(error).__name__])[0][:160].rstrip(".")
