@@ -120,6 +120,7 @@ ROWS: tuple[Command[Any], ...] = (
         "train a low-rank or dense model on token shards",
         "finhpc.settings.pretrain:PretrainConfig",
         "finhpc.commands.pretrain:pretrain",
+        dry_run="finhpc.commands.estimate.dry_run:dry_run_pretrain",
         recipes=PRETRAIN_RECIPES,
     ),
     Command(
@@ -167,6 +168,7 @@ ROWS: tuple[Command[Any], ...] = (
         "train a LoRA adapter over a frozen 16-, 8- or 4-bit model",
         "finhpc.settings.finetune:FinetuneConfig",
         "finhpc.commands.finetune:finetune",
+        dry_run="finhpc.commands.estimate.dry_run:dry_run_finetune",
     ),
     Command(
         "export",
