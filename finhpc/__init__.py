@@ -28,7 +28,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from finhpc.commands import COMMANDS, Command, import_named
-from finhpc.log import drop
+from finhpc.log import set_up
 from finhpc.registration import register
 
 if TYPE_CHECKING:  # what editors and mypy see; at run time each name is imported when it is used
@@ -99,5 +99,5 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'finhpc' has no attribute {name!r}; public names: {', '.join(__all__)}")
 
 
-drop()
+set_up()
 register()

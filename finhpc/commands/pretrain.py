@@ -13,7 +13,7 @@ from finhpc.models.files.manifest import check_manifest
 from finhpc.planning.init import DECOMPOSED, initial_fill, needs_decomposing
 from finhpc.planning.plan import check_tokenizer, hf_config_of, make_plan
 from finhpc.runs import result as outcome
-from finhpc.runs.job import Job, Rows, Say
+from finhpc.runs.job import Job, Rows
 from finhpc.runs.run import checked, run
 from finhpc.screen import rows_table, summary_table
 from finhpc.settings.decompose import DecomposeConfig
@@ -100,7 +100,7 @@ class Pretrain(Job):
     def check_checkpoints(self, checkpoints: Path) -> None:
         check_tokenizer(self.config, self.plan.shards, checkpoints)
 
-    def make_ready(self, folder: Path, say: Say) -> None:
+    def make_ready(self, folder: Path) -> None:
         if needs_decomposing(self.config):
             with ray_cluster():
                 decompose_start(self.config, folder)
@@ -133,8 +133,8 @@ class Pretrain(Job):
         start = self.plan.init_model
         save_model(folder, self.plan.hf_config, shards, start.folder if start else self.plan.shards.tokenizer)
 
-    def finish(self, result: dict[str, Any], folder: Path, say: Say) -> None:
-        result["sample"] = outcome.sample_text(self.config, folder / "model", say)
+    def finish(self, result: dict[str, Any], folder: Path) -> None:
+        result["sample"] = outcome.sample_text(self.config, folder / "model")
 
     def rows(self) -> Rows:
         plan = self.plan
@@ -161,7 +161,7 @@ class Pretrain(Job):
         result["estimate"] = of_plan(self.plan, cuda, here=total is not None)
         title = f"dry run of {config.run.name}"
         summary_table(title, outcome.dry_summary(self) + plan_summary(result["estimate"], result["steps"]))
-        rows_table("memory of a worker by stage in GB, estimated", stage_rows(result["estimate"]["stages"]))
+        rows_table("memory per worker by stage in GB, estimated", stage_rows(result["estimate"]["stages"]))
         return result
 
     def memory_advice(self) -> str:

@@ -12,12 +12,10 @@ Every file but the journals is replaced whole or not at all. Passwords are left 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,12 +27,11 @@ from typing import Any
 
 import yaml
 
-from finhpc.errors import ConfigError, RunBusyError
-from finhpc.files import private_folder, redact, write_atomic
+from finhpc.errors import ConfigError
+from finhpc.files import lock, private_folder, redact, write_atomic, write_json
 from finhpc.settings.base import build, flatten, marked, to_yaml
 from finhpc.settings.finetune import TrainingConfig
 from finhpc.settings.pretrain import PretrainConfig
-from finhpc.training.journal import strict_json
 
 PACKAGES = ("finhpc", "torch", "ray", "deepspeed", "transformers", "tokenizers", "mlflow", "numpy", "pyarrow")
 # What may lie in a run folder before its work begins.
@@ -64,24 +61,7 @@ class RunFolder:
         """
         new = [path for path in (self.path, self.path.parent) if not path.exists()]
         self._make()
-        with open(self.path / ".lock", "a+", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                holder = file.read().strip() or "another process"
-                raise RunBusyError(
-                    f"run.name={self.name} is busy: {holder} works in it; wait until that ends, "
-                    f"or choose another run.name."
-                ) from None
-            except OSError as error:
-                raise ConfigError(
-                    f"run.storage={self.path.parent} does not support file locks ({error.strerror}), which keep two "
-                    f"runs of one name apart; use another disk, or mount it with locks (flock)."
-                ) from None
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()} since {_now()}")
-            file.flush()
+        with lock(self.path / ".lock", f"run.name={self.name}", "choose another run.name"):
             try:
                 yield
             except ConfigError:
@@ -147,7 +127,7 @@ class RunFolder:
             ) from None
 
     def _write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        write_atomic(self.path / name, strict_json(value, indent=2) + "\n")
+        write_json(self.path / name, value, indent=2)
 
     def _read_json(self, name: str) -> dict[str, Any] | None:
         path = self.path / name

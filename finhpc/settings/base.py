@@ -218,7 +218,10 @@ def marked(cls: type[Section], mark: str) -> dict[str, Any]:
     marks: dict[str, Any] = {}
     for path, field in _fields(cls):
         section = field.annotation
-        extras = [field.json_schema_extra, section.model_config.get("json_schema_extra") if _is_section(section) else None]
+        extras = [
+            field.json_schema_extra,
+            section.model_config.get("json_schema_extra") if _is_section(section) else None,
+        ]
         for extra in extras:
             if isinstance(extra, dict) and mark in extra:
                 marks |= {name: extra[mark] for name in keys(cls) if f"{name}.".startswith(f"{path}.")}

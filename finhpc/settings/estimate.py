@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -55,7 +55,9 @@ class Estimate(Hardware):
     samples_per_step: int | None = Field(
         None, ge=1, description="of the topologies compared; default: as `parallel` says"
     )
-    micro_batch_sizes: list[int] = Field([1, 2, 4, 8, 16], min_length=1, description="sizes tried in the topologies")
+    micro_batch_sizes: list[Annotated[int, Field(ge=1)]] = Field(
+        [1, 2, 4, 8, 16], min_length=1, description="sizes tried in the topologies"
+    )
     show: int = Field(10, ge=1, description="topologies shown")
 
 
@@ -63,6 +65,26 @@ class EstimateConfig(PretrainConfig):
     """Settings of `finhpc estimate`: those of the run, and the hardware."""
 
     estimate: Estimate = Field(default_factory=Estimate)
+
+    def problems(self) -> list[str]:
+        """Return every contradiction between settings, each with its remedy."""
+        wanted, problems = self.estimate, [*self.parallel.problems(), *self.method.problems(self.train.steps)]
+        if wanted.scheme == "finhpc" and wanted.zero_stage:
+            problems.append(
+                f"estimate.zero_stage={wanted.zero_stage} does not exist in finhpc's training, in which every worker "
+                "of a stage has a full copy; use 0, or estimate.scheme=paper."
+            )
+        if wanted.scheme == "paper" and wanted.zero_stage > 1 and self.parallel.stages > 1:
+            problems.append(
+                f"estimate.zero_stage={wanted.zero_stage} with parallel.stages={self.parallel.stages}: a pipeline does "
+                "not divide gradients and weights; use 0 or 1, or one stage."
+            )
+        if wanted.scheme == "finhpc" and wanted.weight_bits != 16:
+            problems.append(
+                f"estimate.weight_bits={wanted.weight_bits} does not exist in finhpc's training, whose weights are "
+                "float32; use estimate.scheme=paper."
+            )
+        return problems
 
 
 class PlannedBase(Base):
@@ -86,3 +108,14 @@ class FinetuneEstimateConfig(FinetuneConfig):
 
     model: PlannedBase = Field(default_factory=PlannedBase)
     estimate: Workload = Field(default_factory=Workload)
+
+    def problems(self) -> list[str]:
+        """Return every contradiction between settings, each with its remedy."""
+        work, problems = self.estimate, super().problems()
+        if work.shared + work.answer >= work.tokens:
+            problems.append(
+                f"estimate.shared={work.shared} and estimate.answer={work.answer} leave nothing of estimate.tokens="
+                f"{work.tokens}, which is the sum of the shared beginning, the rest of the prompt and the answer; "
+                "raise it."
+            )
+        return problems

@@ -157,5 +157,9 @@ class FinetuneConfig(Section):
     resources: Resources = Field(default_factory=Resources)
     plugins: Plugins = plugins_field()
 
+    def problems(self) -> list[str]:
+        """Return every contradiction between settings, each with its remedy."""
+        return self.parallel.problems()
+
 
 TrainingConfig = PretrainConfig | FinetuneConfig

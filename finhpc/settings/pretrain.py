@@ -68,14 +68,13 @@ class Method(Section):
         "frozen", description="whether W is trained too, as long as it is there (blend)"
     )
 
-
     def blend_steps(self, steps: int) -> int:
         """Return the first of `steps` steps (from 1) that is taken without W (blend)."""
         return round(self.blend_share * steps)
 
     def problems(self, steps: int) -> list[str]:
         """Return what does not work in a training of `steps`, with its remedy."""
-        if self.kind != BLEND or (count := self.blend_steps(steps)) >= 2:
+        if self.kind != "blend" or (count := self.blend_steps(steps)) >= 2:
             return []
         return [
             f"method.blend_share={self.blend_share} of train.steps={steps} is {count} steps, too few for alpha to "
@@ -110,9 +109,7 @@ class Quantization(Section):
                 "quantization.when=during."
             )
         if self.bits == 16 and self.when == "during":
-            problems.append(
-                "quantization.when=during needs quantization.bits=8 or 4; at 16 nothing is quantized."
-            )
+            problems.append("quantization.when=during needs quantization.bits=8 or 4; at 16 nothing is quantized.")
         if optimizer.decay == "product" and self.training_bits < 16:
             problems.append(
                 "optimizer.decay=product does not work on rounded weights; use optimizer.decay=factors with "
@@ -139,3 +136,11 @@ class PretrainConfig(Section):
     run: Run = Field(default_factory=Run)
     resources: Resources = Field(default_factory=Resources)
     plugins: Plugins = plugins_field()
+
+    def problems(self) -> list[str]:
+        """Return every contradiction between settings, each with its remedy."""
+        return [
+            *self.parallel.problems(),
+            *self.quantization.problems(self.optimizer),
+            *self.method.problems(self.train.steps),
+        ]

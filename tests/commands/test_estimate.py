@@ -36,7 +36,7 @@ def test_a_run_is_planned_by_stage_and_for_the_cluster(capfd: pytest.CaptureFixt
     assert numbers["step_s"] > 0
     assert numbers["recompute"]["full"]["peak_bytes"] < numbers["recompute"]["none"]["peak_bytes"]
     assert numbers["topologies"][0]["fits"]
-    for words in ("memory of a worker by stage", "topologies on 1 x 8 a100-80gb", "pipeline bubble"):
+    for words in ("memory per worker by stage", "topologies on 1 x 8 a100-80gb", "pipeline bubble"):
         assert words in err
 
 
@@ -66,13 +66,16 @@ def test_this_machine_is_measured() -> None:
     ("sections", "message"),
     [
         ({"estimate": {"device": "a100"}}, "estimate.device=a100 is not known; did you mean 'a100-"),
-        ({"estimate": {"zero_stage": 1}}, "estimate.zero_stage=1 is not what finhpc trains with"),
+        ({"estimate": {"zero_stage": 1}}, "estimate.zero_stage=1 does not exist in finhpc's training"),
         (
             {"estimate": {"zero_stage": 2, "scheme": "paper"}, "parallel": {"stages": 2}},
             "estimate.zero_stage=2 with parallel.stages=2",
         ),
-        ({"estimate": {"weight_bits": 4}}, "estimate.weight_bits=4 is not what finhpc trains with"),
-        ({"estimate": {"micro_batch_sizes": [0]}}, "estimate.micro_batch_sizes=[0] must all be 1 or more"),
+        ({"estimate": {"weight_bits": 4}}, "estimate.weight_bits=4 does not exist in finhpc's training"),
+        (
+            {"estimate": {"micro_batch_sizes": [0]}},
+            "estimate.micro_batch_sizes.0=0 is refused: input should be greater",
+        ),
         ({"method": {"rank": 33}}, "method.rank=33 does not fit transformer.h.*.attn.c_attn (96 x 32, layers: 4)"),
         ({"parallel": {"stages": 5}}, "parallel.stages=5 does not fit 4 transformer blocks"),
         ({"data": {"seq_len": 65}}, "data.seq_len=65 is longer than the model's context of 64"),
@@ -93,7 +96,7 @@ def test_what_is_not_counted_is_said(capfd: pytest.CaptureFixture[str]) -> None:
     # 4 blocks of 12 width^2, the head and the embedding of 300 x 32; six operations a weight and token, none a row read
     blocks, table = 4 * 12 * 32 * 32, 300 * 32
     assert line.startswith(f"time of W (trainable), {blocks + 2 * table:,} parameters until step 150: ")
-    assert f"{6 * (blocks + table):,} operations a token" in line
+    assert f"{6 * (blocks + table):,} operations per token" in line
     lines = estimate(config(**sections, estimate={"scheme": "paper"}))["estimate"]["not_counted"]
     assert lines[0].startswith("memory and time of W")
     assert "adamw8bit" in lines[1]
@@ -124,4 +127,4 @@ def test_a_dry_run_of_pretrain_estimates_memory_and_time(tmp_path: Path, capfd: 
             12 * stage["params"] < stage["peak_bytes"] <= state + stage["intermediates_bytes"] + stage["exchange_bytes"]
         )
     assert result["estimate"]["step_s"] > 0
-    assert "memory of a worker by stage" in err
+    assert "memory per worker by stage" in err

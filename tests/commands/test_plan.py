@@ -10,10 +10,10 @@ import pytest
 from finhpc.cluster.connect import check_fits
 from finhpc.data.shards.shards import Shards
 from finhpc.errors import ConfigError, DataError
+from finhpc.files import write_json
 from finhpc.planning.plan import check_tokenizer, make_plan
 from finhpc.settings.base import build
 from finhpc.settings.pretrain import PretrainConfig
-from finhpc.training.checkpoint import write_json
 from tests.tiny import tiny_shards
 
 
@@ -115,7 +115,7 @@ def test_shards_of_another_tokeniser_are_refused(shards: Path, tmp_path: Path) -
     saved.mkdir()
     whole = {"step": 10, "files": {"stage-0": {}}, "ranks": 1, "consumed": "0"}
     write_json(saved / "manifest.json", whole | {"tokenizer_sha256": "0" * 64})
-    with pytest.raises(ConfigError, match="was made with another tokeniser"):
+    with pytest.raises(ConfigError, match="was made with another tokenizer"):
         check_tokenizer(plan.config, plan.shards, tmp_path)
     write_json(saved / "manifest.json", whole | {"tokenizer_sha256": plan.shards.manifest.tokenizer_sha256})
     check_tokenizer(plan.config, plan.shards, tmp_path)

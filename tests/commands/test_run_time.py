@@ -14,8 +14,8 @@ from finhpc.commands.estimate.run_time import (
     TRIAL_S,
     Busy,
     Opened,
+    describe_run_time,
     measurable,
-    said,
     sweep_time,
     this_machine_busy,
     training_time,
@@ -61,9 +61,9 @@ def test_a_busy_machine_gives_each_process_its_share() -> None:
     numbers = whole.numbers(Busy(2, 4.0))
     assert numbers["run_idle_s"] == pytest.approx(whole.on(IDLE))
     assert numbers["run_s"] == pytest.approx(4 * whole.on(IDLE))
-    assert " to " in said(numbers)
-    assert "steps x 4.0" in said(numbers)
-    assert said(whole.numbers(IDLE)).startswith("about 0:00:")
+    assert " to " in describe_run_time(numbers)
+    assert "steps x 4.0" in describe_run_time(numbers)
+    assert describe_run_time(whole.numbers(IDLE)).startswith("about 0:00:")
 
 
 def test_how_busy_this_machine_is_is_tried_out() -> None:

@@ -22,7 +22,7 @@ from finhpc.models.families.presets import resolve_shape
 from finhpc.models.families.registry import make_config, skeleton
 from finhpc.models.files.manifest import write_manifest
 from finhpc.models.loading import initial_model, load_model, save_model
-from finhpc.models.pipeline import Layer, parts_of
+from finhpc.models.pipeline import PipelineLayer, parts_of
 from finhpc.planning.init import initial_fill
 from finhpc.planning.plan import make_plan
 from finhpc.settings.base import build, flatten
@@ -116,7 +116,7 @@ def test_method_3_from_a_dense_model(run_shards: Path, dense: Path, tmp_path: Pa
     hf_config = make_plan(longer).hf_config
     fill, blended = initial_fill(longer, hf_config, tmp_path / "run"), skeleton(hf_config)
     blend_in(blended, trainable=True)
-    rows = [Layer(part, blended, torch.device("cpu"), fill) for part in parts_of(hf_config)]
+    rows = [PipelineLayer(part, blended, torch.device("cpu"), fill) for part in parts_of(hf_config)]
     set_alpha((module for row in rows for module in row.modules()), 1.0)
     with torch.no_grad():
         data: Any = batch
@@ -148,7 +148,7 @@ def test_each_stage_reads_its_own_weights_alone(dense: Path, run_shards: Path) -
     store.read = lambda name: read.append(name) or original(name)
     held = load_file(dense / "model.safetensors")
     for part in row[2:4]:
-        layer = Layer(part, skeleton(hf_config), torch.device("cpu"), fill)
+        layer = PipelineLayer(part, skeleton(hf_config), torch.device("cpu"), fill)
         for name, parameter in layer.parameters_by_name():
             assert torch.equal(parameter, held[name]), name
     assert read
@@ -160,7 +160,7 @@ def test_each_stage_reads_its_own_weights_alone(dense: Path, run_shards: Path) -
     [
         (
             {"model": {"layers": 2, "width": 64}},
-            "model.layers, model.width are set beside model.path={dense}, which brings its own; leave one of the two",
+            "model.layers, model.width conflict with model.path={dense}, which defines the model; remove one of them",
         ),
         ({"method": {"kind": "low_rank"}}, "method.kind=low_rank starts from scratch or from a low-rank model, and"),
         ({"method": {"kind": "cola"}}, "use method.kind=svd"),
@@ -169,12 +169,12 @@ def test_each_stage_reads_its_own_weights_alone(dense: Path, run_shards: Path) -
             {"data": {"seq_len": 64}, "short": 32},
             "data.seq_len=64 is longer than the model's context of 32; lower it or ",
         ),
-        ({"method": {"kind": "blend", "init": "normal"}}, "method.init=normal does not go with model.path={dense}"),
+        ({"method": {"kind": "blend", "init": "normal"}}, "method.init=normal conflicts with model.path={dense}"),
         (
             {"method": {"kind": "blend", "blend_share": 0.5}},
             "method.blend_share=0.5 of train.steps=2 is 1 steps, too few",
         ),
-        ({"model": {"path": "nowhere"}}, "model.path=nowhere is no folder; give a model folder"),
+        ({"model": {"path": "nowhere"}}, "model.path=nowhere is not a folder; give a model folder"),
     ],
 )
 def test_settings_that_do_not_go_with_the_path(
@@ -202,7 +202,7 @@ def test_method_2_needs_a_path_and_a_low_rank_model_its_own_kind(run_shards: Pat
     with pytest.raises(ConfigError) as caught:
         make_plan(config(run_shards, path))
     assert "method.kind=svd does not go on from; use method.kind=cola" in str(caught.value)
-    assert f"method.rank, method.ranks are set beside model.path={path}" in str(caught.value)
+    assert f"method.rank, method.ranks conflict with model.path={path}" in str(caught.value)
     with pytest.raises(
         ConfigError, match=r"method\.kind=blend takes W from a dense model, and model\.path=.* is low-rank"
     ):
@@ -243,8 +243,8 @@ def damage(folder: Path, how: str) -> None:
         ("flipped", "is not as it was written"),
         ("pickled", "pickled weights are not opened"),
         ("family", "model_type=opt is not supported; supported: gpt2, llama"),
-        ("no tokeniser", "holds no tokenizer.json, so nothing says"),
-        ("tokeniser", "was made with another tokeniser than the model in model.path="),
+        ("no tokeniser", "has no tokenizer.json, so its ids cannot"),
+        ("tokeniser", "was made with another tokenizer than the one of model.path="),
     ],
 )
 def test_models_that_cannot_be_started_from(

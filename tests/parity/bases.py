@@ -33,7 +33,7 @@ from transformers.pytorch_utils import Conv1D
 from finhpc.commands.export import export
 from finhpc.models.families.registry import as_low_rank
 from finhpc.quantization.fake import TRAINED
-from finhpc.quantization.layers import PackedMatrix, TiedHead
+from finhpc.quantization.layers import QuantizedMatrix, TiedHead
 from finhpc.settings.base import build
 from finhpc.settings.export import ExportConfig
 from tests.models.dense import settled
@@ -133,7 +133,7 @@ def _rows(module: Any) -> Tensor:
         return module
     if isinstance(module, TiedHead):
         (module,) = module.embedding
-    if isinstance(module, PackedMatrix):
+    if isinstance(module, QuantizedMatrix):
         return module.dequantized()
     if hasattr(module, "A") and hasattr(module, "B"):
         return _rows(module.B) @ _rows(module.A)

@@ -26,7 +26,7 @@ from finhpc.data.text.tokenizer import Encoder
 from finhpc.evaluation.language_model import LanguageModel
 from finhpc.evaluation.models import load_for_evaluation
 from finhpc.generation.generator import Generator
-from finhpc.models.packed.layout import IGNORED, POSITION, PREFIX, SEGMENT, TARGET, TOKEN
+from finhpc.models.packing.layout import IGNORED, POSITION, PREFIX, SEGMENT, TARGET, TOKEN
 from finhpc.settings.base import build
 from finhpc.settings.export import ExportConfig
 from finhpc.settings.finetune import Instructions

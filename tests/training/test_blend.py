@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from finhpc.lowrank.blend import alpha_at
-from finhpc.models.initialize import drawn
+from finhpc.models.initialize import random_fill
 from finhpc.models.loading import initial_model
 from finhpc.settings.base import build
 from finhpc.settings.pretrain import PretrainConfig
@@ -75,7 +75,7 @@ def train(folder: Path, config: PretrainConfig, stop: int = STEPS) -> None:
 
     folder.mkdir(exist_ok=True)
     hf = hf_config(config)
-    fill = drawn(hf, config.train.seed, config.method.init)
+    fill = random_fill(hf, config.train.seed, config.method.init)
     held_out = tokens(99).reshape(-1, SEQ).numpy()
     worker = Stopping(
         config=config,

@@ -15,7 +15,7 @@ from finhpc.data.shards.shards import Shards
 from finhpc.lowrank.replace import ranks_of
 from finhpc.models.families.presets import resolve_shape
 from finhpc.models.families.registry import make_config
-from finhpc.models.initialize import drawn
+from finhpc.models.initialize import random_fill
 from finhpc.settings.base import build
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.training.batches import TokenBatches
@@ -72,7 +72,7 @@ def train(folder: Path, config: PretrainConfig, shards: Shards, stop: int = STEP
     worker = Stopping(
         config=config,
         hf_config=hf_config,
-        fill=drawn(hf_config, 0, config.method.init),
+        fill=random_fill(hf_config, 0, config.method.init),
         device=DEVICE,
         folder=folder,
         batches=TokenBatches(

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from finhpc.errors import ConfigError
 from finhpc.models.families.presets import PRESETS, Shape, resolve_shape
 from finhpc.settings.base import marked
-from finhpc.settings.sweep import FinetuneSweepConfig, SweepConfig
 from finhpc.settings.pretrain import Model
+from finhpc.settings.sweep import FinetuneSweepConfig, SweepConfig
 from finhpc.tracking.shown import HIDDEN, PARENT, SCORED_FROM, SETTING, SWEEP
 
 if TYPE_CHECKING:

@@ -16,13 +16,13 @@ from typing import Any
 
 from finhpc.cluster.package import Driver
 from finhpc.errors import FinhpcError, ImplausibleError, RunBusyError
-from finhpc.files import write_atomic
+from finhpc.files import write_json
 from finhpc.runs.folder import RunFolder
 from finhpc.runs.job import Job
 from finhpc.settings.base import build
 from finhpc.settings.finetune import FinetuneConfig
 from finhpc.settings.pretrain import PretrainConfig
-from finhpc.training.journal import WORKER_FILE, latest, read, strict_json
+from finhpc.training.journal import WORKER_FILE, latest, read
 
 OUTCOME = "trial.json"  # in the run folder: how the trial ended
 LET_GO_S = 60  # how long a trial waits for the actor of a killed sweep to let its folder go
@@ -184,4 +184,4 @@ def pruned(record: dict[str, Any]) -> dict[str, Any]:
 def write_outcome(run: Path, found: dict[str, Any]) -> None:
     """Say on disk how a trial ended."""
     run.mkdir(parents=True, exist_ok=True)
-    write_atomic(run / OUTCOME, strict_json(found, indent=1) + "\n")
+    write_json(run / OUTCOME, found)
