@@ -50,8 +50,8 @@ def test_every_problem_is_listed_at_once() -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("dmo", "config=dmo is no recipe; did you mean 'demo'?"),
-        ("nothing-like-it", "is no recipe; valid: demo, "),
+        ("dmo", "config=dmo is not a recipe; did you mean 'demo'?"),
+        ("nothing-like-it", "is not a recipe; valid: demo, "),
         ("no/such.yaml", "config=no/such.yaml is not a file"),
     ],
 )
@@ -101,7 +101,7 @@ def test_a_settings_file_may_begin_with_a_mark(tmp_path: Path, encoding: str, en
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"optimizer:\n  lr: 1\noptimizer:\n  lr: 2\n", "the key optimizer stands twice"),
+        (b"optimizer:\n  lr: 1\noptimizer:\n  lr: 2\n", "the key optimizer is duplicated"),
         ("run: {name: f\xe4llt}\n".encode("latin-1"), "line 1: byte 0xe4 is not utf-8"),
         (b"run: {name: a\0b}\n", "NUL character"),
     ],
@@ -131,13 +131,13 @@ def test_what_settings_of_yaml_lack_is_told(tmp_path: Path, text: str, message: 
 def test_a_file_of_settings_may_not_trust_code(tmp_path: Path) -> None:
     file = tmp_path / "evaluate.yaml"
     file.write_text("tasks: [mine.yaml]\ntrust_task_code: true\n")
-    with pytest.raises(ConfigError, match=r"a file may not give that leave; .* --trust_task_code true"):
+    with pytest.raises(ConfigError, match=r"a file cannot give that permission\. .* --trust_task_code true"):
         load(EvaluateConfig, str(file))
     assert load(EvaluateConfig, str(file), {"trust_task_code": True}).trust_task_code
     assert not load(EvaluateConfig, str(file), {"trust_task_code": False}).trust_task_code
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("steps: [{name: a, verb: evaluate, settings: {tasks: [mine.yaml], trust_task_code: true}}]\n")
-    with pytest.raises(ConfigError, match="a file may not give that leave"):
+    with pytest.raises(ConfigError, match="a file cannot give that permission"):
         load(Recipe, str(recipe))
 
 
