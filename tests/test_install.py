@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 import sysconfig
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -100,15 +101,16 @@ def wheel_of(clone: Path, folder: Path) -> Path:
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, clone]
     subprocess.run([str(word) for word in build], check=True, capture_output=True)
     (wheel,) = folder.glob("finhpc-*.whl")
+    with zipfile.ZipFile(wheel) as file:
+        files = {path.relative_to(clone).as_posix() for path in (clone / "finhpc").rglob("*") if path.is_file()}
+        assert files <= set(file.namelist())
     return wheel
 
 
 def demo(bin: Path, folder: Path) -> list[list[str]]:
     """The commands of `make demo`, run by `bin/finhpc` in `folder`."""
-    text = (ROOT / "Makefile").read_text()
-    lines = re.findall(
-        r"^\t(\$\(BIN\)/finhpc .*)$", text.partition("\ndemo:")[2].partition("\n\n")[0], flags=re.MULTILINE
-    )
+    rule = (ROOT / "Makefile").read_text().partition("\ndemo:")[2].partition("\n\n")[0]
+    lines = re.findall(r"^\t(\$\(BIN\)/finhpc .*)$", rule, flags=re.MULTILINE)
     values = {"$(BIN)": str(bin), "$(DEMO)": str(folder), "$$(date +%Y%m%d-%H%M%S)": "today"}
     for name, value in values.items():
         lines = [line.replace(name, value) for line in lines]
