@@ -110,6 +110,10 @@ def _run(words: list[str]) -> dict[str, Any] | None:
 def _find(words: list[str]) -> tuple[Command[Any], list[str]]:
     """Return the command that one or two words name, and the words after it; "sweep pretrain" is "sweep"."""
     first, *rest = words
+    if first not in COMMANDS:
+        from finhpc.plugins import load_installed
+
+        load_installed()  # which may add commands
     if first not in COMMANDS or " " in first:
         names = [name for name in COMMANDS if " " not in name]
         raise ConfigError(f"unknown command '{first}'; {_config().nearest(first, names)}")

@@ -9,7 +9,8 @@ A plugin is a module that registers parts when it is imported:
     class GeluLinear(LowRankLinear): ...
 
 An installed package declares its module as an entry point of the group `finhpc.plugins`; every process imports it. Any
-other module is named in the setting `plugins`; the command and its workers import it first.
+other module is named in the setting `plugins`; the command and its workers import it first. A plugin of an installed
+package may also add commands: `COMMANDS["hello"] = Command(...)` of `finhpc.commands`.
 """
 
 from __future__ import annotations
