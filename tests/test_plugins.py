@@ -196,9 +196,12 @@ class Odd(LowRankLinear):
     ("layer", "message"),
     [
         (Tanh, "so that B A is not the whole layer; set mergeable = False"),
-        (Wide, "it holds A, B, C, bias; a low-rank layer's parameters are A, B and bias"),
-        (Own, "it has a forward of its own, which quantized exports would lose"),
-        (Odd, "init='xavier' is no way to start; valid: spectral, normal, cola"),
+        (
+            Wide,
+            "it has the parameters A.weight, B.bias, B.weight, C; a low-rank layer has A.weight,",
+        ),
+        (Own, "it has its own forward, which quantized exports would lose"),
+        (Odd, "init='xavier' is an unknown initialization; valid: spectral, normal, cola"),
         (torch.nn.Linear, "must be a class derived from finhpc.lowrank.layers.LowRankLinear"),
     ],
 )

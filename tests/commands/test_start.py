@@ -19,8 +19,7 @@ from finhpc.data.shards.shards import Shards
 from finhpc.errors import CheckpointError, ConfigError
 from finhpc.lowrank.blend import blend_in, set_alpha
 from finhpc.lowrank.replace import ranks_of
-from finhpc.models.families.presets import resolve_shape
-from finhpc.models.families.registry import make_config, skeleton
+from finhpc.models.families.registry import make_config, resolve_shape, skeleton
 from finhpc.models.files.manifest import write_manifest
 from finhpc.models.loading import initial_model, load_model, save_model
 from finhpc.models.pipeline import PipelineLayer, parts_of

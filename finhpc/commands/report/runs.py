@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finhpc.errors import ConfigError
-from finhpc.models.families.presets import PRESETS, Shape, resolve_shape
+from finhpc.models.families.presets import PRESETS, Shape
+from finhpc.models.families.registry import FAMILIES, resolve_shape
 from finhpc.settings.base import marked
 from finhpc.settings.pretrain import Model
 from finhpc.settings.sweep import FinetuneSweepConfig, SweepConfig
@@ -21,7 +22,6 @@ from finhpc.tracking.tags import COMMAND, PARENT, PREFIX, SCORED_FROM, SETTING, 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-FAMILIES = {"gpt2": "GPT-2", "llama": "Llama"}
 GENERAL, FINANCIAL = ("boolq", "piqa", "winogrande"), ("fpb", "fiqa_sa", "tfns")
 SHAPE_KEYS = ("layers", "width", "heads", "kv_heads", "mlp_width", "context", "vocab_size")
 Curve = dict[int, float]  # step -> loss in nats
@@ -251,7 +251,7 @@ def _shape_name(shape: Shape) -> str:
         own, other = ((s.family, s.layers, s.width, s.heads, s.kv_heads, s.mlp_width) for s in (shape, preset))
         if own == other:
             return name
-    return f"{FAMILIES.get(shape.family, shape.family)} {shape.layers} x {shape.width}"
+    return f"{FAMILIES[shape.family].label} {shape.layers} x {shape.width}"
 
 
 def _folder_name(path: str | None) -> str:
