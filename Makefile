@@ -1,14 +1,18 @@
 # make setup   build .venv from pyproject.toml and constraints.txt (a few minutes, once)
 # make demo    prepare a small corpus, pretrain a low-rank GPT-2 on it, show the result
-# make test    lint, types, import rule and tests
+# make test    lint, types, import rules and tests, in parallel
+# make style   lint, types and import rules alone
 # make slow    the tests that take minutes
 # make test-gpu  the tests that need a CUDA device
+# make docs    build the documentation into site/, refusing broken links
 
 PYTHON ?= python3.11
 BIN := .venv/bin
 DEMO := runs/demo
+# Processes that run tests; each starts a Ray of its own and needs up to 4 GB.
+TEST_PROCESSES ?= 2
 
-.PHONY: setup demo test slow test-gpu clean
+.PHONY: setup demo test style pytest slow test-gpu docs clean
 
 setup: .venv/.ready
 
@@ -24,7 +28,16 @@ demo: setup
 	$(BIN)/finhpc pretrain --config demo --data.shards $(DEMO)/shards --run.storage $(DEMO)/runs --run.name demo-$$(date +%Y%m%d-%H%M%S)
 
 test: setup
-	$(BIN)/python -m pytest
+	@$(MAKE) --no-print-directory --jobs=2 --keep-going style pytest
+
+style: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/mypy
+
+pytest: setup
+	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder
 
 slow: setup
 	$(BIN)/python -m pytest -m 'slow and not gpu'
@@ -32,5 +45,8 @@ slow: setup
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
 
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 clean:
-	rm -rf runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf runs site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -11,9 +11,9 @@ Weights are read, converted and written a layer at a time: memory is one layer a
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from copy import deepcopy
@@ -40,6 +40,8 @@ from finhpc.quantization.fake import TRAINED, trained_bits
 from finhpc.quantization.per_vector import rounded
 from finhpc.quantization.schemes import SCHEMES
 from finhpc.settings.export import ExportConfig
+
+log = logging.getLogger(__name__)
 
 Tensors = dict[str, Tensor]
 
@@ -319,7 +321,7 @@ def _summary(result: dict[str, Any]) -> None:
         needs = (
             "transformers" if result["format"] == "merged" and result["scheme"] != "minmax" else "import finhpc, then"
         )
-        print(f"open it: {needs} AutoModelForCausalLM.from_pretrained({result['out']!r})", file=sys.stderr)
+        log.info(f"open it: {needs} AutoModelForCausalLM.from_pretrained({result['out']!r})")
 
 
 def _path(text: str) -> Path:

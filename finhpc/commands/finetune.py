@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,8 @@ from finhpc.errors import ConfigError, DataError, collect
 from finhpc.files import publish
 from finhpc.planning.plan import check_parallel, check_parts, check_stages
 from finhpc.runs import result as outcome
-from finhpc.runs.job import Job, Rows, Say
-from finhpc.runs.run import checked, place_whole, run, whole_path
+from finhpc.runs.job import Job, Rows
+from finhpc.runs.run import checked, run
 from finhpc.screen import rows_table, summary_table
 from finhpc.settings.finetune import FinetuneConfig
 from finhpc.tracking.shown import Dataset
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from finhpc.models.files.weights import Weights
     from finhpc.models.lora.model import LoraModel
     from finhpc.training.trainer import Trainer
+
+log = logging.getLogger(__name__)
 
 EXAMPLES = "examples.safetensors"  # in the run folder: what the workers read
 QUANTIZED = "quantized"  # there too, a link: the base that a sweep quantised for its trials
@@ -49,7 +52,6 @@ class Finetune(Job):
 
     def __init__(self, config: FinetuneConfig) -> None:
         config = config.model_copy(deep=True)
-        place_whole(config)
         self.made = _make(config)
         self.config: FinetuneConfig = self.made.config
 
@@ -87,9 +89,9 @@ class Finetune(Job):
             labels={"dataset": fingerprint},
         )
 
-    def make_ready(self, folder: Path, say: Say) -> None:
+    def make_ready(self, folder: Path) -> None:
         for note in self.made.examples.notes:
-            say(note)
+            log.info(note)
         self.made.examples.save(folder / EXAMPLES)
 
     def forget(self, folder: Path) -> None:
@@ -137,7 +139,7 @@ class Finetune(Job):
         ends = [tokenizer.eos_token_id, end_of_turn(tokenizer) if chats else None]
         return [token for token in ends if token is not None]
 
-    def finish(self, result: dict[str, Any], folder: Path, say: Say) -> None:
+    def finish(self, result: dict[str, Any], folder: Path) -> None:
         """Score the labels of held-out examples, on this process alone."""
         import torch
 
@@ -149,7 +151,7 @@ class Finetune(Job):
         torch.set_num_threads(config.resources.threads)
         model = load_model(folder / "model", torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
         tokenizer = tokenizer_of(weights)
-        scores = label_scores(model, tokenizer, self.made.examples, config.data.eval_limit, say)
+        scores = label_scores(model, tokenizer, self.made.examples, config.data.eval_limit)
         if scores:
             n = sum(score["n"] for score in scores.values())
             result["scores"] = scores
@@ -177,7 +179,7 @@ class Finetune(Job):
 
         config, made = self.config, self.made
         for note in made.examples.notes:
-            outcome.to_stderr(note)
+            log.info(note)
         result = outcome.counted(self) | {"status": "dry_run", "steps": config.train.steps}
         batches = batches_of(config)
         result["tokens"] = PackedBatches(made.examples, batches).tokens(config.train.steps)
@@ -246,7 +248,7 @@ def _make(config: FinetuneConfig) -> Made:
     with collect(problems):
         weights = open_base(config)
     if weights is not None:
-        config.model.path = whole_path(str(weights.path))
+        config.model.path = str(weights.path.absolute())
         with collect(problems):
             _check_model(config, weights)
         with collect(problems):

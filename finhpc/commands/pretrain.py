@@ -13,8 +13,8 @@ from finhpc.models.files.manifest import check_manifest
 from finhpc.planning.init import DECOMPOSED, initial_fill, needs_decomposing
 from finhpc.planning.plan import check_tokenizer, hf_config_of, make_plan
 from finhpc.runs import result as outcome
-from finhpc.runs.job import Job, Rows, Say
-from finhpc.runs.run import checked, place_whole, run
+from finhpc.runs.job import Job, Rows
+from finhpc.runs.run import checked, run
 from finhpc.screen import rows_table, summary_table
 from finhpc.settings.decompose import DecomposeConfig
 from finhpc.settings.pretrain import PretrainConfig
@@ -43,8 +43,6 @@ class Pretrain(Job):
     verb = "pretrain"
 
     def __init__(self, config: PretrainConfig) -> None:
-        config = config.model_copy(deep=True)
-        place_whole(config)
         self.config: PretrainConfig = config
         self.plan = make_plan(config)
 
@@ -102,7 +100,7 @@ class Pretrain(Job):
     def check_checkpoints(self, checkpoints: Path) -> None:
         check_tokenizer(self.config, self.plan.shards, checkpoints)
 
-    def make_ready(self, folder: Path, say: Say) -> None:
+    def make_ready(self, folder: Path) -> None:
         if needs_decomposing(self.config):
             with ray_cluster():
                 decompose_start(self.config, folder)
@@ -135,8 +133,8 @@ class Pretrain(Job):
         start = self.plan.init_model
         save_model(folder, self.plan.hf_config, shards, start.folder if start else self.plan.shards.tokenizer)
 
-    def finish(self, result: dict[str, Any], folder: Path, say: Say) -> None:
-        result["sample"] = outcome.sample_text(self.config, folder / "model", say)
+    def finish(self, result: dict[str, Any], folder: Path) -> None:
+        result["sample"] = outcome.sample_text(self.config, folder / "model")
 
     def rows(self) -> Rows:
         plan = self.plan

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +26,8 @@ from finhpc.models.loading import load_model
 from finhpc.models.lora.multi_lora import Adapters, round_for
 from finhpc.settings.generate import GenerateConfig
 from finhpc.settings.training import Resources
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -111,7 +113,7 @@ class Generator:
         if (over := len(ids) - room) > 0:
             self.counts.prompts_cut += 1
             self.counts.tokens_cut += over
-            print(f"a prompt of {len(ids)} tokens was cut to its last {room}: its context is full", file=sys.stderr)
+            log.info(f"a prompt of {len(ids)} tokens was cut to its last {room}: its context is full")
         return ids[-room:]
 
     def stream(self, batch: Sequence[list[int]], adapters: Sequence[str | None]) -> Iterator[list[int | None]]:
@@ -214,7 +216,7 @@ def _dtype(config: GenerateConfig, model_config: Any, device: torch.device) -> t
         return getattr(torch, config.dtype)  # type: ignore[no-any-return]
     own = model_config.dtype or torch.float32
     if own == torch.float16 and device.type == "cpu":
-        print("weights are float16, which CPUs compute slowly; computing in float32", file=sys.stderr)
+        log.info("weights are float16, which CPUs compute slowly; computing in float32")
         return torch.float32
     return own  # type: ignore[no-any-return]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from finhpc.training.trainer import Trainer
 
-Say = Callable[[str], None]
 Rows = list[tuple[str, str]]
 
 
@@ -61,7 +60,7 @@ class Job(ABC):
         """Raise `ConfigError` where those of the run were trained on something else than this job's data."""
 
     @abstractmethod
-    def make_ready(self, folder: Path, say: Say) -> None:
+    def make_ready(self, folder: Path) -> None:
         """Make in the run folder what the workers read, unless it is there; an interrupted making goes on."""
 
     @abstractmethod
@@ -90,7 +89,7 @@ class Job(ABC):
     def save_model(self, folder: Path, saved: Checkpoint) -> None:
         """Write the trained model as `folder`, complete or absent."""
 
-    def finish(self, result: dict[str, Any], folder: Path, say: Say) -> None:  # noqa: B027
+    def finish(self, result: dict[str, Any], folder: Path) -> None:  # noqa: B027
         """Add to the result what is made from the trained model."""
 
     @abstractmethod

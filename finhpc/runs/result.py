@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,7 @@ from finhpc.settings.finetune import TrainingConfig
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.training.journal import WORKER_FILE, Record, latest, read
 
-
-def to_stderr(text: str) -> None:
-    """A line for the user before there is a progress bar."""
-    print(text, file=sys.stderr, flush=True)
+log = logging.getLogger(__name__)
 
 
 def counted(job: Job) -> dict[str, Any]:
@@ -154,7 +151,7 @@ def earlier_worker_hours(records: list[Record], began: float) -> float:
     return float(sum((start[-1]["time"] - start[0]["time"]) * start[0]["workers"] for start in before)) / 3600
 
 
-def sample_text(config: PretrainConfig, model_folder: Path, say: Callable[[str], None]) -> str | None:
+def sample_text(config: PretrainConfig, model_folder: Path) -> str | None:
     """Text drawn from the model: `train.sample_tokens` after `train.sample_prompt`, seeded."""
     if not config.train.sample_tokens:
         return None
@@ -164,7 +161,7 @@ def sample_text(config: PretrainConfig, model_folder: Path, say: Callable[[str],
     from finhpc.models.files.tokens import prompt_ids
     from finhpc.models.loading import load_model
 
-    say("sampling text from the model")
+    log.info("sampling text from the model")
     model: Any = load_model(model_folder)
     tokenizer = open_tokenizer(model_folder)
     prompt = config.train.sample_prompt or tokenizer.eos_token

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import logging
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -15,39 +15,34 @@ from finhpc.errors import ConfigError
 from finhpc.interrupts import Terminated, terminable
 from finhpc.runs import result as outcome
 from finhpc.runs.folder import RunFolder
-from finhpc.runs.job import Job, Say
+from finhpc.runs.job import Job
 from finhpc.runs.launch import fit
 from finhpc.runs.progress import Progress
 from finhpc.runs.worker import FATAL, MEMORY, ROOM, ROOM_BYTES
 from finhpc.screen import summary_table
 from finhpc.settings.finetune import TrainingConfig
-from finhpc.settings.pretrain import PretrainConfig
-from finhpc.settings.training import Run
 from finhpc.tracking.shown import HIDDEN, origin, setting_tags
 from finhpc.tracking.store import check_store
-from finhpc.tracking.tracker import Status, Tracker, absolute_tracking_uri, default_tracking_uri
+from finhpc.tracking.tracker import Status, Tracker
 from finhpc.training.checkpoint import list_complete
 from finhpc.training.journal import DRIVER_FILE, WORKER_FILE
+
+log = logging.getLogger(__name__)
 
 
 class Pruned(BaseException):
     """A sweep's scheduler ended the run: others of its trials are ahead."""
 
 
-Fit = Callable[[Job, RunFolder, bool, Say], None]
+Fit = Callable[[Job, RunFolder, bool], None]
 J = TypeVar("J", bound=Job)
 
 
 def checked(job: J) -> J:
     """The job, if MLflow will take its run; raises `ConfigError` otherwise, before anything starts."""
     config = job.config
-    check_store(tracking_uri_of(config.run), config.run.experiment)
+    check_store(config.run.mlflow_uri, config.run.experiment)
     return job
-
-
-def tracking_uri_of(run: Run) -> str:
-    """The address of its MLflow, given or next to the run folders."""
-    return run.tracking_uri or default_tracking_uri(run.storage)
 
 
 def run(job: Job, dry_run: bool = False, fit: Fit = fit) -> dict[str, Any]:
@@ -66,7 +61,7 @@ def run(job: Job, dry_run: bool = False, fit: Fit = fit) -> dict[str, Any]:
     if total is not None:
         check_fits(config, use_cuda(config, total), total)
     if note := config.optimizer.shortened(config.train.steps):
-        outcome.to_stderr(note)
+        log.info(note)
     if dry_run:
         return job.dry_run(total)
     if not _is_done(folder.result(), config):
@@ -82,7 +77,7 @@ def run(job: Job, dry_run: bool = False, fit: Fit = fit) -> dict[str, Any]:
         (folder.path / ROOM).write_bytes(bytes(ROOM_BYTES))
         done = _is_done(before, config)
         if not done:
-            job.make_ready(folder.path, outcome.to_stderr)
+            job.make_ready(folder.path)
         final = _tracked(job, folder, environment, fit, before if done else None, begin)
     summary_table(f"{job.verb} {config.run.name}", outcome.summary(job, final))
     return final
@@ -100,63 +95,32 @@ def _tracked(
     config = job.config
     # Ray is left last: it may end this process, and a stopped job has little time to write down how it ended.
     screen = Progress(config.train.steps, folder.path, eval_every=config.train.eval_every)
-    with ExitStack() as ray, screen as progress:
-        tracker = _tracker(job, folder, environment, progress.say).start()
+    with ExitStack() as ray, screen:
+        tracker = _tracker(job, folder, environment).start()
         status: Status = "FAILED"
         result = before
         try:
             if before is not None:
-                progress.say(f"run {config.run.name} is finished; this is its result (another run.name trains anew).")
+                log.info(f"run {config.run.name} is finished; this is its result (another run.name trains anew).")
             else:
-                _train(job, folder, progress.say, fit, ray)
+                _train(job, folder, fit, ray)
                 collected = outcome.collect(job, folder.path, time.perf_counter() - begin)
-                job.finish(collected, folder.path, progress.say)
+                job.finish(collected, folder.path)
                 outcome.check(job, folder.path, collected)
                 result = collected
             status = "FINISHED"
         except Pruned:
             status = "KILLED"
-            progress.say("ended by the sweep's scheduler")
+            log.info("ended by the sweep's scheduler")
             raise
         except (KeyboardInterrupt, Terminated):
             status = "KILLED"
-            progress.say(_where_it_goes_on(folder))
+            log.info(_where_it_goes_on(folder))
             raise
         finally:
             final = result or outcome.unfinished(job, folder.path, status)
-            _conclude(folder, tracker, status, final, progress.say)
+            _conclude(folder, tracker, status, final)
     return final
-
-
-def whole_path(path: str) -> str:
-    """Workers run in folders of their own, reruns anywhere."""
-    return os.path.abspath(os.path.expanduser(path))
-
-
-def place_whole(config: TrainingConfig) -> None:
-    """Make the paths of a run, and of what it reads, whole, in place; names of the hub stay."""
-    place_whole_run(config.run)
-    if config.model.path and os.path.exists(os.path.expanduser(config.model.path)):
-        config.model.path = whole_path(config.model.path)
-    if isinstance(config, PretrainConfig):
-        config.data.shards = config.data.shards and whole_path(config.data.shards)
-    else:
-        config.data.source = [_whole_source(source) for source in config.data.source]
-        config.data.eval_source = [_whole_source(source) for source in config.data.eval_source]
-        config.data.templates = config.data.templates and whole_path(config.data.templates)
-
-
-def _whole_source(source: str) -> str:
-    if not source.startswith("hf:"):
-        return whole_path(source)
-    name, colon, configuration = source.removeprefix("hf:").partition(":")
-    return f"hf:{whole_path(name)}{colon}{configuration}" if os.path.isdir(name) else source
-
-
-def place_whole_run(run: Run) -> None:
-    run.storage = whole_path(run.storage)
-    if run.tracking_uri:
-        run.tracking_uri = absolute_tracking_uri(run.tracking_uri)
 
 
 def _where_it_goes_on(folder: RunFolder) -> str:
@@ -166,7 +130,7 @@ def _where_it_goes_on(folder: RunFolder) -> str:
     return "stopped before a first checkpoint was complete; the same command begins at step 0."
 
 
-def _conclude(folder: RunFolder, tracker: Tracker, status: Status, final: dict[str, Any], say: Say) -> None:
+def _conclude(folder: RunFolder, tracker: Tracker, status: Status, final: dict[str, Any]) -> None:
     """Write the result, tell MLflow; of a run that failed, as far as the disk allows."""
     done = status == "FINISHED"
     try:
@@ -180,14 +144,14 @@ def _conclude(folder: RunFolder, tracker: Tracker, status: Status, final: dict[s
     except OSError as error:  # must not hide why the run failed
         if done:
             raise
-        say(f"{folder.path}/result.json could not be written ({error.strerror}).")
+        log.info(f"{folder.path}/result.json could not be written ({error.strerror}).")
 
 
-def tell_mlflow(job: Job, folder: RunFolder, status: Status, say: Say) -> dict[str, Any]:
+def tell_mlflow(job: Job, folder: RunFolder, status: Status) -> dict[str, Any]:
     """Send what MLflow missed of a run that ended; returns its result, with what MLflow says added."""
     environment = json.loads((folder.path / "environment.json").read_text(encoding="utf-8"))
     result = folder.result() or outcome.unfinished(job, folder.path, status)
-    _conclude(folder, _tracker(job, folder, environment, say).start(), status, result, say)
+    _conclude(folder, _tracker(job, folder, environment).start(), status, result)
     return result
 
 
@@ -209,28 +173,28 @@ def _set_aside_other_settings(job: Job, folder: RunFolder) -> None:
                 path.rename(folder.path / f"{name}.until-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
-def _train(job: Job, folder: RunFolder, say: Say, fit: Fit, ray: ExitStack) -> None:
+def _train(job: Job, folder: RunFolder, fit: Fit, ray: ExitStack) -> None:
     """Train on the cluster, which is connected until `ray` is left."""
     config = job.config
-    say("starting Ray and the workers (10 to 30 s)")
+    log.info("starting Ray and the workers (10 to 30 s)")
     ray.enter_context(ray_cluster())
     total = cluster_resources()
     cuda = use_cuda(config, total)
     check_fits(config, cuda, total)
     parallel, device = config.parallel, "GPU" if cuda else "CPU"
-    say(
+    log.info(
         f"{device} workers: {parallel.workers} (stages {parallel.stages} x replicas {parallel.replicas}), "
         f"torch threads a worker: {config.resources.threads}, precision: {config.train.precision}"
     )
     if cuda and config.train.precision == "fp32":
-        say(
+        log.info(
             "train.precision=fp32 on a GPU: matrix products at an eighth to a sixteenth of the rate of bf16 (A100: "
             "19.5 of 312 TFLOP/s); --train.precision bf16 keeps weights and optimizer in float32."
         )
-    fit(job, folder, cuda, say)
+    fit(job, folder, cuda)
 
 
-def _tracker(job: Job, folder: RunFolder, environment: dict[str, Any], say: Say) -> Tracker:
+def _tracker(job: Job, folder: RunFolder, environment: dict[str, Any]) -> Tracker:
     config = job.config
     data, model = job.fingerprints
     tags = {
@@ -246,9 +210,7 @@ def _tracker(job: Job, folder: RunFolder, environment: dict[str, Any], say: Say)
     run = config.run
     given = {key: value for key, value in tags.items() if value not in (None, "")}
     params = job.parameters()
-    return Tracker(
-        folder.path, tracking_uri_of(run), run.experiment, run.name, params, given, say, datasets=job.datasets
-    )
+    return Tracker(folder.path, run.mlflow_uri, run.experiment, run.name, params, given, datasets=job.datasets)
 
 
 def _is_done(before: dict[str, Any] | None, config: TrainingConfig) -> bool:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, TypeGuard, TypeVar, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -51,8 +51,34 @@ class Section(BaseModel, metaclass=_Refusing):
 
 
 C = TypeVar("C", bound=Section)
+# `json_schema_extra` of a setting, or of a section's class, that may change when a run is resumed. All others are what
+# the run means and must stay as they were.
+MAY_CHANGE: dict[str, Any] = {"may_change": True}
 TRUST = "trust_task_code"
 Plugins = Annotated[list[str], AfterValidator(plugins.load)]  # imported when the settings are made, wherever that is
+
+
+# Paths become absolute when settings are made, because workers and reruns have other working directories.
+
+
+def absolute_path(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path)) if path else path
+
+
+def _absolute_if_exists(path: str) -> str:
+    return absolute_path(path) if os.path.exists(os.path.expanduser(path)) else path
+
+
+def _absolute_source(source: str) -> str:
+    if not source.startswith("hf:"):
+        return absolute_path(source)
+    name, colon, configuration = source.removeprefix("hf:").partition(":")
+    return f"hf:{absolute_path(name)}{colon}{configuration}" if os.path.isdir(name) else source
+
+
+LocalPath = Annotated[str, AfterValidator(absolute_path)]
+ModelPath = Annotated[str, AfterValidator(_absolute_if_exists)]  # a folder, or a name of the hub, which stays
+Source = Annotated[str, AfterValidator(_absolute_source)]
 
 
 def plugins_field() -> Any:
@@ -70,7 +96,9 @@ def recipes() -> dict[str, Path]:
     return {path.relative_to(folder).with_suffix("").as_posix(): path for path in paths}
 
 
-def load(cls: type[C], source: str | None, overrides: dict[str, Any] | None = None, problems: Sequence[str] = ()) -> C:
+def load(
+    cls: type[C], source: str | None, overrides: Mapping[str, Any] | None = None, problems: Sequence[str] = ()
+) -> C:
     """Resolve defaults < `source` (a recipe's name or a YAML file) < `overrides` ({"a.b": value}).
 
     Raises `ConfigError` with every unknown key and every bad value, after `problems` that were found already, and for
@@ -88,7 +116,7 @@ def load(cls: type[C], source: str | None, overrides: dict[str, Any] | None = No
             f"config={source} sets {TRUST}, which lets task files run code, and a file may not give that leave; read "
             f"the task files, then give --{TRUST} true on the command line, or take it out of {source}."
         )
-    for dotted, value in (overrides or {}).items():
+    for dotted, value in _leaves(cls, overrides or {}):
         try:
             put(tree, dotted, value)
         except ConfigError as error:
@@ -100,6 +128,27 @@ def load(cls: type[C], source: str | None, overrides: dict[str, Any] | None = No
     if found:
         raise ConfigError(list(dict.fromkeys(found)))
     return settings
+
+
+def _leaves(cls: type[Section], overrides: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of settings that may be grouped into sections."""
+    sections = {path for path, field in _fields(cls) if _is_section(field.annotation)}
+
+    def leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, Section):
+            value = value.model_dump(exclude_unset=True)
+        if name not in sections or not isinstance(value, Mapping):
+            yield name, value
+            return
+        for key, inner in value.items():
+            yield from leaves(f"{name}.{key}", inner)
+
+    for name, value in overrides.items():
+        yield from leaves(name, value)
+
+
+def _is_section(kind: Any) -> TypeGuard[type[Section]]:
+    return isinstance(kind, type) and issubclass(kind, Section)
 
 
 def _trusts(tree: Any) -> bool:
@@ -121,7 +170,7 @@ def _over_own_defaults(cls: type[Section], tree: dict[str, Any]) -> dict[str, An
     """`tree`, with a section given in part completed by what `cls` says of it, not by the section's class alone."""
     for name, field in cls.model_fields.items():
         given, kind = tree.get(name), field.annotation
-        if not (isinstance(kind, type) and issubclass(kind, Section)) or name not in tree:
+        if not _is_section(kind) or name not in tree:
             continue
         if given is None:  # a section of a YAML file of which no line is left
             tree = {key: value for key, value in tree.items() if key != name}
@@ -145,7 +194,7 @@ def keys(cls: type[Section], prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, field in cls.model_fields.items():
         kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, Section):
+        if _is_section(kind):
             found |= keys(kind, f"{prefix}{name}.")
         else:
             found[prefix + name] = field
@@ -157,23 +206,33 @@ def defaults(cls: type[Section], source: str | None = None) -> dict[str, str]:
 
     A field says in `json_schema_extra` what stands for a value that is found only later.
     """
-    given = load(cls, source)
-    later: dict[str, str] = {}
+    later, tree = marked(cls, "default"), _read(source) if source else {}
+    return {
+        name: str(later[name]) if name in later and not _holds(tree, name) else _shown(value)
+        for name, value in flatten(load(cls, source)).items()
+    }
+
+
+def marked(cls: type[Section], mark: str) -> dict[str, Any]:
+    """Dotted name -> what `json_schema_extra` says under `mark`, of the setting or of a section that it is in."""
+    marks: dict[str, Any] = {}
     for path, field in _fields(cls):
-        if isinstance(extra := field.json_schema_extra, dict):
-            later |= {name: str(extra["default"]) for name in keys(cls) if f"{name}.".startswith(f"{path}.")}
-    tree = _read(source) if source else {}
-    shown = {}
-    for name, value in flatten(given).items():
-        shown[name] = later[name] if name in later and not _holds(tree, name) else _shown(value)
-    return shown
+        section = field.annotation
+        extras = [
+            field.json_schema_extra,
+            section.model_config.get("json_schema_extra") if _is_section(section) else None,
+        ]
+        for extra in extras:
+            if isinstance(extra, dict) and mark in extra:
+                marks |= {name: extra[mark] for name in keys(cls) if f"{name}.".startswith(f"{path}.")}
+    return marks
 
 
 def _fields(cls: type[Section], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted name, field) of every section and setting."""
     for name, field in cls.model_fields.items():
         yield prefix + name, field
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+        if _is_section(field.annotation):
             yield from _fields(field.annotation, f"{prefix}{name}.")
 
 
@@ -191,6 +250,8 @@ def _shown(value: Any) -> str:
         return "none"
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, str) and value.startswith(f"{os.getcwd()}{os.sep}"):
+        return os.path.relpath(value)
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
@@ -209,7 +270,7 @@ def nearest(name: str, valid: list[str], most: int = 20) -> str:
     """What to write instead of a mistyped name: the nearest valid one, or all of them, if they are at most `most`."""
     close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
     if close:
-        return f"did you mean {close[0]}?"
+        return f"did you mean '{close[0]}'?"
     return f"valid: {', '.join(valid)}." if len(valid) <= most else "--help lists all."
 
 
@@ -266,7 +327,7 @@ def _explain(cls: type[Section], item: dict[str, Any]) -> str:
     hint = ""
     if item["type"] == "literal_error" and field is not None:
         near = difflib.get_close_matches(str(item["input"]), [str(a) for a in get_args(field.annotation)], n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
+        hint = f" (did you mean '{near[0]}'?)" if near else ""
     elif field is not None and field.description:
         hint = f" ({where}: {field.description})"
     reason = item["msg"][0].lower() + item["msg"][1:]

@@ -7,9 +7,10 @@ the engine's own uses a wrong norm with more than one stage in float32.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -36,6 +37,8 @@ from finhpc.training.allocator import keep_freed_memory
 from finhpc.training.optimizer import decay_products, forget, make_optimizer, set_lr
 from finhpc.training.stages import measured_cut
 
+log = logging.getLogger(__name__)
+
 Batch = tuple[Tensor, Tensor]
 
 
@@ -58,8 +61,7 @@ class Engine:
     stages x replicas processes. `borders`: stage i has the parts borders[i] to borders[i + 1] - 1; None:
     the parts are measured, and cut by that. `fill` gives the weights their first numbers; None: they are drawn.
     With `adapt` the model is its frozen base, adapters are all that is trained, and packs take the place of
-    tokens; they may differ in length. `alpha` is method 3's of the last step, None with other methods; `say` gets a
-    line when its W are gone.
+    tokens; they may differ in length. `alpha` is method 3's of the last step, None with other methods.
     """
 
     def __init__(
@@ -69,11 +71,9 @@ class Engine:
         device: torch.device,
         borders: list[int] | None = None,
         fill: Fill | None = None,
-        say: Callable[[str], None] = lambda text: None,
         adapt: LoraModel | None = None,
     ) -> None:
         self.config, self.hf_config, self.device = config, hf_config, device
-        self.say = say
         if device.type == "cpu":
             keep_freed_memory()
         parallel = config.parallel
@@ -172,7 +172,7 @@ class Engine:
             forget(self.optimizer, gone)
             for parameter in gone:
                 self.pipe.param_names.pop(parameter, None)
-            self.say(
+            log.info(
                 f"step {step}: alpha is 0, so every W is dropped"
                 + (" and the optimiser rebuilt without them; the others' moments stay." if trained else ".")
             )

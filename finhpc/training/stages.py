@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import statistics
 import time
 from collections.abc import Callable
@@ -20,14 +21,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from finhpc.files import write_json
 from finhpc.models.families.family import Part, describe_parts
 from finhpc.models.families.registry import skeleton
 from finhpc.models.initialize import random_fill
 from finhpc.models.pipeline import PipelineLayer, parts_of, stage_borders
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.training.allocator import keep_freed_memory
-from finhpc.training.checkpoint import write_json
 from finhpc.training.optimizer import make_optimizer
+
+log = logging.getLogger(__name__)
 
 REPEATS = 5  # measured after one that warms up
 Clock = Callable[[], float]
@@ -58,9 +61,7 @@ def measured_cut(config: PretrainConfig, hf_config: Any, device: torch.device) -
     return Cut(stages, kinds, costs, stage_borders(row, costs, stages))
 
 
-def kept_cut(
-    config: PretrainConfig, hf_config: Any, device: torch.device, file: Path, say: Callable[[str], None]
-) -> Cut:
+def kept_cut(config: PretrainConfig, hf_config: Any, device: torch.device, file: Path) -> Cut:
     """The cut in `file` if it is of as many stages and the same parts; else it is measured and written there.
 
     Rank 0 reads and writes; every process of the group must call this and gets the same cut.
@@ -68,18 +69,18 @@ def kept_cut(
     if config.parallel.stages == 1:
         return measured_cut(config, hf_config, device)
     kinds = [part.kind for part in parts_of(hf_config, config.train.recompute)]
-    known: list[Cut | None] = [_read(file, config.parallel.stages, kinds, say) if dist.get_rank() == 0 else None]
+    known: list[Cut | None] = [_read(file, config.parallel.stages, kinds) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(known)
     if known[0] is not None:
         return known[0]
     cut = measured_cut(config, hf_config, device)
     if dist.get_rank() == 0:
         write_json(file, asdict(cut))
-    say(f"stages cut by measured cost: {cut}")
+    log.info(f"stages cut by measured cost: {cut}")
     return cut
 
 
-def _read(file: Path, stages: int, kinds: list[str], say: Callable[[str], None]) -> Cut | None:
+def _read(file: Path, stages: int, kinds: list[str]) -> Cut | None:
     if not file.exists():
         return None
     try:
@@ -89,7 +90,7 @@ def _read(file: Path, stages: int, kinds: list[str], say: Callable[[str], None])
     except (ValueError, TypeError, IndexError):
         whole = False
     if not whole:
-        say(f"{file.name} is damaged: the stages are measured and cut anew.")
+        log.info(f"{file.name} is damaged: the stages are measured and cut anew.")
         return None
     return cut if (cut.stages, cut.parts) == (stages, kinds) else None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import time
 import uuid
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from finhpc.log import redirected
 from finhpc.models.initialize import Fill
 from finhpc.models.lora.model import LoraModel
 from finhpc.settings.finetune import FinetuneConfig, TrainingConfig
@@ -28,6 +30,8 @@ from finhpc.training.memory import counted_peak, forget_peaks, peak_resident_byt
 from finhpc.training.optimizer import begin_at, learning_rate, moments, moments_of
 from finhpc.training.stages import kept_cut
 from finhpc.training.watchdog import Watchdog
+
+log = logging.getLogger(__name__)
 
 TIMES_EVERY = 10  # steps between sums of busy times over all workers
 
@@ -63,7 +67,9 @@ class Trainer:
         """
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.journal = Journal(self.folder / WORKER_FILE) if self.rank == 0 else None
-        with Watchdog(self.folder, self.rank, self.config.train.hang_timeout_s, self._progress) as dog:
+        watchdog = Watchdog(self.folder, self.rank, self.config.train.hang_timeout_s, self._progress)
+        # The driver shows what the first worker logs; all workers log much the same.
+        with redirected(self._write_message if self.journal else None), watchdog as dog:
             self._run(dog)
 
     def _run(self, dog: Watchdog) -> None:
@@ -109,15 +115,15 @@ class Trainer:
         borders = None  # of an adapted model: counted, the same at every start
         if not isinstance(self.config, FinetuneConfig):
             stages = self.folder / "stages.json"
-            borders = kept_cut(self.config, self.hf_config, self.device, stages, self._say).borders
-        self.engine = Engine(self.config, self.hf_config, self.device, borders, self.fill, self._say, self.adapt)
+            borders = kept_cut(self.config, self.hf_config, self.device, stages).borders
+        self.engine = Engine(self.config, self.hf_config, self.device, borders, self.fill, self.adapt)
         checkpoints = self.folder / "checkpoints"
         plan: list[Any] = [None, None]
         if self.rank == 0:
             checkpoints.mkdir(parents=True, exist_ok=True)
-            saved = checkpoint.latest_valid(checkpoints, self._say)
+            saved = checkpoint.latest_valid(checkpoints)
             if saved is None and any(checkpoints.glob("step_*")):
-                self._say("no checkpoint was ever completed: the run begins at step 0 again.")
+                log.info("no checkpoint was ever completed: the run begins at step 0 again.")
             checkpoint.remove_partial(checkpoints)
             plan = [uuid.uuid4().hex, saved]
         dist.broadcast_object_list(plan)
@@ -157,8 +163,8 @@ class Trainer:
             torch.manual_seed(hash((self.config.train.seed, saved.step, self.rank)))
             config = self.config
             if config.lora.dropout if isinstance(config, FinetuneConfig) else config.model.dropout:
-                self._say("the number of workers changed: dropout draws differ from an unbroken run's.")
-        self._say(f"resumed from step {saved.step}")
+                log.info("the number of workers changed: dropout draws differ from an unbroken run's.")
+        log.info(f"resumed from step {saved.step}")
 
     # -- data -------------------------------------------------------------------------------
 
@@ -284,9 +290,9 @@ class Trainer:
                 train_wall_s=time.perf_counter() - self.started,
             )
 
-    def _say(self, text: str) -> None:
-        if self.journal:
-            self.journal.write("message", text=text)
+    def _write_message(self, text: str) -> None:
+        assert self.journal is not None
+        self.journal.write("message", text=text)
 
 
 def held_out_loss(engine: Engine, feed: BatchSource) -> float | None:

@@ -23,7 +23,7 @@ from finhpc.errors import CheckpointError, ConfigError, NonFiniteError
 from finhpc.lowrank.replace import ranks_of
 from finhpc.models.families.presets import resolve_shape
 from finhpc.models.families.registry import make_config, parameter_count
-from finhpc.models.files import folder as folder_module
+from finhpc.models.files import tensor_folder as folder_module
 from finhpc.models.loading import initial_model, save_model
 from finhpc.quantization.fake import TRAINED, round_weights
 from finhpc.quantization.layers import QuantizedMatrix

@@ -80,7 +80,7 @@ def losses(storage: Path) -> tuple[dict[int, float], dict[int, float]]:
     return {i: r["train_loss"] for i, r in train.items()}, {i: r["val_loss"] for i, r in val.items()}
 
 
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("quick_training")
 def test_an_adapter_that_peft_opens_and_a_resumed_run_that_is_bit_equal(base: Path, news: Path, tmp_path: Path) -> None:
     result = finetune(config(base, news, tmp_path))
     assert result["status"] == "finished"
@@ -130,7 +130,7 @@ def test_an_adapter_that_peft_opens_and_a_resumed_run_that_is_bit_equal(base: Pa
     assert all(torch.equal(resumed[name], tensor) for name, tensor in weights.items())
 
 
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("quick_training")
 @pytest.mark.slow
 def test_two_stages_by_two_replicas_of_a_4_bit_base(base: Path, news: Path, tmp_path: Path) -> None:
     sections = {"quantization": {"bits": 4}, "data": {"source": [str(news)], "max_len": 200, "eval_fraction": 0.25}}
@@ -142,7 +142,7 @@ def test_two_stages_by_two_replicas_of_a_4_bit_base(base: Path, news: Path, tmp_
         assert mine == pytest.approx(plain, rel=1e-4)
 
 
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("quick_training")
 def test_a_sweep_quantises_the_base_once(base: Path, news: Path, tmp_path: Path) -> None:
     own = finetune(config(base, news, tmp_path, quantization={"bits": 4}))
     tree = config(base, news, tmp_path).model_dump(mode="json", exclude_unset=True)
@@ -236,7 +236,7 @@ def test_evaluate_takes_the_base_as_it_was_in_training(base: Path, tmp_path: Pat
         assert not torch.allclose(beside_float(ids).logits, wanted, atol=1e-3)
 
 
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("quick_training")
 def test_a_low_rank_base_from_parquet_to_a_merged_export(run_shards: Path, news: Path, tmp_path: Path) -> None:
     """The merged export, in transformers' own architecture, has the loss that the run reported."""
     dense = as_low_rank(tiny_llama(context=256).config, {"attention": 12, "mlp": 16})

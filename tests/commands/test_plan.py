@@ -10,10 +10,10 @@ import pytest
 from finhpc.cluster.connect import check_fits
 from finhpc.data.shards.shards import Shards
 from finhpc.errors import ConfigError, DataError
+from finhpc.files import write_json
 from finhpc.planning.plan import check_tokenizer, make_plan
 from finhpc.settings.base import build
 from finhpc.settings.pretrain import PretrainConfig
-from finhpc.training.checkpoint import write_json
 from tests.tiny import tiny_shards
 
 
@@ -51,7 +51,7 @@ def test_a_good_config_is_counted(shards: Path) -> None:
             "method.rank=33 does not fit transformer.h.*.attn.c_attn (96 x 32, layers: 4); use 1 to 32",
         ),
         ({"method": {"rank": 0}}, "method.rank=0 does not fit"),
-        ({"method": {"kind": "lowrank"}}, "method.kind=lowrank is no method; did you mean low_rank?"),
+        ({"method": {"kind": "lowrank"}}, "method.kind=lowrank is no method; did you mean 'low_rank'?"),
         (
             {"optimizer": {"decay": "product"}, "quantization": {"when": "during", "bits": 8}},
             "optimizer.decay=product does not work on rounded weights; use optimizer.decay=factors",

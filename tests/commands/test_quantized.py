@@ -19,7 +19,7 @@ from finhpc.settings.export import ExportConfig
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.training.journal import latest, read
 
-pytestmark = pytest.mark.usefixtures("ray_cluster")
+pytestmark = pytest.mark.usefixtures("quick_training")
 
 
 def config(shards: Path, storage: Path, **quantization: Any) -> PretrainConfig:

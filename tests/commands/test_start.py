@@ -59,7 +59,7 @@ def config(shards: Path, path: Path | None, storage: Path | None = None, **secti
     return build(PretrainConfig, tree)
 
 
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("quick_training")
 def test_method_2_from_a_dense_model_and_from_its_factors(run_shards: Path, dense: Path, tmp_path: Path) -> None:
     two = {"parallel": {"stages": 2, "micro_batch_size": 4}, "optimizer": {"lr": 1e-9}}
     result = pretrain(config(run_shards, dense, tmp_path, **two))
@@ -91,7 +91,7 @@ def test_method_2_from_a_dense_model_and_from_its_factors(run_shards: Path, dens
     assert pretrain(config(run_shards, moved, tmp_path, **two))["mlflow_run_id"] == result["mlflow_run_id"]
 
 
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("quick_training")
 def test_method_3_from_a_dense_model(run_shards: Path, dense: Path, tmp_path: Path) -> None:
     method = {"kind": "blend", "rank": 8, "blend_share": 0.5, "blend_weight": "trainable", "embedding": "low_rank"}
     settings: dict[str, Any] = {"optimizer": {"lr": 3e-3}}
@@ -126,7 +126,7 @@ def test_method_3_from_a_dense_model(run_shards: Path, dense: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("quick_training")
 def test_a_dense_model_is_trained_on(run_shards: Path, tmp_path: Path) -> None:
     path = with_tokenizer(saved(tiny_llama(), tmp_path / "llama", max_shard_size="20KB"), run_shards)
     assert len(list(path.glob("*.safetensors"))) > 1

@@ -142,7 +142,7 @@ def test_a_label_that_no_record_has_can_be_chosen_in_finetuning_too(tmp_path: Pa
     assert [len(found) for found in _answers(examples).values()] == [3, 3]
     examples.save(tmp_path / "examples.safetensors")
     assert _answers(load(tmp_path / "examples.safetensors")) == _answers(examples)
-    held_out = label_scores(model, words, examples, None, lambda line: None)["phrasebank"]
+    held_out = label_scores(model, words, examples, None)["phrasebank"]
     (task,) = prepared(tmp_path, ["stance"], files={"stance": str(tmp_path / "b.csv")})
     scores, _ = score(LanguageModel(model, words, 4), task, 0, 0)
     assert scores["acc"] == pytest.approx(held_out["acc"])
@@ -173,7 +173,7 @@ def test_a_task_of_ones_own_scores_as_finetuning_scores_what_it_held_out(tmp_pat
     model, words = load_for_evaluation(str(write_model(tmp_path / "model")))
     files = {"source": [str(tmp_path / "a.csv")], "eval_source": [str(tmp_path / "b.csv")]}
     examples = make_examples(Instructions(**files, **given), words, 0)
-    held_out = label_scores(model, words, examples, None, lambda line: None)["stance"]
+    held_out = label_scores(model, words, examples, None)["stance"]
     (task,) = prepared(tmp_path, ["stance"], files={"stance": str(tmp_path / "b.csv")}, **given)
     scores, rows = score(LanguageModel(model, words, 4), task, 0, 0)
     assert len(rows) == held_out["n"] == 18

@@ -121,7 +121,7 @@ def test_a_template_with_the_date_does_not_stop_a_resume(tmp_path: Path, monkeyp
     folder = RunFolder(tmp_path, "run")
     with folder.lock():
         folder.write_config(first.config, *first.fingerprints)
-        first.make_ready(folder.path, print)
+        first.make_ready(folder.path)
     monkeypatch.setattr(Clock, "day", 2)
     again = Finetune(settings(base, source, tmp_path))
     folder.check_resume(again.config, *again.fingerprints)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from finhpc.errors import CheckpointError
+from finhpc.files import file_sha256, write_json
+from finhpc.log import redirected
 from finhpc.training import checkpoint
 from finhpc.training.checkpoint import Checkpointer, latest_valid, list_complete, load_random_state, load_tensors
 
@@ -59,7 +61,8 @@ def test_a_damaged_newest_is_passed_over_and_said(tmp_path: Path, damage: str) -
     else:
         file.unlink()
     said: list[str] = []
-    good = latest_valid(tmp_path, said.append)
+    with redirected(said.append):
+        good = latest_valid(tmp_path)
     assert good is not None
     assert good.step == 10
     assert "step_00000020 is damaged" in said[0]
@@ -74,7 +77,7 @@ def test_only_damaged_checkpoints_are_refused_and_none_is_touched(tmp_path: Path
     os.truncate(tmp_path / "step_00000030" / "manifest.json", 100)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged .* to begin at step 0") as caught:
-        latest_valid(tmp_path, print)
+        latest_valid(tmp_path)
     for name in ("step_00000010/stage-00000", "step_00000020/rank-0", "step_00000030/manifest.json"):
         assert name in str(caught.value)
     assert sorted(tmp_path.rglob("*")) == before
@@ -83,7 +86,7 @@ def test_only_damaged_checkpoints_are_refused_and_none_is_touched(tmp_path: Path
 def test_a_checkpoint_that_never_was_complete_is_no_damage(tmp_path: Path) -> None:
     save(tmp_path, 10)
     (tmp_path / "step_00000010" / "manifest.json").unlink()
-    assert latest_valid(tmp_path, print) is None
+    assert latest_valid(tmp_path) is None
 
 
 def test_a_pickle_in_place_of_tensors_is_not_opened(tmp_path: Path) -> None:
@@ -93,8 +96,8 @@ def test_a_pickle_in_place_of_tensors_is_not_opened(tmp_path: Path) -> None:
     with open(file, "wb") as opened:
         torch.save({"param.w": torch.ones(3, 4)}, opened)
     manifest = json.loads((file.parent / "manifest.json").read_text())
-    manifest["files"][file.name] = {"bytes": file.stat().st_size, "sha256": checkpoint.sha256(file)}
-    checkpoint.write_json(file.parent / "manifest.json", manifest)
+    manifest["files"][file.name] = {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+    write_json(file.parent / "manifest.json", manifest)
     with pytest.raises(CheckpointError, match=r"is no safetensors file .* pickles are never opened"):
         list_complete(tmp_path)[0].verify()
 
@@ -156,6 +159,7 @@ def test_a_half_removed_checkpoint_is_not_complete(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "step_00000010", tmp_path / "step_00000020")
     (tmp_path / "step_00000020" / "rank-0.safetensors").unlink()
     said: list[str] = []
-    good = latest_valid(tmp_path, said.append)
+    with redirected(said.append):
+        good = latest_valid(tmp_path)
     assert good is not None
     assert good.path.name == "step_00000010"

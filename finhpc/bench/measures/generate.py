@@ -5,6 +5,7 @@ Random weights of the shapes: the speed of greedy decoding does not depend on th
 
 from __future__ import annotations
 
+import logging
 import re
 import statistics
 import tempfile
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from finhpc.bench.device import device_of
 from finhpc.bench.pairs import in_turn, median_ratio, spread
-from finhpc.bench.report import Row, publish, say
+from finhpc.bench.report import Row, publish
 from finhpc.bench.settings import GenerateBench
 from finhpc.commands.export import export
 from finhpc.errors import ConfigError
@@ -39,6 +40,8 @@ from finhpc.settings.base import build, nearest
 from finhpc.settings.export import ExportConfig
 from finhpc.settings.generate import Sampling
 from finhpc.settings.pretrain import LINEAR_KINDS
+
+log = logging.getLogger(__name__)
 
 BANDWIDTH_BYTES = 800_000_000
 THEIRS, DENSE = "HF dense", "dense, or merged"  # ways; the second is also B A multiplied out
@@ -195,7 +198,7 @@ def _shape(
             name: theirs(model, tokens) if name == THEIRS else ours(Decoder(model), tokens)
             for name, (model, _) in models.items()
         }
-        say(f"{preset}, batch {batch}: {settings.bench.repeats} rounds of {len(ways)} ways")
+        log.info(f"{preset}, batch {batch}: {settings.bench.repeats} rounds of {len(ways)} ways")
         for way in ways.values():
             way(2)  # warms up
         first = in_turn({name: partial(way, 1) for name, way in ways.items()}, settings.bench.repeats)
@@ -244,7 +247,7 @@ def _cache(settings: GenerateBench, preset: str, rank: int, device: torch.device
     decoder = Decoder(random_model(preset, rank, 16, dtype, device))
     use_fast_layers(decoder.model)
     tokens = torch.randint(0, PRESETS[preset].vocab_size, (1, settings.prompt), device=device)
-    say("with and without the cache")
+    log.info("with and without the cache")
     rows, seconds = [], {}
     for cache in (True, False):
         decoder.computed_tokens = 0
@@ -276,7 +279,7 @@ def _adapters(settings: GenerateBench, device: torch.device) -> tuple[float, lis
         adapters.choose(names[way])
         return run(settings.new)
 
-    say(f"{settings.adapters} adapters over one {settings.adapters_model}")
+    log.info(f"{settings.adapters} adapters over one {settings.adapters_model}")
     measure("base alone")
     seconds = in_turn({way: partial(measure, way) for way in names}, settings.bench.repeats)
     rows: list[Row] = [

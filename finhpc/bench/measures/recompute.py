@@ -7,6 +7,7 @@ turn over the same weights, in one process without Ray and without the optimiser
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from finhpc.bench.device import device_of, timed
 from finhpc.bench.pairs import in_turn, median_ratio, spread
-from finhpc.bench.report import Row, publish, say
+from finhpc.bench.report import Row, publish
 from finhpc.bench.settings import RecomputeBench
 from finhpc.lowrank.replace import ranks_of
 from finhpc.models.families.presets import resolve_shape
@@ -29,6 +30,8 @@ from finhpc.models.pipeline import PipelineLayer, parts_of
 from finhpc.settings.training import Recompute
 from finhpc.training.activation_bytes import block_saved_bytes
 from finhpc.training.memory import counted_peak
+
+log = logging.getLogger(__name__)
 
 
 def bench_recompute(settings: RecomputeBench) -> dict[str, Any]:
@@ -46,7 +49,7 @@ def bench_recompute(settings: RecomputeBench) -> dict[str, Any]:
     modes: tuple[Recompute, ...] = get_args(Recompute)
     ways = {mode: _passes(settings, hf_config, mode, weights, tokens) for mode in modes}
     peaks = {mode: _peak(way, device) for mode, way in ways.items()}  # warms up too
-    say(f"{settings.bench.repeats} rounds of a forward and a backward pass in each of {len(ways)} modes")
+    log.info(f"{settings.bench.repeats} rounds of a forward and a backward pass in each of {len(ways)} modes")
     seconds = in_turn({mode: partial(timed, way, device) for mode, way in ways.items()}, settings.bench.repeats)
     kept = {mode: _block_bytes(settings, hf_config, mode, weights) for mode in modes}
     rows: list[Row] = [

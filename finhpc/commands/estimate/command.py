@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from typing import Any
 
 from finhpc.settings.estimate import EstimateConfig, FinetuneEstimateConfig
+
+log = logging.getLogger(__name__)
 
 
 def estimate(config: EstimateConfig | FinetuneEstimateConfig, dry_run: bool = False) -> dict[str, Any]:
@@ -30,6 +32,6 @@ def estimate(config: EstimateConfig | FinetuneEstimateConfig, dry_run: bool = Fa
         if key not in values.model_fields_set:
             assumed.append(f"{name}={getattr(values, key)}")
     if assumed:
-        print(f"assumed, because they are not set: {', '.join(assumed)}; set what your run has.", file=sys.stderr)
+        log.info(f"assumed, because they are not set: {', '.join(assumed)}; set what your run has.")
     result["estimate"]["assumed"] = assumed
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -33,6 +34,8 @@ from finhpc.settings.estimate import FinetuneEstimateConfig
 from finhpc.settings.finetune import FinetuneConfig
 from finhpc.settings.pretrain import Model
 from finhpc.training.optimizer import check_optimizer
+
+log = logging.getLogger(__name__)
 
 ASSUMED = ("lora.rank", "quantization.bits", "estimate.tokens", "train.precision", "parallel.micro_batch_size")
 BITS = (16, 8, 4)

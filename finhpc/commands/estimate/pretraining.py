@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,8 @@ from finhpc.settings.estimate import EstimateConfig
 from finhpc.settings.pretrain import Method, PretrainConfig
 from finhpc.settings.training import Recompute
 from finhpc.training.optimizer import OPTIMIZERS, check_optimizer
+
+log = logging.getLogger(__name__)
 
 ASSUMED = ("method.kind", "method.rank", "data.seq_len", "train.precision", "parallel.micro_batch_size")
 MODES: tuple[Recompute, ...] = ("none", "attention", "full")

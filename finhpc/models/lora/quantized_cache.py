@@ -6,8 +6,8 @@ scheme makes of it (`finhpc.quantization.schemes`), and the sha256 of each. What
 
 from __future__ import annotations
 
+import logging
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +24,8 @@ from finhpc.quantization.schemes import SCHEMES
 if TYPE_CHECKING:
     from finhpc.models.lora.model import LoraModel
 
+log = logging.getLogger(__name__)
+
 FILE = ".safetensors"
 
 
@@ -38,7 +40,7 @@ def write_quantized_cache(lora_model: LoraModel, folder: Path, advance: Callable
             check_manifest(folder)
             return
         except CheckpointError as error:
-            print(f"{error}\nThe base is quantised again.", file=sys.stderr)
+            log.info(f"{error}\nThe base is quantised again.")
             shutil.rmtree(folder)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
