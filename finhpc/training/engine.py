@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import deepspeed
 import torch
@@ -31,18 +31,18 @@ from torch import Tensor, nn
 
 from finhpc.errors import NonFiniteError
 from finhpc.lowrank.blend import alpha_at, blend_in, set_alpha
-from finhpc.lowrank.layers import LowRankEmbedding, LowRankLinear
 from finhpc.lowrank.registry import BLEND
 from finhpc.models.families.registry import skeleton as make_skeleton
 from finhpc.models.initialize import Fill, random_fill
-from finhpc.models.lora.layers import LoraLinear
-from finhpc.models.lora.model import LoraModel, LoraPipelineLayer
 from finhpc.models.pipeline import PipelineLayer, is_tied, parts_of
 from finhpc.settings.finetune import FinetuneConfig
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.training.allocator import keep_freed_memory
 from finhpc.training.optimizer import decay_products, drop_parameters, make_optimizer, set_lr
 from finhpc.training.stages import measured_cut
+
+if TYPE_CHECKING:
+    from finhpc.models.lora.model import LoraModel
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class Engine:
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
         if lora_model is not None:
             self.borders = borders or lora_model.borders(parallel.stages)
-            specs = [LayerSpec(LoraPipelineLayer, part, lora_model, device) for part in lora_model.parts()]
+            specs = [LayerSpec(lora_model.layer_class, part, lora_model, device) for part in lora_model.parts()]
         else:
             assert isinstance(config, PretrainConfig)
             self.borders = borders or measured_cut(config, hf_config, device).borders
@@ -262,9 +262,8 @@ class Engine:
             grads = [p.grad for p in named.values() if p.grad is not None]
             torch._foreach_mul_(grads, limit / (self.grad_norm + 1e-6))
         if self.config.optimizer.decay == "product":
-            modules = (module for layer in self.layers for module in layer.modules())
-            kinds = LowRankLinear | LowRankEmbedding | LoraLinear
-            pairs = [module.pair() for module in modules if isinstance(module, kinds)]
+            modules: Iterator[Any] = (module for layer in self.layers for module in layer.modules())
+            pairs = [module.pair() for module in modules if hasattr(module, "pair")]  # low-rank layers and adapters
             decay_products(pairs, self._lr * self.config.optimizer.weight_decay)
 
     # -- times ------------------------------------------------------------------------------

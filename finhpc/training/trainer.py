@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -40,7 +40,6 @@ from torch import Tensor
 
 from finhpc.log import redirected
 from finhpc.models.initialize import Fill
-from finhpc.models.lora.model import LoraModel
 from finhpc.settings.finetune import FinetuneConfig, TrainingConfig
 from finhpc.training import checkpoint
 from finhpc.training.batches import Batch, BatchSource
@@ -51,6 +50,9 @@ from finhpc.training.memory import counted_peak, peak_resident_bytes, reset_peak
 from finhpc.training.optimizer import init_state, learning_rate, moment_names, moments
 from finhpc.training.stages import saved_cut
 from finhpc.training.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from finhpc.models.lora.model import LoraModel
 
 log = logging.getLogger(__name__)
 
