@@ -45,7 +45,7 @@ def test_every_wrong_word_is_named() -> None:
         parse(["--metod.rank", "3", "word", "--train.steps"], PretrainConfig)
     assert caught.value.problems == [
         "--metod.rank is not a setting; did you mean 'method.rank'?",
-        "word is no flag; settings are given as --key value.",
+        "'word' is not a flag; write settings as --key value.",
         "--train.steps has no value; give one: --train.steps VALUE.",
     ]
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from finhpc.cluster.connect import use_cuda
 from finhpc.errors import ConfigError, DataError, collect
 from finhpc.files import publish
-from finhpc.planning.plan import check_parallel, check_parts, check_stages
+from finhpc.planning.plan import check_parts, check_stages
 from finhpc.runs import result as outcome
 from finhpc.runs.job import Job, Rows
 from finhpc.runs.run import checked, run
@@ -239,10 +239,8 @@ def _make(config: FinetuneConfig) -> Made:
     from finhpc.models.files.tokens import check_rows
     from finhpc.models.lora.model import LoraModel
 
-    problems: list[str] = []
+    problems = config.problems()
     weights = lora_model = examples = tokenizer = None
-    with collect(problems):
-        check_parallel(config)
     with collect(problems):
         check_parts(config)
     with collect(problems):

@@ -84,14 +84,9 @@ def set_alpha(modules: Iterable[nn.Module], alpha: float) -> list[Tensor]:
     return gone
 
 
-def blend_steps(method: Method, steps: int) -> int:
-    """The first of `steps` steps (from 1) that is taken without W."""
-    return round(method.blend_share * steps)
-
-
 def alpha_at(method: Method, step: int, steps: int) -> float:
     """alpha in the `step`-th (from 1) of `steps`: `method.blend_start` in the first, 0 from `blend_steps` on."""
-    last = blend_steps(method, steps)
+    last = method.blend_steps(steps)
     if step >= last:
         return 0.0
     done = (step - 1) / (last - 1)
