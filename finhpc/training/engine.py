@@ -206,7 +206,7 @@ class Engine:
             )
 
     def train_step(self, batches: Iterator[Tensor], lr: float) -> float:
-        """One optimiser step over `micro_batches` micro-batches; returns the mean loss in nats.
+        """One optimizer step over `micro_batches` micro-batches; returns the mean loss in nats.
 
         `batches` yields int64 tokens (micro_batch_size, seq_len), or packs, on the first stage; other stages do not
         read it. Raises `NonFiniteError` on every process, before the weights change, if the loss or the gradient is
