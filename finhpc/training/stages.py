@@ -57,7 +57,8 @@ def measured_cut(config: PretrainConfig, hf_config: Any, device: torch.device) -
     kinds = [part.kind for part in row]
     if stages == 1:
         return Cut(1, kinds, [0.0] * len(kinds), [0, len(kinds)])
-    costs = measure(config, hf_config, device)
+    seconds = measure_parts(config, hf_config, device)
+    costs = [seconds[kind] for kind in kinds]
     return Cut(stages, kinds, costs, stage_borders(row, costs, stages))
 
 
@@ -95,18 +96,17 @@ def _read(file: Path, stages: int, kinds: list[str]) -> Cut | None:
     return cut if (cut.stages, cut.parts) == (stages, kinds) else None
 
 
-def measure(
+def measure_parts(
     config: PretrainConfig, hf_config: Any, device: torch.device, clock: Clock = time.perf_counter
-) -> list[float]:
-    """Seconds per micro-batch of each part: forward, backward, and its share of the optimizer's step.
+) -> dict[str, float]:
+    """Kind of part -> seconds per micro-batch: forward, backward, and its share of the optimizer's step.
 
     One block, or its halves, stands for all. The result is the mean over the processes of the group, which measure at
     the same time, as they will train. The process's random state is restored. `clock` returns seconds.
     """
     if device.type == "cpu":
         keep_freed_memory()  # as in training
-    row = parts_of(hf_config, config.train.recompute)
-    first = {part.kind: part for part in reversed(row)}
+    first = {part.kind: part for part in reversed(parts_of(hf_config, config.train.recompute))}
     kinds = sorted(first)
     seconds = torch.zeros(len(kinds), dtype=torch.float64, device=device)
     with torch.random.fork_rng():
@@ -115,8 +115,7 @@ def measure(
             seconds[i] = _seconds(first[kind], config, hf_config, device, clock)
             gc.collect()
     dist.all_reduce(seconds)
-    mean = (seconds / dist.get_world_size()).tolist()
-    return [mean[kinds.index(part.kind)] for part in row]
+    return dict(zip(kinds, (seconds / dist.get_world_size()).tolist(), strict=True))
 
 
 def _seconds(part: Part, config: PretrainConfig, hf_config: Any, device: torch.device, clock: Clock) -> float:
