@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from finhpc.commands.report.runs import FINANCIAL, Collected, Curve, Scale, Tracked
 from finhpc.commands.report.tables import Row, Table
-from finhpc.tracking.shown import SCORED_FROM
+from finhpc.tracking.tags import SCORED_FROM
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,7 +17,7 @@ from finhpc.models.families.presets import PRESETS, Shape, resolve_shape
 from finhpc.settings.base import marked
 from finhpc.settings.pretrain import Model
 from finhpc.settings.sweep import FinetuneSweepConfig, SweepConfig
-from finhpc.tracking.shown import HIDDEN, PARENT, SCORED_FROM, SETTING, SWEEP
+from finhpc.tracking.tags import COMMAND, PARENT, PREFIX, SCORED_FROM, SETTING, SWEEP
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -54,7 +54,7 @@ class Tracked:
 
     def start(self, key: str) -> str | None:
         """What the workers reported at their newest start: workers, threads, device, ..."""
-        return self.tags.get(f"{HIDDEN}start.{key}")
+        return self.tags.get(f"{PREFIX}start.{key}")
 
     def whole(self, key: str) -> int | None:
         """A setting that is an integer."""
@@ -71,7 +71,7 @@ class Tracked:
     @property
     def verb(self) -> str | None:
         """pretrain, finetune or evaluate; None for anything else."""
-        verb = self.tags.get(HIDDEN + "verb")
+        verb = self.tags.get(COMMAND)
         return verb if verb in ("pretrain", "finetune", "evaluate") else None
 
     def place(self, key: str) -> str | None:
@@ -189,7 +189,7 @@ class Collected:
 
     def start_of(self, run: Tracked) -> Tracked | None:
         """The run that made its initial model, if MLflow has it."""
-        path = run.tags.get(HIDDEN + "started_from") or run.setting("model.path")
+        path = run.tags.get(PREFIX + "started_from") or run.setting("model.path")
         return self.makers.get(path.rstrip("/")) if path else None
 
     def shape(self, run: Tracked) -> Shape | None:
@@ -209,7 +209,7 @@ class Collected:
 
     def scale(self, run: Tracked) -> Scale:
         """The scale that a run belongs to. Parameters are 0 if MLflow has none."""
-        params, data = int(run.metrics.get("params_dense", 0)), run.tags.get(HIDDEN + "dataset_fingerprint", "")[:12]
+        params, data = int(run.metrics.get("params_dense", 0)), run.tags.get(PREFIX + "dataset_fingerprint", "")[:12]
         if run.verb == "finetune":
             # The seed decides which examples are held out, and so changes the fingerprint.
             limit = run.setting("data.limit")
