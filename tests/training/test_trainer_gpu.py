@@ -58,7 +58,7 @@ def train(folder: Path, config: PretrainConfig, shards: Shards, stop: int = STEP
     class Stopping(Trainer):
         def _step(self, step: int) -> None:
             if step > stop:
-                self.saver.wait()
+                self.checkpointer.wait()
                 raise Stopped
             super()._step(step)
 

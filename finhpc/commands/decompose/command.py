@@ -55,7 +55,7 @@ from finhpc.models.files.weights import Weights, locate, open_weights
 from finhpc.screen import Progress
 from finhpc.settings.decompose import DecomposeConfig
 from finhpc.settings.pretrain import LINEAR_KINDS
-from finhpc.training.allocator import give_back_freed_memory
+from finhpc.training.allocator import return_freed_memory
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ def _factorize(groups: list[Group], weights: Weights, task: Factorization, confi
     if not pending:
         return peaks
     ready: Iterable[Group] = pending
-    give_back_freed_memory()
+    return_freed_memory()
     if config.whiten:
         tokens = _calibration(weights, task.work, config)
         torch.set_num_threads(config.resources.threads)

@@ -36,7 +36,7 @@ from finhpc.models.files.weights import Linear, Weights, opened
 from finhpc.models.pipeline import parts_of
 from finhpc.settings.decompose import DecomposeConfig
 from finhpc.settings.pretrain import LINEAR_KINDS
-from finhpc.training.allocator import give_back_freed_memory
+from finhpc.training.allocator import return_freed_memory
 from finhpc.training.memory import peak_resident_bytes
 
 # Parameters and layers of a group, at most: little enough for memory and even shares on a CPU; enough
@@ -202,7 +202,7 @@ class Factorization:
 
 def factorize_group(task: Factorization, group: Group) -> tuple[int, int]:
     """Write the factors of one group; return this process's id and its peak memory in bytes."""
-    give_back_freed_memory()
+    return_freed_memory()
     torch.set_num_threads(task.threads)
     _factorize(task, group)
     return os.getpid(), peak_memory_bytes(task.cuda)
