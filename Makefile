@@ -1,14 +1,17 @@
 # make setup   build .venv from pyproject.toml and constraints.txt (a few minutes, once)
 # make demo    prepare a small corpus, pretrain a low-rank GPT-2 on it, show the result
-# make test    lint, types, import rule and tests
+# make test    lint, types, import rules and tests, in parallel
+# make style   lint, types and import rules alone
 # make slow    the tests that take minutes
 # make test-gpu  the tests that need a CUDA device
 
 PYTHON ?= python3.11
 BIN := .venv/bin
 DEMO := runs/demo
+# Processes that run tests; each starts a Ray of its own and needs up to 4 GB.
+TEST_PROCESSES ?= 2
 
-.PHONY: setup demo test slow test-gpu clean
+.PHONY: setup demo test style pytest slow test-gpu clean
 
 setup: .venv/.ready
 
@@ -24,7 +27,16 @@ demo: setup
 	$(BIN)/finhpc pretrain --config demo --data.shards $(DEMO)/shards --run.storage $(DEMO)/runs --run.name demo-$$(date +%Y%m%d-%H%M%S)
 
 test: setup
-	$(BIN)/python -m pytest
+	@$(MAKE) --no-print-directory --jobs=2 --keep-going style pytest
+
+style: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/mypy
+
+pytest: setup
+	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadgroup
 
 slow: setup
 	$(BIN)/python -m pytest -m 'slow and not gpu'

@@ -21,7 +21,11 @@ from PIL import Image
 import finhpc
 from finhpc.cluster.connect import ray_cluster
 from finhpc.commands.ui import serving
-from finhpc.settings import EvaluateConfig, FinetuneSweepConfig, PrepareConfig, PretrainConfig, SweepConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.evaluate import EvaluateConfig
+from finhpc.settings.prepare import PrepareConfig
+from finhpc.settings.pretrain import PretrainConfig
+from finhpc.settings.sweep import FinetuneSweepConfig, SweepConfig
 from finhpc.tracking.pages import pages_of
 from finhpc.tracking.tracker import default_tracking_uri
 

@@ -28,7 +28,7 @@ import os
 from importlib import import_module
 from typing import Any
 
-from finhpc.log import drop
+from finhpc.log import set_up
 from finhpc.registration import register
 
 __version__ = "0.1.0"
@@ -62,21 +62,21 @@ _PUBLIC = {
     "export": "finhpc.commands.export",
     "report": "finhpc.commands.report.command",
     "ui": "finhpc.commands.ui",
-    "PretrainConfig": "finhpc.settings",
-    "FinetuneConfig": "finhpc.settings",
-    "EstimateConfig": "finhpc.settings",
-    "FinetuneEstimateConfig": "finhpc.settings",
-    "StudyConfig": "finhpc.settings",
-    "SweepConfig": "finhpc.settings",
-    "FinetuneSweepConfig": "finhpc.settings",
-    "PrepareConfig": "finhpc.settings",
-    "EvaluateConfig": "finhpc.settings",
-    "GenerateConfig": "finhpc.settings",
-    "ExportConfig": "finhpc.settings",
-    "DecomposeConfig": "finhpc.settings",
-    "ReportConfig": "finhpc.settings",
-    "ReproduceConfig": "finhpc.settings",
-    "UiConfig": "finhpc.settings",
+    "PretrainConfig": "finhpc.settings.pretrain",
+    "FinetuneConfig": "finhpc.settings.finetune",
+    "EstimateConfig": "finhpc.settings.estimate",
+    "FinetuneEstimateConfig": "finhpc.settings.estimate",
+    "StudyConfig": "finhpc.settings.study",
+    "SweepConfig": "finhpc.settings.sweep",
+    "FinetuneSweepConfig": "finhpc.settings.sweep",
+    "PrepareConfig": "finhpc.settings.prepare",
+    "EvaluateConfig": "finhpc.settings.evaluate",
+    "GenerateConfig": "finhpc.settings.generate",
+    "ExportConfig": "finhpc.settings.export",
+    "DecomposeConfig": "finhpc.settings.decompose",
+    "ReportConfig": "finhpc.settings.report",
+    "ReproduceConfig": "finhpc.settings.reproduce",
+    "UiConfig": "finhpc.settings.report",
     "FinhpcError": "finhpc.errors",
     "ConfigError": "finhpc.errors",
 }
@@ -89,5 +89,5 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'finhpc' has no attribute {name!r}; public names: {__all__}")
 
 
-drop()
+set_up()
 register()

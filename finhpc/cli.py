@@ -24,72 +24,75 @@ from finhpc.interrupts import interruptible
 
 
 class Command(NamedTuple):
-    """`settings`: the class in finhpc.settings. `work`: module:function, which takes the settings and `dry_run`."""
+    """`settings`: module:class of its settings. `work`: module:function, which takes the settings and `dry_run`."""
 
     about: str
     settings: str
     work: str
 
 
+SETTINGS, WORK = "finhpc.settings.", "finhpc.commands."
 COMMANDS = {
-    "prepare": Command("text on disk -> token shards", "PrepareConfig", "finhpc.commands.prepare:prepare"),
+    "prepare": Command("text on disk -> token shards", f"{SETTINGS}prepare:PrepareConfig", f"{WORK}prepare:prepare"),
     "pretrain": Command(
-        "token shards -> a low-rank (or dense) model", "PretrainConfig", "finhpc.commands.pretrain:pretrain"
+        "token shards -> a low-rank (or dense) model", f"{SETTINGS}pretrain:PretrainConfig", f"{WORK}pretrain:pretrain"
     ),
     "estimate": Command(
         "memory, time and devices of a pretrain; or: estimate finetune",
-        "EstimateConfig",
-        "finhpc.commands.estimate.command:estimate",
+        f"{SETTINGS}estimate:EstimateConfig",
+        f"{WORK}estimate.command:estimate",
     ),
-    "estimate finetune": Command("", "FinetuneEstimateConfig", "finhpc.commands.estimate.command:estimate"),
+    "estimate finetune": Command("", f"{SETTINGS}estimate:FinetuneEstimateConfig", f"{WORK}estimate.command:estimate"),
     "sweep": Command(
         "a grid or search over settings of pretrain; or: sweep finetune",
-        "SweepConfig",
-        "finhpc.commands.sweep.command:sweep",
+        f"{SETTINGS}sweep:SweepConfig",
+        f"{WORK}sweep.command:sweep",
     ),
-    "sweep finetune": Command("", "FinetuneSweepConfig", "finhpc.commands.sweep.command:sweep"),
+    "sweep finetune": Command("", f"{SETTINGS}sweep:FinetuneSweepConfig", f"{WORK}sweep.command:sweep"),
     "study": Command(
         "variants of a run: screened, the best trained on several seeds",
-        "StudyConfig",
-        "finhpc.commands.study.command:study",
+        f"{SETTINGS}study:StudyConfig",
+        f"{WORK}study.command:study",
     ),
     "decompose": Command(
         "a dense model -> a low-rank one of its best factors",
-        "DecomposeConfig",
-        "finhpc.commands.decompose.command:decompose",
+        f"{SETTINGS}decompose:DecomposeConfig",
+        f"{WORK}decompose.command:decompose",
     ),
     "finetune": Command(
         "examples and a frozen base, 16, 8 or 4 bits -> a LoRA adapter",
-        "FinetuneConfig",
-        "finhpc.commands.finetune:finetune",
+        f"{SETTINGS}finetune:FinetuneConfig",
+        f"{WORK}finetune:finetune",
     ),
     "export": Command(
         "a trained model -> a folder for transformers, low-rank or merged",
-        "ExportConfig",
-        "finhpc.commands.export:export",
+        f"{SETTINGS}export:ExportConfig",
+        f"{WORK}export:export",
     ),
     "evaluate": Command(
         "models -> scores on general and financial tasks, with intervals",
-        "EvaluateConfig",
-        "finhpc.commands.evaluate.command:evaluate",
+        f"{SETTINGS}evaluate:EvaluateConfig",
+        f"{WORK}evaluate.command:evaluate",
     ),
     "generate": Command(
         "prompts, a file of them or a chat -> text; adapters over one base",
-        "GenerateConfig",
-        "finhpc.commands.generate:generate",
+        f"{SETTINGS}generate:GenerateConfig",
+        f"{WORK}generate:generate",
     ),
     "report": Command(
         "what was tracked -> the paper's tables and figures, as a page",
-        "ReportConfig",
-        "finhpc.commands.report.command:report",
+        f"{SETTINGS}report:ReportConfig",
+        f"{WORK}report.command:report",
     ),
     "bench": Command("finhpc measured against the plain way; bench --help lists what", "", "finhpc.bench:bench"),
     "reproduce": Command(
         "the whole paper at one scale, from pretraining to the report",
-        "ReproduceConfig",
-        "finhpc.commands.reproduce.command:reproduce",
+        f"{SETTINGS}reproduce:ReproduceConfig",
+        f"{WORK}reproduce.command:reproduce",
     ),
-    "ui": Command("MLflow's page of what was tracked, on this machine only", "UiConfig", "finhpc.commands.ui:ui"),
+    "ui": Command(
+        "MLflow's page of what was tracked, on this machine only", f"{SETTINGS}report:UiConfig", f"{WORK}ui:ui"
+    ),
 }
 
 USAGE = (
@@ -169,7 +172,7 @@ def _run(words: list[str]) -> dict[str, Any] | None:
     if verb not in COMMANDS:
         raise ConfigError(f"unknown command {verb!r}; {_config().nearest(verb, [v for v in COMMANDS if ' ' not in v])}")
     command = COMMANDS[verb]
-    return _settle(verb, getattr(_config(), command.settings), command.work, rest)
+    return _settle(verb, _named(command.settings), command.work, rest)
 
 
 def _bench(words: list[str]) -> dict[str, Any] | None:
@@ -203,14 +206,18 @@ def _settle(verb: str, cls: type[Any], work: str, words: list[str]) -> dict[str,
         _print(config.to_yaml(settings).rstrip("\n"))
         return None
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    module, _, name = work.partition(":")
-    function: Callable[..., dict[str, Any] | None] = getattr(import_module(module), name)
+    function: Callable[..., dict[str, Any] | None] = _named(work)
     return function(settings, dry_run="dry_run" in options)
 
 
+def _named(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name)
+
+
 def _config() -> Any:
-    """finhpc.settings, imported only when a command is run: `finhpc --help` answers at once."""
-    return import_module("finhpc.settings")
+    """finhpc.settings.base, imported only when a command is run: `finhpc --help` answers at once."""
+    return import_module("finhpc.settings.base")
 
 
 def parse(words: list[str], cls: type[Any]) -> tuple[dict[str, str], dict[str, Any]]:

@@ -6,7 +6,8 @@ traceback and exits with `exit_code`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import finhpc
 
@@ -64,3 +65,14 @@ class RunBusyError(FinhpcError):
 
 class TrainingFailedError(FinhpcError):
     """The workers failed more often than the run allows."""
+
+
+@contextmanager
+def collect(problems: list[str]) -> Iterator[None]:
+    """Add the problems that the `with` block raises to `problems`, so that the user sees all of them at once."""
+    try:
+        yield
+    except ConfigError as error:
+        problems += error.problems
+    except (DataError, CheckpointError) as error:
+        problems += str(error).splitlines()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shlex
@@ -17,12 +18,9 @@ from rich.table import Table
 
 LINE_EVERY_S = 10.0
 FILE_WIDTH = 100  # columns of a table that goes to a file
+log = logging.getLogger(__name__)
+
 NUMBER = re.compile(r"([-+]?[\d.,]+( ?%)?|-)?")  # or none
-
-
-def echo(line: str) -> None:
-    """Print a line for the user on stderr; stdout belongs to results."""
-    print(line, file=sys.stderr, flush=True)
 
 
 class Progress:
@@ -62,7 +60,7 @@ class Progress:
         elif now - self.last_line >= LINE_EVERY_S:
             self.last_line = now
             left = (self.total - self.done) / rate if rate else 0.0
-            echo(
+            log.info(
                 f"{self.label}: {self.done / self.total:.0%} of {self.total / self.scale:.0f} {self.unit}, "
                 f"{rate / self.scale:.1f} {self.unit}/s, {left:.0f} s left"
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,34 @@ def ray_cluster() -> Iterator[None]:
     ray.init("local", num_cpus=6, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def quick_training(ray_cluster: None) -> Iterator[None]:
+    """`pretrain` and `finetune` train in this process, or by workers that stay for a module's next run.
+
+    Ray Train starts new processes for every run, which takes ten seconds. Tests of what it does train without this.
+    """
+    from finhpc.commands import finetune, pretrain
+    from finhpc.runs import launch_warm
+    from finhpc.runs.run import run
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (finetune, pretrain):
+            patch.setattr(module, "run", partial(run, fit=fit_quickly))
+        yield
+    if launch_warm.KEPT:
+        launch_warm.KEPT[0].shutdown()
+
+
+def fit_quickly(job: Any, folder: Any, cuda: bool, say: Any) -> None:
+    from finhpc.runs.launch_here import fit_here
+    from finhpc.runs.launch_warm import fit_warm
+
+    if job.config.parallel.workers == 1:
+        fit_here(job, folder, cuda, say, on_eval=lambda record: None)
+    else:
+        fit_warm(job, folder, cuda, say, look=lambda: None)
 
 
 @pytest.fixture(scope="session")

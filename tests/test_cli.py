@@ -12,7 +12,10 @@ import pytest
 
 from finhpc.cli import main, parse
 from finhpc.errors import ConfigError
-from finhpc.settings import FinetuneConfig, PrepareConfig, PretrainConfig, load
+from finhpc.settings.base import load
+from finhpc.settings.finetune import FinetuneConfig
+from finhpc.settings.prepare import PrepareConfig
+from finhpc.settings.pretrain import PretrainConfig
 from tests.tiny import tiny_shards
 
 

@@ -13,15 +13,17 @@ import psutil
 import pytest
 
 import finhpc
-from finhpc import settings as config
 from finhpc.bench.settings import BENCHES, DataBench, PrepareBench
-from finhpc.cli import COMMANDS, USAGE, main
+from finhpc.cli import COMMANDS, USAGE, _named, main
 from finhpc.errors import ConfigError
+from finhpc.settings.base import flatten, keys, load
+from finhpc.settings.finetune import FinetuneConfig
+from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.training import Optimizer
 from tests.evaluation.tasks import write_data, write_model
 from tests.tiny import WORDS, tiny_shards
 
-CLASSES = {verb: getattr(config, row.settings) for verb, row in COMMANDS.items() if row.settings}
+CLASSES = {verb: _named(row.settings) for verb, row in COMMANDS.items() if row.settings}
 CLASSES |= {f"bench {name}": kind for name, (kind, _) in BENCHES.items()}
 
 
@@ -34,7 +36,7 @@ def shown(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, str]:
 def as_flags(settings: Any) -> dict[str, str]:
     """Setting -> its resolved value, written as help writes values."""
     found = {}
-    for name, value in config.flatten(settings).items():
+    for name, value in flatten(settings).items():
         if value is None or value in ("", [], {}):
             found[name] = "none"
         elif isinstance(value, bool):
@@ -46,7 +48,7 @@ def as_flags(settings: Any) -> dict[str, str]:
 
 @pytest.mark.parametrize("verb", CLASSES)
 def test_help_shows_what_a_command_resolves_to(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
-    found, resolved = shown(capsys, *verb.split()), as_flags(config.load(CLASSES[verb], None))
+    found, resolved = shown(capsys, *verb.split()), as_flags(load(CLASSES[verb], None))
     assert set(found) == set(resolved)
     differ = {found[name] for name in found if found[name] != resolved[name]}
     assert differ <= {"by train.epochs", "the scale's", "the preset's"}
@@ -61,7 +63,7 @@ def test_help_shows_a_places_own_defaults_and_a_recipes(capsys: pytest.CaptureFi
     assert shown(capsys, "evaluate")["run.name"] == "evaluate"
     assert shown(capsys, "bench", "train")["resources.threads"] == "2"
     assert shown(capsys, "reproduce")["resources.threads"] == "the scale's"
-    demo = config.load(config.PretrainConfig, "demo")
+    demo = load(PretrainConfig, "demo")
     found = shown(capsys, "pretrain", "--config", "demo")
     assert found.items() >= {k: v for k, v in as_flags(demo).items() if found[k] != "the preset's"}.items()
     assert found["model.layers"] == str(demo.model.layers)
@@ -70,7 +72,7 @@ def test_help_shows_a_places_own_defaults_and_a_recipes(capsys: pytest.CaptureFi
 
 @pytest.mark.parametrize("verb", CLASSES)
 def test_every_setting_is_described_and_an_absent_one_explained(verb: str) -> None:
-    for name, field in config.keys(CLASSES[verb]).items():
+    for name, field in keys(CLASSES[verb]).items():
         assert field.description, name
         if field.get_default(call_default_factory=True) is None and not field.json_schema_extra:
             assert re.search(r"default|required|by ", field.description), f"{name}: what does none mean?"
@@ -211,7 +213,7 @@ def test_a_dry_run_refuses_what_the_run_would(
 def test_every_command_is_a_function_of_the_package() -> None:
     for verb, row in COMMANDS.items():
         assert callable(getattr(finhpc, verb.split()[0])), verb
-        assert not row.settings or getattr(finhpc, row.settings) is CLASSES[verb]
+        assert not row.settings or getattr(finhpc, row.settings.partition(":")[2]) is CLASSES[verb]
     with pytest.raises(ConfigError, match="bench data has no --dry_run"):
         finhpc.bench(DataBench(), dry_run=True)
     with pytest.raises(ConfigError, match="not PretrainConfig"):
@@ -237,7 +239,7 @@ def test_python_gets_the_messages_of_the_command_line() -> None:
 
 
 def test_settings_given_in_part_mean_the_same_in_python_and_on_the_command_line() -> None:
-    line = config.load(config.FinetuneConfig, None, {"optimizer.lr": 1e-4})
+    line = load(FinetuneConfig, None, {"optimizer.lr": 1e-4})
     assert finhpc.FinetuneConfig(optimizer={"lr": 1e-4}) == line
     assert finhpc.FinetuneConfig(optimizer=Optimizer(lr=1e-4)) == line
     assert finhpc.FinetuneConfig(optimizer=Optimizer(lr=1e-4, weight_decay=0.1)).optimizer.weight_decay == 0.1
@@ -247,4 +249,4 @@ def test_settings_given_in_part_mean_the_same_in_python_and_on_the_command_line(
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_no_number_is_infinite_or_none(value: float) -> None:
     with pytest.raises(ConfigError, match="lr_scale_a="):
-        config.load(config.PretrainConfig, None, {"optimizer.lr_scale_a": value})
+        load(PretrainConfig, None, {"optimizer.lr_scale_a": value})

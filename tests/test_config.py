@@ -8,21 +8,14 @@ import pytest
 
 from finhpc.bench.settings import PrepareBench
 from finhpc.errors import ConfigError
-from finhpc.settings import (
-    EvaluateConfig,
-    FinetuneConfig,
-    FinetuneEstimateConfig,
-    PrepareConfig,
-    PretrainConfig,
-    StudyConfig,
-    build,
-    flatten,
-    keys,
-    load,
-    recipes,
-    to_yaml,
-)
+from finhpc.settings.base import build, flatten, keys, load, recipes, to_yaml
+from finhpc.settings.estimate import FinetuneEstimateConfig
+from finhpc.settings.evaluate import EvaluateConfig
+from finhpc.settings.finetune import FinetuneConfig
+from finhpc.settings.prepare import PrepareConfig
+from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.reproduce import Recipe
+from finhpc.settings.study import StudyConfig
 
 
 def test_flags_win_over_yaml_over_defaults(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What libraries log is dropped where it says nothing, and shown else."""
+"""Lines for the person at the screen: where they go, and what libraries log in between."""
 
 from __future__ import annotations
 
@@ -9,7 +9,38 @@ import sys
 import pytest
 
 import finhpc
-from finhpc.log import DROPPED
+from finhpc.log import DROPPED, redirected
+
+log = logging.getLogger("finhpc.somewhere")
+
+
+def test_lines_are_plain_on_stderr_and_warnings_name_themselves(capsys: pytest.CaptureFixture[str]) -> None:
+    log.debug("hidden")
+    log.info("at 100%% of %s", "it")
+    log.warning("careful")
+    assert capsys.readouterr() == ("", "at 100% of it\nwarning: careful\n")
+
+
+def test_redirected_lines_leave_the_screen_and_come_back(capsys: pytest.CaptureFixture[str]) -> None:
+    lines: list[str] = []
+    with redirected(lines.append):
+        log.info("one")
+        log.warning("two")
+    with redirected(None):
+        log.info("three")
+    log.info("four")
+    assert lines == ["one", "warning: two"]
+    assert capsys.readouterr().err == "four\n"
+
+
+def test_a_reader_that_left_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Closed:
+        def write(self, text: str) -> None:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stderr", Closed())
+    with pytest.raises(BrokenPipeError):
+        log.info("nobody reads this")
 
 
 @pytest.mark.parametrize("name", list(DROPPED))

@@ -13,7 +13,6 @@ import torch
 
 import finhpc
 from finhpc import plugins
-from finhpc import settings as config
 from finhpc.cli import main
 from finhpc.data.examples.templates import TEMPLATES
 from finhpc.errors import ConfigError
@@ -21,7 +20,9 @@ from finhpc.lowrank.layers import LowRankLinear
 from finhpc.lowrank.registry import LAYERS
 from finhpc.models.families.presets import PRESETS
 from finhpc.models.families.registry import FAMILIES
-from finhpc.settings import build
+from finhpc.settings.base import build, load
+from finhpc.settings.pretrain import PretrainConfig
+from finhpc.settings.training import Optimizer
 from finhpc.training.optimizer import OPTIMIZERS, OptimizerKind, begin_at, make_optimizer, moments
 from tests.tiny import tiny_shards
 
@@ -158,7 +159,7 @@ def test_a_module_that_cannot_be_imported(
     if text is not None:
         (tmp_path / f"{name}.py").write_text(text)
     with pytest.raises(ConfigError) as caught:
-        config.load(config.PretrainConfig, None, {"plugins": [name], "train.steps": 0})
+        load(PretrainConfig, None, {"plugins": [name], "train.steps": 0})
     assert message.format(n=abs(hash(text))) in str(caught.value)
 
 
@@ -239,7 +240,7 @@ def test_names_are_not_taken_twice_and_not_assigned() -> None:
 def test_an_own_optimizer_goes_on_where_it_was() -> None:
     if "momentum" not in OPTIMIZERS:
         OPTIMIZERS.register("momentum", OptimizerKind(sgd, ("momentum_buffer",)))
-    settings = build(config.Optimizer, {"name": "momentum", "lr": 0.1})
+    settings = build(Optimizer, {"name": "momentum", "lr": 0.1})
 
     def stepped(matrix: torch.nn.Parameter, optimizer: Any, steps: range) -> None:
         for step in steps:
@@ -264,25 +265,26 @@ MODEL = """
 import sys
 sys.path.insert(0, "")
 import finhpc, torch
-from finhpc import config, plugins
+from finhpc import plugins
+from finhpc.settings.pretrain import Method
 plugins.load(["my_parts"])
 from pathlib import Path
 from finhpc.lowrank.replace import ranks_of
 from finhpc.models.families.registry import make_config
 from finhpc.models.loading import initial_model, save_model
 from finhpc.models.families.presets import PRESETS
-hf = make_config(PRESETS["gpt2-nano"], ranks_of(config.Method(kind="gelu", rank=4)), "gelu")
+hf = make_config(PRESETS["gpt2-nano"], ranks_of(Method(kind="gelu", rank=4)), "gelu")
 model = initial_model(hf, 0, None)
 weights = {n: p.detach().contiguous() for n, p in model.named_parameters()}
 save_model(Path("gelu-model"), hf, [lambda: weights], Path("shards/tokenizer"))
 again = finhpc.load_model("gelu-model")
 tokens = torch.arange(8)[None]
 assert torch.allclose(again(tokens).logits, model.eval()(tokens).logits, atol=1e-5)
-finhpc.export(config.ExportConfig(model="gelu-model", out="gelu-packed", quantization={"bits": 8}))
+finhpc.export(finhpc.ExportConfig(model="gelu-model", out="gelu-packed", quantization={"bits": 8}))
 packed = finhpc.load_model("gelu-packed")
 assert torch.nn.functional.cosine_similarity(packed(tokens).logits, again(tokens).logits, dim=-1).min() > 0.98
 try:
-    finhpc.export(config.ExportConfig(model="gelu-model", out="merged", format="merged"))
+    finhpc.export(finhpc.ExportConfig(model="gelu-model", out="merged", format="merged"))
 except finhpc.ConfigError as error:
     assert "use --format native" in str(error)
 else:

@@ -15,7 +15,8 @@ from finhpc.commands.evaluate import report as evaluate_report
 from finhpc.commands.prepare import _summary as prepare_summary
 from finhpc.commands.sweep import report as sweep_report
 from finhpc.screen import rows_table, summary_table
-from finhpc.settings import SweepConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.sweep import SweepConfig
 
 LONG = "/home/someone/projects/finance/models/2026-11-pretrained-low-rank-16"
 

@@ -11,7 +11,7 @@ from finhpc.data.text import sources
 from finhpc.data.text.tokenizer import Encoder
 from finhpc.data.text.unit import Faults
 from finhpc.errors import DataError
-from finhpc.settings import PrepareConfig
+from finhpc.settings.prepare import PrepareConfig
 
 FILES = 8  # at least: several files can be read in parallel whatever their size
 

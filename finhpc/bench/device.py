@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from finhpc.errors import ConfigError
-from finhpc.settings import Resources
+from finhpc.settings.training import Resources
 from finhpc.training.allocator import keep_freed_memory
 
 

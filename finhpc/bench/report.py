@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import sys
 import textwrap
 import time
 from collections.abc import Sequence
@@ -47,11 +46,6 @@ def publish(
     (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     _print(result, columns)
     return result
-
-
-def say(line: str) -> None:
-    """A line to the person at the screen."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def new_folder(name: str, out: str) -> Path:

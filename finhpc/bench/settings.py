@@ -7,7 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from finhpc.settings import Method, Model, Resources, Section
+from finhpc.settings.base import Section
+from finhpc.settings.pretrain import Method, Model
+from finhpc.settings.training import Resources
 
 
 class Bench(Section):

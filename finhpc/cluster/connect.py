@@ -11,7 +11,10 @@ from finhpc.cluster.own_ray import keep_token_private, own_ray, ray_logs
 from finhpc.cluster.ready import check_ray
 from finhpc.errors import ConfigError, TrainingFailedError
 from finhpc.interrupts import terminable
-from finhpc.settings import DecomposeConfig, EvaluateConfig, Resources, TrainingConfig
+from finhpc.settings.decompose import DecomposeConfig
+from finhpc.settings.evaluate import EvaluateConfig
+from finhpc.settings.finetune import TrainingConfig
+from finhpc.settings.training import Resources
 
 
 @contextmanager

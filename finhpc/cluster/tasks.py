@@ -7,6 +7,7 @@ interrupted, the same command continues; with other settings it starts afresh.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,8 @@ from typing import Any, TypeVar
 from finhpc.cluster.package import Driver
 from finhpc.errors import ConfigError, DataError, FinhpcError
 from finhpc.files import lock, private_folder, write_atomic
-from finhpc.screen import echo
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -47,7 +49,7 @@ def is_finished(out: Path, record: str, settings: str, what: str, work: Path) ->
                 "them); choose another --out, or remove that folder."
             )
         shutil.rmtree(work, ignore_errors=True)  # left by a command that was killed at its very end
-        echo(f"{out} is finished with these settings already; nothing to do")
+        log.info(f"{out} is finished with these settings already; nothing to do")
         return True
     is_ours = work.parent == out and work.is_dir()
     if out.is_dir() and not is_ours and any(out.iterdir()):
@@ -78,7 +80,7 @@ def workplace(work: Path, out: Path, settings: str) -> Iterator[None]:
     with lock(work / "lock", f"out={out}", "choose another --out"):
         key = work / "settings"
         if key.is_file() and key.read_text() != settings:
-            echo(f"{out}: discarding the unfinished work of a run with other settings")
+            log.info(f"{out}: discarding the unfinished work of a run with other settings")
             for path in [path for path in work.iterdir() if path.name != "lock"]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         write_atomic(key, settings)

@@ -5,15 +5,15 @@
 
 The folder of an adapter is exported as its base with the adapter in its weights (`finhpc.models.lora.peft_format`).
 Weights are read, converted and written a layer at a time: memory is one layer and one file
-(`finhpc.models.files.folder.FILE_BYTES`).
+(`finhpc.models.files.tensor_folder.FILE_BYTES`).
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from copy import deepcopy
@@ -29,8 +29,8 @@ from finhpc.lowrank.layers import LowRankEmbedding, LowRankLinear
 from finhpc.lowrank.replace import dense_shape
 from finhpc.models.families.registry import as_dense, family_of, is_low_rank, model_sizes, skeleton
 from finhpc.models.files.config import is_adapter
-from finhpc.models.files.folder import GENERATION, TOKENIZER_FILES, FolderWriter, copy_tokenizer, has_tokenizer
 from finhpc.models.files.manifest import check_manifest
+from finhpc.models.files.tensor_folder import GENERATION, TOKENIZER_FILES, FolderWriter, copy_tokenizer, has_tokenizer
 from finhpc.models.files.tokenizer import find_tokenizer, save_tokenizer
 from finhpc.models.files.tokens import check_rows, generation_config, stop_ids, write_stops
 from finhpc.models.files.weights import Weights, locate, open_weights
@@ -39,7 +39,9 @@ from finhpc.models.pipeline import is_tied
 from finhpc.quantization.fake import TRAINED, trained_bits
 from finhpc.quantization.per_vector import rounded
 from finhpc.quantization.schemes import SCHEMES
-from finhpc.settings import ExportConfig
+from finhpc.settings.export import ExportConfig
+
+log = logging.getLogger(__name__)
 
 Tensors = dict[str, Tensor]
 
@@ -319,7 +321,7 @@ def _summary(result: dict[str, Any]) -> None:
         needs = (
             "transformers" if result["format"] == "merged" and result["scheme"] != "minmax" else "import finhpc, then"
         )
-        print(f"open it: {needs} AutoModelForCausalLM.from_pretrained({result['out']!r})", file=sys.stderr)
+        log.info(f"open it: {needs} AutoModelForCausalLM.from_pretrained({result['out']!r})")
 
 
 def _path(text: str) -> Path:

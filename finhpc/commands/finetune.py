@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finhpc.cluster.connect import use_cuda
-from finhpc.errors import ConfigError, DataError
+from finhpc.errors import ConfigError, DataError, collect
 from finhpc.files import publish
-from finhpc.planning.plan import check_parallel, check_parts, check_stages, collect
+from finhpc.planning.plan import check_parallel, check_parts, check_stages
 from finhpc.runs import result as outcome
-from finhpc.runs.job import Job, Rows, Say
+from finhpc.runs.job import Job, Rows
 from finhpc.runs.run import checked, place_whole, run, whole_path
 from finhpc.screen import rows_table, summary_table
-from finhpc.settings import FinetuneConfig
+from finhpc.settings.finetune import FinetuneConfig
 from finhpc.tracking.shown import Dataset
-from finhpc.training.checkpoint import Saved, read_stage
+from finhpc.training.checkpoint import Checkpoint, read_stage
 
 if TYPE_CHECKING:
     import torch
 
     from finhpc.data.examples.examples import Examples
     from finhpc.models.files.weights import Weights
-    from finhpc.models.lora.frozen_base import Adaptation
+    from finhpc.models.lora.model import LoraModel
     from finhpc.training.trainer import Trainer
+
+log = logging.getLogger(__name__)
 
 EXAMPLES = "examples.safetensors"  # in the run folder: what the workers read
 QUANTIZED = "quantized"  # there too, a link: the base that a sweep quantised for its trials
@@ -69,8 +72,8 @@ class Finetune(Job):
 
     @classmethod
     def trainer(cls, settings: dict[str, Any], folder: Path, device: torch.device, fingerprint: str) -> Trainer:
-        from finhpc.models.lora.frozen_base import Adaptation
-        from finhpc.training.batches import Packs
+        from finhpc.models.lora.model import LoraModel
+        from finhpc.training.batches import PackedBatches
         from finhpc.training.trainer import Trainer
 
         config = FinetuneConfig.model_validate(settings)
@@ -82,14 +85,14 @@ class Finetune(Job):
             fill=None,
             device=device,
             folder=folder,
-            feed=Packs(open_examples(folder, fingerprint), batches_of(config), config.data.eval_limit),
-            adapt=Adaptation.of(config, weights, quantized if quantized.is_dir() else None),
+            batches=PackedBatches(open_examples(folder, fingerprint), batches_of(config), config.data.eval_limit),
+            adapt=LoraModel.of(config, weights, quantized if quantized.is_dir() else None),
             labels={"dataset": fingerprint},
         )
 
-    def make_ready(self, folder: Path, say: Say) -> None:
+    def make_ready(self, folder: Path) -> None:
         for note in self.made.examples.notes:
-            say(note)
+            log.info(note)
         self.made.examples.save(folder / EXAMPLES)
 
     def forget(self, folder: Path) -> None:
@@ -115,7 +118,7 @@ class Finetune(Job):
     def vocab_size(self) -> int:
         return int(self.made.weights.config.vocab_size)
 
-    def save_model(self, folder: Path, saved: Saved) -> None:
+    def save_model(self, folder: Path, saved: Checkpoint) -> None:
         from finhpc.models.files.tokens import write_stops
         from finhpc.models.lora.peft_format import save_adapter
 
@@ -137,7 +140,7 @@ class Finetune(Job):
         ends = [tokenizer.eos_token_id, end_of_turn(tokenizer) if chats else None]
         return [token for token in ends if token is not None]
 
-    def finish(self, result: dict[str, Any], folder: Path, say: Say) -> None:
+    def finish(self, result: dict[str, Any], folder: Path) -> None:
         """Score the labels of held-out examples, on this process alone."""
         import torch
 
@@ -149,7 +152,7 @@ class Finetune(Job):
         torch.set_num_threads(config.resources.threads)
         model = load_model(folder / "model", torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
         tokenizer = tokenizer_of(weights)
-        scores = label_scores(model, tokenizer, self.made.examples, config.data.eval_limit, say)
+        scores = label_scores(model, tokenizer, self.made.examples, config.data.eval_limit)
         if scores:
             n = sum(score["n"] for score in scores.values())
             result["scores"] = scores
@@ -173,20 +176,20 @@ class Finetune(Job):
     def dry_run(self, total: dict[str, float] | None) -> dict[str, Any]:
         from finhpc.commands.estimate.finetuning import of_examples
         from finhpc.commands.estimate.tables import plan_summary, stage_rows
-        from finhpc.training.batches import Packs
+        from finhpc.training.batches import PackedBatches
 
         config, made = self.config, self.made
         for note in made.examples.notes:
-            outcome.to_stderr(note)
+            log.info(note)
         result = outcome.counted(self) | {"status": "dry_run", "steps": config.train.steps}
         batches = batches_of(config)
-        result["tokens"] = Packs(made.examples, batches).tokens(config.train.steps)
+        result["tokens"] = PackedBatches(made.examples, batches).tokens(config.train.steps)
         cuda = use_cuda(config, total) if total else config.resources.device == "cuda"
-        numbers = of_examples(config, made.adaptation, made.examples, batches, cuda, here=total is not None)
+        numbers = of_examples(config, made.lora_model, made.examples, batches, cuda, here=total is not None)
         result["estimate"] = numbers
         rows = [("tokens", f"{result['tokens']:,}"), *plan_summary(numbers, config.train.steps)]
         summary_table(f"dry run of {config.run.name}", outcome.dry_summary(self) + rows)
-        rows_table("memory of a worker by stage in GB, estimated", stage_rows(numbers["stages"]))
+        rows_table("memory per worker by stage in GB, estimated", stage_rows(numbers["stages"]))
         return result
 
     def memory_advice(self) -> str:
@@ -203,7 +206,7 @@ class Made:
     config: FinetuneConfig
     weights: Weights
     base_fingerprint: str
-    adaptation: Adaptation
+    lora_model: LoraModel
     examples: Examples
 
     @property
@@ -212,7 +215,7 @@ class Made:
 
     @property
     def params_trainable(self) -> int:
-        return sum(self.config.lora.rank * sum(shape) for shape in self.adaptation.targets.values())
+        return sum(self.config.lora.rank * sum(shape) for shape in self.lora_model.targets.values())
 
 
 def batches_of(config: FinetuneConfig) -> Any:
@@ -235,10 +238,10 @@ def _make(config: FinetuneConfig) -> Made:
     """Check everything together; raises one `ConfigError` with every problem."""
     from finhpc.data.examples.examples import make_examples
     from finhpc.models.files.tokens import check_rows
-    from finhpc.models.lora.frozen_base import Adaptation
+    from finhpc.models.lora.model import LoraModel
 
     problems: list[str] = []
-    weights = adaptation = examples = tokenizer = None
+    weights = lora_model = examples = tokenizer = None
     with collect(problems):
         check_parallel(config)
     with collect(problems):
@@ -250,7 +253,7 @@ def _make(config: FinetuneConfig) -> Made:
         with collect(problems):
             _check_model(config, weights)
         with collect(problems):
-            adaptation = Adaptation.of(config, weights)
+            lora_model = LoraModel.of(config, weights)
         with collect(problems):
             tokenizer = tokenizer_of(weights)
             check_rows(tokenizer, weights.config.vocab_size, f"model.path={weights.path}")
@@ -264,9 +267,9 @@ def _make(config: FinetuneConfig) -> Made:
     if problems:
         raise ConfigError(problems)
     assert weights is not None
-    assert adaptation is not None
+    assert lora_model is not None
     assert examples is not None
-    return Made(config, weights, base_fingerprint(weights.path), adaptation, examples)
+    return Made(config, weights, base_fingerprint(weights.path), lora_model, examples)
 
 
 def _check_model(config: FinetuneConfig, weights: Weights) -> None:

@@ -16,7 +16,7 @@ from finhpc.generation.generator import Generator, open_parts
 from finhpc.generation.prompts import Prompt, read_prompts
 from finhpc.models.families.registry import context_of
 from finhpc.models.files import tokens
-from finhpc.settings import GenerateConfig
+from finhpc.settings.generate import GenerateConfig
 
 
 def generate(config: GenerateConfig, dry_run: bool = False) -> dict[str, Any]:

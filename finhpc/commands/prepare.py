@@ -8,6 +8,7 @@ shards never look finished.
 from __future__ import annotations
 
 import json
+import logging
 import platform
 import shutil
 import time
@@ -32,8 +33,10 @@ from finhpc.data.text.tokenizer import Encoder, save, trained_size
 from finhpc.data.text.unit import Unit
 from finhpc.errors import ConfigError, DataError
 from finhpc.files import file_sha256, file_stamps, json_sha256, publish, write_atomic, write_json
-from finhpc.screen import Progress, echo, summary_table
-from finhpc.settings import PrepareConfig
+from finhpc.screen import Progress, summary_table
+from finhpc.settings.prepare import PrepareConfig
+
+log = logging.getLogger(__name__)
 
 WORK = ".work"
 RESULT = "result.json"
@@ -57,7 +60,7 @@ def prepare(config: PrepareConfig, dry_run: bool = False) -> dict[str, Any]:
         return _finished_result(out)
     for source in described:
         if ignored := source.get("ignored_files"):
-            echo(f"{source['source']}: {ignored:,} files of other formats are not read")
+            log.info(f"{source['source']}: {ignored:,} files of other formats are not read")
     if dry_run:
         return _dry_run(out, config, units, described)
     check_ray()  # here, because an error inside the workplace would remove earlier work
@@ -106,7 +109,7 @@ def _dry_run(out: Path, config: PrepareConfig, units: list[Unit], described: lis
         "tokens": None,  # known only after tokenizing
     }
     amount = "unknown size" if size is None else f"{size / 1e6:,.1f} MB"
-    echo(f"dry run: {result['files']:,} files, {amount}, in {len(units):,} units -> {out}; nothing was written")
+    log.info(f"dry run: {result['files']:,} files, {amount}, in {len(units):,} units -> {out}; nothing was written")
     return result
 
 
@@ -133,13 +136,13 @@ def _remove_shards(out: Path) -> None:
 def _tokenizer(folder: Path, units: list[Unit], config: PrepareConfig) -> Encoder:
     if not folder.is_dir():
         if trained_size(config.tokenizer) is not None:
-            echo(f"training the tokenizer {config.tokenizer}")
+            log.info(f"training the tokenizer {config.tokenizer}")
         partial_folder = folder.with_name(".tokenizer.partial")
         save(config.tokenizer, partial_folder, lambda: training_sample(units, config))
         publish(partial_folder, folder)
     encoder = Encoder(folder)
     if encoder.slow_because:
-        echo(f"tokenizer {config.tokenizer}: Hugging Face's code is used, slower than tiktoken: {encoder.slow_because}")
+        log.info(f"tokenizer {config.tokenizer}: Hugging Face's code, slower than tiktoken: {encoder.slow_because}")
     return encoder
 
 
@@ -147,7 +150,7 @@ def _encode(units: list[Unit], config: PrepareConfig, work: Path, tiktoken: bool
     """Encode every unit that has no file yet, in parallel; return how many documents all units dropped, by reason."""
     pending = [(index, unit) for index, unit in enumerate(units) if not unit_file(work, index).is_file()]
     if len(pending) < len(units):
-        echo(f"continuing: {len(units) - len(pending)} of {len(units)} units are done")
+        log.info(f"continuing: {len(units) - len(pending)} of {len(units)} units are done")
     sized = all(unit.size for _, unit in pending)
     if pending:
         total = sum(unit.size if sized else 1 for _, unit in pending)

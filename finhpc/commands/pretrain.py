@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Any
 from finhpc.cluster.connect import ray_cluster, use_cuda
 from finhpc.lowrank.replace import ranks_of
 from finhpc.models.files.manifest import check_manifest
+from finhpc.planning.init import DECOMPOSED, initial_fill, needs_decomposing
 from finhpc.planning.plan import check_tokenizer, hf_config_of, make_plan
-from finhpc.planning.start import DECOMPOSED, fill_of, needs_decomposing
 from finhpc.runs import result as outcome
-from finhpc.runs.job import Job, Rows, Say
+from finhpc.runs.job import Job, Rows
 from finhpc.runs.run import checked, place_whole, run
 from finhpc.screen import rows_table, summary_table
-from finhpc.settings import DecomposeConfig, PretrainConfig
+from finhpc.settings.decompose import DecomposeConfig
+from finhpc.settings.pretrain import PretrainConfig
 from finhpc.tracking.shown import Dataset
-from finhpc.training.checkpoint import Saved, read_stage
+from finhpc.training.checkpoint import Checkpoint, read_stage
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +50,7 @@ class Pretrain(Job):
 
     @property
     def fingerprints(self) -> tuple[str, str | None]:
-        return self.plan.shards.manifest.fingerprint, self.plan.start.fingerprint if self.plan.start else None
+        return self.plan.shards.manifest.fingerprint, self.plan.init_model.fingerprint if self.plan.init_model else None
 
     @property
     def hf_config(self) -> Any:
@@ -64,7 +65,7 @@ class Pretrain(Job):
         from finhpc.data.shards.reader import ReplicaStream
         from finhpc.data.shards.shards import Shards
         from finhpc.data.shards.stream import ray_stream
-        from finhpc.training.batches import Blocks
+        from finhpc.training.batches import TokenBatches
         from finhpc.training.trainer import Trainer
 
         config = PretrainConfig.model_validate(settings)
@@ -91,17 +92,17 @@ class Pretrain(Job):
         return Trainer(
             config=config,
             hf_config=hf_config,
-            fill=fill_of(config, hf_config, folder),
+            fill=initial_fill(config, hf_config, folder),
             device=device,
             folder=folder,
-            feed=Blocks(config.parallel, open_stream, validation),
+            batches=TokenBatches(config.parallel, open_stream, validation),
             labels={"tokenizer_sha256": shards.manifest.tokenizer_sha256, "dataset": shards.manifest.fingerprint},
         )
 
     def check_checkpoints(self, checkpoints: Path) -> None:
         check_tokenizer(self.config, self.plan.shards, checkpoints)
 
-    def make_ready(self, folder: Path, say: Say) -> None:
+    def make_ready(self, folder: Path) -> None:
         if needs_decomposing(self.config):
             with ray_cluster():
                 decompose_start(self.config, folder)
@@ -125,17 +126,17 @@ class Pretrain(Job):
     def vocab_size(self) -> int:
         return int(self.plan.hf_config.vocab_size)
 
-    def save_model(self, folder: Path, saved: Saved) -> None:
+    def save_model(self, folder: Path, saved: Checkpoint) -> None:
         from finhpc.models.loading import save_model
 
         shards = [lambda file=file: read_stage(file, "param") for file in saved.stage_files()]  # type: ignore[misc]
         self.plan.shards.check_tokenizer()  # it goes into the model's folder
         # The model that the run starts from has the same ids, and perhaps a chat template and a generation config.
-        start = self.plan.start
+        start = self.plan.init_model
         save_model(folder, self.plan.hf_config, shards, start.folder if start else self.plan.shards.tokenizer)
 
-    def finish(self, result: dict[str, Any], folder: Path, say: Say) -> None:
-        result["sample"] = outcome.sample_text(self.config, folder / "model", say)
+    def finish(self, result: dict[str, Any], folder: Path) -> None:
+        result["sample"] = outcome.sample_text(self.config, folder / "model")
 
     def rows(self) -> Rows:
         plan = self.plan
@@ -162,7 +163,7 @@ class Pretrain(Job):
         result["estimate"] = of_plan(self.plan, cuda, here=total is not None)
         title = f"dry run of {config.run.name}"
         summary_table(title, outcome.dry_summary(self) + plan_summary(result["estimate"], result["steps"]))
-        rows_table("memory of a worker by stage in GB, estimated", stage_rows(result["estimate"]["stages"]))
+        rows_table("memory per worker by stage in GB, estimated", stage_rows(result["estimate"]["stages"]))
         return result
 
     def memory_advice(self) -> str:

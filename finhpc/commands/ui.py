@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -18,10 +19,12 @@ from urllib.request import urlopen
 
 from finhpc.errors import ConfigError, FinhpcError
 from finhpc.files import redact
-from finhpc.settings import UiConfig
+from finhpc.settings.report import UiConfig
 from finhpc.tracking.pages import Pages, pages_of
 from finhpc.tracking.store import artifact_location, database_file
 from finhpc.tracking.tracker import absolute_tracking_uri, default_tracking_uri
+
+log = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"
 START_S = 60.0
@@ -43,7 +46,7 @@ def ui(config: UiConfig, dry_run: bool = False) -> None:
     pages = pages_of(uri, name)
     if dry_run:
         address = redact(uri) if served else f"http://{HOST}:{port}"
-        print(f"MLflow's page of {redact(uri)} would open at {address}.", file=sys.stderr)
+        log.info(f"MLflow's page of {redact(uri)} would open at {address}.")
         return
     if served:
         _show(redact(uri).rstrip("/"), pages)
@@ -52,15 +55,15 @@ def ui(config: UiConfig, dry_run: bool = False) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with suppress(KeyboardInterrupt), serving(uri, port) as (server, address):
         _show(address, pages)
-        print("Ctrl-C ends it.", file=sys.stderr, flush=True)
+        log.info("Ctrl-C ends it.")
         server.wait()
 
 
 def _show(address: str, pages: Pages) -> None:
     """Print the addresses and open the first page in a browser, if this machine has a desktop."""
-    print(f"MLflow's page: {address}", file=sys.stderr)
+    log.info(f"MLflow's page: {address}")
     for title, page in pages:
-        print(f"{title}: {address}/{page}", file=sys.stderr, flush=True)
+        log.info(f"{title}: {address}/{page}")
     desktop = sys.platform == "darwin" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
     if desktop and sys.stderr.isatty():
         webbrowser.open(f"{address}/{pages[0][1]}" if pages else address)

@@ -14,7 +14,7 @@ from finhpc.data.examples.schema import FORMATS, Table, fields_of, guesses, open
 from finhpc.data.examples.templates import template
 from finhpc.data.examples.values import is_missing, text_of, word_of
 from finhpc.errors import ConfigError
-from finhpc.settings import EvaluateData
+from finhpc.settings.evaluate import EvaluateData
 
 Document = dict[str, Any]
 

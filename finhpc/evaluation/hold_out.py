@@ -15,7 +15,8 @@ from finhpc.data.examples.problems import each
 from finhpc.data.examples.schema import fields_of, open_sources
 from finhpc.errors import ConfigError
 from finhpc.files import write_atomic
-from finhpc.settings import HoldOutConfig, Instructions
+from finhpc.settings.finetune import Instructions
+from finhpc.settings.reproduce import HoldOutConfig
 
 TASKS = {"phrasebank": "fpb", "fiqa": "fiqa_sa", "tfns": "tfns", "ner": "ner"}  # template -> task
 

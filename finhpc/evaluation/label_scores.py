@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,14 @@ from finhpc.data.examples.examples import Arrays, Examples
 from finhpc.evaluation.language_model import LanguageModel
 from finhpc.evaluation.metrics import majority, weighted_f1
 
+log = logging.getLogger(__name__)
+
 MOST_LABELS = 20  # a source with more different answers asks for text, not for a label
 BATCH = 16
 Answer = tuple[int, ...]  # its tokens
 
 
-def label_scores(
-    model: nn.Module, tokenizer: Any, examples: Examples, limit: int | None, say: Callable[[str], None]
-) -> dict[str, dict[str, Any]]:
+def label_scores(model: nn.Module, tokenizer: Any, examples: Examples, limit: int | None) -> dict[str, dict[str, Any]]:
     """Template -> scores over the first `limit` held-out examples: acc, weighted_f1, majority (theirs), n, tied.
 
     Of each source's answers the one with the highest log-likelihood after the prompt is chosen, of equal ones the
@@ -30,7 +30,7 @@ def label_scores(
     chosen = [i for i in range(_number(examples.held_out, limit)) if int(examples.held_out.source[i]) in answers]
     if not chosen:
         return {}
-    say(f"choosing labels for {len(chosen):,} held-out examples")
+    log.info(f"choosing labels for {len(chosen):,} held-out examples")
     lm = LanguageModel(model, tokenizer, BATCH)
     requests, golds = [], []
     for i in chosen:

@@ -14,13 +14,13 @@ from torch import nn
 from finhpc.errors import CheckpointError, ConfigError
 from finhpc.models.families.registry import whole_layers
 from finhpc.models.files.config import is_adapter
-from finhpc.models.files.folder import has_tokenizer
+from finhpc.models.files.tensor_folder import has_tokenizer
 from finhpc.models.files.tokenizer import find_tokenizer, open_tokenizer
 from finhpc.models.files.tokens import check_rows
 from finhpc.models.files.weights import config_of, locate
 from finhpc.models.loading import load_model
 from finhpc.models.lora.adapter_file import base_of, check_base, load_adapter
-from finhpc.models.lora.attached import attach
+from finhpc.models.lora.multi_lora import attach
 
 
 @dataclass(frozen=True)

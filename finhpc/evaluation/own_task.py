@@ -11,7 +11,7 @@ from finhpc.data.examples.problems import each
 from finhpc.data.examples.schema import fields_of, guesses, open_sources
 from finhpc.errors import ConfigError
 from finhpc.evaluation.documents import Document, Documents, drawn
-from finhpc.settings import EvaluateData
+from finhpc.settings.evaluate import EvaluateData
 
 NAME = re.compile(r"[A-Za-z][\w-]*")
 METRICS = """metric_list:

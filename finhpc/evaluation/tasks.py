@@ -20,7 +20,8 @@ from finhpc.evaluation.documents import SOURCES, documents, takes_labels
 from finhpc.evaluation.own_task import own_task
 from finhpc.evaluation.task_file import read_task, rendering
 from finhpc.files import file_sha256, write_atomic
-from finhpc.settings import EvaluateConfig, nearest
+from finhpc.settings.base import nearest
+from finhpc.settings.evaluate import EvaluateConfig
 
 PERPLEXITY = "perplexity"
 GENERAL = {  # lm-eval's own definitions, under its tasks/

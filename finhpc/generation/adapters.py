@@ -11,7 +11,7 @@ from finhpc.models.families.registry import whole_layers
 from finhpc.models.files.config import is_adapter, quantizer_of
 from finhpc.models.lora.adapter_file import base_of, check_base, load_adapter
 from finhpc.models.lora.peft_format import Adapter
-from finhpc.settings import GenerateConfig
+from finhpc.settings.generate import GenerateConfig
 
 
 def named(entry: str) -> tuple[str, Path]:

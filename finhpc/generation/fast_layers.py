@@ -24,7 +24,7 @@ OFFSET = 128  # uint8 codes as int8
 GROUPS = (256, 128, 64, 32)  # columns that share a scale in torch's 4-bit kernel
 
 
-def use_fast_forms(model: nn.Module) -> dict[str, int]:
+def use_fast_layers(model: nn.Module) -> dict[str, int]:
     """Put the fastest form of each layer in its place; how many of each kind were: merged, kernel_8, kernel_4.
 
     A layer takes over the tensors of the one before it, so memory does not grow; `model` is no longer to be saved.
@@ -37,12 +37,12 @@ def use_fast_forms(model: nn.Module) -> dict[str, int]:
         elif isinstance(module, QuantizedLinear) and module.like.dtype == torch.bfloat16 and not module.weight.is_cuda:
             kind = f"kernel_{module.bits}"
             if module.bits == 8 and module.columns % BYTE_COLUMNS == 0:
-                made = ByteLinear.of_packed(module)
+                made = Int8Linear.of_packed(module)
             elif module.bits == 4 and module.columns % GROUPS[-1] == 0:
-                made = HalfByteLinear(module)
+                made = Int4Linear(module)
         # bitsandbytes is imported where a model needs it
         elif type(module).__name__ == "Linear8bitLt" and module.in_features % BYTE_COLUMNS == 0:
-            made, kind = ByteLinear.of_int8(module), "kernel_8"
+            made, kind = Int8Linear.of_int8(module), "kernel_8"
         if made is not None:
             model.set_submodule(name, made)
             counts[kind] += 1
@@ -64,7 +64,7 @@ def _merged(layer: LowRankLinear) -> nn.Linear:
     return made
 
 
-class ByteLinear(nn.Module):
+class Int8Linear(nn.Module):
     """y = (scale * codes + zero) x + bias, with int8 codes (out, in) that stay as they are; zero may be None.
 
     bfloat16 inputs go through torch's kernel, which sums codes; scale and zero follow in float32.
@@ -85,13 +85,13 @@ class ByteLinear(nn.Module):
         self.bias = bias
 
     @classmethod
-    def of_packed(cls, layer: QuantizedLinear) -> ByteLinear:
+    def of_packed(cls, layer: QuantizedLinear) -> Int8Linear:
         """Of a layer of 8 bits, its codes OFFSET lower, in the same memory."""
         codes = layer.packed.bitwise_xor_(OFFSET).view(torch.int8)
         return cls(codes, layer.scale, layer.zero + OFFSET * layer.scale, layer.bias)
 
     @classmethod
-    def of_int8(cls, layer: Any) -> ByteLinear:
+    def of_int8(cls, layer: Any) -> Int8Linear:
         """Of bitsandbytes' `Linear8bitLt`, which also rounds its inputs, one row differently beside others."""
         codes, largest = layer.weight.data, layer.weight.SCB if layer.state.SCB is None else layer.state.SCB
         return cls(codes, largest.float() / 127, None, layer.bias)
@@ -107,8 +107,8 @@ class ByteLinear(nn.Module):
         return _scaled(sums, rows, self.scale, self.zero, self.bias).view(*x.shape[:-1], -1)
 
 
-class HalfByteLinear(nn.Module):
-    """A `QuantizedLinear` of 4 bits on bfloat16 inputs; as `ByteLinear`, with codes as torch's 4-bit kernel packs them.
+class Int4Linear(nn.Module):
+    """A `QuantizedLinear` of 4 bits on bfloat16 inputs; as `Int8Linear`, with codes as torch's 4-bit kernel packs them.
 
     The kernel takes multiples of 16 rows: the rest is filled up. Its own scales are 1 and its zeros 0.
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,17 +14,20 @@ import torch
 from finhpc.errors import ConfigError
 from finhpc.generation.adapters import named, over_its_base, read_adapters
 from finhpc.generation.decoder import Decoder
-from finhpc.generation.fast_layers import use_fast_forms
+from finhpc.generation.fast_layers import use_fast_layers
 from finhpc.generation.prompts import Prompt
 from finhpc.generation.sampling import decode
 from finhpc.models.families.registry import context_of
-from finhpc.models.files.folder import has_tokenizer
+from finhpc.models.files.tensor_folder import has_tokenizer
 from finhpc.models.files.tokenizer import find_tokenizer, open_tokenizer
 from finhpc.models.files.tokens import check_rows, decoded, generation_config, prompt_ids, stop_ids
 from finhpc.models.files.weights import config_of, locate
 from finhpc.models.loading import load_model
-from finhpc.models.lora.attached import Adapters, round_for
-from finhpc.settings import GenerateConfig, Resources
+from finhpc.models.lora.multi_lora import Adapters, round_for
+from finhpc.settings.generate import GenerateConfig
+from finhpc.settings.training import Resources
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -84,7 +87,7 @@ class Generator:
         if device.type == "cpu":
             leave_the_files(self.model)
         round_for(self.model, adapters)
-        self.forms = use_fast_forms(self.model)
+        self.forms = use_fast_layers(self.model)
         self.model_bytes = tensor_bytes(self.model)
         self.adapters = Adapters(self.model, adapters)
         self.decoder = Decoder(self.model)
@@ -110,7 +113,7 @@ class Generator:
         if (over := len(ids) - room) > 0:
             self.counts.prompts_cut += 1
             self.counts.tokens_cut += over
-            print(f"a prompt of {len(ids)} tokens was cut to its last {room}: its context is full", file=sys.stderr)
+            log.info(f"a prompt of {len(ids)} tokens was cut to its last {room}: its context is full")
         return ids[-room:]
 
     def stream(self, batch: Sequence[list[int]], adapters: Sequence[str | None]) -> Iterator[list[int | None]]:
@@ -213,7 +216,7 @@ def _dtype(config: GenerateConfig, model_config: Any, device: torch.device) -> t
         return getattr(torch, config.dtype)  # type: ignore[no-any-return]
     own = model_config.dtype or torch.float32
     if own == torch.float16 and device.type == "cpu":
-        print("weights are float16, which CPUs compute slowly; computing in float32", file=sys.stderr)
+        log.info("weights are float16, which CPUs compute slowly; computing in float32")
         return torch.float32
     return own  # type: ignore[no-any-return]
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from finhpc.data.examples.values import text_of
 from finhpc.errors import ConfigError
-from finhpc.settings import GenerateConfig, nearest
+from finhpc.settings.base import nearest
+from finhpc.settings.generate import GenerateConfig
 from finhpc.textfile import parse_json, read_text
 
 ENDINGS = ".jsonl or text (.txt)"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from finhpc.errors import NonFiniteError
 from finhpc.generation.decoder import Decoder
-from finhpc.settings import Sampling
+from finhpc.settings.generate import Sampling
 
 
 def decode(

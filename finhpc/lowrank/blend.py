@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from finhpc.lowrank.layers import LowRankEmbedding, LowRankLinear
-from finhpc.settings import Method
+from finhpc.settings.pretrain import Method
 
 
 class BlendLinear(LowRankLinear):

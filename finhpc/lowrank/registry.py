@@ -16,7 +16,7 @@ from finhpc.lowrank.cola import ColaLinear
 from finhpc.lowrank.initialize import SCHEMES
 from finhpc.lowrank.layers import LowRankLinear
 from finhpc.plugins import Registry
-from finhpc.settings import nearest
+from finhpc.settings.base import nearest
 
 DENSE = "dense"
 SVD, BLEND = "svd", "blend"

@@ -17,7 +17,7 @@ from finhpc.errors import ConfigError
 from finhpc.lowrank.layers import FactorEmbedding, FactorLinear, LowRankEmbedding, LowRankLinear
 from finhpc.lowrank.registry import DENSE, LAYERS, check_kind
 from finhpc.plugins import require
-from finhpc.settings import LINEAR_KINDS, Method
+from finhpc.settings.pretrain import LINEAR_KINDS, Method
 
 Ranks = dict[str, int | None]
 

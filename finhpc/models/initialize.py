@@ -1,6 +1,7 @@
-"""The numbers a model starts from: drawn, as a function of (seed, name of the weight) alone, or read.
+"""How a model gets its first weights: drawn from a seed, or read from a model on disk.
 
-So any cut into stages, any replica and the plain model start bit-equal.
+A drawn weight depends on (seed, name of the weight) alone, so any cut into stages, any replica and the plain model
+start bit-equal.
 """
 
 from __future__ import annotations
@@ -12,19 +13,42 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from finhpc.lowrank.blend import BlendEmbedding, BlendLinear
+from finhpc.lowrank.blend import Blended, BlendEmbedding, BlendLinear
 from finhpc.lowrank.initialize import SCHEMES
 from finhpc.lowrank.layers import LowRankEmbedding, LowRankLinear
 from finhpc.lowrank.replace import dense_shape
 from finhpc.models.families.registry import family_of
+from finhpc.models.files.weights import Weights
 
-Fill = Callable[[nn.Module, str], None]  # gives a module of that Hugging Face name its numbers, in place
+Fill = Callable[[nn.Module, str], None]  # sets the weights of the module with that Hugging Face name, in place
 
 
-def drawn(config: Any, seed: int, scheme: str | None) -> Fill:
-    """Start from the seed, see `initialize`."""
+def random_fill(config: Any, seed: int, scheme: str | None) -> Fill:
+    """Return a `Fill` that draws weights from the seed; see `initialize`."""
     return partial(initialize, config=config, seed=seed, scheme=scheme)
+
+
+def weights_fill(weights: Weights, dense: Weights | None = None) -> Fill:
+    """Return a `Fill` that reads each module's weights when the module is built, so a stage reads only its own.
+
+    `dense` has the W of blended layers. The fill raises `CheckpointError` naming a weight that has NaN or infinity.
+    """
+
+    @torch.no_grad()
+    def fill(module: nn.Module, name: str) -> None:
+        for sub_name, sub in module.named_modules(prefix=name):
+            for parameter_name, parameter in sub.named_parameters(recurse=False):
+                if isinstance(sub, Blended) and parameter_name == "W":
+                    assert dense is not None
+                    weight = dense.read(f"{sub_name}.weight")
+                    transposed = isinstance(dense.skeleton.get_submodule(sub_name), Conv1D)
+                    parameter.copy_(weight.T if transposed else weight)
+                else:
+                    parameter.copy_(weights.read(f"{sub_name}.{parameter_name}"))
+
+    return fill
 
 
 def initialize(module: nn.Module, name: str, config: Any, seed: int, scheme: str | None) -> None:

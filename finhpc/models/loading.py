@@ -19,14 +19,14 @@ from finhpc.errors import CheckpointError
 from finhpc.files import publish
 from finhpc.models.families.registry import family_of, is_known, is_low_rank, skeleton, whole_layers
 from finhpc.models.files.config import is_adapter, quantizer_of
-from finhpc.models.files.folder import GENERATION, SafetensorsFolder
 from finhpc.models.files.manifest import check_manifest
+from finhpc.models.files.tensor_folder import GENERATION, SafetensorsFolder
 from finhpc.models.files.tokenizer import save_tokenizer
 from finhpc.models.files.tokens import generation_config
 from finhpc.models.files.weights import Weights, config_of, locate, open_weights
 from finhpc.models.initialize import initialize
 from finhpc.models.lora.adapter_file import base_of, check_base, load_adapter
-from finhpc.models.lora.attached import attach
+from finhpc.models.lora.multi_lora import attach
 from finhpc.models.lora.peft_format import merge_adapter
 from finhpc.models.pipeline import parts_of
 from finhpc.quantization.fake import TRAINED, round_weights, trained_bits

@@ -13,10 +13,10 @@ from finhpc.models.families.registry import family_of
 from finhpc.models.initialize import Fill
 from finhpc.models.recompute import whole_blocks
 from finhpc.quantization.fake import fake_quantize, plain_name
-from finhpc.settings import Recompute
+from finhpc.settings.training import Recompute
 
 
-class Layer(nn.Module):
+class PipelineLayer(nn.Module):
     """One part of the model, built from the skeleton on the device it will run on.
 
     `fill` gives each module its first numbers. With `bf16` the part runs under autocast over float32 weights; with
@@ -69,7 +69,7 @@ def is_tied(config: Any) -> bool:
     return bool(config.tie_word_embeddings)
 
 
-def operations(part: Part, skeleton: nn.Module, seq_len: int) -> float:
+def estimated_cost(part: Part, skeleton: nn.Module, seq_len: int) -> float:
     """Multiplications a token of a part's forward pass: what a cut balances before anything is measured.
 
     Attention adds its products of queries, keys and values. A block that is recomputed counts a third more: its
@@ -126,6 +126,6 @@ def stage_borders(row: list[Part], costs: list[float], stages: int) -> list[int]
     return cut(costs, [*inner[1:], inner[-1] + 1], stages)
 
 
-def counted_costs(row: list[Part], skeleton: nn.Module, seq_len: int) -> list[float]:
+def estimated_costs(row: list[Part], skeleton: nn.Module, seq_len: int) -> list[float]:
     """Operations of each part: an estimate of its cost where nothing can be measured."""
-    return [operations(part, skeleton, seq_len) for part in row]
+    return [estimated_cost(part, skeleton, seq_len) for part in row]

@@ -20,22 +20,22 @@ class Device:
     memory_gb_per_s: float
     link_gb_per_s: float  # to a neighbour in the node, each way
     network_gb_per_s: float  # to another node, each way
-    launch_s: float = 0.0  # the least that one part's passes over a micro-batch take: kernels must be launched
+    launch_s: float = 0.0  # the minimum for one part's passes over a micro-batch: its kernels must be launched
 
-    def said(self, precision: str, reached: float) -> str:
-        """At what rate a time was reckoned, in words."""
+    def describe_rate(self, precision: str, reached: float) -> str:
+        """The rate that times were calculated with, in words."""
         rate = f"{self.tflops[precision]:.3g} TFLOP/s {'measured' if self.name == THIS_MACHINE else 'stated'}"
-        least = f", launching {1e3 * self.launch_s:g} ms a part at least" if self.launch_s else ""
+        least = f", at least {1e3 * self.launch_s:g} ms per part for launching" if self.launch_s else ""
         return f"at {reached:.0%} of {rate} for matrix products ({self.name}){least}"
 
     def rate(self, precision: str) -> float:
-        """Operations a second of matrix products, two for a multiplication and its addition."""
+        """Operations per second of matrix products; a multiplication and its addition are two."""
         return self.tflops[precision] * 1e12
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Nodes of equal devices. `usable`: bytes of each for tensors; `reached`: share of its matrix rate."""
+    """Nodes of equal devices. `usable`: bytes of each for tensors; `reached`: the share of its matrix rate."""
 
     device: Device
     nodes: int
@@ -47,6 +47,11 @@ class Cluster:
     @property
     def devices(self) -> int:
         return self.nodes * self.devices_per_node
+
+    def link(self, workers: int) -> float:
+        """Bytes per second between two of so many workers: in a node if they fit one, else over the network."""
+        one_node = workers <= self.devices_per_node
+        return (self.device.link_gb_per_s if one_node else self.device.network_gb_per_s) * 1e9
 
 
 # NVIDIA's data sheets "Tesla V100" (2020), "A100 80GB" (2021), "H100" (2023) and "H200" (2024), the SXM boards;
@@ -60,7 +65,7 @@ class Cluster:
 # 4.0 x16 (5.0 of the RTX 5090, 3.0 of the T4, x8 of the L4's 4.0), NVLink of the RTX 3090 and A6000. Network: 10 Gb/s,
 # an assumption. A T4 has no bfloat16, its rate is float16's.
 
-# Measured on one H100 with 16 cores, beside other runs: a 6 x 384 GPT-2, 16 parts, 1,024 tokens, takes 16 ms at best.
+# Measured on one H100 with 16 cores: the best step of a 6 x 384 GPT-2 (16 parts, 1,024 tokens) takes 16 ms.
 LAUNCH_S = 1e-3
 DEVICES = {
     device.name: replace(device, launch_s=LAUNCH_S)
@@ -82,19 +87,18 @@ DEVICES = {
     )
 }
 THIS_MACHINE = "this-machine"
-REACHED = 0.4  # share of a GPU's matrix rate: what the GPU hours of Llama 2 (Table I) amount to on A100s, 0.38 to 0.43
-CPU_REACHED = 0.5  # of this machine's measured rate: an assumption, not a measurement; a dry run calls its time rough
+REACHED = 0.4  # share of a GPU's matrix rate; the GPU hours of Llama 2 (Table I) are 0.38 to 0.43 on A100s
+CPU_REACHED = 0.5  # share of this machine's measured rate: an assumption; a dry run calls its time rough
 
-SIZE = 1024  # of the matrices multiplied to measure a rate
-SECONDS = 0.3  # spent on each measurement
+SIZE = 1024  # of the matrices that are multiplied to measure a rate
+SECONDS = 0.3  # of each measurement
 
 
 def this_machine(workers: int, threads: int) -> Device:
     """This machine's CPU, shared by `workers` processes of `threads` threads.
 
-    Rates are measured now, with the threads of one worker while the others rest, by the seconds that these compute,
-    so that other processes do not change them; memory is the whole machine's by workers; what workers exchange is
-    copied once, at memory's speed.
+    Rates are measured now, with the threads of one worker, in CPU seconds, so that other processes do not change
+    them. Memory is the machine's divided by the workers; exchanges between workers are copied once, at memory speed.
     """
     import psutil
 
@@ -109,12 +113,12 @@ def this_machine(workers: int, threads: int) -> Device:
 
 
 def gpu_here() -> Device | None:
-    """This machine's first GPU, where its data sheet is known here; by series and the nearest memory."""
+    """This machine's first GPU, found by its series and nearest memory; None if it is not in the table above."""
     return device_called(torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory)
 
 
 def device_called(name: str, memory: int) -> Device | None:
-    """The device of this name, as a driver gives it, and the nearest memory in bytes."""
+    """The device with the name that a driver reports, and the nearest memory in bytes; None if it is not known."""
     words = set(re.findall(r"[a-z0-9]+", name.lower()))
     if "laptop" in words:  # slower, under the same number
         return None
@@ -125,17 +129,17 @@ def device_called(name: str, memory: int) -> Device | None:
 def _products(dtype: torch.dtype, threads: int) -> float:
     """TFLOP/s of square matrix products."""
     a = torch.randn(SIZE, SIZE).to(dtype)
-    return 2 * SIZE**3 * _times_a_second(lambda: torch.mm(a, a), threads) / 1e12
+    return 2 * SIZE**3 * _times_per_second(lambda: torch.mm(a, a), threads) / 1e12
 
 
 def _copies(threads: int) -> float:
     """GB/s of copying a tensor larger than the caches."""
     source = torch.zeros(1 << 26)
     target = torch.empty_like(source)
-    return source.numel() * 4 * _times_a_second(lambda: target.copy_(source), threads) / 1e9
+    return source.numel() * 4 * _times_per_second(lambda: target.copy_(source), threads) / 1e9
 
 
-def _times_a_second(work: Callable[[], object], threads: int) -> float:
+def _times_per_second(work: Callable[[], object], threads: int) -> float:
     work()
     count, start = 0, time.process_time()
     while (spent := (time.process_time() - start) / threads) < SECONDS:

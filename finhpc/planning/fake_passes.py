@@ -1,14 +1,14 @@
-"""What one micro-batch takes in each kind of part, counted by running the part's own code on tensors without memory.
+"""The memory of one micro-batch in each kind of part, measured by running the part's own code on fake tensors.
 
-torch's fake tensors have shapes and no storage, so a block of Llama2-70B is counted in milliseconds
-on a laptop, forward and backward, with all that autograd saves. What a kernel takes inside itself
-is not seen.
+torch's fake tensors have shapes and no storage, so a block of Llama2-70B takes milliseconds on a laptop, forward and
+backward, with everything that autograd saves. Memory that a kernel allocates internally is not seen.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,17 +23,17 @@ from finhpc.lowrank.blend import blend_in
 from finhpc.models.families.family import Flow, Part
 from finhpc.models.families.registry import skeleton
 from finhpc.models.pipeline import is_tied, parts_of
-from finhpc.settings import Recompute
+from finhpc.settings.training import Recompute
 
 
 @dataclass(frozen=True)
 class PartBytes:
-    """Bytes of one part and micro-batch, beside its weights.
+    """Bytes of one part and micro-batch, without its weights.
 
-    `kept`: from its forward to its backward pass, its input where it needs it, never its output.
-    `forward`: the most its forward pass holds beyond its input, what it keeps and its output included.
-    `backward`: the most its backward pass holds beyond what is kept and its output's gradient, once
-    gradients of the weights are there; `first_backward`: while they are made.
+    `kept`: from its forward to its backward pass, with its input if backward needs it, never its output.
+    `forward`: the peak of its forward pass beyond its input, including what is kept and the output.
+    `backward`: the peak of its backward pass beyond what is kept and its output's gradient, once the weights'
+    gradients exist; `first_backward`: while they are being made.
     """
 
     kept: int
@@ -43,9 +43,9 @@ class PartBytes:
 
 
 class Meter(TorchDispatchMode):
-    """Bytes of the tensors made while it is on, now and at most; a storage counts once.
+    """Counts the bytes of tensors made while it is on, now and at their peak; each storage once.
 
-    Tensors made before are not counted if `know` is told of them.
+    Tensors passed to `ignore` are not counted.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class Meter(TorchDispatchMode):
         self.live = self.peak = 0
         self._known: set[int] = set()
 
-    def know(self, tensors: list[Tensor]) -> None:
+    def ignore(self, tensors: list[Tensor]) -> None:
         self._known |= {tensor.untyped_storage()._cdata for tensor in tensors}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -76,8 +76,8 @@ class Meter(TorchDispatchMode):
         self.live -= size
 
 
-class NextPart(torch.autograd.Function):
-    """Stands for what follows a part: keeps nothing of its output, and hands back a gradient."""
+class _NextPart(torch.autograd.Function):
+    """Stands for whatever follows a part: keeps nothing of its output, and returns a gradient."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, gradient: Tensor) -> Tensor:
@@ -91,7 +91,52 @@ class NextPart(torch.autograd.Function):
         return gradient, None
 
 
-def counted(
+@dataclass(frozen=True)
+class Passes:
+    """One forward and backward pass in bytes, the rows of the output, and whether the output requires a gradient."""
+
+    kept: int
+    forward: int
+    backward: int
+    rows: int
+    requires_grad: bool
+
+
+def run_passes(meter: Meter, run: Callable[[Any], Any], make_input: Callable[[], Any]) -> Passes:
+    """Run a part forward and, if its output requires a gradient, backward; the meter must be on."""
+    before = meter.live
+    data = make_input()
+    start = meter.peak = meter.live
+    out = run(data)
+    forward = meter.peak - start
+    hidden = out if isinstance(out, Tensor) else out[0]
+    rows = hidden.shape[1] if hidden.dim() > 1 else 0
+    if not hidden.requires_grad:
+        return Passes(0, forward, 0, rows, False)
+    begin = meter.live
+    gradient = torch.tensor(0.5) if hidden.dim() == 0 else torch.empty_like(hidden)
+    root = _NextPart.apply(hidden, gradient)  # type: ignore[no-untyped-call]
+    handed_over = meter.live - begin
+    del data, out, hidden, gradient
+    kept = meter.live - before - handed_over
+    begin = meter.peak = meter.live
+    root.backward()
+    return Passes(kept, forward, meter.peak - begin, rows, True)
+
+
+def with_gpu_loss(part: Part, logits_and_targets: Callable[[Flow, nn.Module], tuple[Tensor, Tensor]]) -> Part:
+    """The part with the loss that runs on GPUs, which copies its logits in float32, if it is the head."""
+    if part.kind != "head":
+        return part
+
+    def run(flow: Flow, module: nn.Module) -> Tensor:
+        logits, targets = logits_and_targets(flow, module)
+        return F.cross_entropy(logits.float(), targets)
+
+    return Part(part.names, part.kind, run)
+
+
+def count_parts(
     hf_config: Any,
     micro_batch_size: int,
     seq_len: int,
@@ -100,102 +145,62 @@ def counted(
     cuda: bool,
     blend: Literal["frozen", "trainable"] | None = None,
 ) -> dict[str, PartBytes]:
-    """Kind of part -> its bytes. `hf_config`: of a model with one block, see `finhpc.planning.outline.one_block`.
+    """Kind of part -> its bytes in pretraining. `hf_config`: a model with one block, see `one_block` in outline.py.
 
-    With `cuda` attention is torch's fused kernel and the loss makes its float32 copies, as on a GPU;
-    on a CPU they are finhpc's own. `blend`: method 3's W stand beside the factors, as at its beginning.
+    With `cuda` attention is torch's fused kernel and the loss makes its float32 copies, as on a GPU; on a CPU both
+    are finhpc's own. `blend`: method 3's W exists next to its factors, as in its first steps.
     """
-    model = skeleton(hf_config, recompute)
+    model, width, tied = skeleton(hf_config, recompute), int(hf_config.hidden_size), is_tied(hf_config)
     if blend:
         blend_in(model, trainable=blend == "trainable")
     row = parts_of(hf_config, recompute)
     if cuda:
         model.config._attn_implementation = "sdpa"  # type: ignore[union-attr]
-        row = [_as_on_gpu(part, is_tied(hf_config)) for part in row]
-    found = {}
+
+        def logits_and_targets(flow: Flow, module: nn.Module) -> tuple[Tensor, Tensor]:
+            hidden, tokens = flow
+            rows = hidden[:, :-1].reshape(-1, width)
+            logits = F.linear(rows, module.weight) if tied else module(rows)  # type: ignore[arg-type]
+            return logits, tokens[:, 1:].reshape(-1)
+
+        row = [with_gpu_loss(part, logits_and_targets) for part in row]
+    counted = {}
     with FakeTensorMode():
-        _empty(model)
+        _materialize(model)
         tokens = torch.zeros(micro_batch_size, seq_len, dtype=torch.int64)
         for part in row:
-            trial = _Trial(part, part.modules(model), tokens, int(hf_config.hidden_size), bf16)
-            found[part.kind] = trial.bytes()
-    return found
+            modules = part.modules(model)
+            for module in modules:
+                module.zero_grad(set_to_none=True)  # a tied head shares the embedding's, which came before it
+            one = torch.zeros((), requires_grad=True)
+            meter = Meter()
+            meter.ignore([tensor for module in modules for tensor in (*module.parameters(), *module.buffers())])
+            meter.ignore([tokens, one])
+
+            def make_input(part: Part = part, one: Tensor = one) -> Any:
+                # Not a leaf, as if another part had made it: only this part keeps it alive.
+                return tokens if part.kind == "embedding" else (one.expand(*tokens.shape, width).clone(), tokens)
+
+            def run(data: Any, part: Part = part, modules: list[nn.Module] = modules) -> Any:
+                with torch.autocast("cpu", dtype=torch.bfloat16) if bf16 else nullcontext():
+                    return part.run(data, *modules)
+
+            with meter:
+                first, second = (run_passes(meter, run, make_input) for _ in range(2))
+            counted[part.kind] = PartBytes(second.kept, second.forward, second.backward, first.backward)
+    return counted
 
 
-class _Trial:
-    def __init__(self, part: Part, modules: list[nn.Module], tokens: Tensor, width: int, bf16: bool) -> None:
-        self.part, self.modules, self.tokens, self.bf16 = part, modules, tokens, bf16
-        self.shape = (*tokens.shape, width)
-        self.seed = torch.zeros((), requires_grad=True)
-        for module in modules:
-            module.zero_grad(set_to_none=True)  # a tied head's is the embedding's, which was before it
-
-    def bytes(self) -> PartBytes:
-        own = [tensor for module in self.modules for tensor in (*module.parameters(), *module.buffers())]
-        self.meter = Meter()
-        self.meter.know([*own, self.tokens, self.seed])
-        with self.meter:
-            _, _, first = self._passes()
-            kept, forward, again = self._passes()
-        return PartBytes(kept=kept, forward=forward, backward=again, first_backward=first)
-
-    def _passes(self) -> tuple[int, int, int]:
-        """(kept, most of the forward pass, most of the backward pass)."""
-        meter = self.meter
-        before = meter.live
-        data: Any = self.tokens if self.part.kind == "embedding" else (self._input(), self.tokens)
-        start = meter.peak = meter.live
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.bf16):
-            out = self.part.run(data, *self.modules)
-        forward = meter.peak - start
-        hidden = out if isinstance(out, Tensor) else out[0]
-        begin = meter.live
-        gradient = torch.tensor(0.5) if hidden.dim() == 0 else torch.empty_like(hidden)
-        root = NextPart.apply(hidden, gradient)  # type: ignore[no-untyped-call]
-        handed = meter.live - begin
-        del data, out, hidden, gradient
-        kept = meter.live - before - handed
-        begin = meter.peak = meter.live
-        root.backward()
-        return kept, forward, meter.peak - begin
-
-    def _input(self) -> Tensor:
-        """What another part would have made: not a leaf, so that nothing but this part holds it."""
-        return self.seed.expand(self.shape).clone()
-
-
-def _empty(model: nn.Module) -> None:
-    """Give the model fake parameters and buffers in place of those on the meta device; tied ones stay one."""
-    made: dict[int, nn.Parameter] = {}
+def _materialize(model: nn.Module) -> None:
+    """Replace meta parameters and buffers with fake ones; tied ones stay one tensor."""
+    parameters: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                if id(parameter) not in made:
-                    made[id(parameter)] = nn.Parameter(
-                        torch.empty(parameter.shape, dtype=parameter.dtype), parameter.requires_grad
-                    )
-                module._parameters[name] = made[id(parameter)]
+                if id(parameter) not in parameters:
+                    empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                    parameters[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
+                module._parameters[name] = parameters[id(parameter)]
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
-
-
-def _as_on_gpu(part: Part, tied: bool) -> Part:
-    if part.kind != "head":
-        return part
-    run: Callable[..., Tensor] = _tied_head if tied else _head
-    return Part(part.names, part.kind, run)
-
-
-def _head(flow: Flow, module: nn.Module) -> Tensor:
-    hidden, tokens = flow
-    logits: Tensor = module(hidden[:, :-1].reshape(-1, hidden.shape[-1]))
-    return F.cross_entropy(logits.float(), tokens[:, 1:].reshape(-1))
-
-
-def _tied_head(flow: Flow, module: nn.Module) -> Tensor:
-    hidden, tokens = flow
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    logits = F.linear(hidden[:, :-1].reshape(-1, hidden.shape[-1]), weight)
-    return F.cross_entropy(logits.float(), tokens[:, 1:].reshape(-1))

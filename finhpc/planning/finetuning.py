@@ -1,66 +1,77 @@
-"""Memory and time of a finetuning: a frozen base, adapters that are trained, packs of examples."""
+"""The costs of a finetuning: a frozen base, trained adapters, packs of examples."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
 from finhpc.models.families.family import BLOCKS, HALVES
-from finhpc.models.lora.frozen_base import Adaptation
-from finhpc.models.packed.layout import FIELDS, KEPT
-from finhpc.models.packed.parts import packed_parts
+from finhpc.models.lora.model import LoraModel
+from finhpc.models.packing.layout import CACHED_LAYOUTS, FIELDS
+from finhpc.models.packing.parts import packed_parts
 from finhpc.models.pipeline import is_tied
 from finhpc.planning.devices import Cluster
-from finhpc.planning.fake_packs import AdaptedPart, PackSize, counted_parts
+from finhpc.planning.fake_packs import LoraPart, PackSize, count_lora_parts
 from finhpc.planning.memory import StageMemory, Steps, Topology
 from finhpc.planning.step_time import ADAMW_BYTES, Pace, averaging_s, launches
 
-ADAPTED = 3  # times the launches of a part without adapters; measured as `launch_s` was, SmolLM2's shapes
+LORA_LAUNCHES = 3  # kernel launches of a part with adapters over one without; measured, with SmolLM2's shapes
 
 
 @dataclass(frozen=True)
-class FinetunePlan:
-    """A finetuning with packs of one size. `layouts`: packs whose layouts are kept, in a long run all that may be."""
+class LoraCosts:
+    """The costs of a finetuning with packs of one size. `layouts`: packs whose layouts are cached, all by default."""
 
-    adaptation: Adaptation
+    lora_model: LoraModel
     pack: PackSize
     topology: Topology
     cuda: bool = False
-    layouts: int = KEPT
+    layouts: int = CACHED_LAYOUTS
+    part_s: Mapping[str, float] | None = None
 
     @cached_property
-    def parts(self) -> list[AdaptedPart]:
-        return counted_parts(self.adaptation, self.pack, self.cuda)
+    def parts(self) -> list[LoraPart]:
+        return count_lora_parts(self.lora_model, self.pack, self.cuda)
+
+    @property
+    def kinds(self) -> list[str]:
+        return [part.kind for part in self.parts]
 
     @cached_property
-    def cut(self) -> list[list[AdaptedPart]]:
-        borders = self.adaptation.borders(self.topology.stages)
+    def cut(self) -> list[list[LoraPart]]:
+        borders = self.lora_model.borders(self.topology.stages)
         return [self.parts[a:b] for a, b in pairwise(borders)]
 
     @property
     def trained(self) -> int:
+        """The number of trained parameters."""
         return sum(part.trained for part in self.parts)
 
     @property
     def weights_bytes(self) -> int:
-        """Of the whole base, as one stage holds it."""
+        """Bytes of the whole base on a single stage."""
         return sum(part.weights_bytes for part in self.parts)
+
+    def with_measured(self, part_s: Mapping[str, float]) -> LoraCosts:
+        return replace(self, part_s=part_s)
+
+    # -- memory -----------------------------------------------------------------------------
 
     def stages(self) -> list[StageMemory]:
         return [self._stage(i, parts) for i, parts in enumerate(self.cut)]
 
-    def _stage(self, stage: int, parts: list[AdaptedPart]) -> StageMemory:
+    def _stage(self, stage: int, parts: list[LoraPart]) -> StageMemory:
         topology = self.topology
         first, last = stage == 0, stage == topology.stages - 1
         trained = sum(part.trained for part in parts)
         weights = sum(part.weights_bytes for part in parts)
-        if last and not first and is_tied(self.adaptation.hf_config):
+        if last and not first and is_tied(self.lora_model.hf_config):
             weights += self.parts[0].weights_bytes  # a stage without the embedding reads the matrix for its head
         gradients, optimizer = 4 * trained, 8 * trained
         ids = 8 * FIELDS * self.pack.tokens
-        hidden = [part.given for part in parts] + [parts[-1].gives]
+        hidden = [part.input_bytes for part in parts] + [parts[-1].output_bytes]
         steps = Steps(
             parts=[part.passes for part in parts],
             gradients=[4 * part.trained for part in parts],
@@ -71,7 +82,7 @@ class FinetunePlan:
             ids=ids,
         )
         intermediates, with_gradients = steps.peak(stage, topology.stages, topology.micro_batches)
-        # What is received lands in a buffer first: states and their pack going up, gradients coming down.
+        # Received tensors land in a buffer first: states and their pack going up, gradients coming down.
         received = (0 if first else hidden[0] + ids) + (0 if last else hidden[-1])
         flat = gradients if topology.replicas > 1 else 0
         layouts = self.layouts * self._layout_bytes() if any(part.kind in BLOCKS for part in parts) else 0
@@ -82,24 +93,28 @@ class FinetunePlan:
         )
 
     def _layout_bytes(self) -> int:
-        """Of the layout that is kept of a pack: rotary positions, and rows."""
-        config, tokens = self.adaptation.hf_config, self.pack.tokens
+        """Bytes of one pack's cached layout: rotary positions, and rows."""
+        config, tokens = self.lora_model.hf_config, self.pack.tokens
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        rotary = 2 * size * self.adaptation.dtype.itemsize if hasattr(config, "rope_parameters") else 0
+        rotary = 2 * size * self.lora_model.dtype.itemsize if hasattr(config, "rope_parameters") else 0
         return tokens * (rotary + 8 + 8 + 1)
 
     # -- time -------------------------------------------------------------------------------
 
-    def operations(self, parts: Sequence[AdaptedPart] | None = None) -> float:
-        """Operations (two a multiplication) of one pack's forward and backward pass through `parts`, all by default.
+    def operations_per_step(self) -> float:
+        return self.operations() * self.topology.micro_batches * self.topology.replicas
 
-        A frozen matrix is multiplied once each way, an adapter once forward and twice back; attention's products
-        twice as often back as forward. `recompute` runs blocks' forward passes, or q k^T, once more.
+    def operations(self, parts: Sequence[LoraPart] | None = None) -> float:
+        """Operations (two per multiplication) of one pack's forward and backward pass through `parts`, default all.
+
+        A frozen matrix is multiplied once each way, an adapter once forward and twice back, attention's products
+        twice as often back as forward. `recompute` repeats the forward pass of blocks, or q k^T.
         """
-        recompute, width = self.adaptation.recompute, int(self.adaptation.hf_config.hidden_size)
+        recompute, width = self.lora_model.recompute, int(self.lora_model.hf_config.hidden_size)
+        row_bytes = width * self.lora_model.dtype.itemsize
         total = 0.0
         for part in self.parts if parts is None else parts:
-            before, after = (size / (width * self.adaptation.dtype.itemsize) for size in (part.given, part.gives))
+            before, after = part.input_bytes / row_bytes, part.output_bytes / row_bytes
             frozen, adapters = 2.0 * self._frozen(part, (before, after)), 2.0 * before * part.trained
             scores = 2.0 * 2.0 * width * self.pack.pairs if part.kind in ("attention", "block") else 0.0
             forward = frozen + adapters + scores
@@ -108,48 +123,48 @@ class FinetunePlan:
             total += scores / 2 if part.kind == "attention" and recompute == "attention" else 0.0
         return total
 
-    def _frozen(self, part: AdaptedPart, rows: tuple[float, float] = (1.0, 1.0)) -> float:
-        """Multiplications of a part's frozen matrices for so many rows before and after it.
+    def _frozen(self, part: LoraPart, rows: tuple[float, float] = (1.0, 1.0)) -> float:
+        """Multiplications of a part's frozen matrices, for the given rows before and after it.
 
-        The last block's attention gives fewer rows than it is given, and its second half has those alone.
+        The attention of the last block returns fewer rows than it receives, and its second half sees only those.
         """
         halves = HALVES if part.kind == "block" else (part.kind,)
-        places = {HALVES[1]: rows[1]} if part.kind == "block" else {}
-        return sum(places.get(kind, rows[0]) * self._sizes[kind] for kind in halves)
+        after = {HALVES[1]: rows[1]} if part.kind == "block" else {}
+        return sum(after.get(kind, rows[0]) * self._matrix_sizes[kind] for kind in halves)
 
     @cached_property
-    def _sizes(self) -> dict[str, int]:
+    def _matrix_sizes(self) -> dict[str, int]:
         """Kind of part (blocks by their halves) -> weights of its matrices that are multiplied."""
-        found = {}
-        for part in packed_parts(self.adaptation.hf_config):
-            if part.kind not in found:
-                modules = part.modules(self.adaptation.weights.skeleton)
+        sizes = {}
+        for part in packed_parts(self.lora_model.hf_config):
+            if part.kind not in sizes:
+                modules = part.modules(self.lora_model.weights.skeleton)
                 matrices = sum(p.numel() for m in modules for p in m.parameters() if p.dim() == 2)
-                found[part.kind] = matrices if part.in_block or part.kind == "head" else 0
-        return found
+                sizes[part.kind] = matrices if part.in_block or part.kind == "head" else 0
+        return sizes
 
-    def _unpacked_bytes(self, parts: Sequence[AdaptedPart]) -> float:
-        """Bytes moved to turn quantised matrices into floats: codes read, floats written and read, for each product."""
-        if self.adaptation.quantization.bits == 16:
+    def _dequantizing_bytes(self, parts: Sequence[LoraPart]) -> float:
+        """Bytes moved to dequantize matrices: for each product, codes are read, and floats written and read."""
+        if self.lora_model.quantization.bits == 16:
             return 0.0
-        times = 3 if self.adaptation.recompute == "full" else 2
-        floats = self.adaptation.dtype.itemsize
+        times = 3 if self.lora_model.recompute == "full" else 2
+        floats = self.lora_model.dtype.itemsize
         each = [part.weights_bytes + 2 * floats * self._frozen(part) for part in parts if part.kind in BLOCKS]
         return float(times * sum(each))
 
     def pace(self, cluster: Cluster) -> Pace:
-        """Seconds of a step on a cluster, of whose matrix rate training reaches a share."""
         device, topology = cluster.device, self.topology
         rate, memory = device.rate(cluster.precision) * cluster.reached, device.memory_gb_per_s * 1e9
-        one_node = topology.workers <= cluster.devices_per_node
-        link = (device.link_gb_per_s if one_node else device.network_gb_per_s) * 1e9
+        link = cluster.link(topology.workers)
         seconds = []
         for i, parts in enumerate(self.cut):
-            sent = (parts[0].given if i else 0) + (parts[-1].gives if i < topology.stages - 1 else 0)
-            least = [ADAPTED * launches(part.kind) * device.launch_s for part in parts]
+            sent = (parts[0].input_bytes if i else 0) + (parts[-1].output_bytes if i < topology.stages - 1 else 0)
+            least = [LORA_LAUNCHES * launches(part.kind) * device.launch_s for part in parts]
             compute = sum(max(self.operations([p]) / rate, s) for p, s in zip(parts, least, strict=True))
-            compute += self._unpacked_bytes(parts) / memory
+            compute += self._dequantizing_bytes(parts) / memory
             seconds.append(compute + 2 * sent / link)
+        if (part_s := self.part_s) is not None:
+            seconds = [sum(part_s[part.kind] for part in parts) for parts in self.cut]
         largest = max(sum(part.trained for part in parts) for parts in self.cut)
         exchange = averaging_s(largest, topology.replicas, device, cluster.devices_per_node)
         return Pace(seconds, exchange, largest * ADAMW_BYTES / memory, topology.micro_batches)

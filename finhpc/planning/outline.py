@@ -1,6 +1,6 @@
-"""What a model is made of, as far as planning needs to know: its parts in a row and what each kind of part holds.
+"""An outline of a model for planning: its parts in order, and the parameters of each kind of part.
 
-All blocks of a model are alike, so one block is built, on the meta device, for any number of layers.
+All blocks of a model are alike, so a single one is built, on the meta device, for any number of layers.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from finhpc.models.families.registry import skeleton, with_blocks
-from finhpc.models.pipeline import is_tied, operations, parts_of, stage_borders
-from finhpc.settings import Recompute
+from finhpc.models.pipeline import estimated_cost, is_tied, parts_of, stage_borders
+from finhpc.settings.training import Recompute
 
 Stages = list[list[str]]  # kinds of the parts of each stage
 Matrix = tuple[int, int]  # (vectors, their length): outputs and inputs of a layer, rows of an embedding
@@ -45,10 +45,10 @@ PAPER_NAMES = {
 
 @dataclass(frozen=True)
 class Weights:
-    """The parameters of one module, of which a model has `count` alike: a row of Table II."""
+    """The parameters of one module, which occurs `count` times in a model: a row of Table II."""
 
     name: str
-    kind: str  # of the part it belongs to
+    kind: str  # of its part
     count: int
     matrices: tuple[Matrix, ...]
     vectors: int  # elements of norms and biases
@@ -63,7 +63,7 @@ class Weights:
 
     @property
     def replaced(self) -> int:
-        """Parameters of the dense matrix that a pair stands for: A's inputs by B's outputs; 0 of what is no pair."""
+        """Parameters of the dense matrix that a low-rank pair replaces (A's inputs by B's outputs); 0 if it is none."""
         if len(self.matrices) != 2:
             return 0
         a, b = self.matrices
@@ -75,14 +75,15 @@ class Weights:
         return next((PAPER_NAMES[ending] for ending in ends), None)
 
     def moments_bytes(self, eight_bit: bool, dense_too: bool) -> int:
-        """Bytes of AdamW's two moments for one, and with `dense_too` those of the dense matrix beside a pair."""
+        """Bytes of AdamW's moments for one module; with `dense_too` also of the dense matrix that a pair replaces."""
         sizes = [a * b for a, b in self.matrices] + [self.vectors] + ([self.replaced] if dense_too else [])
         return sum(_moments_bytes(size, eight_bit) for size in sizes)
 
     def stored_bytes(self, bits: int) -> int:
-        """Bytes of one at 16, 8 or 4 bits: every vector with a float32 scale and zero point, norms and biases 16 bits.
+        """Bytes of one module at 16, 8 or 4 bits, in section V.B's per-vector scheme.
 
-        Section V.B's per-vector scheme; at 4 bits two weights lie in a byte.
+        Every vector has a float32 scale and zero point; norms and biases have 16 bits. At 4 bits a byte has two
+        weights.
         """
         if bits == 16:
             return 2 * self.one
@@ -91,17 +92,17 @@ class Weights:
 
 @dataclass(frozen=True)
 class Outline:
-    """A model's parts, what they hold and cost. `kinds`: of every part, in the order data flows."""
+    """A model's parts, their parameters and costs. `kinds`: the kind of every part, in the order data flows."""
 
     hf_config: Any
     seq_len: int
     recompute: Recompute
     kinds: list[str]
-    weights: list[Weights]  # a tied head has none of its own
-    operations: dict[str, float]  # kind -> multiplications a token, as the stages are balanced by
+    weights: list[Weights]  # a tied head has none
+    operations: dict[str, float]  # kind -> multiplications per token, which balance the stages
     row: list[Any]  # the parts themselves
     tied: bool
-    fused: bool = False  # attention never holds all its scores, so that there is nothing of it to recompute
+    fused: bool = False  # attention never stores all its scores, so there is nothing to recompute
 
     @property
     def params(self) -> int:
@@ -109,7 +110,7 @@ class Outline:
 
     @property
     def replaced(self) -> int:
-        """Parameters of the dense matrices that pairs of low-rank ones stand for."""
+        """Parameters of the dense matrices that low-rank pairs replace."""
         return sum(weights.count * weights.replaced for weights in self.weights)
 
     def stored_bytes(self, bits: int) -> int:
@@ -117,36 +118,34 @@ class Outline:
         return sum(weights.count * weights.stored_bytes(bits) for weights in self.weights)
 
     def part_params(self, kind: str) -> int:
-        """Parameters of one part of that kind; a tied head counts the embedding's matrix, as its stage holds a copy."""
-        if kind == "head" and self.tied:
-            kind = "embedding"
-        return sum(weights.one for weights in self.weights if weights.kind == kind)
+        """Parameters of one part of that kind; a tied head counts the embedding's matrix, which its stage copies."""
+        return sum(weights.one for weights in self._of_part(kind))
 
     def part_replaced(self, kind: str) -> int:
-        """Parameters of the dense matrices that the pairs of one part of that kind stand for."""
+        """Parameters of the dense matrices that the pairs of one part of that kind replace."""
         return sum(weights.replaced for weights in self.weights if weights.kind == kind)
 
     def part_moments_bytes(self, kind: str, eight_bit: bool, dense_too: bool) -> int:
-        """AdamW's moments for one part of that kind, in float32 or 8 bits."""
-        if kind == "head" and self.tied:
-            kind = "embedding"
-        return sum(weights.moments_bytes(eight_bit, dense_too) for weights in self.weights if weights.kind == kind)
+        """Bytes of AdamW's moments for one part of that kind, in float32 or 8 bits."""
+        return sum(weights.moments_bytes(eight_bit, dense_too) for weights in self._of_part(kind))
 
     def part_bytes(self, kind: str, bits: int) -> int:
-        """The same in bytes, stored at 16, 8 or 4 bits."""
-        if kind == "head" and self.tied:
-            kind = "embedding"
-        return sum(weights.stored_bytes(bits) for weights in self.weights if weights.kind == kind)
+        """Bytes of one part of that kind at 16, 8 or 4 bits."""
+        return sum(weights.stored_bytes(bits) for weights in self._of_part(kind))
+
+    def _of_part(self, kind: str) -> list[Weights]:
+        owner = "embedding" if kind == "head" and self.tied else kind
+        return [weights for weights in self.weights if weights.kind == owner]
 
     def stages(self, stages: int, costs: Mapping[str, float] | None = None) -> Stages:
-        """The kinds of each stage's parts, balanced by `costs` of each kind, else by counted operations."""
+        """The kinds of each stage's parts, balanced by the `costs` of each kind, by default counted operations."""
         costs = costs or self.operations
         borders = stage_borders(self.row, [costs[kind] for kind in self.kinds], stages)
         return [self.kinds[a:b] for a, b in pairwise(borders)]
 
 
 def _moments_bytes(size: int, eight_bit: bool) -> int:
-    """Of one tensor: two float32, or bitsandbytes' two bytes and two float32 scales a block, for all but small ones."""
+    """Bytes for one tensor: two float32 numbers per element, or bitsandbytes' two bytes and two scales per block."""
     if not eight_bit or size < SMALLEST_8BIT:
         return 8 * size
     return 2 * size + 8 * -(-size // BLOCK_8BIT)
@@ -158,31 +157,31 @@ def one_block(hf_config: Any) -> Any:
 
 
 def outline_of(hf_config: Any, seq_len: int, recompute: Recompute = "none", fused: bool = False) -> Outline:
-    """Raises `ConfigError` naming every layer that its rank does not fit."""
+    """The outline of a model; raises `ConfigError` naming every layer that its rank does not fit."""
     single = one_block(hf_config)
     model, row = skeleton(single, recompute), parts_of(hf_config, recompute)
-    found: list[Weights] = []
+    weights: list[Weights] = []
     costs: dict[str, float] = {}
     tied = is_tied(hf_config)
     for part in parts_of(single, recompute):
-        costs[part.kind] = operations(part, model, seq_len)
+        costs[part.kind] = estimated_cost(part, model, seq_len)
         if tied and part.kind == "head":
             continue
         for name, module in zip(part.names, part.modules(model), strict=True):
             count = hf_config.num_hidden_layers if part.in_block else 1
-            found += _weights(name, module, part.kind, count)
-    return Outline(hf_config, seq_len, recompute, [part.kind for part in row], found, costs, row, tied, fused)
+            weights += _weights_of(name, module, part.kind, count)
+    return Outline(hf_config, seq_len, recompute, [part.kind for part in row], weights, costs, row, tied, fused)
 
 
-def _weights(name: str, module: nn.Module, kind: str, count: int) -> list[Weights]:
-    found = []
+def _weights_of(name: str, module: nn.Module, kind: str, count: int) -> list[Weights]:
+    rows = []
     for sub_name, sub in module.named_modules():
         own = list(sub.parameters(recurse=False))
         if own:
-            turned = isinstance(sub, Conv1D)  # stored (in, out)
+            transposed = isinstance(sub, Conv1D)  # stored (in, out)
             shapes = [tuple(p.shape) for p in own if p.dim() == 2]
-            matrices = tuple((b, a) if turned else (a, b) for a, b in shapes)
+            matrices = tuple((b, a) if transposed else (a, b) for a, b in shapes)
             vectors = sum(p.numel() for p in own if p.dim() != 2)
             full = re.sub(r"\.\d+\.", ".*.", f"{name}.{sub_name}" if sub_name else name)
-            found.append(Weights(full, kind, count, matrices, vectors))
-    return found
+            rows.append(Weights(full, kind, count, matrices, vectors))
+    return rows

@@ -1,32 +1,31 @@
-"""A run before it starts: everything checked together, everything that can be counted, counted."""
+"""The plan of a pretraining: all checks together, and everything that can be counted before the start."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finhpc.data.shards.shards import Shards
-from finhpc.errors import CheckpointError, ConfigError, DataError
-from finhpc.settings import Method, PretrainConfig, TrainingConfig
+from finhpc.errors import ConfigError, collect
+from finhpc.settings.finetune import TrainingConfig
+from finhpc.settings.pretrain import Method, PretrainConfig
 
 if TYPE_CHECKING:
+    from finhpc.planning.init import InitModel
     from finhpc.planning.outline import Outline
-    from finhpc.planning.start import Start
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a valid config amounts to."""
+    """A checked pretraining: its data, model, initial weights and sizes."""
 
     config: PretrainConfig
     shards: Shards
     hf_config: Any
     outline: Outline
     params_dense: int
-    start: Start | None = None  # the model it starts from, where it starts from one
+    init_model: InitModel | None = None  # the model that provides the initial weights, if there is one
 
     @property
     def params_total(self) -> int:
@@ -38,24 +37,24 @@ class Plan:
 
 
 def hf_config_of(config: PretrainConfig, shards: Shards) -> Any:
-    """transformers config of the run's model, its special tokens those of the shards' tokeniser."""
-    from finhpc.planning.start import model_config
+    """The transformers config of the run's model, with the special tokens of the shards' tokenizer."""
+    from finhpc.planning.init import hf_config_of_settings
     from finhpc.quantization.fake import TRAINED
 
-    hf_config = model_config(config, shards.manifest.vocab_size)
-    if hasattr(hf_config, TRAINED):  # of the model that this run starts from
+    hf_config = hf_config_of_settings(config, shards.manifest.vocab_size)
+    if hasattr(hf_config, TRAINED):  # from the initial model
         delattr(hf_config, TRAINED)
     hf_config.bos_token_id = hf_config.eos_token_id = shards.manifest.eot_id
-    if config.quantization.when == "during":  # the saved weights are those before rounding
+    if config.quantization.when == "during":  # weights are saved before rounding
         setattr(hf_config, TRAINED, {"bits": config.quantization.bits, "scheme": config.quantization.scheme})
     return hf_config
 
 
 def make_plan(config: PretrainConfig) -> Plan:
-    """Check `config` against the model, the shards and itself; raises one `ConfigError` with every problem."""
-    from finhpc.models.families.registry import skeleton
+    """Check `config` with its shards and model; raises one `ConfigError` with every problem."""
+    from finhpc.models.families.registry import dense_original, skeleton
+    from finhpc.planning.init import open_init_model
     from finhpc.planning.outline import outline_of
-    from finhpc.planning.start import open_start
 
     problems: list[str] = []
     with collect(problems):
@@ -66,12 +65,14 @@ def make_plan(config: PretrainConfig) -> Plan:
         check_blend(config)
     with collect(problems):
         check_parts(config)
-    shards = hf_config = start = None
+    shards = hf_config = init_model = None
     with collect(problems):
-        shards = _open_shards(config)
+        if not config.data.shards:
+            raise ConfigError("data.shards is not set; give the folder that `finhpc prepare --out FOLDER` wrote.")
+        shards = Shards.open(config.data.shards)
     if shards is not None:
         with collect(problems):
-            _check_data(config, shards)
+            _check_seq_len(config, shards)
         with collect(problems):
             hf_config = hf_config_of(config, shards)
         if hf_config is not None:
@@ -80,39 +81,17 @@ def make_plan(config: PretrainConfig) -> Plan:
             with collect(problems):
                 skeleton(hf_config)
             with collect(problems):
-                start = open_start(config, shards)
+                init_model = open_init_model(config, shards)
     if problems:
         raise ConfigError(problems)
     assert shards is not None
     seq_len, recompute = config.data.seq_len, config.train.recompute
-    params_dense = outline_of(_dense_config(config, start, shards), seq_len).params
-    return Plan(config, shards, hf_config, outline_of(hf_config, seq_len, recompute), params_dense, start)
-
-
-def _dense_config(config: PretrainConfig, start: Start | None, shards: Shards) -> Any:
-    """Of the dense model that the run's one is compared with."""
-    from finhpc.models.families.registry import dense_original
-
-    if start is not None:
-        return dense_original(start.config)
-    return hf_config_of(config.model_copy(update={"method": Method(kind="dense")}), shards)
-
-
-@contextmanager
-def collect(problems: list[str]) -> Iterator[None]:
-    """Add what is wrong in the `with` block to `problems`."""
-    try:
-        yield
-    except ConfigError as error:
-        problems += error.problems
-    except (DataError, CheckpointError) as error:
-        problems += str(error).splitlines()
-
-
-def _open_shards(config: PretrainConfig) -> Shards:
-    if not config.data.shards:
-        raise ConfigError("data.shards is not set; give the folder that `finhpc prepare --out FOLDER` wrote.")
-    return Shards.open(config.data.shards)
+    if init_model is not None:
+        dense = dense_original(init_model.config)
+    else:
+        dense = hf_config_of(config.model_copy(update={"method": Method(kind="dense")}), shards)
+    params_dense = outline_of(dense, seq_len).params
+    return Plan(config, shards, hf_config, outline_of(hf_config, seq_len, recompute), params_dense, init_model)
 
 
 def check_parallel(config: TrainingConfig) -> None:
@@ -128,7 +107,7 @@ def check_parallel(config: TrainingConfig) -> None:
 
 
 def check_parts(config: TrainingConfig) -> None:
-    """Raise `ConfigError` where the optimizer or method is unknown, or known to this process and not to workers."""
+    """Raise `ConfigError` where the optimizer or method is unknown, or known to this process but not to workers."""
     from finhpc.lowrank.registry import LAYERS, check_kind
     from finhpc.training.optimizer import OPTIMIZERS, check_optimizer
 
@@ -174,22 +153,18 @@ def check_blend(config: PretrainConfig) -> None:
         )
 
 
-def _check_data(config: PretrainConfig, shards: Shards) -> None:
-    problems: list[str] = []
-    with collect(problems):
-        shards.check_seq_len(config.data.seq_len)
-        if not shards.num_samples("val", config.data.seq_len):
-            problems.append(
-                f"data.shards={config.data.shards} has no held-out sample of "
-                f"data.seq_len={config.data.seq_len} tokens; "
-                "hold out more documents (prepare --val_fraction)."
-            )
-    if problems:
-        raise ConfigError(problems)
+def _check_seq_len(config: PretrainConfig, shards: Shards) -> None:
+    seq_len = config.data.seq_len
+    shards.check_seq_len(seq_len)
+    if not shards.num_samples("val", seq_len):
+        raise ConfigError(
+            f"data.shards={config.data.shards} has no held-out sample of data.seq_len={seq_len} tokens; hold out more "
+            "documents (prepare --val_fraction)."
+        )
 
 
 def check_stages(config: TrainingConfig, hf_config: Any) -> None:
-    """Raise `ConfigError` where a stage would have no block of its own to begin with."""
+    """Raise `ConfigError` if there are more stages than transformer blocks."""
     layers = hf_config.num_hidden_layers
     if config.parallel.stages > layers:
         raise ConfigError(
@@ -198,7 +173,7 @@ def check_stages(config: TrainingConfig, hf_config: Any) -> None:
 
 
 def check_model(config: PretrainConfig, hf_config: Any) -> None:
-    """Raise `ConfigError` where the model is too small for the stages or the samples."""
+    """Raise `ConfigError` if the model is too small for the stages or the samples."""
     from finhpc.models.families.registry import FAMILIES, context_name, context_of, family_of
 
     problems: list[str] = []
@@ -216,14 +191,14 @@ def check_model(config: PretrainConfig, hf_config: Any) -> None:
 
 
 def check_tokenizer(config: PretrainConfig, shards: Shards, checkpoints: Path) -> None:
-    """Raise `ConfigError` when a checkpoint to resume from was trained on another tokeniser's ids."""
-    from finhpc.training.checkpoint import complete
+    """Raise `ConfigError` if the newest checkpoint was trained with another tokenizer."""
+    from finhpc.training.checkpoint import list_complete
 
-    for saved in complete(checkpoints)[:1]:
-        trained = saved.manifest.get("tokenizer_sha256")
-        if trained and trained != shards.manifest.tokenizer_sha256:
+    for checkpoint in list_complete(checkpoints)[:1]:
+        trained, present = checkpoint.manifest.get("tokenizer_sha256"), shards.manifest.tokenizer_sha256
+        if trained and trained != present:
             raise ConfigError(
-                f"data.shards={config.data.shards} was made with another tokeniser (sha256 "
-                f"{shards.manifest.tokenizer_sha256[:12]}) than the checkpoint {saved.path.name} ({trained[:12]}); "
-                "use the shards the run began with, or another run.name."
+                f"data.shards={config.data.shards} was made with another tokenizer (sha256 {present[:12]}) than the "
+                f"checkpoint {checkpoint.path.name} ({trained[:12]}); use the shards that the run began with, or "
+                "another run.name."
             )

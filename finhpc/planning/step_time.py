@@ -1,4 +1,4 @@
-"""The time of a step: operations over a device's rate, or measured seconds of each part, and the pipeline's bubble."""
+"""The time of a step: operations divided by a device's rate, or measured seconds of each part, and the bubble."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from finhpc.planning.devices import Cluster, Device
 from finhpc.planning.memory import Topology
 from finhpc.planning.outline import Outline, Stages
 
-ADAMW_BYTES = 28  # a parameter: weight, gradient and two moments read, weight and moments written, float32
-CLIPPED_BYTES = 12  # a parameter's gradient: read for its norm, read and written when it is clipped
-AVERAGED_BYTES = 20  # and by DeepSpeed laid flat, scaled and copied back where there are several replicas
+# Bytes moved per parameter, in float32.
+ADAMW_BYTES = 28  # weight, gradient and two moments are read, weight and moments written
+CLIPPED_BYTES = 12  # the gradient is read for its norm, then read and written for clipping
+AVERAGED_BYTES = 20  # with several replicas DeepSpeed also copies gradients to a flat buffer, scales them, copies back
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Pace:
 
     @property
     def passes_s(self) -> float:
-        """The first micro-batch goes through every stage; the others follow at the slowest one's pace."""
+        """The first micro-batch goes through every stage; the others follow at the pace of the slowest stage."""
         return sum(self.stage_s) + (self.micro_batches - 1) * max(self.stage_s)
 
     @property
@@ -34,18 +35,18 @@ class Pace:
 
     @property
     def utilization(self) -> float:
-        """Share of the passes that a stage computes, on average: the paper's M/(N+M-1) where stages are even."""
+        """The mean share of the passes in which a stage computes: the paper's M/(N+M-1) if stages are even."""
         return self.micro_batches * sum(self.stage_s) / (len(self.stage_s) * self.passes_s)
 
 
 def forward_operations(outline: Outline, kind: str) -> float:
-    """Operations (two a multiplication) a token of one part's forward pass; causal attention does half the products."""
+    """Operations per token (two per multiplication) of one part's forward pass; causality halves attention's."""
     if kind in ("positions", "norm", "dropout"):
         return 0.0
-    of = "embedding" if kind == "head" and outline.tied else kind
-    matrices = [matrix for weights in outline.weights if weights.kind == of for matrix in weights.matrices]
+    own = "embedding" if kind == "head" and outline.tied else kind
+    matrices = [matrix for weights in outline.weights if weights.kind == own for matrix in weights.matrices]
     if kind == "embedding":
-        matrices = matrices[1:]  # the table is read, not multiplied; a low-rank one is mapped by B
+        matrices = matrices[1:]  # the table is looked up, not multiplied; a low-rank one is multiplied by B
     operations = 2.0 * sum(a * b for a, b in matrices)
     if kind in ("attention", "block"):
         operations += 2.0 * outline.seq_len * int(outline.hf_config.hidden_size)
@@ -53,17 +54,17 @@ def forward_operations(outline: Outline, kind: str) -> float:
 
 
 def step_operations(outline: Outline, samples: int) -> float:
-    """Operations of one whole step of `samples` samples."""
+    """Operations of one step of `samples` samples."""
     return samples * outline.seq_len * sum(_passes(outline, kind) for kind in outline.kinds)
 
 
 def launches(kind: str) -> float:
-    """Kernels of one part's passes, in those of an attention or MLP part: a recomputed block's forward runs twice."""
+    """Kernel launches of one part's passes over those of an attention or MLP part; a block's forward runs twice."""
     return 2 * 4 / 3 if kind == "block" else 1.0
 
 
 def _passes(outline: Outline, kind: str) -> float:
-    """Operations a token, forward and backward: a backward pass takes two forward ones (section IV.B)."""
+    """Operations per token, forward and backward; a backward pass takes two forward passes (section IV.B)."""
     forward = forward_operations(outline, kind)
     again = 0.0
     if kind == "block":
@@ -74,18 +75,17 @@ def _passes(outline: Outline, kind: str) -> float:
 
 
 def paced(outline: Outline, topology: Topology, cut: Stages, cluster: Cluster) -> Pace:
-    """The pace on a cluster, of whose matrix rate training reaches a share."""
+    """The pace on a cluster, calculated from its rates."""
     device, per_node = cluster.device, cluster.devices_per_node
     rate = device.rate(cluster.precision) * cluster.reached
     tokens = topology.micro_batch_size * outline.seq_len
     width = int(outline.hf_config.hidden_size)
-    one_node = topology.workers <= per_node
-    link = (device.link_gb_per_s if one_node else device.network_gb_per_s) * 1e9
+    link = cluster.link(topology.workers)
     seconds = []
     for i, kinds in enumerate(cut):
         compute = sum(max(tokens * _passes(outline, kind) / rate, launches(kind) * device.launch_s) for kind in kinds)
-        neighbours = (i > 0) + (i < topology.stages - 1)
-        seconds.append(compute + neighbours * 2 * tokens * 4 * width / link)  # hidden states there, gradients back
+        neighbors = (i > 0) + (i < topology.stages - 1)
+        seconds.append(compute + neighbors * 2 * tokens * 4 * width / link)  # hidden states there, gradients back
     largest = _largest(outline, cut)
     return Pace(
         seconds,
@@ -96,7 +96,7 @@ def paced(outline: Outline, topology: Topology, cut: Stages, cluster: Cluster) -
 
 
 def averaging_s(params: int, replicas: int, device: Device, per_node: int) -> float:
-    """A ring over the replicas of a stage, which are neighbours: DeepSpeed's pipe axis is the outer one."""
+    """Seconds to average gradients in a ring over a stage's replicas, which are neighbors: the pipe axis is outer."""
     memory = device.memory_gb_per_s * 1e9
     if replicas == 1:
         return params * CLIPPED_BYTES / memory
@@ -106,19 +106,19 @@ def averaging_s(params: int, replicas: int, device: Device, per_node: int) -> fl
 
 
 def measured(outline: Outline, topology: Topology, cut: Stages, cluster: Cluster, part_s: Mapping[str, float]) -> Pace:
-    """The pace from measured seconds a micro-batch of each kind of part, its share of the optimiser in them."""
+    """The pace from measured seconds per micro-batch of each kind of part, which include the optimizer's share."""
     stage_s = [sum(part_s[kind] for kind in kinds) for kinds in cut]
     exchange_s = averaging_s(_largest(outline, cut), topology.replicas, cluster.device, cluster.devices_per_node)
     return Pace(stage_s, exchange_s, 0.0, topology.micro_batches)
 
 
 def _largest(outline: Outline, cut: Stages) -> int:
-    """Parameters of the largest stage."""
+    """The parameters of the largest stage."""
     return max(sum(outline.part_params(kind) for kind in kinds) for kinds in cut)
 
 
 def reached_by(outline: Outline, topology: Topology, part_s: Mapping[str, float], rate: float) -> float:
-    """The share of a matrix rate that measured parts reach."""
+    """The share of a matrix rate that the measured parts reach."""
     tokens = topology.micro_batch_size * outline.seq_len
     operations = tokens * sum(_passes(outline, kind) for kind in outline.kinds)
     return operations / (sum(part_s[kind] for kind in outline.kinds) * rate)

@@ -20,7 +20,7 @@ Tensors = dict[str, Tensor]
 OUTLIER = 6.0  # bitsandbytes' default threshold in transformers
 
 
-class Frozen(nn.Module):
+class FrozenLinear(nn.Module):
     """y = W x + bias for x (rows, in_features); `matrix(dtype)` is W (out_features, in_features)."""
 
     def __init__(self, out_features: int, in_features: int, bias: Tensor | None) -> None:
@@ -50,7 +50,7 @@ class FrozenProduct(torch.autograd.Function):
     """A frozen layer's product; backward is the product with its matrix, made again."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: Frozen) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layer: FrozenLinear) -> Tensor:
         ctx.layer = layer
         return layer.product(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], layer.out_features)
 
@@ -59,7 +59,7 @@ class FrozenProduct(torch.autograd.Function):
         return gradients[0] @ ctx.layer.matrix(gradients[0].dtype), None
 
 
-class FrozenFloat(Frozen):
+class FrozenFloat(FrozenLinear):
     """The matrix as it is, in float32 or bfloat16."""
 
     weight: Tensor
@@ -72,7 +72,7 @@ class FrozenFloat(Frozen):
         return self.weight.to(dtype)
 
 
-class FrozenInt8(Frozen):
+class FrozenInt8(FrozenLinear):
     """bitsandbytes' `Linear8bitLt`: a code and each row's largest absolute value."""
 
     codes: Tensor
@@ -97,7 +97,7 @@ class FrozenInt8(Frozen):
         return out
 
 
-class FrozenNf4(Frozen):
+class FrozenNf4(FrozenLinear):
     """bitsandbytes' `Linear4bit` with NF4 codes in blocks of 64 (or 32), and their scales in 8 bits."""
 
     packed: Tensor
@@ -121,7 +121,7 @@ class FrozenNf4(Frozen):
         return made
 
 
-class FrozenMinMax(Frozen):
+class FrozenMinMax(FrozenLinear):
     """The paper's per-vector scheme at 8 or 4 bits, packed."""
 
     codes: Tensor
@@ -142,7 +142,7 @@ def is_quantized(shape: tuple[int, int], bits: int, scheme: str) -> bool:
     return bits < 16 and SCHEMES[scheme].fits(*shape)
 
 
-def freeze(rows: Tensor, bias: Tensor | None, bits: int, scheme: str, dtype: torch.dtype, name: str) -> Frozen:
+def freeze(rows: Tensor, bias: Tensor | None, bits: int, scheme: str, dtype: torch.dtype, name: str) -> FrozenLinear:
     """The frozen layer of a matrix (out, in). `scheme`: int8, nf4 or minmax; `dtype`: of what stays in float.
 
     Raises `ConfigError` naming `name` where int8 cannot hold it, `NonFiniteError` where it holds NaN.
@@ -155,7 +155,7 @@ def freeze(rows: Tensor, bias: Tensor | None, bits: int, scheme: str, dtype: tor
 
 def hold(
     held: Tensors, shape: tuple[int, int], bias: Tensor | None, bits: int, scheme: str, dtype: torch.dtype
-) -> Frozen:
+) -> FrozenLinear:
     """The frozen layer of a matrix (out, in) that is quantised already: `held` is what its `Scheme` made of it."""
     bias = None if bias is None else bias.to(dtype)
     if scheme == "int8":
@@ -163,18 +163,18 @@ def hold(
     return FrozenNf4(held, shape, bias) if scheme == "nf4" else FrozenMinMax(held, shape, bias, bits)
 
 
-def hollow(shape: tuple[int, int], bias: Tensor | None, bits: int, scheme: str, dtype: torch.dtype) -> Frozen:
+def hollow(shape: tuple[int, int], bias: Tensor | None, bits: int, scheme: str, dtype: torch.dtype) -> FrozenLinear:
     """`freeze` of a matrix (out, in) whose content does not matter: what counting memory needs.
 
     Its tensors have the shapes and types of the real one's, made on torch's current device and mode.
     """
     out, into = shape
     bias = None if bias is None else bias.to(dtype)
-    kind: type[Frozen] = {"int8": FrozenInt8, "nf4": FrozenNf4, "minmax": FrozenMinMax}.get(scheme, FrozenFloat)
+    kind: type[FrozenLinear] = {"int8": FrozenInt8, "nf4": FrozenNf4, "minmax": FrozenMinMax}.get(scheme, FrozenFloat)
     if not is_quantized(shape, bits, scheme):
         kind = FrozenFloat
     made = kind.__new__(kind)
-    Frozen.__init__(made, out, into, bias)
+    FrozenLinear.__init__(made, out, into, bias)
     if isinstance(made, FrozenInt8):
         made._hold(codes=torch.empty(shape, dtype=torch.int8), largest=torch.empty(out))
     elif isinstance(made, FrozenNf4):

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from finhpc.quantization.per_vector import Vectors, dequantize, pack, packed_columns, quantize, unpack
 
 
-class PackedMatrix(nn.Module):
+class QuantizedMatrix(nn.Module):
     """A matrix (rows, columns) quantised by rows.
 
     `weight`: uint8 (rows, `packed_columns(columns, bits)`, 1), a buffer like the others, as nothing here
@@ -59,7 +59,7 @@ class PackedMatrix(nn.Module):
         return self
 
 
-class QuantizedLinear(PackedMatrix):
+class QuantizedLinear(QuantizedMatrix):
     """y = W x + bias with W (out_features, in_features) packed; maps (..., in_features) to (..., out_features)."""
 
     def __init__(self, in_features: int, out_features: int, bits: int, bias: bool) -> None:
@@ -71,7 +71,7 @@ class QuantizedLinear(PackedMatrix):
         return F.linear(x, self.dequantized().to(x.dtype), self.bias)
 
 
-class QuantizedEmbedding(PackedMatrix):
+class QuantizedEmbedding(QuantizedMatrix):
     """The packed row of each token, unpacked; maps int64 (...) to (..., dim)."""
 
     def __init__(self, num_embeddings: int, dim: int, bits: int) -> None:
@@ -94,8 +94,8 @@ class TiedHead(nn.Module):
         return F.linear(x, self.embedding[0].dequantized().to(x.dtype))
 
 
-def packed_tensors(matrix: Tensor, bits: int, name: str) -> dict[str, Tensor]:
-    """What a `PackedMatrix` holds of `matrix` (rows, columns), by the names of its buffers."""
+def minmax_tensors(matrix: Tensor, bits: int, name: str) -> dict[str, Tensor]:
+    """What a `QuantizedMatrix` holds of `matrix` (rows, columns), by the names of its buffers."""
     codes, scale, zero = quantize(matrix, bits, name)
     return {"weight": pack(codes, bits).unsqueeze(-1), "scale": scale, "zero": zero}
 
@@ -110,7 +110,7 @@ def replace(model: nn.Module, bits: int) -> None:
             model.set_submodule(name, _twin(module, bits))
 
 
-def _twin(module: nn.Linear | Conv1D | nn.Embedding, bits: int) -> PackedMatrix:
+def _twin(module: nn.Linear | Conv1D | nn.Embedding, bits: int) -> QuantizedMatrix:
     with module.weight.device:
         if isinstance(module, nn.Embedding):
             return QuantizedEmbedding(module.num_embeddings, module.embedding_dim, bits)

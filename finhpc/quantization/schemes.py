@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from finhpc.quantization.bitsandbytes import int8_config, int8_tensors, nf4_config, nf4_fits, nf4_tensors
-from finhpc.quantization.layers import packed_tensors
+from finhpc.quantization.layers import minmax_tensors
 
 MINMAX = "finhpc_minmax"  # the per-vector scheme's name in a model's config.json
 
@@ -34,7 +34,7 @@ def minmax_config(bits: int, keep: list[str]) -> dict[str, object]:
 
 
 SCHEMES: dict[str, Scheme] = {
-    "minmax": Scheme((8, 4), True, packed_tensors, minmax_config),
+    "minmax": Scheme((8, 4), True, minmax_tensors, minmax_config),
     "int8": Scheme((8,), False, int8_tensors, int8_config),
     "nf4": Scheme((4,), False, nf4_tensors, nf4_config, nf4_fits),
 }

@@ -29,7 +29,9 @@ import yaml
 
 from finhpc.errors import ConfigError
 from finhpc.files import lock, private_folder, redact, write_atomic, write_json
-from finhpc.settings import PretrainConfig, TrainingConfig, build, flatten, to_yaml
+from finhpc.settings.base import build, flatten, to_yaml
+from finhpc.settings.finetune import TrainingConfig
+from finhpc.settings.pretrain import PretrainConfig
 
 # Settings that only place a run; all others are its meaning and must stay as they were. The cosine
 # schedule spans `train.steps`, so more steps stretch what is left of it; fewer would leave steps

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from finhpc.settings import TrainingConfig
+from finhpc.settings.finetune import TrainingConfig
 from finhpc.tracking.shown import Dataset, model_name, parameters, shape_of
-from finhpc.training.checkpoint import Saved
+from finhpc.training.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     import torch
 
     from finhpc.training.trainer import Trainer
 
-Say = Callable[[str], None]
 Rows = list[tuple[str, str]]
 
 
@@ -61,7 +60,7 @@ class Job(ABC):
         """Raise `ConfigError` where those of the run were trained on something else than this job's data."""
 
     @abstractmethod
-    def make_ready(self, folder: Path, say: Say) -> None:
+    def make_ready(self, folder: Path) -> None:
         """Make in the run folder what the workers read, unless it is there; an interrupted making goes on."""
 
     @abstractmethod
@@ -87,10 +86,10 @@ class Job(ABC):
         """Of the model that is trained."""
 
     @abstractmethod
-    def save_model(self, folder: Path, saved: Saved) -> None:
+    def save_model(self, folder: Path, saved: Checkpoint) -> None:
         """Write the trained model as `folder`, complete or absent."""
 
-    def finish(self, result: dict[str, Any], folder: Path, say: Say) -> None:  # noqa: B027
+    def finish(self, result: dict[str, Any], folder: Path) -> None:  # noqa: B027
         """Add to the result what is made from the trained model."""
 
     @abstractmethod

@@ -20,12 +20,14 @@ from finhpc.cluster.own_ray import ray_logs
 from finhpc.cluster.package import Driver
 from finhpc.errors import NonFiniteError, OutOfMemoryError, TrainingFailedError
 from finhpc.runs.folder import RunFolder
-from finhpc.runs.job import Job, Say
+from finhpc.runs.job import Job
 from finhpc.runs.watch import Waiting, placed_whenever
 from finhpc.runs.worker import FATAL, train_worker
 from finhpc.training import watchdog
 from finhpc.training.allocator import ENVIRONMENT
 from finhpc.training.journal import WORKER_FILE, read
+
+log = logging.getLogger(__name__)
 
 POLL_S = 0.2
 HEALTH_TIMEOUT = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
@@ -35,7 +37,7 @@ ENDING_S = 2.0  # for the controller to end when told to; a stopped job has 3 s 
 GRACE_S = 10.0  # for workers to return after they wrote that all is done
 
 
-def fit(job: Job, folder: RunFolder, cuda: bool, say: Say, look: Callable[[], None] | None = None) -> None:
+def fit(job: Job, folder: RunFolder, cuda: bool, look: Callable[[], None] | None = None) -> None:
     """Train until the last step; restarts failed workers. Raises `TrainingFailedError` when that does not help.
 
     `look` is called again and again meanwhile; what it raises ends the training.
@@ -68,9 +70,9 @@ def fit(job: Job, folder: RunFolder, cuda: bool, say: Say, look: Callable[[], No
             worker_runtime_env={} if cuda else {"env_vars": ENVIRONMENT},
         ),
     )
-    around = Around(job, folder, resources, say, look)
+    around = Around(job, folder, resources, look)
     with _health_timeout(hang_s), placed_whenever():
-        problem = watched(trainer.fit, around, AllDone(folder.path / WORKER_FILE, config.train.steps), say)
+        problem = watched(trainer.fit, around, AllDone(folder.path / WORKER_FILE, config.train.steps))
     raise_fatal(job, folder)
     if problem is not None:
         raise TrainingFailedError(
@@ -83,12 +85,10 @@ def fit(job: Job, folder: RunFolder, cuda: bool, say: Say, look: Callable[[], No
 class Around:
     """What is looked at again and again while workers train: stacks of those that hang, room for all, `look`."""
 
-    def __init__(
-        self, job: Job, folder: RunFolder, each: dict[str, float], say: Say, look: Callable[[], None] | None
-    ) -> None:
+    def __init__(self, job: Job, folder: RunFolder, each: dict[str, float], look: Callable[[], None] | None) -> None:
         self.job, self.look = job, look
-        self.stacks = _Stacks(folder.path, say)
-        self.waiting = Waiting(job.config.parallel.workers, each, say)
+        self.stacks = _Stacks(folder.path)
+        self.waiting = Waiting(job.config.parallel.workers, each)
 
     def __call__(self) -> None:
         self.stacks()
@@ -146,8 +146,8 @@ def _health_timeout(hang_s: float) -> Iterator[None]:
 class _Stacks:
     """Tells the user of each worker that ended itself because nothing moved."""
 
-    def __init__(self, run: Path, say: Say) -> None:
-        self.folder, self.say = run / watchdog.FOLDER, say
+    def __init__(self, run: Path) -> None:
+        self.folder = run / watchdog.FOLDER
         self.seen = self._written()
         self.told = -math.inf, ""
 
@@ -155,7 +155,7 @@ class _Stacks:
         for path in sorted(self._written() - self.seen):
             self.seen.add(path)
             self.told = time.monotonic(), f"{path.read_text().partition(';')[0]}; its stacks are in {path}"
-            self.say(f"{self.told[1]}. The workers start again.")
+            log.info(f"{self.told[1]}. The workers start again.")
 
     def newest(self) -> str | None:
         """What was told in the last minute: the cause of a failure that came then."""
@@ -184,9 +184,7 @@ class AllDone:
         return time.monotonic() - self.since > GRACE_S
 
 
-def watched(
-    work: Callable[[], object], look: Callable[[], None], done: Callable[[], bool], say: Say
-) -> Exception | None:
+def watched(work: Callable[[], object], look: Callable[[], None], done: Callable[[], bool]) -> Exception | None:
     """Run `work` beside the main thread, which stays free for signals and looks around; returns what it raised.
 
     A signal handler that raises inside Ray's own waiting is swallowed there. When `done` says so, `work` is
@@ -210,7 +208,9 @@ def watched(
             if done():
                 return None
             if name := dead_process():
-                say(f"Ray's process {name} died; stopping.")  # now: Ray may end this process before the error is shown
+                log.info(
+                    f"Ray's process {name} died; stopping."
+                )  # now: Ray may end this process before the error is shown
                 raise TrainingFailedError(
                     f"Ray's process {name} died (killed, or out of memory?), and with it the workers. "
                     "The same command resumes from the newest checkpoint."

@@ -10,12 +10,12 @@ import os
 from typing import Any
 
 from finhpc.runs.folder import RunFolder
-from finhpc.runs.job import Job, Say
+from finhpc.runs.job import Job
 from finhpc.runs.launch import raise_fatal, torch_timeout_s, worker_arguments
 from finhpc.runs.worker import OnEval, train_worker
 
 
-def fit_here(job: Job, folder: RunFolder, cuda: bool, say: Say, on_eval: OnEval) -> None:
+def fit_here(job: Job, folder: RunFolder, cuda: bool, on_eval: OnEval) -> None:
     """Train a run of one worker until the last step; what `on_eval` raises ends it.
 
     Raises `TrainingFailedError` for a user's mistake.

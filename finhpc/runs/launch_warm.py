@@ -7,6 +7,7 @@ on from the newest checkpoint, as under Ray Train.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,27 +17,29 @@ from typing import Any
 from finhpc.cluster.own_ray import ray_logs
 from finhpc.errors import TrainingFailedError
 from finhpc.runs.folder import RunFolder
-from finhpc.runs.job import Job, Say
+from finhpc.runs.job import Job
 from finhpc.runs.launch import AllDone, Around, raise_fatal, watched, worker_arguments, worker_share
 from finhpc.training.allocator import ENVIRONMENT
 from finhpc.training.journal import WORKER_FILE
 
+log = logging.getLogger(__name__)
+
 KEPT: list[WarmGroup] = []  # this process's, at most one
 
 
-def fit_warm(job: Job, folder: RunFolder, cuda: bool, say: Say, look: Callable[[], None]) -> None:
+def fit_warm(job: Job, folder: RunFolder, cuda: bool, look: Callable[[], None]) -> None:
     """Train until the last step by the group of this process; a failed one is replaced `run.max_failures` times.
 
     `look` is called again and again meanwhile; what it raises ends the training. Raises `TrainingFailedError`.
     """
     config, share = job.config, worker_share(job, cuda)
     arguments = worker_arguments(job, folder, cuda)
-    around = Around(job, folder, share, say, look)
+    around = Around(job, folder, share, look)
     for failures in count():
         group = group_of(config.parallel.workers, share)
         done = AllDone(folder.path / WORKER_FILE, config.train.steps)
         try:
-            problem = watched(partial(group.train, arguments), around, done, say)
+            problem = watched(partial(group.train, arguments), around, done)
         finally:
             if not group.idle:  # failed, stopped, or a worker that never came back
                 group.shutdown()
@@ -49,7 +52,7 @@ def fit_warm(job: Job, folder: RunFolder, cuda: bool, say: Say, look: Callable[[
                 f"{around.cause(problem)}\nlogs: Ray's own, {ray_logs()}. The same command resumes from the newest "
                 "checkpoint."
             )
-        say(f"{around.cause(problem)}; the workers start again.")
+        log.info(f"{around.cause(problem)}; the workers start again.")
 
 
 def group_of(size: int, share: dict[str, float]) -> WarmGroup:

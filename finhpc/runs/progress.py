@@ -27,8 +27,8 @@ POLL_S = 0.5
 class Progress:
     """`with Progress(total_steps, folder) as progress:` shows what is written into the folder meanwhile.
 
-    `eval_every`: the line of such a step, and of the last one, waits for the evaluation's loss. `say` prints a line
-    of its own; `show` takes records by hand.
+    `eval_every`: the line of such a step, and of the last one, waits for the evaluation's loss.
+    `show` takes records by hand.
     """
 
     def __init__(
@@ -75,10 +75,6 @@ class Progress:
             self._print_checkpoint(at_once=True)
         if self._bar:
             self._bar.stop()
-
-    def say(self, text: str) -> None:
-        with self._lock:
-            self._print(text)
 
     def show(self, records: Iterable[Record]) -> None:
         with self._lock:

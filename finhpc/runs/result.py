@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,11 @@ from finhpc.errors import CheckpointError
 from finhpc.evaluation import plausible
 from finhpc.files import redact
 from finhpc.runs.job import Job, Rows
-from finhpc.settings import PretrainConfig, TrainingConfig
+from finhpc.settings.finetune import TrainingConfig
+from finhpc.settings.pretrain import PretrainConfig
 from finhpc.training.journal import WORKER_FILE, Record, latest, read
 
-
-def to_stderr(text: str) -> None:
-    """A line for the user before there is a progress bar."""
-    print(text, file=sys.stderr, flush=True)
+log = logging.getLogger(__name__)
 
 
 def counted(job: Job) -> dict[str, Any]:
@@ -58,9 +56,9 @@ def counted(job: Job) -> dict[str, Any]:
 
 def collect(job: Job, folder: Path, wall_s: float) -> dict[str, Any]:
     """Write the model folder from the last checkpoint and gather the result of a finished run."""
-    from finhpc.training.checkpoint import complete
+    from finhpc.training.checkpoint import list_complete
 
-    saved = next(iter(complete(folder / "checkpoints")), None)
+    saved = next(iter(list_complete(folder / "checkpoints")), None)
     if saved is None or saved.step != job.config.train.steps:
         raise CheckpointError(
             f"{folder}/checkpoints holds no checkpoint of the last step; run the same command again to make it."
@@ -95,9 +93,9 @@ def check(job: Job, folder: Path, result: dict[str, Any]) -> None:
 
 def unfinished(job: Job, folder: Path, status: str) -> dict[str, Any]:
     """The result of a run that failed or was stopped."""
-    from finhpc.training.checkpoint import complete
+    from finhpc.training.checkpoint import list_complete
 
-    saved = next(iter(complete(folder / "checkpoints")), None)
+    saved = next(iter(list_complete(folder / "checkpoints")), None)
     return _measured(job, folder) | {"status": status.lower(), "checkpoint": str(saved.path) if saved else None}
 
 
@@ -153,7 +151,7 @@ def earlier_worker_hours(records: list[Record], began: float) -> float:
     return float(sum((start[-1]["time"] - start[0]["time"]) * start[0]["workers"] for start in before)) / 3600
 
 
-def sample_text(config: PretrainConfig, model_folder: Path, say: Callable[[str], None]) -> str | None:
+def sample_text(config: PretrainConfig, model_folder: Path) -> str | None:
     """Text drawn from the model: `train.sample_tokens` after `train.sample_prompt`, seeded."""
     if not config.train.sample_tokens:
         return None
@@ -163,7 +161,7 @@ def sample_text(config: PretrainConfig, model_folder: Path, say: Callable[[str],
     from finhpc.models.files.tokens import prompt_ids
     from finhpc.models.loading import load_model
 
-    say("sampling text from the model")
+    log.info("sampling text from the model")
     model: Any = load_model(model_folder)
     tokenizer = open_tokenizer(model_folder)
     prompt = config.train.sample_prompt or tokenizer.eos_token

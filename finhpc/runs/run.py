@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -15,24 +16,28 @@ from finhpc.errors import ConfigError
 from finhpc.interrupts import Terminated, terminable
 from finhpc.runs import result as outcome
 from finhpc.runs.folder import RunFolder
-from finhpc.runs.job import Job, Say
+from finhpc.runs.job import Job
 from finhpc.runs.launch import fit
 from finhpc.runs.progress import Progress
 from finhpc.runs.worker import FATAL, MEMORY, ROOM, ROOM_BYTES
 from finhpc.screen import summary_table
-from finhpc.settings import PretrainConfig, Run, TrainingConfig
+from finhpc.settings.finetune import TrainingConfig
+from finhpc.settings.pretrain import PretrainConfig
+from finhpc.settings.training import Run
 from finhpc.tracking.shown import HIDDEN, origin, setting_tags
 from finhpc.tracking.store import check_store
 from finhpc.tracking.tracker import Status, Tracker, absolute_tracking_uri, default_tracking_uri
-from finhpc.training.checkpoint import complete
+from finhpc.training.checkpoint import list_complete
 from finhpc.training.journal import DRIVER_FILE, WORKER_FILE
+
+log = logging.getLogger(__name__)
 
 
 class Pruned(BaseException):
     """A sweep's scheduler ended the run: others of its trials are ahead."""
 
 
-Fit = Callable[[Job, RunFolder, bool, Say], None]
+Fit = Callable[[Job, RunFolder, bool], None]
 J = TypeVar("J", bound=Job)
 
 
@@ -64,7 +69,7 @@ def run(job: Job, dry_run: bool = False, fit: Fit = fit) -> dict[str, Any]:
     if total is not None:
         check_fits(config, use_cuda(config, total), total)
     if note := config.optimizer.shortened(config.train.steps):
-        outcome.to_stderr(note)
+        log.info(note)
     if dry_run:
         return job.dry_run(total)
     if not _is_done(folder.result(), config):
@@ -80,7 +85,7 @@ def run(job: Job, dry_run: bool = False, fit: Fit = fit) -> dict[str, Any]:
         (folder.path / ROOM).write_bytes(bytes(ROOM_BYTES))
         done = _is_done(before, config)
         if not done:
-            job.make_ready(folder.path, outcome.to_stderr)
+            job.make_ready(folder.path)
         final = _tracked(job, folder, environment, fit, before if done else None, begin)
     summary_table(f"{job.verb} {config.run.name}", outcome.summary(job, final))
     return final
@@ -98,31 +103,31 @@ def _tracked(
     config = job.config
     # Ray is left last: it may end this process, and a stopped job has little time to write down how it ended.
     screen = Progress(config.train.steps, folder.path, eval_every=config.train.eval_every)
-    with ExitStack() as ray, screen as progress:
-        tracker = _tracker(job, folder, environment, progress.say).start()
+    with ExitStack() as ray, screen:
+        tracker = _tracker(job, folder, environment).start()
         status: Status = "FAILED"
         result = before
         try:
             if before is not None:
-                progress.say(f"run {config.run.name} is finished; this is its result (another run.name trains anew).")
+                log.info(f"run {config.run.name} is finished; this is its result (another run.name trains anew).")
             else:
-                _train(job, folder, progress.say, fit, ray)
+                _train(job, folder, fit, ray)
                 collected = outcome.collect(job, folder.path, time.perf_counter() - begin)
-                job.finish(collected, folder.path, progress.say)
+                job.finish(collected, folder.path)
                 outcome.check(job, folder.path, collected)
                 result = collected
             status = "FINISHED"
         except Pruned:
             status = "KILLED"
-            progress.say("ended by the sweep's scheduler")
+            log.info("ended by the sweep's scheduler")
             raise
         except (KeyboardInterrupt, Terminated):
             status = "KILLED"
-            progress.say(_where_it_goes_on(folder))
+            log.info(_where_it_goes_on(folder))
             raise
         finally:
             final = result or outcome.unfinished(job, folder.path, status)
-            _conclude(folder, tracker, status, final, progress.say)
+            _conclude(folder, tracker, status, final)
     return final
 
 
@@ -158,13 +163,13 @@ def place_whole_run(run: Run) -> None:
 
 
 def _where_it_goes_on(folder: RunFolder) -> str:
-    saved = complete(folder.path / "checkpoints")
+    saved = list_complete(folder.path / "checkpoints")
     if saved:
         return f"stopped; the same command goes on from the checkpoint of step {saved[0].step}."
     return "stopped before a first checkpoint was complete; the same command begins at step 0."
 
 
-def _conclude(folder: RunFolder, tracker: Tracker, status: Status, final: dict[str, Any], say: Say) -> None:
+def _conclude(folder: RunFolder, tracker: Tracker, status: Status, final: dict[str, Any]) -> None:
     """Write the result, tell MLflow; of a run that failed, as far as the disk allows."""
     done = status == "FINISHED"
     try:
@@ -178,20 +183,20 @@ def _conclude(folder: RunFolder, tracker: Tracker, status: Status, final: dict[s
     except OSError as error:  # must not hide why the run failed
         if done:
             raise
-        say(f"{folder.path}/result.json could not be written ({error.strerror}).")
+        log.info(f"{folder.path}/result.json could not be written ({error.strerror}).")
 
 
-def tell_mlflow(job: Job, folder: RunFolder, status: Status, say: Say) -> dict[str, Any]:
+def tell_mlflow(job: Job, folder: RunFolder, status: Status) -> dict[str, Any]:
     """Send what MLflow missed of a run that ended; returns its result, with what MLflow says added."""
     environment = json.loads((folder.path / "environment.json").read_text(encoding="utf-8"))
     result = folder.result() or outcome.unfinished(job, folder.path, status)
-    _conclude(folder, _tracker(job, folder, environment, say).start(), status, result, say)
+    _conclude(folder, _tracker(job, folder, environment).start(), status, result)
     return result
 
 
 def _check_resume(job: Job, folder: RunFolder) -> None:
     """Refuse settings that differ from what was trained; where nothing was, there is nothing to differ from."""
-    if complete(folder.path / "checkpoints"):
+    if list_complete(folder.path / "checkpoints"):
         folder.check_resume(job.config, *job.fingerprints)
 
 
@@ -207,28 +212,28 @@ def _set_aside_other_settings(job: Job, folder: RunFolder) -> None:
                 path.rename(folder.path / f"{name}.until-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
-def _train(job: Job, folder: RunFolder, say: Say, fit: Fit, ray: ExitStack) -> None:
+def _train(job: Job, folder: RunFolder, fit: Fit, ray: ExitStack) -> None:
     """Train on the cluster, which is connected until `ray` is left."""
     config = job.config
-    say("starting Ray and the workers (10 to 30 s)")
+    log.info("starting Ray and the workers (10 to 30 s)")
     ray.enter_context(ray_cluster())
     total = cluster_resources()
     cuda = use_cuda(config, total)
     check_fits(config, cuda, total)
     parallel, device = config.parallel, "GPU" if cuda else "CPU"
-    say(
+    log.info(
         f"{device} workers: {parallel.workers} (stages {parallel.stages} x replicas {parallel.replicas}), "
         f"torch threads a worker: {config.resources.threads}, precision: {config.train.precision}"
     )
     if cuda and config.train.precision == "fp32":
-        say(
+        log.info(
             "train.precision=fp32 on a GPU: matrix products at an eighth to a sixteenth of the rate of bf16 (A100: "
             "19.5 of 312 TFLOP/s); --train.precision bf16 keeps weights and optimizer in float32."
         )
-    fit(job, folder, cuda, say)
+    fit(job, folder, cuda)
 
 
-def _tracker(job: Job, folder: RunFolder, environment: dict[str, Any], say: Say) -> Tracker:
+def _tracker(job: Job, folder: RunFolder, environment: dict[str, Any]) -> Tracker:
     config = job.config
     data, model = job.fingerprints
     tags = {
@@ -244,9 +249,7 @@ def _tracker(job: Job, folder: RunFolder, environment: dict[str, Any], say: Say)
     run = config.run
     given = {key: value for key, value in tags.items() if value not in (None, "")}
     params = job.parameters()
-    return Tracker(
-        folder.path, tracking_uri_of(run), run.experiment, run.name, params, given, say, datasets=job.datasets
-    )
+    return Tracker(folder.path, tracking_uri_of(run), run.experiment, run.name, params, given, datasets=job.datasets)
 
 
 def _is_done(before: dict[str, Any] | None, config: TrainingConfig) -> bool:

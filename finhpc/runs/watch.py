@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from finhpc.runs.job import Say
+log = logging.getLogger(__name__)
 
 START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 NO_LIMIT_S = 365 * 24 * 3600
@@ -37,9 +38,9 @@ class Waiting:
     `workers`, `each`: how many, and the CPUs and GPUs that Ray reserves for one.
     """
 
-    def __init__(self, workers: int, each: dict[str, float], say: Say) -> None:
+    def __init__(self, workers: int, each: dict[str, float]) -> None:
         self.needed = {name: workers * amount for name, amount in each.items()}
-        self.workers, self.say = workers, say
+        self.workers = workers
         self.next_look = time.monotonic() + PATIENCE_S
         self.since: float | None = None
         self.told = ""
@@ -51,14 +52,14 @@ class Waiting:
         self.next_look = now + LOOK_S
         if not _pending(self.workers):
             if self.told:
-                self.say(f"there is room for the workers again, after {now - (self.since or now):.0f} s.")
+                log.info(f"there is room for the workers again, after {now - (self.since or now):.0f} s.")
             self.since, self.told = None, ""
             return
         self.since = self.since or now
         text = missing(self.needed, *_resources())
         if now - self.since >= PATIENCE_S and text != self.told:
             self.told = text
-            self.say(f"the workers wait for room: {text}. The run goes on by itself; it may be stopped and resumed.")
+            log.info(f"the workers wait for room: {text}. The run goes on by itself; it may be stopped and resumed.")
 
 
 def missing(needed: dict[str, float], total: dict[str, float], free: dict[str, float]) -> str:

@@ -7,8 +7,8 @@ from typing import Literal
 from pydantic import Field
 
 from finhpc.settings.base import Plugins, Section, plugins_field
-from finhpc.settings.folders import ExportQuantization
-from finhpc.settings.labels import ABOUT, Labels
+from finhpc.settings.export import ExportQuantization
+from finhpc.settings.finetune import LABELS, Labels
 from finhpc.settings.training import Resources, Run
 
 
@@ -20,7 +20,7 @@ class EvaluateData(Section):
         description="of the tasks' files, found by their usual names in it or one below; default: data.files alone",
     )
     files: dict[str, str] = Field(default_factory=dict, description="a task's own file or hf:NAME: data.files.fpb FILE")
-    labels: Labels = Field(default_factory=dict, description=ABOUT)
+    labels: Labels = Field(default_factory=dict, description=LABELS)
     template: str | None = Field(None, description="of a task of your own; default: as finetune's")
     templates: str | None = Field(None, description="YAML file of your own templates; default: none")
     columns: dict[str, str] = Field(default_factory=dict, description="of a task of your own, as finetune's")

@@ -2,14 +2,52 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 from finhpc.settings.base import Plugins, Section, plugins_field
-from finhpc.settings.labels import ABOUT, Labels
-from finhpc.settings.pretrain import Hardware
+from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.training import Optimizer, Parallel, Resources, Run, Train
+
+LABELS = (
+    "the labels (hawkish dovish neutral), or the label of each code (0=dovish 1=hawkish); default: those of the "
+    "template, or of the data"
+)
+
+
+def _meaning(value: Any) -> Any:
+    """A list of labels, or of CODE=LABEL, as a mapping from what stands in the data to the label."""
+    if isinstance(value, str):
+        value = [value]
+    if isinstance(value, list):
+        words = [_word(item) for item in value]
+        value = dict(((code.strip(), label) if equals else (code, code)) for code, equals, label in map(_parted, words))
+        if len(value) < len(words):
+            raise ValueError("a label or code is given twice; give each once")
+    if not isinstance(value, dict):
+        return value
+    found = {_word(code): _word(label) for code, label in value.items()}
+    if found and len({label.lower() for label in found.values()}) < 2:
+        raise ValueError("at least two different labels are needed")
+    return found
+
+
+def _parted(word: str) -> tuple[str, str, str]:
+    return word.partition("=")
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, bool):
+        raise ValueError("YAML reads yes, no, true and false as booleans; put labels in quotation marks")
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, str | int) or not str(value).strip():
+        raise ValueError(f"{value!r} is not a label; write a word or a whole number")
+    return " ".join(str(value).split())
+
+
+Labels = Annotated[dict[str, str], BeforeValidator(_meaning)]
 
 
 class Base(Section):
@@ -65,7 +103,7 @@ class Instructions(Section):
     templates: str | None = Field(
         None, description="YAML file of your own templates; default: none (--list_templates shows all)"
     )
-    labels: Labels = Field(default_factory=dict, description=ABOUT)
+    labels: Labels = Field(default_factory=dict, description=LABELS)
     encoding: str | None = Field(
         None, description="of text and CSV files; default: UTF-8, and PhraseBank latin-1 unless it is valid UTF-8"
     )
@@ -110,24 +148,4 @@ class FinetuneConfig(Section):
     plugins: Plugins = plugins_field()
 
 
-class PlannedBase(Base):
-    """The base, of which the shape alone matters."""
-
-    preset: str | None = Field(None, description="named shape in place of model.path; default: model.path's")
-
-
-class Workload(Hardware):
-    """The hardware, and the examples that are trained on, as far as memory and time depend on them."""
-
-    tokens: int = Field(512, ge=2, description="tokens an example, prompt and answer")
-    answer: int = Field(64, ge=1, description="of them the answer's, which predict")
-    shared: int = Field(
-        0, ge=0, description="of them those that all examples of a micro-batch begin with; computed once"
-    )
-
-
-class FinetuneEstimateConfig(FinetuneConfig):
-    """Settings of `finhpc estimate finetune`: those of the run (no examples needed), and the hardware."""
-
-    model: PlannedBase = Field(default_factory=PlannedBase)
-    estimate: Workload = Field(default_factory=Workload)
+TrainingConfig = PretrainConfig | FinetuneConfig

@@ -1,10 +1,11 @@
-"""Settings of `finhpc report`."""
+"""Settings of `finhpc report` and `finhpc ui`, which show what was tracked."""
 
 from __future__ import annotations
 
 from pydantic import Field
 
 from finhpc.settings.base import Section
+from finhpc.settings.training import Run
 
 
 class Tracked(Section):
@@ -20,3 +21,10 @@ class ReportConfig(Section):
     run: Tracked = Field(default_factory=Tracked)
     experiments: list[str] = Field(default_factory=list, description="MLflow experiments; default: all")
     out: str = Field("report", description="folder for the page, its tables and figures; a report in it is replaced")
+
+
+class UiConfig(Section):
+    """Settings of `finhpc ui`."""
+
+    run: Run = Field(default_factory=Run)
+    port: int = Field(5000, ge=1, le=65535, description="port on 127.0.0.1")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from finhpc.errors import ConfigError
-from finhpc.settings import nearest
+from finhpc.settings.base import nearest
 from finhpc.tracking.shown import LEADING, PARENT, SWEEP
 from finhpc.tracking.store import VIEW, database_file, has_content, set_up_client, unreadable
 

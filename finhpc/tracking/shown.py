@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finhpc.files import file_sha256, redact
-from finhpc.settings import PretrainConfig, Section, TrainingConfig, flatten
+from finhpc.settings.base import Section, flatten
+from finhpc.settings.finetune import TrainingConfig
+from finhpc.settings.pretrain import PretrainConfig
 
 if TYPE_CHECKING:
     from mlflow.entities import DatasetInput

@@ -8,11 +8,11 @@ driver dies.
 
 from __future__ import annotations
 
+import logging
 import os
-import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from finhpc.tracking.mirror import Ending, Mirror, State, Status
 from finhpc.tracking.shown import Dataset
 from finhpc.tracking.store import RefusedError, database_file, reason, refuses, set_up_client
 from finhpc.training.journal import DRIVER_FILE, Journal, read
+
+log = logging.getLogger(__name__)
 
 __all__ = ["Status", "Tracker", "absolute_tracking_uri", "default_tracking_uri"]
 
@@ -59,7 +61,7 @@ def _check_folder(folder: str, what: str, otherwise: str) -> None:
 class Tracker:
     """Keeps one MLflow run in step with one run folder, from `start` to `finish`.
 
-    `say` prints one line to the user. No method raises because of MLflow, and none but `finish` and
+    No method raises because of MLflow, and none but `finish` and
     `close` waits for it.
     """
 
@@ -71,7 +73,6 @@ class Tracker:
         run_name: str,
         params: Mapping[str, Any],
         tags: Mapping[str, Any],
-        say: Callable[[str], None] | None = None,
         datasets: Sequence[Dataset] = (),
     ) -> None:
         self.folder = Path(folder)
@@ -80,7 +81,6 @@ class Tracker:
         self.uri = redact(tracking_uri)
         self._state = State.load(self.folder, self.uri, experiment, run_name)
         self._mirror = Mirror(self.folder, tracking_uri, self._state, params, tags, datasets)
-        self._say = say or _to_stderr
         self._journal = Journal(self.folder / DRIVER_FILE)
         self._sampler = threading.Thread(target=self._sample, name="finhpc-system-metrics", daemon=True)
         self._thread = threading.Thread(target=self._work, name="finhpc-mlflow", daemon=True)
@@ -133,7 +133,7 @@ class Tracker:
         self._sampler.join()
         self._thread.join(min(3.0, timeout_s))
         if self._thread.is_alive():
-            self._say(f"waiting for MLflow at {self.uri}, at most {timeout_s:.0f} s")
+            log.info(f"waiting for MLflow at {self.uri}, at most {timeout_s:.0f} s")
         while self._thread.is_alive():
             limit = model_timeout_s if self._ending and self._ending.uploading else timeout_s
             if time.monotonic() - begin > limit:
@@ -146,7 +146,7 @@ class Tracker:
         else:
             why = f" ({self._complaint})" if self._complaint else ""
             then = "then run" if self._refused else "run"
-            self._say(
+            log.info(
                 f"MLflow at {self.uri} did not take everything{why}; the rest is kept in {self.folder}: "
                 f"{then} the same command again to send it."
             )
@@ -181,7 +181,7 @@ class Tracker:
     def _complain(self, error: Exception) -> None:
         why = str(error).rstrip(".") if isinstance(error, RefusedError) else reason(error)
         if self._complaint is None or (why != self._complaint and refuses(error)):
-            self._say(
+            log.info(
                 f"MLflow at {self.uri} does not take metrics ({why}); training goes on, they are kept in {self.folder} "
                 "and sent when it does."
             )
@@ -189,7 +189,7 @@ class Tracker:
 
     def _cheer(self) -> None:
         if self._complaint is not None:
-            self._say(f"MLflow at {self.uri} is back; what was kept is being sent.")
+            log.info(f"MLflow at {self.uri} is back; what was kept is being sent.")
         self._complaint = None
 
     def _sample(self) -> None:
@@ -201,7 +201,7 @@ class Tracker:
             try:
                 self._journal.write("system", step=step, **_load_of_machine(self.folder))
             except OSError as error:
-                self._say(f"system metrics end here: {error.strerror} at {self.folder}; free space and resume the run.")
+                log.info(f"system metrics end here: {error.strerror} at {self.folder}; free space and resume the run.")
                 return
 
 
@@ -218,7 +218,3 @@ def _load_of_machine(folder: Path) -> dict[str, float]:
 
 def _last_system_step(path: Path) -> int:
     return max((record["step"] for record in read(path)[0] if record["kind"] == "system"), default=0)
-
-
-def _to_stderr(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finhpc.settings import Parallel
+from finhpc.settings.training import Parallel
 
 if TYPE_CHECKING:
     from finhpc.data.examples.batches import Batches
@@ -22,7 +22,7 @@ OpenStream = Callable[[int, int], Iterator[MicroBatch]]  # (first step, replica)
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 
-class Portion(NamedTuple):
+class Batch(NamedTuple):
     """A micro-batch: what the engine takes; its samples' ids; their places in the run, whoever reads them."""
 
     inputs: Tensor
@@ -30,7 +30,7 @@ class Portion(NamedTuple):
     positions: Ints
 
 
-class Feed(Protocol):
+class BatchSource(Protocol):
     """A run's data."""
 
     @property
@@ -38,7 +38,7 @@ class Feed(Protocol):
         """Held-out samples of an evaluation, over all replicas."""
         ...
 
-    def stream(self, step: int, replica: int) -> Iterator[Portion]:
+    def stream(self, step: int, replica: int) -> Iterator[Batch]:
         """A replica's micro-batches from the step after `step` on; called on first stages only."""
         ...
 
@@ -55,20 +55,20 @@ class Feed(Protocol):
         ...
 
 
-class Blocks:
+class TokenBatches:
     """Samples of `seq_len` tokens. `val`: int64 (samples, seq_len), the same on every worker."""
 
     def __init__(self, parallel: Parallel, open_stream: OpenStream, val: Ints) -> None:
         self.parallel, self.open_stream, self.val = parallel, open_stream, val
         self.scored = len(val)
 
-    def stream(self, step: int, replica: int) -> Iterator[Portion]:
+    def stream(self, step: int, replica: int) -> Iterator[Batch]:
         per_step = self.parallel.samples_per_step
         share = per_step // self.parallel.replicas
         position = step * per_step + replica * share
         for i, batch in enumerate(self.open_stream(step, replica)):
             samples = batch["sample"]
-            yield Portion(torch.from_numpy(batch["tokens"]), samples, position + np.arange(len(samples)))
+            yield Batch(torch.from_numpy(batch["tokens"]), samples, position + np.arange(len(samples)))
             position += len(samples)
             if (i + 1) % self.parallel.micro_batches == 0:
                 position += per_step - share
@@ -88,7 +88,7 @@ class Blocks:
 
 
 @dataclass(frozen=True)
-class Packs:
+class PackedBatches:
     """Examples, each micro-batch of them one pack. `limit`: held-out examples of an evaluation; None: all."""
 
     examples: Examples
@@ -100,9 +100,9 @@ class Packs:
         number = len(self.examples.held_out)
         return number if self.limit is None else min(number, self.limit)
 
-    def stream(self, step: int, replica: int) -> Iterator[Portion]:
+    def stream(self, step: int, replica: int) -> Iterator[Batch]:
         for batch in self.batches.stream(self.examples.train, replica, step):
-            yield Portion(torch.from_numpy(batch["pack"]), batch["sample"], batch["position"])
+            yield Batch(torch.from_numpy(batch["pack"]), batch["sample"], batch["position"])
 
     def held_out(self, replica: int) -> list[Tensor]:
         found = self.batches.held_out(self.examples.held_out, replica, self.limit)

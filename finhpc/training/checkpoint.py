@@ -14,11 +14,11 @@ Tensors bear Hugging Face names, so a run resumes with any number of stages and 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,12 +32,14 @@ from torch import Tensor
 from finhpc.errors import CheckpointError
 from finhpc.files import file_sha256, write_json
 
+log = logging.getLogger(__name__)
+
 FORMAT = 1
 MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
-class Saved:
+class Checkpoint:
     """A complete checkpoint on disk."""
 
     path: Path
@@ -83,24 +85,24 @@ def read_stage(file: Path, prefix: str) -> dict[str, Tensor]:
         return {key[len(prefix) + 1 :]: opened.get_tensor(key) for key in names}
 
 
-def complete(folder: Path) -> list[Saved]:
+def list_complete(folder: Path) -> list[Checkpoint]:
     """Complete checkpoints in `folder`, newest first; contents not verified."""
-    found = [_open(path) for path in sorted(folder.glob("step_*"), reverse=True)]
-    return [saved for saved in found if isinstance(saved, Saved)]
+    found = [open_checkpoint(path) for path in sorted(folder.glob("step_*"), reverse=True)]
+    return [saved for saved in found if isinstance(saved, Checkpoint)]
 
 
-def _open(path: Path) -> Saved | CheckpointError:
+def open_checkpoint(path: Path) -> Checkpoint | CheckpointError:
     """The checkpoint in `path`, or why it is none."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         if manifest["step"] >= 0 and manifest["files"] and manifest["ranks"] and manifest["consumed"]:
-            return Saved(path, manifest)
+            return Checkpoint(path, manifest)
     except (OSError, ValueError, TypeError, KeyError):
         pass
     return CheckpointError(f"{path / MANIFEST} is missing or cut short")
 
 
-def newest_good(folder: Path, say: Callable[[str], None]) -> Saved | None:
+def latest_valid(folder: Path) -> Checkpoint | None:
     """The newest checkpoint whose every file is as it was written; None where none was ever completed.
 
     Says which damaged ones it passed over, and removes them, so that they do not count among those
@@ -109,7 +111,7 @@ def newest_good(folder: Path, say: Callable[[str], None]) -> Saved | None:
     """
     damaged: dict[Path, CheckpointError] = {}
     for path in sorted(folder.glob("step_*"), reverse=True):
-        opened = _open(path)
+        opened = open_checkpoint(path)
         try:
             if isinstance(opened, CheckpointError):
                 if (path / MANIFEST).exists():  # without one it is no damage, but a save that was interrupted
@@ -120,7 +122,7 @@ def newest_good(folder: Path, say: Callable[[str], None]) -> Saved | None:
             damaged[path] = error
             continue
         for other, why in damaged.items():
-            say(f"checkpoint {other.name} is damaged ({why}); it is removed and {path.name} taken.")
+            log.info(f"checkpoint {other.name} is damaged ({why}); it is removed and {path.name} taken.")
             shutil.rmtree(other, ignore_errors=True)
         return opened
     if damaged:
@@ -132,7 +134,7 @@ def newest_good(folder: Path, say: Callable[[str], None]) -> Saved | None:
     return None
 
 
-def bytes_under_way(folder: Path) -> int:
+def newest_checkpoint_bytes(folder: Path) -> int:
     """Bytes of the newest checkpoint, by any worker, complete or not: they grow as long as somebody writes."""
     newest = max(folder.glob("step_*"), default=folder)
     total = 0
@@ -224,7 +226,7 @@ class Checkpointer:
             "files": {name: about for part in parts for name, about in part["files"].items()},
         }
         write_json(path / MANIFEST, manifest)
-        for old in complete(self.folder)[self.keep :]:
+        for old in list_complete(self.folder)[self.keep :]:
             (old.path / MANIFEST).unlink()  # first, so that a half-removed one is not taken for complete
             shutil.rmtree(old.path, ignore_errors=True)
 
@@ -241,7 +243,7 @@ class Checkpointer:
         raise TimeoutError(f"{file} did not appear within {timeout_s:.0f} s")
 
 
-def load_stage(saved: Saved, wanted: list[str], prefix: str) -> dict[str, Tensor]:
+def load_tensors(saved: Checkpoint, wanted: list[str], prefix: str) -> dict[str, Tensor]:
     """The tensors `prefix.NAME` for each of `wanted`, from whichever stage's file holds them."""
     found: dict[str, Tensor] = {}
     with ExitStack() as stack:
@@ -257,7 +259,7 @@ def load_stage(saved: Saved, wanted: list[str], prefix: str) -> dict[str, Tensor
     return found
 
 
-def load_random_state(saved: Saved, rank: int, ranks: int) -> bool:
+def load_random_state(saved: Checkpoint, rank: int, ranks: int) -> bool:
     """Restore this worker's random state; False when the checkpoint was made by another number of workers."""
     if saved.manifest["ranks"] != ranks:
         return False

@@ -7,9 +7,10 @@ the engine's own uses a wrong norm with more than one stage in float32.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -26,15 +27,17 @@ from finhpc.lowrank.blend import alpha_at, blend_in, set_alpha
 from finhpc.lowrank.layers import LowRankEmbedding, LowRankLinear
 from finhpc.lowrank.registry import BLEND
 from finhpc.models.families.registry import skeleton as make_skeleton
-from finhpc.models.initialize import Fill, drawn
-from finhpc.models.lora.frozen_base import Adaptation, AdaptedLayer
+from finhpc.models.initialize import Fill, random_fill
 from finhpc.models.lora.layers import LoraLinear
-from finhpc.models.pipeline import Layer, is_tied, parts_of
-from finhpc.settings import PretrainConfig
+from finhpc.models.lora.model import LoraModel, LoraPipelineLayer
+from finhpc.models.pipeline import PipelineLayer, is_tied, parts_of
 from finhpc.settings.finetune import FinetuneConfig
+from finhpc.settings.pretrain import PretrainConfig
 from finhpc.training.allocator import keep_freed_memory
 from finhpc.training.optimizer import decay_products, forget, make_optimizer, set_lr
 from finhpc.training.stages import measured_cut
+
+log = logging.getLogger(__name__)
 
 Batch = tuple[Tensor, Tensor]
 
@@ -58,8 +61,7 @@ class Engine:
     stages x replicas processes. `borders`: stage i has the parts borders[i] to borders[i + 1] - 1; None:
     the parts are measured, and cut by that. `fill` gives the weights their first numbers; None: they are drawn.
     With `adapt` the model is its frozen base, adapters are all that is trained, and packs take the place of
-    tokens; they may differ in length. `alpha` is method 3's of the last step, None with other methods; `say` gets a
-    line when its W are gone.
+    tokens; they may differ in length. `alpha` is method 3's of the last step, None with other methods.
     """
 
     def __init__(
@@ -69,11 +71,9 @@ class Engine:
         device: torch.device,
         borders: list[int] | None = None,
         fill: Fill | None = None,
-        say: Callable[[str], None] = lambda text: None,
-        adapt: Adaptation | None = None,
+        adapt: LoraModel | None = None,
     ) -> None:
         self.config, self.hf_config, self.device = config, hf_config, device
-        self.say = say
         if device.type == "cpu":
             keep_freed_memory()
         parallel = config.parallel
@@ -81,11 +81,11 @@ class Engine:
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
         if adapt is not None:
             self.borders = borders or adapt.borders(parallel.stages)
-            specs = [LayerSpec(AdaptedLayer, part, adapt, device) for part in adapt.parts()]
+            specs = [LayerSpec(LoraPipelineLayer, part, adapt, device) for part in adapt.parts()]
         else:
             assert isinstance(config, PretrainConfig)
             self.borders = borders or measured_cut(config, hf_config, device).borders
-            specs = self._layers(config, fill or drawn(hf_config, config.train.seed, config.method.init))
+            specs = self._layers(config, fill or random_fill(hf_config, config.train.seed, config.method.init))
         pipeline = CutPipeline(specs, self.borders, dynamic_shape=adapt is not None)
         self.layers = _layers_of(pipeline)
         self.optimizer = make_optimizer(self.trained_parameters(), config.optimizer)
@@ -125,14 +125,16 @@ class Engine:
         for part in parts_of(self.hf_config, recompute):
             if is_tied(self.hf_config) and part.kind in ("embedding", "head"):
 
-                def run(layer: Layer, data: Any, part: Any = part) -> Any:
+                def run(layer: PipelineLayer, data: Any, part: Any = part) -> Any:
                     return layer.run(part, data)
 
                 specs.append(
-                    TiedLayerSpec("embedding", Layer, part, *arguments, forward_fn=run, tied_weight_attr=[tied_weight])
+                    TiedLayerSpec(
+                        "embedding", PipelineLayer, part, *arguments, forward_fn=run, tied_weight_attr=[tied_weight]
+                    )
                 )
             else:
-                specs.append(LayerSpec(Layer, part, *arguments))
+                specs.append(LayerSpec(PipelineLayer, part, *arguments))
         return specs
 
     # -- names ------------------------------------------------------------------------------
@@ -170,7 +172,7 @@ class Engine:
             forget(self.optimizer, gone)
             for parameter in gone:
                 self.pipe.param_names.pop(parameter, None)
-            self.say(
+            log.info(
                 f"step {step}: alpha is 0, so every W is dropped"
                 + (" and the optimiser rebuilt without them; the others' moments stay." if trained else ".")
             )
@@ -297,6 +299,6 @@ def process_group(
         deepspeed.comm.comm.cdb = None
 
 
-def _layers_of(pipeline: PipelineModule) -> list[Layer]:
-    """The Layer objects of this stage, a tied one once."""
-    return [module for module in pipeline.modules() if isinstance(module, Layer)]
+def _layers_of(pipeline: PipelineModule) -> list[PipelineLayer]:
+    """The PipelineLayer objects of this stage, a tied one once."""
+    return [module for module in pipeline.modules() if isinstance(module, PipelineLayer)]

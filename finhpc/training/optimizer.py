@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from finhpc.errors import ConfigError
 from finhpc.plugins import Registry
-from finhpc.settings import Optimizer, nearest
+from finhpc.settings.base import nearest
+from finhpc.settings.training import Optimizer
 
 Groups = list[dict[str, Any]]  # each with its params, weight_decay and lr_scale
 

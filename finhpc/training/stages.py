@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import statistics
 import time
 from collections.abc import Callable
@@ -21,13 +22,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from finhpc.files import write_json
-from finhpc.models.families.family import Part, described
+from finhpc.models.families.family import Part, describe_parts
 from finhpc.models.families.registry import skeleton
-from finhpc.models.initialize import drawn
-from finhpc.models.pipeline import Layer, parts_of, stage_borders
-from finhpc.settings import PretrainConfig
+from finhpc.models.initialize import random_fill
+from finhpc.models.pipeline import PipelineLayer, parts_of, stage_borders
+from finhpc.settings.pretrain import PretrainConfig
 from finhpc.training.allocator import keep_freed_memory
 from finhpc.training.optimizer import make_optimizer
+
+log = logging.getLogger(__name__)
 
 REPEATS = 5  # measured after one that warms up
 Clock = Callable[[], float]
@@ -43,7 +46,7 @@ class Cut:
     borders: list[int]
 
     def __str__(self) -> str:
-        stages = " | ".join(described(self.parts[a:b]) for a, b in pairwise(self.borders))
+        stages = " | ".join(describe_parts(self.parts[a:b]) for a, b in pairwise(self.borders))
         seconds = ", ".join(f"{sum(self.costs_s[a:b]):.3g} s" for a, b in pairwise(self.borders))
         return f"{stages} ({seconds} a micro-batch)"
 
@@ -58,9 +61,7 @@ def measured_cut(config: PretrainConfig, hf_config: Any, device: torch.device) -
     return Cut(stages, kinds, costs, stage_borders(row, costs, stages))
 
 
-def kept_cut(
-    config: PretrainConfig, hf_config: Any, device: torch.device, file: Path, say: Callable[[str], None]
-) -> Cut:
+def kept_cut(config: PretrainConfig, hf_config: Any, device: torch.device, file: Path) -> Cut:
     """The cut in `file` if it is of as many stages and the same parts; else it is measured and written there.
 
     Rank 0 reads and writes; every process of the group must call this and gets the same cut.
@@ -68,18 +69,18 @@ def kept_cut(
     if config.parallel.stages == 1:
         return measured_cut(config, hf_config, device)
     kinds = [part.kind for part in parts_of(hf_config, config.train.recompute)]
-    known: list[Cut | None] = [_read(file, config.parallel.stages, kinds, say) if dist.get_rank() == 0 else None]
+    known: list[Cut | None] = [_read(file, config.parallel.stages, kinds) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(known)
     if known[0] is not None:
         return known[0]
     cut = measured_cut(config, hf_config, device)
     if dist.get_rank() == 0:
         write_json(file, asdict(cut))
-    say(f"stages cut by measured cost: {cut}")
+    log.info(f"stages cut by measured cost: {cut}")
     return cut
 
 
-def _read(file: Path, stages: int, kinds: list[str], say: Callable[[str], None]) -> Cut | None:
+def _read(file: Path, stages: int, kinds: list[str]) -> Cut | None:
     if not file.exists():
         return None
     try:
@@ -89,7 +90,7 @@ def _read(file: Path, stages: int, kinds: list[str], say: Callable[[str], None])
     except (ValueError, TypeError, IndexError):
         whole = False
     if not whole:
-        say(f"{file.name} is damaged: the stages are measured and cut anew.")
+        log.info(f"{file.name} is damaged: the stages are measured and cut anew.")
         return None
     return cut if (cut.stages, cut.parts) == (stages, kinds) else None
 
@@ -123,7 +124,7 @@ def _seconds(part: Part, config: PretrainConfig, hf_config: Any, device: torch.d
     # A matrix's values cost the same however they were drawn; the SVD of the spectral start is slow.
     model = skeleton(hf_config, config.train.recompute)
     bf16, bits = config.train.precision == "bf16", config.quantization.training_bits
-    layer = Layer(part, model, device, drawn(hf_config, 0, "normal"), bf16, bits)
+    layer = PipelineLayer(part, model, device, random_fill(hf_config, 0, "normal"), bf16, bits)
     shape = (config.parallel.micro_batch_size, config.data.seq_len)
     tokens = torch.randint(0, hf_config.vocab_size, shape, device=device)
     hidden = torch.randn(*shape, hf_config.hidden_size, device=device)

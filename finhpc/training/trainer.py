@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import time
 import uuid
@@ -16,11 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from finhpc.log import redirected
 from finhpc.models.initialize import Fill
-from finhpc.models.lora.frozen_base import Adaptation
-from finhpc.settings import FinetuneConfig, TrainingConfig
+from finhpc.models.lora.model import LoraModel
+from finhpc.settings.finetune import FinetuneConfig, TrainingConfig
 from finhpc.training import checkpoint
-from finhpc.training.batches import Feed, Ints
+from finhpc.training.batches import BatchSource, Ints
 from finhpc.training.checkpoint import Checkpointer
 from finhpc.training.engine import Engine
 from finhpc.training.journal import WORKER_FILE, Journal
@@ -28,6 +30,8 @@ from finhpc.training.memory import counted_peak, forget_peaks, peak_resident_byt
 from finhpc.training.optimizer import begin_at, learning_rate, moments, moments_of
 from finhpc.training.stages import kept_cut
 from finhpc.training.watchdog import Watchdog
+
+log = logging.getLogger(__name__)
 
 TIMES_EVERY = 10  # steps between sums of busy times over all workers
 
@@ -44,8 +48,8 @@ class Trainer:
     fill: Fill | None
     device: torch.device
     folder: Path
-    feed: Feed
-    adapt: Adaptation | None = None
+    batches: BatchSource
+    adapt: LoraModel | None = None
     consumed: int = 0  # sum of sample hashes this worker read, see `_consume`
     labels: dict[str, Any] = field(default_factory=dict)  # goes into every checkpoint's manifest
     on_eval: Callable[[dict[str, Any]], None] | None = None  # told of each evaluation but the last, on rank 0
@@ -63,7 +67,9 @@ class Trainer:
         """
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.journal = Journal(self.folder / WORKER_FILE) if self.rank == 0 else None
-        with Watchdog(self.folder, self.rank, self.config.train.hang_timeout_s, self._progress) as dog:
+        watchdog = Watchdog(self.folder, self.rank, self.config.train.hang_timeout_s, self._progress)
+        # The driver shows what the first worker logs; all workers log much the same.
+        with redirected(self._write_message if self.journal else None), watchdog as dog:
             self._run(dog)
 
     def _run(self, dog: Watchdog) -> None:
@@ -88,7 +94,12 @@ class Trainer:
         engine: Engine | None = getattr(self, "engine", None)
         if engine is None:  # still being made
             return ()
-        return engine.step, engine.busy_s, engine.wait_s, checkpoint.bytes_under_way(self.folder / "checkpoints")
+        return (
+            engine.step,
+            engine.busy_s,
+            engine.wait_s,
+            checkpoint.newest_checkpoint_bytes(self.folder / "checkpoints"),
+        )
 
     @property
     def step(self) -> int:
@@ -104,15 +115,15 @@ class Trainer:
         borders = None  # of an adapted model: counted, the same at every start
         if not isinstance(self.config, FinetuneConfig):
             stages = self.folder / "stages.json"
-            borders = kept_cut(self.config, self.hf_config, self.device, stages, self._say).borders
-        self.engine = Engine(self.config, self.hf_config, self.device, borders, self.fill, self._say, self.adapt)
+            borders = kept_cut(self.config, self.hf_config, self.device, stages).borders
+        self.engine = Engine(self.config, self.hf_config, self.device, borders, self.fill, self.adapt)
         checkpoints = self.folder / "checkpoints"
         plan: list[Any] = [None, None]
         if self.rank == 0:
             checkpoints.mkdir(parents=True, exist_ok=True)
-            saved = checkpoint.newest_good(checkpoints, self._say)
+            saved = checkpoint.latest_valid(checkpoints)
             if saved is None and any(checkpoints.glob("step_*")):
-                self._say("no checkpoint was ever completed: the run begins at step 0 again.")
+                log.info("no checkpoint was ever completed: the run begins at step 0 again.")
             checkpoint.remove_partial(checkpoints)
             plan = [uuid.uuid4().hex, saved]
         dist.broadcast_object_list(plan)
@@ -131,12 +142,12 @@ class Trainer:
                 workers=self.ranks,
                 threads=torch.get_num_threads(),
                 device="cpu" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device),
-                val_samples=self.feed.scored,
+                val_samples=self.batches.scored,
             )
-        self.batches = self._micro_batches()
+        self.micro_batches = self._micro_batches()
         dist.barrier()  # no worker's first step waits for another's data to be opened
 
-    def _load(self, saved: checkpoint.Saved) -> None:
+    def _load(self, saved: checkpoint.Checkpoint) -> None:
         engine = self.engine
         engine.go_to(saved.step)
         named = engine.trained_parameters()
@@ -144,7 +155,7 @@ class Trainer:
         targets = {name: {"param": p.data, **moments(engine.optimizer, p)} for name, p in named.items()}
         for prefix in ("param", *moments_of(engine.optimizer)):
             wanted = [name for name, target in targets.items() if prefix in target]
-            for name, value in checkpoint.load_stage(saved, wanted, prefix).items():
+            for name, value in checkpoint.load_tensors(saved, wanted, prefix).items():
                 targets[name][prefix].copy_(value)
         self.resumed_from = saved.step
         self.consumed = int(saved.manifest["consumed"], 16) if self.rank == 0 else 0
@@ -152,8 +163,8 @@ class Trainer:
             torch.manual_seed(hash((self.config.train.seed, saved.step, self.rank)))
             config = self.config
             if config.lora.dropout if isinstance(config, FinetuneConfig) else config.model.dropout:
-                self._say("the number of workers changed: dropout draws differ from an unbroken run's.")
-        self._say(f"resumed from step {saved.step}")
+                log.info("the number of workers changed: dropout draws differ from an unbroken run's.")
+        log.info(f"resumed from step {saved.step}")
 
     # -- data -------------------------------------------------------------------------------
 
@@ -164,13 +175,13 @@ class Trainer:
         """
         if self.engine.stage > 0 or self.engine.step >= self.config.train.steps:
             return iter(())
-        stream = self.feed.stream(self.engine.step, self.engine.replica)
+        stream = self.batches.stream(self.engine.step, self.engine.replica)
         first = list(islice(stream, 1))
 
         def inputs() -> Iterator[Tensor]:
-            for portion in chain(first, stream):
-                self._consume(portion.positions, portion.samples)
-                yield portion.inputs
+            for batch in chain(first, stream):
+                self._consume(batch.positions, batch.samples)
+                yield batch.inputs
 
         return inputs()
 
@@ -190,11 +201,11 @@ class Trainer:
         lr = learning_rate(config.optimizer, step, config.train.steps)
         begin = time.perf_counter()
         if step == self.resumed_from + 2 and self.device.type == "cpu":
-            loss, self.peak = counted_peak(lambda: engine.train_step(self.batches, lr))
+            loss, self.peak = counted_peak(lambda: engine.train_step(self.micro_batches, lr))
         else:
-            loss = engine.train_step(self.batches, lr)
+            loss = engine.train_step(self.micro_batches, lr)
         step_s = time.perf_counter() - begin
-        tokens = self.feed.tokens(step)
+        tokens = self.batches.tokens(step)
         record: dict[str, Any] = {
             "step": step,
             "tokens": tokens,
@@ -202,7 +213,7 @@ class Trainer:
             "lr": lr,
             "grad_norm": engine.grad_norm,
             "step_s": step_s,
-            "tokens_per_s": (tokens - self.feed.tokens(step - 1)) / step_s,
+            "tokens_per_s": (tokens - self.batches.tokens(step - 1)) / step_s,
             "samples_per_s": config.parallel.samples_per_step / step_s,
         }
         if engine.alpha is not None:
@@ -230,11 +241,11 @@ class Trainer:
 
     def _evaluate(self, step: int) -> None:
         times = self.engine.busy_s, self.engine.wait_s  # of training steps; evaluation must not count
-        loss = held_out_loss(self.engine, self.feed)
+        loss = held_out_loss(self.engine, self.batches)
         if loss is None:
             return
         self.engine.busy_s, self.engine.wait_s = times
-        found = {"step": step, "tokens": self.feed.tokens(step), "val_loss": loss, "val_perplexity": _exp(loss)}
+        found = {"step": step, "tokens": self.batches.tokens(step), "val_loss": loss, "val_perplexity": _exp(loss)}
         if self.journal:
             self.journal.write("eval", **found)
         if self.on_eval and self.rank == 0 and step < self.config.train.steps:
@@ -279,12 +290,12 @@ class Trainer:
                 train_wall_s=time.perf_counter() - self.started,
             )
 
-    def _say(self, text: str) -> None:
-        if self.journal:
-            self.journal.write("message", text=text)
+    def _write_message(self, text: str) -> None:
+        assert self.journal is not None
+        self.journal.write("message", text=text)
 
 
-def held_out_loss(engine: Engine, feed: Feed) -> float | None:
+def held_out_loss(engine: Engine, feed: BatchSource) -> float | None:
     """Mean loss over every held-out sample, whatever the topology; None where nothing is held out.
 
     The engine takes whole micro-batches, equally many on each replica: copies of a sample fill them, and their

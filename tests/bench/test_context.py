@@ -12,7 +12,7 @@ import torch
 from finhpc.bench.measures.context import bench_context
 from finhpc.bench.settings import ContextBench
 from finhpc.errors import ConfigError
-from finhpc.settings import build
+from finhpc.settings.base import build
 from tests.models.dense import saved
 
 

@@ -14,7 +14,7 @@ from finhpc.bench.settings import DataBench
 from finhpc.data.shards import stream
 from finhpc.data.shards.reader import ReplicaStream, local_stream
 from finhpc.errors import ConfigError, DataError
-from finhpc.settings import build
+from finhpc.settings.base import build
 
 
 def settings(out: Path, **changes: Any) -> DataBench:

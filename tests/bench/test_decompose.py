@@ -10,7 +10,7 @@ from finhpc.bench.measures import decompose
 from finhpc.bench.settings import DecomposeBench
 from finhpc.errors import ConfigError
 from finhpc.lowrank.factorize import residual, truncated_svd
-from finhpc.settings import build
+from finhpc.settings.base import build
 
 
 def settings(folder: Path, **changes: Any) -> DecomposeBench:

@@ -11,7 +11,7 @@ import pytest
 from finhpc.bench.measures.finetune import OURS, PLAIN, TRAINER, bench_finetune
 from finhpc.bench.settings import FinetuneBench
 from finhpc.errors import ConfigError
-from finhpc.settings import build
+from finhpc.settings.base import build
 from tests.models.dense import saved
 from tests.tiny import WORDS, tiny_shards
 

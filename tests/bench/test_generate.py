@@ -11,7 +11,7 @@ import torch
 from finhpc.bench.measures.generate import bench_generate
 from finhpc.bench.settings import GenerateBench
 from finhpc.errors import ConfigError
-from finhpc.settings import build
+from finhpc.settings.base import build
 
 
 def settings(tmp_path: Path, **more: Any) -> GenerateBench:

@@ -10,7 +10,7 @@ import pytest
 from finhpc.bench.measures.pipeline import bench_pipeline
 from finhpc.bench.settings import PipelineBench
 from finhpc.errors import ConfigError
-from finhpc.settings import build
+from finhpc.settings.base import build
 
 TINY = {"preset": "gpt2-tiny", "vocab_size": 101, "context": 16, "layers": 4, "width": 32, "heads": 4}
 

@@ -14,7 +14,7 @@ from finhpc.bench.measures import prepare
 from finhpc.bench.settings import PrepareBench
 from finhpc.data.text.tokenizer import Encoder, save
 from finhpc.errors import DataError
-from finhpc.settings import build
+from finhpc.settings.base import build
 from tests.data.corpus import make_texts, write_jsonl
 
 TOKENS = 30_000

@@ -11,7 +11,7 @@ import torch
 
 from finhpc.bench.measures.recompute import bench_recompute
 from finhpc.bench.settings import RecomputeBench
-from finhpc.settings import build
+from finhpc.settings.base import build
 
 TINY = {"preset": "gpt2-tiny", "vocab_size": 101, "context": 256, "layers": 2, "width": 64, "heads": 4}
 

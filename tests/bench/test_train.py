@@ -18,7 +18,7 @@ from finhpc.errors import ConfigError, TrainingFailedError
 from finhpc.lowrank.replace import ranks_of
 from finhpc.models.families.presets import resolve_shape
 from finhpc.models.families.registry import make_config
-from finhpc.settings import build
+from finhpc.settings.base import build
 from tests.training.processes import run_processes
 
 TINY = {"preset": "gpt2-tiny", "vocab_size": 101, "context": 32, "layers": 2, "width": 32, "heads": 4}

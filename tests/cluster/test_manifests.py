@@ -122,13 +122,14 @@ def test_ray_on_kubernetes_asks_for_a_token_and_shares_a_volume(name: str) -> No
 
 
 def test_the_rayjobs_command_is_one_that_finhpc_takes(tmp_path: Path) -> None:
-    from finhpc import settings as config
     from finhpc.cli import parse
+    from finhpc.settings.base import load
+    from finhpc.settings.pretrain import PretrainConfig
 
     words = read("kuberay-job.yaml")["spec"]["entrypoint"].split()
     assert words[:2] == ["python", "/opt/finhpc/jobs/pretrain.py"]
-    options, overrides = parse(words[2:], config.PretrainConfig)
-    settings = config.load(config.PretrainConfig, options["config"], overrides)
+    options, overrides = parse(words[2:], PretrainConfig)
+    settings = load(PretrainConfig, options["config"], overrides)
     assert (
         settings.parallel.stages
         == read("kuberay-job.yaml")["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["replicas"]

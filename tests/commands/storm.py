@@ -35,7 +35,7 @@ from typing import Any
 import psutil
 
 from finhpc.commands import ui
-from finhpc.training.checkpoint import MANIFEST, complete
+from finhpc.training.checkpoint import MANIFEST, list_complete
 from finhpc.training.journal import read
 from tests.runs.runs import command, last_words, outcome, ray_process, train_workers
 from tests.tiny import tiny_shards
@@ -258,7 +258,7 @@ def all_paused(storm: Storm) -> None:
 
 def _damage(storm: Storm, hurt: Callable[[Path], None]) -> None:
     storm.end(signal.SIGKILL)
-    found = complete(storm.run / "checkpoints")
+    found = list_complete(storm.run / "checkpoints")
     if len(found) > 1:
         hurt(found[0].path)
     storm.start()

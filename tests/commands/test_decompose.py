@@ -26,7 +26,9 @@ from finhpc.data.text.tokenizer import save
 from finhpc.errors import CheckpointError, ConfigError, RunBusyError
 from finhpc.lowrank.ranks import rank_of_energy
 from finhpc.models.files.weights import open_weights
-from finhpc.settings import DecomposeConfig, ExportConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.decompose import DecomposeConfig
+from finhpc.settings.export import ExportConfig
 from finhpc.training.memory import counted_peak
 from tests.data.corpus import make_texts, write_jsonl
 from tests.models.dense import logits, saved, tiny_gpt2, tiny_llama, tiny_mistral, tiny_qwen2

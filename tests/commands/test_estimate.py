@@ -11,7 +11,8 @@ import pytest
 from finhpc.cli import main
 from finhpc.commands.estimate.command import estimate
 from finhpc.errors import ConfigError
-from finhpc.settings import EstimateConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.estimate import EstimateConfig
 from tests.tiny import tiny_shards
 
 TINY = {"model": {"preset": "gpt2-tiny", "width": 32, "context": 64, "vocab_size": 300}, "data": {"seq_len": 32}}
@@ -35,7 +36,7 @@ def test_a_run_is_planned_by_stage_and_for_the_cluster(capfd: pytest.CaptureFixt
     assert numbers["step_s"] > 0
     assert numbers["recompute"]["full"]["peak_bytes"] < numbers["recompute"]["none"]["peak_bytes"]
     assert numbers["topologies"][0]["fits"]
-    for words in ("memory of a worker by stage", "topologies on 1 x 8 a100-80gb", "pipeline bubble"):
+    for words in ("memory per worker by stage", "topologies on 1 x 8 a100-80gb", "pipeline bubble"):
         assert words in err
 
 
@@ -92,7 +93,7 @@ def test_what_is_not_counted_is_said(capfd: pytest.CaptureFixture[str]) -> None:
     # 4 blocks of 12 width^2, the head and the embedding of 300 x 32; six operations a weight and token, none a row read
     blocks, table = 4 * 12 * 32 * 32, 300 * 32
     assert line.startswith(f"time of W (trainable), {blocks + 2 * table:,} parameters until step 150: ")
-    assert f"{6 * (blocks + table):,} operations a token" in line
+    assert f"{6 * (blocks + table):,} operations per token" in line
     lines = estimate(config(**sections, estimate={"scheme": "paper"}))["estimate"]["not_counted"]
     assert lines[0].startswith("memory and time of W")
     assert "adamw8bit" in lines[1]
@@ -123,4 +124,4 @@ def test_a_dry_run_of_pretrain_estimates_memory_and_time(tmp_path: Path, capfd: 
             12 * stage["params"] < stage["peak_bytes"] <= state + stage["intermediates_bytes"] + stage["exchange_bytes"]
         )
     assert result["estimate"]["step_s"] > 0
-    assert "memory of a worker by stage" in err
+    assert "memory per worker by stage" in err

@@ -12,8 +12,9 @@ from finhpc.cli import main
 from finhpc.commands.estimate.finetuning import estimate_finetune, pack_of
 from finhpc.commands.finetune import finetune
 from finhpc.errors import ConfigError
-from finhpc.planning import table_ix
-from finhpc.settings import FinetuneEstimateConfig, build, load
+from finhpc.planning import paper
+from finhpc.settings.base import build, load
+from finhpc.settings.estimate import FinetuneEstimateConfig
 from tests.commands.test_finetune import base as base
 from tests.commands.test_finetune import config as finetune_config
 from tests.commands.test_finetune import news as news
@@ -50,7 +51,7 @@ def test_what_the_differences_say_is_the_arithmetic() -> None:
     for size in ("7b", "13b"):
         found = estimate_finetune(load(FinetuneEstimateConfig, f"finetune-llama2-{size}"))["estimate"]
         sizes[size] = [f"{row['base_bytes'] / 1e9:.1f}" for row in found["by_bits"][1:]]
-    said = next(d for d in table_ix.DIFFERENCES if "model size" in d.where).arithmetic
+    said = next(d["arithmetic"] for d in paper.differences("finetuning") if "model size" in d["where"])
     assert said == "; ".join(f"{eight}, {four} GB" for eight, four in sizes.values())
 
 
@@ -70,7 +71,7 @@ def test_what_examples_share_is_computed_once() -> None:
     ("sections", "message"),
     [
         ({"model": {}}, "give the base as one of model.path"),
-        ({"model": {"preset": "llama3-8b"}}, "model.preset=llama3-8b is no shape"),
+        ({"model": {"preset": "llama3-8b"}}, "model.preset=llama3-8b is not a known shape"),
         ({"estimate": {"device": "a100"}}, "estimate.device=a100 is not known"),
         ({"estimate": {"tokens": 64, "answer": 30, "shared": 40}}, "leave nothing of estimate.tokens=64"),
         ({"estimate": {"tokens": 5000}}, "estimate.tokens=5000 is longer than the base's context of 4096"),
@@ -94,7 +95,7 @@ def test_a_dry_run_estimates_memory_and_time(
     assert sum(stage["params"] for stage in stages) == result["params_trainable"]
     assert all(stage["peak_bytes"] > stage["weights_bytes"] > 4 * result["params_dense"] / 3 for stage in stages)
     assert result["estimate"]["step_s"] > 0
-    assert "memory of a worker by stage" in capfd.readouterr().err
+    assert "memory per worker by stage" in capfd.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

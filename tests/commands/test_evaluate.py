@@ -12,7 +12,8 @@ from finhpc.commands.evaluate.command import evaluate
 from finhpc.commands.report.runs import collect
 from finhpc.commands.report.store import all_runs, chosen_experiments
 from finhpc.errors import CheckpointError, ConfigError
-from finhpc.settings import EvaluateConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.evaluate import EvaluateConfig
 from tests.evaluation.tasks import write_data, write_model
 
 

@@ -21,7 +21,9 @@ from finhpc.evaluation.models import subjects
 from finhpc.evaluation.tasks import SOURCES, load_task, prepare_tasks
 from finhpc.models.loading import load_model
 from finhpc.quantization.fake import round_weights
-from finhpc.settings import EvaluateConfig, ExportConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.evaluate import EvaluateConfig
+from finhpc.settings.export import ExportConfig
 from tests.evaluation.tasks import write_data
 from tests.generation.folders import tiny_folder
 

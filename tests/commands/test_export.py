@@ -23,12 +23,14 @@ from finhpc.errors import CheckpointError, ConfigError, NonFiniteError
 from finhpc.lowrank.replace import ranks_of
 from finhpc.models.families.presets import resolve_shape
 from finhpc.models.families.registry import make_config, parameter_count
-from finhpc.models.files import folder as folder_module
+from finhpc.models.files import tensor_folder as folder_module
 from finhpc.models.loading import initial_model, save_model
 from finhpc.quantization.fake import TRAINED, round_weights
-from finhpc.quantization.layers import PackedMatrix
+from finhpc.quantization.layers import QuantizedMatrix
 from finhpc.quantization.schemes import MINMAX
-from finhpc.settings import LINEAR_KINDS, ExportConfig, Method, Model, build
+from finhpc.settings.base import build
+from finhpc.settings.export import ExportConfig
+from finhpc.settings.pretrain import LINEAR_KINDS, Method, Model
 from tests.tiny import word_tokenizer
 
 VOCAB = 101
@@ -138,7 +140,7 @@ def test_minmax_native_computes_with_the_rounded_weights(name: str, bits: int, m
     export(settings(make(name), tmp_path / "out", bits=bits))
     model, expected = opened(tmp_path / "out"), rounded_model(make(name), bits)
     for layer, module in model.named_modules():
-        if isinstance(module, PackedMatrix):
+        if isinstance(module, QuantizedMatrix):
             weight = _weight_of(expected, layer)
             assert torch.equal(module.dequantized(), weight), layer
     torch.testing.assert_close(logits(model), logits(expected), rtol=0, atol=1e-5)
@@ -273,7 +275,7 @@ def test_a_model_trained_with_rounded_weights_is_exported_as_it_was_trained(
     torch.testing.assert_close(expected, logits(rounded_model(make("gpt2"), bits)), rtol=0, atol=0)
     export(settings(source, tmp_path / "same", bits=bits))
     for layer, module in opened(tmp_path / "same").named_modules():
-        if isinstance(module, PackedMatrix):
+        if isinstance(module, QuantizedMatrix):
             assert torch.equal(module.dequantized(), _weight_of(trained, layer)), layer
     for format in ("native", "merged"):
         export(settings(source, tmp_path / format, format))

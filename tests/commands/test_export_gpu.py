@@ -13,7 +13,8 @@ from finhpc.data.shards.shards import Shards
 from finhpc.evaluation.models import load_for_evaluation
 from finhpc.evaluation.perplexity import perplexity
 from finhpc.models.loading import load_model
-from finhpc.settings import ExportConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.export import ExportConfig
 from tests.generation.folders import tiny_folder
 from tests.gpu import CUDA, DEVICE, ON, needs_gpu
 

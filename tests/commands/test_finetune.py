@@ -26,8 +26,10 @@ from finhpc.models.files.weights import open_weights
 from finhpc.models.loading import initial_model, load_model, save_model
 from finhpc.models.lora.peft_format import Adapter, merge_adapter, save_adapter
 from finhpc.models.lora.targets import target_names
-from finhpc.settings import ExportConfig, FinetuneConfig, FinetuneSweepConfig, build
-from finhpc.settings.finetune import FinetuneQuantization, Lora
+from finhpc.settings.base import build
+from finhpc.settings.export import ExportConfig
+from finhpc.settings.finetune import FinetuneConfig, FinetuneQuantization, Lora
+from finhpc.settings.sweep import FinetuneSweepConfig
 from finhpc.training.journal import latest, read
 from tests.commands.test_start import with_tokenizer
 from tests.models.dense import saved, tiny_llama
@@ -78,7 +80,7 @@ def losses(storage: Path) -> tuple[dict[int, float], dict[int, float]]:
     return {i: r["train_loss"] for i, r in train.items()}, {i: r["val_loss"] for i, r in val.items()}
 
 
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("quick_training")
 def test_an_adapter_that_peft_opens_and_a_resumed_run_that_is_bit_equal(base: Path, news: Path, tmp_path: Path) -> None:
     result = finetune(config(base, news, tmp_path))
     assert result["status"] == "finished"
@@ -128,7 +130,7 @@ def test_an_adapter_that_peft_opens_and_a_resumed_run_that_is_bit_equal(base: Pa
     assert all(torch.equal(resumed[name], tensor) for name, tensor in weights.items())
 
 
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("quick_training")
 @pytest.mark.slow
 def test_two_stages_by_two_replicas_of_a_4_bit_base(base: Path, news: Path, tmp_path: Path) -> None:
     sections = {"quantization": {"bits": 4}, "data": {"source": [str(news)], "max_len": 200, "eval_fraction": 0.25}}
@@ -140,7 +142,7 @@ def test_two_stages_by_two_replicas_of_a_4_bit_base(base: Path, news: Path, tmp_
         assert mine == pytest.approx(plain, rel=1e-4)
 
 
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("quick_training")
 def test_a_sweep_quantises_the_base_once(base: Path, news: Path, tmp_path: Path) -> None:
     own = finetune(config(base, news, tmp_path, quantization={"bits": 4}))
     tree = config(base, news, tmp_path).model_dump(mode="json", exclude_unset=True)
@@ -234,7 +236,7 @@ def test_evaluate_takes_the_base_as_it_was_in_training(base: Path, tmp_path: Pat
         assert not torch.allclose(beside_float(ids).logits, wanted, atol=1e-3)
 
 
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("quick_training")
 def test_a_low_rank_base_from_parquet_to_a_merged_export(run_shards: Path, news: Path, tmp_path: Path) -> None:
     """The merged export, in transformers' own architecture, has the loss that the run reported."""
     dense = as_low_rank(tiny_llama(context=256).config, {"attention": 12, "mlp": 16})

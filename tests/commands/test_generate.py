@@ -21,7 +21,9 @@ from finhpc.generation.decoder import Decoder
 from finhpc.generation.generator import Generator
 from finhpc.generation.sampling import decode
 from finhpc.models.loading import load_model
-from finhpc.settings import ExportConfig, GenerateConfig, Sampling, build
+from finhpc.settings.base import build
+from finhpc.settings.export import ExportConfig
+from finhpc.settings.generate import GenerateConfig, Sampling
 from tests.data.kinds import tokenizer
 from tests.generation.folders import folder_of_kind, tiny_adapter, tiny_folder, tiny_model
 

@@ -9,7 +9,10 @@ import pytest
 from finhpc.commands.evaluate.command import evaluate
 from finhpc.commands.finetune import finetune
 from finhpc.commands.sweep.command import sweep
-from finhpc.settings import EvaluateConfig, FinetuneConfig, FinetuneSweepConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.evaluate import EvaluateConfig
+from finhpc.settings.finetune import FinetuneConfig
+from finhpc.settings.sweep import FinetuneSweepConfig
 from tests.commands.test_start import with_tokenizer
 from tests.models.dense import saved, tiny_llama
 from tests.tiny import WORDS

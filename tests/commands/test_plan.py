@@ -12,7 +12,8 @@ from finhpc.data.shards.shards import Shards
 from finhpc.errors import ConfigError, DataError
 from finhpc.files import write_json
 from finhpc.planning.plan import check_tokenizer, make_plan
-from finhpc.settings import PretrainConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.pretrain import PretrainConfig
 from tests.tiny import tiny_shards
 
 
@@ -50,7 +51,7 @@ def test_a_good_config_is_counted(shards: Path) -> None:
             "method.rank=33 does not fit transformer.h.*.attn.c_attn (96 x 32, layers: 4); use 1 to 32",
         ),
         ({"method": {"rank": 0}}, "method.rank=0 does not fit"),
-        ({"method": {"kind": "lowrank"}}, "method.kind=lowrank is no method; did you mean low_rank?"),
+        ({"method": {"kind": "lowrank"}}, "method.kind=lowrank is no method; did you mean 'low_rank'?"),
         (
             {"optimizer": {"decay": "product"}, "quantization": {"when": "during", "bits": 8}},
             "optimizer.decay=product does not work on rounded weights; use optimizer.decay=factors",
@@ -114,7 +115,7 @@ def test_shards_of_another_tokeniser_are_refused(shards: Path, tmp_path: Path) -
     saved.mkdir()
     whole = {"step": 10, "files": {"stage-0": {}}, "ranks": 1, "consumed": "0"}
     write_json(saved / "manifest.json", whole | {"tokenizer_sha256": "0" * 64})
-    with pytest.raises(ConfigError, match="was made with another tokeniser"):
+    with pytest.raises(ConfigError, match="was made with another tokenizer"):
         check_tokenizer(plan.config, plan.shards, tmp_path)
     write_json(saved / "manifest.json", whole | {"tokenizer_sha256": plan.shards.manifest.tokenizer_sha256})
     check_tokenizer(plan.config, plan.shards, tmp_path)

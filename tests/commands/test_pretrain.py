@@ -19,9 +19,11 @@ from finhpc.data.shards.reader import ReplicaStream, local_stream
 from finhpc.data.shards.shards import Shards
 from finhpc.errors import ConfigError, RunBusyError, TrainingFailedError
 from finhpc.runs.folder import RunFolder
-from finhpc.settings import PretrainConfig, ReportConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.pretrain import PretrainConfig
+from finhpc.settings.report import ReportConfig
 from finhpc.tracking.shown import HIDDEN
-from finhpc.training.checkpoint import complete
+from finhpc.training.checkpoint import list_complete
 from finhpc.training.journal import latest, read
 from tests.tiny import tiny_shards
 
@@ -174,7 +176,7 @@ def test_a_loss_that_is_not_finite_fails_the_run(shards: Path, tmp_path: Path) -
     assert run.info.status == "FAILED"
     records, _ = read(tmp_path / "run" / "journal.jsonl")
     assert len([r for r in records if r["kind"] == "start"]) == 1, "must not be retried"
-    for saved in complete(tmp_path / "run" / "checkpoints"):
+    for saved in list_complete(tmp_path / "run" / "checkpoints"):
         assert all(torch.isfinite(tensor).all() for tensor in saved.tensors("param").values())
 
 

@@ -14,10 +14,12 @@ from finhpc.commands.export import export
 from finhpc.commands.pretrain import pretrain
 from finhpc.data.shards.shards import Shards
 from finhpc.errors import ConfigError
-from finhpc.settings import ExportConfig, PretrainConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.export import ExportConfig
+from finhpc.settings.pretrain import PretrainConfig
 from finhpc.training.journal import latest, read
 
-pytestmark = pytest.mark.usefixtures("ray_cluster")
+pytestmark = pytest.mark.usefixtures("quick_training")
 
 
 def config(shards: Path, storage: Path, **quantization: Any) -> PretrainConfig:

@@ -18,7 +18,8 @@ from finhpc.commands.reproduce.command import reproduce
 from finhpc.commands.reproduce.measure import figures
 from finhpc.commands.reproduce.recipe import AbsentError, merged, read_recipe, resolve
 from finhpc.errors import ConfigError, TrainingFailedError
-from finhpc.settings import Recipe, ReproduceConfig, build, recipes
+from finhpc.settings.base import build, recipes
+from finhpc.settings.reproduce import Recipe, ReproduceConfig
 from finhpc.training.journal import read
 from tests.evaluation.tasks import write_data
 

@@ -14,8 +14,8 @@ from finhpc.commands.estimate.run_time import (
     TRIAL_S,
     Busy,
     Opened,
+    describe_run_time,
     measurable,
-    said,
     sweep_time,
     this_machine_busy,
     training_time,
@@ -24,7 +24,9 @@ from finhpc.commands.pretrain import pretrain
 from finhpc.commands.sweep.command import sweep
 from finhpc.planning.plan import make_plan
 from finhpc.planning.step_time import Pace
-from finhpc.settings import PretrainConfig, SweepConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.pretrain import PretrainConfig
+from finhpc.settings.sweep import SweepConfig
 
 IDLE, HERE = Busy(2), Opened(5.0, 1.0)
 
@@ -59,9 +61,9 @@ def test_a_busy_machine_gives_each_process_its_share() -> None:
     numbers = whole.numbers(Busy(2, 4.0))
     assert numbers["run_idle_s"] == pytest.approx(whole.on(IDLE))
     assert numbers["run_s"] == pytest.approx(4 * whole.on(IDLE))
-    assert " to " in said(numbers)
-    assert "steps x 4.0" in said(numbers)
-    assert said(whole.numbers(IDLE)).startswith("about 0:00:")
+    assert " to " in describe_run_time(numbers)
+    assert "steps x 4.0" in describe_run_time(numbers)
+    assert describe_run_time(whole.numbers(IDLE)).startswith("about 0:00:")
 
 
 def test_how_busy_this_machine_is_is_tried_out() -> None:

@@ -11,7 +11,8 @@ from finhpc.commands.sweep.score import held_out_loss, score_at
 from finhpc.data.shards.shards import Shards
 from finhpc.errors import ImplausibleError
 from finhpc.models.loading import load_model
-from finhpc.settings import PretrainConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.pretrain import PretrainConfig
 from tests.models.dense import saved, tiny_gpt2
 
 

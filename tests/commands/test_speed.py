@@ -11,8 +11,9 @@ from safetensors import safe_open
 from finhpc.commands.export import export
 from finhpc.commands.reproduce.speed import measure_widths, own_bits
 from finhpc.models.lora.peft_format import QUANTIZED
-from finhpc.settings import ExportConfig, MeasureConfig, Resources
-from finhpc.settings.folders import ExportQuantization
+from finhpc.settings.export import ExportConfig, ExportQuantization
+from finhpc.settings.reproduce import MeasureConfig
+from finhpc.settings.training import Resources
 from tests.generation.folders import tiny_adapter, tiny_folder, tiny_model
 
 

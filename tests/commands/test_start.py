@@ -22,10 +22,11 @@ from finhpc.models.families.presets import resolve_shape
 from finhpc.models.families.registry import make_config, skeleton
 from finhpc.models.files.manifest import write_manifest
 from finhpc.models.loading import initial_model, load_model, save_model
-from finhpc.models.pipeline import Layer, parts_of
+from finhpc.models.pipeline import PipelineLayer, parts_of
+from finhpc.planning.init import initial_fill
 from finhpc.planning.plan import make_plan
-from finhpc.planning.start import fill_of
-from finhpc.settings import Method, Model, PretrainConfig, build, flatten
+from finhpc.settings.base import build, flatten
+from finhpc.settings.pretrain import Method, Model, PretrainConfig
 from finhpc.training.journal import latest, read
 from tests.models.dense import saved, tiny_gpt2, tiny_llama
 
@@ -58,7 +59,7 @@ def config(shards: Path, path: Path | None, storage: Path | None = None, **secti
     return build(PretrainConfig, tree)
 
 
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("quick_training")
 def test_method_2_from_a_dense_model_and_from_its_factors(run_shards: Path, dense: Path, tmp_path: Path) -> None:
     two = {"parallel": {"stages": 2, "micro_batch_size": 4}, "optimizer": {"lr": 1e-9}}
     result = pretrain(config(run_shards, dense, tmp_path, **two))
@@ -76,7 +77,7 @@ def test_method_2_from_a_dense_model_and_from_its_factors(run_shards: Path, dens
 
     low_rank = with_tokenizer(factors, run_shards)
     again = config(run_shards, low_rank, tmp_path, method={"kind": "svd"}, run={"name": "two"}, **two)
-    fill = fill_of(again, make_plan(again).hf_config, tmp_path)
+    fill = initial_fill(again, make_plan(again).hf_config, tmp_path)
     block = load_model(factors).get_submodule("transformer.h.1")
     other = deepcopy(block).to_empty(device="cpu")
     fill(other, "transformer.h.1")
@@ -90,7 +91,7 @@ def test_method_2_from_a_dense_model_and_from_its_factors(run_shards: Path, dens
     assert pretrain(config(run_shards, moved, tmp_path, **two))["mlflow_run_id"] == result["mlflow_run_id"]
 
 
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("quick_training")
 def test_method_3_from_a_dense_model(run_shards: Path, dense: Path, tmp_path: Path) -> None:
     method = {"kind": "blend", "rank": 8, "blend_share": 0.5, "blend_weight": "trainable", "embedding": "low_rank"}
     settings: dict[str, Any] = {"optimizer": {"lr": 3e-3}}
@@ -113,9 +114,9 @@ def test_method_3_from_a_dense_model(run_shards: Path, dense: Path, tmp_path: Pa
 
     # Its first numbers: at alpha 1 it is the dense model.
     hf_config = make_plan(longer).hf_config
-    fill, blended = fill_of(longer, hf_config, tmp_path / "run"), skeleton(hf_config)
+    fill, blended = initial_fill(longer, hf_config, tmp_path / "run"), skeleton(hf_config)
     blend_in(blended, trainable=True)
-    rows = [Layer(part, blended, torch.device("cpu"), fill) for part in parts_of(hf_config)]
+    rows = [PipelineLayer(part, blended, torch.device("cpu"), fill) for part in parts_of(hf_config)]
     set_alpha((module for row in rows for module in row.modules()), 1.0)
     with torch.no_grad():
         data: Any = batch
@@ -125,7 +126,7 @@ def test_method_3_from_a_dense_model(run_shards: Path, dense: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("quick_training")
 def test_a_dense_model_is_trained_on(run_shards: Path, tmp_path: Path) -> None:
     path = with_tokenizer(saved(tiny_llama(), tmp_path / "llama", max_shard_size="20KB"), run_shards)
     assert len(list(path.glob("*.safetensors"))) > 1
@@ -140,14 +141,14 @@ def test_a_dense_model_is_trained_on(run_shards: Path, tmp_path: Path) -> None:
 
 def test_each_stage_reads_its_own_weights_alone(dense: Path, run_shards: Path) -> None:
     hf_config = make_plan(config(run_shards, dense, method={"kind": "dense"})).hf_config
-    fill = fill_of(config(run_shards, dense, method={"kind": "dense"}), hf_config, Path("nowhere"))
+    fill = initial_fill(config(run_shards, dense, method={"kind": "dense"}), hf_config, Path("nowhere"))
     row = parts_of(hf_config)
     store, read = fill.args[0]._store, []  # type: ignore[attr-defined]
     original = store.read
     store.read = lambda name: read.append(name) or original(name)
     held = load_file(dense / "model.safetensors")
     for part in row[2:4]:
-        layer = Layer(part, skeleton(hf_config), torch.device("cpu"), fill)
+        layer = PipelineLayer(part, skeleton(hf_config), torch.device("cpu"), fill)
         for name, parameter in layer.parameters_by_name():
             assert torch.equal(parameter, held[name]), name
     assert read
@@ -159,7 +160,7 @@ def test_each_stage_reads_its_own_weights_alone(dense: Path, run_shards: Path) -
     [
         (
             {"model": {"layers": 2, "width": 64}},
-            "model.layers, model.width are set beside model.path={dense}, which brings its own; leave one of the two",
+            "model.layers, model.width conflict with model.path={dense}, which defines the model; remove one of them",
         ),
         ({"method": {"kind": "low_rank"}}, "method.kind=low_rank starts from scratch or from a low-rank model, and"),
         ({"method": {"kind": "cola"}}, "use method.kind=svd"),
@@ -168,12 +169,12 @@ def test_each_stage_reads_its_own_weights_alone(dense: Path, run_shards: Path) -
             {"data": {"seq_len": 64}, "short": 32},
             "data.seq_len=64 is longer than the model's context of 32; lower it or ",
         ),
-        ({"method": {"kind": "blend", "init": "normal"}}, "method.init=normal does not go with model.path={dense}"),
+        ({"method": {"kind": "blend", "init": "normal"}}, "method.init=normal conflicts with model.path={dense}"),
         (
             {"method": {"kind": "blend", "blend_share": 0.5}},
             "method.blend_share=0.5 of train.steps=2 is 1 steps, too few",
         ),
-        ({"model": {"path": "nowhere"}}, "model.path=nowhere is no folder; give a model folder"),
+        ({"model": {"path": "nowhere"}}, "model.path=nowhere is not a folder; give a model folder"),
     ],
 )
 def test_settings_that_do_not_go_with_the_path(
@@ -201,7 +202,7 @@ def test_method_2_needs_a_path_and_a_low_rank_model_its_own_kind(run_shards: Pat
     with pytest.raises(ConfigError) as caught:
         make_plan(config(run_shards, path))
     assert "method.kind=svd does not go on from; use method.kind=cola" in str(caught.value)
-    assert f"method.rank, method.ranks are set beside model.path={path}" in str(caught.value)
+    assert f"method.rank, method.ranks conflict with model.path={path}" in str(caught.value)
     with pytest.raises(
         ConfigError, match=r"method\.kind=blend takes W from a dense model, and model\.path=.* is low-rank"
     ):
@@ -242,8 +243,8 @@ def damage(folder: Path, how: str) -> None:
         ("flipped", "is not as it was written"),
         ("pickled", "pickled weights are not opened"),
         ("family", "model_type=opt is not supported; supported: gpt2, llama"),
-        ("no tokeniser", "holds no tokenizer.json, so nothing says"),
-        ("tokeniser", "was made with another tokeniser than the model in model.path="),
+        ("no tokeniser", "has no tokenizer.json, so its ids cannot"),
+        ("tokeniser", "was made with another tokenizer than the one of model.path="),
     ],
 )
 def test_models_that_cannot_be_started_from(
@@ -264,7 +265,7 @@ def test_weights_that_are_not_numbers_are_named(run_shards: Path, dense: Path, t
     save_file(held, path / "model.safetensors", metadata={"format": "pt"})
     settings = config(run_shards, path, method={"kind": "dense"})
     hf_config = make_plan(settings).hf_config
-    fill = fill_of(settings, hf_config, tmp_path)
+    fill = initial_fill(settings, hf_config, tmp_path)
     module = skeleton(hf_config).get_submodule("transformer.h.1.mlp").to_empty(device="cpu")
     with pytest.raises(CheckpointError, match=rf"{name} holds NaN or infinity"):
         fill(module, "transformer.h.1.mlp")
@@ -275,6 +276,6 @@ def test_the_path_and_what_lies_there_come_back_from_a_config(run_shards: Path, 
     assert build(PretrainConfig, settings.model_dump(mode="json")) == settings
     assert flatten(settings)["model.path"] == str(dense)
     plan = make_plan(settings)
-    assert plan.start is not None
+    assert plan.init_model is not None
     assert plan.hf_config.n_layer == 3
     assert not plan.hf_config.attn_pdrop, "transformers' own default is 0.1"

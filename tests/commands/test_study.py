@@ -17,7 +17,9 @@ from finhpc.commands.study.report import Trained, at, final_rows, first_below, t
 from finhpc.commands.study.runs import best_of, finalists, run_config
 from finhpc.errors import ConfigError, RunBusyError
 from finhpc.runs.folder import RunFolder
-from finhpc.settings import PretrainConfig, StudyConfig, build, load
+from finhpc.settings.base import build, load
+from finhpc.settings.pretrain import PretrainConfig
+from finhpc.settings.study import StudyConfig
 from finhpc.training.journal import read
 
 

@@ -18,7 +18,9 @@ from finhpc.commands.sweep.command import sweep
 from finhpc.commands.sweep.plan import plan_sweep
 from finhpc.errors import ConfigError, RunBusyError
 from finhpc.runs.folder import RunFolder
-from finhpc.settings import PretrainConfig, SweepConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.pretrain import PretrainConfig
+from finhpc.settings.sweep import SweepConfig
 from finhpc.tracking.shown import SCORED_FROM, short_name
 from finhpc.training.journal import read
 

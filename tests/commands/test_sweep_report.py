@@ -9,7 +9,8 @@ import pytest
 from finhpc.commands.sweep import plan as sweep_plan
 from finhpc.commands.sweep.plan import plan_sweep
 from finhpc.commands.sweep.report import flat, ranked
-from finhpc.settings import SweepConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.sweep import SweepConfig
 
 
 def test_a_pretraining_sweep_without_losses_says_nothing_of_labels(

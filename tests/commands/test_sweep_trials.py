@@ -12,7 +12,9 @@ from finhpc.commands.sweep import plan as sweep_plan
 from finhpc.commands.sweep.grid import check_points, trials_of
 from finhpc.commands.sweep.plan import plan_sweep
 from finhpc.errors import ConfigError
-from finhpc.settings import FinetuneSweepConfig, PretrainConfig, SweepConfig, build, load
+from finhpc.settings.base import build, load
+from finhpc.settings.pretrain import PretrainConfig
+from finhpc.settings.sweep import FinetuneSweepConfig, SweepConfig
 
 
 def config(grid: dict[str, Any], **sections: Any) -> SweepConfig:

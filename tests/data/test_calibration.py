@@ -10,7 +10,7 @@ import pytest
 from finhpc.data.text.calibration import calibration_blocks
 from finhpc.data.text.tokenizer import Encoder, save
 from finhpc.errors import ConfigError
-from finhpc.settings import Calibration
+from finhpc.settings.decompose import Calibration
 from tests.data.corpus import make_texts, write_jsonl
 
 

@@ -9,7 +9,7 @@ import pytest
 from finhpc.data.examples.chat import prompt_ids, prompt_text
 from finhpc.data.examples.examples import make_examples
 from finhpc.errors import ConfigError
-from finhpc.settings import Instructions
+from finhpc.settings.finetune import Instructions
 from tests.data.instructing import jsonl
 from tests.data.kinds import CHATML, KINDS, MARKED, TEMPLATES, tokenizer
 

@@ -5,7 +5,7 @@ import pytest
 from finhpc.data.text import docs
 from finhpc.data.text.unit import Faults
 from finhpc.errors import ConfigError
-from finhpc.settings import PrepareConfig
+from finhpc.settings.prepare import PrepareConfig
 
 CONFIG = PrepareConfig(source=["docs"])
 

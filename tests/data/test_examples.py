@@ -9,7 +9,7 @@ from finhpc.data.examples.examples import load, make_examples
 from finhpc.data.examples.templates import template, templates
 from finhpc.errors import ConfigError, DataError
 from finhpc.models.files.tokens import decoded, prompt_ids
-from finhpc.settings import Instructions
+from finhpc.settings.finetune import Instructions
 from tests.data.instructing import jsonl, phrases, sentences, tokenizer
 from tests.data.kinds import KINDS
 from tests.data.kinds import tokenizer as of_kind

@@ -11,7 +11,8 @@ from finhpc.data.examples.examples import make_examples
 from finhpc.data.examples.instructions import read_examples
 from finhpc.data.examples.templates import listing
 from finhpc.errors import ConfigError
-from finhpc.settings import FinetuneConfig, Instructions, build
+from finhpc.settings.base import build
+from finhpc.settings.finetune import FinetuneConfig, Instructions
 from tests.data.instructing import jsonl, tokenizer
 
 TOK = tokenizer()

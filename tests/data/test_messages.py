@@ -12,7 +12,7 @@ from finhpc.data.examples.chat import control_tokens, rendered
 from finhpc.data.examples.examples import make_examples
 from finhpc.data.examples.instructions import read_examples
 from finhpc.errors import ConfigError
-from finhpc.settings import Instructions
+from finhpc.settings.finetune import Instructions
 from tests.data.instructing import CHAT, jsonl, tokenizer
 
 TOOLS = CHAT.replace(

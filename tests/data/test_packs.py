@@ -7,8 +7,9 @@ from finhpc.data.examples.batches import Batches
 from finhpc.data.examples.examples import Arrays, make_examples
 from finhpc.data.examples.layout import groups, pack, piece, size
 from finhpc.errors import ConfigError
-from finhpc.models.packed.layout import IGNORED, PACKS, POSITION, PREFIX, SEGMENT, TARGET, TARGETS, TOKEN
-from finhpc.settings import Instructions, Parallel
+from finhpc.models.packing.layout import IGNORED, PACKS, POSITION, PREFIX, SEGMENT, TARGET, TARGETS, TOKEN
+from finhpc.settings.finetune import Instructions
+from finhpc.settings.training import Parallel
 from tests.data.instructing import phrases, sentences, tokenizer
 
 

@@ -13,7 +13,7 @@ import pytest
 from finhpc.data.examples.examples import make_examples
 from finhpc.data.examples.instructions import read_examples
 from finhpc.errors import ConfigError
-from finhpc.settings import Instructions
+from finhpc.settings.finetune import Instructions
 from finhpc.textfile import parse_json, parse_yaml, read_text
 from tests.data.instructing import jsonl, tokenizer
 

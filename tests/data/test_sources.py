@@ -12,7 +12,7 @@ import zstandard
 from finhpc.data.text import formats, sources
 from finhpc.data.text.unit import Faults
 from finhpc.errors import ConfigError, DataError
-from finhpc.settings import PrepareConfig
+from finhpc.settings.prepare import PrepareConfig
 from tests.data.corpus import make_texts, write_jsonl
 
 TEXTS = make_texts(40)

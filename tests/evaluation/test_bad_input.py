@@ -9,7 +9,8 @@ import torch
 from finhpc.errors import ConfigError
 from finhpc.evaluation.models import load_for_evaluation, subjects
 from finhpc.evaluation.tasks import prepare_tasks
-from finhpc.settings import EvaluateConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.evaluate import EvaluateConfig
 from tests.evaluation.tasks import write_data, write_model
 
 

@@ -11,7 +11,9 @@ from finhpc.data.examples.examples import make_examples
 from finhpc.errors import ConfigError
 from finhpc.evaluation.documents import documents
 from finhpc.evaluation.hold_out import hold_out
-from finhpc.settings import EvaluateData, HoldOutConfig, Instructions
+from finhpc.settings.evaluate import EvaluateData
+from finhpc.settings.finetune import Instructions
+from finhpc.settings.reproduce import HoldOutConfig
 from tests.data.instructing import jsonl, phrases, sentences, tokenizer
 
 

@@ -15,7 +15,9 @@ from finhpc.evaluation.language_model import LanguageModel
 from finhpc.evaluation.models import load_for_evaluation
 from finhpc.evaluation.scores import score
 from finhpc.evaluation.tasks import TaskFile, load_task, prepare_tasks
-from finhpc.settings import EvaluateConfig, Instructions, build
+from finhpc.settings.base import build
+from finhpc.settings.evaluate import EvaluateConfig
+from finhpc.settings.finetune import Instructions
 from tests.evaluation.tasks import write_model
 
 STANCE = "headline,mood\nraise rates,hawkish\ncut rates,dovish\nhold,neutral\nraise more,hawkish\n"
@@ -140,7 +142,7 @@ def test_a_label_that_no_record_has_can_be_chosen_in_finetuning_too(tmp_path: Pa
     assert [len(found) for found in _answers(examples).values()] == [3, 3]
     examples.save(tmp_path / "examples.safetensors")
     assert _answers(load(tmp_path / "examples.safetensors")) == _answers(examples)
-    held_out = label_scores(model, words, examples, None, lambda line: None)["phrasebank"]
+    held_out = label_scores(model, words, examples, None)["phrasebank"]
     (task,) = prepared(tmp_path, ["stance"], files={"stance": str(tmp_path / "b.csv")})
     scores, _ = score(LanguageModel(model, words, 4), task, 0, 0)
     assert scores["acc"] == pytest.approx(held_out["acc"])
@@ -171,7 +173,7 @@ def test_a_task_of_ones_own_scores_as_finetuning_scores_what_it_held_out(tmp_pat
     model, words = load_for_evaluation(str(write_model(tmp_path / "model")))
     files = {"source": [str(tmp_path / "a.csv")], "eval_source": [str(tmp_path / "b.csv")]}
     examples = make_examples(Instructions(**files, **given), words, 0)
-    held_out = label_scores(model, words, examples, None, lambda line: None)["stance"]
+    held_out = label_scores(model, words, examples, None)["stance"]
     (task,) = prepared(tmp_path, ["stance"], files={"stance": str(tmp_path / "b.csv")}, **given)
     scores, rows = score(LanguageModel(model, words, 4), task, 0, 0)
     assert len(rows) == held_out["n"] == 18

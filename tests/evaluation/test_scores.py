@@ -14,7 +14,8 @@ from finhpc.evaluation.language_model import LanguageModel
 from finhpc.evaluation.models import load_for_evaluation
 from finhpc.evaluation.scores import score
 from finhpc.evaluation.tasks import SOURCES, load_task, prepare_tasks
-from finhpc.settings import EvaluateConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.evaluate import EvaluateConfig
 from tests.evaluation.tasks import write_data, write_model
 
 

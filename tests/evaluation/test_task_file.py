@@ -12,7 +12,8 @@ import pytest
 from finhpc.errors import ConfigError
 from finhpc.evaluation.task_file import rendering
 from finhpc.evaluation.tasks import load_task, prepare_tasks
-from finhpc.settings import EvaluateConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.evaluate import EvaluateConfig
 
 HONEST = """
 task: mine

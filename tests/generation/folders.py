@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from finhpc.models.families.presets import Shape
 from finhpc.models.families.registry import make_config, skeleton
 from finhpc.models.loading import initial_model, save_model
-from finhpc.settings import LINEAR_KINDS
+from finhpc.settings.pretrain import LINEAR_KINDS
 from tests.tiny import tiny_shards
 
 SHAPES = {

@@ -10,7 +10,7 @@ import torch
 from finhpc.errors import NonFiniteError
 from finhpc.generation.decoder import Decoder
 from finhpc.generation.sampling import choose, decode, row_seed
-from finhpc.settings import Sampling
+from finhpc.settings.generate import Sampling
 from tests.generation.folders import tiny_model
 from tests.models.dense import tiny_mistral, tiny_qwen2
 
@@ -48,7 +48,7 @@ def test_100_and_100_tokens() -> None:
     from finhpc.models.families.presets import Shape
     from finhpc.models.families.registry import make_config
     from finhpc.models.loading import initial_model
-    from finhpc.settings import LINEAR_KINDS
+    from finhpc.settings.pretrain import LINEAR_KINDS
 
     config = make_config(Shape("gpt2", 1, 32, 2, 256, 300, True), dict.fromkeys(LINEAR_KINDS))
     decoder = Decoder(initial_model(config, 0, None).eval())

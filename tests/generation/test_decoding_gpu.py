@@ -11,11 +11,13 @@ import torch
 from finhpc.commands.export import export
 from finhpc.generation.adapters import read_adapters
 from finhpc.generation.decoder import Decoder
-from finhpc.generation.fast_layers import use_fast_forms
+from finhpc.generation.fast_layers import use_fast_layers
 from finhpc.generation.sampling import decode
 from finhpc.models.loading import load_model
-from finhpc.models.lora.attached import Adapters
-from finhpc.settings import ExportConfig, Sampling, build
+from finhpc.models.lora.multi_lora import Adapters
+from finhpc.settings.base import build
+from finhpc.settings.export import ExportConfig
+from finhpc.settings.generate import Sampling
 from tests.generation.folders import tiny_adapter, tiny_folder, tiny_model
 from tests.generation.test_decoding import MODELS, generated
 from tests.gpu import DEVICE, needs_gpu
@@ -52,7 +54,7 @@ def test_ids_of_quantised_models_are_transformers_own(tmp_path: Path, kind: str,
     tree = {"model": str(source), "out": str(out), "quantization": {"bits": bits, "scheme": scheme}}
     export(build(ExportConfig, tree))
     model: Any = load_model(out, device=DEVICE)
-    use_fast_forms(model)
+    use_fast_layers(model)
     assert_ids_agree(model)
 
 

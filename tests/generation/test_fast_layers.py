@@ -6,22 +6,22 @@ import pytest
 import torch
 from torch import nn
 
-from finhpc.generation.fast_layers import ByteLinear, HalfByteLinear, use_fast_forms
+from finhpc.generation.fast_layers import Int4Linear, Int8Linear, use_fast_layers
 from finhpc.generation.generator import tensor_bytes
 from finhpc.lowrank.layers import LowRankLinear
-from finhpc.quantization.layers import QuantizedLinear, packed_tensors
+from finhpc.quantization.layers import QuantizedLinear, minmax_tensors
 
 
 def packed(out: int, into: int, bits: int, bias: bool) -> QuantizedLinear:
     torch.manual_seed(0)
     layer = QuantizedLinear(into, out, bits, bias)
-    layer.load_state_dict(packed_tensors(torch.randn(out, into) + 0.3, bits, "w"), strict=False)
+    layer.load_state_dict(minmax_tensors(torch.randn(out, into) + 0.3, bits, "w"), strict=False)
     if layer.bias is not None:
         nn.init.normal_(layer.bias)
     return layer.to(torch.bfloat16)
 
 
-@pytest.mark.parametrize(("bits", "kind"), [(8, ByteLinear), (4, HalfByteLinear)])
+@pytest.mark.parametrize(("bits", "kind"), [(8, Int8Linear), (4, Int4Linear)])
 @pytest.mark.parametrize("rows", [1, 3, 200])
 @pytest.mark.parametrize("out", [96, 101])
 def test_kernels_compute_with_the_packed_weights(bits: int, kind: type, rows: int, out: int) -> None:
@@ -30,7 +30,7 @@ def test_kernels_compute_with_the_packed_weights(bits: int, kind: type, rows: in
     x = torch.randn(2, rows, 64).to(torch.bfloat16)
     exact = x.double() @ weight.double().T + bias
     model = nn.Sequential(layer)
-    assert use_fast_forms(model)[f"kernel_{bits}"] == 1
+    assert use_fast_layers(model)[f"kernel_{bits}"] == 1
     assert isinstance(model[0], kind)
     error = (model(x).double() - exact).norm() / exact.norm()
     assert error < 3e-3, "as near as a product of bfloat16 matrices"
@@ -40,7 +40,7 @@ def test_the_8_bit_kernel_takes_the_codes_over() -> None:
     layer = packed(512, 256, 8, bias=False)
     model, before = nn.Sequential(layer), tensor_bytes(layer)
     address = layer.weight.data_ptr()
-    use_fast_forms(model)
+    use_fast_layers(model)
     assert model[0].codes.data_ptr() == address
     assert tensor_bytes(model) <= 1.05 * before
 
@@ -54,7 +54,7 @@ def test_codes_lie_where_the_kernel_can_take_them(shift: int) -> None:
     layer.weight = room[begin : begin + 96 * 64].view(96, 64, 1).copy_(layer.weight)
     exact, x = layer.dequantized(), torch.randn(8, 64).to(torch.bfloat16)
     model = nn.Sequential(layer)
-    use_fast_forms(model)
+    use_fast_layers(model)
     assert model[0].codes.data_ptr() % 64 == 0
     assert (model(x).double() - x.double() @ exact.double().T).norm() < 3e-3 * (x.double() @ exact.double().T).norm()
 
@@ -63,7 +63,7 @@ def test_layers_the_kernels_cannot_take_stay() -> None:
     """Of 40 columns the 8-bit kernel would end the process, or read on behind them."""
     layers = [packed(64, 40, 4, False), packed(40, 64, 8, False).float(), packed(32, 40, 8, False)]
     model = nn.Sequential(*layers)
-    assert not any(use_fast_forms(model).values())
+    assert not any(use_fast_layers(model).values())
     assert list(model) == layers
 
 
@@ -74,7 +74,7 @@ def test_a_pair_is_multiplied_out_where_that_is_less_to_read() -> None:
             nn.init.normal_(parameter)
     model, x = nn.Sequential(wide, narrow), torch.randn(3, 1024)
     expected = wide(x).detach()
-    assert use_fast_forms(model)["merged"] == 1
+    assert use_fast_layers(model)["merged"] == 1
     assert isinstance(model[0], nn.Linear)
     assert model[1] is narrow
     torch.testing.assert_close(model[0](x).detach(), expected, rtol=1e-3, atol=1e-1)

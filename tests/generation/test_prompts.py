@@ -8,7 +8,7 @@ import pytest
 
 from finhpc.errors import ConfigError
 from finhpc.generation.prompts import read_prompts
-from finhpc.settings import GenerateConfig
+from finhpc.settings.generate import GenerateConfig
 
 
 def texts(path: Path) -> list[str]:

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from finhpc.lowrank.blend import BlendEmbedding, BlendLinear, alpha_at, blend_in, blend_steps, set_alpha
 from finhpc.lowrank.layers import LowRankEmbedding, LowRankLinear
 from finhpc.quantization.fake import fake_quantize
-from finhpc.settings import Method
+from finhpc.settings.pretrain import Method
 
 
 def made(trainable: bool = True) -> nn.Sequential:

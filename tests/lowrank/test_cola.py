@@ -18,7 +18,7 @@ from finhpc.lowrank.replace import ranks_of
 from finhpc.models.families.presets import resolve_shape
 from finhpc.models.families.registry import make_config
 from finhpc.models.loading import initial_model, save_model
-from finhpc.settings import Method, Model
+from finhpc.settings.pretrain import Method, Model
 
 
 def test_the_narrow_activations_pass_through_silu() -> None:

@@ -11,7 +11,7 @@ from finhpc.lowrank.factorize import truncated_svd
 from finhpc.lowrank.initialize import SCHEMES
 from finhpc.lowrank.layers import LowRankEmbedding, LowRankLinear
 from finhpc.lowrank.replace import make_low_rank, ranks_of
-from finhpc.settings import Method
+from finhpc.settings.pretrain import Method
 
 
 def test_layers_are_products_of_their_factors() -> None:

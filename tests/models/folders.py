@@ -18,7 +18,10 @@ from finhpc.errors import FinhpcError
 from finhpc.evaluation.models import load_for_evaluation, subjects
 from finhpc.generation.generator import Generator
 from finhpc.models.loading import load_model
-from finhpc.settings import ExportConfig, FinetuneConfig, GenerateConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.export import ExportConfig
+from finhpc.settings.finetune import FinetuneConfig
+from finhpc.settings.generate import GenerateConfig
 from tests.tiny import tiny_shards
 
 TOKENS = torch.randint(0, 300, (2, 16), generator=torch.Generator().manual_seed(1))

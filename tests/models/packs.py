@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from finhpc.models.packed.layout import (
+from finhpc.models.packing.layout import (
     FIELDS,
     IGNORED,
     PACKS,

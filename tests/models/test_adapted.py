@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from finhpc.models.files.weights import open_weights
-from finhpc.models.lora.frozen_base import Adaptation, AdaptedLayer
+from finhpc.models.lora.model import LoraModel, LoraPipelineLayer
 from finhpc.settings.finetune import FinetuneQuantization, Lora
 from finhpc.training.memory import live_tensor_bytes
 from tests.models.dense import saved
@@ -32,12 +32,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("stage", [0, 1])
 def test_loading_peaks_at_the_quantised_stage_and_one_layer(base: Path, bits: int, scheme: str, stage: int) -> None:
     quantization = FinetuneQuantization.model_validate({"bits": bits, "scheme": scheme})
-    adaptation = Adaptation(open_weights(base), Lora(rank=2), quantization, bf16=True)
-    borders = adaptation.borders(2)
-    parts = adaptation.parts()[borders[stage] : borders[stage + 1]]
+    lora_model = LoraModel(open_weights(base), Lora(rank=2), quantization, bf16=True)
+    borders = lora_model.borders(2)
+    parts = lora_model.parts()[borders[stage] : borders[stage + 1]]
     before = live_tensor_bytes()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        layers = [AdaptedLayer(part, adaptation, torch.device("cpu")) for part in parts]
+        layers = [LoraPipelineLayer(part, lora_model, torch.device("cpu")) for part in parts]
     held = live_tensor_bytes() - before
     weights = LAYERS // 2 * (4 * WIDTH * WIDTH + 3 * WIDTH * HIDDEN) * bits // 8
     assert weights < held < 1.1 * weights + 2 * 2 * 300 * WIDTH + 2**19

@@ -20,7 +20,7 @@ from finhpc.models.loading import load_model
 from finhpc.models.lora.adapter_file import load_adapter
 from finhpc.models.lora.peft_format import CONFIG, FINGERPRINT, TENSORS, merge_adapter, save_adapter
 from finhpc.quantization.fake import TRAINED
-from finhpc.settings import ExportConfig
+from finhpc.settings.export import ExportConfig
 from finhpc.settings.finetune import FinetuneQuantization, Lora
 from tests.models.dense import logits, saved, tiny_gpt2, tiny_llama
 from tests.models.packs import examples, packs_of, plain_loss
@@ -30,14 +30,14 @@ from tests.tiny import word_tokenizer
 
 def trained(base: Path, lora: Lora, out: Path) -> float:
     """Two steps of training, then the adapter in `out`; the loss after them."""
-    adaptation, layers = adapted(base, lora)
+    lora_model, layers = adapted(base, lora)
     ours, packs = parameters(layers), packs_of(examples(8), 4, 6)
     optimizer = torch.optim.SGD(ours.values(), lr=0.5)
     for _ in range(2):
         optimizer.zero_grad()
         loss_of(layers, packs).backward()
         optimizer.step()
-    save_adapter(out, lora, {name: p.detach() for name, p in ours.items()}, adaptation.weights)
+    save_adapter(out, lora, {name: p.detach() for name, p in ours.items()}, lora_model.weights)
     return float(loss_of(layers, packs))
 
 
@@ -127,13 +127,13 @@ def open_names(model: Any) -> Any:
 def test_export_merges_it_onto_the_base_it_was_trained_beside(tmp_path: Path, bits: Any, scheme: Any) -> None:
     base = saved(tiny_llama(), tmp_path / "base")
     quantization = FinetuneQuantization(bits=bits, scheme=scheme)
-    adaptation, layers = adapted(base, Lora(rank=4), bits=bits, scheme=scheme)
+    lora_model, layers = adapted(base, Lora(rank=4), bits=bits, scheme=scheme)
     ours, packs = parameters(layers), packs_of(examples(8), 4, 6)
     with torch.no_grad():
         for parameter in ours.values():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)) * 0.1)
     trained = {name: p.detach() for name, p in ours.items()}
-    save_adapter(tmp_path / "adapter", Lora(rank=4), trained, adaptation.weights, quantization)
+    save_adapter(tmp_path / "adapter", Lora(rank=4), trained, lora_model.weights, quantization)
     export(ExportConfig(model=str(tmp_path / "adapter"), format="merged", out=str(tmp_path / "out"), dtype="float32"))
     merged, opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval(), load_model(tmp_path / "adapter")
     assert float(plain_loss(merged, examples(8))) == pytest.approx(float(loss_of(layers, packs)), rel=1e-4)
@@ -147,10 +147,10 @@ def test_an_adapter_is_added_to_the_rounded_weights_of_its_base_before_an_export
     base = saved(tiny_llama(), tmp_path / "base")
     config = base / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {TRAINED: {"bits": bits, "scheme": "minmax"}}))
-    adaptation, layers = adapted(base, LORA)
+    lora_model, layers = adapted(base, LORA)
     draw = torch.Generator().manual_seed(3)
     trained = {name: p.detach() + 0.1 * torch.randn(p.shape, generator=draw) for name, p in parameters(layers).items()}
-    save_adapter(tmp_path / "adapter", LORA, trained, adaptation.weights)
+    save_adapter(tmp_path / "adapter", LORA, trained, lora_model.weights)
     load_model(tmp_path / "adapter").save_pretrained(tmp_path / "sum")
     tree = {"dtype": "float32", "quantization": {"bits": bits}}
     for source, out in (("adapter", "out"), ("sum", "wanted")):

@@ -160,7 +160,7 @@ def test_bases_are_found_by_relative_paths_and_missed_ones_named(
 def test_a_quantized_base_takes_adapters_beside_it(llama: Path, tmp_path: Path) -> None:
     from finhpc.commands.export import export
     from finhpc.models.lora.peft_format import QUANTIZED
-    from finhpc.settings import ExportConfig
+    from finhpc.settings.export import ExportConfig
 
     export(
         ExportConfig(

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from finhpc.commands.export import export
 from finhpc.models.files.weights import open_weights
 from finhpc.models.loading import load_model, save_model
-from finhpc.settings import ExportConfig
+from finhpc.settings.export import ExportConfig
 from tests.models.dense import saved, tiny_llama
 from tests.models.folders import generator, peft_adapter, with_tokenizer
 

@@ -14,7 +14,7 @@ from finhpc.commands.export import export
 from finhpc.models.families.registry import context_of
 from finhpc.models.files.weights import open_weights
 from finhpc.models.lora.peft_format import save_adapter
-from finhpc.settings import ExportConfig
+from finhpc.settings.export import ExportConfig
 from finhpc.settings.finetune import FinetuneQuantization, Lora
 from tests.models.dense import logits, saved, tiny_llama, tiny_mistral, tiny_qwen2
 from tests.models.packs import examples, packs_of, peft_model, peft_parameters, plain_loss
@@ -27,7 +27,7 @@ MAKES = [tiny_mistral, tiny_qwen2]
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_finetuning_is_pefts_and_export_merges_it(tmp_path: Path, make: Any, recompute: Any) -> None:
     base, lora = saved(make(), tmp_path / "base"), Lora(rank=4, init="orthogonal")
-    adaptation, layers = adapted(base, lora, recompute=recompute)
+    lora_model, layers = adapted(base, lora, recompute=recompute)
     ours, some = parameters(layers), examples(8)
     plain = peft_model(base, {name: p.detach() for name, p in ours.items()})
     wanted = plain_loss(plain, some)
@@ -36,7 +36,7 @@ def test_finetuning_is_pefts_and_export_merges_it(tmp_path: Path, make: Any, rec
     loss.backward()
     assert abs(loss.item() - wanted.item()) <= 1e-5 * wanted.item()
     assert_near({n: p.grad for n, p in ours.items()}, {n: p.grad for n, p in peft_parameters(plain).items()})
-    save_adapter(tmp_path / "adapter", lora, {name: p.detach() for name, p in ours.items()}, adaptation.weights)
+    save_adapter(tmp_path / "adapter", lora, {name: p.detach() for name, p in ours.items()}, lora_model.weights)
     opened = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(tmp_path / "adapter")).eval()
     export(ExportConfig(model=str(tmp_path / "adapter"), format="merged", out=str(tmp_path / "out")))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
@@ -47,10 +47,10 @@ def test_finetuning_is_pefts_and_export_merges_it(tmp_path: Path, make: Any, rec
 @pytest.mark.parametrize(("bits", "scheme"), [(8, "int8"), (4, "minmax")])
 def test_a_quantised_base_keeps_its_biases(tmp_path: Path, bits: int, scheme: str) -> None:
     base = saved(tiny_qwen2(), tmp_path / "base")
-    adaptation, layers = adapted(base, Lora(rank=4), bits=bits, scheme=scheme)
+    lora_model, layers = adapted(base, Lora(rank=4), bits=bits, scheme=scheme)
     quantization = FinetuneQuantization.model_validate({"bits": bits, "scheme": scheme})
     trained = {name: p.detach() for name, p in parameters(layers).items()}
-    save_adapter(tmp_path / "adapter", Lora(rank=4), trained, adaptation.weights, quantization)
+    save_adapter(tmp_path / "adapter", Lora(rank=4), trained, lora_model.weights, quantization)
     export(ExportConfig(model=str(tmp_path / "adapter"), format="merged", out=str(tmp_path / "out"), dtype="float32"))
     merged, packs = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval(), packs_of(examples(8), 4, 6)
     assert float(plain_loss(merged, examples(8))) == pytest.approx(float(loss_of(layers, packs)), rel=1e-4)

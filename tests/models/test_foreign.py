@@ -15,7 +15,8 @@ from finhpc.errors import FinhpcError
 from finhpc.evaluation.models import load_for_evaluation
 from finhpc.generation.generator import Generator
 from finhpc.models.files.weights import read_config
-from finhpc.settings import GenerateConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.generate import GenerateConfig
 from tests.generation.folders import tiny_folder
 
 OPENED: dict[str, Callable[[Path], Any]] = {

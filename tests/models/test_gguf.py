@@ -20,7 +20,7 @@ from finhpc.models.files.weights import open_weights
 from finhpc.models.lora.adapter_file import base_of
 from finhpc.models.lora.peft_format import CONFIG, save_adapter
 from finhpc.models.lora.targets import target_names
-from finhpc.settings import ExportConfig
+from finhpc.settings.export import ExportConfig
 from finhpc.settings.finetune import Lora
 from tests.models.dense import tiny_llama
 from tests.models.folders import (

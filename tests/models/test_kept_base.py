@@ -12,9 +12,9 @@ from finhpc.errors import CheckpointError
 from finhpc.models.families.registry import as_low_rank
 from finhpc.models.files.weights import open_weights
 from finhpc.models.loading import initial_model, save_model
-from finhpc.models.lora.frozen_base import Adaptation, AdaptedLayer
-from finhpc.models.lora.quantized_cache import keep_base, kept_bytes
-from finhpc.quantization.frozen import Frozen, FrozenFloat
+from finhpc.models.lora.model import LoraModel, LoraPipelineLayer
+from finhpc.models.lora.quantized_cache import quantized_cache_bytes, write_quantized_cache
+from finhpc.quantization.frozen import FrozenFloat, FrozenLinear
 from finhpc.settings.finetune import FinetuneQuantization, Lora
 from tests.models.dense import saved, tiny_gpt2, tiny_llama
 
@@ -28,16 +28,16 @@ def low_rank(folder: Path) -> Path:
     return folder
 
 
-def adaptation_of(folder: Path, bits: Any, scheme: Any, kept: Path | None = None) -> Adaptation:
-    return Adaptation(
+def adaptation_of(folder: Path, bits: Any, scheme: Any, kept: Path | None = None) -> LoraModel:
+    return LoraModel(
         open_weights(folder, low_rank=True), Lora(rank=2), FinetuneQuantization(bits=bits, scheme=scheme), kept=kept
     )
 
 
-def frozen_of(adaptation: Adaptation, device: str = "cpu") -> dict[str, Frozen]:
-    layers = [AdaptedLayer(part, adaptation, torch.device(device)) for part in adaptation.parts()]
+def frozen_of(lora_model: LoraModel, device: str = "cpu") -> dict[str, FrozenLinear]:
+    layers = [LoraPipelineLayer(part, lora_model, torch.device(device)) for part in lora_model.parts()]
     named = [(f"{i}.{name}", m) for i, layer in enumerate(layers) for name, m in layer.named_modules()]
-    return {name: module for name, module in named if isinstance(module, Frozen)}
+    return {name: module for name, module in named if isinstance(module, FrozenLinear)}
 
 
 @pytest.mark.parametrize(("bits", "scheme"), WIDTHS)
@@ -49,15 +49,15 @@ def test_the_layers_are_those_of_the_base_quantised_anew(tmp_path: Path, kind: s
     else:
         saved(tiny_gpt2() if kind == "gpt2" else tiny_llama(), folder)
     told: list[int] = []
-    keep_base(adaptation_of(folder, bits, scheme), tmp_path / "kept", told.append)
+    write_quantized_cache(adaptation_of(folder, bits, scheme), tmp_path / "kept", told.append)
     plain = frozen_of(adaptation_of(folder, bits, scheme))
-    adaptation = adaptation_of(folder, bits, scheme, tmp_path / "kept")
-    quantised = {matrix.stored for matrix in adaptation.quantized_matrices()}
+    lora_model = adaptation_of(folder, bits, scheme, tmp_path / "kept")
+    quantised = {matrix.stored for matrix in lora_model.quantized_matrices()}
     assert len(told) == len(quantised) > 0
 
-    read, taken = adaptation.weights.read, []
-    adaptation.weights.read = lambda name: taken.append(name) or read(name)  # type: ignore[method-assign,func-returns-value]
-    found = frozen_of(adaptation)
+    read, taken = lora_model.weights.read, []
+    lora_model.weights.read = lambda name: taken.append(name) or read(name)  # type: ignore[method-assign,func-returns-value]
+    found = frozen_of(lora_model)
     assert taken
     assert not quantised & set(taken), "a quantised matrix is not read from the base again"
     assert found.keys() == plain.keys()
@@ -67,21 +67,21 @@ def test_the_layers_are_those_of_the_base_quantised_anew(tmp_path: Path, kind: s
         rows = x[:, : layer.in_features]
         assert torch.equal(found[name].train()(rows), layer.train()(rows)), name
     on_disk = sum(file.stat().st_size for file in (tmp_path / "kept").glob("*.safetensors"))
-    assert 0 < kept_bytes(adaptation) < on_disk
+    assert 0 < quantized_cache_bytes(lora_model) < on_disk
     assert sum(not isinstance(layer, FrozenFloat) for layer in plain.values()) == len(quantised)
 
 
 def test_a_damaged_one_is_made_again_and_a_lost_file_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder, kept = saved(tiny_llama(), tmp_path / "base"), tmp_path / "kept"
     told: list[int] = []
-    keep_base(adaptation_of(folder, 4, "minmax"), kept, told.append)
+    write_quantized_cache(adaptation_of(folder, 4, "minmax"), kept, told.append)
     once = len(told)
-    keep_base(adaptation_of(folder, 4, "minmax"), kept, told.append)
+    write_quantized_cache(adaptation_of(folder, 4, "minmax"), kept, told.append)
     assert len(told) == once, "whole: not quantised again"
     file = sorted(kept.glob("*.safetensors"))[0]
     whole = file.read_bytes()
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    keep_base(adaptation_of(folder, 4, "minmax"), kept, told.append)
+    write_quantized_cache(adaptation_of(folder, 4, "minmax"), kept, told.append)
     assert len(told) == 2 * once
     assert file.read_bytes() == whole
     assert f"{file} is not as it was written" in capfd.readouterr().err

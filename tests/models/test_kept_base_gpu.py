@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from finhpc.models.lora.quantized_cache import keep_base
+from finhpc.models.lora.quantized_cache import write_quantized_cache
 from tests.gpu import ON, needs_gpu
 from tests.models.dense import saved, tiny_llama
 from tests.models.test_kept_base import WIDTHS, adaptation_of, frozen_of
@@ -18,7 +18,7 @@ pytestmark = needs_gpu
 @pytest.mark.parametrize(("bits", "scheme"), WIDTHS)
 def test_kept_layers_are_the_cpus(tmp_path: Path, bits: int, scheme: str) -> None:
     folder, kept = saved(tiny_llama(), tmp_path / "base"), tmp_path / "kept"
-    keep_base(adaptation_of(folder, bits, scheme), kept, lambda done: None)
+    write_quantized_cache(adaptation_of(folder, bits, scheme), kept, lambda done: None)
     plain = frozen_of(adaptation_of(folder, bits, scheme))
     found = frozen_of(adaptation_of(folder, bits, scheme, kept), ON)
     assert found.keys() == plain.keys()

@@ -10,7 +10,8 @@ from finhpc.commands.export import export
 from finhpc.errors import CheckpointError
 from finhpc.models.files.manifest import NAME, check_manifest, write_manifest
 from finhpc.models.loading import load_model
-from finhpc.settings import ExportConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.export import ExportConfig
 from tests.models.dense import saved, tiny_llama
 
 

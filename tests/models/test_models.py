@@ -17,8 +17,8 @@ from finhpc.lowrank.replace import ranks_of
 from finhpc.models.families.presets import PRESETS, resolve_shape
 from finhpc.models.families.registry import family_of, make_config, parameter_count, skeleton
 from finhpc.models.loading import initial_model, load_model, save_model
-from finhpc.models.pipeline import counted_costs, cut, operations, parts_of, stage_borders
-from finhpc.settings import Method, Model
+from finhpc.models.pipeline import cut, estimated_cost, estimated_costs, parts_of, stage_borders
+from finhpc.settings.pretrain import Method, Model
 
 
 def config_of(model: dict[str, Any], method: dict[str, Any], vocab: int | None = None) -> Any:
@@ -126,13 +126,13 @@ def test_the_cut_is_the_best_of_all() -> None:
 def test_stages_of_the_whole_model_are_balanced(stages: int) -> None:
     config = config_of({"preset": "gpt2-127m"}, {"rank": 48})
     model, row = skeleton(config), parts_of(config)
-    borders = stage_borders(row, counted_costs(row, model, 256), stages)
+    borders = stage_borders(row, estimated_costs(row, model, 256), stages)
     assert borders[0] == 0
     assert borders[-1] == len(row)
-    costs = [sum(operations(part, model, 256) for part in row[a:b]) for a, b in pairwise(borders)]
+    costs = [sum(estimated_cost(part, model, 256) for part in row[a:b]) for a, b in pairwise(borders)]
     assert min(costs) > 0
     # A border can only lie between parts: no stage is further above the mean than the dearest part.
-    dearest = max(operations(part, model, 256) for part in row)
+    dearest = max(estimated_cost(part, model, 256) for part in row)
     assert max(costs) < sum(costs) / stages + dearest
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from finhpc.errors import ConfigError
 from finhpc.models.files.weights import open_weights
-from finhpc.models.lora.frozen_base import Adaptation, AdaptedLayer
-from finhpc.models.packed.attention import attend
-from finhpc.models.packed.layout import IGNORED, LAYOUT, TARGET, Segments, laid_out, layout_of, segments_of
+from finhpc.models.lora.model import LoraModel, LoraPipelineLayer
+from finhpc.models.packing.attention import attend
+from finhpc.models.packing.layout import IGNORED, LAYOUT, TARGET, Segments, build_layout, layout_of, segments_of
 from finhpc.quantization.frozen import freeze
 from finhpc.settings.finetune import FinetuneQuantization, Lora
 from tests.models.dense import saved, tiny_gpt2, tiny_llama
@@ -23,17 +23,19 @@ from tests.models.packs import examples, pack, packs_of, peft_model, peft_parame
 LORA = Lora(rank=4, init="orthogonal")  # neither factor is zero
 
 
-def adapted(folder: Path, lora: Lora = LORA, device: str = "cpu", **how: Any) -> tuple[Adaptation, list[AdaptedLayer]]:
+def adapted(
+    folder: Path, lora: Lora = LORA, device: str = "cpu", **how: Any
+) -> tuple[LoraModel, list[LoraPipelineLayer]]:
     bits = FinetuneQuantization(bits=how.pop("bits", 16), scheme=how.pop("scheme", "auto"))
-    adaptation = Adaptation(open_weights(folder, low_rank=True), lora, bits, **how)
-    return adaptation, [AdaptedLayer(part, adaptation, torch.device(device)) for part in adaptation.parts()]
+    lora_model = LoraModel(open_weights(folder, low_rank=True), lora, bits, **how)
+    return lora_model, [LoraPipelineLayer(part, lora_model, torch.device(device)) for part in lora_model.parts()]
 
 
-def parameters(layers: list[AdaptedLayer]) -> dict[str, Any]:
+def parameters(layers: list[LoraPipelineLayer]) -> dict[str, Any]:
     return {name: p for layer in layers for name, p in layer.parameters_by_name()}
 
 
-def loss_of(layers: list[AdaptedLayer], packs: list[Tensor]) -> Tensor:
+def loss_of(layers: list[LoraPipelineLayer], packs: list[Tensor]) -> Tensor:
     losses = []
     for data in packs:
         flow: Any = data
@@ -102,7 +104,7 @@ def test_attention_is_that_of_a_mask(keep: bool, fused: bool, shared: int, longe
     q, k, v, grad = attended(data.shape[2])
     wanted = masked(q, k, v, data)
     expected = torch.autograd.grad(wanted, (q, k, v), grad)
-    out = attend(q, k, v, laid_out(segments_of(data[0]), data.device, fused), 0.3, keep)
+    out = attend(q, k, v, build_layout(segments_of(data[0]), data.device, fused), 0.3, keep)
     assert torch.allclose(out, wanted, atol=1e-12)
     for found, value in zip(torch.autograd.grad(out, (q, k, v), grad), expected, strict=True):
         assert torch.allclose(found, value, atol=1e-12)
@@ -110,12 +112,12 @@ def test_attention_is_that_of_a_mask(keep: bool, fused: bool, shared: int, longe
 
 def test_the_fused_layout_has_few_groups_and_more_rows_than_repeats() -> None:
     segments = segments_of(pack(examples(9, prefix=5, longest=60), 5, 9, 1)[0])
-    groups = laid_out(segments, torch.device("cpu"), fused=True).groups
+    groups = build_layout(segments, torch.device("cpu"), fused=True).groups
     assert [(len(group.spans), len(group.prefix)) for group in groups] == [(1, 0), (9, 5)]
-    assert len(laid_out(segments, torch.device("cpu")).groups) > 4, "by length"
+    assert len(build_layout(segments, torch.device("cpu")).groups) > 4, "by length"
     short = [(5 + 50 * i, 55 + 50 * i) for i in range(15)]
     skewed = Segments([(None, [(0, 5)]), ((0, 5), short), ((0, 5), [(755, 1255)])], [], [], 1.0)
-    groups = laid_out(skewed, torch.device("cpu"), fused=True).groups
+    groups = build_layout(skewed, torch.device("cpu"), fused=True).groups
     assert [group.rows.numel() for group in groups] == [5, 750, 500], "the long one stays apart"
 
 
@@ -123,7 +125,7 @@ def test_a_pack_remembers_its_layout_and_a_copy_is_known_by_its_content() -> Non
     data = pack(examples(6, prefix=5), 5, 9, 1)
     found = layout_of(data)
     assert getattr(data, LAYOUT) is found
-    with patch("finhpc.models.packed.layout.segments_of", side_effect=AssertionError("read again")):
+    with patch("finhpc.models.packing.layout.segments_of", side_effect=AssertionError("read again")):
         assert layout_of(data) is found
         assert layout_of(data.clone()) is found
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from finhpc.models.packed.attention import attend
-from finhpc.models.packed.layout import layout_of
+from finhpc.models.packing.attention import attend
+from finhpc.models.packing.layout import layout_of
 from tests.gpu import DEVICE, ON, needs_gpu
 from tests.models.dense import saved, tiny_gpt2, tiny_llama
 from tests.models.packs import examples, pack, packs_of, peft_model, peft_parameters, plain_loss

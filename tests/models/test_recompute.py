@@ -12,11 +12,12 @@ from finhpc.lowrank.replace import ranks_of
 from finhpc.models.attention import NAME, RECOMPUTED
 from finhpc.models.families.presets import resolve_shape
 from finhpc.models.families.registry import make_config, parameter_count, skeleton
-from finhpc.models.initialize import drawn
+from finhpc.models.initialize import random_fill
 from finhpc.models.loading import initial_model
-from finhpc.models.pipeline import Layer, counted_costs, parts_of, stage_borders
+from finhpc.models.pipeline import PipelineLayer, estimated_costs, parts_of, stage_borders
 from finhpc.models.recompute import draws_random
-from finhpc.settings import Method, Model, Recompute
+from finhpc.settings.pretrain import Method, Model
+from finhpc.settings.training import Recompute
 
 SEQ, VOCAB = 150, 101  # more than one block of queries
 
@@ -32,7 +33,10 @@ def trained(config: Any, recompute: Recompute, bf16: bool) -> list[Tensor]:
     model: Any = skeleton(config, recompute)
     model.load_state_dict(weights.state_dict(keep_vars=True), assign=True)
     row = parts_of(config, recompute)
-    layers = [Layer(part, model, torch.device("cpu"), drawn(config, 1, "spectral"), bf16).train() for part in row]
+    layers = [
+        PipelineLayer(part, model, torch.device("cpu"), random_fill(config, 1, "spectral"), bf16).train()
+        for part in row
+    ]
     torch.manual_seed(0)
     losses = []
     for _ in range(2):
@@ -80,7 +84,7 @@ def test_stages_of_recomputed_blocks_begin_between_them_and_count_their_second_f
     config = config_of("gpt2-tiny", "dense")
     model = skeleton(config)
     row, halves = parts_of(config, "full"), parts_of(config)
-    costs, before = counted_costs(row, model, SEQ), counted_costs(halves, model, SEQ)
+    costs, before = estimated_costs(row, model, SEQ), estimated_costs(halves, model, SEQ)
     assert [part.kind for part in row] == ["embedding", "positions", "block", "block", "norm", "head"]
     assert costs[2] == pytest.approx(4 / 3 * (before[2] + before[3]))
     assert costs[-1] == before[-1]

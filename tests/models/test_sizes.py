@@ -13,7 +13,10 @@ from finhpc.commands.finetune import Finetune
 from finhpc.models.families.presets import Shape
 from finhpc.models.families.registry import as_low_rank, make_config, model_sizes, parameter_count
 from finhpc.models.loading import initial_model, save_model
-from finhpc.settings import ExportConfig, FinetuneConfig, FinetuneEstimateConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.estimate import FinetuneEstimateConfig
+from finhpc.settings.export import ExportConfig
+from finhpc.settings.finetune import FinetuneConfig
 from tests.models.dense import tiny_gpt2, tiny_llama, tiny_mistral, tiny_qwen2
 from tests.models.folders import with_tokenizer
 

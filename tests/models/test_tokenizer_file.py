@@ -16,7 +16,9 @@ from finhpc.generation.generator import Generator
 from finhpc.models.families.registry import as_low_rank
 from finhpc.models.files.tokenizer import open_tokenizer
 from finhpc.models.loading import initial_model
-from finhpc.settings import ExportConfig, GenerateConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.export import ExportConfig
+from finhpc.settings.generate import GenerateConfig
 from tests.data.kinds import tokenizer
 from tests.models.dense import saved, tiny_llama, tiny_qwen2
 from tests.parity.gguf_file import write_gguf

@@ -18,9 +18,9 @@ from torch import nn
 
 from finhpc.models.files.manifest import weights_fingerprint
 from finhpc.models.files.weights import open_weights
-from finhpc.models.lora.frozen_base import Adaptation, AdaptedLayer
+from finhpc.models.lora.model import LoraModel, LoraPipelineLayer
 from finhpc.models.lora.peft_format import CONFIG, save_adapter
-from finhpc.models.lora.targets import MOVES_BASE
+from finhpc.models.lora.targets import CHANGES_BASE
 from finhpc.settings.finetune import FinetuneQuantization, Lora
 from tests.parity.bases import Base
 
@@ -76,7 +76,7 @@ def _peft(word: str, **more: Any) -> Kind:
 
 
 STARTS = get_args(Lora.model_fields["init"].annotation)
-OURS = {f"ours, {init}": Kind("lora.init" if init in MOVES_BASE else "", lora={"init": init}) for init in STARTS}
+OURS = {f"ours, {init}": Kind("lora.init" if init in CHANGES_BASE else "", lora={"init": init}) for init in STARTS}
 OURS |= {
     "ours, attention and a pattern": Kind(
         lora={"targets": [r".*\.1\..*(c_attn|q_proj)", r".*\.0\.mlp\.(c_fc|up_proj)"]}
@@ -157,13 +157,13 @@ UNUSED = {
 }
 
 
-def make_ours(kind: Kind, base: Base, folder: Path) -> list[AdaptedLayer]:
+def make_ours(kind: Kind, base: Base, folder: Path) -> list[LoraPipelineLayer]:
     """Write an adapter as finetuning does, of weights that change the model; the layers as they were trained."""
     assert kind.lora is not None
     weights = open_weights(base.path, low_rank=True)
     lora, quantization = Lora(rank=RANK, **kind.lora), FinetuneQuantization(**kind.quantization)
-    adaptation = Adaptation(weights, lora, quantization)
-    layers = [AdaptedLayer(part, adaptation, torch.device("cpu")).eval() for part in adaptation.parts()]
+    lora_model = LoraModel(weights, lora, quantization)
+    layers = [LoraPipelineLayer(part, lora_model, torch.device("cpu")).eval() for part in lora_model.parts()]
     trained = {name: parameter for layer in layers for name, parameter in layer.parameters_by_name()}
     _shake(trained)
     values = {name: parameter.detach() for name, parameter in trained.items()}

@@ -33,8 +33,9 @@ from transformers.pytorch_utils import Conv1D
 from finhpc.commands.export import export
 from finhpc.models.families.registry import as_low_rank
 from finhpc.quantization.fake import TRAINED
-from finhpc.quantization.layers import PackedMatrix, TiedHead
-from finhpc.settings import ExportConfig, build
+from finhpc.quantization.layers import QuantizedMatrix, TiedHead
+from finhpc.settings.base import build
+from finhpc.settings.export import ExportConfig
 from tests.models.dense import settled
 from tests.parity.gguf_file import write_gguf
 from tests.parity.tokenizer_kinds import VOCAB
@@ -132,7 +133,7 @@ def _rows(module: Any) -> Tensor:
         return module
     if isinstance(module, TiedHead):
         (module,) = module.embedding
-    if isinstance(module, PackedMatrix):
+    if isinstance(module, QuantizedMatrix):
         return module.dequantized()
     if hasattr(module, "A") and hasattr(module, "B"):
         return _rows(module.B) @ _rows(module.A)

@@ -31,7 +31,11 @@ from finhpc.models.files import tokenizer as tokenizer_file
 from finhpc.models.files.tokenizer import open_tokenizer
 from finhpc.models.loading import load_model
 from finhpc.quantization.schemes import SCHEMES
-from finhpc.settings import ExportConfig, GenerateConfig, Instructions, Parallel, build
+from finhpc.settings.base import build
+from finhpc.settings.export import ExportConfig
+from finhpc.settings.finetune import Instructions
+from finhpc.settings.generate import GenerateConfig
+from finhpc.settings.training import Parallel
 from tests.models.packs import plain_loss
 from tests.parity.adapters import ADAPTERS, NONE, Kind, make_ours, make_peft
 from tests.parity.bases import BASES, FAMILY_ROWS, NOT_IN_GGUF, Base, State, state_of

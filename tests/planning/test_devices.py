@@ -7,8 +7,8 @@ import pytest
 import finhpc
 from finhpc.cli import main
 from finhpc.planning.devices import DEVICES, device_called
-from finhpc.settings import EstimateConfig, build
-from finhpc.settings.pretrain import Hardware
+from finhpc.settings.base import build
+from finhpc.settings.estimate import EstimateConfig, Hardware
 
 
 @pytest.mark.parametrize(
@@ -46,5 +46,5 @@ def test_an_unknown_device_says_how_to_describe_it(capsys: pytest.CaptureFixture
 def test_what_is_assumed_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     result = finhpc.estimate(build(EstimateConfig, {"model": {"preset": "gpt2-tiny"}, "data": {"seq_len": 128}}))
     said = "method.kind=low_rank, method.rank=64, train.precision=fp32, parallel.micro_batch_size=4"
-    assert f"assumed, as no setting says it: {said}; set what your run has." in capsys.readouterr().err
+    assert f"assumed, because they are not set: {said}; set what your run has." in capsys.readouterr().err
     assert result["estimate"]["assumed"] == said.split(", ")

@@ -14,14 +14,14 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from finhpc.models.families.registry import as_low_rank
 from finhpc.models.files.weights import open_weights
 from finhpc.models.loading import initial_model, save_model
-from finhpc.models.lora.frozen_base import Adaptation
-from finhpc.models.packed.layout import segments_of
+from finhpc.models.lora.model import LoraModel
+from finhpc.models.packing.layout import segments_of
 from finhpc.planning.devices import DEVICES, Cluster
 from finhpc.planning.fake_packs import PackSize
-from finhpc.planning.finetuning import FinetunePlan
+from finhpc.planning.finetuning import LoraCosts
 from finhpc.planning.memory import Topology
 from finhpc.quantization.frozen import freeze, hollow
-from finhpc.settings import build
+from finhpc.settings.base import build
 from finhpc.settings.finetune import FinetuneConfig
 from tests.models.dense import saved
 from tests.models.packs import examples, packs_of
@@ -84,8 +84,8 @@ def counted(names: list[str], bases: dict[str, Path]) -> list[tuple[int, int]]:
         gc.collect()
         left = live_tensor_bytes()  # of the engine before, which DeepSpeed does not let go of
         config, path = settings(name, bases)
-        adaptation = Adaptation.of(config, open_weights(path, low_rank=True))
-        engine = Engine(config, adaptation.hf_config, torch.device("cpu"), adapt=adaptation)
+        lora_model = LoraModel.of(config, open_weights(path, low_rank=True))
+        engine = Engine(config, lora_model.hf_config, torch.device("cpu"), adapt=lora_model)
         mine = packs(config)[: config.parallel.micro_batches]
         engine.train_step(iter(mine), 1e-3)
         _, peak = counted_peak(lambda engine=engine, mine=mine: engine.train_step(iter(mine), 1e-3))
@@ -93,13 +93,13 @@ def counted(names: list[str], bases: dict[str, Path]) -> list[tuple[int, int]]:
     return found
 
 
-def planned(name: str, bases: dict[str, Path]) -> FinetunePlan:
+def planned(name: str, bases: dict[str, Path]) -> LoraCosts:
     config, path = settings(name, bases)
     parallel = config.parallel
     one = packs(config)[0]
     size = PackSize(one.shape[2], segments_of(one[0]))
     topology = Topology(parallel.stages, parallel.replicas, EACH, parallel.micro_batches)
-    return FinetunePlan(Adaptation.of(config, open_weights(path, low_rank=True)), size, topology, layouts=1)
+    return LoraCosts(LoraModel.of(config, open_weights(path, low_rank=True)), size, topology, layouts=1)
 
 
 @pytest.mark.parametrize("workers", [1, 2])

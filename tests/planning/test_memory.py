@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from finhpc.commands.estimate.pretraining import scheme_of
 from finhpc.lowrank.replace import ranks_of
 from finhpc.models.families.presets import resolve_shape
 from finhpc.models.families.registry import make_config
-from finhpc.planning.memory import Memory, Topology
+from finhpc.planning.memory import Memory, Scheme, Topology
 from finhpc.planning.outline import outline_of
-from finhpc.settings import PretrainConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.pretrain import PretrainConfig
 from tests.training.processes import run_processes
 
 SHAPE = {"layers": 4, "width": 128, "heads": 4, "context": 128, "vocab_size": 2000}
@@ -99,9 +99,8 @@ def counted(names: list[str]) -> list[tuple[int, int, list[int]]]:
 def predicted(name: str, borders: list[int]) -> list[int]:
     config = settings(name)
     outline = outline_of(hf_config(config), config.data.seq_len, config.train.recompute)
-    parallel = config.parallel
-    topology = Topology(parallel.stages, parallel.replicas, parallel.micro_batch_size, parallel.micro_batches)
-    memory = Memory(outline, scheme_of(config, cuda=False))
+    topology = Topology.of(config)
+    memory = Memory(outline, Scheme.of(config, cuda=False))
     cut = [outline.kinds[a:b] for a, b in pairwise(borders)]
     return [stage.peak_bytes for stage in memory.stages(topology, cut)]
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from finhpc.planning.memory import Memory, Scheme, Topology
 from finhpc.planning.outline import outline_of
-from finhpc.settings import PretrainConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.pretrain import PretrainConfig
 from tests.gpu import CUDA, DEVICE, alone, held_bytes, needs_gpu, peak_of
 from tests.planning.test_memory import SHAPE, hf_config
 

@@ -11,9 +11,9 @@ from finhpc.models.families.presets import resolve_shape
 from finhpc.models.families.registry import make_config
 from finhpc.planning.memory import Memory, Scheme, Topology
 from finhpc.planning.outline import Outline, outline_of
-from finhpc.planning.paper_memory import DIFFERENCES, GB, GIB, part_bytes, table_iii_intermediates, variables
+from finhpc.planning.paper import GB, GIB, differences, part_bytes, table_iii_intermediates, variables
 from finhpc.planning.step_time import step_operations
-from finhpc.settings import Method, Model
+from finhpc.settings.pretrain import Method, Model
 
 # Table II: (amount in M, storage in GB, %) of Llama2-7B and Llama2-13B.
 TABLE_II = {
@@ -27,7 +27,7 @@ TABLE_II = {
     "W^D": ((1442.84, 2.89, 21.40), (2834.84, 5.67, 21.74)),
     "W^H": ((1442.84, 0.26, 1.94), (163.84, 0.33, 1.25)),
 }
-NORMS = (0.13, 0.20)  # M, each of the two a layer; printed 0.21 for Llama2-13B, see DIFFERENCES
+NORMS = (0.13, 0.20)  # M, each of the two a layer; printed 0.21 for Llama2-13B, see `differences`
 # Where an amount there is not what its own row's size gives: the arithmetic.
 CORRECTED = {
     ("W^H", 0): 131.07,
@@ -114,7 +114,7 @@ def test_table_iii_state_within_5_percent(preset: str, printed: tuple[int, int, 
 def test_table_iii_intermediates() -> None:
     model = outline("llama2-7b")
     assert intermediates(model, 1) / GB == pytest.approx(81, rel=0.05)
-    # The other cells come from another formula, and for Llama2-70B with another width, see DIFFERENCES.
+    # The other cells come from another formula, and for Llama2-70B with another width, see `differences`.
     for batch, printed in ((4, 388), (16, 1552)):
         assert table_iii_intermediates(32, batch, width=4096, heads=32) / GIB == printed
     for batch, printed_70b in ((1, 442.5), (4, 1770), (16, 7080)):
@@ -126,7 +126,7 @@ def test_the_documented_arithmetic_of_table_iii_is_what_is_computed() -> None:
     assert [round(intermediates(seven, batch) / GB) for batch in (1, 4, 16)] == [81, 324, 1296]
     assert [round(intermediates(seventy, batch) / GB) for batch in (1, 4, 16)] == [404, 1617, 6466]
     assert [table_iii_intermediates(80, batch, 8192, 64) / GIB for batch in (1, 4, 16)] == [485, 1940, 7760]
-    text = " ".join(difference.arithmetic for difference in DIFFERENCES)
+    text = " ".join(difference["arithmetic"] for difference in differences("pretraining"))
     for said in ("81, 324, 1296 GB", "404, 1617, 6466 GB", "485, 1940, 7760 GiB"):
         assert said in text
 
@@ -138,7 +138,7 @@ def test_table_iv_each_variable_within_5_percent() -> None:
     for name, (elements, size) in TABLE_IV.items():
         once = 4096 * found[name].per_token
         layers = 1 if name in ("x^e", "x^d") else 32
-        if name != "x^d":  # 536.9 M elements of << 0.1 GB: its size counts it once, see DIFFERENCES
+        if name != "x^d":  # 536.9 M elements of << 0.1 GB: its size counts it once, see `differences`
             assert layers * once / 1e6 == pytest.approx(elements, rel=0.05), name
         if size is None:
             assert 2 * layers * once / GB < 0.1, name

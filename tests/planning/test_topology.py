@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from finhpc.planning.costs import options
 from finhpc.planning.devices import DEVICES, Cluster
 from finhpc.planning.memory import Memory, Scheme, Topology
 from finhpc.planning.step_time import Pace, launches, measured, paced, reached_by, step_operations
-from finhpc.planning.topology import options
 from tests.planning.test_paper import outline
 
 

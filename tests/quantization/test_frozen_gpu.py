@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finhpc.quantization.frozen import Frozen, freeze, hold
+from finhpc.quantization.frozen import FrozenLinear, freeze, hold
 from finhpc.quantization.per_vector import rounded
 from finhpc.quantization.schemes import SCHEMES
 from tests.gpu import CUDA, DEVICE, ON, needs_gpu
@@ -24,7 +24,7 @@ def off(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).norm() / wanted.norm())
 
 
-def frozen(bits: int, scheme: str, dtype: torch.dtype, made_on: str) -> Frozen:
+def frozen(bits: int, scheme: str, dtype: torch.dtype, made_on: str) -> FrozenLinear:
     """The layer on `DEVICE` of a matrix quantised on another one."""
     rows, bias = weights()
     held = SCHEMES[scheme].tensors(rows.to(made_on), bits, "layer")

@@ -9,12 +9,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from finhpc.lowrank.layers import FactorEmbedding, FactorLinear, LowRankEmbedding, LowRankLinear
-from finhpc.quantization.layers import PackedMatrix, QuantizedEmbedding, QuantizedLinear, packed_tensors, replace
+from finhpc.quantization.layers import QuantizedEmbedding, QuantizedLinear, QuantizedMatrix, minmax_tensors, replace
 from finhpc.quantization.per_vector import rounded
 
 
-def fill(layer: PackedMatrix, matrix: torch.Tensor) -> None:
-    layer.load_state_dict(packed_tensors(matrix, layer.bits, "layer"), strict=False)
+def fill(layer: QuantizedMatrix, matrix: torch.Tensor) -> None:
+    layer.load_state_dict(minmax_tensors(matrix, layer.bits, "layer"), strict=False)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -68,7 +68,7 @@ def test_every_layer_of_a_model_is_replaced(bits: int) -> None:
         "low.B": model["low"].B.weight,
     }
     replace(model, bits)
-    packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedMatrix)}
+    packed = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedMatrix)}
     assert packed.keys() == matrices.keys()
     for name, layer in packed.items():
         fill(layer, matrices[name].detach())

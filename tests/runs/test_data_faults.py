@@ -14,7 +14,8 @@ import pytest
 from finhpc.commands.pretrain import pretrain
 from finhpc.data.shards.shards import Manifest, Shards, dataset_fingerprint, encode_shard
 from finhpc.errors import TrainingFailedError
-from finhpc.settings import PretrainConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.pretrain import PretrainConfig
 from finhpc.training.journal import read
 from tests.runs.runs import assert_same_run, command, last_words, outcome, train_workers, wait_for_step
 from tests.tiny import tiny_shards

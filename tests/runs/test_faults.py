@@ -17,8 +17,9 @@ import pytest
 from finhpc.commands.pretrain import pretrain
 from finhpc.errors import TrainingFailedError
 from finhpc.runs.worker import _repeats
-from finhpc.settings import PretrainConfig, build
-from finhpc.training.checkpoint import MANIFEST, complete
+from finhpc.settings.base import build
+from finhpc.settings.pretrain import PretrainConfig
+from finhpc.training.checkpoint import MANIFEST, list_complete
 from finhpc.training.journal import read
 from tests.commands.storm import storm, table
 from tests.runs.runs import (
@@ -118,7 +119,7 @@ def test_a_full_disk_a_damaged_checkpoint_a_cut_record_of_ray_and_a_kill_too_man
     assert "could not be written" in line
     assert "make room" in line
     assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "failed"
-    newest, before = complete(tmp_path / "run" / "checkpoints")
+    newest, before = list_complete(tmp_path / "run" / "checkpoints")
     newest.verify()
     before.verify()
 

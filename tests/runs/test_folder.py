@@ -17,7 +17,8 @@ import pytest
 from finhpc.errors import ConfigError, RunBusyError
 from finhpc.files import redact, write_atomic
 from finhpc.runs.folder import RunFolder, environment
-from finhpc.settings import PretrainConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.pretrain import PretrainConfig
 
 HOLD = """
 import sys, time

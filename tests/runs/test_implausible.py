@@ -11,7 +11,8 @@ from mlflow import MlflowClient
 
 from finhpc.commands.pretrain import pretrain
 from finhpc.errors import ImplausibleError
-from finhpc.settings import PretrainConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.pretrain import PretrainConfig
 from finhpc.training.journal import Journal
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]

@@ -18,7 +18,8 @@ from finhpc.commands.pretrain import Pretrain, pretrain
 from finhpc.errors import TrainingFailedError
 from finhpc.runs.launch_warm import KEPT, fit_warm
 from finhpc.runs.run import Pruned, run
-from finhpc.settings import PretrainConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.pretrain import PretrainConfig
 from finhpc.training.journal import WORKER_FILE, latest, read
 
 STEPS = 40

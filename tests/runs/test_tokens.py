@@ -19,9 +19,12 @@ from finhpc.errors import ConfigError
 from finhpc.evaluation.models import subjects
 from finhpc.models.loading import load_model
 from finhpc.runs.folder import RunFolder
-from finhpc.settings import DecomposeConfig, ExportConfig, FinetuneConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.decompose import DecomposeConfig
+from finhpc.settings.export import ExportConfig
+from finhpc.settings.finetune import FinetuneConfig
 from finhpc.tracking.pyfunc import TextGenerator
-from finhpc.training.checkpoint import Saved
+from finhpc.training.checkpoint import Checkpoint
 from tests.data.instructing import jsonl
 from tests.data.kinds import CHATML, tokenizer
 from tests.generation.folders import folder_of_kind, tiny_adapter
@@ -85,7 +88,7 @@ def test_the_end_that_a_conversation_teaches_goes_with_the_adapter_and_its_expor
         ("plain", {"context": "What", "target": "bread"}, tok.eos_token_id),
     ):
         job = Finetune(settings(base, jsonl(tmp_path / f"{name}.jsonl", [record]), tmp_path))
-        job.save_model(tmp_path / name, Saved(tmp_path, {"files": {}}))
+        job.save_model(tmp_path / name, Checkpoint(tmp_path, {"files": {}}))
         assert json.loads((tmp_path / name / "generation_config.json").read_text()) == {
             "eos_token_id": ends,
             "top_k": 5,
@@ -118,7 +121,7 @@ def test_a_template_with_the_date_does_not_stop_a_resume(tmp_path: Path, monkeyp
     folder = RunFolder(tmp_path, "run")
     with folder.lock():
         folder.write_config(first.config, *first.fingerprints)
-        first.make_ready(folder.path, print)
+        first.make_ready(folder.path)
     monkeypatch.setattr(Clock, "day", 2)
     again = Finetune(settings(base, source, tmp_path))
     folder.check_resume(again.config, *again.fingerprints)

@@ -11,7 +11,11 @@ from finhpc.commands.finetune import finetune
 from finhpc.commands.pretrain import pretrain
 from finhpc.commands.study.command import study
 from finhpc.commands.sweep.command import sweep
-from finhpc.settings import FinetuneConfig, FinetuneSweepConfig, PretrainConfig, StudyConfig, SweepConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.finetune import FinetuneConfig
+from finhpc.settings.pretrain import PretrainConfig
+from finhpc.settings.study import StudyConfig
+from finhpc.settings.sweep import FinetuneSweepConfig, SweepConfig
 from tests.commands.test_start import with_tokenizer
 from tests.models.dense import saved, tiny_llama
 from tests.tiny import WORDS

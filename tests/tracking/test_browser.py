@@ -16,7 +16,9 @@ from typing import Any
 
 import pytest
 
-from finhpc.settings import FinetuneConfig, PretrainConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.finetune import FinetuneConfig
+from finhpc.settings.pretrain import PretrainConfig
 from finhpc.tracking.shown import PARENT, SWEEP, Dataset, parameters, setting_tags
 from finhpc.tracking.tracker import Tracker, default_tracking_uri
 from finhpc.training.journal import Journal

@@ -16,7 +16,7 @@ from finhpc.lowrank.replace import ranks_of
 from finhpc.models.families.presets import resolve_shape
 from finhpc.models.families.registry import make_config
 from finhpc.models.loading import initial_model, load_model
-from finhpc.settings import Method, Model
+from finhpc.settings.pretrain import Method, Model
 from finhpc.tracking.pyfunc import TextGenerator, log_model
 from finhpc.tracking.tracker import Tracker, default_tracking_uri
 

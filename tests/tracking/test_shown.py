@@ -17,7 +17,10 @@ from finhpc.commands.sweep import plan as sweep_plan
 from finhpc.commands.sweep.plan import plan_sweep
 from finhpc.commands.sweep.tracking import register, settle_children
 from finhpc.errors import ConfigError
-from finhpc.settings import FinetuneConfig, FinetuneSweepConfig, PretrainConfig, SweepConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.finetune import FinetuneConfig
+from finhpc.settings.pretrain import PretrainConfig
+from finhpc.settings.sweep import FinetuneSweepConfig, SweepConfig
 from finhpc.tracking import mirror
 from finhpc.tracking import tracker as tracking
 from finhpc.tracking.pages import pages_of

@@ -21,7 +21,9 @@ from mlflow import MlflowClient
 
 from finhpc.commands import ui
 from finhpc.errors import ConfigError
-from finhpc.settings import UiConfig, build
+from finhpc.log import redirected
+from finhpc.settings.base import build
+from finhpc.settings.report import UiConfig
 from finhpc.tracking import mirror
 from finhpc.tracking import tracker as tracking
 from finhpc.tracking.shown import HIDDEN
@@ -49,6 +51,14 @@ def _tracker(storage: Path, uri: str | None = None, name: str = "one", **more: A
     (storage / name).mkdir(exist_ok=True)
     settings = {"experiment": "tests", "run_name": name, "params": {"a": 1}, "tags": {}, **more}
     return Tracker(storage / name, uri or default_tracking_uri(storage), **settings).start()
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """The lines for the user."""
+    lines: list[str] = []
+    with redirected(lines.append):
+        yield lines
 
 
 def _write_steps(folder: Path, steps: range) -> None:
@@ -321,12 +331,11 @@ def _kill(server: subprocess.Popen[bytes]) -> None:
 
 
 def test_a_server_that_is_down_then_up_then_killed(
-    storage: Path, servers: list[subprocess.Popen[bytes]], capsys: pytest.CaptureFixture[str]
+    storage: Path, servers: list[subprocess.Popen[bytes]], capsys: pytest.CaptureFixture[str], said: list[str]
 ) -> None:
-    said: list[str] = []
     port = _free_port()
     uri, folder, client = f"http://127.0.0.1:{port}", storage / "one", _client(storage)
-    tracker = _tracker(storage, uri, say=said.append, params={"empty": "", "none": None})
+    tracker = _tracker(storage, uri, params={"empty": "", "none": None})
     _write_steps(folder, range(1, 101))
     _until(lambda: said)
     assert said[0].startswith(f"MLflow at {uri} does not take metrics (Connection refused); training goes on")
@@ -347,7 +356,7 @@ def test_a_server_that_is_down_then_up_then_killed(
     assert str(folder) in said[-1]
 
     servers.append(_serve(storage, port))
-    again = _tracker(storage, uri, say=said.append)
+    again = _tracker(storage, uri)
     assert again.finish("FINISHED", {"steps": 200})
     assert again.run_id == tracker.run_id
     assert len(_runs(client)) == 1
@@ -358,11 +367,10 @@ def test_a_server_that_is_down_then_up_then_killed(
     assert capsys.readouterr().out == ""
 
 
-def test_a_server_that_never_answers_holds_nothing_up(storage: Path) -> None:
-    said: list[str] = []
+def test_a_server_that_never_answers_holds_nothing_up(storage: Path, said: list[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         begin = time.monotonic()
-        tracker = _tracker(storage, f"http://127.0.0.1:{silent.getsockname()[1]}", say=said.append)
+        tracker = _tracker(storage, f"http://127.0.0.1:{silent.getsockname()[1]}")
         _write_steps(storage / "one", range(1, 101))
         assert time.monotonic() - begin < 3
         assert not tracker.finish("FAILED", {"steps": 100}, timeout_s=1)
@@ -371,14 +379,13 @@ def test_a_server_that_never_answers_holds_nothing_up(storage: Path) -> None:
 
 
 def test_a_server_that_stalls_gets_each_step_once(
-    storage: Path, servers: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
+    storage: Path, servers: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch, said: list[str]
 ) -> None:
     """It answers after the client has given up: what it took before that is not taken twice."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
-    said: list[str] = []
     port = _free_port()
     servers.append(_serve(storage, port))
-    tracker = _tracker(storage, f"http://127.0.0.1:{port}", say=said.append)
+    tracker = _tracker(storage, f"http://127.0.0.1:{port}")
     _until(lambda: tracker.run_id)
     folder = storage / "one"
     for last in (300, 600, 900):
@@ -404,9 +411,8 @@ def test_a_database_that_is_locked_for_a_while_gets_each_step_once(storage: Path
 
 
 @pytest.mark.slow
-def test_a_database_that_is_locked_for_long_is_said_and_gets_each_step_once(storage: Path) -> None:
-    said: list[str] = []
-    tracker = _tracker(storage, say=said.append)
+def test_a_database_that_is_locked_for_long_is_said_and_gets_each_step_once(storage: Path, said: list[str]) -> None:
+    tracker = _tracker(storage)
     _until(lambda: tracker.run_id)
     with sqlite3.connect(storage / "mlflow.db") as other:
         other.execute("BEGIN EXCLUSIVE")
@@ -418,9 +424,8 @@ def test_a_database_that_is_locked_for_long_is_said_and_gets_each_step_once(stor
     assert _history(_client(storage), tracker.run_id or "", "train_loss") == [(s, LOSSES[s]) for s in range(1, 101)]
 
 
-def test_a_database_deleted_under_the_run_is_made_anew_with_every_step(storage: Path) -> None:
-    said: list[str] = []
-    tracker = _tracker(storage, say=said.append)
+def test_a_database_deleted_under_the_run_is_made_anew_with_every_step(storage: Path, said: list[str]) -> None:
+    tracker = _tracker(storage)
     _write_steps(storage / "one", range(1, 51))
     _until(lambda: tracker.run_id and len(_history(_client(storage), tracker.run_id, "train_loss")) == 50)
     first = tracker.run_id
@@ -447,10 +452,9 @@ def test_names_with_path_separators_stay_names(storage: Path) -> None:
     assert [e.name for e in _client(storage / "deep").search_experiments()] == [name, "Default"]
 
 
-def test_passwords_reach_neither_screen_nor_disk(storage: Path) -> None:
-    said: list[str] = []
+def test_passwords_reach_neither_screen_nor_disk(storage: Path, said: list[str]) -> None:
     uri = f"http://me:hunter2@127.0.0.1:{_free_port()}/?token=hunter2"
-    tracker = _tracker(storage, uri, say=said.append, params={"run.tracking_uri": uri}, tags={"uri": uri})
+    tracker = _tracker(storage, uri, params={"run.tracking_uri": uri}, tags={"uri": uri})
     _until(lambda: said)
     assert not tracker.finish("FAILED", {"steps": 0, "tracking_uri": uri}, timeout_s=1)
     written = [path.read_text() for path in (storage / "one").iterdir()]

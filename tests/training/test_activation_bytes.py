@@ -17,7 +17,8 @@ from finhpc.models.families.presets import resolve_shape
 from finhpc.models.families.registry import make_config, skeleton
 from finhpc.models.loading import initial_model
 from finhpc.models.pipeline import parts_of
-from finhpc.settings import Method, Model, Recompute
+from finhpc.settings.pretrain import Method, Model
+from finhpc.settings.training import Recompute
 from finhpc.training.activation_bytes import block_saved_bytes, saved_bytes
 
 SEQ = 1024

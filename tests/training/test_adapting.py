@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from finhpc.models.files.weights import open_weights
-from finhpc.models.lora.frozen_base import Adaptation
-from finhpc.settings import build
+from finhpc.models.lora.model import LoraModel
+from finhpc.settings.base import build
 from finhpc.settings.finetune import FinetuneConfig
 from tests.models.dense import saved, tiny_gpt2, tiny_llama
 from tests.models.packs import examples, packs_of, peft_model, peft_parameters, plain_loss
@@ -37,8 +37,8 @@ def train(config: FinetuneConfig, folder: Path, packs: list[Tensor], steps: int)
     """Losses of `steps` steps over the same packs, the first gradients (clipped), the adapters before and after."""
     from finhpc.training.engine import Engine
 
-    adaptation = Adaptation.of(config, open_weights(folder, low_rank=True))
-    engine = Engine(config, adaptation.hf_config, torch.device("cpu"), adapt=adaptation)
+    lora_model = LoraModel.of(config, open_weights(folder, low_rank=True))
+    engine = Engine(config, lora_model.hf_config, torch.device("cpu"), adapt=lora_model)
     start = {name: p.detach().clone() for name, p in engine.trained_parameters().items()}
     share = len(packs) // config.parallel.replicas
     mine = packs[engine.replica * share : (engine.replica + 1) * share]

@@ -16,10 +16,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from finhpc.lowrank.blend import alpha_at
-from finhpc.models.initialize import drawn
+from finhpc.models.initialize import random_fill
 from finhpc.models.loading import initial_model
-from finhpc.settings import PretrainConfig, build
-from finhpc.training.batches import Blocks
+from finhpc.settings.base import build
+from finhpc.settings.pretrain import PretrainConfig
+from finhpc.training.batches import TokenBatches
 from finhpc.training.journal import latest, read
 from finhpc.training.memory import live_tensor_bytes
 from tests.training.processes import run_processes
@@ -74,7 +75,7 @@ def train(folder: Path, config: PretrainConfig, stop: int = STEPS) -> None:
 
     folder.mkdir(exist_ok=True)
     hf = hf_config(config)
-    fill = drawn(hf, config.train.seed, config.method.init)
+    fill = random_fill(hf, config.train.seed, config.method.init)
     held_out = tokens(99).reshape(-1, SEQ).numpy()
     worker = Stopping(
         config=config,
@@ -82,7 +83,7 @@ def train(folder: Path, config: PretrainConfig, stop: int = STEPS) -> None:
         fill=fill,
         device=torch.device("cpu"),
         folder=folder,
-        feed=Blocks(config.parallel, stream, held_out),
+        batches=TokenBatches(config.parallel, stream, held_out),
     )
     try:
         worker.run()

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from finhpc.errors import CheckpointError
 from finhpc.files import file_sha256, write_json
+from finhpc.log import redirected
 from finhpc.training import checkpoint
-from finhpc.training.checkpoint import Checkpointer, complete, load_random_state, load_stage, newest_good
+from finhpc.training.checkpoint import Checkpointer, latest_valid, list_complete, load_random_state, load_tensors
 
 
 def state(value: float) -> dict[str, Tensor]:
@@ -30,10 +31,10 @@ def save(folder: Path, step: int, value: float = 1.0, attempt: str = "a", keep: 
 def test_a_save_is_read_back_and_old_ones_go(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         save(tmp_path, step, value=step)
-    found = complete(tmp_path)
+    found = list_complete(tmp_path)
     assert [saved.step for saved in found] == [30, 20]
     found[0].verify()
-    assert torch.equal(load_stage(found[0], ["w"], "param")["w"], torch.full((3, 4), 30.0))
+    assert torch.equal(load_tensors(found[0], ["w"], "param")["w"], torch.full((3, 4), 30.0))
     assert int(found[0].manifest["consumed"], 16) == 255
 
 
@@ -43,7 +44,7 @@ def test_the_copy_is_taken_before_save_returns(tmp_path: Path) -> None:
     saver.save(1, "stage-00000.safetensors", weights, {})
     weights["param.w"].fill_(99.0)  # the next step changes the weights in place
     saver.wait()
-    assert complete(tmp_path)[0].tensors("param")["w"].max() == 1.0
+    assert list_complete(tmp_path)[0].tensors("param")["w"].max() == 1.0
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "delete"])
@@ -60,11 +61,12 @@ def test_a_damaged_newest_is_passed_over_and_said(tmp_path: Path, damage: str) -
     else:
         file.unlink()
     said: list[str] = []
-    good = newest_good(tmp_path, said.append)
+    with redirected(said.append):
+        good = latest_valid(tmp_path)
     assert good is not None
     assert good.step == 10
     assert "step_00000020 is damaged" in said[0]
-    assert [saved.step for saved in complete(tmp_path)] == [10], "a damaged one must not count among those kept"
+    assert [saved.step for saved in list_complete(tmp_path)] == [10], "a damaged one must not count among those kept"
 
 
 def test_only_damaged_checkpoints_are_refused_and_none_is_touched(tmp_path: Path) -> None:
@@ -75,7 +77,7 @@ def test_only_damaged_checkpoints_are_refused_and_none_is_touched(tmp_path: Path
     os.truncate(tmp_path / "step_00000030" / "manifest.json", 100)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged .* to begin at step 0") as caught:
-        newest_good(tmp_path, print)
+        latest_valid(tmp_path)
     for name in ("step_00000010/stage-00000", "step_00000020/rank-0", "step_00000030/manifest.json"):
         assert name in str(caught.value)
     assert sorted(tmp_path.rglob("*")) == before
@@ -84,7 +86,7 @@ def test_only_damaged_checkpoints_are_refused_and_none_is_touched(tmp_path: Path
 def test_a_checkpoint_that_never_was_complete_is_no_damage(tmp_path: Path) -> None:
     save(tmp_path, 10)
     (tmp_path / "step_00000010" / "manifest.json").unlink()
-    assert newest_good(tmp_path, print) is None
+    assert latest_valid(tmp_path) is None
 
 
 def test_a_pickle_in_place_of_tensors_is_not_opened(tmp_path: Path) -> None:
@@ -97,14 +99,14 @@ def test_a_pickle_in_place_of_tensors_is_not_opened(tmp_path: Path) -> None:
     manifest["files"][file.name] = {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
     write_json(file.parent / "manifest.json", manifest)
     with pytest.raises(CheckpointError, match=r"is no safetensors file .* pickles are never opened"):
-        complete(tmp_path)[0].verify()
+        list_complete(tmp_path)[0].verify()
 
 
 def test_a_folder_without_manifest_is_no_checkpoint(tmp_path: Path) -> None:
     save(tmp_path, 10)
     save(tmp_path, 20)
     (tmp_path / "step_00000020" / "manifest.json").unlink()
-    assert [saved.step for saved in complete(tmp_path)] == [10]
+    assert [saved.step for saved in list_complete(tmp_path)] == [10]
     checkpoint.remove_partial(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000010"]
 
@@ -117,11 +119,11 @@ def test_files_of_a_killed_start_are_not_taken_for_new_ones(tmp_path: Path) -> N
     second = [Checkpointer(tmp_path, 2, "new", rank, 2) for rank in (0, 1)]
     second[0].save(10, "stage-00000.safetensors", state(1.0), {})
     second[0]._thread.join(0.5)  # type: ignore[union-attr]
-    assert complete(tmp_path) == []
+    assert list_complete(tmp_path) == []
     second[1].save(10, None, {}, {"consumed": "2"})
     second[1].wait()
     second[0].wait()
-    assert complete(tmp_path)[0].manifest["ranks"] == 2
+    assert list_complete(tmp_path)[0].manifest["ranks"] == 2
 
 
 def test_a_failed_write_is_raised_and_the_one_before_is_intact(tmp_path: Path) -> None:
@@ -132,14 +134,14 @@ def test_a_failed_write_is_raised_and_the_one_before_is_intact(tmp_path: Path) -
     saver.save(20, "stage-00000.safetensors", state(2.0), {})
     with pytest.raises(CheckpointError, match="checkpoints before it are untouched"):
         saver.wait()
-    complete(folder)[0].verify()
+    list_complete(folder)[0].verify()
     saver.wait()  # raised once
 
 
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     save(tmp_path, 10)
     with pytest.raises(CheckpointError, match="lacks other"):
-        load_stage(complete(tmp_path)[0], ["w", "other"], "param")
+        load_tensors(list_complete(tmp_path)[0], ["w", "other"], "param")
 
 
 def test_random_state_comes_back(tmp_path: Path) -> None:
@@ -147,9 +149,9 @@ def test_random_state_comes_back(tmp_path: Path) -> None:
     save(tmp_path, 10)
     expected = torch.rand(3)
     torch.manual_seed(6)
-    assert load_random_state(complete(tmp_path)[0], rank=0, ranks=1)
+    assert load_random_state(list_complete(tmp_path)[0], rank=0, ranks=1)
     assert torch.equal(torch.rand(3), expected)
-    assert not load_random_state(complete(tmp_path)[0], rank=0, ranks=2)
+    assert not load_random_state(list_complete(tmp_path)[0], rank=0, ranks=2)
 
 
 def test_a_half_removed_checkpoint_is_not_complete(tmp_path: Path) -> None:
@@ -157,6 +159,7 @@ def test_a_half_removed_checkpoint_is_not_complete(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "step_00000010", tmp_path / "step_00000020")
     (tmp_path / "step_00000020" / "rank-0.safetensors").unlink()
     said: list[str] = []
-    good = newest_good(tmp_path, said.append)
+    with redirected(said.append):
+        good = latest_valid(tmp_path)
     assert good is not None
     assert good.path.name == "step_00000010"

@@ -13,7 +13,8 @@ from finhpc.models.families.presets import resolve_shape
 from finhpc.models.families.registry import make_config
 from finhpc.models.loading import initial_model
 from finhpc.quantization.fake import fake_quantize, plain_name
-from finhpc.settings import PretrainConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.pretrain import PretrainConfig
 from tests.training.processes import run_processes
 
 SAMPLES, SEQ, VOCAB = 16, 32, 211
@@ -106,7 +107,7 @@ def engine_runs(
     runs: list[tuple[str, int, int, int, dict[str, Any]]], steps: int, device: str = "cpu"
 ) -> list[dict[str, Any]]:
     """In one process of the group: each run's losses, norms, this stage's gradients and weights."""
-    from finhpc.training.batches import Blocks
+    from finhpc.training.batches import TokenBatches
     from finhpc.training.engine import Engine
     from finhpc.training.trainer import held_out_loss
 
@@ -136,7 +137,7 @@ def engine_runs(
             out["losses"].append(engine.train_step(batches(tokens(step)), lr_at(config, step)))
             out["norms"].append(engine.grad_norm)
         out["eval"] = engine.evaluate(batches(tokens(99)), micro_batches)
-        feed = Blocks(config.parallel, lambda step, replica: iter(()), tokens(98)[:ODD].numpy())
+        feed = TokenBatches(config.parallel, lambda step, replica: iter(()), tokens(98)[:ODD].numpy())
         out["odd"] = held_out_loss(engine, feed)
         out |= {"raw": engine.raw, "clipped": engine.clipped}
         named = engine.named_parameters()

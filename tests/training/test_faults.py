@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from finhpc.errors import CheckpointError
-from finhpc.training.checkpoint import Checkpointer, complete, newest_good, remove_partial
+from finhpc.training.checkpoint import Checkpointer, latest_valid, list_complete, remove_partial
 from finhpc.training.memory import is_out_of_memory
 from finhpc.training.watchdog import EXIT_CODE
 
@@ -64,15 +64,15 @@ def save_survives(folder: Path, full: AbstractContextManager[None]) -> None:
         saver.save(20, "stage-00000.safetensors", state(50_000), {})
         with pytest.raises(CheckpointError, match=r"could not be written .* make room .* before it are untouched"):
             saver.wait()
-        good = newest_good(folder, print)
+        good = latest_valid(folder)
         assert good is not None
         assert good.step == 10
     remove_partial(folder)  # as the next start does
     saver = Checkpointer(folder, keep=2, attempt="b", rank=0, ranks=1)
     saver.save(20, "stage-00000.safetensors", state(50_000), {})
     saver.wait()
-    assert [saved.step for saved in complete(folder)] == [20, 10]
-    complete(folder)[0].verify()
+    assert [saved.step for saved in list_complete(folder)] == [20, 10]
+    list_complete(folder)[0].verify()
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_intact(small_disk: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from finhpc.lowrank.layers import LowRankEmbedding, LowRankLinear
-from finhpc.settings import Optimizer
+from finhpc.settings.training import Optimizer
 from finhpc.training.optimizer import begin_at, decay_products, forget, learning_rate, make_optimizer, moments, set_lr
 
 

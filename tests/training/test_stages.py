@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from finhpc.log import redirected
 from finhpc.models.families.family import BLOCK, HALVES
 from finhpc.models.pipeline import parts_of
 from finhpc.training.stages import Cut, kept_cut, measure
@@ -48,7 +49,8 @@ def test_a_recomputed_block_is_measured_whole() -> None:
 def _keep(file: Path, stages: int, recompute: str = "none") -> tuple[Cut, list[str]]:
     config = settings("gpt2-tied-dense", stages, 1, 2, recompute=recompute)
     said: list[str] = []
-    return kept_cut(config, hf_config(config), CPU, file, said.append), said
+    with redirected(said.append):
+        return kept_cut(config, hf_config(config), CPU, file), said
 
 
 def test_a_kept_cut_is_taken_by_all_until_the_stages_change_or_the_file_is_damaged(tmp_path: Path) -> None:

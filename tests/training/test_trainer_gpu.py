@@ -15,9 +15,10 @@ from finhpc.data.shards.shards import Shards
 from finhpc.lowrank.replace import ranks_of
 from finhpc.models.families.presets import resolve_shape
 from finhpc.models.families.registry import make_config
-from finhpc.models.initialize import drawn
-from finhpc.settings import PretrainConfig, build
-from finhpc.training.batches import Blocks
+from finhpc.models.initialize import random_fill
+from finhpc.settings.base import build
+from finhpc.settings.pretrain import PretrainConfig
+from finhpc.training.batches import TokenBatches
 from finhpc.training.journal import latest, read
 from tests.gpu import CUDA, DEVICE, alone, needs_gpu
 from tests.tiny import tiny_shards
@@ -71,10 +72,12 @@ def train(folder: Path, config: PretrainConfig, shards: Shards, stop: int = STEP
     worker = Stopping(
         config=config,
         hf_config=hf_config,
-        fill=drawn(hf_config, 0, config.method.init),
+        fill=random_fill(hf_config, 0, config.method.init),
         device=DEVICE,
         folder=folder,
-        feed=Blocks(config.parallel, stream, shards.eval_samples(config.data.eval_samples, config.data.seq_len)),
+        batches=TokenBatches(
+            config.parallel, stream, shards.eval_samples(config.data.eval_samples, config.data.seq_len)
+        ),
     )
     try:
         worker.run()

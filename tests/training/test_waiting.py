@@ -15,9 +15,10 @@ from finhpc.data.shards.shards import Shards
 from finhpc.lowrank.replace import ranks_of
 from finhpc.models.families.presets import resolve_shape
 from finhpc.models.families.registry import make_config
-from finhpc.models.initialize import drawn
-from finhpc.settings import PretrainConfig, build
-from finhpc.training.batches import Blocks
+from finhpc.models.initialize import random_fill
+from finhpc.settings.base import build
+from finhpc.settings.pretrain import PretrainConfig
+from finhpc.training.batches import TokenBatches
 from finhpc.training.journal import latest, read
 from tests.tiny import tiny_shards
 from tests.training.processes import run_processes
@@ -56,10 +57,10 @@ def train(folder: Path, shards: Shards, steps: int, each_s: float = 0.0) -> list
     worker = Trainer(
         config=config,
         hf_config=hf_config,
-        fill=drawn(hf_config, 0, config.method.init),
+        fill=random_fill(hf_config, 0, config.method.init),
         device=torch.device("cpu"),
         folder=folder,
-        feed=Blocks(config.parallel, stream, shards.eval_samples(4, 32)),
+        batches=TokenBatches(config.parallel, stream, shards.eval_samples(4, 32)),
     )
     worker.run()
     found = latest(read(journal, before)[0], "train")

@@ -8,6 +8,7 @@ is made of when the input and not the batch is long, and what a mode of recomput
 from __future__ import annotations
 
 import gc
+import logging
 import statistics
 import time
 from collections.abc import Callable
@@ -20,15 +21,17 @@ import torch
 from finhpc.bench.device import device_of
 from finhpc.bench.measures.finetune import NAMES, lora_engine
 from finhpc.bench.pairs import in_turn, median_ratio, spread
-from finhpc.bench.report import Row, publish, say
+from finhpc.bench.report import Row, publish
 from finhpc.bench.settings import ContextBench
 from finhpc.data.examples.batches import Batches
 from finhpc.data.examples.examples import Arrays
 from finhpc.errors import ConfigError
 from finhpc.models.files.weights import locate, open_weights
-from finhpc.settings import Parallel, Recompute
+from finhpc.settings.training import Parallel, Recompute
 from finhpc.training.engine import Engine
 from finhpc.training.memory import counted_peak, live_tensor_bytes
+
+log = logging.getLogger(__name__)
 
 Way = tuple[int, Recompute]  # tokens, mode
 
@@ -54,7 +57,7 @@ def bench_context(settings: ContextBench) -> dict[str, Any]:
     ways: dict[Way, Callable[[], float]] = {}
     memory: dict[Way, Row] = {}
     for mode in modes:
-        say(f"{mode}: loading the base; then a counted step of each length")
+        log.info(f"{mode}: loading the base; then a counted step of each length")
         gc.collect()
         before = live_tensor_bytes()
         engine = lora_engine(path, settings.bits, settings.rank, batch=1, recompute=mode)
@@ -63,7 +66,7 @@ def bench_context(settings: ContextBench) -> dict[str, Any]:
             memory[length, mode] = _memory(ways[length, mode], before)
     rows: list[Row] = []
     for length in packs:
-        say(f"{length} tokens: {settings.bench.repeats} rounds of a step in each of {len(modes)} modes")
+        log.info(f"{length} tokens: {settings.bench.repeats} rounds of a step in each of {len(modes)} modes")
         seconds = in_turn({mode: ways[length, mode] for mode in modes}, settings.bench.repeats)
         least = memory[length, "none"]["peak_memory_bytes"]
         rows += [

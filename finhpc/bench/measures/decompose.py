@@ -11,6 +11,7 @@ Then every layer's error is measured against the smallest there is, from a float
 
 from __future__ import annotations
 
+import logging
 import os
 import statistics
 import tempfile
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from finhpc.bench.pairs import in_turn, median_ratio, spread
-from finhpc.bench.report import Row, publish, say
+from finhpc.bench.report import Row, publish
 from finhpc.bench.settings import DecomposeBench
 from finhpc.cluster.own_ray import own_ray
 from finhpc.errors import ConfigError
@@ -36,8 +37,11 @@ from finhpc.lowrank.replace import dense_shape, layer_kind
 from finhpc.models.families.presets import resolve_shape
 from finhpc.models.families.registry import make_config
 from finhpc.models.files.weights import Linear, Weights, open_weights
-from finhpc.settings import DecomposeConfig, Resources
+from finhpc.settings.decompose import DecomposeConfig
+from finhpc.settings.training import Resources
 from finhpc.training.allocator import give_back_freed_memory
+
+log = logging.getLogger(__name__)
 
 Shape = tuple[int, int]
 SVD, ONE = "torch.linalg.svd", "1 worker"
@@ -62,7 +66,7 @@ def bench_decompose(settings: DecomposeBench) -> dict[str, Any]:
     with cluster, tempfile.TemporaryDirectory(prefix="decompose-", dir=out) as name:
         folder = Path(name)
         weights = open_weights(settings.path or _write_model(folder / "dense", settings))
-        say(f"{len(_linears(weights))} weights, {settings.bench.repeats} rounds")
+        log.info(f"{len(_linears(weights))} weights, {settings.bench.repeats} rounds")
         give_back_freed_memory()
         plain, ours = Plain(weights, settings, folder), Ours(weights, settings, folder)
         ours.seconds(threads)  # the workers' processes are up and have imported torch

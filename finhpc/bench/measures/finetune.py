@@ -8,6 +8,7 @@ batches in random order. In turn, pass after pass; a pass's first step warms up 
 from __future__ import annotations
 
 import gc
+import logging
 import random
 import statistics
 import tempfile
@@ -25,17 +26,20 @@ from finhpc.bench.device import device_of
 from finhpc.bench.measures.train import one_process_group
 from finhpc.bench.pairs import in_turn, median_ratio, spread
 from finhpc.bench.plain.finetune import Pass, Passes, adapters, peft_model, plain_passes, trainer_passes
-from finhpc.bench.report import Row, publish, say
+from finhpc.bench.report import Row, publish
 from finhpc.bench.settings import FinetuneBench
 from finhpc.data.examples.batches import Batches
 from finhpc.data.examples.examples import Arrays, make_examples
 from finhpc.errors import ConfigError
 from finhpc.models.files.weights import locate, open_weights
-from finhpc.models.lora.frozen_base import Adaptation
-from finhpc.settings import Instructions, Recompute, build
-from finhpc.settings.finetune import FinetuneConfig
+from finhpc.models.lora.model import LoraModel
+from finhpc.settings.base import build
+from finhpc.settings.finetune import FinetuneConfig, Instructions
+from finhpc.settings.training import Recompute
 from finhpc.training.engine import Engine
 from finhpc.training.memory import counted_peak, live_tensor_bytes
+
+log = logging.getLogger(__name__)
 
 NAMES = {16: "bf16", 8: "int8", 4: "nf4"}
 OURS, PLAIN, TRAINER = "finhpc", "peft's loop", "HF Trainer"  # both with transformers and peft
@@ -119,7 +123,7 @@ def _base(
     settings: FinetuneBench, path: Path, bits: int, arrays: Arrays, batches: list[range], pad: int
 ) -> tuple[list[Row], dict[str, float]]:
     """All ways beside one base."""
-    say(f"{NAMES[bits]}: loading the models; then {settings.bench.repeats} rounds of a pass each")
+    log.info(f"{NAMES[bits]}: loading the models; then {settings.bench.repeats} rounds of a pass each")
     lengths = np.diff(arrays.offsets)
     longest = max(batches, key=lambda batch: int(lengths[batch].max()))
     gc.collect()
@@ -141,7 +145,7 @@ def _base(
         def timed(name: str) -> float:
             made = ways[name](batches)
             losses[name] = made.losses
-            say(f"{NAMES[bits]}: {name}: {made.seconds:.1f} s")
+            log.info(f"{NAMES[bits]}: {name}: {made.seconds:.1f} s")
             return made.seconds
 
         seconds = in_turn({name: partial(timed, name) for name in ways}, settings.bench.repeats)
@@ -183,8 +187,8 @@ def lora_engine(path: Path, bits: int, rank: int, batch: int, recompute: Recompu
     )
     device = torch.device("cpu")
     one_process_group(device)
-    adaptation = Adaptation.of(config, open_weights(path))
-    return Engine(config, adaptation.hf_config, device, adapt=adaptation)
+    lora_model = LoraModel.of(config, open_weights(path))
+    return Engine(config, lora_model.hf_config, device, adapt=lora_model)
 
 
 def _engine_passes(engine: Engine, arrays: Arrays, lr: float) -> Passes:

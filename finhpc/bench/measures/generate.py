@@ -5,6 +5,7 @@ Random weights of the shapes: the speed of greedy decoding does not depend on th
 
 from __future__ import annotations
 
+import logging
 import re
 import statistics
 import tempfile
@@ -18,24 +19,29 @@ from torch import Tensor, nn
 
 from finhpc.bench.device import device_of
 from finhpc.bench.pairs import in_turn, median_ratio, spread
-from finhpc.bench.report import Row, publish, say
+from finhpc.bench.report import Row, publish
 from finhpc.bench.settings import GenerateBench
 from finhpc.commands.export import export
 from finhpc.errors import ConfigError
 from finhpc.generation.decoder import Decoder
-from finhpc.generation.fast_layers import use_fast_forms
+from finhpc.generation.fast_layers import use_fast_layers
 from finhpc.generation.generator import tensor_bytes
 from finhpc.generation.sampling import decode
 from finhpc.lowrank.replace import layer_kind
 from finhpc.models.families.presets import PRESETS
 from finhpc.models.families.registry import make_config, skeleton
 from finhpc.models.loading import load_model
-from finhpc.models.lora.attached import Adapters
+from finhpc.models.lora.multi_lora import Adapters
 from finhpc.models.lora.peft_format import Adapter
 from finhpc.models.lora.targets import linear_shape
-from finhpc.quantization.layers import PackedMatrix, replace
+from finhpc.quantization.layers import QuantizedMatrix, replace
 from finhpc.quantization.schemes import SCHEMES
-from finhpc.settings import LINEAR_KINDS, ExportConfig, Sampling, build, nearest
+from finhpc.settings.base import build, nearest
+from finhpc.settings.export import ExportConfig
+from finhpc.settings.generate import Sampling
+from finhpc.settings.pretrain import LINEAR_KINDS
+
+log = logging.getLogger(__name__)
 
 BANDWIDTH_BYTES = 800_000_000
 THEIRS, DENSE = "HF dense", "dense, or merged"  # ways; the second is also B A multiplied out
@@ -109,7 +115,7 @@ def random_model(preset: str, rank: int | None, bits: int, dtype: torch.dtype, d
                 parameter.normal_(0, 0.02)
             else:
                 parameter.fill_(0.0 if name == "bias" else 1.0)
-        if isinstance(module, PackedMatrix):
+        if isinstance(module, QuantizedMatrix):
             module.weight.random_(0, 256)
             module.scale.fill_(0.1 / 2**bits)
             module.zero.fill_(-0.05)
@@ -184,7 +190,7 @@ def _shape(
                 models[f"rank {rank}, {scheme}"] = (exported(preset, rank, bits, scheme, dtype, device), bits)
     for name, (model, _) in models.items():
         if name != THEIRS:
-            use_fast_forms(model)
+            use_fast_layers(model)
     rows, ratio = [], 0.0
     for batch in settings.batches:
         tokens = torch.randint(0, PRESETS[preset].vocab_size, (batch, settings.prompt), device=device)
@@ -192,7 +198,7 @@ def _shape(
             name: theirs(model, tokens) if name == THEIRS else ours(Decoder(model), tokens)
             for name, (model, _) in models.items()
         }
-        say(f"{preset}, batch {batch}: {settings.bench.repeats} rounds of {len(ways)} ways")
+        log.info(f"{preset}, batch {batch}: {settings.bench.repeats} rounds of {len(ways)} ways")
         for way in ways.values():
             way(2)  # warms up
         first = in_turn({name: partial(way, 1) for name, way in ways.items()}, settings.bench.repeats)
@@ -239,9 +245,9 @@ def _cache(settings: GenerateBench, preset: str, rank: int, device: torch.device
     """Speed with the cache over that without, of the low-rank model; tokens are counted in the passes."""
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     decoder = Decoder(random_model(preset, rank, 16, dtype, device))
-    use_fast_forms(decoder.model)
+    use_fast_layers(decoder.model)
     tokens = torch.randint(0, PRESETS[preset].vocab_size, (1, settings.prompt), device=device)
-    say("with and without the cache")
+    log.info("with and without the cache")
     rows, seconds = [], {}
     for cache in (True, False):
         decoder.computed_tokens = 0
@@ -273,7 +279,7 @@ def _adapters(settings: GenerateBench, device: torch.device) -> tuple[float, lis
         adapters.choose(names[way])
         return run(settings.new)
 
-    say(f"{settings.adapters} adapters over one {settings.adapters_model}")
+    log.info(f"{settings.adapters} adapters over one {settings.adapters_model}")
     measure("base alone")
     seconds = in_turn({way: partial(measure, way) for way in names}, settings.bench.repeats)
     rows: list[Row] = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import statistics
 import subprocess
@@ -12,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from finhpc.bench.pairs import in_turn, median_ratio, spread
-from finhpc.bench.report import Row, say
+from finhpc.bench.report import Row
 from finhpc.bench.settings import TrainBench
 from finhpc.bench.shards import random_shards
 from finhpc.errors import TrainingFailedError
-from finhpc.settings import PretrainConfig, to_yaml
+from finhpc.settings.base import to_yaml
+from finhpc.settings.pretrain import PretrainConfig
+
+log = logging.getLogger(__name__)
 
 LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-3}  # relative; the two must train the same model on the same batches
 
@@ -39,7 +43,7 @@ def overhead(config: PretrainConfig, settings: TrainBench) -> tuple[list[Row], d
         found: dict[str, list[list[dict[str, float]]]] = {"finhpc": [], "plain": []}
 
         def measure(way: str) -> float:
-            say(f"{precision}, {way}: {steps} steps (pair {len(found[way]) + 1} of {settings.overhead_pairs})")
+            log.info(f"{precision}, {way}: {steps} steps (pair {len(found[way]) + 1} of {settings.overhead_pairs})")
             config.run.name = f"run-{len(found['finhpc'])}"
             found[way].append((_finhpc if way == "finhpc" else _plain)(config, folder))
             return _tokens_per_s(found[way][-1], config)

@@ -8,6 +8,7 @@ processes that are not measured wait for a message and compute nothing.
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import socket
@@ -20,10 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from finhpc.bench.pairs import in_turn, median_ratio, spread
-from finhpc.bench.report import Row, publish, say
+from finhpc.bench.report import Row, publish
 from finhpc.bench.settings import PipelineBench
 from finhpc.errors import ConfigError, TrainingFailedError
-from finhpc.settings import PretrainConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.pretrain import PretrainConfig
+
+log = logging.getLogger(__name__)
 
 LR = 1e-4
 
@@ -37,12 +41,12 @@ def bench_pipeline(settings: PipelineBench) -> dict[str, Any]:
     began = time.perf_counter()
     stages, cuda = settings.stages, _cuda(settings)
     with ExitStack() as stack:
-        say(f"starting one process, and {stages} for the pipeline; then {settings.bench.repeats} pairs for each M")
+        log.info(f"starting one process, and {stages} for the pipeline; then {settings.bench.repeats} pairs for each M")
         one = stack.enter_context(group(1, settings.resources.threads, cuda))
         pipeline = stack.enter_context(group(stages, settings.resources.threads, cuda))
         ask(one, ("build", run_config(settings, 1), None))
         cut, counted = ask(pipeline, ("build", run_config(settings, stages), "measured"))[0]
-        say(f"stages cut by measured cost: {cut}")
+        log.info(f"stages cut by measured cost: {cut}")
         rows, loads = [], {}
         for m in settings.micro_batches:
             rows.append(_row(settings, "measured cost", m, one, pipeline))
@@ -101,7 +105,7 @@ def _row(settings: PipelineBench, name: str, m: int, one: Group, pipeline: Group
     )
     utilization, ideal = median_ratio(found["one"], found["pipe"]) / stages, m / (stages + m - 1)
     busiest = [statistics.median(pair[i] for pair in busy) for i in range(stages)]
-    say(f"{name}, M={m}: utilisation {utilization:.3f} of ideal {ideal:.3f}")
+    log.info(f"{name}, M={m}: utilisation {utilization:.3f} of ideal {ideal:.3f}")
     return {
         "cut": name,
         "micro_batches": m,
@@ -188,14 +192,14 @@ def _build(config: PretrainConfig, borders: Any, device: Any) -> tuple[Any, Any]
     from finhpc.lowrank.replace import ranks_of
     from finhpc.models.families.presets import resolve_shape
     from finhpc.models.families.registry import make_config, skeleton
-    from finhpc.models.pipeline import counted_costs, parts_of, stage_borders
+    from finhpc.models.pipeline import estimated_costs, parts_of, stage_borders
     from finhpc.training.engine import Engine
     from finhpc.training.stages import measured_cut
 
     hf_config = make_config(resolve_shape(config.model, None), ranks_of(config.method), config.method.kind)
     cut = measured_cut(config, hf_config, device) if borders == "measured" else None
     row = parts_of(hf_config, config.train.recompute)
-    costs = counted_costs(row, skeleton(hf_config), config.data.seq_len)
+    costs = estimated_costs(row, skeleton(hf_config), config.data.seq_len)
     counted = stage_borders(row, costs, config.parallel.stages)
     return Engine(config, hf_config, device, cut.borders if cut else borders), (cut, counted)
 

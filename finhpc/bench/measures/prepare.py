@@ -13,6 +13,7 @@ datasets.map are compared.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import statistics
@@ -35,7 +36,9 @@ from finhpc.data.text import sources
 from finhpc.data.text.encoding import training_sample
 from finhpc.data.text.tokenizer import Encoder, save, trained_size
 from finhpc.errors import DataError
-from finhpc.settings import PrepareConfig
+from finhpc.settings.prepare import PrepareConfig
+
+log = logging.getLogger(__name__)
 
 USUAL_TOKENS_PER_S = 350_000  # of datasets.map with two processes, to say beforehand how long it takes
 FINHPC, PLAIN, TENTH, ALONE = "finhpc", "datasets.map", "finhpc, a tenth", "tiktoken, one core"
@@ -64,10 +67,10 @@ class Workshop:
 
     def measure(self, name: str) -> float:
         """Run a way once more; returns its seconds."""
-        _say(f"{name} ...")
+        log.info(f"{name} ...")
         found = _run(*self._way(name))
         self.passes.setdefault(name, []).append(found)
-        _say(f"{name}: {found.wall_s:.1f} s, {found.tokens / found.wall_s:,.0f} tokens/s")
+        log.info(f"{name}: {found.wall_s:.1f} s, {found.tokens / found.wall_s:,.0f} tokens/s")
         return found.wall_s
 
     def _way(self, name: str) -> tuple[str, dict[str, Any]]:
@@ -96,7 +99,7 @@ def bench_prepare(settings: PrepareBench) -> dict[str, Any]:
         shop = Workshop(Path(folder), settings, settings.workers or os.cpu_count() or 1)
         slow_because = _furnish(shop)
         each = settings.tokens / USUAL_TOKENS_PER_S * 2 / shop.workers
-        _say(f"{settings.bench.repeats} rounds, of which datasets.map takes about {each:,.0f} s each")
+        log.info(f"{settings.bench.repeats} rounds, of which datasets.map takes about {each:,.0f} s each")
         if slow_because is None:
             shop.measure(ALONE)
         ways: dict[str, Callable[[], float]] = {
@@ -129,7 +132,7 @@ def _furnish(shop: Workshop) -> str | None:
     shop.tokenizer = settings.tokenizer if trained_size(settings.tokenizer) is None else str(saved)
     encoder = Encoder(saved)
     for name, tokens in (("corpus", settings.tokens), ("tenth", settings.tokens // 10)):
-        _say(f"writing {tokens:,} tokens of salted text")
+        log.info(f"writing {tokens:,} tokens of salted text")
         write_salted(shop.folder / name, settings.source, encoder, tokens)
     return encoder.slow_because
 
@@ -192,7 +195,3 @@ def _conditions(shop: Workshop, slow_because: str | None) -> Row:
         "repeats": shop.settings.bench.repeats,
         "versions": ", ".join(f"{name} {version(name)}" for name in ("datasets", "tokenizers", "tiktoken")),
     }
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

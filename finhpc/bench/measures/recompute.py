@@ -7,6 +7,7 @@ turn over the same weights, in one process without Ray and without the optimiser
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from collections.abc import Callable
@@ -18,17 +19,19 @@ from torch import Tensor
 
 from finhpc.bench.device import device_of, timed
 from finhpc.bench.pairs import in_turn, median_ratio, spread
-from finhpc.bench.report import Row, publish, say
+from finhpc.bench.report import Row, publish
 from finhpc.bench.settings import RecomputeBench
 from finhpc.lowrank.replace import ranks_of
 from finhpc.models.families.presets import resolve_shape
 from finhpc.models.families.registry import make_config, skeleton
-from finhpc.models.initialize import drawn
+from finhpc.models.initialize import random_fill
 from finhpc.models.loading import initial_model
-from finhpc.models.pipeline import Layer, parts_of
-from finhpc.settings import Recompute
+from finhpc.models.pipeline import PipelineLayer, parts_of
+from finhpc.settings.training import Recompute
 from finhpc.training.activation_bytes import block_saved_bytes
 from finhpc.training.memory import counted_peak
+
+log = logging.getLogger(__name__)
 
 
 def bench_recompute(settings: RecomputeBench) -> dict[str, Any]:
@@ -46,7 +49,7 @@ def bench_recompute(settings: RecomputeBench) -> dict[str, Any]:
     modes: tuple[Recompute, ...] = get_args(Recompute)
     ways = {mode: _passes(settings, hf_config, mode, weights, tokens) for mode in modes}
     peaks = {mode: _peak(way, device) for mode, way in ways.items()}  # warms up too
-    say(f"{settings.bench.repeats} rounds of a forward and a backward pass in each of {len(ways)} modes")
+    log.info(f"{settings.bench.repeats} rounds of a forward and a backward pass in each of {len(ways)} modes")
     seconds = in_turn({mode: partial(timed, way, device) for mode, way in ways.items()}, settings.bench.repeats)
     kept = {mode: _block_bytes(settings, hf_config, mode, weights) for mode in modes}
     rows: list[Row] = [
@@ -88,8 +91,8 @@ def _passes(
 ) -> Callable[[], None]:
     """One forward and one backward pass; the gradients are dropped."""
     model, bf16 = _sharing(hf_config, recompute, weights), settings.precision == "bf16"
-    fill = drawn(hf_config, 0, "normal")
-    layers = [Layer(part, model, tokens.device, fill, bf16) for part in parts_of(hf_config, recompute)]
+    fill = random_fill(hf_config, 0, "normal")
+    layers = [PipelineLayer(part, model, tokens.device, fill, bf16) for part in parts_of(hf_config, recompute)]
     parameters = list(model.parameters())
 
     def passes() -> None:

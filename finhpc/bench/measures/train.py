@@ -11,6 +11,7 @@ Two questions, each answered in turn-by-turn measurements:
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import statistics
@@ -28,13 +29,16 @@ from finhpc.bench.measures.overhead import overhead
 from finhpc.bench.pairs import median_ratio, spread
 from finhpc.bench.plain.pretrain import Step, parts_step, transformers_step
 from finhpc.bench.profile import profiled
-from finhpc.bench.report import Row, publish, say
+from finhpc.bench.report import Row, publish
 from finhpc.bench.settings import TrainBench
 from finhpc.lowrank.replace import ranks_of
 from finhpc.models.families.presets import resolve_shape
 from finhpc.models.families.registry import make_config, skeleton
-from finhpc.settings import PretrainConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.pretrain import PretrainConfig
 from finhpc.training.engine import Engine
+
+log = logging.getLogger(__name__)
 
 LR = 1e-4
 
@@ -102,7 +106,7 @@ def operations(hf_config: Any, seq_len: int) -> float:
 def _low_rank_and_dense(
     settings: TrainBench, precision: str, device: torch.device
 ) -> tuple[list[Row], dict[str, float], list[Row]]:
-    say(f"{precision}: building the models; then {settings.bench.repeats} rounds of a step each")
+    log.info(f"{precision}: building the models; then {settings.bench.repeats} rounds of a step each")
     ways, configs = _ways(settings, precision, device)
     draw = torch.Generator().manual_seed(0)
     vocab = int(configs["dense, finhpc"].vocab_size)
@@ -114,7 +118,7 @@ def _low_rank_and_dense(
             if round_ >= 0:
                 seconds[name].append(took)
         if round_ >= 0:
-            say(f"{precision}: round {round_ + 1} of {settings.bench.repeats}")
+            log.info(f"{precision}: round {round_ + 1} of {settings.bench.repeats}")
     profiles = [
         {"precision": precision, "way": name} | profiled(partial(way, tokens, LR), device)
         for name, way in ways.items()

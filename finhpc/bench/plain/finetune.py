@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from finhpc.data.examples.examples import Arrays
-from finhpc.models.packed.layout import IGNORED
+from finhpc.models.packing.layout import IGNORED
 
 
 class Pass(NamedTuple):

@@ -29,7 +29,7 @@ BATCH = 100  # documents `datasets.map` hands to the tokeniser at a time
 def finhpc_prepare(corpus: str, tokenizer: str, out: str, workers: int, shape: dict[str, Any]) -> None:
     """finhpc's whole job, Ray already up: reading, duplicates, split, ids, blocks, verified shards on disk."""
     from finhpc.commands.prepare import prepare
-    from finhpc.settings import PrepareConfig
+    from finhpc.settings.prepare import PrepareConfig
 
     with own_ray(workers):
         _say("ready")

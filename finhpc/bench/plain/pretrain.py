@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from finhpc.models.loading import initial_model
 from finhpc.models.pipeline import parts_of
-from finhpc.settings import PretrainConfig
+from finhpc.settings.pretrain import PretrainConfig
 from finhpc.training.optimizer import make_optimizer, set_lr
 
 Step = Callable[[Tensor, float], float]  # (tokens (batch, seq), learning rate) -> loss in nats
@@ -119,6 +119,6 @@ if __name__ == "__main__":  # one JSON list on stdout: python -m finhpc.bench.pl
     import json
     import sys
 
-    from finhpc.settings import load
+    from finhpc.settings.base import load
 
     print(json.dumps(run_plain(load(PretrainConfig, sys.argv[1]))))

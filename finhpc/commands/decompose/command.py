@@ -8,6 +8,7 @@ in memory together.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import time
 from collections.abc import Iterable
@@ -50,9 +51,12 @@ from finhpc.models.files.manifest import check_manifest, write_manifest
 from finhpc.models.files.tokenizer import find_tokenizer
 from finhpc.models.files.tokens import check_rows
 from finhpc.models.files.weights import Weights, locate, open_weights
-from finhpc.screen import Progress, echo
-from finhpc.settings import LINEAR_KINDS, DecomposeConfig
+from finhpc.screen import Progress
+from finhpc.settings.decompose import DecomposeConfig
+from finhpc.settings.pretrain import LINEAR_KINDS
 from finhpc.training.allocator import give_back_freed_memory
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 RESULT = "result.json"
@@ -121,7 +125,7 @@ def _factorize(groups: list[Group], weights: Weights, task: Factorization, confi
     pending = [group for group in groups if not group.result(task.work).is_file()]
     layers, left = (sum(len(group.targets) for group in some) for some in (groups, pending))
     if left < layers:
-        echo(f"continuing: {layers - left} of {layers} layers are done")
+        log.info(f"continuing: {layers - left} of {layers} layers are done")
     peaks: dict[int, int] = {}
     if not pending:
         return peaks
@@ -246,11 +250,11 @@ def _dry_run(config: DecomposeConfig, weights: Weights, targets: list[Target]) -
     }
     if all(target.rank is not None for target in targets):
         result |= _result(config, weights, reports) | {"status": "dry_run", "model": None}
-        echo(
+        log.info(
             f"parameters {result['params_total'] / 1e6:,.2f} M, dense {result['params_dense'] / 1e6:,.2f} M "
             f"({result['compression_ratio']:.2f} x); linear layers keep {result['linear_params_kept']:.1%}"
         )
     else:
         result |= {"params_total": None, "compression_ratio": None, "layers": reports}
-        echo(f"{len(reports)} layers; their ranks come from their spectra")
+        log.info(f"{len(reports)} layers; their ranks come from their spectra")
     return result

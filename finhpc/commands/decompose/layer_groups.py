@@ -34,7 +34,8 @@ from finhpc.lowrank.factorize import (
 from finhpc.lowrank.ranks import rank_of_energy, rank_of_params
 from finhpc.models.files.weights import Linear, Weights, opened
 from finhpc.models.pipeline import parts_of
-from finhpc.settings import LINEAR_KINDS, DecomposeConfig
+from finhpc.settings.decompose import DecomposeConfig
+from finhpc.settings.pretrain import LINEAR_KINDS
 from finhpc.training.allocator import give_back_freed_memory
 from finhpc.training.memory import peak_resident_bytes
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from finhpc.commands.decompose.layer_groups import Group, Report
-from finhpc.screen import echo, rows_table, summary_table
+from finhpc.screen import rows_table, summary_table
+
+log = logging.getLogger(__name__)
 
 
 def save_spectra(groups: list[Group], work: Path, path: Path) -> None:
@@ -71,7 +74,7 @@ def summary(result: dict[str, Any]) -> None:
         )
     rows_table("decompose", rows)
     if larger := [report["name"] for report in result["layers"] if _grows(report)]:
-        echo(f"{len(larger)} layers, such as {larger[0]}, are larger than dense; a lower rank would save memory")
+        log.info(f"{len(larger)} layers, such as {larger[0]}, are larger than dense; a lower rank would save memory")
     lines = [
         ("source", result["source"]),
         ("parameters", f"{result['params_total'] / 1e6:,.2f} M, dense {result['params_dense'] / 1e6:,.2f} M"),

@@ -1,21 +1,37 @@
-"""`finhpc estimate`: what a pretraining or a finetuning needs, before it starts."""
+"""`finhpc estimate`: the memory and time that a pretraining or a finetuning needs, before it starts."""
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
-from finhpc.settings import EstimateConfig, FinetuneEstimateConfig
+from finhpc.settings.estimate import EstimateConfig, FinetuneEstimateConfig
+
+log = logging.getLogger(__name__)
 
 
 def estimate(config: EstimateConfig | FinetuneEstimateConfig, dry_run: bool = False) -> dict[str, Any]:
-    """Plan the run of `config` on the hardware of its `estimate` section; print tables, return the result.
+    """Plan the run of `config` on the hardware of its `estimate` section; print tables and return the result.
 
-    Nothing is trained or written. `dry_run` refuses to measure this machine. Raises `ConfigError` with every problem.
+    Nothing is trained or written. With `estimate.device this-machine` the parts of the model of a pretraining are
+    measured here, by as many processes as the run has workers; `dry_run` refuses that. Raises `ConfigError` with
+    every problem.
     """
     if isinstance(config, FinetuneEstimateConfig):
-        from finhpc.commands.estimate.finetuning import estimate_finetune
+        from finhpc.commands.estimate.finetuning import ASSUMED, estimate_finetune
 
-        return estimate_finetune(config)
-    from finhpc.commands.estimate.pretraining import estimate_pretrain
+        result = estimate_finetune(config)
+    else:
+        from finhpc.commands.estimate.pretraining import ASSUMED, estimate_pretrain
 
-    return estimate_pretrain(config, dry_run)
+        result = estimate_pretrain(config, dry_run)
+    assumed = []
+    for name in ASSUMED:
+        section, _, key = name.partition(".")
+        values = getattr(config, section)
+        if key not in values.model_fields_set:
+            assumed.append(f"{name}={getattr(values, key)}")
+    if assumed:
+        log.info(f"assumed, because they are not set: {', '.join(assumed)}; set what your run has.")
+    result["estimate"]["assumed"] = assumed
+    return result

@@ -1,158 +1,104 @@
-"""`finhpc estimate finetune`: what a finetuning would need in memory and time, before any is spent."""
+"""The estimate of a finetuning: by stage, by the bits of its base, and next to the paper's Table IX."""
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from finhpc.commands.estimate.finetuning_tables import show
-from finhpc.commands.estimate.measure_parts import adapted_part_seconds
-from finhpc.commands.estimate.pretraining import assumed_settings, check_device, cluster_of, stages_of
-from finhpc.commands.estimate.run_time import FORWARD, Opened, measurable, this_machine_busy, training_time
+from finhpc.commands.estimate.figures import check_device, cluster_of, dry_run_figures, estimate_result, stages_of
+from finhpc.commands.estimate.measure_parts import lora_part_seconds
+from finhpc.commands.estimate.run_time import FORWARD, Opened, this_machine_busy, training_time
+from finhpc.commands.estimate.tables import show_finetuning
 from finhpc.data.examples.batches import Batches
 from finhpc.data.examples.examples import Examples
-from finhpc.errors import ConfigError
+from finhpc.errors import ConfigError, collect
 from finhpc.models.families.presets import PRESETS, resolve_shape
 from finhpc.models.families.registry import FAMILIES, context_name, context_of, dense_original, parameter_count
 from finhpc.models.files.weights import Weights, locate, open_weights
-from finhpc.models.lora.frozen_base import Adaptation
-from finhpc.models.packed.layout import Segments, segments_of
-from finhpc.planning import table_ix
-from finhpc.planning.devices import CPU_REACHED, REACHED, THIS_MACHINE, Cluster, gpu_here, this_machine
+from finhpc.models.lora.model import LoraModel
+from finhpc.models.packing.layout import Segments, segments_of
+from finhpc.planning import paper
+from finhpc.planning.devices import THIS_MACHINE, Cluster
 from finhpc.planning.fake_packs import PackSize, Shapes
-from finhpc.planning.finetuning import FinetunePlan
+from finhpc.planning.finetuning import LoraCosts
 from finhpc.planning.memory import Topology
-from finhpc.planning.plan import check_parallel, check_stages, collect
-from finhpc.planning.step_time import Pace
-from finhpc.settings import FinetuneConfig, FinetuneEstimateConfig, Model, nearest
+from finhpc.planning.plan import check_parallel, check_stages
+from finhpc.settings.base import nearest
+from finhpc.settings.estimate import FinetuneEstimateConfig
+from finhpc.settings.finetune import FinetuneConfig
+from finhpc.settings.pretrain import Model
 from finhpc.training.optimizer import check_optimizer
+
+log = logging.getLogger(__name__)
 
 ASSUMED = ("lora.rank", "quantization.bits", "estimate.tokens", "train.precision", "parallel.micro_batch_size")
 BITS = (16, 8, 4)
-PACKS_LOOKED_AT = 200  # steps whose packs a dry run makes
+STEPS_SAMPLED = 200  # steps whose packs a dry run makes
 
 
 def estimate_finetune(config: FinetuneEstimateConfig) -> dict[str, Any]:
-    """Plan the finetuning of `config` on the hardware of its `estimate` section; print tables, return the result.
-
-    Nothing is read but the base's config, nothing trained or written. Raises `ConfigError` with every problem.
-    """
-    weights, adaptation = checked(config)
-    cluster, topology = _cluster(config), _topology(config)
-    pack = pack_of(config)
-    cuda = config.estimate.device != THIS_MACHINE
-    plan = FinetunePlan(adaptation, pack, topology, cuda)
-    base = sum(parameter.numel() for parameter in weights.skeleton.parameters())
-    dense = parameter_count(dense_original(weights.config))
+    """Plan the finetuning of `config`, see `estimate`; only the base's config is read."""
+    weights, lora_model = checked(config)
+    cluster, topology = cluster_of(config), Topology.of(config)
+    costs = LoraCosts(lora_model, pack_of(config), topology, cuda=config.estimate.device != THIS_MACHINE)
+    total = sum(parameter.numel() for parameter in weights.skeleton.parameters()) + costs.trained
     tokens = topology.samples_per_step * config.estimate.tokens
-    result: dict[str, Any] = {
-        "status": "dry_run",
-        "params_total": base + plan.trained,
-        "params_trainable": plan.trained,
-        "params_dense": dense,
-        "compression_ratio": dense / (base + plan.trained),
-        "tokens_per_s": None,
-        "peak_memory_bytes": None,
-        "pipeline_utilization": None,
-        "pipeline_utilization_ideal": topology.utilization,
-        "estimate": {
-            "device": asdict(cluster.device) | {"usable_bytes": cluster.usable, "reached": cluster.reached},
-            "stages": stages_of(plan.stages(), cluster.usable),
-            "by_bits": list(_by_bits(plan, cluster, tokens)),
-            **timing(plan, plan.pace(cluster), tokens),
-            "table_ix": _beside_table_ix(config, plan),
-            "differences": [asdict(difference) for difference in table_ix.DIFFERENCES],
-        },
+    params = total, costs.trained, parameter_count(dense_original(weights.config))
+    result = estimate_result(costs, cluster, costs.pace(cluster), tokens, params)
+    result["estimate"] |= {
+        "by_bits": list(_by_bits(costs, cluster, tokens)),
+        "table_ix": _next_to_table_ix(config.model.preset, costs),
+        "differences": paper.differences("finetuning"),
     }
-    show(config, cluster, result)
-    if assumed := assumed_settings(config, ASSUMED):
-        print(f"assumed, as no setting says it: {', '.join(assumed)}; set what your run has.", file=sys.stderr)
-    result["estimate"]["assumed"] = assumed
+    show_finetuning(config, cluster, result)
     return result
 
 
 def of_examples(
     config: FinetuneConfig,
-    adaptation: Adaptation,
+    lora_model: LoraModel,
     examples: Examples,
     batches: Batches,
     cuda: bool,
     here: bool,
     measures: bool = True,
 ) -> dict[str, Any]:
-    """Memory by stage and the time of a step, as a dry run of a finetuning shows them.
+    """The figures of a dry run: memory with the largest pack of the first steps, and time with the median one.
 
-    Memory is that of the largest pack of the first steps, time that of the mean one. `here`: whether the run would be
-    on this machine; else, and on a GPU without a data sheet here, its time is not known (null).
+    See `dry_run_figures` for `here`; `measures`: whether the model's parts may be measured.
     """
-    opened, per_step = Opened.now(), config.parallel.samples_per_step
-    steps = min(config.train.steps, PACKS_LOOKED_AT, -(-len(examples.train) // per_step))
-    packs = [made["pack"] for step in range(steps) for made in batches.step(examples.train, step, 0)]
+    opened, per_step, topology = Opened.now(), config.parallel.samples_per_step, Topology.of(config)
+    steps = min(config.train.steps, STEPS_SAMPLED, -(-len(examples.train) // per_step))
+    packs = [batch["pack"] for step in range(steps) for batch in batches.step(examples.train, step, 0)]
     sizes = [pack.shape[2] for pack in packs]
     largest, middle = packs[int(np.argmax(sizes))], packs[int(np.argsort(sizes)[len(sizes) // 2])]
-    topology = _topology(config)
-    plan = FinetunePlan(adaptation, _size(largest), topology, cuda)
-    numbers: dict[str, Any] = {
-        "stages": stages_of(plan.stages()),
-        "operations_per_step": None,
-        "step_s": None,
-        "tokens_per_s": None,
-        "how": None,
-        "reckoned_step_s": None,
-        "run_s": None,
-        "not_counted": [],
-    }
-    usual = replace(plan, pack=_size(middle))
-    numbers["operations_per_step"] = usual.operations() * topology.micro_batches * topology.replicas
-    device = None
-    if here:
-        device = gpu_here() if cuda else this_machine(topology.workers, config.resources.threads)
-    if device is not None:
-        reached = REACHED if cuda else CPU_REACHED
-        cluster = Cluster(device, 1, topology.workers, device.memory_gb * 1e9, reached, config.train.precision)
-        pace, numbers["how"] = usual.pace(cluster), device.said(config.train.precision, reached)
-        numbers["reckoned_step_s"] = pace.step_s
-        if measures and not cuda and measurable(pace, [part.kind for part in usual.parts]):
-            seconds = adapted_part_seconds(adaptation, middle, config.resources.threads)
-            stage_s = [sum(seconds[part.kind] for part in parts) for parts in usual.cut]
-            pace, numbers["how"] = replace(pace, stage_s=stage_s), "its parts measured on this machine"
-        lengths = np.diff(examples.train.offsets)
-        numbers |= timing(usual, pace, per_step * float(lengths.mean()))
+    costs = LoraCosts(lora_model, _size(middle), topology, cuda)
+    tokens = per_step * float(np.diff(examples.train.offsets).mean())
+    measure = partial(lora_part_seconds, lora_model, middle, config.resources.threads) if measures else None
+    numbers, pace = dry_run_figures(costs, config, tokens, cuda, here, measure)
+    numbers["stages"] = stages_of(replace(costs, pack=_size(largest)).stages())
+    if pace is not None:
         scored = min(len(examples.held_out), config.data.eval_limit or len(examples.held_out))
         eval_batches = -(-scored // (topology.micro_batch_size * topology.replicas))
         time = training_time(config, pace, eval_batches, cuda, opened)
         labels = max((len(source.get("labels") or ()) for source in examples.counts["by_source"]), default=0)
-        # The workers read the base as this process did, and so does the choice of labels at the end.
+        # The workers read the base as this process did, and so does the scoring of labels at the end.
         end_s = opened.cpu_s + scored * labels * FORWARD * pace.step_s / per_step if labels else 0.0
         time = replace(time, start_s=time.start_s + opened.cpu_s, end_s=time.end_s + end_s)
         numbers |= time.numbers(this_machine_busy(opened))
     return numbers
 
 
-def timing(plan: FinetunePlan, pace: Pace, tokens: float) -> dict[str, Any]:
-    """Seconds and tokens a second of a step of so many tokens, each example's counted whole."""
-    topology = plan.topology
-    return {
-        "operations_per_step": plan.operations() * topology.micro_batches * topology.replicas,
-        "stage_s": pace.stage_s,
-        "exchange_s": pace.exchange_s,
-        "optimizer_s": pace.optimizer_s,
-        "step_s": pace.step_s,
-        "tokens_per_s": tokens / pace.step_s,
-        "pipeline_bubble": 1 - topology.utilization,
-        "pipeline_utilization": pace.utilization,
-    }
-
-
 def pack_of(config: FinetuneEstimateConfig) -> PackSize:
-    """The pack of a micro-batch of equal examples, of which the last `answer` tokens are to be predicted.
+    """The pack of a micro-batch of equal examples, whose last `answer` tokens are predicted.
 
-    The last token of an example predicts nothing, and is not computed.
+    The last token of an example predicts nothing and is not computed.
     """
     work, count = config.estimate, config.parallel.micro_batch_size
     own = work.tokens - 1 - work.shared
@@ -167,22 +113,10 @@ def _size(pack: Any) -> PackSize:
     return PackSize(pack.shape[2], segments_of(torch.from_numpy(pack)[0]))
 
 
-def _topology(config: FinetuneConfig) -> Topology:
-    parallel = config.parallel
-    return Topology(parallel.stages, parallel.replicas, parallel.micro_batch_size, parallel.micro_batches)
-
-
-def _cluster(config: FinetuneEstimateConfig) -> Cluster:
-    return cluster_of(config.estimate, config.parallel.workers, config.resources.threads, config.train.precision)
-
-
-# -- checks -----------------------------------------------------------------------------------
-
-
-def checked(config: FinetuneEstimateConfig) -> tuple[Weights, Adaptation]:
-    """The base (its shape alone where a preset is named) and its adapters, once nothing is wrong."""
+def checked(config: FinetuneEstimateConfig) -> tuple[Weights, LoraModel]:
+    """The base (only its shapes if it is a preset) and its adapters; raises `ConfigError` with every problem."""
     problems: list[str] = []
-    weights = adaptation = None
+    weights = lora_model = None
     with collect(problems):
         check_parallel(config)
     with collect(problems):
@@ -193,7 +127,7 @@ def checked(config: FinetuneEstimateConfig) -> tuple[Weights, Adaptation]:
     if work.shared + work.answer >= work.tokens:
         problems.append(
             f"estimate.shared={work.shared} and estimate.answer={work.answer} leave nothing of estimate.tokens="
-            f"{work.tokens}; the shared beginning, the rest of the prompt and the answer add up to it."
+            f"{work.tokens}, which is the sum of the shared beginning, the rest of the prompt and the answer; raise it."
         )
     with collect(problems):
         weights = _base(config)
@@ -205,53 +139,46 @@ def checked(config: FinetuneEstimateConfig) -> tuple[Weights, Adaptation]:
         with collect(problems):
             check_stages(config, weights.config)
         with collect(problems):
-            adaptation = Adaptation.of(config, weights)
+            lora_model = LoraModel.of(config, weights)
     if problems:
         raise ConfigError(problems)
     assert weights is not None
-    assert adaptation is not None
-    return weights, adaptation
+    assert lora_model is not None
+    return weights, lora_model
 
 
 def _base(config: FinetuneEstimateConfig) -> Weights:
-    base = config.model
-    if (base.path is None) == (base.preset is None):
+    path, preset = config.model.path, config.model.preset
+    if (path is None) == (preset is None):
         raise ConfigError("give the base as one of model.path (a folder, hub id or .gguf) and model.preset (a shape).")
-    if base.path is not None:
-        return open_weights(locate(base.path), low_rank=True)
-    if base.preset not in PRESETS:
-        raise ConfigError(f"model.preset={base.preset} is no shape; {nearest(str(base.preset), list(PRESETS))}")
-    shape = resolve_shape(Model(preset=base.preset))
+    if path is not None:
+        return open_weights(locate(path), low_rank=True)
+    if preset not in PRESETS:
+        raise ConfigError(f"model.preset={preset} is not a known shape; {nearest(str(preset), list(PRESETS))}")
+    shape = resolve_shape(Model(preset=preset))
     return Shapes(FAMILIES[shape.family].dense_config(shape))
 
 
-# -- beside others -----------------------------------------------------------------------------------
-
-
-def _with(config: FinetuneConfig, plan: FinetunePlan, bits: int, **lora: Any) -> FinetunePlan:
+def _with(costs: LoraCosts, bits: int, **lora: Any) -> LoraCosts:
     """The same finetuning with other bits and adapters."""
-    old = plan.adaptation
-    scheme = config.quantization.scheme if config.quantization.scheme == "minmax" else "auto"
-    quantization = config.quantization.model_copy(update={"bits": bits, "scheme": scheme if bits < 16 else "auto"})
+    old = costs.lora_model
+    scheme = "minmax" if bits < 16 and old.quantization.scheme == "minmax" else "auto"
+    quantization = old.quantization.model_copy(update={"bits": bits, "scheme": scheme})
     settings = old.lora.model_copy(update=lora)
-    adaptation = Adaptation(old.weights, settings, quantization, old.bf16, old.recompute, old.seed)
-    return FinetunePlan(adaptation, plan.pack, plan.topology, plan.cuda, plan.layouts)
+    return replace(costs, lora_model=LoraModel(old.weights, settings, quantization, old.bf16, old.recompute, old.seed))
 
 
-def _by_bits(plan: FinetunePlan, cluster: Cluster, tokens: float) -> Iterator[dict[str, Any]]:
+def _by_bits(costs: LoraCosts, cluster: Cluster, tokens: float) -> Iterator[dict[str, Any]]:
     """The fullest stage and the time of a step at 16, 8 and 4 bits."""
-    old = plan.adaptation
     for bits in BITS:
-        settings = FinetuneConfig(lora=old.lora, quantization=old.quantization)
         try:
-            other = _with(settings, plan, bits)
-        except ConfigError:  # pissa and olora go with 16 bits alone
+            other = _with(costs, bits)
+        except ConfigError:  # pissa and olora need 16 bits
             continue
-        fullest = max(other.stages(), key=lambda stage: stage.peak_bytes)
-        pace = other.pace(cluster)
+        fullest, pace = max(other.stages(), key=lambda stage: stage.peak_bytes), other.pace(cluster)
         yield {
             "bits": bits,
-            "scheme": other.adaptation.scheme,
+            "scheme": other.lora_model.scheme,
             "base_bytes": other.weights_bytes,
             "peak_bytes": fullest.peak_bytes,
             "fits": fullest.peak_bytes <= cluster.usable,
@@ -260,21 +187,21 @@ def _by_bits(plan: FinetunePlan, cluster: Cluster, tokens: float) -> Iterator[di
         }
 
 
-def _beside_table_ix(config: FinetuneEstimateConfig, plan: FinetunePlan) -> list[dict[str, Any]]:
-    """The table's rows of the same model: what it prints, and the same adapters on one device with this workload."""
-    found = []
-    one = replace(plan, topology=replace(plan.topology, stages=1, replicas=1))
-    for row in table_ix.ROWS:
-        if row.preset == config.model.preset:
-            other = _with(config, one, row.bits, rank=row.rank, targets=table_ix.TARGETS[row.preset], init="default")
-            (stage,) = other.stages()
-            found.append(
-                asdict(row)
-                | {
-                    "params_trainable": other.trained,
-                    "base_bytes": other.weights_bytes,
-                    "peak_bytes": stage.peak_bytes,
-                    "operations_per_step": other.operations() * other.topology.micro_batches,
-                }
-            )
-    return found
+def _next_to_table_ix(preset: str | None, costs: LoraCosts) -> list[dict[str, Any]]:
+    """The table's rows of the same model as printed, and the same adapters on one device with this workload."""
+    rows = []
+    one = replace(costs, topology=replace(costs.topology, stages=1, replicas=1))
+    for row in paper.table_ix(preset):
+        targets = paper.table_ix_targets(row["preset"])
+        other = _with(one, row["bits"], rank=row["rank"], targets=targets, init="default")
+        (stage,) = other.stages()
+        rows.append(
+            row
+            | {
+                "params_trainable": other.trained,
+                "base_bytes": other.weights_bytes,
+                "peak_bytes": stage.peak_bytes,
+                "operations_per_step": other.operations_per_step(),
+            }
+        )
+    return rows

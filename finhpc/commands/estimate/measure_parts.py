@@ -1,4 +1,4 @@
-"""Seconds of each kind of part on this machine, measured by as many processes at once as will train."""
+"""Seconds of each kind of part on this machine, measured by as many processes at once as will train, or by one."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finhpc.errors import TrainingFailedError
-from finhpc.settings import PretrainConfig
+from finhpc.settings.pretrain import PretrainConfig
 
 if TYPE_CHECKING:
-    from finhpc.models.lora.frozen_base import Adaptation
+    from finhpc.models.lora.model import LoraModel
 
-GROUP = "group"  # file by which the processes find each other
-ANSWER = "seconds.json"
+GROUP = "group"  # the file through which the processes find each other
+SECONDS = "seconds.json"
 
 
 def part_seconds(config: PretrainConfig) -> dict[str, float]:
-    """Kind of part -> seconds a micro-batch, forward and backward with its share of the optimiser.
+    """Kind of part -> seconds per micro-batch, forward and backward with its share of the optimizer's step.
 
-    Takes seconds to a minute. Raises `TrainingFailedError` where a process dies.
+    Takes seconds to a minute. Raises `TrainingFailedError` if a process dies.
     """
     workers = config.parallel.workers
     context = multiprocessing.get_context("spawn")
@@ -44,15 +44,15 @@ def part_seconds(config: PretrainConfig) -> dict[str, float]:
         codes = [process.exitcode for process in processes if process.exitcode]
         if codes:
             raise TrainingFailedError(
-                f"measuring the parts failed (exit code {codes[0]}); its error stands above. "
-                "Was there room for so many workers?"
+                f"measuring the parts failed (exit code {codes[0]}); see the error above. Make sure that the memory "
+                f"is enough for {workers} workers."
             )
-        seconds: dict[str, float] = json.loads((Path(folder) / ANSWER).read_text(encoding="utf-8"))
+        seconds: dict[str, float] = json.loads((Path(folder) / SECONDS).read_text(encoding="utf-8"))
     return seconds
 
 
 def own_part_seconds(config: PretrainConfig, hf_config: Any) -> dict[str, float]:
-    """As `part_seconds`, in this process alone, in seconds of the CPU: others that are busy here do not change them."""
+    """As `part_seconds`, but only in this process and in CPU seconds, which other busy processes do not change."""
     import torch
     import torch.distributed as dist
 
@@ -72,23 +72,23 @@ def own_part_seconds(config: PretrainConfig, hf_config: Any) -> dict[str, float]
     return dict(zip(kinds, costs, strict=True))
 
 
-def adapted_part_seconds(adaptation: Adaptation, pack: Any, threads: int) -> dict[str, float]:
-    """Kind of part -> CPU seconds of its passes over a pack, forward and backward, of an adapted model."""
+def lora_part_seconds(lora_model: LoraModel, pack: Any, threads: int) -> dict[str, float]:
+    """Kind of part -> CPU seconds of a LoRA model's forward and backward passes over a pack."""
     import torch
     from torch import Tensor
 
-    from finhpc.models.lora.frozen_base import Adaptation, AdaptedLayer
-    from finhpc.models.packed.layout import layout_of
+    from finhpc.models.lora.model import LoraModel, LoraPipelineLayer
+    from finhpc.models.packing.layout import layout_of
     from finhpc.training.stages import median
 
-    own = Adaptation(**{field.name: getattr(adaptation, field.name) for field in fields(adaptation)})
-    tokens, found = torch.from_numpy(pack), dict[str, float]()
+    own = LoraModel(**{field.name: getattr(lora_model, field.name) for field in fields(lora_model)})
+    tokens, seconds = torch.from_numpy(pack), dict[str, float]()
     first = {part.kind: part for part in reversed(own.parts())}
     order = list(dict.fromkeys(part.kind for part in own.parts()))
     flow: Any = tokens
     with _threads(threads):
         for kind in order:
-            layer = AdaptedLayer(first[kind], own, torch.device("cpu"))
+            layer = LoraPipelineLayer(first[kind], own, torch.device("cpu"))
             if kind == "head":
                 flow = flow[0][:, layout_of(tokens).predicting], tokens
 
@@ -100,9 +100,9 @@ def adapted_part_seconds(adaptation: Adaptation, pack: Any, threads: int) -> dic
                     value.backward(torch.ones_like(value))
                 return out
 
-            found[kind] = median(passes, torch.device("cpu"), _clock(threads))
+            seconds[kind] = median(passes, torch.device("cpu"), _clock(threads))
             flow = passes()
-    return found
+    return seconds
 
 
 @contextmanager
@@ -118,7 +118,7 @@ def _threads(number: int) -> Iterator[None]:
 
 
 def _clock(threads: int) -> Callable[[], float]:
-    """Seconds that this process computed, of each of its threads."""
+    """CPU seconds of this process per thread."""
     return lambda: time.process_time() / threads
 
 
@@ -127,8 +127,8 @@ def _measure(rank: int, settings: dict[str, Any], workers: int, folder: str) -> 
     import torch.distributed as dist
 
     from finhpc.models.pipeline import parts_of
-    from finhpc.planning.start import model_config
-    from finhpc.settings import EstimateConfig
+    from finhpc.planning.init import hf_config_of_settings
+    from finhpc.settings.estimate import EstimateConfig
     from finhpc.training.stages import measure
 
     config = EstimateConfig.model_validate(settings)
@@ -140,9 +140,9 @@ def _measure(rank: int, settings: dict[str, Any], workers: int, folder: str) -> 
         world_size=workers,
         timeout=timedelta(minutes=10),
     )
-    hf_config = model_config(config)
+    hf_config = hf_config_of_settings(config)
     costs = measure(config, hf_config, torch.device("cpu"))
     if rank == 0:
         kinds = [part.kind for part in parts_of(hf_config, config.train.recompute)]
-        (Path(folder) / ANSWER).write_text(json.dumps(dict(zip(kinds, costs, strict=True))), encoding="utf-8")
+        (Path(folder) / SECONDS).write_text(json.dumps(dict(zip(kinds, costs, strict=True))), encoding="utf-8")
     dist.destroy_process_group()

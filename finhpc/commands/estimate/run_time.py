@@ -1,7 +1,7 @@
 """How long a run takes from its command to its result: the start, the steps, the evaluations, the end.
 
-A step is taken from what the parts of the model cost on this machine, in seconds of the CPU. How much of a CPU a
-process gets at the moment is tried out: the load average also counts processes that only wait.
+The time of a step comes from what the model's parts cost on this machine in CPU seconds. How much of a CPU a process
+gets at the moment is measured, because the load average also counts processes that only wait.
 """
 
 from __future__ import annotations
@@ -16,44 +16,44 @@ from typing import Any
 import psutil
 
 from finhpc.planning.step_time import Pace
-from finhpc.settings import TrainingConfig
+from finhpc.settings.finetune import TrainingConfig
 
-# Measured on two cores that others took a third of: seconds that one core computes. Ray's processes; a worker's imports
-# of torch, DeepSpeed and Ray Train; the model's folder, MLflow and the leave from Ray after the last step.
-RAY_S = 7.0
-WORKER_S = 13.0
-END_S = 4.0
+# Seconds of one core, measured on two cores of which other processes took a third.
+RAY_S = 7.0  # starting Ray's processes
+WORKER_S = 13.0  # a worker's imports of torch, DeepSpeed and Ray Train
+END_S = 4.0  # after the last step: the model's folder, MLflow, disconnecting from Ray
+TRIAL_S = 4.0  # a trial of a sweep, without its steps; its process is reused
+SCORE_S = 3.0  # scoring a small model at fewer bits
+STEP_S = 0.01  # a step without its passes: DeepSpeed's schedule, the journal
+EXCHANGE_S = 0.002  # sending a micro-batch between two stages on one machine
+FORWARD = 1 / 3  # the forward pass's share of a training step
+SPIN_S = 0.5  # spent computing, to see how busy the machine is
+MEASURABLE_S = 2.0  # a dry run does not measure parts that together (one of each kind) take longer than this
+# Limits on what is read from this process's past: the seconds that the run will need again, and its slowdown.
+MOST_OPENING_S = 30.0
 MOST_SLOWER = 6.0
-SPIN_S = 0.5  # of computing, to see how busy the machine is
-MOST_OPENING_S = 30.0  # of this process so far: imports, data and base, which the run opens again
-TRIAL_S = 4.0  # of a trial of a sweep, beside its steps: its process is warm
-SCORE_S = 3.0  # of a score of a small model at fewer bits
-FORWARD = 1 / 3  # of the passes of a training step
-STEP_S = 0.01  # of a step beside its passes: DeepSpeed's schedule, the journal
-EXCHANGE_S = 0.002  # of a micro-batch between two stages on one machine
-MEASURABLE_S = 2.0  # parts that take longer together, one of each kind, as reckoned, are not measured in a dry run
 
 
 @dataclass(frozen=True)
 class Busy:
-    """How busy a machine of `cores` is: by what factor one process computes, and opens files, slower than it could."""
+    """How busy a machine is: the factors by which one process computes, and opens files, slower than on an idle one."""
 
     cores: int
     computing: float = 1.0
     opening: float = 1.0
 
     def slower(self, processes: float) -> float:
-        """How much longer `processes` of ours compute than on cores of their own: others take their share as before."""
+        """The factor by which `processes` of ours compute slower than on idle cores, if the others keep their share."""
         others = self.cores * self.computing - 1 if self.computing > 1 else 0.0
         return max(1.0, (processes + others) / self.cores)
 
     def starting(self, processes: float) -> float:
-        """How much longer they take to start."""
+        """The factor by which they start slower."""
         return max(self.opening, self.slower(processes))
 
 
 def this_machine_busy(opened: Opened) -> Busy:
-    """Of this machine now: a process that only computes, and this one since it began, by the clock over the CPU's."""
+    """How busy this machine is now: clock time over CPU time of a short computation, and of this process so far."""
     clock, busy = time.perf_counter(), time.thread_time()
     while time.thread_time() - busy < SPIN_S:
         pass
@@ -63,7 +63,7 @@ def this_machine_busy(opened: Opened) -> Busy:
 
 @dataclass(frozen=True)
 class Opened:
-    """What this process took to come here: CPU seconds, and by what factor the clock says more."""
+    """The CPU seconds that this process took so far, and the factor by which the clock time is longer."""
 
     cpu_s: float
     slower: float
@@ -71,21 +71,21 @@ class Opened:
     @staticmethod
     def now() -> Opened:
         cpu_s, clock_s = time.process_time(), time.time() - psutil.Process().create_time()
-        if cpu_s > MOST_OPENING_S or clock_s > MOST_SLOWER * MOST_OPENING_S:  # an interpreter that did other things
+        if cpu_s > MOST_OPENING_S or clock_s > MOST_SLOWER * MOST_OPENING_S:  # a long-lived interpreter
             return Opened(min(cpu_s, MOST_OPENING_S), 1.0)
         return Opened(cpu_s, min(MOST_SLOWER, max(1.0, clock_s / cpu_s)))
 
 
 @dataclass(frozen=True)
 class RunTime:
-    """Seconds of each phase on cores of their own, and the processes that compute in it."""
+    """Seconds of each phase on idle cores, and the number of processes that compute in it."""
 
     start_s: float
     steps_s: float
     evaluations_s: float
     end_s: float
     processes: float  # in steps and evaluations
-    starting: float  # in the start: more than compute at a time later, as they import at once
+    starting: float  # in the start, when all import at the same time
 
     def on(self, machine: Busy) -> float:
         """Seconds of the whole run on a machine."""
@@ -96,12 +96,12 @@ class RunTime:
         )
 
     def numbers(self, machine: Busy) -> dict[str, Any]:
-        """What a dry run's result says of it: `run_s` as busy as the machine is, `run_idle_s` if it were not."""
+        """The figures of a dry run: `run_s` on the machine as busy as it is, `run_idle_s` on an idle one."""
         return {
             "start_s": self.start_s * machine.starting(self.starting),
             "evaluations_s": self.evaluations_s * machine.slower(self.processes),
             "end_s": self.end_s * machine.slower(1),
-            "computing_s": self.steps_s + self.evaluations_s,  # on cores of their own
+            "computing_s": self.steps_s + self.evaluations_s,  # on idle cores
             "run_s": self.on(machine),
             "run_idle_s": self.on(Busy(machine.cores)),
             "slower": machine.slower(self.processes),
@@ -109,14 +109,14 @@ class RunTime:
 
 
 def measurable(pace: Pace, kinds: Sequence[str]) -> bool:
-    """Whether one part of each kind takes so little, by the `pace` reckoned for all, that a dry run can measure it."""
+    """Whether one part of each kind is quick enough, by the calculated `pace` of all, for a dry run to measure it."""
     return sum(pace.stage_s) * len(set(kinds)) / len(kinds) <= MEASURABLE_S
 
 
 def training_time(config: TrainingConfig, pace: Pace, eval_batches: int, cuda: bool, opened: Opened) -> RunTime:
-    """Of a pretraining or finetuning by itself, whose evaluations take so many micro-batches a replica.
+    """The time of a single training whose evaluations have `eval_batches` micro-batches per replica.
 
-    `opened`: what this process took to check the run, which the run takes again.
+    `opened`: the time that this process took to check the run, which the run will need again.
     """
     parallel, train, slowest = config.parallel, config.train, max(pace.stage_s)
     exchanged = EXCHANGE_S * parallel.micro_batches if parallel.stages > 1 else 0.0
@@ -133,19 +133,19 @@ def training_time(config: TrainingConfig, pace: Pace, eval_batches: int, cuda: b
 
 
 def sweep_time(trials_s: float, number: int, scores: int, concurrent: int, processes: float, opened: Opened) -> RunTime:
-    """Of a sweep of `number` trials that compute for `trials_s` in all; `processes`: of the trials of one moment."""
+    """The time of a sweep whose trials compute for `trials_s` in total; `processes`: of the concurrent trials."""
     start_s = opened.cpu_s + RAY_S + WORKER_S
     work_s = trials_s + number * TRIAL_S + scores * SCORE_S
     return RunTime(start_s, work_s / concurrent, 0.0, END_S, processes, min(processes, number) or 1.0)
 
 
-def said(numbers: dict[str, Any]) -> str:
+def describe_run_time(numbers: dict[str, Any]) -> str:
     """The time of a whole run, in words."""
     now, idle = (str(timedelta(seconds=round(numbers[key]))) for key in ("run_s", "run_idle_s"))
     parts = f"starting takes {_short(numbers['start_s'])}, evaluations {_short(numbers['evaluations_s'])}"
     if numbers["run_s"] < 1.2 * numbers["run_idle_s"]:
         return f"about {now} ({parts})"
-    return f"{idle} to {now}, as busy as the machine is now (steps x {numbers['slower']:.1f}; {parts})"
+    return f"{idle} to {now}, because the machine is busy (steps x {numbers['slower']:.1f}; {parts})"
 
 
 def _short(seconds: float) -> str:

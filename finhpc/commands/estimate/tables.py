@@ -1,44 +1,32 @@
-"""An estimate on the screen: tables of parameters, memory by stage, recomputation and topologies."""
+"""The tables of an estimate on stderr: parameters, memory by stage, and what other settings would change."""
 
 from __future__ import annotations
 
 from datetime import timedelta
 from typing import Any
 
-from finhpc.commands.estimate.run_time import said
-from finhpc.models.families.family import described
+from finhpc.commands.estimate.run_time import describe_run_time
+from finhpc.models.families.family import describe_parts
 from finhpc.planning.devices import THIS_MACHINE, Cluster
 from finhpc.planning.outline import Outline
 from finhpc.screen import rows_table, summary_table
-from finhpc.settings import EstimateConfig
+from finhpc.settings.estimate import EstimateConfig, FinetuneEstimateConfig
 
 Rows = list[dict[str, Any]]
-COLUMNS = {
+MEMORY_COLUMNS = {
     "weights": "weights_bytes",
     "gradients": "gradients_bytes",
-    "optimiser": "optimizer_bytes",
+    "optimizer": "optimizer_bytes",
     "intermediates": "intermediates_bytes",
     "exchange": "exchange_bytes",
     "peak": "peak_bytes",
 }
 
 
-def show(config: EstimateConfig, outline: Outline, cluster: Cluster, result: dict[str, Any]) -> None:
-    """Everything that `finhpc estimate` found, on stderr."""
-    wanted, numbers = config.estimate, result["estimate"]
-    rows_table("parameters", _weight_rows(outline))
-    what = "finhpc's engine" if wanted.scheme == "finhpc" else "the paper's mixed precision"
-    rows_table(f"memory of a worker by stage in GB: {what}", stage_rows(numbers["stages"]))
-    rows_table("the fullest stage by train.recompute", _mode_rows(numbers["recompute"]))
-    rows = _topology_rows(numbers["topologies"][: wanted.show])
-    rows_table(f"topologies on {cluster.nodes} x {cluster.devices_per_node} {cluster.device.name}", rows)
-    summary_table("estimate", _summary(config, cluster, result))
-    if wanted.scheme == "paper":
-        rows_table("where the paper's tables and the arithmetic disagree", numbers["differences"])
-
-
-def _weight_rows(outline: Outline) -> Rows:
-    return [
+def show_pretraining(config: EstimateConfig, outline: Outline, cluster: Cluster, result: dict[str, Any]) -> None:
+    """All tables of a pretraining's estimate."""
+    hardware, numbers = config.estimate, result["estimate"]
+    parameters = [
         {
             "module": weights.name,
             "paper": weights.paper_name or "",
@@ -50,103 +38,161 @@ def _weight_rows(outline: Outline) -> Rows:
         }
         for weights in outline.weights
     ]
-
-
-def stage_rows(stages: Rows) -> Rows:
-    """The table of memory by stage."""
-    return [
-        {
-            "stage": stage["stage"],
-            "parts": described(stage["parts"]),
-            "parameters M": f"{stage['params'] / 1e6:,.2f}",
-            **{name: gb(stage[key]) for name, key in COLUMNS.items()},
-            **({"fits": "yes" if stage["fits"] else "no"} if "fits" in stage else {}),
-        }
-        for stage in stages
-    ]
-
-
-def _mode_rows(modes: dict[str, dict[str, Any]]) -> Rows:
-    return [
+    rows_table("parameters", parameters)
+    scheme = "finhpc's engine" if hardware.scheme == "finhpc" else "the paper's mixed precision"
+    rows_table(f"memory per worker by stage in GB: {scheme}", stage_rows(numbers["stages"]))
+    modes = [
         {
             "recompute": mode,
-            "intermediates GB": gb(numbers["intermediates_bytes"]),
-            "peak GB": gb(numbers["peak_bytes"]),
-            "operations": f"+{100 * (numbers['operations_ratio'] - 1):.1f} %",
-            "fits": "yes" if numbers["fits"] else "no",
+            "intermediates GB": gb(row["intermediates_bytes"]),
+            "peak GB": gb(row["peak_bytes"]),
+            "operations": f"+{100 * (row['operations_ratio'] - 1):.1f} %",
+            "fits": _yes(row["fits"]),
         }
-        for mode, numbers in modes.items()
+        for mode, row in numbers["recompute"].items()
     ]
-
-
-def _topology_rows(found: Rows) -> Rows:
-    return [
+    rows_table("the fullest stage by train.recompute", modes)
+    topologies = [
         {
-            "stages": option["stages"],
-            "replicas": option["replicas"],
-            "micro-batch": f"{option['micro_batch_size']} x {option['micro_batches']}",
-            "fullest GB": gb(option["peak_bytes"]),
-            "fits": "yes" if option["fits"] else "no",
-            "bubble": f"{option['pipeline_bubble']:.0%}",
-            "step s": f"{option['step_s']:,.3g}",
-            "tokens/s": f"{option['tokens_per_s']:,.0f}",
+            "stages": row["stages"],
+            "replicas": row["replicas"],
+            "micro-batch": f"{row['micro_batch_size']} x {row['micro_batches']}",
+            "fullest GB": gb(row["peak_bytes"]),
+            "fits": _yes(row["fits"]),
+            "bubble": f"{row['pipeline_bubble']:.0%}",
+            **_speed(row),
         }
-        for option in found
+        for row in numbers["topologies"][: hardware.show]
     ]
+    rows_table(f"topologies on {cluster.nodes} x {cluster.devices_per_node} {cluster.device.name}", topologies)
+    summary_table("estimate", _pretraining_summary(config, cluster, result))
+    if hardware.scheme == "paper":
+        rows_table("where the paper's tables and the arithmetic disagree", numbers["differences"])
 
 
-def _summary(config: EstimateConfig, cluster: Cluster, result: dict[str, Any]) -> list[tuple[str, str]]:
+def _pretraining_summary(config: EstimateConfig, cluster: Cluster, result: dict[str, Any]) -> list[tuple[str, str]]:
     numbers, device = result["estimate"], cluster.device
     source = f"{'parts measured: ' if device.name == THIS_MACHINE else ''}{cluster.reached:.0%} of the matrix rate"
-    sizes = ", ".join(f"{gb(size)} GB at {bits} bits" for bits, size in numbers["model_bytes"].items())
     rows = [
         ("parameters", f"{result['params_total'] / 1e6:,.2f} M, dense {result['params_dense'] / 1e6:,.2f} M"),
         ("compression", f"{result['compression_ratio']:.2f} x"),
-        ("model", sizes),
+        ("model", ", ".join(f"{gb(size)} GB at {bits} bits" for bits, size in numbers["model_bytes"].items())),
         (
             "device",
-            f"{device.name}: {device.memory_gb:,.1f} GB ({cluster.usable / 1e9:,.1f} used at most), "
+            f"{device.name}: {device.memory_gb:,.1f} GB (at most {cluster.usable / 1e9:,.1f} used), "
             f"{device.tflops[cluster.precision]:,.3g} TFLOP/s in {cluster.precision}",
         ),
-        ("a step", f"{numbers['step_s']:,.3g} s, {numbers['operations_per_step'] / 1e12:,.3g} TFLOP ({source})"),
+        ("time per step", f"{numbers['step_s']:,.3g} s, {_tflop(numbers)} ({source})"),
         ("tokens/s", f"{numbers['tokens_per_s']:,.0f} (estimated)"),
         (
             "pipeline bubble",
             f"{numbers['pipeline_bubble']:.1%} with even stages, {1 - numbers['pipeline_utilization']:.1%} as cut",
         ),
     ]
-    if not any(option["fits"] for option in numbers["topologies"]):
-        rows.append(("no topology fits", _remedy(config, numbers["topologies"], cluster)))
+    topologies = numbers["topologies"]
+    if not topologies:
+        samples = config.estimate.samples_per_step or config.parallel.samples_per_step
+        remedy = f"no topology divides {samples} samples per step evenly; set estimate.samples_per_step."
+        rows.append(("no topology fits", remedy))
+    elif not any(row["fits"] for row in topologies):
+        least = min(row["peak_bytes"] for row in topologies)
+        remedy = (
+            f"the smallest needs {gb(least)} GB of {cluster.usable / 1e9:,.1f} per device; "
+            "use more devices (more stages), train.recompute full, a lower rank, or a larger device."
+        )
+        rows.append(("no topology fits", remedy))
     return rows + [("not counted", line) for line in numbers["not_counted"]]
 
 
-def _remedy(config: EstimateConfig, found: Rows, cluster: Cluster) -> str:
-    if not found:
-        samples = config.estimate.samples_per_step or config.parallel.samples_per_step
-        return f"{samples} samples a step are not shared out evenly by any; set estimate.samples_per_step."
-    nearest_one = min(option["peak_bytes"] for option in found)
-    return (
-        f"the nearest needs {gb(nearest_one)} GB of {cluster.usable / 1e9:,.1f} a device; "
-        "use more devices (more stages), train.recompute full, a lower rank, or a larger device."
-    )
+def show_finetuning(config: FinetuneEstimateConfig, cluster: Cluster, result: dict[str, Any]) -> None:
+    """All tables of a finetuning's estimate."""
+    numbers, work, parallel = result["estimate"], config.estimate, config.parallel
+    rows_table("memory per worker by stage in GB", stage_rows(numbers["stages"]))
+    bits = [
+        {
+            "bits": row["bits"],
+            "scheme": row["scheme"],
+            "base GB": gb(row["base_bytes"]),
+            "peak GB": gb(row["peak_bytes"]),
+            "fits": _yes(row["fits"]),
+            **_speed(row),
+        }
+        for row in numbers["by_bits"]
+    ]
+    rows_table("the fullest stage by quantization.bits", bits)
+    table_ix = [
+        {
+            "rank": row["rank"],
+            "bits": row["bits"],
+            "trained M": f"{row['params_trainable'] / 1e6:.2f}",
+            "(paper)": f"{row['trained_m']}",
+            "base": gb(row["base_bytes"]),
+            "(paper) ": f"{row['model_gb']}",
+            "peak": gb(row["peak_bytes"]),
+            "(paper)  ": f"{row['memory_gb']}",
+            "beyond base": gb(row["peak_bytes"] - row["base_bytes"]),
+            "(paper)   ": f"{row['memory_gb'] - row['model_gb']:.1f}",
+        }
+        for row in numbers["table_ix"]
+    ]
+    rows_table("Table IX next to the same adapters here (GB)", table_ix)
+    rows = [
+        ("base", f"{(result['params_total'] - result['params_trainable']) / 1e6:,.2f} M parameters"),
+        ("trained", f"{result['params_trainable'] / 1e6:,.2f} M"),
+        ("time per step", f"{numbers['step_s']:,.3g} s, {_tflop(numbers)}, roughly: at {cluster.reached:.0%} of "
+         f"{cluster.device.name}'s matrix rate"),
+        ("examples", f"{parallel.samples_per_step} per step of {work.tokens} tokens, {work.answer} of them answers, "
+         f"{work.shared} shared by {parallel.micro_batch_size}"),
+        ("tokens/s", f"{numbers['tokens_per_s']:,.0f} (estimated)"),
+        ("pipeline bubble", f"{numbers['pipeline_bubble']:.1%} with even stages"),
+    ]  # fmt: skip
+    summary_table("estimate of a finetuning", rows)
+    if table_ix:
+        rows_table("where the paper's table and the arithmetic disagree", numbers["differences"])
 
 
-def gb(size: float) -> str:
-    """Bytes as decimal GB: three digits or more."""
-    return f"{size / 1e9:,.1f}" if size >= 100e9 else f"{size / 1e9:.3g}"
+def stage_rows(stages: Rows) -> Rows:
+    """The rows of the table of memory by stage."""
+    return [
+        {
+            "stage": stage["stage"],
+            "parts": describe_parts(stage["parts"]),
+            "parameters M": f"{stage['params'] / 1e6:,.2f}",
+            **{name: gb(stage[key]) for name, key in MEMORY_COLUMNS.items()},
+            **({"fits": _yes(stage["fits"])} if "fits" in stage else {}),
+        }
+        for stage in stages
+    ]
 
 
 def plan_summary(numbers: dict[str, Any], steps: int) -> list[tuple[str, str]]:
-    """What a dry run's table says of the estimate for a run of `steps`."""
-    rows = [("operations a step", f"{numbers['operations_per_step'] / 1e12:,.3g} TFLOP")]
+    """The rows of a dry run's table about a run of so many steps."""
+    rows = [("operations per step", _tflop(numbers))]
     rows += [("not counted", line) for line in numbers["not_counted"]]
     if numbers["step_s"] is None:
         return [*rows, ("time", "for a GPU not known here: finhpc estimate --estimate.device NAME")]
     pace = f"{numbers['step_s']:,.2g} s, {numbers['tokens_per_s']:,.0f} tokens/s on idle cores: {numbers['how']}"
     return [
         *rows,
-        ("a step", pace),
+        ("time per step", pace),
         (f"all {steps:,} steps", str(timedelta(seconds=round(steps * numbers["step_s"])))),
-        ("the whole run", said(numbers)),
+        ("the whole run", describe_run_time(numbers)),
         ("pipeline bubble", f"{numbers['pipeline_bubble']:.1%} with even stages"),
     ]
+
+
+def gb(size: float) -> str:
+    """Bytes as decimal GB with at least three digits."""
+    return f"{size / 1e9:,.1f}" if size >= 100e9 else f"{size / 1e9:.3g}"
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _tflop(numbers: dict[str, Any]) -> str:
+    return f"{numbers['operations_per_step'] / 1e12:,.3g} TFLOP"
+
+
+def _speed(row: dict[str, Any]) -> dict[str, str]:
+    return {"step s": f"{row['step_s']:,.3g}", "tokens/s": f"{row['tokens_per_s']:,.0f}"}

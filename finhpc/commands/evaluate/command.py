@@ -7,6 +7,7 @@ task or the settings changed.
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +26,13 @@ from finhpc.files import json_sha256, redact, write_atomic
 from finhpc.quantization.schemes import SCHEMES
 from finhpc.runs.folder import RunFolder
 from finhpc.runs.run import whole_path
-from finhpc.screen import Progress, echo
-from finhpc.settings import EvaluateConfig, to_yaml
+from finhpc.screen import Progress
+from finhpc.settings.base import to_yaml
+from finhpc.settings.evaluate import EvaluateConfig
 from finhpc.tracking.store import check_store
 from finhpc.tracking.tracker import absolute_tracking_uri, default_tracking_uri
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 Failure = tuple[Pair, FinhpcError]
@@ -52,7 +56,7 @@ def evaluate(config: EvaluateConfig, dry_run: bool = False) -> dict[str, Any]:
     if dry_run:
         found, _, pairs, pending, result = _planned(config, folder.path, write=False)
         what = f"{_counted(len(found), 'model')} x {_counted(len(result['tasks']), 'task')}"
-        echo(f"{what}, {len(pending)} of {_counted(len(pairs), 'pair')} to score")
+        log.info(f"{what}, {len(pending)} of {_counted(len(pairs), 'pair')} to score")
         return result
     with folder.lock():
         found, tasks, pairs, pending, result = _planned(config, folder.path, write=True)
@@ -85,7 +89,7 @@ def _planned(
     """The models, the tasks, all pairs, those to be scored, and the result so far; `write`: the task files too."""
     found, tasks = _checked(config, folder, write)
     for note in (note for task in tasks for note in task.notes):
-        echo(note)
+        log.info(note)
     pairs = [_pair(config, folder, subject, task) for subject in found for task in (*tasks, None)]
     pairs = [pair for pair in pairs if pair.task is not None or PERPLEXITY in config.tasks]
     pending = [pair for pair in pairs if not pair.done()]

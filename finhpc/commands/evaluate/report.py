@@ -8,6 +8,7 @@ EVALUATION/MODEL, with the same metric names, so that MLflow's comparison page h
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,8 @@ from finhpc.data.shards.shards import Shards
 from finhpc.evaluation.models import Subject
 from finhpc.evaluation.tasks import PERPLEXITY, TaskFile
 from finhpc.files import redact, write_atomic
-from finhpc.screen import echo, rows_table
-from finhpc.settings import EvaluateConfig
+from finhpc.screen import rows_table
+from finhpc.settings.evaluate import EvaluateConfig
 from finhpc.tracking.mirror import PARAM_LENGTH, PARAMS_A_BATCH, TAG_LENGTH
 from finhpc.tracking.shown import HIDDEN, PARENT, Dataset, parameters, setting_tags
 from finhpc.tracking.store import active_run, experiment_id, set_up_client
@@ -24,6 +25,8 @@ from finhpc.tracking.tracker import absolute_tracking_uri, default_tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+log = logging.getLogger(__name__)
 
 METRICS = ("weighted_f1", "acc", "acc_norm", "perplexity")  # those shown, the first a task has leads
 STATE = "mlflow.json"
@@ -64,7 +67,7 @@ def log_to_mlflow(
 
 def _report_refusal(uri: str, folder: Path, error: Exception) -> None:
     reason = (redact(str(error)).strip().splitlines() or [type(error).__name__])[0][:160]
-    echo(
+    log.info(
         f"MLflow at {redact(uri)} did not accept the scores ({reason}); they are in {folder}: rerun the command to "
         "send them."
     )
@@ -221,9 +224,9 @@ def summary(result: dict[str, Any]) -> None:
         for task, values in model["scores"].items():
             if values.get("tied"):
                 examples = f"{values['tied']} of {values['examples']} examples"
-                echo(f"{model['name']} on {task}: {examples} have several best answers; the first one counts")
+                log.info(f"{model['name']} on {task}: {examples} have several best answers; the first one counts")
     if any(row[-1] for row in rows):
-        echo("cut: prompts longer than the context, truncated on the left as lm-eval does")
+        log.info("cut: prompts longer than the context, truncated on the left as lm-eval does")
 
 
 def _short(value: float | None) -> str:

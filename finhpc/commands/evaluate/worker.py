@@ -17,7 +17,8 @@ from finhpc.evaluation import plausible
 from finhpc.evaluation.models import Subject
 from finhpc.evaluation.tasks import PERPLEXITY, TaskFile
 from finhpc.files import write_atomic, write_json
-from finhpc.settings import EvaluateConfig, ExportConfig
+from finhpc.settings.evaluate import EvaluateConfig
+from finhpc.settings.export import ExportConfig
 
 # Rough tokens per example.
 TOKENS = {"boolq": 180, PERPLEXITY: 600, "ner": 110, "fpb": 70, "tfns": 70, "fiqa_sa": 60, "winogrande": 60, "piqa": 80}

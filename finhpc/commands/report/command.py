@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
-import sys
 import time
 from dataclasses import asdict
 from datetime import datetime
@@ -21,8 +21,10 @@ from finhpc.commands.report.store import all_runs, chosen_experiments, open_stor
 from finhpc.commands.report.tables import make_tables
 from finhpc.errors import ConfigError
 from finhpc.files import redact, write_atomic, write_json
-from finhpc.settings import ReportConfig
+from finhpc.settings.report import ReportConfig
 from finhpc.tracking.tracker import absolute_tracking_uri, default_tracking_uri
+
+log = logging.getLogger(__name__)
 
 
 def report(config: ReportConfig, dry_run: bool = False) -> dict[str, Any]:
@@ -71,9 +73,8 @@ def report(config: ReportConfig, dry_run: bool = False) -> dict[str, Any]:
     result["files"] = [str(path) for path in (page, *files, out / "result.json")]
     result["wall_s"] = time.perf_counter() - began
     write_json(out / "result.json", result, indent=2)
-    print(
-        f"open {shlex.quote(str(page))} in a browser; its tables as CSV and figures as PNG lie beside it.",
-        file=sys.stderr,
+    log.info(
+        f"open {shlex.quote(str(page))} in a browser; its tables as CSV and figures as PNG are next to it.",
     )
     return result
 

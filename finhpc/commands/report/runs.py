@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from finhpc.errors import ConfigError
 from finhpc.models.families.presets import PRESETS, Shape, resolve_shape
 from finhpc.runs.folder import MAY_CHANGE
-from finhpc.settings import Model
+from finhpc.settings.pretrain import Model
 from finhpc.tracking.shown import HIDDEN, PARENT, SCORED_FROM, SETTING, SWEEP
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from finhpc.commands.ui import check_database
 from finhpc.errors import ConfigError
-from finhpc.settings import nearest
+from finhpc.settings.base import nearest
 from finhpc.tracking.store import REQUEST_TIMEOUT_S, unreadable
 
 if TYPE_CHECKING:

@@ -4,38 +4,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from finhpc.cluster.connect import check_fits, use_cuda
-from finhpc.commands.estimate.pretraining import checked, scheme_of, topology_of
+from finhpc.commands.estimate.pretraining import checked
 from finhpc.commands.reproduce.recipe import AbsentError, Tree, inputs_of, merged, resolve, step_config
 from finhpc.commands.reproduce.verbs import VERBS
-from finhpc.errors import ConfigError
+from finhpc.errors import ConfigError, collect
 from finhpc.lowrank.registry import SVD
+from finhpc.planning.costs import PretrainCosts
 from finhpc.planning.devices import CPU_REACHED, DEVICES, REACHED, THIS_MACHINE, Cluster, Device, this_machine
-from finhpc.planning.memory import Memory
+from finhpc.planning.memory import Scheme, Topology
 from finhpc.planning.outline import outline_of
-from finhpc.planning.plan import collect
-from finhpc.planning.step_time import paced
 from finhpc.runs.folder import RunFolder
-from finhpc.settings import (
-    DecomposeConfig,
-    EstimateConfig,
-    EvaluateConfig,
-    FinetuneConfig,
-    FinetuneEstimateConfig,
-    HoldOutConfig,
-    PrepareConfig,
-    PretrainConfig,
-    Recipe,
-    ReproduceConfig,
-    Section,
-    Step,
-    build,
-)
+from finhpc.settings.base import Section, build
+from finhpc.settings.decompose import DecomposeConfig
+from finhpc.settings.estimate import EstimateConfig, FinetuneEstimateConfig
+from finhpc.settings.evaluate import EvaluateConfig
+from finhpc.settings.finetune import FinetuneConfig
+from finhpc.settings.prepare import PrepareConfig
+from finhpc.settings.pretrain import PretrainConfig
+from finhpc.settings.reproduce import HoldOutConfig, Recipe, ReproduceConfig, Step
 
 DEVICES_A_NODE = 8
 USABLE = 0.9  # of a device's memory, as estimate.usable
@@ -226,32 +218,28 @@ def _count(planned: Planned, config: EstimateConfig, device: str | None) -> None
     """Parameters, tokens and hours of a pretraining, once nothing is wrong with its shape."""
     hf_config, _ = checked(config)
     outline = outline_of(hf_config, config.data.seq_len, config.train.recompute)
-    topology, precision = topology_of(config), config.train.precision
+    topology, precision = Topology.of(config), config.train.precision
     hardware = DEVICES[device] if device else _this_machine(config.resources.threads)
     nodes = -(-topology.workers // DEVICES_A_NODE)
     memory = hardware.memory_gb * 1e9
     cluster = Cluster(hardware, nodes, DEVICES_A_NODE, memory, REACHED if device else CPU_REACHED, precision)
-    cut = outline.stages(topology.stages)
-    pace = paced(outline, topology, cut, cluster)
-    scheme = scheme_of(config, cuda=device is not None)
-    held = replace(outline, fused=scheme.fused(config.data.seq_len))
-    peak = max(stage.peak_bytes for stage in Memory(held, scheme).stages(topology, cut))
-    _note_memory(planned, peak, hardware)
+    costs = PretrainCosts.of(outline, Scheme.of(config, cuda=device is not None), topology)
+    _note_memory(planned, costs.fullest.peak_bytes, hardware)
     planned.params, planned.workers = outline.params, topology.workers
     planned.tokens = config.train.steps * config.parallel.samples_per_step * config.data.seq_len
-    planned.hours = config.train.steps * pace.step_s / 3600
+    planned.hours = config.train.steps * costs.pace(cluster).step_s / 3600
 
 
 def _count_adapters(planned: Planned, config: FinetuneConfig, preset: str, device: str | None) -> None:
     """Trained parameters of a finetuning, and whether the base of that shape fits; its examples are not looked at."""
     from finhpc.commands.estimate.finetuning import checked as checked_finetuning
     from finhpc.commands.estimate.finetuning import pack_of
-    from finhpc.planning.finetuning import FinetunePlan
+    from finhpc.planning.finetuning import LoraCosts
 
     tree = config.model_dump() | {"model": {"preset": preset}, "estimate": {"device": device or THIS_MACHINE}}
     planning = build(FinetuneEstimateConfig, tree)
-    _, adaptation = checked_finetuning(planning)
-    plan = FinetunePlan(adaptation, pack_of(planning), topology_of(config), device is not None)
+    _, lora_model = checked_finetuning(planning)
+    plan = LoraCosts(lora_model, pack_of(planning), Topology.of(config), device is not None)
     planned.params = plan.trained
     if device:
         _note_memory(planned, max(stage.peak_bytes for stage in plan.stages()), DEVICES[device])

@@ -7,6 +7,7 @@ own folder says whether it is finished, so the same command goes on where a stop
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 import traceback
@@ -24,8 +25,11 @@ from finhpc.interrupts import terminable
 from finhpc.runs.folder import RunFolder
 from finhpc.runs.run import place_whole_run, tracking_uri_of
 from finhpc.screen import rows_table
-from finhpc.settings import Recipe, ReproduceConfig, to_yaml
+from finhpc.settings.base import to_yaml
+from finhpc.settings.reproduce import Recipe, ReproduceConfig
 from finhpc.tracking.store import check_store
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -71,7 +75,7 @@ def reproduce(config: ReproduceConfig, dry_run: bool = False) -> dict[str, Any]:
     }
     if dry_run:
         for problem in problems:
-            _say(f"does not fit here: {problem}")
+            log.info(f"does not fit here: {problem}")
         return result
     if problems:
         raise ConfigError(problems)
@@ -123,12 +127,12 @@ def _run_all(study: ReproduceConfig, recipe: Recipe, planned: list[Planned], don
         done.append(outcome)
         known[one.step.name] = outcome.result
         if outcome.status == "not run":
-            _say(f"{head}: not run, {outcome.why}")
+            log.info(f"{head}: not run, {outcome.why}")
             continue
         pace.note(one, time.monotonic() - started, was_finished)
         told = f"{outcome.status} in {_clock(outcome.wall_s)}" + (f": {outcome.why}" if outcome.why else "")
         left = pace.left(planned[number + 1 :])
-        _say(f"{head}: {told}; {_clock(time.monotonic() - begin)} so far{left}")
+        log.info(f"{head}: {told}; {_clock(time.monotonic() - begin)} so far{left}")
         if outcome.status == "failed" and (dead := dead_process()):
             raise TrainingFailedError(
                 f"Ray's {dead} died during {one.step.name}, most often of too little memory; finished steps are kept: "
@@ -143,8 +147,8 @@ def _run(study: ReproduceConfig, recipe: Recipe, one: Planned, known: dict[str, 
     try:
         tree = resolve(merged(recipe, step), known, dropped)
         for name in dropped:
-            _say(f"{head}: without {name}, which is not there")
-        _say(f"{head}: begins")
+            log.info(f"{head}: without {name}, which is not there")
+        log.info(f"{head}: begins")
         outcome.result = VERBS[step.verb].work()(step_config(study, step, tree))
         outcome.status, outcome.why = "finished", None
     except AbsentError as absent:
@@ -153,7 +157,7 @@ def _run(study: ReproduceConfig, recipe: Recipe, one: Planned, known: dict[str, 
     except FinhpcError as error:
         first, *more = str(error).splitlines()
         outcome.status, outcome.why = "failed", first + (f" (and {len(more)} more problems)" if more else "")
-        _say(str(error))
+        log.info(str(error))
     except Exception as error:  # a step that fails for a reason nobody foresaw must not end the others
         traceback.print_exc(file=sys.stderr)
         outcome.status, outcome.why = "failed", f"{type(error).__name__}: {error}".splitlines()[0]
@@ -200,20 +204,20 @@ def _show(config: ReproduceConfig, recipe: Recipe, planned: list[Planned]) -> No
     ]
     rows_table(f"reproduce {config.run.name} at scale {config.scale}", shown)
     where, hours = recipe.device or "this machine", sum(row["hours"] or 0 for row in rows)
-    _say(
+    log.info(
         f"parameters of finetuning: those trained. time: a rough estimate for {where}, of the steps' work alone; "
         f"{_clock(hours * 3600)} for the steps that it is known of."
     )
     for row in rows:
         if row["state"] == "left out":
-            _say(f"left out: {row['step']}, {row['why']}")
+            log.info(f"left out: {row['step']}, {row['why']}")
         for note in row["notes"]:
-            _say(f"note: {row['step']}: {note}")
+            log.info(f"note: {row['step']}: {note}")
     unchecked = dict.fromkeys(what for row in rows for what in row["unchecked"])
     if unchecked:
-        _say(f"not checked before its step runs: {'; '.join(unchecked)}")
+        log.info(f"not checked before its step runs: {'; '.join(unchecked)}")
     if recipe.about:
-        _say(recipe.about.strip())
+        log.info(recipe.about.strip())
 
 
 def _shown(outcome: Outcome) -> dict[str, str]:
@@ -230,7 +234,3 @@ def _shown(outcome: Outcome) -> dict[str, str]:
 def _clock(seconds: float | None) -> str:
     """1:02:03"""
     return str(timedelta(seconds=round(seconds or 0)))
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -22,7 +22,8 @@ from finhpc.files import redact, write_atomic
 from finhpc.models.files.weights import locate
 from finhpc.runs.folder import RunFolder
 from finhpc.screen import rows_table
-from finhpc.settings import MeasureConfig, to_yaml
+from finhpc.settings.base import to_yaml
+from finhpc.settings.reproduce import MeasureConfig
 from finhpc.tracking.tracker import absolute_tracking_uri, default_tracking_uri
 
 STATE = "mlflow.json"  # beside the model, in the run folder that made it

@@ -14,7 +14,8 @@ from typing import Any
 from finhpc.commands.reproduce.verbs import VERBS
 from finhpc.errors import ConfigError
 from finhpc.runs.folder import RunFolder
-from finhpc.settings import Recipe, ReproduceConfig, Section, Step, build, keys, load, nearest, recipes
+from finhpc.settings.base import Section, build, keys, load, nearest, recipes
+from finhpc.settings.reproduce import Recipe, ReproduceConfig, Step
 
 REFERENCE = re.compile(r"\$\{([a-z0-9_-]+)((?:\.[a-z0-9_]+)*)\}")
 INPUTS = ("text", "general", "finance", "instructions", "base", "base_large", "examples")
@@ -73,7 +74,7 @@ def inputs_of(config: ReproduceConfig, recipe: Recipe) -> Tree:
     """
     from finhpc.evaluation.documents import find
     from finhpc.evaluation.tasks import GENERAL
-    from finhpc.settings import EvaluateData
+    from finhpc.settings.evaluate import EvaluateData
 
     given = {name: getattr(config, name) or None for name in INPUTS}
     if config.general:

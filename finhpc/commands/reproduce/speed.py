@@ -18,8 +18,9 @@ from finhpc.models.files.weights import config_of
 from finhpc.models.lora.peft_format import CONFIG as ADAPTER
 from finhpc.models.lora.peft_format import QUANTIZED
 from finhpc.quantization.fake import trained_bits
-from finhpc.settings import ExportConfig, GenerateConfig, MeasureConfig, Sampling
-from finhpc.settings.folders import ExportQuantization
+from finhpc.settings.export import ExportConfig, ExportQuantization
+from finhpc.settings.generate import GenerateConfig, Sampling
+from finhpc.settings.reproduce import MeasureConfig
 
 WARM_UP = 2  # tokens
 

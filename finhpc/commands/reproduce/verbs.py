@@ -8,13 +8,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from finhpc import settings as config
-from finhpc.settings import Section
+from finhpc.settings.base import Section
 
 
 @dataclass(frozen=True)
 class Verb:
-    """`name`: of its settings in finhpc.settings. `function`: module:function.
+    """`name`: of its settings, module:class. `function`: module:function.
 
     `gives`: what later steps may name of its result, as it stands before the step has run; ./PATH lies in its folder.
     """
@@ -24,7 +23,8 @@ class Verb:
     gives: dict[str, Any]
 
     def settings(self) -> type[Section]:
-        found: type[Section] = getattr(config, self.name)
+        module, _, name = self.name.partition(":")
+        found: type[Section] = getattr(import_module(module), name)
         return found
 
     def work(self) -> Callable[[Any], dict[str, Any]]:
@@ -39,13 +39,22 @@ class Verb:
 
 TRAINED = {"model": "./model", "mlflow_run_id": "its run"}
 
+SETTINGS = "finhpc.settings."
 VERBS = {
-    "prepare": Verb("PrepareConfig", "finhpc.commands.prepare:prepare", {"out": "."}),
-    "pretrain": Verb("PretrainConfig", "finhpc.commands.pretrain:pretrain", TRAINED),
-    "decompose": Verb("DecomposeConfig", "finhpc.commands.decompose.command:decompose", {"model": "."}),
-    "hold_out": Verb("HoldOutConfig", "finhpc.evaluation.hold_out:hold_out", {"files": {}, "tasks": []}),
-    "finetune": Verb("FinetuneConfig", "finhpc.commands.finetune:finetune", TRAINED),
-    "evaluate": Verb("EvaluateConfig", "finhpc.commands.evaluate.command:evaluate", {"mlflow_run_id": "its run"}),
-    "measure": Verb("MeasureConfig", "finhpc.commands.reproduce.measure:measure", {}),
-    "report": Verb("ReportConfig", "finhpc:report", {}),
+    "prepare": Verb(f"{SETTINGS}prepare:PrepareConfig", "finhpc.commands.prepare:prepare", {"out": "."}),
+    "pretrain": Verb(f"{SETTINGS}pretrain:PretrainConfig", "finhpc.commands.pretrain:pretrain", TRAINED),
+    "decompose": Verb(
+        "finhpc.settings.decompose:DecomposeConfig", "finhpc.commands.decompose.command:decompose", {"model": "."}
+    ),
+    "hold_out": Verb(
+        "finhpc.settings.reproduce:HoldOutConfig", "finhpc.evaluation.hold_out:hold_out", {"files": {}, "tasks": []}
+    ),
+    "finetune": Verb(f"{SETTINGS}finetune:FinetuneConfig", "finhpc.commands.finetune:finetune", TRAINED),
+    "evaluate": Verb(
+        "finhpc.settings.evaluate:EvaluateConfig",
+        "finhpc.commands.evaluate.command:evaluate",
+        {"mlflow_run_id": "its run"},
+    ),
+    "measure": Verb(f"{SETTINGS}reproduce:MeasureConfig", "finhpc.commands.reproduce.measure:measure", {}),
+    "report": Verb(f"{SETTINGS}report:ReportConfig", "finhpc:report", {}),
 }

@@ -8,6 +8,7 @@ stopped: finished runs are found finished.
 from __future__ import annotations
 
 import json
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,13 @@ from finhpc.runs.run import checked, tracking_uri_of
 from finhpc.runs.run import run as run_job
 from finhpc.runs.worker import FATAL
 from finhpc.screen import rows_table
-from finhpc.settings import StudyConfig, to_yaml
+from finhpc.settings.base import to_yaml
+from finhpc.settings.study import StudyConfig
 from finhpc.tracking.shown import model_name
 from finhpc.tracking.store import check_store
 from finhpc.tracking.tracker import absolute_tracking_uri
+
+log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 
@@ -47,7 +51,7 @@ def study(config: StudyConfig, dry_run: bool = False) -> dict[str, Any]:
     check(config)
     check_store(absolute_tracking_uri(tracking_uri_of(config.run)), config.run.experiment)
     for note in shortened(config):
-        report.say(note)
+        log.info(note)
     if dry_run:
         return _dry_run(config)
     with folder.lock():
@@ -56,7 +60,7 @@ def study(config: StudyConfig, dry_run: bool = False) -> dict[str, Any]:
             screened = _screen(config)
             chosen = finalists(config, screened)
             finals = _train_finals(config, chosen)
-        report.say("measuring step times, the finalists in turn")
+        log.info("measuring step times, the finalists in turn")
         seconds = step_times(kinds_of_steps(finals), config.study.pace_steps, config.study.pace_rounds)
         rows = report.final_rows(config, finals, seconds)
         result: dict[str, Any] = {
@@ -117,7 +121,7 @@ def _train_finals(config: StudyConfig, chosen: dict[str, float]) -> list[Trained
 def _run(config: StudyConfig, phase: str, name: str, lr: float, seed: int, begin: Trained | None) -> Trained:
     run = run_config(config, phase, name, lr, seed, str(begin.model) if begin else None)
     folder = RunFolder(run.run.storage, run.run.name).path
-    report.say(f"study {config.run.name}: {run.run.name}")
+    log.info(f"study {config.run.name}: {run.run.name}")
     try:
         job = checked(Pretrain(run))
         job.varied = {"model": model_name(config)}  # not the run that it starts from, another one for every seed
@@ -125,7 +129,7 @@ def _run(config: StudyConfig, phase: str, name: str, lr: float, seed: int, begin
     except (TrainingFailedError, ImplausibleError) as error:
         if not isinstance(error, ImplausibleError) and not _diverged(folder):
             raise
-        report.say(f"{run.run.name} diverged; the study goes on without it")
+        log.info(f"{run.run.name} diverged; the study goes on without it")
         return Trained(name, lr, seed, run)
     return Trained.of(name, lr, seed, run, folder, result)
 
@@ -146,5 +150,5 @@ def _dry_run(config: StudyConfig) -> dict[str, Any]:
         rows.append({"variant": name, "params_total": params, "lr": variant.lr, "screening_tokens": screened})
     rows_table(f"study {config.run.name}, not started", rows)
     final_tokens = config.train.steps * per_step
-    report.say(f"finals: {final_tokens:,} tokens a run, seeds {config.study.seeds}")
+    log.info(f"finals: {final_tokens:,} tokens a run, seeds {config.study.seeds}")
     return {"status": "dry_run", "study": config.run.name, "variants": rows, "final_tokens": final_tokens}

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import shlex
 import statistics
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,8 +23,11 @@ from finhpc.files import write_atomic
 from finhpc.lowrank.blend import blend_steps
 from finhpc.lowrank.registry import BLEND
 from finhpc.screen import rows_table
-from finhpc.settings import PretrainConfig, StudyConfig
+from finhpc.settings.pretrain import PretrainConfig
+from finhpc.settings.study import StudyConfig
 from finhpc.training.journal import WORKER_FILE, latest, read
+
+log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 Curve = dict[int, float]  # step -> loss in nats
@@ -238,13 +241,8 @@ def show(result: Row) -> None:
     title = f"{result['study']}, finals; time: to the final loss of {result['reference']}, over its whole time"
     rows_table(title, [_text(row) for row in result["finals"]])
     if max(row["step_s_spread"] for row in result["finals"]) > QUIET:
-        say("the machine was busy while step times were measured; the same command measures them again.")
-    say(f"written: result.json, table.csv and curves.png in {shlex.quote(result['folder'])}")
-
-
-def say(text: str) -> None:
-    """A line to the person at the screen."""
-    print(text, file=sys.stderr, flush=True)
+        log.info("the machine was busy while step times were measured; the same command measures them again.")
+    log.info(f"written: result.json, table.csv and curves.png in {shlex.quote(result['folder'])}")
 
 
 def _text(row: Row) -> Row:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from finhpc.commands.study.report import WITHOUT_W, Trained
-from finhpc.errors import ConfigError, TrainingFailedError
+from finhpc.errors import ConfigError, TrainingFailedError, collect
 from finhpc.lowrank.registry import BLEND, SVD
-from finhpc.planning.plan import collect, make_plan
+from finhpc.planning.plan import make_plan
 from finhpc.runs.folder import RunFolder
-from finhpc.settings import PretrainConfig, StudyConfig, Variant, build, nearest
+from finhpc.settings.base import build, nearest
+from finhpc.settings.pretrain import PretrainConfig
+from finhpc.settings.study import StudyConfig, Variant
 
 
 def check(config: StudyConfig) -> None:

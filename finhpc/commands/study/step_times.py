@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from finhpc.errors import TrainingFailedError
-from finhpc.settings import PretrainConfig
+from finhpc.settings.pretrain import PretrainConfig
 
 WARM_UP = 3  # steps that are not counted
 

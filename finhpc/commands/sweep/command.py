@@ -31,11 +31,10 @@ from finhpc.commands.sweep.trial import OUTCOME, outcome_of, pruned, run_trial, 
 from finhpc.errors import TrainingFailedError
 from finhpc.files import write_atomic
 from finhpc.interrupts import terminable
-from finhpc.runs import result as outcome
 from finhpc.runs.folder import RunFolder
 from finhpc.runs.launch import last_line, watched
 from finhpc.runs.run import place_whole
-from finhpc.settings import to_yaml
+from finhpc.settings.base import to_yaml
 
 TUNE = "tune"  # Ray Tune's own record of a start, which nothing is read from
 KEPT_FAILURES = ("diverged", "pruned")  # ends of a trial that another start would not change
@@ -66,7 +65,7 @@ def sweep(config: AnySweep, dry_run: bool = False) -> dict[str, Any]:
         with Parent(config, folder, plan) as parent:
             with ray_cluster():
                 plan.check_fits()  # again: only now is another cluster's size known
-                prepare_shared(plan, outcome.to_stderr)
+                prepare_shared(plan)
                 _tune(config, plan, parent.id)
             deliver(plan, parent.tracker.run_id)
             rows = ranked(plan)
@@ -131,7 +130,7 @@ def _tune(config: AnySweep, plan: Planned, parent: str | None) -> None:
     )
     ended: list[Any] = []
     with follower:
-        problem = watched(lambda: ended.extend(tuner.fit()), follower.look, lambda: False, follower.say)
+        problem = watched(lambda: ended.extend(tuner.fit()), follower.look, lambda: False)
     _write_outcomes(plan, ended)
     if problem is not None:
         raise TrainingFailedError(

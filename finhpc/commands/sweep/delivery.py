@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ from finhpc.commands.sweep.tracking import track_score
 from finhpc.commands.sweep.trial import job_of, outcome_of, write_outcome
 from finhpc.errors import FinhpcError
 from finhpc.runs.folder import RunFolder
-from finhpc.runs.result import to_stderr
 from finhpc.runs.run import tell_mlflow
 from finhpc.tracking.tracker import Status
+
+log = logging.getLogger(__name__)
 
 HOW: dict[str, Status] = {"finished": "FINISHED", "pruned": "KILLED"}  # else FAILED
 
@@ -28,21 +30,21 @@ def deliver(plan: Planned, parent: str | None) -> None:
         run = plan.run_folder(trial.name)
         if "status" not in outcome_of(run) or not _missed(run):
             continue
-        to_stderr(f"sending to MLflow what it missed of trial {trial.name}")
+        log.info(f"sending to MLflow what it missed of trial {trial.name}")
         try:
             _send(run, plan.told(trial, parent))
         except FinhpcError as error:  # its data or its base is gone
-            to_stderr(f"trial {trial.name} was not sent: {error}")
+            log.info(f"trial {trial.name} was not sent: {error}")
             continue
         if _missed(run):
-            to_stderr("MLflow does not answer; the same command sends the rest.")
+            log.info("MLflow does not answer; the same command sends the rest.")
             return
 
 
 def _send(run: Path, told: dict[str, Any]) -> None:
     found, job, folder = outcome_of(run), job_of(told), RunFolder(str(run.parent), run.name)
     if _unsent(run):
-        sent = tell_mlflow(job, folder, HOW.get(found["status"], "FAILED"), to_stderr)
+        sent = tell_mlflow(job, folder, HOW.get(found["status"], "FAILED"))
         found |= {"mlflow_run_id": sent["mlflow_run_id"]}
     for name, score in found.get("scored", {}).items():
         if _unsent(run / f"score-{told['scores'][name]}bit"):

@@ -17,16 +17,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from finhpc.errors import ConfigError
-from finhpc.settings import (
-    FinetuneConfig,
-    FinetuneSweepConfig,
-    PretrainConfig,
-    SweepConfig,
-    TrainingConfig,
-    build,
-)
-from finhpc.settings.base import put
-from finhpc.settings.grid import DISTRIBUTIONS
+from finhpc.settings.base import build, put
+from finhpc.settings.finetune import FinetuneConfig, TrainingConfig
+from finhpc.settings.pretrain import PretrainConfig
+from finhpc.settings.sweep import DISTRIBUTIONS, FinetuneSweepConfig, SweepConfig
 
 BITS, WHEN = "quantization.bits", "quantization.when"
 LONGEST_NAME = 100

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 import statistics
@@ -13,23 +14,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finhpc.cluster.connect import check_fits, known_resources, use_cuda
-from finhpc.commands.estimate.run_time import Opened, said, sweep_time, this_machine_busy
+from finhpc.commands.estimate.run_time import Opened, describe_run_time, sweep_time, this_machine_busy
 from finhpc.commands.sweep.grid import BITS, AnySweep, Trial, check_points, trials_of
 from finhpc.commands.sweep.trial import outcome_of
-from finhpc.errors import ConfigError
+from finhpc.errors import ConfigError, collect
 from finhpc.lowrank.registry import DENSE, STARTED
-from finhpc.planning.plan import Plan, collect, make_plan
+from finhpc.planning.plan import Plan, make_plan
 from finhpc.runs.folder import RunFolder
-from finhpc.runs.result import to_stderr
 from finhpc.runs.run import place_whole
 from finhpc.screen import rows_table
-from finhpc.settings import FinetuneConfig, FinetuneSweepConfig, PretrainConfig, SweepConfig, TrainingConfig, flatten
+from finhpc.settings.base import flatten
+from finhpc.settings.finetune import FinetuneConfig, TrainingConfig
+from finhpc.settings.pretrain import PretrainConfig
+from finhpc.settings.sweep import FinetuneSweepConfig, SweepConfig
 from finhpc.tracking.shown import PARENT, SWEEP, Dataset, model_name, parameters, shape_of
 from finhpc.tracking.store import check_store
 from finhpc.tracking.tracker import default_tracking_uri
 
 if TYPE_CHECKING:
     from finhpc.commands.finetune import Finetune
+
+log = logging.getLogger(__name__)
 
 REFERENCE = "dense-reference"
 MEASURING_S = 20.0  # spent on measuring the steps of trials; the rest are reckoned
@@ -291,7 +296,7 @@ def _tuning_seconds(plan: Planned, job: Finetune) -> float | None:
     made, measures = job.made, time.monotonic() < plan.measuring_until
     examples, batches = made.examples, batches_of(job.config)
     here = plan.resources is not None
-    numbers = of_examples(job.config, made.adaptation, examples, batches, plan.cuda, here, measures)
+    numbers = of_examples(job.config, made.lora_model, examples, batches, plan.cuda, here, measures)
     return _computing(plan, numbers)
 
 
@@ -356,7 +361,7 @@ def _counted(names: list[str], trials: int) -> str:
 def show_plan(plan: Planned) -> None:
     """The trials and their cost, and what was guessed about their data, before any starts."""
     for note in plan.notes:
-        to_stderr(note)
+        log.info(note)
     rows = []
     for trial in plan.trials[:SHOWN]:
         seconds = plan.seconds.get(trial.name)
@@ -369,10 +374,10 @@ def show_plan(plan: Planned) -> None:
             }
         )
     for note, names in _shortened(plan).items():
-        to_stderr(f"{_counted(names, len(plan.trials))}: {note}")
+        log.info(f"{_counted(names, len(plan.trials))}: {note}")
     numbers = plan.result()
     rows_table(f"sweep {numbers['sweep']}: {numbers['trained']} trials, {numbers['scored']} points scored", rows)
     if len(plan.trials) > SHOWN:
-        to_stderr(f"and {len(plan.trials) - SHOWN} more")
-    about = "" if plan.cost is None else f"; the sweep takes {said(plan.cost)}"
-    to_stderr(f"{plan.concurrent} at a time{about}; at least {plan.disk_bytes / 1e6:,.0f} MB on disk")
+        log.info(f"and {len(plan.trials) - SHOWN} more")
+    about = "" if plan.cost is None else f"; the sweep takes {describe_run_time(plan.cost)}"
+    log.info(f"{plan.concurrent} at a time{about}; at least {plan.disk_bytes / 1e6:,.0f} MB on disk")

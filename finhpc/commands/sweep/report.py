@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 import time
 from collections.abc import Iterator
@@ -11,11 +12,12 @@ from typing import Any
 from finhpc.commands.sweep.grid import AnySweep, Trial
 from finhpc.commands.sweep.plan import Planned
 from finhpc.commands.sweep.trial import outcome_of
-from finhpc.runs.progress import Progress
-from finhpc.runs.result import compare_command, to_stderr
+from finhpc.runs.result import compare_command
 from finhpc.screen import rows_table, summary_table
-from finhpc.settings import FinetuneSweepConfig
+from finhpc.settings.sweep import FinetuneSweepConfig
 from finhpc.training.journal import WORKER_FILE, read
+
+log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 FIGURES = (  # of each row, the names they have in every result and in MLflow
@@ -51,7 +53,7 @@ def ranked(plan: Planned) -> list[Row]:
     metric, more = metric_of(plan.config)
     if plan.config.sweep.metric is None and metric != "val_loss" and all(row[metric] is None for row in rows):
         metric, more = "val_loss", False  # finetuned on texts: there are no labels to score
-        to_stderr("nothing held out has labels; the trials are ranked by val_loss.")
+        log.info("nothing held out has labels; the trials are ranked by val_loss.")
     well = [row for row in rows if row["status"] == "finished" and row.get(metric) is not None]
     well.sort(key=lambda row: (-row[metric] if more else row[metric], row["trial"]))
     for i, row in enumerate(well):
@@ -101,10 +103,10 @@ def show(config: AnySweep, result: Row) -> None:
         shown.append(line)
     rows_table(f"sweep {config.run.name}", shown)
     if len(result["trials"]) > MOST_ROWS:
-        to_stderr(f"and {len(result['trials']) - MOST_ROWS} more, in {shlex.quote(result['folder'])}/trials.csv")
+        log.info(f"and {len(result['trials']) - MOST_ROWS} more, in {shlex.quote(result['folder'])}/trials.csv")
     for row in result["trials"]:
         if row["error"] and not row["scored_only"]:
-            to_stderr(f"{row['trial']}: {row['error']}")
+            log.info(f"{row['trial']}: {row['error']}")
     best = result["best"]
     summary = [
         ("best", str(best and best["trial"])),
@@ -126,16 +128,12 @@ class Follower:
         self.left = {t.name for t in plan.trials if "status" not in outcome_of(plan.run_folder(t.name))}
         self.total, self.at_start = len(plan.trials), len(self.left)
         self.last_line = time.monotonic()
-        self._progress = Progress(0, plan.folder)
 
     def __enter__(self) -> Follower:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.look()
-
-    def say(self, text: str) -> None:
-        self._progress.say(text)
 
     def look(self) -> None:
         """Tell of trials that have ended since the last call."""
@@ -153,7 +151,7 @@ class Follower:
         figures += "" if seconds is None else f", {seconds:.0f} s"
         why = f": {found['error'].splitlines()[0]}" if found.get("error") else ""
         ended = self.total - len(self.left)
-        self.say(f"trial {ended}/{self.total} {name}: {found['status']}{figures}{why}{self._time_left()}")
+        log.info(f"trial {ended}/{self.total} {name}: {found['status']}{figures}{why}{self._time_left()}")
         self.last_line = time.monotonic()
 
     def _time_left(self) -> str:
@@ -175,4 +173,4 @@ class Follower:
                     f"{name} step {last['step']}, loss {last['train_loss']:.3f}, {last['tokens_per_s']:,.0f} tokens/s"
                 )
         if running:
-            self.say("; ".join(running))
+            log.info("; ".join(running))

@@ -16,7 +16,9 @@ from finhpc.data.shards.shards import Shards
 from finhpc.errors import ImplausibleError
 from finhpc.evaluation import plausible
 from finhpc.models.loading import load_model
-from finhpc.settings import ExportConfig, PretrainConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.export import ExportConfig
+from finhpc.settings.pretrain import PretrainConfig
 
 FOLDER = "quantized-{bits}bit"  # in the run folder
 

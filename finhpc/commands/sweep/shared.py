@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +14,31 @@ from finhpc.commands.sweep.plan import REFERENCE, Planned, free_bytes
 from finhpc.commands.sweep.trial import outcome_of
 from finhpc.errors import ConfigError, FinhpcError
 from finhpc.lowrank.registry import STARTED
-from finhpc.planning.start import DECOMPOSED, needs_decomposing
+from finhpc.planning.init import DECOMPOSED, needs_decomposing
 from finhpc.runs.folder import RunFolder
-from finhpc.settings import FinetuneConfig, PretrainConfig
+from finhpc.settings.finetune import FinetuneConfig
+from finhpc.settings.pretrain import PretrainConfig
 
-Say = Callable[[str], None]
+log = logging.getLogger(__name__)
 
 
-def prepare_shared(plan: Planned, say: Say) -> None:
+def prepare_shared(plan: Planned) -> None:
     """Train the dense reference where trials start from it; factorise, or quantise, once what several would."""
     if plan.reference is not None:
-        _train_reference(plan, say)
+        _train_reference(plan)
     pending = [trial for trial in plan.trials if "status" not in outcome_of(plan.run_folder(trial.name))]
     configs = {trial.name: plan.config_of(trial) for trial in pending}
-    _share_bases(plan, {name: c for name, c in configs.items() if isinstance(c, FinetuneConfig)}, say)
+    _share_bases(plan, {name: c for name, c in configs.items() if isinstance(c, FinetuneConfig)})
     for name, config in configs.items():
         if isinstance(config, PretrainConfig) and needs_decomposing(config):
             shared = plan.shared / f"decomposed-{_key(config)}"
             if not (shared / DECOMPOSED / "result.json").is_file():
-                say(f"factorising the dense model for {name} and those of its rank")
+                log.info(f"factorising the dense model for {name} and those of its rank")
             decompose_start(config, shared)
             _link(plan.run_folder(name) / DECOMPOSED, shared / DECOMPOSED)
 
 
-def _share_bases(plan: Planned, configs: dict[str, FinetuneConfig], say: Say) -> None:
+def _share_bases(plan: Planned, configs: dict[str, FinetuneConfig]) -> None:
     """Quantise each base at each of its bits, where two trials or more that have not ended take it so."""
     from finhpc.models.lora.targets import scheme_of
 
@@ -50,27 +51,27 @@ def _share_bases(plan: Planned, configs: dict[str, FinetuneConfig], say: Say) ->
         try:
             _share_base(plan, scheme, configs[names[0]], names)
         except FinhpcError as error:
-            say(f"{path} is not quantised once for all trials at {bits} bits ({error}); each of them does it.")
+            log.info(f"{path} is not quantised once for all trials at {bits} bits ({error}); each of them does it.")
 
 
 def _share_base(plan: Planned, scheme: str, config: FinetuneConfig, names: list[str]) -> None:
     from finhpc.commands.finetune import QUANTIZED, base_fingerprint, open_base
-    from finhpc.models.lora.frozen_base import Adaptation
-    from finhpc.models.lora.quantized_cache import keep_base, kept_bytes
+    from finhpc.models.lora.model import LoraModel
+    from finhpc.models.lora.quantized_cache import quantized_cache_bytes, write_quantized_cache
     from finhpc.screen import Progress
 
     weights = open_base(config)
     shared = plan.shared / f"base-{_hash([base_fingerprint(weights.path), scheme, config.quantization.bits])}"
-    adaptation = Adaptation.of(config, weights)
+    lora_model = LoraModel.of(config, weights)
     if not shared.is_dir():
         if len(names) == 1:
             return
-        needed, free = kept_bytes(adaptation), free_bytes(plan.folder) - plan.disk_bytes
+        needed, free = quantized_cache_bytes(lora_model), free_bytes(plan.folder) - plan.disk_bytes
         if needed > free:
             raise ConfigError(f"it takes {needed / 1e9:.1f} GB, and beside the trials' own there are {free / 1e9:.1f}")
     label = f"quantising {weights.path.name} at {config.quantization.bits} bits, for {len(names)} trials"
-    with Progress(label, len(adaptation.quantized_matrices()), bytes_=False) as progress:
-        keep_base(adaptation, shared, progress.advance)
+    with Progress(label, len(lora_model.quantized_matrices()), bytes_=False) as progress:
+        write_quantized_cache(lora_model, shared, progress.advance)
     for name in names:
         _link(plan.run_folder(name) / QUANTIZED, shared)
 
@@ -83,7 +84,7 @@ def _link(link: Path, target: Path) -> None:
         link.symlink_to(target)
 
 
-def _train_reference(plan: Planned, say: Say) -> None:
+def _train_reference(plan: Planned) -> None:
     from finhpc.commands.pretrain import pretrain
 
     assert plan.reference is not None
@@ -91,7 +92,7 @@ def _train_reference(plan: Planned, say: Say) -> None:
     before = RunFolder(run.run.storage, run.run.name).result()
     if before and before["status"] == "finished" and before["steps"] >= run.train.steps:
         return
-    say(f"the dense model that {' and '.join(STARTED)} start from, trained once: {plan.reference.run.name}")
+    log.info(f"the dense model that {' and '.join(STARTED)} start from, trained once: {plan.reference.run.name}")
     try:
         pretrain(run)
     except FinhpcError as error:

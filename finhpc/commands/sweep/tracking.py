@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from finhpc.files import write_json
 from finhpc.runs.folder import RunFolder
 from finhpc.runs.job import Job
-from finhpc.runs.result import to_stderr
 from finhpc.tracking.shown import HIDDEN, PARENT, SCORED_FROM, SETTING, SWEEP, setting_tags
 from finhpc.tracking.store import RefusedError, active_run
 from finhpc.tracking.tracker import Status, Tracker
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from finhpc.commands.sweep.grid import AnySweep
     from finhpc.commands.sweep.plan import Planned
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -39,12 +41,12 @@ class Parent:
         tags |= {"mlflow.source.git.commit": environment["git_commit"]} if environment["git_commit"] else {}
         uri, experiment = plan.tracking_uri, config.run.experiment
         params, datasets = plan.shared_parameters(), plan.datasets
-        self.tracker = Tracker(folder.path, uri, experiment, config.run.name, params, tags, to_stderr, datasets)
+        self.tracker = Tracker(folder.path, uri, experiment, config.run.name, params, tags, datasets)
         self.ended = False
 
     def __enter__(self) -> Parent:
         self.tracker.start()
-        self.id = wait_for_id(self.tracker, to_stderr)
+        self.id = wait_for_id(self.tracker)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -89,20 +91,20 @@ class Parent:
         try:
             return work()
         except RefusedError as error:
-            to_stderr(str(error))
+            log.info(str(error))
             return None
         except MlflowException as error:
-            to_stderr(f"MLflow at {self.tracker.uri}: {str(error).splitlines()[0][:160]}; run the same command again.")
+            log.info(f"MLflow at {self.tracker.uri}: {str(error).splitlines()[0][:160]}; run the same command again.")
             return None
 
 
-def wait_for_id(tracker: Tracker, say: Callable[[str], None]) -> str | None:
+def wait_for_id(tracker: Tracker) -> str | None:
     """The parent's id; None where MLflow does not answer in time: its children are told at the end."""
     deadline = time.monotonic() + WAIT_S
     while tracker.run_id is None and time.monotonic() < deadline:
         time.sleep(0.05)
     if tracker.run_id is None:
-        say("MLflow does not answer yet; the sweep goes on, and its trials are put below it when MLflow is back.")
+        log.info("MLflow does not answer yet; the sweep goes on, and its trials are put below it when MLflow is back.")
     return tracker.run_id
 
 
@@ -121,7 +123,7 @@ def track_score(
     tags |= {HIDDEN + "dataset_fingerprint": job.fingerprints[0], "mlflow.source.name": "finhpc sweep"}
     run, datasets = config.run, job.datasets
     assert run.tracking_uri is not None
-    tracker = Tracker(own, run.tracking_uri, run.experiment, name, params, tags, lambda text: None, datasets)
+    tracker = Tracker(own, run.tracking_uri, run.experiment, name, params, tags, datasets)
     tracker.start()
     tracker.finish(status, figures, timeout_s=15)
     return tracker.run_id

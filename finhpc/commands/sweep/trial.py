@@ -19,7 +19,9 @@ from finhpc.errors import FinhpcError, ImplausibleError, RunBusyError
 from finhpc.files import write_json
 from finhpc.runs.folder import RunFolder
 from finhpc.runs.job import Job
-from finhpc.settings import FinetuneConfig, PretrainConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.finetune import FinetuneConfig
+from finhpc.settings.pretrain import PretrainConfig
 from finhpc.training.journal import WORKER_FILE, latest, read
 
 OUTCOME = "trial.json"  # in the run folder: how the trial ended

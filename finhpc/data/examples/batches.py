@@ -17,8 +17,8 @@ import numpy as np
 from finhpc.data.examples.examples import Arrays
 from finhpc.data.examples.layout import Group, Ints, Piece, groups, pack, piece, size
 from finhpc.data.shards.order import permutation
-from finhpc.models.packed.layout import IGNORED
-from finhpc.settings import Parallel
+from finhpc.models.packing.layout import IGNORED
+from finhpc.settings.training import Parallel
 
 MicroBatch = dict[str, Any]  # pack: int64 (1, FIELDS, T); sample, position: int64 (micro_batch_size,)
 

@@ -20,7 +20,7 @@ from finhpc.data.shards.order import permutation
 from finhpc.errors import ConfigError, DataError
 from finhpc.files import write_atomic
 from finhpc.models.files.tokens import continuation_ids
-from finhpc.settings import Instructions
+from finhpc.settings.finetune import Instructions
 
 SPLITS = ("train", "held_out")
 ARRAYS = ("tokens", "offsets", "answer", "source")

@@ -15,7 +15,7 @@ from finhpc.data.examples.problems import each
 from finhpc.data.examples.records import Record
 from finhpc.data.examples.schema import Table, fields_of, guesses, open_sources
 from finhpc.errors import ConfigError
-from finhpc.settings import Instructions
+from finhpc.settings.finetune import Instructions
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """One micro-batch as one pack: its examples side by side, prefixes that several share laid down once.
 
-The layout stands in `finhpc.models.packed.layout`. A prefix never reaches the token that predicts the first
+The layout stands in `finhpc.models.packing.layout`. A prefix never reaches the token that predicts the first
 answer token, so that it carries no target and every loss stands at its own example. What follows the
 last token that predicts anything is left out: with causal attention nothing looks at it.
 """
@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from finhpc.data.examples.examples import Arrays
 from finhpc.errors import ConfigError
-from finhpc.models.packed.layout import FIELDS, IGNORED, PACKS, POSITION, PREFIX, SEGMENT, TARGET, TARGETS, TOKEN
+from finhpc.models.packing.layout import FIELDS, IGNORED, PACKS, POSITION, PREFIX, SEGMENT, TARGET, TARGETS, TOKEN
 
 SHORTEST_PREFIX = 8  # tokens; a segment more is not worth fewer
 Ints = npt.NDArray[np.int64]

@@ -18,7 +18,7 @@ from finhpc.data.examples.records import Reading, Record, read_records, split_na
 from finhpc.data.examples.templates import Template, template
 from finhpc.data.examples.values import text_of, word_of
 from finhpc.errors import ConfigError
-from finhpc.settings import nearest
+from finhpc.settings.base import nearest
 
 
 class Format(NamedTuple):

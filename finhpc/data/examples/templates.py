@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from finhpc.errors import ConfigError
 from finhpc.plugins import Registry
-from finhpc.settings import nearest
+from finhpc.settings.base import nearest
 from finhpc.textfile import parse_yaml, read_text
 
 LABELS = "labels"  # {labels} in a prompt: all labels, a/b/c

@@ -12,7 +12,8 @@ from finhpc.data.text import sources
 from finhpc.data.text.tokenizer import Encoder
 from finhpc.data.text.unit import Faults
 from finhpc.errors import ConfigError
-from finhpc.settings import Calibration, PrepareConfig
+from finhpc.settings.decompose import Calibration
+from finhpc.settings.prepare import PrepareConfig
 
 SPREAD = 8  # times as many tokens are read as are taken, so that they come from more documents
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from finhpc.data.text.unit import Faults, Unit
 from finhpc.errors import ConfigError, DataError
-from finhpc.settings import PrepareConfig
+from finhpc.settings.prepare import PrepareConfig
 
 # Packages finhpc depends on, themselves or through others, whose docstrings are mostly prose.
 DISTRIBUTIONS = (

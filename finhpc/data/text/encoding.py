@@ -22,7 +22,7 @@ from finhpc.data.text import sources, tokenizer
 from finhpc.data.text.tokenizer import Encoder
 from finhpc.data.text.unit import Faults, Unit
 from finhpc.files import partial_file
-from finhpc.settings import PrepareConfig
+from finhpc.settings.prepare import PrepareConfig
 
 BATCH_BYTES = 1 << 20  # text encoded at a time: bounds a task's memory, whatever the unit's size
 DIGEST_BYTES = 16

@@ -19,7 +19,7 @@ from finhpc.data.examples.tables import NOT_UTF8, column_values, first_line, ope
 from finhpc.data.examples.values import NotTextError, is_missing, plain_text, shown
 from finhpc.data.text.unit import UNIT_BYTES, Faults, Unit
 from finhpc.errors import ConfigError, DataError
-from finhpc.settings import PrepareConfig
+from finhpc.settings.prepare import PrepareConfig
 from finhpc.textfile import UnreadableText, decode, parse_json
 
 COMPRESSION = {".gz": "gzip", ".zst": "zstd"}

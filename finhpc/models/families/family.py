@@ -17,7 +17,7 @@ BLOCK = "block"  # both as one part
 BLOCKS = {**dict.fromkeys(HALVES, 0.5), BLOCK: 1.0}  # kind of part -> how much of a block it is
 
 
-def described(kinds: list[str]) -> str:
+def describe_parts(kinds: list[str]) -> str:
     """Parts in a row in words, such as "3.5 blocks, norm, head": attention and MLP are half a block each."""
     words = [kind for kind in kinds if kind not in BLOCKS]
     blocks = sum(BLOCKS[kind] for kind in kinds if kind in BLOCKS)

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 
 from finhpc.errors import ConfigError
 from finhpc.plugins import Registry
-from finhpc.settings import Model, nearest
+from finhpc.settings.base import nearest
+from finhpc.settings.pretrain import Model
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from finhpc.models.families.family import Family
 from finhpc.models.families.presets import Shape
 from finhpc.plugins import Registry, require
 from finhpc.quantization.fake import TRAINED
-from finhpc.settings import Recompute
+from finhpc.settings.training import Recompute
 
 PLUGINS = "finhpc_plugins"  # in config.json: modules of the plugins that the model needs
 

@@ -8,8 +8,8 @@ tokenizer that the model was trained with.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,10 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from finhpc.errors import ConfigError
 from finhpc.models.files.config import OWN_CODE
-from finhpc.models.files.folder import GENERATION, copy_tokenizer, has_tokenizer
 from finhpc.models.files.gguf import GgufFile
+from finhpc.models.files.tensor_folder import GENERATION, copy_tokenizer, has_tokenizer
+
+log = logging.getLogger(__name__)
 
 GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend", "PreTrainedTokenizer")  # the same, by its names over time
 PROBE = "In 2023 it's 12.5 % more:  don't\n\n caf\u00e9 ABC_def\tHello, how are you?"  # read alike, all is read alike
@@ -103,8 +105,7 @@ def _of_gguf(path: Path) -> Any:
 
 @cache
 def _report(name: str, kind: str) -> None:
-    print(
+    log.info(
         f"The tokenizer of {name} is read as its tokenizer.json says. transformers' AutoTokenizer takes {kind}, as for "
         "every model of this type, and gives other ids: open it with PreTrainedTokenizerFast.from_pretrained.",
-        file=sys.stderr,
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finhpc.errors import CheckpointError, ConfigError
-from finhpc.models.files.folder import GENERATION
+from finhpc.models.files.tensor_folder import GENERATION
 
 # What an answer is encoded behind if the ids of its own prompt change when it follows.
 ANCHORS = ("\n", "a", ")")

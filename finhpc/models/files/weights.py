@@ -20,11 +20,10 @@ from finhpc.errors import CheckpointError, ConfigError
 from finhpc.lowrank.replace import dense_shape, layer_kind
 from finhpc.models.families.registry import family_of, is_low_rank, skeleton
 from finhpc.models.files.config import quantizer_of, read_config
-from finhpc.models.files.folder import SafetensorsFolder
 from finhpc.models.files.gguf import GgufFile
+from finhpc.models.files.tensor_folder import SafetensorsFolder
 from finhpc.models.files.tokenizer import save_tokenizer
 from finhpc.models.files.tokens import generation_config
-from finhpc.models.pipeline import is_tied
 from finhpc.quantization.fake import TRAINED, is_turned, trained_bits
 from finhpc.quantization.per_vector import rounded
 
@@ -76,7 +75,7 @@ class Weights:
         self._bits = 16 if floats else trained_bits(self.config)
         if self._bits < 16:
             delattr(self.config, TRAINED)
-        self.tied = is_tied(self.config)
+        self.tied = bool(self.config.tie_word_embeddings)
         self.skeleton = skeleton(self.config)
         self._stored = self._match()
         self._check_tie()

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from finhpc.errors import CheckpointError, ConfigError
 from finhpc.models.files.config import is_adapter, quantizer_of, read_config
-from finhpc.models.files.folder import has_tokenizer
 from finhpc.models.files.manifest import weights_fingerprint
+from finhpc.models.files.tensor_folder import has_tokenizer
 from finhpc.models.files.tokenizer import open_tokenizer
 from finhpc.models.files.tokens import pad_alone
 from finhpc.models.files.weights import locate

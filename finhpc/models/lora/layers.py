@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finhpc.quantization.frozen import Frozen
+from finhpc.quantization.frozen import FrozenLinear
 
 
-class Adapted(torch.autograd.Function):
+class LoraProduct(torch.autograd.Function):
     """The frozen product and the adapter's beside it, on x (rows, in), in x's dtype.
 
     Keeps x, which layers with the same input share, and the narrow A x. No weight gradient of the base. Without
@@ -20,7 +20,7 @@ class Adapted(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, base: Frozen | None, scale: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, base: FrozenLinear | None, scale: float) -> Tensor:
         narrow_a, narrow_b = a.to(x.dtype), b.to(x.dtype)
         narrow = F.linear(x, narrow_a).mul_(scale)
         ctx.save_for_backward(x, narrow, a, b)
@@ -45,10 +45,10 @@ class Adapted(torch.autograd.Function):
         return d_x, d_a, d_b, None, None
 
 
-class FrozenPair(nn.Module):
+class FrozenLowRankLinear(nn.Module):
     """A frozen `LowRankLinear`: both factors frozen, perhaps quantised."""
 
-    def __init__(self, a: Frozen, b: Frozen, between: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, a: FrozenLinear, b: FrozenLinear, between: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.A, self.B, self.between = a, b, between
         self.in_features, self.out_features = a.in_features, b.out_features
@@ -60,7 +60,9 @@ class FrozenPair(nn.Module):
 class LoraLinear(nn.Module):
     """`base` with an adapter: A (rank, in), B (out, rank), float32 and trained; maps (..., in) to (..., out)."""
 
-    def __init__(self, base: Frozen | FrozenPair, a: Tensor, b: Tensor, scale: float, dropout: float = 0.0) -> None:
+    def __init__(
+        self, base: FrozenLinear | FrozenLowRankLinear, a: Tensor, b: Tensor, scale: float, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.base, self.scale, self.dropout = base, scale, dropout
         self.A, self.B = nn.Parameter(a), nn.Parameter(b)
@@ -68,14 +70,14 @@ class LoraLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         dropped = bool(self.dropout) and self.training
         rows = x.reshape(-1, x.shape[-1])
-        if isinstance(self.base, Frozen) and not dropped:
+        if isinstance(self.base, FrozenLinear) and not dropped:
             out = self._adapted(rows, self.base)
         else:
             out = self.base(rows) + self._adapted(F.dropout(rows, self.dropout) if dropped else rows, None)
         return out.view(*x.shape[:-1], -1)
 
-    def _adapted(self, rows: Tensor, base: Frozen | None) -> Tensor:
-        return Adapted.apply(rows, self.A, self.B, base, self.scale)  # type: ignore[no-untyped-call, no-any-return]
+    def _adapted(self, rows: Tensor, base: FrozenLinear | None) -> Tensor:
+        return LoraProduct.apply(rows, self.A, self.B, base, self.scale)  # type: ignore[no-untyped-call, no-any-return]
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """A (rank, in_features), B (out_features, rank)."""

@@ -21,7 +21,7 @@ from finhpc.errors import ConfigError
 from finhpc.lowrank.layers import LowRankLinear
 from finhpc.models.files.config import ADAPTER
 from finhpc.models.files.weights import Weights
-from finhpc.models.lora.targets import ALL, MOVES_BASE, is_pattern, linear_shape, scheme_of, taken_from
+from finhpc.models.lora.targets import ALL, CHANGES_BASE, factors_from_base, is_pattern, linear_shape, scheme_of
 from finhpc.quantization.frozen import freeze
 from finhpc.settings.finetune import FinetuneQuantization, Lora
 
@@ -89,12 +89,12 @@ def save_adapter(
     tensors, rank, alpha = {}, settings.rank, settings.lora_alpha
     for name in names:
         a, b = trained[f"{name}.A"].float().cpu(), trained[f"{name}.B"].float().cpu()
-        if settings.init in MOVES_BASE:
-            first_a, first_b = taken_from(_rows(weights, name), settings)
+        if settings.init in CHANGES_BASE:
+            first_a, first_b = factors_from_base(_rows(weights, name), settings)
             a, b = torch.cat((a, first_a)), torch.cat((b, -first_b), 1)
         tensors[f"{PREFIX}{name}.lora_A.weight"] = a.contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = b.contiguous()
-    if settings.init in MOVES_BASE:
+    if settings.init in CHANGES_BASE:
         rank, alpha = 2 * rank, 2 * alpha
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})

@@ -6,8 +6,8 @@ scheme makes of it (`finhpc.quantization.schemes`), and the sha256 of each. What
 
 from __future__ import annotations
 
+import logging
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,13 +22,15 @@ from finhpc.models.files.manifest import check_manifest, write_manifest
 from finhpc.quantization.schemes import SCHEMES
 
 if TYPE_CHECKING:
-    from finhpc.models.lora.frozen_base import Adaptation
+    from finhpc.models.lora.model import LoraModel
+
+log = logging.getLogger(__name__)
 
 FILE = ".safetensors"
 
 
-def keep_base(adaptation: Adaptation, folder: Path, advance: Callable[[int], None]) -> None:
-    """Quantise the base of `adaptation` into `folder`, a matrix at a time; one that is there and whole stays.
+def write_quantized_cache(lora_model: LoraModel, folder: Path, advance: Callable[[int], None]) -> None:
+    """Quantise the base of `lora_model` into `folder`, a matrix at a time; one that is there and whole stays.
 
     `advance` is told of each matrix. It is quantised on the CPU, whatever trains beside it later. Raises
     `NonFiniteError` or `ConfigError` naming a matrix that cannot be quantised.
@@ -38,24 +40,24 @@ def keep_base(adaptation: Adaptation, folder: Path, advance: Callable[[int], Non
             check_manifest(folder)
             return
         except CheckpointError as error:
-            print(f"{error}\nThe base is quantised again.", file=sys.stderr)
+            log.info(f"{error}\nThe base is quantised again.")
             shutil.rmtree(folder)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    scheme, bits = SCHEMES[adaptation.scheme], adaptation.quantization.bits
-    for matrix in adaptation.quantized_matrices():
-        held = scheme.tensors(adaptation.rows(matrix), bits, matrix.name)
+    scheme, bits = SCHEMES[lora_model.scheme], lora_model.quantization.bits
+    for matrix in lora_model.quantized_matrices():
+        held = scheme.tensors(lora_model.rows(matrix), bits, matrix.name)
         save_file({key: value.contiguous() for key, value in held.items()}, partial / f"{matrix.name}{FILE}")
         advance(1)
     write_manifest(partial)
     publish(partial, folder)
 
 
-def kept_bytes(adaptation: Adaptation) -> int:
-    """Bytes of the codes that `keep_base` writes; scales come on top."""
-    bits = adaptation.quantization.bits
-    return sum(matrix.shape[0] * matrix.shape[1] * bits // 8 for matrix in adaptation.quantized_matrices())
+def quantized_cache_bytes(lora_model: LoraModel) -> int:
+    """Bytes of the codes that `write_quantized_cache` writes; scales come on top."""
+    bits = lora_model.quantization.bits
+    return sum(matrix.shape[0] * matrix.shape[1] * bits // 8 for matrix in lora_model.quantized_matrices())
 
 
 def kept(folder: Path, name: str) -> dict[str, Tensor]:

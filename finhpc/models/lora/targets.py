@@ -16,7 +16,7 @@ from finhpc.models.initialize import generator_of
 from finhpc.settings.finetune import FinetuneQuantization, Lora
 
 ALL = "all-linear"
-MOVES_BASE = ("pissa", "olora")  # they take the adapter's start out of the base
+CHANGES_BASE = ("pissa", "olora")  # they take the adapter's start out of the base
 
 
 def target_names(model: nn.Module, settings: Lora, bits: int) -> dict[str, tuple[int, int]]:
@@ -55,13 +55,13 @@ def target_names(model: nn.Module, settings: Lora, bits: int) -> dict[str, tuple
     problems += _misfits(chosen, settings.rank)
     if settings.init == "orthogonal" and settings.rank % 2:
         problems.append(f"lora.rank={settings.rank} does not go with lora.init=orthogonal; use an even rank.")
-    if settings.init in MOVES_BASE and bits < 16:
+    if settings.init in CHANGES_BASE and bits < 16:
         problems.append(
             f"lora.init={settings.init} moves the base's weights, and quantised ones cannot be moved exactly; "
             "use quantization.bits=16 or lora.init=default."
         )
     moved = [name for name in chosen if isinstance(model.get_submodule(name), LowRankLinear)]
-    if settings.init in MOVES_BASE and moved:
+    if settings.init in CHANGES_BASE and moved:
         problems.append(
             f"lora.init={settings.init} needs dense layers, and {len(moved)} of the adapted ones are low-rank; "
             "use lora.init=default."
@@ -116,7 +116,7 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
 def start(
     settings: Lora, shape: tuple[int, int], seed: int, name: str, rows: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """A (rank, in) and B (out, rank) in float32, as peft draws them. `rows`: the matrix, for `MOVES_BASE` alone."""
+    """A (rank, in) and B (out, rank) in float32, as peft draws them. `rows`: the matrix, for `CHANGES_BASE` alone."""
     out, into = shape
     rank, generator = settings.rank, generator_of(seed, f"{name}.lora")
     if settings.init == "default":
@@ -131,10 +131,10 @@ def start(
         b = torch.randn(rank // 2, out, generator=generator).T.mm(q[1::2]) / 10.0
         return a.contiguous(), b.contiguous()
     assert rows is not None
-    return taken_from(rows.float(), settings)
+    return factors_from_base(rows.float(), settings)
 
 
-def taken_from(rows: Tensor, settings: Lora) -> tuple[Tensor, Tensor]:
+def factors_from_base(rows: Tensor, settings: Lora) -> tuple[Tensor, Tensor]:
     """A and B of pissa (the largest singular values) or olora (the first columns of QR) of a matrix (out, in)."""
     rank = settings.rank
     if settings.init == "olora":

@@ -11,7 +11,9 @@ from mlflow import MlflowClient
 
 from finhpc.commands.report.runs import Collected, collect
 from finhpc.commands.report.store import all_runs, chosen_experiments, open_store
-from finhpc.settings import FinetuneConfig, PretrainConfig, TrainingConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.finetune import FinetuneConfig, TrainingConfig
+from finhpc.settings.pretrain import PretrainConfig
 from finhpc.tracking.mirror import Status
 from finhpc.tracking.shown import HIDDEN, SETTING, parameters, setting_tags
 from finhpc.tracking.tracker import Tracker, default_tracking_uri

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from finhpc.commands.report.command import report
-from finhpc.settings import ReportConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.report import ReportConfig
 from tests.commands.report.store import Store
 
 pytestmark = pytest.mark.browser

@@ -19,7 +19,8 @@ from finhpc.commands.report import store as store_module
 from finhpc.commands.report.command import report
 from finhpc.commands.ui import serving
 from finhpc.errors import ConfigError, FinhpcError
-from finhpc.settings import ReportConfig, build
+from finhpc.settings.base import build
+from finhpc.settings.report import ReportConfig
 from tests.commands.report.store import Store
 
 

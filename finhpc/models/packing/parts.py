@@ -1,4 +1,4 @@
-"""The parts of a model over packs: the same modules and names as over token blocks, see `finhpc.models.packed.layout`.
+"""The parts of a model over packs: the same modules and names as over token blocks, see `finhpc.models.packing.layout`.
 
 Only rows that predict a token go through the last block's second half, the last norm and the head.
 """
@@ -17,10 +17,10 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from finhpc.models.families.family import HALVES, Flow, Part
 from finhpc.models.families.registry import family_of
 from finhpc.models.loss import cross_entropy
-from finhpc.models.packed.attention import attend
-from finhpc.models.packed.layout import POSITION, TOKEN, layout_of
+from finhpc.models.packing.attention import attend
+from finhpc.models.packing.layout import POSITION, TOKEN, layout_of
 from finhpc.models.recompute import whole_blocks
-from finhpc.settings import Recompute
+from finhpc.settings.training import Recompute
 
 Attended = Callable[[Any, Tensor, Tensor, bool], Tensor]  # (module, x (1, T, width), pack, keep) -> as x
 

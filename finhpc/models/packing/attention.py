@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from finhpc.models.attention import QUERIES, SCORE_BYTES
-from finhpc.models.packed.layout import Group, Layout
+from finhpc.models.packing.layout import Group, Layout
 
 LONGEST = 1024  # tokens: longer segments keep no probabilities, which would be most of a step's memory
 

@@ -20,14 +20,14 @@ from finhpc.lowrank.layers import LowRankLinear
 from finhpc.models.families.family import BLOCKS, Part
 from finhpc.models.families.registry import skeleton
 from finhpc.models.files.weights import Weights
-from finhpc.models.lora.layers import FrozenPair, LoraLinear
+from finhpc.models.lora.layers import FrozenLowRankLinear, LoraLinear
 from finhpc.models.lora.quantized_cache import kept
-from finhpc.models.lora.targets import MOVES_BASE, linear_shape, scale_of, scheme_of, start, target_names
-from finhpc.models.packed.parts import packed_parts, without_dropout
-from finhpc.models.pipeline import Layer, stage_borders
-from finhpc.quantization.frozen import Frozen, freeze, hold, is_quantized
-from finhpc.settings import Recompute
+from finhpc.models.lora.targets import CHANGES_BASE, linear_shape, scale_of, scheme_of, start, target_names
+from finhpc.models.packing.parts import packed_parts, without_dropout
+from finhpc.models.pipeline import PipelineLayer, stage_borders
+from finhpc.quantization.frozen import FrozenLinear, freeze, hold, is_quantized
 from finhpc.settings.finetune import FinetuneConfig, FinetuneQuantization, Lora
+from finhpc.settings.training import Recompute
 
 HEAD_ROWS = 1 / 16  # rows of a pack that predict a token, as counted costs take it
 
@@ -57,7 +57,7 @@ def matrices_of(module: nn.Module, name: str) -> list[Matrix]:
 
 
 @dataclass
-class Adaptation:
+class LoraModel:
     """What is trained beside what: `weights` of the base, adapters as `lora` says, the base's bits and type.
 
     `bf16`: the base and all activations are bfloat16, else float32; adapters are float32 always. `kept`: a folder
@@ -79,7 +79,7 @@ class Adaptation:
         self.parts()
 
     @classmethod
-    def of(cls, config: FinetuneConfig, weights: Weights, kept: Path | None = None) -> Adaptation:
+    def of(cls, config: FinetuneConfig, weights: Weights, kept: Path | None = None) -> LoraModel:
         train = config.train
         bf16 = train.precision == "bf16"
         return cls(weights, config.lora, config.quantization, bf16, train.recompute, train.seed, kept)
@@ -133,14 +133,14 @@ class Adaptation:
         return module
 
     def _linear(self, module: nn.Module, name: str, device: torch.device) -> nn.Module:
-        base: Frozen | FrozenPair
+        base: FrozenLinear | FrozenLowRankLinear
         adapted, started = name in self.targets, None
         bias = None if getattr(module, "bias", None) is None else self.weights.read(f"{name}.bias").to(device)
         first, *more = matrices_of(module, name)
         if isinstance(module, LowRankLinear):
             pair = self._frozen(first, None, device), self._frozen(more[0], bias, device)
-            base = FrozenPair(*pair, module.between)
-        elif adapted and self.lora.init in MOVES_BASE:  # never quantised
+            base = FrozenLowRankLinear(*pair, module.between)
+        elif adapted and self.lora.init in CHANGES_BASE:  # never quantised
             rows = self.rows(first).to(device)
             started = start(self.lora, self.targets[name], self.seed, name, rows)
             base = freeze(rows - scale_of(self.lora) * started[1] @ started[0], bias, 16, "", self.dtype, name)
@@ -170,7 +170,7 @@ class Adaptation:
     def _quantizes(self, matrix: Matrix) -> bool:
         return is_quantized(matrix.shape, self.bits_of(matrix.name), self.scheme)
 
-    def _frozen(self, matrix: Matrix, bias: Tensor | None, device: torch.device) -> Frozen:
+    def _frozen(self, matrix: Matrix, bias: Tensor | None, device: torch.device) -> FrozenLinear:
         bits = self.bits_of(matrix.name)
         if self.kept is not None and self._quantizes(matrix):
             held = {key: value.to(device) for key, value in kept(self.kept, matrix.name).items()}
@@ -178,16 +178,16 @@ class Adaptation:
         return freeze(self.rows(matrix).to(device), bias, bits, self.scheme, self.dtype, matrix.name)
 
 
-class AdaptedLayer(Layer):
+class LoraPipelineLayer(PipelineLayer):
     """One part of an adapted model. Its only parameters that are trained, and named, are its adapters'."""
 
-    def __init__(self, part: Part, adaptation: Adaptation, device: torch.device) -> None:
+    def __init__(self, part: Part, lora_model: LoraModel, device: torch.device) -> None:
         nn.Module.__init__(self)
         self.part, self.bf16, self.device_type = part, False, device.type  # the type is the base's: no autocast
         made = []
         for name in part.names:
-            module = adaptation.fill(adaptation.skeleton.get_submodule(name), name, device)
-            adaptation.skeleton.set_submodule(name, module)
+            module = lora_model.fill(lora_model.skeleton.get_submodule(name), name, device)
+            lora_model.skeleton.set_submodule(name, module)
             made.append(module)
         self.parts = nn.ModuleList(made)
 

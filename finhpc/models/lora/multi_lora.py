@@ -17,7 +17,7 @@ from finhpc.models.files.config import quantizer_of
 from finhpc.models.lora.peft_format import Adapter, round_base
 
 
-class AdaptedLinear(nn.Module):
+class MultiLoraLinear(nn.Module):
     """`base` and N adapters: A (N + 1, rank, in), B (N + 1, out, rank), scaled; the last of them adds nothing.
 
     Ranks below the largest are filled up with zeros. Maps (batch, ..., in) to (batch, ..., out).
@@ -71,13 +71,13 @@ class Adapters:
 
     def __init__(self, model: Any, adapters: Mapping[str, Adapter]) -> None:
         self.names = list(adapters)
-        self.layers: list[AdaptedLinear] = []
+        self.layers: list[MultiLoraLinear] = []
         for name in sorted({name for adapter in adapters.values() for name in adapter.pairs}):
             pairs = [
                 (*adapter.pairs[name], adapter.scales[name]) if name in adapter.pairs else None
                 for adapter in adapters.values()
             ]
-            layer = AdaptedLinear(model.get_submodule(name), pairs, model.dtype).to(model.device)
+            layer = MultiLoraLinear(model.get_submodule(name), pairs, model.dtype).to(model.device)
             model.set_submodule(name, layer)
             self.layers.append(layer)
 

@@ -85,7 +85,7 @@ class Segments:
 
 
 _known: OrderedDict[bytes, Layout] = OrderedDict()
-KEPT = 32  # layouts: micro-batches under way in a pipeline
+CACHED_LAYOUTS = 32  # layouts: micro-batches under way in a pipeline
 WASTE = 1.25  # the longest segment of a group over its shortest
 LAYOUT = "finhpc_layout"  # attribute of a pack: its layout, once known; a pack without content brings it
 
@@ -100,9 +100,9 @@ def layout_of(pack: Tensor) -> Layout:
         return own  # type: ignore[no-any-return]
     fields = pack.detach().cpu().contiguous()
     key = fields.numpy().tobytes() + str(pack.device).encode()
-    found = _known.pop(key, None) or laid_out(segments_of(fields[0]), pack.device)
+    found = _known.pop(key, None) or build_layout(segments_of(fields[0]), pack.device)
     _known[key] = found
-    while len(_known) > KEPT:
+    while len(_known) > CACHED_LAYOUTS:
         _known.popitem(last=False)
     setattr(pack, LAYOUT, found)
     return found
@@ -136,7 +136,7 @@ def segments_of(fields: Tensor) -> Segments:
     return Segments(groups, targets.tolist(), fields[TARGET][targets].tolist(), scale)
 
 
-def laid_out(segments: Segments, device: torch.device, fused: bool | None = None) -> Layout:
+def build_layout(segments: Segments, device: torch.device, fused: bool | None = None) -> Layout:
     """The layout with its tensors on `device`; `fused`, by default, where that is a GPU."""
     fused = device.type == "cuda" if fused is None else fused
     groups = []
