@@ -102,4 +102,4 @@ def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
     text = told(tmp_path, tasks=["fpb", "tfns", "nerd"], data={"folder": str(data)})
     assert "no fpb" in text
     assert "several files" in text
-    assert "nerd is no task" in text
+    assert "unknown task tasks=nerd" in text

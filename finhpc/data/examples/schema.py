@@ -13,10 +13,9 @@ from typing import NamedTuple, Protocol
 
 from finhpc.data.examples import labels
 from finhpc.data.examples.labels import Meaning
-from finhpc.data.examples.problems import each
 from finhpc.data.examples.records import Reading, Record, read_records, split_name
 from finhpc.data.examples.templates import Template, template
-from finhpc.data.examples.values import text_of, word_of
+from finhpc.data.examples.values import each, text_of, word_of
 from finhpc.errors import ConfigError
 from finhpc.settings.base import nearest
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from finhpc.data.examples.chat import Conversation, check_template, control_tokens, prompt_ids, rendered
 from finhpc.data.examples.instructions import Example
-from finhpc.data.examples.problems import each
+from finhpc.data.examples.values import each
 from finhpc.errors import ConfigError
 from finhpc.models.files.tokens import begin_ids, continuation_ids, encode
 

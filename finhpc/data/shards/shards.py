@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -28,6 +28,7 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 Split = Literal["train", "val"]
 Tokens = npt.NDArray[Any]  # uint16 or uint32
+Ints = npt.NDArray[np.int64]
 
 
 class ShardFile(BaseModel):
@@ -218,18 +219,20 @@ class Shards:
             )
         return blocks
 
-    def eval_samples(self, n: int, seq_len: int) -> npt.NDArray[np.int64]:
-        """At most `n` held-out samples, (<=n, seq_len) int64, spread evenly over the split; always the same."""
-        sizes = self.shard_samples("val", seq_len)
+    def spread(self, split: Split, seq_len: int, n: int | None = None) -> Iterator[tuple[Ints, Ints]]:
+        """Yield ids and tokens (samples, seq_len) of at most `n` samples (None: all) at even distances, by shard."""
+        sizes = self.shard_samples(split, seq_len)
         total = sum(sizes)
-        n = min(n, total)
+        n = total if n is None else min(n, total)
         chosen = np.arange(n, dtype=np.int64) * total // max(n, 1)
-        starts = np.concatenate([[0], np.cumsum(sizes)])
-        parts = []
-        for index, (start, stop) in enumerate(pairwise(starts)):
-            inside = chosen[(chosen >= start) & (chosen < stop)] - start
-            if len(inside):
-                parts.append(self.read_shard("val", index).reshape(-1, seq_len)[inside].astype(np.int64))
+        for index, (start, stop) in enumerate(pairwise(np.concatenate([[0], np.cumsum(sizes)]))):
+            ids = chosen[(chosen >= start) & (chosen < stop)]
+            if len(ids):
+                yield ids, self.read_shard(split, index).reshape(-1, seq_len)[ids - start].astype(np.int64)
+
+    def eval_samples(self, n: int, seq_len: int) -> Ints:
+        """Return at most `n` held-out samples, (<=n, seq_len), spread evenly over the split; always the same."""
+        parts = [tokens for _, tokens in self.spread("val", seq_len, n)]
         return np.concatenate(parts) if parts else np.empty((0, seq_len), np.int64)
 
 
