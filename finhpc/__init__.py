@@ -25,11 +25,45 @@ The packages from the top down; an import points down, never up or in a circle:
 from __future__ import annotations
 
 import os
-from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from finhpc.commands import COMMANDS, Command, import_named
 from finhpc.log import set_up
 from finhpc.registration import register
+
+if TYPE_CHECKING:  # what editors and mypy see; at run time each name is imported when it is used
+    from finhpc.errors import ConfigError as ConfigError
+    from finhpc.errors import FinhpcError as FinhpcError
+    from finhpc.models.loading import load_model as load_model
+    from finhpc.settings.decompose import DecomposeConfig as DecomposeConfig
+    from finhpc.settings.estimate import EstimateConfig as EstimateConfig
+    from finhpc.settings.estimate import FinetuneEstimateConfig as FinetuneEstimateConfig
+    from finhpc.settings.evaluate import EvaluateConfig as EvaluateConfig
+    from finhpc.settings.export import ExportConfig as ExportConfig
+    from finhpc.settings.finetune import FinetuneConfig as FinetuneConfig
+    from finhpc.settings.generate import GenerateConfig as GenerateConfig
+    from finhpc.settings.prepare import PrepareConfig as PrepareConfig
+    from finhpc.settings.pretrain import PretrainConfig as PretrainConfig
+    from finhpc.settings.report import ReportConfig as ReportConfig
+    from finhpc.settings.report import UiConfig as UiConfig
+    from finhpc.settings.reproduce import ReproduceConfig as ReproduceConfig
+    from finhpc.settings.study import StudyConfig as StudyConfig
+    from finhpc.settings.sweep import FinetuneSweepConfig as FinetuneSweepConfig
+    from finhpc.settings.sweep import SweepConfig as SweepConfig
+
+    prepare: Command[PrepareConfig]
+    pretrain: Command[PretrainConfig]
+    estimate: Command[EstimateConfig | FinetuneEstimateConfig]
+    sweep: Command[SweepConfig | FinetuneSweepConfig]
+    study: Command[StudyConfig]
+    decompose: Command[DecomposeConfig]
+    finetune: Command[FinetuneConfig]
+    export: Command[ExportConfig]
+    evaluate: Command[EvaluateConfig]
+    generate: Command[GenerateConfig]
+    report: Command[ReportConfig]
+    reproduce: Command[ReproduceConfig]
+    ui: Command[UiConfig]
 
 __version__ = "0.1.0"
 
@@ -46,47 +80,23 @@ PICKLE_OFF = {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
 for _name, _value in {**TELEMETRY_OFF, **PICKLE_OFF}.items():
     os.environ.setdefault(_name, _value)
 
-_PUBLIC = {
-    "load_model": "finhpc.models.loading",
-    "bench": "finhpc.bench",
-    "decompose": "finhpc.commands.decompose.command",
-    "prepare": "finhpc.commands.prepare",
-    "pretrain": "finhpc.commands.pretrain",
-    "finetune": "finhpc.commands.finetune",
-    "estimate": "finhpc.commands.estimate.command",
-    "study": "finhpc.commands.study.command",
-    "sweep": "finhpc.commands.sweep.command",
-    "reproduce": "finhpc.commands.reproduce.command",
-    "evaluate": "finhpc.commands.evaluate.command",
-    "generate": "finhpc.commands.generate",
-    "export": "finhpc.commands.export",
-    "report": "finhpc.commands.report.command",
-    "ui": "finhpc.commands.ui",
-    "PretrainConfig": "finhpc.settings.pretrain",
-    "FinetuneConfig": "finhpc.settings.finetune",
-    "EstimateConfig": "finhpc.settings.estimate",
-    "FinetuneEstimateConfig": "finhpc.settings.estimate",
-    "StudyConfig": "finhpc.settings.study",
-    "SweepConfig": "finhpc.settings.sweep",
-    "FinetuneSweepConfig": "finhpc.settings.sweep",
-    "PrepareConfig": "finhpc.settings.prepare",
-    "EvaluateConfig": "finhpc.settings.evaluate",
-    "GenerateConfig": "finhpc.settings.generate",
-    "ExportConfig": "finhpc.settings.export",
-    "DecomposeConfig": "finhpc.settings.decompose",
-    "ReportConfig": "finhpc.settings.report",
-    "ReproduceConfig": "finhpc.settings.reproduce",
-    "UiConfig": "finhpc.settings.report",
-    "FinhpcError": "finhpc.errors",
-    "ConfigError": "finhpc.errors",
+_OTHERS = {
+    "load_model": "finhpc.models.loading:load_model",
+    "ConfigError": "finhpc.errors:ConfigError",
+    "FinhpcError": "finhpc.errors:FinhpcError",
 }
-__all__ = ["__version__", *_PUBLIC]
+_PUBLIC: dict[str, Any] = {name: row for name, row in COMMANDS.items() if " " not in name}  # each is a function
+_CLASSES = [row.settings for row in COMMANDS.values() if row.settings.startswith("finhpc.settings.")]
+_NAMED = _OTHERS | {path.partition(":")[2]: path for path in _CLASSES}
+__all__ = ["__version__", *_PUBLIC, *_NAMED]
 
 
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
-        return getattr(import_module(_PUBLIC[name]), name)
-    raise AttributeError(f"module 'finhpc' has no attribute {name!r}; public names: {__all__}")
+        return _PUBLIC[name]
+    if name in _NAMED:
+        return import_named(_NAMED[name])
+    raise AttributeError(f"module 'finhpc' has no attribute {name!r}; public names: {', '.join(__all__)}")
 
 
 set_up()

@@ -1,9 +1,9 @@
-"""The `finhpc` command: one verb per job, each a row of `COMMANDS`.
+"""The `finhpc` command line.
 
-    finhpc VERB --config FILE_OR_RECIPE --section.key VALUE ...
+    finhpc COMMAND --config FILE_OR_RECIPE --section.key VALUE ...
 
-Settings come from defaults < recipe or YAML < flags. All messages go to stderr; with `--json` the
-result is the last line of stdout.
+The commands are the rows of `finhpc.commands.COMMANDS`. Settings come from defaults < recipe or YAML < flags. All
+messages go to stderr; with `--json` the result is the last line of stdout.
 """
 
 from __future__ import annotations
@@ -12,100 +12,28 @@ import json
 import os
 import select
 import sys
-from collections.abc import Callable
 from contextlib import suppress
+from fnmatch import fnmatchcase
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any
 
 import finhpc
+from finhpc.commands import COMMANDS, Command
 from finhpc.errors import ConfigError, FinhpcError
 from finhpc.files import private_files
 from finhpc.interrupts import interruptible
 
-
-class Command(NamedTuple):
-    """`settings`: module:class of its settings. `work`: module:function, which takes the settings and `dry_run`."""
-
-    about: str
-    settings: str
-    work: str
-
-
-SETTINGS, WORK = "finhpc.settings.", "finhpc.commands."
-COMMANDS = {
-    "prepare": Command("text on disk -> token shards", f"{SETTINGS}prepare:PrepareConfig", f"{WORK}prepare:prepare"),
-    "pretrain": Command(
-        "token shards -> a low-rank (or dense) model", f"{SETTINGS}pretrain:PretrainConfig", f"{WORK}pretrain:pretrain"
-    ),
-    "estimate": Command(
-        "memory, time and devices of a pretrain; or: estimate finetune",
-        f"{SETTINGS}estimate:EstimateConfig",
-        f"{WORK}estimate.command:estimate",
-    ),
-    "estimate finetune": Command("", f"{SETTINGS}estimate:FinetuneEstimateConfig", f"{WORK}estimate.command:estimate"),
-    "sweep": Command(
-        "a grid or search over settings of pretrain; or: sweep finetune",
-        f"{SETTINGS}sweep:SweepConfig",
-        f"{WORK}sweep.command:sweep",
-    ),
-    "sweep finetune": Command("", f"{SETTINGS}sweep:FinetuneSweepConfig", f"{WORK}sweep.command:sweep"),
-    "study": Command(
-        "variants of a run: screened, the best trained on several seeds",
-        f"{SETTINGS}study:StudyConfig",
-        f"{WORK}study.command:study",
-    ),
-    "decompose": Command(
-        "a dense model -> a low-rank one of its best factors",
-        f"{SETTINGS}decompose:DecomposeConfig",
-        f"{WORK}decompose.command:decompose",
-    ),
-    "finetune": Command(
-        "examples and a frozen base, 16, 8 or 4 bits -> a LoRA adapter",
-        f"{SETTINGS}finetune:FinetuneConfig",
-        f"{WORK}finetune:finetune",
-    ),
-    "export": Command(
-        "a trained model -> a folder for transformers, low-rank or merged",
-        f"{SETTINGS}export:ExportConfig",
-        f"{WORK}export:export",
-    ),
-    "evaluate": Command(
-        "models -> scores on general and financial tasks, with intervals",
-        f"{SETTINGS}evaluate:EvaluateConfig",
-        f"{WORK}evaluate.command:evaluate",
-    ),
-    "generate": Command(
-        "prompts, a file of them or a chat -> text; adapters over one base",
-        f"{SETTINGS}generate:GenerateConfig",
-        f"{WORK}generate:generate",
-    ),
-    "report": Command(
-        "what was tracked -> the paper's tables and figures, as a page",
-        f"{SETTINGS}report:ReportConfig",
-        f"{WORK}report.command:report",
-    ),
-    "bench": Command("finhpc measured against the plain way; bench --help lists what", "", "finhpc.bench:bench"),
-    "reproduce": Command(
-        "the whole paper at one scale, from pretraining to the report",
-        f"{SETTINGS}reproduce:ReproduceConfig",
-        f"{WORK}reproduce.command:reproduce",
-    ),
-    "ui": Command(
-        "MLflow's page of what was tracked, on this machine only", f"{SETTINGS}report:UiConfig", f"{WORK}ui:ui"
-    ),
-}
-
 USAGE = (
-    "usage: finhpc VERB [--config FILE_OR_RECIPE] [--KEY VALUE ...]\n\nverbs:\n"
-    + "\n".join(f"  {verb:<9}  {command.about}" for verb, command in COMMANDS.items() if command.about)
+    "usage: finhpc COMMAND [--config FILE_OR_RECIPE] [--KEY VALUE ...]\n\ncommands:\n"
+    + "\n".join(f"  {name:<9}  {command.help}" for name, command in COMMANDS.items() if " " not in name)
     + """
 
-options of every verb:
+options of every command:
   --config NAME      a recipe's name or a YAML file
-  --KEY VALUE        set one key, e.g. --method.rank 96 (VERB --help lists them)
+  --KEY VALUE        set a key, e.g. --method.rank 96; COMMAND --help lists all
   --json             print the result as JSON, the last line of stdout
   --print_config     show the resolved settings and stop
-  --dry_run          check and count everything, start and write nothing
+  --dry_run          check and count everything; start and write nothing
 
 finhpc --version"""
 )
@@ -160,63 +88,45 @@ def _drop_closed_streams() -> bool:
 
 
 def _run(words: list[str]) -> dict[str, Any] | None:
-    """Find the command that the first words name, resolve its settings and do its work."""
-    verb, *rest = words
-    if verb == "bench":
-        return _bench(rest)
-    if verb in ("sweep", "estimate") and rest and not rest[0].startswith("-"):
-        of = ["pretrain", "finetune"]
-        if rest[0] not in of:
-            raise ConfigError(f"{verb} {rest[0]} is not possible; {_config().nearest(rest[0], of)}")
-        verb, rest = (verb if rest[0] == "pretrain" else f"{verb} finetune"), rest[1:]
-    if verb not in COMMANDS:
-        raise ConfigError(f"unknown command {verb!r}; {_config().nearest(verb, [v for v in COMMANDS if ' ' not in v])}")
-    command = COMMANDS[verb]
-    return _settle(verb, _named(command.settings), command.work, rest)
-
-
-def _bench(words: list[str]) -> dict[str, Any] | None:
-    from finhpc.bench.settings import BENCHES
-
-    if not words or words[0] in ("-h", "--help"):
-        names = ", ".join(BENCHES)
-        _print(
-            f"usage: finhpc bench NAME [--KEY VALUE ...]\n\nNAME: {names}\n`finhpc bench NAME --help` lists settings"
-        )
+    """Resolve the settings of the command that the first words name, and run it."""
+    command, words = _find(words)
+    if "-h" in words or "--help" in words or not command.settings:
+        _print(_help(command, words))
         return None
-    if words[0] not in BENCHES:
-        raise ConfigError(f"unknown bench {words[0]!r}; {_config().nearest(words[0], list(BENCHES))}")
-    return _settle(f"bench {words[0]}", BENCHES[words[0]][0], COMMANDS["bench"].work, words[1:])
-
-
-def _settle(verb: str, cls: type[Any], work: str, words: list[str]) -> dict[str, Any] | None:
-    """Resolve a command's settings and do its work."""
-    config = _config()
-    if "-h" in words or "--help" in words:
-        _print(_help(verb, cls, words))
-        return None
-    options, overrides, problems = _parse(words, cls)
-    settings = config.load(cls, options.get("config"), overrides, problems)
+    options, overrides, problems = _parse(words, command.settings_class())
+    settings = _config().load(command.settings_class(), options.get("config"), overrides, problems)
     if "list_templates" in options:
         from finhpc.data.examples.templates import listing
 
         _print(listing(settings.data.templates))
         return None
     if "print_config" in options:
-        _print(config.to_yaml(settings).rstrip("\n"))
+        _print(_config().to_yaml(settings).rstrip("\n"))
         return None
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    function: Callable[..., dict[str, Any] | None] = _named(work)
-    return function(settings, dry_run="dry_run" in options)
+    result: dict[str, Any] | None = command.run(settings, dry_run="dry_run" in options)
+    return result
 
 
-def _named(path: str) -> Any:
-    module, _, name = path.partition(":")
-    return getattr(import_module(module), name)
+def _find(words: list[str]) -> tuple[Command[Any], list[str]]:
+    """Return the command that one or two words name, and the words after it; "sweep pretrain" is "sweep"."""
+    first, *rest = words
+    if first not in COMMANDS or " " in first:
+        names = [name for name in COMMANDS if " " not in name]
+        raise ConfigError(f"unknown command '{first}'; {_config().nearest(first, names)}")
+    command = COMMANDS[first]
+    variants = command.variants()
+    if not variants or not rest or rest[0].startswith("-"):
+        return command, rest
+    if command.settings:
+        variants["pretrain"] = command
+    if rest[0] not in variants:
+        names = [f"{first} {name}" for name in variants]
+        raise ConfigError(f"unknown command '{first} {rest[0]}'; {_config().nearest(f'{first} {rest[0]}', names)}")
+    return variants[rest[0]], rest[1:]
 
 
 def _config() -> Any:
-    """finhpc.settings.base, imported only when a command is run: `finhpc --help` answers at once."""
+    """Import finhpc.settings.base only when a command is run: `finhpc --help` answers at once."""
     return import_module("finhpc.settings.base")
 
 
@@ -324,31 +234,27 @@ def _numbers(value: Any) -> Any:
     return _value(value, None) if isinstance(value, str) else value
 
 
-def _help(verb: str, cls: type[Any], words: list[str]) -> str:
-    """Every setting with the value it has unless a flag changes it: the recipe's where `words` names one."""
+def _help(command: Command[Any], words: list[str]) -> str:
+    """Describe every setting with its value unless a flag changes it: the recipe's if `words` names one."""
+    if not command.settings:
+        variants = [f"  {name:<9}  {row.help}" for name, row in command.variants().items()]
+        usage = f"usage: finhpc {command.name} NAME [--KEY VALUE ...]"
+        return "\n".join([usage, "", *variants, "", f"`finhpc {command.name} NAME --help` lists settings"])
     config = _config()
     source = next((words[i + 1] for i, word in enumerate(words[:-1]) if word == "--config"), None)
     source = next((word.removeprefix("--config=") for word in words if word.startswith("--config=")), source)
-    of = f"as {source} sets them" if source else "default"
-    lines = [f"usage: finhpc {verb} [--config FILE_OR_RECIPE] [--KEY VALUE ...]", "", f"settings ({of}):"]
-    fields, shown = config.keys(cls), config.defaults(cls, source)
-    lines += [f"  --{name} ({shown[name]})  {fields[name].description}" for name in fields]
+    lines = [f"usage: finhpc {command.name} [--config FILE_OR_RECIPE] [--KEY VALUE ...]", "", command.help, ""]
+    lines += [f"settings ({f'as {source} sets them' if source else 'default'}):"]
+    fields, values = config.keys(command.settings_class()), config.defaults(command.settings_class(), source)
+    lines += [f"  --{name} ({values[name]})  {fields[name].description}" for name in fields]
     if "model.preset" in fields:
         from finhpc.models.families.presets import PRESETS
 
         lines += ["", f"shapes for --model.preset: {', '.join(PRESETS)}"]
-    if named := _recipes(verb):
-        lines += ["", f"recipes for --config: {', '.join(named)}"]
+    recipes = [name for name in config.recipes() if any(fnmatchcase(name, one) for one in command.recipes)]
+    if recipes:
+        lines += ["", f"recipes for --config: {', '.join(recipes)}"]
     return "\n".join(lines)
-
-
-def _recipes(verb: str) -> list[str]:
-    """Names of the recipes that hold settings of the command."""
-    own = {"prepare": "prepare", "study": "studies/", "reproduce": "reproduce/", "estimate finetune": "finetune"}
-    names: list[str] = list(_config().recipes())
-    if verb in ("pretrain", "estimate", "sweep"):
-        return [name for name in names if not name.startswith(tuple(own.values()))]
-    return [name for name in names if name.startswith(own[verb])] if verb in own and verb != "reproduce" else []
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+log = logging.getLogger(__name__)
+
 LINE_EVERY_S = 10.0
 FILE_WIDTH = 100  # columns of a table that goes to a file
 log = logging.getLogger(__name__)

@@ -47,7 +47,7 @@ def test_every_wrong_word_is_named() -> None:
     with pytest.raises(ConfigError) as caught:
         parse(["--metod.rank", "3", "word", "--train.steps"], PretrainConfig)
     assert caught.value.problems == [
-        "--metod.rank is not a setting; did you mean method.rank?",
+        "--metod.rank is not a setting; did you mean 'method.rank'?",
         "word is no flag; settings are given as --key value.",
         "--train.steps has no value; give one: --train.steps VALUE.",
     ]
@@ -56,10 +56,10 @@ def test_every_wrong_word_is_named() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["pretrian"], "did you mean pretrain?"),
+        (["pretrian"], "did you mean 'pretrain'?"),
         (["pretrain"], "data.shards is not set"),
         (["pretrain", "--data.shards", "/no/such/folder"], "is no folder"),
-        (["pretrain", "--config", "demmo"], "did you mean demo?"),
+        (["pretrain", "--config", "demmo"], "did you mean 'demo'?"),
         (["prepare", "--source", "/no/such/file"], "out is not set"),
         (
             ["prepare", "--source", str(Path(__file__).parent.parent / "constraints.txt"), "--out", "/proc/shards"],

@@ -13,18 +13,18 @@ import psutil
 import pytest
 
 import finhpc
-from finhpc.bench.settings import BENCHES, DataBench, PrepareBench
-from finhpc.cli import COMMANDS, USAGE, _named, main
+from finhpc.bench.settings import DataBench, PrepareBench
+from finhpc.cli import USAGE, main
+from finhpc.commands import COMMANDS, Command
 from finhpc.errors import ConfigError
 from finhpc.settings.base import flatten, keys, load
 from finhpc.settings.finetune import FinetuneConfig
-from finhpc.settings.pretrain import PretrainConfig
-from finhpc.settings.training import Optimizer
+from finhpc.settings.pretrain import Data, PretrainConfig
+from finhpc.settings.training import Optimizer, Train
 from tests.evaluation.tasks import write_data, write_model
 from tests.tiny import WORDS, tiny_shards
 
-CLASSES = {verb: _named(row.settings) for verb, row in COMMANDS.items() if row.settings}
-CLASSES |= {f"bench {name}": kind for name, (kind, _) in BENCHES.items()}
+CLASSES = {name: row.settings_class() for name, row in COMMANDS.items() if row.settings}
 
 
 def shown(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, str]:
@@ -82,7 +82,7 @@ def test_usage_fits_a_screen_and_unknown_commands_name_all(capsys: pytest.Captur
     assert max(map(len, USAGE.splitlines())) <= 80
     for wrong, near in {"swep": "sweep", "benhc": "bench", "pretrian": "pretrain"}.items():
         assert main([wrong]) == 2
-        assert f"error: unknown command '{wrong}'; did you mean {near}?" in capsys.readouterr().err
+        assert f"error: unknown command '{wrong}'; did you mean '{near}'?" in capsys.readouterr().err
     assert main(["zzz"]) == 2
     listed = capsys.readouterr().err
     assert all(verb.split()[0] in listed for verb in COMMANDS)
@@ -131,14 +131,14 @@ DRY: dict[str, str] = {
 }
 REFUSED = {  # what each says of its dry run
     "bench": ("data", "bench data has no --dry_run, because it only measures"),
-    "estimate": ("--estimate.device this-machine", "leave --dry_run out"),
+    "estimate": ("--estimate.device this-machine", "omit --dry_run"),
     "report": ("", "does not exist: nothing was tracked there yet"),
     "ui": ("", "does not exist: nothing was tracked there yet"),
 }
 
 
 def test_no_command_is_left_out() -> None:
-    assert {*DRY, *REFUSED} == set(COMMANDS)
+    assert {*DRY, *REFUSED} == {name for name in COMMANDS if not name.startswith("bench ")}
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_files_that_prepare_does_not_read_are_told(tmp_path: Path, capsys: pytes
         (tmp_path / name).write_text("the bank")
     config = finhpc.PrepareConfig(source=[str(tmp_path)], out=str(tmp_path / "out"), tokenizer="train:300")
     assert finhpc.prepare(config, True)["files"] == 1
-    assert f"{tmp_path}: not read, 2 files of other formats" in capsys.readouterr().err
+    assert f"{tmp_path}: 2 files of other formats are not read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -213,25 +213,75 @@ def test_a_dry_run_refuses_what_the_run_would(
 def test_every_command_is_a_function_of_the_package() -> None:
     for verb, row in COMMANDS.items():
         assert callable(getattr(finhpc, verb.split()[0])), verb
-        assert not row.settings or getattr(finhpc, row.settings.partition(":")[2]) is CLASSES[verb]
+        if row.settings.startswith("finhpc.settings."):
+            assert getattr(finhpc, row.settings.partition(":")[2]) is CLASSES[verb]
     with pytest.raises(ConfigError, match="bench data has no --dry_run"):
         finhpc.bench(DataBench(), dry_run=True)
     with pytest.raises(ConfigError, match="not PretrainConfig"):
         finhpc.bench(finhpc.PretrainConfig())
+    with pytest.raises(ConfigError, match="sweep takes SweepConfig or FinetuneSweepConfig, not PrepareConfig"):
+        finhpc.sweep(finhpc.PrepareConfig())  # type: ignore[arg-type]
     assert finhpc.estimate(finhpc.FinetuneEstimateConfig(model={"preset": "llama-tiny"}))["status"] == "dry_run"
+
+
+def recorded(settings: Any, dry_run: bool = False) -> dict[str, Any]:
+    return {"settings": settings, "dry_run": dry_run}
+
+
+def rehearsed(settings: Any) -> dict[str, Any]:
+    return {"rehearsed": settings}
+
+
+def test_python_takes_settings_as_an_object_a_mapping_or_keywords() -> None:
+    command: Command[PretrainConfig] = COMMANDS["pretrain"]._replace(function="tests.test_commands:recorded")
+    expected = load(PretrainConfig, "demo", {"data.shards": "s", "train.steps": 3, "method.ranks": {"mlp": 8}})
+    keys = {"train.steps": 3, "method": {"ranks": {"mlp": 8}}}
+    given = [
+        command(expected, True),
+        command(keys, config="demo", data={"shards": "s"}, dry_run=True),
+        command(config="demo", data=Data(shards="s"), train=Train(steps=3), method={"ranks": {"mlp": 8}}, dry_run=True),
+    ]
+    assert all(one == {"settings": expected, "dry_run": True} for one in given)
+    with pytest.raises(ConfigError) as caught:
+        command(config="demo", train={"stepz": 3}, data={"seq_len": "long"}, **{"method.rnak": 4})
+    assert {problem for problem in caught.value.problems if not problem.startswith("data.seq_len='long'")} == {
+        "train.stepz is not a setting; did you mean 'train.steps'?",
+        "method.rnak is not a setting; did you mean 'method.rank'?",
+    }
+    assert len(caught.value.problems) == 3
+    with pytest.raises(ConfigError, match="give one of the two"):
+        command(expected, config="demo")
+    with pytest.raises(ConfigError, match="bench takes an object of one of its settings classes: TrainBench or"):
+        finhpc.bench()
+    apart = command._replace(dry_run="tests.test_commands:rehearsed")
+    assert apart(expected, dry_run=True) == {"rehearsed": expected}
+
+
+def test_editors_see_every_command_and_settings_class() -> None:
+    text = Path(finhpc.__file__).read_text().partition("if TYPE_CHECKING:")[2].partition("__version__")[0]
+    functions = dict(re.findall(r"^    (\w+): Command\[(.+)\]$", text, flags=re.MULTILINE))
+    classes = {name: re.findall(r"\w+", kinds) for name, kinds in functions.items()}
+    expected: dict[str, list[str]] = {}
+    for name, row in COMMANDS.items():
+        if row.settings.startswith("finhpc.settings."):
+            expected.setdefault(name.split()[0], []).append(row.settings.partition(":")[2])
+    assert classes == expected
+    imported = set(re.findall(r"import (\w+) as \1$", text, flags=re.MULTILINE))
+    assert imported | {"bench", "__version__"} | set(functions) == set(finhpc.__all__)
+    assert all(hasattr(finhpc, name) for name in finhpc.__all__)
 
 
 def test_python_gets_the_messages_of_the_command_line() -> None:
     with pytest.raises(ConfigError) as caught:
         finhpc.PretrainConfig(train={"stepz": 3, "precision": "bf61"}, optimizer={"lr": -1}, methd={})
     assert set(caught.value.problems) == {
-        "train.stepz is not a setting; did you mean train.steps?",
-        "train.precision='bf61' is refused: input should be 'fp32' or 'bf16' (did you mean bf16?).",
+        "train.stepz is not a setting; did you mean 'train.steps'?",
+        "train.precision='bf61' is refused: input should be 'fp32' or 'bf16' (did you mean 'bf16'?).",
         "optimizer.lr=-1 is refused: input should be greater than 0 (optimizer.lr: peak learning rate of AdamW).",
-        "methd is not a setting; did you mean method?",
+        "methd is not a setting; did you mean 'method'?",
     }
     settings = finhpc.PretrainConfig()
-    with pytest.raises(ConfigError, match="stepz is not a setting; did you mean steps"):
+    with pytest.raises(ConfigError, match="stepz is not a setting; did you mean 'steps"):
         settings.train.stepz = 3
     with pytest.raises(ConfigError, match="steps='many' is refused"):
         settings.train.steps = "many"

@@ -39,16 +39,16 @@ def test_every_problem_is_listed_at_once() -> None:
         )
     text = str(caught.value)
     assert len(caught.value.problems) == 4
-    assert "method.ranc is not a setting; did you mean method.rank?" in text
+    assert "method.ranc is not a setting; did you mean 'method.rank'?" in text
     assert "train.steps='x' is refused" in text
-    assert "did you mean bf16?" in text
+    assert "did you mean 'bf16'?" in text
     assert "optimizer.lr=-1 is refused: input should be greater than 0" in text
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("dmo", "config=dmo is no recipe; did you mean demo?"),
+        ("dmo", "config=dmo is no recipe; did you mean 'demo'?"),
         ("nothing-like-it", "is no recipe; valid: demo, "),
         ("no/such.yaml", "config=no/such.yaml is not a file"),
     ],

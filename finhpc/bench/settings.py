@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -156,25 +156,3 @@ class GenerateBench(Section):
     adapter_rank: int = Field(8, ge=1, description="rank of each")
     adapters_model: str = Field("smollm2-135m", description="preset of that base")
     resources: Resources = Field(default_factory=lambda: Resources(threads=2))
-
-
-BENCHES: dict[str, tuple[type[Section], str]] = {
-    "train": (TrainBench, "finhpc.bench.measures.train:bench_train"),
-    "data": (DataBench, "finhpc.bench.measures.data:bench_data"),
-    "pipeline": (PipelineBench, "finhpc.bench.measures.pipeline:bench_pipeline"),
-    "prepare": (PrepareBench, "finhpc.bench.measures.prepare:bench_prepare"),
-    "recompute": (RecomputeBench, "finhpc.bench.measures.recompute:bench_recompute"),
-    "decompose": (DecomposeBench, "finhpc.bench.measures.decompose:bench_decompose"),
-    "finetune": (FinetuneBench, "finhpc.bench.measures.finetune:bench_finetune"),
-    "context": (ContextBench, "finhpc.bench.measures.context:bench_context"),
-    "generate": (GenerateBench, "finhpc.bench.measures.generate:bench_generate"),
-}
-"""Name -> its settings and the function that measures, as `module:function`."""
-
-
-def function_of(name: str) -> Any:
-    """The measuring function of a bench, imported only now. It takes the settings and returns the result."""
-    from importlib import import_module
-
-    module, _, function = BENCHES[name][1].partition(":")
-    return getattr(import_module(module), function)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, TypeGuard, TypeVar, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -70,7 +70,9 @@ def recipes() -> dict[str, Path]:
     return {path.relative_to(folder).with_suffix("").as_posix(): path for path in paths}
 
 
-def load(cls: type[C], source: str | None, overrides: dict[str, Any] | None = None, problems: Sequence[str] = ()) -> C:
+def load(
+    cls: type[C], source: str | None, overrides: Mapping[str, Any] | None = None, problems: Sequence[str] = ()
+) -> C:
     """Resolve defaults < `source` (a recipe's name or a YAML file) < `overrides` ({"a.b": value}).
 
     Raises `ConfigError` with every unknown key and every bad value, after `problems` that were found already, and for
@@ -88,7 +90,7 @@ def load(cls: type[C], source: str | None, overrides: dict[str, Any] | None = No
             f"config={source} sets {TRUST}, which lets task files run code, and a file may not give that leave; read "
             f"the task files, then give --{TRUST} true on the command line, or take it out of {source}."
         )
-    for dotted, value in (overrides or {}).items():
+    for dotted, value in _leaves(cls, overrides or {}):
         try:
             put(tree, dotted, value)
         except ConfigError as error:
@@ -100,6 +102,27 @@ def load(cls: type[C], source: str | None, overrides: dict[str, Any] | None = No
     if found:
         raise ConfigError(list(dict.fromkeys(found)))
     return settings
+
+
+def _leaves(cls: type[Section], overrides: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of settings that may be grouped into sections."""
+    sections = {path for path, field in _fields(cls) if _is_section(field.annotation)}
+
+    def leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, Section):
+            value = value.model_dump(exclude_unset=True)
+        if name not in sections or not isinstance(value, Mapping):
+            yield name, value
+            return
+        for key, inner in value.items():
+            yield from leaves(f"{name}.{key}", inner)
+
+    for name, value in overrides.items():
+        yield from leaves(name, value)
+
+
+def _is_section(kind: Any) -> TypeGuard[type[Section]]:
+    return isinstance(kind, type) and issubclass(kind, Section)
 
 
 def _trusts(tree: Any) -> bool:
@@ -121,7 +144,7 @@ def _over_own_defaults(cls: type[Section], tree: dict[str, Any]) -> dict[str, An
     """`tree`, with a section given in part completed by what `cls` says of it, not by the section's class alone."""
     for name, field in cls.model_fields.items():
         given, kind = tree.get(name), field.annotation
-        if not (isinstance(kind, type) and issubclass(kind, Section)) or name not in tree:
+        if not _is_section(kind) or name not in tree:
             continue
         if given is None:  # a section of a YAML file of which no line is left
             tree = {key: value for key, value in tree.items() if key != name}
@@ -145,7 +168,7 @@ def keys(cls: type[Section], prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, field in cls.model_fields.items():
         kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, Section):
+        if _is_section(kind):
             found |= keys(kind, f"{prefix}{name}.")
         else:
             found[prefix + name] = field
@@ -173,7 +196,7 @@ def _fields(cls: type[Section], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted name, field) of every section and setting."""
     for name, field in cls.model_fields.items():
         yield prefix + name, field
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+        if _is_section(field.annotation):
             yield from _fields(field.annotation, f"{prefix}{name}.")
 
 
@@ -209,7 +232,7 @@ def nearest(name: str, valid: list[str], most: int = 20) -> str:
     """What to write instead of a mistyped name: the nearest valid one, or all of them, if they are at most `most`."""
     close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
     if close:
-        return f"did you mean {close[0]}?"
+        return f"did you mean '{close[0]}'?"
     return f"valid: {', '.join(valid)}." if len(valid) <= most else "--help lists all."
 
 
@@ -266,7 +289,7 @@ def _explain(cls: type[Section], item: dict[str, Any]) -> str:
     hint = ""
     if item["type"] == "literal_error" and field is not None:
         near = difflib.get_close_matches(str(item["input"]), [str(a) for a in get_args(field.annotation)], n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
+        hint = f" (did you mean '{near[0]}'?)" if near else ""
     elif field is not None and field.description:
         hint = f" ({where}: {field.description})"
     reason = item["msg"][0].lower() + item["msg"][1:]

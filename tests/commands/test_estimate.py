@@ -65,7 +65,7 @@ def test_this_machine_is_measured() -> None:
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"estimate": {"device": "a100"}}, "estimate.device=a100 is not known; did you mean a100-"),
+        ({"estimate": {"device": "a100"}}, "estimate.device=a100 is not known; did you mean 'a100-"),
         ({"estimate": {"zero_stage": 1}}, "estimate.zero_stage=1 is not what finhpc trains with"),
         (
             {"estimate": {"zero_stage": 2, "scheme": "paper"}, "parallel": {"stages": 2}},

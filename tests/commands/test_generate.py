@@ -233,7 +233,7 @@ def test_what_cannot_be_used_is_named(llama: Path, adapters: list[str], tmp_path
     file = write(tmp_path / "bad.jsonl", [{"prompt": "a"}, {"text": "b"}])
     assert "bad.jsonl:2 is no" in refusal(settings(llama, prompts=file))
     file = write(tmp_path / "name.jsonl", [{"prompt": "a", "adapter": "a11"}])
-    assert "name.jsonl:1: a11 is no adapter that is loaded; did you mean a1?" in refusal(
+    assert "name.jsonl:1: a11 is no adapter that is loaded; did you mean 'a1'?" in refusal(
         settings(llama, prompts=file, adapters=adapters)
     )
     assert "leaves no room" in refusal(settings(llama, prompt="a", sampling={"max_new_tokens": 128}))

@@ -83,13 +83,13 @@ def test_every_problem_of_the_recipe_is_named_at_once(tmp_path: Path, run_shards
     with pytest.raises(ConfigError) as caught:
         reproduce(settings(tmp_path, scale))
     assert caught.value.problems == [
-        "inputs.txt is no input; did you mean text?",
-        "step one: pretrian is no verb; did you mean pretrain?",
+        "inputs.txt is no input; did you mean 'text'?",
+        "step one: pretrian is no verb; did you mean 'pretrain'?",
         "step two is there twice; give one another name.",
         "step two: ${three} is a later step; put it before.",
-        "step two: ${onn} is no input and no step; did you mean one?",
+        "step two: ${onn} is no input and no step; did you mean 'one'?",
     ]
-    with pytest.raises(ConfigError, match=r"scale=cpuu is no scale; did you mean cpu\? Or give a YAML file"):
+    with pytest.raises(ConfigError, match=r"scale=cpuu is no scale; did you mean 'cpu'\? Or give a YAML file"):
         read_recipe("cpuu")
 
 
@@ -115,7 +115,7 @@ def test_every_problem_of_every_step_is_named_before_anything_starts(tmp_path: P
         "step shards: source=/no/such/text does not exist",
         "step dense: parallel.stages=9",
         "step svd: method.rank=900",
-        "step odd: tsks is not a setting; did you mean tasks?",
+        "step odd: tsks is not a setting; did you mean 'tasks'?",
         "step scores: ${svd.modle}: the result of svd has no modle",
         "step held: data.source=/no/such/news.txt does not exist",
     ):

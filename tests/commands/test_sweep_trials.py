@@ -74,7 +74,7 @@ def test_names_are_unique_and_fit_a_folder() -> None:
     [
         ({}, "grid is empty"),
         ({"method.rank": []}, r"method\.rank=\[\] has no values"),
-        ({"method.rnak": [8]}, r"method\.rnak is not a setting; did you mean method\.rank"),
+        ({"method.rnak": [8]}, r"method\.rnak is not a setting; did you mean 'method\.rank"),
         ({"method.rank": 8}, "neither a list of values nor one distribution"),
         ({"method.rank": [8, 8]}, "names a value twice"),
         ({"optimizer.lr": {"log_uniform": [0, 1]}}, "does not bound its draws; log_uniform takes"),

@@ -237,7 +237,7 @@ def test_phrasebank_is_read_in_either_encoding_and_it_is_said(tmp_path, written)
 def test_labels_of_every_template_can_be_had():
     assert template("phrasebank").labels == ("negative", "neutral", "positive")
     assert all(entry.chooses or entry.end for entry in templates().values())
-    with pytest.raises(ConfigError, match="did you mean phrasebank"):
+    with pytest.raises(ConfigError, match="did you mean 'phrasebank"):
         template("phrasebnak")
 
 

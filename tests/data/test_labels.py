@@ -231,7 +231,7 @@ def test_templates_of_ones_own(tmp_path):
     (found,) = read(text, template="summary", templates=str(file), columns={"text": "body"})
     assert (found.examples[0].prompt, found.examples[0].answer) == ("Shorten: long text", "\nbrief")
     assert found.examples[0].end
-    assert "did you mean stance?" in refusal(data, template="stanse", templates=str(file))
+    assert "did you mean 'stance'?" in refusal(data, template="stanse", templates=str(file))
     assert "stance: fields headline, ticker, label; labels: those of the data" in listing(str(file))
     assert "phrasebank: fields input, label; labels: negative, neutral, positive" in listing(str(file))
 
@@ -242,7 +242,7 @@ def test_templates_of_ones_own(tmp_path):
         ("a: {prompt: 'x {input}'}", "template a: answer is missing"),
         ("a: {prompt: 'x', answer: '{label}'}", "template a: prompt must hold a field"),
         ("a: {prompt: 'x {label}', answer: '{label}'}", "prompt must hold a field of the record in braces"),
-        ("a: {promt: 'x {input}', answer: '{label}'}", "promt is not a part; did you mean prompt?"),
+        ("a: {promt: 'x {input}', answer: '{label}'}", "promt is not a part; did you mean 'prompt'?"),
         ("a: {prompt: '{input}', answer: '{label}', labels: [yes, no]}", "in quotation marks"),
         ("a: {prompt: '{input}', answer: '{label}', cut: text}", "cut must be a field of the prompt"),
         ("a: {prompt: '{input}', answer: '{label}', labels: [x]}", "at least two different labels"),

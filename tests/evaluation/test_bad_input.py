@@ -63,7 +63,7 @@ def test_a_task_file_that_runs_code_is_refused_unless_trusted(tmp_path: Path) ->
 
 
 def test_a_mistyped_task_gets_the_nearest(tmp_path: Path) -> None:
-    assert "did you mean winogrande" in told(tmp_path, tasks=["winogrand"])
+    assert "did you mean 'winogrande" in told(tmp_path, tasks=["winogrand"])
 
 
 def test_a_folder_without_tokeniser(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_misfits_are_all_named() -> None:
     with pytest.raises(ConfigError) as caught:
         resolve_shape(Model(preset="gpt2-tiny", heads=3, kv_heads=2, vocab_size=10), vocab_size=20)
     assert len(caught.value.problems) == 4
-    with pytest.raises(ConfigError, match="did you mean gpt2-127m"):
+    with pytest.raises(ConfigError, match="did you mean 'gpt2-127m"):
         resolve_shape(Model(preset="gpt2-128m"))
 
 

@@ -259,7 +259,7 @@ def test_the_pages_of_a_sweep_are_found_by_its_name_or_as_the_newest(tmp_path: P
     assert title == "compare the 2 runs of older"
     ((title, page), _) = pages_of(uri, "plain")
     assert page.endswith(f"runs/{ids['plain']}")
-    with pytest.raises(ConfigError, match=r"run\.name=oldr is not the name of a run in MLflow; did you mean older\?"):
+    with pytest.raises(ConfigError, match=r"run\.name=oldr is not the name of a run in MLflow; did you mean 'older'\?"):
         pages_of(uri, "oldr")
     assert client.get_experiment(experiment).tags["mlflow.experiment.primaryMetric.name"] == "val_loss"
 

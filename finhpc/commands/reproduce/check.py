@@ -12,7 +12,7 @@ from typing import Any
 from finhpc.cluster.connect import check_fits, use_cuda
 from finhpc.commands.estimate.pretraining import checked
 from finhpc.commands.reproduce.recipe import AbsentError, Tree, inputs_of, merged, resolve, step_config
-from finhpc.commands.reproduce.verbs import VERBS
+from finhpc.commands.reproduce.verbs import expected_result
 from finhpc.errors import ConfigError, collect
 from finhpc.lowrank.registry import SVD
 from finhpc.planning.costs import PretrainCosts
@@ -90,7 +90,7 @@ class Checker:
         if planned.config is not None:
             with collect(found):
                 self._check(planned, planned.config)
-            self.known[step.name] = VERBS[step.verb].foretold(planned.folder)
+            self.known[step.name] = expected_result(step.verb, planned.folder)
             self.coming.add(str(planned.folder))
         self.problems += [f"step {step.name}: {problem}" for problem in found]
         return planned

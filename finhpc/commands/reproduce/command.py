@@ -149,7 +149,7 @@ def _run(study: ReproduceConfig, recipe: Recipe, one: Planned, known: dict[str, 
         for name in dropped:
             log.info(f"{head}: without {name}, which is not there")
         log.info(f"{head}: begins")
-        outcome.result = VERBS[step.verb].work()(step_config(study, step, tree))
+        outcome.result = VERBS[step.verb].run(step_config(study, step, tree))
         outcome.status, outcome.why = "finished", None
     except AbsentError as absent:
         outcome.why = one.why or f"it needs {absent.name}, which is not there"

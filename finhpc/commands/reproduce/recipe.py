@@ -152,7 +152,7 @@ def _look_up(name: str, path: list[str], known: Mapping[str, Any], dropped: list
 
 def step_config(study: ReproduceConfig, step: Step, tree: Tree) -> Section:
     """A step's checked settings: `tree`, its references replaced, put where the study lies and tracked with it."""
-    cls = VERBS[step.verb].settings()
+    cls: type[Section] = VERBS[step.verb].settings_class()
     fields, tree = cls.model_fields, dict(tree)
     name = f"{study.run.name}-{step.name}"
     folder = RunFolder(study.run.storage, name).path

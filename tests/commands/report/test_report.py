@@ -195,7 +195,7 @@ def test_a_database_that_is_not_there_is_not_made(tmp_path: Path) -> None:
 
 def test_an_experiment_that_does_not_exist_is_named_with_the_nearest(paper_like: Store, tmp_path: Path) -> None:
     assert refused(settings(paper_like, tmp_path, experiments=["test"])) == (
-        "experiments=test does not exist; did you mean tests?"
+        "experiments=test does not exist; did you mean 'tests'?"
     )
 
 
