@@ -10,7 +10,7 @@ import pytest
 import zstandard
 
 from finhpc.data.text import formats, sources
-from finhpc.data.text.unit import Faults
+from finhpc.data.text.formats import Faults
 from finhpc.errors import ConfigError, DataError
 from finhpc.settings.prepare import PrepareConfig
 from tests.data.corpus import make_texts, write_jsonl
@@ -129,7 +129,7 @@ def test_bad_sources_are_all_listed_at_once(tmp_path):
     assert [problem.split(str(tmp_path))[1].split(";")[0] for problem in error.value.problems] == [
         "/empty holds no file",
         "/others holds only files of other formats, such as a.csv",
-        "/others/a.csv is of no known format",
+        "/others/a.csv has an unknown format",
         "/nowhere does not exist",
     ]
     with pytest.raises(ConfigError, match="source is not set; give --source"):
