@@ -45,7 +45,7 @@ def held_out_documents(config: HoldOutConfig) -> dict[str, list[Document]]:
     for table in open_sources(config.source, Instructions(encoding=config.encoding)):
         if table.form is None or (task := task_of.get(table.form.name)) is None:
             continue
-        for fields, _ in each(table.records, partial(fields_of, one=table)):
+        for fields, _ in each(table.records, partial(fields_of, table=table)):
             if is_held_out(fields["input"], config.eval_fraction):
                 documents.setdefault(task, []).append(stripped(fields))
     if not documents:

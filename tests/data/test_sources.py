@@ -208,7 +208,7 @@ def test_a_cut_file_is_an_error_even_when_records_are_skipped(form, lost, tmp_pa
 
 def test_zero_bytes_are_no_parquet(tmp_path):
     (tmp_path / "a.parquet").touch()
-    with pytest.raises(DataError, match=r"a\.parquet is no whole parquet file"):
+    with pytest.raises(DataError, match=r"a\.parquet is not a complete parquet file"):
         read_all(tmp_path)
 
 

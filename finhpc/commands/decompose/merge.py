@@ -1,4 +1,4 @@
-"""Several safetensors files made into a model's, copied byte by byte, so that no tensor is held in memory.
+"""Merge safetensors files into a model's, copied byte by byte, so that no tensor is in memory.
 
 The format: 8 bytes for the length n of the header (little-endian), n bytes of JSON (name -> dtype,
 shape and offsets into what follows), and the tensors' bytes.
@@ -17,17 +17,17 @@ from torch import Tensor
 
 from finhpc.files import partial_file
 
-FILE_BYTES = 5_000_000_000  # largest file of a model that is cut into several, as transformers cuts
+FILE_BYTES = 5_000_000_000  # of the largest file of a model, as transformers splits models
 
 
 def save_atomic(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write a safetensors file, complete or absent."""
+    """Write a safetensors file atomically."""
     with partial_file(path) as partial:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
 
 
 def header_of(path: Path) -> dict[str, Any]:
-    """A safetensors file's header: name -> {dtype, shape, data_offsets}, and `__metadata__`."""
+    """Return a safetensors file's header: {dtype, shape, data_offsets} by name, and `__metadata__`."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header: dict[str, Any] = json.loads(file.read(length))
@@ -35,7 +35,7 @@ def header_of(path: Path) -> dict[str, Any]:
 
 
 def merge_model(parts: list[Path], folder: Path) -> set[str]:
-    """Write `folder`/model.safetensors, or several files and their index, from parts; returns all names."""
+    """Write `folder`/model.safetensors, or several files and their index, from parts; return all names."""
     groups: list[list[Path]] = [[]]
     size = 0
     for part in parts:
@@ -58,7 +58,7 @@ def merge_model(parts: list[Path], folder: Path) -> set[str]:
 
 
 def _merge(parts: list[Path], target: Path) -> tuple[list[str], int]:
-    """Write one file of all tensors of some; returns their names and bytes."""
+    """Write one file with all tensors of some files; return their names and bytes."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begin = 0
     for part in parts:

@@ -54,12 +54,12 @@ def evaluate(config: EvaluateConfig, dry_run: bool = False) -> dict[str, Any]:
     uri = absolute_tracking_uri(config.run.tracking_uri or default_tracking_uri(config.run.storage))
     check_store(uri, config.run.experiment)
     if dry_run:
-        found, _, pairs, pending, result = _planned(config, folder.path, write=False)
-        what = f"{_counted(len(found), 'model')} x {_counted(len(result['tasks']), 'task')}"
+        models, _, pairs, pending, result = _planned(config, folder.path, write=False)
+        what = f"{_counted(len(models), 'model')} x {_counted(len(result['tasks']), 'task')}"
         log.info(f"{what}, {len(pending)} of {_counted(len(pairs), 'pair')} to score")
         return result
     with folder.lock():
-        found, tasks, pairs, pending, result = _planned(config, folder.path, write=True)
+        models, tasks, pairs, pending, result = _planned(config, folder.path, write=True)
         run = config.run.model_copy(update={"tracking_uri": redact(config.run.tracking_uri or "") or None})
         write_atomic(folder.path / "config.yaml", to_yaml(config.model_copy(update={"run": run})).encode())
         folder.write_environment()
@@ -68,14 +68,14 @@ def evaluate(config: EvaluateConfig, dry_run: bool = False) -> dict[str, Any]:
         if pending:
             with ray_cluster():
                 failed = _score_all(config, pending)
-        result |= _collected(found, pairs) | {
+        result |= _collected(models, pairs) | {
             "status": "failed" if failed else "finished",
             "failed": [{"model": p.subject.name, "task": p.name, "error": str(error)} for p, error in failed],
             "scoring_s": time.monotonic() - scoring_began,
             "wall_s": time.monotonic() - began,
         }
         folder.write_result(result)
-        result["mlflow_run_id"], result["tracking_uri"] = log_to_mlflow(config, folder.path, found, tasks, result)
+        result["mlflow_run_id"], result["tracking_uri"] = log_to_mlflow(config, folder.path, models, tasks, result)
         folder.write_result(result)
     summary(result)
     if failed:
@@ -86,11 +86,11 @@ def evaluate(config: EvaluateConfig, dry_run: bool = False) -> dict[str, Any]:
 def _planned(
     config: EvaluateConfig, folder: Path, write: bool
 ) -> tuple[list[Subject], list[TaskFile], list[Pair], list[Pair], dict[str, Any]]:
-    """The models, the tasks, all pairs, those to be scored, and the result so far; `write`: the task files too."""
-    found, tasks = _checked(config, folder, write)
+    """Return models, tasks, all pairs, those to score, and the result so far; with `write`, write the task files."""
+    models, tasks = _checked(config, folder, write)
     for note in (note for task in tasks for note in task.notes):
         log.info(note)
-    pairs = [_pair(config, folder, subject, task) for subject in found for task in (*tasks, None)]
+    pairs = [_pair(config, folder, subject, task) for subject in models for task in (*tasks, None)]
     pairs = [pair for pair in pairs if pair.task is not None or PERPLEXITY in config.tasks]
     pending = [pair for pair in pairs if not pair.done()]
     result: dict[str, Any] = {
@@ -100,20 +100,20 @@ def _planned(
         "pairs": len(pairs),
         "pairs_pending": len(pending),
         "scores": None,
-        "models": [{"name": s.name, "model": s.path, "adapter": s.adapter, "scores": None} for s in found],
+        "models": [{"name": s.name, "model": s.path, "adapter": s.adapter, "scores": None} for s in models],
     }
-    return found, tasks, pairs, pending, result
+    return models, tasks, pairs, pending, result
 
 
 def _checked(config: EvaluateConfig, folder: Path, write: bool) -> tuple[list[Subject], list[TaskFile]]:
-    """Models and task files, or one error with everything that is wrong."""
+    """Return models and task files. Raises one `ConfigError` with every problem."""
     problems: list[str] = []
-    found: list[Subject] = []
+    models: list[Subject] = []
     tasks: list[TaskFile] = []
     if not config.tasks:
         problems.append("tasks is empty; name at least one.")
     try:
-        found = subjects(config.model, config.adapter)
+        models = subjects(config.model, config.adapter)
     except ConfigError as error:
         problems += error.problems
     try:
@@ -123,7 +123,7 @@ def _checked(config: EvaluateConfig, folder: Path, write: bool) -> tuple[list[Su
     problems += _shards_problems(config) + _quantization_problems(config)
     if problems:
         raise ConfigError(problems)
-    return found, tasks
+    return models, tasks
 
 
 def _shards_problems(config: EvaluateConfig) -> list[str]:
@@ -223,12 +223,12 @@ def _next(waiting: list[Pair], worker: _Worker, workers: list[_Worker]) -> Pair:
     return chosen
 
 
-def _collected(found: list[Subject], pairs: list[Pair]) -> dict[str, Any]:
-    models = []
-    for subject in found:
+def _collected(models: list[Subject], pairs: list[Pair]) -> dict[str, Any]:
+    rows = []
+    for subject in models:
         scores = {pair.name: pair.read() for pair in pairs if pair.subject == subject and pair.done()}
-        models.append({"name": subject.name, "model": subject.path, "adapter": subject.adapter, "scores": scores})
-    return {"models": models, "scores": models[0]["scores"] if len(models) == 1 else None}
+        rows.append({"name": subject.name, "model": subject.path, "adapter": subject.adapter, "scores": scores})
+    return {"models": rows, "scores": rows[0]["scores"] if len(rows) == 1 else None}
 
 
 def _counted(number: int, what: str) -> str:

@@ -1,8 +1,8 @@
-"""What `finhpc evaluate` leaves for people: a table on the screen, and the scores in MLflow.
+"""How `finhpc evaluate` reports scores: tables on the screen, and runs in MLflow.
 
-The scores of a model go to the MLflow run that made it, if its run folder says which, and with the table and the
-predictions to a run of the evaluation's own. Several models have a run each nested below it, named
-EVALUATION/MODEL, with the same metric names, so that MLflow's comparison page has them side by side.
+The scores of a model are logged to the MLflow run that made it, if its run folder names one, and with the table and
+the predictions to a run of the evaluation. Of several models each has a nested run, named EVALUATION/MODEL, with the
+same metric names, so that MLflow's comparison page shows them together.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ STATE = "mlflow.json"
 def log_to_mlflow(
     config: EvaluateConfig, folder: Path, subjects: list[Subject], tasks: list[TaskFile], result: dict[str, Any]
 ) -> tuple[str | None, str]:
-    """Log everything; returns the evaluation's run id, or None where MLflow did not take it, and its address.
+    """Log everything to MLflow; return the evaluation's run id, or None if MLflow refused it, and MLflow's address.
 
-    What it did not take stays in the run folder; the same command sends it again.
+    Refused scores remain in the run folder; the same command sends them again.
     """
     set_up_client()
     uri = absolute_tracking_uri(config.run.tracking_uri or default_tracking_uri(config.run.storage))
@@ -47,14 +47,14 @@ def log_to_mlflow(
 
         datasets = _datasets(config, tasks)
         run_id = _own_run(MlflowClient(tracking_uri=uri), config, folder, uri, result, datasets)
-    except Exception as error:  # whatever MLflow or the network comes up with: the scores are there
+    except Exception as error:  # MLflow and the network raise many kinds; the scores are on disk
         _report_refusal(uri, folder, error)
     for subject, model in zip(subjects, result["models"], strict=True):
         if (maker := subject.made_by) is not None:
             state = json.loads((maker / STATE).read_text(encoding="utf-8"))
             if not state.get("run_id"):
                 continue
-            # The address on disk has no password; the one that was given may be the same server's.
+            # The address on disk has no password; the given one may be of the same server.
             there = uri if redact(uri) == state["tracking_uri"] else state["tracking_uri"]
             try:
                 from mlflow import MlflowClient
@@ -74,16 +74,16 @@ def _report_refusal(uri: str, folder: Path, error: Exception) -> None:
 
 
 def _datasets(config: EvaluateConfig, tasks: list[TaskFile]) -> list[Dataset]:
-    """What the models are scored on: the file of each task, and the shards of perplexity."""
+    """Return the data of the scores: the file of each task, and the shards of perplexity."""
     files = config.data.files
-    found = [
+    datasets_ = [
         Dataset(task.name, task.sha256, files.get(task.name, config.data.folder or str(task.path)), "evaluation",
                 {"examples": task.examples})
         for task in tasks
     ]  # fmt: skip
     if PERPLEXITY in config.tasks and config.data.shards:
-        found.append(Dataset.of_shards(Shards.open(config.data.shards), "evaluation"))
-    return found
+        datasets_.append(Dataset.of_shards(Shards.open(config.data.shards), "evaluation"))
+    return datasets_
 
 
 def _own_run(
@@ -94,7 +94,7 @@ def _own_run(
     result: dict[str, Any],
     datasets: list[Dataset],
 ) -> str:
-    """The evaluation's run: one for the folder, however often the command runs."""
+    """Log the evaluation's run, one per folder, and return its id."""
     path = folder / STATE
     key = {"tracking_uri": redact(uri), "experiment": config.run.experiment, "run_name": config.run.name}
     old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -121,7 +121,7 @@ def _own_run(
 def _compare(
     client: MlflowClient, parent: str, config: EvaluateConfig, result: dict[str, Any], datasets: list[Dataset]
 ) -> None:
-    """A run for each model below the evaluation's; the same one however often the command runs.
+    """Log a nested run per model, the same one on every rerun.
 
     The evaluation's own run has the best model's main score of each task, as a sweep's has its best trial's.
     """
@@ -152,7 +152,7 @@ def _describe(
     datasets: list[Dataset],
     tags: dict[str, str],
 ) -> None:
-    """The parameters, settings and datasets of a run; `model`: the only one that it scores."""
+    """Log the parameters, settings and datasets of a run; `model`: the only one that it scores."""
     from mlflow.entities import Param, RunTag
 
     varied = {"model": model["name"]} if model else {}
@@ -167,7 +167,7 @@ def _describe(
 
 
 def _log_scores(client: MlflowClient, run_id: str, scores: dict[str, Any]) -> None:
-    """`evaluate/TASK/METRIC`, with the ends of its interval and the majority's; the main metric of each task first."""
+    """Log `evaluate/TASK/METRIC` with its interval and the majority's score, the main metric of each task first."""
     import time
 
     from mlflow.entities import Metric
@@ -182,20 +182,20 @@ def _log_scores(client: MlflowClient, run_id: str, scores: dict[str, Any]) -> No
         flat |= {f"{name}_majority": value for name, value in (values["majority"] or {}).items()}
         main = _main(flat)
         for name, value in flat.items():
-            found = Metric(f"evaluate/{task}/{name}", float(value), now, 0)
-            (first if name == main else more).append(found)
+            datasets_ = Metric(f"evaluate/{task}/{name}", float(value), now, 0)
+            (first if name == main else more).append(datasets_)
     metrics = first + more
     for at in range(0, len(metrics), 1000):
         client.log_batch(run_id, metrics=metrics[at : at + 1000])
 
 
 def _main(scores: dict[str, Any]) -> str | None:
-    """The metric that leads a task's."""
+    """Return the main metric of a task."""
     return next((name for name in METRICS if name in scores), None)
 
 
 def table(result: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    """A row for each model, task and metric: model, task, metric, value, interval, majority, random, counts."""
+    """Return the columns and a row per model, task and metric."""
     columns = ["model", "task", "metric", "value", "ci95_low", "ci95_high", "majority", "random"]
     rows: list[list[Any]] = []
     for model in result["models"]:
