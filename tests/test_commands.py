@@ -42,7 +42,8 @@ def as_flags(settings: Any) -> dict[str, str]:
         elif isinstance(value, bool):
             found[name] = str(value).lower()
         else:
-            found[name] = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            found[name] = text.removeprefix(f"{Path.cwd()}/")
     return found
 
 

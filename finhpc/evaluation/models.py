@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from finhpc.errors import CheckpointError, ConfigError
+from finhpc.errors import ConfigError, collect
 from finhpc.models.families.registry import whole_layers
 from finhpc.models.files.config import is_adapter
 from finhpc.models.files.tensor_folder import has_tokenizer
@@ -68,19 +68,13 @@ def subjects(models: list[str], adapters: list[str]) -> list[Subject]:
     problems: list[str] = []
     resolved: list[tuple[str, str | None]] = []
     for model, adapter in pairs:
-        try:
+        with collect(problems):
             resolved.append(_resolved(model, None if adapter in ("none", "") else adapter))
-        except ConfigError as error:
-            problems += error.problems
-        except CheckpointError as error:
-            problems += str(error).splitlines()
     twice = sorted({pair for pair in resolved if resolved.count(pair) > 1}, key=str)
     problems += [f"model={model} with adapter={adapter} is given twice; once is enough." for model, adapter in twice]
     for path, over in dict.fromkeys(resolved):
-        try:
+        with collect(problems):
             _check_ids(path, over)
-        except ConfigError as error:
-            problems += error.problems
     if problems:
         raise ConfigError(problems)
     names = [_name(adapter or model) for model, adapter in resolved]

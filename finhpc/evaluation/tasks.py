@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from finhpc.errors import ConfigError, DataError
+from finhpc.errors import ConfigError, collect
 from finhpc.evaluation.documents import SOURCES, TOKENS, documents, takes_labels
 from finhpc.evaluation.own_task import own_task
 from finhpc.evaluation.task_file import read_task, rendering
@@ -56,7 +56,7 @@ def prepare_tasks(config: EvaluateConfig, folder: Path, write: bool = True) -> l
     if write:
         folder.mkdir(parents=True, exist_ok=True)
     for name in dict.fromkeys(config.tasks):
-        try:
+        with collect(problems):
             if name.lower().endswith((".yaml", ".yml")):
                 tasks.append(_own(Path(name).expanduser(), config))
             elif name in SOURCES or name in config.data.files:
@@ -66,8 +66,6 @@ def prepare_tasks(config: EvaluateConfig, folder: Path, write: bool = True) -> l
                     f"unknown task tasks={name}; {nearest(name, list(TASKS))} Or give a task file (.yaml), or "
                     f"your own labeled file with --data.files.{name} FILE."
                 )
-        except (ConfigError, DataError) as error:
-            problems += str(error).splitlines()
     unknown = [task for task in config.data.files if task not in (*SOURCES, *config.tasks)]
     problems += [
         f"data.files.{task} names no task; {nearest(task, list(SOURCES))} Or name it in tasks." for task in unknown

@@ -19,18 +19,16 @@ from finhpc.cluster.tasks import WorkerDiedError, completed
 from finhpc.commands.evaluate.report import log_to_mlflow, summary
 from finhpc.commands.evaluate.worker import Pair, Scorer
 from finhpc.data.shards.shards import Shards
-from finhpc.errors import ConfigError, FinhpcError, TrainingFailedError
+from finhpc.errors import ConfigError, FinhpcError, TrainingFailedError, collect
 from finhpc.evaluation.models import Subject, subjects
 from finhpc.evaluation.tasks import PERPLEXITY, TaskFile, prepare_tasks
 from finhpc.files import json_sha256, redact, write_atomic
 from finhpc.quantization.schemes import SCHEMES
 from finhpc.runs.folder import RunFolder
-from finhpc.runs.run import whole_path
 from finhpc.screen import Progress
 from finhpc.settings.base import to_yaml
 from finhpc.settings.evaluate import EvaluateConfig
 from finhpc.tracking.store import check_store
-from finhpc.tracking.tracker import absolute_tracking_uri, default_tracking_uri
 
 log = logging.getLogger(__name__)
 
@@ -47,11 +45,8 @@ def evaluate(config: EvaluateConfig, dry_run: bool = False) -> dict[str, Any]:
     pair that could not be scored once all others are.
     """
     began = time.monotonic()
-    if config.data.shards:  # workers have other working directories
-        data = config.data.model_copy(update={"shards": whole_path(config.data.shards)})
-        config = config.model_copy(update={"data": data})
     folder = RunFolder(config.run.storage, config.run.name)
-    uri = absolute_tracking_uri(config.run.tracking_uri or default_tracking_uri(config.run.storage))
+    uri = config.run.mlflow_uri
     check_store(uri, config.run.experiment)
     if dry_run:
         models, _, pairs, pending, result = _planned(config, folder.path, write=False)
@@ -112,39 +107,32 @@ def _checked(config: EvaluateConfig, folder: Path, write: bool) -> tuple[list[Su
     tasks: list[TaskFile] = []
     if not config.tasks:
         problems.append("tasks is empty; name at least one.")
-    try:
+    with collect(problems):
         models = subjects(config.model, config.adapter)
-    except ConfigError as error:
-        problems += error.problems
-    try:
+    with collect(problems):
         tasks = prepare_tasks(config, folder / "tasks", write)
-    except ConfigError as error:
+    try:
+        _check_shards(config)
+    except ConfigError as error:  # damaged shards are another kind of error
         problems += error.problems
-    problems += _shards_problems(config) + _quantization_problems(config)
+    bits, scheme = config.quantization.bits, config.quantization.scheme
+    if bits < 16 and bits not in SCHEMES[scheme].bits:
+        fits = ", ".join(name for name, known in SCHEMES.items() if bits in known.bits)
+        problems.append(f"quantization.scheme={scheme} does not fit quantization.bits={bits}; use one of {fits}.")
     if problems:
         raise ConfigError(problems)
     return models, tasks
 
 
-def _shards_problems(config: EvaluateConfig) -> list[str]:
+def _check_shards(config: EvaluateConfig) -> None:
     if PERPLEXITY not in config.tasks:
-        return []
+        return
     if config.data.shards is None:
-        return ["tasks=perplexity needs prepared text; give --data.shards with a folder written by `finhpc prepare`."]
-    try:
-        shards = Shards.open(config.data.shards)
-        shards.check_seq_len(config.data.seq_len or shards.manifest.block_len)
-    except ConfigError as error:
-        return error.problems
-    return []
-
-
-def _quantization_problems(config: EvaluateConfig) -> list[str]:
-    bits, scheme = config.quantization.bits, config.quantization.scheme
-    if bits < 16 and bits not in SCHEMES[scheme].bits:
-        fits = ", ".join(name for name, known in SCHEMES.items() if bits in known.bits)
-        return [f"quantization.scheme={scheme} does not fit quantization.bits={bits}; use a scheme of {bits}: {fits}."]
-    return []
+        raise ConfigError(
+            "tasks=perplexity needs prepared text; give --data.shards with a folder written by `finhpc prepare`."
+        )
+    shards = Shards.open(config.data.shards)
+    shards.check_seq_len(config.data.seq_len or shards.manifest.block_len)
 
 
 def _pair(config: EvaluateConfig, folder: Path, subject: Subject, task: TaskFile | None) -> Pair:

@@ -14,7 +14,7 @@ from finhpc.data.examples.messages import messages_of, tools_of
 from finhpc.data.examples.records import Record
 from finhpc.data.examples.schema import Table, fields_of, guesses, open_sources
 from finhpc.data.examples.values import each
-from finhpc.errors import ConfigError
+from finhpc.errors import ConfigError, collect
 from finhpc.settings.finetune import Instructions
 
 
@@ -62,20 +62,16 @@ def read_examples(sources: list[str], settings: Instructions) -> list[Source]:
     results: list[Source] = []
     problems: list[str] = []
     for number, (spec, table) in enumerate(zip(sources, opened, strict=True)):
-        try:
+        with collect(problems):
             examples = each(table.records, partial(_example, table=table, source=number))
             if not examples:
                 raise ConfigError(f"data.source={spec} holds no example; give a file with records.")
-        except ConfigError as error:
-            problems += [problem for problem in error.problems if problem not in problems]
-            continue
-        form, names = table.form, table.meaning.labels if table.meaning else ()
-        notes = [*table.reading.notes, *guesses(table)]
-        results.append(
-            Source(spec, table.format, form.name if form else "chat", names, examples, table.reading.skipped, notes)
-        )
+            template = table.form.name if table.form else "chat"
+            labels = table.meaning.labels if table.meaning else ()
+            notes = [*table.reading.notes, *guesses(table)]
+            results.append(Source(spec, table.format, template, labels, examples, table.reading.skipped, notes))
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(list(dict.fromkeys(problems)))
     return results
 
 

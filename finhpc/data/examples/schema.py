@@ -16,7 +16,7 @@ from finhpc.data.examples.labels import Meaning
 from finhpc.data.examples.records import Reading, Record, read_records, split_name
 from finhpc.data.examples.templates import Template, template
 from finhpc.data.examples.values import each, text_of, word_of
-from finhpc.errors import ConfigError
+from finhpc.errors import ConfigError, collect
 from finhpc.settings.base import nearest
 
 
@@ -97,18 +97,14 @@ def open_sources(sources: Iterable[str], settings: RecordSettings, format: str |
     opened: list[Table] = []
     problems: list[str] = []
     for spec in sources:
-        try:
+        with collect(problems):
             opened.append(_open(spec, settings, format))
-        except ConfigError as error:
-            problems += [problem for problem in error.problems if problem not in problems]
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(list(dict.fromkeys(problems)))
     _check_used(opened, settings)
     for table in opened:
-        try:
+        with collect(problems):
             _settle(table, settings)
-        except ConfigError as error:
-            problems += error.problems
     if problems:
         raise ConfigError(problems)
     own = [table for table in opened if table.form is not None and table.form.chooses and not table.form.labels]

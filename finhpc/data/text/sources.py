@@ -51,7 +51,7 @@ def units(config: PrepareConfig) -> tuple[list[Unit], list[dict[str, Any]]]:
     """
     if not config.source:
         raise ConfigError("source is not set; give --source with a file, a folder, hf:NAME or docs.")
-    found: list[Unit] = []
+    units: list[Unit] = []
     described: list[dict[str, Any]] = []
     problems: list[str] = []
     for source in config.source:
@@ -60,11 +60,11 @@ def units(config: PrepareConfig) -> tuple[list[Unit], list[dict[str, Any]]]:
         except ConfigError as error:
             problems += error.problems
             continue
-        found += pieces
+        units += pieces
         described.append({"source": source, **description})
     if problems:
         raise ConfigError(problems)
-    return found, described
+    return units, described
 
 
 def _source_units(source: str, config: PrepareConfig) -> tuple[list[Unit], dict[str, Any]]:
