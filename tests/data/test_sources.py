@@ -202,7 +202,7 @@ def test_a_cut_file_is_an_error_even_when_records_are_skipped(form, lost, tmp_pa
     # Also a cut behind the last document: what ends the file is missing.
     cut = len(content) * 2 // 3 if lost is None else len(content) - lost
     path.write_bytes(content[:cut])
-    with pytest.raises(DataError, match=f"{path.name}.*(damaged or cut|no whole parquet)"):
+    with pytest.raises(DataError, match=f"{path.name}.*(damaged or cut|not a complete parquet)"):
         read_all(tmp_path, on_error="skip")
 
 

@@ -70,7 +70,7 @@ def test_a_folder_without_tokeniser(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model")
     for file in folder.glob("tokenizer*"):
         file.unlink()
-    with pytest.raises(ConfigError, match="without a tokenizer"):
+    with pytest.raises(ConfigError, match="has no tokenizer"):
         subjects([str(folder)], [])
 
 

@@ -216,6 +216,7 @@ def read_hub(source: str, split: str) -> Reading:
     name, _, configuration = source.removeprefix("hf:").partition(":")
     folder = Path(name).expanduser()
     name = str(folder) if folder.is_dir() else name
+    datasets.disable_progress_bars()
     try:
         if any((folder / file).is_file() for file in ("state.json", "dataset_dict.json")):  # of save_to_disk
             opened = datasets.load_from_disk(name)
