@@ -29,8 +29,8 @@ def publish(
 
     `conditions` says what was held equal (dtype and master weights, threads, batch, padding, whether
     Ray is on); each row is one way that was measured. `began`: `time.perf_counter()` at the start.
-    `columns` are those that are printed, where all would be too wide. `more` goes into the result; a list of rows
-    in it is printed as a table of its own.
+    `columns` selects what is printed, if all columns would be too wide. `more` goes into the result; a list of rows in
+    it is printed as a table of its own.
     """
     folder = new_folder(name, out)
     result: dict[str, Any] = {
@@ -49,7 +49,7 @@ def publish(
 
 
 def new_folder(name: str, out: str) -> Path:
-    """A folder of its own for one measurement."""
+    """Create a new folder for one measurement."""
     stem = Path(os.path.abspath(os.path.expanduser(out))) / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder, again = stem, 1
     while True:
@@ -62,7 +62,7 @@ def new_folder(name: str, out: str) -> Path:
 
 
 def machine() -> Row:
-    """Where this was measured."""
+    """The machine that measures."""
     import torch
 
     return {
@@ -111,7 +111,7 @@ def _table(title: str, rows: list[Row]) -> Any:
 
 
 def _header(column: str) -> str:
-    """A key as words, which may stand below each other; bytes are shown as MB."""
+    """A key as words, on several lines; bytes are shown as MB."""
     words = column.removesuffix("_bytes") + "_MB" if column.endswith("_bytes") else column
     return textwrap.fill(words.replace("_", " "), HEADER, break_long_words=False)
 

@@ -1,12 +1,12 @@
-"""`finhpc bench decompose`: a whole factorisation beside `torch.linalg.svd` weight by weight; two workers beside one.
+"""`finhpc bench decompose`: a whole factorization compared with `torch.linalg.svd`, and two workers with one.
 
-In turn, from the same dense model on disk to its factors on disk:
+Measured in turn, from the same dense model on disk to its factors on disk:
 
 - a plain loop in this process: each weight read, its full SVD with all `resources.threads`, cut, written;
 - `finhpc decompose` with as many workers of one thread each, and with one, Ray and the workers' processes
-  already up; the seconds are those of the factorising.
+  already up; only the factorization is timed.
 
-Then every layer's error is measured against the smallest there is, from a float64 SVD of its own.
+Then the error of every layer is compared with the smallest possible one, from a float64 SVD.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ ROUNDING = 1e-6  # of a weight's norm: errors below that are those of float32
 def bench_decompose(settings: DecomposeBench) -> dict[str, Any]:
     """Measure and publish; `ratios`: `speedup_over_svd`, `speedup_2_workers` (with two threads or more).
 
-    Raises `ConfigError` where the shape is none, or `rank` does not fit it.
+    Raises `ConfigError` for an unknown shape, or a `rank` that does not fit it.
     """
     import ray
 

@@ -1,4 +1,4 @@
-"""A whole `finhpc pretrain` beside a plain torch loop over the same model and batches."""
+"""A whole `finhpc pretrain` compared with a plain torch loop over the same model and batches."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-3}  # relative; the two must train th
 def overhead(config: PretrainConfig, settings: TrainBench) -> tuple[list[Row], dict[str, float]]:
     """Tokens/s of finhpc (one stage, Ray, streaming, tracking) over a plain loop, in pairs of whole processes.
 
-    Raises `TrainingFailedError` where a process fails or the two do not train alike.
+    Raises `TrainingFailedError` if a process fails or the two do not train alike.
     """
     steps, precision = settings.overhead_steps, config.train.precision
     os.makedirs(settings.bench.out, exist_ok=True)
@@ -84,7 +84,7 @@ def _run(words: list[str]) -> str:
 
 
 def _tokens_per_s(records: list[dict[str, float]], config: PretrainConfig) -> float:
-    """Over all steps but the first quarter, from record to record: what lies between the steps counts too."""
+    """Over all steps except the first quarter, from record to record, so the time between steps counts too."""
     first = len(records) // 4
     span = records[-1]["time"] - records[first - 1]["time"]
     return (len(records) - first) * config.parallel.samples_per_step * config.data.seq_len / span

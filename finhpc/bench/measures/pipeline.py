@@ -1,9 +1,8 @@
-"""`finhpc bench pipeline`: a pipeline of stages beside one process that does the same work.
+"""`finhpc bench pipeline`: a pipeline of stages compared with one process that does the same work.
 
-For each number of micro-batches M: whole train steps of one process with one stage, and of the
-pipeline, in turn; both have the same threads a process. Utilisation is the one-stage time over
-stages x the pipeline's time; the ideal of a schedule without cost is M/(N+M-1). No Ray. The
-processes that are not measured wait for a message and compute nothing.
+For each number of micro-batches M, whole training steps of one process with one stage and of the pipeline are measured
+in turn, with the same threads per process. Utilization is the one-stage time divided by stages x the pipeline's time;
+without any overhead it is M/(N+M-1). No Ray. Processes that are not measured wait for a message.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ LR = 1e-4
 def bench_pipeline(settings: PipelineBench) -> dict[str, Any]:
     """Measure and publish; `ratios`: `utilization_over_ideal` at M=8, or at the largest M measured below it.
 
-    Raises `ConfigError` where no stage can be cut or there are too few GPUs, `TrainingFailedError` where a
-    process dies.
+    Raises `ConfigError` if the model cannot be cut or there are too few GPUs, `TrainingFailedError` if a process
+    dies.
     """
     began = time.perf_counter()
     stages, cuda = settings.stages, _cuda(settings)
@@ -105,7 +104,7 @@ def _row(settings: PipelineBench, name: str, m: int, one: Group, pipeline: Group
     )
     utilization, ideal = median_ratio(found["one"], found["pipe"]) / stages, m / (stages + m - 1)
     busiest = [statistics.median(pair[i] for pair in busy) for i in range(stages)]
-    log.info(f"{name}, M={m}: utilisation {utilization:.3f} of ideal {ideal:.3f}")
+    log.info(f"{name}, M={m}: utilization {utilization:.3f} of ideal {ideal:.3f}")
     return {
         "cut": name,
         "micro_batches": m,
@@ -148,7 +147,7 @@ def group(size: int, threads: int, cuda: bool) -> Iterator[Group]:
 
 
 def ask(members: Group, message: tuple[Any, ...]) -> list[Any]:
-    """Every member's answer, in rank order. Raises `TrainingFailedError` where one ends without it."""
+    """Every member's answer, in rank order. Raises `TrainingFailedError` if one ends without an answer."""
     try:
         for _, pipe in members:
             pipe.send(message)
@@ -252,6 +251,6 @@ def _picture(rows: list[Row], stages: int, file: Path) -> None:
     for name in dict.fromkeys(row["cut"] for row in rows):
         mine = sorted((row["micro_batches"], row["utilization"]) for row in rows if row["cut"] == name)
         axes.plot([m for m, _ in mine], [u for _, u in mine], "o-", label=f"cut by {name}")
-    axes.set(xlabel="micro-batches M", ylabel="utilisation", ylim=(0, 1.05), title=f"{stages} stages")
+    axes.set(xlabel="micro-batches M", ylabel="utilization", ylim=(0, 1.05), title=f"{stages} stages")
     axes.legend()
     figure.savefig(file, dpi=150)

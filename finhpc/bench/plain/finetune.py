@@ -1,7 +1,7 @@
-"""The finetuning loops that finhpc is measured against: transformers and peft, alone and with transformers' Trainer.
+"""The finetuning loops with which finhpc is compared: transformers and peft, with and without transformers' Trainer.
 
-Both pad each batch to its longest example on the right, in the order they are given; AdamW at a constant rate without
-decay and clipping. The base is bfloat16, or bitsandbytes' over it; peft keeps the adapters in float32.
+Both pad the examples of a batch on the right; AdamW has a constant rate, no decay and no clipping. The base is bfloat16
+or quantized by bitsandbytes; peft keeps the adapters in float32.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Passes = Callable[[Sequence[Sequence[int]]], Pass]  # batches of examples' ids -
 
 
 def peft_model(path: Path, bits: int, rank: int, seed: int) -> Any:
-    """The base of a folder with an adapter beside every linear layer but the head, as the loops train it."""
+    """The base of a folder with an adapter on every linear layer except the head, as the loops train it."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
