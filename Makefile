@@ -4,6 +4,7 @@
 # make style   lint, types and import rules alone
 # make slow    the tests that take minutes
 # make test-gpu  the tests that need a CUDA device
+# make docs    build the documentation into site/, refusing broken links
 
 PYTHON ?= python3.11
 BIN := .venv/bin
@@ -11,7 +12,7 @@ DEMO := runs/demo
 # Processes that run tests; each starts a Ray of its own and needs up to 4 GB.
 TEST_PROCESSES ?= 2
 
-.PHONY: setup demo test style pytest slow test-gpu clean
+.PHONY: setup demo test style pytest slow test-gpu docs clean
 
 setup: .venv/.ready
 
@@ -36,7 +37,7 @@ style: setup
 	$(BIN)/mypy
 
 pytest: setup
-	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadgroup
+	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder
 
 slow: setup
 	$(BIN)/python -m pytest -m 'slow and not gpu'
@@ -44,5 +45,8 @@ slow: setup
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
 
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 clean:
-	rm -rf runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf runs site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,7 +1,8 @@
-"""How far a long job is, on stderr: a bar on a terminal, else a line at most every ten seconds."""
+"""What users see on stderr: lines, tables that fit the screen, and the progress of long work."""
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shlex
@@ -15,20 +16,23 @@ from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-SECONDS_A_LINE = 10.0
-FILE_WIDTH = 200  # columns
+log = logging.getLogger(__name__)
+
+LINE_EVERY_S = 10.0
+FILE_WIDTH = 100  # columns of a table that goes to a file
+NUMBER = re.compile(r"([-+]?[\d.,]+( ?%)?|-)?")  # or none
 
 
 class Progress:
-    """Counts work of a known total and shows rate and time left; use as a context manager.
+    """A bar with rate and time left on a terminal; elsewhere a line every ten seconds. Use it as a context manager.
 
-    `total` and `advance` count bytes where `bytes_` is set, else pieces.
+    `total` and `advance` count bytes if `bytes_` is set, else pieces.
     """
 
     def __init__(self, label: str, total: int, bytes_: bool = True) -> None:
         self.label, self.total, self.done = label, max(total, 1), 0
         self.scale, self.unit = (1e6, "MB") if bytes_ else (1.0, "pieces")
-        self.began = self.said = time.monotonic()
+        self.began = self.last_line = time.monotonic()
         self.bar: Bar | None = None
         if sys.stderr.isatty():
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[rate]}"))
@@ -53,59 +57,95 @@ class Progress:
         rate = self.done / max(now - self.began, 1e-9)
         if self.bar:
             self.bar.update(self.task, completed=self.done, rate=f"{rate / self.scale:.1f} {self.unit}/s")
-        elif now - self.said >= SECONDS_A_LINE:
-            self.said = now
+        elif now - self.last_line >= LINE_EVERY_S:
+            self.last_line = now
             left = (self.total - self.done) / rate if rate else 0.0
-            print(
+            log.info(
                 f"{self.label}: {self.done / self.total:.0%} of {self.total / self.scale:.0f} {self.unit}, "
-                f"{rate / self.scale:.1f} {self.unit}/s, {left:.0f} s left",
-                file=sys.stderr,
-                flush=True,
+                f"{rate / self.scale:.1f} {self.unit}/s, {left:.0f} s left"
             )
 
 
-def rows_table(title: str, rows: list[dict[str, Any]], stream: TextIO | None = None) -> None:
-    """A table on stderr with a column for each key of the first row; nothing where there are no rows."""
-    table = Table(title=title, title_justify="left")
-    for name, value in rows[0].items() if rows else ():
-        table.add_column(name, justify="left" if _is_words(value) else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
-    if rows:
-        _console(stream).print(table)
+def rows_table(title: str, rows: list[dict[str, Any]], stream: TextIO | None = None, keys: int = 1) -> None:
+    """Print a table on stderr with a column per key of the first row; nothing if there are no rows.
+
+    Columns that do not fit the screen follow in further tables below, each of which repeats the first `keys` columns.
+    Columns without any value are left out. Long paths follow on lines of their own, to be copied.
+    """
+    if not rows:
+        return
+    console = _console(stream)
+    cells = {name: [str(row.get(name, "")) for row in rows] for name in rows[0]}
+    cells = {name: values for name, values in cells.items() if any(values)}
+    names = cells[next(iter(cells))]
+    below: list[tuple[str, str]] = []
+    for column, values in cells.items():
+        for i, value in enumerate(values):
+            if os.path.isabs(value) and len(value) > console.width // 3:
+                below.append((column if len(rows) == 1 else f"{names[i]}, {column}", value))
+                values[i] = os.path.basename(value)
+    words = {name for name, values in cells.items() if not all(map(NUMBER.fullmatch, values))}
+    console.print(title, style="bold")
+    for columns in _parts(cells, words, console.width, keys):
+        table = Table()
+        for name, width in columns.items():
+            table.add_column(name, justify="left" if name in words else "right", width=width, overflow="fold")
+        for i in range(len(rows)):
+            table.add_row(*(cells[name][i] for name in columns))
+        console.print(table)
+    _print_lines(console, below)
+
+
+def _parts(cells: dict[str, list[str]], words: set[str], room: int, keys: int) -> list[dict[str, int]]:
+    """Divide columns into tables no wider than `room`: the width of each column of each table, by name."""
+    widths = {name: max(map(len, [*name.split(), *values, "-"])) for name, values in cells.items()}
+    if _table_width(widths) > room:
+        narrow = {name: max(room // 2 // keys, *map(len, name.split())) for name in words}
+        widths = {name: min(width, narrow.get(name, width)) for name, width in widths.items()}
+    repeated = {name: widths[name] for name in list(widths)[:keys]}
+    parts = [dict(repeated)]
+    for name in list(widths)[keys:]:
+        if len(parts[-1]) > keys and _table_width(parts[-1] | {name: widths[name]}) > room:
+            parts.append(dict(repeated))
+        parts[-1][name] = widths[name]
+    return parts
+
+
+def _table_width(columns: dict[str, int]) -> int:
+    return sum(width + 3 for width in columns.values()) + 1  # a line and two spaces around each column
 
 
 def _console(stream: TextIO | None) -> Console:
-    """As wide as the terminal; a file, which rich would take for 80 columns, gets whole lines."""
     console = Console(file=stream or sys.stderr, markup=False, highlight=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = FILE_WIDTH
     return console
 
 
-def _is_words(value: Any) -> bool:
-    return isinstance(value, str) and not re.fullmatch(r"[-+]?[\d.,]+( ?%)?", value)
-
-
 def summary_table(title: str, rows: list[tuple[str, str]], stream: TextIO | None = None) -> None:
-    """A short two-column table on stderr; paths and commands too long for it stand below, whole, to be copied.
+    """Print a short two-column table on stderr.
 
-    A value that is a path is quoted as a shell needs it.
+    Paths are quoted as a shell needs it. Paths and commands that do not fit follow on lines of their own, to be copied.
     """
-    rows = [(name, _pasted(value)) for name, value in rows]
+    rows = [(name, _quoted(value)) for name, value in rows]
     console = _console(stream)
     room = console.width - max((len(name) for name, _ in rows), default=0) - 7  # the table's lines and spaces
     below = [(name, value) for name, value in rows if len(value) > room and (value[:1] in "/'" or " --" in value)]
-    table = Table(title=title, title_justify="left", show_header=False)
+    table = Table(show_header=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
         if (name, value) not in below:
             table.add_row(name, value)
+    console.print(title, style="bold")
     console.print(table)
-    for name, value in below:
-        console.print(f"{name}: {value}", soft_wrap=True)
+    _print_lines(console, below)
 
 
-def _pasted(value: str) -> str:
+def _print_lines(console: Console, lines: list[tuple[str, str]]) -> None:
+    for name, value in lines:
+        console.print(f"{name}: {_quoted(value)}", soft_wrap=True)
+
+
+def _quoted(value: str) -> str:
     return shlex.quote(value) if os.path.isabs(value) and os.path.exists(value) else value

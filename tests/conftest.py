@@ -1,4 +1,4 @@
-"""What several rooms' tests share: one Ray, and the real text that lies beside the repository."""
+"""What tests of several packages share: one Ray per test process, quick trainings, and real text."""
 
 from __future__ import annotations
 
@@ -13,8 +13,29 @@ import pytest
 import torch
 
 import finhpc  # turns usage reports off before Ray is imported
-from tests.runs.runs import command, outcome
+from tests.runs.runs import PATIENCE_S, command, outcome
 from tests.tiny import tiny_shards
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several test processes: each file runs in one of them, and files with long tests start first.
+
+    Files that need the `unbroken` run share a process, so that it is trained once.
+    """
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    os.environ.pop("COLUMNS", None)  # pytest-xdist passes the terminal's width on; commands would fold their tables
+    fixtures: dict[Path, set[str]] = {}
+    for item in items:
+        fixtures.setdefault(item.path, set()).update(getattr(item, "fixturenames", ()))
+    for item in items:
+        group = "unbroken" if "unbroken" in fixtures[item.path] else str(item.path.relative_to(Path(__file__).parent))
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: next((i for i, name in enumerate(LONG) if name in fixtures[item.path]), len(LONG)))
+
+
+LONG = ("unbroken", "cluster", "ray_cluster")  # fixtures of tests that take long, longest first
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -31,7 +52,14 @@ def ray_cluster() -> Iterator[None]:
     assert finhpc.TELEMETRY_OFF
     # Ray Train polls its workers every 2 s by default; its controller inherits this from the process that starts Ray.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
-    ray.init("local", num_cpus=6, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(
+        "local",
+        num_cpus=6,
+        object_store_memory=512 * 2**20,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
     yield
     ray.shutdown()
 
@@ -54,14 +82,14 @@ def quick_training(ray_cluster: None) -> Iterator[None]:
         launch_warm.KEPT[0].shutdown()
 
 
-def fit_quickly(job: Any, folder: Any, cuda: bool, say: Any) -> None:
+def fit_quickly(job: Any, *arguments: Any) -> None:
     from finhpc.runs.launch_here import fit_here
     from finhpc.runs.launch_warm import fit_warm
 
     if job.config.parallel.workers == 1:
-        fit_here(job, folder, cuda, say, on_eval=lambda record: None)
+        fit_here(job, *arguments, on_eval=lambda record: None)
     else:
-        fit_warm(job, folder, cuda, say, look=lambda: None)
+        fit_warm(job, *arguments, look=lambda: None)
 
 
 @pytest.fixture(scope="session")
@@ -102,5 +130,5 @@ def run_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def unbroken(run_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     storage = tmp_path_factory.mktemp("unbroken")
     with command(storage, run_shards) as process:
-        assert process.wait(240) == 0, (storage / "stderr").read_text()[-3000:]
+        assert process.wait(PATIENCE_S) == 0, (storage / "stderr").read_text()[-3000:]
     return outcome(storage) | {"token_mode": (storage / ".ray" / "auth_token").stat().st_mode}

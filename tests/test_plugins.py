@@ -26,9 +26,10 @@ from finhpc.settings.training import Optimizer
 from finhpc.training.optimizer import OPTIMIZERS, OptimizerKind, begin_at, make_optimizer, moments
 from tests.tiny import tiny_shards
 
-# What a user writes: the README's example and more. Tests with it run in new processes.
-README = (Path(__file__).parents[1] / "README.md").read_text()
-EXAMPLE = next(block for block in README.split("```python\n") if "@LAYERS.register" in block).partition("```")[0]
+# What a user writes: an example of the documentation and more. Tests with it run in new processes.
+PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
+EXAMPLE = next(block for block in PAGE.split("```python")[1:] if "@LAYERS.register" in block)
+EXAMPLE = EXAMPLE.partition("\n")[2].partition("```")[0]
 MODULE = (
     EXAMPLE
     + """

@@ -16,9 +16,8 @@ from finhpc.data.shards.shards import (
     SplitCounts,
     dataset_fingerprint,
     encode_shard,
-    file_sha256,
 )
-from finhpc.files import write_atomic
+from finhpc.files import file_sha256, write_atomic
 
 TEXT = "the bank rate rises and falls as prices move while markets wait for news of growth"
 WORDS = TEXT.split()

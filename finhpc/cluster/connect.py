@@ -11,12 +11,18 @@ from finhpc.cluster.own_ray import keep_token_private, own_ray, ray_logs
 from finhpc.cluster.ready import check_ray
 from finhpc.errors import ConfigError, TrainingFailedError
 from finhpc.interrupts import terminable
+from finhpc.settings.decompose import DecomposeConfig
+from finhpc.settings.evaluate import EvaluateConfig
 from finhpc.settings.finetune import TrainingConfig
+from finhpc.settings.training import Resources
 
 
 @contextmanager
-def ray_cluster() -> Iterator[None]:
-    """Connect to the cluster in RAY_ADDRESS (set in submitted jobs), or start one here and stop it after."""
+def ray_cluster(cpus: int | None = None) -> Iterator[None]:
+    """Connect to the cluster in RAY_ADDRESS (set in submitted jobs), or start one here and stop it after the block.
+
+    `cpus`: how many a cluster started here offers; default: all of this machine's.
+    """
     import ray
 
     if ray.is_initialized():
@@ -32,25 +38,25 @@ def ray_cluster() -> Iterator[None]:
                 ray.init(log_to_driver=False, logging_level="ERROR")
                 stack.enter_context(terminable())  # again, because Ray replaces the handlers
             else:
-                stack.enter_context(own_ray(os.cpu_count() or 1))
+                stack.enter_context(own_ray(cpus or os.cpu_count() or 1))
         except Exception as error:  # Ray raises bare ones here
             where = os.environ.get("RAY_ADDRESS") or "this machine"
             raise TrainingFailedError(
-                f"Ray did not start on {where}: {str(error).rstrip('.')}. Its logs are in {ray_logs()}; correct that "
-                "and run the same command again."
+                f"Ray did not start on {where}: {str(error).rstrip('.')}. Its logs are in {ray_logs()}; fix this and "
+                "rerun the command."
             ) from None
         yield
 
 
 def cluster_resources() -> dict[str, float]:
-    """What the connected cluster has in all: CPU, GPU, ..."""
+    """Return what the connected cluster has in total: CPU, GPU, ..."""
     import ray
 
     return dict(ray.cluster_resources())
 
 
 def known_resources() -> dict[str, float] | None:
-    """The same without connecting: this machine's, or None when RAY_ADDRESS names another cluster."""
+    """Return the same without connecting: this machine's, or None if RAY_ADDRESS names another cluster."""
     import torch
 
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
@@ -60,8 +66,8 @@ def known_resources() -> dict[str, float] | None:
     return {"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()}
 
 
-def use_cuda(config: TrainingConfig, total: dict[str, float]) -> bool:
-    """Whether the workers run on GPUs; raises `ConfigError` when asked for and absent."""
+def use_cuda(config: TrainingConfig | DecomposeConfig | EvaluateConfig, total: dict[str, float]) -> bool:
+    """Return whether workers run on GPUs. Raises `ConfigError` if the settings require GPUs and there are none."""
     gpus = total.get("GPU", 0)
     if config.resources.device == "cuda" and not gpus:
         raise ConfigError(
@@ -70,8 +76,21 @@ def use_cuda(config: TrainingConfig, total: dict[str, float]) -> bool:
     return config.resources.device == "cuda" or (config.resources.device == "auto" and gpus > 0)
 
 
+def places(resources: Resources, cuda: bool, workers: int = 0) -> int:
+    """Return how many workers the cluster has room for. Raises `ConfigError` if it has less than `workers`, or none."""
+    total = cluster_resources()
+    room = total.get("CPU", 1) / resources.cpus_per_worker
+    room = int(min(room, total.get("GPU", 0) / resources.gpus_per_worker) if cuda else room)
+    if room < max(workers, 1):
+        raise ConfigError(
+            f"workers={workers or 1} with resources.cpus_per_worker={resources.cpus_per_worker:g} do not fit the "
+            f"cluster, which has room for {room}; use fewer workers, or fewer CPUs per worker."
+        )
+    return room
+
+
 def check_fits(config: TrainingConfig, cuda: bool, total: dict[str, float]) -> None:
-    """Raise `ConfigError` when the cluster could never place the workers (Ray would wait for ever)."""
+    """Raise `ConfigError` if the cluster can never place the workers; Ray would wait forever."""
     own = not os.environ.get("RAY_ADDRESS")
     workers, resources = config.parallel.workers, config.resources
     problems = []
@@ -99,9 +118,9 @@ def check_fits(config: TrainingConfig, cuda: bool, total: dict[str, float]) -> N
 
 
 def dead_process() -> str | None:
-    """The name of a process of this machine's own Ray that died under us; None while all is well.
+    """Return the name of a process of this machine's own Ray that died, or None.
 
-    Ray itself notices after a minute or never, and then ends this process without a word of ours.
+    Ray itself notices after a minute or never, and then ends this process without an explanation.
     """
     from ray._private import worker
 

@@ -1,43 +1,39 @@
 """Text on disk -> token shards: `finhpc prepare`.
 
-Two phases. Parallel Ray tasks turn units of the source into files of ids under `out/.work`;
-then one process packs those, in order, into shards. Finished units are kept, so an interrupted run
-continues; the manifest comes last, so it never looks finished.
+Parallel Ray tasks turn units of the source into files of ids in `out/.work`; then one process packs those, in order,
+into shards. An interrupted run continues from the finished units. The manifest is written last, so that unfinished
+shards never look finished.
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
 import logging
-import os
 import platform
 import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import islice
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory, TemporaryFile
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
-from finhpc.cluster.own_ray import keep_token_private, own_ray
-from finhpc.cluster.package import Driver
+from finhpc.cluster.connect import cluster_resources, ray_cluster
 from finhpc.cluster.ready import check_ray
-from finhpc.data.shards.shards import FORMAT, MANIFEST, TOKENIZER, Manifest, dataset_fingerprint, file_sha256
+from finhpc.cluster.tasks import is_finished, run_tasks, workplace
+from finhpc.data.shards.shards import FORMAT, MANIFEST, TOKENIZER, Manifest, dataset_fingerprint
 from finhpc.data.text import sources
 from finhpc.data.text.encoding import encode_unit, training_sample, unit_dropped, unit_file
 from finhpc.data.text.pack_shards import Packed, pack
 from finhpc.data.text.tokenizer import Encoder, save, trained_size
 from finhpc.data.text.unit import Unit
-from finhpc.errors import ConfigError, DataError, FinhpcError, RunBusyError
-from finhpc.files import private_folder, publish, write_atomic
-from finhpc.interrupts import terminable
-from finhpc.screen import Progress
+from finhpc.errors import ConfigError, DataError
+from finhpc.files import file_sha256, file_stamps, json_sha256, publish, write_atomic, write_json
+from finhpc.screen import Progress, summary_table
 from finhpc.settings.prepare import PrepareConfig
 
 log = logging.getLogger(__name__)
@@ -46,17 +42,12 @@ WORK = ".work"
 RESULT = "result.json"
 
 
-class UnfinishedError(DataError):
-    """The machine failed, not the text: what is done is kept, and the same command goes on."""
-
-
 def prepare(config: PrepareConfig, dry_run: bool = False) -> dict[str, Any]:
-    """Write shards of `config.source` into `config.out`; returns what result.json holds.
+    """Write token shards of `config.source` into `config.out` and return the content of result.json.
 
-    Continues an interrupted run of the same settings, and only reports where it is already done.
-    Starts a local Ray where none runs. With `dry_run` it checks and counts, and starts and writes
-    nothing. Raises `ConfigError` for settings and sources that cannot work, `DataError` for text that
-    cannot be read, `RunBusyError` where another process prepares the same folder.
+    Continues an interrupted run of the same settings, and returns the result of a finished one. `dry_run` checks and
+    counts only. Raises `ConfigError` for settings and sources that cannot work, `DataError` for text that cannot be
+    read, `UnfinishedError` if the machine fails, and `RunBusyError` if another process prepares the same folder.
     """
     began = time.monotonic()
     if not config.out:
@@ -65,14 +56,14 @@ def prepare(config: PrepareConfig, dry_run: bool = False) -> dict[str, Any]:
     out = Path(config.out).expanduser().absolute()
     units, described = sources.units(config)
     settings = settings_sha256(config, units)
-    if (done := _finished(out, settings)) is not None:
-        return done
+    if is_finished(out, MANIFEST, settings, "shards", out / WORK):
+        return _finished_result(out)
     for source in described:
         if ignored := source.get("ignored_files"):
-            log.info(f"{source['source']}: not read, {ignored:,} files of other formats")
+            log.info(f"{source['source']}: {ignored:,} files of other formats are not read")
     if dry_run:
-        return _dry(out, config, units, described)
-    check_ray()
+        return _dry_run(out, config, units, described)
+    check_ray()  # here, because an error inside the workplace would remove earlier work
     with _workplace(out, settings) as work:
         encoder = _tokenizer(work / TOKENIZER, units, config)
         dropped = _encode(units, config, work, encoder.slow_because is None)
@@ -85,39 +76,22 @@ def prepare(config: PrepareConfig, dry_run: bool = False) -> dict[str, Any]:
 
 
 def settings_sha256(config: PrepareConfig, units: list[Unit]) -> str:
-    """One hash of everything the shards depend on: settings, and every input file's size and time of change."""
-    names = sorted({path for unit in units for path in unit.paths})
-    files = [(name, status.st_size, status.st_mtime_ns) for name in names if (status := _status(name))]
-    kept = config.model_dump(exclude={"out", "workers", "source"})
-    chosen = Path(config.tokenizer) / "tokenizer.json"
-    kept["tokenizer_sha256"] = file_sha256(chosen) if chosen.is_file() else None
+    """Return one hash of all that the shards depend on: settings, and the size and time of every input file."""
+    names = sorted({path for unit in units for path in unit.paths})  # names of hub data sets are not files
+    settings = config.model_dump(exclude={"out", "workers", "source"})
+    tokenizer = Path(config.tokenizer) / "tokenizer.json"
+    settings["tokenizer_sha256"] = file_sha256(tokenizer) if tokenizer.is_file() else None
     pieces = [[unit.kind, unit.paths, unit.start, unit.stop, unit.name] for unit in units]
-    return hashlib.sha256(json.dumps([FORMAT, kept, files, pieces]).encode()).hexdigest()
+    return json_sha256([FORMAT, settings, file_stamps([Path(name) for name in names]), pieces])
 
 
-def _status(name: str) -> os.stat_result | None:
-    """None where the name is not a file's: a data set of the hub."""
-    return os.stat(name) if os.path.exists(name) else None
-
-
-def _finished(out: Path, settings: str) -> dict[str, Any] | None:
-    """The result of an earlier run with the same settings, if `out` holds it."""
-    if not (out / MANIFEST).is_file():
-        return None
-    manifest = Manifest.model_validate_json((out / MANIFEST).read_bytes())
-    if manifest.settings_sha256 != settings:
-        raise ConfigError(
-            f"out={out} already holds shards of other settings or another source ({MANIFEST} says which); "
-            "choose another --out, or remove that folder."
-        )
-    log.info(f"{out} is already prepared with these settings; nothing to do")
+def _finished_result(out: Path) -> dict[str, Any]:
     stored = out / RESULT
+    manifest = Manifest.model_validate_json((out / MANIFEST).read_bytes())
     return json.loads(stored.read_bytes()) if stored.is_file() else _result(out, manifest, None)
 
 
-def _dry(out: Path, config: PrepareConfig, units: list[Unit], described: list[dict[str, Any]]) -> dict[str, Any]:
-    """What a preparation would read and where it would write; tokens are known only after it."""
-    _check_out(out)
+def _dry_run(out: Path, config: PrepareConfig, units: list[Unit], described: list[dict[str, Any]]) -> dict[str, Any]:
     vocab_size = trained_size(config.tokenizer)
     if vocab_size is None:
         with TemporaryDirectory() as folder:
@@ -132,58 +106,26 @@ def _dry(out: Path, config: PrepareConfig, units: list[Unit], described: list[di
         "bytes": size,
         "units": len(units),
         "vocab_size": vocab_size,
-        "tokens": None,
+        "tokens": None,  # known only after tokenizing
     }
-    said = "unknown size" if size is None else f"{size / 1e6:,.1f} MB"
-    log.info(f"dry run: {result['files']:,} files, {said}, in {len(units):,} units -> {out}; nothing was written")
+    amount = "unknown size" if size is None else f"{size / 1e6:,.1f} MB"
+    log.info(f"dry run: {result['files']:,} files, {amount}, in {len(units):,} units -> {out}; nothing was written")
     return result
-
-
-def _check_out(out: Path) -> None:
-    """Raise `ConfigError` for a folder that shards cannot be written to."""
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"out={out} is a file; give a folder.")
-    if out.is_dir() and not (out / WORK).is_dir() and any(out.iterdir()):
-        raise ConfigError(f"out={out} holds other files; choose an empty or new folder.")
-    try:
-        TemporaryFile(dir=next(folder for folder in (out, *out.parents) if folder.exists())).close()
-    except OSError as error:
-        raise ConfigError(f"out={out} cannot be written ({error.strerror}); choose another --out.") from None
 
 
 @contextmanager
 def _workplace(out: Path, settings: str) -> Iterator[Path]:
-    """`out/.work`, locked for this process, with what an earlier run of the same settings left there.
-
-    Refused settings or text leave nothing: mending them makes it another run.
-    """
-    work, new = out / WORK, not out.exists()
-    _check_out(out)
+    """Yield `out/.work`, locked; text or settings that cannot work leave nothing behind."""
+    is_new = not out.exists()
     try:
-        private_folder(out)
-        private_folder(work)
-    except OSError as error:
-        raise ConfigError(f"out={out} cannot be written ({error.strerror}); choose another --out.") from None
-    with open(work / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunBusyError(f"out={out} is being prepared by another process; wait for it.") from None
-        key = work / "settings"
-        if key.is_file() and key.read_text() != settings:
-            log.info(f"{out}: an unfinished run had other settings; what it left is discarded")
-            for path in [path for path in work.iterdir() if path.name != "lock"]:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        write_atomic(key, settings.encode())
-        try:
-            yield work
-        except (ConfigError, DataError) as error:
-            if not isinstance(error, UnfinishedError):
-                shutil.rmtree(work)
-                _remove_shards(out)
-                if new:
-                    out.rmdir()
-            raise
+        with workplace(out / WORK, out, settings):
+            yield out / WORK
+    except (ConfigError, DataError):
+        _remove_shards(out)
+        if is_new:
+            with suppress(OSError):
+                out.rmdir()
+        raise
 
 
 def _remove_shards(out: Path) -> None:
@@ -194,105 +136,40 @@ def _remove_shards(out: Path) -> None:
 def _tokenizer(folder: Path, units: list[Unit], config: PrepareConfig) -> Encoder:
     if not folder.is_dir():
         if trained_size(config.tokenizer) is not None:
-            log.info(f"training the tokeniser {config.tokenizer}")
-        fresh = folder.with_name(".tokenizer.partial")
-        save(config.tokenizer, fresh, lambda: training_sample(units, config))
-        publish(fresh, folder)
+            log.info(f"training the tokenizer {config.tokenizer}")
+        partial_folder = folder.with_name(".tokenizer.partial")
+        save(config.tokenizer, partial_folder, lambda: training_sample(units, config))
+        publish(partial_folder, folder)
     encoder = Encoder(folder)
     if encoder.slow_because:
-        log.info(
-            f"tokeniser {config.tokenizer}: by Hugging Face's code, slower than by tiktoken: {encoder.slow_because}"
-        )
+        reason = encoder.slow_because
+        log.info(f"tokenizer {config.tokenizer}: Hugging Face's code is used, slower than tiktoken: {reason}")
     return encoder
 
 
 def _encode(units: list[Unit], config: PrepareConfig, work: Path, tiktoken: bool) -> dict[str, int]:
-    """Phase 1: every unit that has no file yet, in parallel; returns what all units dropped."""
-    pending = [index for index in range(len(units)) if not unit_file(work, index).is_file()]
+    """Encode every unit that has no file yet, in parallel; return how many documents all units dropped, by reason."""
+    pending = [(index, unit) for index, unit in enumerate(units) if not unit_file(work, index).is_file()]
     if len(pending) < len(units):
         log.info(f"continuing: {len(units) - len(pending)} of {len(units)} units are done")
-    sized = all(units[index].size for index in pending)
-    total = sum(units[index].size if sized else 1 for index in pending)
+    sized = all(unit.size for _, unit in pending)
     if pending:
-        with _ray(config), Progress("tokenising", total, bytes_=sized) as progress:
-            for row in _run_tasks(pending, units, config, work, tiktoken):
-                if row["error"]:
-                    raise {"ConfigError": ConfigError, "DataError": DataError}.get(row["kind"], UnfinishedError)(
-                        row["error"]
-                    )
-                progress.advance(units[row["index"]].size if sized else 1)
+        total = sum(unit.size if sized else 1 for _, unit in pending)
+        with ray_cluster(config.workers), Progress("tokenizing", total, bytes_=sized) as progress:
+            # Twice as many as there are cores, so that a core that ends one can start the next at once.
+            width = config.workers or 2 * int(cluster_resources().get("CPU", 1))
+            task = partial(_encode_unit, config=config, work=work, tiktoken=tiktoken)
+            for (_, unit), _ in run_tasks(task, pending, lambda item: str(item[1]), width):
+                progress.advance(unit.size if sized else 1)
     dropped = Counter[str]()
     for index in range(len(units)):
         dropped.update(unit_dropped(unit_file(work, index)))
     return dict(dropped)
 
 
-def _run_tasks(
-    pending: list[int], units: list[Unit], config: PrepareConfig, work: Path, tiktoken: bool
-) -> Iterator[dict[str, Any]]:
-    """One row a unit, as soon as it is done."""
-    import ray
-    from ray.exceptions import RayError
-
-    # Plain tasks, not Ray Data: units are short, and its scheduling left each core idle for a third of the time.
-    task, driver = ray.remote(num_cpus=1)(_task), Driver.here()
-    # Twice as many as there are cores, so that a core that ends one has the next at hand.
-    width = config.workers or 2 * int(ray.cluster_resources().get("CPU", 1))
-    waiting, running = iter(pending), dict[Any, int]()
-    try:
-        while True:
-            for index in islice(waiting, width - len(running)):
-                running[task.remote(index, units[index], config, work, tiktoken, driver)] = index
-            if not running:
-                return
-            for done in ray.wait(list(running), num_returns=1)[0]:
-                index = running.pop(done)
-                try:
-                    yield ray.get(done)
-                except RayError as error:  # the task's process died, more often than Ray tries again
-                    reason = str(error).strip().splitlines()[0].rstrip(".")
-                    yield {"index": index, "error": _mend(units[index], type(error).__name__, reason), "kind": ""}
-    finally:
-        for left in running:
-            ray.cancel(left)
-
-
-def _task(index: int, unit: Unit, config: PrepareConfig, work: Path, tiktoken: bool, driver: Driver) -> dict[str, Any]:
-    """Encode one unit; what goes wrong comes back as data, to be raised once and in our words."""
-    error, kind = "", ""
-    try:
-        driver.enter()
-        encode_unit(unit, config, work / TOKENIZER, unit_file(work, index), tiktoken)
-    except FinhpcError as problem:
-        error, kind = str(problem), type(problem).__name__
-    except Exception as problem:  # a full disk, a file that vanished: named with its unit, not as a Ray traceback
-        error = _mend(unit, type(problem).__name__, str(problem))
-    return {"index": index, "error": error, "kind": kind}
-
-
-def _mend(unit: Unit, kind: str, problem: str) -> str:
-    return f"{unit}: {kind}: {problem}; mend that and run the same prepare again."
-
-
-@contextmanager
-def _ray(config: PrepareConfig) -> Iterator[None]:
-    """The Ray that runs already, or a local one for as long as it is needed."""
-    import ray
-
-    if ray.is_initialized():
-        yield
-        return
-    if not os.environ.get("RAY_ADDRESS"):
-        with own_ray(config.workers or os.cpu_count() or 1):
-            yield
-        return
-    keep_token_private()
-    ray.init(log_to_driver=False, logging_level="ERROR")  # as in a submitted job
-    try:
-        with terminable():
-            yield
-    finally:
-        ray.shutdown()
+def _encode_unit(item: tuple[int, Unit], config: PrepareConfig, work: Path, tiktoken: bool) -> None:
+    index, unit = item
+    encode_unit(unit, config, work / TOKENIZER, unit_file(work, index), tiktoken)
 
 
 def _finish(
@@ -305,7 +182,7 @@ def _finish(
     settings: str,
     began: float,
 ) -> dict[str, Any]:
-    """Tokeniser, manifest, result, in that order; then the working files go."""
+    """Write tokenizer, manifest and result, in that order, and remove the working files."""
     shutil.rmtree(out / TOKENIZER, ignore_errors=True)
     shutil.copytree(work / TOKENIZER, out / TOKENIZER, copy_function=shutil.copyfile)
     sha256 = file_sha256(out / TOKENIZER / "tokenizer.json")
@@ -326,9 +203,9 @@ def _finish(
         settings_sha256=settings,
         versions=_versions(),
     )
-    write_atomic(out / MANIFEST, manifest.model_dump_json(indent=1).encode() + b"\n")
+    write_atomic(out / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
     result = _result(out, manifest, time.monotonic() - began)
-    write_atomic(out / RESULT, json.dumps(result, indent=1).encode() + b"\n")
+    write_json(out / RESULT, result)
     shutil.rmtree(work)
     return result
 
@@ -374,17 +251,16 @@ def _result(out: Path, manifest: Manifest, wall_s: float | None) -> dict[str, An
 
 
 def _summary(result: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     dropped = ", ".join(f"{name} {count:,}" for name, count in result["dropped"].items() if count)
-    table = Table(show_header=False, title=f"prepared {result['out']}")
-    table.add_row("documents", f"{result['documents']:,} ({result['documents_val']:,} held out)")
-    table.add_row("text", f"{result['bytes'] / 1e6:,.1f} MB")
-    table.add_row("tokens", f"{result['tokens']:,} ({result['tokens_val']:,} held out)")
-    table.add_row("dropped", dropped or "nothing")
-    table.add_row("vocabulary", f"{result['vocab_size']:,}")
-    table.add_row("held-out unigram entropy", f"{result['val_unigram_entropy_nats']:.3f} nats a token")
-    table.add_row("shards", f"{result['shards']:,} files, {result['shard_bytes'] / 1e6:,.1f} MB")
-    table.add_row("time", f"{result['wall_s']:.1f} s, {result['tokens_per_s']:,.0f} tokens/s")
-    Console(stderr=True).print(table)
+    rows = [
+        ("out", result["out"]),
+        ("documents", f"{result['documents']:,} ({result['documents_val']:,} held out)"),
+        ("text", f"{result['bytes'] / 1e6:,.1f} MB"),
+        ("tokens", f"{result['tokens']:,} ({result['tokens_val']:,} held out)"),
+        ("dropped", dropped or "nothing"),
+        ("vocabulary", f"{result['vocab_size']:,}"),
+        ("held-out unigram entropy", f"{result['val_unigram_entropy_nats']:.3f} nats per token"),
+        ("shards", f"{result['shards']:,} files, {result['shard_bytes'] / 1e6:,.1f} MB"),
+        ("time", f"{result['wall_s']:.1f} s, {result['tokens_per_s']:,.0f} tokens/s"),
+    ]
+    summary_table("prepare", rows)

@@ -15,12 +15,11 @@ from typing import Any
 
 import yaml
 
-from finhpc.data.shards.shards import file_sha256
 from finhpc.errors import ConfigError, DataError
 from finhpc.evaluation.documents import SOURCES, documents, takes_labels
 from finhpc.evaluation.own_task import own_task
 from finhpc.evaluation.task_file import read_task, rendering
-from finhpc.files import write_atomic
+from finhpc.files import file_sha256, write_atomic
 from finhpc.settings.base import nearest
 from finhpc.settings.evaluate import EvaluateConfig
 

@@ -12,12 +12,10 @@ Every file but the journals is replaced whole or not at all. Passwords are left 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,20 +27,12 @@ from typing import Any
 
 import yaml
 
-from finhpc.errors import ConfigError, RunBusyError
-from finhpc.files import private_folder, redact, write_atomic
-from finhpc.settings.base import build, flatten, to_yaml
+from finhpc.errors import ConfigError
+from finhpc.files import lock, private_folder, redact, write_atomic, write_json
+from finhpc.settings.base import build, flatten, marked, to_yaml
 from finhpc.settings.finetune import TrainingConfig
 from finhpc.settings.pretrain import PretrainConfig
-from finhpc.training.journal import strict_json
 
-# Settings that only place a run; all others are its meaning and must stay as they were. The cosine
-# schedule spans `train.steps`, so more steps stretch what is left of it; fewer would leave steps
-# behind that were trained on another schedule.
-MAY_CHANGE = re.compile(
-    r"grid|(run|resources|parallel|sweep)\..*|data\.(shards|source|eval_source)|model\.path|method\.blend_share"
-    r"|train\.(epochs|eval_every|checkpoint_every|keep_checkpoints|hang_timeout_s|recompute|sample_.*)"
-)
 PACKAGES = ("finhpc", "torch", "ray", "deepspeed", "transformers", "tokenizers", "mlflow", "numpy", "pyarrow")
 # What may lie in a run folder before its work begins.
 BEFORE_WORK = {".lock", ".room", "config.yaml", "environment.json", "identity.json", "tasks"}
@@ -71,24 +61,7 @@ class RunFolder:
         """
         new = [path for path in (self.path, self.path.parent) if not path.exists()]
         self._make()
-        with open(self.path / ".lock", "a+", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                holder = file.read().strip() or "another process"
-                raise RunBusyError(
-                    f"run.name={self.name} is busy: {holder} works in it; wait until that ends, "
-                    f"or choose another run.name."
-                ) from None
-            except OSError as error:
-                raise ConfigError(
-                    f"run.storage={self.path.parent} does not support file locks ({error.strerror}), which keep two "
-                    f"runs of one name apart; use another disk, or mount it with locks (flock)."
-                ) from None
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()} since {_now()}")
-            file.flush()
+        with lock(self.path / ".lock", f"run.name={self.name}", "choose another run.name"):
             try:
                 yield
             except ConfigError:
@@ -154,7 +127,7 @@ class RunFolder:
             ) from None
 
     def _write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        write_atomic(self.path / name, strict_json(value, indent=2) + "\n")
+        write_json(self.path / name, value, indent=2)
 
     def _read_json(self, name: str) -> dict[str, Any] | None:
         path = self.path / name
@@ -187,11 +160,11 @@ def _differences(before: TrainingConfig, now: TrainingConfig) -> list[str]:
         key = "the step from which W is gone (method.blend_share x train.steps)"
         shares = (old["method.blend_share"], new["method.blend_share"])
         old[key], new[key] = (round(a * c.train.steps) for a, c in zip(shares, (before, now), strict=True))
-    problems = []
+    problems, may_change = [], marked(type(now), "may_change")
     for key, value in new.items():
-        if old[key] == value or MAY_CHANGE.fullmatch(key):
+        if old[key] == value or key in may_change:
             continue
-        if key == "train.steps":
+        if key == "train.steps":  # the cosine schedule spans them: more steps stretch what is left of it
             if value < old[key]:
                 problems.append(
                     f"train.steps was {old[key]} in the run's config, now {value}; a run can only be made longer: "

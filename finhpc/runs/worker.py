@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finhpc.errors import CheckpointError, FinhpcError, NonFiniteError, OutOfMemoryError
-from finhpc.training.checkpoint import write_json
+from finhpc.files import write_json
 
 if TYPE_CHECKING:
     from finhpc.training.trainer import Trainer

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from finhpc.errors import ConfigError
-from finhpc.files import redact, write_atomic
+from finhpc.files import redact, strict_json, write_json
 from finhpc.tracking.metrics import numbers, translate
 from finhpc.tracking.shown import HIDDEN, LEADING, Dataset
 from finhpc.tracking.store import (
@@ -29,7 +29,7 @@ from finhpc.tracking.store import (
     identity,
     make_database,
 )
-from finhpc.training.journal import DRIVER_FILE, WORKER_FILE, read, strict_json
+from finhpc.training.journal import DRIVER_FILE, WORKER_FILE, read
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -97,7 +97,7 @@ class State:
     def save(self) -> None:
         values = asdict(self)
         del values["path"]
-        write_atomic(self.path, json.dumps(values, indent=1))
+        write_json(self.path, values)
 
     def note(self, metrics: list[Metric], last_step: Mapping[str, int]) -> None:
         self.last_step |= last_step

@@ -8,7 +8,6 @@ are tags below `mlflow.`, which the pages do not list and which, unlike paramete
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -17,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finhpc.files import redact
+from finhpc.files import file_sha256, redact
 from finhpc.settings.base import Section, flatten
 from finhpc.settings.finetune import TrainingConfig
 from finhpc.settings.pretrain import PretrainConfig
@@ -137,8 +136,7 @@ class Dataset:
         named = Path(source) if os.path.isfile(source) else Path(source.rpartition(":")[0])  # FILE:FORMAT
         if not named.is_file():
             return cls(source.removeprefix("hf:"), otherwise, source, use)
-        with open(named, "rb") as file:
-            return cls(named.name, hashlib.file_digest(file, "sha256").hexdigest(), str(named), use)
+        return cls(named.name, file_sha256(named), str(named), use)
 
     def entity(self) -> DatasetInput:
         from mlflow.entities import Dataset as Entity

@@ -13,7 +13,6 @@ Tensors bear Hugging Face names, so a run resumes with any number of stages and 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -31,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from finhpc.errors import CheckpointError
-from finhpc.files import write_atomic
+from finhpc.files import file_sha256, write_json
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +64,7 @@ class Checkpoint:
                 raise CheckpointError(f"{file} is missing")
             if file.stat().st_size != expected["bytes"]:
                 raise CheckpointError(f"{file} has {file.stat().st_size} bytes, not {expected['bytes']}")
-            if sha256(file) != expected["sha256"]:
+            if file_sha256(file) != expected["sha256"]:
                 raise CheckpointError(f"{file} is not what was written (sha256 differs)")
             if file.suffix == ".safetensors":
                 _check_safetensors(file)
@@ -271,18 +270,8 @@ def load_random_state(saved: Checkpoint, rank: int, ranks: int) -> bool:
     return True
 
 
-def sha256(file: Path) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
 def _save(file: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     save_file(tensors, file, metadata={"format": "pt"})
     with open(file, "rb") as opened:
         os.fsync(opened.fileno())
-    return {"bytes": file.stat().st_size, "sha256": sha256(file)}
-
-
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Atomically: a reader sees the whole file or none."""
-    write_atomic(file, json.dumps(content, indent=1))
+    return {"bytes": file.stat().st_size, "sha256": file_sha256(file)}

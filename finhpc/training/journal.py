@@ -18,9 +18,11 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from finhpc.files import strict_json
 
 # One writer a file, because appends of two machines to one file on a network disk can overlap:
 # world rank 0 writes the first, the driver process the second.
@@ -88,11 +90,6 @@ def latest(records: Iterable[Record], kind: str) -> dict[int, Record]:
     return {record["step"]: record for record in records if record["kind"] == kind}
 
 
-def strict_json(value: Any, indent: int | None = None) -> str:
-    """JSON that every reader takes: floats that are not finite as strings."""
-    return json.dumps(_finite(value), allow_nan=False, ensure_ascii=False, indent=indent)
-
-
 def _parse(line: bytes, path: str | Path, offset: int) -> list[Record]:
     try:
         record = _restore(json.loads(line))
@@ -102,16 +99,6 @@ def _parse(line: bytes, path: str | Path, offset: int) -> list[Record]:
         pass
     log.warning("%s: skipped a broken line of %d bytes at byte %d (its writer was killed)", path, len(line), offset)
     return []
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(float(value))
-    if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return value
 
 
 def _restore(value: Any) -> Any:

@@ -21,13 +21,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from finhpc.files import write_json
 from finhpc.models.families.family import Part, describe_parts
 from finhpc.models.families.registry import skeleton
 from finhpc.models.initialize import random_fill
 from finhpc.models.pipeline import PipelineLayer, parts_of, stage_borders
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.training.allocator import keep_freed_memory
-from finhpc.training.checkpoint import write_json
 from finhpc.training.optimizer import make_optimizer
 
 log = logging.getLogger(__name__)

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import finhpc
-from finhpc.cluster.package import Driver
+from finhpc.cluster.tasks import workplace
 from finhpc.commands.decompose import command as module
 from finhpc.commands.decompose.command import decompose
-from finhpc.commands.decompose.layer_groups import Job, group_task, groups_of, targets_of
+from finhpc.commands.decompose.layer_groups import Factorization, factorize_group, groups_of, targets_of
 from finhpc.commands.export import export
 from finhpc.data.text.tokenizer import save
 from finhpc.errors import CheckpointError, ConfigError, RunBusyError
@@ -212,10 +212,9 @@ def peaks(folder: Path, layers: int) -> tuple[int, int]:
     config = build(DecomposeConfig, {"model": str(folder), "out": str(folder / "low-rank"), "rank": 16})
     weights = open_weights(folder)
     (folder / "work").mkdir()
-    job = Job(folder, str(folder), folder / "work", None, 1, False, Driver.here())
+    task = Factorization(folder, str(folder), folder / "work", None, 1, False)
     groups = groups_of(targets_of(weights, config), weights, False, False)
-    rows, worker = counted_peak(lambda: [group_task(job, group) for group in groups])
-    assert {row["error"] for row in rows} == {""}
+    _, worker = counted_peak(lambda: [factorize_group(task, group) for group in groups])
     _, driver = counted_peak(lambda: decompose(config))
     mapped = (folder / "model.safetensors").stat().st_size
     return worker - mapped, driver - mapped
@@ -245,7 +244,7 @@ def test_a_finished_one_is_reported_and_not_overwritten(tmp_path: Path, capsys: 
     assert decompose(settings(tmp_path, rank=4)) == first
     assert "nothing to do" in capsys.readouterr().err
     assert (tmp_path / "low-rank" / "model.safetensors").stat().st_mtime_ns == stamp
-    with pytest.raises(ConfigError, match="already holds a model decomposed with other settings"):
+    with pytest.raises(ConfigError, match="already holds a model made with other settings"):
         decompose(settings(tmp_path, rank=5))
     with pytest.raises(ConfigError, match="holds other files"):
         decompose(settings(tmp_path, rank=5, out=str(tmp_path / "dense")))
@@ -302,12 +301,13 @@ def test_an_interrupted_run_with_other_settings_is_discarded(
             decompose(settings(tmp_path, rank=4))
     assert list((tmp_path / "low-rank.partial").glob("group-*.safetensors"))
     assert decompose(settings(tmp_path, rank=5))["layers"][0]["rank"] == 5
-    assert "had other settings; what it left is discarded" in capsys.readouterr().err
+    assert "discarding the unfinished work of a run with other settings" in capsys.readouterr().err
 
 
 def test_two_cannot_write_the_same_folder(tmp_path: Path) -> None:
     saved(tiny_gpt2(), tmp_path / "dense")
-    with module._workplace(tmp_path / "low-rank", "x"), pytest.raises(RunBusyError, match="by another process"):
+    work, out = tmp_path / "low-rank.partial", tmp_path / "low-rank"
+    with workplace(work, out, "x"), pytest.raises(RunBusyError, match="is busy"):
         decompose(settings(tmp_path, rank=4))
 
 
@@ -349,7 +349,10 @@ def test_every_layer_that_a_rank_does_not_fit_is_named(tmp_path: Path) -> None:
         ({"ranks": {"head": 4}}, "ranks.head=4, but head=dense; add --head low_rank"),
         ({"rank": 4, "calibration": {"source": ["x"]}}, "whiten is off"),
         ({"rank": 4, "whiten": True}, "calibration.source is not set"),
-        ({"rank": 4, "resources": {"device": "cpu", "cpus_per_worker": 1000}}, "is more than the cluster has"),
+        (
+            {"rank": 4, "resources": {"device": "cpu", "cpus_per_worker": 1000}},
+            "do not fit the cluster, which has room for 0",
+        ),
     ],
 )
 def test_settings_that_cannot_work_are_refused(tmp_path: Path, changes: Any, message: str) -> None:

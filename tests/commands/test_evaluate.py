@@ -98,7 +98,7 @@ def test_models_and_tasks_are_scored_logged_and_not_computed_again(
     lines = str(caught.value).splitlines()
     assert lines[0].startswith("broken on fpb: ")
     assert "damaged" in lines[0]
-    assert lines[-1].startswith("2 other pairs of 3 stand in ")
+    assert lines[-1].startswith("2 other pairs of 3 scored in ")
     kept = json.loads((folder / "result.json").read_text())
     assert kept["status"] == "failed"
     assert [(row["model"], row["task"]) for row in kept["failed"]] == [("broken", "fpb")]

@@ -10,10 +10,10 @@ import pytest
 from finhpc.cluster.connect import check_fits
 from finhpc.data.shards.shards import Shards
 from finhpc.errors import ConfigError, DataError
+from finhpc.files import write_json
 from finhpc.planning.plan import check_tokenizer, make_plan
 from finhpc.settings.base import build
 from finhpc.settings.pretrain import PretrainConfig
-from finhpc.training.checkpoint import write_json
 from tests.tiny import tiny_shards
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from finhpc.cluster.tasks import UnfinishedError
 from finhpc.commands import prepare
 from finhpc.commands.prepare import prepare as run
 from finhpc.data.shards.shards import Shards
@@ -95,7 +96,7 @@ def test_a_tokeniser_that_tiktoken_cannot_do_works_as_well_and_is_said(corpus, c
     (other / "tokenizer.json").write_text(json.dumps(tree))
     run(settings(folder, tokenizer=str(other), out=str(folder / "other")))
     said = capsys.readouterr().err
-    assert "by Hugging Face's code, slower than by tiktoken: it normalises text (NFC)" in said
+    assert "Hugging Face's code is used, slower than tiktoken: it normalizes text (NFC)" in said
     assert shas(folder / "other") == shas(folder / "out")  # this text is NFC already
 
 
@@ -127,11 +128,11 @@ def test_a_second_run_only_reports_and_another_is_refused(corpus, capsys, monkey
     with monkeypatch.context() as patch:
         patch.setattr(prepare, "_encode", None)  # calling it would raise
         assert run(settings(folder, workers=2)) == first
-    assert "already prepared" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match=r"already holds shards of other settings .* choose another --out"):
+    assert "nothing to do" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"already holds shards made with other settings .* choose another --out"):
         run(settings(folder, block_len=32))
     os.utime(folder / "text" / "0.jsonl")
-    with pytest.raises(ConfigError, match="or another source"):
+    with pytest.raises(ConfigError, match="from another source"):
         run(settings(folder))
 
 
@@ -158,7 +159,7 @@ def test_other_settings_discard_the_interrupted_work(corpus, capsys, monkeypatch
             run(settings(folder))
     assert len(list((folder / "out").glob("train-*.parquet"))) > 1
     run(settings(folder, tokenizer="train:310", shard_blocks=4096))
-    assert "what it left is discarded" in capsys.readouterr().err
+    assert "discarding the unfinished work" in capsys.readouterr().err
     assert Shards.open(folder / "out").manifest.vocab_size == 310
     files = sorted(path.name for path in (folder / "out").glob("*.parquet"))
     assert files == ["train-00000.parquet", "val-00000.parquet"]  # no shard of the first run is left
@@ -192,7 +193,7 @@ def test_two_runs_on_one_folder_are_refused(corpus):
     folder, _ = corpus
     with (
         prepare._workplace(folder / "out", "settings"),
-        pytest.raises(RunBusyError, match="is being prepared by another process; wait"),
+        pytest.raises(RunBusyError, match=r"out=\S+ is busy: process \d+ .* wait until that ends"),
     ):
         run(settings(folder))
 
@@ -242,11 +243,15 @@ def test_a_corpus_too_small_for_one_block_says_what_to_change(corpus):
     assert not list((folder / "out").iterdir())
 
 
-def test_a_failure_of_the_machine_keeps_what_is_done(corpus, monkeypatch, capsys):
+def test_a_failure_of_the_machine_keeps_what_is_done(corpus, monkeypatch):
     folder, _ = corpus
+
+    def fail(*_):
+        raise UnfinishedError("disk full")
+
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "_run_tasks", lambda *_: iter([{"index": 0, "error": "disk full", "kind": ""}]))
-        with pytest.raises(DataError, match="disk full"):
+        patch.setattr(prepare, "run_tasks", fail)
+        with pytest.raises(UnfinishedError, match="disk full"):
             run(settings(folder))
     assert (folder / "out" / ".work" / "tokenizer").is_dir()
     run(settings(folder))

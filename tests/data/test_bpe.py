@@ -95,7 +95,7 @@ def second_way(tree):
 
 
 CHANGES = [
-    (lambda tree: tree.update(normalizer={"type": "NFC"}), r"it normalises text \(NFC\)"),
+    (lambda tree: tree.update(normalizer={"type": "NFC"}), r"it normalizes text \(NFC\)"),
     (lambda tree: tree["pre_tokenizer"].update(add_prefix_space=True), "add_prefix_space=True"),
     (lambda tree: tree["pre_tokenizer"].update(use_regex=False), "use_regex=False"),
     (lambda tree: tree.update(pre_tokenizer={"type": "Whitespace"}), "pre_tokenizer type='Whitespace'"),

@@ -15,7 +15,6 @@ import pytest
 
 from finhpc.runs.progress import Progress
 from finhpc.runs.result import compare_command
-from finhpc.screen import rows_table, summary_table
 from finhpc.settings.base import build
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.training.journal import Journal
@@ -104,7 +103,7 @@ def test_a_checkpoint_that_was_held_back_is_told_in_time(tmp_path: Path) -> None
     screen = io.StringIO()
     with Progress(300, tmp_path, screen, checkpoint_line_every_s=0.2) as progress:
         progress.show(_checkpoints(range(1, 4)))
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 180
         while "step 3" not in screen.getvalue() and time.monotonic() < deadline:
             time.sleep(0.02)
         told = ["checkpoint of step 1: checkpoints/1", "checkpoint of step 3: checkpoints/3"]
@@ -128,7 +127,7 @@ def test_it_follows_the_journal_from_now_on(tmp_path: Path) -> None:
     with Progress(10, tmp_path, screen):
         journal.write("message", text="from the worker")
         Journal(tmp_path / "driver.jsonl").write("message", text="from the driver")
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 180
         while "driver" not in screen.getvalue() and time.monotonic() < deadline:
             time.sleep(0.02)
         assert sorted(screen.getvalue().splitlines()) == ["from the driver", "from the worker"]
@@ -155,35 +154,6 @@ def test_a_terminal_gets_a_bar_and_stdout_nothing(tmp_path: Path) -> None:
     assert "4/4" in text
     assert "val 5.301" in text
     assert "[bold]as it is" in text
-
-
-def test_summary_table() -> None:
-    screen = io.StringIO()
-    summary_table("Run demo", [("val_loss", "5.1"), ("open", "finhpc ui [port]")], screen)
-    assert "Run demo" in screen.getvalue()
-    assert "finhpc ui [port]" in screen.getvalue()
-
-
-def test_a_wide_table_in_a_file_keeps_every_figure() -> None:
-    screen = io.StringIO()
-    rows_table("wide", [{f"column {i}": f"{12_318_720 + i:,}" for i in range(9)}], screen)
-    assert all(f"12,318,72{i}" in screen.getvalue() for i in range(9))
-
-
-def test_what_is_to_be_copied_is_never_broken() -> None:
-    screen = io.StringIO()
-    path, command = f"/{'long/' * 50}model", f"finhpc ui --run.storage /{'long/' * 50}"
-    summary_table("Run demo", [("model", path), ("open", command), ("words", "many words " * 20)], screen)
-    assert screen.getvalue().splitlines()[-2:] == [f"model: {path}", f"open: {command}"]
-
-
-def test_a_path_is_printed_as_a_shell_needs_it(tmp_path: Path) -> None:
-    path = tmp_path / "my runs" / "model"
-    path.mkdir(parents=True)
-    screen = io.StringIO()
-    summary_table("run", [("model", str(path)), ("base", f"{path}, 12 M parameters")], screen)
-    assert f"'{path}'" in screen.getvalue()
-    assert f" {path}, 12 M" in screen.getvalue(), "words that begin with a path are no path"
 
 
 @pytest.mark.parametrize("uri", [None, "sqlite:////a path/mlflow.db"])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from finhpc.errors import CheckpointError
+from finhpc.files import file_sha256, write_json
 from finhpc.log import redirected
 from finhpc.training import checkpoint
 from finhpc.training.checkpoint import Checkpointer, latest_valid, list_complete, load_random_state, load_tensors
@@ -95,8 +96,8 @@ def test_a_pickle_in_place_of_tensors_is_not_opened(tmp_path: Path) -> None:
     with open(file, "wb") as opened:
         torch.save({"param.w": torch.ones(3, 4)}, opened)
     manifest = json.loads((file.parent / "manifest.json").read_text())
-    manifest["files"][file.name] = {"bytes": file.stat().st_size, "sha256": checkpoint.sha256(file)}
-    checkpoint.write_json(file.parent / "manifest.json", manifest)
+    manifest["files"][file.name] = {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+    write_json(file.parent / "manifest.json", manifest)
     with pytest.raises(CheckpointError, match=r"is no safetensors file .* pickles are never opened"):
         list_complete(tmp_path)[0].verify()
 

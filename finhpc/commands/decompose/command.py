@@ -1,37 +1,34 @@
 """A dense model -> a low-rank one of its best factors: `finhpc decompose` (FinGPT-HPC, sections III.C and IV.B).
 
-Ray tasks factorise groups of layers, each into a file of `OUT.partial`, so an interrupted run
-continues. Then the files are copied into one model folder, which takes its name last. Weights are read
-one at a time and never held together.
+Parallel Ray tasks factorize groups of layers, each into a file of `OUT.partial`, so that an interrupted run continues.
+Then the files are copied into one model folder, which gets its name last. Weights are read one at a time and never
+in memory together.
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import islice
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 
-from finhpc.cluster.connect import cluster_resources, ray_cluster
-from finhpc.cluster.package import Driver
+from finhpc.cluster.connect import cluster_resources, places, ray_cluster, use_cuda
+from finhpc.cluster.ready import check_ray
+from finhpc.cluster.tasks import is_finished, run_tasks, workplace
 from finhpc.commands.decompose.layer_groups import (
+    Factorization,
     Group,
-    Job,
     Report,
     Target,
-    group_task,
+    factorize_group,
     groups_of,
-    mend,
     peak_memory_bytes,
     targets_of,
     with_moments,
@@ -39,9 +36,9 @@ from finhpc.commands.decompose.layer_groups import (
 from finhpc.commands.decompose.merge import header_of, merge_model, save_atomic
 from finhpc.commands.decompose.spectra import draw, save_spectra, summary
 from finhpc.data.text.calibration import calibration_blocks
-from finhpc.errors import CheckpointError, ConfigError, DataError, RunBusyError
+from finhpc.errors import CheckpointError, ConfigError
 from finhpc.evaluation import plausible
-from finhpc.files import private_folder, publish, write_atomic
+from finhpc.files import file_stamps, json_sha256, publish, write_json
 from finhpc.models.families.registry import (
     as_low_rank,
     context_name,
@@ -67,47 +64,48 @@ REST_BYTES = 64 << 20  # of the tensors that stay dense, written together
 
 
 def decompose(config: DecomposeConfig, dry_run: bool = False) -> dict[str, Any]:
-    """Write a low-rank model folder of `config.model` to `config.out`; returns what its result.json holds.
+    """Write a low-rank model folder of `config.model` to `config.out` and return the content of its result.json.
 
-    Continues an interrupted run of the same settings, and only reports where it is already done. With
-    `dry_run` it checks and counts, and writes nothing. Starts a local Ray where none runs. Raises
-    `ConfigError` for settings, models and texts that cannot work, `CheckpointError` for weights that
-    cannot be read or are not finite, `RunBusyError` where another process writes the same folder.
+    Continues an interrupted run of the same settings, and returns the result of a finished one. `dry_run` checks and
+    counts only. Raises `ConfigError` for settings, models and texts that cannot work, `CheckpointError` for weights
+    that cannot be read or are not finite, `UnfinishedError` if the machine fails, and `RunBusyError` if another
+    process writes the same folder.
     """
     began = time.monotonic()
     if not config.out:
         raise ConfigError("out is not set; give --out with a folder for the low-rank model.")
     source, out = locate(config.model), Path(config.out).expanduser().absolute()
-    settings = settings_sha256(config, source)
-    if (done := _finished(out, settings)) is not None:
-        return done
+    settings, work = settings_sha256(config, source), out.with_name(out.name + ".partial")
+    if is_finished(out, RESULT, settings, "a model", work):
+        return json.loads((out / RESULT).read_bytes())  # type: ignore[no-any-return]
     check_manifest(source)
     weights = open_weights(source)
     if (tokenizer := find_tokenizer(source)) is not None:
         check_rows(tokenizer, weights.config.vocab_size, f"model={source}")
     targets = targets_of(weights, config)
     if dry_run:
-        return _dry(config, weights, targets)
-    with _workplace(out, settings) as work:
+        return _dry_run(config, weights, targets)
+    check_ray()  # here, because an error inside the workplace would remove earlier work
+    with workplace(work, out, settings):
         with ray_cluster():
-            cuda = _use_cuda(config)
+            cuda = use_cuda(config, cluster_resources())
             groups = groups_of(targets, weights, config.whiten, cuda)
-            job = Job(source, settings, work, config.keep_energy, config.resources.threads, cuda, Driver.here())
-            factorise_began = time.monotonic()
-            peaks = _factorise(groups, weights, job, config)
-        factorise_s = time.monotonic() - factorise_began
+            task = Factorization(source, settings, work, config.keep_energy, config.resources.threads, cuda)
+            factorize_began = time.monotonic()
+            peaks = _factorize(groups, weights, task, config)
+        factorize_s = time.monotonic() - factorize_began
         reports = _reports(groups, work)
         model = _assemble(weights, groups, reports, work)
         result = _result(config, weights, reports) | {
             "peak_memory_bytes": [peak_memory_bytes(False), *peaks.values()],
-            "factorise_s": factorise_s,
+            "factorise_s": factorize_s,
             "wall_s": time.monotonic() - began,
             "settings_sha256": settings,
         }
         save_spectra(groups, work, model / "spectra.npz")
         draw(model / "spectra.npz", reports, model / "spectra.png")
         plausible.check(f"decompose {config.model}", result)
-        write_atomic(model / RESULT, json.dumps(result, indent=1).encode() + b"\n")
+        write_json(model / RESULT, result)
         publish(model, out)
     shutil.rmtree(work)
     summary(result)
@@ -115,143 +113,49 @@ def decompose(config: DecomposeConfig, dry_run: bool = False) -> dict[str, Any]:
 
 
 def settings_sha256(config: DecomposeConfig, source: Path) -> str:
-    """One hash of everything the factors depend on: settings, and every input file's size and time of change."""
+    """Return one hash of all that the factors depend on: settings, and the size and time of every input file."""
     named = [source, *(Path(text) for text in config.calibration.source)]
     files = [file for path in named for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
-    stamps = [(str(file), (s := file.stat()).st_size, s.st_mtime_ns) for file in files if file.is_file()]
-    kept = config.model_dump(exclude={"out", "workers", "resources", "model"})
-    return hashlib.sha256(json.dumps([FORMAT, kept, config.resources.device, stamps]).encode()).hexdigest()
+    settings = config.model_dump(exclude={"out", "workers", "resources", "model"})
+    return json_sha256([FORMAT, settings, config.resources.device, file_stamps(files)])
 
 
-def _finished(out: Path, settings: str) -> dict[str, Any] | None:
-    """The result of an earlier run with the same settings, if `out` holds it."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return None
-    if not out.is_dir():
-        raise ConfigError(f"out={out} is a file; give a folder.")
-    stored = out / RESULT
-    result: dict[str, Any] = json.loads(stored.read_bytes()) if stored.is_file() else {}
-    if "settings_sha256" not in result:
-        raise ConfigError(f"out={out} holds other files; choose an empty or new folder.")
-    if result["settings_sha256"] != settings:
-        raise ConfigError(
-            f"out={out} already holds a model decomposed with other settings or from another one ({RESULT} says "
-            "which); choose another --out, or remove that folder."
-        )
-    # Left where the command was killed at the very end.
-    shutil.rmtree(out.with_name(out.name + ".partial"), ignore_errors=True)
-    log.info(f"{out} is already decomposed with these settings; nothing to do")
-    return result
-
-
-@contextmanager
-def _workplace(out: Path, settings: str) -> Iterator[Path]:
-    """`OUT.partial`, locked for this process, with what an earlier run of the same settings left there."""
-    work = out.with_name(out.name + ".partial")
-    try:
-        private_folder(work)
-    except OSError as error:
-        raise ConfigError(f"out={out} cannot be written ({error.strerror}); choose another --out.") from None
-    with open(work / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunBusyError(f"out={out} is being written by another process; wait for it.") from None
-        key = work / "settings"
-        if key.is_file() and key.read_text() != settings:
-            log.info(f"{out}: an unfinished run had other settings; what it left is discarded")
-            for path in [path for path in work.iterdir() if path.name != "lock"]:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        write_atomic(key, settings.encode())
-        try:
-            yield work
-        except (ConfigError, DataError):  # mending that makes it another run
-            shutil.rmtree(work)
-            raise
-
-
-def _use_cuda(config: DecomposeConfig) -> bool:
-    gpus = cluster_resources().get("GPU", 0)
-    if config.resources.device == "cuda" and not gpus:
-        raise ConfigError(
-            "resources.device=cuda, but the cluster has no GPU; use --resources.device cpu, or a cluster with GPUs."
-        )
-    return config.resources.device != "cpu" and gpus > 0
-
-
-def _factorise(groups: list[Group], weights: Weights, job: Job, config: DecomposeConfig) -> dict[int, int]:
-    """Every group that has no file yet, in parallel; returns process -> peak memory in bytes."""
-    pending = [group for group in groups if not group.result(job.work).is_file()]
-    if len(pending) < len(groups):
-        done = sum(len(group.targets) for group in groups) - sum(len(group.targets) for group in pending)
-        log.info(f"continuing: {done} of {sum(len(group.targets) for group in groups)} layers are done")
+def _factorize(groups: list[Group], weights: Weights, task: Factorization, config: DecomposeConfig) -> dict[int, int]:
+    """Factorize every group that has no file yet, in parallel; return the peak memory in bytes of each process."""
+    pending = [group for group in groups if not group.result(task.work).is_file()]
+    layers, left = (sum(len(group.targets) for group in some) for some in (groups, pending))
+    if left < layers:
+        log.info(f"continuing: {layers - left} of {layers} layers are done")
     peaks: dict[int, int] = {}
     if not pending:
         return peaks
-    ready: Iterator[Group] = iter(pending)
+    ready: Iterable[Group] = pending
     give_back_freed_memory()
     if config.whiten:
-        tokens = _calibration(weights, job, config)
+        tokens = _calibration(weights, task.work, config)
         torch.set_num_threads(config.resources.threads)
-        ready = with_moments(pending, weights, tokens, job.work, torch.device("cuda" if job.cuda else "cpu"))
-    with Progress("factorising", sum(len(group.targets) for group in pending), bytes_=False) as progress:
-        for group, row in _run_tasks(ready, job, config):
-            if row["error"]:
-                kind = {"ConfigError": ConfigError, "DataError": DataError}.get(row["kind"], CheckpointError)
-                raise kind(row["error"])
-            peaks[row["pid"]] = max(row["peak_memory_bytes"], peaks.get(row["pid"], 0))
+        ready = with_moments(pending, weights, tokens, task.work, torch.device("cuda" if task.cuda else "cpu"))
+    cpus, gpus = config.resources.cpus_per_worker, config.resources.gpus_per_worker if task.cuda else 0
+    # One more than run at a time, so that a worker that ends one can start the next at once.
+    width = config.workers or places(config.resources, task.cuda) + 1
+    with Progress("factorizing", left, bytes_=False) as progress:
+        for group, (process, peak) in run_tasks(partial(factorize_group, task), ready, str, width, cpus, gpus):
+            peaks[process] = max(peak, peaks.get(process, 0))
             progress.advance(len(group.targets))
     return peaks
 
 
-def _calibration(weights: Weights, job: Job, config: DecomposeConfig) -> torch.Tensor:
+def _calibration(weights: Weights, work: Path, config: DecomposeConfig) -> torch.Tensor:
     if config.calibration.source and config.calibration.seq_len > context_of(weights.config):
         raise ConfigError(
             f"calibration.seq_len={config.calibration.seq_len} is longer than the {context_name(weights.config)} of "
             f"model={weights.path}; lower it."
         )
-    folder = job.work / "tokenizer"
+    folder = work / "tokenizer"
     folder.mkdir(exist_ok=True)
     if not weights.save_tokenizer(folder):
-        raise ConfigError(f"model={weights.path} comes without a tokenizer, which whitening needs; add tokenizer.json.")
+        raise ConfigError(f"model={weights.path} has no tokenizer, which whitening needs; add tokenizer.json.")
     return calibration_blocks(config.calibration, folder)
-
-
-def _run_tasks(ready: Iterator[Group], job: Job, config: DecomposeConfig) -> Iterator[tuple[Group, Report]]:
-    """One row a group, as soon as it is done; `ready` is asked for more only when a worker is free."""
-    import ray
-    from ray.exceptions import RayError
-
-    resources = config.resources
-    task = ray.remote(num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker if job.cuda else 0)(
-        group_task
-    )
-    places = cluster_resources().get("CPU", 1) / resources.cpus_per_worker
-    if job.cuda:
-        places = min(places, cluster_resources().get("GPU", 1) / resources.gpus_per_worker)
-    if places < 1:
-        raise ConfigError(
-            f"resources.cpus_per_worker={resources.cpus_per_worker:g} is more than the cluster has; use fewer."
-        )
-    # One more than run at a time, so that a worker that ends one has the next at hand.
-    width = config.workers or int(places) + 1
-    running: dict[Any, Group] = {}
-    try:
-        while True:
-            for group in islice(ready, width - len(running)):
-                running[task.remote(job, group)] = group
-            if not running:
-                return
-            for done in ray.wait(list(running), num_returns=1)[0]:
-                group = running.pop(done)
-                try:
-                    yield group, ray.get(done)
-                except RayError as error:  # the task's process died, more often than Ray tries again
-                    reason = str(error).strip().splitlines()[0].rstrip(".")
-                    yield group, {"error": mend(group, type(error).__name__, reason), "kind": ""}
-    finally:
-        for left in running:
-            ray.cancel(left)
 
 
 def _reports(groups: list[Group], work: Path) -> list[Report]:
@@ -325,7 +229,7 @@ def _result(config: DecomposeConfig, weights: Weights, reports: list[Report]) ->
     }
 
 
-def _dry(config: DecomposeConfig, weights: Weights, targets: list[Target]) -> dict[str, Any]:
+def _dry_run(config: DecomposeConfig, weights: Weights, targets: list[Target]) -> dict[str, Any]:
     """What can be told without factorising: nothing of the size where energy decides the ranks."""
     reports: list[Report] = [
         {

@@ -17,10 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from finhpc.cluster.package import Driver
 from finhpc.commands.decompose.merge import save_atomic
 from finhpc.commands.decompose.moments import second_moments
-from finhpc.errors import CheckpointError, ConfigError, FinhpcError
+from finhpc.errors import CheckpointError, ConfigError
 from finhpc.lowrank.factorize import (
     Spectrum,
     error_of,
@@ -62,9 +61,8 @@ class Group:
     targets: tuple[Target, ...]
     moments: Path | None = None
 
-    @property
-    def size(self) -> int:
-        return sum(target.linear.size for target in self.targets)
+    def __str__(self) -> str:
+        return ", ".join(target.linear.name for target in self.targets)
 
     def result(self, work: Path) -> Path:
         """Where its factors lie once it is done."""
@@ -191,36 +189,23 @@ def with_moments(
 
 
 @dataclass(frozen=True)
-class Job:
-    """What every task of one decomposition is told."""
+class Factorization:
+    """The arguments that all tasks of one decomposition share; `stamp` is the hash of settings and files."""
 
     source: Path
-    stamp: str  # of the settings and the files
+    stamp: str
     work: Path
     keep_energy: float | None
     threads: int
     cuda: bool
-    driver: Driver
 
 
-def group_task(job: Job, group: Group) -> Report:
-    """Factorise one group; what goes wrong comes back as data, to be raised once and in our words."""
+def factorize_group(task: Factorization, group: Group) -> tuple[int, int]:
+    """Write the factors of one group; return this process's id and its peak memory in bytes."""
     give_back_freed_memory()
-    torch.set_num_threads(job.threads)
-    error, kind = "", ""
-    try:
-        job.driver.enter()
-        _factorise(job, group)
-    except FinhpcError as problem:
-        error, kind = str(problem), type(problem).__name__
-    except Exception as problem:  # a full disk, memory that ran out: named with its layers, not as a Ray traceback
-        error = mend(group, type(problem).__name__, str(problem))
-    return {"error": error, "kind": kind, "pid": os.getpid(), "peak_memory_bytes": peak_memory_bytes(job.cuda)}
-
-
-def mend(group: Group, kind: str, problem: str) -> str:
-    names = ", ".join(target.linear.name for target in group.targets)
-    return f"{names}: {kind}: {problem}; mend that and run the same decompose again."
+    torch.set_num_threads(task.threads)
+    _factorize(task, group)
+    return os.getpid(), peak_memory_bytes(task.cuda)
 
 
 def peak_memory_bytes(cuda: bool) -> int:
@@ -228,13 +213,13 @@ def peak_memory_bytes(cuda: bool) -> int:
     return torch.cuda.max_memory_allocated() if cuda else peak_resident_bytes()
 
 
-def _factorise(job: Job, group: Group) -> None:
-    weights = opened(job.source, job.stamp)
-    device = torch.device("cuda" if job.cuda else "cpu")
+def _factorize(task: Factorization, group: Group) -> None:
+    weights = opened(task.source, task.stamp)
+    device = torch.device("cuda" if task.cuda else "cpu")
     matrices = [weights.matrix(target.linear).to(device) for target in group.targets]
     began = time.perf_counter()
     roots = _roots(group, device)
-    found = [] if roots else solved(matrices, lambda i, spectrum: _rank_in(group.targets[i], spectrum, job))
+    found = [] if roots else solved(matrices, lambda i, spectrum: _rank_in(group.targets[i], spectrum, task))
     tensors: dict[str, Tensor] = {}
     values: dict[str, Tensor] = {}
     reports: list[Report] = []
@@ -245,7 +230,7 @@ def _factorise(job: Job, group: Group) -> None:
             spectrum, rank = found[i]
         else:  # a steeper spectrum than the weight's own, always in float64
             spectrum = spectra([product(matrices[i].double(), root)])[0]
-            rank = _rank_in(target, spectrum, job)
+            rank = _rank_in(target, spectrum, task)
         a, b = factors(matrices[i], spectrum, rank, root)
         reports.append(_report(target.linear, rank, matrices[i], a, b, spectrum, root, damping))
         tensors[f"{name}.A"] = (a.T if target.linear.kind == "embedding" else a).cpu()
@@ -254,8 +239,8 @@ def _factorise(job: Job, group: Group) -> None:
     seconds = (time.perf_counter() - began) / len(reports)
     for report in reports:
         report["wall_s"] = seconds
-    save_atomic(values, group.spectra(job.work), {})
-    save_atomic(tensors, group.result(job.work), {"layers": json.dumps(reports)})
+    save_atomic(values, group.spectra(task.work), {})
+    save_atomic(tensors, group.result(task.work), {"layers": json.dumps(reports)})
     if group.moments is not None:
         group.moments.unlink(missing_ok=True)
 
@@ -308,8 +293,8 @@ def _report(
     return report
 
 
-def _rank_in(target: Target, spectrum: Spectrum, job: Job) -> int:
+def _rank_in(target: Target, spectrum: Spectrum, task: Factorization) -> int:
     if target.rank is not None:
         return target.rank
-    assert job.keep_energy is not None, "a target without a rank is one that its energy decides"
-    return rank_of_energy(spectrum.values, job.keep_energy)
+    assert task.keep_energy is not None, "a target without a rank is one that its energy decides"
+    return rank_of_energy(spectrum.values, task.keep_energy)

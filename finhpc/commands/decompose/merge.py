@@ -15,18 +15,15 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from finhpc.files import replace
+from finhpc.files import partial_file
 
 FILE_BYTES = 5_000_000_000  # largest file of a model that is cut into several, as transformers cuts
 
 
 def save_atomic(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     """Write a safetensors file, complete or absent."""
-    fresh = path.with_name(path.name + ".tmp")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, fresh, metadata=metadata)
-    with open(fresh, "rb") as file:
-        os.fsync(file.fileno())
-    replace(fresh, path)
+    with partial_file(path) as partial:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
 
 
 def header_of(path: Path) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""What a decomposition leaves to look at: spectra on disk, their picture with the errors, the table."""
+"""How a decomposition is reported: spectra on disk, a plot of them with the errors, and a table."""
 
 from __future__ import annotations
 
-import shlex
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,39 +10,42 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from finhpc.commands.decompose.layer_groups import Group, Report
+from finhpc.screen import rows_table, summary_table
+
+log = logging.getLogger(__name__)
 
 
 def save_spectra(groups: list[Group], work: Path, path: Path) -> None:
     """Write all singular values of every layer, largest first, in float64: an .npz of name -> values."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for group in groups:
-        found |= load_file(group.spectra(work))
+        values |= load_file(group.spectra(work))
     with open(path, "wb") as file:
-        np.savez(file, **found)
+        np.savez(file, **values)
 
 
 def draw(spectra: Path, reports: list[Report], path: Path) -> None:
-    """A picture: singular values over their largest, and the error of each layer by its place in the model."""
+    """Plot the singular values relative to the largest, and the error of each layer in the order of the model."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     roles = sorted({_role(report["name"]) for report in reports})
-    colours = {role: f"C{i % 10}" for i, role in enumerate(roles)}
+    colors = {role: f"C{i % 10}" for i, role in enumerate(roles)}
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5), layout="constrained")
     labelled = set()
-    with np.load(spectra, allow_pickle=False) as held:
+    with np.load(spectra, allow_pickle=False) as stored:
         for report in reports:
-            values, role = held[report["name"]], _role(report["name"])
+            values, role = stored[report["name"]], _role(report["name"])
             shown = np.maximum(values / max(values[0], 1e-300), 1e-9)
             label = None if role in labelled else role
             labelled.add(role)
-            left.semilogy(np.arange(1, len(shown) + 1) / len(shown), shown, color=colours[role], lw=0.7, label=label)
-            left.plot(report["rank"] / len(shown), shown[report["rank"] - 1], ".", color=colours[role], ms=4)
+            left.semilogy(np.arange(1, len(shown) + 1) / len(shown), shown, color=colors[role], lw=0.7, label=label)
+            left.plot(report["rank"] / len(shown), shown[report["rank"] - 1], ".", color=colors[role], ms=4)
     for role in roles:
         of_role = [report for report in reports if _role(report["name"]) == role]
-        right.plot([report["error"] for report in of_role], "o-", color=colours[role], ms=3, lw=0.8, label=role)
+        right.plot([report["error"] for report in of_role], "o-", color=colors[role], ms=3, lw=0.8, label=role)
     left.set(xlabel="index / number of singular values (dot: rank)", ylabel="singular value / largest")
     left.set_title("spectra" + (" of W S" if "output_error" in reports[0] else ""))
     right.set(xlabel="layer", ylabel="||W - BA|| / ||W||", title="error of each layer", ylim=(0, None))
@@ -54,35 +57,34 @@ def draw(spectra: Path, reports: list[Report], path: Path) -> None:
 
 
 def summary(result: dict[str, Any]) -> None:
-    """The table at the end: a line for the same layer of all blocks, and the whole."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"decomposed {result['source']}")
-    for column in ("layer", "layers", "shape", "rank", "error", "over the optimum"):
-        table.add_column(column, justify="left" if column == "layer" else "right")
+    """Print a table with a row per layer of a block, over all blocks, and what it all amounts to."""
+    rows = []
     for role in dict.fromkeys(_role(report["name"]) for report in result["layers"]):
         reports = [report for report in result["layers"] if _role(report["name"]) == role]
-        first = reports[0]
-        table.add_row(
-            role,
-            str(len(reports)),
-            f"{first['out_features']} x {first['in_features']}",
-            _range([report["rank"] for report in reports], "{}"),
-            _range([report["error"] for report in reports], "{:.3f}"),
-            _range([r["error_over_optimal"] for r in reports if r["error_over_optimal"] is not None], "{:.6f}"),
+        ratios = [report["error_over_optimal"] for report in reports if report["error_over_optimal"] is not None]
+        rows.append(
+            {
+                "layer": role,
+                "layers": len(reports),
+                "shape": f"{reports[0]['out_features']} x {reports[0]['in_features']}",
+                "rank": _range([report["rank"] for report in reports], "{}"),
+                "error": _range([report["error"] for report in reports], "{:.3f}"),
+                "over the optimum": _range(ratios, "{:.6f}"),
+            }
         )
-    console = Console(stderr=True)
-    console.print(table)
-    console.print(
-        f"parameters {result['params_total'] / 1e6:,.2f} M, dense {result['params_dense'] / 1e6:,.2f} M "
-        f"({result['compression_ratio']:.2f} x); linear layers keep {result['linear_params_kept']:.1%}; "
-        f"{result['wall_s']:.1f} s; peak memory {max(result['peak_memory_bytes']) / 1e6:,.0f} MB a process"
-    )
-    larger = [report["name"] for report in result["layers"] if _grows(report)]
-    if larger:
-        console.print(f"{len(larger)} layers are larger than dense, as {larger[0]}; a lower rank would save memory")
-    console.print(f"model: {shlex.quote(result['model'])} (spectra.png there)", soft_wrap=True, highlight=False)
+    rows_table("decompose", rows)
+    if larger := [report["name"] for report in result["layers"] if _grows(report)]:
+        log.info(f"{len(larger)} layers, such as {larger[0]}, are larger than dense; a lower rank would save memory")
+    lines = [
+        ("source", result["source"]),
+        ("parameters", f"{result['params_total'] / 1e6:,.2f} M, dense {result['params_dense'] / 1e6:,.2f} M"),
+        ("compression", f"{result['compression_ratio']:.2f} x; linear layers keep {result['linear_params_kept']:.1%}"),
+        ("peak memory", f"{max(result['peak_memory_bytes']) / 1e6:,.0f} MB per process"),
+        ("time", f"{result['wall_s']:.1f} s"),
+        ("model", result["model"]),
+        ("spectra", f"{result['model']}/spectra.png"),
+    ]
+    summary_table("decomposed model", lines)
 
 
 def _grows(report: Report) -> bool:

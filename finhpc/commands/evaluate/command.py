@@ -1,38 +1,34 @@
-"""`finhpc evaluate`: models x tasks, scored side by side on the Ray cluster.
+"""`finhpc evaluate`: models x tasks, scored in parallel on the Ray cluster.
 
-A run folder holds `tasks/` (lm-eval task files and their examples), `scores/MODEL/TASK.json` with
-`TASK.parquet`, the prediction for each example, and `result.json`. A pair of a model and a task that has its
-file is not computed again as long as neither the model, the task nor the settings changed.
+A run folder holds `tasks/` (lm-eval task files and their examples), `scores/MODEL/TASK.json` with `TASK.parquet` (the
+prediction of each example), and `result.json`. A pair of a model and a task is computed again only if the model, the
+task or the settings changed.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finhpc.cluster.connect import cluster_resources, ray_cluster
+from finhpc.cluster.connect import cluster_resources, places, ray_cluster, use_cuda
 from finhpc.cluster.package import Driver
+from finhpc.cluster.tasks import WorkerDiedError, completed
 from finhpc.commands.evaluate.report import log_to_mlflow, summary
 from finhpc.commands.evaluate.worker import Pair, Scorer
 from finhpc.data.shards.shards import Shards
 from finhpc.errors import ConfigError, FinhpcError, TrainingFailedError
 from finhpc.evaluation.models import Subject, subjects
 from finhpc.evaluation.tasks import PERPLEXITY, TaskFile, prepare_tasks
-from finhpc.files import redact, write_atomic
+from finhpc.files import json_sha256, redact, write_atomic
 from finhpc.quantization.schemes import SCHEMES
 from finhpc.runs.folder import RunFolder
-from finhpc.runs.run import whole_path
 from finhpc.screen import Progress
 from finhpc.settings.base import to_yaml
 from finhpc.settings.evaluate import EvaluateConfig
 from finhpc.tracking.store import check_store
-from finhpc.tracking.tracker import absolute_tracking_uri, default_tracking_uri
 
 log = logging.getLogger(__name__)
 
@@ -41,18 +37,16 @@ Failure = tuple[Pair, FinhpcError]
 
 
 def evaluate(config: EvaluateConfig, dry_run: bool = False) -> dict[str, Any]:
-    """Score every model on every task; returns what the run folder's result.json holds.
+    """Score every model on every task and return the content of the run folder's result.json.
 
-    `scores` is task: metric: value, with `ci95`, `majority` and `random` beside, of the only model, or null where
-    there are several; `models` has them of each. Continues an interrupted run. With `dry_run` it checks models and
-    data, counts, and writes nothing. Raises `ConfigError` listing every problem with settings, models and data.
+    `scores` maps task to metric to value, next to `ci95`, `majority` and `random`; `models` has the scores of each
+    model, and the top-level `scores` are null if there are several. Continues an interrupted run. `dry_run` checks and
+    counts only. Raises one `ConfigError` with every problem of settings, models and data, and the first error of a
+    pair that could not be scored once all others are.
     """
     began = time.monotonic()
-    if config.data.shards:  # workers have other working directories
-        data = config.data.model_copy(update={"shards": whole_path(config.data.shards)})
-        config = config.model_copy(update={"data": data})
     folder = RunFolder(config.run.storage, config.run.name)
-    uri = absolute_tracking_uri(config.run.tracking_uri or default_tracking_uri(config.run.storage))
+    uri = config.run.mlflow_uri
     check_store(uri, config.run.experiment)
     if dry_run:
         found, _, pairs, pending, result = _planned(config, folder.path, write=False)
@@ -149,104 +143,79 @@ def _quantization_problems(config: EvaluateConfig) -> list[str]:
 
 
 def _pair(config: EvaluateConfig, folder: Path, subject: Subject, task: TaskFile | None) -> Pair:
-    """A model and a task (None: perplexity), and the hash of all that its scores depend on."""
-    kept = config.model_dump(include={"limit", "seed", "bootstrap", "dtype", "quantization"})
+    """Return the pair of a model and a task (None: perplexity) with the hash of all that its scores depend on."""
+    settings = config.model_dump(include={"limit", "seed", "bootstrap", "dtype", "quantization"})
     of_data: Any = task.sha256 if task is not None else None
     if task is None and config.data.shards is not None:
         data = config.data
         of_data = [Shards.open(data.shards or "").manifest.fingerprint, data.split, data.seq_len]
-    sha256 = hashlib.sha256(json.dumps([FORMAT, subject.stamp(), of_data, kept], sort_keys=True).encode()).hexdigest()
-    return Pair(subject, task, folder / "scores" / subject.name / (task.name if task else PERPLEXITY), sha256)
+    out = folder / "scores" / subject.name / (task.name if task else PERPLEXITY)
+    return Pair(subject, task, out, json_sha256([FORMAT, subject.stamp(), of_data, settings]))
 
 
 @dataclass
-class _Place:
-    """A worker and what it holds."""
+class _Worker:
+    """An actor and the name of the model it has open."""
 
     actor: Any
     model: str | None = None
 
 
 def _score_all(config: EvaluateConfig, pending: list[Pair]) -> list[Failure]:
-    """Score the pairs on as many workers as there is room for; each goes on with the model it has open.
-
-    Returns those that could not be scored, each with what was wrong with it; the others are.
-    """
+    """Score the pairs on as many workers as fit the cluster; return the pairs that failed, each with its error."""
     import ray
-    from ray.exceptions import RayError
 
-    waiting, failed = list(pending), []
-    places = [_Place(actor) for actor in _actors(config, len(waiting))]
-    running: dict[Any, tuple[_Place, Pair]] = {}
-    idle = list(places)
-    with Progress("scoring", len(waiting), bytes_=False) as progress:
-        try:
-            while waiting or running:
-                while waiting and idle:
-                    place = idle.pop(0)
-                    pair = _next(waiting, place, places)
-                    place.model = pair.subject.name
-                    running[place.actor.score.remote(pair)] = (place, pair)
-                for done in ray.wait(list(running), num_returns=1)[0]:
-                    place, pair = running.pop(done)
-                    if (error := ray.get(done)) is not None:
-                        failed.append((pair, error))
-                    idle.append(place)
-                    progress.advance(1)
-        except RayError as error:  # the worker's process died
-            reason = str(error).strip().splitlines()[0].rstrip(".")
-            raise TrainingFailedError(
-                f"a worker that scored died ({reason}), perhaps of too little memory; use fewer --workers or a smaller "
-                "--batch_size. Finished pairs are kept: the same command goes on."
-            ) from None
-        finally:
-            for place in places:
-                ray.kill(place.actor)
+    resources, cuda = config.resources, use_cuda(config, cluster_resources())
+    room = places(resources, cuda, config.workers)
+    actor = ray.remote(num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker if cuda else 0)(Scorer)
+    number = min(config.workers or room, len(pending))
+    workers = [_Worker(actor.remote(config, cuda, Driver.here())) for _ in range(number)]
+    idle, waiting, failed = list(workers), list(pending), []
+
+    def start(running: int) -> tuple[Any, tuple[_Worker, Pair]] | None:
+        if not idle or not waiting:
+            return None
+        worker = idle.pop(0)
+        pair = _next(waiting, worker, workers)
+        worker.model = pair.subject.name
+        return worker.actor.score.remote(pair), (worker, pair)
+
+    try:
+        with Progress("scoring", len(pending), bytes_=False) as progress:
+            for (worker, pair), error in completed(start, lambda item: item[1].title):
+                if isinstance(error, WorkerDiedError):
+                    raise TrainingFailedError(
+                        f"{error} Perhaps memory ran out: use fewer --workers or a smaller --batch_size."
+                    )
+                if error is not None:
+                    failed.append((pair, error))
+                idle.append(worker)
+                progress.advance(1)
+    finally:
+        for worker in workers:
+            ray.kill(worker.actor)
     return failed
 
 
 def _failure(failed: list[Failure], pairs: int, folder: Path) -> FinhpcError:
-    """One error of all pairs that could not be scored, of the kind of the first."""
-    lines = [f"{pair.subject.name} on {pair.name}: {line}" for pair, e in failed for line in str(e).splitlines()]
+    """Return one error about all pairs that failed, of the kind of the first."""
+    lines = [f"{pair.title}: {line}" for pair, error in failed for line in str(error).splitlines()]
     if len(failed) < pairs:
-        rest = pairs - len(failed)
-        lines.append(f"{_counted(rest, 'other pair')} of {pairs} stand in {folder}; the same command scores the rest.")
+        rest = _counted(pairs - len(failed), "other pair")
+        lines.append(f"{rest} of {pairs} scored in {folder}; fix this and rerun the command to score what is missing.")
     first = failed[0][1]
     return ConfigError(lines) if isinstance(first, ConfigError) else type(first)("\n".join(lines))
 
 
-def _next(waiting: list[Pair], place: _Place, places: list[_Place]) -> Pair:
-    """The pair a free worker takes: of its own model, else of one that no other holds, else any; the longest first."""
-    others = {other.model for other in places if other is not place}
+def _next(waiting: list[Pair], worker: _Worker, workers: list[_Worker]) -> Pair:
+    """Take a pair for a worker: of its open model, else of a model no other has open, else any; longest first."""
+    others = {other.model for other in workers if other is not worker}
     chosen = min(
         waiting,
-        key=lambda pair: (pair.subject.name != place.model, pair.subject.name in others, -pair.weight),
+        key=lambda pair: (pair.subject.name != worker.model, pair.subject.name in others, -pair.weight),
     )
     waiting.remove(chosen)
     return chosen
-
-
-def _actors(config: EvaluateConfig, most: int) -> Iterator[Any]:
-    """Workers: as many as asked for, or as the cluster has room for, and no more than there are pairs."""
-    import ray
-
-    resources, total = config.resources, cluster_resources()
-    gpus = total.get("GPU", 0)
-    if resources.device == "cuda" and not gpus:
-        raise ConfigError(
-            "resources.device=cuda, but the cluster has no GPU; use --resources.device cpu, or a cluster with GPUs."
-        )
-    cuda = resources.device != "cpu" and gpus > 0
-    room = total.get("CPU", 1) / resources.cpus_per_worker
-    room = int(min(room, gpus / resources.gpus_per_worker) if cuda else room)
-    if room < max(config.workers, 1):
-        raise ConfigError(
-            f"workers={config.workers or 1} of resources.cpus_per_worker={resources.cpus_per_worker:g} do not fit the "
-            f"cluster, which has room for {room}; use fewer workers, or fewer CPUs for each."
-        )
-    actor = ray.remote(num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker if cuda else 0)(Scorer)
-    for _ in range(min(config.workers or room, most)):
-        yield actor.remote(config, cuda, Driver.here())
 
 
 def _collected(found: list[Subject], pairs: list[Pair]) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +16,11 @@ from finhpc.data.shards.shards import Shards
 from finhpc.evaluation.models import Subject
 from finhpc.evaluation.tasks import PERPLEXITY, TaskFile
 from finhpc.files import redact, write_atomic
+from finhpc.screen import rows_table
 from finhpc.settings.evaluate import EvaluateConfig
 from finhpc.tracking.mirror import PARAM_LENGTH, PARAMS_A_BATCH, TAG_LENGTH
 from finhpc.tracking.shown import HIDDEN, PARENT, Dataset, parameters, setting_tags
 from finhpc.tracking.store import active_run, experiment_id, set_up_client
-from finhpc.tracking.tracker import absolute_tracking_uri, default_tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -40,7 +39,7 @@ def log_to_mlflow(
     What it did not take stays in the run folder; the same command sends it again.
     """
     set_up_client()
-    uri = absolute_tracking_uri(config.run.tracking_uri or default_tracking_uri(config.run.storage))
+    uri = config.run.mlflow_uri
     run_id: str | None = None
     try:
         from mlflow import MlflowClient
@@ -48,7 +47,7 @@ def log_to_mlflow(
         datasets = _datasets(config, tasks)
         run_id = _own_run(MlflowClient(tracking_uri=uri), config, folder, uri, result, datasets)
     except Exception as error:  # whatever MLflow or the network comes up with: the scores are there
-        _complain(uri, folder, error)
+        _report_refusal(uri, folder, error)
     for subject, model in zip(subjects, result["models"], strict=True):
         if (maker := subject.made_by) is not None:
             state = json.loads((maker / STATE).read_text(encoding="utf-8"))
@@ -61,15 +60,15 @@ def log_to_mlflow(
 
                 _log_scores(MlflowClient(tracking_uri=there), state["run_id"], model["scores"])
             except Exception as error:
-                _complain(there, maker, error)
+                _report_refusal(there, maker, error)
     return run_id, redact(uri)
 
 
-def _complain(uri: str, folder: Path, error: Exception) -> None:
+def _report_refusal(uri: str, folder: Path, error: Exception) -> None:
     reason = (redact(str(error)).strip().splitlines() or [type(error).__name__])[0][:160]
     log.info(
-        f"MLflow at {redact(uri)} did not take the scores ({reason}); they are kept in {folder}: run the same command "
-        "again to send them.",
+        f"MLflow at {redact(uri)} did not accept the scores ({reason}); they are in {folder}: rerun the command to "
+        "send them."
     )
 
 
@@ -209,33 +208,24 @@ def table(result: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
 
 
 def summary(result: dict[str, Any]) -> None:
-    """The table on the screen, tasks below each other."""
-    from rich.console import Console
-    from rich.table import Table
-
-    shown = Table(title="evaluate")
-    for name in ("task", "model", "metric", "score", "95 %", "majority", "random", "examples", "unread", "cut"):
-        shown.add_column(name, justify="left" if name in ("task", "model", "metric") else "right")
+    """Print a table per task, and what to know about the scores."""
     columns, rows = table(result)
-    order = {name: i for i, name in enumerate(result["tasks"])}
-    for row in sorted(rows, key=lambda row: order[row[1]]):
-        of = dict(zip(columns, row, strict=True))
-        interval = "" if of["ci95_low"] is None else f"{_short(of['ci95_low'])} to {_short(of['ci95_high'])}"
-        bases = [_short(of["majority"]), _short(of["random"])]
-        counts = [str(of[name]) for name in ("examples", "unread", "cut")]
-        shown.add_row(of["task"], of["model"], of["metric"], _short(of["value"]), interval, *bases, *counts)
-    Console(stderr=True, width=None if sys.stderr.isatty() else 120).print(shown)
+    for task in result["tasks"]:
+        scores = [dict(zip(columns, row, strict=True)) for row in rows if row[1] == task]
+        shown = []
+        for of in scores:
+            interval = "" if of["ci95_low"] is None else f"{_short(of['ci95_low'])} to {_short(of['ci95_high'])}"
+            line = {"model": of["model"], "metric": of["metric"], "score": _short(of["value"]), "95 %": interval}
+            line |= {"majority": _short(of["majority"]), "random": _short(of["random"])}
+            shown.append(line | {name: of[name] or "" for name in ("examples", "unread", "cut")})
+        rows_table(f"scores on {task}", shown, keys=2)
     for model in result["models"]:
         for task, values in model["scores"].items():
             if values.get("tied"):
-                what = (
-                    f"{values['tied']} of {values['examples']} examples have several answers of the same highest score"
-                )
-                log.info(f"{model['name']} on {task}: {what}; the first in the list counts.")
+                examples = f"{values['tied']} of {values['examples']} examples"
+                log.info(f"{model['name']} on {task}: {examples} have several best answers; the first one counts")
     if any(row[-1] for row in rows):
-        log.info(
-            "cut: prompts longer than the model's context, which lost their beginning (lm-eval's rule).",
-        )
+        log.info("cut: prompts longer than the context, truncated on the left as lm-eval does")
 
 
 def _short(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""A worker of `finhpc evaluate`: scores one pair of a model and a task after the other, the model held open."""
+"""A worker of `finhpc evaluate`: it scores pairs of a model and a task, and keeps the model open between them."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from pathlib import Path
 from typing import Any
 
 from finhpc.cluster.package import Driver
+from finhpc.cluster.tasks import attempt
 from finhpc.data.shards.shards import Shards
 from finhpc.errors import FinhpcError
 from finhpc.evaluation import plausible
 from finhpc.evaluation.models import Subject
 from finhpc.evaluation.tasks import PERPLEXITY, TaskFile
-from finhpc.files import write_atomic
+from finhpc.files import write_atomic, write_json
 from finhpc.settings.evaluate import EvaluateConfig
 from finhpc.settings.export import ExportConfig
 
-# Rough tokens of an example, to begin with the longest tasks.
+# Rough tokens per example.
 TOKENS = {"boolq": 180, PERPLEXITY: 600, "ner": 110, "fpb": 70, "tfns": 70, "fiqa_sa": 60, "winogrande": 60, "piqa": 80}
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A model and a task (None: perplexity); `out` is the path of its files without their suffix."""
+    """A model and a task (None: perplexity); `out` is the path of their files without suffix."""
 
     subject: Subject
     task: TaskFile | None
@@ -37,7 +38,12 @@ class Pair:
         return self.out.name
 
     @property
+    def title(self) -> str:
+        return f"{self.subject.name} on {self.name}"
+
+    @property
     def weight(self) -> int:
+        """Rough tokens to read, to begin with the longest pairs."""
         examples = (self.task.examples if self.task else None) or 100
         return examples * TOKENS.get(self.name, 100)
 
@@ -49,12 +55,12 @@ class Pair:
             return False
 
     def read(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.out.with_name(self.name + ".json").read_text(encoding="utf-8"))
-        del found["sha256"]
-        return found
+        scores: dict[str, Any] = json.loads(self.out.with_name(self.name + ".json").read_text(encoding="utf-8"))
+        del scores["sha256"]
+        return scores
 
     def write(self, scores: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-        """The table of predictions, then the scores: a pair with scores is whole."""
+        """Write the table of predictions, then the scores, so that a pair with scores is complete."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -62,12 +68,11 @@ class Pair:
         sink = pa.BufferOutputStream()
         pq.write_table(pa.Table.from_pylist(rows), sink, compression="zstd")
         write_atomic(self.out.with_name(self.name + ".parquet"), sink.getvalue().to_pybytes())
-        text = json.dumps({"sha256": self.sha256, **scores}, indent=1)
-        write_atomic(self.out.with_name(self.name + ".json"), text.encode() + b"\n")
+        write_json(self.out.with_name(self.name + ".json"), {"sha256": self.sha256, **scores})
 
 
 class Scorer:
-    """Made once a worker by Ray; a plain object elsewhere."""
+    """A Ray actor that scores pairs and keeps the last model open; also usable as a plain object."""
 
     def __init__(self, config: EvaluateConfig, cuda: bool, driver: Driver) -> None:
         import torch
@@ -78,18 +83,15 @@ class Scorer:
         self._model: Any = None
 
     def score(self, pair: Pair) -> FinhpcError | None:
-        """Write the pair's files; returns what the user can mend, and raises what nobody foresaw."""
+        """Score a pair and write its files; return the error if that fails."""
+        return attempt(self._score, pair, pair.title, self.driver)
+
+    def _score(self, pair: Pair) -> None:
         begin = time.monotonic()
-        try:
-            self.driver.enter()
-            model = self._opened(pair)
-            scores, rows = self._perplexity(model) if pair.task is None else self._task(model, pair.task)
-            bound = plausible.any_model(model.model.config.vocab_size)
-            plausible.check(f"{pair.subject.name} on {pair.name}", scores, bound)
-        except FinhpcError as error:
-            return error
+        model = self._opened(pair)
+        scores, rows = self._perplexity(model) if pair.task is None else self._task(model, pair.task)
+        plausible.check(pair.title, scores, plausible.any_model(model.model.config.vocab_size))
         pair.write(scores | {"wall_s": time.monotonic() - begin}, rows)
-        return None
 
     def _task(self, model: Any, task: TaskFile) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         from finhpc.evaluation.scores import score
@@ -107,7 +109,7 @@ class Scorer:
         return perplexity(model.model, vocab, shards, data.split, seq_len, config.limit, rows, *resamples)
 
     def _opened(self, pair: Pair) -> Any:
-        """The pair's model, ready for lm-eval; the one before it is let go first."""
+        """Return the pair's model, ready for lm-eval, after closing the previous one."""
         if self._open == pair.subject:
             return self._model
         from finhpc.evaluation.language_model import LanguageModel
@@ -128,7 +130,7 @@ class Scorer:
         return self._model
 
     def _quantized(self, pair: Pair) -> Path:
-        """The model exported in the bits asked for, beside its scores: the very weights an export has."""
+        """Export the model in the requested bits next to its scores: the weights are exactly an export's."""
         from finhpc.commands.export import export
 
         pair.out.parent.mkdir(parents=True, exist_ok=True)

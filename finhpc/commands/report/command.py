@@ -20,10 +20,8 @@ from finhpc.commands.report.runs import Collected, collect
 from finhpc.commands.report.store import all_runs, chosen_experiments, open_store, reading
 from finhpc.commands.report.tables import make_tables
 from finhpc.errors import ConfigError
-from finhpc.files import redact, write_atomic
+from finhpc.files import redact, write_atomic, write_json
 from finhpc.settings.report import ReportConfig
-from finhpc.tracking.tracker import absolute_tracking_uri, default_tracking_uri
-from finhpc.training.journal import strict_json
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +35,7 @@ def report(config: ReportConfig, dry_run: bool = False) -> dict[str, Any]:
     """
     began = time.perf_counter()
     run = config.run
-    uri = absolute_tracking_uri(run.tracking_uri) if run.tracking_uri else default_tracking_uri(run.storage)
+    uri = run.mlflow_uri
     out = _checked_out(config.out)
     client = open_store(uri)
     with reading(uri):
@@ -73,7 +71,7 @@ def report(config: ReportConfig, dry_run: bool = False) -> dict[str, Any]:
     write_atomic(page, page_of(found, tables, claims, figures, about))
     result["files"] = [str(path) for path in (page, *files, out / "result.json")]
     result["wall_s"] = time.perf_counter() - began
-    write_atomic(out / "result.json", strict_json(result, indent=2) + "\n")
+    write_json(out / "result.json", result, indent=2)
     log.info(
         f"open {shlex.quote(str(page))} in a browser; its tables as CSV and figures as PNG lie beside it.",
     )

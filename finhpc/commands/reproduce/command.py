@@ -22,7 +22,6 @@ from finhpc.errors import ConfigError, FinhpcError, TrainingFailedError
 from finhpc.files import redact, write_atomic
 from finhpc.interrupts import terminable
 from finhpc.runs.folder import RunFolder
-from finhpc.runs.run import place_whole_run, tracking_uri_of
 from finhpc.screen import rows_table
 from finhpc.settings.base import to_yaml
 from finhpc.settings.reproduce import Recipe, ReproduceConfig
@@ -53,12 +52,10 @@ def reproduce(config: ReproduceConfig, dry_run: bool = False) -> dict[str, Any]:
     fails is reported, and steps that do not need it go on; then `TrainingFailedError` names all that failed. The same
     command resumes: finished steps are not repeated.
     """
-    config = config.model_copy(deep=True)
-    place_whole_run(config.run)
     folder = RunFolder(config.run.storage, config.run.name)
     recipe = read_recipe(config.scale)
     steps = plan_steps(config, recipe)
-    check_store(tracking_uri_of(config.run), config.run.experiment)
+    check_store(config.run.mlflow_uri, config.run.experiment)
     total = known_resources()
     problems = misplaced(steps, total) if total is not None else []
     _show(config, recipe, steps)

@@ -24,7 +24,6 @@ from finhpc.runs.folder import RunFolder
 from finhpc.screen import rows_table
 from finhpc.settings.base import to_yaml
 from finhpc.settings.reproduce import MeasureConfig
-from finhpc.tracking.tracker import absolute_tracking_uri, default_tracking_uri
 
 STATE = "mlflow.json"  # next to the model, in the run folder that it comes from
 FORMAT = 1
@@ -72,7 +71,7 @@ def figures(widths: dict[int, dict[str, float]], own: int) -> dict[str, float]:
 
 def _targets(config: MeasureConfig) -> dict[str, tuple[str, str]]:
     """Model -> the address of MLflow and the run for its figures; raises one `ConfigError` with every problem."""
-    ours = absolute_tracking_uri(config.run.tracking_uri or default_tracking_uri(config.run.storage))
+    ours = config.run.mlflow_uri
     targets, problems = {}, []
     if config.mlflow_run_id and len(config.model) > 1:
         problems.append(f"mlflow_run_id is one run, and there are {len(config.model)} models; measure one at a time.")

@@ -26,13 +26,11 @@ from finhpc.files import write_atomic
 from finhpc.interrupts import terminable
 from finhpc.lowrank.registry import BLEND, SVD
 from finhpc.runs.folder import RunFolder
-from finhpc.runs.run import place_whole, tracking_uri_of
 from finhpc.screen import rows_table
 from finhpc.settings.base import to_yaml
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.study import StudyConfig
 from finhpc.tracking.store import check_store
-from finhpc.tracking.tracker import absolute_tracking_uri
 
 log = logging.getLogger(__name__)
 
@@ -45,11 +43,9 @@ def study(config: StudyConfig, dry_run: bool = False) -> dict[str, Any]:
     `TrainingFailedError` if a run fails; a run that diverges in the screening only drops out.
     """
     begin = time.perf_counter()
-    config = config.model_copy(deep=True)
-    place_whole(config)
     folder = RunFolder(config.run.storage, config.run.name)
     estimates = check(config)
-    check_store(absolute_tracking_uri(tracking_uri_of(config.run)), config.run.experiment)
+    check_store(config.run.mlflow_uri, config.run.experiment)
     for note in shortened(config):
         log.info(note)
     if dry_run:

@@ -10,13 +10,11 @@ from finhpc.commands.sweep.plan import SweepPlan, check_trials
 from finhpc.commands.sweep.trial import Trial, read_record
 from finhpc.errors import ConfigError, collect
 from finhpc.runs.folder import RunFolder
-from finhpc.runs.run import tracking_uri_of
 from finhpc.settings.base import nearest
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.study import StudyConfig
 from finhpc.settings.sweep import Sweep
 from finhpc.tracking.shown import model_name
-from finhpc.tracking.tracker import absolute_tracking_uri
 
 SCREEN, FINAL = "screen", "final"
 
@@ -67,8 +65,7 @@ def plan_trials(config: StudyConfig, trials: list[Trial]) -> SweepPlan:
 
 def _plan(config: StudyConfig, trials: list[Trial]) -> SweepPlan:
     folder = RunFolder(config.run.storage, config.run.name).path
-    uri = absolute_tracking_uri(tracking_uri_of(config.run))
-    return SweepPlan(config, folder, folder.parent, trials, Sweep(), uri)
+    return SweepPlan(config, folder, folder.parent, trials, Sweep(), config.run.mlflow_uri)
 
 
 def check(config: StudyConfig) -> dict[str, Estimate]:

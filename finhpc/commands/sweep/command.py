@@ -24,7 +24,6 @@ from finhpc.errors import TrainingFailedError
 from finhpc.files import write_atomic
 from finhpc.interrupts import terminable
 from finhpc.runs.folder import RunFolder
-from finhpc.runs.run import place_whole
 from finhpc.settings.base import to_yaml
 
 
@@ -37,8 +36,6 @@ def sweep(config: AnySweep, dry_run: bool = False) -> dict[str, Any]:
     trial ended well.
     """
     begin = time.perf_counter()
-    config = config.model_copy(deep=True)
-    place_whole(config)
     folder = RunFolder(config.run.storage, config.run.name)
     folder.check_resume(config)
     plan = plan_sweep(config, folder.path)

@@ -19,7 +19,6 @@ from finhpc.commands.sweep.placement import Placement
 from finhpc.commands.sweep.trial import BITS, Trial, TrialArguments, read_outcome
 from finhpc.errors import ConfigError, collect
 from finhpc.lowrank.registry import DENSE, STARTED
-from finhpc.runs.run import place_whole
 from finhpc.screen import rows_table
 from finhpc.settings.base import flatten
 from finhpc.settings.finetune import TrainingConfig
@@ -27,7 +26,6 @@ from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.sweep import Sweep, SweepConfig
 from finhpc.tracking.shown import PARENT, SWEEP, Dataset, model_name, parameters
 from finhpc.tracking.store import check_store
-from finhpc.tracking.tracker import default_tracking_uri
 
 log = logging.getLogger(__name__)
 
@@ -65,12 +63,12 @@ class SweepPlan:
         return (self.shared if name == REFERENCE else self.runs) / name
 
     def config_of(self, trial: Trial) -> TrainingConfig:
-        """A trial's settings, placed in the sweep, with absolute paths: its actor has another working directory."""
+        """A trial's settings, placed in the sweep."""
         if trial.name not in self.configs:
             storage = str(self.run_folder(trial.name).parent)
-            config = trial.config(run={"storage": storage, "name": trial.name, "tracking_uri": self.tracking_uri})
-            place_whole(config)
-            self.configs[trial.name] = config
+            self.configs[trial.name] = trial.config(
+                run={"storage": storage, "name": trial.name, "tracking_uri": self.tracking_uri}
+            )
         return self.configs[trial.name]
 
     @property
@@ -161,7 +159,7 @@ def plan_sweep(config: AnySweep, folder: Path) -> SweepPlan:
         check_points(config)
     # Without points, or with too many, the settings that all trials share are checked nevertheless.
     trials = trials_of(config.model_copy(update={"grid": {}}) if problems else config)
-    uri = config.run.tracking_uri or default_tracking_uri(config.run.storage)
+    uri = config.run.mlflow_uri
     with collect(problems):
         check_store(uri, config.run.experiment)
     plan = SweepPlan(config, folder, folder / "trials", trials, config.sweep, uri, tags={SWEEP: config.run.name})

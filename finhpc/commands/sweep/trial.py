@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finhpc.files import write_atomic
+from finhpc.files import write_json
 from finhpc.runs.folder import RunFolder
 from finhpc.runs.job import Job
 from finhpc.settings.base import build
 from finhpc.settings.finetune import FinetuneConfig, TrainingConfig
 from finhpc.settings.pretrain import PretrainConfig
-from finhpc.training.journal import strict_json
 
 BITS = "quantization.bits"
 OUTCOME = "trial.json"  # in the run folder, once the trial has ended
@@ -99,7 +98,7 @@ def read_outcome(run: Path) -> dict[str, Any]:
 def write_outcome(run: Path, outcome: dict[str, Any]) -> None:
     """Record how a trial ended; the figures of a finished one are in its `result.json` already."""
     run.mkdir(parents=True, exist_ok=True)
-    write_atomic(run / OUTCOME, strict_json(outcome, indent=1) + "\n")
+    write_json(run / OUTCOME, outcome)
 
 
 def pruned(evaluation: dict[str, Any]) -> dict[str, Any]:

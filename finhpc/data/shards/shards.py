@@ -20,6 +20,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from finhpc.errors import ConfigError, DataError
+from finhpc.files import file_sha256
 from finhpc.models.files.tokens import largest_id
 
 FORMAT = 1
@@ -251,15 +252,6 @@ def encode_shard(blocks: Tokens) -> bytes:
         write_page_checksum=True,
     )
     return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file; raises `DataError` where it cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); restore it.") from None
 
 
 def dataset_fingerprint(shards: Sequence[ShardFile], tokenizer_sha256: str, block_len: int) -> str:

@@ -109,7 +109,7 @@ def _not_plain(tree: dict[str, Any]) -> str | None:
         if name not in _ANY_VALUE and value not in _PLAIN_MODEL.get(name, (None,)):
             return f"its model has {name}={value!r}"
     if tree.get("normalizer") is not None:
-        return f"it normalises text ({tree['normalizer'].get('type')})"
+        return f"it normalizes text ({tree['normalizer'].get('type')})"
     for name, value in _PLAIN_SPLIT.items():
         if split.get(name, True if name == "use_regex" else None) != value:
             return f"it does not cut text as GPT-2 does (pre_tokenizer {name}={split.get(name)!r})"

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from finhpc.data.text import sources, tokenizer
 from finhpc.data.text.tokenizer import Encoder
 from finhpc.data.text.unit import Faults, Unit
-from finhpc.files import replace
+from finhpc.files import partial_file
 from finhpc.settings.prepare import PrepareConfig
 
 BATCH_BYTES = 1 << 20  # text encoded at a time: bounds a task's memory, whatever the unit's size
@@ -46,21 +46,13 @@ def encode_unit(unit: Unit, config: PrepareConfig, folder: Path, target: Path, t
     encoder = _encoder(folder, (folder / "tokenizer.json").stat().st_mtime_ns, tiktoken)
     schema = work_schema(encoder.dtype)
     faults, dropped = Faults(config.on_error), Counter({"empty": 0})
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            with pa.ipc.new_file(file, schema) as writer:
-                for index, texts in enumerate(_batches(sources.read(unit, config, faults), dropped)):
-                    if index == 0:
-                        encoder.check(texts[0][:CHECKED_CHARS])
-                    writer.write_batch(_rows(texts, encoder, schema))
-                dropped["broken"] = faults.broken
-                writer.write_batch(_rows([], encoder, schema), custom_metadata={DROPPED: json.dumps(dropped)})
-            file.flush()
-            os.fsync(file.fileno())
-        replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with partial_file(target) as partial, open(partial, "wb") as file, pa.ipc.new_file(file, schema) as writer:
+        for index, texts in enumerate(_batches(sources.read(unit, config, faults), dropped)):
+            if index == 0:
+                encoder.check(texts[0][:CHECKED_CHARS])
+            writer.write_batch(_rows(texts, encoder, schema))
+        dropped["broken"] = faults.broken
+        writer.write_batch(_rows([], encoder, schema), custom_metadata={DROPPED: json.dumps(dropped)})
 
 
 def unit_batches(path: Path) -> Iterator[Any]:

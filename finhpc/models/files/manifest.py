@@ -7,13 +7,14 @@ import json
 from pathlib import Path
 
 from finhpc.errors import CheckpointError
+from finhpc.files import file_sha256
 
 NAME = "weights_sha256.json"
 
 
 def write_manifest(folder: Path) -> None:
     """Write `folder`/weights_sha256.json: name -> sha256 of every safetensors file."""
-    files = {path.name: _sha256(path) for path in sorted(folder.glob("*.safetensors"))}
+    files = {path.name: file_sha256(path) for path in sorted(folder.glob("*.safetensors"))}
     (folder / NAME).write_text(json.dumps({"sha256": files}, indent=1) + "\n", encoding="utf-8")
 
 
@@ -23,11 +24,11 @@ def weights_fingerprint(folder: Path) -> str:
     Raises `CheckpointError` naming every file that is not as its manifest says, where there is one.
     """
     if folder.is_file():
-        return _sha256(folder)
-    found = check_manifest(folder) | {"config.json": _sha256(folder / "config.json")}
+        return file_sha256(folder)
+    found = check_manifest(folder) | {"config.json": file_sha256(folder / "config.json")}
     for path in folder.glob("*.safetensors"):
         if path.name not in found:
-            found[path.name] = _sha256(path)
+            found[path.name] = file_sha256(path)
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 
@@ -47,13 +48,8 @@ def check_manifest(folder: Path) -> dict[str, str]:
         file = folder / name
         if not file.is_file():
             problems.append(f"{file} is missing, which {NAME} names; make or fetch the model again.")
-        elif _sha256(file) != sha256:
+        elif file_sha256(file) != sha256:
             problems.append(f"{file} is not as it was written ({NAME}'s sha256 differs); make or fetch it again.")
     if problems:
         raise CheckpointError("\n".join(problems))
     return expected
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,13 +1,14 @@
-"""Makes the pictures of MLflow's pages in this folder: tiny models are trained, and a real browser draws the pages.
+"""Makes the pictures in this folder, of MLflow's pages and of terminals: tiny models are trained, a browser draws.
 
-    python docs/pictures.py [FOLDER]
+    python docs/pictures/make.py [FOLDER]
 
-FOLDER keeps the runs (default: runs/pictures); what is there already is not trained again. It needs chromium or
-google-chrome on PATH, and about ten minutes on two cores.
+FOLDER stores the runs (default: runs/pictures); finished ones are not trained again. It needs chromium or google-chrome
+on PATH, and about a quarter of an hour on two cores.
 """
 
 from __future__ import annotations
 
+import html
 import os
 import shutil
 import subprocess
@@ -26,8 +27,8 @@ from finhpc.settings.evaluate import EvaluateConfig
 from finhpc.settings.prepare import PrepareConfig
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.sweep import FinetuneSweepConfig, SweepConfig
+from finhpc.settings.training import default_tracking_uri
 from finhpc.tracking.pages import pages_of
-from finhpc.tracking.tracker import default_tracking_uri
 
 HERE = Path(__file__).parent
 SIZE, SHOWN = (1680, 800), 1256  # pixels; on the right MLflow opens its assistant
@@ -41,6 +42,7 @@ def main(folder: Path) -> None:
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
         sys.exit("no chromium or google-chrome on PATH; install one of them.")
+    terminals(browser, folder)
     for name in train(folder):
         uri = default_tracking_uri(folder / name)
         with serving(uri, port=5055) as (_, address):
@@ -118,14 +120,61 @@ def sentences() -> list[str]:
     ]
 
 
-def draw(browser: str, address: str, picture: Path) -> None:
-    """A page as a browser draws it once it has loaded everything."""
+def terminals(browser: str, folder: Path) -> None:
+    """The last screens of the demo and of a small sweep, as a terminal of 80 columns shows them."""
+    shards, storage = folder / "demo-shards", folder / "terminals"
+    if not (shards / "manifest.json").is_file():
+        finhpc_output(["prepare", "--config", "prepare-demo", "--out", str(shards)])
+    place = ["--data.shards", str(shards), "--run.storage", str(storage)]
+    demo = finhpc_output(["pretrain", "--config", "demo", *place])
+    draw_terminal(browser, "finhpc pretrain --config demo --data.shards shards", demo, folder, HERE / "demo.png")
+    small = "--model.layers 2 --model.width 64 --model.heads 2 --data.seq_len 64 --train.steps 60 --train.eval_every 20"
+    grid = ["--grid", "method.rank=[8,16]", "--grid", "quantization.bits=[16,8,4]", "--run.name", "my-ranks"]
+    swept = finhpc_output(["sweep", *grid, *small.split(), *place])
+    command = "finhpc sweep --grid 'method.rank=[8,16]' --grid 'quantization.bits=[16,8,4]' ..."
+    draw_terminal(browser, command, swept, folder, HERE / "sweep.png")
+
+
+def finhpc_output(words: list[str]) -> str:
+    """What a command writes to a terminal of 80 columns that takes no progress bar."""
+    done = subprocess.run(
+        [sys.executable, "-m", "finhpc.cli", *words],
+        env={**os.environ, "COLUMNS": "80"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=True,
+    )
+    return done.stdout
+
+
+def draw_terminal(browser: str, command: str, output: str, folder: Path, picture: Path, most: int = 44) -> None:
+    """The command and the last `most` lines of its output, as a picture; the folder's own path is left out."""
+    lines = output.replace(f"{folder}/", "").replace("terminals/", "runs/").rstrip().splitlines()
+    shown = lines if len(lines) <= most else ["...", *lines[-most:]]
+    text = html.escape("\n".join([f"$ {command}", *shown]))
+    page = folder / "terminal.html"
+    style = "margin:0;padding:14px;background:#10191c;color:#d7e3e4;font:14px/18px 'DejaVu Sans Mono',monospace"
+    page.write_text(f'<meta charset="utf-8"><body style="{style}"><pre style="margin:0">{text}</pre>', encoding="utf-8")
+    widest = max(len(line) for line in (f"$ {command}", *shown))
+    take(browser, page.as_uri(), picture, (round(8.45 * widest) + 30, 18 * (len(shown) + 1) + 28))
+    Image.open(picture).convert("RGB").quantize(32).save(picture, optimize=True)
+    print(f"{picture.name}: {command}", flush=True)
+
+
+def take(browser: str, address: str, picture: Path, size: tuple[int, int]) -> None:
+    """A screenshot of a page, once it has loaded everything."""
     with tempfile.TemporaryDirectory() as profile:
         command = [browser, "--headless", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={profile}"]
         command += ["--no-sandbox"] if os.geteuid() == 0 else []
-        command += [f"--window-size={SIZE[0]},{SIZE[1]}", "--virtual-time-budget=20000"]
+        command += [f"--window-size={size[0]},{size[1]}", "--virtual-time-budget=20000"]
         command += [f"--screenshot={picture}", address]
         subprocess.run(command, check=True, timeout=180, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def draw(browser: str, address: str, picture: Path) -> None:
+    """A page of MLflow as a browser draws it, without the assistant on its right."""
+    take(browser, address, picture, SIZE)
     whole = Image.open(picture)
     whole.convert("RGB").crop((0, 0, SHOWN, SIZE[1])).quantize(128).save(picture, optimize=True)
 
