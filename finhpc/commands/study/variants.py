@@ -65,7 +65,7 @@ def plan_trials(config: StudyConfig, trials: list[Trial]) -> SweepPlan:
 
 def _plan(config: StudyConfig, trials: list[Trial]) -> SweepPlan:
     folder = RunFolder(config.run.storage, config.run.name).path
-    return SweepPlan(config, folder, folder.parent, trials, Sweep(), config.run.mlflow_uri)
+    return SweepPlan(config, folder, folder.parent, trials, Sweep())
 
 
 def check(config: StudyConfig) -> dict[str, Estimate]:
