@@ -15,7 +15,6 @@ from mlflow import MlflowClient
 from finhpc.commands.pretrain import Pretrain
 from finhpc.commands.sweep import plan as sweep_plan
 from finhpc.commands.sweep.plan import plan_sweep
-from finhpc.commands.sweep.tracking import register, settle_children
 from finhpc.errors import ConfigError
 from finhpc.settings.base import build
 from finhpc.settings.finetune import FinetuneConfig
@@ -25,6 +24,7 @@ from finhpc.settings.training import default_tracking_uri
 from finhpc.tracking import mirror
 from finhpc.tracking import tracker as tracking
 from finhpc.tracking.pages import pages_of
+from finhpc.tracking.registry import register, settle_children
 from finhpc.tracking.shown import PARENT, Dataset, origin, parameters, setting_tags, short_name
 from finhpc.tracking.store import check_store, deleted, experiment_id, refuses
 from finhpc.tracking.tracker import Tracker
