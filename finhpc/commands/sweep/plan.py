@@ -89,8 +89,8 @@ class SweepPlan:
     def has_ended(self, trial: Trial) -> bool:
         """Whether nothing is left to do: a finished trial of fewer steps than it should have by now goes on."""
         outcome = read_outcome(self.run_folder(trial.name))
-        steps = self.estimates[trial.name].steps
-        return "status" in outcome and not (outcome["status"] == "finished" and outcome["steps"] < steps)
+        shorter = outcome.get("status") == "finished" and outcome["steps"] < self.estimates[trial.name].steps
+        return bool(outcome) and not shorter
 
     @cached_property
     def parameters(self) -> list[dict[str, Any]]:
@@ -193,7 +193,7 @@ def check_trials(plan: SweepPlan, timed: bool = True) -> dict[str, list[str]]:
 
     `timed`: whether to estimate their time, for which steps are measured.
     """
-    estimator = Estimator(plan.resources, plan.placement.cuda, timed)
+    estimator = Estimator(plan.resources, timed)
     everyone = {trial.name: trial for trial in (*plan.references, *plan.trials)}
     known: dict[str, Estimate] = {}
     problems: dict[str, list[str]] = {}
