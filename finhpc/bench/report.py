@@ -65,21 +65,18 @@ def machine() -> Row:
     """The machine that measures."""
     import torch
 
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        cpu = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        cpu = platform.processor()
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu,
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 def _print(result: dict[str, Any], columns: Sequence[str]) -> None:
@@ -104,22 +101,13 @@ def _table(title: str, rows: list[Row]) -> Any:
     for column in rows[0]:
         words = [row[column] for row in rows if isinstance(row[column], str)]
         short = max(map(len, words), default=SHORT + 1) <= SHORT  # a short name stays in one piece
-        table.add_column(_header(column), justify="left" if words else "right", no_wrap=short)
+        title = column.removesuffix("_bytes") + "_MB" if column.endswith("_bytes") else column
+        title = textwrap.fill(title.replace("_", " "), HEADER, break_long_words=False)
+        table.add_column(title, justify="left" if words else "right", no_wrap=short)
     for row in rows:
-        table.add_row(*(_shown(column, value) for column, value in row.items()))
+        megabytes = {k: v / 1e6 for k, v in row.items() if k.endswith("_bytes") and isinstance(v, int | float)}
+        table.add_row(*(_text(value) for value in (row | megabytes).values()))
     return table
-
-
-def _header(column: str) -> str:
-    """A key as words, on several lines; bytes are shown as MB."""
-    words = column.removesuffix("_bytes") + "_MB" if column.endswith("_bytes") else column
-    return textwrap.fill(words.replace("_", " "), HEADER, break_long_words=False)
-
-
-def _shown(column: str, value: Any) -> str:
-    if column.endswith("_bytes") and isinstance(value, int | float):
-        return _text(value / 1e6)
-    return _text(value)
 
 
 def _text(value: Any) -> str:

@@ -178,10 +178,7 @@ def _shape(
     """Rows of one shape, and the low-rank model's speed over transformers' on the dense one at the first batch."""
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     dense = random_model(preset, None, 16, dtype, device)
-    models: dict[str, tuple[Any, int]] = {
-        THEIRS: (dense, 16),
-        DENSE: (dense, 16),
-    }
+    models: dict[str, tuple[Any, int]] = {THEIRS: (dense, 16), DENSE: (dense, 16)}
     for bits in settings.bits:
         if bits == 16 or "minmax" in settings.schemes:
             models[f"rank {rank}, {bits} bits"] = (random_model(preset, rank, bits, dtype, device), bits)

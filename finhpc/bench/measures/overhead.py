@@ -19,6 +19,7 @@ from finhpc.bench.shards import random_shards
 from finhpc.errors import TrainingFailedError
 from finhpc.settings.base import to_yaml
 from finhpc.settings.pretrain import PretrainConfig
+from finhpc.training.journal import WORKER_FILE, latest, read
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def overhead(config: PretrainConfig, settings: TrainBench) -> tuple[list[Row], d
         def measure(way: str) -> float:
             log.info(f"{precision}, {way}: {steps} steps (pair {len(found[way]) + 1} of {settings.overhead_pairs})")
             config.run.name = f"run-{len(found['finhpc'])}"
-            found[way].append((_finhpc if way == "finhpc" else _plain)(config, folder))
+            found[way].append(_run(way, config, folder))
             return _tokens_per_s(found[way][-1], config)
 
         pace = in_turn({way: lambda way=way: measure(way) for way in found}, settings.overhead_pairs)  # type: ignore[misc]
@@ -54,33 +55,19 @@ def overhead(config: PretrainConfig, settings: TrainBench) -> tuple[list[Row], d
     return rows, {f"overhead_{precision}": median_ratio(pace["finhpc"], pace["plain"])}
 
 
-def _finhpc(config: PretrainConfig, folder: Path) -> list[dict[str, float]]:
-    from finhpc.training.journal import WORKER_FILE, latest, read
-
-    _run([sys.executable, "-m", "finhpc.cli", "pretrain", "--config", _write(config, folder)])
-    records, _ = read(Path(config.run.storage) / config.run.name / WORKER_FILE)
-    train = latest(records, "train")
-    return [train[step] for step in sorted(train)]
-
-
-def _plain(config: PretrainConfig, folder: Path) -> list[dict[str, float]]:
-    answer: list[dict[str, float]] = json.loads(
-        _run([sys.executable, "-m", "finhpc.bench.plain.pretrain", _write(config, folder)]).splitlines()[-1]
-    )
-    return answer
-
-
-def _write(config: PretrainConfig, folder: Path) -> str:
+def _run(way: str, config: PretrainConfig, folder: Path) -> list[dict[str, float]]:
+    """Train in a process of its own; returns the records of its steps."""
     path = folder / "config.yaml"
     path.write_text(to_yaml(config), encoding="utf-8")
-    return str(path)
-
-
-def _run(words: list[str]) -> str:
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    command = ["finhpc.cli", "pretrain", "--config"] if way == "finhpc" else ["finhpc.bench.plain.pretrain"]
+    done = subprocess.run([sys.executable, "-m", *command, str(path)], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise TrainingFailedError(f"{' '.join(words[2:4])} failed ({done.returncode}): {done.stderr[-500:]}")
-    return done.stdout
+        raise TrainingFailedError(f"{' '.join(command[:2])} failed ({done.returncode}): {done.stderr[-500:]}")
+    if way == "plain":
+        plain: list[dict[str, float]] = json.loads(done.stdout.splitlines()[-1])
+        return plain
+    train = latest(read(Path(config.run.storage) / config.run.name / WORKER_FILE)[0], "train")
+    return [train[step] for step in sorted(train)]
 
 
 def _tokens_per_s(records: list[dict[str, float]], config: PretrainConfig) -> float:
@@ -110,10 +97,5 @@ def _row(way: str, values: list[float], config: PretrainConfig, settings: TrainB
         "step_s": config.parallel.samples_per_step * config.data.seq_len / pace,
         "tokens_per_s": pace,
     }
-    return row | {
-        "matrix_gflops": None,
-        "speedup": None,
-        "limit": None,
-        "speedup_over_limit": None,
-        "spread": spread(values),
-    }
+    unknown = dict.fromkeys(("matrix_gflops", "speedup", "limit", "speedup_over_limit"))
+    return row | unknown | {"spread": spread(values)}

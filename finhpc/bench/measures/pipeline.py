@@ -157,14 +157,9 @@ def ask(members: Group, message: tuple[Any, ...]) -> list[Any]:
 
 
 def _serve(pipe: Connection, rank: int, size: int, port: int, threads: int, cuda: bool) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "DS_ACCELERATOR": "cuda" if cuda else "cpu",
-    }
+    ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+    os.environ |= ranks | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ["DS_ACCELERATOR"] = "cuda" if cuda else "cpu"
     import torch
     import torch.distributed as dist
 
@@ -222,25 +217,22 @@ def _step(engine: Any, micro_batches: int) -> tuple[float, float]:
 
 
 def _cuda(settings: PipelineBench) -> bool:
+    """Whether to measure on GPUs; raises `ConfigError` if there are too few, or too few blocks for the stages."""
     import torch
+
+    from finhpc.models.families.presets import resolve_shape
 
     asked, gpus = settings.resources.device, torch.cuda.device_count()
     if asked == "cuda" and gpus < settings.stages:
         raise ConfigError(f"stages={settings.stages} needs as many GPUs, {gpus} are there; use resources.device=cpu.")
-    layers = _layers(settings)
+    layers = int(resolve_shape(run_config(settings, 1).model, None).layers)
     if settings.stages > layers:
         raise ConfigError(f"stages={settings.stages} does not fit {layers} transformer blocks; use 2 to {layers}.")
     return asked != "cpu" and gpus >= settings.stages
 
 
-def _layers(settings: PipelineBench) -> int:
-    from finhpc.models.families.presets import resolve_shape
-
-    return int(resolve_shape(run_config(settings, 1).model, None).layers)
-
-
 def _picture(rows: list[Row], stages: int, file: Path) -> None:
-    """Utilisation over the number of micro-batches, measured and by the formula."""
+    """Utilization over the number of micro-batches, measured and by the formula."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")

@@ -107,6 +107,7 @@ def _passes(
 
 
 def _block_bytes(settings: RecomputeBench, hf_config: Any, recompute: Recompute, weights: Any) -> int:
+    """Bytes that the first block keeps for its backward pass."""
     model = _sharing(hf_config, recompute, weights)
     with torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
         return block_saved_bytes(parts_of(hf_config, recompute), model, settings.batch, settings.seq_len)
