@@ -77,23 +77,23 @@ def bench_data(settings: DataBench) -> dict[str, Any]:
         check(stream)
         ways = _ways(settings, files, stream)
         in_turn({name: lambda way=way: way().wall_s for name, way in ways.items()}, 1)  # type: ignore[misc]
-        found: dict[str, list[Reading]] = {name: [] for name in ways}
+        passes: dict[str, list[Reading]] = {name: [] for name in ways}
 
         def measure(name: str) -> float:
-            found[name].append(ways[name]())
-            return found[name][-1].tokens_per_s
+            passes[name].append(ways[name]())
+            return passes[name][-1].tokens_per_s
 
         pace = in_turn({name: lambda name=name: measure(name) for name in ways}, settings.bench.repeats)  # type: ignore[misc]
         conditions = _conditions(settings, shards, made, stream)
     same_batch = [name for name in pace if name.startswith("plain") and name != BLOCKS]
     best = max(same_batch, key=lambda name: statistics.median(pace[name]))
-    waits = [reading.wait_fraction for reading in found["stream, consumer"]]
+    waits = [reading.wait_fraction for reading in passes["stream, consumer"]]
     ratios = {
         "stream_over_ray_data": median_ratio(pace["stream"], pace[best]),
         "stream_over_ray_data_blocks": median_ratio(pace["stream"], pace[BLOCKS]),
         "stream_wait_fraction": statistics.median(wait for wait in waits if wait is not None),
     }
-    rows = [_row(name, readings, best) for name, readings in found.items()]
+    rows = [_row(name, readings, best) for name, readings in passes.items()]
     return publish("data", str(out), conditions | {"compared_with": best}, rows, ratios, began)
 
 

@@ -80,8 +80,8 @@ def bench_decompose(settings: DecomposeBench) -> dict[str, Any]:
     if threads == 2:
         ratios["speedup_2_workers"] = median_ratio(seconds[ONE], best)
     whole = [
-        {"whole model by": name, "wall_s": statistics.median(found), "spread": spread(found)}
-        for name, found in seconds.items()
+        {"whole model by": name, "wall_s": statistics.median(walls), "spread": spread(walls)}
+        for name, walls in seconds.items()
     ]
     return publish("decompose", settings.bench.out, _conditions(settings), rows, ratios, began, whole=whole)
 
@@ -201,13 +201,13 @@ def _rows(weights: Weights, plain: Plain, ours: Ours) -> list[Row]:
     return [
         {
             "weight": f"{shape[0]} x {shape[1]}",
-            "weights": len(found),
+            "weights": len(errors),
             "rank": ", ".join(map(str, sorted(of_shape[shape]))),
             "finhpc_1_thread_s": statistics.median(ours.of_shape[shape]),
             "svd_s": statistics.median(plain.of_shape[shape]),
-            "error_over_optimal": max(found),
+            "error_over_optimal": max(errors),
         }
-        for shape, found in over.items()
+        for shape, errors in over.items()
     ]
 
 

@@ -77,8 +77,8 @@ def bench_finetune(settings: FinetuneBench) -> dict[str, Any]:
     rows: list[Row] = []
     ratios: dict[str, float] = {}
     for bits in settings.bits:
-        found, ratio = _base(settings, path, bits, arrays, batches, pad)
-        rows += found
+        more, ratio = _base(settings, path, bits, arrays, batches, pad)
+        rows += more
         ratios |= ratio
     ratios["peak_memory_over_peft"] = ratios[f"peak_memory_over_peft_{NAMES[settings.bits[0]]}"]
     conditions = {

@@ -60,8 +60,8 @@ def bench_generate(settings: GenerateBench) -> dict[str, Any]:
     rows: list[Row] = []
     ratios: dict[str, float] = {}
     for preset, rank in shapes:
-        found, ratio = _shape(settings, preset, rank, device, bandwidth)
-        rows += found
+        more, ratio = _shape(settings, preset, rank, device, bandwidth)
+        rows += more
         ratios[f"{re.sub('[^a-z0-9]', '_', preset)}_r{rank}_over_dense"] = ratio
     ratios["cache_speedup"], cache = _cache(settings, *shapes[0], device)
     ratios["mixed_adapters_over_single"], adapters = _adapters(settings, device)

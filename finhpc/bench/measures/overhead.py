@@ -41,16 +41,16 @@ def overhead(config: PretrainConfig, settings: TrainBench) -> tuple[list[Row], d
         config.data.shards, config.data.eval_samples = str(shards.folder), config.parallel.micro_batch_size
         config.train.steps, config.train.eval_every, config.train.checkpoint_every = steps, 0, 0
         config.run.storage = str(folder / "runs")
-        found: dict[str, list[list[dict[str, float]]]] = {"finhpc": [], "plain": []}
+        records: dict[str, list[list[dict[str, float]]]] = {"finhpc": [], "plain": []}
 
         def measure(way: str) -> float:
-            log.info(f"{precision}, {way}: {steps} steps (pair {len(found[way]) + 1} of {settings.overhead_pairs})")
-            config.run.name = f"run-{len(found['finhpc'])}"
-            found[way].append(_run(way, config, folder))
-            return _tokens_per_s(found[way][-1], config)
+            log.info(f"{precision}, {way}: {steps} steps (pair {len(records[way]) + 1} of {settings.overhead_pairs})")
+            config.run.name = f"run-{len(records['finhpc'])}"
+            records[way].append(_run(way, config, folder))
+            return _tokens_per_s(records[way][-1], config)
 
-        pace = in_turn({way: lambda way=way: measure(way) for way in found}, settings.overhead_pairs)  # type: ignore[misc]
-    _check_alike(found["finhpc"][0], found["plain"][0], precision)
+        pace = in_turn({way: lambda way=way: measure(way) for way in records}, settings.overhead_pairs)  # type: ignore[misc]
+    _check_alike(records["finhpc"][0], records["plain"][0], precision)
     rows = [_row(way, values, config, settings) for way, values in pace.items()]
     return rows, {f"overhead_{precision}": median_ratio(pace["finhpc"], pace["plain"])}
 

@@ -99,22 +99,22 @@ def _row(settings: PipelineBench, name: str, m: int, one: Group, pipeline: Group
 
     for processes in (one, pipeline):
         ask(processes, ("step", min(m, 2), None))  # warms up
-    found = in_turn(
+    walls = in_turn(
         {"one": lambda: float(ask(one, ("step", m, None))[0][0]), "pipe": pipelined}, settings.bench.repeats
     )
-    utilization, ideal = median_ratio(found["one"], found["pipe"]) / stages, m / (stages + m - 1)
+    utilization, ideal = median_ratio(walls["one"], walls["pipe"]) / stages, m / (stages + m - 1)
     busiest = [statistics.median(pair[i] for pair in busy) for i in range(stages)]
     log.info(f"{name}, M={m}: utilization {utilization:.3f} of ideal {ideal:.3f}")
     return {
         "cut": name,
         "micro_batches": m,
-        "one_stage_s": statistics.median(found["one"]),
-        "pipeline_s": statistics.median(found["pipe"]),
+        "one_stage_s": statistics.median(walls["one"]),
+        "pipeline_s": statistics.median(walls["pipe"]),
         "utilization": utilization,
         "ideal": ideal,
         "over_ideal": utilization / ideal,
         "busy_s": " ".join(f"{seconds:.2f}" for seconds in busiest),
-        "spread": spread(found["pipe"]),
+        "spread": spread(walls["pipe"]),
     }
 
 

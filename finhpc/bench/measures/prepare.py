@@ -68,10 +68,10 @@ class Workshop:
     def measure(self, name: str) -> float:
         """Run one of the ways once more; returns its seconds."""
         log.info(f"{name} ...")
-        found = _run(*self._way(name))
-        self.passes.setdefault(name, []).append(found)
-        log.info(f"{name}: {found.wall_s:.1f} s, {found.tokens / found.wall_s:,.0f} tokens/s")
-        return found.wall_s
+        measured = _run(*self._way(name))
+        self.passes.setdefault(name, []).append(measured)
+        log.info(f"{name}: {measured.wall_s:.1f} s, {measured.tokens / measured.wall_s:,.0f} tokens/s")
+        return measured.wall_s
 
     def _way(self, name: str) -> tuple[str, dict[str, Any]]:
         saved, out = str(self.folder / "tokenizer"), self.folder / name.replace(" ", "-")
@@ -111,7 +111,7 @@ def bench_prepare(settings: PrepareBench) -> dict[str, Any]:
     passes = shop.passes
 
     def peaks(name: str) -> list[float]:
-        return [float(found.memory_peak) for found in passes[name]]
+        return [float(measured.memory_peak) for measured in passes[name]]
 
     ratios = {
         # The same documents and ids: tokens/s over tokens/s is seconds over seconds.
@@ -165,16 +165,16 @@ def _run(way: str, arguments: dict[str, Any]) -> Measured:
 
 
 def _row(name: str, passes: list[Measured]) -> Row:
-    walls = [found.wall_s for found in passes]
+    walls = [measured.wall_s for measured in passes]
     return {
         "way": name,
         "documents": passes[0].documents,
         "tokens": passes[0].tokens,
         "wall_s": statistics.median(walls),
-        "tokens_per_s": statistics.median(found.tokens / found.wall_s for found in passes),
+        "tokens_per_s": statistics.median(measured.tokens / measured.wall_s for measured in passes),
         "spread": spread(walls),
-        "memory_before_bytes": int(statistics.median(found.memory_before for found in passes)),
-        "peak_memory_bytes": int(statistics.median(found.memory_peak for found in passes)),
+        "memory_before_bytes": int(statistics.median(measured.memory_before for measured in passes)),
+        "peak_memory_bytes": int(statistics.median(measured.memory_peak for measured in passes)),
     }
 
 

@@ -56,13 +56,13 @@ def bench_train(settings: TrainBench) -> dict[str, Any]:
     profiles: list[Row] = []
     ratios: dict[str, float] = {}
     for precision in settings.precisions:
-        found, ratio, shares = _low_rank_and_dense(settings, precision, device)
-        rows += found
+        more, ratio, shares = _low_rank_and_dense(settings, precision, device)
+        rows += more
         profiles += shares
         ratios |= ratio
     for precision in settings.precisions if settings.ray else ():
-        found, ratio = overhead(run_config(settings, precision, settings.ranks[0]), settings)
-        rows += found
+        more, ratio = overhead(run_config(settings, precision, settings.ranks[0]), settings)
+        rows += more
         ratios |= ratio
     conditions = {
         "model": settings.model.preset,

@@ -47,12 +47,12 @@ def peft_model(path: Path, bits: int, rank: int, seed: int) -> Any:
 
 def adapters(model: Any) -> dict[str, Tensor]:
     """finhpc's name of each of the adapters' factors -> it."""
-    found: dict[str, Tensor] = {}
+    factors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             layer, _, rest = name.removeprefix("base_model.model.").partition(".lora_")
-            found[f"{layer}.{rest[0]}"] = parameter
-    return found
+            factors[f"{layer}.{rest[0]}"] = parameter
+    return factors
 
 
 def padded(examples: list[tuple[Any, Any]], pad: int) -> dict[str, Tensor]:

@@ -91,10 +91,10 @@ def same_ids(texts: Any, mapped: Any, shards: Shards) -> bool:
         left[split] -= len(row)
         expected[split].update(row.tobytes())
     for split in ("train", "val"):
-        found = hashlib.sha256()
+        actual = hashlib.sha256()
         for index in range(len(manifest.splits[split])):
-            found.update(shards.read_shard(split, index).tobytes())  # type: ignore[arg-type]
-        if left[split] or found.digest() != expected[split].digest():
+            actual.update(shards.read_shard(split, index).tobytes())  # type: ignore[arg-type]
+        if left[split] or actual.digest() != expected[split].digest():
             return False
     return documents == {split: manifest.counts[split].documents for split in splits}
 
