@@ -1,44 +1,23 @@
-"""Runs that exist already: further metrics, the parent of a sweep's trials, the registry of models."""
+"""Runs below a parent run, and models in MLflow's registry."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finhpc.errors import TrainingFailedError
-from finhpc.files import redact
-from finhpc.tracking.shown import PARENT
-from finhpc.tracking.store import RefusedError, active_run, reason
+from finhpc.tracking.store import RefusedError, active_run
+from finhpc.tracking.tags import PARENT
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-BEST = "best"  # the alias
-
-
-def add_metrics(tracking_uri: str, run_id: str, metrics: Mapping[str, float], what: str) -> None:
-    """Add metrics to a run at its last step. Raises `TrainingFailedError` if MLflow does not take `what` they are."""
-    from mlflow import MlflowClient
-    from mlflow.entities import Metric
-
-    now = round(time.time() * 1000)
-    try:
-        client = MlflowClient(tracking_uri=tracking_uri)
-        step = int(client.get_run(run_id).data.metrics.get("steps", 0))
-        client.log_batch(run_id, metrics=[Metric(name, float(value), now, step) for name, value in metrics.items()])
-    except Exception as error:  # of MLflow or of the network
-        raise TrainingFailedError(
-            f"MLflow at {redact(tracking_uri)} did not take {what} ({reason(error)}); fix this and run the same "
-            "command again."
-        ) from None
+BEST = "best"  # the alias of a registered model
 
 
 def settle_children(tracking_uri: str, parent: str | None, children: list[tuple[str, str]]) -> None:
-    """Nest runs (id, status) below the parent; those that a killed process left RUNNING get their status.
+    """Put runs (id, status) below the parent; those that a killed process left RUNNING get their status.
 
-    Runs that were deleted in MLflow are skipped. Raises `MlflowException` if MLflow does not answer.
+    Runs that were deleted in MLflow are left alone. Raises `MlflowException` if MLflow does not answer.
     """
     from mlflow import MlflowClient
 
@@ -54,9 +33,9 @@ def settle_children(tracking_uri: str, parent: str | None, children: list[tuple[
 
 
 def register(tracking_uri: str, name: str, run_id: str, model: Path, steps: int) -> str:
-    """Register the model folder as a version of `name`, with the alias `best`; returns its MLflow address.
+    """Make the model folder a version of `name` in the registry, with the alias `best`; return its address.
 
-    A run is registered only once. Raises `RefusedError` for a run that was deleted in MLflow.
+    A run is registered once. Raises `RefusedError` for a run that was deleted in MLflow.
     """
     from mlflow import MlflowClient
 
@@ -71,16 +50,16 @@ def register(tracking_uri: str, name: str, run_id: str, model: Path, steps: int)
         )
     if not client.search_registered_models(filter_string=f"name = '{name}'"):
         client.create_registered_model(name, description="The best models of finhpc sweeps.")
-    known = [v for v in client.search_model_versions(f"name = '{name}'") if v.run_id == run_id]
-    if known:
-        version = known[0].version
+    versions = [v for v in client.search_model_versions(f"name = '{name}'") if v.run_id == run_id]
+    if versions:
+        version = versions[0].version
     else:
         logged = run.outputs.model_outputs if run.outputs else []
         ids = [output.model_id for output in logged if _exists(client, output.model_id)]
         if not ids:
             log_model(client, run_id, model, step=steps)
             ids = [output.model_id for output in client.get_run(run_id).outputs.model_outputs]
-        source = client.get_logged_model(ids[-1]).artifact_location  # models:/ID would be looked for elsewhere
+        source = client.get_logged_model(ids[-1]).artifact_location  # models:/ID would be looked up elsewhere
         version = client.create_model_version(name, source, run_id=run_id, model_id=ids[-1]).version
     client.set_registered_model_alias(name, BEST, version)
     return f"models:/{name}@{BEST}"

@@ -92,7 +92,7 @@ def make_optimizer(named: dict[str, nn.Parameter], settings: Optimizer) -> torch
     """
     chosen: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in named.items():
-        factor = name.rpartition(".")[2]
+        factor = name.removesuffix(".weight").rpartition(".")[2]
         scale = {"A": settings.lr_scale_a, "B": settings.lr_scale_b}.get(factor, 1.0)
         left_out = parameter.dim() < 2 or (factor in ("A", "B") and settings.decay == "product")
         chosen.setdefault((0.0 if left_out else settings.weight_decay, scale), []).append(parameter)

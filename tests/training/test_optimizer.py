@@ -65,7 +65,7 @@ def test_each_factor_has_its_own_learning_rate() -> None:
     set_lr(optimizer, 0.01)
     optimizer.step()  # Adam's first step moves every element by the learning rate
     moved = {name: (before[name] - p).detach() for name, p in layer.named_parameters()}
-    for name, rate in {"A": 0.005, "B": 0.04, "bias": 0.01}.items():
+    for name, rate in {"A.weight": 0.005, "B.weight": 0.04, "B.bias": 0.01}.items():
         torch.testing.assert_close(moved[name], torch.full_like(moved[name], rate), rtol=1e-4, atol=0)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from finhpc.commands.report.runs import FINANCIAL, Collected, Scale, Tracked
 from finhpc.commands.report.tables import Row
-from finhpc.tracking.shown import SCORED_FROM
+from finhpc.tracking.tags import SCORED_FROM
 
 BYTES_16BIT = 2
 

@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finhpc.errors import ConfigError
-from finhpc.models.families.presets import PRESETS, Shape, resolve_shape
+from finhpc.models.families.presets import PRESETS, Shape
+from finhpc.models.families.registry import FAMILIES, resolve_shape
 from finhpc.settings.base import marked
 from finhpc.settings.pretrain import Model
 from finhpc.settings.sweep import FinetuneSweepConfig, SweepConfig
-from finhpc.tracking.shown import HIDDEN, PARENT, SCORED_FROM, SETTING, SWEEP
+from finhpc.tracking.tags import COMMAND, PARENT, PREFIX, SCORED_FROM, SETTING, SWEEP
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-FAMILIES = {"gpt2": "GPT-2", "llama": "Llama"}
 GENERAL, FINANCIAL = ("boolq", "piqa", "winogrande"), ("fpb", "fiqa_sa", "tfns")
 SHAPE_KEYS = ("layers", "width", "heads", "kv_heads", "mlp_width", "context", "vocab_size")
 Curve = dict[int, float]  # step -> loss in nats
@@ -53,7 +53,7 @@ class Tracked:
 
     def start(self, key: str) -> str | None:
         """What its workers reported at their newest start: workers, threads, device, ..."""
-        return self.tags.get(f"{HIDDEN}start.{key}")
+        return self.tags.get(f"{PREFIX}start.{key}")
 
     def whole(self, key: str) -> int | None:
         """A setting that is a whole number."""
@@ -70,7 +70,7 @@ class Tracked:
     @property
     def verb(self) -> str | None:
         """pretrain, finetune or evaluate; None for anything else."""
-        verb = self.tags.get(HIDDEN + "verb")
+        verb = self.tags.get(COMMAND)
         return verb if verb in ("pretrain", "finetune", "evaluate") else None
 
     def place(self, key: str) -> str | None:
@@ -182,7 +182,7 @@ class Collected:
 
     def start_of(self, run: Tracked) -> Tracked | None:
         """The run that made the model it starts from, where MLflow holds it."""
-        path = run.tags.get(HIDDEN + "started_from") or run.setting("model.path")
+        path = run.tags.get(PREFIX + "started_from") or run.setting("model.path")
         return self.makers.get(path.rstrip("/")) if path else None
 
     def shape(self, run: Tracked) -> Shape | None:
@@ -202,7 +202,7 @@ class Collected:
 
     def scale(self, run: Tracked) -> Scale:
         """Where a run belongs. Parameters are 0 where MLflow holds none."""
-        params, data = int(run.metrics.get("params_dense", 0)), run.tags.get(HIDDEN + "dataset_fingerprint", "")[:12]
+        params, data = int(run.metrics.get("params_dense", 0)), run.tags.get(PREFIX + "dataset_fingerprint", "")[:12]
         if run.verb == "finetune":
             # Which examples are held out depends on the seed, and so does their fingerprint.
             limit = run.setting("data.limit")
@@ -251,7 +251,7 @@ def _shape_name(shape: Shape) -> str:
         own, other = ((s.family, s.layers, s.width, s.heads, s.kv_heads, s.mlp_width) for s in (shape, preset))
         if own == other:
             return name
-    return f"{FAMILIES.get(shape.family, shape.family)} {shape.layers} x {shape.width}"
+    return f"{FAMILIES[shape.family].label} {shape.layers} x {shape.width}"
 
 
 def _folder_name(path: str | None) -> str:

@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from finhpc.commands.ui import check_database
 from finhpc.errors import ConfigError
 from finhpc.settings.base import nearest
-from finhpc.tracking.store import REQUEST_TIMEOUT_S, unreadable
+from finhpc.tracking.store import REQUEST_TIMEOUT_S, check_database, unreadable
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -21,7 +21,7 @@ import torch
 from finhpc.cluster.connect import cluster_resources, ray_cluster, use_cuda
 from finhpc.cluster.tasks import run_tasks
 from finhpc.commands.export import export
-from finhpc.errors import ConfigError
+from finhpc.errors import ConfigError, TrainingFailedError
 from finhpc.evaluation import plausible
 from finhpc.files import redact, write_atomic
 from finhpc.generation.generator import Generator
@@ -36,9 +36,10 @@ from finhpc.settings.base import to_yaml
 from finhpc.settings.export import ExportConfig, ExportQuantization
 from finhpc.settings.generate import GenerateConfig, Sampling
 from finhpc.settings.reproduce import MeasureConfig
-from finhpc.tracking.registry import add_metrics
+from finhpc.tracking.mirror import tracked_run
+from finhpc.tracking.store import reason
+from finhpc.tracking.writer import RunWriter
 
-STATE = "mlflow.json"  # next to the model, in the run folder that it comes from
 WARM_UP = 2  # tokens
 
 
@@ -70,7 +71,7 @@ def measure(config: MeasureConfig) -> dict[str, Any]:
         shutil.rmtree(scratch, ignore_errors=True)
         plausible.check("measuring", {"models": [of for widths in measured.values() for of in widths.values()]})
         for model, widths in measured.items():
-            add_metrics(*targets[model], figures(widths, own_bits(model)), "the sizes and speeds")
+            _log(*targets[model], figures(widths, own_bits(model)))
         rows = [{"model": m, "bits": bits} | of for m, widths in measured.items() for bits, of in widths.items()]
         result = {"status": "finished", "models": rows, "sha256": sha256, "wall_s": time.monotonic() - begin}
         folder.write_result(result)
@@ -96,18 +97,30 @@ def _targets(config: MeasureConfig) -> dict[str, tuple[str, str]]:
     if config.mlflow_run_id and len(config.model) > 1:
         problems.append(f"mlflow_run_id is one run, and there are {len(config.model)} models; measure one at a time.")
     for model in config.model:
-        kept = Path(model).absolute().parent / STATE
         if config.mlflow_run_id:
             targets[model] = (ours, config.mlflow_run_id)
-        elif kept.is_file() and (state := json.loads(kept.read_text(encoding="utf-8"))).get("run_id"):
-            # The address on disk has no password; the given one may be of the same server.
-            there = ours if redact(ours) == state["tracking_uri"] else state["tracking_uri"]
-            targets[model] = (there, state["run_id"])
+        elif tracked := tracked_run(Path(model).absolute().parent, ours):
+            targets[model] = tracked
         else:
             problems.append(f"model={model} does not come from a run in MLflow; give mlflow_run_id.")
     if problems:
         raise ConfigError(problems)
     return targets
+
+
+def _log(tracking_uri: str, run_id: str, metrics: dict[str, float]) -> None:
+    from mlflow import MlflowClient
+
+    try:
+        client = MlflowClient(tracking_uri=tracking_uri)
+        # At the last step, so that they follow the sizes that the training counted.
+        step = int(client.get_run(run_id).data.metrics.get("steps", 0))
+        RunWriter(client, run_id).log_figures(metrics.items(), step)
+    except Exception as error:  # from MLflow or the network
+        raise TrainingFailedError(
+            f"MLflow at {redact(tracking_uri)} did not accept the sizes and speeds ({reason(error)}); fix this and "
+            "rerun the command."
+        ) from None
 
 
 def _sha256(config: MeasureConfig) -> str:

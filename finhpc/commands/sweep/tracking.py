@@ -13,10 +13,10 @@ from finhpc.commands.sweep.trial import TrialArguments, read_outcome, read_recor
 from finhpc.errors import FinhpcError
 from finhpc.runs.folder import RunFolder
 from finhpc.runs.job import Job
-from finhpc.runs.run import tell_mlflow
+from finhpc.runs.run import send_to_mlflow
 from finhpc.tracking.registry import register, settle_children
-from finhpc.tracking.shown import HIDDEN, SCORED_FROM, SETTING, setting_tags
 from finhpc.tracking.store import RefusedError
+from finhpc.tracking.tags import COMMAND, PREFIX, SCORED_FROM, SETTING, setting_tags
 from finhpc.tracking.tracker import Status, Tracker
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class Parent:
         config = plan.config
         self.plan = plan
         commit = folder.write_environment()["git_commit"]
-        tags = setting_tags(config) | plan.tags | {HIDDEN + "verb": "sweep", "mlflow.source.name": "finhpc sweep"}
+        tags = setting_tags(config) | plan.tags | {COMMAND: "sweep", "mlflow.source.name": "finhpc sweep"}
         tags |= {"mlflow.source.git.commit": commit} if commit else {}
         self.tracker = Tracker(
             folder.path, plan.tracking_uri, config.run.experiment, config.run.name, plan.shared_parameters(), tags,
@@ -114,8 +114,8 @@ def track_score(
     config, at = job.config, {"quantization.bits": bits}
     trained = folder.result() or {}
     tags = setting_tags(config) | {SETTING + key: value for key, value in at.items()} | dict(job.tags)
-    tags |= {SCORED_FROM: str(trained.get("mlflow_run_id")), HIDDEN + "verb": job.verb}
-    tags |= {HIDDEN + "dataset_fingerprint": job.fingerprints[0], "mlflow.source.name": "finhpc sweep"}
+    tags |= {SCORED_FROM: str(trained.get("mlflow_run_id")), COMMAND: job.command}
+    tags |= {PREFIX + "dataset_fingerprint": job.fingerprints[0], "mlflow.source.name": "finhpc sweep"}
     assert config.run.tracking_uri is not None
     tracker = Tracker(
         own, config.run.tracking_uri, config.run.experiment, name, job.parameters() | at, tags, job.datasets,
@@ -149,7 +149,7 @@ def send_missed(plan: SweepPlan, parent: str | None) -> None:
 def _send(run: Path, arguments: TrialArguments) -> None:
     record, job, folder = read_record(run), arguments.job(), arguments.folder
     if _unsent(run):
-        sent = tell_mlflow(job, folder, STATUS.get(record["status"], "FAILED"))
+        sent = send_to_mlflow(job, folder, STATUS.get(record["status"], "FAILED"))
         record |= {"mlflow_run_id": sent["mlflow_run_id"]}
     for name, score in record.get("scored", {}).items():
         bits = arguments.scores[name]
