@@ -157,6 +157,7 @@ def test_a_finished_run_returns_its_result_and_other_settings_are_refused(
     assert "train.seed was 0" in str(caught.value)
 
 
+@pytest.mark.usefixtures("quick_training")
 def test_more_steps_continue_a_finished_run(shards: Path, tmp_path: Path) -> None:
     pretrain(config(shards, tmp_path, train={"steps": 10}, parallel={"stages": 1}))
     result = pretrain(config(shards, tmp_path, train={"steps": 14}, parallel={"stages": 1}))
@@ -200,6 +201,7 @@ def test_a_refused_run_leaves_nothing(shards: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("quick_training")
 def test_paths_may_be_relative_and_a_failed_start_may_be_corrected(
     shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -229,6 +231,7 @@ def test_two_runs_of_one_name_at_once(shards: Path, tmp_path: Path) -> None:
         pretrain(config(shards, tmp_path))
 
 
+@pytest.mark.usefixtures("quick_training")
 def test_replicas_read_one_global_order(shards: Path, tmp_path: Path) -> None:
     one = pretrain(config(shards, tmp_path / "a", parallel={"stages": 1}, train={"steps": 12, "sample_tokens": 0}))
     split = {"stages": 1, "replicas": 2, "micro_batches": 2}

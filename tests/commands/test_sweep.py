@@ -158,8 +158,6 @@ def test_each_trial_has_the_cpus_that_it_asks_for(run_shards: Path, tmp_path: Pa
     wanted = [plan.placement(trial.name).bundles for trial in plan.trials]
     assert wanted == [[{"CPU": 1.0}], [{"CPU": 3.0}]]
     assert plan.concurrent == 2, "of six; more of the larger would not find room"
-    result = sweep(config)
-    assert [row["status"] for row in result["trials"]] == ["finished"] * 2
 
 
 def test_what_is_wrong_with_any_trial_is_told_before_one_starts(run_shards: Path, tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def put_id(folder: Path, name: str, value: int) -> None:
     (folder / "manifest.json").write_text(manifest.model_dump_json())
 
 
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("quick_training")
 def test_an_id_above_the_vocabulary_ends_a_run_before_the_embedding(shards: Path, tmp_path: Path) -> None:
     put_id(shards, "train-00001.parquet", 300)
     tree = {

@@ -180,7 +180,7 @@ def config(shards: Path, storage: Path, **sections: Any) -> PretrainConfig:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("quick_training")
 def test_only_damaged_checkpoints_are_never_taken_for_a_new_run(run_shards: Path, tmp_path: Path) -> None:
     pretrain(config(run_shards, tmp_path))
     for file in (tmp_path / "run" / "checkpoints").glob("*/stage-*.safetensors"):
