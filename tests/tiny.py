@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,13 @@ def tiny_shards(folder: Path, blocks: int = 96, block_len: int = 64, vocab: int 
         versions={},
     )
     write_atomic(folder / MANIFEST, manifest.model_dump_json(indent=1).encode())
+    return folder
+
+
+def with_tokenizer(folder: Path, shards: Path | None = None) -> Path:
+    """The folder with the tokenizer of `shards` in it, or with one of 300 ids."""
+    shards = shards or tiny_shards(folder.with_name(f"{folder.name}-shards"), blocks=8)
+    shutil.copytree(shards / "tokenizer", folder, dirs_exist_ok=True)
     return folder
 
 

@@ -31,9 +31,8 @@ from finhpc.settings.export import ExportConfig
 from finhpc.settings.finetune import FinetuneConfig, FinetuneQuantization, Lora
 from finhpc.settings.sweep import FinetuneSweepConfig
 from finhpc.training.journal import latest, read
-from tests.commands.test_start import with_tokenizer
 from tests.models.dense import saved, tiny_llama
-from tests.tiny import WORDS
+from tests.tiny import WORDS, with_tokenizer
 
 LABELS = ("negative", "neutral", "positive")
 

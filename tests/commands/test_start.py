@@ -29,6 +29,7 @@ from finhpc.settings.base import build, flatten
 from finhpc.settings.pretrain import Method, Model, PretrainConfig
 from finhpc.training.journal import latest, read
 from tests.models.dense import saved, tiny_gpt2, tiny_llama
+from tests.tiny import with_tokenizer
 
 COUNTS = ("params_total", "params_dense")
 RANKS = {"kind": "svd", "rank": 8, "ranks": {"head": 16}}
@@ -38,12 +39,6 @@ RANKS = {"kind": "svd", "rank": 8, "ranks": {"head": 16}}
 def dense(run_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dense model whose ids are the shards'; tied."""
     return with_tokenizer(saved(tiny_gpt2(), tmp_path_factory.mktemp("dense") / "model"), run_shards)
-
-
-def with_tokenizer(folder: Path, shards: Path) -> Path:
-    for file in (shards / "tokenizer").iterdir():
-        shutil.copy2(file, folder / file.name)
-    return folder
 
 
 def config(shards: Path, path: Path | None, storage: Path | None = None, **sections: Any) -> PretrainConfig:

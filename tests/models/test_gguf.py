@@ -31,9 +31,9 @@ from tests.models.folders import (
     generator,
     logits,
     model_ways,
-    with_tokenizer,
 )
 from tests.models.gguf_file import write_gguf
+from tests.tiny import with_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,8 @@ from finhpc.settings.finetune import FinetuneConfig
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.study import StudyConfig
 from finhpc.settings.sweep import FinetuneSweepConfig, SweepConfig
-from tests.commands.test_start import with_tokenizer
 from tests.models.dense import saved, tiny_llama
-from tests.tiny import WORDS
+from tests.tiny import WORDS, with_tokenizer
 
 
 @pytest.fixture
