@@ -17,6 +17,7 @@ from typing import Any
 
 import finhpc
 from finhpc import cli
+from finhpc.commands import COMMANDS
 from finhpc.settings.base import Section, defaults, keys, recipes
 
 LINE = re.compile(r"^<!-- finhpc (\w+) ?(.*?) -->$", re.MULTILINE)
@@ -30,13 +31,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 def settings_tables(name: str) -> str:
     """Return a table per section of a settings class: key, default, description."""
-    cls: type[Section]
-    if name.startswith("bench "):
-        from finhpc.bench.settings import BENCHES
-
-        cls = BENCHES[name.split()[1]][0]
-    else:
-        cls = getattr(finhpc, name)
+    cls: type[Section] = COMMANDS[name].settings_class() if name in COMMANDS else getattr(finhpc, name)
     fields, values = keys(cls), defaults(cls)
     sections: dict[str, list[str]] = {}
     for key, field in fields.items():
@@ -49,7 +44,7 @@ def settings_tables(name: str) -> str:
 
 def commands_table(_: str) -> str:
     """Return a table of all commands."""
-    rows = [f"| [`{name}`]({name}.md) | {_cell(row.about)} |" for name, row in cli.COMMANDS.items() if " " not in name]
+    rows = [f"| [`{name}`]({name}.md) | {_cell(row.help)} |" for name, row in COMMANDS.items() if " " not in name]
     return "| command | purpose |\n|---|---|\n" + "\n".join(rows)
 
 
@@ -92,7 +87,7 @@ def notebook(name: str) -> str:
 
 def api(part: str) -> str:
     """Return mkdocstrings' blocks for one part of the Python API."""
-    functions = {name: getattr(finhpc, name) for name in finhpc.__all__ if name in cli.COMMANDS}
+    functions = {name: getattr(finhpc, name) for name in finhpc.__all__ if name in COMMANDS}
     if part in ("commands", "models"):
         shown = functions if part == "commands" else {"load_model": finhpc.load_model}
         return "\n\n".join(

@@ -19,8 +19,9 @@ import pytest
 from finhpc.settings.base import build
 from finhpc.settings.finetune import FinetuneConfig
 from finhpc.settings.pretrain import PretrainConfig
+from finhpc.settings.training import default_tracking_uri
 from finhpc.tracking.shown import PARENT, SWEEP, Dataset, parameters, setting_tags
-from finhpc.tracking.tracker import Tracker, default_tracking_uri
+from finhpc.tracking.tracker import Tracker
 from finhpc.training.journal import Journal
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]

@@ -21,12 +21,13 @@ from finhpc.settings.base import build
 from finhpc.settings.finetune import FinetuneConfig
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.sweep import FinetuneSweepConfig, SweepConfig
+from finhpc.settings.training import default_tracking_uri
 from finhpc.tracking import mirror
 from finhpc.tracking import tracker as tracking
 from finhpc.tracking.pages import pages_of
 from finhpc.tracking.shown import PARENT, Dataset, origin, parameters, setting_tags, short_name
 from finhpc.tracking.store import check_store, deleted, experiment_id, refuses
-from finhpc.tracking.tracker import Tracker, default_tracking_uri
+from finhpc.tracking.tracker import Tracker
 from finhpc.training.journal import Journal
 
 

@@ -24,11 +24,12 @@ from finhpc.errors import ConfigError
 from finhpc.log import redirected
 from finhpc.settings.base import build
 from finhpc.settings.report import UiConfig
+from finhpc.settings.training import absolute_tracking_uri, default_tracking_uri
 from finhpc.tracking import mirror
 from finhpc.tracking import tracker as tracking
 from finhpc.tracking.shown import HIDDEN
 from finhpc.tracking.store import artifact_location
-from finhpc.tracking.tracker import Tracker, absolute_tracking_uri, default_tracking_uri
+from finhpc.tracking.tracker import Tracker
 from finhpc.training.journal import Journal
 
 LOSSES = {step: math.sin(step) / 3 + 5.0 for step in range(1, 2001)}
@@ -208,7 +209,8 @@ def test_a_run_that_goes_on_is_running(storage: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from finhpc.orchestration import mirror, tracking
+from finhpc.settings.training import default_tracking_uri
+from finhpc.tracking import mirror, tracker as tracking
 tracking.POLL_S, mirror.RECORDS_A_BATCH = 0.1, 100
 storage, fatal = Path(sys.argv[1]), int(sys.argv[2])
 saves, save = 0, mirror.State.save
@@ -219,7 +221,7 @@ def deadly(state):
         os.kill(os.getpid(), signal.SIGKILL)
     save(state)
 mirror.State.save = deadly
-uri = tracking.default_tracking_uri(storage)
+uri = default_tracking_uri(storage)
 tracker = tracking.Tracker(storage / "one", uri, "tests", "one", {"a": 1}, {}).start()
 print(tracker.finish("FINISHED", {"steps": 2000}))
 """
