@@ -196,7 +196,7 @@ def test_method_2_needs_a_path_and_a_low_rank_model_its_own_kind(run_shards: Pat
     path = with_tokenizer(tmp_path / "cola", run_shards)
     with pytest.raises(ConfigError) as caught:
         make_plan(config(run_shards, path))
-    assert "method.kind=svd does not go on from; use method.kind=cola" in str(caught.value)
+    assert "method.kind=svd cannot continue; use method.kind=cola" in str(caught.value)
     assert f"method.rank, method.ranks conflict with model.path={path}" in str(caught.value)
     with pytest.raises(
         ConfigError, match=r"method\.kind=blend takes W from a dense model, and model\.path=.* is low-rank"
