@@ -21,7 +21,6 @@ from finhpc.settings.base import build
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.training.checkpoint import MANIFEST, list_complete
 from finhpc.training.journal import read
-from tests.commands.storm import storm, table
 from tests.runs.pauses import HALTED_STEP
 from tests.runs.runs import (
     PATIENCE_S,
@@ -33,6 +32,7 @@ from tests.runs.runs import (
     train_workers,
     wait_for_step,
 )
+from tests.runs.storm import storm, table
 
 PAUSES = ("--plugins", "tests.runs.pauses")
 
