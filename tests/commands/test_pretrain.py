@@ -25,7 +25,7 @@ from finhpc.settings.report import ReportConfig
 from finhpc.tracking.shown import HIDDEN
 from finhpc.training.checkpoint import list_complete
 from finhpc.training.journal import latest, read
-from tests.tiny import tiny_shards
+from tests.tiny import pretrain_tree, tiny_shards
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -36,18 +36,15 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(shards: Path, storage: Path, **sections: Any) -> PretrainConfig:
-    tree: dict[str, Any] = {
-        "model": {"preset": "gpt2-tiny", "layers": 3, "width": 32, "context": 64},
-        "method": {"rank": 8},
-        "data": {"shards": str(shards), "seq_len": 32, "eval_samples": 16},
-        "optimizer": {"lr": 3e-3, "warmup_steps": 5},
-        "parallel": {"stages": 2, "micro_batch_size": 4, "micro_batches": 4},
-        "train": {"steps": 60, "eval_every": 30, "checkpoint_every": 20, "sample_tokens": 8},
-        "run": {"name": "run", "storage": str(storage)},
-    }
-    for section, values in sections.items():
-        tree[section] = tree.get(section, {}) | values
-    return build(PretrainConfig, tree)
+    tree = pretrain_tree(
+        shards,
+        storage,
+        model={"layers": 3},
+        optimizer={"lr": 3e-3, "warmup_steps": 5},
+        parallel={"stages": 2, "micro_batch_size": 4, "micro_batches": 4},
+        train={"steps": 60, "eval_every": 30, "checkpoint_every": 20, "sample_tokens": 8},
+    )
+    return build(PretrainConfig, tree | {section: tree.get(section, {}) | more for section, more in sections.items()})
 
 
 @pytest.fixture(scope="module")

@@ -23,19 +23,14 @@ from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.sweep import SweepConfig
 from finhpc.tracking.shown import SCORED_FROM, short_name
 from finhpc.training.journal import read
+from tests.tiny import pretrain_tree
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
 def tree(shards: Path, storage: Path) -> dict[str, Any]:
-    return {
-        "model": {"preset": "gpt2-tiny", "layers": 2, "width": 32, "context": 64},
-        "method": {"rank": 8},
-        "data": {"shards": str(shards), "seq_len": 32, "eval_samples": 16},
-        "train": {"steps": 20, "eval_every": 5, "checkpoint_every": 0},
-        "run": {"name": "ranks", "storage": str(storage)},
-        "sweep": {"concurrent": 2},
-    }
+    train = {"steps": 20, "eval_every": 5, "checkpoint_every": 0}
+    return pretrain_tree(shards, storage, train=train, run={"name": "ranks"}, sweep={"concurrent": 2})
 
 
 def starts(folder: Path) -> int:

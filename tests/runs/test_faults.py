@@ -33,6 +33,7 @@ from tests.runs.runs import (
     wait_for_step,
 )
 from tests.runs.storm import storm, table
+from tests.tiny import pretrain_tree
 
 PAUSES = ("--plugins", "tests.runs.pauses")
 
@@ -167,16 +168,8 @@ def test_the_command_ends_when_ray_dies_and_resumes(
 
 
 def config(shards: Path, storage: Path, **sections: Any) -> PretrainConfig:
-    tree: dict[str, Any] = {
-        "model": {"preset": "gpt2-tiny", "layers": 2, "width": 32, "context": 64},
-        "method": {"rank": 8},
-        "data": {"shards": str(shards), "seq_len": 32, "eval_samples": 16},
-        "train": {"steps": 4, "checkpoint_every": 2},
-        "run": {"name": "run", "storage": str(storage)},
-    }
-    for section, values in sections.items():
-        tree[section] = tree.get(section, {}) | values
-    return build(PretrainConfig, tree)
+    sections["train"] = {"steps": 4, "checkpoint_every": 2} | sections.get("train", {})
+    return build(PretrainConfig, pretrain_tree(shards, storage, **sections))
 
 
 @pytest.mark.slow
