@@ -17,7 +17,8 @@ from typing import Any
 
 import finhpc
 from finhpc import cli
-from finhpc.settings.base import Section, defaults, keys, recipes
+from finhpc.commands import COMMANDS
+from finhpc.settings.base import defaults, keys, recipes
 
 LINE = re.compile(r"^<!-- finhpc (\w+) ?(.*?) -->$", re.MULTILINE)
 DOCS = Path(__file__).parent
@@ -29,14 +30,8 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def settings_tables(name: str) -> str:
-    """Return a table per section of a settings class: key, default, description."""
-    cls: type[Section]
-    if name.startswith("bench "):
-        from finhpc.bench.settings import BENCHES
-
-        cls = BENCHES[name.split()[1]][0]
-    else:
-        cls = getattr(finhpc, name)
+    """Return a table per section of a command's settings: key, default, description."""
+    cls = COMMANDS[name].settings_class()
     fields, values = keys(cls), defaults(cls)
     sections: dict[str, list[str]] = {}
     for key, field in fields.items():
@@ -49,7 +44,7 @@ def settings_tables(name: str) -> str:
 
 def commands_table(_: str) -> str:
     """Return a table of all commands."""
-    rows = [f"| [`{name}`]({name}.md) | {_cell(row.about)} |" for name, row in cli.COMMANDS.items() if " " not in name]
+    rows = [f"| [`{name}`]({name}.md) | {_cell(row.help)} |" for name, row in COMMANDS.items() if " " not in name]
     return "| command | purpose |\n|---|---|\n" + "\n".join(rows)
 
 
@@ -92,12 +87,12 @@ def notebook(name: str) -> str:
 
 def api(part: str) -> str:
     """Return mkdocstrings' blocks for one part of the Python API."""
-    functions = {name: getattr(finhpc, name) for name in finhpc.__all__ if name in cli.COMMANDS}
     if part in ("commands", "models"):
-        shown = functions if part == "commands" else {"load_model": finhpc.load_model}
+        paths = {name: row.function for name, row in COMMANDS.items() if " " not in name and row.function}
+        shown = paths if part == "commands" else {"load_model": f"{finhpc.load_model.__module__}:load_model"}
         return "\n\n".join(
-            f"::: {function.__module__}.{name}\n    options:\n      heading: finhpc.{name}\n      toc_label: {name}"
-            for name, function in shown.items()
+            f"::: {path.replace(':', '.')}\n    options:\n      heading: finhpc.{name}\n      toc_label: {name}"
+            for name, path in shown.items()
         )
     if part == "settings":
         classes = [getattr(finhpc, name) for name in sorted(finhpc.__all__) if name.endswith("Config")]

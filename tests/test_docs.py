@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from finhpc.cli import COMMANDS, main
+from finhpc.cli import main
+from finhpc.commands import COMMANDS
 from tests.commands.test_start import with_tokenizer
 from tests.evaluation.tasks import write_data
 from tests.models.dense import saved, tiny_llama
@@ -220,7 +221,7 @@ def smaller(words: tuple[str, ...]) -> list[str]:
 
 def finhpc(words: list[str], folder: Path, *, code: str = "") -> subprocess.CompletedProcess[str]:
     """The command, or Python code, in a new process that works in `folder`."""
-    start = ["-c", code] if code else ["-P", "-m", "finhpc.cli", *words]
+    start = ["-c", code] if code else ["-P", "-m", "finhpc", *words]
     return subprocess.run([sys.executable, *start], cwd=folder, capture_output=True, text=True)
 
 
