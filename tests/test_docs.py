@@ -282,13 +282,16 @@ class Reader:
         given = [*smaller(words), "--json"]
         if "--plugins" in words:
             done = finhpc(given, self.folder)
-            code, out, err = done.returncode, done.stdout, done.stderr
+            code, out, err = str(done.returncode or ""), done.stdout, done.stderr
         else:
             self.capfd.readouterr()
-            code = main(given)
+            try:
+                code = str(main(given) or "")
+            except Exception as error:  # the other commands are worth a try
+                code = repr(error)
             out, err = self.capfd.readouterr()
         if code:
-            self.failed.append(f"finhpc {shlex.join(given)}\n{err[-1500:]}")
+            self.failed.append(f"finhpc {shlex.join(given)}: {code}\n{err[-1500:]}")
         elif out.rstrip().endswith("}"):
             keys = json.loads(out.splitlines()[-1])
             self.keys.setdefault(words[0], set()).update(keys)
