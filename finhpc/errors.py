@@ -6,16 +6,16 @@ traceback and exits with `exit_code`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import finhpc
-
 # Python takes any folder called finhpc, such as the one around a clone, for a package without code of its own, and may
 # still find our modules. Nothing would be registered with transformers then.
-if getattr(finhpc, "__file__", None) is None:
+_package = sys.modules["finhpc"]
+if getattr(_package, "__file__", None) is None:
     raise ImportError(
-        f"finhpc was found as a mere folder ({', '.join(finhpc.__path__)}) and not as the installed package, whose "
+        f"finhpc was found as a plain folder ({', '.join(_package.__path__)}) and not as the installed package, whose "
         "start-up code did not run; work in another folder, or reinstall it with `pip install --editable CLONE`."
     )
 

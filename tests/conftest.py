@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import finhpc  # turns usage reports off before Ray is imported
-from tests.runs.runs import command, outcome
+from tests.runs.runs import PATIENCE_S, command, outcome
 from tests.tiny import tiny_shards
 
 
@@ -82,14 +82,14 @@ def quick_training(ray_cluster: None) -> Iterator[None]:
         launch_warm.KEPT[0].shutdown()
 
 
-def fit_quickly(job: Any, folder: Any, cuda: bool, say: Any) -> None:
+def fit_quickly(job: Any, *arguments: Any) -> None:
     from finhpc.runs.launch_here import fit_here
     from finhpc.runs.launch_warm import fit_warm
 
     if job.config.parallel.workers == 1:
-        fit_here(job, folder, cuda, say, on_eval=lambda record: None)
+        fit_here(job, *arguments, on_eval=lambda record: None)
     else:
-        fit_warm(job, folder, cuda, say, look=lambda: None)
+        fit_warm(job, *arguments, look=lambda: None)
 
 
 @pytest.fixture(scope="session")
@@ -130,5 +130,5 @@ def run_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def unbroken(run_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     storage = tmp_path_factory.mktemp("unbroken")
     with command(storage, run_shards) as process:
-        assert process.wait(240) == 0, (storage / "stderr").read_text()[-3000:]
+        assert process.wait(PATIENCE_S) == 0, (storage / "stderr").read_text()[-3000:]
     return outcome(storage) | {"token_mode": (storage / ".ray" / "auth_token").stat().st_mode}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -23,12 +22,10 @@ def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys; sys.argv=['finhpc','--help']; from finhpc.cli import main; main();"
         "heavy={'torch','ray','mlflow','transformers','deepspeed','pyarrow','numpy'} & set(sys.modules);"
-        "assert not heavy, heavy"
+        "assert not heavy, heavy; assert len(sys.modules) < 250, len(sys.modules)"
     )
-    begin = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "pretrain" in done.stdout
-    assert time.perf_counter() - begin < 5  # a bound for a loaded machine; measured 0.05 s
 
 
 def test_flags_are_parsed_by_the_type_of_their_setting() -> None:

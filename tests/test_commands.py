@@ -42,7 +42,8 @@ def as_flags(settings: Any) -> dict[str, str]:
         elif isinstance(value, bool):
             found[name] = str(value).lower()
         else:
-            found[name] = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            found[name] = text.removeprefix(f"{Path.cwd()}/")
     return found
 
 
@@ -131,7 +132,7 @@ DRY: dict[str, str] = {
 }
 REFUSED = {  # what each says of its dry run
     "bench": ("data", "bench data has no --dry_run, because it only measures"),
-    "estimate": ("--estimate.device this-machine", "leave --dry_run out"),
+    "estimate": ("--estimate.device this-machine", "omit --dry_run"),
     "report": ("", "does not exist: nothing was tracked there yet"),
     "ui": ("", "does not exist: nothing was tracked there yet"),
 }
@@ -185,7 +186,7 @@ def test_files_that_prepare_does_not_read_are_told(tmp_path: Path, capsys: pytes
         (tmp_path / name).write_text("the bank")
     config = finhpc.PrepareConfig(source=[str(tmp_path)], out=str(tmp_path / "out"), tokenizer="train:300")
     assert finhpc.prepare(config, True)["files"] == 1
-    assert f"{tmp_path}: not read, 2 files of other formats" in capsys.readouterr().err
+    assert f"{tmp_path}: 2 files of other formats are not read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

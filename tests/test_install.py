@@ -21,14 +21,14 @@ FOUND_AS_A_FOLDER = """
 import sys, types
 sys.modules["finhpc"] = types.ModuleType("finhpc")  # as an import system gives it that found a folder alone
 sys.modules["finhpc"].__path__ = [sys.argv[1]]
-import finhpc.settings
+import finhpc.settings.base
 """
 
 
-def test_a_mere_folder_is_refused() -> None:
+def test_a_plain_folder_is_refused() -> None:
     done = subprocess.run([sys.executable, "-c", FOUND_AS_A_FOLDER, FOLDER], capture_output=True, text=True)
     assert done.returncode != 0
-    assert f"ImportError: finhpc was found as a mere folder ({FOLDER})" in done.stderr
+    assert f"ImportError: finhpc was found as a plain folder ({FOLDER})" in done.stderr
     assert "reinstall it with `pip install --editable CLONE`" in done.stderr
 
 

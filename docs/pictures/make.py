@@ -27,8 +27,8 @@ from finhpc.settings.evaluate import EvaluateConfig
 from finhpc.settings.prepare import PrepareConfig
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.sweep import FinetuneSweepConfig, SweepConfig
+from finhpc.settings.training import default_tracking_uri
 from finhpc.tracking.pages import pages_of
-from finhpc.tracking.tracker import default_tracking_uri
 
 HERE = Path(__file__).parent
 SIZE, SHOWN = (1680, 800), 1256  # pixels; on the right MLflow opens its assistant

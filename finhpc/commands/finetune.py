@@ -14,7 +14,7 @@ from finhpc.files import publish
 from finhpc.planning.plan import check_parallel, check_parts, check_stages
 from finhpc.runs import result as outcome
 from finhpc.runs.job import Job, Rows
-from finhpc.runs.run import checked, place_whole, run, whole_path
+from finhpc.runs.run import checked, run
 from finhpc.screen import rows_table, summary_table
 from finhpc.settings.finetune import FinetuneConfig
 from finhpc.tracking.shown import Dataset
@@ -52,7 +52,6 @@ class Finetune(Job):
 
     def __init__(self, config: FinetuneConfig) -> None:
         config = config.model_copy(deep=True)
-        place_whole(config)
         self.made = _make(config)
         self.config: FinetuneConfig = self.made.config
 
@@ -249,7 +248,7 @@ def _make(config: FinetuneConfig) -> Made:
     with collect(problems):
         weights = open_base(config)
     if weights is not None:
-        config.model.path = whole_path(str(weights.path))
+        config.model.path = str(weights.path.absolute())
         with collect(problems):
             _check_model(config, weights)
         with collect(problems):

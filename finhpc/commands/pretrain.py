@@ -14,7 +14,7 @@ from finhpc.planning.init import DECOMPOSED, initial_fill, needs_decomposing
 from finhpc.planning.plan import check_tokenizer, hf_config_of, make_plan
 from finhpc.runs import result as outcome
 from finhpc.runs.job import Job, Rows
-from finhpc.runs.run import checked, place_whole, run
+from finhpc.runs.run import checked, run
 from finhpc.screen import rows_table, summary_table
 from finhpc.settings.decompose import DecomposeConfig
 from finhpc.settings.pretrain import PretrainConfig
@@ -43,8 +43,6 @@ class Pretrain(Job):
     verb = "pretrain"
 
     def __init__(self, config: PretrainConfig) -> None:
-        config = config.model_copy(deep=True)
-        place_whole(config)
         self.config: PretrainConfig = config
         self.plan = make_plan(config)
 

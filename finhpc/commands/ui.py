@@ -22,7 +22,6 @@ from finhpc.files import redact
 from finhpc.settings.report import UiConfig
 from finhpc.tracking.pages import Pages, pages_of
 from finhpc.tracking.store import artifact_location, database_file
-from finhpc.tracking.tracker import absolute_tracking_uri, default_tracking_uri
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +36,7 @@ def ui(config: UiConfig, dry_run: bool = False) -> None:
     Raises `ConfigError` for a name that no run has, a database that cannot be read and a port that is taken.
     """
     run, port = config.run, config.port
-    uri = absolute_tracking_uri(run.tracking_uri) if run.tracking_uri else default_tracking_uri(run.storage)
+    uri = run.mlflow_uri
     name = run.name if "name" in run.model_fields_set else None
     served = uri.startswith(("http://", "https://"))
     if not served:

@@ -29,17 +29,10 @@ import yaml
 
 from finhpc.errors import ConfigError
 from finhpc.files import lock, private_folder, redact, write_atomic, write_json
-from finhpc.settings.base import build, flatten, to_yaml
+from finhpc.settings.base import build, flatten, marked, to_yaml
 from finhpc.settings.finetune import TrainingConfig
 from finhpc.settings.pretrain import PretrainConfig
 
-# Settings that only place a run; all others are its meaning and must stay as they were. The cosine
-# schedule spans `train.steps`, so more steps stretch what is left of it; fewer would leave steps
-# behind that were trained on another schedule.
-MAY_CHANGE = re.compile(
-    r"grid|(run|resources|parallel|sweep)\..*|data\.(shards|source|eval_source)|model\.path|method\.blend_share"
-    r"|train\.(epochs|eval_every|checkpoint_every|keep_checkpoints|hang_timeout_s|recompute|sample_.*)"
-)
 PACKAGES = ("finhpc", "torch", "ray", "deepspeed", "transformers", "tokenizers", "mlflow", "numpy", "pyarrow")
 # What may lie in a run folder before its work begins.
 BEFORE_WORK = {".lock", ".room", "config.yaml", "environment.json", "identity.json", "tasks"}
@@ -167,11 +160,11 @@ def _differences(before: TrainingConfig, now: TrainingConfig) -> list[str]:
         key = "the step from which W is gone (method.blend_share x train.steps)"
         shares = (old["method.blend_share"], new["method.blend_share"])
         old[key], new[key] = (round(a * c.train.steps) for a, c in zip(shares, (before, now), strict=True))
-    problems = []
+    problems, may_change = [], marked(type(now), "may_change")
     for key, value in new.items():
-        if old[key] == value or MAY_CHANGE.fullmatch(key):
+        if old[key] == value or key in may_change:
             continue
-        if key == "train.steps":
+        if key == "train.steps":  # the cosine schedule spans them: more steps stretch what is left of it
             if value < old[key]:
                 problems.append(
                     f"train.steps was {old[key]} in the run's config, now {value}; a run can only be made longer: "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -22,11 +21,9 @@ from finhpc.runs.progress import Progress
 from finhpc.runs.worker import FATAL, MEMORY, ROOM, ROOM_BYTES
 from finhpc.screen import summary_table
 from finhpc.settings.finetune import TrainingConfig
-from finhpc.settings.pretrain import PretrainConfig
-from finhpc.settings.training import Run
 from finhpc.tracking.shown import HIDDEN, origin, setting_tags
 from finhpc.tracking.store import check_store
-from finhpc.tracking.tracker import Status, Tracker, absolute_tracking_uri, default_tracking_uri
+from finhpc.tracking.tracker import Status, Tracker
 from finhpc.training.checkpoint import list_complete
 from finhpc.training.journal import DRIVER_FILE, WORKER_FILE
 
@@ -44,13 +41,8 @@ J = TypeVar("J", bound=Job)
 def checked(job: J) -> J:
     """The job, if MLflow will take its run; raises `ConfigError` otherwise, before anything starts."""
     config = job.config
-    check_store(tracking_uri_of(config.run), config.run.experiment)
+    check_store(config.run.mlflow_uri, config.run.experiment)
     return job
-
-
-def tracking_uri_of(run: Run) -> str:
-    """The address of its MLflow, given or next to the run folders."""
-    return run.tracking_uri or default_tracking_uri(run.storage)
 
 
 def run(job: Job, dry_run: bool = False, fit: Fit = fit) -> dict[str, Any]:
@@ -129,37 +121,6 @@ def _tracked(
             final = result or outcome.unfinished(job, folder.path, status)
             _conclude(folder, tracker, status, final)
     return final
-
-
-def whole_path(path: str) -> str:
-    """Workers run in folders of their own, reruns anywhere."""
-    return os.path.abspath(os.path.expanduser(path))
-
-
-def place_whole(config: TrainingConfig) -> None:
-    """Make the paths of a run, and of what it reads, whole, in place; names of the hub stay."""
-    place_whole_run(config.run)
-    if config.model.path and os.path.exists(os.path.expanduser(config.model.path)):
-        config.model.path = whole_path(config.model.path)
-    if isinstance(config, PretrainConfig):
-        config.data.shards = config.data.shards and whole_path(config.data.shards)
-    else:
-        config.data.source = [_whole_source(source) for source in config.data.source]
-        config.data.eval_source = [_whole_source(source) for source in config.data.eval_source]
-        config.data.templates = config.data.templates and whole_path(config.data.templates)
-
-
-def _whole_source(source: str) -> str:
-    if not source.startswith("hf:"):
-        return whole_path(source)
-    name, colon, configuration = source.removeprefix("hf:").partition(":")
-    return f"hf:{whole_path(name)}{colon}{configuration}" if os.path.isdir(name) else source
-
-
-def place_whole_run(run: Run) -> None:
-    run.storage = whole_path(run.storage)
-    if run.tracking_uri:
-        run.tracking_uri = absolute_tracking_uri(run.tracking_uri)
 
 
 def _where_it_goes_on(folder: RunFolder) -> str:
@@ -249,7 +210,7 @@ def _tracker(job: Job, folder: RunFolder, environment: dict[str, Any]) -> Tracke
     run = config.run
     given = {key: value for key, value in tags.items() if value not in (None, "")}
     params = job.parameters()
-    return Tracker(folder.path, tracking_uri_of(run), run.experiment, run.name, params, given, datasets=job.datasets)
+    return Tracker(folder.path, run.mlflow_uri, run.experiment, run.name, params, given, datasets=job.datasets)
 
 
 def _is_done(before: dict[str, Any] | None, config: TrainingConfig) -> bool:

@@ -51,8 +51,34 @@ class Section(BaseModel, metaclass=_Refusing):
 
 
 C = TypeVar("C", bound=Section)
+# `json_schema_extra` of a setting, or of a section's class, that may change when a run is resumed. All others are what
+# the run means and must stay as they were.
+MAY_CHANGE: dict[str, Any] = {"may_change": True}
 TRUST = "trust_task_code"
 Plugins = Annotated[list[str], AfterValidator(plugins.load)]  # imported when the settings are made, wherever that is
+
+
+# Paths become absolute when settings are made, because workers and reruns have other working directories.
+
+
+def absolute_path(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path)) if path else path
+
+
+def _absolute_if_exists(path: str) -> str:
+    return absolute_path(path) if os.path.exists(os.path.expanduser(path)) else path
+
+
+def _absolute_source(source: str) -> str:
+    if not source.startswith("hf:"):
+        return absolute_path(source)
+    name, colon, configuration = source.removeprefix("hf:").partition(":")
+    return f"hf:{absolute_path(name)}{colon}{configuration}" if os.path.isdir(name) else source
+
+
+LocalPath = Annotated[str, AfterValidator(absolute_path)]
+ModelPath = Annotated[str, AfterValidator(_absolute_if_exists)]  # a folder, or a name of the hub, which stays
+Source = Annotated[str, AfterValidator(_absolute_source)]
 
 
 def plugins_field() -> Any:
@@ -180,16 +206,26 @@ def defaults(cls: type[Section], source: str | None = None) -> dict[str, str]:
 
     A field says in `json_schema_extra` what stands for a value that is found only later.
     """
-    given = load(cls, source)
-    later: dict[str, str] = {}
+    later, tree = marked(cls, "default"), _read(source) if source else {}
+    return {
+        name: str(later[name]) if name in later and not _holds(tree, name) else _shown(value)
+        for name, value in flatten(load(cls, source)).items()
+    }
+
+
+def marked(cls: type[Section], mark: str) -> dict[str, Any]:
+    """Dotted name -> what `json_schema_extra` says under `mark`, of the setting or of a section that it is in."""
+    marks: dict[str, Any] = {}
     for path, field in _fields(cls):
-        if isinstance(extra := field.json_schema_extra, dict):
-            later |= {name: str(extra["default"]) for name in keys(cls) if f"{name}.".startswith(f"{path}.")}
-    tree = _read(source) if source else {}
-    shown = {}
-    for name, value in flatten(given).items():
-        shown[name] = later[name] if name in later and not _holds(tree, name) else _shown(value)
-    return shown
+        section = field.annotation
+        extras = [
+            field.json_schema_extra,
+            section.model_config.get("json_schema_extra") if _is_section(section) else None,
+        ]
+        for extra in extras:
+            if isinstance(extra, dict) and mark in extra:
+                marks |= {name: extra[mark] for name in keys(cls) if f"{name}.".startswith(f"{path}.")}
+    return marks
 
 
 def _fields(cls: type[Section], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -214,6 +250,8 @@ def _shown(value: Any) -> str:
         return "none"
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, str) and value.startswith(f"{os.getcwd()}{os.sep}"):
+        return os.path.relpath(value)
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 

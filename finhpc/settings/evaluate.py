@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from finhpc.settings.base import Plugins, Section, plugins_field
+from finhpc.settings.base import LocalPath, Plugins, Section, plugins_field
 from finhpc.settings.export import ExportQuantization
 from finhpc.settings.finetune import LABELS, Labels
 from finhpc.settings.training import Resources, Run
@@ -26,7 +26,9 @@ class EvaluateData(Section):
     columns: dict[str, str] = Field(default_factory=dict, description="of a task of your own, as finetune's")
     encoding: str | None = Field(None, description="of text files; default: UTF-8, PhraseBank's latin-1")
     hf_split: str = Field("validation", description="split of an hf: source")
-    shards: str | None = Field(None, description="folder written by `finhpc prepare`; required for the task perplexity")
+    shards: LocalPath | None = Field(
+        None, description="folder written by `finhpc prepare`; required for the task perplexity"
+    )
     split: Literal["train", "val"] = Field("val", description="split of the shards")
     seq_len: int | None = Field(None, ge=2, description="tokens a sample of the shards; default: their block_len")
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
-from finhpc.settings.base import Plugins, Section, plugins_field
+from finhpc.settings.base import MAY_CHANGE, LocalPath, ModelPath, Plugins, Section, Source, plugins_field
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.training import Optimizer, Parallel, Resources, Run, Train
 
@@ -53,8 +53,10 @@ Labels = Annotated[dict[str, str], BeforeValidator(_meaning)]
 class Base(Section):
     """The model that stays as it is."""
 
-    path: str | None = Field(
-        None, description="base: a Hugging Face folder, a hub id, a .gguf file, or a model of finhpc; required"
+    path: ModelPath | None = Field(
+        None,
+        description="base: a Hugging Face folder, a hub id, a .gguf file, or a model of finhpc; required",
+        json_schema_extra=MAY_CHANGE,
     )
 
 
@@ -91,16 +93,17 @@ class FinetuneQuantization(Section):
 class Instructions(Section):
     """Examples to learn from: a prompt, and the answer that alone carries loss."""
 
-    source: list[str] = Field(
+    source: list[Source] = Field(
         default_factory=list,
         description="files of examples, or hf:NAME (repeat for several; FILE:FORMAT names its format)",
+        json_schema_extra=MAY_CHANGE,
     )
     template: str | None = Field(None, description="named prompt template; default: the one of each file's format")
     columns: dict[str, str] = Field(
         default_factory=dict,
         description="columns that hold the template's fields, if they have other names: input=headline, label=mood",
     )
-    templates: str | None = Field(
+    templates: LocalPath | None = Field(
         None, description="YAML file of your own templates; default: none (--list_templates shows all)"
     )
     labels: Labels = Field(default_factory=dict, description=LABELS)
@@ -108,8 +111,10 @@ class Instructions(Section):
         None, description="of text and CSV files; default: UTF-8, and PhraseBank latin-1 unless it is valid UTF-8"
     )
     hf_split: str = Field("train", description="split of hf: sources")
-    eval_source: list[str] = Field(
-        default_factory=list, description="held-out files; default: eval_fraction of each source, split by sentence"
+    eval_source: list[Source] = Field(
+        default_factory=list,
+        description="held-out files; default: eval_fraction of each source, split by sentence",
+        json_schema_extra=MAY_CHANGE,
     )
     eval_fraction: float = Field(0.1, ge=0, lt=1, description="share of distinct inputs held out where none are given")
     limit: int | None = Field(None, ge=1, description="examples trained on, drawn by the seed; default: all")
@@ -130,7 +135,12 @@ class FinetuneTrain(Train):
         description="optimizer steps; in place of train.epochs",
         json_schema_extra={"default": "by train.epochs"},
     )
-    epochs: float | None = Field(1.0, gt=0, description="passes over the examples; not used if train.steps is given")
+    epochs: float | None = Field(
+        1.0,
+        gt=0,
+        description="passes over the examples; not used if train.steps is given",
+        json_schema_extra=MAY_CHANGE,
+    )
 
 
 class FinetuneConfig(Section):

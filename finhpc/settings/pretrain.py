@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from finhpc.settings.base import Plugins, Section, plugins_field
+from finhpc.settings.base import MAY_CHANGE, LocalPath, ModelPath, Plugins, Section, plugins_field
 from finhpc.settings.training import Optimizer, Parallel, Resources, Run, Train
 
 OF_PRESET: dict[str, Any] = {"default": "the preset's"}  # what help shows in place of None
@@ -16,10 +16,11 @@ LINEAR_KINDS = ("attention", "mlp", "head", "embedding")
 class Model(Section):
     """Which transformer. A preset names a shape; the other keys change parts of it. Or `path`, which brings its own."""
 
-    path: str | None = Field(
+    path: ModelPath | None = Field(
         None,
         description="model folder whose weights training starts from, dense or low-rank, with its own shape; default: "
         "weights are drawn",
+        json_schema_extra=MAY_CHANGE,
     )
     preset: str = Field("gpt2-tiny", description="named shape; `finhpc pretrain --help` lists them")
     layers: int | None = Field(None, ge=1, description="transformer blocks", json_schema_extra=OF_PRESET)
@@ -59,15 +60,32 @@ class Method(Section):
     embedding: Literal["dense", "low_rank"] = Field("dense", description="the token embedding")
     head: Literal["low_rank", "dense"] = Field("low_rank", description="the output layer")
     blend_start: float = Field(0.99, gt=0, le=1, description="alpha in the first step (blend)")
-    blend_share: float = Field(0.5, gt=0, le=1, description="share of train.steps after which alpha is 0 (blend)")
+    blend_share: float = Field(
+        0.5, gt=0, le=1, description="share of train.steps after which alpha is 0 (blend)", json_schema_extra=MAY_CHANGE
+    )
     blend_schedule: Literal["linear", "cosine"] = Field("linear", description="how alpha falls (blend)")
     blend_weight: Literal["frozen", "trainable"] = Field(
         "frozen", description="whether W is trained too, as long as it is there (blend)"
     )
 
+    def blend_steps(self, steps: int) -> int:
+        """Return the first of `steps` steps (from 1) that is taken without W (blend)."""
+        return round(self.blend_share * steps)
+
+    def problems(self, steps: int) -> list[str]:
+        """Return what does not work in a training of `steps`, with its remedy."""
+        if self.kind != "blend" or (count := self.blend_steps(steps)) >= 2:
+            return []
+        return [
+            f"method.blend_share={self.blend_share} of train.steps={steps} is {count} steps, too few for alpha to "
+            "fall; raise one of them, or use method.kind=svd."
+        ]
+
 
 class Data(Section):
-    shards: str | None = Field(None, description="folder written by `finhpc prepare`; required to train")
+    shards: LocalPath | None = Field(
+        None, description="folder written by `finhpc prepare`; required to train", json_schema_extra=MAY_CHANGE
+    )
     seq_len: int = Field(256, ge=2, description="tokens a sample; must divide the shards' block length")
     eval_samples: int = Field(128, ge=1, description="held-out samples scored at each evaluation")
 
@@ -80,6 +98,24 @@ class Quantization(Section):
     when: Literal["after", "during"] = Field(
         "after", description="during: trained with rounded weights in the forward pass; after: see `finhpc export`"
     )
+
+    def problems(self, optimizer: Optimizer) -> list[str]:
+        """Return what is contradictory, each with its remedy."""
+        problems = []
+        if self.bits < 16 and self.when == "after":
+            problems.append(
+                f"quantization.bits={self.bits} with quantization.when=after does not change training; leave it at 16 "
+                f"and quantize the trained model with `finhpc export --quantization.bits {self.bits}`, or use "
+                "quantization.when=during."
+            )
+        if self.bits == 16 and self.when == "during":
+            problems.append("quantization.when=during needs quantization.bits=8 or 4; at 16 nothing is quantized.")
+        if optimizer.decay == "product" and self.training_bits < 16:
+            problems.append(
+                "optimizer.decay=product does not work on rounded weights; use optimizer.decay=factors with "
+                "quantization.when=during."
+            )
+        return problems
 
     @property
     def training_bits(self) -> int:

@@ -5,14 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from finhpc.settings.base import Section
-from finhpc.settings.training import Run
-
-
-class Tracked(Section):
-    """Where runs were tracked."""
-
-    storage: str = Field("runs", description="folder of run folders, whose mlflow.db is read")
-    tracking_uri: str | None = Field(None, description="MLflow server or database; default: sqlite in run.storage")
+from finhpc.settings.training import Run, Tracked
 
 
 class ReportConfig(Section):

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from finhpc.errors import ConfigError
-from finhpc.settings.base import ProblemsError, Section, build, keys, nearest, put
+from finhpc.settings.base import MAY_CHANGE, ProblemsError, Section, build, keys, nearest, put
 from finhpc.settings.finetune import FinetuneConfig
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.training import Run
@@ -88,7 +88,7 @@ DISTRIBUTIONS: dict[str, tuple[str, Callable[..., Any]]] = {
 }
 
 
-class Sweep(Section):
+class Sweep(Section, json_schema_extra=MAY_CHANGE):
     """How the trials are run and ranked."""
 
     samples: int = Field(1, ge=1, description="draws of the keys that have a distribution, for each grid point")
@@ -119,7 +119,7 @@ class SweepConfig(PretrainConfig):
     """Settings of `finhpc sweep`: those that its pretrainings share, and what they differ in."""
 
     grid: Annotated[dict[str, Any], AfterValidator(partial(check_grid, PretrainConfig))] = Field(
-        default_factory=dict, description=GRID
+        default_factory=dict, description=GRID, json_schema_extra=MAY_CHANGE
     )
     sweep: Sweep = Field(default_factory=Sweep)
     run: Run = Field(default_factory=lambda: Run(name="sweep"))
@@ -129,7 +129,7 @@ class FinetuneSweepConfig(FinetuneConfig):
     """Settings of `finhpc sweep finetune`."""
 
     grid: Annotated[dict[str, Any], AfterValidator(partial(check_grid, FinetuneConfig))] = Field(
-        default_factory=dict, description=GRID
+        default_factory=dict, description=GRID, json_schema_extra=MAY_CHANGE
     )
     sweep: Sweep = Field(default_factory=Sweep)
     run: Run = Field(default_factory=lambda: Run(name="sweep"))

@@ -9,7 +9,6 @@ driver dies.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -18,44 +17,20 @@ from typing import Any
 
 import psutil
 
-from finhpc.errors import ConfigError
 from finhpc.files import redact
+from finhpc.settings.training import absolute_tracking_uri
 from finhpc.tracking.mirror import Ending, Mirror, State, Status
 from finhpc.tracking.shown import Dataset
-from finhpc.tracking.store import RefusedError, database_file, reason, refuses, set_up_client
+from finhpc.tracking.store import RefusedError, reason, refuses, set_up_client
 from finhpc.training.journal import DRIVER_FILE, Journal, read
 
 log = logging.getLogger(__name__)
 
-__all__ = ["Status", "Tracker", "absolute_tracking_uri", "default_tracking_uri"]
+__all__ = ["Status", "Tracker"]
 
 POLL_S = 2.0
 LONGEST_RETRY_S = 30.0
 SAMPLE_S = 10.0
-
-
-def default_tracking_uri(storage: str | Path) -> str:
-    """A database file beside the run folders."""
-    folder = os.path.abspath(Path(storage).expanduser())
-    _check_folder(folder, f"run.storage={folder}", "give run.tracking_uri")
-    return f"sqlite:///{folder}/mlflow.db"
-
-
-def absolute_tracking_uri(tracking_uri: str) -> str:
-    """The address with a relative sqlite file looked for in the current directory; others as they are."""
-    database = database_file(tracking_uri)
-    if database is None or database.is_absolute():
-        return tracking_uri
-    folder = os.getcwd()
-    _check_folder(folder, f"run.tracking_uri={tracking_uri}, relative to {folder},", "give the path of another one")
-    return f"sqlite:///{os.path.abspath(database)}"
-
-
-def _check_folder(folder: str, what: str, otherwise: str) -> None:
-    if set(folder) & set("?#%"):
-        raise ConfigError(
-            f"{what} holds a character (one of ? # %) that no sqlite address can; rename the folder or {otherwise}."
-        )
 
 
 class Tracker:

@@ -51,11 +51,12 @@ def test_a_healthy_machine_is_fine() -> None:
 def test_a_dead_cluster_is_named_at_once(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     address = form.format(dead_port())
     monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr(ray_ready, "ANSWER_S", 500.0)
     begin = time.monotonic()
     with pytest.raises(ConfigError, match=f"RAY_ADDRESS={address}: no cluster answers there") as caught:
         check_ray()
     assert "unset RAY_ADDRESS to work on this machine" in str(caught.value)
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 100
 
 
 @pytest.mark.parametrize("address", ["head-node", "nowhere.invalid:6379", "127.0.0.1:99999"])

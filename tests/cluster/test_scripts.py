@@ -46,7 +46,7 @@ def start(*words: str, **more: str) -> subprocess.CompletedProcess[str]:
     environment.pop("SCRIPT", None)
     environment["PATH"] = f"{more.get('PATH', str(BIN))}{os.pathsep}/usr/bin{os.pathsep}/bin"
     script = more.get("SCRIPT", str(CLUSTER / "start.sh"))
-    return subprocess.run([script, *words], env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run([script, *words], env=environment, capture_output=True, text=True, timeout=300)
 
 
 def test_a_port_in_use_is_named_with_the_variable_that_changes_it(tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_slurm_gives_rays_nodes_their_cpus_and_all_nodes_mlflows_address(tmp_pat
     environment = {f"SLURM_{name}": value for name, value in slurm.items()}
     environment |= {"PATH": f"{tmp_path}:/usr/bin:/bin", "STORAGE": str(tmp_path), "FINHPC_BIN": str(tmp_path)}
     words = ["bash", str(CLUSTER / "slurm.sbatch"), "pretrain", "--train.steps", "3"]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=30)
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     started = (tmp_path / "srun.words").read_text().splitlines()
     assert len(started) == nodes

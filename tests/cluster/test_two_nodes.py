@@ -14,11 +14,11 @@ import pytest
 
 from finhpc.training.journal import read
 from tests.runs.nodes import two_nodes
-from tests.runs.runs import CUT, FLAGS, STEPS, assert_same_run, last_words, outcome, wait_for_step
+from tests.runs.runs import CUT, FLAGS, PATIENCE_S, STEPS, assert_same_run, last_words, outcome, wait_for_step
 from tests.tiny import tiny_shards
 
 
-def wait_until(true: Callable[[], bool], what: str, storage: Path, timeout_s: float = 120) -> None:
+def wait_until(true: Callable[[], bool], what: str, storage: Path, timeout_s: float = PATIENCE_S) -> None:
     deadline = time.monotonic() + timeout_s
     while not true():
         assert time.monotonic() < deadline, f"{what}: {last_words(storage)}"
@@ -50,7 +50,7 @@ def test_a_pipeline_over_two_nodes_survives_the_loss_of_one(tmp_path: Path, requ
             before = len(starts(storage))
             wait_until(lambda: len(starts(storage)) > before, "it goes on", storage)
             resumed = time.monotonic() - back
-            assert driver.wait(240) == 0, last_words(storage)
+            assert driver.wait(PATIENCE_S) == 0, last_words(storage)
         finally:
             driver.kill()
             driver.wait()
@@ -81,7 +81,7 @@ def test_a_sweep_of_pipelines_over_two_nodes_survives_the_loss_of_one(tmp_path: 
             time.sleep(5)
             assert driver.poll() is None, last_words(storage)
             nodes.start(nodes.worker)
-            assert driver.wait(240) == 0, last_words(storage)
+            assert driver.wait(PATIENCE_S) == 0, last_words(storage)
         finally:
             driver.kill()
             driver.wait()

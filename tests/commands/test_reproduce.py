@@ -83,13 +83,13 @@ def test_every_problem_of_the_recipe_is_named_at_once(tmp_path: Path, run_shards
     with pytest.raises(ConfigError) as caught:
         reproduce(settings(tmp_path, scale))
     assert caught.value.problems == [
-        "inputs.txt is no input; did you mean 'text'?",
-        "step one: pretrian is no verb; did you mean 'pretrain'?",
-        "step two is there twice; give one another name.",
+        "inputs.txt is not an input; did you mean 'text'?",
+        "step one: unknown command 'pretrian'; did you mean 'pretrain'?",
+        "step two occurs twice; rename one.",
         "step two: ${three} is a later step; put it before.",
-        "step two: ${onn} is no input and no step; did you mean 'one'?",
+        "step two: ${onn} is neither an input nor a step; did you mean 'one'?",
     ]
-    with pytest.raises(ConfigError, match=r"scale=cpuu is no scale; did you mean 'cpu'\? Or give a YAML file"):
+    with pytest.raises(ConfigError, match=r"scale=cpuu is not a scale; did you mean 'cpu'\? Or give a YAML file"):
         read_recipe("cpuu")
 
 

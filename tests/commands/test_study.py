@@ -12,11 +12,11 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from finhpc.commands.study.command import study
+from finhpc.commands.study.command import best_of, finalists, study
 from finhpc.commands.study.report import Trained, at, final_rows, first_below, time_at
-from finhpc.commands.study.runs import best_of, finalists, run_config
-from finhpc.errors import ConfigError, RunBusyError
-from finhpc.runs.folder import RunFolder
+from finhpc.commands.study.variants import SCREEN, trial_of
+from finhpc.commands.sweep.trial import Trial
+from finhpc.errors import ConfigError, TrainingFailedError
 from finhpc.settings.base import build, load
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.study import StudyConfig
@@ -48,9 +48,12 @@ def starts(storage: Path, name: str) -> int:
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_study_goes_on_where_it_stopped_and_leaves_table_and_curves(run_shards: Path, tmp_path: Path) -> None:
     settings = config(run_shards, tmp_path)
-    last = RunFolder(tmp_path, "s-final-after-lr0.003-s0")
-    with last.lock(), pytest.raises(RunBusyError):
+    last = tmp_path / "s-final-after-lr0.003-s0"
+    last.mkdir()
+    (last / "result.json").write_text("{")
+    with pytest.raises(TrainingFailedError, match=rf"{last.name} failed: .*result.json is not valid JSON"):
         study(settings)
+    (last / "result.json").unlink()
     done = ["s-screen-dense-lr0.003-s0", "s-screen-after-lr0.003-s0", "s-final-dense-lr0.003-s0"]
     before = {name: (tmp_path / name / "journal.jsonl").read_bytes() for name in done}
     result = study(settings)
@@ -84,8 +87,9 @@ def test_a_study_goes_on_where_it_stopped_and_leaves_table_and_curves(run_shards
 
 
 def curve(losses: dict[int, float], variant: str = "a", seed: int = 0, lr: float = 1e-3) -> Trained:
-    settings = build(PretrainConfig, {"train": {"steps": max(losses, default=1)}})
-    return Trained(variant, lr, seed, settings, {"params_total": 1, "tokens": 10}, losses)
+    tree = {"train": {"steps": max(losses, default=1), "seed": seed}, "optimizer": {"lr": lr}}
+    trial = Trial(variant, {}, PretrainConfig, tree)
+    return Trained(variant, trial, build(PretrainConfig, tree), {"params_total": 1, "tokens": 10}, losses)
 
 
 def test_when_a_curve_comes_down_to_a_loss() -> None:
@@ -100,7 +104,7 @@ def test_when_a_curve_comes_down_to_a_loss() -> None:
 def test_times_are_steps_by_measured_seconds_and_a_start_counts() -> None:
     variants = {"dense": {"lr": [1e-3]}, "fast": {"lr": [1e-3]}, "after": {"lr": [1e-3], "start": "dense"}}
     settings = build(StudyConfig, {"study": {"variants": variants}})
-    runs = [curve({10: 5, 20: 4, 30: 3 + seed / 10}, "dense", seed) for seed in (-1, 1)]
+    runs = [curve({10: 5, 20: 4, 30: 2.9 + seed / 10}, "dense", seed) for seed in (0, 2)]
     runs += [curve({10: 5, 20: 3, 30: 2.5}, "fast"), curve({10: 3, 20: 2.8, 30: 2.7}, "after")]
     seconds = {"dense": [1.0, 9.0, 1.0], "fast": [0.5], "after": [0.5]}
     dense, fast, after = final_rows(settings, runs, seconds)
@@ -120,7 +124,7 @@ def test_method_3_pays_for_its_dense_weights_as_long_as_it_has_them() -> None:
     assert time_at(run, seconds, "m", 20) == 27 + 11
 
 
-def test_the_best_go_on_at_their_best_learning_rate_beside_the_reference() -> None:
+def test_the_best_go_on_at_their_best_learning_rate_with_the_reference() -> None:
     variants = {name: {"lr": [1e-3, 2e-3]} for name in ("dense", "a", "b", "c")}
     settings = build(StudyConfig, {"study": {"variants": variants, "finalists": 2}})
     ends = {"dense": (6.0, 5.0), "a": (4.0, 4.5), "b": (4.4, 4.2), "c": (4.9, None)}
@@ -150,7 +154,7 @@ def test_every_problem_of_a_study_is_named_at_once(run_shards: Path, tmp_path: P
 def test_the_studies_that_ship_are_whole(name: str) -> None:
     settings = load(StudyConfig, f"studies/{name}")
     names = [
-        run_config(settings, "screen", variant, lr, 0).run.name
+        trial_of(settings, SCREEN, variant, lr, 0).name
         for variant, about in settings.study.variants.items()
         for lr in about.lr
     ]

@@ -155,9 +155,9 @@ def test_methods_that_start_from_a_dense_model_share_it(run_shards: Path, tmp_pa
 def test_each_trial_has_the_cpus_that_it_asks_for(run_shards: Path, tmp_path: Path) -> None:
     config = build(SweepConfig, tree(run_shards, tmp_path) | {"grid": {"resources.cpus_per_worker": [1, 3]}})
     plan = plan_sweep(config, tmp_path / "ranks")
-    wanted = [plan.placement(trial.name).bundles for trial in plan.trials]
+    wanted = [plan.placement.reservation(trial.name).bundles for trial in plan.trials]
     assert wanted == [[{"CPU": 1.0}], [{"CPU": 3.0}]]
-    assert plan.concurrent == 2, "of six; more of the larger would not find room"
+    assert plan.placement.concurrent == 2, "of six; more of the larger would not find room"
     result = sweep(config)
     assert [row["status"] for row in result["trials"]] == ["finished"] * 2
 

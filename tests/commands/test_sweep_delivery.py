@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from finhpc.commands.sweep import delivery as sweep_delivery
+from finhpc.commands.sweep import tracking
 from finhpc.errors import ConfigError
 
 
@@ -22,7 +22,7 @@ def plan(folder: Path) -> Any:
     return SimpleNamespace(
         trials=[SimpleNamespace(name=name) for name in ("told", "one", "two")],
         run_folder=lambda name: folder / name,
-        told=lambda trial, parent: {},
+        arguments=lambda trial, parent: None,
     )
 
 
@@ -30,8 +30,8 @@ def test_a_server_that_stays_away_is_waited_for_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tried: list[str] = []
-    monkeypatch.setattr(sweep_delivery, "_send", lambda run, told: tried.append(run.name))
-    sweep_delivery.deliver(plan(tmp_path), None)
+    monkeypatch.setattr(tracking, "_send", lambda run, arguments: tried.append(run.name))
+    tracking.send_missed(plan(tmp_path), None)
     assert tried == ["one"], "each would wait a minute"
     assert "the same command sends the rest" in capsys.readouterr().err
 
@@ -41,11 +41,11 @@ def test_a_trial_whose_data_is_gone_takes_no_other_down(
 ) -> None:
     tried: list[str] = []
 
-    def gone(run: Path, told: dict[str, Any]) -> None:
+    def gone(run: Path, arguments: Any) -> None:
         tried.append(run.name)
         raise ConfigError("data.shards=there is no folder.")
 
-    monkeypatch.setattr(sweep_delivery, "_send", gone)
-    sweep_delivery.deliver(plan(tmp_path), None)
+    monkeypatch.setattr(tracking, "_send", gone)
+    tracking.send_missed(plan(tmp_path), None)
     assert tried == ["one", "two"]
     assert "trial two was not sent: data.shards=there is no folder." in capsys.readouterr().err

@@ -21,7 +21,7 @@ from mlflow import MlflowClient
 from finhpc.commands import ui
 from finhpc.training.journal import read
 from tests.runs.nodes import free_port
-from tests.runs.runs import ray_process
+from tests.runs.runs import PATIENCE_S, ray_process
 
 STEPS = 60
 FLAGS = [
@@ -59,7 +59,7 @@ def ended(storage: Path) -> list[str]:
 
 def wait_for(storage: Path, process: subprocess.Popen[bytes], count: int) -> None:
     """Until `count` trials have ended and one more has taken steps since this start's own Ray is up."""
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 500
     while not any(p.name() == "raylet" for p in psutil.Process(process.pid).children(recursive=True)):
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -80,7 +80,7 @@ def wait_for(storage: Path, process: subprocess.Popen[bytes], count: int) -> Non
 
 def actor(process: subprocess.Popen[bytes]) -> psutil.Process:
     """The process of one of Tune's actors, once there is one."""
-    deadline, titles = time.monotonic() + 60, set[str]()
+    deadline, titles = time.monotonic() + 300, set[str]()
     while time.monotonic() < deadline:
         for child in psutil.Process(process.pid).children(recursive=True):
             with suppress(psutil.Error):
@@ -98,7 +98,7 @@ def test_driver_worker_and_ray_killed(run_shards: Path, tmp_path: Path) -> None:
     for folder in (calm, storm):
         folder.mkdir()
     with command(calm, run_shards) as process:
-        assert process.wait(300) == 0, (calm / "stderr").read_text()[-3000:]
+        assert process.wait(PATIENCE_S) == 0, (calm / "stderr").read_text()[-3000:]
 
     with command(storm, run_shards) as process:  # the driver
         wait_for(storm, process, 1)
@@ -108,11 +108,11 @@ def test_driver_worker_and_ray_killed(run_shards: Path, tmp_path: Path) -> None:
     with command(storm, run_shards) as process:  # Ray itself
         wait_for(storm, process, len(before))
         ray_process(process, "raylet").kill()
-        assert process.wait(120) != 0
+        assert process.wait(PATIENCE_S) != 0
     with command(storm, run_shards) as process:  # a worker: Tune starts its trial again
         wait_for(storm, process, min(len(ended(storm)), 5))
         actor(process).kill()
-        assert process.wait(300) == 0, (storm / "stderr").read_text()[-3000:]
+        assert process.wait(PATIENCE_S) == 0, (storm / "stderr").read_text()[-3000:]
 
     one, other = (json.loads((folder / "faulty" / "result.json").read_text()) for folder in (calm, storm))
     assert [(r["trial"], r["val_loss"]) for r in other["trials"]] == [
@@ -134,7 +134,7 @@ def test_a_stopped_sweep_marks_its_runs(run_shards: Path, tmp_path: Path) -> Non
     with command(tmp_path, run_shards, "--train.steps", "1500") as process:  # so long that none ends as it is stopped
         wait_for(tmp_path, process, 1)
         process.terminate()
-        assert process.wait(90) == 143
+        assert process.wait(PATIENCE_S) == 143
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     (experiment,) = [found for found in client.search_experiments() if found.name == "finhpc"]
     status = {run.info.run_name: run.info.status for run in client.search_runs([experiment.experiment_id])}
@@ -161,7 +161,7 @@ def test_mlflow_away_in_the_middle(run_shards: Path, tmp_path: Path) -> None:
             assert time.monotonic() < deadline
             time.sleep(0.2)
         with mlflow_server(tmp_path, port):
-            assert process.wait(400) == 0, (tmp_path / "stderr").read_text(errors="replace")[-3000:]
+            assert process.wait(PATIENCE_S) == 0, (tmp_path / "stderr").read_text(errors="replace")[-3000:]
             client = MlflowClient(address)
             (experiment,) = [found for found in client.search_experiments() if found.name == "finhpc"]
             runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
@@ -183,7 +183,7 @@ def mlflow_server(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
     with open(folder / "server.log", "ab") as log:
         server = subprocess.Popen(words, env=ui.server_environment(), stdout=log, stderr=log, start_new_session=True)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while True:
             with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
                 break

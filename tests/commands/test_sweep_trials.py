@@ -123,9 +123,9 @@ def test_a_problem_that_several_trials_share_is_one_line(tmp_path: Path) -> None
         plan_sweep(sweep, tmp_path / "sweep")
     assert len(error.value.problems) == 1
     assert error.value.problems[0].startswith("data.shards=")
-    assert sweep_plan._named(["a", "b"], 3) == "trials a, b: "
-    assert sweep_plan._named(["a"], 3) == "trial a: "
-    assert sweep_plan._named(list("abcd"), 9) == "trials a, b, c and 1 more: "
+    assert sweep_plan._of_trials(["a", "b"], 3) == "trials a, b: "
+    assert sweep_plan._of_trials(["a"], 3) == "trial a: "
+    assert sweep_plan._of_trials(list("abcd"), 9) == "trials a, b, c and 1 more: "
 
 
 def test_the_number_of_trials_is_bounded_and_said() -> None:

@@ -38,7 +38,7 @@ def kill_family(process: subprocess.Popen[bytes]) -> None:
         for member in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
             with contextlib.suppress(psutil.Error):
                 member.kill()
-    process.wait(30)
+    process.wait(180)
 
 
 @dataclass
@@ -94,10 +94,10 @@ class TwoNodes:
         words = f"import ray; ray.init('{self.head.address}:{self.port}', log_to_driver=False, logging_level='ERROR'); "
         words += "print(int(ray.cluster_resources().get('CPU', 0)))"
         command = [*self.head.inside, sys.executable, "-c", words]
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=300)
         return int(done.stdout.split()[-1]) if done.returncode == 0 and done.stdout.strip() else 0
 
-    def wait_for_cpus(self, count: int, timeout_s: float = 90) -> None:
+    def wait_for_cpus(self, count: int, timeout_s: float = 300) -> None:
         deadline = time.monotonic() + timeout_s
         while self.cpus() != count:
             assert time.monotonic() < deadline, (self.folder / "ray.log").read_text()[-3000:]

@@ -17,6 +17,7 @@ import psutil
 from finhpc.training.journal import latest, read
 
 STEPS = 120
+PATIENCE_S = 500.0  # for a command to end, on a machine however loaded
 FLAGS = [
     *("--model.preset", "gpt2-tiny", "--model.layers", "3", "--model.width", "32", "--model.context", "64"),
     *("--model.dropout", "0.1", "--method.rank", "8", "--data.seq_len", "32", "--data.eval_samples", "16"),
@@ -63,7 +64,7 @@ def outcome(storage: Path) -> dict[str, Any]:
     }
 
 
-def wait_for_step(storage: Path, step: int, process: subprocess.Popen[bytes], timeout_s: float = 180) -> None:
+def wait_for_step(storage: Path, step: int, process: subprocess.Popen[bytes], timeout_s: float = PATIENCE_S) -> None:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         records, _ = read(storage / "run" / "journal.jsonl")

@@ -17,7 +17,7 @@ from finhpc.errors import TrainingFailedError
 from finhpc.settings.base import build
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.training.journal import read
-from tests.runs.runs import assert_same_run, command, last_words, outcome, train_workers, wait_for_step
+from tests.runs.runs import PATIENCE_S, assert_same_run, command, last_words, outcome, train_workers, wait_for_step
 from tests.tiny import tiny_shards
 
 
@@ -84,14 +84,14 @@ def test_a_shard_damaged_under_a_run_ends_it_and_the_restored_one_goes_on(
         bad[len(bad) // 3] ^= 1
         victim.write_bytes(bad)
         random.choice(train_workers(process)).kill()  # the restarted worker reads the shards anew
-        assert process.wait(120) == 1, last_words(tmp_path)
+        assert process.wait(PATIENCE_S) == 1, last_words(tmp_path)
     assert f"{victim} cannot be read" in only_error(tmp_path)
     hurt = outcome(tmp_path)
     assert hurt["status"] == "failed"
     assert len(hurt["starts"]) == 2, "a restart would only repeat it"
     victim.write_bytes(good)
     with command(tmp_path, shards) as process:
-        assert process.wait(240) == 0, last_words(tmp_path)
+        assert process.wait(PATIENCE_S) == 0, last_words(tmp_path)
     assert_same_run(outcome(tmp_path), unbroken)
 
 
@@ -103,10 +103,10 @@ def test_a_folder_replaced_under_a_run_is_refused(shards: Path, tmp_path: Path) 
         shards.rename(tmp_path / "first")
         other.rename(shards)
         random.choice(train_workers(process)).kill()
-        assert process.wait(120) == 1, last_words(tmp_path)
+        assert process.wait(PATIENCE_S) == 1, last_words(tmp_path)
     assert f"data.shards={shards} was replaced while the run worked: it holds other data" in only_error(tmp_path)
     with command(tmp_path, shards) as process:
-        assert process.wait(60) == 2, last_words(tmp_path)
+        assert process.wait(PATIENCE_S) == 2, last_words(tmp_path)
     line = only_error(tmp_path)
     assert f"data.shards={shards}" in line
     for folder in (tmp_path / "first", shards):
@@ -123,11 +123,11 @@ def test_a_tokeniser_changed_under_a_run_never_goes_into_its_model(
     with command(tmp_path, shards) as process:
         wait_for_step(tmp_path, 20, process)
         file.write_bytes(good + b"\n")
-        assert process.wait(120) == 1, last_words(tmp_path)
+        assert process.wait(PATIENCE_S) == 1, last_words(tmp_path)
     assert f"{file} is not the tokeniser these shards were made with" in only_error(tmp_path)
     assert not (tmp_path / "run" / "model").exists()
     file.write_bytes(good)
     with command(tmp_path, shards) as process:
-        assert process.wait(120) == 0, last_words(tmp_path)
+        assert process.wait(PATIENCE_S) == 0, last_words(tmp_path)
     assert_same_run(outcome(tmp_path), unbroken)
     assert (tmp_path / "run" / "model" / "tokenizer.json").read_bytes() == good

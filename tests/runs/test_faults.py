@@ -22,7 +22,9 @@ from finhpc.settings.pretrain import PretrainConfig
 from finhpc.training.checkpoint import MANIFEST, list_complete
 from finhpc.training.journal import read
 from tests.commands.storm import storm, table
+from tests.runs.pauses import HALTED_STEP
 from tests.runs.runs import (
+    PATIENCE_S,
     assert_same_run,
     command,
     last_words,
@@ -31,6 +33,8 @@ from tests.runs.runs import (
     train_workers,
     wait_for_step,
 )
+
+PAUSES = ("--plugins", "tests.runs.pauses")
 
 
 def errors(storage: Path) -> list[str]:
@@ -41,68 +45,62 @@ def errors(storage: Path) -> list[str]:
 def test_workers_that_hang_are_found_shown_and_replaced(
     run_shards: Path, unbroken: dict[str, Any], tmp_path: Path
 ) -> None:
-    with command(tmp_path, run_shards, "--train.hang_timeout_s", "8") as process:
+    with command(tmp_path, run_shards, "--train.hang_timeout_s", "15", *PAUSES) as process:
         wait_for_step(tmp_path, 33, process)
         first = train_workers(process)[1]
         first.suspend()
         wait_for_end(tmp_path, process)
         last = train_workers(process)[0]
         last.suspend()
-        assert process.wait(60) == 0, last_words(tmp_path)
+        assert process.wait(PATIENCE_S) == 0, last_words(tmp_path)
         for victim in (first, last):
             assert not victim.is_running(), "a stopped process was ended, though it could not end itself"
     resumed = outcome(tmp_path)
-    assert resumed["starts"] == [0, 30], "nobody starts again for a worker that hangs when all is done"
+    assert len(resumed["starts"]) == 2, "nobody starts again for a worker that hangs when all is done"
+    assert resumed["starts"][1] >= 30
     assert_same_run(resumed, unbroken)
     # `last` leaves an empty one where it was stopped before its watchdog was.
     (stacks,) = [path for path in (tmp_path / "run" / "stacks").glob("*.txt") if path.stat().st_size]
-    assert "made no progress for 8 s (train.hang_timeout_s=8)" in stacks.read_text()
+    assert "made no progress for 15 s (train.hang_timeout_s=15)" in stacks.read_text()
     assert "in train_step" in stacks.read_text(), "it stood in a step, waiting for its neighbour"
     assert f"its stacks are in {stacks}" in (tmp_path / "stderr").read_text()
 
 
 def wait_for_end(storage: Path, process: subprocess.Popen[bytes]) -> None:
-    """Until the workers wrote that they are done; they are still there then, for a moment."""
-    deadline = time.monotonic() + 120
+    """Until the workers wrote that they are done; with `PAUSES` they are still there then."""
+    deadline = time.monotonic() + PATIENCE_S
     while not any(record["kind"] == "finished" for record in read(storage / "run" / "journal.jsonl")[0]):
         assert process.poll() is None, last_words(storage)
         assert time.monotonic() < deadline
-        time.sleep(0.001)
+        time.sleep(0.01)
 
 
-def wait_for_checkpoint(storage: Path, step: int, process: subprocess.Popen[bytes], name: str = "") -> Path:
-    """The checkpoint's folder as soon as it, or the file `name` in it, is there."""
-    path = storage / "run" / "checkpoints" / f"step_{step:08d}"
-    deadline = time.monotonic() + 120
-    while not (path / name).exists():
+def wait_for_file(file: Path, storage: Path, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not file.exists():
         assert process.poll() is None, last_words(storage)
         assert time.monotonic() < deadline
         time.sleep(0.0002)
-    return path
 
 
 def test_workers_killed_in_a_save_and_right_after_one(
     run_shards: Path, unbroken: dict[str, Any], tmp_path: Path
 ) -> None:
-    with command(tmp_path, run_shards) as process:
-        for step in (15, 30, 45, 60, 75):  # a save takes milliseconds: try until one is caught halfway
-            path = wait_for_checkpoint(tmp_path, step, process)
-            workers = train_workers(process)
-            for worker in workers:
-                worker.suspend()
-            if halfway := not (path / MANIFEST).exists():
-                workers[0].kill()  # worker 0 completes checkpoints
-            for worker in workers:
-                worker.resume()
-            if halfway:
-                break
-        else:
-            raise AssertionError("no save was caught halfway")
-        wait_for_checkpoint(tmp_path, 90, process, MANIFEST)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "halt").touch()
+    with command(tmp_path, run_shards, *PAUSES) as process:
+        wait_for_file(run / "halted", tmp_path, process)
+        halfway = run / "checkpoints" / f"step_{HALTED_STEP:08d}"
+        assert list(halfway.glob("*.safetensors"))
+        assert not (halfway / MANIFEST).exists()
         train_workers(process)[0].kill()
-        assert process.wait(120) == 0, last_words(tmp_path)
+        wait_for_file(run / "checkpoints" / "step_00000090" / MANIFEST, tmp_path, process)
+        train_workers(process)[0].kill()
+        assert process.wait(PATIENCE_S) == 0, last_words(tmp_path)
     resumed = outcome(tmp_path)
-    assert resumed["starts"] == [0, step - 15, 90]
+    assert resumed["starts"][:2] == [0, HALTED_STEP - 15]
+    assert resumed["starts"][2] >= 90
     assert_same_run(resumed, unbroken)
 
 
@@ -114,7 +112,7 @@ def test_a_full_disk_a_damaged_checkpoint_a_cut_record_of_ray_and_a_kill_too_man
         wait_for_step(tmp_path, 46, process)
         for worker in train_workers(process):  # no file may grow beyond this: the next save fails
             worker.rlimit(psutil.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-        assert process.wait(120) == 1
+        assert process.wait(PATIENCE_S) == 1
     (line,) = errors(tmp_path)
     assert "could not be written" in line
     assert "make room" in line
@@ -129,14 +127,14 @@ def test_a_full_disk_a_damaged_checkpoint_a_cut_record_of_ray_and_a_kill_too_man
     with command(tmp_path, run_shards, "--run.max_failures", "0") as process:
         wait_for_step(tmp_path, 76, process)
         train_workers(process)[1].kill()
-        assert process.wait(120) == 1
+        assert process.wait(PATIENCE_S) == 1
     killed = "\n".join(errors(tmp_path)[1:])
     assert "more than run.max_failures=0 times" in killed
     assert "worker 1 was killed from outside, most often by the kernel when memory runs out" in killed
     assert "lower parallel.micro_batch_size (now 2;" in killed
 
     with command(tmp_path, run_shards) as process:
-        assert process.wait(120) == 0, last_words(tmp_path)
+        assert process.wait(PATIENCE_S) == 0, last_words(tmp_path)
     assert f"checkpoint {newest.path.name} is damaged" in (tmp_path / "stderr").read_text()
     resumed = outcome(tmp_path)
     assert resumed["starts"] == [0, before.step, 75]
@@ -151,7 +149,7 @@ def test_the_command_ends_when_ray_dies_and_resumes(
     with command(tmp_path, run_shards) as process:
         wait_for_step(tmp_path, 33, process)
         ray_process(process, name).kill()
-        assert process.wait(60) == 1
+        assert process.wait(PATIENCE_S) == 1
     assert f"Ray's process {name} died; stopping." in (tmp_path / "stderr").read_text()
     # Without its GCS, Ray may end the command itself, with the same code, before the error is shown.
     assert errors(tmp_path) in (
@@ -162,7 +160,7 @@ def test_the_command_ends_when_ray_dies_and_resumes(
         [],
     )
     with command(tmp_path, run_shards) as process:
-        assert process.wait(120) == 0, last_words(tmp_path)
+        assert process.wait(PATIENCE_S) == 0, last_words(tmp_path)
     resumed = outcome(tmp_path)
     assert resumed["starts"][-1] >= 30
     assert_same_run(resumed, unbroken)

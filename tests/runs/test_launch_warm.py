@@ -85,7 +85,7 @@ def test_trials_by_one_group_are_those_of_ray_train(run_shards: Path, tmp_path: 
     assert losses(tmp_path, "plain") == losses(tmp_path, "first") == losses(tmp_path, "second")
     assert len(losses(tmp_path, "plain")[0]) > 0
     assert plain["consumed_sha256"] == first["consumed_sha256"] == second["consumed_sha256"]
-    held = pytest.approx(first["peak_memory_bytes"], rel=1e-3)  # a number or two may be alive or not
+    held = pytest.approx(first["peak_memory_bytes"], rel=0.05)  # a model left over would double it
     assert second["peak_memory_bytes"] == held, "nothing of the first is left in the second"
     files = sorted((tmp_path / "plain" / "model").glob("*.safetensors"))
     assert files
@@ -144,7 +144,7 @@ def test_what_ends_a_trial_ends_its_group(run_shards: Path, tmp_path: Path) -> N
     assert len(pids()) == 3
     assert losses(tmp_path, "larger")[1] == pytest.approx(losses(tmp_path, "next")[1], rel=1e-5)
     KEPT[0].shutdown()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 180
     while ray.available_resources()["CPU"] < free:  # Ray counts it some time after
         assert time.monotonic() < deadline, "its room is given back"
         time.sleep(0.2)

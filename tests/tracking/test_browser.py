@@ -19,8 +19,9 @@ import pytest
 from finhpc.settings.base import build
 from finhpc.settings.finetune import FinetuneConfig
 from finhpc.settings.pretrain import PretrainConfig
+from finhpc.settings.training import default_tracking_uri
 from finhpc.tracking.shown import PARENT, SWEEP, Dataset, parameters, setting_tags
-from finhpc.tracking.tracker import Tracker, default_tracking_uri
+from finhpc.tracking.tracker import Tracker
 from finhpc.training.journal import Journal
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
@@ -81,7 +82,7 @@ def ui(storage: Path) -> Iterator[Any]:
         log = storage / f"{name}.log"
         with open(log, "wb") as file:
             started.append(subprocess.Popen([sys.executable, "-m", "finhpc.cli", *words], stderr=file, stdout=file))
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while "Ctrl-C" not in log.read_text():
             assert time.monotonic() < deadline, log.read_text()
             assert started[-1].poll() is None, log.read_text()
@@ -91,7 +92,7 @@ def ui(storage: Path) -> Iterator[Any]:
     yield run
     for process in started:
         process.send_signal(signal.SIGTERM)
-        process.wait(30)
+        process.wait(180)
 
 
 def dom(chromium: str, address: str, profile: Path) -> str:
@@ -99,7 +100,7 @@ def dom(chromium: str, address: str, profile: Path) -> str:
     words = [chromium, "--headless", "--disable-gpu", f"--user-data-dir={profile}", "--window-size=1680,900"]
     words += ["--no-sandbox"] if os.geteuid() == 0 else []
     words += ["--virtual-time-budget=20000", "--dump-dom", address]
-    return subprocess.run(words, check=True, capture_output=True, text=True, timeout=180).stdout
+    return subprocess.run(words, check=True, capture_output=True, text=True, timeout=400).stdout
 
 
 @pytest.mark.parametrize(

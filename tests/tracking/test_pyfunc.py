@@ -17,8 +17,9 @@ from finhpc.models.families.presets import resolve_shape
 from finhpc.models.families.registry import make_config
 from finhpc.models.loading import initial_model, load_model
 from finhpc.settings.pretrain import Method, Model
+from finhpc.settings.training import default_tracking_uri
 from finhpc.tracking.pyfunc import TextGenerator, log_model
-from finhpc.tracking.tracker import Tracker, default_tracking_uri
+from finhpc.tracking.tracker import Tracker
 
 PROMPTS = ["hello world", "this is"]
 

@@ -34,7 +34,7 @@ def _child(function: Callable[..., Any], rank: int, world_size: int, port: int, 
     torch.distributed.destroy_process_group()
 
 
-def run_processes(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 240) -> list[Any]:
+def run_processes(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 500) -> list[Any]:
     """Results of `function(*args)` in rank order. `function` must be importable."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

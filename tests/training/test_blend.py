@@ -126,15 +126,19 @@ TRAINABLE: dict[str, Any] = {"blend_weight": "trainable", "embedding": "low_rank
 FROZEN: dict[str, Any] = {"blend_weight": "frozen"}
 EIGHT_BIT: dict[str, Any] = {"kind": "dense", "optimizer": {"name": "adamw8bit"}}  # no method 3
 KINDS = {"trainable": TRAINABLE, "frozen": FROZEN, "eight": EIGHT_BIT}
-STOPS = (3, GONE - 1, 8, STEPS)  # steps after which a run is stopped and started again
+STOPS = (GONE - 1, 8, STEPS)  # steps after which a run is stopped and started again
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs over 1, 2 and 3 stages; over 2 also stopped before and after W is gone; and two that go from 1 to 2 to 3."""
+    """Runs over 1, 2 and 3 stages, the frozen one over 1 and 2.
+
+    Over 2 stages also stopped before and after W is gone; and two runs that go from 1 to 2 to 3 stages.
+    """
     folder = tmp_path_factory.mktemp("blend")
     for stages, stop in ((1, 3), (2, 7), (3, STEPS)):
-        work = [(f"{name}{stages}", settings(stages, **changes), (STEPS,)) for name, changes in KINDS.items()]
+        kinds = {name: changes for name, changes in KINDS.items() if stages < 3 or name != "frozen"}
+        work = [(f"{name}{stages}", settings(stages, **changes), (STEPS,)) for name, changes in kinds.items()]
         if stages == 2:
             work += [(f"{name}2-stopped", settings(2, **changes), STOPS) for name, changes in KINDS.items()]
         work += [(f"{name}-moved", settings(stages, **KINDS[name]), (stop,)) for name in ("trainable", "eight")]
@@ -148,7 +152,7 @@ def test_every_number_of_stages_has_the_same_alpha_and_losses(kind: str, trained
     method = settings(**(TRAINABLE if kind == "trainable" else FROZEN)).method
     assert one["alpha"] == {step: alpha_at(method, step, STEPS) for step in range(1, STEPS + 1)}
     assert one["alpha"][GONE - 1] > 0 == one["alpha"][GONE]
-    for stages in (2, 3):
+    for stages in (2, 3) if kind == "trainable" else (2,):
         other = losses(trained / f"{kind}{stages}")
         assert other["alpha"] == one["alpha"]
         for what in ("train", "norm", "eval"):

@@ -25,12 +25,10 @@ from finhpc.evaluation.tasks import PERPLEXITY, TaskFile, prepare_tasks
 from finhpc.files import json_sha256, redact, write_atomic
 from finhpc.quantization.schemes import SCHEMES
 from finhpc.runs.folder import RunFolder
-from finhpc.runs.run import whole_path
 from finhpc.screen import Progress
 from finhpc.settings.base import to_yaml
 from finhpc.settings.evaluate import EvaluateConfig
 from finhpc.tracking.store import check_store
-from finhpc.tracking.tracker import absolute_tracking_uri, default_tracking_uri
 
 log = logging.getLogger(__name__)
 
@@ -47,11 +45,8 @@ def evaluate(config: EvaluateConfig, dry_run: bool = False) -> dict[str, Any]:
     pair that could not be scored once all others are.
     """
     began = time.monotonic()
-    if config.data.shards:  # workers have other working directories
-        data = config.data.model_copy(update={"shards": whole_path(config.data.shards)})
-        config = config.model_copy(update={"data": data})
     folder = RunFolder(config.run.storage, config.run.name)
-    uri = absolute_tracking_uri(config.run.tracking_uri or default_tracking_uri(config.run.storage))
+    uri = config.run.mlflow_uri
     check_store(uri, config.run.experiment)
     if dry_run:
         found, _, pairs, pending, result = _planned(config, folder.path, write=False)

@@ -21,7 +21,6 @@ from finhpc.settings.evaluate import EvaluateConfig
 from finhpc.tracking.mirror import PARAM_LENGTH, PARAMS_A_BATCH, TAG_LENGTH
 from finhpc.tracking.shown import HIDDEN, PARENT, Dataset, parameters, setting_tags
 from finhpc.tracking.store import active_run, experiment_id, set_up_client
-from finhpc.tracking.tracker import absolute_tracking_uri, default_tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -40,7 +39,7 @@ def log_to_mlflow(
     What it did not take stays in the run folder; the same command sends it again.
     """
     set_up_client()
-    uri = absolute_tracking_uri(config.run.tracking_uri or default_tracking_uri(config.run.storage))
+    uri = config.run.mlflow_uri
     run_id: str | None = None
     try:
         from mlflow import MlflowClient

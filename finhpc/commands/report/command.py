@@ -22,7 +22,6 @@ from finhpc.commands.report.tables import make_tables
 from finhpc.errors import ConfigError
 from finhpc.files import redact, write_atomic, write_json
 from finhpc.settings.report import ReportConfig
-from finhpc.tracking.tracker import absolute_tracking_uri, default_tracking_uri
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +35,7 @@ def report(config: ReportConfig, dry_run: bool = False) -> dict[str, Any]:
     """
     began = time.perf_counter()
     run = config.run
-    uri = absolute_tracking_uri(run.tracking_uri) if run.tracking_uri else default_tracking_uri(run.storage)
+    uri = run.mlflow_uri
     out = _checked_out(config.out)
     client = open_store(uri)
     with reading(uri):

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from finhpc.errors import ConfigError
 from finhpc.models.families.presets import PRESETS, Shape, resolve_shape
-from finhpc.runs.folder import MAY_CHANGE
+from finhpc.settings.base import marked
 from finhpc.settings.pretrain import Model
+from finhpc.settings.sweep import FinetuneSweepConfig, SweepConfig
 from finhpc.tracking.shown import HIDDEN, PARENT, SCORED_FROM, SETTING, SWEEP
 
 if TYPE_CHECKING:
@@ -24,6 +25,9 @@ FAMILIES = {"gpt2": "GPT-2", "llama": "Llama"}
 GENERAL, FINANCIAL = ("boolq", "piqa", "winogrande"), ("fpb", "fiqa_sa", "tfns")
 SHAPE_KEYS = ("layers", "width", "heads", "kv_heads", "mlp_width", "context", "vocab_size")
 Curve = dict[int, float]  # step -> loss in nats
+
+# Settings that say where and how a run is computed, not what it trains.
+PLACING = {*marked(SweepConfig, "may_change"), *marked(FinetuneSweepConfig, "may_change")}
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ class Tracked:
     def meaning(self) -> tuple[tuple[str, str], ...]:
         """Its settings but the seed and those that only place it: equal for the seeds of one experiment."""
         named = {k.removeprefix(SETTING): v for k, v in self.tags.items() if k.startswith(SETTING)}
-        kept = {key: value for key, value in named.items() if not MAY_CHANGE.fullmatch(key)}
+        kept = {key: value for key, value in named.items() if key not in PLACING}
         # A dense model has no ranks, whatever a grid of them gave it.
         dropped = {"train.seed", *(("method.rank", "method.ranks") if self.setting("method.kind") == "dense" else ())}
         return tuple(sorted((key, value) for key, value in kept.items() if key not in dropped))

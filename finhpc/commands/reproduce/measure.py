@@ -1,7 +1,7 @@
-"""Sizes and speed of generation of trained models, into the MLflow runs that made them: a step of `reproduce`.
+"""A step of `reproduce`: measure the size of trained models and their speed of generation.
 
-A run gets `size_bytes` and `generate_tokens_per_s` at the bits it was trained at, and for every width measured
-`size_8bit_bytes` and `generate_8bit_tokens_per_s`.
+The MLflow run that trained a model gets `size_bytes` and `generate_tokens_per_s` at the bits it was trained at, and
+for every measured width `size_8bit_bytes` and `generate_8bit_tokens_per_s`.
 """
 
 from __future__ import annotations
@@ -24,17 +24,16 @@ from finhpc.runs.folder import RunFolder
 from finhpc.screen import rows_table
 from finhpc.settings.base import to_yaml
 from finhpc.settings.reproduce import MeasureConfig
-from finhpc.tracking.tracker import absolute_tracking_uri, default_tracking_uri
 
-STATE = "mlflow.json"  # beside the model, in the run folder that made it
+STATE = "mlflow.json"  # next to the model, in the run folder that it comes from
 FORMAT = 1
 
 
 def measure(config: MeasureConfig) -> dict[str, Any]:
-    """Measure every model and log the figures; returns what the run folder's result.json holds.
+    """Measure every model and log the figures; returns the content of the run folder's result.json.
 
-    Found done where neither models nor settings changed. Raises `ConfigError` for models that cannot be used or that
-    no run made, `TrainingFailedError` where MLflow does not take the figures.
+    Nothing is measured again if neither models nor settings have changed. Raises `ConfigError` for models that cannot
+    be used or that come from no run, `TrainingFailedError` if MLflow does not take the figures.
     """
     begin = time.monotonic()
     folder = RunFolder(config.run.storage, config.run.name)
@@ -50,12 +49,12 @@ def measure(config: MeasureConfig) -> dict[str, Any]:
         scratch = folder.path / "exports"
         shutil.rmtree(scratch, ignore_errors=True)
         with ray_cluster():
-            found = _measured(config, scratch)
+            measured = _measure_in_worker(config, scratch)
         shutil.rmtree(scratch, ignore_errors=True)
-        plausible.check("measuring", {"models": [of for widths in found.values() for of in widths.values()]})
-        for model, widths in found.items():
+        plausible.check("measuring", {"models": [of for widths in measured.values() for of in widths.values()]})
+        for model, widths in measured.items():
             _log(*targets[model], figures(widths, own_bits(model)))
-        rows = [{"model": m, "bits": bits} | of for m, widths in found.items() for bits, of in widths.items()]
+        rows = [{"model": m, "bits": bits} | of for m, widths in measured.items() for bits, of in widths.items()]
         result = {"status": "finished", "models": rows, "sha256": sha256, "wall_s": time.monotonic() - begin}
         folder.write_result(result)
     rows_table("sizes and generation, one prompt", [row | {"model": _short(str(row["model"]))} for row in rows])
@@ -64,35 +63,35 @@ def measure(config: MeasureConfig) -> dict[str, Any]:
 
 def figures(widths: dict[int, dict[str, float]], own: int) -> dict[str, float]:
     """Metric -> value of one model: at its own bits under plain names, at every width under names with the bits."""
-    found = dict(widths[own])
+    metrics = dict(widths[own])
     for bits, of in widths.items():
-        found |= {f"{name.partition('_')[0]}_{bits}bit_{name.partition('_')[2]}": value for name, value in of.items()}
-    return found
+        metrics |= {f"{name.partition('_')[0]}_{bits}bit_{name.partition('_')[2]}": value for name, value in of.items()}
+    return metrics
 
 
 def _targets(config: MeasureConfig) -> dict[str, tuple[str, str]]:
-    """Model -> MLflow's address and the run that takes its figures; raises one `ConfigError` with every misfit."""
-    ours = absolute_tracking_uri(config.run.tracking_uri or default_tracking_uri(config.run.storage))
-    found, problems = {}, []
+    """Model -> the address of MLflow and the run for its figures; raises one `ConfigError` with every problem."""
+    ours = config.run.mlflow_uri
+    targets, problems = {}, []
     if config.mlflow_run_id and len(config.model) > 1:
         problems.append(f"mlflow_run_id is one run, and there are {len(config.model)} models; measure one at a time.")
     for model in config.model:
         kept = Path(model).absolute().parent / STATE
         if config.mlflow_run_id:
-            found[model] = (ours, config.mlflow_run_id)
+            targets[model] = (ours, config.mlflow_run_id)
         elif kept.is_file() and (state := json.loads(kept.read_text(encoding="utf-8"))).get("run_id"):
-            # The address on disk has no password; the one that was given may be the same server's.
+            # The address on disk has no password; the given one may be of the same server.
             there = ours if redact(ours) == state["tracking_uri"] else state["tracking_uri"]
-            found[model] = (there, state["run_id"])
+            targets[model] = (there, state["run_id"])
         else:
-            problems.append(f"model={model} was made by no run that MLflow knows; give mlflow_run_id.")
+            problems.append(f"model={model} does not come from a run in MLflow; give mlflow_run_id.")
     if problems:
         raise ConfigError(problems)
-    return found
+    return targets
 
 
 def _sha256(config: MeasureConfig) -> str:
-    """Of all that the figures depend on: settings, and the models' files by size and time of change."""
+    """Hash of everything that the figures depend on: settings, and the models' files by size and time of change."""
     files = [
         (str(file), (stat := file.stat()).st_size, stat.st_mtime_ns)
         for model in config.model
@@ -102,8 +101,8 @@ def _sha256(config: MeasureConfig) -> str:
     return hashlib.sha256(json.dumps([FORMAT, kept, files]).encode()).hexdigest()
 
 
-def _measured(config: MeasureConfig, scratch: Path) -> dict[str, dict[int, dict[str, float]]]:
-    """In a worker of the cluster, where its GPUs are."""
+def _measure_in_worker(config: MeasureConfig, scratch: Path) -> dict[str, dict[int, dict[str, float]]]:
+    """Measure in a worker of the cluster, which has its GPUs."""
     import ray
     from ray.exceptions import RayError
 
@@ -130,7 +129,7 @@ def _measured(config: MeasureConfig, scratch: Path) -> dict[str, dict[int, dict[
 def _work(
     config: MeasureConfig, scratch: Path, device: str, driver: Driver
 ) -> dict[str, dict[int, dict[str, float]]] | FinhpcError:
-    """What the user can mend comes back as a value: Ray would wrap it."""
+    """User errors are returned: Ray would wrap them."""
     try:
         driver.enter()
         return measure_widths(config, scratch, device)
@@ -148,10 +147,10 @@ def _log(tracking_uri: str, run_id: str, found: dict[str, float]) -> None:
         # At the last step, so that they follow the sizes that the training counted.
         step = int(client.get_run(run_id).data.metrics.get("steps", 0))
         client.log_batch(run_id, metrics=[Metric(name, float(value), now, step) for name, value in found.items()])
-    except Exception as error:  # whatever MLflow or the network comes up with
+    except Exception as error:  # of MLflow or of the network
         reason = (redact(str(error)).strip().splitlines() or [type(error).__name__])[0][:160]
         raise TrainingFailedError(
-            f"MLflow at {redact(tracking_uri)} did not take the sizes and speeds ({reason}); mend that and run the "
+            f"MLflow at {redact(tracking_uri)} did not take the sizes and speeds ({reason}); fix this and run the "
             "same command again."
         ) from None
 

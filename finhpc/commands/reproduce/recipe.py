@@ -1,17 +1,18 @@
-"""The steps of a reproduction as they stand in its recipe, and how a step's settings come to name what others made.
+"""The steps of a reproduction in its recipe, and how their settings refer to inputs and to earlier steps.
 
-A setting that is `${NAME}` or `${NAME.KEY}`, whole, is an input of the study (text, finance, base, ...) or a figure of
-an earlier step's result. Where that is absent (an input nobody gave, a step that failed) the step is not run; in a
-list only the item is left out. A list in a list is spliced into it.
+A setting that consists of `${NAME}` or `${NAME.KEY}` is an input of the study (text, finance, base, ...) or a value
+from an earlier step's result. If that is absent (an input that was not given, a step that failed), the step is not
+run; in a list only the item is left out. A list within a list is spliced into it.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-from finhpc.commands.reproduce.verbs import VERBS
+from finhpc.commands import COMMANDS, Command
 from finhpc.errors import ConfigError
 from finhpc.runs.folder import RunFolder
 from finhpc.settings.base import Section, build, keys, load, nearest, recipes
@@ -20,12 +21,41 @@ from finhpc.settings.reproduce import Recipe, ReproduceConfig, Step
 REFERENCE = re.compile(r"\$\{([a-z0-9_-]+)((?:\.[a-z0-9_]+)*)\}")
 INPUTS = ("text", "general", "finance", "instructions", "base", "base_large", "examples")
 SCALES = "reproduce/"  # of the recipes
+TRAINED = {"model": "./model", "mlflow_run_id": "its run"}
+# Command -> the keys of its result that later steps may refer to, before it has run; ./PATH is in the step's folder.
+RESULTS: dict[str, dict[str, Any]] = {
+    "prepare": {"out": "."},
+    "pretrain": TRAINED,
+    "decompose": {"model": "."},
+    "hold_out": {"files": {}, "tasks": []},
+    "finetune": TRAINED,
+    "evaluate": {"mlflow_run_id": "its run"},
+    "measure": {},
+    "report": {},
+}
+OWN: dict[str, Command[Any]] = {  # commands that only a reproduction has
+    "hold_out": Command(
+        "hold_out",
+        "write the examples that a finetuning holds out as task files",
+        "finhpc.settings.reproduce:HoldOutConfig",
+        "finhpc.evaluation.hold_out:hold_out",
+        dry_run=None,
+    ),
+    "measure": Command(
+        "measure",
+        "measure sizes and the speed of generation",
+        "finhpc.settings.reproduce:MeasureConfig",
+        "finhpc.commands.reproduce.measure:measure",
+        dry_run=None,
+    ),
+}
+STEPS = {name: OWN.get(name) or COMMANDS[name] for name in RESULTS}
 
 Tree = dict[str, Any]
 
 
 class AbsentError(Exception):
-    """What a setting refers to is not there. `name`: the input or the step."""
+    """A setting refers to something absent. `name`: the input or the step."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -33,10 +63,10 @@ class AbsentError(Exception):
 
 
 def read_recipe(scale: str) -> Recipe:
-    """The steps of a scale by name, or of a YAML file; raises `ConfigError` with every problem of their form."""
+    """The steps of a scale, or of a YAML file; raises `ConfigError` with every problem of their form."""
     names = [name.removeprefix(SCALES) for name in recipes() if name.startswith(SCALES)]
     if scale not in names and not scale.endswith((".yaml", ".yml")):
-        raise ConfigError(f"scale={scale} is no scale; {nearest(scale, names)} Or give a YAML file of steps.")
+        raise ConfigError(f"scale={scale} is not a scale; {nearest(scale, names)} Or give a YAML file of steps.")
     recipe = load(Recipe, SCALES + scale if scale in names else scale)
     _check_form(recipe)
     return recipe
@@ -44,33 +74,35 @@ def read_recipe(scale: str) -> Recipe:
 
 def _check_form(recipe: Recipe) -> None:
     problems = [
-        f"inputs.{name} is no input; {nearest(name, list(INPUTS))}" for name in recipe.inputs if name not in INPUTS
+        f"inputs.{name} is not an input; {nearest(name, list(INPUTS))}" for name in recipe.inputs if name not in INPUTS
     ]
     verbs = {f"defaults.{verb}": verb for verb in recipe.defaults}
     verbs |= {f"step {step.name}": step.verb for step in recipe.steps}
     problems += [
-        f"{at}: {verb} is no verb; {nearest(verb, list(VERBS))}" for at, verb in verbs.items() if verb not in VERBS
+        f"{at}: unknown command {verb!r}; {nearest(verb, list(STEPS))}"
+        for at, verb in verbs.items()
+        if verb not in STEPS
     ]
     names = [step.name for step in recipe.steps]
     twice = sorted({name for name in names if names.count(name) > 1})
-    problems += [f"step {name} is there twice; give one another name." for name in twice]
-    problems += [f"step {name} has the name of an input; give it another." for name in names if name in INPUTS]
+    problems += [f"step {name} occurs twice; rename one." for name in twice]
+    problems += [f"step {name} has the name of an input; rename it." for name in names if name in INPUTS]
     for at, step in enumerate(recipe.steps):
         for name in dict.fromkeys(references(merged(recipe, step))):
             if name in INPUTS or name in names[:at]:
                 continue
-            mend = "a later step; put it before."
+            reason = "is a later step; put it before."
             if name not in names:
-                mend = f"no input and no step; {nearest(name, [*INPUTS, *names[:at]])}"
-            problems.append(f"step {step.name}: ${{{name}}} is {mend}")
+                reason = f"is neither an input nor a step; {nearest(name, [*INPUTS, *names[:at]])}"
+            problems.append(f"step {step.name}: ${{{name}}} {reason}")
     if problems:
         raise ConfigError(problems)
 
 
 def inputs_of(config: ReproduceConfig, recipe: Recipe) -> Tree:
-    """Input -> its value: the flag's, else the recipe's, else None. `general` becomes a file a task.
+    """Input -> its value: the flag's, else the recipe's, else None. `general` becomes one file per task.
 
-    Raises `ConfigError` for a general folder without the tasks' files.
+    Raises `ConfigError` if files of the tasks are missing in the general folder.
     """
     from finhpc.evaluation.documents import find
     from finhpc.evaluation.tasks import GENERAL
@@ -83,7 +115,7 @@ def inputs_of(config: ReproduceConfig, recipe: Recipe) -> Tree:
 
 
 def merged(recipe: Recipe, step: Step) -> Tree:
-    """The step's settings over those of its verb, section by section; a `model` with a path brings its own shape."""
+    """The step's settings over the defaults of its command, by section; a `model` with a path has its own shape."""
     tree = dict(recipe.defaults.get(step.verb, {}))
     for section, values in step.settings.items():
         before = tree.get(section)
@@ -94,7 +126,7 @@ def merged(recipe: Recipe, step: Step) -> Tree:
 
 
 def references(value: Any) -> Iterator[str]:
-    """Names of inputs and steps that settings refer to."""
+    """The names of inputs and steps to which settings refer."""
     if isinstance(value, Mapping):
         for inner in value.values():
             yield from references(inner)
@@ -106,10 +138,10 @@ def references(value: Any) -> Iterator[str]:
 
 
 def resolve(value: Any, known: Mapping[str, Any], dropped: list[str]) -> Any:
-    """Settings with every reference replaced; what a list lost is added to `dropped`.
+    """Settings with every reference replaced; items left out of lists are added to `dropped`.
 
-    `known`: input or step -> value or result, None where there is none. Raises `AbsentError`, and `ConfigError` for a
-    key that a result does not have.
+    `known`: input or step -> value or result, or None. Raises `AbsentError`, and `ConfigError` for a key that a
+    result does not have.
     """
     if isinstance(value, Mapping):
         return {key: resolve(inner, known, dropped) for key, inner in value.items()}
@@ -120,17 +152,17 @@ def resolve(value: Any, known: Mapping[str, Any], dropped: list[str]) -> Any:
 
 
 def _resolve_list(value: list[Any], known: Mapping[str, Any], dropped: list[str]) -> list[Any]:
-    made: list[Any] = []
+    resolved: list[Any] = []
     for item in value:
         try:
-            found = resolve(item, known, dropped)
+            new = resolve(item, known, dropped)
         except AbsentError as absent:
             dropped.append(absent.name)
             continue
-        made += found if isinstance(found, list) and not isinstance(item, list) else [found]
-    if value and not made:
+        resolved += new if isinstance(new, list) and not isinstance(item, list) else [new]
+    if value and not resolved:
         raise AbsentError(dropped[-1])
-    return made
+    return resolved
 
 
 def _look_up(name: str, path: list[str], known: Mapping[str, Any], dropped: list[str]) -> Any:
@@ -138,7 +170,7 @@ def _look_up(name: str, path: list[str], known: Mapping[str, Any], dropped: list
     if value is None:
         raise AbsentError(name)
     if name in INPUTS:
-        value = resolve(value, known, dropped)  # an input may be what a step makes, such as the base
+        value = resolve(value, known, dropped)  # an input may come from a step, such as the base
     for key in path:
         if not isinstance(value, Mapping) or key not in value:
             has = ", ".join(value) if isinstance(value, Mapping) else "a single value"
@@ -150,14 +182,15 @@ def _look_up(name: str, path: list[str], known: Mapping[str, Any], dropped: list
 
 
 def step_config(study: ReproduceConfig, step: Step, tree: Tree) -> Section:
-    """A step's checked settings: `tree`, its references replaced, put where the study lies and tracked with it."""
-    cls: type[Section] = VERBS[step.verb].settings_class()
+    """A step's checked settings: `tree`, without references, stored and tracked with the study."""
+    cls: type[Section] = STEPS[step.verb].settings_class()
     fields, tree = cls.model_fields, dict(tree)
     name = f"{study.run.name}-{step.name}"
     folder = RunFolder(study.run.storage, name).path
     own = study.run.model_dump() | {"name": name, "storage": str(folder.parent)}
-    if "run" in fields:
-        tree["run"] = {key: own[key] for key in _keys_of_run(cls)} | tree.get("run", {})
+    if "run" in fields:  # not every command has all its keys: a report has no name
+        known = [key.removeprefix("run.") for key in keys(cls) if key.startswith("run.")]
+        tree["run"] = {key: own[key] for key in known} | tree.get("run", {})
     if "out" in fields:
         tree.setdefault("out", str(folder))
     if "experiments" in fields:
@@ -167,6 +200,6 @@ def step_config(study: ReproduceConfig, step: Step, tree: Tree) -> Section:
     return build(cls, tree)
 
 
-def _keys_of_run(cls: type[Section]) -> list[str]:
-    """A report knows where runs are tracked, and has no name of its own."""
-    return [key.removeprefix("run.") for key in keys(cls) if key.startswith("run.")]
+def expected_result(name: str, folder: Path) -> dict[str, Any]:
+    """The keys of a result to which later steps may refer, for a step in `folder` that has not run yet."""
+    return {key: str(folder / value) if str(value).startswith(".") else value for key, value in RESULTS[name].items()}

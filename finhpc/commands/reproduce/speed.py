@@ -27,7 +27,7 @@ WARM_UP = 2  # tokens
 
 @dataclass
 class Width:
-    """A model at some bits: the folder it is exported to, its size there, and seconds for all new tokens, a round."""
+    """A model at some bits: the folder it is exported to, its size there, and the seconds of generation per round."""
 
     model: str
     bits: int
@@ -40,7 +40,7 @@ class Width:
 
 
 def own_bits(model: str) -> int:
-    """Bits that a model was trained at: of an adapter those of its base."""
+    """The bits at which a model was trained; for an adapter, those of its base."""
     folder = Path(model)
     if (folder / ADAPTER).is_file():
         kept = folder / QUANTIZED
@@ -49,10 +49,10 @@ def own_bits(model: str) -> int:
 
 
 def measure_widths(config: MeasureConfig, scratch: Path, device: str) -> dict[str, dict[int, dict[str, float]]]:
-    """Model -> bits -> `size_bytes`, and `generate_tokens_per_s` of one prompt; all in turn, one in memory.
+    """Model -> bits -> `size_bytes`, and `generate_tokens_per_s` of one prompt; in turn, with one model in memory.
 
-    Models are exported into `scratch`, in bfloat16 and per vector (`minmax`) below 16 bits, an adapter merged into
-    its base. `device`: cpu or cuda. Raises `ConfigError` and `CheckpointError` as export and generate do.
+    Models are exported into `scratch`, in bfloat16, below 16 bits per vector (`minmax`), and adapters merged into
+    their base. `device`: cpu or cuda. Raises `ConfigError` and `CheckpointError` as export and generate do.
     """
     widths = [
         _exported(Width(model, bits, scratch / f"{number}-{bits}"))
@@ -62,11 +62,11 @@ def measure_widths(config: MeasureConfig, scratch: Path, device: str) -> dict[st
     for round_ in range(config.rounds):
         for width in widths if round_ % 2 == 0 else widths[::-1]:
             width.seconds.append(_seconds(width.folder, config, device))
-    found: dict[str, dict[int, dict[str, float]]] = {model: {} for model in config.model}
+    measured: dict[str, dict[int, dict[str, float]]] = {model: {} for model in config.model}
     for width in widths:
-        found[width.model][width.bits] = width.figures(config.new)
+        measured[width.model][width.bits] = width.figures(config.new)
         shutil.rmtree(width.folder)
-    return found
+    return measured
 
 
 def _exported(width: Width) -> Width:

@@ -1,67 +1,66 @@
 """`finhpc study`: variants of one run, screened on few steps, the best trained for long over several seeds.
 
-Every run is a `pretrain` of its own in one storage and one MLflow experiment, named
-STUDY-screen-VARIANT-lrLR-sSEED or STUDY-final-.... The same command goes on where a killed study
-stopped: finished runs are found finished.
+A study is a sweep whose trials are named variants at their learning rates and seeds: every run is a trial of its own
+in `run.storage` and in one MLflow experiment, named STUDY-screen-VARIANT-lrLR-sSEED or STUDY-final-.... The same
+command resumes; runs that have ended are not repeated.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import time
-from pathlib import Path
 from typing import Any
 
 from finhpc.cluster.connect import ray_cluster
-from finhpc.commands.pretrain import Pretrain
-from finhpc.commands.study import report as report
+from finhpc.cluster.ready import check_ray
+from finhpc.commands.study import report
 from finhpc.commands.study.report import Trained
-from finhpc.commands.study.runs import best_of, check, finalists, in_order, kinds_of_steps, run_config, shortened
 from finhpc.commands.study.step_times import step_times
-from finhpc.errors import ImplausibleError, NonFiniteError, TrainingFailedError
+from finhpc.commands.study.variants import SCREEN, check, final_trials, plan_trials, shortened, trial_of
+from finhpc.commands.sweep.estimate import Estimate
+from finhpc.commands.sweep.report import write_csv
+from finhpc.commands.sweep.trial import Trial, read_outcome
+from finhpc.commands.sweep.tuning import train_trials
+from finhpc.errors import ImplausibleError, TrainingFailedError
 from finhpc.files import write_atomic
-from finhpc.planning.plan import make_plan
+from finhpc.interrupts import terminable
+from finhpc.lowrank.registry import BLEND, SVD
 from finhpc.runs.folder import RunFolder
-from finhpc.runs.run import checked, tracking_uri_of
-from finhpc.runs.run import run as run_job
-from finhpc.runs.worker import FATAL
 from finhpc.screen import rows_table
 from finhpc.settings.base import to_yaml
+from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.study import StudyConfig
-from finhpc.tracking.shown import model_name
 from finhpc.tracking.store import check_store
-from finhpc.tracking.tracker import absolute_tracking_uri
 
 log = logging.getLogger(__name__)
-
-Row = dict[str, Any]
 
 
 def study(config: StudyConfig, dry_run: bool = False) -> dict[str, Any]:
     """Screen, train the finalists, measure their step times; returns the content of `result.json`.
 
-    Writes it with the table (`table.csv`) and the loss curves (`curves.png`) into run.storage/run.name.
-    With `dry_run` everything is checked and the runs are listed. Raises `ConfigError` with every
-    variant that cannot work, `TrainingFailedError` where a run fails; one whose loss is not finite is
-    counted as diverged.
+    Also writes the table (`table.csv`) and the loss curves (`curves.png`) into run.storage/run.name. With `dry_run`
+    everything is checked and the variants are listed. Raises `ConfigError` with the problems of every variant,
+    `TrainingFailedError` if a run fails; a run that diverges in the screening only drops out.
     """
     begin = time.perf_counter()
+    config = config.model_copy(deep=True)
     folder = RunFolder(config.run.storage, config.run.name)
-    check(config)
-    check_store(absolute_tracking_uri(tracking_uri_of(config.run)), config.run.experiment)
+    estimates = check(config)
+    check_store(config.run.mlflow_uri, config.run.experiment)
     for note in shortened(config):
         log.info(note)
     if dry_run:
-        return _dry_run(config)
-    with folder.lock():
+        return _dry_run(config, estimates)
+    check_ray()
+    with folder.lock(), terminable():
         write_atomic(folder.path / "config.yaml", to_yaml(config))
         with ray_cluster():
             screened = _screen(config)
-            chosen = finalists(config, screened)
-            finals = _train_finals(config, chosen)
-        log.info("measuring step times, the finalists in turn")
-        seconds = step_times(kinds_of_steps(finals), config.study.pace_steps, config.study.pace_rounds)
+            lr_of = finalists(config, screened)
+            # Seed after seed, so that a study cut short is still balanced.
+            finals = [one for seed in config.study.seeds for one in _train_finals(config, lr_of, seed)]
+        log.info("measuring the step times of the finalists, in turn")
+        seconds = step_times(_measured_runs(finals), config.study.pace_steps, config.study.pace_rounds)
         rows = report.final_rows(config, finals, seconds)
         result: dict[str, Any] = {
             "status": "finished",
@@ -74,7 +73,7 @@ def study(config: StudyConfig, dry_run: bool = False) -> dict[str, Any]:
             "folder": str(folder.path),
             "wall_s": time.perf_counter() - begin,
         }
-        report.write_csv(rows, folder.path / "table.csv")
+        write_csv(rows, folder.path / "table.csv")
         report.draw(config, finals, rows, seconds, folder.path / "curves.png")
         folder.write_result(result)
     report.show(result)
@@ -82,18 +81,22 @@ def study(config: StudyConfig, dry_run: bool = False) -> dict[str, Any]:
 
 
 def _screen(config: StudyConfig) -> list[Trained]:
-    """Every variant at every learning rate, on the first seed; nothing where there is nothing to choose."""
+    """Every variant at every learning rate, on the first seed; empty if there is nothing to choose."""
     variants, seed = config.study.variants, config.study.seeds[0]
     if not _screens(config):
         return []
-    done: list[Trained] = []
-    for name in in_order(variants):
-        for lr in variants[name].lr:
-            begin = best_of(done).get(str(variants[name].start))
-            if variants[name].start and begin is None:
-                raise TrainingFailedError(f"{name} starts from {variants[name].start}, which diverged; lower its lr.")
-            done.append(_run(config, "screen", name, lr, seed, begin))
-    return done
+    scratch = {name: variant for name, variant in variants.items() if variant.start is None}
+    screened = _train(
+        config, [(name, trial_of(config, SCREEN, name, lr, seed)) for name in scratch for lr in scratch[name].lr]
+    )
+    best, started = best_of(screened), []
+    for name, variant in variants.items():
+        if variant.start and variant.start not in best:
+            raise TrainingFailedError(f"{name} starts from {variant.start}, which diverged; lower its learning rates.")
+        if variant.start:
+            start = best[variant.start].trial
+            started += [(name, trial_of(config, SCREEN, name, lr, seed, start)) for lr in variant.lr]
+    return screened + _train(config, started)
 
 
 def _screens(config: StudyConfig) -> bool:
@@ -102,53 +105,83 @@ def _screens(config: StudyConfig) -> bool:
     return not everyone or any(len(variant.lr) > 1 for variant in variants.values())
 
 
-def _train_finals(config: StudyConfig, chosen: dict[str, float]) -> list[Trained]:
-    """The finalists on every seed, seed after seed, so that a study cut short is still balanced."""
-    done: list[Trained] = []
-    variants = {name: config.study.variants[name] for name in chosen}
-    for seed in config.study.seeds:
-        of_seed: dict[str, Trained] = {}
-        for name in in_order(variants):
-            of_seed[name] = _run(config, "final", name, chosen[name], seed, of_seed.get(str(variants[name].start)))
-            if not of_seed[name].curve:
-                raise TrainingFailedError(
-                    f"{name} at lr {chosen[name]:g} diverged in its final run of seed {seed}; lower its learning rates."
-                )
-        done += of_seed.values()
-    return done
+def _train_finals(config: StudyConfig, lr_of: dict[str, float], seed: int) -> list[Trained]:
+    finals = _train(config, list(final_trials(config, lr_of, seed).items()))
+    for one in finals:
+        if not one.curve:
+            raise TrainingFailedError(
+                f"{one.variant} at lr {one.lr:g} diverged in its final run of seed {seed}; lower its learning rates."
+            )
+    return finals
 
 
-def _run(config: StudyConfig, phase: str, name: str, lr: float, seed: int, begin: Trained | None) -> Trained:
-    run = run_config(config, phase, name, lr, seed, str(begin.model) if begin else None)
-    folder = RunFolder(run.run.storage, run.run.name).path
-    log.info(f"study {config.run.name}: {run.run.name}")
-    try:
-        job = checked(Pretrain(run))
-        job.varied = {"model": model_name(config)}  # not the run that it starts from, another one for every seed
-        result = run_job(job)
-    except (TrainingFailedError, ImplausibleError) as error:
-        if not isinstance(error, ImplausibleError) and not _diverged(folder):
-            raise
-        log.info(f"{run.run.name} diverged; the study goes on without it")
-        return Trained(name, lr, seed, run)
-    return Trained.of(name, lr, seed, run, folder, result)
+def _train(config: StudyConfig, named: list[tuple[str, Trial]]) -> list[Trained]:
+    """Train (variant, run) pairs. Raises `TrainingFailedError` for a run that fails without diverging."""
+    if not named:
+        return []
+    plan = plan_trials(config, [trial for _, trial in named])
+    train_trials(plan)
+    trained = []
+    for variant, trial in named:
+        folder = plan.run_folder(trial.name)
+        outcome, run = read_outcome(folder), plan.config_of(trial)
+        assert isinstance(run, PretrainConfig)
+        if outcome["status"] == "diverged" or outcome.get("kind") == ImplausibleError.__name__:
+            log.info(f"{trial.name} diverged; the study goes on without it")
+            trained.append(Trained(variant, trial, run))
+        elif outcome["status"] != "finished":
+            raise TrainingFailedError(f"{trial.name} failed: {outcome['error']}")
+        else:
+            trained.append(Trained.of(variant, trial, run, folder, outcome))
+    return trained
 
 
-def _diverged(folder: Path) -> bool:
-    fatal = folder / FATAL
-    return fatal.exists() and json.loads(fatal.read_text())["error"] == NonFiniteError.__name__
+def finalists(config: StudyConfig, screened: list[Trained]) -> dict[str, float]:
+    """Variant -> its best learning rate: the reference and the best of the others; all without a screening."""
+    variants, reference = config.study.variants, config.study.reference
+    if not screened:
+        return {name: variant.lr[0] for name, variant in variants.items()}
+    best = best_of(screened)
+    if reference not in best:
+        raise TrainingFailedError(
+            f"every learning rate of {reference} diverged: {variants[reference].lr}; give lower ones."
+        )
+    others = sorted((name for name in best if name != reference), key=lambda name: best[name].loss)
+    others = others[: config.study.finalists or None]
+    needed = {str(variants[name].start) for name in others if variants[name].start}
+    names = dict.fromkeys([reference, *sorted(needed & set(best)), *others])
+    return {name: best[name].lr for name in names}
 
 
-def _dry_run(config: StudyConfig) -> dict[str, Any]:
-    """Variants with their sizes and the tokens of their screening."""
+def best_of(trained: list[Trained]) -> dict[str, Trained]:
+    """Variant -> its run with the lowest final validation loss; diverged runs are left out."""
+    best: dict[str, Trained] = {}
+    for one in trained:
+        if one.curve and (one.variant not in best or one.loss < best[one.variant].loss):
+            best[one.variant] = one
+    return best
+
+
+def _measured_runs(finals: list[Trained]) -> dict[str, PretrainConfig]:
+    """Name -> a run whose step is measured: each finalist, and method 3 also without its dense weights W."""
+    runs = {trained.variant: trained.config for trained in reversed(finals)}
+    for name, run in list(runs.items()):
+        if run.method.kind == BLEND:
+            method = run.method.model_copy(update={"kind": SVD})
+            runs[name + report.WITHOUT_W] = run.model_copy(update={"method": method})
+    return runs
+
+
+def _dry_run(config: StudyConfig, estimates: dict[str, Estimate]) -> dict[str, Any]:
+    """Show and return the variants with their sizes and the tokens of their screening."""
     per_step = config.parallel.samples_per_step * config.data.seq_len
-    rows: list[Row] = []
+    rows: list[dict[str, Any]] = []
     for name, variant in config.study.variants.items():
-        run = run_config(config, "final", name, variant.lr[0], config.study.seeds[0])
-        params = None if variant.start else make_plan(run).params_total
-        screened = len(variant.lr) * config.study.screen_steps * per_step if _screens(config) else 0
-        rows.append({"variant": name, "params_total": params, "lr": variant.lr, "screening_tokens": screened})
+        tokens = len(variant.lr) * config.study.screen_steps * per_step if _screens(config) else 0
+        rows.append(
+            {"variant": name, "params_total": estimates[name].params, "lr": variant.lr, "screening_tokens": tokens}
+        )
     rows_table(f"study {config.run.name}, not started", rows)
     final_tokens = config.train.steps * per_step
-    log.info(f"finals: {final_tokens:,} tokens a run, seeds {config.study.seeds}")
+    log.info(f"finals: {final_tokens:,} tokens per run, seeds {config.study.seeds}")
     return {"status": "dry_run", "study": config.run.name, "variants": rows, "final_tokens": final_tokens}

@@ -1,13 +1,11 @@
-"""What a study leaves to look at: its table, as CSV too, and the loss curves as a picture.
+"""The results of a study: its table and the picture of its loss curves.
 
-Times are steps x the seconds a step takes on a quiet machine (`finhpc.commands.study.step_times`), not
-the clock of the runs themselves: those ran one after the other, whatever else the machine did.
+Times are steps times the seconds per step on a quiet machine (`finhpc.commands.study.step_times`), not the clock of
+the runs themselves, which depends on what else the machine did.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 import shlex
 import statistics
@@ -19,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from finhpc.files import write_atomic
+from finhpc.commands.sweep.trial import Trial
 from finhpc.lowrank.blend import blend_steps
 from finhpc.lowrank.registry import BLEND
 from finhpc.screen import rows_table
@@ -31,7 +29,7 @@ log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 Curve = dict[int, float]  # step -> loss in nats
-WITHOUT_W = " without W"  # after a variant's name: its step once method 3's W are gone
+WITHOUT_W = " without W"  # after a variant's name: its step once method 3 has dropped its dense weights W
 COLUMNS = {  # of the tables on the screen
     "variant": "variant",
     "params_total": "params",
@@ -44,42 +42,41 @@ COLUMNS = {  # of the tables on the screen
     "time_to_reference_loss_with_start": "with start",
 }
 DIGITS = {"time_to_reference_loss": 2, "time_to_reference_loss_with_start": 2}
-QUIET = 0.2  # largest spread of step times that their median is worth something with
-SMOOTH = 25  # steps that a point of the drawn training loss is the mean of
+QUIET = 0.2  # the largest relative spread of step times at which their median is reliable
+SMOOTH = 25  # the drawn training loss is a mean over so many steps
 
 
 @dataclass(frozen=True)
 class Trained:
-    """One run of a study; without curves where it diverged."""
+    """One run of a study, with its validation and training losses by step; without curves if it diverged."""
 
     variant: str
-    lr: float
-    seed: int
+    trial: Trial
     config: PretrainConfig
     result: Row = field(default_factory=dict)
-    curve: Curve = field(default_factory=dict)  # of the held-out text
+    curve: Curve = field(default_factory=dict)
     train: Curve = field(default_factory=dict)
 
     @staticmethod
-    def of(variant: str, lr: float, seed: int, config: PretrainConfig, folder: Path, result: Row) -> Trained:
-        """With the curves that the run's journal holds."""
+    def of(variant: str, trial: Trial, config: PretrainConfig, folder: Path, result: Row) -> Trained:
+        """With the curves from the journal in the run folder."""
         records, _ = read(folder / WORKER_FILE)
         curve = {step: float(r["val_loss"]) for step, r in sorted(latest(records, "eval").items())}
         train = {step: float(r["train_loss"]) for step, r in sorted(latest(records, "train").items())}
-        return Trained(variant, lr, seed, config, result, curve, train)
+        return Trained(variant, trial, config, result, curve, train)
+
+    @property
+    def lr(self) -> float:
+        return self.config.optimizer.lr
 
     @property
     def loss(self) -> float:
         """Validation loss after the last step, in nats."""
         return self.curve[max(self.curve)]
 
-    @property
-    def model(self) -> str:
-        return str(self.result["model"])
-
 
 def screening_rows(screened: list[Trained]) -> list[Row]:
-    """A row for each run of the screening; val_loss is null where it diverged."""
+    """A row per run of the screening; val_loss is null if it diverged."""
     return [
         {
             "variant": one.variant,
@@ -92,13 +89,13 @@ def screening_rows(screened: list[Trained]) -> list[Row]:
 
 
 def final_rows(config: StudyConfig, finals: list[Trained], seconds: Mapping[str, list[float]]) -> list[Row]:
-    """A row for each finalist; losses are means over the seeds, `spread` their largest less their smallest.
+    """A row per finalist; losses are means over the seeds, `spread` is the largest less the smallest.
 
-    `seconds`: variant -> measured seconds a step. `val_loss_at_equal_time`: when the reference ends, or
-    at the variant's own end where that is earlier; `time_to_reference_loss`: the first time its
-    mean curve is as low as the reference's final loss, over the reference's whole time (null: never);
-    `..._with_start`: with the training of the model it starts from counted. `step_s_spread`: largest less
-    smallest measured step time over the median, small where the machine was quiet.
+    `seconds`: variant -> measured seconds per step. `val_loss_at_equal_time`: when the reference ends, or at the
+    variant's own end if that is earlier. `time_to_reference_loss`: the first time its mean curve is as low as the
+    reference's final loss, divided by the reference's whole time (null: never); `..._with_start` counts the training
+    of the model it starts from too. `step_s_spread`: the largest less the smallest measured step time, divided by
+    the median; small if the machine was quiet.
     """
     groups, reference = by_variant(finals), config.study.reference
     steps = {name: runs[0].config.train.steps for name, runs in groups.items()}
@@ -133,7 +130,7 @@ def final_rows(config: StudyConfig, finals: list[Trained], seconds: Mapping[str,
 
 
 def time_at(run: PretrainConfig, seconds: Mapping[str, list[float]], name: str, step: float) -> float:
-    """Seconds of training up to `step`; method 3 pays for its W as long as it has them."""
+    """Seconds of training up to `step`; method 3 pays for its dense weights W until it drops them."""
     step_s = statistics.median(seconds[name])
     if run.method.kind != BLEND:
         return step * step_s
@@ -142,7 +139,7 @@ def time_at(run: PretrainConfig, seconds: Mapping[str, list[float]], name: str, 
 
 
 def by_variant(finals: list[Trained]) -> dict[str, list[Trained]]:
-    """Variant -> its runs, one a seed."""
+    """Variant -> its runs, one per seed."""
     groups: dict[str, list[Trained]] = {}
     for one in finals:
         groups.setdefault(one.variant, []).append(one)
@@ -150,13 +147,13 @@ def by_variant(finals: list[Trained]) -> dict[str, list[Trained]]:
 
 
 def mean_curve(runs: list[Trained]) -> Curve:
-    """The mean of the runs' validation losses at every step that all of them were scored at."""
+    """The mean of the runs' validation losses at every step at which all of them were evaluated."""
     shared = set.intersection(*(set(run.curve) for run in runs))
     return {step: statistics.fmean(run.curve[step] for run in runs) for step in sorted(shared)}
 
 
 def first_below(curve: Curve, target: float) -> float | None:
-    """The step at which a curve comes down to `target`, straight lines between its points; None: never."""
+    """The step at which a curve, interpolated linearly, comes down to `target`; None: never."""
     points = list(curve.items())
     for i, (step, loss) in enumerate(points):
         if loss <= target:
@@ -168,7 +165,7 @@ def first_below(curve: Curve, target: float) -> float | None:
 
 
 def at(curve: Mapping[int, float] | Mapping[float, float], where: float) -> float:
-    """The curve at a step or a time, straight lines between its points; at its last point after that."""
+    """The curve at a step or a time, interpolated linearly; constant after its last point."""
     return float(np.interp(where, list(curve), list(curve.values())))
 
 
@@ -177,18 +174,10 @@ def ratios(rows: list[Row]) -> dict[str, float | None]:
     return {f"time_to_reference_loss_{row['variant']}": row["time_to_reference_loss"] for row in rows}
 
 
-def write_csv(rows: list[Row], path: Path) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomic(path, text.getvalue())
-
-
 def draw(
     config: StudyConfig, finals: list[Trained], rows: list[Row], seconds: Mapping[str, list[float]], path: Path
 ) -> None:
-    """A picture: training loss and validation loss against tokens, validation loss against time."""
+    """Draw training and validation loss against tokens, and validation loss against time."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -214,7 +203,7 @@ def draw(
         axes.legend(fontsize=8)
     left.set(xlabel="tokens (millions)", ylabel="training loss (nats)", title=f"training, mean of {SMOOTH} steps")
     middle.set(xlabel="tokens (millions)", title="equal tokens")
-    right.set(xlabel="minutes: steps x seconds a step on a quiet machine", title="equal time")
+    right.set(xlabel="minutes: steps x seconds per step on a quiet machine", title="equal time")
     tops = [loss for one in finals for step, loss in one.curve.items() if step * 10 >= one.config.train.steps]
     for axes in (left, middle, right):
         axes.grid(alpha=0.3)
@@ -236,7 +225,7 @@ def _smooth(train: Curve, per_step: float) -> tuple[Any, Any]:
 
 
 def show(result: Row) -> None:
-    """The tables at the end, on stderr."""
+    """Print the tables on stderr."""
     rows_table(f"screening of {result['study']}", [_text(row) for row in result["screening"]])
     title = f"{result['study']}, finals; time: to the final loss of {result['reference']}, over its whole time"
     rows_table(title, [_text(row) for row in result["finals"]])
@@ -246,7 +235,7 @@ def show(result: Row) -> None:
 
 
 def _text(row: Row) -> Row:
-    """A row as words, narrow enough for a screen: short names, losses with four digits."""
+    """A row as text that fits a screen: short names, few digits."""
     return {short: _number(key, row[key]) for key, short in COLUMNS.items() if key in row}
 
 

@@ -1,6 +1,6 @@
 """Seconds of a whole training step of several runs, measured in turn in one process without Ray.
 
-In turn, so that a machine that is busier for a while hurts all alike.
+In turn, so that a busy machine slows all of them equally.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ WARM_UP = 3  # steps that are not counted
 
 
 def step_times(configs: Mapping[str, PretrainConfig], steps: int, rounds: int) -> dict[str, list[float]]:
-    """Name -> seconds a step, one figure a round of `steps` steps; every second round goes backwards.
+    """Name -> seconds per step, one figure per round of `steps` steps; every second round goes backwards.
 
-    On the CPU, with each run's micro-batches on one stage. Raises `TrainingFailedError` where the
-    measuring process dies.
+    Measured on the CPU, with each run's micro-batches on one stage. Raises `TrainingFailedError` if the measuring
+    process dies.
     """
     with tempfile.TemporaryDirectory() as folder:
         trees = {name: config.model_dump(mode="json") for name, config in configs.items()}
@@ -39,8 +39,8 @@ def step_times(configs: Mapping[str, PretrainConfig], steps: int, rounds: int) -
                 f"measuring step times failed (exit code {process.exitcode}); its error stands above. "
                 "The same command measures again."
             )
-        found: dict[str, list[float]] = json.loads((Path(folder) / "seconds.json").read_text(encoding="utf-8"))
-    return found
+        seconds: dict[str, list[float]] = json.loads((Path(folder) / "seconds.json").read_text(encoding="utf-8"))
+    return seconds
 
 
 def _measure(trees: dict[str, dict[str, Any]], steps: int, rounds: int, folder: str) -> None:
@@ -68,7 +68,7 @@ def _measure(trees: dict[str, dict[str, Any]], steps: int, rounds: int, folder: 
         engines[name] = engine, config.optimizer.lr / 10, [held_out] * config.parallel.micro_batches
         for _ in range(WARM_UP):
             engine.train_step(iter(engines[name][2]), engines[name][1])
-    found: dict[str, list[float]] = {name: [] for name in trees}
+    seconds: dict[str, list[float]] = {name: [] for name in trees}
     for round_ in range(rounds):
         for name in list(engines) if round_ % 2 == 0 else list(engines)[::-1]:
             engine, lr, batches = engines[name]
@@ -77,6 +77,6 @@ def _measure(trees: dict[str, dict[str, Any]], steps: int, rounds: int, folder: 
                 began = time.perf_counter()
                 engine.train_step(iter(batches), lr)
                 took.append(time.perf_counter() - began)
-            found[name].append(statistics.median(took))
-    (Path(folder) / "seconds.json").write_text(json.dumps(found), encoding="utf-8")
+            seconds[name].append(statistics.median(took))
+    (Path(folder) / "seconds.json").write_text(json.dumps(seconds), encoding="utf-8")
     dist.destroy_process_group()

@@ -1,7 +1,7 @@
-"""Which trials a sweep is made of: the points of its grid, each with its settings and a name that stays.
+"""The trials of a sweep: the points of its grid, each with its settings and a stable name.
 
-In pretraining, `quantization.bits` with `quantization.when: after` is no setting of training: points that
-differ in it alone are one trial, trained once and scored at each of the bits.
+In pretraining, `quantization.bits` with `quantization.when: after` is no setting of the training: points that differ
+in it alone are one trial, trained once and scored at each of the bits.
 """
 
 from __future__ import annotations
@@ -13,50 +13,24 @@ import math
 import random
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
+from finhpc.commands.sweep.trial import BITS, Trial, Values
 from finhpc.errors import ConfigError
-from finhpc.settings.base import build, put
-from finhpc.settings.finetune import FinetuneConfig, TrainingConfig
+from finhpc.settings.base import put
+from finhpc.settings.finetune import FinetuneConfig
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.sweep import DISTRIBUTIONS, FinetuneSweepConfig, SweepConfig
 
-BITS, WHEN = "quantization.bits", "quantization.when"
+WHEN = "quantization.when"
 LONGEST_NAME = 100
-Values = dict[str, Any]  # dotted key -> value
 AnySweep = SweepConfig | FinetuneSweepConfig
 
 
-@dataclass(frozen=True)
-class Trial:
-    """One training. `values`: what varies; `bits`: those of the trained weights that it is scored at."""
-
-    name: str
-    values: Values
-    tree: dict[str, Any]  # its settings, nested
-    bits: tuple[int, ...] = ()
-
-    def config(self, **sections: dict[str, Any]) -> TrainingConfig:
-        """Its settings, with keys of some sections put over them."""
-        tree = self.tree | {name: self.tree.get(name, {}) | given for name, given in sections.items()}
-        return build(FinetuneConfig, tree) if "lora" in tree else build(PretrainConfig, tree)
-
-    @property
-    def points(self) -> list[tuple[str, Values]]:
-        """(name, values) of each point that its training serves."""
-        if not self.bits:
-            return [(self.name, self.values)]
-        return [
-            (self.name if bits == 16 else f"{self.name}-{bits}bit", self.values | {BITS: bits}) for bits in self.bits
-        ]
-
-
 def trials_of(config: AnySweep) -> list[Trial]:
-    """Every trial, in the order of the grid; of an empty grid the one that nothing varies in."""
+    """Every trial, in the order of the grid; an empty grid gives one trial in which nothing varies."""
     base = config.model_dump(mode="json", exclude={"grid", "sweep"}, exclude_unset=True)
-    if isinstance(config, FinetuneSweepConfig):
-        base.setdefault("lora", {})
+    settings = FinetuneConfig if isinstance(config, FinetuneSweepConfig) else PretrainConfig
     trained: dict[str, tuple[Values, dict[str, Any], list[int]]] = {}
     for values in _points(config):
         own = {key: value for key, value in values.items() if key != BITS or _trains_with_bits(config, values)}
@@ -70,7 +44,7 @@ def trials_of(config: AnySweep) -> list[Trial]:
             bits.append(values[BITS])
     names = _names([own for own, _, _ in trained.values()])
     return [
-        Trial(name, own, tree, tuple(dict.fromkeys(bits)))
+        Trial(name, own, settings, tree, tuple(dict.fromkeys(bits)))
         for name, (own, tree, bits) in zip(names, trained.values(), strict=True)
     ]
 
@@ -81,41 +55,32 @@ def _trains_with_bits(config: AnySweep, values: Values) -> bool:
     return bool(values.get(WHEN, config.quantization.when) == "during" and values[BITS] != 16)
 
 
-# -- points ---------------------------------------------------------------------------------
-
-
 def _points(config: AnySweep) -> Iterator[Values]:
-    """The product of the lists, and for each `sweep.samples` draws of what has a distribution."""
+    """The product of all lists, with `sweep.samples` draws of the keys that have a distribution."""
     lists = {key: values for key, values in config.grid.items() if isinstance(values, list)}
     drawn = {key: spec for key, spec in config.grid.items() if key not in lists}
     draw = random.Random(config.sweep.seed)
     for _ in range(config.sweep.samples if drawn else 1):
         for combination in itertools.product(*lists.values()):
-            random_values = {key: _draw(spec, draw) for key, spec in drawn.items()}
-            chosen = dict(zip(lists, combination, strict=True)) | random_values
-            yield {key: chosen[key] for key in config.grid}
-
-
-def _draw(spec: dict[str, Any], draw: random.Random) -> Any:
-    (name, given), *_ = spec.items()
-    return DISTRIBUTIONS[name][1](draw, *given)
-
-
-# -- checks ---------------------------------------------------------------------------------
+            values = dict(zip(lists, combination, strict=True))
+            for key, spec in drawn.items():
+                ((distribution, bounds),) = spec.items()
+                values[key] = DISTRIBUTIONS[distribution][1](draw, *bounds)
+            yield {key: values[key] for key in config.grid}
 
 
 def check_points(config: AnySweep) -> None:
-    """Raise `ConfigError` where the grid, whose keys and values are checked already, has no points or too many."""
+    """Raise `ConfigError` if the grid, whose keys and values are valid already, has no points or too many."""
     problems: list[str] = []
     if not config.grid:
         problems.append("grid is empty; say what varies, such as --grid 'method.rank=[8, 16]' (repeat for more keys).")
-    counted = [spec for spec in config.grid.values() if isinstance(spec, list)]
-    drawn = len(counted) < len(config.grid)
-    if "samples" in config.sweep.model_fields_set and config.grid and not drawn:
+    lists = [spec for spec in config.grid.values() if isinstance(spec, list)]
+    draws = len(lists) < len(config.grid)
+    if "samples" in config.sweep.model_fields_set and config.grid and not draws:
         problems.append(
             f"sweep.samples={config.sweep.samples}, but no key of the grid has a distribution; leave it out."
         )
-    number = math.prod(len(spec) for spec in counted) * (config.sweep.samples if drawn else 1)
+    number = math.prod(len(spec) for spec in lists) * (config.sweep.samples if draws else 1)
     if number > config.sweep.max_trials:
         problems.append(
             f"the grid has {number:,} points, more than sweep.max_trials={config.sweep.max_trials:,}; take fewer "
@@ -125,11 +90,8 @@ def check_points(config: AnySweep) -> None:
         raise ConfigError(problems)
 
 
-# -- names ----------------------------------------------------------------------------------
-
-
 def _names(points: list[Values]) -> list[str]:
-    """A readable name each, the same in every start; a hash makes those unique that would be long or equal."""
+    """A readable name for each point, the same in every start; a hash shortens long names and separates equal ones."""
     names = [_name(values) for values in points]
     return [
         name

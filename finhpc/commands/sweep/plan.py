@@ -1,144 +1,103 @@
-"""A sweep before it starts: every trial checked, what they cost, and how many run at a time."""
+"""A sweep before it starts: every trial checked, with its cost in time and on disk."""
 
 from __future__ import annotations
 
 import logging
 import math
 import shutil
-import statistics
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from finhpc.cluster.connect import check_fits, known_resources, use_cuda
+from finhpc.cluster.connect import known_resources
 from finhpc.commands.estimate.run_time import Opened, describe_run_time, sweep_time, this_machine_busy
-from finhpc.commands.sweep.grid import BITS, AnySweep, Trial, check_points, trials_of
-from finhpc.commands.sweep.trial import outcome_of
+from finhpc.commands.sweep.estimate import Estimate, Estimator
+from finhpc.commands.sweep.grid import AnySweep, check_points, trials_of
+from finhpc.commands.sweep.placement import Placement
+from finhpc.commands.sweep.trial import BITS, Trial, TrialArguments, read_outcome
 from finhpc.errors import ConfigError, collect
 from finhpc.lowrank.registry import DENSE, STARTED
-from finhpc.planning.plan import Plan, make_plan
-from finhpc.runs.folder import RunFolder
-from finhpc.runs.run import place_whole
 from finhpc.screen import rows_table
 from finhpc.settings.base import flatten
-from finhpc.settings.finetune import FinetuneConfig, TrainingConfig
+from finhpc.settings.finetune import TrainingConfig
 from finhpc.settings.pretrain import PretrainConfig
-from finhpc.settings.sweep import FinetuneSweepConfig, SweepConfig
-from finhpc.tracking.shown import PARENT, SWEEP, Dataset, model_name, parameters, shape_of
+from finhpc.settings.sweep import Sweep, SweepConfig
+from finhpc.tracking.shown import PARENT, SWEEP, Dataset, model_name, parameters
 from finhpc.tracking.store import check_store
-from finhpc.tracking.tracker import default_tracking_uri
-
-if TYPE_CHECKING:
-    from finhpc.commands.finetune import Finetune
 
 log = logging.getLogger(__name__)
 
 REFERENCE = "dense-reference"
-MEASURING_S = 20.0  # spent on measuring the steps of trials; the rest are reckoned
 SHOWN = 60  # trials listed before a sweep starts
 
 
 @dataclass
-class Planned:
-    """A checked sweep. `reference`: the dense training that methods 2 and 3 start from, where no model is given."""
+class SweepPlan:
+    """The trials of a sweep. `runs`: where their run folders are; `references`: dense trainings that others start from.
 
-    config: AnySweep
+    `estimates`, `datasets` and `notes` (on the trials' data) are filled by `check_trials`.
+    """
+
+    config: TrainingConfig
     folder: Path
+    runs: Path
     trials: list[Trial]
+    options: Sweep
     tracking_uri: str
-    reference: PretrainConfig | None = None
-    resources: dict[str, float] | None = None  # of the cluster; None: known once it is connected
-    seconds: dict[str, float | None] = field(default_factory=dict)  # of a trial's training, estimated
-    disk: dict[str, int] = field(default_factory=dict)  # bytes that a trial leaves at least
-    parameters: list[dict[str, Any]] = field(default_factory=list)  # of each point, as MLflow shows them
-    datasets: list[Dataset] = field(default_factory=list)  # of all trials
-    steps: dict[str, int] = field(default_factory=dict)  # of a trial's training
-    ratios: list[float] = field(default_factory=list)  # of measured steps to those that were reckoned
+    references: list[Trial] = field(default_factory=list)
+    tags: dict[str, str] = field(default_factory=dict)  # of every trial's MLflow run
+    resources: dict[str, float] | None = field(default_factory=known_resources)  # None: known once Ray is connected
+    estimates: dict[str, Estimate] = field(default_factory=dict)
+    datasets: list[Dataset] = field(default_factory=list)
+    notes: dict[str, None] = field(default_factory=dict)
     opened: Opened = field(default_factory=Opened.now)
-    measuring_until: float = field(default_factory=lambda: time.monotonic() + MEASURING_S)
-    notes: dict[str, None] = field(default_factory=dict)  # what was guessed or left out of the trials' data
-
-    @property
-    def runs(self) -> Path:
-        return self.folder / "trials"
+    configs: dict[str, TrainingConfig] = field(default_factory=dict)
 
     @property
     def shared(self) -> Path:
         return self.folder / "shared"
 
     def run_folder(self, name: str) -> Path:
-        return self.runs / name
+        return (self.shared if name == REFERENCE else self.runs) / name
 
     def config_of(self, trial: Trial) -> TrainingConfig:
-        """A trial's settings, placed below the sweep; paths whole, as its actor has another working directory."""
-        config = trial.config(run=self._place(self.runs, trial.name))
-        if self.reference is not None and _starts(trial):
-            tree = {"path": str(self.shared / REFERENCE / "model")}
-            config = config.model_copy(update={"model": type(config.model).model_validate(tree)})
-        place_whole(config)
-        return config
+        """A trial's settings, placed in the sweep."""
+        if trial.name not in self.configs:
+            storage = str(self.run_folder(trial.name).parent)
+            run = {"storage": storage, "name": trial.name, "tracking_uri": self.tracking_uri}
+            self.configs[trial.name] = trial.config(run=run)
+        return self.configs[trial.name]
 
-    def _place(self, storage: Path, name: str) -> dict[str, Any]:
-        return {"storage": str(storage), "name": name, "tracking_uri": self.tracking_uri}
+    @property
+    def placement(self) -> Placement:
+        """Not cached: the resources of another cluster are known only once it is connected."""
+        configs = {trial.name: self.config_of(trial) for trial in (*self.references, *self.trials)}
+        return Placement(configs, known_resources() or {}, self.options.concurrent)
+
+    def arguments(self, trial: Trial, parent: str | None) -> TrialArguments:
+        """What the actor of a trial receives; `parent`: the MLflow run of the sweep."""
+        tags = self.tags | ({PARENT: parent} if parent else {})
+        scores = {name: values[BITS] for name, values in trial.points if trial.bits and values[BITS] != 16}
+        # The model of the sweep, not the one a trial starts from, which would look like a model that varies.
+        varied = trial.values | ({"model": model_name(self.config)} if trial.start else {})
+        return TrialArguments(self.config_of(trial), self.estimates[trial.name].steps, tags, varied, scores)
+
+    def has_ended(self, trial: Trial) -> bool:
+        """Whether nothing is left to do: a finished trial of fewer steps than it should have by now goes on."""
+        outcome = read_outcome(self.run_folder(trial.name))
+        steps = self.estimates[trial.name].steps
+        return "status" in outcome and not (outcome["status"] == "finished" and outcome["steps"] < steps)
 
     @cached_property
-    def alone(self) -> bool:
-        """Whether every trial is a single worker, which trains in Tune's own actor."""
-        return all(self.config_of(trial).parallel.workers == 1 for trial in self.trials)
-
-    @property
-    def cuda(self) -> bool:
-        """Whether trials train on GPUs; not kept, because another cluster's are known once it is connected."""
-        total = known_resources()
-        return total is not None and use_cuda(self.config_of(self.trials[0]), total)
-
-    def check_fits(self) -> None:
-        """Raise `ConfigError` with every trial that the connected cluster could never place."""
-        problems: list[str] = []
-        for trial in self.trials:
-            found: list[str] = []
-            with collect(found):
-                check_fits(self.config_of(trial), self.cuda, known_resources() or {})
-            problems += [f"trial {trial.name}: {problem}" for problem in found]
-        if problems:
-            raise ConfigError(problems)
-
-    def placement(self, name: str) -> Any:
-        """What Tune reserves for a trial: its one worker's share, or nothing but a driver beside the workers."""
-        from ray.tune import PlacementGroupFactory
-
-        if not self.alone:
-            return PlacementGroupFactory([{"memory": 1}])  # a byte: Tune takes no empty reservation
-        resources = next(self.config_of(trial).resources for trial in self.trials if trial.name == name)
-        bundle = {"CPU": resources.cpus_per_worker} | ({"GPU": resources.gpus_per_worker} if self.cuda else {})
-        return PlacementGroupFactory([bundle])
-
-    @property
-    def concurrent(self) -> int:
-        """Trials at a time: so many that the workers of all of them have a place, else drivers would wait for ever."""
-        total = known_resources() or {}
-        fits = [int(total.get("CPU", 1) / _cpus(self.config_of(trial))) for trial in self.trials]
-        if self.cuda:
-            configs = [self.config_of(trial) for trial in self.trials]
-            fits += [int(total["GPU"] / (run.resources.gpus_per_worker * run.parallel.workers)) for run in configs]
-        return max(1, min([*fits, len(self.trials), self.config.sweep.concurrent or len(self.trials)]))
-
-    def told(self, trial: Trial, parent: str | None) -> dict[str, Any]:
-        """What the actor of a trial is told."""
-        tags = {PARENT: parent} if parent else {}
-        tree = self.config_of(trial).model_dump(mode="json", exclude_unset=True)
-        if isinstance(self.config, FinetuneSweepConfig):
-            tree.setdefault("lora", {})
-        scores = {name: values[BITS] for name, values in trial.points if trial.bits and values[BITS] != 16}
-        tags |= {SWEEP: self.config.run.name}
-        varied = dict(trial.values)
-        if self.reference is not None and _starts(trial):
-            # As the sweep has it: the reference would stand out as a model that varies.
-            varied |= {"model": model_name(self.config)}
-        return {"config": tree, "tags": tags, "varied": varied, "scores": scores}
+    def parameters(self) -> list[dict[str, Any]]:
+        """The MLflow parameters of each grid point."""
+        return [
+            parameters(self.config_of(trial), self.estimates[trial.name].names, values)
+            for trial in self.trials
+            for _, values in trial.points
+        ]
 
     def shared_parameters(self) -> dict[str, Any]:
         """The parameters that all trials have in common."""
@@ -147,27 +106,28 @@ class Planned:
 
     @cached_property
     def cost(self) -> dict[str, Any] | None:
-        """The time the remaining trials take (`finhpc.commands.estimate.run_time`); None if that of one is unknown."""
-        left = [t for t in self.trials if "status" not in outcome_of(self.run_folder(t.name))]
-        seconds = [self.seconds.get(trial.name) for trial in left]
+        """The time of the remaining trials (`finhpc.commands.estimate.run_time`); None if that of one is unknown."""
+        left = [trial for trial in (*self.references, *self.trials) if not self.has_ended(trial)]
+        seconds = [self.estimates[trial.name].seconds for trial in left]
         if not left or any(one is None for one in seconds):
             return None
         configs = [self.config_of(trial) for trial in left]
         each = max(config.parallel.workers * config.resources.threads for config in configs)
-        processes = 0.0 if self.cuda else min(self.concurrent, len(left)) * float(each)
+        at_once = min(self.placement.concurrent, len(left))
+        processes = 0.0 if self.placement.cuda else at_once * float(each)
         scores = sum(bits != 16 for trial in left for bits in trial.bits)
-        whole = math.fsum(one or 0.0 for one in seconds)
-        return sweep_time(whole, len(left), scores, self.concurrent, processes, self.opened).numbers(
-            this_machine_busy(self.opened)
-        )
+        total_s = math.fsum(one or 0.0 for one in seconds)
+        run_time = sweep_time(total_s, len(left), scores, self.placement.concurrent, processes, self.opened)
+        return run_time.numbers(this_machine_busy(self.opened))
 
     @property
     def disk_bytes(self) -> int:
         """What the trials that have not begun will leave at least: their models and checkpoints."""
-        return sum(self.disk[t.name] for t in self.trials if not self.run_folder(t.name).exists())
+        new = [trial for trial in self.trials if not self.run_folder(trial.name).exists()]
+        return sum(self.estimates[trial.name].disk_bytes for trial in new)
 
     def check_disk(self) -> None:
-        """Raise `ConfigError` where the sweep cannot fit the disk."""
+        """Raise `ConfigError` if the sweep does not fit the disk."""
         free = free_bytes(self.folder)
         if self.disk_bytes > free:
             raise ConfigError(
@@ -177,14 +137,13 @@ class Planned:
             )
 
     def result(self) -> dict[str, Any]:
-        """The keys that are known before anything runs."""
-        ended = sum("status" in outcome_of(self.run_folder(trial.name)) for trial in self.trials)
+        """The keys of the result that are known before anything runs."""
         return {
             "sweep": self.config.run.name,
             "trained": len(self.trials),
             "scored": sum(len(trial.points) for trial in self.trials),
-            "ended_before": ended,
-            "concurrent": self.concurrent,
+            "ended_before": sum(self.has_ended(trial) for trial in self.trials),
+            "concurrent": self.placement.concurrent,
             "estimated_s": self.cost and self.cost["run_s"],
             "disk_bytes": self.disk_bytes,
             "folder": str(self.folder),
@@ -192,43 +151,77 @@ class Planned:
         }
 
 
-def plan_sweep(config: AnySweep, folder: Path) -> Planned:
-    """Check the grid and every trial of it; raises one `ConfigError` with every problem."""
+def plan_sweep(config: AnySweep, folder: Path) -> SweepPlan:
+    """Check the grid and all its trials; raises one `ConfigError` with every problem."""
     problems: list[str] = []
     with collect(problems):
         check_points(config)
-    # Of a grid without points, or with too many, what its trials share is checked all the same.
+    # Without points, or with too many, the settings that all trials share are checked nevertheless.
     trials = trials_of(config.model_copy(update={"grid": {}}) if problems else config)
-    uri = config.run.tracking_uri or default_tracking_uri(config.run.storage)
+    uri = config.run.mlflow_uri
     with collect(problems):
         check_store(uri, config.run.experiment)
-    plan = Planned(config, folder, trials, uri, resources=known_resources())
-    if isinstance(config, SweepConfig) and any(_starts(trial) for trial in trials) and config.model.path is None:
-        plan.reference = _reference(plan)
-    of: dict[str, list[str]] = {}  # problem -> the trials that have it
-    checked: dict[str, _Checked] = {}
-    for trial in trials:
-        found: list[str] = []
-        with collect(found):
-            run = plan.config_of(trial)
-            key = _same_plan(run)
-            if key not in checked:
-                checked[key] = _check(plan, trial, run)
-            one = checked[key]
-            found += one.problems
-            plan.seconds[trial.name], plan.disk[trial.name], plan.steps[trial.name] = one.seconds, one.bytes, one.steps
-            plan.parameters += [parameters(run, one.named, values) for _, values in trial.points]
-        for problem in dict.fromkeys(found):
-            of.setdefault(problem, []).append(trial.name)
-    problems += [f"{_named(names, len(trials))}{problem}" for problem, names in of.items()]
+    plan = SweepPlan(config, folder, folder / "trials", trials, config.sweep, uri, tags={SWEEP: config.run.name})
+    if isinstance(config, SweepConfig) and config.model.path is None:
+        _add_reference(plan)
+    found = check_trials(plan)
+    total = len(plan.references) + len(plan.trials)
+    problems += [f"{_of_trials(names, total)}{problem}" for problem, names in found.items()]
     if problems:
         raise ConfigError(problems)
     plan.check_disk()
     return plan
 
 
-def _named(names: list[str], total: int) -> str:
-    """Which trials a problem is of; nothing where it is of all."""
+def _add_reference(plan: SweepPlan) -> None:
+    """Let the trials of methods 2 and 3 start from one dense training with the sweep's own settings."""
+    started = [trial for trial in plan.trials if trial.tree.get("method", {}).get("kind") in STARTED]
+    if not started:
+        return
+    tree = plan.config.model_dump(mode="json", exclude={"grid", "sweep", "quantization"}, exclude_unset=True)
+    plan.references = [Trial(REFERENCE, {}, PretrainConfig, tree | {"method": {"kind": DENSE}})]
+    model = {"path": str(plan.run_folder(REFERENCE) / "model")}
+    plan.trials = [
+        replace(trial, start=REFERENCE, tree=trial.tree | {"model": model}) if trial in started else trial
+        for trial in plan.trials
+    ]
+
+
+def check_trials(plan: SweepPlan, timed: bool = True) -> dict[str, list[str]]:
+    """Estimate every trial of a plan; returns each problem with the names of the trials that have it.
+
+    `timed`: whether to estimate their time, for which steps are measured.
+    """
+    estimator = Estimator(plan.resources, plan.placement.cuda, timed)
+    everyone = {trial.name: trial for trial in (*plan.references, *plan.trials)}
+    known: dict[str, Estimate] = {}
+    problems: dict[str, list[str]] = {}
+    for name, trial in everyone.items():
+        found: list[str] = []
+        with collect(found):
+            run = plan.config_of(trial)
+            key = _without_seed_and_optimizer(run)
+            if key not in known:
+                start = plan.config_of(everyone[trial.start]) if trial.start in everyone else None
+                known[key] = estimator.estimate(run, trial.bits, start)
+            plan.estimates[name] = known[key]
+            found += known[key].problems
+        for problem in dict.fromkeys(found):
+            problems.setdefault(problem, []).append(name)
+    for estimate in known.values():
+        plan.datasets += [dataset for dataset in estimate.datasets if dataset not in plan.datasets]
+        plan.notes |= dict.fromkeys(estimate.notes)
+    return problems
+
+
+def _without_seed_and_optimizer(run: TrainingConfig) -> str:
+    """Equal for trials that cost the same."""
+    flat = {key: value for key, value in flatten(run).items() if not key.startswith(("run.", "optimizer."))}
+    return repr({key: value for key, value in flat.items() if key != "train.seed"})
+
+
+def _of_trials(names: list[str], total: int) -> str:
+    """Which trials have a problem; empty if all have it."""
     if len(names) == total:
         return ""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -236,148 +229,36 @@ def _named(names: list[str], total: int) -> str:
 
 
 def free_bytes(folder: Path) -> int:
-    """Free on the disk of a folder, which need not be there yet."""
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    return shutil.disk_usage(there).free
+    """Free bytes on the disk of a folder, which need not exist yet."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    return shutil.disk_usage(existing).free
 
 
-@dataclass
-class _Checked:
-    """What is known of a trial: problems, estimated seconds of training, bytes it leaves, steps, names and shape."""
-
-    problems: list[str]
-    seconds: float | None = None
-    bytes: int = 0
-    steps: int = 0
-    named: dict[str, Any] = field(default_factory=dict)  # of its model and data
-
-
-def _check(plan: Planned, trial: Trial, run: TrainingConfig) -> _Checked:
-    found = _Checked([])
-    with collect(found.problems):
-        RunFolder(run.run.storage, run.run.name)
-        if plan.resources is not None:
-            check_fits(run, use_cuda(run, plan.resources), plan.resources)
-    with collect(found.problems):
-        if isinstance(run, FinetuneConfig):
-            from finhpc.commands.finetune import Finetune
-
-            job = Finetune(run)
-            found.steps, found.named = job.config.train.steps, job.names()
-            found.bytes = _left(job.config, job.counts()["params_trainable"])
-            found.seconds = _tuning_seconds(plan, job)
-            plan.datasets += [dataset for dataset in job.datasets if dataset not in plan.datasets]
-            plan.notes |= dict.fromkeys(job.made.examples.notes)
-        else:
-            if plan.reference is not None and _starts(trial):  # its model is not there yet: a low-rank one is as large
-                run = run.model_copy(update={"model": plan.reference.model}, deep=True)
-                run.method.kind = "low_rank"
-            made = make_plan(run)
-            found.steps, found.seconds = run.train.steps, _seconds(plan, made)
-            found.bytes = _left(run, made.params_total)
-            found.bytes += sum(made.outline.stored_bytes(bits) for bits in trial.bits if bits != 16)
-            dataset = Dataset.of_shards(made.shards)
-            found.named = {"model": model_name(run), "dataset": dataset.name} | shape_of(made.hf_config)
-            plan.datasets += [dataset] if dataset not in plan.datasets else []
-    return found
-
-
-def _seconds(plan: Planned, made: Plan) -> float | None:
-    from finhpc.commands.estimate.pretraining import of_plan
-
-    measures = time.monotonic() < plan.measuring_until
-    return _computing(plan, of_plan(made, plan.cuda, here=plan.resources is not None, measures=measures))
-
-
-def _tuning_seconds(plan: Planned, job: Finetune) -> float | None:
-    from finhpc.commands.estimate.finetuning import of_examples
-    from finhpc.commands.finetune import batches_of
-
-    made, measures = job.made, time.monotonic() < plan.measuring_until
-    examples, batches = made.examples, batches_of(job.config)
-    here = plan.resources is not None
-    numbers = of_examples(job.config, made.lora_model, examples, batches, plan.cuda, here, measures)
-    return _computing(plan, numbers)
-
-
-def _computing(plan: Planned, numbers: dict[str, Any]) -> float | None:
-    """Seconds of a trial's steps and evaluations on cores of their own; those not measured go by those that were."""
-    if numbers["step_s"] is None:
-        return None
-    ratio = float(numbers["step_s"] / numbers["reckoned_step_s"])
-    if ratio != 1.0:
-        plan.ratios.append(ratio)
-        return float(numbers["computing_s"])
-    return float(numbers["computing_s"]) * (statistics.median(plan.ratios) if plan.ratios else 1.0)
-
-
-def _left(run: TrainingConfig, trained: int) -> int:
-    """Bytes on disk after a training of so many parameters: the model and the checkpoints it keeps."""
-    every = run.train.checkpoint_every or run.train.steps
-    kept = min(run.train.keep_checkpoints, math.ceil(run.train.steps / every))
-    moments = 2 if run.optimizer.name == "adamw8bit" else 8
-    return trained * (4 + kept * (4 + moments))
-
-
-def _reference(plan: Planned) -> PretrainConfig:
-    """The dense training with the sweep's own settings, on the first of its seeds."""
-    config = plan.config
-    tree = config.model_dump(mode="json", exclude={"grid", "sweep"}, exclude_unset=True)
-    tree["method"] = {"kind": DENSE}
-    tree["run"] = tree.get("run", {}) | plan._place(plan.shared, REFERENCE)
-    tree.pop("quantization", None)
-    return PretrainConfig.model_validate(tree)
-
-
-def _starts(trial: Trial) -> bool:
-    return trial.tree.get("method", {}).get("kind") in STARTED
-
-
-def _cpus(run: TrainingConfig) -> float:
-    return run.parallel.workers * run.resources.cpus_per_worker
-
-
-def _same_plan(run: TrainingConfig) -> str:
-    """Equal for trials that are alike but in seed and optimiser."""
-    flat = {key: value for key, value in flatten(run).items() if not key.startswith(("run.", "optimizer."))}
-    return repr({key: value for key, value in flat.items() if key != "train.seed"})
-
-
-def _shortened(plan: Planned) -> dict[str, list[str]]:
-    """What is told of warm-ups that are too long -> the trials it is told of."""
-    found: dict[str, list[str]] = {}
-    for trial in plan.trials:
-        if note := plan.config_of(trial).optimizer.shortened(plan.steps[trial.name]):
-            found.setdefault(note, []).append(trial.name)
-    return found
-
-
-def _counted(names: list[str], trials: int) -> str:
-    if len(names) == trials:
-        return "every trial"
-    return f"trial {names[0]}" if len(names) == 1 else f"{len(names)} trials, the first {names[0]}"
-
-
-def show_plan(plan: Planned) -> None:
-    """The trials and their cost, and what was guessed about their data, before any starts."""
+def show_plan(plan: SweepPlan) -> None:
+    """Print the trials with their cost, and notes on their data, before any starts."""
     for note in plan.notes:
         log.info(note)
     rows = []
     for trial in plan.trials[:SHOWN]:
-        seconds = plan.seconds.get(trial.name)
+        seconds = plan.estimates[trial.name].seconds
         rows.append(
             {
                 "trial": trial.name,
-                "state": outcome_of(plan.run_folder(trial.name)).get("status", ""),
+                "state": read_outcome(plan.run_folder(trial.name)).get("status", ""),
                 "scored at bits": ", ".join(map(str, trial.bits)) or "-",
                 "estimated": "-" if seconds is None else str(timedelta(seconds=round(seconds))),
             }
         )
-    for note, names in _shortened(plan).items():
-        log.info(f"{_counted(names, len(plan.trials))}: {note}")
+    warmups: dict[str, list[str]] = {}  # note on a warm-up that is too long -> the trials that have it
+    for trial in plan.trials:
+        if warmup := plan.config_of(trial).optimizer.shortened(plan.estimates[trial.name].steps):
+            warmups.setdefault(warmup, []).append(trial.name)
+    for warmup, names in warmups.items():
+        who = f"trial {names[0]}" if len(names) == 1 else f"{len(names)} trials, the first {names[0]}"
+        log.info(f"{'every trial' if len(names) == len(plan.trials) else who}: {warmup}")
     numbers = plan.result()
     rows_table(f"sweep {numbers['sweep']}: {numbers['trained']} trials, {numbers['scored']} points scored", rows)
     if len(plan.trials) > SHOWN:
         log.info(f"and {len(plan.trials) - SHOWN} more")
     about = "" if plan.cost is None else f"; the sweep takes {describe_run_time(plan.cost)}"
-    log.info(f"{plan.concurrent} at a time{about}; at least {plan.disk_bytes / 1e6:,.0f} MB on disk")
+    log.info(f"{numbers['concurrent']} at a time{about}; at least {plan.disk_bytes / 1e6:,.0f} MB on disk")

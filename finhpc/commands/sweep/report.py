@@ -1,20 +1,24 @@
-"""What a sweep shows: a line as each trial ends, and the ranked table after."""
+"""The output of a sweep: a line as each trial ends, then the ranked table, on screen and as CSV."""
 
 from __future__ import annotations
 
+import csv
+import io
 import logging
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
-from finhpc.commands.sweep.grid import AnySweep, Trial
-from finhpc.commands.sweep.plan import Planned
-from finhpc.commands.sweep.trial import outcome_of
+from finhpc.commands.sweep.grid import AnySweep
+from finhpc.commands.sweep.plan import SweepPlan
+from finhpc.commands.sweep.trial import Trial, read_outcome
+from finhpc.files import write_atomic
 from finhpc.runs.result import compare_command
 from finhpc.screen import rows_table, summary_table
-from finhpc.settings.sweep import FinetuneSweepConfig
+from finhpc.settings.finetune import FinetuneConfig
 from finhpc.training.journal import WORKER_FILE, read
 
 log = logging.getLogger(__name__)
@@ -24,6 +28,7 @@ FIGURES = (  # of each row, the names they have in every result and in MLflow
     "val_loss", "val_perplexity", "held_out_weighted_f1", "params_total", "params_trainable", "compression_ratio",
     "size_bytes", "size_16bit_bytes", "size_8bit_bytes", "size_4bit_bytes", "tokens_per_s", "worker_hours", "steps",
 )  # fmt: skip
+
 SHOWN = {
     "val_loss": ("val loss", "{:.4f}"),
     "held_out_weighted_f1": ("weighted F1", "{:.3f}"),
@@ -36,24 +41,24 @@ MOST_ROWS = 60
 LINE_EVERY_S = 15.0
 
 
-def metric_of(config: AnySweep) -> tuple[str, bool]:
-    """(key of a result that ranks, whether more is better)."""
-    default = "held_out_weighted_f1" if isinstance(config, FinetuneSweepConfig) else "val_loss"
-    metric = config.sweep.metric or default
-    more = config.sweep.mode == "max" if config.sweep.mode else "f1" in metric or "accuracy" in metric
+def metric_of(plan: SweepPlan) -> tuple[str, bool]:
+    """(key of the result that ranks the trials, whether more is better)."""
+    default = "held_out_weighted_f1" if isinstance(plan.config, FinetuneConfig) else "val_loss"
+    metric, mode = plan.options.metric or default, plan.options.mode
+    more = mode == "max" if mode else "f1" in metric or "accuracy" in metric
     return metric, more
 
 
-def ranked(plan: Planned) -> list[Row]:
-    """A row for each point of the grid, the best first; those that did not end well stand last, without a rank.
+def ranked(plan: SweepPlan) -> list[Row]:
+    """A row per grid point, the best first; those that did not end well come last, without a rank.
 
-    `scored_only`: whether the row scores, at other bits, the model that another row's training made.
+    `scored_only`: whether the row scores, at other bits, the model that the training of another row made.
     """
     rows = [row for trial in plan.trials for row in _rows(plan, trial)]
-    metric, more = metric_of(plan.config)
-    if plan.config.sweep.metric is None and metric != "val_loss" and all(row[metric] is None for row in rows):
+    metric, more = metric_of(plan)
+    if plan.options.metric is None and metric != "val_loss" and all(row[metric] is None for row in rows):
         metric, more = "val_loss", False  # finetuned on texts: there are no labels to score
-        log.info("nothing held out has labels; the trials are ranked by val_loss.")
+        log.info("no held-out example has a label; the trials are ranked by val_loss.")
     well = [row for row in rows if row["status"] == "finished" and row.get(metric) is not None]
     well.sort(key=lambda row: (-row[metric] if more else row[metric], row["trial"]))
     for i, row in enumerate(well):
@@ -61,37 +66,45 @@ def ranked(plan: Planned) -> list[Row]:
     return well + [row for row in rows if row not in well]
 
 
-def _rows(plan: Planned, trial: Trial) -> Iterator[Row]:
-    found = outcome_of(plan.run_folder(trial.name))
+def _rows(plan: SweepPlan, trial: Trial) -> Iterator[Row]:
+    outcome = read_outcome(plan.run_folder(trial.name))
     for i, (name, values) in enumerate(trial.points):
-        figures = found if name == trial.name or "scored" not in found else found["scored"].get(name, {})
-        row: Row = {"rank": None, "trial": name, "status": found.get("status", "not run"), "values": values}
+        figures = outcome if name == trial.name or "scored" not in outcome else outcome["scored"].get(name, {})
+        row: Row = {"rank": None, "trial": name, "status": outcome.get("status", "not run"), "values": values}
         row |= {key: figures.get(key) for key in FIGURES}
         row["size_bytes"] = row["size_bytes"] or row["size_16bit_bytes"]
-        peaks = [peak for peak in found.get("peak_memory_bytes") or [] if peak is not None]
+        peaks = [peak for peak in outcome.get("peak_memory_bytes") or [] if peak is not None]
         row["peak_memory_bytes"] = sum(peaks) if peaks else None
-        spans = found.get("trial_s"), found.get("train_s")
-        scoring = sum(score["score_s"] for score in found.get("scored", {}).values())
+        spans = outcome.get("trial_s"), outcome.get("train_s")
+        scoring = sum(score["score_s"] for score in outcome.get("scored", {}).values())
         row |= {
             "scored_only": i > 0,
             "train_s": spans[1],
             "fixed_s": spans[0] - spans[1] - scoring if spans[0] and spans[1] else None,
             "model": figures.get("model"),
             "mlflow_run_id": figures.get("mlflow_run_id"),
-            "error": found.get("error"),
+            "error": outcome.get("error"),
         }
         yield row
 
 
 def flat(rows: list[Row]) -> list[Row]:
-    """The rows with each varying key as a column of its own, for a table or a CSV file."""
+    """The rows with a column for each key that varies, for a table or a CSV file."""
     return [
         {"rank": r["rank"], "trial": r["trial"]} | r["values"] | {k: r[k] for k in r if k != "values"} for r in rows
     ]
 
 
+def write_csv(rows: list[Row], path: Path) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(path, text.getvalue())
+
+
 def show(config: AnySweep, result: Row) -> None:
-    """The ranked table and the best trial."""
+    """Print the ranked table and the best trial."""
     shown = []
     for row in result["trials"][:MOST_ROWS]:
         line: Row = {"rank": row["rank"] or "-", "trial": row["trial"]}
@@ -121,47 +134,43 @@ def show(config: AnySweep, result: Row) -> None:
 
 
 class Follower:
-    """Says how far the sweep is: a line as a trial ends, and now and then the newest losses of those that run."""
+    """Prints the progress of trials: a line as one ends, and now and then the newest losses of those that run."""
 
-    def __init__(self, plan: Planned) -> None:
+    def __init__(self, plan: SweepPlan, trials: Sequence[Trial]) -> None:
         self.plan, self.began = plan, time.monotonic()
-        self.left = {t.name for t in plan.trials if "status" not in outcome_of(plan.run_folder(t.name))}
-        self.total, self.at_start = len(plan.trials), len(self.left)
+        self.left = {trial.name for trial in trials if not plan.has_ended(trial)}
+        self.total, self.at_start = len(trials), len(self.left)
         self.last_line = time.monotonic()
 
     def __enter__(self) -> Follower:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.look()
+        self.update()
 
-    def look(self) -> None:
-        """Tell of trials that have ended since the last call."""
+    def update(self) -> None:
+        """Report trials that have ended since the last call."""
         for name in sorted(self.left):
-            found = outcome_of(self.plan.run_folder(name))
-            if "status" in found:
+            outcome = read_outcome(self.plan.run_folder(name))
+            if outcome:
                 self.left.discard(name)
-                self._tell(name, found)
+                self._report_end(name, outcome)
         if time.monotonic() - self.last_line > LINE_EVERY_S and self.left:
-            self._tell_running()
+            self._report_running()
 
-    def _tell(self, name: str, found: Row) -> None:
-        loss, seconds = found.get("val_loss"), found.get("trial_s")
+    def _report_end(self, name: str, outcome: Row) -> None:
+        loss, seconds = outcome.get("val_loss"), outcome.get("trial_s")
         figures = "" if loss is None else f", val loss {loss:.4f}"
         figures += "" if seconds is None else f", {seconds:.0f} s"
-        why = f": {found['error'].splitlines()[0]}" if found.get("error") else ""
-        ended = self.total - len(self.left)
-        log.info(f"trial {ended}/{self.total} {name}: {found['status']}{figures}{why}{self._time_left()}")
+        why = f": {outcome['error'].splitlines()[0]}" if outcome.get("error") else ""
+        left, ended = "", self.at_start - len(self.left)
+        if ended and self.left:
+            seconds = (time.monotonic() - self.began) / ended * len(self.left)
+            left = f"; {len(self.left)} left, about {timedelta(seconds=round(seconds))}"
+        log.info(f"trial {self.total - len(self.left)}/{self.total} {name}: {outcome['status']}{figures}{why}{left}")
         self.last_line = time.monotonic()
 
-    def _time_left(self) -> str:
-        ended = self.at_start - len(self.left)
-        if not ended or not self.left:
-            return ""
-        seconds = (time.monotonic() - self.began) / ended * len(self.left)
-        return f"; {len(self.left)} left, about {timedelta(seconds=round(seconds))}"
-
-    def _tell_running(self) -> None:
+    def _report_running(self) -> None:
         self.last_line = time.monotonic()
         running = []
         for name in sorted(self.left):

@@ -1,4 +1,4 @@
-"""A trained model at fewer bits: quantised per vector, its size on disk, its loss on the same held-out samples."""
+"""A trained model at fewer bits: quantized per vector, its size on disk, its loss on the same held-out samples."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ FOLDER = "quantized-{bits}bit"  # in the run folder
 
 
 def score_at(bits: int, config: PretrainConfig, run: Path, full: float | None = None) -> dict[str, Any]:
-    """Write the run's model at `bits` into RUN/quantized-BITSbit and score it; what is there already is kept.
+    """Write the run's model at `bits` into RUN/quantized-BITSbit and score it; an earlier score is returned as it is.
 
     Returns `val_loss`, `val_perplexity`, `model`, `size_bytes` (of its weights on disk) and `score_s`. The samples
     and the precision are those of the run's own evaluations. `full`: the run's loss at 16 bits. Raises
-    `ImplausibleError` if the loss cannot be that model's, and keeps nothing of it.
+    `ImplausibleError` if no sound model can have that loss, and removes the folder.
     """
     out = run / FOLDER.format(bits=bits)
     known = out / "scores.json"
     if known.is_file():
-        found: dict[str, Any] = json.loads(known.read_text(encoding="utf-8"))
-        return found
+        earlier: dict[str, Any] = json.loads(known.read_text(encoding="utf-8"))
+        return earlier
     begin = time.perf_counter()
     if not (out / "config.json").is_file():
         settings = {"bits": bits, "scheme": config.quantization.scheme}
         source = str(run / "model")
         export(build(ExportConfig, {"model": source, "out": str(out), "dtype": "bfloat16", "quantization": settings}))
     loss = held_out_loss(out, config)
-    found = {
+    figures = {
         "val_loss": loss,
         "val_perplexity": math.exp(min(loss, 700.0)),
         "model": str(out),
@@ -52,21 +52,21 @@ def score_at(bits: int, config: PretrainConfig, run: Path, full: float | None = 
     try:
         plausible.check(
             f"{run.name} at {bits} bits",
-            found,
+            figures,
             plausible.at_fewer_bits(bits, vocab_size, full),
             "if other runs quantize well, remove this one's model folder and run the same command again",
         )
     except ImplausibleError:
-        shutil.rmtree(out)  # the next start exports it again
+        shutil.rmtree(out)  # the next start exports the model again
         raise
-    known.write_text(json.dumps(found), encoding="utf-8")
-    return found
+    known.write_text(json.dumps(figures), encoding="utf-8")
+    return figures
 
 
 def held_out_loss(model_folder: Path, config: PretrainConfig) -> float:
     """Mean loss in nats of a model folder on the samples that the run is evaluated on.
 
-    On this process's GPU where it has one and the run may use it, else on the CPU.
+    Uses this process's GPU if it has one and the run may use it, else the CPU.
     """
     shards = Shards.open(str(config.data.shards))
     samples = torch.from_numpy(shards.eval_samples(config.data.eval_samples, config.data.seq_len))

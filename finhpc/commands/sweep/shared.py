@@ -1,4 +1,4 @@
-"""What the trials of a sweep share, made once: a dense model, its factors at each rank, a base quantised."""
+"""What several trials of a sweep use and is made once: factors of a dense model at each rank, a quantized base."""
 
 from __future__ import annotations
 
@@ -6,55 +6,53 @@ import hashlib
 import json
 import logging
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from finhpc.commands.pretrain import decompose_start
-from finhpc.commands.sweep.plan import REFERENCE, Planned, free_bytes
-from finhpc.commands.sweep.trial import outcome_of
+from finhpc.commands.sweep.plan import SweepPlan, free_bytes
+from finhpc.commands.sweep.trial import Trial
 from finhpc.errors import ConfigError, FinhpcError
-from finhpc.lowrank.registry import STARTED
 from finhpc.planning.init import DECOMPOSED, needs_decomposing
-from finhpc.runs.folder import RunFolder
 from finhpc.settings.finetune import FinetuneConfig
 from finhpc.settings.pretrain import PretrainConfig
 
 log = logging.getLogger(__name__)
 
 
-def prepare_shared(plan: Planned) -> None:
-    """Train the dense reference where trials start from it; factorise, or quantise, once what several would."""
-    if plan.reference is not None:
-        _train_reference(plan)
-    pending = [trial for trial in plan.trials if "status" not in outcome_of(plan.run_folder(trial.name))]
-    configs = {trial.name: plan.config_of(trial) for trial in pending}
+def prepare_shared(plan: SweepPlan, trials: Sequence[Trial]) -> None:
+    """Factorize or quantize once what several of `trials`, which have not ended, need."""
+    configs = {trial.name: plan.config_of(trial) for trial in trials}
     _share_bases(plan, {name: c for name, c in configs.items() if isinstance(c, FinetuneConfig)})
     for name, config in configs.items():
         if isinstance(config, PretrainConfig) and needs_decomposing(config):
-            shared = plan.shared / f"decomposed-{_key(config)}"
+            method = config.method
+            ranks = [config.model.path, method.rank, sorted(method.ranks.items()), method.embedding, method.head]
+            shared = plan.shared / f"decomposed-{_hash(ranks)}"
             if not (shared / DECOMPOSED / "result.json").is_file():
-                log.info(f"factorising the dense model for {name} and those of its rank")
+                log.info(f"factorizing the dense model for {name} and other trials of the same ranks")
             decompose_start(config, shared)
             _link(plan.run_folder(name) / DECOMPOSED, shared / DECOMPOSED)
 
 
-def _share_bases(plan: Planned, configs: dict[str, FinetuneConfig]) -> None:
-    """Quantise each base at each of its bits, where two trials or more that have not ended take it so."""
+def _share_bases(plan: SweepPlan, configs: dict[str, FinetuneConfig]) -> None:
+    """Quantize each base at each of its bits if two or more trials need it so."""
     from finhpc.models.lora.targets import scheme_of
 
-    alike: dict[tuple[str, int, str], list[str]] = defaultdict(list)
+    same_base: dict[tuple[str, int, str], list[str]] = defaultdict(list)
     for name, config in configs.items():
-        said = config.quantization
-        if said.bits < 16:
-            alike[scheme_of(said), said.bits, str(config.model.path)].append(name)
-    for (scheme, bits, path), names in alike.items():
+        quantization = config.quantization
+        if quantization.bits < 16:
+            same_base[scheme_of(quantization), quantization.bits, str(config.model.path)].append(name)
+    for (scheme, bits, path), names in same_base.items():
         try:
             _share_base(plan, scheme, configs[names[0]], names)
         except FinhpcError as error:
-            log.info(f"{path} is not quantised once for all trials at {bits} bits ({error}); each of them does it.")
+            log.info(f"{path} is not quantized once for all trials at {bits} bits ({error}); each of them does it.")
 
 
-def _share_base(plan: Planned, scheme: str, config: FinetuneConfig, names: list[str]) -> None:
+def _share_base(plan: SweepPlan, scheme: str, config: FinetuneConfig, names: list[str]) -> None:
     from finhpc.commands.finetune import QUANTIZED, base_fingerprint, open_base
     from finhpc.models.lora.model import LoraModel
     from finhpc.models.lora.quantized_cache import quantized_cache_bytes, write_quantized_cache
@@ -68,8 +66,10 @@ def _share_base(plan: Planned, scheme: str, config: FinetuneConfig, names: list[
             return
         needed, free = quantized_cache_bytes(lora_model), free_bytes(plan.folder) - plan.disk_bytes
         if needed > free:
-            raise ConfigError(f"it takes {needed / 1e9:.1f} GB, and beside the trials' own there are {free / 1e9:.1f}")
-    label = f"quantising {weights.path.name} at {config.quantization.bits} bits, for {len(names)} trials"
+            raise ConfigError(
+                f"it takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} are free besides what the trials need"
+            )
+    label = f"quantizing {weights.path.name} at {config.quantization.bits} bits, for {len(names)} trials"
     with Progress(label, len(lora_model.quantized_matrices()), bytes_=False) as progress:
         write_quantized_cache(lora_model, shared, progress.advance)
     for name in names:
@@ -84,27 +84,5 @@ def _link(link: Path, target: Path) -> None:
         link.symlink_to(target)
 
 
-def _train_reference(plan: Planned) -> None:
-    from finhpc.commands.pretrain import pretrain
-
-    assert plan.reference is not None
-    run = plan.reference
-    before = RunFolder(run.run.storage, run.run.name).result()
-    if before and before["status"] == "finished" and before["steps"] >= run.train.steps:
-        return
-    log.info(f"the dense model that {' and '.join(STARTED)} start from, trained once: {plan.reference.run.name}")
-    try:
-        pretrain(run)
-    except FinhpcError as error:
-        raise type(error)(f"the dense reference {REFERENCE} of the sweep: {error}") from None
-
-
-def _key(config: PretrainConfig) -> str:
-    """The same for trials that start from the same factors."""
-    method = config.method
-    said: list[Any] = [config.model.path, method.rank, sorted(method.ranks.items()), method.embedding, method.head]
-    return _hash(said)
-
-
-def _hash(said: list[Any]) -> str:
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:12]
+def _hash(values: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:12]

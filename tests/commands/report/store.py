@@ -14,9 +14,10 @@ from finhpc.commands.report.store import all_runs, chosen_experiments, open_stor
 from finhpc.settings.base import build
 from finhpc.settings.finetune import FinetuneConfig, TrainingConfig
 from finhpc.settings.pretrain import PretrainConfig
+from finhpc.settings.training import default_tracking_uri
 from finhpc.tracking.mirror import Status
 from finhpc.tracking.shown import HIDDEN, SETTING, parameters, setting_tags
-from finhpc.tracking.tracker import Tracker, default_tracking_uri
+from finhpc.tracking.tracker import Tracker
 from finhpc.training.journal import Journal
 
 
