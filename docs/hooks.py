@@ -114,7 +114,6 @@ def _cell(text: str) -> str:
 # The modules whose classes and functions others build on.
 BLOCKS = [
     "finhpc.lowrank.layers",
-    "finhpc.lowrank.factorize",
     "finhpc.quantization.per_vector",
     "finhpc.plugins",
 ]
