@@ -241,7 +241,7 @@ def newcomer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("BASE", "FOLDER"):
         with_tokenizer(saved(tiny_llama(context=512), tmp_path / name), shards)
     data = write_data(tmp_path / "DATA", 40)
-    for name, file in {"fpb.txt": "fpb.txt", "tweets.csv": "tfns.csv", "tfns.csv": "tfns.csv",
+    for name, file in {"fpb.txt": "fpb.txt", "tfns.csv": "tfns.csv",
                        "fiqa.json": "fiqa.json", "held-out.txt": "fpb.txt"}.items():  # fmt: skip
         (tmp_path / name).write_bytes((data / file).read_bytes())
     for general in data.glob("*.jsonl"):
