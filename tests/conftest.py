@@ -76,20 +76,20 @@ def quick_training(ray_cluster: None) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         for module in (finetune, pretrain):
-            patch.setattr(module, "run", partial(run, fit=fit_quickly))
+            patch.setattr(module, "run", partial(run, launch=launch_quickly))
         yield
-    if launch_warm.KEPT:
-        launch_warm.KEPT[0].shutdown()
+    if launch_warm.GROUPS:
+        launch_warm.GROUPS[0].shutdown()
 
 
-def fit_quickly(job: Any, *arguments: Any) -> None:
-    from finhpc.runs.launch_here import fit_here
-    from finhpc.runs.launch_warm import fit_warm
+def launch_quickly(job: Any, folder: Any, cuda: bool) -> None:
+    from finhpc.runs.launch import launch_here
+    from finhpc.runs.launch_warm import launch_warm
 
     if job.config.parallel.workers == 1:
-        fit_here(job, *arguments, on_eval=lambda record: None)
+        launch_here(job, folder, cuda, on_eval=lambda record: None)
     else:
-        fit_warm(job, *arguments, look=lambda: None)
+        launch_warm(job, folder, cuda, poll=lambda: None)
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ from finhpc.runs.folder import RunFolder
 from finhpc.settings.base import build
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.report import ReportConfig
-from finhpc.tracking.shown import HIDDEN
+from finhpc.tracking.tags import PREFIX
 from finhpc.training.checkpoint import list_complete
 from finhpc.training.journal import latest, read
 from tests.tiny import tiny_shards
@@ -124,11 +124,11 @@ def test_mlflow_has_the_run(finished: tuple[PretrainConfig, dict[str, Any]]) -> 
     assert run.data.metrics["val_loss"] == result["val_loss"]
     history = client.get_metric_history(run.info.run_id, "train_loss")
     assert sorted(point.step for point in history) == list(range(1, 61))
-    assert run.data.tags[HIDDEN + "dataset_fingerprint"]
+    assert run.data.tags[PREFIX + "dataset_fingerprint"]
     assert next(iter(run.data.metrics)) == "val_loss"
     assert not [key for key in run.data.tags if not key.startswith("mlflow.")]
     (logged,) = run.inputs.dataset_inputs
-    assert run.data.tags[HIDDEN + "dataset_fingerprint"].startswith(logged.dataset.digest)
+    assert run.data.tags[PREFIX + "dataset_fingerprint"].startswith(logged.dataset.digest)
 
 
 def test_the_model_opens_from_mlflow_in_a_fresh_process(finished: tuple[PretrainConfig, dict[str, Any]]) -> None:

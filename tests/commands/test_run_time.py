@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import finhpc
 from finhpc.commands.estimate.measure_parts import own_part_seconds
 from finhpc.commands.estimate.run_time import (
     TRIAL_S,
@@ -20,7 +21,6 @@ from finhpc.commands.estimate.run_time import (
     this_machine_busy,
     training_time,
 )
-from finhpc.commands.pretrain import pretrain
 from finhpc.commands.sweep.command import sweep
 from finhpc.planning.plan import make_plan
 from finhpc.planning.step_time import Pace
@@ -120,7 +120,7 @@ def tree(run_shards: Path, tmp_path: Path) -> dict[str, Any]:
 
 
 def test_a_dry_run_says_how_long_all_of_it_takes(tree: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    numbers = pretrain(build(PretrainConfig, tree), dry_run=True)["estimate"]
+    numbers = finhpc.pretrain(build(PretrainConfig, tree), dry_run=True)["estimate"]
     assert numbers["how"] == "its parts measured on this machine"
     assert numbers["run_s"] >= numbers["run_idle_s"] > numbers["step_s"] * 40 + 15
     shown = capsys.readouterr().err

@@ -21,7 +21,8 @@ from finhpc.runs.folder import RunFolder
 from finhpc.settings.base import build
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.sweep import SweepConfig
-from finhpc.tracking.shown import SCORED_FROM, short_name
+from finhpc.tracking.describe import short_name
+from finhpc.tracking.tags import SCORED_FROM
 from finhpc.training.journal import read
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")

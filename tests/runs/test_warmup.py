@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from finhpc.commands.finetune import finetune
-from finhpc.commands.pretrain import pretrain
+import finhpc
 from finhpc.commands.study.command import study
 from finhpc.commands.sweep.command import sweep
 from finhpc.settings.base import build
@@ -45,17 +44,17 @@ def tuning(run_shards: Path, tmp_path: Path) -> dict[str, Any]:
 
 
 def test_a_pretraining(tree: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    pretrain(build(PretrainConfig, tree), dry_run=True)
+    finhpc.pretrain(build(PretrainConfig, tree), dry_run=True)
     line = "optimizer.warmup_steps=20 is more than half of train.steps=6; the warm-up takes 3 steps"
     assert line in capsys.readouterr().err
-    pretrain(build(PretrainConfig, tree | {"train": {"steps": 40}}), dry_run=True)
+    finhpc.pretrain(build(PretrainConfig, tree | {"train": {"steps": 40}}), dry_run=True)
     assert "warmup_steps" not in capsys.readouterr().err
 
 
 def test_a_finetuning_whose_examples_say_how_long_it_is(
     tuning: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    finetune(build(FinetuneConfig, tuning), dry_run=True)
+    finhpc.finetune(build(FinetuneConfig, tuning), dry_run=True)
     line = "optimizer.warmup_steps=20 is more than half of train.steps=6; the warm-up takes 3 steps"
     assert line in capsys.readouterr().err
 

@@ -24,8 +24,10 @@ from finhpc.runs.folder import RunFolder
 from finhpc.screen import rows_table
 from finhpc.settings.base import to_yaml
 from finhpc.settings.reproduce import MeasureConfig
+from finhpc.tracking.mirror import tracked_run
+from finhpc.tracking.store import reason
+from finhpc.tracking.writer import RunWriter
 
-STATE = "mlflow.json"  # next to the model, in the run folder that it comes from
 FORMAT = 1
 
 
@@ -76,13 +78,10 @@ def _targets(config: MeasureConfig) -> dict[str, tuple[str, str]]:
     if config.mlflow_run_id and len(config.model) > 1:
         problems.append(f"mlflow_run_id is one run, and there are {len(config.model)} models; measure one at a time.")
     for model in config.model:
-        kept = Path(model).absolute().parent / STATE
         if config.mlflow_run_id:
             targets[model] = (ours, config.mlflow_run_id)
-        elif kept.is_file() and (state := json.loads(kept.read_text(encoding="utf-8"))).get("run_id"):
-            # The address on disk has no password; the given one may be of the same server.
-            there = ours if redact(ours) == state["tracking_uri"] else state["tracking_uri"]
-            targets[model] = (there, state["run_id"])
+        elif tracked := tracked_run(Path(model).absolute().parent, ours):
+            targets[model] = tracked
         else:
             problems.append(f"model={model} does not come from a run in MLflow; give mlflow_run_id.")
     if problems:
@@ -118,8 +117,8 @@ def _measure_in_worker(config: MeasureConfig, scratch: Path) -> dict[str, dict[i
     try:
         found = ray.get(task.remote(config, scratch, "cuda" if cuda else "cpu", Driver.here()))
     except RayError as error:
-        reason = str(error).strip().splitlines()[-1].rstrip(".")
-        raise TrainingFailedError(f"the worker that measured died ({reason}); the same command tries again.") from None
+        cause = str(error).strip().splitlines()[-1].rstrip(".")
+        raise TrainingFailedError(f"the worker that measured died ({cause}); the same command tries again.") from None
     if isinstance(found, FinhpcError):
         raise found
     measured: dict[str, dict[int, dict[str, float]]] = found
@@ -139,19 +138,16 @@ def _work(
 
 def _log(tracking_uri: str, run_id: str, found: dict[str, float]) -> None:
     from mlflow import MlflowClient
-    from mlflow.entities import Metric
 
-    now = round(time.time() * 1000)
     try:
         client = MlflowClient(tracking_uri=tracking_uri)
         # At the last step, so that they follow the sizes that the training counted.
         step = int(client.get_run(run_id).data.metrics.get("steps", 0))
-        client.log_batch(run_id, metrics=[Metric(name, float(value), now, step) for name, value in found.items()])
-    except Exception as error:  # of MLflow or of the network
-        reason = (redact(str(error)).strip().splitlines() or [type(error).__name__])[0][:160]
+        RunWriter(client, run_id).log_figures(found.items(), step)
+    except Exception as error:  # from MLflow or the network
         raise TrainingFailedError(
-            f"MLflow at {redact(tracking_uri)} did not take the sizes and speeds ({reason}); fix this and run the "
-            "same command again."
+            f"MLflow at {redact(tracking_uri)} did not accept the sizes and speeds ({reason(error)}); fix this and "
+            "rerun the command."
         ) from None
 
 

@@ -14,7 +14,7 @@ from finhpc.settings.base import nearest
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.study import StudyConfig
 from finhpc.settings.sweep import Sweep
-from finhpc.tracking.shown import model_name
+from finhpc.tracking.describe import model_name
 
 SCREEN, FINAL = "screen", "final"
 

@@ -15,7 +15,7 @@ from finhpc.planning.plan import make_plan
 from finhpc.runs.folder import RunFolder
 from finhpc.settings.finetune import FinetuneConfig, TrainingConfig
 from finhpc.settings.pretrain import PretrainConfig
-from finhpc.tracking.shown import Dataset, model_name, shape_of
+from finhpc.tracking.describe import Dataset, model_name, shape_of
 
 MEASURING_S = 20.0  # spent on measuring the steps of trials; the time of further ones is calculated
 
@@ -92,10 +92,10 @@ class Estimator:
         estimate.params = job.counts()["params_trainable"]
         estimate.disk_bytes = disk_bytes(job.config, estimate.params)
         if self.timed:
-            made, batches, here = job.made, batches_of(job.config), self.resources is not None
-            numbers = of_examples(job.config, made.lora_model, made.examples, batches, self.cuda, here, self._measures)
+            batches, here = batches_of(job.config), self.resources is not None
+            numbers = of_examples(job.config, job.lora_model, job.examples, batches, self.cuda, here, self._measures)
             estimate.seconds = self._seconds(numbers)
-        estimate.datasets, estimate.notes = list(job.datasets), list(job.made.examples.notes)
+        estimate.datasets, estimate.notes = list(job.datasets), list(job.examples.notes)
 
     @property
     def _measures(self) -> bool:

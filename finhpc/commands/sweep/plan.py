@@ -24,8 +24,9 @@ from finhpc.settings.base import flatten
 from finhpc.settings.finetune import TrainingConfig
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.sweep import Sweep, SweepConfig
-from finhpc.tracking.shown import PARENT, SWEEP, Dataset, model_name, parameters
+from finhpc.tracking.describe import Dataset, model_name, parameters
 from finhpc.tracking.store import check_store
+from finhpc.tracking.tags import PARENT, SWEEP
 
 log = logging.getLogger(__name__)
 
