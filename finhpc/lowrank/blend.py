@@ -83,14 +83,9 @@ def set_alpha(modules: Iterable[nn.Module], alpha: float) -> list[Tensor]:
     return removed
 
 
-def blend_steps(method: Method, steps: int) -> int:
-    """Return the first of `steps` steps (counted from 1) that runs without W."""
-    return round(method.blend_share * steps)
-
-
 def alpha_at(method: Method, step: int, steps: int) -> float:
     """Return alpha at `step` (counted from 1) of `steps`: `method.blend_start` first, 0 from `blend_steps` on."""
-    last = blend_steps(method, steps)
+    last = method.blend_steps(steps)
     if step >= last:
         return 0.0
     done = (step - 1) / (last - 1)

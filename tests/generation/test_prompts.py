@@ -38,7 +38,7 @@ def test_a_line_separator_does_not_end_a_prompt(tmp_path: Path) -> None:
         ("a.jsonl", b'{"prompt": NaN}', r"a\.jsonl:1: the prompt is empty"),
         ("a.jsonl", b'{"prompt": null}', r"a\.jsonl:1: the prompt is empty"),
         ("a.jsonl", b'{"prompt": "a"}\n{"prompt": 5}', r"a\.jsonl:2: prompt holds the number 5, not text"),
-        ("a.jsonl", b'{"prompt": "a", "prompt": "b"}', "the key 'prompt' stands twice"),
+        ("a.jsonl", b'{"prompt": "a", "prompt": "b"}', "the key 'prompt' is duplicated"),
         ("a.jsonl", b'{"prompt": "a", "adapter": 3}', "adapter holds the number 3, not text"),
         ("a.jsonl", b'{"text": "a"}', r'a\.jsonl:1 is not {"prompt"'),
         ("a.jsonl", b"a", "is broken JSON"),
