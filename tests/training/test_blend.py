@@ -199,7 +199,7 @@ def test_w_is_in_checkpoints_as_long_as_it_is_trained_and_no_longer(trained: Pat
 
 
 def test_dropping_w_is_said_and_keeps_the_other_moments(trained: Path) -> None:
-    for kind, words in (("trainable", "the optimiser rebuilt without them; the others' moments stay"), ("frozen", ".")):
+    for kind, words in (("trainable", "the optimizer rebuilt without them; the others' moments stay"), ("frozen", ".")):
         records, _ = read(trained / f"{kind}2" / "journal.jsonl")
         said = [record["text"] for record in records if record["kind"] == "message"]
         line = next(text for text in said if "W is dropped" in text)
