@@ -18,11 +18,10 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
-from finhpc.bench.device import device_of
 from finhpc.bench.measures.finetune import NAMES, lora_engine
-from finhpc.bench.pairs import in_turn, median_ratio, spread
 from finhpc.bench.report import Row, publish
 from finhpc.bench.settings import ContextBench
+from finhpc.bench.timing import device_of, in_turn, median_ratio, spread
 from finhpc.data.examples.batches import Batches
 from finhpc.data.examples.examples import Arrays
 from finhpc.errors import ConfigError

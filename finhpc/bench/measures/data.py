@@ -31,10 +31,10 @@ from typing import Any
 import numpy as np
 import psutil
 
-from finhpc.bench.pairs import in_turn, median_ratio
 from finhpc.bench.report import Row, publish
 from finhpc.bench.settings import DataBench
 from finhpc.bench.shards import random_shards
+from finhpc.bench.timing import in_turn, median_ratio
 from finhpc.data.shards.reader import Batch, ReplicaStream, local_stream
 from finhpc.data.shards.shards import Shards
 from finhpc.errors import ConfigError, DataError

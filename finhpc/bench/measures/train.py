@@ -24,13 +24,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from finhpc.bench.device import device_of, timed
 from finhpc.bench.measures.overhead import overhead
-from finhpc.bench.pairs import median_ratio, spread
 from finhpc.bench.plain.pretrain import Step, parts_step, transformers_step
 from finhpc.bench.profile import profiled
 from finhpc.bench.report import Row, publish
 from finhpc.bench.settings import TrainBench
+from finhpc.bench.timing import device_of, median_ratio, spread, timed
 from finhpc.lowrank.replace import ranks_of
 from finhpc.models.families.registry import make_config, resolve_shape, skeleton
 from finhpc.settings.base import build
