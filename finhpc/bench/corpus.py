@@ -8,8 +8,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from finhpc.data.text import sources
+from finhpc.data.text.formats import Faults
 from finhpc.data.text.tokenizer import Encoder
-from finhpc.data.text.unit import Faults
 from finhpc.errors import DataError
 from finhpc.settings.prepare import PrepareConfig
 

@@ -1,4 +1,4 @@
-"""The Ray cluster a command works on: the one it is submitted to, or one of its own on this machine."""
+"""The Ray cluster of a command: the one it is submitted to, or one of its own on this machine."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def check_fits(config: TrainingConfig, cuda: bool, total: dict[str, float]) -> N
     own = not os.environ.get("RAY_ADDRESS")
     workers, resources = config.parallel.workers, config.resources
     problems = []
-    cpus = total.get("CPU", 0)  # reading data reserves none, see `data.stream`
+    cpus = total.get("CPU", 0)  # reading data reserves none, see `data.shards.stream`
     if workers * resources.cpus_per_worker > cpus:
         where = "this machine has" if own else "the cluster has"
         problems.append(

@@ -135,7 +135,7 @@ class Finetune(Job):
             device=device,
             folder=folder,
             batches=PackedBatches(_open_examples(folder, fingerprint), batches_of(config), config.data.eval_limit),
-            adapt=LoraModel.of(config, base, quantized if quantized.is_dir() else None),
+            lora_model=LoraModel.of(config, base, quantized if quantized.is_dir() else None),
             labels={"dataset": fingerprint},
         )
 

@@ -72,6 +72,7 @@ def test_operations_are_those_of_the_matrices_and_of_attention(tmp_path: Path) -
     assert counted(4) == 4 * (2 * pairs + 32 + 101) + attention
 
 
+@pytest.mark.slow
 def test_a_whole_run_trains_as_the_plain_loop_beside_it(tmp_path: Path) -> None:
     found = settings(tmp_path, model=TINY | {"vocab_size": VOCAB})
     rows, ratios = overhead(run_config(found, "fp32", 4), found)

@@ -85,7 +85,7 @@ def counted(names: list[str], bases: dict[str, Path]) -> list[tuple[int, int]]:
         left = live_tensor_bytes()  # of the engine before, which DeepSpeed does not let go of
         config, path = settings(name, bases)
         lora_model = LoraModel.of(config, open_weights(path, low_rank=True))
-        engine = Engine(config, lora_model.hf_config, torch.device("cpu"), adapt=lora_model)
+        engine = Engine(config, lora_model.hf_config, torch.device("cpu"), lora_model=lora_model)
         mine = packs(config)[: config.parallel.micro_batches]
         engine.train_step(iter(mine), 1e-3)
         _, peak = counted_peak(lambda engine=engine, mine=mine: engine.train_step(iter(mine), 1e-3))

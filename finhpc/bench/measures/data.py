@@ -35,7 +35,7 @@ from finhpc.bench.report import Row, publish
 from finhpc.bench.settings import DataBench
 from finhpc.bench.shards import random_shards
 from finhpc.bench.timing import in_turn, median_ratio
-from finhpc.data.shards.reader import Batch, ReplicaStream, local_stream
+from finhpc.data.shards.reader import ReplicaStream, Rows, local_stream
 from finhpc.data.shards.shards import Shards
 from finhpc.errors import ConfigError, DataError
 
@@ -109,7 +109,7 @@ def check(stream: ReplicaStream) -> None:
         raise DataError(f"the stream resumed at step {middle} is not the rest of the whole; please report it.")
 
 
-def _digest(batches: Iterable[Batch]) -> str:
+def _digest(batches: Iterable[Rows]) -> str:
     digest = hashlib.sha256()
     for batch in batches:
         digest.update(batch["sample"].tobytes())
@@ -129,7 +129,7 @@ def _ways(settings: DataBench, files: list[str], stream: ReplicaStream) -> dict[
         for columns in _plain(files, batch, prefetch, tuned):
             yield len(columns["tokens"]) * block_len
 
-    def stepped(batches: Iterable[Batch]) -> Iterator[int]:
+    def stepped(batches: Iterable[Rows]) -> Iterator[int]:
         for columns in batches:
             yield columns["tokens"].size
 
@@ -148,7 +148,7 @@ def _ways(settings: DataBench, files: list[str], stream: ReplicaStream) -> dict[
     }
 
 
-def _plain(files: list[str], batch: int | None, prefetch: int, tuned: bool) -> Iterator[Batch]:
+def _plain(files: list[str], batch: int | None, prefetch: int, tuned: bool) -> Iterator[Rows]:
     """`tuned`: with Ray's older reader of parquet and a block for each file, both of which are faster here."""
     import ray
 

@@ -38,7 +38,7 @@ from finhpc.models.families.registry import family_of, make_config, resolve_shap
 from finhpc.models.files.weights import Linear, Weights, open_weights
 from finhpc.settings.decompose import DecomposeConfig
 from finhpc.settings.training import Resources
-from finhpc.training.allocator import give_back_freed_memory
+from finhpc.training.allocator import return_freed_memory
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def bench_decompose(settings: DecomposeBench) -> dict[str, Any]:
         folder = Path(name)
         weights = open_weights(settings.path or _write_model(folder / "dense", settings))
         log.info(f"{len(_linears(weights))} weights, {settings.bench.repeats} rounds")
-        give_back_freed_memory()
+        return_freed_memory()
         plain, ours = Plain(weights, settings, folder), Ours(weights, settings, folder)
         ours.seconds(threads)  # the workers' processes are up and have imported torch
         ways = {SVD: plain.seconds, ONE: lambda: ours.seconds(1)}

@@ -102,6 +102,11 @@ class LoraModel:
     def dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.bf16 else torch.float32
 
+    @property
+    def layer_class(self) -> type[LoraPipelineLayer]:
+        """The pipeline layer of a part, made as `layer_class(part, self, device)`."""
+        return LoraPipelineLayer
+
     def parts(self) -> list[Part]:
         return packed_parts(self.hf_config, self.recompute)
 
