@@ -160,7 +160,7 @@ class Tracker:
             )
         self._error = why
 
-    def _cheer(self) -> None:
+    def _report_recovery(self) -> None:
         if self._error is not None:
             log.info(f"MLflow at {self.uri} is back; the metrics are being sent.")
         self._error = None
