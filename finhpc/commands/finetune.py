@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from finhpc.errors import ConfigError, DataError, collect
 from finhpc.files import publish
-from finhpc.planning.plan import check_parallel, check_parts, check_stages
+from finhpc.planning.plan import check_parts, check_stages
 from finhpc.runs.job import Job
 from finhpc.runs.result import lower_batch, millions
 from finhpc.runs.run import checked, run
@@ -59,9 +59,7 @@ class Finetune(Job):
         from finhpc.models.lora.model import LoraModel
 
         config = config.model_copy(deep=True)
-        problems: list[str] = []
-        with collect(problems):
-            check_parallel(config)
+        problems = config.problems()
         with collect(problems):
             check_parts(config)
         base = tokenizer = None
@@ -137,7 +135,7 @@ class Finetune(Job):
             device=device,
             folder=folder,
             batches=PackedBatches(_open_examples(folder, fingerprint), batches_of(config), config.data.eval_limit),
-            adapt=LoraModel.of(config, base, quantized if quantized.is_dir() else None),
+            lora_model=LoraModel.of(config, base, quantized if quantized.is_dir() else None),
             labels={"dataset": fingerprint},
         )
 

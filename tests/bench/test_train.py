@@ -16,8 +16,7 @@ from finhpc.bench.settings import TrainBench
 from finhpc.bench.shards import VOCAB
 from finhpc.errors import ConfigError, TrainingFailedError
 from finhpc.lowrank.replace import ranks_of
-from finhpc.models.families.presets import resolve_shape
-from finhpc.models.families.registry import make_config
+from finhpc.models.families.registry import make_config, resolve_shape
 from finhpc.settings.base import build
 from tests.training.processes import run_processes
 

@@ -25,7 +25,7 @@ from finhpc.models.families.registry import as_low_rank, skeleton
 from finhpc.models.files.weights import open_weights
 from finhpc.models.loading import initial_model, load_model, save_model
 from finhpc.models.lora.peft_format import Adapter, merge_adapter, save_adapter
-from finhpc.models.lora.targets import target_names
+from finhpc.models.lora.targets import target_shapes
 from finhpc.settings.base import build
 from finhpc.settings.export import ExportConfig
 from finhpc.settings.finetune import FinetuneConfig, FinetuneQuantization, Lora
@@ -223,7 +223,7 @@ def test_evaluate_takes_the_base_as_it_was_in_training(base: Path, tmp_path: Pat
     weights, lora = open_weights(base), Lora(rank=2)
     draw = torch.Generator().manual_seed(0)
     trained = {}
-    for name, (out, inside) in target_names(weights.skeleton, lora, 4).items():
+    for name, (out, inside) in target_shapes(weights.skeleton, lora, 4).items():
         trained[f"{name}.A"] = torch.randn(2, inside, generator=draw) * 0.1
         trained[f"{name}.B"] = torch.randn(out, 2, generator=draw) * 0.1
     save_adapter(tmp_path / "adapter", lora, trained, weights, FinetuneQuantization(bits=4))

@@ -19,8 +19,7 @@ from finhpc.data.shards.shards import Shards
 from finhpc.errors import CheckpointError, ConfigError
 from finhpc.lowrank.blend import blend_in, set_alpha
 from finhpc.lowrank.replace import ranks_of
-from finhpc.models.families.presets import resolve_shape
-from finhpc.models.families.registry import make_config, skeleton
+from finhpc.models.families.registry import make_config, resolve_shape, skeleton
 from finhpc.models.files.manifest import write_manifest
 from finhpc.models.loading import initial_model, load_model, save_model
 from finhpc.models.pipeline import PipelineLayer, parts_of
@@ -204,7 +203,7 @@ def test_method_2_needs_a_path_and_a_low_rank_model_its_own_kind(run_shards: Pat
     path = with_tokenizer(tmp_path / "cola", run_shards)
     with pytest.raises(ConfigError) as caught:
         make_plan(config(run_shards, path))
-    assert "method.kind=svd does not go on from; use method.kind=cola" in str(caught.value)
+    assert "method.kind=svd cannot continue; use method.kind=cola" in str(caught.value)
     assert f"method.rank, method.ranks conflict with model.path={path}" in str(caught.value)
     with pytest.raises(
         ConfigError, match=r"method\.kind=blend takes W from a dense model, and model\.path=.* is low-rank"

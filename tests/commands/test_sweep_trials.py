@@ -76,9 +76,9 @@ def test_names_are_unique_and_fit_a_folder() -> None:
         ({"method.rank": []}, r"method\.rank=\[\] has no values"),
         ({"method.rnak": [8]}, r"method\.rnak is not a setting; did you mean 'method\.rank"),
         ({"method.rank": 8}, "neither a list of values nor one distribution"),
-        ({"method.rank": [8, 8]}, "names a value twice"),
-        ({"optimizer.lr": {"log_uniform": [0, 1]}}, "does not bound its draws; log_uniform takes"),
-        ({"optimizer.lr": {"uniform": [1, float("inf")]}}, "does not bound its draws"),
+        ({"method.rank": [8, 8]}, "contains a value twice"),
+        ({"optimizer.lr": {"log_uniform": [0, 1]}}, "has no usable bounds; log_uniform takes"),
+        ({"optimizer.lr": {"uniform": [1, float("inf")]}}, "has no usable bounds"),
         ({"optimizer.lr": {"normal": [0, 1]}}, "neither a list"),
         ({"run.name": ["a"]}, r"run\.name cannot vary"),
     ],
@@ -149,5 +149,5 @@ def test_the_command_takes_grids_as_words() -> None:
     grid = load(SweepConfig, None, overrides).grid
     expected = {"method.rank": [8, 16], "optimizer.lr": [1e-3, 2e-3], "train.seed": {"randint": [0, 9]}}
     assert grid == expected
-    with pytest.raises(ConfigError, match=r"--grid method\.rank names no values"):
+    with pytest.raises(ConfigError, match=r"--grid method\.rank has no values"):
         parse(["--grid", "method.rank"], SweepConfig)

@@ -19,7 +19,7 @@ from finhpc.models.files.tokenizer import open_tokenizer
 from finhpc.models.files.weights import open_weights
 from finhpc.models.lora.adapter_file import base_of
 from finhpc.models.lora.peft_format import CONFIG, save_adapter
-from finhpc.models.lora.targets import target_names
+from finhpc.models.lora.targets import target_shapes
 from finhpc.settings.export import ExportConfig
 from finhpc.settings.finetune import Lora
 from tests.models.dense import tiny_llama
@@ -59,7 +59,7 @@ def trained_beside(base: Path, folder: Path) -> Path:
     """An adapter and a tokenizer as a run of finetune writes them."""
     weights, lora, draw = open_weights(base), Lora(rank=2), torch.Generator().manual_seed(0)
     trained = {}
-    for name, (out, into) in target_names(weights.skeleton, lora, 16).items():
+    for name, (out, into) in target_shapes(weights.skeleton, lora, 16).items():
         trained |= {f"{name}.A": torch.randn(2, into, generator=draw) * 0.1}
         trained |= {f"{name}.B": torch.randn(out, 2, generator=draw) * 0.1}
     save_adapter(folder, lora, trained, weights, fingerprint=weights_fingerprint(base))
@@ -145,5 +145,5 @@ def test_a_gguf_file_without_tokenizer_is_refused_where_one_is_needed(tmp_path: 
     ways["export"]()
     assert not (tmp_path / "out" / "tokenizer.json").exists()
     shutil.copy(path, tmp_path / "bare.bin")
-    with pytest.raises(ConfigError, match=r"is a file that is no \.gguf"):
+    with pytest.raises(ConfigError, match=r"is not a \.gguf file"):
         open_weights(tmp_path / "bare.bin")

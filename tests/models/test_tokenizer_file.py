@@ -48,7 +48,7 @@ def test_a_qwen2_has_the_tokenizer_that_it_was_trained_with(
         assert load_for_evaluation(str(folder))[1](TEXT).input_ids == ids, folder
         settings = {"model": str(folder), "prompt": TEXT, "sampling": {"max_new_tokens": 2}}
         assert Generator(build(GenerateConfig, settings)).encode(TEXT) == ids, folder
-    lines = [line for line in capfd.readouterr().err.splitlines() if "AutoTokenizer takes Qwen2Tokenizer" in line]
+    lines = [line for line in capfd.readouterr().err.splitlines() if "AutoTokenizer uses Qwen2Tokenizer" in line]
     assert len(lines) == len(set(lines)) == 2, "once for each folder that transformers reads otherwise"
 
 

@@ -186,11 +186,14 @@ def _low_rank(model: Any, folder: Path) -> Base:
     state, factors = dict(base.state), {}
     for name, module in made.named_modules():
         if hasattr(module, "A") and hasattr(module, "B"):
-            a, b = (torch.randn(x.shape, generator=generator) * 0.15 for x in (module.A, module.B))
+            a, b = (torch.randn(x.shape, generator=generator) * 0.15 for x in (module.A.weight, module.B.weight))
             factors[name] = a, b
             state[f"{name}.weight"] = _turned(model.get_submodule(name), b @ a)
     held = {name: tensor for name, tensor in state.items() if name.removesuffix(".weight") not in factors}
-    held |= {f"{name}.A": a for name, (a, _) in factors.items()} | {f"{name}.B": b for name, (_, b) in factors.items()}
+    for name, (a, b) in factors.items():
+        held |= {f"{name}.A.weight": a, f"{name}.B.weight": b}
+        if (bias := held.pop(f"{name}.bias", None)) is not None:
+            held[f"{name}.B.bias"] = bias
     made.load_state_dict(held)
     made.save_pretrained(folder)
     return Base(folder, base.config, state, factors)

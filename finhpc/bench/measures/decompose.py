@@ -33,13 +33,12 @@ from finhpc.cluster.own_ray import own_ray
 from finhpc.errors import ConfigError
 from finhpc.lowrank.factorize import residual
 from finhpc.lowrank.ranks import rank_of_params
-from finhpc.lowrank.replace import dense_shape, layer_kind
-from finhpc.models.families.presets import resolve_shape
-from finhpc.models.families.registry import make_config
+from finhpc.lowrank.replace import dense_shape
+from finhpc.models.families.registry import family_of, make_config, resolve_shape
 from finhpc.models.files.weights import Linear, Weights, open_weights
 from finhpc.settings.decompose import DecomposeConfig
 from finhpc.settings.training import Resources
-from finhpc.training.allocator import give_back_freed_memory
+from finhpc.training.allocator import return_freed_memory
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +66,7 @@ def bench_decompose(settings: DecomposeBench) -> dict[str, Any]:
         folder = Path(name)
         weights = open_weights(settings.path or _write_model(folder / "dense", settings))
         log.info(f"{len(_linears(weights))} weights, {settings.bench.repeats} rounds")
-        give_back_freed_memory()
+        return_freed_memory()
         plain, ours = Plain(weights, settings, folder), Ours(weights, settings, folder)
         ours.seconds(threads)  # the workers' processes are up and have imported torch
         ways = {SVD: plain.seconds, ONE: lambda: ours.seconds(1)}
@@ -181,7 +180,7 @@ def _write_model(folder: Path, settings: DecomposeBench) -> Path:
     with torch.no_grad():
         for seed, (name, module) in enumerate(model.named_modules()):
             shape = dense_shape(module)
-            if shape is not None and layer_kind(name) in ("attention", "mlp"):
+            if shape is not None and family_of(config).layer_kind(name) in ("attention", "mlp"):
                 weight = falling(shape, seed)
                 module.get_parameter("weight").copy_(weight.T if isinstance(module, Conv1D) else weight)
     save_model(folder, config, [lambda: {name: p.detach() for name, p in model.named_parameters()}], None)
@@ -195,7 +194,7 @@ def _rows(weights: Weights, plain: Plain, ours: Ours) -> list[Row]:
     over: dict[Shape, list[float]] = {}
     of_shape: dict[Shape, set[int]] = {}
     for linear in _linears(weights):
-        a, b = factors[f"{linear.name}.A"], factors[f"{linear.name}.B"]
+        a, b = factors[f"{linear.name}.A.weight"], factors[f"{linear.name}.B.weight"]
         over.setdefault(_shape(linear), []).append(over_optimal(weights.matrix(linear), a, b))
         of_shape.setdefault(_shape(linear), set()).add(ranks[linear.name])
     return [

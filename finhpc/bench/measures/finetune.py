@@ -188,7 +188,7 @@ def lora_engine(path: Path, bits: int, rank: int, batch: int, recompute: Recompu
     device = torch.device("cpu")
     one_process_group(device)
     lora_model = LoraModel.of(config, open_weights(path))
-    return Engine(config, lora_model.hf_config, device, adapt=lora_model)
+    return Engine(config, lora_model.hf_config, device, lora_model=lora_model)
 
 
 def _engine_passes(engine: Engine, arrays: Arrays, lr: float) -> Passes:

@@ -27,13 +27,12 @@ from finhpc.generation.decoder import Decoder
 from finhpc.generation.fast_layers import use_fast_layers
 from finhpc.generation.generator import tensor_bytes
 from finhpc.generation.sampling import decode
-from finhpc.lowrank.replace import layer_kind
 from finhpc.models.families.presets import PRESETS
 from finhpc.models.families.registry import make_config, skeleton
 from finhpc.models.loading import load_model
 from finhpc.models.lora.multi_lora import Adapters
 from finhpc.models.lora.peft_format import Adapter
-from finhpc.models.lora.targets import linear_shape
+from finhpc.models.lora.targets import linear_shapes
 from finhpc.quantization.layers import QuantizedMatrix, replace
 from finhpc.quantization.schemes import SCHEMES
 from finhpc.settings.base import build, nearest
@@ -103,7 +102,6 @@ def random_model(preset: str, rank: int | None, bits: int, dtype: torch.dtype, d
     """A model of random weights; a low-rank one of 8 or 4 `bits` is packed per vector and has random codes."""
     ranks = {kind: None if kind == "embedding" else rank for kind in LINEAR_KINDS}
     config = make_config(PRESETS[preset], ranks)
-    config.factor_modules = bits < 16
     model: Any = skeleton(config)
     if bits < 16:
         replace(model, bits)
@@ -276,7 +274,7 @@ def _adapters(settings: GenerateBench, device: torch.device) -> tuple[float, lis
     }
 
     def measure(way: str) -> float:
-        adapters.choose(names[way])
+        adapters.select(names[way])
         return run(settings.new)
 
     log.info(f"{settings.adapters} adapters over one {settings.adapters_model}")
@@ -300,8 +298,7 @@ def _adapters(settings: GenerateBench, device: torch.device) -> tuple[float, lis
 def random_adapter(model: nn.Module, rank: int) -> Adapter:
     """LoRA on every linear layer but the head."""
     pairs = {}
-    for name, module in model.named_modules():
-        shape = linear_shape(module)
-        if shape is not None and layer_kind(name) != "head":
+    for name, shape in linear_shapes(model).items():
+        if name != "lm_head":
             pairs[name] = torch.randn(rank, shape[1]) * 0.02, torch.randn(shape[0], rank) * 0.02
     return Adapter(pairs, dict.fromkeys(pairs, 2.0))

@@ -190,8 +190,7 @@ def _serve(pipe: Connection, rank: int, size: int, port: int, threads: int, cuda
 
 def _build(config: PretrainConfig, borders: Any, device: Any) -> tuple[Any, Any]:
     from finhpc.lowrank.replace import ranks_of
-    from finhpc.models.families.presets import resolve_shape
-    from finhpc.models.families.registry import make_config, skeleton
+    from finhpc.models.families.registry import make_config, resolve_shape, skeleton
     from finhpc.models.pipeline import estimated_costs, parts_of, stage_borders
     from finhpc.training.engine import Engine
     from finhpc.training.stages import measured_cut
@@ -235,7 +234,7 @@ def _cuda(settings: PipelineBench) -> bool:
 
 
 def _layers(settings: PipelineBench) -> int:
-    from finhpc.models.families.presets import resolve_shape
+    from finhpc.models.families.registry import resolve_shape
 
     return int(resolve_shape(run_config(settings, 1).model, None).layers)
 

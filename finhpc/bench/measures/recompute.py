@@ -22,8 +22,7 @@ from finhpc.bench.pairs import in_turn, median_ratio, spread
 from finhpc.bench.report import Row, publish
 from finhpc.bench.settings import RecomputeBench
 from finhpc.lowrank.replace import ranks_of
-from finhpc.models.families.presets import resolve_shape
-from finhpc.models.families.registry import make_config, skeleton
+from finhpc.models.families.registry import make_config, resolve_shape, skeleton
 from finhpc.models.initialize import random_fill
 from finhpc.models.loading import initial_model
 from finhpc.models.pipeline import PipelineLayer, parts_of

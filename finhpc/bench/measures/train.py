@@ -32,8 +32,7 @@ from finhpc.bench.profile import profiled
 from finhpc.bench.report import Row, publish
 from finhpc.bench.settings import TrainBench
 from finhpc.lowrank.replace import ranks_of
-from finhpc.models.families.presets import resolve_shape
-from finhpc.models.families.registry import make_config, skeleton
+from finhpc.models.families.registry import make_config, resolve_shape, skeleton
 from finhpc.settings.base import build
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.training.engine import Engine
