@@ -74,7 +74,7 @@ def test_every_recipe_is_valid(name: str) -> None:
     kinds |= {"reproduce/": Recipe}
     config = load(next((kind for first, kind in kinds.items() if name.startswith(first)), PretrainConfig), name)
     if isinstance(config, PretrainConfig) and name != "demo":
-        from finhpc.models.families.presets import resolve_shape
+        from finhpc.models.families.registry import resolve_shape
 
         resolve_shape(config.model)
 

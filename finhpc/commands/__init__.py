@@ -106,9 +106,13 @@ class Command(NamedTuple, Generic[SETTINGS]):
         return " or ".join(row.settings.partition(":")[2] for row in rows if row.settings)
 
 
-def _own(name: str, help: str, settings: str, function: str, recipes: tuple[str, ...] = ()) -> Command[Any]:
-    """A row with settings in finhpc.settings and a function in finhpc.commands."""
-    return Command(name, help, f"finhpc.settings.{settings}", f"finhpc.commands.{function}", recipes=recipes)
+def _own(
+    name: str, help: str, settings: str, function: str, recipes: tuple[str, ...] = (), dry_run: str = SAME
+) -> Command[Any]:
+    """A row with settings in finhpc.settings and functions in finhpc.commands."""
+    if dry_run != SAME:
+        dry_run = f"finhpc.commands.{dry_run}"
+    return Command(name, help, f"finhpc.settings.{settings}", f"finhpc.commands.{function}", dry_run, recipes)
 
 
 def _bench(name: str, help: str) -> Command[Any]:
@@ -125,6 +129,7 @@ ROWS: tuple[Command[Any], ...] = (
         "pretrain:PretrainConfig",
         "pretrain:pretrain",
         PRETRAIN,
+        dry_run="estimate.dry_run:dry_run_pretrain",
     ),
     _own(
         "estimate",
@@ -171,6 +176,7 @@ ROWS: tuple[Command[Any], ...] = (
         "train a LoRA adapter over a frozen 16-, 8- or 4-bit model",
         "finetune:FinetuneConfig",
         "finetune:finetune",
+        dry_run="estimate.dry_run:dry_run_finetune",
     ),
     _own(
         "export",

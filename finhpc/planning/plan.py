@@ -89,7 +89,7 @@ def make_plan(config: PretrainConfig) -> Plan:
 
 
 def check_parts(config: TrainingConfig) -> None:
-    """Raise `ConfigError` where the optimizer or method is unknown, or known to this process but not to workers."""
+    """Raise `ConfigError` if the optimizer or method is unknown, or known to this process but not to workers."""
     from finhpc.lowrank.registry import LAYERS, check_kind
     from finhpc.training.optimizer import OPTIMIZERS, check_optimizer
 

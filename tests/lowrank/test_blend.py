@@ -27,8 +27,8 @@ def made(trainable: bool = True) -> nn.Sequential:
 def parts(model: nn.Sequential, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """What the dense and the low-rank model give."""
     embedding, linear, last = model
-    dense = F.linear(F.embedding(tokens, embedding.W), linear.W, linear.bias)
-    low = F.linear(embedding.A[tokens] @ embedding.B.T, linear.B @ linear.A, linear.bias)
+    dense = F.linear(F.embedding(tokens, embedding.W), linear.W, linear.B.bias)
+    low = F.linear(embedding.A(tokens) @ embedding.B.weight.T, linear.B.weight @ linear.A.weight, linear.B.bias)
     return last(dense), last(low)
 
 
@@ -50,7 +50,7 @@ def test_between_the_outputs_and_gradients_are_mixed() -> None:
     for parameter in layer.parameters():
         nn.init.normal_(parameter)
     set_alpha([layer], 0.25)
-    mixed = F.linear(x, 0.25 * layer.W + 0.75 * layer.B @ layer.A, layer.bias)
+    mixed = F.linear(x, 0.25 * layer.W + 0.75 * layer.B.weight @ layer.A.weight, layer.B.bias)
     torch.testing.assert_close(layer(x), mixed)
     ours = torch.autograd.grad(layer(x).square().sum(), list(layer.parameters()))
     theirs = torch.autograd.grad(mixed.square().sum(), list(layer.parameters()))

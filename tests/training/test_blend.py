@@ -54,7 +54,8 @@ def tokens(step: int) -> Tensor:
 def stream(first_step: int, replica: int) -> Iterator[dict[str, Any]]:
     for step in range(first_step, STEPS):
         for i, batch in enumerate(tokens(step).numpy()):
-            yield {"tokens": batch, "sample": np.arange(SIZE) + SIZE * (BATCHES * step + i)}
+            places = np.arange(SIZE) + SIZE * (BATCHES * step + i)
+            yield {"tokens": batch, "sample": places, "position": places}
 
 
 class Stopped(Exception):
@@ -68,7 +69,7 @@ def train(folder: Path, config: PretrainConfig, stop: int = STEPS) -> None:
     class Stopping(Trainer):
         def _step(self, step: int) -> None:
             if step > stop:
-                self.saver.wait()
+                self.checkpointer.wait()
                 torch.distributed.barrier()
                 raise Stopped
             super()._step(step)

@@ -18,8 +18,15 @@ from finhpc.commands.estimate.tables import show_finetuning
 from finhpc.data.examples.batches import Batches
 from finhpc.data.examples.examples import Examples
 from finhpc.errors import ConfigError, collect
-from finhpc.models.families.presets import PRESETS, resolve_shape
-from finhpc.models.families.registry import FAMILIES, context_name, context_of, dense_original, parameter_count
+from finhpc.models.families.presets import PRESETS
+from finhpc.models.families.registry import (
+    FAMILIES,
+    context_name,
+    context_of,
+    dense_original,
+    parameter_count,
+    resolve_shape,
+)
 from finhpc.models.files.weights import Weights, locate, open_weights
 from finhpc.models.lora.model import LoraModel
 from finhpc.models.packing.layout import Segments, segments_of

@@ -15,8 +15,7 @@ from finhpc.commands.estimate.tables import show_pretraining
 from finhpc.errors import ConfigError, collect
 from finhpc.lowrank.registry import BLEND
 from finhpc.lowrank.replace import ranks_of
-from finhpc.models.families.presets import resolve_shape
-from finhpc.models.families.registry import dense_original, make_config, skeleton
+from finhpc.models.families.registry import dense_original, make_config, resolve_shape, skeleton
 from finhpc.models.files.config import read_config
 from finhpc.planning import paper
 from finhpc.planning.costs import PretrainCosts, options
