@@ -254,6 +254,8 @@ def test_python_takes_settings_as_an_object_a_mapping_or_keywords() -> None:
         command(expected, config="demo")
     with pytest.raises(ConfigError, match="bench takes an object of one of its settings classes: TrainBench or"):
         finhpc.bench()
+    with pytest.raises(ConfigError, match="pretrain takes PretrainConfig, a mapping or keywords, not 'demo'; a recipe"):
+        command("demo")  # type: ignore[arg-type]
     apart = command._replace(dry_run="tests.test_commands:rehearsed")
     assert apart(expected, dry_run=True) == {"rehearsed": expected}
 
