@@ -64,8 +64,8 @@ class Command(NamedTuple, Generic[SETTINGS]):
             raise ConfigError(f"{self.name} takes an object of one of its settings classes: {self._classes()}.")
         if settings is not None and not isinstance(settings, Mapping):
             raise ConfigError(
-                f"{self.name} takes {self._classes()}, a mapping or keywords, not {settings!r}; a recipe or a YAML file "
-                'is given by name: config="demo".'
+                f"{self.name} takes {self._classes()}, a mapping or keywords, not {settings!r}; give a recipe or YAML "
+                'file by name: config="demo".'
             )
         return self.run(load(self.settings_class(), config, {**(settings or {}), **keys}), dry_run)
 
