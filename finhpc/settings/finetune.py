@@ -147,10 +147,7 @@ class FinetuneTrain(Train):
         json_schema_extra={"default": "by train.epochs"},
     )
     epochs: float | None = Field(
-        1.0,
-        gt=0,
-        description="passes over the examples; ignored if train.steps is given",
-        json_schema_extra=MAY_CHANGE,
+        1.0, gt=0, description="passes over the examples; ignored if train.steps is given", json_schema_extra=MAY_CHANGE
     )
 
 
