@@ -65,7 +65,7 @@ def test_every_wrong_word_is_named() -> None:
     [
         (["pretrian"], "did you mean 'pretrain'?"),
         (["pretrain"], "data.shards is not set"),
-        (["pretrain", "--data.shards", "/no/such/folder"], "is no folder"),
+        (["pretrain", "--data.shards", "/no/such/folder"], "is not a folder"),
         (["pretrain", "--config", "demmo"], "did you mean 'demo'?"),
         (["prepare", "--source", "/no/such/file"], "out is not set"),
         (
