@@ -63,7 +63,7 @@ def test_a_good_config_is_counted(shards: Path) -> None:
             "data.seq_len=48 does not divide the shards' block_len=64; use one of: 8, 16, 32, 64",
         ),
         ({"model": {"context": 16}}, "data.seq_len=32 is longer than the model's context of 16"),
-        ({"model": {"vocab_size": 17}}, "model.vocab_size=17 is smaller than the tokeniser's"),
+        ({"model": {"vocab_size": 17}}, "model.vocab_size=17 is smaller than the tokenizer's"),
     ],
 )
 def test_bad_settings_say_value_reason_and_remedy(shards: Path, sections: dict[str, Any], message: str) -> None:
@@ -85,7 +85,7 @@ def test_all_problems_come_together(shards: Path) -> None:
 
 @pytest.mark.parametrize(
     ("prepared", "message"),
-    [(None, "is no folder"), ("empty", "is empty"), ("half", "not prepared, or interrupted")],
+    [(None, "is not a folder"), ("empty", "is empty"), ("half", "not prepared, or interrupted")],
 )
 def test_folders_that_are_no_shards(shards: Path, prepared: str | None, message: str, tmp_path: Path) -> None:
     folder = tmp_path / "shards"
