@@ -51,7 +51,7 @@ def test_a_good_config_is_counted(shards: Path) -> None:
             "method.rank=33 does not fit transformer.h.*.attn.c_attn (96 x 32, layers: 4); use 1 to 32",
         ),
         ({"method": {"rank": 0}}, "method.rank=0 does not fit"),
-        ({"method": {"kind": "lowrank"}}, "method.kind=lowrank is no method; did you mean 'low_rank'?"),
+        ({"method": {"kind": "lowrank"}}, "method.kind=lowrank is unknown; did you mean 'low_rank'?"),
         (
             {"optimizer": {"decay": "product"}, "quantization": {"when": "during", "bits": 8}},
             "optimizer.decay=product does not work on rounded weights; use optimizer.decay=factors",
