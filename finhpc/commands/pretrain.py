@@ -171,8 +171,8 @@ class Pretrain(Job):
 
 
 def decompose_start(config: PretrainConfig, run: Path) -> None:
-    """Factorise `model.path` into RUN/decomposed; an interrupted one is continued, a complete one checked alone."""
-    from finhpc.commands.decompose.command import decompose
+    """Factorize `model.path` into RUN/decomposed; continue an interrupted factorization, check a complete one."""
+    from finhpc.commands import COMMANDS
 
     out = run / DECOMPOSED
     if (out / "result.json").is_file():  # renamed there when it was complete
@@ -180,7 +180,7 @@ def decompose_start(config: PretrainConfig, run: Path) -> None:
         return
     method = config.method
     kinds = {kind: rank for kind, rank in ranks_of(method).items() if rank is not None and kind in method.ranks}
-    decompose(
+    COMMANDS["decompose"](
         DecomposeConfig(
             model=str(config.model.path),
             out=str(out),
