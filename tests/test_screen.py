@@ -67,6 +67,18 @@ def test_a_table_too_wide_for_the_screen_continues_below(monkeypatch: pytest.Mon
     assert text.count("rank=16,lr=0.001") >= 3, "every part names its rows"
 
 
+def test_every_part_of_a_wide_table_tells_its_rows_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    screen = io.StringIO()
+    rows = [
+        {"stages": 1 + i // 2, "replicas": 4 - i % 2} | {f"f{j}": "1,234,567,890" for j in range(6)} for i in range(4)
+    ]
+    rows_table("topologies", rows, screen)
+    heads = re.findall(r"│ +(\d) │ +(\d) │", screen.getvalue())
+    assert len(heads) > 4
+    assert set(heads) == {("1", "4"), ("1", "3"), ("2", "4"), ("2", "3")}
+
+
 def a_decomposition() -> dict[str, Any]:
     layers = [
         {
