@@ -85,15 +85,14 @@ _OTHERS = {
     "ConfigError": "finhpc.errors:ConfigError",
     "FinhpcError": "finhpc.errors:FinhpcError",
 }
-_PUBLIC: dict[str, Any] = {name: row for name, row in COMMANDS.items() if " " not in name}  # each is a function
 _CLASSES = [row.settings for row in COMMANDS.values() if row.settings.startswith("finhpc.settings.")]
 _NAMED = _OTHERS | {path.partition(":")[2]: path for path in _CLASSES}
-__all__ = ["__version__", *_PUBLIC, *_NAMED]
+__all__ = ["__version__", *(name for name in COMMANDS if " " not in name), *_NAMED]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        return _PUBLIC[name]
+    if name in COMMANDS:
+        return COMMANDS[name]
     if name in _NAMED:
         return import_named(_NAMED[name])
     raise AttributeError(f"module 'finhpc' has no attribute {name!r}; public names: {', '.join(__all__)}")

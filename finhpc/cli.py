@@ -51,9 +51,9 @@ def main(argv: list[str] | None = None) -> int:
         return error.exit_code
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _drop_closed_streams():
-            return 141  # as a command that SIGPIPE ends: whoever read this one's output has left
+            return 141  # like a command that SIGPIPE ends: the reader of the output is gone
         where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}; what was complete on disk is untouched.", file=sys.stderr)
+        print(f"error: {where}{error.strerror or error}; complete files on disk are unchanged.", file=sys.stderr)
         return 1
 
 
@@ -75,10 +75,10 @@ def _print(text: str) -> None:
 
 
 def _drop_closed_streams() -> bool:
-    """Point stdout and stderr at nothing if their reader has left, so that no later write fails; whether one had."""
+    """Point stdout and stderr at /dev/null if their reader is gone; returns whether one was."""
     dropped = False
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # a stream that is no file
+        with suppress(OSError, ValueError):  # a stream without a file
             poll = select.poll()
             poll.register(stream.fileno(), select.POLLOUT)
             if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
@@ -110,6 +110,10 @@ def _run(words: list[str]) -> dict[str, Any] | None:
 def _find(words: list[str]) -> tuple[Command[Any], list[str]]:
     """Return the command that one or two words name, and the words after it; "sweep pretrain" is "sweep"."""
     first, *rest = words
+    if first not in COMMANDS:
+        from finhpc.plugins import load_installed
+
+        load_installed()  # which may add commands
     if first not in COMMANDS or " " in first:
         names = [name for name in COMMANDS if " " not in name]
         raise ConfigError(f"unknown command '{first}'; {_config().nearest(first, names)}")
@@ -131,10 +135,10 @@ def _config() -> Any:
 
 
 def parse(words: list[str], cls: type[Any]) -> tuple[dict[str, str], dict[str, Any]]:
-    """Split `--key value` (or `--key=value`) words into the verb's options and settings.
+    """Split `--key value` (or `--key=value`) words into options and settings.
 
-    Values are YAML (`[8, 16]`, `true`, `1e-3`); a key of several values may be repeated. Raises
-    `ConfigError` with every word that does not fit.
+    Values are YAML (`[8, 16]`, `true`, `1e-3`); a key with several values may be repeated. Raises `ConfigError` with
+    every wrong word.
     """
     options, overrides, problems = _parse(words, cls)
     if problems:
@@ -143,7 +147,7 @@ def parse(words: list[str], cls: type[Any]) -> tuple[dict[str, str], dict[str, A
 
 
 def _parse(words: list[str], cls: type[Any]) -> tuple[dict[str, str], dict[str, Any], list[str]]:
-    """The same, with the problems in place of an error."""
+    """Do the same, but return the problems."""
     config = _config()
     fields = config.keys(cls)
     options: dict[str, str] = {}
@@ -153,7 +157,7 @@ def _parse(words: list[str], cls: type[Any]) -> tuple[dict[str, str], dict[str, 
     while i < len(words):
         word, i = words[i], i + 1
         if not word.startswith("--"):
-            problems.append(f"{word} is no flag; settings are given as --key value.")
+            problems.append(f"'{word}' is not a flag; write settings as --key value.")
             continue
         name, equals, value = word[2:].partition("=")
         if name in ("json", "dry_run", "print_config") or (name == "list_templates" and "data.templates" in fields):
@@ -161,7 +165,7 @@ def _parse(words: list[str], cls: type[Any]) -> tuple[dict[str, str], dict[str, 
             continue
         if not equals:
             if i == len(words) or words[i].startswith("--"):
-                if name in fields and fields[name].annotation is bool:  # --whiten says true
+                if name in fields and fields[name].annotation is bool:  # --whiten means true
                     overrides[name] = True
                     continue
                 problems.append(f"--{name} has no value; give one: --{name} VALUE.")
@@ -175,7 +179,7 @@ def _parse(words: list[str], cls: type[Any]) -> tuple[dict[str, str], dict[str, 
         elif name == "grid":
             key, equals, spec = value.partition("=")
             if not equals:
-                problems.append(f"--grid {value} names no values; give --grid 'KEY=[VALUES]'.")
+                problems.append(f"--grid {value} has no values; give --grid 'KEY=[VALUES]'.")
             overrides.setdefault(name, {})[key.strip()] = _numbers(_value(spec, None))
         elif str(fields[name].annotation if name in fields else "").startswith("dict"):
             values = [value]
@@ -184,7 +188,7 @@ def _parse(words: list[str], cls: type[Any]) -> tuple[dict[str, str], dict[str, 
             overrides[name] = _mapping(values, overrides.get(name))
         elif str(fields[name].annotation if name in fields else "").startswith("list"):
             overrides.setdefault(name, []).append(value)
-            while i < len(words) and not words[i].startswith("--"):  # as a shell's * gives them
+            while i < len(words) and not words[i].startswith("--"):  # as from * in a shell
                 overrides[name].append(words[i])
                 i += 1
         else:
@@ -192,23 +196,23 @@ def _parse(words: list[str], cls: type[Any]) -> tuple[dict[str, str], dict[str, 
     return options, overrides, problems
 
 
-def _mapping(words: list[str], before: Any) -> Any:
-    """KEY=VALUE words as a mapping, with those given before; a YAML mapping as such; other words as a list."""
+def _mapping(words: list[str], earlier: Any) -> Any:
+    """Return KEY=VALUE words, or a YAML mapping, as a mapping with the earlier ones; other words as a list."""
     if len(words) == 1 and words[0].startswith("{"):
-        found = _value(words[0], None)
+        mapping = _value(words[0], None)
     elif all("=" in word for word in words):
         pairs = [(key.strip(), value) for key, _, value in (word.partition("=") for word in words)]
-        found = dict(pairs)
-        given = [*(before if isinstance(before, dict) else ()), *(key for key, _ in pairs)]
-        if twice := next((key for key in given if given.count(key) > 1), None):
+        mapping = dict(pairs)
+        names = [*(earlier if isinstance(earlier, dict) else ()), *(key for key, _ in pairs)]
+        if twice := next((key for key in names if names.count(key) > 1), None):
             raise ConfigError(f"{twice} is given twice ({' '.join(words)}); give it once.")
     else:
-        return [*before, *words] if isinstance(before, list) else words
-    return before | found if isinstance(before, dict) and isinstance(found, dict) else found
+        return [*earlier, *words] if isinstance(earlier, list) else words
+    return earlier | mapping if isinstance(earlier, dict) and isinstance(mapping, dict) else mapping
 
 
 def _value(text: str, field: Any) -> Any:
-    """A flag's text as YAML, but as plain text where the setting is text; `1e-3` is a number."""
+    """Read the text of a flag as YAML, with `1e-3` as a number; or as it is if the setting is text."""
     import yaml
 
     from finhpc.textfile import parse_yaml
@@ -226,7 +230,7 @@ def _value(text: str, field: Any) -> Any:
 
 
 def _numbers(value: Any) -> Any:
-    """With what YAML took for text, such as 1e-3, as numbers."""
+    """Turn text that YAML does not read as a number, such as 1e-3, into numbers."""
     if isinstance(value, list):
         return [_numbers(item) for item in value]
     if isinstance(value, dict):

@@ -1,8 +1,8 @@
-"""How a command ends when it is told to: in order at first, at once when it is told again.
+"""End a command on a signal: cleanly on the first, immediately on the second.
 
-SIGINT (Ctrl-C) raises `KeyboardInterrupt`, SIGTERM and SIGHUP (a closed terminal) raise `Terminated`, so that what is
-open is closed on the way out and the same command resumes. A second Ctrl-C ends the command and every process that it
-started, at once: a thread does that, because the main thread may be inside a library that does not return.
+SIGINT (Ctrl-C) raises `KeyboardInterrupt`, SIGTERM and SIGHUP (a closed terminal) raise `Terminated`, so that files are
+closed on the way out and the same command resumes. A second Ctrl-C immediately ends the command and every process that
+it started: a thread does that, because the main thread may be inside a library that does not return.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from types import FrameType
 from typing import Any, ClassVar, ParamSpec
 
 P = ParamSpec("P")
-SAME_PRESS_S = 0.1  # a wrapper such as `uv run` passes a Ctrl-C on that the terminal has sent already
-PATIENCE_S = 1.0  # an end in order that takes longer says how to end at once
+SAME_PRESS_S = 0.1  # a wrapper such as `uv run` repeats a Ctrl-C that the terminal has already sent
+PATIENCE_S = 1.0  # a clean end that takes longer prints how to end immediately
 ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
@@ -39,20 +39,20 @@ class Terminated(BaseException):
 
 
 class _State:
-    """Of this process."""
+    """This process's state."""
 
-    since: float | None = None  # when it was first told to end
-    exit_code: int | None = None  # once it ends for that reason
+    since: float | None = None  # time of the first signal
+    exit_code: int | None = None  # once it ends because of a signal
     watching = False
-    interrupts = 0  # that the main thread has seen
-    repeated = False  # the next one is no new press of Ctrl-C, but one that was lost
+    interrupts = 0  # seen by the main thread
+    repeated = False  # the next SIGINT repeats one that was lost
     at_once = threading.Event()
-    folders: ClassVar[set[str]] = set()  # removed when it ends at once
+    folders: ClassVar[set[str]] = set()  # removed on an immediate end
 
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Turn SIGTERM and SIGHUP into `Terminated`, so that workers, run and lock are released in order."""
+    """Turn SIGTERM and SIGHUP into `Terminated`, so that workers, run and lock are released cleanly."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         for each in ENDING:
@@ -65,7 +65,7 @@ def terminable() -> Iterator[None]:
         for number in ENDING:
             if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
                 before[number] = signal.signal(number, stop)
-    except ValueError:  # not the main thread: whoever runs it handles signals
+    except ValueError:  # not the main thread, which handles signals
         pass
     try:
         yield
@@ -76,7 +76,7 @@ def terminable() -> Iterator[None]:
 
 @contextmanager
 def removed_at_once(folder: str) -> Iterator[None]:
-    """Remove `folder` also when the command ends at once meanwhile."""
+    """Remove `folder` if the command ends immediately while the block runs."""
     _State.folders.add(folder)
     try:
         yield
@@ -85,7 +85,7 @@ def removed_at_once(folder: str) -> Iterator[None]:
 
 
 def interruptible(main: Callable[P, int]) -> Callable[P, int]:
-    """Make a command's `main` end as this module says; its exit code is 128 and the signal's number then."""
+    """Let a command's `main` end on signals as described above, with exit code 128 + the signal's number."""
 
     @wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> int:
@@ -103,16 +103,16 @@ def interruptible(main: Callable[P, int]) -> Callable[P, int]:
 
 
 def _watch() -> None:
-    """Start what sees signals even while the main thread does not; once in a process."""
+    """Start, once per process, the thread that sees signals even while the main thread does not."""
     if _State.watching or threading.current_thread() is not threading.main_thread():
         return
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    if (other := signal.set_wakeup_fd(writer, warn_on_full_buffer=False)) != -1:  # of an event loop around us
+    if (other := signal.set_wakeup_fd(writer, warn_on_full_buffer=False)) != -1:  # it belongs to an event loop
         signal.set_wakeup_fd(other)
         return
     _State.watching = True
-    atexit.register(_leave)  # before any library's own, so that it is called after all of them
+    atexit.register(_leave)  # before any library registers its own, so that it is called last
     sys.unraisablehook = _deliver_again(sys.unraisablehook)
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
@@ -120,7 +120,7 @@ def _watch() -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """What the main thread does at Ctrl-C; at the second one it only waits for the end, lest it print tracebacks."""
+    """Raise in the main thread at Ctrl-C; at the second one only wait for the end, without printing tracebacks."""
     _State.interrupts += 1
     if _State.interrupts > 1 and _State.at_once.wait(0.5):
         time.sleep(60)
@@ -128,13 +128,13 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _follow(reader: int) -> None:
-    """See every signal as it arrives."""
+    """React to every signal as it arrives."""
     hint = True
     while True:
         if hint and _State.since is not None and not select.select([reader], [], [], PATIENCE_S)[0]:
             hint = False
             with suppress(OSError):
-                os.write(2, b"stopping in order; Ctrl-C again ends it at once\n")
+                os.write(2, b"stopping; press Ctrl-C again to end immediately\n")
         for number in os.read(reader, 64):
             if number not in (signal.SIGINT, *ENDING):
                 continue
@@ -148,7 +148,7 @@ def _follow(reader: int) -> None:
 
 
 def _end_at_once() -> None:
-    """End every process that came from this one, then this one: no clean-up, which might hang or crash."""
+    """End all descendants, then this process, without any cleanup, which might hang or crash."""
     stopped: set[int] = set()
     while new := _descendants(os.getpid()) - stopped:
         for process in new:  # stopped first, so that none starts another meanwhile
@@ -164,23 +164,23 @@ def _end_at_once() -> None:
 
 
 def _descendants(root: int) -> set[int]:
-    """Ids of all processes that came from `root`."""
+    """Ids of all descendants of the process `root`."""
     children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
             parent = int(path.read_text(errors="replace").rpartition(")")[2].split()[1])
             children.setdefault(parent, []).append(int(path.parent.name))
-    found: set[int] = set()
+    descendants: set[int] = set()
     left = [root]
     while left:
         new = children.get(left.pop(), [])
-        found.update(new)
+        descendants.update(new)
         left += new
-    return found
+    return descendants
 
 
 def _leave() -> None:
-    """Skip the interpreter's own end after an interruption: threads that were left in native code crash in it."""
+    """Skip the interpreter's shutdown after a signal: threads that are still in native code crash in it."""
     if _State.exit_code is None:
         return
     for stream in (sys.stdout, sys.stderr):
@@ -190,7 +190,7 @@ def _leave() -> None:
 
 
 def _deliver_again(before: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """A hook for exceptions in places that cannot raise, such as `__del__`: an interruption there comes again."""
+    """A hook for exceptions that cannot be raised, as in `__del__`: it repeats a signal that was lost there."""
 
     def hook(unraisable: Any) -> None:
         kind, error = unraisable.exc_type, unraisable.exc_value
@@ -198,10 +198,10 @@ def _deliver_again(before: Callable[[Any], Any]) -> Callable[[Any], Any]:
             before(unraisable)
             return
         number = error.exit_code - 128 if isinstance(error, Terminated) else signal.SIGINT
-        if number != signal.SIGINT:  # ignored from the first one on
+        if number != signal.SIGINT:  # ignored since the first one
             signal.signal(number, _raise_terminated)
         _State.repeated = True
-        main = threading.main_thread().ident  # to that thread, so that what it waits in is interrupted
+        main = threading.main_thread().ident  # to that thread, so that its wait is interrupted
         threading.Timer(0.05, signal.pthread_kill, (main, number)).start()
 
     return hook
@@ -213,7 +213,7 @@ def _raise_terminated(number: int, frame: FrameType | None) -> None:
 
 
 def _leave_closed_terminal() -> None:
-    """Send what is still to be written nowhere, where its terminal is gone: writing would fail."""
+    """Redirect output to /dev/null if its terminal was closed: writing would fail."""
     for stream in (1, 2):
         with suppress(OSError, termios.error):
             if not os.path.samestat(os.fstat(stream), os.stat(os.devnull)) and _is_gone(stream):
@@ -223,7 +223,7 @@ def _leave_closed_terminal() -> None:
 
 
 def _is_gone(stream: int) -> bool:
-    """Whether a stream is a terminal that was closed: a character device that no longer answers as one."""
+    """Whether a stream is a closed terminal: a character device without terminal attributes."""
     if not stat.S_ISCHR(os.fstat(stream).st_mode):
         return False
     try:

@@ -1,6 +1,6 @@
-"""Low-rank layers, optimizers, model families, shapes and prompt templates from outside finhpc.
+"""Plugins: low-rank layers, optimizers, model families, shapes and prompt templates from outside finhpc.
 
-A plugin is a module that registers them when it is imported:
+A plugin is a module that registers parts when it is imported:
 
     from finhpc.lowrank.layers import LowRankLinear
     from finhpc.lowrank.registry import LAYERS
@@ -8,8 +8,9 @@ A plugin is a module that registers them when it is imported:
     @LAYERS.register("gelu")
     class GeluLinear(LowRankLinear): ...
 
-An installed package names its module as an entry point of the group `finhpc.plugins`, and every process finds it. Any
-other module that can be imported is named in the setting `plugins`, and the command and its workers import it first.
+An installed package declares its module as an entry point of the group `finhpc.plugins`; every process imports it. Any
+other module is named in the setting `plugins`; the command and its workers import it first. A plugin of an installed
+package may also add commands: `COMMANDS["hello"] = Command(...)` of `finhpc.commands`.
 """
 
 from __future__ import annotations
@@ -28,15 +29,12 @@ from finhpc.errors import ConfigError
 
 GROUP = "finhpc.plugins"
 T = TypeVar("T")
-_loaded: list[str] = []  # modules of plugins, as they were imported
+_loaded: list[str] = []  # modules of plugins, in the order of their import
 _importing: list[str] = []
 
 
 def load(modules: Iterable[str]) -> list[str]:
-    """Import plugins by the names of their modules; raises `ConfigError` for those that workers could not import.
-
-    A module in the current folder is found, as workers find it there.
-    """
+    """Import plugins by module name, also from the current folder; raises `ConfigError` if a worker could not."""
     names, problems = list(modules), []
     if names and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
@@ -47,8 +45,8 @@ def load(modules: Iterable[str]) -> list[str]:
             _import(name)
             if not _is_found(name.partition(".")[0]):
                 raise ConfigError(
-                    f"plugins={name} was found in {sys.modules[name].__file__}, where workers do not look; install it, "
-                    "put it into the current folder, or put its folder into PYTHONPATH."
+                    f"plugins={name} was imported from {sys.modules[name].__file__}, where workers do not look; "
+                    "install it, put it into the current folder, or put its folder into PYTHONPATH."
                 )
         except ConfigError as error:
             problems += error.problems
@@ -58,7 +56,7 @@ def load(modules: Iterable[str]) -> list[str]:
 
 
 def enter(modules: Iterable[str]) -> None:
-    """Import in a worker what its driver imported."""
+    """Import the plugins of the driver in a worker."""
     for name in modules:
         if name not in _loaded:
             _import(name)
@@ -66,25 +64,25 @@ def enter(modules: Iterable[str]) -> None:
 
 @cache
 def load_installed() -> None:
-    """Import the plugins of installed packages, once a process."""
+    """Import the plugins of installed packages, once per process."""
     for point in entry_points(group=GROUP):
         if point.module not in _loaded:
             _import(point.module)
 
 
 def loaded() -> tuple[str, ...]:
-    """Modules of all plugins of this process."""
+    """Return the modules of all plugins of this process."""
     load_installed()
     return tuple(_loaded)
 
 
 def require(modules: Iterable[str], what: str) -> None:
-    """Raise `ConfigError` unless all these plugins, which `what` was made with, are imported here."""
+    """Raise `ConfigError` unless these plugins, which `what` needs, are imported in this process."""
     missing = [name for name in modules if name not in loaded() and name not in sys.modules]
     if missing:
         raise ConfigError(
-            f"{what} needs the plugin {', '.join(missing)}, which is not imported here; install the package that it "
-            f"comes in, or give --plugins {' '.join(missing)} (in Python: import {missing[0]})."
+            f"{what} needs the plugin {', '.join(missing)}, which is not imported here; install its package, "
+            f"or give --plugins {' '.join(missing)} (in Python: import {missing[0]})."
         )
 
 
@@ -95,8 +93,8 @@ def _import(name: str) -> None:
     except ModuleNotFoundError as error:
         if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
             raise ConfigError(
-                f"plugins={name} is not a module that can be imported; give the name of one in an installed package, "
-                "in the current folder or on PYTHONPATH (my_layers for my_layers.py)."
+                f"plugins={name} is not a module that can be imported; give a module of an installed package, in the "
+                "current folder or on PYTHONPATH (my_layers for my_layers.py)."
             ) from None
         raise ConfigError(f"plugins={name} cannot be imported: {error}; install what it needs.") from None
     except ConfigError:
@@ -113,30 +111,30 @@ def _import(name: str) -> None:
 
 
 def _is_found(top: str) -> bool:
-    """Whether a new process like a worker's, which looks in the current folder too, finds a module."""
+    """Whether a new process, such as a worker, finds a module; it also looks in the current folder."""
     code = "import importlib.util, sys; sys.path.insert(0, ''); sys.exit(importlib.util.find_spec(sys.argv[1]) is None)"
     return subprocess.run([sys.executable, "-c", code, top], capture_output=True).returncode == 0
 
 
 class Registry(Mapping[str, T]):
-    """Named parts of one kind: finhpc's own, and those that plugins register.
+    """Named parts of one kind: those of finhpc and those of plugins.
 
-    `setting`: whose values the names are. `check` raises `ConfigError` for a part that cannot work.
+    `setting` is the setting whose values are the names. `check` raises `ConfigError` for an unusable part.
     """
 
     def __init__(self, setting: str, own: Mapping[str, T], check: Callable[[str, Any], None]) -> None:
         self.setting, self.check = setting, check
         self._parts: dict[str, T] = dict(own)
-        self._origins: dict[str, str] = {}  # name -> the module that registered it, of those that are not finhpc's
+        self._origins: dict[str, str] = {}  # name -> module, of the parts of plugins
 
     def register(self, name: str, part: T | None = None) -> Any:
-        """Add a part under a new name; without `part` a decorator of the class or function that is one."""
+        """Add a part under a new name; without `part`, return a decorator for it."""
         module = _importing[-1] if _importing else str(sys._getframe(1).f_globals.get("__name__"))
 
         def add(part: T) -> T:
             if name in self._parts and self._origins.get(name) != module:
                 by = self._origins.get(name, "finhpc")
-                raise ConfigError(f"{self.setting}={name} is registered by {by} already; choose another name.")
+                raise ConfigError(f"{self.setting}={name} is already registered by {by}; choose another name.")
             self.check(name, part)
             self._parts[name] = part
             self._origins[name] = module
@@ -145,15 +143,15 @@ class Registry(Mapping[str, T]):
         return add if part is None else add(part)
 
     def own(self) -> Iterator[tuple[str, T]]:
-        """finhpc's own parts by name; imports no plugin."""
+        """Return the parts of finhpc by name, without importing plugins."""
         return iter((name, part) for name, part in self._parts.items() if name not in self._origins)
 
     def origin(self, name: str) -> str | None:
-        """The module of the plugin that registered a part; None for finhpc's own."""
+        """Return the module of the plugin that registered a part; None for a part of finhpc."""
         return self._origins.get(name)
 
     def check_workers_see(self, name: str) -> None:
-        """Raise `ConfigError` for a part that was registered in this process alone."""
+        """Raise `ConfigError` for a part that is registered in this process only."""
         origin = self.origin(name)
         if origin is None or any(origin == plugin or origin.startswith(f"{plugin}.") for plugin in loaded()):
             return
@@ -171,7 +169,9 @@ class Registry(Mapping[str, T]):
         return self._parts[name]
 
     def __setitem__(self, name: str, part: T) -> None:
-        raise ConfigError(f"{self.setting}={name} is added by .register({name!r}, ...), which workers can follow.")
+        raise ConfigError(
+            f"{self.setting}={name} must be added by .register({name!r}, ...), so that workers can do the same."
+        )
 
     def __iter__(self) -> Iterator[str]:
         load_installed()

@@ -1,7 +1,7 @@
-"""Makes transformers know finhpc's models and quantizer after `import finhpc`, which stays light.
+"""Registers the models and the quantizer of finhpc with transformers, while `import finhpc` stays light.
 
-What transformers must know is imported once its own module that keeps the list is there, and nothing of
-transformers is half imported: ours needs much of it. transformers itself is not imported here.
+As soon as transformers imports one of its modules with a list of models or quantizers, our module for that list is
+imported, too, but only after all imports under way have ended: ours needs much of transformers.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ LISTS = {
 }
 
 
-class After:
-    """A finder of modules that finds none itself; it sees when transformers' modules are imported, one in another."""
+class ImportHook:
+    """A finder in `sys.meta_path` that lets others find modules of transformers and waits until they are imported."""
 
     def __init__(self) -> None:
         self.waiting = dict(LISTS)
         self.finding: set[str] = set()
-        self.under_way = 0  # modules that are being imported
+        self.under_way = 0  # number of modules of transformers whose import has begun and not ended
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -41,7 +41,7 @@ class After:
             return spec
         execute = spec.loader.exec_module
 
-        def then_ours(module: ModuleType) -> None:
+        def execute_and_register(module: ModuleType) -> None:
             self.under_way += 1
             try:
                 execute(module)
@@ -49,22 +49,22 @@ class After:
                 self.under_way -= 1
             self.register()
 
-        spec.loader.exec_module = then_ours  # type: ignore[method-assign]
+        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
 
     def register(self) -> None:
-        """Import what transformers must know and can know by now; look no further once it knows all."""
+        """Import our module for each list that is imported by now; remove the hook once all are."""
         if self.under_way:
             return
         for name in [name for name in self.waiting if name in sys.modules]:
-            if name in self.waiting:  # the import of another one may have brought it already
+            if name in self.waiting:  # not imported meanwhile by another one
                 import_module(self.waiting.pop(name))
         if not self.waiting and self in sys.meta_path:
             sys.meta_path.remove(self)
 
 
 def register() -> None:
-    """Register now what is there already, and the rest when it comes."""
-    after = After()
-    sys.meta_path.insert(0, after)
-    after.register()
+    """Register with the lists that are imported already, and with the others when they are imported."""
+    hook = ImportHook()
+    sys.meta_path.insert(0, hook)
+    hook.register()

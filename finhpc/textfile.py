@@ -1,6 +1,6 @@
-"""Text files as people have them: byte order marks, encodings, line ends, JSON and YAML, each read by one rule.
+"""Read text files: byte order marks, encodings, line ends, JSON and YAML.
 
-Every reader of text, prompts, tables and settings comes through here, so that the same file means the same everywhere.
+All readers of text, prompts, tables and settings use this module, so that a file means the same everywhere.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from finhpc.errors import ConfigError
 
 UTF8, LATIN1 = "utf-8", "iso8859-1"
 REPLACED = "\ufffd"
-# In this order: the mark of UTF-32 begins with that of UTF-16.
+# The order matters: the mark of UTF-32 begins with that of UTF-16.
 MARKS = (
     (codecs.BOM_UTF8, UTF8),
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -30,7 +30,7 @@ OTHER_FILES = ((b"\x1f\x8b", "a gzip archive"), (b"PK\x03\x04", "a ZIP archive o
 
 
 class UnreadableText(Exception):
-    """Why bytes cannot be read as text: the line (0: the whole file), the problem and the remedy."""
+    """Bytes that cannot be read as text: the line (0: the whole file), the problem and the remedy."""
 
     def __init__(self, line: int, problem: str, remedy: str) -> None:
         self.line, self.problem, self.remedy = line, problem, remedy
@@ -40,10 +40,10 @@ class UnreadableText(Exception):
 def read_text(
     path: Path, encoding: str | None = None, otherwise: str | None = None, setting: str | None = "data.encoding"
 ) -> tuple[str, str]:
-    r"""Return the text of a file with plain line ends ("\n"), and the encoding that it was read in.
+    r"""Return the text of a file with the line end "\n", and its encoding.
 
-    `encoding`, `otherwise`: see `decode`. `setting`: the setting that chooses the encoding, for the remedy; None if
-    there is none. Raises `ConfigError` with the line and the byte for a file that is not in its encoding.
+    `encoding`, `otherwise`: see `decode`. `setting`: the setting for the encoding, named in the remedy; None if there
+    is none. Raises `ConfigError` with the line and the byte for a file in another encoding.
     """
     try:
         return decode(path.read_bytes(), encoding, otherwise, setting)
@@ -55,13 +55,13 @@ def read_text(
 def decode(
     content: bytes, encoding: str | None = None, otherwise: str | None = None, setting: str | None = None
 ) -> tuple[str, str]:
-    r"""Return the text of a file's bytes with plain line ends ("\n"), and the encoding that it was read in.
+    r"""Return the text of a file's bytes with the line end "\n", and its encoding.
 
-    A byte order mark decides the encoding and is removed. Without one and with `encoding` None the text is UTF-8, or
-    `otherwise` if it is not valid UTF-8. Line ends are \r\n, \n and \r, and nothing else (U+2028 is text). Raises
-    `UnreadableText` for bytes that are not in the encoding, for bytes that could be read but would become other letters
-    (latin-1 read as UTF-8 and the reverse damage a data set unseen), and for NUL characters. With `otherwise`, a
-    file that was damaged so and saved is refused, too; elsewhere, as in tweets, U+FFFD may be what was written.
+    A byte order mark decides the encoding and is removed. Without a mark and with `encoding` None the text is UTF-8,
+    or `otherwise` if it is not valid UTF-8. Line ends are \r\n, \n and \r only (U+2028 is text). Raises
+    `UnreadableText` for bytes that are not in the encoding, for bytes that would silently become other letters (UTF-8
+    read as latin-1), and for NUL characters. With `otherwise`, a file that was damaged in this way and then saved is
+    refused, too; without it U+FFFD is allowed, because the author of a tweet may have written it.
     """
     for magic, name in OTHER_FILES:
         if content.startswith(magic):
@@ -78,12 +78,12 @@ def decode(
     text = _decoded(content, used, setting, convert)
     if (at := text.find("\0")) >= 0:
         raise UnreadableText(
-            _text_line(text, at), "a NUL character, so it is not text, or UTF-16 without its byte order mark", choose
+            _text_line(text, at), "a NUL character, so it is not text, or UTF-16 without a byte order mark", choose
         )
     if otherwise is not None and (at := text.find(REPLACED)) >= 0:
         raise UnreadableText(
             _text_line(text, at),
-            "U+FFFD stands where a letter was: the file was once read in a wrong encoding and saved",
+            "U+FFFD replaces a letter: the file was read in a wrong encoding and then saved",
             "fetch the original (PhraseBank comes in latin-1)",
         )
     _refuse_other_letters(content, text, used, is_utf8, setting)
@@ -91,20 +91,20 @@ def decode(
 
 
 def parse_json(text: str) -> Any:
-    """Return the value of a JSON text, with NaN, which Python and pandas write for a missing value, as None.
+    """Return the value of a JSON text; NaN, which Python and pandas write for a missing value, becomes None.
 
-    Raises `ValueError` for broken JSON and for a key that stands twice in an object, which would hide a value.
+    Raises `ValueError` for broken JSON and for an object with a duplicate key, which would hide a value.
     """
     return json.loads(text.removeprefix("\ufeff"), object_pairs_hook=_object, parse_constant=_constant)
 
 
 def parse_yaml(text: str) -> Any:
-    """Return the value of a YAML text, read by the safe loader; raises `yaml.YAMLError`, also for a key given twice."""
+    """Return the value of a YAML text, read by the safe loader; raises `yaml.YAMLError`, also for a duplicate key."""
     return yaml.load(text, _UniqueKeys)
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """The safe loader, which alone would let the last of equal keys win."""
+    """The safe loader, which by itself would accept duplicate keys."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         seen = set()
@@ -112,7 +112,9 @@ class _UniqueKeys(yaml.SafeLoader):
             if key.tag == "tag:yaml.org,2002:merge":
                 continue
             if key.value.__hash__ is not None and (key.tag, key.value) in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value} stands twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value} is duplicated", key.start_mark
+                )
             if key.value.__hash__ is not None:
                 seen.add((key.tag, key.value))
         return super().construct_mapping(node, deep)
@@ -123,7 +125,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(tree) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object")
+        raise ValueError(f"the key {twice!r} is duplicated in one object")
     return tree
 
 
@@ -144,13 +146,13 @@ def _decoded(content: bytes, encoding: str, setting: str | None, convert: str) -
         return content.decode(encoding)
     except UnicodeDecodeError as error:
         byte = f"byte 0x{content[error.start]:02x} is not {encoding}"
-        if CONTROL.search(content):  # no letters in latin-1, but quotation marks and dashes in Windows' encoding
-            said, other, convert = "it may be Windows' cp1252", "cp1252", convert.replace("LATIN1", "CP1252")
+        if CONTROL.search(content):  # quotation marks and dashes in the encoding of Windows, not letters of latin-1
+            hint, other, convert = "it may be cp1252, of Windows", "cp1252", convert.replace("LATIN1", "CP1252")
         else:
-            said, other = "PhraseBank comes in latin-1", "latin-1"
-        latin = f"{said}: give --{setting} {other}, or {convert}" if setting else convert
+            hint, other = "PhraseBank comes in latin-1", "latin-1"
+        latin = f"{hint}: give --{setting} {other}, or {convert}" if setting else convert
         raise UnreadableText(content.count(b"\n", 0, error.start) + 1, byte, latin) from None
-    except (UnicodeError, LookupError, ValueError):  # codecs that are not of text, such as undefined and rot13
+    except (UnicodeError, LookupError, ValueError):  # codecs that are not text encodings, such as rot13
         raise ConfigError(f"{setting}={encoding} is not an encoding of text; use utf-8 or latin-1.") from None
 
 
@@ -161,14 +163,14 @@ def _refuse_other_letters(content: bytes, text: str, used: str, is_utf8: bool, s
     if is_utf8:
         word = next(word for word in content.split() if not word.isascii()).decode(UTF8)
         raise UnreadableText(
-            0, f"it is UTF-8, but would be read as {used}, which makes other letters of {word!r}",
+            0, f"it is UTF-8, but would be read as {used}, which turns {word!r} into other letters",
             f"give --{setting} utf-8",
         )  # fmt: skip
     control = next((i for i, letter in enumerate(text) if "\x80" <= letter <= "\x9f"), -1)
     if name == LATIN1 and control >= 0:
         raise UnreadableText(
             _text_line(text, control),
-            f"0x{ord(text[control]):02x} is not a letter of latin-1; the text may be Windows' cp1252 or mac-roman",
+            f"0x{ord(text[control]):02x} is not a letter in latin-1; the text may be cp1252 (Windows) or mac-roman",
             f"give --{setting} cp1252 or mac-roman" if setting else "convert it to UTF-8",
         )
 

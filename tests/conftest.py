@@ -64,32 +64,36 @@ def ray_cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-@pytest.fixture(scope="module")
-def quick_training(ray_cluster: None) -> Iterator[None]:
+@pytest.fixture
+def quick_training(_warm_workers: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """`pretrain` and `finetune` train in this process, or by workers that stay for a module's next run.
 
     Ray Train starts new processes for every run, which takes ten seconds. Tests of what it does train without this.
     """
     from finhpc.commands import finetune, pretrain
-    from finhpc.runs import launch_warm
     from finhpc.runs.run import run
 
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (finetune, pretrain):
-            patch.setattr(module, "run", partial(run, fit=fit_quickly))
-        yield
-    if launch_warm.KEPT:
-        launch_warm.KEPT[0].shutdown()
+    for module in (finetune, pretrain):
+        monkeypatch.setattr(module, "run", partial(run, launch=launch_quickly))
 
 
-def fit_quickly(job: Any, *arguments: Any) -> None:
-    from finhpc.runs.launch_here import fit_here
-    from finhpc.runs.launch_warm import fit_warm
+@pytest.fixture(scope="module")
+def _warm_workers(ray_cluster: None) -> Iterator[None]:
+    from finhpc.runs import launch_warm
+
+    yield
+    if launch_warm.GROUPS:
+        launch_warm.GROUPS[0].shutdown()
+
+
+def launch_quickly(job: Any, folder: Any, cuda: bool) -> None:
+    from finhpc.runs.launch import launch_here
+    from finhpc.runs.launch_warm import launch_warm
 
     if job.config.parallel.workers == 1:
-        fit_here(job, *arguments, on_eval=lambda record: None)
+        launch_here(job, folder, cuda, on_eval=lambda record: None)
     else:
-        fit_warm(job, *arguments, look=lambda: None)
+        launch_warm(job, folder, cuda, poll=lambda: None)
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
+import finhpc
 from finhpc.cli import main, parse
+from finhpc.commands import COMMANDS
 from finhpc.errors import ConfigError
+from finhpc.plugins import load_installed
 from finhpc.settings.base import load
 from finhpc.settings.finetune import FinetuneConfig
 from finhpc.settings.prepare import PrepareConfig
@@ -45,7 +48,7 @@ def test_every_wrong_word_is_named() -> None:
         parse(["--metod.rank", "3", "word", "--train.steps"], PretrainConfig)
     assert caught.value.problems == [
         "--metod.rank is not a setting; did you mean 'method.rank'?",
-        "word is no flag; settings are given as --key value.",
+        "'word' is not a flag; write settings as --key value.",
         "--train.steps has no value; give one: --train.steps VALUE.",
     ]
 
@@ -120,6 +123,46 @@ def test_settings_of_several_names_take_key_equals_value() -> None:
         parse(["--data.labels", "0=a", "1=b", "--data.labels", "0=c"], FinetuneConfig)
     with pytest.raises(ConfigError, match=r"data\.columns=\['headline'\] is refused.*input=headline"):
         load(FinetuneConfig, None, parse(["--data.columns", "headline"], FinetuneConfig)[1])
+
+
+HELLO = """
+from finhpc.commands import COMMANDS, Command
+from finhpc.settings.base import Section
+
+
+class HelloConfig(Section):
+    name: str = "world"
+
+
+def hello(settings, dry_run=False):
+    return {"greeted": settings.name}
+
+
+COMMANDS["hello"] = Command("hello", "greet somebody", "hello_command:HelloConfig", "hello_command:hello")
+"""
+
+
+def test_an_installed_plugin_adds_a_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "hello_command.py").write_text(HELLO)
+    info = tmp_path / "hello_command-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: hello-command\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[finhpc.plugins]\nhello = hello_command\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr("finhpc.plugins._loaded", [])
+    load_installed.cache_clear()
+    try:
+        assert main(["hello", "--name", "reader", "--json"]) == 0
+        assert finhpc.hello(name="you") == {"greeted": "you"}
+    finally:
+        COMMANDS.pop("hello", None)
+        load_installed.cache_clear()
+    assert json.loads(capsys.readouterr().out) == {"greeted": "reader"}
+    monkeypatch.undo()
+    assert main(["hello"]) == 2
+    assert "unknown command 'hello'" in capsys.readouterr().err
 
 
 def test_templates_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

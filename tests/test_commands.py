@@ -52,7 +52,7 @@ def test_help_shows_what_a_command_resolves_to(verb: str, capsys: pytest.Capture
     found, resolved = shown(capsys, *verb.split()), as_flags(load(CLASSES[verb], None))
     assert set(found) == set(resolved)
     differ = {found[name] for name in found if found[name] != resolved[name]}
-    assert differ <= {"by train.epochs", "the scale's", "the preset's"}
+    assert differ <= {"by train.epochs", "as in the scale", "the preset's"}
 
 
 def test_help_shows_a_places_own_defaults_and_a_recipes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -63,7 +63,7 @@ def test_help_shows_a_places_own_defaults_and_a_recipes(capsys: pytest.CaptureFi
     assert shown(capsys, "sweep")["run.name"] == "sweep"
     assert shown(capsys, "evaluate")["run.name"] == "evaluate"
     assert shown(capsys, "bench", "train")["resources.threads"] == "2"
-    assert shown(capsys, "reproduce")["resources.threads"] == "the scale's"
+    assert shown(capsys, "reproduce")["resources.threads"] == "as in the scale"
     demo = load(PretrainConfig, "demo")
     found = shown(capsys, "pretrain", "--config", "demo")
     assert found.items() >= {k: v for k, v in as_flags(demo).items() if found[k] != "the preset's"}.items()

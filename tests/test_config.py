@@ -8,7 +8,7 @@ import pytest
 
 from finhpc.bench.settings import PrepareBench
 from finhpc.errors import ConfigError
-from finhpc.settings.base import build, flatten, keys, load, recipes, to_yaml
+from finhpc.settings.base import build, flatten, keys, load, marked, recipes, to_yaml
 from finhpc.settings.estimate import FinetuneEstimateConfig
 from finhpc.settings.evaluate import EvaluateConfig
 from finhpc.settings.finetune import FinetuneConfig
@@ -16,6 +16,8 @@ from finhpc.settings.prepare import PrepareConfig
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.reproduce import Recipe
 from finhpc.settings.study import StudyConfig
+from finhpc.settings.sweep import SweepConfig
+from finhpc.settings.training import Run
 
 
 def test_flags_win_over_yaml_over_defaults(tmp_path: Path) -> None:
@@ -48,8 +50,8 @@ def test_every_problem_is_listed_at_once() -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("dmo", "config=dmo is no recipe; did you mean 'demo'?"),
-        ("nothing-like-it", "is no recipe; valid: demo, "),
+        ("dmo", "config=dmo is not a recipe; did you mean 'demo'?"),
+        ("nothing-like-it", "is not a recipe; valid: demo, "),
         ("no/such.yaml", "config=no/such.yaml is not a file"),
     ],
 )
@@ -72,7 +74,7 @@ def test_every_recipe_is_valid(name: str) -> None:
     kinds |= {"reproduce/": Recipe}
     config = load(next((kind for first, kind in kinds.items() if name.startswith(first)), PretrainConfig), name)
     if isinstance(config, PretrainConfig) and name != "demo":
-        from finhpc.models.families.presets import resolve_shape
+        from finhpc.models.families.registry import resolve_shape
 
         resolve_shape(config.model)
 
@@ -99,7 +101,7 @@ def test_a_settings_file_may_begin_with_a_mark(tmp_path: Path, encoding: str, en
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"optimizer:\n  lr: 1\noptimizer:\n  lr: 2\n", "the key optimizer stands twice"),
+        (b"optimizer:\n  lr: 1\noptimizer:\n  lr: 2\n", "the key optimizer is duplicated"),
         ("run: {name: f\xe4llt}\n".encode("latin-1"), "line 1: byte 0xe4 is not utf-8"),
         (b"run: {name: a\0b}\n", "NUL character"),
     ],
@@ -129,11 +131,44 @@ def test_what_settings_of_yaml_lack_is_told(tmp_path: Path, text: str, message: 
 def test_a_file_of_settings_may_not_trust_code(tmp_path: Path) -> None:
     file = tmp_path / "evaluate.yaml"
     file.write_text("tasks: [mine.yaml]\ntrust_task_code: true\n")
-    with pytest.raises(ConfigError, match=r"a file may not give that leave; .* --trust_task_code true"):
+    with pytest.raises(ConfigError, match=r"a file cannot give that permission\. .* --trust_task_code true"):
         load(EvaluateConfig, str(file))
     assert load(EvaluateConfig, str(file), {"trust_task_code": True}).trust_task_code
     assert not load(EvaluateConfig, str(file), {"trust_task_code": False}).trust_task_code
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("steps: [{name: a, verb: evaluate, settings: {tasks: [mine.yaml], trust_task_code: true}}]\n")
-    with pytest.raises(ConfigError, match="a file may not give that leave"):
+    with pytest.raises(ConfigError, match="a file cannot give that permission"):
         load(Recipe, str(recipe))
+
+
+def test_paths_are_absolute_once_settings_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    pretrain = load(PretrainConfig, None, {"data.shards": "shards", "model.path": "base"})
+    data = {"source": ["a.txt", "~/b.csv:fiqa", "hf:base:main", "hf:org/name"], "templates": "own.yaml"}
+    finetune = build(FinetuneConfig, {"model": {"path": "org/base"}, "data": data})
+    tracked = build(Run, {"storage": "elsewhere", "tracking_uri": "sqlite:///runs.db"})
+    server = build(Run, {"tracking_uri": "http://host:5000"})
+    monkeypatch.chdir("/")
+    assert (pretrain.data.shards, pretrain.model.path) == (f"{tmp_path}/shards", f"{tmp_path}/base")
+    assert pretrain.run.storage == f"{tmp_path}/runs"
+    assert pretrain.run.mlflow_uri == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    assert finetune.model.path == "org/base"  # the hub's
+    home = Path.home()
+    assert finetune.data.source == [
+        f"{tmp_path}/a.txt",
+        f"{home}/b.csv:fiqa",
+        f"hf:{tmp_path}/base:main",
+        "hf:org/name",
+    ]
+    assert finetune.data.templates == f"{tmp_path}/own.yaml"
+    assert (tracked.storage, tracked.mlflow_uri) == (f"{tmp_path}/elsewhere", f"sqlite:///{tmp_path}/runs.db")
+    assert server.mlflow_uri == "http://host:5000"
+
+
+def test_what_may_change_when_a_run_is_resumed() -> None:
+    may_change = marked(SweepConfig, "may_change")
+    placing = {"grid", "data.shards", "model.path", "run.storage", "sweep.seed", "parallel.stages", "train.eval_every"}
+    assert placing <= set(may_change)
+    assert not {"train.steps", "train.seed", "data.seq_len", "optimizer.lr", "method.rank"} & set(may_change)
+    assert "data.eval_source" in marked(FinetuneConfig, "may_change")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import sysconfig
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -69,7 +72,10 @@ def test_a_worker_with_another_version_ends_at_once() -> None:
 
 
 def environment(folder: Path, install: list[str]) -> Path:
-    """The bin folder of a new environment: this one's libraries, and finhpc as pip installs it."""
+    """The bin folder of a new environment with finhpc as pip installs it.
+
+    There may be no network, so the libraries are those of this environment, added by a .pth file.
+    """
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     libraries = sysconfig.get_path("purelib")
     site = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
@@ -91,11 +97,32 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def wheel_of(clone: Path, folder: Path) -> Path:
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, clone]
+    subprocess.run([str(word) for word in build], check=True, capture_output=True)
+    (wheel,) = folder.glob("finhpc-*.whl")
+    with zipfile.ZipFile(wheel) as file:
+        files = {path.relative_to(clone).as_posix() for path in (clone / "finhpc").rglob("*") if path.is_file()}
+        assert files <= set(file.namelist())
+    return wheel
+
+
+def demo(bin: Path, folder: Path) -> list[list[str]]:
+    """The commands of `make demo`, run by `bin/finhpc` in `folder`."""
+    rule = (ROOT / "Makefile").read_text().partition("\ndemo:")[2].partition("\n\n")[0]
+    lines = re.findall(r"^\t(\$\(BIN\)/finhpc .*)$", rule, flags=re.MULTILINE)
+    values = {"$(BIN)": str(bin), "$(DEMO)": str(folder), "$$(date +%Y%m%d-%H%M%S)": "today"}
+    for name, value in values.items():
+        lines = [line.replace(name, value) for line in lines]
+    return [shlex.split(line) for line in lines]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["editable", "wheel"])
 def test_an_installed_finhpc_works_in_the_folder_around_its_clone(how: str, clone: Path, tmp_path: Path) -> None:
     """Notebook, command, Ray's workers and a sweep's trials; there packed models once opened as raw codes."""
-    bin = environment(tmp_path / "venv", ["--editable", str(clone)] if how == "editable" else [str(clone)])
+    source = ["--editable", str(clone)] if how == "editable" else [str(wheel_of(clone, tmp_path / "dist"))]
+    bin = environment(tmp_path / "venv", source)
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
     def run(*words: str | Path, cwd: Path = clone.parent) -> str:
@@ -108,6 +135,10 @@ def test_an_installed_finhpc_works_in_the_folder_around_its_clone(how: str, clon
         inside = clone if how == "editable" or cwd == clone else tmp_path / "venv"
         assert where.startswith(str(inside)), (how, cwd, where)
     assert "pretrain" in run(bin / "finhpc", "--help")
+    if how == "wheel":
+        prepare, pretrain = demo(bin, tmp_path / "demo")
+        run(*prepare, cwd=tmp_path)
+        assert json.loads(run(*pretrain, "--json", cwd=tmp_path).splitlines()[-1])["status"] == "finished"
     assert "lr: 0.001" in run(bin / "finhpc", "pretrain", "--config", "demo", "--print_config")
     shards = tiny_shards(tmp_path / "shards")
     words = ["--data.shards", str(shards), "--data.seq_len", "32", "--data.eval_samples", "16", "--method.rank", "8"]

@@ -23,7 +23,7 @@ from finhpc.models.families.registry import FAMILIES
 from finhpc.settings.base import build, load
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.training import Optimizer
-from finhpc.training.optimizer import OPTIMIZERS, OptimizerKind, begin_at, make_optimizer, moments
+from finhpc.training.optimizer import OPTIMIZERS, OptimizerKind, init_state, make_optimizer, moments
 from tests.tiny import tiny_shards
 
 # What a user writes: an example of the documentation and more. Tests with it run in new processes.
@@ -88,7 +88,7 @@ def test_without_its_module_it_is_refused(place: Path, capsys: pytest.CaptureFix
     assert main(["pretrain", "--data.shards", str(place / "shards"), *words, "--dry_run"]) == 2
     found = capsys.readouterr().err
     for said in (
-        "optimizer.name=momentums is no optimizer; valid: adamw, adamw8bit. One of your own comes from --plugins",
+        "optimizer.name=momentums is not an optimizer; valid: adamw, adamw8bit. Your own comes from --plugins",
         "method.kind=glue is no method; valid: dense, low_rank, cola, svd, blend. One of your own comes from --plugins",
     ):
         assert said in found
@@ -167,7 +167,7 @@ def test_a_module_that_cannot_be_imported(
 def test_a_module_that_workers_would_not_find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "hidden_parts.py").write_text("")
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
-    with pytest.raises(ConfigError, match=r"hidden_parts was found in .*, where workers do not look; install it"):
+    with pytest.raises(ConfigError, match=r"hidden_parts was imported from .*, where workers do not look; install it"):
         plugins.load(["hidden_parts"])
 
 
@@ -196,9 +196,12 @@ class Odd(LowRankLinear):
     ("layer", "message"),
     [
         (Tanh, "so that B A is not the whole layer; set mergeable = False"),
-        (Wide, "it holds A, B, C, bias; a low-rank layer's parameters are A, B and bias"),
-        (Own, "it has a forward of its own, which quantized exports would lose"),
-        (Odd, "init='xavier' is no way to start; valid: spectral, normal, cola"),
+        (
+            Wide,
+            "it has the parameters A.weight, B.bias, B.weight, C; a low-rank layer has A.weight,",
+        ),
+        (Own, "it has its own forward, which quantized exports would lose"),
+        (Odd, "init='xavier' is an unknown initialization; valid: spectral, normal, cola"),
         (torch.nn.Linear, "must be a class derived from finhpc.lowrank.layers.LowRankLinear"),
     ],
 )
@@ -216,9 +219,9 @@ def sgd(groups: Any, settings: Any) -> Any:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (OptimizerKind(sgd, ()), "keeps momentum_buffer for a parameter and names nothing as moments"),
+        (OptimizerKind(sgd, ()), "stores momentum_buffer for a parameter and names nothing as moments"),
         (OptimizerKind(lambda groups, s: torch.optim.Adafactor(groups), ("row_var",)), "names row_var as moments"),
-        (OptimizerKind(lambda groups, s: torch.optim.SGD(groups, lr=-1), ()), "takes no step (ValueError"),
+        (OptimizerKind(lambda groups, s: torch.optim.SGD(groups, lr=-1), ()), "fails in its first step (ValueError"),
         (sgd, "must be a finhpc.training.optimizer.OptimizerKind"),
     ],
 )
@@ -230,9 +233,9 @@ def test_an_optimizer_whose_state_checkpoints_would_lose_is_refused(kind: Any, m
 
 def test_names_are_not_taken_twice_and_not_assigned() -> None:
     for registry, name in ((LAYERS, "cola"), (OPTIMIZERS, "adamw"), (FAMILIES, "llama"), (PRESETS, "gpt2-tiny")):
-        with pytest.raises(ConfigError, match=f"{name} is registered by finhpc already"):
+        with pytest.raises(ConfigError, match=f"{name} is already registered by finhpc"):
             registry.register(name, registry[name])
-        with pytest.raises(ConfigError, match=r"is added by \.register"):
+        with pytest.raises(ConfigError, match=r"must be added by \.register"):
             registry["other"] = registry[name]  # type: ignore[index]
     with pytest.raises(ConfigError, match=r"data\.template=x must be a finhpc"):
         TEMPLATES.register("x", "{input}")
@@ -255,7 +258,7 @@ def test_an_own_optimizer_goes_on_where_it_was() -> None:
     stepped(first, before, range(3))
     second = torch.nn.Parameter(first.detach().clone())
     after = make_optimizer({"w": second}, settings)
-    begin_at(after, 3)
+    init_state(after, 3)
     for name, value in moments(after, second).items():
         value.copy_(moments(before, first)[name])
     stepped(second, after, range(3, 6))
@@ -302,7 +305,7 @@ def test_a_model_says_which_plugin_it_needs(
     monkeypatch.chdir(place)
     for model in ("gelu-model", "gelu-packed"):
         assert json.loads((place / model / "config.json").read_text())["finhpc_plugins"] == ["my_parts"]
-        said = f"model={model} needs the plugin my_parts, which is not imported here; install the package"
+        said = f"model={model} needs the plugin my_parts, which is not imported here; install its package"
         with pytest.raises(ConfigError, match=said):
             finhpc.load_model(model)
         for words in (

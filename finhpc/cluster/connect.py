@@ -14,6 +14,7 @@ from finhpc.interrupts import terminable
 from finhpc.settings.decompose import DecomposeConfig
 from finhpc.settings.evaluate import EvaluateConfig
 from finhpc.settings.finetune import TrainingConfig
+from finhpc.settings.reproduce import MeasureConfig
 from finhpc.settings.training import Resources
 
 
@@ -66,7 +67,9 @@ def known_resources() -> dict[str, float] | None:
     return {"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()}
 
 
-def use_cuda(config: TrainingConfig | DecomposeConfig | EvaluateConfig, total: dict[str, float]) -> bool:
+def use_cuda(
+    config: TrainingConfig | DecomposeConfig | EvaluateConfig | MeasureConfig, total: dict[str, float]
+) -> bool:
     """Return whether workers run on GPUs. Raises `ConfigError` if the settings require GPUs and there are none."""
     gpus = total.get("GPU", 0)
     if config.resources.device == "cuda" and not gpus:

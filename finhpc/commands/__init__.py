@@ -106,124 +106,118 @@ class Command(NamedTuple, Generic[SETTINGS]):
         return " or ".join(row.settings.partition(":")[2] for row in rows if row.settings)
 
 
-PRETRAIN_RECIPES = ("demo", "gpt2-*", "llama2-*")
+def _own(
+    name: str, help: str, settings: str, function: str, recipes: tuple[str, ...] = (), dry_run: str = SAME
+) -> Command[Any]:
+    """A row with settings in finhpc.settings and functions in finhpc.commands."""
+    if dry_run != SAME:
+        dry_run = f"finhpc.commands.{dry_run}"
+    return Command(name, help, f"finhpc.settings.{settings}", f"finhpc.commands.{function}", dry_run, recipes)
+
+
+def _bench(name: str, help: str) -> Command[Any]:
+    settings, function = f"finhpc.bench.settings:{name.capitalize()}Bench", f"finhpc.bench.measures.{name}:bench_{name}"
+    return Command(f"bench {name}", help, settings, function, dry_run=None)
+
+
+PRETRAIN = ("demo", "gpt2-*", "llama2-*")  # recipes
 ROWS: tuple[Command[Any], ...] = (
-    Command(
-        "prepare",
-        "turn text on disk into token shards",
-        "finhpc.settings.prepare:PrepareConfig",
-        "finhpc.commands.prepare:prepare",
-        recipes=("prepare*",),
-    ),
-    Command(
+    _own("prepare", "turn text on disk into token shards", "prepare:PrepareConfig", "prepare:prepare", ("prepare*",)),
+    _own(
         "pretrain",
         "train a low-rank or dense model on token shards",
-        "finhpc.settings.pretrain:PretrainConfig",
-        "finhpc.commands.pretrain:pretrain",
-        recipes=PRETRAIN_RECIPES,
+        "pretrain:PretrainConfig",
+        "pretrain:pretrain",
+        PRETRAIN,
+        dry_run="estimate.dry_run:dry_run_pretrain",
     ),
-    Command(
+    _own(
         "estimate",
         "plan memory, time and devices; also: estimate finetune",
-        "finhpc.settings.estimate:EstimateConfig",
-        "finhpc.commands.estimate.command:estimate",
-        recipes=PRETRAIN_RECIPES,
+        "estimate:EstimateConfig",
+        "estimate.command:estimate",
+        PRETRAIN,
     ),
-    Command(
+    _own(
         "estimate finetune",
         "plan memory, time and devices of a finetuning",
-        "finhpc.settings.estimate:FinetuneEstimateConfig",
-        "finhpc.commands.estimate.command:estimate",
-        recipes=("finetune*",),
+        "estimate:FinetuneEstimateConfig",
+        "estimate.command:estimate",
+        ("finetune*",),
     ),
-    Command(
+    _own(
         "sweep",
         "train a grid or search of settings; also: sweep finetune",
-        "finhpc.settings.sweep:SweepConfig",
-        "finhpc.commands.sweep.command:sweep",
-        recipes=PRETRAIN_RECIPES,
+        "sweep:SweepConfig",
+        "sweep.command:sweep",
+        PRETRAIN,
     ),
-    Command(
+    _own(
         "sweep finetune",
         "finetune with a grid or search of settings",
-        "finhpc.settings.sweep:FinetuneSweepConfig",
-        "finhpc.commands.sweep.command:sweep",
+        "sweep:FinetuneSweepConfig",
+        "sweep.command:sweep",
     ),
-    Command(
+    _own(
         "study",
         "compare variants: screen all, train the best on several seeds",
-        "finhpc.settings.study:StudyConfig",
-        "finhpc.commands.study.command:study",
-        recipes=("studies/*",),
+        "study:StudyConfig",
+        "study.command:study",
+        ("studies/*",),
     ),
-    Command(
+    _own(
         "decompose",
         "turn a dense model into the best low-rank one",
-        "finhpc.settings.decompose:DecomposeConfig",
-        "finhpc.commands.decompose.command:decompose",
+        "decompose:DecomposeConfig",
+        "decompose.command:decompose",
     ),
-    Command(
+    _own(
         "finetune",
         "train a LoRA adapter over a frozen 16-, 8- or 4-bit model",
-        "finhpc.settings.finetune:FinetuneConfig",
-        "finhpc.commands.finetune:finetune",
+        "finetune:FinetuneConfig",
+        "finetune:finetune",
+        dry_run="estimate.dry_run:dry_run_finetune",
     ),
-    Command(
+    _own(
         "export",
         "write a model for transformers: low-rank, merged or quantized",
-        "finhpc.settings.export:ExportConfig",
-        "finhpc.commands.export:export",
+        "export:ExportConfig",
+        "export:export",
     ),
-    Command(
+    _own(
         "evaluate",
         "score models on general and financial tasks, with intervals",
-        "finhpc.settings.evaluate:EvaluateConfig",
-        "finhpc.commands.evaluate.command:evaluate",
+        "evaluate:EvaluateConfig",
+        "evaluate.command:evaluate",
     ),
-    Command(
+    _own(
         "generate",
         "answer prompts, a file of prompts or a chat; with adapters",
-        "finhpc.settings.generate:GenerateConfig",
-        "finhpc.commands.generate:generate",
+        "generate:GenerateConfig",
+        "generate:generate",
     ),
-    Command(
+    _own(
         "report",
         "write tables and figures of tracked runs as a web page",
-        "finhpc.settings.report:ReportConfig",
-        "finhpc.commands.report.command:report",
+        "report:ReportConfig",
+        "report.command:report",
     ),
     Command("bench", "measure finhpc against plain code; bench --help lists what"),
-    *(
-        Command(
-            f"bench {name}",
-            help,
-            f"finhpc.bench.settings:{name.capitalize()}Bench",
-            f"finhpc.bench.measures.{name}:bench_{name}",
-            dry_run=None,
-        )
-        for name, help in {
-            "train": "training steps, and the overhead of a whole run",
-            "data": "reading shards",
-            "pipeline": "pipeline stages",
-            "prepare": "turning text into shards",
-            "recompute": "memory saved by recomputing activations",
-            "decompose": "factorizing a model",
-            "finetune": "finetuning with LoRA",
-            "context": "finetuning on long inputs",
-            "generate": "generating text",
-        }.items()
-    ),
-    Command(
+    _bench("train", "training steps, and the overhead of a whole run"),
+    _bench("data", "reading shards"),
+    _bench("pipeline", "pipeline stages"),
+    _bench("prepare", "turning text into shards"),
+    _bench("recompute", "memory saved by recomputing activations"),
+    _bench("decompose", "factorizing a model"),
+    _bench("finetune", "finetuning with LoRA"),
+    _bench("context", "finetuning on long inputs"),
+    _bench("generate", "generating text"),
+    _own(
         "reproduce",
         "run the whole paper at one scale, up to the report",
-        "finhpc.settings.reproduce:ReproduceConfig",
-        "finhpc.commands.reproduce.command:reproduce",
+        "reproduce:ReproduceConfig",
+        "reproduce.command:reproduce",
     ),
-    Command(
-        "ui",
-        "show tracked runs in MLflow's web page, on this machine only",
-        "finhpc.settings.report:UiConfig",
-        "finhpc.commands.ui:ui",
-    ),
+    _own("ui", "show tracked runs in MLflow's web page, on this machine only", "report:UiConfig", "ui:ui"),
 )
 COMMANDS: dict[str, Command[Any]] = {row.name: row for row in ROWS}

@@ -1,24 +1,24 @@
-"""`finhpc pretrain`: one run from its settings to its model, resumable at any moment."""
+"""`finhpc pretrain`: token shards -> a model, resumable at any moment."""
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finhpc.cluster.connect import ray_cluster, use_cuda
+from finhpc.cluster.connect import ray_cluster
 from finhpc.lowrank.replace import ranks_of
 from finhpc.models.files.manifest import check_manifest
 from finhpc.planning.init import DECOMPOSED, initial_fill, needs_decomposing
 from finhpc.planning.plan import check_tokenizer, hf_config_of, make_plan
-from finhpc.runs import result as outcome
-from finhpc.runs.job import Job, Rows
+from finhpc.runs.job import Job
+from finhpc.runs.result import lower_batch, millions
 from finhpc.runs.run import checked, run
-from finhpc.screen import rows_table, summary_table
 from finhpc.settings.decompose import DecomposeConfig
 from finhpc.settings.pretrain import PretrainConfig
-from finhpc.tracking.shown import Dataset
+from finhpc.tracking.describe import Dataset
 from finhpc.training.checkpoint import Checkpoint, read_stage
 
 if TYPE_CHECKING:
@@ -26,21 +26,22 @@ if TYPE_CHECKING:
 
     from finhpc.training.trainer import Trainer
 
+log = logging.getLogger(__name__)
 
-def pretrain(config: PretrainConfig, dry_run: bool = False) -> dict[str, Any]:
-    """Train a model as `config` says and return the content of `result.json`.
 
-    The same `run.name` and `run.storage` resume; a finished run returns its result at once.
-    With `dry_run` everything is checked and counted, and nothing starts. Raises `ConfigError` for
-    settings that cannot work, `TrainingFailedError` or another `FinhpcError` when training fails.
+def pretrain(config: PretrainConfig) -> dict[str, Any]:
+    """Train a model and return the content of `result.json`.
+
+    The same `run.name` and `run.storage` resume; a finished run returns its result at once. Raises
+    `ConfigError` for settings that cannot work, `TrainingFailedError` or another `FinhpcError` when training fails.
     """
-    return run(checked(Pretrain(config)), dry_run)
+    return run(checked(Pretrain(config)))
 
 
 class Pretrain(Job):
-    """Token shards -> a model."""
+    """Train a model on token shards."""
 
-    verb = "pretrain"
+    command = "pretrain"
 
     def __init__(self, config: PretrainConfig) -> None:
         self.config: PretrainConfig = config
@@ -100,12 +101,12 @@ class Pretrain(Job):
     def check_checkpoints(self, checkpoints: Path) -> None:
         check_tokenizer(self.config, self.plan.shards, checkpoints)
 
-    def make_ready(self, folder: Path) -> None:
+    def prepare(self, folder: Path) -> None:
         if needs_decomposing(self.config):
             with ray_cluster():
                 decompose_start(self.config, folder)
 
-    def forget(self, folder: Path) -> None:
+    def discard_prepared(self, folder: Path) -> None:
         shutil.rmtree(folder / DECOMPOSED, ignore_errors=True)
 
     def counts(self) -> dict[str, Any]:
@@ -124,55 +125,68 @@ class Pretrain(Job):
     def vocab_size(self) -> int:
         return int(self.plan.hf_config.vocab_size)
 
-    def save_model(self, folder: Path, saved: Checkpoint) -> None:
+    def save_model(self, folder: Path, checkpoint: Checkpoint) -> None:
         from finhpc.models.loading import save_model
 
-        shards = [lambda file=file: read_stage(file, "param") for file in saved.stage_files()]  # type: ignore[misc]
+        shards = [lambda file=file: read_stage(file, "param") for file in checkpoint.stage_files()]  # type: ignore[misc]
         self.plan.shards.check_tokenizer()  # it goes into the model's folder
         # The model that the run starts from has the same ids, and perhaps a chat template and a generation config.
         start = self.plan.init_model
         save_model(folder, self.plan.hf_config, shards, start.folder if start else self.plan.shards.tokenizer)
 
-    def finish(self, result: dict[str, Any], folder: Path) -> None:
-        result["sample"] = outcome.sample_text(self.config, folder / "model")
+    def use_model(self, result: dict[str, Any], folder: Path) -> None:
+        if self.config.train.sample_tokens:
+            log.info("sampling text from the model")
+            result["sample"] = _sample_text(self.config, folder / "model")
 
-    def rows(self) -> Rows:
+    def summary(self) -> list[tuple[str, str]]:
         plan = self.plan
         return [
-            ("parameters", f"{outcome.millions(plan.params_total)}, dense {outcome.millions(plan.params_dense)}"),
+            ("parameters", f"{millions(plan.params_total)}, dense {millions(plan.params_dense)}"),
             ("compression", f"{plan.compression_ratio:.2f} x"),
         ]
 
-    def remark(self, result: dict[str, Any]) -> str:
+    def loss_note(self, result: dict[str, Any]) -> str:
         entropy, loss = self.plan.shards.manifest.val_unigram_entropy_nats, result["val_loss"]
         if loss is None:
             return ""
         where = "below" if loss <= entropy else "above"
         return f" ({abs(entropy - loss):.2f} nat {where} the unigram entropy of the same split, {entropy:.4f})"
 
-    def dry_run(self, total: dict[str, float] | None) -> dict[str, Any]:
-        from finhpc.commands.estimate.pretraining import of_plan
-        from finhpc.commands.estimate.tables import plan_summary, stage_rows
-
-        config = self.config
-        result = outcome.counted(self) | {"status": "dry_run", "steps": config.train.steps}
-        result["tokens"] = config.train.steps * config.parallel.samples_per_step * config.data.seq_len
-        cuda = use_cuda(config, total) if total else config.resources.device == "cuda"
-        result["estimate"] = of_plan(self.plan, cuda, here=total is not None)
-        title = f"dry run of {config.run.name}"
-        summary_table(title, outcome.dry_summary(self) + plan_summary(result["estimate"], result["steps"]))
-        rows_table("memory per worker by stage in GB, estimated", stage_rows(result["estimate"]["stages"]))
-        return result
-
     def memory_advice(self) -> str:
         config = self.config
         rank = f", method.rank (now {config.method.rank})" if config.method.kind != "dense" else ", use low_rank layers"
-        return outcome.lower_batch(config, f", data.seq_len (now {config.data.seq_len}){rank}")
+        return lower_batch(config, f", data.seq_len (now {config.data.seq_len}){rank}")
+
+
+def _sample_text(config: PretrainConfig, folder: Path) -> str:
+    """Draw `train.sample_tokens` tokens after `train.sample_prompt` from the model in `folder`."""
+    import torch
+
+    from finhpc.models.files.tokenizer import open_tokenizer
+    from finhpc.models.files.tokens import prompt_ids
+    from finhpc.models.loading import load_model
+
+    model: Any = load_model(folder)
+    tokenizer = open_tokenizer(folder)
+    ids = torch.tensor([prompt_ids(tokenizer, config.train.sample_prompt or tokenizer.eos_token)])
+    room = model.config.max_position_embeddings - ids.shape[1]
+    torch.manual_seed(config.train.seed)
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max(1, min(config.train.sample_tokens, room)),
+        do_sample=True,
+        top_k=40,
+        temperature=0.8,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    return str(tokenizer.decode(out[0], skip_special_tokens=True))
 
 
 def decompose_start(config: PretrainConfig, run: Path) -> None:
-    """Factorize `model.path` into RUN/decomposed; continue an interrupted factorization, check a complete one."""
-    from finhpc.commands import COMMANDS
+    """Factorize `model.path` into RUN/decomposed, continuing an interrupted one; a complete one is only checked."""
+    import finhpc
 
     out = run / DECOMPOSED
     if (out / "result.json").is_file():  # renamed there when it was complete
@@ -180,7 +194,7 @@ def decompose_start(config: PretrainConfig, run: Path) -> None:
         return
     method = config.method
     kinds = {kind: rank for kind, rank in ranks_of(method).items() if rank is not None and kind in method.ranks}
-    COMMANDS["decompose"](
+    finhpc.decompose(
         DecomposeConfig(
             model=str(config.model.path),
             out=str(out),

@@ -1,4 +1,4 @@
-"""The MLflow page on this machine."""
+"""`finhpc ui`: MLflow's pages on this machine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from finhpc.errors import ConfigError, FinhpcError
 from finhpc.files import redact
 from finhpc.settings.report import UiConfig
 from finhpc.tracking.pages import Pages, pages_of
-from finhpc.tracking.store import artifact_location, database_file
+from finhpc.tracking.store import artifact_location, check_database
 
 log = logging.getLogger(__name__)
 
@@ -30,10 +30,10 @@ START_S = 60.0
 
 
 def ui(config: UiConfig, dry_run: bool = False) -> None:
-    """Show what was tracked, until interrupted: the comparison of the sweep `run.name`, by default of the newest one.
+    """Show tracked runs until interrupted: the comparison of the sweep `run.name`, by default of the newest sweep.
 
-    Prints the addresses, and opens the first where there is a desktop; with `dry_run` checks that it could be shown.
-    Raises `ConfigError` for a name that no run has, a database that cannot be read and a port that is taken.
+    Prints the addresses, and opens the first one on a desktop; with `dry_run` only checks that it could. Raises
+    `ConfigError` for a name that no run has, a database that cannot be read and a port that is in use.
     """
     run, port = config.run, config.port
     uri = run.mlflow_uri
@@ -50,11 +50,11 @@ def ui(config: UiConfig, dry_run: bool = False) -> None:
     if served:
         _show(redact(uri).rstrip("/"), pages)
         return
-    # Being told to end ends the server too.
+    # SIGTERM ends the server too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with suppress(KeyboardInterrupt), serving(uri, port) as (server, address):
         _show(address, pages)
-        log.info("Ctrl-C ends it.")
+        log.info("Press Ctrl-C to end it.")
         server.wait()
 
 
@@ -70,16 +70,16 @@ def _show(address: str, pages: Pages) -> None:
 
 @contextmanager
 def serving(tracking_uri: str, port: int) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """An MLflow server over a database, for this machine alone; ended on leaving."""
+    """Run an MLflow server over a database, for this machine only."""
     check_database(tracking_uri)
     _check_port(port)
     address = f"http://{HOST}:{port}"
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
-        # What its libraries print is for nobody, unless it fails.
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
+        # Its libraries' output is only shown if it fails.
         command = server_command(tracking_uri, port)
-        server = subprocess.Popen(command, env=server_environment(), stdout=log, stderr=subprocess.STDOUT)
+        server = subprocess.Popen(command, env=server_environment(), stdout=output, stderr=subprocess.STDOUT)
         try:
-            _wait_until_healthy(server, address, log)
+            _wait_until_healthy(server, address, output)
             yield server, address
         finally:
             server.terminate()
@@ -94,18 +94,8 @@ def server_command(tracking_uri: str, port: int) -> list[str]:
 
 
 def server_environment() -> dict[str, str]:
-    """Without the job queue of its agent tools, which starts processes that no run of ours needs."""
+    """Turn off the job queue of MLflow's agent tools, which starts processes that finhpc does not need."""
     return {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true", **os.environ}
-
-
-def check_database(tracking_uri: str) -> None:
-    """Raise `ConfigError` for a sqlite address whose file does not exist."""
-    database = database_file(tracking_uri)
-    if database and not database.is_file():
-        raise ConfigError(
-            f"{database} does not exist: nothing was tracked there yet; "
-            f"train something first, or give the --run.storage that runs were written to."
-        )
 
 
 def _check_port(port: int) -> None:
@@ -119,20 +109,20 @@ def _check_port(port: int) -> None:
             ) from None
 
 
-def _wait_until_healthy(server: subprocess.Popen[bytes], address: str, log: IO[str]) -> None:
+def _wait_until_healthy(server: subprocess.Popen[bytes], address: str, output: IO[str]) -> None:
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline:
         if server.poll() is not None:
-            raise FinhpcError(f"the MLflow server ended with code {server.returncode}:\n{_last_lines(log)}")
+            raise FinhpcError(f"the MLflow server ended with code {server.returncode}:\n{_last_lines(output)}")
         try:
             with urlopen(f"{address}/health", timeout=2) as answer:
                 if answer.status == 200:
                     return
         except (URLError, OSError):
             time.sleep(0.2)
-    raise FinhpcError(f"the MLflow server did not answer at {address} within {START_S:.0f} s:\n{_last_lines(log)}")
+    raise FinhpcError(f"the MLflow server did not answer at {address} within {START_S:.0f} s:\n{_last_lines(output)}")
 
 
-def _last_lines(log: IO[str]) -> str:
-    log.seek(0)
-    return "\n".join(log.read().splitlines()[-15:])
+def _last_lines(output: IO[str]) -> str:
+    output.seek(0)
+    return "\n".join(output.read().splitlines()[-15:])

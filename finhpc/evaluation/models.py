@@ -12,10 +12,9 @@ import torch
 from torch import nn
 
 from finhpc.errors import ConfigError, collect
-from finhpc.models.families.registry import whole_layers
+from finhpc.models.families.registry import skeleton
 from finhpc.models.files.config import is_adapter
-from finhpc.models.files.tensor_folder import has_tokenizer
-from finhpc.models.files.tokenizer import find_tokenizer, open_tokenizer
+from finhpc.models.files.tokenizer import find_tokenizer, has_tokenizer, open_tokenizer
 from finhpc.models.files.tokens import check_rows
 from finhpc.models.files.weights import config_of, locate
 from finhpc.models.loading import load_model
@@ -113,7 +112,7 @@ def _resolved(model: str, adapter: str | None) -> tuple[str, str | None]:
             "tokenizer_config.json of the model it was made from there."
         )
     if adapter is not None:
-        load_adapter(Path(adapter), whole_layers(config))
+        load_adapter(Path(adapter), skeleton(config))
         check_base(Path(adapter), path)
     return str(path), adapter
 
@@ -135,5 +134,5 @@ def load_for_evaluation(
     model = load_model(base, kind, device)
     if adapter:
         name = Path(adapter).name
-        attach(model, {name: load_adapter(Path(adapter), whole_layers(model.config))}).choose([name])
+        attach(model, {name: load_adapter(Path(adapter), skeleton(model.config))}).select([name])
     return model.eval(), tokenizer

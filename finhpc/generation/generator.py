@@ -1,4 +1,4 @@
-"""A model folder opened to generate text: tokeniser, adapters, the fast form of its layers."""
+"""Opens a model to generate text: tokenizer, adapters, fast layers."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from typing import Any
 import torch
 
 from finhpc.errors import ConfigError
-from finhpc.generation.adapters import named, over_its_base, read_adapters
+from finhpc.generation.adapters import parse_adapter, read_adapters, resolve_adapter_model
 from finhpc.generation.decoder import Decoder
 from finhpc.generation.fast_layers import use_fast_layers
 from finhpc.generation.prompts import Prompt
 from finhpc.generation.sampling import decode
 from finhpc.models.families.registry import context_of
-from finhpc.models.files.tensor_folder import has_tokenizer
-from finhpc.models.files.tokenizer import find_tokenizer, open_tokenizer
+from finhpc.models.files.tokenizer import find_tokenizer, has_tokenizer, open_tokenizer
 from finhpc.models.files.tokens import check_rows, decoded, generation_config, prompt_ids, stop_ids
 from finhpc.models.files.weights import config_of, locate
 from finhpc.models.loading import load_model
@@ -32,7 +31,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Counts:
-    """What was done so far. `first_token_s`: seconds from a batch's start to its first token, of the first batch."""
+    """Counts so far. `first_token_s`: seconds from the start of the first batch to its first token."""
 
     prompts: int = 0
     prompts_cut: int = 0
@@ -44,7 +43,7 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class Parts:
+class Inputs:
     """What generation needs besides weights.
 
     `path`: a model folder or GGUF file. `config`: transformers' config. `folders`, `tokenizers`: of the model (None)
@@ -58,8 +57,8 @@ class Parts:
     adapters: dict[str, Any]
 
 
-def open_parts(config: GenerateConfig) -> Parts:
-    """Check the model and what belongs to it; raises `ConfigError` with what does not fit."""
+def open_inputs(config: GenerateConfig) -> Inputs:
+    """Check the model, its tokenizers and adapters; raises `ConfigError` with every misfit."""
     path = locate(config.model)
     own = config_of(path)
     if path.is_dir() and not has_tokenizer(path):
@@ -70,44 +69,44 @@ def open_parts(config: GenerateConfig) -> Parts:
             f"sampling.max_new_tokens={config.sampling.max_new_tokens} leaves no room for a prompt in the model's "
             f"context of {context_of(own)} tokens; use fewer."
         )
-    folders = {None: path} | dict(map(named, config.adapters))
-    return Parts(path, own, folders, _tokenizers(folders, own.vocab_size), adapters)
+    folders = {None: path} | dict(map(parse_adapter, config.adapters))
+    return Inputs(path, own, folders, _tokenizers(folders, own.vocab_size), adapters)
 
 
 class Generator:
-    """Opens `config.model`. Raises `ConfigError` with what does not fit, `CheckpointError` where files are damaged."""
+    """Opens `config.model`. Raises `ConfigError` with every misfit, `CheckpointError` if files are damaged."""
 
     def __init__(self, config: GenerateConfig) -> None:
-        config = over_its_base(config)
+        config = resolve_adapter_model(config)
         self.config = config
         device = _device(config.resources)
-        parts = open_parts(config)
-        adapters, self.tokenizers = parts.adapters, parts.tokenizers
-        self.model: Any = load_model(parts.path, _dtype(config, parts.config, device), device)
+        inputs = open_inputs(config)
+        adapters, self.tokenizers = inputs.adapters, inputs.tokenizers
+        self.model: Any = load_model(inputs.path, _dtype(config, inputs.config, device), device)
         if device.type == "cpu":
-            leave_the_files(self.model)
+            copy_mapped_weights(self.model)
         round_for(self.model, adapters)
-        self.forms = use_fast_layers(self.model)
+        self.fast_layers = use_fast_layers(self.model)
         self.model_bytes = tensor_bytes(self.model)
         self.adapters = Adapters(self.model, adapters)
         self.decoder = Decoder(self.model)
         self.stop: set[int] = set()
         if config.sampling.stop_at_eos:
-            for name, path in parts.folders.items():
+            for name, path in inputs.folders.items():
                 configs = (self.model.generation_config, generation_config(path))
                 self.stop |= set(stop_ids(self.tokenizers[name], *configs))
         self.counts = Counts()
 
     def encode(self, text: str, adapter: str | None = None) -> list[int]:
-        """Ids of a prompt, as finetuning and evaluation read it; an empty one starts where a document starts.
+        """Return the ids of a prompt, as in finetuning and evaluation; an empty one starts like a document.
 
-        A prompt that does not fit the context beside max_new_tokens loses its beginning; that is counted and said.
+        If the prompt and max_new_tokens exceed the context, its beginning is cut; that is counted and reported.
         """
         return self.fit(prompt_ids(self.tokenizers[adapter], text))
 
     def fit(self, ids: list[int]) -> list[int]:
         rows = self.model.config.vocab_size
-        if (largest := max(ids)) >= rows:  # the padding token, written out
+        if (largest := max(ids)) >= rows:  # a padding token in the text
             raise ConfigError(f"a prompt holds the id {largest:,}, but the model has rows for {rows:,}; correct it.")
         room = self.decoder.context - self.config.sampling.max_new_tokens
         if (over := len(ids) - room) > 0:
@@ -117,9 +116,9 @@ class Generator:
         return ids[-room:]
 
     def stream(self, batch: Sequence[list[int]], adapters: Sequence[str | None]) -> Iterator[list[int | None]]:
-        """The next id of each row of a batch of ids, as `finhpc.generation.sampling.decode`."""
+        """Yield the next id of each row of a batch of ids, see `finhpc.generation.sampling.decode`."""
         begin = time.perf_counter()
-        self.adapters.choose(adapters)
+        self.adapters.select(adapters)
         sampling, first = self.config.sampling, self.counts.prompts
         for ids in decode(self.decoder, batch, sampling, self.stop, self.config.cache, first):
             if self.counts.first_token_s is None:
@@ -131,77 +130,77 @@ class Generator:
         self.counts.cache_bytes = max(self.counts.cache_bytes, self.decoder.cache_bytes)
 
     def answers(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, list[int], str]]:
-        """Each prompt with its new ids and text, in order, `config.batch` computed at once."""
+        """Yield each prompt with its new ids and text, in order; `config.batch` prompts are computed at once."""
         for begin in range(0, len(prompts), self.config.batch):
             batch = prompts[begin : begin + self.config.batch]
             encoded = [self.encode(prompt.text, prompt.adapter) for prompt in batch]
-            made: list[list[int]] = [[] for _ in batch]
+            new: list[list[int]] = [[] for _ in batch]
             for ids in self.stream(encoded, [prompt.adapter for prompt in batch]):
-                for row, token in zip(made, ids, strict=True):
+                for row, token in zip(new, ids, strict=True):
                     if token is not None:
                         row.append(token)
-            for prompt, before, row in zip(batch, encoded, made, strict=True):
+            for prompt, before, row in zip(batch, encoded, new, strict=True):
                 yield prompt, row, self.text(before, row, prompt.adapter)
 
     def text(self, before: list[int], ids: list[int], adapter: str | None) -> str:
-        """What `ids` say after the prompt `before`, so that prompt and text join; without the token that ended them."""
+        """Return the text of `ids` after the prompt `before`, so that the two join, without the end token."""
         ended = bool(ids) and ids[-1] in self.stop
         return decoded(self.tokenizers[adapter], before, ids[:-1] if ended else ids)
 
-    def spoken(self, ids: list[int], adapter: str | None, write: Callable[[str], object]) -> str:
-        """Generate after `ids` and write each piece of text when it is whole; returns all of it."""
-        made: list[int] = []
-        told = ""
+    def stream_text(self, ids: list[int], adapter: str | None, write: Callable[[str], object]) -> str:
+        """Generate after `ids` and write each piece of text as soon as it is complete; returns the whole text."""
+        new: list[int] = []
+        written = ""
         for row in self.stream([ids], [adapter]):
-            made += [token for token in row if token is not None]
-            text = self.text(ids, made, adapter)
-            if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half of a character
-                write(text[len(told) :])
-                told = text
-        text = self.text(ids, made, adapter)
-        write(text[len(told) :])
+            new += [token for token in row if token is not None]
+            text = self.text(ids, new, adapter)
+            if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # part of a character
+                write(text[len(written) :])
+                written = text
+        text = self.text(ids, new, adapter)
+        write(text[len(written) :])
         return text
 
 
 def _tokenizers(folders: dict[str | None, Path], rows: int) -> dict[str | None, Any]:
-    """The tokenizer of the model (None) and of each adapter: that of its folder if it has one, else the model's."""
-    found: dict[str | None, Any] = {}
+    """Return the tokenizer of the model (None) and of each adapter: its own if it has one, otherwise the model's."""
+    tokenizers: dict[str | None, Any] = {}
     problems: list[str] = []
     for name, folder in folders.items():
         try:
             tokenizer = open_tokenizer(folder) if name is None else find_tokenizer(folder)
             if tokenizer is not None:
                 check_rows(tokenizer, rows, f"model={folder}" if name is None else f"the base of adapter={folder}")
-            found[name] = tokenizer or found.get(None)
+            tokenizers[name] = tokenizer or tokenizers.get(None)
         except ConfigError as error:
             problems += error.problems
     if problems:
         raise ConfigError(problems)
-    return found
+    return tokenizers
 
 
 def tensor_bytes(model: torch.nn.Module) -> int:
-    """Bytes of all weights, their scales and buffers, shared memory once."""
+    """Return the bytes of all weights, their scales and buffers, counting shared memory once."""
     tensors = [*model.parameters(), *model.buffers()]
     tensors += [scale for parameter in model.parameters() for scale in _scales(parameter)]
-    held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
-    return sum(held.values())
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+    return sum(storages.values())
 
 
 def _scales(parameter: torch.Tensor) -> list[torch.Tensor]:
-    """What bitsandbytes keeps beside the codes of a weight, as attributes of it."""
+    """Return the tensors that bitsandbytes attaches to the codes of a weight."""
     state = getattr(parameter, "quant_state", None)
-    found = [getattr(parameter, "SCB", None)]
-    found += [state.absmax, state.code] if state else []
-    found += [state.state2.absmax, state.state2.code] if state and state.nested else []
-    return [tensor for tensor in found if tensor is not None]
+    tensors = [getattr(parameter, "SCB", None)]
+    tensors += [state.absmax, state.code] if state else []
+    tensors += [state.state2.absmax, state.state2.code] if state and state.nested else []
+    return [tensor for tensor in tensors if tensor is not None]
 
 
 @torch.no_grad()
-def leave_the_files(model: torch.nn.Module) -> None:
-    """Copy weights that still lie in mapped files, one at a time, so that the files' pages need not stay in memory.
+def copy_mapped_weights(model: torch.nn.Module) -> None:
+    """Copy weights out of mapped files, one at a time, so that the files' pages can leave memory.
 
-    What is changed in place would else be there twice. bitsandbytes' own parameters are made anew when opened.
+    Otherwise weights that are changed in place would take memory twice. bitsandbytes builds its own copies.
     """
     for module in model.modules():
         for parameter in module.parameters(recurse=False):

@@ -1,4 +1,4 @@
-"""From prompts' ids to new ids, a token of every row at a time."""
+"""Generate ids after prompts, one token of every row at a time."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def decode(
     cache: bool = True,
     first: int = 0,
 ) -> Iterator[list[int | None]]:
-    """The next id of every row, None for rows that have ended; ends when all have.
+    """Yield the next id of every row, None for rows that have ended, until all have.
 
-    `prompts` are not empty and fit the context with what is generated. A row ends after an id of `stop`,
-    which is yielded too. `first`: number of the first row in the whole input, for its draws. Without
-    `cache` the whole rows are computed again for every token. Raises `NonFiniteError` where logits are NaN.
+    `prompts` are not empty and fit the context together with the new ids. A row ends after an id of `stop`, which is
+    yielded too. `first`: number of the first row in the whole input, which seeds its sampling. Without `cache` whole
+    rows are computed again for every token. Raises `NonFiniteError` if logits are NaN.
     """
     longest = max(map(len, prompts))
     padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=decoder.device)
@@ -52,28 +52,28 @@ def decode(
 
 
 def row_seed(seed: int, row: int) -> int:
-    """The seed of one row's draws: no two pairs of a seed and a row share one, as a sum of them would."""
+    """Return the sampling seed of one row; unlike a sum, no two pairs of a seed and a row share it."""
     return int.from_bytes(hashlib.sha256(f"{seed} {row}".encode()).digest()[:8], "big") >> 1
 
 
 def choose(logits: Tensor, sampling: Sampling, draws: Sequence[torch.Generator]) -> Tensor:
-    """An id of each row of `logits` (batch, vocab): the likeliest, or drawn. `draws`: each row's generator."""
+    """Choose an id per row of `logits` (batch, vocab): the most likely, or a sample. `draws`: each row's generator."""
     if not sampling.temperature:
         best, ids = logits.max(-1)
         if not bool(torch.isfinite(best).all()):
             raise NonFiniteError("The model's logits are NaN or infinite; its weights are damaged.")
         return ids
     device = logits.device
-    logits = logits.float().cpu() / sampling.temperature  # drawn there: the same ids from the same seed anywhere
+    logits = logits.float().cpu() / sampling.temperature  # sampled on the CPU: the same ids from a seed on every device
     if sampling.top_k:
-        kept = logits.topk(min(sampling.top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < kept, float("-inf"))
+        smallest = logits.topk(min(sampling.top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, float("-inf"))
     probabilities = torch.softmax(logits, -1)
     if not bool(torch.isfinite(probabilities).all()):
         raise NonFiniteError("The model's logits are NaN or infinite; its weights are damaged.")
     if sampling.top_p < 1:
         ordered, order = probabilities.sort(-1, descending=True)
-        ordered[ordered.cumsum(-1) - ordered >= sampling.top_p] = 0  # of those before it; the first always stays
+        ordered[ordered.cumsum(-1) - ordered >= sampling.top_p] = 0  # by the sum before it; the first always stays
         probabilities = torch.zeros_like(probabilities).scatter_(-1, order, ordered)
     pairs = zip(probabilities, draws, strict=True)
     return torch.cat([torch.multinomial(row, 1, generator=draw) for row, draw in pairs]).to(device)

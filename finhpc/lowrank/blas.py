@@ -1,8 +1,8 @@
 """Gram matrices, eigenvectors and products of float32 and float64 matrices on the CPU, by scipy's OpenBLAS.
 
 Its syrk computes only half of a Gram matrix, its eigensolver is faster than the one in torch, and on AMD
-processors it uses AVX-512, where torch's MKL keeps to AVX2: on a Zen 5 core 270 against 120
-GFLOP/s in float32. Threads are as many as torch has.
+processors it uses AVX-512, where torch's MKL uses only AVX2: on a Zen 5 core 270 against 120 GFLOP/s in float32. It
+uses as many threads as torch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ CHUNK = 4096  # columns converted at a time
 
 
 def gram(rows: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-    """The lower triangle of X X^T for X (n, k), summed in `dtype`; what stands above it is zero."""
+    """Return the lower triangle of X X^T for X (n, k), summed in `dtype`; the rest is zero."""
     n, k = rows.shape
     total = np.zeros((n, n), dtype=_name(dtype), order="F")
     if rows.dtype == dtype:
@@ -29,7 +29,7 @@ def gram(rows: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def eigh(lower: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, smallest first, and eigenvectors (columns) of a symmetric matrix of which the lower half is read.
+    """Return eigenvalues, smallest first, and eigenvectors (columns) of a symmetric matrix; reads its lower half.
 
     `lower` may be overwritten.
     """
@@ -41,15 +41,15 @@ def eigh(lower: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """L R for L (n, k) and R (k, m) of one dtype."""
+    """Return L R for L (n, k) and R (k, m) of one dtype."""
     from scipy.linalg import blas
 
     gemm = blas.sgemm if left.dtype == torch.float32 else blas.dgemm
-    # In Fortran's order R^T L^T = (L R)^T, so that the result lies row by row.
+    # In Fortran's order R^T L^T = (L R)^T, so the result is stored by rows.
     flipped, transposed = zip(*(_by_columns(matrix.T) for matrix in (right, left)), strict=True)
     with _threads():
-        found = gemm(1.0, *flipped, trans_a=transposed[0], trans_b=transposed[1])
-    return torch.from_numpy(found.T)
+        result = gemm(1.0, *flipped, trans_a=transposed[0], trans_b=transposed[1])
+    return torch.from_numpy(result.T)
 
 
 def _syrk(total: Any, rows: Tensor) -> Tensor:
@@ -57,15 +57,17 @@ def _syrk(total: Any, rows: Tensor) -> Tensor:
     from scipy.linalg import blas
 
     syrk = blas.ssyrk if rows.dtype == torch.float32 else blas.dsyrk
-    held, transposed = _by_columns(rows)
+    array, transposed = _by_columns(rows)
     with _threads():
-        syrk(1.0, held, beta=1.0, c=total, trans=transposed, lower=1, overwrite_c=1)
+        syrk(1.0, array, beta=1.0, c=total, trans=transposed, lower=1, overwrite_c=1)
     return torch.from_numpy(total)
 
 
 def _by_columns(matrix: Tensor) -> tuple[Any, bool]:
-    """The matrix or its transpose as an array in Fortran's order, without a copy where it lies row by row or column
-    by column; and whether it is the transpose."""
+    """Return the matrix or its transpose as an array in Fortran's order, copied only if neither is contiguous.
+
+    Also returns whether it is the transpose.
+    """
     if matrix.T.is_contiguous():
         return matrix.numpy(), False
     return matrix.contiguous().numpy().T, True

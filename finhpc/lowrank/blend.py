@@ -1,7 +1,7 @@
-"""Method 3: a dense layer that hands over to its factors, y = alpha W x + (1 - alpha) B A x.
+"""Method 3: a dense layer that fades into its factors, y = alpha W x + (1 - alpha) B A x.
 
-FinGPT-HPC, section III.C: alpha falls from near 1 to 0 over a share of the training. Where it is 0 the layer
-is `LowRankLinear` and W is gone, so what is saved is an ordinary low-rank model.
+FinGPT-HPC, section III.C: alpha falls from near 1 to 0 over a share of the training. At 0 the layer is a
+`LowRankLinear` and W is removed, so the saved model is an ordinary low-rank model.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class BlendLinear(LowRankLinear):
         low_rank = super().forward(x)
         if self.alpha == 0:
             return low_rank
-        return torch.lerp(low_rank, F.linear(x, self.W, self.bias), self.alpha)  # the dense layer exactly at 1
+        return torch.lerp(low_rank, F.linear(x, self.W, self.B.bias), self.alpha)  # the dense layer exactly at 1
 
 
 class BlendEmbedding(LowRankEmbedding):
-    """`LowRankEmbedding` beside the dense one; `W`: (num_embeddings, dim)."""
+    """alpha times a dense embedding plus (1 - alpha) times a `LowRankEmbedding`; `W`: (num_embeddings, dim)."""
 
     alpha = 1.0
 
@@ -54,44 +54,38 @@ Blended = BlendLinear | BlendEmbedding
 
 
 def blend_in(model: nn.Module, trainable: bool) -> None:
-    """Give every low-rank layer of `model` a W beside its factors (uninitialised, same device), trained or frozen."""
+    """Add W (uninitialized, same device) to every low-rank layer of `model`, trained or frozen."""
     for name, module in list(model.named_modules()):
         if not isinstance(module, LowRankLinear | LowRankEmbedding):
             continue
-        made: Blended
-        with module.A.device:
+        blended: Blended
+        with module.A.weight.device:
             if isinstance(module, LowRankLinear):
-                made = BlendLinear(module.in_features, module.out_features, module.rank, module.bias is not None)
+                blended = BlendLinear(module.in_features, module.out_features, module.rank, module.B.bias is not None)
             else:
-                made = BlendEmbedding(module.num_embeddings, module.embedding_dim, module.rank)
-        made.W.requires_grad_(trainable)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, made)
+                blended = BlendEmbedding(module.num_embeddings, module.embedding_dim, module.rank)
+        blended.W.requires_grad_(trainable)
+        model.set_submodule(name, blended)
 
 
 def set_alpha(modules: Iterable[nn.Module], alpha: float) -> list[Tensor]:
-    """Give every blended layer among `modules` its alpha; at 0 its W is removed. Returns the W that are gone now."""
-    gone: list[Tensor] = []
-    for module in list(modules):  # the walk must not see the change
+    """Set the alpha of every blended layer among `modules`; at 0 remove its W. Returns the removed W."""
+    removed: list[Tensor] = []
+    for module in list(modules):  # a copy: removing W must not disturb the iteration
         if not isinstance(module, Blended):
             continue
         module.alpha = alpha
         if alpha == 0 and hasattr(module, "W"):
-            if parametrize.is_parametrized(module, "W"):  # rounded while training
+            if parametrize.is_parametrized(module, "W"):  # trained with rounded weights
                 parametrize.remove_parametrizations(module, "W", leave_parametrized=False)
-            gone.append(module.W)
+            removed.append(module.W)
             del module.W
-    return gone
-
-
-def blend_steps(method: Method, steps: int) -> int:
-    """The first of `steps` steps (from 1) that is taken without W."""
-    return round(method.blend_share * steps)
+    return removed
 
 
 def alpha_at(method: Method, step: int, steps: int) -> float:
-    """alpha in the `step`-th (from 1) of `steps`: `method.blend_start` in the first, 0 from `blend_steps` on."""
-    last = blend_steps(method, steps)
+    """Return alpha at `step` (counted from 1) of `steps`: `method.blend_start` first, 0 from `blend_steps` on."""
+    last = method.blend_steps(steps)
     if step >= last:
         return 0.0
     done = (step - 1) / (last - 1)

@@ -1,7 +1,7 @@
 """CoLA: a nonlinearity between the two narrow matrices.
 
 Z. Liu et al., "CoLA: Compute-Efficient Pre-Training of LLMs via Low-Rank Activation", 2025: the
-activations of a transformer are near low rank, so the narrow ones are what passes through the SiLU.
+activations of a transformer are nearly low-rank, so the SiLU is applied to the narrow ones.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""How A and B start: by name.
+"""Named ways to initialize A and B.
 
-Every scheme gets the dense matrix that the layer would have started from, so a low-rank model and
-its dense twin of the same seed start from the same numbers.
+Every scheme gets the dense matrix that a dense layer would start with, so a low-rank model and its dense twin of the
+same seed start from the same numbers.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ Scheme = Callable[[Tensor, int, Generator], tuple[Tensor, Tensor]]
 
 
 def spectral(dense: Tensor, rank: int, generator: Generator) -> tuple[Tensor, Tensor]:
-    """The truncated SVD of the dense initialisation, singular values split as square roots."""
+    """The truncated SVD of the dense initialization, singular values split as square roots."""
     return truncated_svd(dense, rank)
 
 
 def normal(dense: Tensor, rank: int, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Independent normal A and B whose product has the variance of the dense initialisation."""
+    """Independent normal A and B whose product has the variance of the dense initialization."""
     out_features, in_features = dense.shape
     std = (dense.std() / rank**0.5).sqrt().item()
     a = torch.randn(rank, in_features, generator=generator) * std

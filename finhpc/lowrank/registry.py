@@ -1,7 +1,8 @@
-"""The ways to be low-rank: `method.kind` -> the layer that takes a linear layer's place.
+"""The ways to be low-rank: `method.kind` -> the layer that replaces a linear layer.
 
-A new one is one file like `cola.py`, here or in a plugin (`finhpc.plugins`). Its layer says how it starts (`init`) and
-whether B A can be multiplied out (`mergeable`). `STARTED` are other ways to begin, with layers that are here.
+A new one is one file like `cola.py`, here or in a plugin (`finhpc.plugins`). Its class says how it is initialized
+(`init`) and whether B A can be multiplied out (`mergeable`). `STARTED` lists the methods that start from a dense model
+and train a layer of this table.
 """
 
 from __future__ import annotations
@@ -25,24 +26,26 @@ STARTED = {SVD: "low_rank", BLEND: "low_rank"}
 
 
 def _check_layer(name: str, layer: Any) -> None:
-    """Refuse a layer that an export in fewer bits, or a merged one, would not compute as training does."""
+    """Raise `ConfigError` for a layer that a quantized or merged export would compute differently from training."""
     if not (isinstance(layer, type) and issubclass(layer, LowRankLinear)):
         raise ConfigError(f"method.kind={name} must be a class derived from finhpc.lowrank.layers.LowRankLinear.")
     problems = []
     if name in (DENSE, *STARTED):
-        problems.append("the name has its meaning already; choose another.")
+        problems.append("this name is taken; choose another.")
     if layer.init not in SCHEMES:
-        problems.append(f"init={layer.init!r} is no way to start; {nearest(str(layer.init), list(SCHEMES))}")
+        problems.append(f"init={layer.init!r} is an unknown initialization; {nearest(str(layer.init), list(SCHEMES))}")
     if not isinstance(getattr_static(layer, "between"), staticmethod):
-        problems.append("between must be a @staticmethod of A x; a quantized layer takes it alone.")
+        problems.append("between must be a @staticmethod of A x, because a frozen layer takes only this function.")
     if layer.forward is not LowRankLinear.forward:
-        problems.append("it has a forward of its own, which quantized exports would lose; write it as between.")
+        problems.append("it has its own forward, which quantized exports would lose; write it as between.")
     elif layer.between is not LowRankLinear.between and layer.mergeable:
-        problems.append("between does something, so that B A is not the whole layer; set mergeable = False.")
+        problems.append("between changes A x, so B A is not the whole layer; set mergeable = False.")
     with torch.device("meta"):
-        held = {key for key, _ in layer(4, 4, 2, True).named_parameters()}
-    if held != {"A", "B", "bias"}:
-        problems.append(f"it holds {', '.join(sorted(held))}; a low-rank layer's parameters are A, B and bias.")
+        names = {name for name, _ in layer(4, 4, 2, True).named_parameters()}
+    if names != {"A.weight", "B.weight", "B.bias"}:
+        problems.append(
+            f"it has the parameters {', '.join(sorted(names))}; a low-rank layer has A.weight, B.weight and B.bias."
+        )
     if problems:
         raise ConfigError([f"method.kind={name}: {problem}" for problem in problems])
 
@@ -53,12 +56,12 @@ LAYERS: Registry[type[LowRankLinear]] = Registry(
 
 
 def layers_kind(kind: str) -> str:
-    """The kind in `LAYERS` (or dense) whose layers a `method.kind` trains."""
+    """Return the kind of layer that a `method.kind` trains: a key of `LAYERS`, or dense."""
     return STARTED.get(kind, kind)
 
 
 def check_kind(kind: str) -> None:
-    """Raise `ConfigError` where `method.kind` is neither dense nor registered."""
+    """Raise `ConfigError` if `method.kind` is neither dense nor registered."""
     known = [DENSE, *LAYERS, *STARTED]
     if kind not in known:
         raise ConfigError(

@@ -1,39 +1,35 @@
-"""Where low-rank layers go in a Hugging Face model.
+"""Replace the linear layers and embeddings of a Hugging Face model by low-rank ones.
 
-`Ranks` says the rank of each kind of layer (None: stays dense); `make_low_rank` swaps the modules
-in place, keeping every module's own name.
+`Ranks` maps each kind of layer to its rank (None: it stays dense); `make_low_rank` replaces modules in place under
+their own names.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from finhpc.errors import ConfigError
-from finhpc.lowrank.layers import FactorEmbedding, FactorLinear, LowRankEmbedding, LowRankLinear
+from finhpc.lowrank.layers import LowRankEmbedding, LowRankLinear
 from finhpc.lowrank.registry import DENSE, LAYERS, check_kind
-from finhpc.plugins import require
 from finhpc.settings.pretrain import LINEAR_KINDS, Method
 
 Ranks = dict[str, int | None]
-
-EMBEDDINGS = ("transformer.wte", "model.embed_tokens")
+KindOf = Callable[[str], str | None]  # a module's name -> embedding, head, attention, mlp; None for any other module
 
 
 def ranks_of(method: Method) -> Ranks:
-    """Rank of each kind of layer that `method` asks for; None where the layer stays dense.
+    """Return the rank of each kind of layer; None if it stays dense.
 
-    Raises `ConfigError` for a kind of method or layer that is not known.
+    Raises `ConfigError` for an unknown kind of method or layer.
     """
     check_kind(method.kind)
-    unknown = sorted(set(method.ranks) - set(LINEAR_KINDS))
-    if unknown:
+    if unknown := sorted(set(method.ranks) - set(LINEAR_KINDS)):
         raise ConfigError(
-            [f"method.ranks.{kind} is no kind of layer; valid: {', '.join(LINEAR_KINDS)}." for kind in unknown]
+            [f"method.ranks.{kind}: unknown kind of layer; use one of {', '.join(LINEAR_KINDS)}." for kind in unknown]
         )
     if method.kind == DENSE:
         return dict.fromkeys(LINEAR_KINDS)
@@ -45,21 +41,8 @@ def ranks_of(method: Method) -> Ranks:
     return ranks
 
 
-def layer_kind(name: str) -> str | None:
-    """Kind of the linear layer or embedding of that Hugging Face name; None for everything else."""
-    if name == "lm_head":
-        return "head"
-    if name in EMBEDDINGS:
-        return "embedding"
-    if "attn" in name:
-        return "attention"
-    if ".mlp." in name:
-        return "mlp"
-    return None
-
-
 def dense_shape(module: nn.Module) -> tuple[int, int] | None:
-    """(out_features, in_features) of a linear layer or embedding, else None."""
+    """Return (out_features, in_features) of a dense linear layer or embedding, None for any other module."""
     if isinstance(module, Conv1D):
         return module.weight.shape[1], module.weight.shape[0]
     if isinstance(module, nn.Linear):
@@ -69,20 +52,22 @@ def dense_shape(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def targets(model: nn.Module, ranks: Ranks, layers: Mapping[str, int] | None = None) -> dict[str, int]:
-    """Name -> rank of every module that becomes low-rank: as `layers` says for it, else for its kind.
+def target_ranks(
+    model: nn.Module, ranks: Ranks, kind_of: KindOf, layers: Mapping[str, int] | None = None
+) -> dict[str, int]:
+    """Return name -> rank of every module that becomes low-rank: from `layers` by name, else from its kind.
 
     Raises `ConfigError` naming every layer that its rank does not fit.
     """
     chosen: dict[str, int] = {}
     misfits: dict[tuple[str, int, tuple[int, int], str], int] = {}
     for name, module in model.named_modules():
-        shape, kind = dense_shape(module), layer_kind(name)
+        shape, kind = dense_shape(module), kind_of(name)
         rank = (layers or {}).get(name, ranks.get(kind) if kind else None)
         if shape is None or rank is None:
             continue
         if not 1 <= rank <= min(shape):
-            # One line for the same layer of all blocks, which differ in a number alone.
+            # One line for the same layer of all blocks, whose names differ only in a number.
             key = (re.sub(r"\.\d+\.", ".*.", name), rank, shape, str(kind))
             misfits[key] = misfits.get(key, 0) + 1
         chosen[name] = rank
@@ -100,52 +85,24 @@ def targets(model: nn.Module, ranks: Ranks, layers: Mapping[str, int] | None = N
 def make_low_rank(
     model: nn.Module,
     ranks: Ranks,
+    kind_of: KindOf,
     layers: Mapping[str, int] | None = None,
-    *,
     kind: str = "low_rank",
-    factor_modules: bool = False,
 ) -> None:
-    """Replace every chosen dense layer of `model` in place (method 1, FinGPT-HPC section IV.A).
+    """Replace every chosen dense layer of `model` in place, uninitialized (method 1, FinGPT-HPC section IV.A).
 
-    `layers`: ranks of single layers by name. `kind` is the registered way to be low-rank; embedding and
-    head are linear pairs whatever it is. With `factor_modules` A and B are modules of their own, as in a
-    quantised model.
+    `layers`: ranks of single layers by name. `kind`: the registered way to be low-rank; embedding and head are plain
+    factor pairs in all of them.
     """
-    for name, rank in targets(model, ranks, layers).items():
+    for name, rank in target_ranks(model, ranks, kind_of, layers).items():
         module = model.get_submodule(name)
-        parent, _, child = name.rpartition(".")
-        layer = LowRankLinear if layer_kind(name) == "head" else LAYERS[kind]
-        setattr(model.get_submodule(parent), child, low_rank_twin(module, rank, layer, factor_modules))
-
-
-class LowRankModel(nn.Module):
-    """Before a model class of transformers among a class's bases: its linear layers as its config's fields say."""
-
-    def __init__(self, config: Any) -> None:
-        require(getattr(config, "finhpc_plugins", None) or (), "this model")
-        check_kind(config.low_rank_kind)
-        super().__init__(config)
-        make_low_rank(
-            self,
-            config.low_rank or {},
-            config.low_rank_layers,
-            kind=config.low_rank_kind,
-            factor_modules=config.factor_modules,
-        )
-
-
-def low_rank_twin(
-    module: nn.Module, rank: int, layer: type[LowRankLinear] = LowRankLinear, factor_modules: bool = False
-) -> nn.Module:
-    """The low-rank layer that takes the place of a dense one (uninitialised, same device)."""
-    shape = dense_shape(module)
-    assert shape is not None, type(module)
-    out_features, in_features = shape
-    device = next(module.parameters()).device
-    with device:
-        if isinstance(module, nn.Embedding):
-            return (FactorEmbedding if factor_modules else LowRankEmbedding)(in_features, out_features, rank)
-        bias = module.bias is not None
-        if factor_modules:
-            return FactorLinear(in_features, out_features, rank, bias, layer.between)
-        return layer(in_features, out_features, rank, bias)
+        shape = dense_shape(module)
+        assert shape is not None
+        low_rank: nn.Module
+        with next(module.parameters()).device:
+            if isinstance(module, nn.Embedding):
+                low_rank = LowRankEmbedding(module.num_embeddings, module.embedding_dim, rank)
+            else:
+                layer = LowRankLinear if kind_of(name) == "head" else LAYERS[kind]
+                low_rank = layer(shape[1], shape[0], rank, module.bias is not None)
+        model.set_submodule(name, low_rank)

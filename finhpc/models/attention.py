@@ -1,12 +1,10 @@
 """Causal self-attention for training on a CPU, where torch's own kernel is slow.
 
-Scores are matrix products of blocks of queries with the keys up to the block's end, so that what
-causality hides is mostly not computed, and small enough to stay in the cache. Measured on two
-Zen 5 cores (batch 4 x 256, 12 heads of 64), forward and backward, against torch's
-`scaled_dot_product_attention`: 33 -> 8 ms in bfloat16, 20 -> 17 ms in float32.
+Scores are products of blocks of queries with the keys up to the block's end, so most hidden scores are not computed,
+and blocks stay in the cache. Measured on two Zen 5 cores (batch 4 x 256, 12 heads of 64), forward and backward, against
+torch's `scaled_dot_product_attention`: 33 -> 8 ms in bfloat16, 20 -> 17 ms in float32.
 
-Under the name `RECOMPUTED` transformers' models get the same attention without its large
-intermediates kept (FinGPT-HPC, section IV.B).
+The attention named `RECOMPUTED` computes the same without storing its large intermediates (FinGPT-HPC, section IV.B).
 """
 
 from __future__ import annotations
@@ -24,23 +22,23 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 NAME = "finhpc_causal"
 RECOMPUTED = "finhpc_causal_recomputed"
-QUERIES = 128  # queries a block
+QUERIES = 128  # queries per block
 SCORE_BYTES = 4 << 20  # scores computed at a time
-LONGEST = 1024  # tokens: for longer ones the kept probabilities would be most of a step's memory
+LONGEST = 1024  # tokens: for longer samples, stored probabilities would be most of a step's memory
 
 
 class CausalAttention(torch.autograd.Function):
     """softmax(scale Q K^T + causal mask) V for q, k, v (batch, heads, seq, head size) of one dtype.
 
-    Keeps the probabilities for the backward pass, half of them: those at or before each block. Without
-    `keep` it keeps none and computes each block's again from q and k, the same to the bit.
+    Stores half of the probabilities for the backward pass: those at or before each block. Without `keep` it stores none
+    and recomputes each block's from q and k, bit-identically.
     """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, keep: bool = True) -> Tensor:
         batch, heads, seq, size = q.shape
         out = torch.empty(batch, seq, heads, size, dtype=q.dtype).transpose(1, 2)
-        kept: list[Tensor] = []
+        stored: list[Tensor] = []
         with torch.autocast("cpu", enabled=False):
             for samples in _groups(q):
                 query, key, value = (_flat(x[samples]) for x in (q, k, v))
@@ -49,18 +47,18 @@ class CausalAttention(torch.autograd.Function):
                     p = _probabilities(query, key, begin, end, scale)
                     result[:, begin:end] = torch.bmm(p, value[:, :end])
                     if keep:
-                        kept.append(p)
+                        stored.append(p)
                 out[samples] = result.view(-1, heads, seq, size)
-        ctx.save_for_backward(q, k, v, *kept)
+        ctx.save_for_backward(q, k, v, *stored)
         ctx.scale, ctx.keep = scale, keep
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        q, k, v, *kept = ctx.saved_tensors
+        q, k, v, *stored = ctx.saved_tensors
         seq = q.shape[2]
         grads = [torch.zeros(q.shape, dtype=q.dtype) for _ in range(3)]
-        probabilities = iter(kept)
+        probabilities = iter(stored)
         with torch.autocast("cpu", enabled=False):
             for samples in _groups(q):
                 query, key, value, out = (_flat(x[samples]) for x in (q, k, v, gradients[0]))
@@ -86,15 +84,15 @@ def attention_forward(
     recompute: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: ours where it is the faster one, else torch's own kernel.
+    """Compute attention for transformers: `CausalAttention` if it is faster, otherwise torch's own kernel.
 
-    With `recompute` no probabilities are kept; torch's fused kernels never hold them all and run as they are.
+    With `recompute` no probabilities are stored; torch's fused kernels never store them all and are used as they are.
     """
     seq = query.shape[2]
     ours = query.device.type == "cpu" and attention_mask is None and not dropout and seq == key.shape[2] <= LONGEST
     groups = query.shape[1] // key.shape[1]  # query heads that share a key and value head
     if not ours:
-        # A GPU's float32 kernel shares no heads. With a mask, or large heads, transformers repeats them itself.
+        # A GPU's float32 kernel cannot share heads. With a mask or large heads, transformers repeats them itself.
         plain = attention_mask is None and seq > 1 and key.shape[-1] <= 256
         if groups > 1 and query.is_cuda and plain and not _fused(query, key, value, None, dropout):
             key, value = _for_each_head(key, groups), _for_each_head(value, groups)
@@ -113,7 +111,7 @@ def attention_forward(
 
 
 def recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """One of transformers' attention functions so that it keeps q, k and v alone; the backward pass runs it again."""
+    """Wrap a transformers attention function to store only q, k and v; the backward pass runs it again."""
 
     def run(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *rest: Any, dropout: float = 0.0, **kwargs: Any
@@ -131,12 +129,12 @@ AttentionInterface.register(RECOMPUTED, partial(attention_forward, recompute=Tru
 
 
 def _for_each_head(x: Tensor, groups: int) -> Tensor:
-    """Keys or values (batch, shared heads, seq, size), each head's as often as query heads share it."""
+    """Repeat keys or values (batch, shared heads, seq, size) for the query heads that share them."""
     return x.repeat_interleave(groups, 1)
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> bool:
-    """Whether torch has a kernel for this case that never holds all probabilities; its CPU has none with dropout."""
+    """Return whether torch has a kernel that never stores all probabilities; on a CPU it has none with dropout."""
     shared = query.shape[1] != key.shape[1]
     q, k = query.to(value.dtype), key.to(value.dtype)  # as autocast gives them to the kernel
     choice = torch._fused_sdp_choice(q, k, value, mask, dropout, mask is None, enable_gqa=shared)
@@ -144,7 +142,7 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropo
 
 
 def _probabilities(query: Tensor, key: Tensor, begin: int, end: int, scale: float) -> Tensor:
-    """(samples * heads, end - begin, end): what the queries from `begin` to `end` attend to."""
+    """Return the probabilities of the queries from `begin` to `end`: (samples * heads, end - begin, end)."""
     scores = torch.bmm(query[:, begin:end], key[:, :end].transpose(1, 2)).mul_(scale)
     hidden = torch.ones(end - begin, end - begin, dtype=torch.bool).triu_(1)
     scores[:, :, begin:].masked_fill_(hidden, float("-inf"))
@@ -152,7 +150,7 @@ def _probabilities(query: Tensor, key: Tensor, begin: int, end: int, scale: floa
 
 
 def _groups(q: Tensor) -> Iterator[slice]:
-    """Samples whose scores of one block fit into SCORE_BYTES, at least one."""
+    """Yield slices of samples whose scores of one block fit into SCORE_BYTES, at least one sample each."""
     batch, heads, seq, _ = q.shape
     size = max(1, SCORE_BYTES // (heads * min(QUERIES, seq) * seq * q.element_size()))
     return (slice(begin, begin + size) for begin in range(0, batch, size))

@@ -12,12 +12,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, nn
 from transformers.pytorch_utils import Conv1D
 
-from finhpc.lowrank.blend import Blended, BlendEmbedding, BlendLinear
+from finhpc.lowrank.blend import Blended
 from finhpc.lowrank.initialize import SCHEMES
-from finhpc.lowrank.layers import LowRankEmbedding, LowRankLinear
+from finhpc.lowrank.layers import LowRank, LowRankLinear, is_factor
 from finhpc.lowrank.replace import dense_shape
 from finhpc.models.families.registry import family_of
 from finhpc.models.files.weights import Weights
@@ -51,56 +51,51 @@ def weights_fill(weights: Weights, dense: Weights | None = None) -> Fill:
     return fill
 
 
+@torch.no_grad()
 def initialize(module: nn.Module, name: str, config: Any, seed: int, scheme: str | None) -> None:
-    """Fill `module`, whose Hugging Face name is `name`, in place.
+    """Draw the weights of `module`, whose Hugging Face name is `name`, in place.
 
-    `scheme` is how low-rank layers start; None: as each layer's class says. Matrices are drawn on the
-    CPU in float32, so every device starts from the same numbers.
+    `scheme` initializes low-rank layers; None: each layer class's default. Matrices are drawn on the CPU in float32,
+    so every device starts from the same numbers.
     """
+    family = family_of(config)
     for sub_name, sub in module.named_modules():
-        if any(True for _ in sub.parameters(recurse=False)):
-            full = f"{name}.{sub_name}" if sub_name else name
-            with torch.no_grad():
-                _fill(sub, full, family_of(config).init_std(full, config), seed, scheme)
+        full = f"{name}.{sub_name}" if sub_name else name
+        std, generator = family.init_std(full, config), generator_of(seed, full)
+        if isinstance(sub, LowRank):
+            _draw_factors(sub, std, generator, scheme)
+        elif not is_factor(module, sub_name):
+            _draw(sub, std, generator)
 
 
-def _fill(module: nn.Module, name: str, std: float, seed: int, scheme: str | None) -> None:
-    generator = generator_of(seed, name)
-    if isinstance(module, LowRankLinear):
-        dense = torch.randn(module.out_features, module.in_features, generator=generator) * std
-        a, b = SCHEMES[scheme or module.init](dense, module.rank, generator)
-        module.A.copy_(a)
-        module.B.copy_(b)
-        if isinstance(module, BlendLinear):
-            module.W.copy_(dense)
-        if module.bias is not None:
-            module.bias.zero_()
-    elif isinstance(module, LowRankEmbedding):
-        dense = torch.randn(module.num_embeddings, module.embedding_dim, generator=generator) * std
-        a, b = SCHEMES[scheme or module.init](dense.T, module.rank, generator)
-        module.A.copy_(a.T)
-        module.B.copy_(b)
-        if isinstance(module, BlendEmbedding):
-            module.W.copy_(dense)
-    elif dense_shape(module) is not None:
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        shape = dense_shape(module)
-        assert shape is not None
-        # Drawn as (out, in), or (rows, dim) for an embedding, whatever the module stores.
-        drawn = shape[::-1] if isinstance(module, nn.Embedding) else shape
-        dense = torch.randn(*drawn, generator=generator) * std
-        weight.copy_(dense if weight.shape == dense.shape and not _transposed(module) else dense.T)
-        bias = getattr(module, "bias", None)
-        if bias is not None:
-            bias.zero_()
-    else:  # a norm: scale 1, shift 0
-        for parameter_name, parameter in module.named_parameters(recurse=False):
-            parameter.fill_(0.0 if parameter_name == "bias" else 1.0)
+def _draw_factors(layer: LowRank, std: float, generator: Generator, scheme: str | None) -> None:
+    if isinstance(layer, LowRankLinear):
+        dense = torch.randn(layer.out_features, layer.in_features, generator=generator) * std
+        a, b = SCHEMES[scheme or layer.init](dense, layer.rank, generator)
+        layer.A.weight.copy_(a)
+        if layer.B.bias is not None:
+            layer.B.bias.zero_()
+    else:
+        dense = torch.randn(layer.num_embeddings, layer.embedding_dim, generator=generator) * std
+        a, b = SCHEMES[scheme or layer.init](dense.T, layer.rank, generator)
+        layer.A.weight.copy_(a.T)
+    layer.B.weight.copy_(b)
+    if isinstance(layer, Blended):
+        layer.W.copy_(dense)
 
 
-def _transposed(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D"
+def _draw(module: nn.Module, std: float, generator: Generator) -> None:
+    shape = dense_shape(module)
+    for name, parameter in module.named_parameters(recurse=False):
+        if shape is None:  # a norm: scale 1, shift 0
+            parameter.fill_(0.0 if name == "bias" else 1.0)
+        elif name == "bias":
+            parameter.zero_()
+        else:  # drawn as (out, in), or (rows, dim) for an embedding, whatever the module stores
+            dense = (
+                torch.randn(*(shape[::-1] if isinstance(module, nn.Embedding) else shape), generator=generator) * std
+            )
+            parameter.copy_(dense.T if isinstance(module, Conv1D) else dense)
 
 
 def generator_of(seed: int, name: str) -> Generator:

@@ -1,28 +1,24 @@
-"""Model folders in Hugging Face's layout: open one, write one, start a new model."""
+"""Open a model folder, write one, build a new model."""
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
 from finhpc.errors import CheckpointError
-from finhpc.files import publish
-from finhpc.models.families.registry import family_of, is_known, is_low_rank, skeleton, whole_layers
+from finhpc.models.families.registry import family_of, is_known, is_low_rank, skeleton
 from finhpc.models.files.config import is_adapter, quantizer_of
 from finhpc.models.files.manifest import check_manifest
-from finhpc.models.files.tensor_folder import GENERATION, SafetensorsFolder
+from finhpc.models.files.tensor_folder import TensorFolder, TensorFolderWriter
 from finhpc.models.files.tokenizer import save_tokenizer
-from finhpc.models.files.tokens import generation_config
+from finhpc.models.files.tokens import GENERATION, generation_config
 from finhpc.models.files.weights import Weights, config_of, locate, open_weights
 from finhpc.models.initialize import initialize
 from finhpc.models.lora.adapter_file import base_of, check_base, load_adapter
@@ -35,34 +31,33 @@ from finhpc.quantization.fake import TRAINED, round_weights, trained_bits
 def load_model(
     path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> PreTrainedModel:
-    """Open a model folder that finhpc or transformers wrote, a hub id or a .gguf file, in eval mode, on `device`.
+    """Open a model folder of finhpc or transformers, a hub id or a .gguf file, in eval mode on `device`.
 
-    The folder of an adapter opens as its base with the adapter, which is added to the weights of a dense base in
-    floats and stays on its own beside those of a low-rank or quantized one. A model that was trained with quantized
-    weights gets the weights it was trained with, as floats. Weights are read from safetensors and GGUF files only.
-    Raises `CheckpointError` when the folder is not a model, or its weights are not as its manifest and config say,
-    `ConfigError` for a model or an adapter that asks for what is not computed.
+    An adapter's folder opens as its base with the adapter, which is merged into a dense base in floats and stays
+    separate on a low-rank or quantized one. A model that was trained with quantized weights gets those weights, as
+    floats. Only safetensors and GGUF files are read. Raises `CheckpointError` if the folder is not a model, or its
+    weights differ from its manifest or config, `ConfigError` for a model or an adapter that finhpc does not compute.
     """
     path = locate(str(path))
     if is_adapter(path):
-        return _with_adapter(path, dtype, device)
+        return _load_adapted(path, dtype, device)
     if path.is_dir():
         check_manifest(path)
         generation_config(path)  # raises if it is damaged
     logging.disable_progress_bar()  # reading one file needs no bar on the user's screen
     config = config_of(path, any_family=True)
     if quantizer_of(config) or not is_known(config):
-        model = _by_transformers(path, config, dtype, device)
+        model = _load_with_transformers(path, config, dtype, device)
     else:
-        model = _in_floats(open_weights(path, low_rank=True, floats=True), dtype)
+        model = _load_floats(open_weights(path, low_rank=True, floats=True), dtype)
     if (bits := trained_bits(model.config)) < 16:
         round_weights(model, bits)
         delattr(model.config, TRAINED)
-    return on_device(model.eval(), device)
+    return _to_device(model.eval(), device)
 
 
-def _in_floats(weights: Weights, dtype: torch.dtype) -> PreTrainedModel:
-    """transformers' model of weights that were found to be exactly its own."""
+def _load_floats(weights: Weights, dtype: torch.dtype) -> PreTrainedModel:
+    """Build transformers' model of weights that match its own exactly."""
     state = {name: weights.raw(name) for name, _ in weights.skeleton.named_parameters()}
     family = family_of(weights.config)
     kind = family.low_rank_class if is_low_rank(weights.config) else family.dense_class
@@ -78,14 +73,15 @@ def _in_floats(weights: Weights, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def _by_transformers(path: Path, config: Any, dtype: torch.dtype, device: str | torch.device) -> PreTrainedModel:
-    """A quantized model, or one of a family that transformers alone knows; every tensor of it is applied."""
-    SafetensorsFolder(path, config)  # raises where files and index contradict each other
+def _load_with_transformers(path: Path, config: Any, dtype: torch.dtype, device: str | torch.device) -> PreTrainedModel:
+    """Open a quantized model, or one of a family that only transformers knows; every tensor of it is applied."""
+    TensorFolder(path, config)  # raises if files and index contradict each other
+    # transformers would put bitsandbytes' models on a GPU, from which int8 cannot move.
+    place = {"device_map": {"": str(device)}} if quantizer_of(config) == "bitsandbytes" else {}
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True,
-            **placed(config, device),
-        )  # fmt: skip
+            path, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True, **place
+        )
     except SafetensorError as error:
         raise CheckpointError(
             f"{path} holds a .safetensors file that is damaged or another format ({error}); pickles are never opened."
@@ -97,35 +93,27 @@ def _by_transformers(path: Path, config: Any, dtype: torch.dtype, device: str | 
     return model  # type: ignore[no-any-return]
 
 
-def placed(config: Any, device: str | torch.device) -> dict[str, Any]:
-    """How transformers is told to open bitsandbytes' models on `device`: it takes a GPU unasked, and int8 cannot move.
-
-    Empty for all others, which `on_device` moves.
-    """
-    return {"device_map": {"": str(device)}} if quantizer_of(config) == "bitsandbytes" else {}
-
-
-def on_device(model: PreTrainedModel, device: str | torch.device) -> PreTrainedModel:
-    """The model on a device; where it is there already nothing is touched."""
-    at = torch.device(device)
-    there = model.device.type == at.type and at.index in (None, model.device.index)
-    return model if there else model.to(at)  # type: ignore[arg-type]
+def _to_device(model: PreTrainedModel, device: str | torch.device) -> PreTrainedModel:
+    """Move the model, unless it is on that device already: int8 models cannot be moved."""
+    target = torch.device(device)
+    same = model.device.type == target.type and target.index in (None, model.device.index)
+    return model if same else model.to(target)  # type: ignore[arg-type]
 
 
-def _with_adapter(path: Path, dtype: torch.dtype, device: str | torch.device) -> PreTrainedModel:
+def _load_adapted(path: Path, dtype: torch.dtype, device: str | torch.device) -> PreTrainedModel:
     base = base_of(path)
     check_base(path, base)
     model = load_model(base, dtype, device)
-    adapter = load_adapter(path, whole_layers(model.config))
+    adapter = load_adapter(path, skeleton(model.config))
     if quantizer_of(model.config) or is_low_rank(model.config):
-        attach(model, {path.name: adapter}).choose([path.name])
+        attach(model, {path.name: adapter}).select([path.name])
     else:
         merge_adapter(model, adapter)
     return model
 
 
 def initial_model(hf_config: Any, seed: int, scheme: str | None) -> Any:
-    """The whole model as training starts it, on the CPU: what every cut into stages starts from."""
+    """Build the whole model on the CPU with the weights that training starts from."""
     model: Any = skeleton(hf_config).to_empty(device="cpu")
     for part in parts_of(hf_config):
         for name, module in zip(part.names, part.modules(model), strict=True):
@@ -139,29 +127,18 @@ def initial_model(hf_config: Any, seed: int, scheme: str | None) -> Any:
 def save_model(
     folder: Path, hf_config: Any, shards: Sequence[Callable[[], dict[str, Tensor]]], tokenizer: Path | None
 ) -> None:
-    """Write config.json, safetensors (one file a shard) and the tokenizer's files; complete or absent.
+    """Write config.json, safetensors (a file per shard) and the tokenizer's files; the folder appears when complete.
 
-    `tokenizer`: a folder with a tokenizer, and perhaps a generation config, which goes along.
-    Each of `shards` returns Hugging Face name -> tensor and is called once, in turn, so the memory
-    needed is one shard.
+    `tokenizer`: a folder whose tokenizer and generation config are copied. Each of `shards` returns Hugging Face
+    name -> tensor and is called once, in turn, so only one is in memory.
     """
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    index: dict[str, str] = {}
-    total = 0
-    for i, shard in enumerate(shards):
-        tensors = shard()
-        name = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        save_file(tensors, partial / name, metadata={"format": "pt"})
-        index |= dict.fromkeys(tensors, name)
-        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    if len(shards) > 1:
-        text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2)
-        (partial / "model.safetensors.index.json").write_text(text)
-    hf_config.architectures = [type(skeleton(hf_config)).__name__]
-    hf_config.dtype = "float32"
-    hf_config.save_pretrained(partial)
-    if tokenizer is not None:
-        save_tokenizer(tokenizer, partial)
-    publish(partial, folder, over=True)
+    with TensorFolderWriter(folder, over=True) as writer:
+        for shard in shards:
+            writer.add(shard())
+            writer.flush()
+        hf_config.architectures = [type(skeleton(hf_config)).__name__]
+        hf_config.dtype = "float32"
+        writer.finish(hf_config)
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, writer.partial)
+        writer.publish()

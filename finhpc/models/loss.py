@@ -1,8 +1,8 @@
-"""The next-token loss, computed where the logits lie.
+"""The next-token loss, computed in the memory of the logits.
 
-A vocabulary of 50,257 makes the logits the largest tensor of a step. Here they are read once and
-their gradient is written over them, some rows at a time in float32 while they are in the cache; the
-plain way makes a float32 copy, its log-softmax and two gradients of the same size.
+With a vocabulary of 50,257 the logits are the largest tensor of a step. They are read once and overwritten by their
+gradient, some rows at a time in float32 while they are in the cache; torch's way needs a float32 copy, its log-softmax
+and two gradients of the same size.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROW_BYTES = 8 << 20  # float32 logits worked on at a time
+ROW_BYTES = 8 << 20  # of float32 logits that are processed at a time
 
 
 class InPlaceCrossEntropy(torch.autograd.Function):
@@ -25,7 +25,7 @@ class InPlaceCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float64)
         step = max(1, ROW_BYTES // (4 * vocab))
         for part, wanted in zip(logits.split(step), targets[:, None].split(step), strict=True):
-            values = part.float()  # the same tensor where it is float32 already
+            values = part.float()  # the same tensor if it is float32 already
             largest, right = values.amax(1), values.gather(1, wanted)[:, 0].clone()
             p = torch.softmax(values, -1)
             total += (largest - p.amax(1).log() - right).sum()  # log sum exp = largest - log of its probability
@@ -42,9 +42,9 @@ class InPlaceCrossEntropy(torch.autograd.Function):
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in nats, in float32, of `logits` (rows, vocab) at `targets` (rows,).
+    """Return the mean cross-entropy in nats, in float32, of `logits` (rows, vocab) at `targets` (rows,).
 
-    On a CPU, while training, the logits' memory is overwritten: nobody else may read them.
+    In training on a CPU the logits are overwritten: nothing else may read them.
     """
     if logits.device.type == "cpu" and logits.requires_grad:
         return InPlaceCrossEntropy.apply(logits, targets)  # type: ignore[no-untyped-call, no-any-return]

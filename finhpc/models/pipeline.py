@@ -1,4 +1,14 @@
-"""A Hugging Face model as a row of pipeline layers that keep their Hugging Face names."""
+"""A Hugging Face model as a row of parts, cut into pipeline stages.
+
+    model     embed | block 0              | block 1              | norm | head
+    parts     embed | attention 0 | mlp 0  | attention 1 | mlp 1  | norm | head     from the family: modules + function
+    costs       0   |     3       |   4    |     3       |   4    |   0  |  9       measured, or `estimated_cost`
+    borders   0                            3                                  7     `stage_borders`, `cut`
+    stages    [embed, attention 0, mlp 0]  [attention 1, mlp 1, norm, head]         a `PipelineLayer` per part
+
+The row starts as modules of a skeleton without memory; a stage builds only its own layers, on its own device. All
+parameters keep their Hugging Face names.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +29,8 @@ from finhpc.settings.training import Recompute
 class PipelineLayer(nn.Module):
     """One part of the model, built from the skeleton on the device it will run on.
 
-    `fill` gives each module its first numbers. With `bf16` the part runs under autocast over float32 weights; with
-    fewer `bits` than 16 its matrices are rounded to them wherever they are used.
+    `fill` sets each module's first weights. With `bf16` the part runs under autocast over float32 weights; with fewer
+    `bits` than 16 its matrices are rounded on each use.
     """
 
     def __init__(
@@ -50,16 +60,16 @@ class PipelineLayer(nn.Module):
             return part.run(data, *self.parts)
 
     def parameters_by_name(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(Hugging Face name, parameter) of every parameter of this part."""
+        """Yield (Hugging Face name, parameter) of every parameter of this part."""
         for prefix, module in zip(self.part.names, self.parts, strict=True):
             for name, parameter in module.named_parameters():
                 yield f"{prefix}.{plain_name(name)}", parameter
 
 
 def parts_of(config: Any, recompute: Recompute = "none") -> list[Part]:
-    """The parts of a model in the order data flows through them; a tied head is its embedding's module again.
+    """Return the parts of a model in forward order; a tied head uses the embedding's module again.
 
-    Where whole blocks are recomputed, blocks are parts, else their halves are.
+    With `full` recomputation whole blocks are parts, otherwise their halves.
     """
     row = family_of(config).parts(config)
     return whole_blocks(row) if recompute == "full" else row
@@ -70,12 +80,12 @@ def is_tied(config: Any) -> bool:
 
 
 def estimated_cost(part: Part, skeleton: nn.Module, seq_len: int) -> float:
-    """Multiplications a token of a part's forward pass: what a cut balances before anything is measured.
+    """Return the multiplications per token of a part's forward pass, which balance stages if nothing is measured.
 
-    Attention adds its products of queries, keys and values. A block that is recomputed counts a third more: its
-    forward pass is a third of its work and is done twice. The loss over the vocabulary counts 25 multiplications a
-    word: on a CPU in float32 its passes over the logits took about 2.4 ns a word, forward and
-    backward, where matrix products took 0.1 ns a multiplication.
+    Attention adds its products of queries, keys and values. A recomputed block counts a third more: its forward pass is
+    a third of its work and runs twice. The loss over the vocabulary counts 25 multiplications per word: on a CPU in
+    float32 its passes over the logits took about 2.4 ns per word, forward and backward, when matrix products took
+    0.1 ns per multiplication.
     """
     if part.kind in ("embedding", "positions", "dropout", "norm"):
         return 0.0
@@ -91,15 +101,15 @@ def estimated_cost(part: Part, skeleton: nn.Module, seq_len: int) -> float:
 
 
 def cut(costs: list[float], starts: list[int], stages: int) -> list[int]:
-    """Borders [0, ..., len(costs)] of the contiguous cut whose dearest stage is cheapest.
+    """Return the borders [0, ..., len(costs)] of the contiguous cut whose most expensive stage is cheapest.
 
-    Every stage but the first begins at one of `starts` (indices into `costs`). Exact: dynamic
-    programming over the borders.
+    Every stage except the first begins at one of `starts` (indices into `costs`). Exact: dynamic programming over the
+    borders.
     """
     prefix = [0.0]
     for cost in costs:
         prefix.append(prefix[-1] + cost)
-    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [0])}  # where the stages so far end -> dearest, borders
+    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [0])}  # end of the stages so far -> highest cost, borders
     ends = [starts] * (stages - 1) + [[len(costs)]]
     for borders in ends:
         longer = {}
@@ -117,15 +127,14 @@ def cut(costs: list[float], starts: list[int], stages: int) -> list[int]:
 
 
 def stage_borders(row: list[Part], costs: list[float], stages: int) -> list[int]:
-    """Where each stage begins and the last ends, balanced by `costs`, one for each part of `row` in any one unit.
+    """Return where each stage begins and the last ends, balanced by `costs` of the parts of `row`, in any unit.
 
-    A stage begins with any part of a transformer block but the first, or right after the last, where
-    the final norm and the head stand.
+    A stage may begin at any part inside the transformer blocks except the first, or right after the last block.
     """
     inner = [i for i, part in enumerate(row) if part.in_block]
     return cut(costs, [*inner[1:], inner[-1] + 1], stages)
 
 
 def estimated_costs(row: list[Part], skeleton: nn.Module, seq_len: int) -> list[float]:
-    """Operations of each part: an estimate of its cost where nothing can be measured."""
+    """Return `estimated_cost` of each part."""
     return [estimated_cost(part, skeleton, seq_len) for part in row]

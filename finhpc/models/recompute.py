@@ -1,11 +1,11 @@
-"""What a transformer block keeps for its backward pass (FinGPT-HPC, section IV.B and Table IV).
+"""What a transformer block stores for its backward pass (FinGPT-HPC, section IV.B and Table IV).
 
 - `none`: all that torch saves.
-- `attention`: all but attention's probabilities, computed again from queries and keys (see
-  `finhpc.models.attention`). Where torch's kernel is fused it keeps nothing so large, and runs as it is.
-- `full`: the block's input alone; the backward pass runs the block once more before it.
+- `attention`: all except attention's probabilities, which are recomputed from queries and keys (see
+  `finhpc.models.attention`). torch's fused kernels store nothing so large and are used as they are.
+- `full`: only the block's input; the backward pass first runs the block again.
 
-The same operations on the same values with the same random draws: the numbers are the same to the bit.
+Recomputation runs the same operations on the same values with the same random numbers, so results are bit-identical.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from finhpc.models.families.family import BLOCK, HALVES, Flow, Part
 
 
 def whole_blocks(row: list[Part]) -> list[Part]:
-    """The row with each block's two halves as one part, which keeps its input alone."""
+    """Return the row with each block's two halves as one part, which stores only its input."""
     merged: list[Part] = []
     for part in row:
         merged.append(_block(merged.pop(), part) if part.kind == HALVES[1] else part)
@@ -40,7 +40,7 @@ def _block(attention: Part, mlp: Part) -> Part:
 
 
 def draws_random(module: nn.Module) -> bool:
-    """Whether a forward pass of `module` draws random numbers: dropout in training, anywhere in it."""
+    """Return whether a forward pass of `module` draws random numbers: dropout in training, anywhere in it."""
     return any(
         sub.training and bool(sub.p if isinstance(sub, nn.Dropout) else getattr(sub, "attention_dropout", 0.0))
         for sub in module.modules()

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from finhpc.models.families.family import BLOCKS, Flow
-from finhpc.models.families.registry import skeleton, with_blocks
+from finhpc.models.families.registry import family_of, skeleton, with_blocks
 from finhpc.models.files.weights import Weights
 from finhpc.models.lora.model import LoraModel, LoraPipelineLayer, Matrix
 from finhpc.models.packing.layout import FIELDS, LAYOUT, Segments, build_layout, layout_of
 from finhpc.models.pipeline import is_tied
 from finhpc.planning.fake_passes import Meter, PartBytes, run_passes, with_gpu_loss
-from finhpc.quantization.frozen import FrozenLinear, hollow
+from finhpc.quantization.frozen import FrozenLinear, empty_frozen
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ class Shapes(Weights):
 
     def __init__(self, hf_config: Any) -> None:
         self.path, self.config, self.tied = Path(), hf_config, is_tied(hf_config)
+        self.family = family_of(hf_config)
         self.skeleton = skeleton(hf_config)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self.skeleton.state_dict().items()}
 
@@ -76,7 +77,7 @@ class EmptyLoraModel(LoraModel):
     """A LoRA model that is counted and never trained: its frozen matrices have no content."""
 
     def _frozen(self, matrix: Matrix, bias: Tensor | None, device: torch.device) -> FrozenLinear:
-        return hollow(matrix.shape, bias, self.bits_of(matrix.name), self.scheme, self.dtype)
+        return empty_frozen(matrix.shape, bias, self.bits_of(matrix.name), self.scheme, self.dtype)
 
 
 def count_lora_parts(lora_model: LoraModel, pack: PackSize, cuda: bool) -> list[LoraPart]:

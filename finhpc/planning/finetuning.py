@@ -9,8 +9,8 @@ from itertools import pairwise
 
 from finhpc.models.families.family import BLOCKS, HALVES
 from finhpc.models.lora.model import LoraModel
+from finhpc.models.packed_parts import packed_parts
 from finhpc.models.packing.layout import CACHED_LAYOUTS, FIELDS
-from finhpc.models.packing.parts import packed_parts
 from finhpc.models.pipeline import is_tied
 from finhpc.planning.devices import Cluster
 from finhpc.planning.fake_packs import LoraPart, PackSize, count_lora_parts

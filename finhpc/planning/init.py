@@ -20,8 +20,7 @@ from finhpc.data.shards.shards import Shards
 from finhpc.errors import CheckpointError, ConfigError
 from finhpc.lowrank.registry import BLEND, DENSE, LAYERS, STARTED, SVD, check_kind, layers_kind
 from finhpc.lowrank.replace import ranks_of
-from finhpc.models.families.presets import resolve_shape
-from finhpc.models.families.registry import as_low_rank, family_of, is_low_rank, make_config
+from finhpc.models.families.registry import as_low_rank, family_of, is_low_rank, make_config, resolve_shape
 from finhpc.models.files.config import read_config
 from finhpc.models.files.manifest import weights_fingerprint
 from finhpc.models.files.weights import open_weights

@@ -56,13 +56,7 @@ def make_plan(config: PretrainConfig) -> Plan:
     from finhpc.planning.init import open_init_model
     from finhpc.planning.outline import outline_of
 
-    problems: list[str] = []
-    with collect(problems):
-        check_parallel(config)
-    with collect(problems):
-        check_quantization(config)
-    with collect(problems):
-        check_blend(config)
+    problems = config.problems()
     with collect(problems):
         check_parts(config)
     shards = hf_config = init_model = None
@@ -94,20 +88,8 @@ def make_plan(config: PretrainConfig) -> Plan:
     return Plan(config, shards, hf_config, outline_of(hf_config, seq_len, recompute), params_dense, init_model)
 
 
-def check_parallel(config: TrainingConfig) -> None:
-    """Raise `ConfigError` where the sizes of a step contradict each other."""
-    parallel = config.parallel
-    asked, derived = parallel.global_batch_size, parallel.samples_per_step
-    if asked is not None and asked != derived:
-        raise ConfigError(
-            f"parallel.global_batch_size={asked} is not micro_batch_size x micro_batches x replicas = "
-            f"{parallel.micro_batch_size} x {parallel.micro_batches} x {parallel.replicas} = {derived}; "
-            "change one of them, or leave global_batch_size out."
-        )
-
-
 def check_parts(config: TrainingConfig) -> None:
-    """Raise `ConfigError` where the optimizer or method is unknown, or known to this process but not to workers."""
+    """Raise `ConfigError` if the optimizer or method is unknown, or known to this process but not to workers."""
     from finhpc.lowrank.registry import LAYERS, check_kind
     from finhpc.training.optimizer import OPTIMIZERS, check_optimizer
 
@@ -121,36 +103,6 @@ def check_parts(config: TrainingConfig) -> None:
             LAYERS.check_workers_see(config.method.kind)
     if problems:
         raise ConfigError(problems)
-
-
-def check_quantization(config: PretrainConfig) -> None:
-    bits = config.quantization.bits
-    if bits < 16 and config.quantization.when == "after":
-        raise ConfigError(
-            f"quantization.bits={bits} with quantization.when=after does not change training; leave it at 16 and "
-            f"quantise the trained model with `finhpc export --quantization.bits {bits}`, or use "
-            "quantization.when=during."
-        )
-    if bits == 16 and config.quantization.when == "during":
-        raise ConfigError("quantization.when=during needs quantization.bits=8 or 4; at 16 nothing is quantised.")
-    if config.optimizer.decay == "product" and config.quantization.training_bits < 16:
-        raise ConfigError(
-            "optimizer.decay=product does not work on rounded weights; use optimizer.decay=factors with "
-            "quantization.when=during."
-        )
-
-
-def check_blend(config: PretrainConfig) -> None:
-    """Raise `ConfigError` where method 3 would have no steps to hand over in."""
-    from finhpc.lowrank.blend import blend_steps
-    from finhpc.lowrank.registry import BLEND
-
-    method, steps = config.method, config.train.steps
-    if method.kind == BLEND and (count := blend_steps(method, steps)) < 2:
-        raise ConfigError(
-            f"method.blend_share={method.blend_share} of train.steps={steps} is {count} steps, too few for alpha to "
-            "fall; raise one of them, or use method.kind=svd."
-        )
 
 
 def _check_seq_len(config: PretrainConfig, shards: Shards) -> None:

@@ -1,6 +1,6 @@
 """bitsandbytes' int8 and NF4, in the tensors that its layers save and transformers opens.
 
-They are for linear layers alone: bitsandbytes saves no embedding.
+They quantize only linear layers: bitsandbytes has no embedding that can be saved.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from finhpc.errors import ConfigError
 
 
 def int8_tensors(matrix: Tensor, bits: int, name: str) -> dict[str, Tensor]:
-    """What `Linear8bitLt` saves of a weight (out, in): codes, each row's largest absolute value, the layout's number.
+    """Return what `Linear8bitLt` saves of a weight (out, in): codes, each row's largest absolute value, layout number.
 
-    Symmetric, by rows (LLM.int8). bitsandbytes quantises from float16: raises `ConfigError` naming
-    `name` where a weight does not fit that.
+    Symmetric, by rows (LLM.int8). bitsandbytes quantizes from float16: raises `ConfigError` naming `name` if a weight
+    does not fit that.
     """
     from bitsandbytes.functional import int8_vectorwise_quant
 
     half = matrix.to(torch.float16)
     if not torch.isfinite(half).all():
         raise ConfigError(
-            f"{name} holds weights beyond float16's 65504, which quantization.scheme=int8 cannot; "
+            f"{name} has weights beyond float16's 65504, which quantization.scheme=int8 cannot represent; "
             "use quantization.scheme=minmax."
         )
     codes, largest, _ = int8_vectorwise_quant(half)
@@ -30,9 +30,9 @@ def int8_tensors(matrix: Tensor, bits: int, name: str) -> dict[str, Tensor]:
 
 
 def nf4_tensors(matrix: Tensor, bits: int, name: str) -> dict[str, Tensor]:
-    """What `Linear4bit` saves of a weight (out, in): NF4 codes by blocks of 64 (or 32), their scales in 8 bits (QLoRA).
+    """Return what `Linear4bit` saves of a weight (out, in): NF4 codes in blocks of 64 (or 32), 8-bit scales (QLoRA).
 
-    No block reaches over the end of a row, see `nf4_fits`.
+    No block crosses the end of a row, see `nf4_fits`.
     """
     from bitsandbytes.functional import quantize_4bit
 
@@ -44,12 +44,12 @@ def nf4_tensors(matrix: Tensor, bits: int, name: str) -> dict[str, Tensor]:
 
 
 def nf4_fits(rows: int, columns: int) -> bool:
-    """Whether bitsandbytes computes with it everywhere: CPUs with bfloat16 take whole blocks of 32 x 32 alone."""
+    """Return whether bitsandbytes can use it on every device: CPUs with bfloat16 need whole blocks of 32 x 32."""
     return rows % 32 == 0 and columns % 32 == 0
 
 
 def int8_config(bits: int, keep: list[str]) -> dict[str, object]:
-    """The `quantization_config` of config.json; `keep`: modules that stay as they are."""
+    """Return the `quantization_config` of config.json; `keep`: modules that stay in float."""
     return {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_skip_modules": keep}
 
 

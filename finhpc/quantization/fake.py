@@ -1,8 +1,7 @@
 """Training with the weights that an 8- or 4-bit model will have.
 
-The float weights stay what is trained; each time one is used, it is first rounded to its row's grid
-(`per_vector`). The gradient passes straight through the rounding. Exported at the same bits, the
-model has exactly the weights that the forward pass computed with.
+The float weights are trained; each use first rounds them to their row's grid (`per_vector`), and the gradient passes
+straight through the rounding. Exported at the same bits, the model has exactly the weights of the forward pass.
 """
 
 from __future__ import annotations
@@ -21,42 +20,44 @@ TRAINED = "quantized_training"  # key of a model's config.json: {"bits": 8 or 4,
 
 
 class StraightThrough(torch.autograd.Function):
-    """Rounds in the forward pass; the gradient of a weight is that of its rounded one."""
+    """Rounds in the forward pass; the gradient of a weight is that of the rounded weight."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, bits: int, turned: bool) -> Tensor:
-        return _rounded(weight, bits, turned)
+    def forward(ctx: Any, weight: Tensor, bits: int, transposed: bool) -> Tensor:
+        return _rounded(weight, bits, transposed)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         return gradients[0], None, None
 
 
-class Rounded(nn.Module):
-    """The parametrisation: weight -> the weight as quantised. `turned`: stored (in, out)."""
+class FakeQuantize(nn.Module):
+    """The parametrization weight -> rounded weight. `transposed`: stored as (in, out)."""
 
-    def __init__(self, bits: int, turned: bool) -> None:
+    def __init__(self, bits: int, transposed: bool) -> None:
         super().__init__()
-        self.bits, self.turned = bits, turned
+        self.bits, self.transposed = bits, transposed
 
     def forward(self, weight: Tensor) -> Tensor:
-        return StraightThrough.apply(weight, self.bits, self.turned)  # type: ignore[no-untyped-call, no-any-return]
+        return StraightThrough.apply(weight, self.bits, self.transposed)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def fake_quantize(model: nn.Module, bits: int) -> None:
-    """From now on every module of `model` computes with rounded matrices; what is trained stays float32.
+    """Make every module of `model` compute with rounded matrices; the trained parameters stay float32.
 
-    The parameters are the same objects; `plain_name` undoes the change of their names.
+    The parameters stay the same objects; `plain_name` undoes the change of their names.
     """
     for module in list(model.modules()):
         if not isinstance(module, parametrize.ParametrizationList):
             for name in matrices(module):
-                # Rounding keeps shape and dtype: nothing to be checked (that would compute it once more).
-                parametrize.register_parametrization(module, name, Rounded(bits, is_turned(module)), unsafe=True)
+                # unsafe: rounding preserves shape and dtype, and checking that would compute it once more.
+                parametrize.register_parametrization(
+                    module, name, FakeQuantize(bits, is_transposed(module)), unsafe=True
+                )
 
 
 def round_weights(model: nn.Module, bits: int) -> None:
-    """Overwrite every matrix of `model` by its rounded one, a tied one once."""
+    """Round every matrix of `model` in place, a tied one once."""
     done: set[int] = set()
     with torch.no_grad():
         for module in model.modules():
@@ -64,28 +65,28 @@ def round_weights(model: nn.Module, bits: int) -> None:
                 parameter = module.get_parameter(name)
                 if id(parameter) not in done:
                     done.add(id(parameter))
-                    parameter.copy_(_rounded(parameter.float(), bits, is_turned(module)))
+                    parameter.copy_(_rounded(parameter.float(), bits, is_transposed(module)))
 
 
 def matrices(module: nn.Module) -> list[str]:
-    """Names of `module`'s own parameters that are quantised: its matrices. Norms and biases stay as they are."""
+    """Return the names of `module`'s own matrices, which are quantized; norms and biases are not."""
     return [name for name, parameter in module.named_parameters(recurse=False) if parameter.dim() == 2]
 
 
-def is_turned(module: nn.Module) -> bool:
-    """Whether its matrix is stored (in, out), so that an output's vector is a column."""
+def is_transposed(module: nn.Module) -> bool:
+    """Return whether a module stores its matrix as (in, out), so that an output's vector is a column."""
     return isinstance(module, Conv1D)
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name without `fake_quantize`: `c_attn.parametrizations.A.original` is `c_attn.A`."""
+    """Return a parameter's name without `fake_quantize`: `c_fc.parametrizations.weight.original` is `c_fc.weight`."""
     return re.sub(r"(^|\.)parametrizations\.(\w+)\.original$", r"\1\2", name)
 
 
 def trained_bits(config: Any) -> int:
-    """Bits that the model of a transformers config was trained at; 16 where its weights were not quantised."""
+    """Return the bits that the model of a config was trained at; 16 if its weights were not quantized."""
     return int((getattr(config, TRAINED, None) or {"bits": 16})["bits"])
 
 
-def _rounded(weight: Tensor, bits: int, turned: bool) -> Tensor:
-    return rounded(weight.T, bits).T if turned else rounded(weight, bits)
+def _rounded(weight: Tensor, bits: int, transposed: bool) -> Tensor:
+    return rounded(weight.T, bits).T if transposed else rounded(weight, bits)

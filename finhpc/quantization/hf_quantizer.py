@@ -1,7 +1,7 @@
-"""The per-vector scheme as transformers knows quantisers: `from_pretrained` opens what `finhpc export` packed.
+"""Registers the per-vector scheme with transformers, so `from_pretrained` opens quantized exports.
 
-transformers reads `quantization_config` in config.json, asks the quantiser of that name to put its
-layers into the model, and loads the tensors into them.
+transformers reads `quantization_config` in config.json, has the quantizer of that name replace layers of the model, and
+loads the tensors into them.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ class MinMaxConfig(QuantizationConfigMixin):
 
 @register_quantizer(MINMAX)
 class MinMaxQuantizer(HfQuantizer):
-    """Opens models that are packed already; `finhpc export` packs them."""
+    """Opens models that `finhpc export` has quantized."""
 
-    requires_calibration = True  # transformers' word for: only models that are quantised on disk
+    requires_calibration = True  # in transformers this means: only models that are quantized on disk
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         replace(model, self.quantization_config.bits)
         for head, embedding in model.all_tied_weights_keys.items():
             tied = TiedHead(model.get_submodule(embedding.removesuffix(".weight")))
             model.set_submodule(head.removesuffix(".weight"), tied)
-        model.all_tied_weights_keys = {}  # nothing is left for transformers to tie: it ties parameters
+        model.all_tied_weights_keys = {}  # nothing is left for transformers to tie: it ties only parameters
 
     def is_serializable(self) -> bool:
         return True

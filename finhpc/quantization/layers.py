@@ -1,7 +1,7 @@
-"""Layers that hold their matrix packed, in 8 or 4 bits a weight, and unpack it each time they are used.
+"""Layers that store their matrix in 8 or 4 bits per weight and dequantize it each time they are used.
 
-What stays in memory is the packed matrix; a forward pass makes the float one of a single layer and
-lets it go. The low-rank layers become these too, one for A and one for B, see `replace`.
+Only the codes stay in memory; a forward pass builds one layer's float matrix and frees it. The factors A and B of a
+low-rank layer are replaced too, one by one, see `replace`.
 """
 
 from __future__ import annotations
@@ -14,53 +14,55 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from finhpc.quantization.per_vector import Vectors, dequantize, pack, packed_columns, quantize, unpack
+from finhpc.quantization.per_vector import Vectors, dequantize, pack_bits, packed_columns, quantize, unpack_bits
 
 
 class QuantizedMatrix(nn.Module):
-    """A matrix (rows, columns) quantised by rows.
+    """A matrix (rows, columns) quantized by rows.
 
-    `weight`: uint8 (rows, `packed_columns(columns, bits)`, 1), a buffer like the others, as nothing here
-    is trained. Its third dimension is there for programs that know nothing of the scheme: transformers only warns of
-    an unknown one, and would take codes of a matrix's own shape for weights.
-    `scale`, `zero`: float32 (rows,), whatever type the model is cast to.
+    `weight`: uint8 (rows, `packed_columns(columns, bits)`, 1), a buffer like the others, as nothing here is trained.
+    The third dimension protects programs that do not know the scheme: transformers only warns about an unknown one,
+    and would load codes of the matrix's own shape as weights.
+    `scale`, `zero`: float32 (rows,), even if the model is cast to another type.
+    `tensors`: these three, if they exist already.
     """
 
     weight: Tensor
     scale: Tensor
     zero: Tensor
-    like: Tensor
+    probe: Tensor
 
-    def __init__(self, rows: int, columns: int, bits: int) -> None:
+    def __init__(self, rows: int, columns: int, bits: int, tensors: dict[str, Tensor] | None = None) -> None:
         super().__init__()
         self.rows, self.columns, self.bits = rows, columns, bits
-        self.register_buffer("weight", torch.empty(rows, packed_columns(columns, bits), 1, dtype=torch.uint8))
-        self.register_buffer("scale", torch.empty(rows, dtype=torch.float32))
-        self.register_buffer("zero", torch.empty(rows, dtype=torch.float32))
-        self.register_buffer("like", torch.empty(0), persistent=False)  # cast with the model, to know its type
+        if tensors is None:
+            codes = torch.empty(rows, packed_columns(columns, bits), 1, dtype=torch.uint8)
+            # float32 even if torch's default type is another, as in from_pretrained
+            scale, zero = (torch.empty(rows, dtype=torch.float32) for _ in range(2))
+            tensors = {"weight": codes, "scale": scale, "zero": zero}
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor.contiguous())
+        self.register_buffer("probe", torch.empty(0), persistent=False)  # is cast with the model and tells its type
 
     @property
-    def packed(self) -> Tensor:
-        """The codes as `finhpc.quantization.per_vector.pack` gives them, (rows, packed columns)."""
+    def codes(self) -> Tensor:
+        """The codes as `finhpc.quantization.per_vector.pack_bits` returns them, (rows, packed columns)."""
         return self.weight.squeeze(-1)
 
     def dequantized(self) -> Tensor:
-        """The float32 matrix (rows, columns) that is computed with."""
-        return dequantize(Vectors(unpack(self.packed, self.bits, self.columns), self.scale, self.zero))
-
-    def extra_repr(self) -> str:
-        return f"rows={self.rows}, columns={self.columns}, bits={self.bits}"
+        """Return the float32 matrix (rows, columns)."""
+        return dequantize(Vectors(unpack_bits(self.codes, self.bits, self.columns), self.scale, self.zero))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         scale, zero = self.scale, self.zero
         super()._apply(fn, recurse)
-        if not scale.is_meta:  # in 16 bits the scale alone would be off by more than the codes are
+        if not scale.is_meta:  # in 16 bits the rounding of the scale would exceed that of the codes
             self.scale, self.zero = scale.to(self.scale.device), zero.to(self.zero.device)
         return self
 
 
 class QuantizedLinear(QuantizedMatrix):
-    """y = W x + bias with W (out_features, in_features) packed; maps (..., in_features) to (..., out_features)."""
+    """y = W x + bias with W (out_features, in_features) quantized; maps (..., in_features) to (..., out_features)."""
 
     def __init__(self, in_features: int, out_features: int, bits: int, bias: bool) -> None:
         super().__init__(out_features, in_features, bits)
@@ -72,45 +74,42 @@ class QuantizedLinear(QuantizedMatrix):
 
 
 class QuantizedEmbedding(QuantizedMatrix):
-    """The packed row of each token, unpacked; maps int64 (...) to (..., dim)."""
+    """Dequantizes the row of each token; maps int64 (...) to (..., dim)."""
 
     def __init__(self, num_embeddings: int, dim: int, bits: int) -> None:
         super().__init__(num_embeddings, dim, bits)
         self.num_embeddings, self.embedding_dim = num_embeddings, dim
 
     def forward(self, tokens: Tensor) -> Tensor:
-        codes = unpack(self.packed[tokens], self.bits, self.columns)
-        return dequantize(Vectors(codes, self.scale[tokens], self.zero[tokens])).to(self.like.dtype)
+        codes = unpack_bits(self.codes[tokens], self.bits, self.columns)
+        return dequantize(Vectors(codes, self.scale[tokens], self.zero[tokens])).to(self.probe.dtype)
 
 
 class TiedHead(nn.Module):
-    """The output layer whose matrix is the packed embedding; maps (..., dim) to (..., num_embeddings)."""
+    """The output layer whose matrix is the quantized embedding; maps (..., dim) to (..., num_embeddings)."""
 
     def __init__(self, embedding: QuantizedEmbedding) -> None:
         super().__init__()
-        self.embedding = (embedding,)  # in a tuple, so that its tensors are the embedding's alone
+        self.embedding = (embedding,)  # a tuple hides its tensors from this module
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.embedding[0].dequantized().to(x.dtype))
 
 
 def minmax_tensors(matrix: Tensor, bits: int, name: str) -> dict[str, Tensor]:
-    """What a `QuantizedMatrix` holds of `matrix` (rows, columns), by the names of its buffers."""
+    """Return the buffers of a `QuantizedMatrix` of `matrix` (rows, columns), by name."""
     codes, scale, zero = quantize(matrix, bits, name)
-    return {"weight": pack(codes, bits).unsqueeze(-1), "scale": scale, "zero": zero}
+    return {"weight": pack_bits(codes, bits).unsqueeze(-1), "scale": scale, "zero": zero}
 
 
 def replace(model: nn.Module, bits: int) -> None:
-    """Put an empty packed layer in the place of every linear layer and embedding of `model`, on its device.
-
-    Low-rank layers must have their factors as modules, see `finhpc.lowrank.layers.FactorLinear`.
-    """
+    """Replace every linear layer and embedding of `model` by an empty quantized one, on its device."""
     for name, module in list(model.named_modules()):
         if isinstance(module, (nn.Linear, Conv1D, nn.Embedding)):
-            model.set_submodule(name, _twin(module, bits))
+            model.set_submodule(name, _empty_twin(module, bits))
 
 
-def _twin(module: nn.Linear | Conv1D | nn.Embedding, bits: int) -> QuantizedMatrix:
+def _empty_twin(module: nn.Linear | Conv1D | nn.Embedding, bits: int) -> QuantizedMatrix:
     with module.weight.device:
         if isinstance(module, nn.Embedding):
             return QuantizedEmbedding(module.num_embeddings, module.embedding_dim, bits)

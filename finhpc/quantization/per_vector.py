@@ -1,11 +1,11 @@
-"""The paper's per-vector quantiser: each row of a matrix on its own evenly spaced grid.
+"""The paper's per-vector quantizer: each row of a matrix on its own evenly spaced grid.
 
 FinGPT-HPC, section V.B: the scale of a vector is the difference of its maximum and minimum. A vector
 is one output row of W, or one row of an embedding. Code q stands for q * scale + zero, where `zero`
 is the row's minimum and `scale` its range over 2^bits - 1 steps, so the minimum and the maximum are
 kept and every other element is at most scale / 2 away (and the rounding of float32).
 
-Scale and zero are float32. They take 8 bytes a row: 1.2 % of GPT2-1.5B at rank 384 in 8 bits. In
+Scale and zero are float32. They take 8 bytes per row: 1.2 % of GPT2-1.5B at rank 384 in 8 bits. In
 float16 the error of the scale itself, times 255 steps, would reach an eighth of a step at 8 bits.
 """
 
@@ -22,7 +22,7 @@ BITS = (8, 4)
 
 
 class Vectors(NamedTuple):
-    """A quantised matrix: `codes` uint8 (rows, columns), `scale` and `zero` float32 (rows,)."""
+    """A quantized matrix: `codes` uint8 (rows, columns), `scale` and `zero` float32 (rows,)."""
 
     codes: Tensor
     scale: Tensor
@@ -30,10 +30,10 @@ class Vectors(NamedTuple):
 
 
 def quantize(weight: Tensor, bits: int, name: str = "weight") -> Vectors:
-    """Quantise each row of `weight` (rows, columns), of any float type, to 8 or 4 bits.
+    """Quantize each row of `weight` (rows, columns), of any float type, to 8 or 4 bits.
 
-    Raises `NonFiniteError` naming `name` and the first row that holds NaN or infinity, or whose range
-    float32 cannot hold.
+    Raises `NonFiniteError` naming `name` and the first row that has NaN or infinity, or a range beyond
+    float32.
     """
     steps, scale, zero = _steps(weight.float(), bits)
     bad = ~torch.isfinite(scale)  # NaN and infinity pass through minimum and maximum
@@ -46,19 +46,19 @@ def quantize(weight: Tensor, bits: int, name: str = "weight") -> Vectors:
 
 
 def dequantize(vectors: Vectors) -> Tensor:
-    """The float32 matrix (rows, columns) that the codes stand for."""
+    """Return the float32 matrix (rows, columns) that the codes represent."""
     return _values(vectors.codes.float(), vectors.scale, vectors.zero)
 
 
 def rounded(weight: Tensor, bits: int) -> Tensor:
-    """`dequantize(quantize(weight, bits))`, bit for bit, of a float32 matrix; NaN where a row is not finite."""
+    """Return `dequantize(quantize(weight, bits))`, bit for bit, of a float32 matrix; a non-finite row becomes NaN."""
     return _values(*_steps(weight, bits))
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes (..., columns) as stored: 8 bits as they are, 4 bits two to a byte, (..., ceil(columns / 2)).
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """Pack codes (..., columns) for storage: 8 bits as they are, 4 bits two per byte, (..., ceil(columns / 2)).
 
-    The first of two is in the low half; an odd last column leaves the high half of its byte 0.
+    The first of two is in the low half; after an odd last column the high half of the byte is 0.
     """
     if bits == 8:
         return codes
@@ -67,20 +67,20 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     return codes[..., ::2] | (codes[..., 1::2] << 4)
 
 
-def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
-    """What `pack` took: uint8 codes (..., columns)."""
+def unpack_bits(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """Undo `pack_bits`: return uint8 codes (..., columns)."""
     if bits == 8:
         return packed
     return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)[..., :columns]
 
 
 def packed_columns(columns: int, bits: int) -> int:
-    """Bytes of a packed row."""
+    """Return the bytes of a packed row."""
     return columns if bits == 8 else (columns + 1) // 2
 
 
 def _steps(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The nearest step of each element (as float32), and each row's scale and zero."""
+    """Return the nearest step of each element (as float32), and each row's scale and zero."""
     last = 2**bits - 1
     low, high = weight.aminmax(dim=1)
     scale = (high - low) / torch.full_like(low, last)  # a GPU multiplies by a plain number's reciprocal: rounded twice
@@ -90,5 +90,5 @@ def _steps(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _values(steps: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    # Two roundings, product then sum, wherever this runs: what training computes is what an export holds.
+    # Two roundings, product then sum, on every device: training computes exactly what an export stores.
     return steps.mul(scale[..., None]).add_(zero[..., None])

@@ -1,4 +1,4 @@
-"""The schemes a model can be exported with, by name."""
+"""The quantization schemes by name."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ MINMAX = "finhpc_minmax"  # the per-vector scheme's name in a model's config.jso
 
 @dataclass(frozen=True)
 class Scheme:
-    """How matrices become tensors on disk, and what config.json says of it.
+    """How a scheme stores matrices on disk, and describes that in config.json.
 
-    `tensors(matrix, bits, name)`: key behind the module's name -> tensor, of a matrix (out, in).
-    `config(bits, keep)`: the `quantization_config`, `keep` naming linear modules left as they are.
-    `fits(rows, columns)`: whether a matrix of that shape can be quantised.
+    `tensors(matrix, bits, name)`: key after the module's name -> tensor, for a matrix (out, in).
+    `config(bits, keep)`: the `quantization_config`, `keep` names the linear modules that stay in float.
+    `fits(rows, columns)`: whether a matrix of that shape can be quantized.
     """
 
     bits: tuple[int, ...]
-    embeddings: bool  # whether embeddings are quantised too
+    embeddings: bool  # whether embeddings are quantized too
     tensors: Callable[[Tensor, int, str], dict[str, Tensor]]
     config: Callable[[int, list[str]], dict[str, object]]
     fits: Callable[[int, int], bool] = lambda rows, columns: True

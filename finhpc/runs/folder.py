@@ -1,13 +1,13 @@
-"""The folder of one run: who works in it, what it was asked to do, and what came out.
+"""The folder of one run: its lock, its settings and its result.
 
     config.yaml       the resolved settings, so that the folder can rerun itself
     environment.json  versions, git commit, command line
-    identity.json     what the settings cannot say: the fingerprints of the dataset and of the model it started from
-    journal.jsonl     events of the training, driver.jsonl those of the driver
-    mlflow.json       where the run stands in MLflow
-    result.json       the outcome
+    identity.json     fingerprints of the dataset and of the model that training starts from
+    journal.jsonl     events of the training; driver.jsonl: those of the driver
+    mlflow.json       how much of the run was sent to MLflow
+    result.json       the result
 
-Every file but the journals is replaced whole or not at all. Passwords are left out of all of them.
+Every file except the journals is replaced as a whole or not at all. None contains passwords.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from finhpc.settings.finetune import TrainingConfig
 from finhpc.settings.pretrain import PretrainConfig
 
 PACKAGES = ("finhpc", "torch", "ray", "deepspeed", "transformers", "tokenizers", "mlflow", "numpy", "pyarrow")
-# What may lie in a run folder before its work begins.
+# Files that a run folder may have before its work begins.
 BEFORE_WORK = {".lock", ".room", "config.yaml", "environment.json", "identity.json", "tasks"}
-RESERVED = ("mlflow.db", "mlartifacts")  # what lies beside the run folders in the storage
+RESERVED = ("mlflow.db", "mlartifacts")  # next to the run folders in the storage
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _SECRET_WORDS = {"password", "passwd", "secret", "token", "key", "apikey", "credential", "credentials", "auth"}
 
 
 class RunFolder:
-    """`storage/name`, made when first locked."""
+    """`storage/name`, created when it is first locked."""
 
     def __init__(self, storage: str | Path, name: str) -> None:
         if not _NAME.fullmatch(name) or name in RESERVED:
@@ -55,9 +55,9 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the run; a second process is refused. The kernel lets go when the holder dies, however it dies.
+        """Lock the run against other processes; the kernel releases the lock when this process dies.
 
-        A folder that is new and in which nothing has begun goes again when a `ConfigError` ends the block.
+        A new folder without results is removed if a `ConfigError` ends the block.
         """
         new = [path for path in (self.path, self.path.parent) if not path.exists()]
         self._make()
@@ -82,15 +82,15 @@ class RunFolder:
         self._write_json("identity.json", identity)
 
     def write_environment(self, argv: Sequence[str] | None = None) -> dict[str, Any]:
-        """Write and return what the run ran on."""
-        found = environment(sys.argv if argv is None else argv)
-        self._write_json("environment.json", found)
-        return found
+        """Write and return the versions, git commit and command line."""
+        values = environment(sys.argv if argv is None else argv)
+        self._write_json("environment.json", values)
+        return values
 
     def check_resume(
         self, config: TrainingConfig, dataset_fingerprint: str | None = None, model_fingerprint: str | None = None
     ) -> None:
-        """Refuse settings that would make the folder's run another run; every difference in one error."""
+        """Raise one `ConfigError` with every setting that differs and would make this another run."""
         path = self.path / "config.yaml"
         if not path.exists():
             return
@@ -100,12 +100,12 @@ class RunFolder:
         old_model, old_data = identity.get("model_fingerprint"), identity.get("dataset_fingerprint")
         if old_model != model_fingerprint:
             problems.append(
-                f"model.path={config.model.path} (fingerprint {_short(model_fingerprint)}) is not what the run started "
-                f"from ({_short(old_model)}, {before.model.path}); use another run.name or restore it."
+                f"model.path={config.model.path} (fingerprint {_short(model_fingerprint)}) is not the model that the "
+                f"run started from ({_short(old_model)}, {before.model.path}); use another run.name or restore it."
             )
         if old_data and dataset_fingerprint and old_data != dataset_fingerprint:
             problems.append(
-                f"{_data(config)} holds other data (fingerprint {dataset_fingerprint[:12]}) than the "
+                f"{_data(config)} has other data (fingerprint {dataset_fingerprint[:12]}) than the "
                 f"run was trained on ({old_data[:12]}, {_data(before)}); use another run.name or restore the data."
             )
         if problems:
@@ -117,12 +117,17 @@ class RunFolder:
     def result(self) -> dict[str, Any] | None:
         return self._read_json("result.json")
 
+    def is_finished(self, steps: int) -> bool:
+        """Whether the run took at least `steps` steps and finished."""
+        result = self.result()
+        return result is not None and result["status"] == "finished" and result["steps"] >= steps
+
     def _make(self) -> None:
         try:
             private_folder(self.path)
         except OSError as error:
             raise ConfigError(
-                f"run.storage={self.path.parent} cannot hold the run folder {self.name} ({error.strerror}); "
+                f"run.storage={self.path.parent} cannot contain the run folder {self.name} ({error.strerror}); "
                 f"choose a folder you may write to."
             ) from None
 
@@ -136,7 +141,9 @@ class RunFolder:
         except FileNotFoundError:
             return None
         except ValueError as error:
-            raise ConfigError(f"{path} is not valid JSON ({error}); restore it, or delete it to do without.") from None
+            raise ConfigError(
+                f"{path} is not valid JSON ({error}); restore it, or delete it to continue without it."
+            ) from None
         return value
 
 
@@ -153,11 +160,11 @@ def environment(argv: Sequence[str]) -> dict[str, Any]:
 
 def _differences(before: TrainingConfig, now: TrainingConfig) -> list[str]:
     old, new = flatten(before), flatten(now)
-    old["samples a step (micro_batch_size x micro_batches x replicas)"] = before.parallel.samples_per_step
-    new["samples a step (micro_batch_size x micro_batches x replicas)"] = now.parallel.samples_per_step
+    old["samples per step (micro_batch_size x micro_batches x replicas)"] = before.parallel.samples_per_step
+    new["samples per step (micro_batch_size x micro_batches x replicas)"] = now.parallel.samples_per_step
     kinds = [config.method.kind for config in (before, now) if isinstance(config, PretrainConfig)]
     if kinds == ["blend", "blend"]:  # alpha must have been what it would be now
-        key = "the step from which W is gone (method.blend_share x train.steps)"
+        key = "the step at which W is gone (method.blend_share x train.steps)"
         shares = (old["method.blend_share"], new["method.blend_share"])
         old[key], new[key] = (round(a * c.train.steps) for a, c in zip(shares, (before, now), strict=True))
     problems, may_change = [], marked(type(now), "may_change")
@@ -186,7 +193,7 @@ def _short(fingerprint: str | None) -> str:
 
 
 def _git() -> dict[str, Any]:
-    """Commit of the checkout finhpc runs from, else of the working directory; null where neither is one."""
+    """Commit of the checkout that finhpc runs from, otherwise of the working directory; None if neither has one."""
     here = Path(__file__).resolve()
     # A virtual environment inside some other checkout is not that checkout: the file must be tracked.
     tracked = _run_git(here.parent, "ls-files", "--error-unmatch", here.name) is not None
@@ -205,7 +212,7 @@ def _run_git(folder: Path, *words: str) -> str | None:
 
 
 def _without_secrets(argv: Sequence[str]) -> list[str]:
-    """The command line; the value of any flag whose name speaks of a secret becomes ***."""
+    """The command line; the value of a flag whose name suggests a secret becomes ***."""
     words: list[str] = [Path(argv[0]).name] if argv else []
     hide_next = False
     for word in argv[1:]:

@@ -1,4 +1,4 @@
-"""A training before it starts: what one verb that trains has of its own; `finhpc.runs.run` does the rest."""
+"""The interface between a command that trains and the run that executes it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from finhpc.settings.finetune import TrainingConfig
-from finhpc.tracking.shown import Dataset, model_name, parameters, shape_of
+from finhpc.tracking.describe import Dataset, model_name, parameters, shape_of
 from finhpc.training.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -17,17 +17,15 @@ if TYPE_CHECKING:
 
     from finhpc.training.trainer import Trainer
 
-Rows = list[tuple[str, str]]
-
 
 class Job(ABC):
-    """A checked training.
+    """A training whose settings were checked.
 
-    `config`: its settings, paths whole; `tags`: of its MLflow run, with the usual ones; `varied`: parameters of it that
-    are shown whatever they are, in place of the usual ones (what a sweep varies).
+    `config`: the settings, with absolute paths. `tags`: more tags for its MLflow run. `varied`: parameters that MLflow
+    shows in any case (the keys that a sweep varies).
     """
 
-    verb: str
+    command: str
     config: TrainingConfig
     tags: Mapping[str, str] = MappingProxyType({})
     varied: Mapping[str, Any] = MappingProxyType({})
@@ -35,7 +33,7 @@ class Job(ABC):
     @property
     @abstractmethod
     def fingerprints(self) -> tuple[str, str | None]:
-        """Of the data, and of the model it starts from: what the settings cannot say."""
+        """Fingerprints of the data and of the model that training starts from; paths alone do not identify them."""
 
     @property
     @abstractmethod
@@ -45,10 +43,10 @@ class Job(ABC):
     @property
     @abstractmethod
     def datasets(self) -> list[Dataset]:
-        """What it reads, as MLflow lists it."""
+        """The data it reads, as MLflow lists them."""
 
     def names(self) -> dict[str, Any]:
-        """Parameters that name its model and its data, with the model's shape."""
+        """Parameters that name the model and the data, and the model's shape."""
         names = {"model": model_name(self.config), "dataset": ", ".join(d.name for d in self.datasets)}
         return names | shape_of(self.hf_config)
 
@@ -57,15 +55,15 @@ class Job(ABC):
         return parameters(self.config, self.names(), self.varied)
 
     def check_checkpoints(self, checkpoints: Path) -> None:  # noqa: B027
-        """Raise `ConfigError` where those of the run were trained on something else than this job's data."""
+        """Raise `ConfigError` if the run's checkpoints were trained on something other than this job's data."""
 
     @abstractmethod
-    def make_ready(self, folder: Path) -> None:
-        """Make in the run folder what the workers read, unless it is there; an interrupted making goes on."""
+    def prepare(self, folder: Path) -> None:
+        """Write the files that the workers read into the run folder; complete an interrupted preparation."""
 
     @abstractmethod
-    def forget(self, folder: Path) -> None:
-        """Remove what `make_ready` made for other settings."""
+    def discard_prepared(self, folder: Path) -> None:
+        """Remove the files that `prepare` wrote for other settings."""
 
     @classmethod
     @abstractmethod
@@ -78,32 +76,28 @@ class Job(ABC):
 
     @abstractmethod
     def counts(self) -> dict[str, Any]:
-        """The keys of the result that can be told without training."""
+        """Keys of the result that are known without training."""
 
     @property
     @abstractmethod
     def vocab_size(self) -> int:
-        """Of the model that is trained."""
+        """Vocabulary of the model that is trained."""
 
     @abstractmethod
-    def save_model(self, folder: Path, saved: Checkpoint) -> None:
-        """Write the trained model as `folder`, complete or absent."""
+    def save_model(self, folder: Path, checkpoint: Checkpoint) -> None:
+        """Write the trained model as `folder`, complete or not at all."""
 
-    def finish(self, result: dict[str, Any], folder: Path) -> None:  # noqa: B027
-        """Add to the result what is made from the trained model."""
+    def use_model(self, result: dict[str, Any], folder: Path) -> None:  # noqa: B027
+        """Add scores or text of the trained model to the result."""
 
     @abstractmethod
-    def rows(self) -> Rows:
-        """What is trained, in the first lines of the table at the end."""
+    def summary(self) -> list[tuple[str, str]]:
+        """The first rows of the table at the end: what is trained."""
 
-    def remark(self, result: dict[str, Any]) -> str:
-        """Beside the validation loss in that table."""
+    def loss_note(self, result: dict[str, Any]) -> str:
+        """A note after the validation loss in that table."""
         return ""
 
     @abstractmethod
-    def dry_run(self, total: dict[str, float] | None) -> dict[str, Any]:
-        """Show and return what can be counted and estimated; `total`: what the cluster has, where that is known."""
-
-    @abstractmethod
     def memory_advice(self) -> str:
-        """What to lower where memory runs out, dearest first."""
+        """What to lower when memory runs out, the most effective first."""

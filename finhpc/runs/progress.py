@@ -1,6 +1,6 @@
-"""Training on the screen: a bar on a terminal, plain lines elsewhere; stderr only.
+"""Show training on stderr: a bar on a terminal, plain lines elsewhere.
 
-It follows the run's journals like any other reader, so it can neither slow nor stop a step.
+It reads the run's journals in a thread, so it can neither slow nor stop a step.
 """
 
 from __future__ import annotations
@@ -25,10 +25,9 @@ POLL_S = 0.5
 
 
 class Progress:
-    """`with Progress(total_steps, folder) as progress:` shows what is written into the folder meanwhile.
+    """`with Progress(total_steps, folder):` shows the records that are written into the folder meanwhile.
 
     `eval_every`: the line of such a step, and of the last one, waits for the evaluation's loss.
-    `show` takes records by hand.
     """
 
     def __init__(
@@ -47,11 +46,11 @@ class Progress:
         self._last_line = -math.inf
         self._checkpoint_line_every_s = checkpoint_line_every_s
         self._last_checkpoint_line = -math.inf
-        self._checkpoint: Record | None = None  # the newest, as long as no line told of it
+        self._checkpoint: Record | None = None  # the newest, until a line is printed about it
         self._train: Record = {}
         self._eval: Record = {}
         self._pace: deque[tuple[float, int]] = deque(maxlen=20)  # (time, step) of the newest steps
-        # What earlier attempts wrote was shown then.
+        # Records of earlier attempts were shown then.
         self._offsets = {path: _size(path) for path in (Path(folder) / WORKER_FILE, Path(folder) / DRIVER_FILE)}
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -86,7 +85,7 @@ class Progress:
         if kind == "message":
             self._print(str(record["text"]))
         elif kind == "train":
-            self._print_waiting_line()  # there was no evaluation: nothing is held out
+            self._print_waiting_line()  # there was no evaluation, as no data are held out
             self._train = record
             self._pace.append((record["time"], record["step"]))
             if self._bar:
@@ -117,9 +116,9 @@ class Progress:
         self._print(f"step {self._train['step']}/{self.total_steps}  {self._figures()}")
 
     def _print_checkpoint(self, at_once: bool = False) -> None:
-        """A line about the newest checkpoint, unless one was printed just now.
+        """Print a line about the newest checkpoint, unless one was printed a moment ago.
 
-        A run that saves every few steps would flood a log; what was held back follows in time, or at the end.
+        A run that saves every few steps would flood a log; a skipped line follows later, or at the end.
         """
         now = time.monotonic()
         due = at_once or now - self._last_checkpoint_line >= self._checkpoint_line_every_s

@@ -1,8 +1,7 @@
-"""What came out of a run: its result, its model folder, a sample of its text."""
+"""The result of a run: the keys of `result.json`, and the table at the end."""
 
 from __future__ import annotations
 
-import logging
 import shlex
 import sys
 import time
@@ -12,16 +11,13 @@ from typing import Any
 from finhpc.errors import CheckpointError
 from finhpc.evaluation import plausible
 from finhpc.files import redact
-from finhpc.runs.job import Job, Rows
+from finhpc.runs.job import Job
 from finhpc.settings.finetune import TrainingConfig
-from finhpc.settings.pretrain import PretrainConfig
 from finhpc.training.journal import WORKER_FILE, Record, latest, read
 
-log = logging.getLogger(__name__)
 
-
-def counted(job: Job) -> dict[str, Any]:
-    """Every key of a result, with what can be told without training; the rest is null."""
+def empty_result(job: Job) -> dict[str, Any]:
+    """Every key of a result; those that are unknown before training are None."""
     parallel = job.config.parallel
     return {
         "status": None,
@@ -55,55 +51,54 @@ def counted(job: Job) -> dict[str, Any]:
 
 
 def collect(job: Job, folder: Path, wall_s: float) -> dict[str, Any]:
-    """Write the model folder from the last checkpoint and gather the result of a finished run."""
+    """Write the model folder from the last checkpoint, use the model, and return the result of a finished run.
+
+    Raises `ImplausibleError` for figures that cannot be true.
+    """
     from finhpc.training.checkpoint import list_complete
 
-    saved = next(iter(list_complete(folder / "checkpoints")), None)
-    if saved is None or saved.step != job.config.train.steps:
+    checkpoint = next(iter(list_complete(folder / "checkpoints")), None)
+    if checkpoint is None or checkpoint.step != job.config.train.steps:
         raise CheckpointError(
-            f"{folder}/checkpoints holds no checkpoint of the last step; run the same command again to make it."
+            f"{folder}/checkpoints has no checkpoint of the last step; run the same command again to write it."
         )
-    saved.verify()
-    job.save_model(folder / "model", saved)
-    result = _measured(job, folder)
-    earlier = earlier_worker_hours(read(folder / WORKER_FILE)[0], time.time() - wall_s)
-    result |= {
+    checkpoint.verify()
+    job.save_model(folder / "model", checkpoint)
+    records, _ = read(folder / WORKER_FILE)
+    earlier = earlier_worker_hours(records, time.time() - wall_s)
+    result = _measured(job, records) | {
         "status": "finished",
-        "consumed_sha256": saved.manifest["consumed"],
-        "checkpoint": str(saved.path),
+        "consumed_sha256": checkpoint.manifest["consumed"],
+        "checkpoint": str(checkpoint.path),
         "model": str(folder / "model"),
         "wall_s": wall_s,
         "worker_hours": earlier + wall_s * job.config.parallel.workers / 3600,
     }
-    return result
-
-
-def check(job: Job, folder: Path, result: dict[str, Any]) -> None:
-    """Raise `ImplausibleError` if a figure of a run that took all its steps cannot be."""
-    train = latest(read(folder / WORKER_FILE)[0], "train")
-    bound = plausible.after_training(job.vocab_size, train[min(train)]["train_loss"] if train else None)
+    job.use_model(result, folder)
+    train = latest(records, "train")
     plausible.check(
-        f"{job.verb} {job.config.run.name}",
+        f"{job.command} {job.config.run.name}",
         {key: value for key, value in result.items() if key != "data"},
-        bound,
+        plausible.after_training(job.vocab_size, train[min(train)]["train_loss"] if train else None),
         "if the losses on the screen grew, lower optimizer.lr or raise optimizer.warmup_steps under another run.name; "
-        "otherwise run the same command again, which evaluates the last checkpoint anew",
+        "otherwise run the same command again, which evaluates the last checkpoint again",
     )
+    return result
 
 
 def unfinished(job: Job, folder: Path, status: str) -> dict[str, Any]:
     """The result of a run that failed or was stopped."""
     from finhpc.training.checkpoint import list_complete
 
-    saved = next(iter(list_complete(folder / "checkpoints")), None)
-    return _measured(job, folder) | {"status": status.lower(), "checkpoint": str(saved.path) if saved else None}
-
-
-def _measured(job: Job, folder: Path) -> dict[str, Any]:
-    """What the journal says: last losses, and the median pace of the newest start."""
     records, _ = read(folder / WORKER_FILE)
-    result = counted(job)
-    newest = _last_that_trained(records)
+    checkpoint = next((str(checkpoint.path) for checkpoint in list_complete(folder / "checkpoints")), None)
+    return _measured(job, records) | {"status": status.lower(), "checkpoint": checkpoint}
+
+
+def _measured(job: Job, records: list[Record]) -> dict[str, Any]:
+    """The result with the journal's last losses and the median speed of the newest start."""
+    result = empty_result(job)
+    newest = last_that_trained(records)
     train, evals = latest(records, "train"), latest(records, "eval")
     if train:
         last = train[max(train)]
@@ -123,8 +118,8 @@ def _measured(job: Job, folder: Path) -> dict[str, Any]:
     return result
 
 
-def _last_that_trained(records: list[Record]) -> list[Record]:
-    """The records of the newest start that took a step: one may resume where nothing is left to do."""
+def last_that_trained(records: list[Record]) -> list[Record]:
+    """The records of the newest start that took a step: a later one may have had nothing left to do."""
     starts = _starts(records)
     trained = [start for start in starts if any(record["kind"] == "train" for record in start)]
     return (trained or starts or [[]])[-1]
@@ -142,59 +137,30 @@ def _starts(records: list[Record]) -> list[list[Record]]:
 
 
 def earlier_worker_hours(records: list[Record], began: float) -> float:
-    """Hours x workers of the starts before the one of unix time `began`, from a start's first record to its last.
+    """Hours x workers of the starts before unix time `began`, from a start's first record to its last.
 
-    Messages do not count: the next start writes some before it says that it begins, perhaps days later.
+    Messages do not count: the next start logs some before its own first record, perhaps days later.
     """
-    counted = [record for record in records if record["kind"] != "message"]
-    before = [start for start in _starts(counted) if start[0]["time"] < began]
+    events = [record for record in records if record["kind"] != "message"]
+    before = [start for start in _starts(events) if start[0]["time"] < began]
     return float(sum((start[-1]["time"] - start[0]["time"]) * start[0]["workers"] for start in before)) / 3600
 
 
-def sample_text(config: PretrainConfig, model_folder: Path) -> str | None:
-    """Text drawn from the model: `train.sample_tokens` after `train.sample_prompt`, seeded."""
-    if not config.train.sample_tokens:
-        return None
-    import torch
-
-    from finhpc.models.files.tokenizer import open_tokenizer
-    from finhpc.models.files.tokens import prompt_ids
-    from finhpc.models.loading import load_model
-
-    log.info("sampling text from the model")
-    model: Any = load_model(model_folder)
-    tokenizer = open_tokenizer(model_folder)
-    prompt = config.train.sample_prompt or tokenizer.eos_token
-    ids = torch.tensor([prompt_ids(tokenizer, prompt)])
-    room = model.config.max_position_embeddings - ids.shape[1]
-    torch.manual_seed(config.train.seed)
-    out = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=max(1, min(config.train.sample_tokens, room)),
-        do_sample=True,
-        top_k=40,
-        temperature=0.8,
-        pad_token_id=tokenizer.eos_token_id,
-    )
-    return str(tokenizer.decode(out[0], skip_special_tokens=True))
-
-
-def summary(job: Job, result: dict[str, Any]) -> Rows:
-    """The table at the end of a run."""
+def summary(job: Job, result: dict[str, Any]) -> list[tuple[str, str]]:
+    """The rows of the table at the end of a run."""
     rows = [
-        *job.rows(),
+        *job.summary(),
         ("steps, tokens", f"{result['steps']:,}, {result['tokens']:,}"),
         ("train loss", _number(result["train_loss"], "{:.4f}")),
-        ("validation loss", _number(result["val_loss"], "{:.4f}") + job.remark(result)),
+        ("validation loss", _number(result["val_loss"], "{:.4f}") + job.loss_note(result)),
         ("tokens/s", _number(result["tokens_per_s"], "{:,.0f}")),
         (
-            "pipeline utilisation",
+            "pipeline utilization",
             _number(result["pipeline_utilization"], "{:.2f} measured")
             + f", {result['pipeline_utilization_ideal']:.2f} ideal",
         ),
         ("waiting for data", _number(result["data_wait_fraction"], "{:.1%}")),
-        ("peak memory a worker", _memory(result)),
+        ("peak memory per worker", _memory(result)),
         ("checkpoint", str(result["checkpoint"])),
         ("model", str(result["model"])),
     ]
@@ -204,17 +170,8 @@ def summary(job: Job, result: dict[str, Any]) -> Rows:
     return rows
 
 
-def dry_summary(job: Job) -> Rows:
-    """The table of a dry run, but for what `finhpc.commands.estimate.pretraining` tells."""
-    return [
-        *job.rows(),
-        ("workers", str(job.config.parallel.workers)),
-        ("samples a step", str(job.config.parallel.samples_per_step)),
-    ]
-
-
 def lower_batch(config: TrainingConfig, then: str) -> str:
-    """What to lower where memory runs out, dearest first; `then`: what comes after the micro-batch."""
+    """Advice for a run whose memory ran out, the most effective first; `then`: what to lower after the micro-batch."""
     parallel = config.parallel
     precision = "" if config.train.precision == "bf16" else ", use train.precision=bf16"
     return (
@@ -225,7 +182,7 @@ def lower_batch(config: TrainingConfig, then: str) -> str:
 
 
 def compare_command(config: TrainingConfig, *more: str) -> str:
-    """How to see the run beside others; the command as it was called here, so that it can be copied."""
+    """The command that compares the run with others, as it was called here, so that it can be copied."""
     if config.run.tracking_uri and config.run.tracking_uri.startswith("http"):
         return f"open {redact(config.run.tracking_uri)}"
     command = sys.argv[0] if Path(sys.argv[0]).name == "finhpc" else "finhpc"

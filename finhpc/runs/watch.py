@@ -1,69 +1,176 @@
-"""What a run on a cluster waits for while its workers have no place: said, so that silence means work."""
+"""Watch workers while they train: hangs, missing resources, a Ray process that died, the end."""
 
 from __future__ import annotations
 
 import logging
-import os
+import math
+import re
+import sys
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from pathlib import Path
+
+from finhpc.cluster.connect import dead_process
+from finhpc.errors import TrainingFailedError
+from finhpc.runs.folder import RunFolder
+from finhpc.runs.job import Job
+from finhpc.training import watchdog
+from finhpc.training.journal import WORKER_FILE, read
 
 log = logging.getLogger(__name__)
 
-START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
-NO_LIMIT_S = 365 * 24 * 3600
-LOOK_S = 2.0
+POLL_S = 0.2
+RESOURCES_POLL_S = 2.0
 PATIENCE_S = 4.0  # a placement on free nodes takes less
+END_S = 2.0  # for Ray Train's controller to end on request; a stopped job has 3 s in all by default
+GRACE_S = 10.0  # for workers to return after they reported the last step
+RECENT_S = 60.0  # a hang explains a failure that came at most this much later
 
 
-@contextmanager
-def placed_whenever() -> Iterator[None]:
-    """Let Ray Train wait for CPUs and GPUs as long as it takes; the user's own limit stands.
+def watch(work: Callable[[], object], poll: Callable[[], bool | None]) -> Exception | None:
+    """Run `work` in a thread until it ends or `poll` returns True; return the exception it raised.
 
-    Its minute is over before a lost node is back, and three such minutes would end the run.
+    The main thread stays free for signals: a handler that raises inside Ray's own waiting is swallowed there. `poll`
+    may raise, which ends `work`. Raises `TrainingFailedError` if a process of Ray's own died: Ray would wait for
+    minutes and then end this process.
     """
-    if START_TIMEOUT in os.environ:
-        yield
-        return
-    os.environ[START_TIMEOUT] = str(NO_LIMIT_S)
+    raised: list[Exception] = []
+
+    def run() -> None:
+        try:
+            work()
+        except Exception as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, daemon=True, name="ray-train")
+    thread.start()
     try:
-        yield
+        while thread.is_alive():
+            thread.join(POLL_S)
+            if poll():
+                return None
+            if name := dead_process():
+                # Now: Ray may end this process before the error is shown.
+                log.info(f"Ray's process {name} died; stopping.")
+                raise TrainingFailedError(
+                    f"Ray's process {name} died (killed, or out of memory?), and with it the workers. "
+                    "The same command resumes from the newest checkpoint."
+                )
     finally:
-        os.environ.pop(START_TIMEOUT, None)
+        _end_training(thread)
+    return raised[0] if raised else None
 
 
-class Waiting:
-    """Tells the user when workers wait for room on a shared cluster, and when they have it.
+def _end_training(thread: threading.Thread) -> None:
+    """End Ray Train's workers and controller if they still work, so that the thread waiting for them returns.
 
-    `workers`, `each`: how many, and the CPUs and GPUs that Ray reserves for one.
+    Ray ends the whole process without a message if a thread still waits for something after Ray was left. The
+    controller has no name; only the frame of `trainer.fit` holds it.
+    """
+    import ray
+
+    frame = sys._current_frames().get(thread.ident or 0)
+    while frame is not None and thread.is_alive() and dead_process() is None:
+        controller = frame.f_locals.get("controller")
+        if isinstance(controller, ray.actor.ActorHandle):
+            controller.abort.remote()
+            thread.join(END_S)
+            if thread.is_alive():  # it does not listen, for instance while it waits for resources
+                ray.kill(controller)
+                thread.join(END_S)
+            return
+        frame = frame.f_back
+
+
+class Watcher:
+    """Reports what happens to the workers of one start. `share`: the resources that Ray reserves for a worker.
+
+    `also` is called at every poll; an exception it raises ends the training.
     """
 
-    def __init__(self, workers: int, each: dict[str, float]) -> None:
-        self.needed = {name: workers * amount for name, amount in each.items()}
-        self.workers = workers
+    def __init__(
+        self, job: Job, folder: RunFolder, share: dict[str, float], also: Callable[[], None] | None = None
+    ) -> None:
+        self.job, self.also = job, also
+        self.stacks_folder, self.journal = folder.path / watchdog.FOLDER, folder.path / WORKER_FILE
+        self.reported = self._stack_files()
+        self.hang, self.hang_time = "", -math.inf
+        _, self.offset = read(self.journal)  # records of earlier starts do not count
+        self.finished_time = math.inf
+        self.needed = {name: job.config.parallel.workers * amount for name, amount in share.items()}
         self.next_look = time.monotonic() + PATIENCE_S
-        self.since: float | None = None
-        self.told = ""
+        self.waiting_since: float | None = None
+        self.waiting_for = ""
 
-    def __call__(self) -> None:
+    def poll(self) -> bool:
+        """Report what changed; True when the workers reported the last step and had `GRACE_S` to return.
+
+        A worker that hangs after that (stopped, swapped out) is not needed any more; Ray Train would wait for it and
+        start all of them again.
+        """
+        self._report_hangs()
+        self._report_waiting()
+        if self.also is not None:
+            self.also()
+        records, self.offset = read(self.journal, self.offset)
+        steps = self.job.config.train.steps
+        if any(record["kind"] == "finished" and record["step"] >= steps for record in records):
+            self.finished_time = min(self.finished_time, time.monotonic())
+        return time.monotonic() - self.finished_time > GRACE_S
+
+    def cause(self, error: Exception) -> str:
+        """Why the workers failed, with advice: a recent hang, or the core of what Ray Train raised."""
+        self._report_hangs()
+        if time.monotonic() - self.hang_time < RECENT_S:
+            return self.hang
+        failures: dict[int, Exception] = getattr(error, "worker_failures", None) or {0: error}
+        for rank, failure in failures.items():
+            text = str(failure)
+            if re.search("OutOfMemoryError|memory monitor|due to the node running low on memory", text):
+                return (
+                    f"worker {rank} was ended by Ray because the machine ran low on memory; {self.job.memory_advice()}"
+                )
+            if re.search(r"SIGKILL|killed by.*OOM|OOM killer", text):
+                return (
+                    f"worker {rank} was killed from outside, most often by the kernel when memory runs out; if so, "
+                    f"{self.job.memory_advice()}"
+                )
+        return last_line(failures[min(failures)])
+
+    def _stack_files(self) -> set[Path]:
+        """Files of workers that ended themselves because nothing moved."""
+        return {path for path in self.stacks_folder.glob("rank-*.txt") if path.stat().st_size}
+
+    def _report_hangs(self) -> None:
+        for path in sorted(self._stack_files() - self.reported):
+            self.reported.add(path)
+            self.hang = f"{path.read_text().partition(';')[0]}; its stacks are in {path}"
+            self.hang_time = time.monotonic()
+            log.info(f"{self.hang}. The workers start again.")
+
+    def _report_waiting(self) -> None:
+        """Report workers that wait for CPUs or GPUs of a shared cluster, and when they have them."""
         now = time.monotonic()
-        if now < self.next_look or not _shared():
+        if now < self.next_look or _is_own_ray():
             return
-        self.next_look = now + LOOK_S
-        if not _pending(self.workers):
-            if self.told:
-                log.info(f"there is room for the workers again, after {now - (self.since or now):.0f} s.")
-            self.since, self.told = None, ""
+        self.next_look = now + RESOURCES_POLL_S
+        if not _is_pending(self.job.config.parallel.workers):
+            if self.waiting_for:
+                log.info(f"the workers have their resources again, after {now - (self.waiting_since or now):.0f} s.")
+            self.waiting_since, self.waiting_for = None, ""
             return
-        self.since = self.since or now
-        text = missing(self.needed, *_resources())
-        if now - self.since >= PATIENCE_S and text != self.told:
-            self.told = text
-            log.info(f"the workers wait for room: {text}. The run goes on by itself; it may be stopped and resumed.")
+        import ray
+
+        self.waiting_since = self.waiting_since or now
+        lack = missing(self.needed, dict(ray.cluster_resources()), dict(ray.available_resources()))
+        if now - self.waiting_since >= PATIENCE_S and lack != self.waiting_for:
+            self.waiting_for = lack
+            log.info(f"the workers wait for resources: {lack}. The run continues by itself; stopping it is safe.")
 
 
 def missing(needed: dict[str, float], total: dict[str, float], free: dict[str, float]) -> str:
-    """What of the needed resources the cluster lacks, in words."""
+    """Which of the needed resources the cluster lacks, in words."""
     words = []
     for name, amount in needed.items():
         has, left = total.get(name, 0), free.get(name, 0)
@@ -71,19 +178,25 @@ def missing(needed: dict[str, float], total: dict[str, float], free: dict[str, f
             words.append(f"they need {amount:g} {name}, the cluster has {has:g} (is a node gone?)")
         elif left < amount:
             words.append(f"they need {amount:g} {name}, of the cluster's {has:g} only {left:g} are free")
-    return "; ".join(words) or "the free CPUs and GPUs do not lie together as the workers need them"
+    return "; ".join(words) or "the free CPUs and GPUs are not on the nodes where workers need them"
 
 
-def _shared() -> bool:
-    """Whether the cluster is somebody's, not one that this command started for itself and whose room it has checked."""
+def last_line(error: Exception) -> str:
+    """The last line of an exception's message, where Ray puts the cause."""
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def _is_own_ray() -> bool:
+    """Whether this command started the cluster for itself; its resources were checked then."""
     from ray._private import worker
 
     node = getattr(worker, "_global_node", None)
-    return node is None or not node.is_head()
+    return node is not None and bool(node.is_head())
 
 
-def _pending(workers: int) -> bool:
-    """Whether a group of that many workers of this driver has no place yet."""
+def _is_pending(workers: int) -> bool:
+    """Whether a placement group of that many workers of this driver has no place yet."""
     import ray
 
     job = ray.get_runtime_context().get_job_id()  # a group's id ends in its driver's
@@ -92,9 +205,3 @@ def _pending(workers: int) -> bool:
         key.endswith(job) and len(group["bundles"]) == workers and group["state"] in ("PENDING", "RESCHEDULING")
         for key, group in groups
     )
-
-
-def _resources() -> tuple[dict[str, float], dict[str, float]]:
-    import ray
-
-    return dict(ray.cluster_resources()), dict(ray.available_resources())

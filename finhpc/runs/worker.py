@@ -15,11 +15,11 @@ from finhpc.files import write_json
 if TYPE_CHECKING:
     from finhpc.training.trainer import Trainer
 
-FATAL = "fatal.json"  # a failure that a restart would only repeat; written by a worker, read by the driver
-ROOM = ".room"  # a reserve on the disk, given up to write that file when the disk is full
-ROOM_BYTES = 256 * 1024
-MEMORY = "out-of-memory.json"  # the step at which memory ran out in an earlier start
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+FATAL = "fatal.json"  # an error that a restart would only repeat; a worker writes it, the driver reads it
+RESERVE = ".room"  # space on the disk, freed to write that file when the disk is full
+RESERVE_BYTES = 256 * 1024
+MEMORY = "out-of-memory.json"  # the step in which memory ran out in an earlier start
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
 OnEval = Callable[[dict[str, Any]], None]
@@ -45,7 +45,7 @@ def train_worker(arguments: dict[str, Any], on_eval: OnEval | None = None) -> No
         _fatal(folder, error)
         raise
     except OSError as error:
-        if error.errno not in NO_ROOM:
+        if error.errno not in DISK_FULL:
             raise
         full = CheckpointError(
             f"{error.filename or folder} could not be written ({error.strerror}); make room on that disk and run the "
@@ -105,5 +105,5 @@ def _line(error: Exception) -> str:
 
 
 def _fatal(folder: Path, error: FinhpcError) -> None:
-    (folder / ROOM).unlink(missing_ok=True)
+    (folder / RESERVE).unlink(missing_ok=True)
     write_json(folder / FATAL, {"error": type(error).__name__, "message": str(error)})

@@ -1,4 +1,4 @@
-"""A section of settings, and how defaults, YAML and flags become one: `load`."""
+"""Sections of settings, and `load`, which makes one of defaults, YAML and flags."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from finhpc import plugins
-from finhpc.errors import ConfigError
+from finhpc.errors import ConfigError, collect
 from finhpc.textfile import parse_yaml, read_text
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ else:
     ModelMetaclass = type(BaseModel)
 
 
-class _Refusing(ModelMetaclass):
-    """Makes `PretrainConfig(...)` in Python what `build` makes of a YAML file, with the same messages."""
+class _SectionType(ModelMetaclass):
+    """Makes `PretrainConfig(...)` in Python accept and refuse the same as `build` for a YAML file."""
 
     if not TYPE_CHECKING:
 
@@ -34,8 +34,8 @@ class _Refusing(ModelMetaclass):
                 raise ConfigError(_explained(cls, error)) from None
 
 
-class Section(BaseModel, metaclass=_Refusing):
-    """Settings under one name; a wrong key or value raises `ConfigError`, when it is made as when it is assigned."""
+class Section(BaseModel, metaclass=_SectionType):
+    """Settings under one name. A wrong key or value raises `ConfigError`, at creation and at assignment."""
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
 
@@ -51,14 +51,14 @@ class Section(BaseModel, metaclass=_Refusing):
 
 
 C = TypeVar("C", bound=Section)
-# `json_schema_extra` of a setting, or of a section's class, that may change when a run is resumed. All others are what
-# the run means and must stay as they were.
+# `json_schema_extra` of a setting, or of the class of a section, that may change when a run is resumed. All others
+# define the run and must stay the same.
 MAY_CHANGE: dict[str, Any] = {"may_change": True}
 TRUST = "trust_task_code"
-Plugins = Annotated[list[str], AfterValidator(plugins.load)]  # imported when the settings are made, wherever that is
+Plugins = Annotated[list[str], AfterValidator(plugins.load)]  # imported as soon as the settings are created
 
 
-# Paths become absolute when settings are made, because workers and reruns have other working directories.
+# Paths become absolute as soon as the settings are created: workers and reruns have other working directories.
 
 
 def absolute_path(path: str) -> str:
@@ -77,20 +77,20 @@ def _absolute_source(source: str) -> str:
 
 
 LocalPath = Annotated[str, AfterValidator(absolute_path)]
-ModelPath = Annotated[str, AfterValidator(_absolute_if_exists)]  # a folder, or a name of the hub, which stays
+ModelPath = Annotated[str, AfterValidator(_absolute_if_exists)]  # a folder, or the name of a model on the hub
 Source = Annotated[str, AfterValidator(_absolute_source)]
 
 
 def plugins_field() -> Any:
-    """The setting of every command that own code can take part in."""
+    """Return the setting `plugins`, which every command has that runs code of a plugin."""
     return Field(
         default_factory=list,
-        description="modules that register low-rank layers, optimizers, families, shapes or templates of your own",
+        description="modules that register your own low-rank layers, optimizers, model families, shapes or templates",
     )
 
 
 def recipes() -> dict[str, Path]:
-    """Named configs that ship with finhpc: name -> YAML file; a study's is studies/NAME, a scale's reproduce/NAME."""
+    """Return the recipes in the package, name -> YAML file. Those of studies are called studies/NAME."""
     folder = Path(str(files("finhpc") / "recipes"))
     paths = [path for where in ("*", "studies/*", "reproduce/*") for path in sorted(folder.glob(f"{where}.yaml"))]
     return {path.relative_to(folder).with_suffix("").as_posix(): path for path in paths}
@@ -99,39 +99,32 @@ def recipes() -> dict[str, Path]:
 def load(
     cls: type[C], source: str | None, overrides: Mapping[str, Any] | None = None, problems: Sequence[str] = ()
 ) -> C:
-    """Resolve defaults < `source` (a recipe's name or a YAML file) < `overrides` ({"a.b": value}).
+    """Resolve defaults < `source` (a recipe's name or a YAML file) < `overrides` ({"a.b": value} or sections).
 
-    Raises `ConfigError` with every unknown key and every bad value, after `problems` that were found already, and for
-    a file that trusts code: settings and recipes are passed on, and whoever runs one must trust the code, not who
-    wrote it.
+    Raises `ConfigError` with `problems` and every unknown key and bad value. A file must not allow task files to run
+    code: settings and recipes are passed on, and whoever runs them has to trust that code.
     """
+    problems = list(problems)
     tree: dict[str, Any] = {}
-    found = list(problems)
-    try:
+    with collect(problems):
         tree = _read(source) if source else {}
-    except ConfigError as error:
-        found += error.problems
     if _trusts(tree) and TRUST not in (overrides or {}):
-        found.append(
-            f"config={source} sets {TRUST}, which lets task files run code, and a file may not give that leave; read "
-            f"the task files, then give --{TRUST} true on the command line, or take it out of {source}."
+        problems.append(
+            f"config={source} sets {TRUST}, which lets task files run code; a file cannot give that permission. Read "
+            f"the task files, then give --{TRUST} true on the command line, or remove it from {source}."
         )
     for dotted, value in _leaves(cls, overrides or {}):
-        try:
+        with collect(problems):
             put(tree, dotted, value)
-        except ConfigError as error:
-            found += error.problems
-    try:
+    with collect(problems):
         settings = build(cls, tree)
-    except ConfigError as error:
-        found += error.problems
-    if found:
-        raise ConfigError(list(dict.fromkeys(found)))
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
     return settings
 
 
 def _leaves(cls: type[Section], overrides: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of settings that may be grouped into sections."""
+    """Yield (dotted name, value) of settings that may be grouped into sections."""
     sections = {path for path, field in _fields(cls) if _is_section(field.annotation)}
 
     def leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -152,14 +145,14 @@ def _is_section(kind: Any) -> TypeGuard[type[Section]]:
 
 
 def _trusts(tree: Any) -> bool:
-    """Whether settings, or those of a recipe's steps, let code run."""
+    """Whether settings, or those of a step in a recipe, allow task files to run code."""
     if isinstance(tree, dict):
         return bool(tree.get(TRUST)) or any(map(_trusts, tree.values()))
     return isinstance(tree, list) and any(map(_trusts, tree))
 
 
 def build(cls: type[C], tree: dict[str, Any]) -> C:
-    """Validate a nested dictionary; every problem in one `ConfigError`."""
+    """Validate a nested dictionary; raises one `ConfigError` with every problem."""
     try:
         return cls.model_validate(_over_own_defaults(cls, tree))
     except ValidationError as error:
@@ -167,12 +160,12 @@ def build(cls: type[C], tree: dict[str, Any]) -> C:
 
 
 def _over_own_defaults(cls: type[Section], tree: dict[str, Any]) -> dict[str, Any]:
-    """`tree`, with a section given in part completed by what `cls` says of it, not by the section's class alone."""
+    """Complete each section of `tree` with the defaults that it has in `cls`, which may differ from its class's."""
     for name, field in cls.model_fields.items():
         given, kind = tree.get(name), field.annotation
         if not _is_section(kind) or name not in tree:
             continue
-        if given is None:  # a section of a YAML file of which no line is left
+        if given is None:  # an empty section of a YAML file
             tree = {key: value for key, value in tree.items() if key != name}
             continue
         if not isinstance(given, dict | Section):
@@ -180,7 +173,7 @@ def _over_own_defaults(cls: type[Section], tree: dict[str, Any]) -> dict[str, An
         own = field.get_default(call_default_factory=True).model_dump(exclude_unset=True)
         if isinstance(given, dict):
             tree = tree | {name: own | _over_own_defaults(kind, given)}
-        elif own:  # an object of Python's: what it does not set is as the place has it, not as its class has it
+        elif own:  # an object created in Python
             tree = tree | {name: own | given.model_dump(exclude_unset=True)}
     return tree
 
@@ -189,32 +182,25 @@ def to_yaml(config: Section) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def keys(cls: type[Section], prefix: str = "") -> dict[str, Any]:
-    """Dotted name -> field of every leaf setting."""
-    found: dict[str, Any] = {}
-    for name, field in cls.model_fields.items():
-        kind = field.annotation
-        if _is_section(kind):
-            found |= keys(kind, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = field
-    return found
+def keys(cls: type[Section]) -> dict[str, Any]:
+    """Return dotted name -> field of every setting."""
+    return {name: field for name, field in _fields(cls) if not _is_section(field.annotation)}
 
 
 def defaults(cls: type[Section], source: str | None = None) -> dict[str, str]:
-    """Dotted name -> the value that a setting has without a flag, as help shows it; `source`: a recipe or YAML file.
+    """Return dotted name -> value without flags, as help shows it, over a recipe or YAML file `source`.
 
-    A field says in `json_schema_extra` what stands for a value that is found only later.
+    A field whose default is only known later describes it in `json_schema_extra`, as "default".
     """
     later, tree = marked(cls, "default"), _read(source) if source else {}
     return {
-        name: str(later[name]) if name in later and not _holds(tree, name) else _shown(value)
+        name: str(later[name]) if name in later and not _contains(tree, name) else _as_flag(value)
         for name, value in flatten(load(cls, source)).items()
     }
 
 
 def marked(cls: type[Section], mark: str) -> dict[str, Any]:
-    """Dotted name -> what `json_schema_extra` says under `mark`, of the setting or of a section that it is in."""
+    """Return dotted name -> the value of `mark` in `json_schema_extra` of the setting or a section around it."""
     marks: dict[str, Any] = {}
     for path, field in _fields(cls):
         section = field.annotation
@@ -229,14 +215,14 @@ def marked(cls: type[Section], mark: str) -> dict[str, Any]:
 
 
 def _fields(cls: type[Section], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, field) of every section and setting."""
+    """Yield (dotted name, field) of every section and setting."""
     for name, field in cls.model_fields.items():
         yield prefix + name, field
         if _is_section(field.annotation):
             yield from _fields(field.annotation, f"{prefix}{name}.")
 
 
-def _holds(tree: Any, dotted: str) -> bool:
+def _contains(tree: Any, dotted: str) -> bool:
     for part in dotted.split("."):
         if not isinstance(tree, dict) or part not in tree:
             return False
@@ -244,8 +230,8 @@ def _holds(tree: Any, dotted: str) -> bool:
     return True
 
 
-def _shown(value: Any) -> str:
-    """A value as it is written on the command line."""
+def _as_flag(value: Any) -> str:
+    """Write a value as on the command line."""
     if value is None or value in ("", [], {}):
         return "none"
     if isinstance(value, bool):
@@ -256,7 +242,7 @@ def _shown(value: Any) -> str:
 
 
 def flatten(config: Section) -> dict[str, Any]:
-    """Dotted name -> value of every leaf setting."""
+    """Return dotted name -> value of every setting."""
     flat: dict[str, Any] = {}
     for dotted in keys(type(config)):
         value: Any = config
@@ -267,7 +253,7 @@ def flatten(config: Section) -> dict[str, Any]:
 
 
 def nearest(name: str, valid: list[str], most: int = 20) -> str:
-    """What to write instead of a mistyped name: the nearest valid one, or all of them, if they are at most `most`."""
+    """Return a hint for a mistyped name: the nearest valid name, or all of them if there are at most `most`."""
     close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
     if close:
         return f"did you mean '{close[0]}'?"
@@ -280,13 +266,15 @@ def _read(source: str) -> dict[str, Any]:
     if not path.is_file():
         if os.sep in source or source.endswith((".yaml", ".yml")):
             raise ConfigError(f"config={source} is not a file; give a YAML file or one of: {', '.join(known)}.")
-        raise ConfigError(f"config={source} is no recipe; {nearest(source, list(known), most=100)}")
+        raise ConfigError(f"config={source} is not a recipe; {nearest(source, list(known), most=100)}")
     try:
         tree = parse_yaml(read_text(path, setting=None)[0])
     except yaml.YAMLError as error:
         raise ConfigError(f"config={source} is not valid YAML: {error}; correct that line.") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"config={source} must hold sections (`model:`, `train:`, ...), not {type(tree).__name__}.")
+        raise ConfigError(
+            f"config={source} must contain sections (`model:`, `train:`, ...), not {type(tree).__name__}."
+        )
     return tree
 
 
@@ -301,7 +289,7 @@ def put(tree: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 class ProblemsError(ValueError):
-    """What a field's own check raises; each of its problems is a line of the `ConfigError` that comes of it."""
+    """Raised by the validator of a field; each problem becomes a line of the `ConfigError`."""
 
     def __init__(self, problems: list[str]) -> None:
         super().__init__("; ".join(problems))
@@ -309,21 +297,22 @@ class ProblemsError(ValueError):
 
 
 def _explained(cls: type[Section], error: ValidationError) -> list[str]:
-    """Every problem in words."""
-    found: list[str] = []
+    problems: list[str] = []
     for item in error.errors():
         cause = item.get("ctx", {}).get("error")
-        found += cause.problems if isinstance(cause, ProblemsError) else [_explain(cls, dict(item))]
-    return found
+        problems += cause.problems if isinstance(cause, ProblemsError) else [_explain(cls, dict(item))]
+    return problems
 
 
 def _explain(cls: type[Section], item: dict[str, Any]) -> str:
     where = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden" and where in keys(cls):
-        return f"{where} is written with a dot, as on the command line; in YAML and Python a section holds its keys."
+        return (
+            f"{where} is written with a dot, as on the command line; in YAML and Python make it a key of its section."
+        )
     if item["type"] == "extra_forbidden":
         return f"{where} is not a setting; {nearest(where, [name for name, _ in _fields(cls)])}"
-    field = keys(cls).get(where)
+    field = keys(cls).get(where) or keys(cls).get(where.rpartition(".")[0])  # of an item in a list
     hint = ""
     if item["type"] == "literal_error" and field is not None:
         near = difflib.get_close_matches(str(item["input"]), [str(a) for a in get_args(field.annotation)], n=1)

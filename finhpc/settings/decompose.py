@@ -12,42 +12,44 @@ from finhpc.settings.training import Resources
 
 
 class Calibration(Section):
-    """Text that whitening looks at."""
+    """Text for whitening."""
 
-    source: list[str] = Field(default_factory=list, description="files or folders of text, as for prepare")
-    text_field: str = Field("text", description="field or column that holds the text")
+    source: list[str] = Field(
+        default_factory=list, description="files or folders of text, as for prepare; required by whiten"
+    )
+    text_field: str = Field("text", description="field or column with the text")
     samples: int = Field(64, ge=1, description="blocks of text")
-    seq_len: int = Field(512, ge=2, description="tokens a block")
+    seq_len: int = Field(512, ge=2, description="tokens per block")
 
 
 class DecomposeConfig(Section):
     """Settings of `finhpc decompose`."""
 
-    model: str = Field("", description="dense model: a Hugging Face folder, a hub id or a .gguf file")
-    out: str = Field("", description="folder for the low-rank model")
+    model: str = Field("", description="dense model: a Hugging Face folder, a hub id or a .gguf file; required")
+    out: str = Field("", description="folder for the low-rank model; required")
     rank: int | None = Field(
         None, description="rank of every layer that `ranks` does not name; default: by ranks or keep_*"
     )
     ranks: dict[str, int] = Field(
         default_factory=dict,
-        description=f"rank for a kind of layer: any of {', '.join(LINEAR_KINDS)}; without rank or keep_*, "
+        description=f"rank by kind of layer: {', '.join(LINEAR_KINDS)}; without rank or keep_*, "
         "kinds not named stay dense",
     )
     keep_params: float | None = Field(
-        None, gt=0, le=1, description="share of each layer's parameters kept; default: by rank"
+        None, gt=0, le=1, description="share of the parameters of each layer to keep; default: by rank"
     )
     keep_energy: float | None = Field(
         None,
         gt=0,
         le=1,
-        description="share of each layer's squared singular values kept, by the smallest rank; default: by rank",
+        description="share of the squared singular values of each layer to keep; default: by rank",
     )
-    embedding: Literal["dense", "low_rank"] = Field("dense", description="the token embedding")
+    embedding: Literal["dense", "low_rank"] = Field("dense", description="kind of the token embedding")
     head: Literal["dense", "low_rank"] = Field(
-        "dense", description="the output layer; a tied one is untied where it or the embedding is low-rank"
+        "dense", description="kind of the output layer; untied from the embedding if one of the two is low-rank"
     )
-    whiten: bool = Field(False, description="best for the layers' outputs on calibration.source, not for the weights")
+    whiten: bool = Field(False, description="minimize the error of outputs on calibration.source, not that of weights")
     calibration: Calibration = Field(default_factory=Calibration)
-    workers: int = Field(0, ge=0, description="parallel tasks; 0: as many as the cluster has room for")
+    workers: int = Field(0, ge=0, description="parallel tasks; 0: as many as fit the cluster")
     resources: Resources = Field(default_factory=Resources)
     plugins: Plugins = plugins_field()

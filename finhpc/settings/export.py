@@ -10,22 +10,25 @@ from finhpc.settings.base import Plugins, Section, plugins_field
 
 
 class ExportQuantization(Section):
-    bits: Literal[16, 8, 4] = Field(16, description="bits a weight; 16: not quantised")
+    """How to store the weights."""
+
+    bits: Literal[16, 8, 4] = Field(16, description="bits per weight; 16: not quantized")
     scheme: Literal["minmax", "int8", "nf4"] = Field(
-        "minmax", description="minmax: per vector, 8 or 4 bits, opened with finhpc; int8 (8), nf4 (4): bitsandbytes"
+        "minmax",
+        description="minmax: per vector, 8 or 4 bits, needs finhpc to open; int8 (8 bits), nf4 (4 bits): bitsandbytes",
     )
 
 
 class ExportConfig(Section):
     """Settings of `finhpc export`."""
 
-    model: str = Field("", description="a model or adapter folder, a hub id or a .gguf file")
+    model: str = Field("", description="model or adapter folder, hub id or .gguf file; required")
     format: Literal["native", "merged"] = Field(
-        "native", description="native: low-rank as it is; merged: B A multiplied out, opened without finhpc"
+        "native", description="native: as it is, low-rank; merged: B A multiplied out, opens without finhpc"
     )
-    out: str = Field("", description="new folder for the exported model")
+    out: str = Field("", description="new folder for the exported model; required")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="of weights that are not quantised; auto: as in the model"
+        "auto", description="type of weights that are not quantized; auto: as in the model"
     )
     quantization: ExportQuantization = Field(default_factory=ExportQuantization)
     plugins: Plugins = plugins_field()

@@ -1,4 +1,4 @@
-"""Settings of a finetuning run: LoRA beside a frozen, perhaps quantised, base."""
+"""Settings of `finhpc finetune`: a LoRA adapter over a frozen base, which may be quantized."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.training import Optimizer, Parallel, Resources, Run, Train
 
 LABELS = (
-    "the labels (hawkish dovish neutral), or the label of each code (0=dovish 1=hawkish); default: those of the "
-    "template, or of the data"
+    "labels (hawkish dovish neutral), or codes and their labels (0=dovish 1=hawkish); default: those of the "
+    "template or of the data"
 )
 
 
 def _meaning(value: Any) -> Any:
-    """A list of labels, or of CODE=LABEL, as a mapping from what stands in the data to the label."""
+    """Turn a list of labels, or of CODE=LABEL, into a mapping from the value in the data to the label."""
     if isinstance(value, str):
         value = [value]
     if isinstance(value, list):
@@ -51,28 +51,30 @@ Labels = Annotated[dict[str, str], BeforeValidator(_meaning)]
 
 
 class Base(Section):
-    """The model that stays as it is."""
+    """The frozen model."""
 
     path: ModelPath | None = Field(
         None,
-        description="base: a Hugging Face folder, a hub id, a .gguf file, or a model of finhpc; required",
+        description="base model: a Hugging Face folder, a hub id, a .gguf file or a finhpc model; required",
         json_schema_extra=MAY_CHANGE,
     )
 
 
 class Lora(Section):
-    """The adapter, in peft's terms (E. Hu et al., "LoRA", 2021)."""
+    """The adapter, in the terms of peft (E. Hu et al., "LoRA", 2021)."""
 
     rank: int = Field(8, description="rank of A and B")
-    lora_alpha: float = Field(16.0, gt=0, description="the adapter's output is scaled by lora_alpha / rank")
+    lora_alpha: float = Field(
+        16.0, gt=0, description="scale: the output of the adapter is multiplied by lora_alpha / rank"
+    )
     targets: list[str] = Field(
         default_factory=lambda: ["all-linear"],
-        description="names of the adapted layers, as ends of module names (q_proj), or a regular expression for whole "
-        "names, as peft takes a string (.*[02468].*q_proj); all-linear: all but the head",
+        description="layers with an adapter: ends of module names (q_proj), or one regular expression for whole names "
+        "(.*[02468].*q_proj), as in peft; all-linear: all except the head",
     )
-    dropout: float = Field(0.0, ge=0, lt=1, description="on the adapter's input")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of the adapter")
     init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = Field(
-        "default", description="peft's init_lora_weights; default: A uniform (Kaiming), B zero"
+        "default", description="init_lora_weights of peft; default: A uniform (Kaiming), B zero"
     )
 
     @field_validator("targets", mode="before")
@@ -84,61 +86,70 @@ class Lora(Section):
 class FinetuneQuantization(Section):
     """How the frozen base is stored."""
 
-    bits: Literal[16, 8, 4] = Field(16, description="bits a weight of the base's linear layers; 16: not quantised")
+    bits: Literal[16, 8, 4] = Field(16, description="bits per weight of the linear layers; 16: not quantized")
     scheme: Literal["auto", "int8", "nf4", "minmax"] = Field(
-        "auto", description="auto: bitsandbytes' int8 at 8 bits, its NF4 at 4; minmax: the paper's, per vector"
+        "auto", description="auto: bitsandbytes int8 for 8 bits, NF4 for 4; minmax: the scheme of the paper, per vector"
     )
 
 
 class Instructions(Section):
-    """Examples to learn from: a prompt, and the answer that alone carries loss."""
+    """Examples: a prompt and an answer. Only the answer counts for the loss."""
 
     source: list[Source] = Field(
         default_factory=list,
-        description="files of examples, or hf:NAME (repeat for several; FILE:FORMAT names its format)",
+        description="files of examples, or hf:NAME (repeatable; FILE:FORMAT names the format)",
         json_schema_extra=MAY_CHANGE,
     )
-    template: str | None = Field(None, description="named prompt template; default: the one of each file's format")
+    template: str | None = Field(None, description="name of the prompt template; default: that of each file's format")
     columns: dict[str, str] = Field(
         default_factory=dict,
-        description="columns that hold the template's fields, if they have other names: input=headline, label=mood",
+        description="columns of the template's fields, if they have other names: input=headline label=mood",
     )
     templates: LocalPath | None = Field(
-        None, description="YAML file of your own templates; default: none (--list_templates shows all)"
+        None, description="YAML file with templates of your own; default: none (--list_templates shows all)"
     )
     labels: Labels = Field(default_factory=dict, description=LABELS)
     encoding: str | None = Field(
-        None, description="of text and CSV files; default: UTF-8, and PhraseBank latin-1 unless it is valid UTF-8"
+        None, description="encoding of text and CSV files; default: UTF-8; PhraseBank: latin-1 unless it is valid UTF-8"
     )
-    hf_split: str = Field("train", description="split of hf: sources")
+    hf_split: str = Field("train", description="split of sources hf:NAME")
     eval_source: list[Source] = Field(
         default_factory=list,
-        description="held-out files; default: eval_fraction of each source, split by sentence",
+        description="files of held-out examples; default: eval_fraction of each source, split by sentence",
         json_schema_extra=MAY_CHANGE,
     )
-    eval_fraction: float = Field(0.1, ge=0, lt=1, description="share of distinct inputs held out where none are given")
-    limit: int | None = Field(None, ge=1, description="examples trained on, drawn by the seed; default: all")
-    eval_limit: int | None = Field(None, ge=1, description="held-out examples scored at each evaluation; default: all")
-    max_len: int = Field(512, ge=8, description="tokens an example; longer inputs are cut, see cut")
-    cut: Literal["input", "refuse"] = Field("input", description="input: the end of the input is cut, never the answer")
+    eval_fraction: float = Field(
+        0.1, ge=0, lt=1, description="share of distinct inputs to hold out if eval_source is not given"
+    )
+    limit: int | None = Field(None, ge=1, description="examples to train on, drawn by the seed; default: all")
+    eval_limit: int | None = Field(
+        None, ge=1, description="held-out examples to score at each evaluation; default: all"
+    )
+    max_len: int = Field(512, ge=8, description="tokens per example; longer ones are handled as `cut` says")
+    cut: Literal["input", "refuse"] = Field(
+        "input", description="input: truncate the end of the input, never the answer; refuse: stop with an error"
+    )
     max_dropped: float = Field(
-        0.01, ge=0, le=1, description="largest share of examples dropped since max_len leaves no room for their answer"
+        0.01,
+        ge=0,
+        le=1,
+        description="largest share of examples that may be dropped because their answer does not fit max_len",
     )
 
 
 class FinetuneTrain(Train):
-    """As in pretraining, counted in passes over the examples."""
+    """As in pretraining, but counted in passes over the examples."""
 
     steps: int = Field(
         300,
         ge=1,
-        description="optimizer steps; in place of train.epochs",
+        description="optimizer steps; replaces train.epochs",
         json_schema_extra={"default": "by train.epochs"},
     )
     epochs: float | None = Field(
         1.0,
         gt=0,
-        description="passes over the examples; not used if train.steps is given",
+        description="passes over the examples; ignored if train.steps is given",
         json_schema_extra=MAY_CHANGE,
     )
 
@@ -156,6 +167,10 @@ class FinetuneConfig(Section):
     run: Run = Field(default_factory=lambda: Run(name="finetune"))
     resources: Resources = Field(default_factory=Resources)
     plugins: Plugins = plugins_field()
+
+    def problems(self) -> list[str]:
+        """Return every contradiction between settings, each with its remedy."""
+        return self.parallel.problems()
 
 
 TrainingConfig = PretrainConfig | FinetuneConfig

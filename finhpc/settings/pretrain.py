@@ -1,4 +1,4 @@
-"""Settings of a pretraining run, and of what plans and compares such runs."""
+"""Settings of `finhpc pretrain`."""
 
 from __future__ import annotations
 
@@ -9,63 +9,60 @@ from pydantic import Field
 from finhpc.settings.base import MAY_CHANGE, LocalPath, ModelPath, Plugins, Section, plugins_field
 from finhpc.settings.training import Optimizer, Parallel, Resources, Run, Train
 
-OF_PRESET: dict[str, Any] = {"default": "the preset's"}  # what help shows in place of None
+OF_PRESET: dict[str, Any] = {"default": "the preset's"}  # shown by help in place of None
 LINEAR_KINDS = ("attention", "mlp", "head", "embedding")
 
 
 class Model(Section):
-    """Which transformer. A preset names a shape; the other keys change parts of it. Or `path`, which brings its own."""
+    """The transformer: a preset, parts of which the other keys change; or `path`, which defines its own shape."""
 
     path: ModelPath | None = Field(
         None,
-        description="model folder whose weights training starts from, dense or low-rank, with its own shape; default: "
-        "weights are drawn",
+        description="folder of a dense or low-rank model to start from, which defines the shape; default: random "
+        "initial weights",
         json_schema_extra=MAY_CHANGE,
     )
-    preset: str = Field("gpt2-tiny", description="named shape; `finhpc pretrain --help` lists them")
+    preset: str = Field("gpt2-tiny", description="named shape, listed below")
     layers: int | None = Field(None, ge=1, description="transformer blocks", json_schema_extra=OF_PRESET)
     width: int | None = Field(None, ge=1, description="hidden size", json_schema_extra=OF_PRESET)
     heads: int | None = Field(None, ge=1, description="attention heads", json_schema_extra=OF_PRESET)
     kv_heads: int | None = Field(None, ge=1, description="key/value heads (Llama)", json_schema_extra=OF_PRESET)
-    mlp_width: int | None = Field(
-        None, ge=1, description="inner size of the feed-forward part", json_schema_extra=OF_PRESET
-    )
-    context: int | None = Field(
-        None, ge=2, description="longest sequence the model can take", json_schema_extra=OF_PRESET
-    )
-    vocab_size: int | None = Field(None, ge=2, description="default: the shards' tokeniser's")
-    dropout: float = Field(0.0, ge=0, lt=1, description="of embeddings, attention and residuals (GPT-2)")
+    mlp_width: int | None = Field(None, ge=1, description="inner size of the MLP", json_schema_extra=OF_PRESET)
+    context: int | None = Field(None, ge=2, description="longest sequence, in tokens", json_schema_extra=OF_PRESET)
+    vocab_size: int | None = Field(None, ge=2, description="vocabulary size; default: that of the shards' tokenizer")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout of embeddings, attention and residuals (GPT-2)")
     tie_embeddings: bool | None = Field(
-        None, description="share embedding and head; default: as the preset; never with a low-rank head"
+        None, description="one matrix for embedding and head; default: as in the preset; never with a low-rank head"
     )
 
 
 class Method(Section):
-    """How a linear layer is made."""
+    """What a linear layer computes."""
 
     kind: str = Field(
         "low_rank",
-        description="dense; low_rank: y = B(A x) from scratch (method 1); svd: from the factors of model.path "
-        "(method 2); blend: y = alpha W x + (1 - alpha) B A x, alpha falling to 0 (method 3); cola: y = B silu(A x)",
+        description="dense; low_rank: y = B(A x) from scratch (method 1); svd: low_rank, started from the factors of "
+        "model.path (method 2); blend: y = alpha W x + (1 - alpha) B A x, alpha falling to 0 (method 3); cola: "
+        "y = B silu(A x)",
     )
-    rank: int = Field(64, description="rank of every pair that `ranks` does not name")
+    rank: int = Field(64, description="rank of every layer that `ranks` does not name")
     ranks: dict[str, int] = Field(
-        default_factory=dict, description=f"rank for a kind of layer: any of {', '.join(LINEAR_KINDS)}; default: rank"
+        default_factory=dict, description=f"rank by kind of layer: {', '.join(LINEAR_KINDS)}; default: rank"
     )
     init: Literal["spectral", "normal", "cola"] | None = Field(
         None,
-        description="how A and B start; normal: drawn, so that B A has the dense initialisation's variance; spectral: "
-        "that one's SVD, split as square roots; default: normal, cola for kind cola",
+        description="initial A and B; normal: random, with the variance of the dense initialization in B A; spectral: "
+        "the SVD of a dense initialization, split into square roots; default: normal, or cola for kind cola",
     )
-    embedding: Literal["dense", "low_rank"] = Field("dense", description="the token embedding")
-    head: Literal["low_rank", "dense"] = Field("low_rank", description="the output layer")
-    blend_start: float = Field(0.99, gt=0, le=1, description="alpha in the first step (blend)")
+    embedding: Literal["dense", "low_rank"] = Field("dense", description="kind of the token embedding")
+    head: Literal["low_rank", "dense"] = Field("low_rank", description="kind of the output layer")
+    blend_start: float = Field(0.99, gt=0, le=1, description="blend: alpha in the first step")
     blend_share: float = Field(
-        0.5, gt=0, le=1, description="share of train.steps after which alpha is 0 (blend)", json_schema_extra=MAY_CHANGE
+        0.5, gt=0, le=1, description="blend: share of train.steps after which alpha is 0", json_schema_extra=MAY_CHANGE
     )
-    blend_schedule: Literal["linear", "cosine"] = Field("linear", description="how alpha falls (blend)")
+    blend_schedule: Literal["linear", "cosine"] = Field("linear", description="blend: how alpha falls")
     blend_weight: Literal["frozen", "trainable"] = Field(
-        "frozen", description="whether W is trained too, as long as it is there (blend)"
+        "frozen", description="blend: whether W is trained too until alpha is 0"
     )
 
     def blend_steps(self, steps: int) -> int:
@@ -83,20 +80,22 @@ class Method(Section):
 
 
 class Data(Section):
+    """The token shards."""
+
     shards: LocalPath | None = Field(
         None, description="folder written by `finhpc prepare`; required to train", json_schema_extra=MAY_CHANGE
     )
-    seq_len: int = Field(256, ge=2, description="tokens a sample; must divide the shards' block length")
-    eval_samples: int = Field(128, ge=1, description="held-out samples scored at each evaluation")
+    seq_len: int = Field(256, ge=2, description="tokens per sample; must divide the block length of the shards")
+    eval_samples: int = Field(128, ge=1, description="held-out samples to score at each evaluation")
 
 
 class Quantization(Section):
-    """How many bits the trained weights have. One vector: an output row of a matrix, or a row of an embedding."""
+    """Bits of the trained weights. A vector is an output row of a matrix, or a row of an embedding."""
 
-    bits: Literal[16, 8, 4] = Field(16, description="bits a weight; 16: not quantised")
-    scheme: Literal["minmax"] = Field("minmax", description="per vector, from its minimum and maximum")
+    bits: Literal[16, 8, 4] = Field(16, description="bits per weight; 16: not quantized")
+    scheme: Literal["minmax"] = Field("minmax", description="minmax: per vector, from its minimum and maximum")
     when: Literal["after", "during"] = Field(
-        "after", description="during: trained with rounded weights in the forward pass; after: see `finhpc export`"
+        "after", description="during: train with rounded weights in the forward pass; after: see `finhpc export`"
     )
 
     def problems(self, optimizer: Optimizer) -> list[str]:
@@ -119,7 +118,7 @@ class Quantization(Section):
 
     @property
     def training_bits(self) -> int:
-        """Bits of the weights that training computes with."""
+        """Bits of the weights in the forward pass of training."""
         return self.bits if self.when == "during" else 16
 
 
@@ -136,3 +135,11 @@ class PretrainConfig(Section):
     run: Run = Field(default_factory=Run)
     resources: Resources = Field(default_factory=Resources)
     plugins: Plugins = plugins_field()
+
+    def problems(self) -> list[str]:
+        """Return every contradiction between settings, each with its remedy."""
+        return [
+            *self.parallel.problems(),
+            *self.quantization.problems(self.optimizer),
+            *self.method.problems(self.train.steps),
+        ]

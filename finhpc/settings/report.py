@@ -12,12 +12,12 @@ class ReportConfig(Section):
     """Settings of `finhpc report`."""
 
     run: Tracked = Field(default_factory=Tracked)
-    experiments: list[str] = Field(default_factory=list, description="MLflow experiments; default: all")
-    out: str = Field("report", description="folder for the page, its tables and figures; a report in it is replaced")
+    experiments: list[str] = Field(default_factory=list, description="MLflow experiments to show; default: all")
+    out: str = Field("report", description="folder for the page, tables and figures; replaces an earlier report")
 
 
 class UiConfig(Section):
     """Settings of `finhpc ui`."""
 
     run: Run = Field(default_factory=Run)
-    port: int = Field(5000, ge=1, le=65535, description="port on 127.0.0.1")
+    port: int = Field(5000, ge=1, le=65535, description="port of the page on 127.0.0.1")

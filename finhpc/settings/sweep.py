@@ -1,4 +1,4 @@
-"""Settings of a sweep: one run's settings, the keys that vary, and how its trials are run."""
+"""Settings of `finhpc sweep` and `finhpc sweep finetune`: one run's settings, and the keys that vary."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.training import Run
 
 GRID = (
-    "KEY=[VALUES], every combination is a trial; or KEY={uniform: [LOW, HIGH]}, log_uniform, randint or choice, drawn "
-    "sweep.samples times"
+    "KEY=[VALUES], a trial per combination; or KEY={uniform: [LOW, HIGH]}, log_uniform, randint or choice: "
+    "sweep.samples random values"
 )
 
 
 def check_grid(cls: type[Section], grid: dict[str, Any]) -> dict[str, Any]:
-    """The grid, once its keys are settings of `cls` and have values; raises `ProblemsError` with every problem."""
+    """Return the grid; raises `ProblemsError` with every key that is not a setting of `cls` and every bad value."""
     fields = keys(cls)
     problems: list[str] = []
     for key, spec in grid.items():
@@ -41,7 +41,7 @@ def check_grid(cls: type[Section], grid: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refused(cls: type[Section], key: str, spec: Any) -> list[str]:
-    """Values of a list that the setting does not take, each in the words for a single one."""
+    """Problems of the values in a list, each reported as for a single value."""
     found: list[str] = []
     for value in spec if isinstance(spec, list) else []:
         tree: dict[str, Any] = {}
@@ -54,13 +54,13 @@ def _refused(cls: type[Section], key: str, spec: Any) -> list[str]:
 
 
 def _problems_of(spec: Any) -> Iterator[str]:
-    """What is wrong with one key's values."""
+    """Problems of the values of one key."""
     known = ", ".join(f"{name}: {takes}" for name, (takes, _) in DISTRIBUTIONS.items())
     if isinstance(spec, list):
         if not spec:
-            yield "has no values; give at least one, or leave the key out."
+            yield "has no values; give at least one, or remove the key."
         elif len({json.dumps(value) for value in spec}) < len(spec):
-            yield "names a value twice; give each once."
+            yield "contains a value twice; give each once."
         return
     if not isinstance(spec, dict) or len(spec) != 1 or next(iter(spec)) not in DISTRIBUTIONS:
         yield f"is neither a list of values nor one distribution; give KEY=[VALUES], or KEY={{NAME: ...}} with {known}."
@@ -72,51 +72,54 @@ def _problems_of(spec: Any) -> Iterator[str]:
         bad = bad or given[0] >= given[1] or (name == "log_uniform" and given[0] <= 0)
         bad = bad or (name == "randint" and not all(isinstance(x, int) for x in given))
     if bad:
-        yield f"does not bound its draws; {name} takes {DISTRIBUTIONS[name][0]}."
+        yield f"has no usable bounds; {name} takes {DISTRIBUTIONS[name][0]}."
 
 
 def _log_uniform(draw: random.Random, low: float, high: float) -> float:
     return float(f"{math.exp(draw.uniform(math.log(low), math.log(high))):.4g}")
 
 
-# name -> (what it takes, a draw)
+# name -> (its arguments, a random draw)
 DISTRIBUTIONS: dict[str, tuple[str, Callable[..., Any]]] = {
     "uniform": ("[LOW, HIGH]", lambda draw, low, high: float(f"{draw.uniform(low, high):.4g}")),
     "log_uniform": ("[LOW, HIGH], both above 0", _log_uniform),
-    "randint": ("[LOW, HIGH], both whole and possible", lambda draw, low, high: draw.randint(low, high)),
+    "randint": ("[LOW, HIGH], both whole numbers, HIGH included", lambda draw, low, high: draw.randint(low, high)),
     "choice": ("[VALUE, ...]", lambda draw, *values: draw.choice(values)),
 }
 
 
 class Sweep(Section, json_schema_extra=MAY_CHANGE):
-    """How the trials are run and ranked."""
+    """How to run and rank the trials."""
 
-    samples: int = Field(1, ge=1, description="draws of the keys that have a distribution, for each grid point")
-    seed: int = Field(0, ge=0, description="of those draws")
+    samples: int = Field(1, ge=1, description="random draws per grid point of the keys that have a distribution")
+    seed: int = Field(0, ge=0, description="seed of the random draws")
     scheduler: Literal["fifo", "asha", "median_stopping_rule"] = Field(
         "fifo",
-        description="Ray Tune's scheduler; asha and median_stopping_rule end trials that fall behind, judged at "
-        "evaluations (train.eval_every)",
+        description="scheduler of Ray Tune; asha and median_stopping_rule stop trials that fall behind at an "
+        "evaluation (train.eval_every)",
     )
     scheduler_options: dict[str, Any] = Field(
         default_factory=dict,
-        description="its own arguments, in steps: grace_period, reduction_factor, min_samples_required, ...",
+        description="arguments of the scheduler, in steps: grace_period, reduction_factor, min_samples_required, ...",
     )
     metric: str | None = Field(
-        None, description="key of result.json that ranks; default: val_loss, of finetuning held_out_weighted_f1"
+        None, description="key of result.json to rank by; default: val_loss; for finetuning held_out_weighted_f1"
     )
-    mode: Literal["min", "max"] | None = Field(None, description="whether less or more is better; default: by metric")
-    max_trials: int = Field(1000, ge=1, description="a sweep of more trials is refused")
+    mode: Literal["min", "max"] | None = Field(
+        None, description="whether a lower or higher metric is better; default: by metric"
+    )
+    max_trials: int = Field(1000, ge=1, description="largest number of trials; a larger sweep is refused")
     concurrent: int | None = Field(
-        None, ge=1, description="trials at a time; default: as many as the cluster has room for"
+        None, ge=1, description="trials at the same time; default: as many as fit the cluster"
     )
     register_as: str | None = Field(
-        None, description="name of the best model in MLflow's registry, alias best; default: run.name; none: no"
+        None,
+        description="name of the best model in MLflow's registry, alias best; default: run.name; none: do not register",
     )
 
 
 class SweepConfig(PretrainConfig):
-    """Settings of `finhpc sweep`: those that its pretrainings share, and what they differ in."""
+    """Settings of `finhpc sweep`: what its pretraining runs share, and how they differ."""
 
     grid: Annotated[dict[str, Any], AfterValidator(partial(check_grid, PretrainConfig))] = Field(
         default_factory=dict, description=GRID, json_schema_extra=MAY_CHANGE
@@ -126,7 +129,7 @@ class SweepConfig(PretrainConfig):
 
 
 class FinetuneSweepConfig(FinetuneConfig):
-    """Settings of `finhpc sweep finetune`."""
+    """Settings of `finhpc sweep finetune`: what its finetuning runs share, and how they differ."""
 
     grid: Annotated[dict[str, Any], AfterValidator(partial(check_grid, FinetuneConfig))] = Field(
         default_factory=dict, description=GRID, json_schema_extra=MAY_CHANGE

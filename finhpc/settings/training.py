@@ -1,4 +1,4 @@
-"""What every training shares: batches, steps, optimiser, place."""
+"""What every training shares: optimizer, parallelism, steps, the run's name and place, resources."""
 
 from __future__ import annotations
 
@@ -15,32 +15,34 @@ Recompute = Literal["none", "attention", "full"]
 
 
 class Optimizer(Section):
+    """The optimizer and its learning rate."""
+
     name: str = Field(
         "adamw",
-        description="adamw; adamw8bit: bitsandbytes' AdamW, moments of matrices of 4,096 weights and more in 8 bits; "
-        "or a plugin's",
+        description="adamw; adamw8bit: bitsandbytes' AdamW, with 8-bit moments of matrices from 4,096 weights up; "
+        "or an optimizer of a plugin",
     )
     lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
-    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="final over peak learning rate (cosine)")
-    warmup_steps: int = Field(
-        20, ge=0, description="steps in which the learning rate rises; in a training of fewer than twice as many, half"
+    min_lr_ratio: float = Field(
+        0.1, ge=0, le=1, description="final learning rate divided by the peak; the decay is a cosine"
     )
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's decay of its two moments")
-    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon, added to the root of the second moment")
-    weight_decay: float = Field(0.1, ge=0, description="on matrices; never on biases and norms")
+    warmup_steps: int = Field(20, ge=0, description="steps in which the learning rate rises; at most half of all steps")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="decay rates of AdamW's two moments")
+    eps: float = Field(1e-8, gt=0, description="epsilon of AdamW, added to the root of the second moment")
+    weight_decay: float = Field(0.1, ge=0, description="weight decay of matrices; biases and norms have none")
     decay: Literal["factors", "product"] = Field(
-        "factors", description="what weight_decay shrinks in a low-rank layer: A and B, or their product B A"
+        "factors", description="what weight decay shrinks in a low-rank layer: A and B (factors), or B A (product)"
     )
-    lr_scale_a: float = Field(1.0, gt=0, description="learning rate of the factors A over that of the rest")
-    lr_scale_b: float = Field(1.0, gt=0, description="learning rate of the factors B over that of the rest")
-    grad_clip: float = Field(1.0, ge=0, description="largest gradient norm over the whole model; 0: no clipping")
+    lr_scale_a: float = Field(1.0, gt=0, description="factor on the learning rate of the matrices A")
+    lr_scale_b: float = Field(1.0, gt=0, description="factor on the learning rate of the matrices B")
+    grad_clip: float = Field(1.0, ge=0, description="largest gradient norm of the whole model; 0: no clipping")
 
     def warmup(self, steps: int) -> int:
-        """Steps of warm-up in a training of `steps`: at most half, so that the peak is reached and left again."""
+        """Return the warm-up steps of a training of `steps`: at most half, so that the rate reaches its peak."""
         return min(self.warmup_steps, max(1, steps // 2))
 
     def shortened(self, steps: int) -> str | None:
-        """What to tell the user where the warm-up of a training of `steps` is shorter than was asked for."""
+        """Return a note for the user if the warm-up of a training of `steps` is shorter than requested."""
         if (warmup := self.warmup(steps)) == self.warmup_steps:
             return None
         return (
@@ -50,12 +52,14 @@ class Optimizer(Section):
 
 
 class Parallel(Section, json_schema_extra=MAY_CHANGE):
+    """How a step is divided among workers."""
+
     stages: int = Field(1, ge=1, description="pipeline stages")
-    replicas: int = Field(1, ge=1, description="copies of the whole pipeline (data parallel)")
+    replicas: int = Field(1, ge=1, description="copies of the whole pipeline (data parallelism)")
     micro_batch_size: int = Field(4, ge=1, description="samples per micro-batch")
     micro_batches: int = Field(1, ge=1, description="micro-batches per step and replica")
     global_batch_size: int | None = Field(
-        None, ge=1, description="checked: micro_batch_size x micro_batches x replicas; default: that product"
+        None, ge=1, description="samples per step, as a check; default: micro_batch_size x micro_batches x replicas"
     )
 
     def problems(self) -> list[str]:
@@ -78,31 +82,39 @@ class Parallel(Section, json_schema_extra=MAY_CHANGE):
 
 
 class Train(Section):
-    steps: int = Field(300, ge=1, description="optimiser steps")
+    """How long to train, and what happens on the way."""
+
+    steps: int = Field(300, ge=1, description="optimizer steps")
     eval_every: int = Field(
         50, ge=0, description="steps between evaluations; 0: only at the end", json_schema_extra=MAY_CHANGE
     )
     checkpoint_every: int = Field(
         100, ge=0, description="steps between checkpoints; 0: only at the end", json_schema_extra=MAY_CHANGE
     )
-    keep_checkpoints: int = Field(2, ge=1, description="newest complete checkpoints kept", json_schema_extra=MAY_CHANGE)
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast over float32 weights")
+    keep_checkpoints: int = Field(
+        2, ge=1, description="how many of the newest complete checkpoints to keep", json_schema_extra=MAY_CHANGE
+    )
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="fp32, or bf16: autocast over float32 weights")
     recompute: Recompute = Field(
         "none",
-        description="what the backward pass computes again instead of keeping it: attention's probabilities, or all of "
-        "a block but its input (full)",
+        description="activations that the backward pass recomputes to save memory: attention's probabilities "
+        "(attention), or all of a block except its input (full)",
         json_schema_extra=MAY_CHANGE,
     )
-    seed: int = Field(0, ge=0, description="of the first weights, the order of samples and dropout")
+    seed: int = Field(0, ge=0, description="seed of the initial weights, the order of samples and dropout")
     hang_timeout_s: float = Field(
         600,
         ge=0,
-        description="a worker without progress for so long writes its stacks and is restarted (up to the first step "
-        "three times as long); must exceed the slowest micro-batch; 0: wait for ever",
+        description="seconds without progress after which a worker writes its stack traces and is restarted (three "
+        "times as long before the first step); must exceed the slowest micro-batch; 0: wait forever",
         json_schema_extra=MAY_CHANGE,
     )
-    sample_prompt: str = Field("", description="start of the text sampled at the end", json_schema_extra=MAY_CHANGE)
-    sample_tokens: int = Field(0, ge=0, description="tokens sampled at the end; 0: none", json_schema_extra=MAY_CHANGE)
+    sample_prompt: str = Field(
+        "", description="prompt of the text that is sampled at the end", json_schema_extra=MAY_CHANGE
+    )
+    sample_tokens: int = Field(
+        0, ge=0, description="tokens to sample at the end; 0: none", json_schema_extra=MAY_CHANGE
+    )
 
 
 def default_tracking_uri(storage: str | Path) -> str:
@@ -136,10 +148,10 @@ class Tracked(Section, json_schema_extra=MAY_CHANGE):
     """Where runs are stored and tracked."""
 
     storage: LocalPath = Field(
-        "runs", validate_default=True, description="folder of run folders, whose mlflow.db is read"
+        "runs", validate_default=True, description="folder of the run folders, whose mlflow.db is read"
     )
     tracking_uri: Annotated[str, AfterValidator(absolute_tracking_uri)] | None = Field(
-        None, description="MLflow server or database; default: sqlite in run.storage"
+        None, description="MLflow server or database; default: mlflow.db in run.storage"
     )
 
     @property
@@ -149,16 +161,22 @@ class Tracked(Section, json_schema_extra=MAY_CHANGE):
 
 
 class Run(Tracked):
-    name: str = Field("pretrain", description="the run's name: the same name resumes")
+    """The run's name, its folder, and its MLflow experiment."""
+
+    name: str = Field("pretrain", description="name of the run; the same name resumes it")
     storage: LocalPath = Field(
-        "runs", validate_default=True, description="folder of run folders; every node must see it"
+        "runs", validate_default=True, description="folder of the run folders; every node must see it"
     )
     experiment: str = Field("finhpc", description="MLflow experiment")
-    max_failures: int = Field(3, ge=0, description="worker failures survived by restarting from the checkpoint")
+    max_failures: int = Field(3, ge=0, description="worker failures after which the run restarts from its checkpoint")
 
 
 class Resources(Section, json_schema_extra=MAY_CHANGE):
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda if the cluster has a GPU")
-    cpus_per_worker: float = Field(1, gt=0, description="CPUs Ray reserves for a worker")
+    """What Ray reserves for each worker."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="cpu, cuda, or auto: cuda if the cluster has a GPU"
+    )
+    cpus_per_worker: float = Field(1, gt=0, description="CPUs that Ray reserves per worker")
     threads: int = Field(1, ge=1, description="torch threads per worker")
-    gpus_per_worker: float = Field(1, gt=0, description="GPUs Ray reserves for a worker when device is cuda")
+    gpus_per_worker: float = Field(1, gt=0, description="GPUs that Ray reserves per worker if the device is cuda")

@@ -1,8 +1,7 @@
-"""One MLflow run as the mirror of a run folder: the calls to MLflow, and how far they came.
+"""Send a run folder to one MLflow run, and remember how much was sent.
 
-Nothing here waits or tries again: a call raises, and whoever made it (`finhpc.tracking.tracker`)
-makes it again later. Sending the same batch again is harmless: MLflow drops a metric of equal name,
-step, time and value.
+Nothing here waits or retries: a call raises, and its caller (`finhpc.tracking.tracker`) repeats it later. Sending a
+batch twice is harmless: MLflow drops a metric of equal name, step, time and value.
 """
 
 from __future__ import annotations
@@ -19,16 +18,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from finhpc.errors import ConfigError
 from finhpc.files import redact, strict_json, write_json
-from finhpc.tracking.metrics import numbers, translate
-from finhpc.tracking.shown import HIDDEN, LEADING, Dataset
+from finhpc.tracking.describe import Dataset
+from finhpc.tracking.metrics import LEADING, numbers, translate
 from finhpc.tracking.store import (
     REQUEST_TIMEOUT_S,
     active_run,
+    create_database,
     database_file,
     experiment_id,
     identity,
-    make_database,
 )
+from finhpc.tracking.tags import PREFIX
+from finhpc.tracking.writer import RunWriter
 from finhpc.training.journal import DRIVER_FILE, WORKER_FILE, read
 
 if TYPE_CHECKING:
@@ -38,18 +39,15 @@ if TYPE_CHECKING:
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 UPLOAD_TIMEOUT_S = "300"
-RECORDS_A_BATCH = 200
-METRICS_A_BATCH = 1000  # MLflow's limits
-PARAMS_A_BATCH = 100
-PARAM_LENGTH = 6000
-TAG_LENGTH = 8000
-UID_TAG = HIDDEN + "run_uid"
+RECORDS_PER_BATCH = 200
+STATE = "mlflow.json"  # in the run folder
+UID_TAG = PREFIX + "run_uid"
 LEAD_WAIT_S = 180.0  # for the first evaluation of a training, before its other metrics are sent without one
 
 
 @dataclass
 class Ending:
-    """What `finish` asks for."""
+    """How a run ended: what `Tracker.finish` was called with."""
 
     status: Status
     result: dict[str, Any]
@@ -63,15 +61,15 @@ class Ending:
 
 @dataclass
 class State:
-    """How far the folder is mirrored: `mlflow.json`, written after every batch."""
+    """How much of the folder was sent to MLflow: `mlflow.json`, written after every batch."""
 
     path: Path
     tracking_uri: str
     experiment: str
     run_name: str
-    run_uid: str  # a tag of the MLflow run, written here before the run is made, by which it is found again
+    run_uid: str  # a tag of the MLflow run, written here before the run is created, to find it again
     run_id: str | None = None
-    offsets: dict[str, int] = field(default_factory=dict)  # bytes read, by journal
+    offsets: dict[str, int] = field(default_factory=dict)  # bytes sent, by journal
     last_step: dict[str, int] = field(default_factory=dict)  # by metric: a resumed run repeats steps
     last_time_ms: int = 0  # of any metric
     model_at: int | None = None  # the step of the model logged last
@@ -79,7 +77,7 @@ class State:
 
     @classmethod
     def load(cls, folder: Path, tracking_uri: str, experiment: str, run_name: str) -> State:
-        path = folder / "mlflow.json"
+        path = folder / STATE
         try:
             old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         except ValueError as error:
@@ -88,7 +86,7 @@ class State:
             ) from None
         if [old.get(key) for key in ("tracking_uri", "experiment", "run_name")] == [tracking_uri, experiment, run_name]:
             return cls(path, **old)
-        # Another server or experiment gets the whole story again; another name is a copied folder.
+        # Another server or experiment gets everything again; another name means that the folder was copied.
         same_run = old.get("run_name") == run_name
         state = cls(path, tracking_uri, experiment, run_name, old["run_uid"] if same_run else uuid.uuid4().hex)
         state.save()
@@ -99,17 +97,30 @@ class State:
         del values["path"]
         write_json(self.path, values)
 
-    def note(self, metrics: list[Metric], last_step: Mapping[str, int]) -> None:
+    def sent(self, metrics: list[Metric], last_step: Mapping[str, int]) -> None:
         self.last_step |= last_step
         self.last_time_ms = max([self.last_time_ms, *(metric.timestamp for metric in metrics)])
 
-    def forget_run(self) -> None:
+    def clear_run(self) -> None:
         self.run_id, self.offsets, self.last_step, self.last_time_ms = None, {}, {}, 0
         self.model_at = self.ended = None
 
 
+def tracked_run(folder: Path, tracking_uri: str) -> tuple[str, str] | None:
+    """Address and id of the MLflow run of a run folder; None if MLflow has none.
+
+    Addresses on disk have no passwords: `tracking_uri` is returned if it is the same server's.
+    """
+    path = folder / STATE
+    state = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not state.get("run_id"):
+        return None
+    uri = tracking_uri if redact(tracking_uri) == state["tracking_uri"] else state["tracking_uri"]
+    return uri, str(state["run_id"])
+
+
 class Mirror:
-    """The calls to MLflow. Each may raise; each can be made again."""
+    """Sends a run folder to MLflow. Each call may raise, and can be repeated."""
 
     def __init__(
         self,
@@ -120,9 +131,8 @@ class Mirror:
         tags: Mapping[str, Any],
         datasets: Sequence[Dataset] = (),
     ) -> None:
-        self.folder, self.tracking_uri, self.state, self.datasets = folder, tracking_uri, state, datasets
-        self.params = {key: redact(str(value))[:PARAM_LENGTH] for key, value in params.items()}
-        self.tags = {key: redact(str(value))[:TAG_LENGTH] for key, value in tags.items()}
+        self.folder, self.tracking_uri, self.state = folder, tracking_uri, state
+        self.params, self.tags, self.datasets = params, tags, datasets
         self._began = round(time.time() * 1000)
         self._client: MlflowClient | None = None
         self._database: tuple[int, int] | None = None  # device and inode of the file that is open
@@ -138,30 +148,37 @@ class Mirror:
         assert self.state.run_id is not None, "connect() comes first"
         return self.state.run_id
 
+    @property
+    def writer(self) -> RunWriter:
+        return RunWriter(self.client, self.run_id)
+
     def connect(self) -> None:
-        """Make sure that the run is there, and bears its settings."""
+        """Open the store and make sure that the run exists and is described."""
         if self._client is None:
             from mlflow import MlflowClient
 
-            make_database(self.tracking_uri)
+            create_database(self.tracking_uri)
             self._database = identity(self.tracking_uri)
             self._client = MlflowClient(tracking_uri=self.tracking_uri)
             if active_run(self._client, self.state.run_id) is None:
-                self.state.forget_run()
+                self.state.clear_run()
                 self._described = self._running = False
                 self.state.run_id = self._find_run() or self._create_run()
                 self.state.save()
         if not self._described:
-            self._describe()
+            self.writer.describe(self.params, self.tags, self.datasets)
+            for name in ("config.yaml", "environment.json"):
+                if (self.folder / name).exists():
+                    self.client.log_artifact(self.run_id, str(self.folder / name))
             self._described = True
 
     def disconnect(self) -> None:
         self._client = None
 
     def lead(self, ending: Ending | None, closing: bool) -> bool:
-        """Send the leading metric before all others, as MLflow's comparison opens with what was logged first.
+        """Send the leading metric before all others: MLflow's comparison opens with the metric that was logged first.
 
-        False as long as the others have to wait for it: until the first evaluation, the run's end, or `LEAD_WAIT_S`.
+        False while the others must wait for it: until the first evaluation, the run's end, or `LEAD_WAIT_S`.
         """
         first = LEADING[0]
         if first in self.state.last_step:
@@ -178,8 +195,8 @@ class Mirror:
         self._mark_running()
         lead = {key: evaluation[key] for key in ("kind", "time", "step", first)}
         metrics, _, last_step = translate([lead], {})
-        self._log(metrics, {})
-        self.state.note(metrics, last_step)
+        self.writer.log(metrics)
+        self.state.sent(metrics, last_step)
         self.state.save()
         return True
 
@@ -188,20 +205,20 @@ class Mirror:
         self._check_database()
         for name in (WORKER_FILE, DRIVER_FILE):
             offset = self.state.offsets.get(name, 0)
-            records, new_offset = read(self.folder / name, offset, limit=RECORDS_A_BATCH)
+            records, new_offset = read(self.folder / name, offset, limit=RECORDS_PER_BATCH)
             if new_offset == offset:
                 continue
             self._mark_running()
             metrics, tags, last_step = translate(records, self.state.last_step)
-            self._log(metrics, tags)
+            self.writer.log(metrics, tags)
             self.state.offsets[name] = new_offset
-            self.state.note(metrics, last_step)
+            self.state.sent(metrics, last_step)
             self.state.save()
             return True
         return False
 
     def end(self, ending: Ending) -> None:
-        """The result, the model and the status."""
+        """Send the result, the model and the status."""
         self._check_database()
         if self.state.ended == ending.name:
             return
@@ -212,7 +229,7 @@ class Mirror:
             from finhpc.tracking.pyfunc import log_model
 
             ending.uploading = True
-            with _patience():
+            with _upload_timeout():
                 log_model(self.client, self.run_id, ending.model, step=step)
             self.state.model_at = step
             self.state.save()
@@ -221,27 +238,27 @@ class Mirror:
         self.state.save()
 
     def _check_database(self) -> None:
-        """A deleted file that is still open takes everything, and keeps nothing."""
+        """A deleted database that is still open accepts everything and stores nothing."""
         if identity(self.tracking_uri) != self._database:
             raise FileNotFoundError(f"{database_file(self.tracking_uri)} was deleted or replaced")
 
     def _log_result(self, result: Mapping[str, Any], step: int) -> None:
-        """Make the result's figures the ones that MLflow's list of runs shows.
+        """Make MLflow's list of runs show the result's figures.
 
-        It shows a metric's last value by step, then time. Of a pace, that is the last step's value until the
-        whole run's follows it at the same step. A figure that is shown already is not sent again.
+        It shows a metric's last value by step, then time. The speed of the whole run therefore follows that of the
+        last step, at the same step. A figure that is already shown is not sent again.
         """
         shown = self.client.get_run(self.run_id).data.metrics
         new = {key: value for key, value in numbers(result) if shown.get(key) != float(value)}
         # The clock of the worker's machine may be ahead of this one's.
         when = max(time.time(), (self.state.last_time_ms + 1) / 1000)
         metrics, tags, last_step = translate([{**new, "kind": "result", "time": when, "step": step}], {}, {"result"})
-        self._log(metrics, tags)
-        self.state.note(metrics, last_step)
+        self.writer.log(metrics, tags)
+        self.state.sent(metrics, last_step)
         self.state.save()
 
     def _find_run(self) -> str | None:
-        """The run that a driver made and died before writing down."""
+        """The run that a driver created before it died without recording it."""
         query = f"tags.`{UID_TAG}` = '{self.state.run_uid}'"
         runs = self.client.search_runs([self._experiment_id()], query, max_results=1)
         return str(runs[0].info.run_id) if runs else None
@@ -255,42 +272,17 @@ class Mirror:
     def _experiment_id(self) -> str:
         return experiment_id(self.client, self.tracking_uri, self.state.experiment)
 
-    def _describe(self) -> None:
-        from mlflow.entities import Param
-
-        known = self.client.get_run(self.run_id).data.params
-        new = [Param(key, value) for key, value in self.params.items() if key not in known]
-        for begin in range(0, len(new), PARAMS_A_BATCH):
-            self.client.log_batch(self.run_id, params=new[begin : begin + PARAMS_A_BATCH])
-        # MLflow keeps a parameter's first value; one that a resumed run changed is a tag too.
-        changed = {f"now.{key}": value for key, value in self.params.items() if known.get(key, value) != value}
-        self._log([], self.tags | changed)
-        if self.datasets:
-            self.client.log_inputs(self.run_id, [dataset.entity() for dataset in self.datasets])
-        for name in ("config.yaml", "environment.json"):
-            if (self.folder / name).exists():
-                self.client.log_artifact(self.run_id, str(self.folder / name))
-
     def _mark_running(self) -> None:
-        """New records mean that the run goes on, whatever its last driver said."""
+        """New records mean that the run continues, whatever its last driver reported."""
         if not self._running:
             self.client.update_run(self.run_id, status="RUNNING")
             self.state.ended = None
             self._running = True
 
-    def _log(self, metrics: list[Metric], tags: Mapping[str, str]) -> None:
-        from mlflow.entities import RunTag
-
-        pending = [RunTag(key, value[:TAG_LENGTH]) for key, value in tags.items()]
-        for begin in range(0, len(pending), PARAMS_A_BATCH):
-            self.client.log_batch(self.run_id, tags=pending[begin : begin + PARAMS_A_BATCH])
-        for begin in range(0, len(metrics), METRICS_A_BATCH):
-            self.client.log_batch(self.run_id, metrics=metrics[begin : begin + METRICS_A_BATCH])
-
 
 @contextmanager
-def _patience() -> Iterator[None]:
-    """Uploading a model takes longer than a batch of metrics; a time limit the user set stands."""
+def _upload_timeout() -> Iterator[None]:
+    """Allow more time for uploading a model than for a batch of metrics, unless the user set a limit."""
     name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
     if ours := os.environ.get(name) == REQUEST_TIMEOUT_S:
         os.environ[name] = UPLOAD_TIMEOUT_S

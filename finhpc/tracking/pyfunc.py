@@ -1,8 +1,8 @@
-"""A trained model in MLflow, and back out of it in any process that has finhpc.
+"""Log a trained model to MLflow, and open it from there in any process that has finhpc.
 
-Every model opens with `mlflow.pyfunc.load_model(uri).predict(prompts)`; one whose layers are all
-transformers' own opens with `mlflow.transformers.load_model(uri)` too. Weights are safetensors:
-nothing here is pickled. The folder's files go to MLflow as they are; the model is never loaded.
+Every model opens with `mlflow.pyfunc.load_model(uri).predict(prompts)`; a model of transformers' own layers also opens
+with `mlflow.transformers.load_model(uri)`. Weights are safetensors; nothing is pickled. The folder's files go to
+MLflow as they are; the model is never loaded.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _TOKENIZER = "components/tokenizer"
 
 
 def log_model(client: MlflowClient, run_id: str, folder: str | Path, name: str = "model", step: int = 0) -> str:
-    """Log a Hugging Face-style folder as a model of the run; returns its URI (`models:/m-...`)."""
+    """Log a Hugging Face folder as a model of the run; return its address (`models:/m-...`)."""
     from mlflow.entities import LoggedModelOutput
     from mlflow.models import Model
 
@@ -38,7 +38,7 @@ def log_model(client: MlflowClient, run_id: str, folder: str | Path, name: str =
     run = client.get_run(run_id)
     logged = client.create_logged_model(run.info.experiment_id, name=name, source_run_id=run_id)
     try:
-        # Beside the model, so that its files can be linked: large weights take no second copy.
+        # Next to the model, so that its files can be linked: large weights are not copied.
         with tempfile.TemporaryDirectory(prefix=".mlflow-", dir=folder.parent) as draft:
             model = Model(
                 artifact_path=logged.artifact_location,
@@ -57,7 +57,7 @@ def log_model(client: MlflowClient, run_id: str, folder: str | Path, name: str =
 
 
 def _write(folder: Path, out: Path, model: Model) -> None:
-    """Lay out `out` the way MLflow opens it."""
+    """Write the files of an MLflow model into `out`."""
     from mlflow import pyfunc
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
@@ -70,9 +70,9 @@ def _write(folder: Path, out: Path, model: Model) -> None:
         params=ParamSchema([ParamSpec("max_new_tokens", DataType.long, MAX_NEW_TOKENS)]),
     )
     pyfunc.add_to_model(model, loader_module="finhpc.tracking.pyfunc", data=_DATA)
-    whole = (folder / "config.json").is_file()  # else it is an adapter, which opens beside its base
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8")) if whole else {}
-    if whole and "lowrank" not in config["model_type"]:
+    is_model = (folder / "config.json").is_file()  # otherwise it is an adapter, which opens over its base
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8")) if is_model else {}
+    if is_model and "lowrank" not in config["model_type"]:
         _add_transformers_flavor(folder, out, model, config)
     model.model_size_bytes = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     requirements = [f"{package}=={version(package).partition('+')[0]}" for package in REQUIREMENTS]
@@ -81,10 +81,10 @@ def _write(folder: Path, out: Path, model: Model) -> None:
 
 
 def _add_transformers_flavor(folder: Path, out: Path, model: Model, config: dict[str, Any]) -> None:
-    """What `mlflow.transformers.save_model(folder, task=...)` writes.
+    """Write the same as `mlflow.transformers.save_model(folder, task=...)`.
 
-    MLflow 3.17 cannot be asked to: it takes the pipeline classes of transformers for classes, which
-    since transformers 5.2x are names. Giving it the loaded model would work, at the price of loading it.
+    That function fails in MLflow 3.17: it expects the pipelines of transformers to be classes, which are names since
+    transformers 5.2. With a loaded model it would work, at the cost of loading it.
     """
     import transformers
 
@@ -114,7 +114,7 @@ def _link(source: str, target: str) -> None:
 
 
 class TextGenerator:
-    """Prompts in, continuations out (greedy)."""
+    """Continues prompts with greedy decoding."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model = model.eval()
@@ -145,7 +145,7 @@ class TextGenerator:
 
 
 def _load_pyfunc(path: str) -> TextGenerator:
-    """What MLflow calls with the model's folder."""
+    """Open the model's folder; MLflow calls this."""
     from finhpc.models.files.tokenizer import open_tokenizer
     from finhpc.models.loading import load_model
 

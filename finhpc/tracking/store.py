@@ -1,4 +1,4 @@
-"""Where MLflow keeps runs: a sqlite file on this machine, or a server; and why one of them cannot be used."""
+"""Where MLflow stores runs: a sqlite file on this machine or a server; and why one cannot be used."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ EXPERIMENT_TAGS = {
 
 
 class RefusedError(ConfigError):
-    """A store that will not take a run, however often it is asked."""
+    """A store that does not accept a run; trying again does not help."""
 
 
 def set_up_client() -> None:
     """Configure MLflow, before it is imported: how long it waits and what it prints."""
-    # Short waits and no retries of its own: the thread tries again anyway, and must notice the run's end.
+    # Short waits and no retries: the tracker's thread retries anyway, and must notice the run's end.
     for name, value in (("MAX_RETRIES", "0"), ("TIMEOUT", REQUEST_TIMEOUT_S)):
         os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{name}", value)
-    # A pool would hold on to a database that was deleted and made anew.
+    # A pool would keep a database open that was deleted and created again.
     os.environ.setdefault("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")
     # MLflow prints addresses on stdout, which belongs to results.
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
@@ -58,10 +58,10 @@ def set_up_client() -> None:
 
 
 def check_store(tracking_uri: str, experiment: str) -> None:
-    """Raise `ConfigError`, before anything starts, for a store that will not take runs of this experiment.
+    """Raise `ConfigError`, before anything starts, for a store that does not accept runs of this experiment.
 
     That is a database that cannot be read or written, a server that refuses, an experiment that was deleted. A server
-    that does not answer is no reason: what it misses is sent later.
+    that does not answer is accepted: what it misses is sent later.
     """
     database = database_file(tracking_uri)
     if database is not None:
@@ -72,13 +72,23 @@ def check_store(tracking_uri: str, experiment: str) -> None:
     from mlflow import MlflowClient
 
     try:
-        found = MlflowClient(tracking_uri=tracking_uri).get_experiment_by_name(experiment)
-    except Exception as error:  # of MLflow, of its database's driver, or of the network
+        known = MlflowClient(tracking_uri=tracking_uri).get_experiment_by_name(experiment)
+    except Exception as error:  # from MLflow, its database driver or the network
         if "database is locked" in str(error) or (database is None and not refuses(error)):
             return
         raise unreadable(tracking_uri, error) from None
-    if found is not None and found.lifecycle_stage == "deleted":
-        raise deleted(tracking_uri, experiment, found.experiment_id)
+    if known is not None and known.lifecycle_stage == "deleted":
+        raise deleted(tracking_uri, experiment, known.experiment_id)
+
+
+def check_database(tracking_uri: str) -> None:
+    """Raise `ConfigError` for a sqlite address whose file does not exist."""
+    database = database_file(tracking_uri)
+    if database and not database.is_file():
+        raise ConfigError(
+            f"{database} does not exist: nothing was tracked there yet; "
+            f"train something first, or give the --run.storage that runs were written to."
+        )
 
 
 def _check_writable(database: Path) -> None:
@@ -118,17 +128,17 @@ def experiment_id(client: MlflowClient, tracking_uri: str, name: str) -> str:
     """The id of the experiment of this name, created if there is none; raises `RefusedError` if it was deleted."""
     from mlflow.exceptions import MlflowException
 
-    found = client.get_experiment_by_name(name)
-    if found is None:
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
         try:
             return str(client.create_experiment(name, artifact_location(tracking_uri), EXPERIMENT_TAGS))
         except MlflowException:  # another run was first
-            found = client.get_experiment_by_name(name)
-            if found is None:
+            experiment = client.get_experiment_by_name(name)
+            if experiment is None:
                 raise
-    if found.lifecycle_stage == "deleted":
-        raise deleted(tracking_uri, name, found.experiment_id)
-    return str(found.experiment_id)
+    if experiment.lifecycle_stage == "deleted":
+        raise deleted(tracking_uri, name, experiment.experiment_id)
+    return str(experiment.experiment_id)
 
 
 def database_file(tracking_uri: str) -> Path | None:
@@ -139,16 +149,16 @@ def database_file(tracking_uri: str) -> Path | None:
 
 
 def artifact_location(tracking_uri: str) -> str | None:
-    """Where a sqlite database's artifacts lie: beside it. A server decides for itself."""
+    """Where a sqlite database's artifacts are: next to it. A server decides for itself."""
     database = database_file(tracking_uri)
     return str(database.parent / "mlartifacts") if database else None
 
 
-def make_database(tracking_uri: str) -> None:
-    """Build a new sqlite database aside and move it into place.
+def create_database(tracking_uri: str) -> None:
+    """Create a new sqlite database under another name and move it into place.
 
-    MLflow builds its tables for seconds at the first use. A second process that looks in meanwhile, or a
-    kill, leaves a database that nothing can open.
+    MLflow creates its tables for seconds at the first use. A second process that opens it meanwhile, or a kill, would
+    leave a database that nothing can open.
     """
     if (path := database_file(tracking_uri)) is None or has_content(path):
         return
@@ -166,7 +176,7 @@ def make_database(tracking_uri: str) -> None:
 
 
 def has_content(path: Path) -> bool:
-    """sqlite makes an empty file of what it does not find."""
+    """Whether a database exists; sqlite creates an empty file for one that does not."""
     return path.exists() and path.stat().st_size > 0
 
 
@@ -174,8 +184,8 @@ def identity(tracking_uri: str) -> tuple[int, int] | None:
     path = database_file(tracking_uri)
     if path is None or not path.exists():
         return None
-    found = path.stat()
-    return found.st_dev, found.st_ino
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino
 
 
 def active_run(client: MlflowClient, run_id: str | None) -> Run | None:
@@ -194,20 +204,20 @@ def active_run(client: MlflowClient, run_id: str | None) -> Run | None:
 
 
 def unreadable(tracking_uri: str, error: Exception) -> FinhpcError:
-    """What MLflow raised of a database or a server, in one line with what to do about it."""
+    """An error of MLflow about a database or a server, in one line with the remedy."""
     uri, database, text = redact(tracking_uri), database_file(tracking_uri), str(error)
     if "database schema" in text:
         from mlflow import __version__
 
-        found = re.search(r"found version (\w+), but expected (\w+)", text)
-        versions = f" (schema {found[1]}, this one reads {found[2]})" if found else ""
+        match = re.search(r"found version (\w+), but expected (\w+)", text)
+        versions = f" (schema {match[1]}, this one reads {match[2]})" if match else ""
         return ConfigError(
             f"{database or uri} was written by another version of MLflow than the {__version__} here{versions}; keep a "
             f"copy of the database, then run `mlflow db upgrade {shlex.quote(uri)}`, or use the MLflow that wrote it."
         )
     if database is not None:
         return ConfigError(
-            f"{database} is no database that MLflow can read ({reason(error)}); give the one runs went to."
+            f"{database} is not a database that MLflow can read ({reason(error)}); give the one with your runs."
         )
     if uri.startswith(("http://", "https://")) and refuses(error):
         return RefusedError(
@@ -224,10 +234,10 @@ def unreadable(tracking_uri: str, error: Exception) -> FinhpcError:
 
 
 def reason(error: Exception) -> str:
-    """The heart of an error of MLflow or the network on one line, without addresses and passwords."""
+    """An error of MLflow or the network in one line, without addresses and passwords."""
     text = redact(str(error))
     if "timed out" in text:
         return "no answer in time"
-    if found := re.search(r"\[Errno -?\d+\] ([^'\")\]]+)", text):
-        return found[1].strip()
+    if match := re.search(r"\[Errno -?\d+\] ([^'\")\]]+)", text):
+        return match[1].strip()
     return (text.strip().splitlines() or [type(error).__name__])[0][:160].rstrip(".")

@@ -1,9 +1,8 @@
-"""A run's numbers in MLflow, without ever standing in the way of training.
+"""Send a run's numbers to MLflow without ever blocking training.
 
-Training writes journals into the run folder (`finhpc.training.journal`). A thread of the driver
-reads them and sends what it finds in batches (`finhpc.tracking.mirror`). The file `mlflow.json`
-in the folder remembers how far it came, so nothing is lost, or sent twice, when the server or the
-driver dies.
+Training writes journals into the run folder (`finhpc.training.journal`). A thread of the driver reads them and sends
+the records in batches (`finhpc.tracking.mirror`). The file `mlflow.json` in the folder stores how much was sent, so
+nothing is lost or sent twice when the server or the driver dies.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ import psutil
 
 from finhpc.files import redact
 from finhpc.settings.training import absolute_tracking_uri
+from finhpc.tracking.describe import Dataset
 from finhpc.tracking.mirror import Ending, Mirror, State, Status
-from finhpc.tracking.shown import Dataset
 from finhpc.tracking.store import RefusedError, reason, refuses, set_up_client
 from finhpc.training.journal import DRIVER_FILE, Journal, read
 
@@ -36,8 +35,7 @@ SAMPLE_S = 10.0
 class Tracker:
     """Keeps one MLflow run in step with one run folder, from `start` to `finish`.
 
-    No method raises because of MLflow, and none but `finish` and
-    `close` waits for it.
+    No method raises because of MLflow, and only `finish` and `close` wait for it.
     """
 
     def __init__(
@@ -51,7 +49,7 @@ class Tracker:
         datasets: Sequence[Dataset] = (),
     ) -> None:
         self.folder = Path(folder)
-        # At once: nobody promises that the current directory is the same when the thread gets to it.
+        # Now: the current directory may be another one when the thread gets to it.
         tracking_uri = absolute_tracking_uri(tracking_uri)
         self.uri = redact(tracking_uri)
         self._state = State.load(self.folder, self.uri, experiment, run_name)
@@ -63,12 +61,12 @@ class Tracker:
         self._closing = threading.Event()
         self._abandoned = threading.Event()
         self._ending: Ending | None = None
-        self._complaint: str | None = None
+        self._error: str | None = None
         self._refused = False
 
     @property
     def run_id(self) -> str | None:
-        """The MLflow run's id; None as long as MLflow never answered."""
+        """The MLflow run's id; None until MLflow has answered."""
         return self._state.run_id
 
     def start(self) -> Tracker:
@@ -78,7 +76,7 @@ class Tracker:
         return self
 
     def message(self, text: str) -> None:
-        """A line for the screen that stays in the run folder."""
+        """Record a line that is shown on the screen and stays in the run folder."""
         self._journal.write("message", text=text)
 
     def finish(
@@ -91,14 +89,14 @@ class Tracker:
     ) -> bool:
         """Send the rest, the result and the model folder, and end the MLflow run.
 
-        Waits at most `timeout_s` (`model_timeout_s` once the model is on its way). False when MLflow did
-        not take it all: it stays on disk, and the same call in a later process sends it.
+        Waits at most `timeout_s` (`model_timeout_s` once the model is being uploaded). False if MLflow did not accept
+        everything: the rest stays on disk, and the same call in a later process sends it.
         """
         self._ending = Ending(status, dict(result), Path(model) if model else None)
         return self._end(timeout_s, model_timeout_s)
 
     def close(self, timeout_s: float = 10) -> bool:
-        """Send the rest and leave the MLflow run as it is (a driver that stops before its run does)."""
+        """Send the rest and leave the MLflow run open, for a driver that stops before its run does."""
         return self._end(timeout_s, timeout_s)
 
     def _end(self, timeout_s: float, model_timeout_s: float) -> bool:
@@ -119,56 +117,56 @@ class Tracker:
         if sent:
             self._journal.close()
         else:
-            why = f" ({self._complaint})" if self._complaint else ""
+            why = f" ({self._error})" if self._error else ""
             then = "then run" if self._refused else "run"
             log.info(
-                f"MLflow at {self.uri} did not take everything{why}; the rest is kept in {self.folder}: "
+                f"MLflow at {self.uri} did not accept everything{why}; the rest stays in {self.folder}: "
                 f"{then} the same command again to send it."
             )
         return sent
 
     def _work(self) -> None:
-        """The thread: read, send, wait; after an error wait longer and begin again from what is on disk."""
+        """The thread: read, send, wait; after an error wait longer and start again from the files on disk."""
         wait = POLL_S
         while not self._abandoned.is_set():
-            closing = self._closing.is_set()  # asked before reading, so that nothing is written after it
+            closing = self._closing.is_set()  # before reading, so that no record is written after it
             try:
                 self._mirror.connect()
                 if self._mirror.lead(self._ending, closing):
                     while self._mirror.send_batch():
-                        self._cheer()
+                        self._report_recovery()
                 if closing and self._ending:
                     self._mirror.end(self._ending)
-                self._cheer()
+                self._report_recovery()
                 if closing:
                     return
                 wait = POLL_S
-            except Exception as error:  # whatever MLflow or the network comes up with: training goes on
+            except Exception as error:  # from MLflow or the network: training continues
                 self._mirror.disconnect()
-                self._complain(error)
-                if closing and refuses(error):  # asking again would not help
+                self._report_error(error)
+                if closing and refuses(error):  # retrying would not help
                     self._refused = True
                     return
                 wait = min(1.0 if closing else 2 * wait, LONGEST_RETRY_S)
             self._wake.wait(wait)
             self._wake.clear()
 
-    def _complain(self, error: Exception) -> None:
+    def _report_error(self, error: Exception) -> None:
         why = str(error).rstrip(".") if isinstance(error, RefusedError) else reason(error)
-        if self._complaint is None or (why != self._complaint and refuses(error)):
+        if self._error is None or (why != self._error and refuses(error)):
             log.info(
-                f"MLflow at {self.uri} does not take metrics ({why}); training goes on, they are kept in {self.folder} "
-                "and sent when it does."
+                f"MLflow at {self.uri} does not accept metrics ({why}); training continues, and they are sent from "
+                f"{self.folder} when it does."
             )
-        self._complaint = why
+        self._error = why
 
-    def _cheer(self) -> None:
-        if self._complaint is not None:
-            log.info(f"MLflow at {self.uri} is back; what was kept is being sent.")
-        self._complaint = None
+    def _report_recovery(self) -> None:
+        if self._error is not None:
+            log.info(f"MLflow at {self.uri} is back; the metrics are being sent.")
+        self._error = None
 
     def _sample(self) -> None:
-        """The machine's load into the driver's journal, under MLflow's own names for it."""
+        """Record the machine's load in the driver's journal, under MLflow's own names."""
         step = _last_system_step(self.folder / DRIVER_FILE)
         psutil.cpu_percent()  # the first call only starts the measurement
         while not self._closing.wait(SAMPLE_S):

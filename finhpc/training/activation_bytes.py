@@ -1,4 +1,4 @@
-"""The bytes that a forward pass keeps for its backward pass, counted exactly."""
+"""The bytes that a forward pass stores for its backward pass, counted exactly."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from finhpc.models.families.family import BLOCKS, Part
 
 
 def saved_bytes(forward: Callable[[], object], *modules: nn.Module) -> int:
-    """Bytes of the storages that `forward` saves for backward, each once, without the parameters of `modules`.
+    """The bytes of the storages that `forward` saves for backward, each once, without the parameters of `modules`.
 
-    On the meta device too. Casts that autocast makes of parameters are counted: they are kept. What a
-    Function keeps beside `save_for_backward` is not seen; of ours, the loss keeps its gradient so.
+    Works on the meta device too. Casts of parameters by autocast are counted, because they are stored. Tensors that a
+    Function stores without `save_for_backward` are not seen; ours does so with the gradient of the loss.
     """
     parameters = {p.untyped_storage()._cdata for module in modules for p in module.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage  # held, so that no other storage takes its address
+        kept[storage._cdata] = storage  # referenced, so that no other storage gets its address
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -33,10 +33,10 @@ def saved_bytes(forward: Callable[[], object], *modules: nn.Module) -> int:
 
 
 def block_saved_bytes(row: list[Part], model: Any, batch: int, seq_len: int) -> int:
-    """What the first transformer block of `row` keeps for (batch, seq_len) tokens, in bytes.
+    """The bytes that the first transformer block of `row` stores for (batch, seq_len) tokens.
 
-    The block's input and the tokens count where it keeps them. Count on the device that will train: on the meta
-    device torch takes its attention that is not fused, whatever the shape, and ours is for CPU tensors.
+    The block's input and the tokens count if it stores them. Count on the device that will train: on the meta device
+    torch always uses its unfused attention, and ours is for CPU tensors.
     """
     device = next(model.parameters()).device
     hidden = torch.randn(batch, seq_len, model.config.hidden_size, device=device, requires_grad=True)

@@ -1,7 +1,7 @@
-"""What becomes of freed memory: kept for the next step, or given back.
+"""Tune glibc's malloc: keep freed memory for the next step, or return it to the operating system.
 
-A training step frees and takes the same large buffers again. glibc hands each of them back to the
-system, which has to clear every page anew: that was 40 % of a low-rank GPT2-127M step on two cores.
+A training step frees and allocates the same large buffers again. glibc returns each of them to the system, which then
+has to clear every page again: that was 40 % of a low-rank GPT2-127M step on two cores.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import platform
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -3, -4, -8  # malloc.h
 SETTINGS = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: 256 << 20, M_ARENA_MAX: 1}
 
-# The same for a process that is yet to start. One that trains in a thread of its own needs it so: the thread has
-# an arena before any call can forbid it, and of such arenas glibc gives everything back.
+# The same settings for a process that is about to start. A process that trains in another thread than its first needs
+# them, because the thread gets an arena of its own before any call can prevent it, and glibc empties such arenas.
 ENVIRONMENT = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
@@ -23,24 +23,24 @@ ENVIRONMENT = {
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc's malloc to keep what is freed; False where the C library is another one.
+    """Make glibc's malloc keep freed memory; False if the C library is not glibc.
 
-    The process then stays at its peak resident size. Large blocks come from the heap instead of
-    mappings of their own; the heap grows in steps of 256 MB of address space, and one arena serves
-    all threads, so that freed blocks are found again.
+    The process then stays at its peak resident size. Large blocks come from the heap instead of separate mappings,
+    the heap grows in steps of 256 MB of address space, and one arena serves all threads, so that freed blocks are
+    reused.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    done = [mallopt(name, value) for name, value in SETTINGS.items()]  # 1 where taken
+    done = [mallopt(name, value) for name, value in SETTINGS.items()]  # 1 if accepted
     return all(done)
 
 
-def give_back_freed_memory() -> bool:
-    """Tell glibc's malloc to return blocks above 1 MB as soon as they are freed; False where it is another one.
+def return_freed_memory() -> bool:
+    """Make glibc's malloc return blocks above 1 MB when they are freed; False if the C library is not glibc.
 
-    By default it takes more and more of them from the heap, where work on matrices of several sizes
-    leaves holes: a model's second moments took 20 to 40 MB more for every block.
+    By default it takes more and more of them from the heap, which work on matrices of several sizes fragments: a
+    model's second moments took 20 to 40 MB more for every block.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -48,6 +48,6 @@ def give_back_freed_memory() -> bool:
 
 
 def trim_heap() -> None:
-    """Return the heap's free pages to the system now, where glibc keeps them; they are taken again when needed."""
+    """Return the heap's free pages to the system now; glibc takes them again when needed."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)

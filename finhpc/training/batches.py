@@ -1,4 +1,4 @@
-"""What the engine is fed with: blocks of tokens, or packs of examples, in the run's order."""
+"""The batches of a run in its order: blocks of tokens, or packs of examples."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class Batch(NamedTuple):
-    """A micro-batch: what the engine takes; its samples' ids; their places in the run, whoever reads them."""
+    """A micro-batch: the engine's input, its samples' ids, and their positions in the run over all replicas."""
 
     inputs: Tensor
     samples: Ints
@@ -31,27 +31,27 @@ class Batch(NamedTuple):
 
 
 class BatchSource(Protocol):
-    """A run's data."""
+    """The data of a run."""
 
     @property
     def scored(self) -> int:
-        """Held-out samples of an evaluation, over all replicas."""
+        """The number of held-out samples of an evaluation, over all replicas."""
         ...
 
     def stream(self, step: int, replica: int) -> Iterator[Batch]:
-        """A replica's micro-batches from the step after `step` on; called on first stages only."""
+        """The micro-batches of a replica after `step`; only first stages call this."""
         ...
 
     def held_out(self, replica: int) -> list[Tensor]:
-        """A replica's micro-batches of an evaluation, equally many for each."""
+        """The micro-batches of an evaluation, equally many for each replica."""
         ...
 
     def filler(self) -> tuple[int, Tensor | None]:
-        """Copies of the last sample that only fill the micro-batches of `held_out`, and a micro-batch of copies."""
+        """The number of copies of the last sample that fill up `held_out`, and a micro-batch of such copies."""
         ...
 
     def tokens(self, step: int) -> int:
-        """Tokens of the run's first `step` steps; padding does not count."""
+        """The number of tokens in the first `step` steps, without padding."""
         ...
 
 
@@ -69,8 +69,8 @@ class TokenBatches:
     def held_out(self, replica: int) -> list[Tensor]:
         copies, _ = self.filler()
         share = (self.scored + copies) // self.parallel.replicas
-        places = np.minimum(np.arange(replica * share, (replica + 1) * share), self.scored - 1)
-        return list(torch.from_numpy(self.val[places]).split(self.parallel.micro_batch_size))
+        indices = np.minimum(np.arange(replica * share, (replica + 1) * share), self.scored - 1)
+        return list(torch.from_numpy(self.val[indices]).split(self.parallel.micro_batch_size))
 
     def filler(self) -> tuple[int, Tensor | None]:
         copies = -self.scored % (self.parallel.micro_batch_size * self.parallel.replicas)
@@ -82,7 +82,7 @@ class TokenBatches:
 
 @dataclass(frozen=True)
 class PackedBatches:
-    """Examples, each micro-batch of them one pack. `limit`: held-out examples of an evaluation; None: all."""
+    """Examples; each micro-batch is one pack. `limit`: held-out examples of an evaluation; None for all."""
 
     examples: Examples
     batches: Batches
@@ -98,8 +98,8 @@ class PackedBatches:
             yield Batch(torch.from_numpy(batch["pack"]), batch["sample"], batch["position"])
 
     def held_out(self, replica: int) -> list[Tensor]:
-        found = self.batches.held_out(self.examples.held_out, replica, self.limit)
-        return [torch.from_numpy(batch["pack"]) for batch in found]
+        batches = self.batches.held_out(self.examples.held_out, replica, self.limit)
+        return [torch.from_numpy(batch["pack"]) for batch in batches]
 
     def filler(self) -> tuple[int, Tensor | None]:
         return 0, None

@@ -1,14 +1,14 @@
-"""Checkpoints: complete or absent, written beside the training, readable by any topology.
+"""Checkpoints: complete or absent, written while training continues, readable by any topology.
 
     checkpoints/step_00000100/
         stage-0.safetensors     param.NAME and its moments (exp_avg.NAME, exp_avg_sq.NAME) of stage 0, float32
         rank-0.safetensors      random state of worker 0
         rank-0.done             what worker 0 wrote: name, bytes, sha256
-        manifest.json           all of it, and the state of the run; written last
+        manifest.json           all files, and the state of the run; written last
 
-Workers talk through the shared folder, not through collectives: each writes its files in a thread,
-and worker 0's thread waits for all and writes the manifest. A folder without one is no checkpoint.
-Tensors bear Hugging Face names, so a run resumes with any number of stages and replicas.
+Workers communicate through the shared folder, not through collectives: each writes its files in a thread, and worker
+0's thread waits for all of them and writes the manifest. A folder without a manifest is not a checkpoint. Tensors have
+Hugging Face names, so a run resumes with any number of stages and replicas.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Checkpoint:
         return sorted(self.path / name for name in self.manifest["files"] if name.startswith("stage-"))
 
     def verify(self) -> None:
-        """Raises `CheckpointError` naming the first file that is not as it was written."""
+        """Raise `CheckpointError` naming the first file that is missing or changed."""
         for name, expected in self.manifest["files"].items():
             file = self.path / name
             if not file.is_file():
@@ -67,15 +67,12 @@ class Checkpoint:
             if file_sha256(file) != expected["sha256"]:
                 raise CheckpointError(f"{file} is not what was written (sha256 differs)")
             if file.suffix == ".safetensors":
-                _check_safetensors(file)
-
-
-def _check_safetensors(file: Path) -> None:
-    try:
-        with safe_open(file, framework="pt"):
-            pass
-    except SafetensorError as error:
-        raise CheckpointError(f"{file} is no safetensors file ({error}); pickles are never opened") from None
+                try:
+                    with safe_open(file, framework="pt"):
+                        pass
+                except SafetensorError as error:
+                    reason = f"{file} is not a safetensors file ({error}); pickles are never opened"
+                    raise CheckpointError(reason) from None
 
 
 def read_stage(file: Path, prefix: str) -> dict[str, Tensor]:
@@ -86,56 +83,54 @@ def read_stage(file: Path, prefix: str) -> dict[str, Tensor]:
 
 
 def list_complete(folder: Path) -> list[Checkpoint]:
-    """Complete checkpoints in `folder`, newest first; contents not verified."""
-    found = [open_checkpoint(path) for path in sorted(folder.glob("step_*"), reverse=True)]
-    return [saved for saved in found if isinstance(saved, Checkpoint)]
+    """The complete checkpoints in `folder`, newest first; their contents are not verified."""
+    checkpoints = []
+    for path in sorted(folder.glob("step_*"), reverse=True):
+        with suppress(CheckpointError):
+            checkpoints.append(open_checkpoint(path))
+    return checkpoints
 
 
-def open_checkpoint(path: Path) -> Checkpoint | CheckpointError:
-    """The checkpoint in `path`, or why it is none."""
-    try:
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open the checkpoint in `path`; raises `CheckpointError` if its manifest is missing or cut short."""
+    with suppress(OSError, ValueError, TypeError, KeyError):
         manifest = json.loads((path / MANIFEST).read_text())
         if manifest["step"] >= 0 and manifest["files"] and manifest["ranks"] and manifest["consumed"]:
             return Checkpoint(path, manifest)
-    except (OSError, ValueError, TypeError, KeyError):
-        pass
-    return CheckpointError(f"{path / MANIFEST} is missing or cut short")
+    raise CheckpointError(f"{path / MANIFEST} is missing or cut short")
 
 
 def latest_valid(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint whose every file is as it was written; None where none was ever completed.
+    """The newest checkpoint whose files are all as they were written; None if none was ever completed.
 
-    Says which damaged ones it passed over, and removes them, so that they do not count among those
-    kept. Raises `CheckpointError` when there are only damaged ones, and touches none: to begin at step
-    0 again is for the user to decide.
+    Newer damaged ones are logged and removed, so that they do not count among the stored ones. Raises
+    `CheckpointError` if all are damaged, and removes none: the user decides whether to begin at step 0 again.
     """
     damaged: dict[Path, CheckpointError] = {}
     for path in sorted(folder.glob("step_*"), reverse=True):
-        opened = open_checkpoint(path)
+        if not (path / MANIFEST).exists():  # an interrupted save, which is not damage
+            continue
         try:
-            if isinstance(opened, CheckpointError):
-                if (path / MANIFEST).exists():  # without one it is no damage, but a save that was interrupted
-                    raise opened
-                continue
-            opened.verify()
+            latest = open_checkpoint(path)
+            latest.verify()
         except CheckpointError as error:
             damaged[path] = error
             continue
         for other, why in damaged.items():
-            log.info(f"checkpoint {other.name} is damaged ({why}); it is removed and {path.name} taken.")
+            log.info(f"checkpoint {other.name} is damaged ({why}); it is removed and {path.name} is used.")
             shutil.rmtree(other, ignore_errors=True)
-        return opened
+        return latest
     if damaged:
-        found = "; ".join(str(why) for why in damaged.values())
+        reasons = "; ".join(str(why) for why in damaged.values())
         raise CheckpointError(
-            f"every checkpoint in {folder} is damaged ({found}); restore one of them from a copy, or remove "
+            f"every checkpoint in {folder} is damaged ({reasons}); restore one of them from a copy, or remove "
             f"{folder} to begin at step 0."
         )
     return None
 
 
 def newest_checkpoint_bytes(folder: Path) -> int:
-    """Bytes of the newest checkpoint, by any worker, complete or not: they grow as long as somebody writes."""
+    """The bytes of the newest checkpoint, complete or not; they grow as long as any worker writes."""
     newest = max(folder.glob("step_*"), default=folder)
     total = 0
     with suppress(OSError):  # renamed or removed meanwhile
@@ -145,7 +140,7 @@ def newest_checkpoint_bytes(folder: Path) -> int:
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what an interrupted save left: it has no manifest."""
+    """Remove the folders of interrupted saves, which have no manifest."""
     for path in folder.glob("step_*"):
         if not (path / MANIFEST).exists():
             shutil.rmtree(path, ignore_errors=True)
@@ -154,9 +149,8 @@ def remove_partial(folder: Path) -> None:
 class Checkpointer:
     """Saves one worker's part of each checkpoint in a background thread.
 
-    `attempt` is the same for all workers of one start and differs between starts, so that files
-    left by a killed start are never taken for new ones. Worker 0 completes the checkpoint and keeps
-    the `keep` newest.
+    `attempt` is the same for all workers of one start and differs between starts, so that files of a killed start are
+    never mistaken for new ones. Worker 0 completes the checkpoint and removes all but the `keep` newest.
     """
 
     def __init__(self, folder: Path, keep: int, attempt: str, rank: int, ranks: int) -> None:
@@ -165,10 +159,10 @@ class Checkpointer:
         self._error: BaseException | None = None
 
     def save(self, step: int, stage_file: str | None, state: dict[str, Tensor], extra: dict[str, Any]) -> None:
-        """Copy `state` and return; a thread writes it. Waits for the save before, if still under way.
+        """Copy `state` and return; a thread writes it. Waits for the previous save to end first.
 
-        `stage_file`: name for the stage's tensors, None on replicas that do not write them. `extra`
-        goes into the manifest (worker 0's) but for `consumed`, which is summed over workers.
+        `stage_file`: the name for the stage's tensors, None on replicas that do not write them. Worker 0's `extra`
+        goes into the manifest, except for `consumed`, which is summed over workers.
         """
         self.wait()
         copy = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
@@ -180,21 +174,21 @@ class Checkpointer:
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait until the save under way is complete; raises `CheckpointError` if it failed."""
+        """Wait until the current save is complete; raises `CheckpointError` if it failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         if self._error is not None:
             error, self._error = self._error, None
             raise CheckpointError(
-                f"a checkpoint could not be written to {self.folder}: {error}; make room or check the disk. "
-                "The checkpoints before it are untouched."
+                f"a checkpoint could not be written to {self.folder}: {error}; free some space or check the disk. "
+                "Earlier checkpoints are unchanged."
             )
 
     def _guarded(self, *arguments: Any) -> None:
         try:
             self._write(*arguments)
-        except BaseException as error:  # kept for the training thread, which raises it
+        except BaseException as error:  # for the training thread, which raises it
             self._error = error
 
     def _write(
@@ -227,7 +221,7 @@ class Checkpointer:
         }
         write_json(path / MANIFEST, manifest)
         for old in list_complete(self.folder)[self.keep :]:
-            (old.path / MANIFEST).unlink()  # first, so that a half-removed one is not taken for complete
+            (old.path / MANIFEST).unlink()  # first, so that a partly removed checkpoint does not look complete
             shutil.rmtree(old.path, ignore_errors=True)
 
     def _wait_for(self, file: Path, timeout_s: float = 1800) -> dict[str, Any]:
@@ -243,27 +237,26 @@ class Checkpointer:
         raise TimeoutError(f"{file} did not appear within {timeout_s:.0f} s")
 
 
-def load_tensors(saved: Checkpoint, wanted: list[str], prefix: str) -> dict[str, Tensor]:
-    """The tensors `prefix.NAME` for each of `wanted`, from whichever stage's file holds them."""
-    found: dict[str, Tensor] = {}
+def load_tensors(checkpoint: Checkpoint, names: list[str], prefix: str) -> dict[str, Tensor]:
+    """The tensors `prefix.NAME` for each of `names`, from any stage's file."""
+    tensors: dict[str, Tensor] = {}
     with ExitStack() as stack:
-        for file in saved.stage_files():
+        for file in checkpoint.stage_files():
             opened = stack.enter_context(safe_open(file, framework="pt"))
             stored = set(opened.keys())
-            for name in wanted:
-                if name not in found and f"{prefix}.{name}" in stored:
-                    found[name] = opened.get_tensor(f"{prefix}.{name}")
-    missing = sorted(set(wanted) - set(found))
-    if missing:
-        raise CheckpointError(f"{saved.path} lacks {', '.join(missing[:5])}; it belongs to another model.")
-    return found
+            for name in names:
+                if name not in tensors and f"{prefix}.{name}" in stored:
+                    tensors[name] = opened.get_tensor(f"{prefix}.{name}")
+    if missing := sorted(set(names) - set(tensors)):
+        raise CheckpointError(f"{checkpoint.path} lacks {', '.join(missing[:5])}; it belongs to another model.")
+    return tensors
 
 
-def load_random_state(saved: Checkpoint, rank: int, ranks: int) -> bool:
-    """Restore this worker's random state; False when the checkpoint was made by another number of workers."""
-    if saved.manifest["ranks"] != ranks:
+def load_random_state(checkpoint: Checkpoint, rank: int, ranks: int) -> bool:
+    """Restore this worker's random state; False if the checkpoint has another number of workers."""
+    if checkpoint.manifest["ranks"] != ranks:
         return False
-    with safe_open(saved.path / f"rank-{rank}.safetensors", framework="pt") as opened:
+    with safe_open(checkpoint.path / f"rank-{rank}.safetensors", framework="pt") as opened:
         torch.set_rng_state(opened.get_tensor("torch"))
         if torch.cuda.is_available() and "cuda" in opened.keys():  # noqa: SIM118
             torch.cuda.set_rng_state(opened.get_tensor("cuda"))

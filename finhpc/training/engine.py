@@ -1,8 +1,15 @@
-"""The one engine of every topology: a DeepSpeed pipeline of stages x replicas.
+"""The engine of every topology: a DeepSpeed pipeline of stages x replicas.
 
-Weights, gradients and AdamW's moments are float32; `bf16` runs the parts under autocast. DeepSpeed
-moves activations and averages gradients; clipping is ours, by the norm over all stages, because
-the engine's own uses a wrong norm with more than one stage in float32.
+Weights, gradients and AdamW's moments are float32; `bf16` runs the parts under autocast. DeepSpeed moves activations
+and averages gradients. Clipping is done here, by the norm over all stages, because DeepSpeed's own norm is wrong with
+more than one stage in float32.
+
+This is the only file that uses DeepSpeed, and these places depend on its internals:
+
+- `CutPipeline` sets the borders between stages,
+- `Engine._patch_deepspeed` changes instructions of its schedule,
+- `Engine._free_losses` drops what it stores between steps,
+- `process_group` clears its global state.
 """
 
 from __future__ import annotations
@@ -13,7 +20,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import deepspeed
 import torch
@@ -24,26 +31,24 @@ from torch import Tensor, nn
 
 from finhpc.errors import NonFiniteError
 from finhpc.lowrank.blend import alpha_at, blend_in, set_alpha
-from finhpc.lowrank.layers import LowRankEmbedding, LowRankLinear
 from finhpc.lowrank.registry import BLEND
 from finhpc.models.families.registry import skeleton as make_skeleton
 from finhpc.models.initialize import Fill, random_fill
-from finhpc.models.lora.layers import LoraLinear
-from finhpc.models.lora.model import LoraModel, LoraPipelineLayer
 from finhpc.models.pipeline import PipelineLayer, is_tied, parts_of
 from finhpc.settings.finetune import FinetuneConfig
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.training.allocator import keep_freed_memory
-from finhpc.training.optimizer import decay_products, forget, make_optimizer, set_lr
+from finhpc.training.optimizer import decay_products, drop_parameters, make_optimizer, set_lr
 from finhpc.training.stages import measured_cut
+
+if TYPE_CHECKING:
+    from finhpc.models.lora.model import LoraModel
 
 log = logging.getLogger(__name__)
 
-Batch = tuple[Tensor, Tensor]
-
 
 class CutPipeline(PipelineModule):  # type: ignore[misc]
-    """A PipelineModule cut at the borders we choose, not by DeepSpeed's parameter counts."""
+    """A PipelineModule with given borders between stages, in place of DeepSpeed's parameter counts."""
 
     def __init__(self, layers: list[LayerSpec], borders: list[int], dynamic_shape: bool = False) -> None:
         self.parts = borders
@@ -55,13 +60,12 @@ class CutPipeline(PipelineModule):  # type: ignore[misc]
 
 
 class Engine:
-    """A model being trained on this process's stage.
+    """A model in training on this process's stage.
 
-    `hf_config` is the transformers config of the model; the process group must exist, with
-    stages x replicas processes. `borders`: stage i has the parts borders[i] to borders[i + 1] - 1; None:
-    the parts are measured, and cut by that. `fill` gives the weights their first numbers; None: they are drawn.
-    With `adapt` the model is its frozen base, adapters are all that is trained, and packs take the place of
-    tokens; they may differ in length. `alpha` is method 3's of the last step, None with other methods.
+    The process group must exist, with stages x replicas processes. Stage i has the parts borders[i] to
+    borders[i + 1] - 1; by default the parts are measured and balanced. `fill` sets the initial weights, which are
+    random by default. With `lora_model` the model is its frozen base, only adapters are trained, and the inputs are
+    packs, which may differ in length, instead of tokens. `alpha` is method 3's in the last step, else None.
     """
 
     def __init__(
@@ -71,23 +75,24 @@ class Engine:
         device: torch.device,
         borders: list[int] | None = None,
         fill: Fill | None = None,
-        adapt: LoraModel | None = None,
+        lora_model: LoraModel | None = None,
     ) -> None:
         self.config, self.hf_config, self.device = config, hf_config, device
         if device.type == "cpu":
             keep_freed_memory()
         parallel = config.parallel
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # inference only; compiling it takes a minute
+        # An operator for inference, which would take a minute to compile.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
-        if adapt is not None:
-            self.borders = borders or adapt.borders(parallel.stages)
-            specs = [LayerSpec(LoraPipelineLayer, part, adapt, device) for part in adapt.parts()]
+        if lora_model is not None:
+            self.borders = borders or lora_model.borders(parallel.stages)
+            specs = [LayerSpec(lora_model.layer_class, part, lora_model, device) for part in lora_model.parts()]
         else:
             assert isinstance(config, PretrainConfig)
             self.borders = borders or measured_cut(config, hf_config, device).borders
             specs = self._layers(config, fill or random_fill(hf_config, config.train.seed, config.method.init))
-        pipeline = CutPipeline(specs, self.borders, dynamic_shape=adapt is not None)
-        self.layers = _layers_of(pipeline)
+        pipeline = CutPipeline(specs, self.borders, dynamic_shape=lora_model is not None)
+        self.layers = [module for module in pipeline.modules() if isinstance(module, PipelineLayer)]
         self.optimizer = make_optimizer(self.trained_parameters(), config.optimizer)
         self.optimizer.register_step_pre_hook(self._before_step)
         self.pipe, *_ = deepspeed.initialize(
@@ -104,15 +109,14 @@ class Engine:
         self.stage: int = self.pipe.grid.get_stage_id()
         self.replica: int = self.pipe.grid.get_data_parallel_id()
         self.alpha: float | None = None
-        self.go_to(0)
+        self.set_step(0)
         self.grad_norm = float("nan")
-        self.busy_s = 0.0  # time in forward and backward passes, since `take_times`
-        self.wait_s = 0.0  # time waiting for data
-        if parallel.replicas == 1:  # DeepSpeed would copy all gradients to average them with nobody's, and back
-            self.pipe._INSTRUCTION_MAP = self.pipe._INSTRUCTION_MAP | {schedule.ReduceGrads: lambda pipe: None}
-        self._time_passes()
+        self.busy_s = 0.0  # in forward and backward passes, since `take_times`
+        self.wait_s = 0.0  # waiting for data
+        self._patch_deepspeed()
 
     def _layers(self, config: PretrainConfig, fill: Fill) -> list[LayerSpec]:
+        """The layers of a pretraining; the two ends of a tied model share one."""
         recompute = config.train.recompute
         model = make_skeleton(self.hf_config, recompute)
         if config.method.kind == BLEND:
@@ -137,89 +141,108 @@ class Engine:
                 specs.append(LayerSpec(PipelineLayer, part, *arguments))
         return specs
 
+    def _patch_deepspeed(self) -> None:
+        """Change instructions of this engine's schedule."""
+        engine = type(self.pipe)
+
+        def timed(instruction: Any) -> Any:
+            def run(pipe: Any, *args: Any, **kwargs: Any) -> None:
+                self._synchronize()
+                start = time.perf_counter()
+                instruction(pipe, *args, **kwargs)
+                self._synchronize()
+                self.busy_s += time.perf_counter() - start
+
+            return run
+
+        # The time in passes gives the pipeline's utilization.
+        patches = {
+            schedule.ForwardPass: timed(engine._exec_forward_pass),
+            schedule.BackwardPass: timed(engine._exec_backward_pass),
+        }
+        if self.config.parallel.replicas == 1:
+            # DeepSpeed would copy all gradients to a flat buffer and back, with nothing to average.
+            patches[schedule.ReduceGrads] = lambda pipe: None
+        self.pipe._INSTRUCTION_MAP = self.pipe._INSTRUCTION_MAP | patches
+
     # -- names ------------------------------------------------------------------------------
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """Hugging Face name -> parameter, of this stage. A tied matrix is on the first and last stage."""
+        """Hugging Face name -> parameter of this stage; a tied matrix is on the first and on the last stage."""
         return {name: p for layer in self.layers for name, p in layer.parameters_by_name()}
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """Those of them that are trained. The others are frozen: no gradient, no moments, in no checkpoint."""
+        """The trained ones among them; frozen ones have no gradient, no moments, and are in no checkpoint."""
         return {name: p for name, p in self.named_parameters().items() if p.requires_grad}
 
     def owned_names(self) -> list[str]:
-        """Names of what this stage trains and answers for: all but the last stage's copy of a tied matrix."""
+        """The names of trained parameters without duplicates: the last stage's copy of a tied matrix is omitted."""
         (embedding,) = next(part.names for part in parts_of(self.hf_config) if part.kind == "embedding")
         copy = is_tied(self.hf_config) and self.stage > 0
         return [name for name in self.trained_parameters() if not (copy and name.startswith(embedding + "."))]
 
     # -- steps ------------------------------------------------------------------------------
 
-    def go_to(self, step: int) -> None:
-        """Stand where a run stands that has taken `step` steps; its weights and moments are for the caller to load."""
+    def set_step(self, step: int) -> None:
+        """Set the step counter and method 3's alpha; the caller loads weights and moments."""
         self.step = step
-        self._blend(max(step, 1))
+        self._set_alpha(max(step, 1))
 
-    def _blend(self, step: int) -> None:
-        """Set method 3's alpha for a step. At 0 every W is dropped, with what the optimiser keeps for it."""
+    def _set_alpha(self, step: int) -> None:
+        """Set method 3's alpha for a step; at 0 every W is dropped, with its optimizer state."""
         if not isinstance(self.config, PretrainConfig) or self.config.method.kind != BLEND:
             return
         method = self.config.method
         self.alpha = alpha_at(method, step, self.config.train.steps)
-        gone = set_alpha((module for layer in self.layers for module in layer.modules()), self.alpha)
-        if gone:
-            trained = gone[0].requires_grad
-            forget(self.optimizer, gone)
-            for parameter in gone:
+        dropped = set_alpha((module for layer in self.layers for module in layer.modules()), self.alpha)
+        if dropped:
+            trained = dropped[0].requires_grad
+            drop_parameters(self.optimizer, dropped)
+            for parameter in dropped:
                 self.pipe.param_names.pop(parameter, None)
             log.info(
                 f"step {step}: alpha is 0, so every W is dropped"
-                + (" and the optimiser rebuilt without them; the others' moments stay." if trained else ".")
+                + (" and the optimizer rebuilt without them; the others' moments stay." if trained else ".")
             )
 
     def train_step(self, batches: Iterator[Tensor], lr: float) -> float:
-        """One optimiser step over `micro_batches` micro-batches; returns the mean loss in nats.
+        """One optimizer step over `micro_batches` micro-batches; returns the mean loss in nats.
 
-        `batches` yields int64 tokens (micro_batch_size, seq_len), or packs, on the first stage; the others
-        read nothing. Raises `NonFiniteError` on every process, before the weights change, when the loss
-        or the gradient is not finite.
+        `batches` yields int64 tokens (micro_batch_size, seq_len), or packs, on the first stage; other stages do not
+        read it. Raises `NonFiniteError` on every process, before the weights change, if the loss or the gradient is
+        not finite.
         """
-        self._blend(self.step + 1)
+        self._set_alpha(self.step + 1)
         set_lr(self.optimizer, lr)
         self._lr = lr
         loss = float(self.pipe.train_batch(self._inputs(batches)).item())
         if loss != loss or abs(loss) == float("inf"):
             raise NonFiniteError(f"train_loss={loss} at step {self.step + 1}")
-        self._let_go()
+        self._free_losses()
         self.step += 1
         return loss
 
-    def _let_go(self) -> None:
-        """Drop the newest losses: DeepSpeed keeps them, with their inputs and those' gradients, into the next step."""
+    def _free_losses(self) -> None:
+        """Drop the newest losses, which DeepSpeed stores into the next step, with their inputs and gradients."""
         outputs = self.pipe.pipe_buffers["outputs"]
         outputs[:] = [None] * len(outputs)
         self.pipe.loss = self.pipe.loss.detach()
 
     def evaluate(self, batches: Iterator[Tensor], micro_batches: int) -> float:
-        """Mean loss in nats over `micro_batches` micro-batches of every replica, without a step."""
+        """The mean loss in nats over `micro_batches` micro-batches of every replica, without a step."""
         return float(self.pipe.eval_batch(self._inputs(batches), num_micro_batches=micro_batches).item())
 
-    def _inputs(self, batches: Iterator[Tensor]) -> Iterator[Batch]:
-        """What DeepSpeed wants: (inputs, labels). Labels travel with the hidden states instead."""
-        nothing = torch.zeros(1)
-        first = self.stage == 0
-
-        def pairs() -> Iterator[Batch]:
-            while True:
-                if first:
-                    start = time.perf_counter()
-                    tokens = next(batches)
-                    self.wait_s += time.perf_counter() - start
-                    yield tokens, nothing
-                else:
-                    yield nothing, nothing
-
-        return pairs()
+    def _inputs(self, batches: Iterator[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The (inputs, labels) that DeepSpeed reads. Labels are empty: the tokens travel with the hidden states."""
+        empty = torch.zeros(1)
+        while True:
+            if self.stage == 0:
+                start = time.perf_counter()
+                tokens = next(batches)
+                self.wait_s += time.perf_counter() - start
+                yield tokens, empty
+            else:
+                yield empty, empty
 
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """Clip by the norm over the whole model, after DeepSpeed has averaged the gradients; decay products."""
@@ -239,31 +262,11 @@ class Engine:
             grads = [p.grad for p in named.values() if p.grad is not None]
             torch._foreach_mul_(grads, limit / (self.grad_norm + 1e-6))
         if self.config.optimizer.decay == "product":
-            modules = (module for layer in self.layers for module in layer.modules())
-            kinds = LowRankLinear | LowRankEmbedding | LoraLinear
-            pairs = [module.pair() for module in modules if isinstance(module, kinds)]
+            modules: Iterator[Any] = (module for layer in self.layers for module in layer.modules())
+            pairs = [module.pair() for module in modules if hasattr(module, "pair")]  # low-rank layers and adapters
             decay_products(pairs, self._lr * self.config.optimizer.weight_decay)
 
-    # -- how busy ---------------------------------------------------------------------------
-
-    def _time_passes(self) -> None:
-        """Count the time this worker spends in forward and backward passes."""
-        engine = type(self.pipe)
-
-        def timed(instruction: Any) -> Any:
-            def run(pipe: Any, *args: Any, **kwargs: Any) -> None:
-                self._synchronize()
-                start = time.perf_counter()
-                instruction(pipe, *args, **kwargs)
-                self._synchronize()
-                self.busy_s += time.perf_counter() - start
-
-            return run
-
-        self.pipe._INSTRUCTION_MAP = self.pipe._INSTRUCTION_MAP | {
-            schedule.ForwardPass: timed(engine._exec_forward_pass),
-            schedule.BackwardPass: timed(engine._exec_backward_pass),
-        }
+    # -- times ------------------------------------------------------------------------------
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -280,12 +283,12 @@ class Engine:
 def process_group(
     backend: str, rank: int = 0, size: int = 1, store: Any = None, timeout_s: float = 1800
 ) -> Iterator[None]:
-    """A group of `size` processes for engines to be made in; gone afterwards, so that another can follow.
+    """A group of `size` processes for an engine; it is destroyed afterwards, so that another can follow.
 
-    `store`: a `torch.distributed.Store` where they meet; None: this process is alone. `timeout_s`: how long one waits
-    for another.
+    The processes meet at `store`, a `torch.distributed.Store`; None is for a single process. `timeout_s`: how long
+    one waits for another.
     """
-    # DeepSpeed reads them. Each process sees its own devices alone, so that it is the first on its node.
+    # DeepSpeed reads these. Each process only sees its own devices, so its local rank is 0.
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(size)}
     store = store or dist.HashStore()  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
@@ -293,12 +296,7 @@ def process_group(
         yield
     finally:
         if deepspeed.comm.is_initialized():
-            deepspeed.comm.destroy_process_group()  # and what DeepSpeed remembers of it
+            deepspeed.comm.destroy_process_group()  # with DeepSpeed's own record of it
         elif dist.is_initialized():
             dist.destroy_process_group()
         deepspeed.comm.comm.cdb = None
-
-
-def _layers_of(pipeline: PipelineModule) -> list[PipelineLayer]:
-    """The PipelineLayer objects of this stage, a tied one once."""
-    return [module for module in pipeline.modules() if isinstance(module, PipelineLayer)]

@@ -1,10 +1,10 @@
-"""What a run reports as it goes: one JSON line an event, appended to a file in the run folder.
+"""The journal of a run: one JSON line per event, appended to a file in the run folder.
 
-Training writes here and nowhere else, so no server, screen or network can stop a step; whoever
-wants to know (progress bar, MLflow) reads the file at its own pace.
+Training reports here and nowhere else, so no server, screen or network can stop a step. The progress bar and MLflow
+read the file at their own pace.
 
-A record has `kind`, `time` (unix seconds) and the fields of its kind, which bear the names of the
-metrics: `start`, `train`, `eval`, `checkpoint`, `memory`, `system`, `message`, `finished`, `failed`.
+A record has `kind`, `time` (unix seconds) and the fields of its kind, which have the names of the metrics. The kinds
+are `start`, `train`, `eval`, `checkpoint`, `memory`, `system`, `message`, `finished`, `failed`.
 
 Floats round-trip exactly. JSON has no NaN or infinity: they are written as the strings "nan",
 "inf", "-inf", and read back as floats wherever such a string stands as a value.
@@ -24,8 +24,8 @@ from typing import Any
 
 from finhpc.files import strict_json
 
-# One writer a file, because appends of two machines to one file on a network disk can overlap:
-# world rank 0 writes the first, the driver process the second.
+# One writer per file, because appends of two machines to one file on a network disk can overlap: world rank 0 writes
+# the first, the driver process the second.
 WORKER_FILE = "journal.jsonl"
 DRIVER_FILE = "driver.jsonl"
 
@@ -63,17 +63,19 @@ class Journal:
 
 
 def read(path: str | Path, offset: int = 0, limit: int | None = None) -> tuple[list[Record], int]:
-    """Complete records from byte `offset` on (at most `limit` of them), and the offset to go on from.
+    """The complete records from byte `offset` on, at most `limit`, and the offset to continue from.
 
-    A cut last line is left for later: it may still be in the writing. One that other lines follow
-    will never be whole; it is skipped with a warning.
+    A cut last line is left for later, because it may still be being written. A cut line that others follow will never
+    be complete; it is skipped with a warning.
     """
     records: list[Record] = []
     if not Path(path).exists():  # nothing was written yet
         return records, offset
     with open(path, "rb") as file:
         if offset > os.fstat(file.fileno()).st_size:
-            log.warning("%s is shorter than what was read of it before (%d bytes); read from its start", path, offset)
+            log.warning(
+                "%s is shorter than what was read of it before (%d bytes); reading from its start", path, offset
+            )
             offset = 0
         file.seek(offset)
         for line in file:
@@ -86,7 +88,7 @@ def read(path: str | Path, offset: int = 0, limit: int | None = None) -> tuple[l
 
 
 def latest(records: Iterable[Record], kind: str) -> dict[int, Record]:
-    """Step -> record of one kind; the last wins, since a resumed run repeats steps."""
+    """Step -> record of one kind; the last one, because a resumed run repeats steps."""
     return {record["step"]: record for record in records if record["kind"] == kind}
 
 

@@ -1,4 +1,4 @@
-"""The peak of a worker's memory, each kind under its own name."""
+"""The peak memory of a worker: counted tensor bytes, and resident bytes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STATUS = Path("/proc/self/status")
 
 
 def live_tensor_bytes() -> int:
-    """Bytes of all CPU tensors this process holds, a storage counted once."""
+    """The bytes of all CPU tensors of this process; each storage counts once."""
     storages = {}
     for thing in gc.get_objects():
         if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu":
@@ -34,9 +34,9 @@ def live_tensor_bytes() -> int:
 
 
 def counted_peak(work: Callable[[], T]) -> tuple[T, int]:
-    """Run `work` and count the peak of live CPU tensor bytes from its allocations and frees.
+    """Run `work`; return its result and the peak of live CPU tensor bytes, counted from allocations and frees.
 
-    Exact for tensors of torch's CPU allocator; costs the profiler's overhead, so use it for one step.
+    The count is exact for torch's CPU allocator. It has the profiler's overhead, so use it for one step.
     """
     before = live_tensor_bytes()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -58,19 +58,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError | OSError) and any(word in str(error) for word in words)
 
 
-def forget_peaks(device: torch.device) -> None:
-    """Count peaks from here on: what an earlier run of a warm process left is freed first, and does not count."""
+def reset_peaks(device: torch.device) -> None:
+    """Start counting peaks from here; the memory of an earlier run in this process is freed first."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     trim_heap()
-    with suppress(OSError):  # no Linux, or no right to: the peak since the process started stays
+    with suppress(OSError):  # not Linux, or not permitted: the peak stays that since the process started
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_resident_bytes() -> int:
-    """Peak resident bytes of this process (the operating system's count) since it started, or `forget_peaks`."""
+    """The peak resident bytes of this process, by the operating system, since it started or `reset_peaks`."""
     if STATUS.exists():
         line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024

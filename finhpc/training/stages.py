@@ -1,7 +1,7 @@
-"""Seconds that each part of a model takes on this machine: what the cut into stages balances.
+"""The cut of a model into stages, balanced by the seconds that each part takes on this machine.
 
-A cut is measured once and kept beside the run, because a resumed run is bit-equal to an unbroken one
-only over the same stages.
+A cut is measured once and stored in the run folder, because a resumed run is only bit-equal to an unbroken one with
+the same stages.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from finhpc.training.optimizer import make_optimizer
 
 log = logging.getLogger(__name__)
 
-REPEATS = 5  # measured after one that warms up
+REPEATS = 5  # after one to warm up
 Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Stage i has the parts `borders[i]` to `borders[i + 1] - 1`; `costs_s`: seconds a micro-batch of each part."""
+    """Stage i has the parts `borders[i]` to `borders[i + 1] - 1`; `costs_s`: seconds per micro-batch of each part."""
 
     stages: int
     parts: list[str]  # the parts' kinds
@@ -48,23 +48,24 @@ class Cut:
     def __str__(self) -> str:
         stages = " | ".join(describe_parts(self.parts[a:b]) for a, b in pairwise(self.borders))
         seconds = ", ".join(f"{sum(self.costs_s[a:b]):.3g} s" for a, b in pairwise(self.borders))
-        return f"{stages} ({seconds} a micro-batch)"
+        return f"{stages} ({seconds} per micro-batch)"
 
 
 def measured_cut(config: PretrainConfig, hf_config: Any, device: torch.device) -> Cut:
-    """Measure on every process of the group at once, and cut; one stage needs no measuring."""
+    """Measure on all processes of the group at the same time, and cut; a single stage needs no measuring."""
     row, stages = parts_of(hf_config, config.train.recompute), config.parallel.stages
     kinds = [part.kind for part in row]
     if stages == 1:
         return Cut(1, kinds, [0.0] * len(kinds), [0, len(kinds)])
-    costs = measure(config, hf_config, device)
+    seconds = measure_parts(config, hf_config, device)
+    costs = [seconds[kind] for kind in kinds]
     return Cut(stages, kinds, costs, stage_borders(row, costs, stages))
 
 
-def kept_cut(config: PretrainConfig, hf_config: Any, device: torch.device, file: Path) -> Cut:
-    """The cut in `file` if it is of as many stages and the same parts; else it is measured and written there.
+def saved_cut(config: PretrainConfig, hf_config: Any, device: torch.device, file: Path) -> Cut:
+    """The cut in `file` if its stages and parts are the run's; otherwise a measured one, which is written there.
 
-    Rank 0 reads and writes; every process of the group must call this and gets the same cut.
+    Every process of the group must call this, and all get the same cut; rank 0 reads and writes the file.
     """
     if config.parallel.stages == 1:
         return measured_cut(config, hf_config, device)
@@ -90,24 +91,22 @@ def _read(file: Path, stages: int, kinds: list[str]) -> Cut | None:
     except (ValueError, TypeError, IndexError):
         whole = False
     if not whole:
-        log.info(f"{file.name} is damaged: the stages are measured and cut anew.")
+        log.info(f"{file.name} is damaged: the stages are measured and cut again.")
         return None
     return cut if (cut.stages, cut.parts) == (stages, kinds) else None
 
 
-def measure(
+def measure_parts(
     config: PretrainConfig, hf_config: Any, device: torch.device, clock: Clock = time.perf_counter
-) -> list[float]:
-    """Seconds a micro-batch of each part: forward, backward, and its share of the optimiser's step.
+) -> dict[str, float]:
+    """Kind of part -> seconds per micro-batch: forward, backward, and its share of the optimizer's step.
 
-    One block, or its halves, is measured for all. The mean over the processes of the group, which all measure at the
-    same time, as they will train. `clock`: what the seconds are read from. Random draws of the process are left as
-    they were.
+    One block, or its halves, stands for all. The result is the mean over the processes of the group, which measure at
+    the same time, as they will train. The process's random state is restored. `clock` returns seconds.
     """
     if device.type == "cpu":
         keep_freed_memory()  # as in training
-    row = parts_of(hf_config, config.train.recompute)
-    first = {part.kind: part for part in reversed(row)}
+    first = {part.kind: part for part in reversed(parts_of(hf_config, config.train.recompute))}
     kinds = sorted(first)
     seconds = torch.zeros(len(kinds), dtype=torch.float64, device=device)
     with torch.random.fork_rng():
@@ -116,12 +115,11 @@ def measure(
             seconds[i] = _seconds(first[kind], config, hf_config, device, clock)
             gc.collect()
     dist.all_reduce(seconds)
-    mean = (seconds / dist.get_world_size()).tolist()
-    return [mean[kinds.index(part.kind)] for part in row]
+    return dict(zip(kinds, (seconds / dist.get_world_size()).tolist(), strict=True))
 
 
 def _seconds(part: Part, config: PretrainConfig, hf_config: Any, device: torch.device, clock: Clock) -> float:
-    # A matrix's values cost the same however they were drawn; the SVD of the spectral start is slow.
+    # The time does not depend on the values of a matrix, and the SVD of the spectral initialization is slow.
     model = skeleton(hf_config, config.train.recompute)
     bf16, bits = config.train.precision == "bf16", config.quantization.training_bits
     layer = PipelineLayer(part, model, device, random_fill(hf_config, 0, "normal"), bf16, bits)
@@ -150,15 +148,15 @@ def _seconds(part: Part, config: PretrainConfig, hf_config: Any, device: torch.d
 
 
 def median(work: Callable[[], None], device: torch.device, clock: Clock = time.perf_counter) -> float:
-    """Seconds that `work` takes, once it is warm."""
-    found = []
+    """The median seconds of `work` after a warm-up."""
+    seconds = []
     for _ in range(1 + REPEATS):
         _synchronize(device)
         start = clock()
         work()
         _synchronize(device)
-        found.append(clock() - start)
-    return statistics.median(found[1:])
+        seconds.append(clock() - start)
+    return statistics.median(seconds[1:])
 
 
 def _synchronize(device: torch.device) -> None:

@@ -1,4 +1,25 @@
-"""The training loop of one worker: steps, evaluations, checkpoints; resumes where the run stopped."""
+"""The training loop of one worker: steps, evaluations, checkpoints; it resumes where the run stopped.
+
+One training step, from its data to the journal:
+
+    batches.py      Batch(inputs, samples, positions)            first stages only
+        |           Trainer._open_data adds each sample's hash to `consumed`
+        v
+    engine.py       Engine.train_step sets the learning rate and method 3's alpha; DeepSpeed's schedule then runs
+        |           forward, send, receive, backward for each micro-batch:
+        |               models/pipeline.py   PipelineLayer, the parts of this stage
+        |               models/families/     attention, MLP, ..., and the loss in the last part
+        |           gradients are averaged over the replicas
+        |           Engine._before_step clips by the norm over all stages and decays products
+        v
+    optimizer.py    AdamW, or another one of OPTIMIZERS
+        |
+        v
+    journal.py      {"kind": "train", "step": ..., "train_loss": ...} in RUN/journal.jsonl, which the progress bar
+                    and MLflow read at their own pace
+
+Then watchdog.py learns that the start is over, and checkpoint.py copies the state for a thread that writes it.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +32,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -19,17 +40,19 @@ from torch import Tensor
 
 from finhpc.log import redirected
 from finhpc.models.initialize import Fill
-from finhpc.models.lora.model import LoraModel
 from finhpc.settings.finetune import FinetuneConfig, TrainingConfig
 from finhpc.training import checkpoint
-from finhpc.training.batches import BatchSource, Ints
-from finhpc.training.checkpoint import Checkpointer
+from finhpc.training.batches import Batch, BatchSource
+from finhpc.training.checkpoint import Checkpoint, Checkpointer
 from finhpc.training.engine import Engine
 from finhpc.training.journal import WORKER_FILE, Journal
-from finhpc.training.memory import counted_peak, forget_peaks, peak_resident_bytes
-from finhpc.training.optimizer import begin_at, learning_rate, moments, moments_of
-from finhpc.training.stages import kept_cut
+from finhpc.training.memory import counted_peak, peak_resident_bytes, reset_peaks
+from finhpc.training.optimizer import init_state, learning_rate, moment_names, moments
+from finhpc.training.stages import saved_cut
 from finhpc.training.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from finhpc.models.lora.model import LoraModel
 
 log = logging.getLogger(__name__)
 
@@ -38,9 +61,11 @@ TIMES_EVERY = 10  # steps between sums of busy times over all workers
 
 @dataclass
 class Trainer:
-    """One worker's whole training.
+    """One worker's training from its start to its end.
 
-    `fill` gives the weights their first numbers; with `adapt` they are those of a frozen base.
+    `fill` sets the initial weights; with `lora_model` the weights are those of a frozen base, and adapters are
+    trained. `labels` go into the manifest of every checkpoint. `on_eval` is called on rank 0 after each evaluation
+    except the last.
     """
 
     config: TrainingConfig
@@ -49,88 +74,102 @@ class Trainer:
     device: torch.device
     folder: Path
     batches: BatchSource
-    adapt: LoraModel | None = None
-    consumed: int = 0  # sum of sample hashes this worker read, see `_consume`
-    labels: dict[str, Any] = field(default_factory=dict)  # goes into every checkpoint's manifest
-    on_eval: Callable[[dict[str, Any]], None] | None = None  # told of each evaluation but the last, on rank 0
-    resumed_from: int = 0
-    peak: int | None = None  # peak bytes, once counted
-    attempt: str = ""  # differs between starts, the same on all workers
-    _span: float = 0.0  # seconds of the steps since times were last summed
+    lora_model: LoraModel | None = None
+    labels: dict[str, Any] = field(default_factory=dict)
+    on_eval: Callable[[dict[str, Any]], None] | None = None
+
+    # Set by `run` and `_set_up`.
+    rank: int = field(init=False)
+    ranks: int = field(init=False)
+    journal: Journal | None = field(init=False)  # on rank 0
+    engine: Engine = field(init=False)
+    checkpointer: Checkpointer = field(init=False)
+    inputs: Iterator[Tensor] = field(init=False)  # of the engine
+    started: float = field(init=False)
+    is_set_up: bool = field(init=False, default=False)
+    attempt: str = field(init=False, default="")  # differs between starts, the same on all workers
+    resumed_from: int = field(init=False, default=0)
+
+    # Changes from step to step.
+    consumed: int = field(init=False, default=0)  # the sum of sample hashes that this worker read, see `_open_data`
+    peak: int | None = field(init=False, default=None)  # peak bytes, once counted
+    _span: float = field(init=False, default=0.0)  # seconds of the steps since times were last summed
 
     def run(self) -> None:
         """Train to `train.steps`.
 
-        Raises `NonFiniteError` on every worker when the loss is not finite, `CheckpointError` when no
-        checkpoint can be written or none of those on disk is whole. Ends the process when nothing
-        moves, see `finhpc.training.watchdog`.
+        Raises `NonFiniteError` on every worker if the loss is not finite, `CheckpointError` if no checkpoint can be
+        written or all those on disk are damaged. Ends the process if nothing progresses, see
+        `finhpc.training.watchdog`.
         """
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.journal = Journal(self.folder / WORKER_FILE) if self.rank == 0 else None
         watchdog = Watchdog(self.folder, self.rank, self.config.train.hang_timeout_s, self._progress)
         # The driver shows what the first worker logs; all workers log much the same.
-        with redirected(self._write_message if self.journal else None), watchdog as dog:
-            self._run(dog)
+        with redirected(self._write_message if self.journal else None), watchdog:
+            self._set_up()
+            self._train(watchdog)
 
-    def _run(self, dog: Watchdog) -> None:
-        self._set_up()
+    def _train(self, watchdog: Watchdog) -> None:
+        train = self.config.train
         self.started = time.perf_counter()
-        if self.engine.step == self.config.train.steps:  # taken before: whatever was scored then is scored again
+        if self.engine.step == train.steps:  # resumed after the last step: its evaluation may be missing
             self._evaluate(self.engine.step)
-        for step in range(self.engine.step + 1, self.config.train.steps + 1):
+        for step in range(self.engine.step + 1, train.steps + 1):
             self._step(step)
-            dog.settle()
-            last = step == self.config.train.steps
-            if last or _due(step, self.config.train.eval_every):
+            watchdog.settle()
+            last = step == train.steps
+            if last or _is_due(step, train.eval_every):
                 self._evaluate(step)
-            if last or _due(step, self.config.train.checkpoint_every):
+            if last or _is_due(step, train.checkpoint_every):
                 self._checkpoint(step)
-        self.saver.wait()
+        self.checkpointer.wait()
         dist.barrier()
         self._finish()
 
-    def _progress(self) -> tuple[object, ...]:
-        """What moves as long as this worker does: passes through its stage, data read, checkpoints growing on disk."""
-        engine: Engine | None = getattr(self, "engine", None)
-        if engine is None:  # still being made
-            return ()
-        return (
-            engine.step,
-            engine.busy_s,
-            engine.wait_s,
-            checkpoint.newest_checkpoint_bytes(self.folder / "checkpoints"),
-        )
-
     @property
     def step(self) -> int:
-        """The last step taken."""
-        engine: Engine | None = getattr(self, "engine", None)
-        return engine.step if engine else 0
+        """The last completed step."""
+        return self.engine.step if self.is_set_up else 0
+
+    def _progress(self) -> tuple[object, ...]:
+        """Values that change while this worker makes progress: passes, data read, bytes of checkpoints on disk."""
+        if not self.is_set_up:
+            return ()
+        written = checkpoint.newest_checkpoint_bytes(self.folder / "checkpoints")
+        return self.engine.step, self.engine.busy_s, self.engine.wait_s, written
+
+    def _write_message(self, text: str) -> None:
+        if self.journal:
+            self.journal.write("message", text=text)
 
     # -- start ------------------------------------------------------------------------------
 
     def _set_up(self) -> None:
-        forget_peaks(self.device)
+        """Build the engine, resume from the latest checkpoint, and open the data."""
+        reset_peaks(self.device)
         torch.manual_seed(self.config.train.seed * 1_000_003 + self.rank)
-        borders = None  # of an adapted model: counted, the same at every start
+        borders = None  # counted by the engine for a LoRA model, with the same result at every start
         if not isinstance(self.config, FinetuneConfig):
-            stages = self.folder / "stages.json"
-            borders = kept_cut(self.config, self.hf_config, self.device, stages).borders
-        self.engine = Engine(self.config, self.hf_config, self.device, borders, self.fill, self.adapt)
-        checkpoints = self.folder / "checkpoints"
-        plan: list[Any] = [None, None]
+            borders = saved_cut(self.config, self.hf_config, self.device, self.folder / "stages.json").borders
+        self.engine = Engine(self.config, self.hf_config, self.device, borders, self.fill, self.lora_model)
+        self.is_set_up = True
+        folder = self.folder / "checkpoints"
+        start: list[Any] = [None, None]
         if self.rank == 0:
-            checkpoints.mkdir(parents=True, exist_ok=True)
-            saved = checkpoint.latest_valid(checkpoints)
-            if saved is None and any(checkpoints.glob("step_*")):
+            folder.mkdir(parents=True, exist_ok=True)
+            latest = checkpoint.latest_valid(folder)
+            if latest is None and any(folder.glob("step_*")):
                 log.info("no checkpoint was ever completed: the run begins at step 0 again.")
-            checkpoint.remove_partial(checkpoints)
-            plan = [uuid.uuid4().hex, saved]
-        dist.broadcast_object_list(plan)
-        self.attempt, saved = plan
-        self.saver = Checkpointer(checkpoints, self.config.train.keep_checkpoints, self.attempt, self.rank, self.ranks)
-        if saved is not None:
-            self._load(saved)
+            checkpoint.remove_partial(folder)
+            start = [uuid.uuid4().hex, latest]
+        dist.broadcast_object_list(start)
+        self.attempt, latest = start
+        self.checkpointer = Checkpointer(
+            folder, self.config.train.keep_checkpoints, self.attempt, self.rank, self.ranks
+        )
+        if latest is not None:
+            self._load(latest)
         if self.journal:
             parallel = self.config.parallel
             self.journal.write(
@@ -144,55 +183,46 @@ class Trainer:
                 device="cpu" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device),
                 val_samples=self.batches.scored,
             )
-        self.micro_batches = self._micro_batches()
-        dist.barrier()  # no worker's first step waits for another's data to be opened
+        self.inputs = self._open_data()
+        dist.barrier()  # no worker's first step waits for another to open its data
 
-    def _load(self, saved: checkpoint.Checkpoint) -> None:
-        engine = self.engine
-        engine.go_to(saved.step)
-        named = engine.trained_parameters()
-        begin_at(engine.optimizer, saved.step)
-        targets = {name: {"param": p.data, **moments(engine.optimizer, p)} for name, p in named.items()}
-        for prefix in ("param", *moments_of(engine.optimizer)):
-            wanted = [name for name, target in targets.items() if prefix in target]
-            for name, value in checkpoint.load_tensors(saved, wanted, prefix).items():
+    def _load(self, latest: Checkpoint) -> None:
+        """Load weights, moments, counters and random state."""
+        engine, config = self.engine, self.config
+        engine.set_step(latest.step)
+        init_state(engine.optimizer, latest.step)
+        parameters = engine.trained_parameters()
+        targets = {name: {"param": p.data, **moments(engine.optimizer, p)} for name, p in parameters.items()}
+        for prefix in ("param", *moment_names(engine.optimizer)):
+            names = [name for name, target in targets.items() if prefix in target]
+            for name, value in checkpoint.load_tensors(latest, names, prefix).items():
                 targets[name][prefix].copy_(value)
-        self.resumed_from = saved.step
-        self.consumed = int(saved.manifest["consumed"], 16) if self.rank == 0 else 0
-        if not checkpoint.load_random_state(saved, self.rank, self.ranks):
-            torch.manual_seed(hash((self.config.train.seed, saved.step, self.rank)))
-            config = self.config
+        self.resumed_from = latest.step
+        self.consumed = int(latest.manifest["consumed"], 16) if self.rank == 0 else 0
+        if not checkpoint.load_random_state(latest, self.rank, self.ranks):
+            torch.manual_seed(hash((config.train.seed, latest.step, self.rank)))
             if config.lora.dropout if isinstance(config, FinetuneConfig) else config.model.dropout:
                 log.info("the number of workers changed: dropout draws differ from an unbroken run's.")
-        log.info(f"resumed from step {saved.step}")
+        log.info(f"resumed from step {latest.step}")
 
-    # -- data -------------------------------------------------------------------------------
+    def _open_data(self) -> Iterator[Tensor]:
+        """The engine's inputs in the run's order.
 
-    def _micro_batches(self) -> Iterator[Tensor]:
-        """Tokens for the engine, in the run's order; counts what is consumed.
-
-        The first micro-batch is read at once: opening the data belongs to the start, and is no wait of a step.
+        The first micro-batch is read immediately, so that the time to open the data counts as part of the start.
+        Each sample's hash is added to `consumed`, modulo 2^256. The sum shows which sample was read at which position
+        of the run, by any worker: it does not depend on the number of replicas and interruptions.
         """
         if self.engine.stage > 0 or self.engine.step >= self.config.train.steps:
             return iter(())
         stream = self.batches.stream(self.engine.step, self.engine.replica)
         first = list(islice(stream, 1))
 
-        def inputs() -> Iterator[Tensor]:
-            for batch in chain(first, stream):
-                self._consume(batch.positions, batch.samples)
-                yield batch.inputs
+        def count(batch: Batch) -> Tensor:
+            for position, sample in zip(batch.positions.tolist(), batch.samples.tolist(), strict=True):
+                self.consumed = (self.consumed + sample_hash(position, sample)) % 2**256
+            return batch.inputs
 
-        return inputs()
-
-    def _consume(self, positions: Ints, samples: Ints) -> None:
-        """Add each sample's hash modulo 2^256.
-
-        The sum says which sample was read at which place of the run, whoever read it: it is the
-        same for any number of replicas and any number of interruptions.
-        """
-        for position, sample in zip(positions.tolist(), samples.tolist(), strict=True):
-            self.consumed = (self.consumed + sample_hash(position, sample)) % 2**256
+        return map(count, chain(first, stream))
 
     # -- work -------------------------------------------------------------------------------
 
@@ -200,10 +230,11 @@ class Trainer:
         config, engine = self.config, self.engine
         lr = learning_rate(config.optimizer, step, config.train.steps)
         begin = time.perf_counter()
+        # Peak memory is counted in the second step of a start, when moments and buffers exist.
         if step == self.resumed_from + 2 and self.device.type == "cpu":
-            loss, self.peak = counted_peak(lambda: engine.train_step(self.micro_batches, lr))
+            loss, self.peak = counted_peak(lambda: engine.train_step(self.inputs, lr))
         else:
-            loss = engine.train_step(self.micro_batches, lr)
+            loss = engine.train_step(self.inputs, lr)
         step_s = time.perf_counter() - begin
         tokens = self.batches.tokens(step)
         record: dict[str, Any] = {
@@ -220,15 +251,14 @@ class Trainer:
             record["alpha"] = engine.alpha
         self._span += step_s
         if step % TIMES_EVERY == 0 or step == config.train.steps:
-            record |= self._times()
+            record |= self._take_times()
         if self.journal:
             self.journal.write("train", **record)
 
-    def _times(self) -> dict[str, float]:
-        """Shares of the steps since the last call: workers computing, first stages waiting for data.
+    def _take_times(self) -> dict[str, float]:
+        """Shares of the steps since the last call: of workers computing, and of first stages waiting for data.
 
-        `data_wait_fraction` is the time that first stages waited for micro-batches, over the time of those steps;
-        opening the data after a start or a resume comes before the first step and counts in neither.
+        Opening the data after a start or a resume comes before the first step and counts in neither.
         """
         busy, wait = self.engine.take_times()
         sums = torch.tensor([busy, wait], dtype=torch.float64, device=self.device)
@@ -240,48 +270,49 @@ class Trainer:
         }
 
     def _evaluate(self, step: int) -> None:
-        times = self.engine.busy_s, self.engine.wait_s  # of training steps; evaluation must not count
+        times = self.engine.busy_s, self.engine.wait_s  # of training steps; an evaluation must not count
         loss = held_out_loss(self.engine, self.batches)
         if loss is None:
             return
         self.engine.busy_s, self.engine.wait_s = times
-        found = {"step": step, "tokens": self.batches.tokens(step), "val_loss": loss, "val_perplexity": _exp(loss)}
+        perplexity = math.exp(loss) if loss < 700 else float("inf")
+        record = {"step": step, "tokens": self.batches.tokens(step), "val_loss": loss, "val_perplexity": perplexity}
         if self.journal:
-            self.journal.write("eval", **found)
+            self.journal.write("eval", **record)
         if self.on_eval and self.rank == 0 and step < self.config.train.steps:
-            self.on_eval(found)
+            self.on_eval(record)
 
     def _checkpoint(self, step: int) -> None:
-        engine = self.engine
-        named = engine.trained_parameters()
+        engine, parallel = self.engine, self.config.parallel
+        parameters = engine.trained_parameters()
         state: dict[str, Tensor] = {}
         writes = engine.replica == 0
         for name in engine.owned_names() if writes else ():
-            kept = {"param": named[name].detach(), **moments(engine.optimizer, named[name])}
-            state |= {f"{prefix}.{name}": value for prefix, value in kept.items()}
+            tensors = {"param": parameters[name].detach(), **moments(engine.optimizer, parameters[name])}
+            state |= {f"{prefix}.{name}": value for prefix, value in tensors.items()}
         extra = {
             **self.labels,
             "consumed": f"{self.consumed:064x}",
-            "samples": step * self.config.parallel.samples_per_step,
-            "stages": self.config.parallel.stages,
-            "replicas": self.config.parallel.replicas,
+            "samples": step * parallel.samples_per_step,
+            "stages": parallel.stages,
+            "replicas": parallel.replicas,
         }
-        self.saver.save(step, f"stage-{engine.stage:05d}.safetensors" if writes else None, state, extra)
+        self.checkpointer.save(step, f"stage-{engine.stage:05d}.safetensors" if writes else None, state, extra)
         if self.journal:
             self.journal.write("checkpoint", step=step, path=f"checkpoints/step_{step:08d}")
 
     def _finish(self) -> None:
+        """Gather every worker's peak memory and write the last records."""
         if self.device.type == "cuda":
             self.peak = torch.cuda.max_memory_allocated(self.device)
-        mine = (self.peak, peak_resident_bytes(), self.engine.stage)
         everyone: list[Any] = [None] * self.ranks
-        dist.all_gather_object(everyone, mine)
+        dist.all_gather_object(everyone, (self.peak, peak_resident_bytes()))
         if self.journal:
             self.journal.write(
                 "memory",
                 step=self.engine.step,
-                peak_memory_bytes=[peak for peak, _, _ in everyone],
-                peak_resident_bytes=[resident for _, resident, _ in everyone],
+                peak_memory_bytes=[peak for peak, _ in everyone],
+                peak_resident_bytes=[resident for _, resident in everyone],
             )
             self.journal.write(
                 "finished",
@@ -290,24 +321,20 @@ class Trainer:
                 train_wall_s=time.perf_counter() - self.started,
             )
 
-    def _write_message(self, text: str) -> None:
-        assert self.journal is not None
-        self.journal.write("message", text=text)
 
+def held_out_loss(engine: Engine, batches: BatchSource) -> float | None:
+    """The mean loss over every held-out sample, for any topology; None if there are no held-out samples.
 
-def held_out_loss(engine: Engine, feed: BatchSource) -> float | None:
-    """Mean loss over every held-out sample, whatever the topology; None where nothing is held out.
-
-    The engine takes whole micro-batches, equally many on each replica: copies of a sample fill them, and their
-    share of the mean is taken out again.
+    The engine needs complete micro-batches, equally many per replica. Copies of a sample fill them, and their share
+    is subtracted from the mean.
     """
-    batches = feed.held_out(engine.replica)
-    if not batches:
+    held_out = batches.held_out(engine.replica)
+    if not held_out:
         return None
-    loss = engine.evaluate(iter(batches), len(batches))
-    copies, filler = feed.filler()
+    loss = engine.evaluate(iter(held_out), len(held_out))
+    copies, filler = batches.filler()
     if filler is not None:
-        loss += (loss - engine.evaluate(iter([filler]), 1)) * copies / feed.scored
+        loss += (loss - engine.evaluate(iter([filler]), 1)) * copies / batches.scored
     return loss
 
 
@@ -316,9 +343,5 @@ def sample_hash(position: int, sample: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{position}:{sample}".encode()).digest(), "big")
 
 
-def _due(step: int, every: int) -> bool:
+def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _exp(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else float("inf")

@@ -1,10 +1,9 @@
-"""A worker that stands still ends itself, and leaves behind where it stood.
+"""A worker that hangs ends itself and writes its stacks.
 
-A worker waits for its neighbours in every micro-batch. When one of them hangs, all do, for as long
-as their sockets stay open: for ever. So each worker watches its own progress. When nothing moved
-for `train.hang_timeout_s`, it writes the stacks of all its threads to `RUN/stacks/` and ends hard;
-Ray Train then ends the others and starts all of them from the newest checkpoint. The command sees
-the file and says so.
+A worker waits for its neighbors in every micro-batch. If one of them hangs, all do, as long as their sockets stay
+open: forever. So each worker watches its own progress. After `train.hang_timeout_s` without any, it writes the stacks
+of all its threads to `RUN/stacks/` and exits at once; Ray Train then ends the others and restarts all of them from the
+newest checkpoint. The command sees the file and reports it.
 """
 
 from __future__ import annotations
@@ -17,17 +16,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-# The start (reading a checkpoint, compiling, filling caches, up to the first step) may take this many times
-# longer. The process group's own timeout is the same, so that it never ends a wait before the watchdog does.
+# The start (reading a checkpoint, compiling, filling caches, the first step) may take this many times longer. The
+# process group's timeout is the same, so that it never ends a wait before the watchdog does.
 START_FACTOR = 3
 EXIT_CODE = 75
 FOLDER = "stacks"
 
 
 class Watchdog:
-    """`with Watchdog(...):` ends the process when `progress()` stays the same for too long.
+    """`with Watchdog(...):` ends the process if `progress()` stays the same for too long.
 
-    `progress` returns anything comparable and must not wait. `timeout_s` 0 watches nothing. Until
+    `progress` returns anything comparable and must not block. A `timeout_s` of 0 turns the watchdog off. Until
     `settle` is called, the limit is `START_FACTOR` times longer.
     """
 
@@ -43,10 +42,10 @@ class Watchdog:
         if self.timeout_s:
             self.folder.mkdir(parents=True, exist_ok=True)
             for old in self.folder.glob(f"rank-{self.rank}-*.txt"):
-                if old.stat().st_size == 0:  # of a worker that was killed while all went well
+                if old.stat().st_size == 0:  # from a worker that was killed while it made progress
                     old.unlink(missing_ok=True)
             self.path = self.folder / f"rank-{self.rank}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
-            self._file = open(self.path, "w", encoding="utf-8")  # now: later Python may stand still
+            self._file = open(self.path, "w", encoding="utf-8")  # now, because Python may hang later
             self._thread.start()
         return self
 
@@ -59,15 +58,15 @@ class Watchdog:
             self.path.unlink(missing_ok=True)
 
     def settle(self) -> None:
-        """The start is over: from here on `timeout_s` is the limit."""
+        """End the start: from here on the limit is `timeout_s`."""
         self.limit_s = self.timeout_s
 
     def _watch(self) -> None:
-        # Time is counted in polls, not read from the clock: a process that was stopped and goes on, or a
-        # machine that slept, gets its whole time again.
+        # Time is counted in polls, not read from the clock, so that a process that was stopped, or a machine that
+        # slept, gets its full time again.
         idle_s, before = 0.0, self.progress()
         while True:
-            # Should native code keep Python's lock, this thread stands still too; faulthandler's own does not.
+            # If native code holds Python's lock, this thread hangs too, but faulthandler's own does not.
             faulthandler.dump_traceback_later(self.limit_s + 4 * self._poll_s, exit=True, file=self._file)
             if self._stop.wait(self._poll_s):
                 return
@@ -80,7 +79,7 @@ class Watchdog:
     def _end(self, idle_s: float) -> None:
         text = f"worker {self.rank} made no progress for {idle_s:.0f} s (train.hang_timeout_s={self.timeout_s:g})"
         try:
-            self._file.write(f"{text}; its threads stood here:\n")
+            self._file.write(f"{text}; the stacks of its threads:\n")
             self._file.flush()
             faulthandler.dump_traceback(self._file, all_threads=True)
             self._file.flush()

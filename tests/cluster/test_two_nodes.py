@@ -40,7 +40,7 @@ def test_a_pipeline_over_two_nodes_survives_the_loss_of_one(tmp_path: Path, requ
             assert [len(node.train_workers()) for node in (nodes.head, nodes.worker)] == [1, 1], "a stage on each node"
             lost = time.monotonic()
             nodes.lose(nodes.worker)
-            wanted = "the workers wait for room: they need 2 CPU, the cluster has 1"
+            wanted = "the workers wait for resources: they need 2 CPU, the cluster has 1"
             wait_until(lambda: wanted in last_words(storage), "it says what it waits for", storage)
             said = time.monotonic() - lost
             time.sleep(float(os.environ.get("FINHPC_NODE_AWAY_S", "5")))
@@ -55,7 +55,7 @@ def test_a_pipeline_over_two_nodes_survives_the_loss_of_one(tmp_path: Path, requ
             driver.kill()
             driver.wait()
     print(f"networks of their own: {nodes.separate}; said after {said:.1f} s, trained {resumed:.1f} s after return")
-    assert "there is room for the workers again" in (storage / "stderr").read_text()
+    assert "the workers have their resources again" in (storage / "stderr").read_text()
     assert len(starts(storage)) == 2
     assert starts(storage)[1] > 0, "it goes on from a checkpoint"
     assert_same_run(outcome(storage), request.getfixturevalue("unbroken"))

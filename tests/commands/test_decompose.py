@@ -91,12 +91,12 @@ def test_one_rank_and_its_report(tmp_path: Path) -> None:
         weight = dense.get_submodule(layer["name"]).weight.detach().double().T
         low = opened.get_submodule(layer["name"])
         singular = torch.linalg.svdvals(weight)
-        error = float(torch.linalg.norm(weight - low.B.double() @ low.A.double()).detach())
+        error = float(torch.linalg.norm(weight - low.B.weight.double() @ low.A.weight.double()).detach())
         assert layer["error"] == pytest.approx(error / float(weight.norm()), rel=1e-5)
         assert layer["error_over_optimal"] == pytest.approx(error / float(singular[8:].norm()), rel=1e-4)
         assert layer["error_over_optimal"] < 1.001
         np.testing.assert_allclose(spectra[layer["name"]], singular.numpy(), rtol=3e-3)
-        assert torch.equal(low.bias, dense.get_submodule(layer["name"]).bias)
+        assert torch.equal(low.B.bias, dense.get_submodule(layer["name"]).bias)
     assert (tmp_path / "low-rank" / "spectra.png").stat().st_size > 10_000
     assert result["compression_ratio"] == result["params_dense"] / result["params_total"] > 1
     assert min(result["peak_memory_bytes"]) > 10_000_000
@@ -124,11 +124,14 @@ def test_kinds_of_layers(tmp_path: Path, make: Any, changes: Any, low_rank: Any)
     if low_rank["embedding"]:
         held = opened.get_input_embeddings()
         optimum = float(torch.linalg.svdvals(table.double())[6:].norm())
-        assert float(torch.linalg.norm(table.double() - held.A.double() @ held.B.double().T)) < 1.001 * optimum
+        assert (
+            float(torch.linalg.norm(table.double() - held.A.weight.double() @ held.B.weight.double().T))
+            < 1.001 * optimum
+        )
         assert torch.equal(opened.lm_head.weight, table)
     if low_rank["head"]:
         assert torch.equal(opened.get_input_embeddings().weight, table)
-        assert opened.lm_head.A.shape == (6, 32)
+        assert opened.lm_head.A.weight.shape == (6, 32)
 
 
 def test_shares_give_layers_ranks_of_their_own(tmp_path: Path) -> None:

@@ -66,13 +66,16 @@ def test_this_machine_is_measured() -> None:
     ("sections", "message"),
     [
         ({"estimate": {"device": "a100"}}, "estimate.device=a100 is not known; did you mean 'a100-"),
-        ({"estimate": {"zero_stage": 1}}, "estimate.zero_stage=1 is not what finhpc trains with"),
+        ({"estimate": {"zero_stage": 1}}, "estimate.zero_stage=1 does not exist in finhpc's training"),
         (
             {"estimate": {"zero_stage": 2, "scheme": "paper"}, "parallel": {"stages": 2}},
             "estimate.zero_stage=2 with parallel.stages=2",
         ),
-        ({"estimate": {"weight_bits": 4}}, "estimate.weight_bits=4 is not what finhpc trains with"),
-        ({"estimate": {"micro_batch_sizes": [0]}}, "estimate.micro_batch_sizes=[0] must all be 1 or more"),
+        ({"estimate": {"weight_bits": 4}}, "estimate.weight_bits=4 does not exist in finhpc's training"),
+        (
+            {"estimate": {"micro_batch_sizes": [0]}},
+            "estimate.micro_batch_sizes.0=0 is refused: input should be greater",
+        ),
         ({"method": {"rank": 33}}, "method.rank=33 does not fit transformer.h.*.attn.c_attn (96 x 32, layers: 4)"),
         ({"parallel": {"stages": 5}}, "parallel.stages=5 does not fit 4 transformer blocks"),
         ({"data": {"seq_len": 65}}, "data.seq_len=65 is longer than the model's context of 64"),

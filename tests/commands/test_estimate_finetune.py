@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+import finhpc
 from finhpc.cli import main
 from finhpc.commands.estimate.finetuning import estimate_finetune, pack_of
-from finhpc.commands.finetune import finetune
 from finhpc.errors import ConfigError
 from finhpc.planning import paper
 from finhpc.settings.base import build, load
@@ -18,8 +18,8 @@ from finhpc.settings.estimate import FinetuneEstimateConfig
 from tests.commands.test_finetune import base as base
 from tests.commands.test_finetune import config as finetune_config
 from tests.commands.test_finetune import news as news
-from tests.commands.test_start import with_tokenizer
 from tests.models.dense import saved, tiny_llama
+from tests.tiny import with_tokenizer
 
 
 def config(**sections: Any) -> FinetuneEstimateConfig:
@@ -89,7 +89,7 @@ def test_a_dry_run_estimates_memory_and_time(
     base: Path, news: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     settings = finetune_config(base, news, tmp_path, parallel={"stages": 2}, resources={"device": "cpu"})
-    result = finetune(settings, dry_run=True)
+    result = finhpc.finetune(settings, dry_run=True)
     assert result["status"] == "dry_run"
     stages = result["estimate"]["stages"]
     assert sum(stage["params"] for stage in stages) == result["params_trainable"]

@@ -225,15 +225,15 @@ def refusal(config: GenerateConfig) -> str:
 def test_what_cannot_be_used_is_named(llama: Path, adapters: list[str], tmp_path: Path) -> None:
     assert "model is not set" in refusal(build(GenerateConfig, {"prompt": "a"}))
     assert "nothing to generate from" in refusal(settings(llama))
-    assert "prompt and chat are given" in refusal(settings(llama, prompt="a", chat=True))
-    assert "adapter=x is none of adapters" in refusal(settings(llama, prompt="a", adapter="x"))
+    assert "prompt and chat are set together" in refusal(settings(llama, prompt="a", chat=True))
+    assert "adapter=x is not among adapters" in refusal(settings(llama, prompt="a", adapter="x"))
     assert "does not exist" in refusal(settings(llama, prompts=str(tmp_path / "none.txt")))
     (tmp_path / "empty.txt").write_text(" \n\n")
-    assert "holds no prompt" in refusal(settings(llama, prompts=str(tmp_path / "empty.txt")))
+    assert "has no prompts" in refusal(settings(llama, prompts=str(tmp_path / "empty.txt")))
     file = write(tmp_path / "bad.jsonl", [{"prompt": "a"}, {"text": "b"}])
     assert "bad.jsonl:2 is no" in refusal(settings(llama, prompts=file))
     file = write(tmp_path / "name.jsonl", [{"prompt": "a", "adapter": "a11"}])
-    assert "name.jsonl:1: a11 is no adapter that is loaded; did you mean 'a1'?" in refusal(
+    assert "name.jsonl:1: adapter a11 is not loaded; did you mean 'a1'?" in refusal(
         settings(llama, prompts=file, adapters=adapters)
     )
     assert "leaves no room" in refusal(settings(llama, prompt="a", sampling={"max_new_tokens": 128}))

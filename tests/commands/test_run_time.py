@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import finhpc
 from finhpc.commands.estimate.measure_parts import own_part_seconds
 from finhpc.commands.estimate.run_time import (
     TRIAL_S,
@@ -20,13 +21,13 @@ from finhpc.commands.estimate.run_time import (
     this_machine_busy,
     training_time,
 )
-from finhpc.commands.pretrain import pretrain
 from finhpc.commands.sweep.command import sweep
 from finhpc.planning.plan import make_plan
 from finhpc.planning.step_time import Pace
 from finhpc.settings.base import build
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.sweep import SweepConfig
+from tests.tiny import pretrain_tree
 
 IDLE, HERE = Busy(2), Opened(5.0, 1.0)
 
@@ -110,17 +111,11 @@ def test_what_parts_cost_does_not_depend_on_what_else_the_machine_does(run_shard
 
 @pytest.fixture
 def tree(run_shards: Path, tmp_path: Path) -> dict[str, Any]:
-    return {
-        "model": {"preset": "gpt2-tiny", "layers": 2, "width": 32, "context": 64},
-        "data": {"shards": str(run_shards), "seq_len": 32, "eval_samples": 16},
-        "train": {"steps": 40, "eval_every": 20},
-        "method": {"rank": 8},
-        "run": {"storage": str(tmp_path), "name": "run"},
-    }
+    return pretrain_tree(run_shards, tmp_path, train={"steps": 40, "eval_every": 20})
 
 
 def test_a_dry_run_says_how_long_all_of_it_takes(tree: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    numbers = pretrain(build(PretrainConfig, tree), dry_run=True)["estimate"]
+    numbers = finhpc.pretrain(build(PretrainConfig, tree), dry_run=True)["estimate"]
     assert numbers["how"] == "its parts measured on this machine"
     assert numbers["run_s"] >= numbers["run_idle_s"] > numbers["step_s"] * 40 + 15
     shown = capsys.readouterr().err

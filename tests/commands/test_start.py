@@ -13,14 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import finhpc
 from finhpc.commands.pretrain import pretrain
 from finhpc.data.shards.shards import Shards
 from finhpc.errors import CheckpointError, ConfigError
 from finhpc.lowrank.blend import blend_in, set_alpha
 from finhpc.lowrank.replace import ranks_of
-from finhpc.models.families.presets import resolve_shape
-from finhpc.models.families.registry import make_config, skeleton
+from finhpc.models.families.registry import make_config, resolve_shape, skeleton
 from finhpc.models.files.manifest import write_manifest
+from finhpc.models.files.weights import Weights
 from finhpc.models.loading import initial_model, load_model, save_model
 from finhpc.models.pipeline import PipelineLayer, parts_of
 from finhpc.planning.init import initial_fill
@@ -29,6 +30,7 @@ from finhpc.settings.base import build, flatten
 from finhpc.settings.pretrain import Method, Model, PretrainConfig
 from finhpc.training.journal import latest, read
 from tests.models.dense import saved, tiny_gpt2, tiny_llama
+from tests.tiny import with_tokenizer
 
 COUNTS = ("params_total", "params_dense")
 RANKS = {"kind": "svd", "rank": 8, "ranks": {"head": 16}}
@@ -38,12 +40,6 @@ RANKS = {"kind": "svd", "rank": 8, "ranks": {"head": 16}}
 def dense(run_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dense model whose ids are the shards'; tied."""
     return with_tokenizer(saved(tiny_gpt2(), tmp_path_factory.mktemp("dense") / "model"), run_shards)
-
-
-def with_tokenizer(folder: Path, shards: Path) -> Path:
-    for file in (shards / "tokenizer").iterdir():
-        shutil.copy2(file, folder / file.name)
-    return folder
 
 
 def config(shards: Path, path: Path | None, storage: Path | None = None, **sections: Any) -> PretrainConfig:
@@ -85,7 +81,9 @@ def test_method_2_from_a_dense_model_and_from_its_factors(run_shards: Path, dens
 
     # What it was started from is what it is: other weights are refused, the same elsewhere are not.
     less = with_tokenizer(saved(tiny_gpt2(layers=2), tmp_path / "less"), run_shards)
-    with pytest.raises(ConfigError, match=r"model\.path=.*less \(fingerprint \w+\) is not what the run started from"):
+    with pytest.raises(
+        ConfigError, match=r"model\.path=.*less \(fingerprint \w+\) is not the model that the run started"
+    ):
         pretrain(config(run_shards, less, tmp_path, **two))
     moved = Path(shutil.copytree(dense, tmp_path / "moved"))
     assert pretrain(config(run_shards, moved, tmp_path, **two))["mlflow_run_id"] == result["mlflow_run_id"]
@@ -107,10 +105,10 @@ def test_method_3_from_a_dense_model(run_shards: Path, dense: Path, tmp_path: Pa
 
     # More steps would put W back where it is gone already, unless its share says the same step.
     longer = config(run_shards, dense, tmp_path, method=method, train={"steps": 12}, **settings)
-    with pytest.raises(ConfigError, match=r"the step from which W is gone .* was 3 in the run's config, now 6"):
+    with pytest.raises(ConfigError, match=r"the step at which W is gone .* was 3 in the run's config, now 6"):
         pretrain(longer)
     longer.method.blend_share = 0.25
-    assert pretrain(longer, dry_run=True)["status"] == "dry_run"
+    assert finhpc.pretrain(longer, dry_run=True)["status"] == "dry_run"
 
     # Its first numbers: at alpha 1 it is the dense model.
     hf_config = make_plan(longer).hf_config
@@ -139,20 +137,19 @@ def test_a_dense_model_is_trained_on(run_shards: Path, tmp_path: Path) -> None:
     assert result["params_total"] == result["params_dense"] == before.num_parameters()
 
 
-def test_each_stage_reads_its_own_weights_alone(dense: Path, run_shards: Path) -> None:
+def test_each_stage_reads_its_own_weights_alone(dense: Path, run_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hf_config = make_plan(config(run_shards, dense, method={"kind": "dense"})).hf_config
     fill = initial_fill(config(run_shards, dense, method={"kind": "dense"}), hf_config, Path("nowhere"))
     row = parts_of(hf_config)
-    store, read = fill.args[0]._store, []  # type: ignore[attr-defined]
-    original = store.read
-    store.read = lambda name: read.append(name) or original(name)
+    names: list[str] = []
+    read = Weights.read
+    monkeypatch.setattr(Weights, "read", lambda weights, name: names.append(name) or read(weights, name))
     held = load_file(dense / "model.safetensors")
     for part in row[2:4]:
         layer = PipelineLayer(part, skeleton(hf_config), torch.device("cpu"), fill)
         for name, parameter in layer.parameters_by_name():
             assert torch.equal(parameter, held[name]), name
-    assert read
-    assert {name.partition(".h.")[2][:2] for name in read} == {"0."}
+    assert {name.partition(".h.")[2][:2] for name in names} == {"0."}
 
 
 @pytest.mark.parametrize(
@@ -201,7 +198,7 @@ def test_method_2_needs_a_path_and_a_low_rank_model_its_own_kind(run_shards: Pat
     path = with_tokenizer(tmp_path / "cola", run_shards)
     with pytest.raises(ConfigError) as caught:
         make_plan(config(run_shards, path))
-    assert "method.kind=svd does not go on from; use method.kind=cola" in str(caught.value)
+    assert "method.kind=svd cannot continue; use method.kind=cola" in str(caught.value)
     assert f"method.rank, method.ranks conflict with model.path={path}" in str(caught.value)
     with pytest.raises(
         ConfigError, match=r"method\.kind=blend takes W from a dense model, and model\.path=.* is low-rank"

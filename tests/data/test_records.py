@@ -173,7 +173,7 @@ def test_a_column_that_stands_twice_is_refused(tmp_path, text):
         ('{"context": "a", "target": true}', "target holds the boolean True, not text"),
         ('{"context": "a", "target": ["b"]}', "target holds a list, not text"),
         ('{"context": {"a": 1}, "target": "b"}', "context holds an object, not text"),
-        ('{"context": "a", "context": "b", "target": "c"}', "line 1: broken JSON (the key 'context' stands twice"),
+        ('{"context": "a", "context": "b", "target": "c"}', "line 1: broken JSON (the key 'context' is duplicated"),
         ('{"context": "a\\ud800", "target": "c"}', "half a surrogate pair"),
     ],
 )
@@ -241,9 +241,9 @@ def test_one_fault_of_many_records_is_told_once(tmp_path):
 
 
 def test_settings_and_json_refuse_a_key_that_stands_twice(tmp_path):
-    with pytest.raises(ValueError, match="'a' stands twice"):
+    with pytest.raises(ValueError, match="'a' is duplicated"):
         parse_json('{"a": 1, "b": {"a": 2, "a": 3}}')
-    with pytest.raises(Exception, match="the key lr stands twice"):
+    with pytest.raises(Exception, match="the key lr is duplicated"):
         parse_yaml("optimizer:\n  lr: 1\n  lr: 2\n")
     assert parse_yaml("a: &x {b: 1}\nc:\n  <<: *x\n  d: 2\n") == {"a": {"b": 1}, "c": {"b": 1, "d": 2}}
 

@@ -241,7 +241,7 @@ def test_json_lines_of_an_old_mac_and_of_joined_files_are_read(tmp_path):
         ('{"text": NaN}', 'line 1: field "text" holds null, not text'),
         ('{"text": 5}', 'line 1: field "text" holds the number 5, not text'),
         ('{"text": ["a"]}', 'field "text" holds a list, not text'),
-        ('{"text": "a", "text": "b"}', "line 1: broken JSON .the key 'text' stands twice"),
+        ('{"text": "a", "text": "b"}', "line 1: broken JSON .the key 'text' is duplicated"),
     ],
 )
 def test_values_that_are_not_text_are_named(tmp_path, line, message):

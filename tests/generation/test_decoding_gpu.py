@@ -77,12 +77,12 @@ def test_each_row_goes_through_its_own_adapter(tmp_path: Path) -> None:
     adapters = Adapters(model, read_adapters(given, model.config, source))
     names = ["a2", None, "a0", "a1", "a0"]
     prompts, sampling = [[3 + i, 1, 4] for i in range(len(names))], Sampling(max_new_tokens=12)
-    adapters.choose(names)
+    adapters.select(names)
     mixed = generated(model, prompts, sampling)
     for name, prompt, ids in zip(names, prompts, mixed, strict=True):
-        adapters.choose([name])
+        adapters.select([name])
         assert generated(model, [prompt], sampling) == [ids], name
-    adapters.choose([None])
+    adapters.select([None])
     assert generated(model, prompts[:1], sampling) != mixed[:1]
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from finhpc.lowrank.blend import BlendEmbedding, BlendLinear, alpha_at, blend_in, blend_steps, set_alpha
+from finhpc.lowrank.blend import BlendEmbedding, BlendLinear, alpha_at, blend_in, set_alpha
 from finhpc.lowrank.layers import LowRankEmbedding, LowRankLinear
 from finhpc.quantization.fake import fake_quantize
 from finhpc.settings.pretrain import Method
@@ -27,8 +27,8 @@ def made(trainable: bool = True) -> nn.Sequential:
 def parts(model: nn.Sequential, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """What the dense and the low-rank model give."""
     embedding, linear, last = model
-    dense = F.linear(F.embedding(tokens, embedding.W), linear.W, linear.bias)
-    low = F.linear(embedding.A[tokens] @ embedding.B.T, linear.B @ linear.A, linear.bias)
+    dense = F.linear(F.embedding(tokens, embedding.W), linear.W, linear.B.bias)
+    low = F.linear(embedding.A(tokens) @ embedding.B.weight.T, linear.B.weight @ linear.A.weight, linear.B.bias)
     return last(dense), last(low)
 
 
@@ -50,7 +50,7 @@ def test_between_the_outputs_and_gradients_are_mixed() -> None:
     for parameter in layer.parameters():
         nn.init.normal_(parameter)
     set_alpha([layer], 0.25)
-    mixed = F.linear(x, 0.25 * layer.W + 0.75 * layer.B @ layer.A, layer.bias)
+    mixed = F.linear(x, 0.25 * layer.W + 0.75 * layer.B.weight @ layer.A.weight, layer.B.bias)
     torch.testing.assert_close(layer(x), mixed)
     ours = torch.autograd.grad(layer(x).square().sum(), list(layer.parameters()))
     theirs = torch.autograd.grad(mixed.square().sum(), list(layer.parameters()))
@@ -92,7 +92,7 @@ def test_alpha_is_a_function_of_the_step() -> None:
     linear = Method(kind="blend", blend_start=0.8, blend_share=0.5)
     assert [alpha_at(linear, step, 10) for step in range(1, 8)] == pytest.approx([0.8, 0.6, 0.4, 0.2, 0, 0, 0])
     assert alpha_at(linear, 5, 10) == alpha_at(linear, 10, 10) == 0.0
-    assert blend_steps(linear, 10) == 5
+    assert linear.blend_steps(10) == 5
     cosine = Method(kind="blend", blend_start=1.0, blend_share=1.0, blend_schedule="cosine")
     values = [alpha_at(cosine, step, 5) for step in range(1, 6)]
     assert values == pytest.approx([1, 0.853553, 0.5, 0.146447, 0], abs=1e-6)

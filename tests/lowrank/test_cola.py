@@ -15,8 +15,7 @@ from finhpc.lowrank.cola import ColaLinear
 from finhpc.lowrank.layers import LowRankLinear
 from finhpc.lowrank.registry import LAYERS
 from finhpc.lowrank.replace import ranks_of
-from finhpc.models.families.presets import resolve_shape
-from finhpc.models.families.registry import make_config
+from finhpc.models.families.registry import make_config, resolve_shape
 from finhpc.models.loading import initial_model, save_model
 from finhpc.settings.pretrain import Method, Model
 
@@ -27,8 +26,8 @@ def test_the_narrow_activations_pass_through_silu() -> None:
     for parameter in layer.parameters():
         nn.init.normal_(parameter)
     x = torch.randn(3, 4, 6)
-    narrow = x @ layer.A.T
-    torch.testing.assert_close(layer(x), (narrow * torch.sigmoid(narrow)) @ layer.B.T + layer.bias)
+    narrow = x @ layer.A.weight.T
+    torch.testing.assert_close(layer(x), (narrow * torch.sigmoid(narrow)) @ layer.B.weight.T + layer.B.bias)
     assert not layer.mergeable
 
 
@@ -54,7 +53,7 @@ def test_it_starts_as_its_authors_say_unless_told_otherwise() -> None:
     method = Method(kind="cola", rank=16)
     shape = resolve_shape(Model(preset="gpt2-tiny", layers=1, width=256), 101)
     config = make_config(shape, ranks_of(method), method.kind)
-    name = "transformer.h.0.mlp.c_fc.A"
+    name = "transformer.h.0.mlp.c_fc.A.weight"
     std = initial_model(config, 1, method.init).get_parameter(name).std().item()
     assert std == pytest.approx((256 + 1024) ** -0.25 * 16**-0.25, rel=0.05)
     spectral = initial_model(config, 1, "spectral").get_parameter(name).std().item()

@@ -20,14 +20,14 @@ def test_layers_are_products_of_their_factors() -> None:
     for parameter in layer.parameters():
         nn.init.normal_(parameter)
     x = torch.randn(3, 4, 6)
-    expected = x @ (layer.B @ layer.A).T + layer.bias
+    expected = x @ (layer.B.weight @ layer.A.weight).T + layer.B.bias
     torch.testing.assert_close(layer(x), expected)
 
     embedding = LowRankEmbedding(7, 5, 2)
     for parameter in embedding.parameters():
         nn.init.normal_(parameter)
     tokens = torch.tensor([[0, 6], [3, 3]])
-    torch.testing.assert_close(embedding(tokens), (embedding.A @ embedding.B.T)[tokens])
+    torch.testing.assert_close(embedding(tokens), (embedding.A.weight @ embedding.B.weight.T)[tokens])
 
 
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40), (32, 32)])
@@ -69,11 +69,15 @@ def test_every_scheme_starts_both_factors_away_from_zero(name: str) -> None:
     assert b.std() > 1e-3
 
 
+def kind_of(name: str) -> str | None:
+    return "attention" if name.endswith("attn") else None
+
+
 def test_a_rank_that_does_not_fit_names_every_layer() -> None:
     model = nn.ModuleDict({"attn": nn.Linear(8, 8), "other": nn.Linear(8, 8)})
     model["block"] = nn.ModuleDict({"attn": nn.Linear(16, 4)})
     with pytest.raises(ConfigError) as caught:
-        make_low_rank(model, {"attention": 9})
+        make_low_rank(model, {"attention": 9}, kind_of)
     assert len(caught.value.problems) == 2
     assert "method.rank=9 does not fit block.attn (4 x 16, layers: 1); use 1 to 4" in str(caught.value)
     assert isinstance(model["attn"], nn.Linear), "a refused change must change nothing"
@@ -81,7 +85,7 @@ def test_a_rank_that_does_not_fit_names_every_layer() -> None:
 
 def test_rank_zero_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"method\.rank=0 does not fit attn"):
-        make_low_rank(nn.ModuleDict({"attn": nn.Linear(8, 8)}), {"attention": 0})
+        make_low_rank(nn.ModuleDict({"attn": nn.Linear(8, 8)}), {"attention": 0}, kind_of)
 
 
 def test_ranks_of_a_method() -> None:
@@ -89,5 +93,5 @@ def test_ranks_of_a_method() -> None:
     ranks = ranks_of(Method(rank=8, ranks={"mlp": 4}, embedding="low_rank"))
     assert ranks == {"attention": 8, "mlp": 4, "head": 8, "embedding": 8}
     assert ranks_of(Method(rank=8, head="dense"))["head"] is None
-    with pytest.raises(ConfigError, match=r"method\.ranks\.mpl is no kind of layer"):
+    with pytest.raises(ConfigError, match=r"method\.ranks\.mpl: unknown kind of layer; use one of attention"):
         ranks_of(Method(ranks={"mpl": 3}))

@@ -8,7 +8,7 @@ from torch import nn
 
 from finhpc.errors import ConfigError
 from finhpc.lowrank.ranks import rank_of_energy, rank_of_params
-from finhpc.lowrank.replace import make_low_rank, targets
+from finhpc.lowrank.replace import make_low_rank, target_ranks
 
 
 @pytest.mark.parametrize(
@@ -25,14 +25,18 @@ def test_a_share_of_the_energy() -> None:
     assert rank_of_energy(torch.zeros(3), 0.5) == 1
 
 
+def kind_of(name: str) -> str | None:
+    return "attention" if name.endswith("attn") else None
+
+
 def test_single_layers_have_ranks_of_their_own() -> None:
     model = nn.ModuleDict(
         {"0": nn.ModuleDict({"attn": nn.Linear(8, 8)}), "1": nn.ModuleDict({"attn": nn.Linear(8, 8)})}
     )
-    assert targets(model, {"attention": 4}, {"1.attn": 2}) == {"0.attn": 4, "1.attn": 2}
-    assert targets(model, {"attention": None}, {"1.attn": 2}) == {"1.attn": 2}
+    assert target_ranks(model, {"attention": 4}, kind_of, {"1.attn": 2}) == {"0.attn": 4, "1.attn": 2}
+    assert target_ranks(model, {"attention": None}, kind_of, {"1.attn": 2}) == {"1.attn": 2}
     with pytest.raises(ConfigError, match=r"rank=9 does not fit 1\.attn"):
-        make_low_rank(model, {}, {"1.attn": 9})
-    make_low_rank(model, {}, {"1.attn": 2})
+        make_low_rank(model, {}, kind_of, {"1.attn": 9})
+    make_low_rank(model, {}, kind_of, {"1.attn": 2})
     assert isinstance(model["0"]["attn"], nn.Linear)
-    assert model["1"]["attn"].A.shape == (2, 8)
+    assert model["1"]["attn"].A.weight.shape == (2, 8)

@@ -19,7 +19,7 @@ from finhpc.models.files.tokenizer import open_tokenizer
 from finhpc.models.files.weights import open_weights
 from finhpc.models.lora.adapter_file import base_of
 from finhpc.models.lora.peft_format import CONFIG, save_adapter
-from finhpc.models.lora.targets import target_names
+from finhpc.models.lora.targets import target_shapes
 from finhpc.settings.export import ExportConfig
 from finhpc.settings.finetune import Lora
 from tests.models.dense import tiny_llama
@@ -31,24 +31,22 @@ from tests.models.folders import (
     generator,
     logits,
     model_ways,
-    with_tokenizer,
 )
 from tests.models.gguf_file import write_gguf
+from tests.tiny import with_tokenizer
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer") / "t"
-    folder.mkdir()
-    return with_tokenizer(folder)
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return AutoTokenizer.from_pretrained(with_tokenizer(tmp_path_factory.mktemp("tokenizer")))
 
 
 @pytest.fixture(scope="module")
-def base(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """In a folder with a space in its name, beside another GGUF file."""
     place = tmp_path_factory.mktemp("a place")
     write_gguf(tiny_llama(layers=1), place / "other.gguf")
-    return write_gguf(tiny_llama(layers=2), place / "the base.gguf", tokenizer)
+    return write_gguf(tiny_llama(layers=2), place / "the base.gguf", tokenizer, mlp_bits=8)
 
 
 def wanted(base: Path) -> torch.Tensor:
@@ -59,7 +57,7 @@ def trained_beside(base: Path, folder: Path) -> Path:
     """An adapter and a tokenizer as a run of finetune writes them."""
     weights, lora, draw = open_weights(base), Lora(rank=2), torch.Generator().manual_seed(0)
     trained = {}
-    for name, (out, into) in target_names(weights.skeleton, lora, 16).items():
+    for name, (out, into) in target_shapes(weights.skeleton, lora, 16).items():
         trained |= {f"{name}.A": torch.randn(2, into, generator=draw) * 0.1}
         trained |= {f"{name}.B": torch.randn(out, 2, generator=draw) * 0.1}
     save_adapter(folder, lora, trained, weights, fingerprint=weights_fingerprint(base))
@@ -125,7 +123,7 @@ def test_a_folder_of_gguf_files_is_asked_which(base: Path, tmp_path: Path) -> No
     ],
 )
 def test_settings_and_tensors_of_a_gguf_file_that_are_not_applied(
-    more: dict[str, Any], said: str, tokenizer: Path, tmp_path: Path
+    more: dict[str, Any], said: str, tokenizer: Any, tmp_path: Path
 ) -> None:
     path = write_gguf(tiny_llama(layers=2), tmp_path / "odd.gguf", tokenizer, more)
     assert_all_refuse(model_ways(path, tmp_path / "out"), said, str(path))
@@ -145,5 +143,5 @@ def test_a_gguf_file_without_tokenizer_is_refused_where_one_is_needed(tmp_path: 
     ways["export"]()
     assert not (tmp_path / "out" / "tokenizer.json").exists()
     shutil.copy(path, tmp_path / "bare.bin")
-    with pytest.raises(ConfigError, match=r"is a file that is no \.gguf"):
+    with pytest.raises(ConfigError, match=r"is not a \.gguf file"):
         open_weights(tmp_path / "bare.bin")

@@ -30,7 +30,7 @@ def low_rank(folder: Path) -> Path:
 
 def adaptation_of(folder: Path, bits: Any, scheme: Any, kept: Path | None = None) -> LoraModel:
     return LoraModel(
-        open_weights(folder, low_rank=True), Lora(rank=2), FinetuneQuantization(bits=bits, scheme=scheme), kept=kept
+        open_weights(folder, low_rank=True), Lora(rank=2), FinetuneQuantization(bits=bits, scheme=scheme), cache=kept
     )
 
 
@@ -86,5 +86,5 @@ def test_a_damaged_one_is_made_again_and_a_lost_file_is_told(tmp_path: Path, cap
     assert file.read_bytes() == whole
     assert f"{file} is not as it was written" in capfd.readouterr().err
     file.unlink()
-    with pytest.raises(CheckpointError, match=rf"does not hold the quantised {file.stem} whole .*remove the folder"):
+    with pytest.raises(CheckpointError, match=r"remove the folder"):
         frozen_of(adaptation_of(folder, 4, "minmax", kept))

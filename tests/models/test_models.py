@@ -14,8 +14,8 @@ from torch import Tensor
 import finhpc
 from finhpc.errors import CheckpointError, ConfigError
 from finhpc.lowrank.replace import ranks_of
-from finhpc.models.families.presets import PRESETS, resolve_shape
-from finhpc.models.families.registry import family_of, make_config, parameter_count, skeleton
+from finhpc.models.families.presets import PRESETS
+from finhpc.models.families.registry import family_of, make_config, parameter_count, resolve_shape, skeleton
 from finhpc.models.loading import initial_model, load_model, save_model
 from finhpc.models.pipeline import cut, estimated_cost, estimated_costs, parts_of, stage_borders
 from finhpc.settings.pretrain import Method, Model
@@ -49,19 +49,19 @@ def test_parameter_counts_of_the_paper(preset: str, method: dict[str, Any], mill
 def test_the_fused_attention_is_one_pair_and_the_low_rank_head_untied() -> None:
     model = skeleton(config_of({"preset": "gpt2-tiny"}, {"rank": 8}))
     names = dict(model.named_parameters())
-    assert names["transformer.h.0.attn.c_attn.A"].shape == (8, 128)
-    assert names["transformer.h.0.attn.c_attn.B"].shape == (384, 8)
-    assert names["lm_head.A"].shape == (8, 128)
+    assert names["transformer.h.0.attn.c_attn.A.weight"].shape == (8, 128)
+    assert names["transformer.h.0.attn.c_attn.B.weight"].shape == (384, 8)
+    assert names["lm_head.A.weight"].shape == (8, 128)
     assert names["transformer.wte.weight"].shape == (50257, 128)
 
 
 def test_ranks_by_kind_of_layer() -> None:
     method = {"rank": 8, "ranks": {"mlp": 4}, "head": "dense", "embedding": "low_rank"}
     names = dict(skeleton(config_of({"preset": "llama-tiny"}, method)).named_parameters())
-    assert names["model.layers.0.mlp.up_proj.A"].shape == (4, 128)
-    assert names["model.layers.0.self_attn.k_proj.B"].shape == (64, 8)
+    assert names["model.layers.0.mlp.up_proj.A.weight"].shape == (4, 128)
+    assert names["model.layers.0.self_attn.k_proj.B.weight"].shape == (64, 8)
     assert names["lm_head.weight"].shape == (32000, 128)
-    assert names["model.embed_tokens.A"].shape == (32000, 8)
+    assert names["model.embed_tokens.A.weight"].shape == (32000, 8)
 
 
 def test_misfits_are_all_named() -> None:
@@ -94,7 +94,7 @@ def test_a_pipeline_of_all_parts_computes_transformers_own_loss(preset: str, met
 def test_weights_start_the_same_whatever_is_built_beside_them() -> None:
     small = initial_model(config_of({"preset": "gpt2-tiny", "layers": 1, "width": 32}, {"rank": 4}, 50), 7, "spectral")
     other = initial_model(config_of({"preset": "gpt2-tiny", "layers": 1, "width": 32}, {"rank": 4}, 60), 7, "spectral")
-    name = "transformer.h.0.mlp.c_fc.A"
+    name = "transformer.h.0.mlp.c_fc.A.weight"
     assert torch.equal(small.get_parameter(name), other.get_parameter(name))
     third = initial_model(config_of({"preset": "gpt2-tiny", "layers": 1, "width": 32}, {"rank": 4}, 50), 8, "spectral")
     assert not torch.equal(small.get_parameter(name), third.get_parameter(name))
@@ -106,7 +106,7 @@ def test_a_low_rank_model_starts_from_the_svd_of_its_dense_twin() -> None:
     )
     low = initial_model(config_of({"preset": "gpt2-tiny", "layers": 1, "width": 32}, {"rank": 32}, 50), 7, "spectral")
     name = "transformer.h.0.attn.c_proj"
-    product = low.get_parameter(f"{name}.B") @ low.get_parameter(f"{name}.A")
+    product = low.get_parameter(f"{name}.B.weight") @ low.get_parameter(f"{name}.A.weight")
     torch.testing.assert_close(product, dense.get_parameter(f"{name}.weight").T, rtol=1e-4, atol=1e-6)
     assert dense.get_parameter(f"{name}.weight").std().item() == pytest.approx(0.02 / 2**0.5, rel=0.1)
 

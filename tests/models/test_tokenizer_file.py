@@ -21,7 +21,8 @@ from finhpc.settings.export import ExportConfig
 from finhpc.settings.generate import GenerateConfig
 from tests.data.kinds import tokenizer
 from tests.models.dense import saved, tiny_llama, tiny_qwen2
-from tests.parity.gguf_file import write_gguf
+from tests.models.gguf_file import write_gguf
+from tests.parity.tokenizer_kinds import Kind, tokenizer_of
 
 TEXT = "What does Alder Foods sell in 2023?  it is"
 
@@ -48,7 +49,7 @@ def test_a_qwen2_has_the_tokenizer_that_it_was_trained_with(
         assert load_for_evaluation(str(folder))[1](TEXT).input_ids == ids, folder
         settings = {"model": str(folder), "prompt": TEXT, "sampling": {"max_new_tokens": 2}}
         assert Generator(build(GenerateConfig, settings)).encode(TEXT) == ids, folder
-    lines = [line for line in capfd.readouterr().err.splitlines() if "AutoTokenizer takes Qwen2Tokenizer" in line]
+    lines = [line for line in capfd.readouterr().err.splitlines() if "AutoTokenizer uses Qwen2Tokenizer" in line]
     assert len(lines) == len(set(lines)) == 2, "once for each folder that transformers reads otherwise"
 
 
@@ -71,7 +72,7 @@ def test_a_damaged_tokenizer_is_one_error(file: str, text: str, tmp_path: Path) 
 
 def test_a_gguf_file_has_its_own_tokens_alone(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
-    write_gguf(tiny_llama(448), path)
+    write_gguf(tiny_llama(448), path, tokenizer_of(Kind("byte level")))
     opened = load_for_evaluation(str(path))[1]
     assert max(opened.get_vocab().values()) < 448
     plain = AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)

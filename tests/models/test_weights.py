@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-from finhpc.commands.decompose.merge import header_of, merge_model, save_atomic
 from finhpc.commands.decompose.moments import second_moments
 from finhpc.errors import CheckpointError, ConfigError
+from finhpc.models.files.tensor_folder import TensorFolder, TensorFolderWriter
 from finhpc.models.files.weights import locate, open_weights
 from tests.models.dense import saved, tiny_gpt2, tiny_llama
 from tests.models.gguf_file import write_gguf
@@ -138,7 +138,7 @@ def test_an_unknown_family_names_the_known(tmp_path: Path) -> None:
         ("", "model is not set"),
         ("/no/such/folder", "does not exist"),
         ("missing.gguf", "does not exist"),
-        (__file__, r"is a file that is no \.gguf"),
+        (__file__, r"is not a \.gguf file"),
     ],
 )
 def test_what_is_no_model_is_refused(model: str, message: str) -> None:
@@ -149,7 +149,7 @@ def test_what_is_no_model_is_refused(model: str, message: str) -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_gguf_file_reads_as_transformers_reads_it(tmp_path: Path, tied: bool) -> None:
     model = tiny_llama(tied=tied)
-    path = write_gguf(model, tmp_path / "tiny.gguf")
+    path = write_gguf(model, tmp_path / "tiny.gguf", mlp_bits=8)
     weights = open_weights(path)
     assert weights.tied == tied
     read = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=weights.skeleton)["tensors"]
@@ -169,28 +169,35 @@ def test_a_gguf_file_cut_short_is_named(tmp_path: Path) -> None:
         open_weights(path)
 
 
-def test_parts_become_one_file_or_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    parts, expected = [], {}
-    for i in range(3):
-        held = {f"{i}.{name}": torch.randn(4 + i, 3) for name in ("x", "y")} | {f"{i}.n": torch.arange(5)}
-        parts.append(tmp_path / f"part-{i}.safetensors")
-        save_atomic(held, parts[-1], {"layers": "[]"})
-        expected |= held
-    (tmp_path / "one").mkdir()
-    assert merge_model(parts, tmp_path / "one") == set(expected)
-    merged = load_file(tmp_path / "one" / "model.safetensors")
-    assert merged.keys() == expected.keys()
-    assert all(torch.equal(merged[name], tensor) for name, tensor in expected.items())
-    assert header_of(tmp_path / "one" / "model.safetensors")["__metadata__"] == {"format": "pt"}
-    monkeypatch.setattr("finhpc.commands.decompose.merge.FILE_BYTES", parts[0].stat().st_size + parts[1].stat().st_size)
-    (tmp_path / "two").mkdir()
-    merge_model(parts, tmp_path / "two")
+def test_tensors_become_one_file_or_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [{f"{i}.{name}": torch.randn(4 + i, 3) for name in ("x", "y")} for i in range(3)]
+    expected = {name: tensor for part in parts for name, tensor in part.items()}
+    for out, limit in (("one", 1 << 30), ("two", sum(tensor.nbytes for tensor in parts[0].values()) + 1)):
+        monkeypatch.setattr("finhpc.models.files.tensor_folder.FILE_BYTES", limit)
+        with TensorFolderWriter(tmp_path / out) as writer:
+            for part in parts:
+                writer.add(part)
+            assert writer.finish() > sum(tensor.nbytes for tensor in expected.values())
+            assert not (tmp_path / out).exists()
+            writer.publish()
+        assert writer.names == set(expected)
+        folder = TensorFolder(tmp_path / out)
+        assert all(torch.equal(folder.read(name), tensor) for name, tensor in expected.items())
+    assert [path.name for path in (tmp_path / "one").iterdir()] == ["model.safetensors"]
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == [
         "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors",
         "model.safetensors.index.json",
     ]
-    assert torch.equal(load_file(tmp_path / "two" / "model-00002-of-00002.safetensors")["2.x"], expected["2.x"])
+
+
+def test_a_tensor_folder_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    writer = TensorFolderWriter(tmp_path / "out")
+    with writer:
+        writer.add({"x": torch.ones(3)})
+        writer.finish()
+        writer.__exit__(KeyError)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("make", [tiny_gpt2, tiny_llama, lambda: tiny_llama(tied=False)])

@@ -37,8 +37,8 @@ from finhpc.quantization.layers import QuantizedMatrix, TiedHead
 from finhpc.settings.base import build
 from finhpc.settings.export import ExportConfig
 from tests.models.dense import settled
-from tests.parity.gguf_file import write_gguf
-from tests.parity.tokenizer_kinds import VOCAB
+from tests.models.gguf_file import write_gguf
+from tests.parity.tokenizer_kinds import VOCAB, Kind, tokenizer_of
 
 State = dict[str, Tensor]
 CONTEXT = 128
@@ -169,7 +169,7 @@ def _renamed(model: Any, folder: Path, prefix: str, new: str) -> Base:
 def _gguf(model: Any, folder: Path) -> Base:
     path = folder / "base of mine.gguf"
     folder.mkdir(parents=True)
-    write_gguf(model, path)
+    write_gguf(model, path, tokenizer_of(Kind("byte level")))
     return _dense(model, path)
 
 
@@ -186,11 +186,14 @@ def _low_rank(model: Any, folder: Path) -> Base:
     state, factors = dict(base.state), {}
     for name, module in made.named_modules():
         if hasattr(module, "A") and hasattr(module, "B"):
-            a, b = (torch.randn(x.shape, generator=generator) * 0.15 for x in (module.A, module.B))
+            a, b = (torch.randn(x.shape, generator=generator) * 0.15 for x in (module.A.weight, module.B.weight))
             factors[name] = a, b
             state[f"{name}.weight"] = _turned(model.get_submodule(name), b @ a)
     held = {name: tensor for name, tensor in state.items() if name.removesuffix(".weight") not in factors}
-    held |= {f"{name}.A": a for name, (a, _) in factors.items()} | {f"{name}.B": b for name, (_, b) in factors.items()}
+    for name, (a, b) in factors.items():
+        held |= {f"{name}.A.weight": a, f"{name}.B.weight": b}
+        if (bias := held.pop(f"{name}.bias", None)) is not None:
+            held[f"{name}.B.bias"] = bias
     made.load_state_dict(held)
     made.save_pretrained(folder)
     return Base(folder, base.config, state, factors)

@@ -225,7 +225,7 @@ class _Case:
         if adapter is not None:
             tree |= {"adapters": [f"a={adapter}"], "adapter": "a"}
         generator = Generator(build(GenerateConfig, tree | {"prompt": "unused"}))
-        generator.adapters.choose([generator.config.adapter] * len(self.tokens))
+        generator.adapters.select([generator.config.adapter] * len(self.tokens))
         decoder, found = generator.decoder, []
         decoder.reset(len(self.tokens), self.tokens.shape[1])
         for part in (self.tokens[:, :13], *self.tokens[:, 13:].split(1, dim=1)):

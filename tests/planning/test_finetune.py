@@ -20,7 +20,7 @@ from finhpc.planning.devices import DEVICES, Cluster
 from finhpc.planning.fake_packs import PackSize
 from finhpc.planning.finetuning import LoraCosts
 from finhpc.planning.memory import Topology
-from finhpc.quantization.frozen import freeze, hollow
+from finhpc.quantization.frozen import empty_frozen, freeze
 from finhpc.settings.base import build
 from finhpc.settings.finetune import FinetuneConfig
 from tests.models.dense import saved
@@ -85,7 +85,7 @@ def counted(names: list[str], bases: dict[str, Path]) -> list[tuple[int, int]]:
         left = live_tensor_bytes()  # of the engine before, which DeepSpeed does not let go of
         config, path = settings(name, bases)
         lora_model = LoraModel.of(config, open_weights(path, low_rank=True))
-        engine = Engine(config, lora_model.hf_config, torch.device("cpu"), adapt=lora_model)
+        engine = Engine(config, lora_model.hf_config, torch.device("cpu"), lora_model=lora_model)
         mine = packs(config)[: config.parallel.micro_batches]
         engine.train_step(iter(mine), 1e-3)
         _, peak = counted_peak(lambda engine=engine, mine=mine: engine.train_step(iter(mine), 1e-3))
@@ -115,7 +115,7 @@ def test_the_predicted_peak_is_the_counted_one(workers: int, bases: dict[str, Pa
 def test_layers_without_content_are_as_large_as_real_ones(bits: int, scheme: str, shape: tuple[int, int]) -> None:
     made = []
     for layer in (freeze(torch.randn(shape), torch.ones(shape[0]), bits, scheme, torch.bfloat16, "w"),
-                  hollow(shape, torch.ones(shape[0]), bits, scheme, torch.bfloat16)):  # fmt: skip
+                  empty_frozen(shape, torch.ones(shape[0]), bits, scheme, torch.bfloat16)):  # fmt: skip
         tensors = dict(layer.named_buffers())
         if (state := getattr(layer, "state", None)) is not None:
             second = state.state2

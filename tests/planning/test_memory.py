@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from finhpc.lowrank.replace import ranks_of
-from finhpc.models.families.presets import resolve_shape
-from finhpc.models.families.registry import make_config
+from finhpc.models.families.registry import make_config, resolve_shape
 from finhpc.planning.memory import Memory, Scheme, Topology
 from finhpc.planning.outline import outline_of
 from finhpc.settings.base import build

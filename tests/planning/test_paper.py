@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from finhpc.lowrank.replace import ranks_of
-from finhpc.models.families.presets import resolve_shape
-from finhpc.models.families.registry import make_config
+from finhpc.models.families.registry import make_config, resolve_shape
 from finhpc.planning.memory import Memory, Scheme, Topology
 from finhpc.planning.outline import Outline, outline_of
 from finhpc.planning.paper import GB, GIB, differences, part_bytes, table_iii_intermediates, variables

@@ -32,9 +32,11 @@ def small() -> nn.ModuleDict:
 def test_modules_compute_with_rounded_matrices(bits: int) -> None:
     model, plain = small(), small()
     fake_quantize(model, bits)
-    for name in ("linear.weight", "pair.A", "pair.B", "low.A", "low.B"):
-        module, _, parameter = name.partition(".")
-        assert torch.equal(getattr(model[module], parameter), rounded(plain.get_parameter(name), bits)), name
+    for name in ("linear.weight", "pair.A.weight", "pair.B.weight", "low.A.weight", "low.B.weight"):
+        module, _, parameter = name.rpartition(".")
+        assert torch.equal(getattr(model.get_submodule(module), parameter), rounded(plain.get_parameter(name), bits)), (
+            name
+        )
     assert torch.equal(model["conv"].weight, rounded(plain["conv"].weight.T, bits).T), "an output is a column"
     assert torch.equal(model["linear"].bias, plain["linear"].bias)
     assert torch.equal(model["norm"].weight, plain["norm"].weight)
@@ -52,7 +54,7 @@ def test_the_trained_parameters_keep_their_names_and_are_the_same_objects() -> N
     after = {plain_name(name): parameter for name, parameter in model.named_parameters()}
     assert after.keys() == before.keys()
     assert all(after[name] is parameter for name, parameter in before.items())
-    assert plain_name("parametrizations.A.original") == "A"
+    assert plain_name("A.parametrizations.weight.original") == "A.weight"
     assert plain_name("h.0.attn.bias") == "h.0.attn.bias"
 
 
@@ -64,7 +66,7 @@ def test_the_gradient_passes_straight_through() -> None:
     for each in (model, plain):
         (each["pair"](x).square().sum() + each["conv"](x).square().sum()).backward()
     grads = {plain_name(name): parameter.grad for name, parameter in model.named_parameters()}
-    for name in ("pair.A", "pair.B", "pair.bias", "conv.weight"):
+    for name in ("pair.A.weight", "pair.B.weight", "pair.B.bias", "conv.weight"):
         assert torch.equal(grads[name], plain.get_parameter(name).grad), name  # type: ignore[arg-type]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from finhpc.errors import NonFiniteError
-from finhpc.quantization.per_vector import dequantize, pack, packed_columns, quantize, rounded, unpack
+from finhpc.quantization.per_vector import dequantize, pack_bits, packed_columns, quantize, rounded, unpack_bits
 
 
 def matrix(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -77,16 +77,16 @@ def test_weights_of_16_bits_are_quantised_in_float32(dtype: torch.dtype) -> None
 @pytest.mark.parametrize("columns", [1, 2, 7, 8, 129])
 def test_packing_is_exact(columns: int) -> None:
     codes = torch.randint(0, 16, (3, 5, columns), generator=torch.Generator().manual_seed(2)).to(torch.uint8)
-    packed = pack(codes, 4)
+    packed = pack_bits(codes, 4)
     assert packed.dtype == torch.uint8
     assert packed.shape == (3, 5, packed_columns(columns, 4)) == (3, 5, -(-columns // 2))
-    assert torch.equal(unpack(packed, 4, columns), codes)
-    assert torch.equal(unpack(pack(codes, 8), 8, columns), codes)
+    assert torch.equal(unpack_bits(packed, 4, columns), codes)
+    assert torch.equal(unpack_bits(pack_bits(codes, 8), 8, columns), codes)
 
 
 def test_two_codes_a_byte_the_first_one_low() -> None:
     codes = torch.tensor([[1, 2, 15]], dtype=torch.uint8)
-    assert pack(codes, 4).tolist() == [[0x21, 0x0F]]
+    assert pack_bits(codes, 4).tolist() == [[0x21, 0x0F]]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

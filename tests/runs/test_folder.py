@@ -140,7 +140,7 @@ def test_every_change_of_meaning_is_listed(tmp_path: Path) -> None:
         assert "method.rank was 64 in the run's config, now 32; use another run.name or restore it." in text
         assert "optimizer.lr was 1e-05 in the run's config, now 3e-05" in text
         assert "train.steps was 300 in the run's config, now 299" in text
-        assert "samples a step (micro_batch_size x micro_batches x replicas) was 4 in the run's config, now 8" in text
+        assert "samples per step (micro_batch_size x micro_batches x replicas) was 4 in the run's config, now 8" in text
         assert "other data (fingerprint xyz)" in text
 
 

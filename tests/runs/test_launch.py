@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from finhpc.runs.launch import watched
+from finhpc.runs.watch import watch
 
 
 def sleep_for_ever(arguments: dict[str, Any]) -> None:
@@ -37,7 +37,7 @@ def test_an_interrupted_training_is_over_before_ray_is_left(tmp_path: Path) -> N
 
     free = ray.available_resources()["CPU"]
     with pytest.raises(KeyboardInterrupt):
-        watched(trainer.fit, look, lambda: False)
+        watch(trainer.fit, look)
     assert not [thread for thread in threading.enumerate() if thread.name == "ray-train"]
     # Ray learns a moment after a worker ended that its CPUs are free.
     until = time.monotonic() + 180

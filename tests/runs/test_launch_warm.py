@@ -16,11 +16,12 @@ import pytest
 
 from finhpc.commands.pretrain import Pretrain, pretrain
 from finhpc.errors import TrainingFailedError
-from finhpc.runs.launch_warm import KEPT, fit_warm
+from finhpc.runs.launch_warm import GROUPS, launch_warm
 from finhpc.runs.run import Pruned, run
 from finhpc.settings.base import build
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.training.journal import WORKER_FILE, latest, read
+from tests.tiny import pretrain_tree
 
 STEPS = 40
 
@@ -28,25 +29,25 @@ STEPS = 40
 @pytest.fixture
 def warm_groups(ray_cluster: None) -> Iterator[None]:
     yield
-    if KEPT:
-        KEPT[0].shutdown()
+    if GROUPS:
+        GROUPS[0].shutdown()
 
 
 def settings(shards: Path, storage: Path, name: str, stages: int = 2, **run_: Any) -> PretrainConfig:
-    tree: dict[str, Any] = {
-        "model": {"preset": "gpt2-tiny", "layers": 3, "width": 32, "context": 64},
-        "method": {"rank": 8},
-        "data": {"shards": str(shards), "seq_len": 32, "eval_samples": 16},
-        "train": {"steps": STEPS, "eval_every": 10, "checkpoint_every": 10},
-        "parallel": {"stages": stages},
-        "resources": {"cpus_per_worker": 0.5, "device": "cpu"},
-        "run": {"name": name, "storage": str(storage)} | run_,
-    }
+    tree = pretrain_tree(
+        shards,
+        storage,
+        model={"layers": 3},
+        train={"steps": STEPS, "eval_every": 10, "checkpoint_every": 10},
+        parallel={"stages": stages},
+        resources={"cpus_per_worker": 0.5, "device": "cpu"},
+        run={"name": name} | run_,
+    )
     return build(PretrainConfig, tree)
 
 
 def by_warm(config: PretrainConfig, look: Callable[[], None] = lambda: None) -> dict[str, Any]:
-    return run(Pretrain(config), fit=partial(fit_warm, look=look))
+    return run(Pretrain(config), launch=partial(launch_warm, poll=look))
 
 
 def cut_as(storage: Path, other: str, name: str) -> None:
@@ -69,7 +70,7 @@ def pids() -> list[int]:
     def own(worker: Any) -> int:
         return os.getpid()
 
-    return [int(pid) for pid in ray.get([m.__ray_call__.remote(own) for m in KEPT[0].workers])]
+    return [int(pid) for pid in ray.get([m.__ray_call__.remote(own) for m in GROUPS[0].workers])]
 
 
 @pytest.mark.usefixtures("warm_groups")
@@ -119,7 +120,7 @@ def test_a_killed_worker_costs_what_came_after_the_checkpoint(
     cut_as(tmp_path, "whole", "broken")
     with pytest.raises(TrainingFailedError, match=r"more than run\.max_failures=0 times; the last error: worker 0 was"):
         by_warm(settings(run_shards, tmp_path, "broken", max_failures=0), kill_one)
-    assert not KEPT
+    assert not GROUPS
     assert by_warm(settings(run_shards, tmp_path, "broken", max_failures=0))["steps"] == STEPS
     assert losses(tmp_path, "broken") == losses(tmp_path, "whole")
 
@@ -137,13 +138,13 @@ def test_what_ends_a_trial_ends_its_group(run_shards: Path, tmp_path: Path) -> N
 
     with pytest.raises(Pruned):
         by_warm(settings(run_shards, tmp_path, "pruned"), prune)
-    assert not KEPT
+    assert not GROUPS
     assert json.loads((tmp_path / "pruned" / "result.json").read_text())["status"] != "finished"
     assert by_warm(settings(run_shards, tmp_path, "next"))["status"] == "finished"
     by_warm(settings(run_shards, tmp_path, "larger", stages=3))
     assert len(pids()) == 3
     assert losses(tmp_path, "larger")[1] == pytest.approx(losses(tmp_path, "next")[1], rel=1e-5)
-    KEPT[0].shutdown()
+    GROUPS[0].shutdown()
     deadline = time.monotonic() + 180
     while ray.available_resources()["CPU"] < free:  # Ray counts it some time after
         assert time.monotonic() < deadline, "its room is given back"

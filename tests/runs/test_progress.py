@@ -20,14 +20,15 @@ from finhpc.settings.pretrain import PretrainConfig
 from finhpc.training.journal import Journal
 
 SHOW = """
-import sys, time
+import logging, sys, time
 from finhpc.runs.progress import Progress
 from finhpc.training.journal import Journal
 journal = Journal(sys.argv[1] + "/journal.jsonl")
-with Progress(4, sys.argv[1]) as progress:
+with Progress(4, sys.argv[1]):
     for step in range(1, 5):
         journal.write("train", step=step, train_loss=5.0 - step, lr=1e-3, tokens_per_s=12345.6)
     journal.write("message", text="[bold]as it is")
+    logging.getLogger("finhpc.x").warning("[bold]logged " + 150 * "x")
     journal.write("eval", step=4, val_loss=5.301)
 """
 
@@ -154,6 +155,8 @@ def test_a_terminal_gets_a_bar_and_stdout_nothing(tmp_path: Path) -> None:
     assert "4/4" in text
     assert "val 5.301" in text
     assert "[bold]as it is" in text
+    lines = [line.rsplit("\x1b[2K")[-1].strip() for line in text.splitlines()]
+    assert "warning: [bold]logged " + 150 * "x" in lines, "above the bar, on a line of its own"
 
 
 @pytest.mark.parametrize("uri", [None, "sqlite:////a path/mlflow.db"])

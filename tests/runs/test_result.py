@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from finhpc.runs.result import _last_that_trained, earlier_worker_hours
+from finhpc.runs.result import earlier_worker_hours, last_that_trained
 
 
 def start(step: int) -> dict[str, Any]:
@@ -15,9 +15,9 @@ def test_the_figures_of_a_run_are_those_of_the_newest_start_that_took_a_step() -
     first, second = {"kind": "train", "step": 1}, {"kind": "train", "step": 2}
     memory = {"kind": "memory", "step": 2}
     records = [start(0), first, start(1), second, memory, start(2), {"kind": "finished", "step": 2}]
-    assert _last_that_trained(records) == [start(1), second, memory]
-    assert _last_that_trained([start(0), {"kind": "message"}]) == [start(0), {"kind": "message"}]
-    assert _last_that_trained([{"kind": "message"}]) == []
+    assert last_that_trained(records) == [start(1), second, memory]
+    assert last_that_trained([start(0), {"kind": "message"}]) == [start(0), {"kind": "message"}]
+    assert last_that_trained([{"kind": "message"}]) == []
 
 
 def test_the_hours_of_earlier_starts_count_and_those_of_this_one_do_not_twice() -> None:

@@ -73,7 +73,7 @@ def test_a_padded_embedding_and_a_token_that_pads_are_fine(tmp_path: Path) -> No
     source = jsonl(tmp_path / "talk.jsonl", [{"messages": TALK}])
     for rows in (size, size + 60):
         model = folder_of_kind(tmp_path / f"model-{rows}", tok, rows=rows)
-        assert Finetune(settings(model, source, tmp_path)).made.examples.counts["examples"] == 1
+        assert Finetune(settings(model, source, tmp_path)).examples.counts["examples"] == 1
         assert subjects([str(model)], [])
         export(build(ExportConfig, {"model": str(model), "out": str(tmp_path / f"out-{rows}")}))
 
@@ -121,7 +121,7 @@ def test_a_template_with_the_date_does_not_stop_a_resume(tmp_path: Path, monkeyp
     folder = RunFolder(tmp_path, "run")
     with folder.lock():
         folder.write_config(first.config, *first.fingerprints)
-        first.make_ready(folder.path)
+        first.prepare(folder.path)
     monkeypatch.setattr(Clock, "day", 2)
     again = Finetune(settings(base, source, tmp_path))
     folder.check_resume(again.config, *again.fingerprints)
@@ -129,7 +129,7 @@ def test_a_template_with_the_date_does_not_stop_a_resume(tmp_path: Path, monkeyp
     again = Finetune(settings(base, moved, tmp_path))
     folder.check_resume(again.config, *again.fingerprints)
     other = Finetune(settings(base, jsonl(tmp_path / "talk.jsonl", [{"messages": [*TALK, *TALK]}]), tmp_path))
-    with pytest.raises(ConfigError, match="holds other data"):
+    with pytest.raises(ConfigError, match="has other data"):
         folder.check_resume(other.config, *other.fingerprints)
 
 

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from finhpc.commands.finetune import finetune
-from finhpc.commands.pretrain import pretrain
+import finhpc
 from finhpc.commands.study.command import study
 from finhpc.commands.sweep.command import sweep
 from finhpc.settings.base import build
@@ -16,20 +15,13 @@ from finhpc.settings.finetune import FinetuneConfig
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.study import StudyConfig
 from finhpc.settings.sweep import FinetuneSweepConfig, SweepConfig
-from tests.commands.test_start import with_tokenizer
 from tests.models.dense import saved, tiny_llama
-from tests.tiny import WORDS
+from tests.tiny import WORDS, pretrain_tree, with_tokenizer
 
 
 @pytest.fixture
 def tree(run_shards: Path, tmp_path: Path) -> dict[str, Any]:
-    return {
-        "model": {"preset": "gpt2-tiny", "layers": 2, "width": 32, "context": 64},
-        "method": {"rank": 8},
-        "data": {"shards": str(run_shards), "seq_len": 32, "eval_samples": 16},
-        "train": {"steps": 6},
-        "run": {"storage": str(tmp_path), "name": "run"},
-    }
+    return pretrain_tree(run_shards, tmp_path, train={"steps": 6})
 
 
 @pytest.fixture
@@ -45,17 +37,17 @@ def tuning(run_shards: Path, tmp_path: Path) -> dict[str, Any]:
 
 
 def test_a_pretraining(tree: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    pretrain(build(PretrainConfig, tree), dry_run=True)
+    finhpc.pretrain(build(PretrainConfig, tree), dry_run=True)
     line = "optimizer.warmup_steps=20 is more than half of train.steps=6; the warm-up takes 3 steps"
     assert line in capsys.readouterr().err
-    pretrain(build(PretrainConfig, tree | {"train": {"steps": 40}}), dry_run=True)
+    finhpc.pretrain(build(PretrainConfig, tree | {"train": {"steps": 40}}), dry_run=True)
     assert "warmup_steps" not in capsys.readouterr().err
 
 
 def test_a_finetuning_whose_examples_say_how_long_it_is(
     tuning: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    finetune(build(FinetuneConfig, tuning), dry_run=True)
+    finhpc.finetune(build(FinetuneConfig, tuning), dry_run=True)
     line = "optimizer.warmup_steps=20 is more than half of train.steps=6; the warm-up takes 3 steps"
     assert line in capsys.readouterr().err
 

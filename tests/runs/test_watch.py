@@ -6,7 +6,8 @@ import os
 
 import pytest
 
-from finhpc.runs.watch import START_TIMEOUT, missing, placed_whenever
+from finhpc.runs.launch import START_TIMEOUT, ray_train_limits
+from finhpc.runs.watch import missing
 
 
 @pytest.mark.parametrize(
@@ -15,7 +16,12 @@ from finhpc.runs.watch import START_TIMEOUT, missing, placed_whenever
         ({"CPU": 4}, {"CPU": 2}, {"CPU": 2}, "they need 4 CPU, the cluster has 2 (is a node gone?)"),
         ({"CPU": 4}, {"CPU": 8}, {"CPU": 3}, "they need 4 CPU, of the cluster's 8 only 3 are free"),
         ({"CPU": 1, "GPU": 2}, {"CPU": 8}, {"CPU": 8}, "they need 2 GPU, the cluster has 0 (is a node gone?)"),
-        ({"CPU": 4}, {"CPU": 8}, {"CPU": 4}, "the free CPUs and GPUs do not lie together as the workers need them"),
+        (
+            {"CPU": 4},
+            {"CPU": 8},
+            {"CPU": 4},
+            "the free CPUs and GPUs are not on the nodes where workers need them",
+        ),
     ],
 )
 def test_what_is_missing(needed: dict, total: dict, free: dict, said: str) -> None:
@@ -24,10 +30,10 @@ def test_what_is_missing(needed: dict, total: dict, free: dict, said: str) -> No
 
 def test_ray_train_waits_for_a_place_without_an_end_but_for_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(START_TIMEOUT, raising=False)
-    with placed_whenever():
+    with ray_train_limits(0):
         assert float(os.environ[START_TIMEOUT]) > 1e6
     assert START_TIMEOUT not in os.environ
     monkeypatch.setenv(START_TIMEOUT, "5")
-    with placed_whenever():
+    with ray_train_limits(0):
         assert os.environ[START_TIMEOUT] == "5"
     assert os.environ[START_TIMEOUT] == "5"

@@ -20,7 +20,8 @@ from finhpc.settings.base import build
 from finhpc.settings.finetune import FinetuneConfig
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.training import default_tracking_uri
-from finhpc.tracking.shown import PARENT, SWEEP, Dataset, parameters, setting_tags
+from finhpc.tracking.describe import Dataset, parameters
+from finhpc.tracking.tags import PARENT, SWEEP, setting_tags
 from finhpc.tracking.tracker import Tracker
 from finhpc.training.journal import Journal
 
@@ -113,7 +114,7 @@ def test_a_sweeps_comparison_opens_with_what_varies_and_the_validation_loss(
     page, compare, listed, end = ui(name)
     assert page.startswith("MLflow's page: http://127.0.0.1:"), "nothing of its libraries"
     assert compare.startswith(f"compare the {number} runs of {name}: ")
-    assert end == "Ctrl-C ends it."
+    assert end == "Press Ctrl-C to end it."
     text = dom(chromium, compare.partition(f"of {name}: ")[2], tmp_path / "profile")
     assert f"Comparing {number} Runs from 1 Experiment" in text
     chosen = re.findall(r'class="[^"]*select-selection-item-content[^"]*">([^<]+)<', text)

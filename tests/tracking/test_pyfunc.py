@@ -13,8 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from finhpc.lowrank.replace import ranks_of
-from finhpc.models.families.presets import resolve_shape
-from finhpc.models.families.registry import make_config
+from finhpc.models.families.registry import make_config, resolve_shape
 from finhpc.models.loading import initial_model, load_model
 from finhpc.settings.pretrain import Method, Model
 from finhpc.settings.training import default_tracking_uri

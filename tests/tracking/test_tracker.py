@@ -27,8 +27,8 @@ from finhpc.settings.report import UiConfig
 from finhpc.settings.training import absolute_tracking_uri, default_tracking_uri
 from finhpc.tracking import mirror
 from finhpc.tracking import tracker as tracking
-from finhpc.tracking.shown import HIDDEN
 from finhpc.tracking.store import artifact_location
+from finhpc.tracking.tags import PREFIX
 from finhpc.tracking.tracker import Tracker
 from finhpc.training.journal import Journal
 
@@ -129,7 +129,7 @@ def test_a_run_from_start_to_end(storage: Path, capsys: pytest.CaptureFixture[st
     assert len(run.data.params) == 253
     assert run.data.params["long"] == "x" * 6000
     assert run.data.tags["mlflow.source.git.commit"] == "abc"
-    assert run.data.tags[HIDDEN + "start.stages"] == "2"
+    assert run.data.tags[PREFIX + "start.stages"] == "2"
     assert run.data.tags["finhpc.not_finite"] == "train_loss at step 2: nan"
     assert _history(client, run.info.run_id, "train_loss") == [(1, 0.1 + 0.2)]
     assert _history(client, run.info.run_id, "tokens") == [(1, 512), (2, 1024)]
@@ -211,7 +211,7 @@ import os, signal, sys
 from pathlib import Path
 from finhpc.settings.training import default_tracking_uri
 from finhpc.tracking import mirror, tracker as tracking
-tracking.POLL_S, mirror.RECORDS_A_BATCH = 0.1, 100
+tracking.POLL_S, mirror.RECORDS_PER_BATCH = 0.1, 100
 storage, fatal = Path(sys.argv[1]), int(sys.argv[2])
 saves, save = 0, mirror.State.save
 def deadly(state):
@@ -340,13 +340,13 @@ def test_a_server_that_is_down_then_up_then_killed(
     tracker = _tracker(storage, uri, params={"empty": "", "none": None})
     _write_steps(folder, range(1, 101))
     _until(lambda: said)
-    assert said[0].startswith(f"MLflow at {uri} does not take metrics (Connection refused); training goes on")
+    assert said[0].startswith(f"MLflow at {uri} does not accept metrics (Connection refused); training continues")
     assert _runs(client) == []
 
     servers.append(_serve(storage, port))
     _until(lambda: len(_runs(client)) == 1 and _history(client, tracker.run_id or "", "train_loss")[-1:] != [])
     _until(lambda: len(_history(client, tracker.run_id or "", "train_loss")) == 100)
-    _until(lambda: said[1:] == [f"MLflow at {uri} is back; what was kept is being sent."])
+    _until(lambda: said[1:] == [f"MLflow at {uri} is back; the metrics are being sent."])
 
     _kill(servers[-1])
     _write_steps(folder, range(101, 201))
@@ -379,7 +379,7 @@ def test_a_server_that_never_answers_holds_nothing_up(
         _write_steps(storage / "one", range(1, 101))
         assert not tracker.finish("FAILED", {"steps": 100}, timeout_s=1)
         assert time.monotonic() - begin < 100, "a request alone waits 300 s"
-    assert any("did not take everything" in line for line in said)
+    assert any("did not accept everything" in line for line in said)
 
 
 def test_a_server_that_stalls_gets_each_step_once(
@@ -395,7 +395,7 @@ def test_a_server_that_stalls_gets_each_step_once(
     for last in (300, 600, 900):
         os.killpg(servers[-1].pid, signal.SIGSTOP)
         _write_steps(folder, range(last - 299, last + 1))
-        _until(lambda: said and "does not take metrics" in said[-1])
+        _until(lambda: said and "does not accept metrics" in said[-1])
         os.killpg(servers[-1].pid, signal.SIGCONT)
         _until(lambda: "is back" in said[-1])
     assert tracker.finish("FINISHED", {"steps": 900})

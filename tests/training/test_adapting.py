@@ -38,7 +38,7 @@ def train(config: FinetuneConfig, folder: Path, packs: list[Tensor], steps: int)
     from finhpc.training.engine import Engine
 
     lora_model = LoraModel.of(config, open_weights(folder, low_rank=True))
-    engine = Engine(config, lora_model.hf_config, torch.device("cpu"), adapt=lora_model)
+    engine = Engine(config, lora_model.hf_config, torch.device("cpu"), lora_model=lora_model)
     start = {name: p.detach().clone() for name, p in engine.trained_parameters().items()}
     share = len(packs) // config.parallel.replicas
     mine = packs[engine.replica * share : (engine.replica + 1) * share]

@@ -69,7 +69,7 @@ def train(folder: Path, config: PretrainConfig, stop: int = STEPS) -> None:
     class Stopping(Trainer):
         def _step(self, step: int) -> None:
             if step > stop:
-                self.saver.wait()
+                self.checkpointer.wait()
                 torch.distributed.barrier()
                 raise Stopped
             super()._step(step)

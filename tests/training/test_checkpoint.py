@@ -98,7 +98,7 @@ def test_a_pickle_in_place_of_tensors_is_not_opened(tmp_path: Path) -> None:
     manifest = json.loads((file.parent / "manifest.json").read_text())
     manifest["files"][file.name] = {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
     write_json(file.parent / "manifest.json", manifest)
-    with pytest.raises(CheckpointError, match=r"is no safetensors file .* pickles are never opened"):
+    with pytest.raises(CheckpointError, match=r"is not a safetensors file .* pickles are never opened"):
         list_complete(tmp_path)[0].verify()
 
 
@@ -132,7 +132,7 @@ def test_a_failed_write_is_raised_and_the_one_before_is_intact(tmp_path: Path) -
     saver = Checkpointer(folder, 2, "a", 0, 1)
     (folder / "step_00000020").write_text("a file where the folder must go")
     saver.save(20, "stage-00000.safetensors", state(2.0), {})
-    with pytest.raises(CheckpointError, match="checkpoints before it are untouched"):
+    with pytest.raises(CheckpointError, match="Earlier checkpoints are unchanged"):
         saver.wait()
     list_complete(folder)[0].verify()
     saver.wait()  # raised once

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from finhpc.lowrank.replace import ranks_of
-from finhpc.models.families.presets import resolve_shape
-from finhpc.models.families.registry import make_config
+from finhpc.models.families.registry import make_config, resolve_shape
 from finhpc.models.loading import initial_model
 from finhpc.quantization.fake import fake_quantize, plain_name
 from finhpc.settings.base import build

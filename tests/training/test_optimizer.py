@@ -8,7 +8,15 @@ from torch import nn
 
 from finhpc.lowrank.layers import LowRankEmbedding, LowRankLinear
 from finhpc.settings.training import Optimizer
-from finhpc.training.optimizer import begin_at, decay_products, forget, learning_rate, make_optimizer, moments, set_lr
+from finhpc.training.optimizer import (
+    decay_products,
+    drop_parameters,
+    init_state,
+    learning_rate,
+    make_optimizer,
+    moments,
+    set_lr,
+)
 
 
 def test_warm_up_then_cosine_to_the_minimum() -> None:
@@ -65,7 +73,7 @@ def test_each_factor_has_its_own_learning_rate() -> None:
     set_lr(optimizer, 0.01)
     optimizer.step()  # Adam's first step moves every element by the learning rate
     moved = {name: (before[name] - p).detach() for name, p in layer.named_parameters()}
-    for name, rate in {"A": 0.005, "B": 0.04, "bias": 0.01}.items():
+    for name, rate in {"A.weight": 0.005, "B.weight": 0.04, "B.bias": 0.01}.items():
         torch.testing.assert_close(moved[name], torch.full_like(moved[name], rate), rtol=1e-4, atol=0)
 
 
@@ -132,7 +140,7 @@ def test_moments_put_back_go_on_bit_equal(name: str) -> None:
     held = {key: {n: value.clone() for n, value in moments(optimizer, p).items()} for key, p in whole.items()}
     again = {key: nn.Parameter(p.detach().clone()) for key, p in whole.items()}
     other = make_optimizer(again, settings)
-    begin_at(other, 3)
+    init_state(other, 3)
     for key, parameter in again.items():
         targets = moments(other, parameter)
         assert targets.keys() == held[key].keys()
@@ -151,7 +159,7 @@ def test_what_is_forgotten_moves_no_more_and_changes_nothing_else(name: str) -> 
     optimizer, other = make_optimizer(both, settings), make_optimizer(alone, settings)
     for step in range(4):
         if step == 2:
-            forget(optimizer, [both["small.weight"]])
+            drop_parameters(optimizer, [both["small.weight"]])
             still = both["small.weight"].detach().clone()
         for parameter in both.values():
             parameter.grad = torch.full_like(parameter, 0.1 * (step + 1))

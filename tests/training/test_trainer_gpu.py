@@ -13,8 +13,7 @@ import torch.distributed as dist
 from finhpc.data.shards.reader import ReplicaStream, Rows, local_stream
 from finhpc.data.shards.shards import Shards
 from finhpc.lowrank.replace import ranks_of
-from finhpc.models.families.presets import resolve_shape
-from finhpc.models.families.registry import make_config
+from finhpc.models.families.registry import make_config, resolve_shape
 from finhpc.models.initialize import random_fill
 from finhpc.settings.base import build
 from finhpc.settings.pretrain import PretrainConfig
@@ -59,7 +58,7 @@ def train(folder: Path, config: PretrainConfig, shards: Shards, stop: int = STEP
     class Stopping(Trainer):
         def _step(self, step: int) -> None:
             if step > stop:
-                self.saver.wait()
+                self.checkpointer.wait()
                 raise Stopped
             super()._step(step)
 

@@ -1,12 +1,12 @@
-"""`finhpc bench decompose`: a whole factorisation beside `torch.linalg.svd` weight by weight; two workers beside one.
+"""`finhpc bench decompose`: a whole factorization compared with `torch.linalg.svd`, and two workers with one.
 
-In turn, from the same dense model on disk to its factors on disk:
+Measured in turn, from the same dense model on disk to its factors on disk:
 
 - a plain loop in this process: each weight read, its full SVD with all `resources.threads`, cut, written;
 - `finhpc decompose` with as many workers of one thread each, and with one, Ray and the workers' processes
-  already up; the seconds are those of the factorising.
+  already up; only the factorization is timed.
 
-Then every layer's error is measured against the smallest there is, from a float64 SVD of its own.
+Then the error of every layer is compared with the smallest possible one, from a float64 SVD.
 """
 
 from __future__ import annotations
@@ -33,13 +33,12 @@ from finhpc.cluster.own_ray import own_ray
 from finhpc.errors import ConfigError
 from finhpc.lowrank.factorize import residual
 from finhpc.lowrank.ranks import rank_of_params
-from finhpc.lowrank.replace import dense_shape, layer_kind
-from finhpc.models.families.presets import resolve_shape
-from finhpc.models.families.registry import make_config
+from finhpc.lowrank.replace import dense_shape
+from finhpc.models.families.registry import family_of, make_config, resolve_shape
 from finhpc.models.files.weights import Linear, Weights, open_weights
 from finhpc.settings.decompose import DecomposeConfig
 from finhpc.settings.training import Resources
-from finhpc.training.allocator import give_back_freed_memory
+from finhpc.training.allocator import return_freed_memory
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +51,7 @@ ROUNDING = 1e-6  # of a weight's norm: errors below that are those of float32
 def bench_decompose(settings: DecomposeBench) -> dict[str, Any]:
     """Measure and publish; `ratios`: `speedup_over_svd`, `speedup_2_workers` (with two threads or more).
 
-    Raises `ConfigError` where the shape is none, or `rank` does not fit it.
+    Raises `ConfigError` for an unknown shape, or a `rank` that does not fit it.
     """
     import ray
 
@@ -67,7 +66,7 @@ def bench_decompose(settings: DecomposeBench) -> dict[str, Any]:
         folder = Path(name)
         weights = open_weights(settings.path or _write_model(folder / "dense", settings))
         log.info(f"{len(_linears(weights))} weights, {settings.bench.repeats} rounds")
-        give_back_freed_memory()
+        return_freed_memory()
         plain, ours = Plain(weights, settings, folder), Ours(weights, settings, folder)
         ours.seconds(threads)  # the workers' processes are up and have imported torch
         ways = {SVD: plain.seconds, ONE: lambda: ours.seconds(1)}
@@ -80,8 +79,8 @@ def bench_decompose(settings: DecomposeBench) -> dict[str, Any]:
     if threads == 2:
         ratios["speedup_2_workers"] = median_ratio(seconds[ONE], best)
     whole = [
-        {"whole model by": name, "wall_s": statistics.median(found), "spread": spread(found)}
-        for name, found in seconds.items()
+        {"whole model by": name, "wall_s": statistics.median(walls), "spread": spread(walls)}
+        for name, walls in seconds.items()
     ]
     return publish("decompose", settings.bench.out, _conditions(settings), rows, ratios, began, whole=whole)
 
@@ -181,7 +180,7 @@ def _write_model(folder: Path, settings: DecomposeBench) -> Path:
     with torch.no_grad():
         for seed, (name, module) in enumerate(model.named_modules()):
             shape = dense_shape(module)
-            if shape is not None and layer_kind(name) in ("attention", "mlp"):
+            if shape is not None and family_of(config).layer_kind(name) in ("attention", "mlp"):
                 weight = falling(shape, seed)
                 module.get_parameter("weight").copy_(weight.T if isinstance(module, Conv1D) else weight)
     save_model(folder, config, [lambda: {name: p.detach() for name, p in model.named_parameters()}], None)
@@ -195,19 +194,19 @@ def _rows(weights: Weights, plain: Plain, ours: Ours) -> list[Row]:
     over: dict[Shape, list[float]] = {}
     of_shape: dict[Shape, set[int]] = {}
     for linear in _linears(weights):
-        a, b = factors[f"{linear.name}.A"], factors[f"{linear.name}.B"]
+        a, b = factors[f"{linear.name}.A.weight"], factors[f"{linear.name}.B.weight"]
         over.setdefault(_shape(linear), []).append(over_optimal(weights.matrix(linear), a, b))
         of_shape.setdefault(_shape(linear), set()).add(ranks[linear.name])
     return [
         {
             "weight": f"{shape[0]} x {shape[1]}",
-            "weights": len(found),
+            "weights": len(errors),
             "rank": ", ".join(map(str, sorted(of_shape[shape]))),
             "finhpc_1_thread_s": statistics.median(ours.of_shape[shape]),
             "svd_s": statistics.median(plain.of_shape[shape]),
-            "error_over_optimal": max(found),
+            "error_over_optimal": max(errors),
         }
-        for shape, found in over.items()
+        for shape, errors in over.items()
     ]
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from finhpc.cluster.connect import cluster_resources, places, ray_cluster, use_cuda
 from finhpc.cluster.ready import check_ray
@@ -33,7 +34,6 @@ from finhpc.commands.decompose.layer_groups import (
     targets_of,
     with_moments,
 )
-from finhpc.commands.decompose.merge import header_of, merge_model, save_atomic
 from finhpc.commands.decompose.spectra import draw, save_spectra, summary
 from finhpc.data.text.calibration import calibration_blocks
 from finhpc.errors import CheckpointError, ConfigError
@@ -48,19 +48,19 @@ from finhpc.models.families.registry import (
     skeleton,
 )
 from finhpc.models.files.manifest import check_manifest, write_manifest
+from finhpc.models.files.tensor_folder import TensorFolderWriter
 from finhpc.models.files.tokenizer import find_tokenizer
 from finhpc.models.files.tokens import check_rows
 from finhpc.models.files.weights import Weights, locate, open_weights
 from finhpc.screen import Progress
 from finhpc.settings.decompose import DecomposeConfig
 from finhpc.settings.pretrain import LINEAR_KINDS
-from finhpc.training.allocator import give_back_freed_memory
+from finhpc.training.allocator import return_freed_memory
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
 RESULT = "result.json"
-REST_BYTES = 64 << 20  # of the tensors that stay dense, written together
 
 
 def decompose(config: DecomposeConfig, dry_run: bool = False) -> dict[str, Any]:
@@ -130,7 +130,7 @@ def _factorize(groups: list[Group], weights: Weights, task: Factorization, confi
     if not pending:
         return peaks
     ready: Iterable[Group] = pending
-    give_back_freed_memory()
+    return_freed_memory()
     if config.whiten:
         tokens = _calibration(weights, task.work, config)
         torch.set_num_threads(config.resources.threads)
@@ -187,32 +187,21 @@ def low_rank_config(weights: Weights, reports: list[Report]) -> Any:
 def _assemble(weights: Weights, groups: list[Group], reports: list[Report], work: Path) -> Path:
     """Write the complete model folder (config, weights, tokenizer) inside the work folder and return it."""
     config = low_rank_config(weights, reports)
-    factors = {name for group in groups for name in header_of(group.result(work)) if name != "__metadata__"}
-    names = [name for name, _ in skeleton(config).named_parameters()]
-    rest = _copy_rest([name for name in names if name not in factors], weights, work)
+    names = {name for name, _ in skeleton(config).named_parameters()}
     model = work / "model"
-    shutil.rmtree(model, ignore_errors=True)
-    model.mkdir()
-    written = merge_model([*(group.result(work) for group in groups), *rest], model)
-    if written != set(names):
-        raise CheckpointError(f"{model} has other weights than its config: {sorted(written ^ set(names))[:5]}.")
-    write_manifest(model)
-    config.save_pretrained(model)
-    weights.save_tokenizer(model)
+    with TensorFolderWriter(model, over=True) as writer:
+        for group in groups:
+            writer.add(load_file(group.result(work)))
+        for name in sorted(names - writer.names):  # stays dense; a low-rank layer's bias belongs to B
+            writer.add({name: weights.read(name.replace(".B.bias", ".bias"))})
+        if writer.names != names:
+            odd = sorted(writer.names ^ names)[:5]
+            raise CheckpointError(f"{model} holds other weights than its config says: {odd}.")
+        writer.finish(config)
+        write_manifest(writer.partial)
+        weights.save_tokenizer(writer.partial)
+        writer.publish()
     return model
-
-
-def _copy_rest(names: list[str], weights: Weights, work: Path) -> list[Path]:
-    """Copy the weights that stay dense, a few per file."""
-    paths: list[Path] = []
-    tensors: dict[str, torch.Tensor] = {}
-    for i, name in enumerate(names):
-        tensors[name] = weights.read(name)
-        if i == len(names) - 1 or sum(tensor.nbytes for tensor in tensors.values()) >= REST_BYTES:
-            paths.append(work / f"rest-{len(paths):05d}.safetensors")
-            save_atomic(tensors, paths[-1], {})
-            tensors = {}
-    return paths
 
 
 def _result(config: DecomposeConfig, weights: Weights, reports: list[Report]) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from finhpc.commands.decompose.merge import save_atomic
 from finhpc.commands.decompose.moments import second_moments
 from finhpc.errors import CheckpointError, ConfigError
 from finhpc.lowrank.factorize import (
@@ -32,11 +31,12 @@ from finhpc.lowrank.factorize import (
     whitening_root,
 )
 from finhpc.lowrank.ranks import rank_of_energy, rank_of_params
+from finhpc.models.files.tensor_folder import save_tensors
 from finhpc.models.files.weights import Linear, Weights, opened
 from finhpc.models.pipeline import parts_of
 from finhpc.settings.decompose import DecomposeConfig
 from finhpc.settings.pretrain import LINEAR_KINDS
-from finhpc.training.allocator import give_back_freed_memory
+from finhpc.training.allocator import return_freed_memory
 from finhpc.training.memory import peak_resident_bytes
 
 # The most parameters and layers in a group: few enough for memory and even shares on a CPU, enough to fill a GPU.
@@ -184,7 +184,7 @@ def with_moments(
             path = work / f"moments-{group.index:05d}.safetensors"
             names = [target.linear.name for target in group.targets]
             owners = {name: next(other for other in names if moments[other] is moments[name]) for name in names}
-            save_atomic({owner: moments[owner] for owner in owners.values()}, path, {"owners": json.dumps(owners)})
+            save_tensors({owner: moments[owner] for owner in owners.values()}, path, {"owners": json.dumps(owners)})
             yield replace(group, moments=path)
 
 
@@ -202,7 +202,7 @@ class Factorization:
 
 def factorize_group(task: Factorization, group: Group) -> tuple[int, int]:
     """Write the factors of one group; return this process's id and its peak memory in bytes."""
-    give_back_freed_memory()
+    return_freed_memory()
     torch.set_num_threads(task.threads)
     _factorize(task, group)
     return os.getpid(), peak_memory_bytes(task.cuda)
@@ -233,14 +233,14 @@ def _factorize(task: Factorization, group: Group) -> None:
             rank = _rank_in(target, spectrum, task)
         a, b = factors(matrices[i], spectrum, rank, root)
         reports.append(_report(target.linear, rank, matrices[i], a, b, spectrum, root, damping))
-        tensors[f"{name}.A"] = (a.T if target.linear.kind == "embedding" else a).cpu()
-        tensors[f"{name}.B"] = b.cpu()
+        tensors[f"{name}.A.weight"] = (a.T if target.linear.kind == "embedding" else a).cpu()
+        tensors[f"{name}.B.weight"] = b.cpu()
         values[name] = spectrum.values.cpu()
     seconds = (time.perf_counter() - began) / len(reports)
     for report in reports:
         report["wall_s"] = seconds
-    save_atomic(values, group.spectra(task.work), {})
-    save_atomic(tensors, group.result(task.work), {"layers": json.dumps(reports)})
+    save_tensors(values, group.spectra(task.work), {})
+    save_tensors(tensors, group.result(task.work), {"layers": json.dumps(reports)})
     if group.moments is not None:
         group.moments.unlink(missing_ok=True)
 

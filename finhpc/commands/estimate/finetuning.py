@@ -18,8 +18,15 @@ from finhpc.commands.estimate.tables import show_finetuning
 from finhpc.data.examples.batches import Batches
 from finhpc.data.examples.examples import Examples
 from finhpc.errors import ConfigError, collect
-from finhpc.models.families.presets import PRESETS, resolve_shape
-from finhpc.models.families.registry import FAMILIES, context_name, context_of, dense_original, parameter_count
+from finhpc.models.families.presets import PRESETS
+from finhpc.models.families.registry import (
+    FAMILIES,
+    context_name,
+    context_of,
+    dense_original,
+    parameter_count,
+    resolve_shape,
+)
 from finhpc.models.files.weights import Weights, locate, open_weights
 from finhpc.models.lora.model import LoraModel
 from finhpc.models.packing.layout import Segments, segments_of
@@ -28,7 +35,7 @@ from finhpc.planning.devices import THIS_MACHINE, Cluster
 from finhpc.planning.fake_packs import PackSize, Shapes
 from finhpc.planning.finetuning import LoraCosts
 from finhpc.planning.memory import Topology
-from finhpc.planning.plan import check_parallel, check_stages
+from finhpc.planning.plan import check_stages
 from finhpc.settings.base import nearest
 from finhpc.settings.estimate import FinetuneEstimateConfig
 from finhpc.settings.finetune import FinetuneConfig
@@ -115,20 +122,13 @@ def _size(pack: Any) -> PackSize:
 
 def checked(config: FinetuneEstimateConfig) -> tuple[Weights, LoraModel]:
     """The base (only its shapes if it is a preset) and its adapters; raises `ConfigError` with every problem."""
-    problems: list[str] = []
+    problems = config.problems()
     weights = lora_model = None
-    with collect(problems):
-        check_parallel(config)
     with collect(problems):
         check_device(config.estimate)
     with collect(problems):
         check_optimizer(config.optimizer)
     work = config.estimate
-    if work.shared + work.answer >= work.tokens:
-        problems.append(
-            f"estimate.shared={work.shared} and estimate.answer={work.answer} leave nothing of estimate.tokens="
-            f"{work.tokens}, which is the sum of the shared beginning, the rest of the prompt and the answer; raise it."
-        )
     with collect(problems):
         weights = _base(config)
     if weights is not None:

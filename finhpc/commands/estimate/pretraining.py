@@ -13,11 +13,9 @@ from finhpc.commands.estimate.measure_parts import own_part_seconds, part_second
 from finhpc.commands.estimate.run_time import Opened, this_machine_busy, training_time
 from finhpc.commands.estimate.tables import show_pretraining
 from finhpc.errors import ConfigError, collect
-from finhpc.lowrank.blend import blend_steps
 from finhpc.lowrank.registry import BLEND
 from finhpc.lowrank.replace import ranks_of
-from finhpc.models.families.presets import resolve_shape
-from finhpc.models.families.registry import dense_original, make_config, skeleton
+from finhpc.models.families.registry import dense_original, make_config, resolve_shape, skeleton
 from finhpc.models.files.config import read_config
 from finhpc.planning import paper
 from finhpc.planning.costs import PretrainCosts, options
@@ -25,7 +23,7 @@ from finhpc.planning.devices import THIS_MACHINE
 from finhpc.planning.init import hf_config_of_settings
 from finhpc.planning.memory import Memory, Scheme, Topology
 from finhpc.planning.outline import Outline, outline_of
-from finhpc.planning.plan import Plan, check_blend, check_model, check_parallel
+from finhpc.planning.plan import Plan, check_model
 from finhpc.planning.step_time import reached_by, step_operations
 from finhpc.settings.estimate import EstimateConfig
 from finhpc.settings.pretrain import Method, PretrainConfig
@@ -128,7 +126,7 @@ def not_counted(config: PretrainConfig, outline: Outline, scheme: Scheme) -> lis
         memory = "memory and time" if scheme.name == "paper" else "time"
         lines.append(
             f"{memory} of W ({method.blend_weight}), {outline.replaced:,} parameters until step "
-            f"{blend_steps(method, config.train.steps)}: {(6 if trained else 4) * multiplied:,} operations per token"
+            f"{method.blend_steps(config.train.steps)}: {(6 if trained else 4) * multiplied:,} operations per token"
         )
     if origin := OPTIMIZERS.origin(config.optimizer.name):
         lines.append(f"optimizer.name={config.optimizer.name} of {origin}: its moments are assumed to be AdamW's two")
@@ -139,17 +137,12 @@ def not_counted(config: PretrainConfig, outline: Outline, scheme: Scheme) -> lis
 
 def checked(config: EstimateConfig) -> tuple[Any, int]:
     """(transformers config of the model, parameters of its dense twin); raises `ConfigError` with every problem."""
-    problems: list[str] = []
+    problems = config.problems()
     hf_config: Any = None
-    with collect(problems):
-        check_parallel(config)
-    with collect(problems):
-        check_blend(config)
     with collect(problems):
         check_optimizer(config.optimizer)
     with collect(problems):
         check_device(config.estimate)
-    problems += _hardware_problems(config)
     with collect(problems):
         hf_config = hf_config_of_settings(config)
     if hf_config is not None:
@@ -164,25 +157,3 @@ def checked(config: EstimateConfig) -> tuple[Any, int]:
     else:
         dense = dense_original(read_config(Path(config.model.path)))
     return hf_config, outline_of(dense, config.data.seq_len).params
-
-
-def _hardware_problems(config: EstimateConfig) -> list[str]:
-    hardware, stages, problems = config.estimate, config.parallel.stages, []
-    if hardware.scheme == "finhpc" and hardware.zero_stage:
-        problems.append(
-            f"estimate.zero_stage={hardware.zero_stage} does not exist in finhpc's training, in which every worker of "
-            "a stage has a full copy; use 0, or estimate.scheme=paper."
-        )
-    if hardware.scheme == "paper" and hardware.zero_stage > 1 and stages > 1:
-        problems.append(
-            f"estimate.zero_stage={hardware.zero_stage} with parallel.stages={stages}: a pipeline does not divide "
-            "gradients and weights; use 0 or 1, or one stage."
-        )
-    if hardware.scheme == "finhpc" and hardware.weight_bits != 16:
-        problems.append(
-            f"estimate.weight_bits={hardware.weight_bits} does not exist in finhpc's training, whose weights are "
-            "float32; use estimate.scheme=paper."
-        )
-    if any(size < 1 for size in hardware.micro_batch_sizes):
-        problems.append(f"estimate.micro_batch_sizes={hardware.micro_batch_sizes} must all be 1 or more.")
-    return problems

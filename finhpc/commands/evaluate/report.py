@@ -7,7 +7,6 @@ same metric names, so that MLflow's comparison page shows them together.
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 from finhpc.data.shards.shards import Shards
 from finhpc.evaluation.models import Subject
 from finhpc.evaluation.tasks import PERPLEXITY, TaskFile
-from finhpc.files import redact, write_atomic
+from finhpc.files import redact
 from finhpc.screen import rows_table
 from finhpc.settings.evaluate import EvaluateConfig
-from finhpc.tracking.mirror import PARAM_LENGTH, PARAMS_A_BATCH, TAG_LENGTH
-from finhpc.tracking.shown import HIDDEN, PARENT, Dataset, parameters, setting_tags
-from finhpc.tracking.store import active_run, experiment_id, set_up_client
+from finhpc.tracking.describe import Dataset, parameters
+from finhpc.tracking.mirror import State, tracked_run
+from finhpc.tracking.store import active_run, experiment_id, reason, set_up_client
+from finhpc.tracking.tags import COMMAND, PARENT, setting_tags
+from finhpc.tracking.writer import RunWriter
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 METRICS = ("weighted_f1", "acc", "acc_norm", "perplexity")  # those shown, the first a task has leads
-STATE = "mlflow.json"
 
 
 def log_to_mlflow(
@@ -49,26 +49,21 @@ def log_to_mlflow(
     except Exception as error:  # MLflow and the network raise many kinds; the scores are on disk
         _report_refusal(uri, folder, error)
     for subject, model in zip(subjects, result["models"], strict=True):
-        if (maker := subject.made_by) is not None:
-            state = json.loads((maker / STATE).read_text(encoding="utf-8"))
-            if not state.get("run_id"):
-                continue
-            # The address on disk has no password; the given one may be of the same server.
-            there = uri if redact(uri) == state["tracking_uri"] else state["tracking_uri"]
+        folder_of_run = subject.made_by
+        if folder_of_run is not None and (tracked := tracked_run(folder_of_run, uri)):
             try:
                 from mlflow import MlflowClient
 
-                _log_scores(MlflowClient(tracking_uri=there), state["run_id"], model["scores"])
+                _log_scores(RunWriter(MlflowClient(tracking_uri=tracked[0]), tracked[1]), model["scores"])
             except Exception as error:
-                _report_refusal(there, maker, error)
+                _report_refusal(tracked[0], folder_of_run, error)
     return run_id, redact(uri)
 
 
 def _report_refusal(uri: str, folder: Path, error: Exception) -> None:
-    reason = (redact(str(error)).strip().splitlines() or [type(error).__name__])[0][:160]
     log.info(
-        f"MLflow at {redact(uri)} did not accept the scores ({reason}); they are in {folder}: rerun the command to "
-        "send them."
+        f"MLflow at {redact(uri)} did not accept the scores ({reason(error)}); they are in {folder}: rerun the "
+        "command to send them."
     )
 
 
@@ -93,20 +88,17 @@ def _own_run(
     result: dict[str, Any],
     datasets: list[Dataset],
 ) -> str:
-    """Log the evaluation's run, one per folder, and return its id."""
-    path = folder / STATE
-    key = {"tracking_uri": redact(uri), "experiment": config.run.experiment, "run_name": config.run.name}
-    old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if {name: old.get(name) for name in key} != key or active_run(client, old.get("run_id")) is None:
+    """The evaluation's run: one for the folder, however often the command runs."""
+    state = State.load(folder, redact(uri), config.run.experiment, config.run.name)
+    if active_run(client, state.run_id) is None:
         experiment = experiment_id(client, uri, config.run.experiment)
-        run = client.create_run(experiment, run_name=config.run.name)
-        old = key | {"run_id": run.info.run_id}
-        write_atomic(path, json.dumps(old, indent=1))
+        state.run_id = str(client.create_run(experiment, run_name=config.run.name).info.run_id)
+        state.save()
         one = result["models"][0] if len(result["models"]) == 1 else None
-        _describe(client, old["run_id"], config, one, datasets, {})
-    run_id = str(old["run_id"])
+        _describe(RunWriter(client, state.run_id), config, one, datasets, {})
+    run_id = str(state.run_id)
     if len(result["models"]) == 1:
-        _log_scores(client, run_id, result["models"][0]["scores"])
+        _log_scores(RunWriter(client, run_id), result["models"][0]["scores"])
     else:
         _compare(client, run_id, config, result, datasets)
     columns, rows = table(result)
@@ -133,8 +125,8 @@ def _compare(
         if name not in ids:
             ids[name] = client.create_run(experiment, run_name=name, tags={PARENT: parent}).info.run_id
             one = {"model": [model["model"]], "adapter": [model["adapter"]] if model["adapter"] else []}
-            _describe(client, ids[name], config.model_copy(update=one), model, datasets, {PARENT: parent})
-        _log_scores(client, ids[name], model["scores"])
+            _describe(RunWriter(client, ids[name]), config.model_copy(update=one), model, datasets, {PARENT: parent})
+        _log_scores(RunWriter(client, ids[name]), model["scores"])
         client.set_terminated(ids[name], "FAILED" if model["name"] in failed else "FINISHED")
     for task in dict.fromkeys(task for model in result["models"] for task in model["scores"]):
         scores = [model["scores"][task] for model in result["models"] if task in model["scores"]]
@@ -144,48 +136,27 @@ def _compare(
 
 
 def _describe(
-    client: MlflowClient,
-    run_id: str,
-    config: EvaluateConfig,
-    model: dict[str, Any] | None,
-    datasets: list[Dataset],
-    tags: dict[str, str],
+    run: RunWriter, config: EvaluateConfig, model: dict[str, Any] | None, datasets: list[Dataset], tags: dict[str, str]
 ) -> None:
-    """Log the parameters, settings and datasets of a run; `model`: the only one that it scores."""
-    from mlflow.entities import Param, RunTag
-
-    varied = {"model": model["name"]} if model else {}
-    shown = {key: value for key, value in parameters(config, {}, varied).items() if key != "tasks"}
-    params = [Param(key, redact(str(value))[:PARAM_LENGTH]) for key, value in shown.items()]
-    given = setting_tags(config) | {HIDDEN + "verb": "evaluate", "mlflow.source.name": "finhpc evaluate", **tags}
-    pending = [RunTag(key, redact(str(value))[:TAG_LENGTH]) for key, value in given.items()]
-    for at in range(0, max(len(params), len(pending)), PARAMS_A_BATCH):
-        part = slice(at, at + PARAMS_A_BATCH)
-        client.log_batch(run_id, params=params[part], tags=pending[part])
-    client.log_inputs(run_id, [dataset.entity() for dataset in datasets])
+    """Log parameters, settings and datasets of a run; `model`: the only one that it scores."""
+    params = parameters(config, {}, {"model": model["name"]} if model else {})
+    params.pop("tasks", None)
+    tags = setting_tags(config) | {COMMAND: "evaluate", "mlflow.source.name": "finhpc evaluate", **tags}
+    run.describe(params, tags, datasets)
 
 
-def _log_scores(client: MlflowClient, run_id: str, scores: dict[str, Any]) -> None:
-    """Log `evaluate/TASK/METRIC` with its interval and the majority's score, the main metric of each task first."""
-    import time
-
-    from mlflow.entities import Metric
-
-    now = round(time.time() * 1000)
-    first: list[Metric] = []
-    more: list[Metric] = []
+def _log_scores(run: RunWriter, scores: dict[str, Any]) -> None:
+    """Log `evaluate/TASK/METRIC`, its interval and the majority's score; each task's main metric comes first."""
+    main: list[tuple[str, float]] = []
+    others: list[tuple[str, float]] = []
     for task, values in scores.items():
-        flat = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        figures = {name: value for name, value in values.items() if isinstance(value, int | float)}
         for name, (low, high) in (values["ci95"] or {}).items():
-            flat |= {f"{name}_ci95_low": low, f"{name}_ci95_high": high}
-        flat |= {f"{name}_majority": value for name, value in (values["majority"] or {}).items()}
-        main = _main(flat)
-        for name, value in flat.items():
-            datasets_ = Metric(f"evaluate/{task}/{name}", float(value), now, 0)
-            (first if name == main else more).append(datasets_)
-    metrics = first + more
-    for at in range(0, len(metrics), 1000):
-        client.log_batch(run_id, metrics=metrics[at : at + 1000])
+            figures |= {f"{name}_ci95_low": low, f"{name}_ci95_high": high}
+        figures |= {f"{name}_majority": value for name, value in (values["majority"] or {}).items()}
+        for name, value in figures.items():
+            (main if name == _main(figures) else others).append((f"evaluate/{task}/{name}", value))
+    run.log_figures(main + others)
 
 
 def _main(scores: dict[str, Any]) -> str | None:

@@ -1,4 +1,4 @@
-"""The columns of each table, and figures as they stand in its cells."""
+"""The columns of each table, and the format of the figures in its cells; tables as rows and as CSV."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Form = Callable[[float], str]
 
 @dataclass(frozen=True)
 class Column:
-    """A column as the paper has it, or one of ours beside (`own`). `second`: a figure in brackets behind the first."""
+    """A column of the paper's table, or an additional one (`own`). `second`: a figure in brackets after the first."""
 
     title: str
     key: str
     form: Form
-    over: str = ""  # the heading above several columns
+    over: str = ""  # a heading above several columns
     own: bool = False
     second: tuple[str, Form] | None = None
 
@@ -35,21 +35,21 @@ def percent(value: float) -> str:
 
 
 def count(value: float) -> str:
-    """127.4 M or 1.56 B, as the paper has them."""
+    """127.4 M or 1.56 B, as in the paper."""
     if value >= 2e8:
         return f"{value / 1e9:.2f} B"
     return f"{value / 1e6:.1f} M" if value >= 1e7 else f"{value / 1e6:.2f} M" if value >= 1e5 else f"{value:,.0f}"
 
 
 def size(value: float) -> str:
-    """Bytes, decimal."""
+    """Bytes in decimal units."""
     if value >= 2e8:
         return f"{value / 1e9:.2f} GB"
     return f"{value / 1e6:.1f} MB" if value >= 1e7 else f"{value / 1e6:.2f} MB"
 
 
 def three(value: float) -> str:
-    """Three digits, all before the point."""
+    """Three significant digits, and all digits before the point."""
     if value >= 100:
         return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}"
     return f"{value:.{2 if value >= 1 else 3 if value >= 0.1 else 4}f}"
@@ -87,7 +87,7 @@ COLUMNS: dict[str, list[Column]] = {
 
 
 def spread(value: Value | None, form: Form) -> str:
-    """Half of what the seeds spread over, with as many decimals as the figure; empty for one seed, or no spread."""
+    """Half of the spread over the seeds, with as many decimals as the figure; empty if there is none."""
     if value is None or not value.spread:
         return ""
     decimals = len(form(value.mean).partition(".")[2])
@@ -95,13 +95,13 @@ def spread(value: Value | None, form: Form) -> str:
 
 
 def rows_of(table: Table) -> list[dict[str, Any]]:
-    """The table as plain rows: where ours was measured, our figures, their spread, and the paper's."""
-    plain = [_plain(table.key, group, row) for group in table.groups for row in group.rows]
+    """The table as plain rows: our figures, their spread, and the paper's, then the paper's other rows."""
+    rows = [_plain(table.key, group, row) for group in table.groups for row in group.rows]
     for other in table.others:
         row = dict.fromkeys(_names(table.key))
         row |= {"paper_model": other.label} | {f"{key}_paper": value for key, value in other.values.items()}
-        plain.append({name: row[name] for name in _names(table.key)})
-    return plain
+        rows.append({name: row[name] for name in _names(table.key)})
+    return rows
 
 
 _FIRST = (
@@ -138,7 +138,7 @@ def _plain(key: str, group: Group, row: Row) -> dict[str, Any]:
 
 
 def csv_of(table: Table) -> str:
-    """The rows as CSV; a figure not measured is an empty field."""
+    """The rows as CSV; a figure that was not measured is an empty field."""
     text = io.StringIO()
     writer = csv.DictWriter(text, _names(table.key), lineterminator="\n")
     writer.writeheader()

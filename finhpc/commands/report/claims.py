@@ -1,8 +1,8 @@
-"""Which of the paper's claims hold at the scale that was measured: its figure, ours, and what that says.
+"""Which of the paper's claims hold at the scale that was measured: its figure, ours, and the verdict.
 
-A claim holds where ours is at least the paper's figure as printed; in part, where it points the same way with
-less; it does not hold where it points the other way. What lacks a run or a figure is not measured. Time and memory
-of runs that were placed differently, or times of trainings too short to tell, are not comparable.
+A claim holds if our figure is at least the paper's as printed, holds in part if ours points the same way but is
+smaller, and does not hold if it points the other way. A claim without a run or a figure is not measured. Time and
+memory of runs with different placements, and times of very short trainings, are not comparable.
 """
 
 from __future__ import annotations
@@ -11,15 +11,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from finhpc.commands.report.curves import mean_curve, steps_to
 from finhpc.commands.report.paper import INFERENCE_SPEEDUP, TUNED_FINANCIAL, TUNED_GENERAL, TUNED_MEMORY, paper_tables
-from finhpc.commands.report.runs import FINANCIAL, GENERAL, Collected
+from finhpc.commands.report.runs import FINANCIAL, GENERAL, Collected, Curve
 from finhpc.commands.report.tables import Group, Row, Table, inference
 
 Verdict = Literal["holds", "in part", "does not hold", "not comparable", "not measured"]
-LEAST_TRAINING_S = 60.0  # of steps, below which times say more about starting up than about training
+LEAST_TRAINING_S = 60.0  # of steps; below, times measure starting up rather than training
 PLACES = {"stages": "stages", "replicas": "replicas", "device": "device", "threads": "threads per worker"}
-ABSTRACT = "Llama2-13B-r16"  # whose figures the abstract gives
+ABSTRACT = "Llama2-13B-r16"  # the model of the abstract's figures
 NAMES = {
     "boolq": "BoolQ",
     "piqa": "PIQA",
@@ -33,7 +32,7 @@ TUNED_ORDER = ((16, 16), (8, 16), (8, 8), (8, 4), (4, 16))  # the abstract's fir
 
 @dataclass(frozen=True)
 class Claim:
-    """`at`: our rank, and the paper's beside it; `paper` and `ours`: the figures as told; `how`: what was compared."""
+    """`at`: our model and the paper's; `paper`, `ours`: the figures as text; `how`: what was compared."""
 
     claim: str
     at: str
@@ -44,7 +43,7 @@ class Claim:
 
 
 def make_claims(found: Collected, tables: dict[str, Table]) -> list[Claim]:
-    """Every claim, at the scale where most was compared."""
+    """Every claim, at the scale with most rows."""
     return [
         *_method_1(tables["vi"].groups[0] if tables["vi"].groups else None),
         *_method_2(found, tables),
@@ -53,7 +52,7 @@ def make_claims(found: Collected, tables: dict[str, Table]) -> list[Claim]:
 
 
 def verdict(ours: float | None, paper: float, neutral: float) -> Verdict:
-    """`neutral`: 1 for ratios, 0 for differences; larger is better."""
+    """The verdict on a figure for which larger is better. `neutral`: 1 for ratios, 0 for differences."""
     if ours is None:
         return "not measured"
     if ours >= paper:
@@ -65,7 +64,7 @@ def verdict(ours: float | None, paper: float, neutral: float) -> Verdict:
 
 
 def _method_1(group: Group | None) -> Iterator[Claim]:
-    """Compression, speed and quality of method 1 against dense, at every rank that the paper has too."""
+    """Compression, speed and quality of method 1 compared with dense, at every rank that the paper has too."""
     dense = group.find("dense") if group else None
     pairs = [row for row in group.rows if row.kind == "low_rank" and row.paper] if group else []
     if dense is None or not pairs:
@@ -79,101 +78,98 @@ def _method_1(group: Group | None) -> Iterator[Claim]:
         )
         return
     for row in pairs:
-        how = "parameters, dense over low-rank"
         params = _quotient(dense, row, "params_total"), _paper_ratio(dense, row, "params_total")
-        yield _ratio("Fewer parameters", row, *params, how)
+        yield _ratio("Fewer parameters", _at(row), *params, "parameters, dense over low-rank")
     for row in pairs:
         how = "worker-hours of the whole command, dense over low-rank"
         hours = _quotient(dense, row, "worker_hours"), _paper_ratio(dense, row, "worker_hours")
-        yield _ratio("Less training time", row, *hours, how, unlike(dense, row, time=True, start_up=True))
+        yield _ratio("Less training time", _at(row), *hours, how, unlike(dense, row, time=True, start_up=True))
     for row in pairs:
         how = "median tokens/s, low-rank over dense; the paper's: of the whole training"
         pace = _quotient(row, dense, "tokens_per_s"), _paper_ratio(dense, row, "worker_hours")
-        yield _ratio("Faster training steps", row, *pace, how, unlike(dense, row, time=True))
+        yield _ratio("Faster training steps", _at(row), *pace, how, unlike(dense, row, time=True))
     for row in pairs:
         how = "peak memory of all workers, dense over low-rank"
         memory = _quotient(dense, row, "memory_gb"), _paper_ratio(dense, row, "memory_gb")
-        yield _ratio("Less training memory", row, *memory, how, unlike(dense, row))
+        yield _ratio("Less training memory", _at(row), *memory, how, unlike(dense, row))
     for row in pairs:
-        yield _inference(dense, row)
+        assert row.paper is not None
+        base, own = (inference(one.runs, 16)["inference_s"] for one in (dense, row))
+        ours = base.mean / own.mean if base and own else None
+        how = "seconds per generated token, dense over low-rank"
+        yield _ratio("Faster inference", _at(row), ours, INFERENCE_SPEEDUP[row.paper.model.name], how)
     for row in pairs:
         yield _no_drop(dense, row)
 
 
-def _ratio(name: str, row: Row, ours: float | None, paper: float, how: str, apart: str = "") -> Claim:
-    """`apart`: why the two rows are not comparable, if they are not."""
+def _ratio(name: str, at: str, ours: float | None, paper: float, how: str, apart: str = "") -> Claim:
+    """A claim about a ratio. `apart`: why the two rows are not comparable, if they are not."""
     if ours is not None and apart:
-        return Claim(name, _at(row), _x(paper), apart, "not comparable", how)
-    return Claim(name, _at(row), _x(paper), _x(ours), _verdict_x(ours, paper), how)
+        return Claim(name, at, _x(paper), apart, "not comparable", how)
+    # Compared with the digits that are shown.
+    said = verdict(None if ours is None else round(ours, 2), round(paper, 2), 1)
+    return Claim(name, at, _x(paper), _x(ours), said, how)
 
 
 def unlike(one: Row, other: Row, time: bool = False, start_up: bool = False) -> str:
     """Why the memory of two rows, or their `time`, is not comparable; empty if it is.
 
-    `start_up`: the time counts starting up, which a sweep's trials do in processes that are warm already.
+    `start_up`: the time includes starting up, for which the trials of a sweep reuse processes.
     """
-    said = []
+    reasons = []
     for key, name in PLACES.items():
         values = [_joined(run.place(key) for run in row.runs) for row in (one, other)]
         if values[0] != values[1]:
-            said.append(f"{name} {values[0]} and {values[1]}")
+            reasons.append(f"{name} {values[0]} and {values[1]}")
     if start_up:
         warm = [_joined(("warm" if run.warm else "cold") for run in row.runs) for row in (one, other)]
         if warm[0] != warm[1]:
-            said.append(f"{warm[0]} and {warm[1]} starts")
+            reasons.append(f"{warm[0]} and {warm[1]} starts")
     if time:
         spans = [run.train_s for row in (one, other) for run in row.runs]
         known = [span for span in spans if span is not None]
         if len(known) < len(spans):
-            said.append("length of a training unknown")
+            reasons.append("length of a training unknown")
         elif min(known) < LEAST_TRAINING_S:
-            said.append(f"only {min(known):,.0f} s of steps, below {LEAST_TRAINING_S:.0f}")
-    return "; ".join(said)
+            reasons.append(f"only {min(known):,.0f} s of steps, below {LEAST_TRAINING_S:.0f}")
+    return "; ".join(reasons)
 
 
 def _joined(values: Iterable[str | None]) -> str:
     return "/".join(sorted({value or "unknown" for value in values}))
 
 
-def _inference(dense: Row, row: Row) -> Claim:
-    assert row.paper is not None
-    base, own = (inference(one.runs, 16)["inference_s"] for one in (dense, row))
-    ours = base.mean / own.mean if base and own else None
-    how = "seconds a generated token, dense over low-rank"
-    return _ratio("Faster inference", row, ours, INFERENCE_SPEEDUP[row.paper.model.name], how)
-
-
 def _no_drop(dense: Row, row: Row) -> Claim:
-    """Scores where there are any; the validation loss beside them, or alone."""
+    """The scores, if there are any, and the validation loss."""
     shared = [task for task in GENERAL if dense.values[task] and row.values[task]]
     of_paper = ""
     if dense.paper and row.paper:
         changes = [row.paper.values[task] - dense.paper.values[task] for task in GENERAL]
         of_paper = " / ".join(f"{change:+.1f}" for change in changes) + " points"
     loss, base = row.values["val_loss"], dense.values["val_loss"]
-    said, good = [], []
+    changes_of_ours, good = [], []
     for task in shared:
         change = _mean_of(row, task) - _mean_of(dense, task)
-        said.append(f"{NAMES[task]} {change:+.1f}")
+        changes_of_ours.append(f"{NAMES[task]} {change:+.1f}")
         good.append(change >= 0)
     if loss and base:
-        said.append(f"validation loss {loss.mean - base.mean:+.3f}")
+        changes_of_ours.append(f"validation loss {loss.mean - base.mean:+.3f}")
         good.append(loss.mean <= base.mean)
-    found: Verdict = (
+    said: Verdict = (
         "not measured" if not good else "holds" if all(good) else "in part" if any(good) else "does not hold"
     )
     return Claim(
         "No loss of quality",
         _at(row),
         of_paper,
-        ", ".join(said) or "-",
-        found,
-        "BoolQ, PIQA, WinoGrande and validation loss, low-rank less dense; holds where nothing measured is worse",
+        ", ".join(changes_of_ours) or "-",
+        said,
+        "BoolQ, PIQA, WinoGrande and validation loss, low-rank minus dense; holds if no measured figure is worse",
     )
 
 
 def _method_2(found: Collected, tables: dict[str, Table]) -> Iterator[Claim]:
-    """Figure 6: method 2 ends lower than method 1, and gets there sooner."""
+    """Figure 6: method 2 ends with a lower loss than method 1, and reaches method 1's sooner."""
     ends, sooner = "Method 2 ends with a lower loss than method 1", "Method 2 converges faster than method 1"
     both = []
     for group in tables["vii"].groups:
@@ -192,21 +188,31 @@ def _method_2(found: Collected, tables: dict[str, Table]) -> Iterator[Claim]:
         yield Claim(ends, "-", "yes (figure 6)", "-", "not measured", needs)
         yield Claim(sooner, "-", "yes (figure 6)", "-", "not measured", needs)
         return
-    pairs = [
-        (one, mean_curve(found, one.runs, "val_loss"), mean_curve(found, two.runs, "val_loss")) for one, two in both
-    ]
+    pairs = [(one, found.mean_curve(one.runs, "val_loss"), found.mean_curve(two.runs, "val_loss")) for one, two in both]
     pairs = [(row, first, second) for row, first, second in pairs if first and second]
     for row, first, second in pairs:
         last_1, last_2 = first[max(first)], second[max(second)]
         said: Verdict = "holds" if last_2 < last_1 else "does not hold"
-        how = "final validation loss, the start's own training not counted"
+        how = "final validation loss; the initial model's own training is not counted"
         yield Claim(ends, _at(row), "yes (figure 6)", f"{last_2:.3f} against {last_1:.3f}", said, how)
     for row, first, second in pairs:
         steps, reached = max(first), steps_to(second, first[max(first)])
         said = "holds" if reached is not None and reached < steps else "does not hold"
-        told = "never" if reached is None else f"after {reached / steps:.0%} of the steps"
-        how = f"method 2's steps until it is at method 1's final loss, of {steps:,}"
-        yield Claim(sooner, _at(row), "yes (figure 6)", told, said, how)
+        when = "never" if reached is None else f"after {reached / steps:.0%} of the steps"
+        how = f"method 2's steps until it reaches method 1's final loss, of {steps:,}"
+        yield Claim(sooner, _at(row), "yes (figure 6)", when, said, how)
+
+
+def steps_to(curve: Curve, target: float) -> float | None:
+    """The step at which a curve falls to `target`, interpolated between its points; None if it never does."""
+    before: tuple[int, float] | None = None
+    for step, loss in curve.items():
+        if loss <= target:
+            if before is None:
+                return float(step)
+            return before[0] + (step - before[0]) * (before[1] - target) / (before[1] - loss)
+        before = step, loss
+    return None
 
 
 # -- finetuning -----------------------------------------------------------------------------
@@ -231,7 +237,7 @@ def _finetuning(scores: list[Group], costs: list[Group]) -> Iterator[Claim]:
             of_paper,
             f"{change:+.1f} points",
             verdict(change, paper, 0),
-            f"the adapter less its base, mean of {', '.join(NAMES[task] for task in shared)}",
+            f"the adapter minus its base, mean of {', '.join(NAMES[task] for task in shared)}",
         )
     for bits in (8, 4):
         yield _bits_ratio(cost, bits, "memory_gb", "Finetuning memory")
@@ -242,12 +248,12 @@ def _finetuning(scores: list[Group], costs: list[Group]) -> Iterator[Claim]:
         f"{TUNED_MEMORY:.2f} x",
         "-",
         "not measured",
-        "finhpc finetunes adapters alone",
+        "finhpc only finetunes adapters",
     )
 
 
 def _tuned_pair(group: Group | None, base: Row | None, tasks: tuple[str, ...]) -> tuple[Row | None, list[str]]:
-    """The adapter to compare, the abstract's first, and the tasks that it and its base were scored on."""
+    """The adapter to compare, preferably the abstract's, and the tasks that it and its base were both scored on."""
     if group is None or base is None:
         return None, []
     ordered = [row for rank, bits in TUNED_ORDER if (row := group.find("lora", rank, bits))]
@@ -258,7 +264,7 @@ def _tuned_pair(group: Group | None, base: Row | None, tasks: tuple[str, ...]) -
 
 
 def _bits_ratio(group: Group | None, bits: int, key: str, name: str) -> Claim:
-    """16 bits over fewer, at one LoRA rank; the paper's is of rank 8."""
+    """16 bits over fewer at one LoRA rank; the paper's rank is 8."""
     rows = [row for row in group.rows if row.kind == "lora" and row.bits == bits] if group else []
     pairs = [(full, row) for row in rows if group and (full := group.find("lora", row.rank, 16))]
     table = paper_tables()["ix"]
@@ -269,10 +275,7 @@ def _bits_ratio(group: Group | None, bits: int, key: str, name: str) -> Claim:
     apart = unlike(*pairs[0]) if pairs and key == "memory_gb" else ""
     at = f"{pairs[0][1].label} / {model.name}-r8" if pairs else f"{model.name}-r8"
     how = "adapters of one rank, their bases at 16 bits over fewer"
-    name = f"{name}, 16 bits over {bits}"
-    if ours is not None and apart:
-        return Claim(name, at, _x(paper), apart, "not comparable", how)
-    return Claim(name, at, _x(paper), _x(ours), _verdict_x(ours, paper), how)
+    return _ratio(f"{name}, 16 bits over {bits}", at, ours, paper, how, apart)
 
 
 # -- figures --------------------------------------------------------------------------------
@@ -289,11 +292,6 @@ def _paper_ratio(dense: Row, row: Row, key: str) -> float:
     return dense.paper.values[key] / row.paper.values[key]
 
 
-def _verdict_x(ours: float | None, paper: float) -> Verdict:
-    """Of ratios, compared with the digits they are told with."""
-    return verdict(None if ours is None else round(ours, 2), round(paper, 2), 1)
-
-
 def _mean_of(row: Row, key: str) -> float:
     value = row.values[key]
     assert value is not None
@@ -301,7 +299,7 @@ def _mean_of(row: Row, key: str) -> float:
 
 
 def _at(row: Row) -> str:
-    """Our rank and the paper's row beside it: two widths are compared."""
+    """Our rank and the paper's row; the widths differ."""
     return f"r{row.rank} / {row.paper.label}" if row.paper else f"r{row.rank}"
 
 

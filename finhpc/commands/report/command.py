@@ -1,4 +1,4 @@
-"""`finhpc report`: the paper's tables and figures from what MLflow holds, as a page, CSV and PNG."""
+"""`finhpc report`: the paper's tables and figures from the runs in MLflow, as a page, CSV and PNG."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import finhpc
 from finhpc.commands.report.cells import csv_of, rows_of
 from finhpc.commands.report.claims import make_claims
-from finhpc.commands.report.figures import make_figures, save_png
+from finhpc.commands.report.figures import make_figures
 from finhpc.commands.report.page import page_of
 from finhpc.commands.report.runs import Collected, collect
 from finhpc.commands.report.store import all_runs, chosen_experiments, open_store, reading
@@ -27,11 +27,11 @@ log = logging.getLogger(__name__)
 
 
 def report(config: ReportConfig, dry_run: bool = False) -> dict[str, Any]:
-    """Write the page, a CSV a table, a PNG a figure and `result.json` into `config.out`; returns what the last holds.
+    """Write the page, a CSV per table, a PNG per figure and `result.json` into `config.out`; return the result.
 
-    Everything comes from MLflow. With `dry_run` it looks and counts, and writes nothing. Raises `ConfigError` for
-    an address that holds nothing to read, an experiment that does not exist, one without a finished run, or an `out`
-    that is no folder, and `FinhpcError` for a server that does not answer.
+    Everything comes from MLflow. `dry_run` reads and counts, and writes nothing. Raises `ConfigError` for an address
+    without a store, an experiment that does not exist or has no finished run, or an `out` that is not a folder, and
+    `FinhpcError` for a server that does not answer.
     """
     began = time.perf_counter()
     run = config.run
@@ -64,7 +64,10 @@ def report(config: ReportConfig, dry_run: bool = False) -> dict[str, Any]:
     files = [out / f"table-{key}.csv" for key in tables]
     for path, table in zip(files, tables.values(), strict=True):
         write_atomic(path, csv_of(table))
-    files += [save_png(figure, out) for figure in figures]
+    for figure in figures:
+        path = out / f"{figure.key}.png"
+        path.write_bytes(figure.png)
+        files.append(path)
     about = {"tracking_uri": redact(uri), "experiments": used, "version": finhpc.__version__}
     about["made"] = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
     page = out / "report.html"
@@ -73,7 +76,7 @@ def report(config: ReportConfig, dry_run: bool = False) -> dict[str, Any]:
     result["wall_s"] = time.perf_counter() - began
     write_json(out / "result.json", result, indent=2)
     log.info(
-        f"open {shlex.quote(str(page))} in a browser; its tables as CSV and figures as PNG are next to it.",
+        f"open {shlex.quote(str(page))} in a browser; its tables (CSV) and figures (PNG) are in the same folder.",
     )
     return result
 

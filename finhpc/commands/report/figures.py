@@ -1,23 +1,24 @@
-"""Figures 6 and 7 and the scatter plots, drawn once on paper (PNG) and once in the page's own colours (SVG)."""
+"""Figures 6 and 7 and the scatter plots, drawn as PNG for paper and as SVG in the page's colors."""
 
 from __future__ import annotations
 
 import io
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finhpc.commands.report.curves import mean_curve, smoothed
-from finhpc.commands.report.points import Point, pretrained_points, tuned_points
-from finhpc.commands.report.runs import Collected, Curve, Scale
+from finhpc.commands.report.runs import FINANCIAL, Collected, Curve, Scale, Tracked
 from finhpc.commands.report.tables import Row, Table
+from finhpc.tracking.tags import SCORED_FROM
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-PANELS = 2  # as in the paper; the scales where most was compared
-COLOURS = {  # readable on white and on black
+PANELS = 2  # as in the paper; for the scales with most rows
+POINTS = 400  # drawn per training loss, each the mean of the steps around it
+BYTES_16BIT = 2
+COLORS = {  # readable on white and on black
     "dense": "#8a8f98",
     "low_rank": "#3b82c4",
     "svd": "#e0812f",
@@ -25,7 +26,7 @@ COLOURS = {  # readable on white and on black
     "cola": "#a06cc9",
     "base": "#8a8f98",
 }
-BITS_COLOURS = {16: "#3b82c4", 8: "#e0812f", 4: "#3fa45b"}
+BITS_COLORS = {16: "#3b82c4", 8: "#e0812f", 4: "#3fa45b"}
 METHOD_NAMES = {
     "dense": "dense",
     "low_rank": "method 1",
@@ -35,13 +36,12 @@ METHOD_NAMES = {
 }
 STYLES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (1.2, 1.4)), (0, (6, 1.5, 1.2, 1.5)))  # by rank, largest first
 MARKERS = {16: "o", 8: "s", 4: "^"}
-INK, PAPER_INK = "#123457", "#1f2328"  # the first stands for the page's own colour
-Draw = Callable[[Any, str], None]  # onto a matplotlib figure, in a colour
+INK, PAPER_INK = "#123457", "#1f2328"  # the first is replaced by the page's text color
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawn figure. `svg` takes the colour of the text around it."""
+    """A drawn figure; its `svg` has the color of the text around it."""
 
     key: str
     title: str
@@ -53,7 +53,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class _Panel:
-    """One pair of axes: a title, and what is drawn."""
+    """One pair of axes and the function that draws on it."""
 
     title: str
     x: str
@@ -63,12 +63,12 @@ class _Panel:
 
 
 def make_figures(found: Collected, tables: dict[str, Table]) -> list[Figure]:
-    """Those that there is something to show in."""
-    made = [
+    """All figures that have something to show."""
+    figures = [
         _figure(
             "figure-6",
             "Figure 6: training loss for pretraining, methods 1 and 2",
-            "Training loss against steps; each point is the mean of the steps since the one before, over the seeds.",
+            "Training loss against steps; each point is the mean over the seeds and the steps since the last point.",
             [_loss_panel(found, scale, rows) for scale, rows in _pretrained_rows(tables)[:PANELS]],
         ),
         _figure(
@@ -83,44 +83,38 @@ def make_figures(found: Collected, tables: dict[str, Table]) -> list[Figure]:
         _figure(
             "quality-size",
             "Quality against size",
-            "Hollow: 16 bits counted as 2 bytes a parameter, because no size was logged. Circles 16 bits, squares 8, "
-            "triangles 4.",
+            "Hollow: 16 bits counted as 2 bytes per parameter, because no size was logged. Circles: 16 bits; squares: "
+            "8; triangles: 4.",
             _scatter(found, tables, "size"),
         ),
         _figure(
             "quality-time",
             "Quality against time",
-            "Workers x the running time of the command; for methods 2 and 3 with that of the dense model they start "
-            "from, or hollow where MLflow does not know it.",
+            "Workers x the running time of the command; for methods 2 and 3 including that of the dense model they "
+            "start from, or hollow if MLflow does not have it.",
             _scatter(found, tables, "time"),
         ),
     ]
-    return [figure for figure in made if figure is not None]
-
-
-def save_png(figure: Figure, folder: Path) -> Path:
-    path = folder / f"{figure.key}.png"
-    path.write_bytes(figure.png)
-    return path
+    return [figure for figure in figures if figure is not None]
 
 
 # -- loss curves ----------------------------------------------------------------------------
 
 
 def _pretrained_rows(tables: dict[str, Table]) -> list[tuple[Scale, list[Row]]]:
-    """Scale -> the rows of both tables, those first that compare most."""
-    found: dict[Scale, dict[str, Row]] = {}
+    """Scale -> the rows of Tables VI and VII, the scales with most rows first."""
+    scales: dict[Scale, dict[str, Row]] = {}
     for key in ("vi", "vii"):
         for group in tables[key].groups:
-            rows = found.setdefault(group.scale, {})
+            rows = scales.setdefault(group.scale, {})
             for row in group.rows:
                 rows.setdefault(f"{row.kind} {row.label}", row)
-    ordered = sorted(found.items(), key=lambda item: (-len(item[1]), -item[0].amount))
+    ordered = sorted(scales.items(), key=lambda item: (-len(item[1]), -item[0].amount))
     return [(scale, list(rows.values())) for scale, rows in ordered]
 
 
 def _loss_panel(found: Collected, scale: Scale, rows: Sequence[Row], tuned: bool = False) -> _Panel | None:
-    curves = [(row, smoothed(mean_curve(found, row.runs, "train_loss"))) for row in rows if row.runs]
+    curves = [(row, smoothed(found.mean_curve(row.runs, "train_loss"))) for row in rows if row.runs]
     curves = [(row, curve) for row, curve in curves if len(curve) > 1]
     if not curves:
         return None
@@ -129,9 +123,9 @@ def _loss_panel(found: Collected, scale: Scale, rows: Sequence[Row], tuned: bool
         ranks = sorted({row.rank for row, _ in curves if row.rank}, reverse=True)
         for row, curve in curves:
             style = STYLES[ranks.index(row.rank) % len(STYLES)] if row.rank else "-"
-            colour = BITS_COLOURS.get(row.bits or 16) if tuned else COLOURS.get(row.kind)
+            color = BITS_COLORS.get(row.bits or 16) if tuned else COLORS.get(row.kind)
             label = f"r = {row.rank}, {row.bits} bits" if tuned else _line_name(row)
-            axes.plot(list(curve), list(curve.values()), color=colour, ls=style, lw=1.6, label=label)
+            axes.plot(list(curve), list(curve.values()), color=color, ls=style, lw=1.6, label=label)
         low, high = _span([curve for _, curve in curves])
         axes.set_ylim(low, high)
         axes.legend(fontsize=8, frameon=False, labelcolor=ink)
@@ -146,10 +140,18 @@ def _line_name(row: Row) -> str:
 
 
 def _span(curves: Iterable[Curve]) -> tuple[float, float]:
-    """From the lowest loss to the highest but for the first tenth, where every loss falls steeply."""
+    """The range of the losses without the first tenth, in which every loss falls steeply."""
     late = [loss for curve in curves for step, loss in curve.items() if step * 10 >= max(curve)]
-    room = 0.06 * (max(late) - min(late)) or 0.1
-    return min(late) - room, max(late) + room
+    margin = 0.06 * (max(late) - min(late)) or 0.1
+    return min(late) - margin, max(late) + margin
+
+
+def smoothed(curve: Curve, points: int = POINTS) -> Curve:
+    """Means over windows of equal length, at most `points` of them, each at its last step; short curves unchanged."""
+    steps = list(curve)
+    width = max(1, len(steps) // 40, -(-len(steps) // points))
+    windows = [steps[i : i + width] for i in range(0, len(steps), width)]
+    return {window[-1]: statistics.fmean(curve[step] for step in window) for window in windows if window}
 
 
 # -- scatter plots --------------------------------------------------------------------------
@@ -175,24 +177,103 @@ def _scatter(found: Collected, tables: dict[str, Table], what: str) -> list[_Pan
     return panels
 
 
+@dataclass(frozen=True)
+class Point:
+    """One model: `x` in bytes or worker-hours; `measured`: whether x was measured completely, see `_cost`."""
+
+    x: float
+    y: float
+    kind: str
+    bits: int
+    label: str
+    measured: bool = True
+
+
+def pretrained_points(found: Collected, scale: Scale, rows: list[Row], what: str) -> list[Point]:
+    """The validation loss of each row; for "size" also of the same models at fewer bits."""
+    points = []
+    for row in rows:
+        loss, name = row.values["val_loss"], f"r{row.rank}" if row.rank else row.kind
+        x, measured = _cost(row, what)
+        if loss and x is not None:
+            points.append(Point(x, loss.mean, row.kind, row.bits or 16, name, measured))
+    return points + (_scored_points(found, rows) if what == "size" else [])
+
+
+def _cost(row: Row, what: str) -> tuple[float | None, bool]:
+    """Bytes or worker-hours, and whether they were measured completely: not for sizes counted from parameters, nor for
+    hours without those of an initial model that MLflow does not have.
+    """
+    if what == "time":
+        # A model that starts from another's weights includes the cost of that one's training.
+        hours, whole = row.values["worker_hours"], row.values.get("worker_hours_with_start")
+        known = whole is not None or not any(run.setting("model.path") for run in row.runs)
+        value = whole or hours
+        return (value.mean if value else None), known
+    bits = row.bits or 16
+    sizes = [size for run in row.runs if (size := run.metrics.get(f"size_{bits}bit_bytes")) is not None]
+    if sizes:
+        return statistics.fmean(sizes), True
+    params = row.values["params_total"]
+    return (BYTES_16BIT * params.mean if params and bits == 16 else None), False
+
+
+def _scored_points(found: Collected, rows: list[Row]) -> list[Point]:
+    """One per row and number of bits at which its trained models were scored; means over the seeds."""
+    points = []
+    for row in rows:
+        ids = {run.id for run in row.runs}
+        scored = [run for run in found.scored if run.tags[SCORED_FROM] in ids]
+        for bits in (8, 4):
+            runs = [run for run in scored if run.whole("quantization.bits") == bits]
+            losses = [loss for run in runs if (loss := run.metrics.get("val_loss")) is not None]
+            sizes = [size for run in runs if (size := _size(run, bits)) is not None]
+            if losses and sizes:
+                name = f"r{row.rank}" if row.rank else row.kind
+                points.append(Point(statistics.fmean(sizes), statistics.fmean(losses), row.kind, bits, name))
+    return points
+
+
+def _size(run: Tracked, bits: int) -> float | None:
+    return run.metrics.get(f"size_{bits}bit_bytes", run.metrics.get("size_bytes"))
+
+
+def tuned_points(scores: list[Row], costs: list[Row], what: str) -> tuple[list[Point], str]:
+    """The adapters, and their measure of quality: F1 of held-out labels, or the mean of the financial tasks."""
+    key = "size_gb" if what == "size" else "worker_hours"
+    held_out = any(row.values["held_out_f1"] for row in scores)
+    points = []
+    for row, cost in zip(scores, costs, strict=True):
+        if row.kind == "base" and (what == "time" or held_out):
+            continue  # it was not finetuned
+        tasks = [value.mean for task in FINANCIAL if (value := row.values[task])]
+        quality = row.values["held_out_f1"].mean if row.values["held_out_f1"] else None
+        y = quality if held_out else statistics.fmean(tasks) if tasks else None
+        x = cost.values[key]
+        if x and y is not None:
+            name = f"r{row.rank}" if row.rank else "base"
+            points.append(Point(x.mean * (1e9 if what == "size" else 1), y, row.kind, row.bits or 16, name))
+    return points, "weighted F1 of held-out labels" if held_out else "mean of FPB, FiQA SA and TFNS"
+
+
 def _points_panel(title: str, y: str, points: list[Point], what: str) -> _Panel | None:
     if not points:
         return None
-    # Of hours, minutes where all are short; of bytes, megabytes.
+    # Minutes if all times are short, else hours; megabytes.
     short = what == "time" and max(point.x for point in points) < 1
     factor, x = (60, "worker-minutes") if short else (1, "worker-hours") if what == "time" else (1e-6, "size (MB)")
 
     def draw(axes: Axes, ink: str) -> None:
-        named: set[str] = set()
+        kinds = {point.kind for point in points}
         for point in points:
-            colour = COLOURS.get(point.kind) or BITS_COLOURS.get(point.bits, ink)
+            color = COLORS.get(point.kind) or BITS_COLORS.get(point.bits, ink)
             axes.scatter(
                 point.x * factor,
                 point.y,
                 s=42,
                 marker=MARKERS.get(point.bits, "o"),
-                edgecolors=colour,
-                facecolors=colour if point.measured else "none",
+                edgecolors=color,
+                facecolors=color if point.measured else "none",
                 linewidths=1.4,
             )
             text = axes.annotate(
@@ -204,11 +285,10 @@ def _points_panel(title: str, y: str, points: list[Point], what: str) -> _Panel 
                 color=ink,
             )
             text.set_in_layout(True)
-            named.add(point.kind)
-        for kind in [kind for kind in COLOURS if kind in named]:
-            axes.scatter([], [], color=COLOURS[kind], label=METHOD_NAMES.get(kind, kind))
-        for bits in [bits for bits in BITS_COLOURS if ("lora", bits) in {(p.kind, p.bits) for p in points}]:
-            axes.scatter([], [], color=BITS_COLOURS[bits], marker=MARKERS[bits], label=f"adapter, {bits}-bit base")
+        for kind in [kind for kind in COLORS if kind in kinds]:
+            axes.scatter([], [], color=COLORS[kind], label=METHOD_NAMES.get(kind, kind))
+        for bits in [bits for bits in BITS_COLORS if ("lora", bits) in {(p.kind, p.bits) for p in points}]:
+            axes.scatter([], [], color=BITS_COLORS[bits], marker=MARKERS[bits], label=f"adapter, {bits}-bit base")
         axes.margins(0.14)
         axes.legend(fontsize=8, frameon=False, labelcolor=ink)
 
@@ -237,7 +317,7 @@ def _drawn(key: str, panels: list[_Panel], ink: str, form: str) -> bytes:
     import matplotlib
     from matplotlib.figure import Figure as Canvas
 
-    # Names of runs are text, not formulas; ids in several pictures of one page must differ.
+    # Names of runs are text, not formulas; the ids in the figures of a page must differ.
     settings: Any = {
         "text.parse_math": False,
         "svg.fonttype": "none",

@@ -1,4 +1,4 @@
-"""The figures of the paper's Tables VI to IX (`paper.yaml`), and which of its rows stands beside one of ours."""
+"""The figures of the paper's Tables VI to IX (`paper.yaml`), and the choice of its row for one of ours."""
 
 from __future__ import annotations
 

@@ -1,27 +1,28 @@
-"""The runs that MLflow holds, each found by what it is: its settings, its figures, and what it started from."""
+"""The runs in MLflow, sorted by what they are: settings, figures, and the runs they started from."""
 
 from __future__ import annotations
 
 import ast
 import re
+import statistics
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finhpc.errors import ConfigError
-from finhpc.models.families.presets import PRESETS, Shape, resolve_shape
+from finhpc.models.families.presets import PRESETS, Shape
+from finhpc.models.families.registry import FAMILIES, resolve_shape
 from finhpc.settings.base import marked
 from finhpc.settings.pretrain import Model
 from finhpc.settings.sweep import FinetuneSweepConfig, SweepConfig
-from finhpc.tracking.shown import HIDDEN, PARENT, SCORED_FROM, SETTING, SWEEP
+from finhpc.tracking.tags import COMMAND, PARENT, PREFIX, SCORED_FROM, SETTING, SWEEP
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-FAMILIES = {"gpt2": "GPT-2", "llama": "Llama"}
 GENERAL, FINANCIAL = ("boolq", "piqa", "winogrande"), ("fpb", "fiqa_sa", "tfns")
 SHAPE_KEYS = ("layers", "width", "heads", "kv_heads", "mlp_width", "context", "vocab_size")
 Curve = dict[int, float]  # step -> loss in nats
@@ -32,7 +33,7 @@ PLACING = {*marked(SweepConfig, "may_change"), *marked(FinetuneSweepConfig, "may
 
 @dataclass(frozen=True)
 class Tracked:
-    """One run of MLflow: settings (its hidden tags) as text, figures by the names of `result.json`."""
+    """One run of MLflow: settings (hidden tags) as text, and figures with the names of `result.json`."""
 
     id: str
     name: str
@@ -47,21 +48,21 @@ class Tracked:
         return Tracked(info.run_id, info.run_name, info.status, info.start_time or 0, data.metrics, data.tags)
 
     def setting(self, key: str) -> str | None:
-        """Its value as text; of a resumed run, the newest."""
+        """The value as text; the newest one of a resumed run."""
         value = self.tags.get(SETTING + key)
         return None if value in (None, "None", "") else value
 
     def start(self, key: str) -> str | None:
-        """What its workers reported at their newest start: workers, threads, device, ..."""
-        return self.tags.get(f"{HIDDEN}start.{key}")
+        """What the workers reported at their newest start: workers, threads, device, ..."""
+        return self.tags.get(f"{PREFIX}start.{key}")
 
     def whole(self, key: str) -> int | None:
-        """A setting that is a whole number."""
+        """A setting that is an integer."""
         value = self.setting(key)
         return int(value) if value is not None and re.fullmatch(r"\d+", value) else None
 
     def listed(self, key: str) -> Any:
-        """A setting that is a list or a dictionary; an empty list where it is neither."""
+        """A setting that is a list or a dictionary; an empty list if it is neither."""
         try:
             return ast.literal_eval(self.setting(key) or "[]")
         except (ValueError, SyntaxError):
@@ -70,29 +71,29 @@ class Tracked:
     @property
     def verb(self) -> str | None:
         """pretrain, finetune or evaluate; None for anything else."""
-        verb = self.tags.get(HIDDEN + "verb")
+        verb = self.tags.get(COMMAND)
         return verb if verb in ("pretrain", "finetune", "evaluate") else None
 
     def place(self, key: str) -> str | None:
-        """Where it ran: `stages`, `replicas`, `device` or `threads`."""
+        """The placement of the run: `stages`, `replicas`, `device` or `threads`."""
         return self.start(key) or self.setting(f"parallel.{key}") or self.setting(f"resources.{key}")
 
     @property
     def warm(self) -> bool:
-        """Whether it trained in a process that a sweep keeps for its trials."""
+        """Whether it trained in a process that a sweep reuses for its trials."""
         return SWEEP in self.tags
 
     @property
     def train_s(self) -> float | None:
-        """Seconds that its steps took, at their median pace."""
+        """The seconds of its steps at their median pace."""
         tokens, pace = self.metrics.get("tokens"), self.metrics.get("tokens_per_s")
         return tokens / pace if tokens and pace else None
 
     @property
     def complete(self) -> bool:
         """Finished with all its steps: not failed, killed, or stopped early by a scheduler."""
-        steps, asked = self.metrics.get("steps"), self.whole("train.steps")
-        return self.status == "FINISHED" and not (steps is not None and asked is not None and steps < asked)
+        steps, planned = self.metrics.get("steps"), self.whole("train.steps")
+        return self.status == "FINISHED" and not (steps is not None and planned is not None and steps < planned)
 
     @property
     def scored_only(self) -> bool:
@@ -100,33 +101,33 @@ class Tracked:
 
     @cached_property
     def meaning(self) -> tuple[tuple[str, str], ...]:
-        """Its settings but the seed and those that only place it: equal for the seeds of one experiment."""
+        """Its settings except for the seed and the placement: equal for all seeds of an experiment."""
         named = {k.removeprefix(SETTING): v for k, v in self.tags.items() if k.startswith(SETTING)}
         kept = {key: value for key, value in named.items() if key not in PLACING}
-        # A dense model has no ranks, whatever a grid of them gave it.
+        # A dense model has no ranks, even if a grid set them.
         dropped = {"train.seed", *(("method.rank", "method.ranks") if self.setting("method.kind") == "dense" else ())}
         return tuple(sorted((key, value) for key, value in kept.items() if key not in dropped))
 
     @property
-    def made(self) -> str | None:
-        """The path of the model folder that it left, as later runs name it."""
+    def model_folder(self) -> str | None:
+        """The path of the model that it wrote, as later runs refer to it."""
         storage, name = self.setting("run.storage"), self.setting("run.name")
         return f"{storage.rstrip('/')}/{name}/model" if storage and name else None
 
     @property
     def memory_bytes(self) -> float | None:
-        """Peak bytes of all its workers together."""
+        """The sum of its workers' peak bytes."""
         peaks = [v for k, v in self.metrics.items() if re.fullmatch(r"peak_memory_bytes(_worker\d+)?", k)]
         return sum(peaks) if peaks else None
 
     def figure(self, task: str, name: str) -> float | None:
-        """What `finhpc evaluate` logged of a task."""
+        """A figure that `finhpc evaluate` logged for a task."""
         return self.metrics.get(f"evaluate/{task}/{name}")
 
     def score(self, task: str, of: str = "") -> float | None:
-        """Accuracy of a general task, weighted F1 of a financial one, in percent; the other where it has but that.
+        """Accuracy of a general task, weighted F1 of a financial one, in percent; the other one if it is missing.
 
-        `of`: _majority or an end of its interval, _ci95_low or _ci95_high, in place of the score itself.
+        `of`: "_majority", "_ci95_low" or "_ci95_high" for the majority's score or an end of the interval.
         """
         for metric in ("acc", "weighted_f1") if task in GENERAL else ("weighted_f1", "acc"):
             if self.figure(task, metric) is not None:
@@ -137,11 +138,11 @@ class Tracked:
 
 @dataclass(frozen=True)
 class Scale:
-    """What must be equal for runs to be compared: the model's size, the data and how much of it was trained on."""
+    """What runs must have in common to be compared: the model's size, the data, and the amount of training."""
 
     model: str
     params: int  # of the dense model, or the base
-    data: str  # the shards' fingerprint, or the names of the examples' files
+    data: str  # the shards' fingerprint, or the file names of the examples
     amount: int  # tokens of a pretraining, examples of a finetuning
     unit: str
     width: int | None = None
@@ -160,33 +161,39 @@ class Scale:
 
 @dataclass
 class Collected:
-    """What a report is made from. `left_out`: why -> number of runs that no table holds."""
+    """The runs of a report. `left_out`: reason -> number of runs that are in no table."""
 
     client: MlflowClient
     pretrained: list[Tracked] = field(default_factory=list)
     finetuned: list[Tracked] = field(default_factory=list)
     scored: list[Tracked] = field(default_factory=list)  # another run's model at other bits
     evaluations: list[Tracked] = field(default_factory=list)
-    experiments: set[str] = field(default_factory=set)  # ids of those that these runs are in
+    experiments: set[str] = field(default_factory=set)  # the ids of these runs' experiments
     left_out: Counter[str] = field(default_factory=Counter)
 
     @cached_property
     def makers(self) -> dict[str, Tracked]:
-        """Model folder -> the run that left it there; the newest of several."""
-        return {run.made: run for run in (*self.pretrained, *self.finetuned) if run.made}
+        """Model folder -> the newest run that wrote it."""
+        return {run.model_folder: run for run in (*self.pretrained, *self.finetuned) if run.model_folder}
 
     def curve(self, run: Tracked, metric: str) -> Curve:
-        """A metric at each step; the last value where a step was told twice."""
+        """A metric at each step; the last value if a step was logged twice."""
         points = sorted(self.client.get_metric_history(run.id, metric), key=lambda m: (m.step, m.timestamp))
         return {point.step: float(point.value) for point in points}
 
+    def mean_curve(self, runs: Sequence[Tracked], metric: str) -> Curve:
+        """The mean over the runs at every step that all of them have; empty if one has none."""
+        curves = [self.curve(run, metric) for run in runs]
+        shared = set.intersection(*(set(curve) for curve in curves)) if curves else set()
+        return {step: statistics.fmean(curve[step] for curve in curves) for step in sorted(shared)}
+
     def start_of(self, run: Tracked) -> Tracked | None:
-        """The run that made the model it starts from, where MLflow holds it."""
-        path = run.tags.get(HIDDEN + "started_from") or run.setting("model.path")
+        """The run that made its initial model, if MLflow has it."""
+        path = run.tags.get(PREFIX + "started_from") or run.setting("model.path")
         return self.makers.get(path.rstrip("/")) if path else None
 
     def shape(self, run: Tracked) -> Shape | None:
-        """The model's shape: its own settings', or those of the run it starts from; None where neither is known."""
+        """The model's shape by its own settings or those of the run it starts from; None if neither is known."""
         seen: set[str] = set()
         while run.setting("model.path"):
             seen.add(run.id)
@@ -201,10 +208,10 @@ class Collected:
             return None
 
     def scale(self, run: Tracked) -> Scale:
-        """Where a run belongs. Parameters are 0 where MLflow holds none."""
-        params, data = int(run.metrics.get("params_dense", 0)), run.tags.get(HIDDEN + "dataset_fingerprint", "")[:12]
+        """The scale that a run belongs to. Parameters are 0 if MLflow has none."""
+        params, data = int(run.metrics.get("params_dense", 0)), run.tags.get(PREFIX + "dataset_fingerprint", "")[:12]
         if run.verb == "finetune":
-            # Which examples are held out depends on the seed, and so does their fingerprint.
+            # The seed decides which examples are held out, and so changes the fingerprint.
             limit = run.setting("data.limit")
             data = ", ".join(Path(source).name for source in run.listed("data.source"))
             data += f" (at most {limit})" if limit else ""
@@ -228,7 +235,7 @@ def collect(client: MlflowClient, runs: list[Any]) -> Collected:
     found = Collected(client)
     tracked = [Tracked.of(run) for run in runs]
     parents = {run.tags.get(PARENT) for run in tracked}
-    where = {run.info.run_id: run.info.experiment_id for run in runs}
+    experiments = {run.info.run_id: run.info.experiment_id for run in runs}
     for run in tracked:
         if run.id in parents or (verb := run.verb) is None:
             found.left_out["runs of other kinds, such as a sweep's own"] += 1
@@ -241,20 +248,20 @@ def collect(client: MlflowClient, runs: list[Any]) -> Collected:
         else:
             (found.pretrained if verb == "pretrain" else found.finetuned).append(run)
     used = (*found.pretrained, *found.finetuned, *found.scored, *found.evaluations)
-    found.experiments = {where[run.id] for run in used}
+    found.experiments = {experiments[run.id] for run in used}
     return found
 
 
 def _shape_name(shape: Shape) -> str:
-    """The preset of these layers, width and heads, or the family with its layers and width."""
+    """The preset with these layers, width and heads, or else the family with its layers and width."""
     for name, preset in PRESETS.items():
         own, other = ((s.family, s.layers, s.width, s.heads, s.kv_heads, s.mlp_width) for s in (shape, preset))
         if own == other:
             return name
-    return f"{FAMILIES.get(shape.family, shape.family)} {shape.layers} x {shape.width}"
+    return f"{FAMILIES[shape.family].label} {shape.layers} x {shape.width}"
 
 
 def _folder_name(path: str | None) -> str:
-    """A folder's own name, or the one above where it is called `model`."""
+    """The folder's name, or its parent's if it is called `model`."""
     folder = Path(path or "unknown")
     return folder.parent.name if folder.name in ("model", "adapter") and folder.parent.name else folder.name

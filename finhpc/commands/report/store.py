@@ -1,4 +1,4 @@
-"""Opening what MLflow holds: a database file or a server, and the experiments asked for."""
+"""Reading MLflow: a database file or a server, and the chosen experiments."""
 
 from __future__ import annotations
 
@@ -7,22 +7,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from finhpc.commands.ui import check_database
 from finhpc.errors import ConfigError
 from finhpc.settings.base import nearest
-from finhpc.tracking.store import REQUEST_TIMEOUT_S, unreadable
+from finhpc.tracking.store import REQUEST_TIMEOUT_S, check_database, unreadable
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Experiment
 
-PAGE = 500  # runs a request
+PAGE = 500  # runs per request
 
 
 def open_store(tracking_uri: str) -> MlflowClient:
-    """A client that MLflow answered.
+    """Connect to MLflow.
 
-    Raises `ConfigError` for a database that is not there or that this version of MLflow cannot read, `FinhpcError`
+    Raises `ConfigError` for a database that does not exist or that this version of MLflow cannot read, `FinhpcError`
     for a server that does not answer.
     """
     check_database(tracking_uri)
@@ -41,7 +40,7 @@ def open_store(tracking_uri: str) -> MlflowClient:
 
 @contextmanager
 def reading(tracking_uri: str) -> Iterator[None]:
-    """Tell of a store that stops answering while it is read in one line, as `open_store` does."""
+    """Raise the errors of `open_store` if the store stops answering while it is read."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -66,12 +65,12 @@ def all_runs(client: MlflowClient, experiments: list[Experiment]) -> list[Any]:
 
 
 def _pages(search: Any, **what: Any) -> list[Any]:
-    """All that a search of MLflow finds, page by page."""
-    found: list[Any] = []
+    """All results of a search of MLflow, page by page."""
+    results: list[Any] = []
     token: str | None = None
     while True:
         page = search(**what, max_results=PAGE, page_token=token)
-        found += page
+        results += page
         token = page.token
         if not token:
-            return found
+            return results

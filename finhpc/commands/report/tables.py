@@ -1,21 +1,21 @@
-"""The rows of the paper's Tables VI to IX from tracked runs, each beside the paper's row of the same kind.
+"""The rows of the paper's Tables VI to IX from tracked runs, each with the paper's row of the same kind.
 
-Runs that differ in their seed alone are one row. Where runs of one row differ in other settings (a learning
-rate), the best of them stands for it. A figure that nobody measured is None, never zero.
+Runs that only differ in their seed are one row. If the runs of a row differ in other settings, such as the learning
+rate, the best setting represents it. A figure that was not measured is None, never zero.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from finhpc.commands.report.bases import base_scores, measured_runs
 from finhpc.commands.report.paper import PaperRow, paper_tables
 from finhpc.commands.report.runs import FINANCIAL, GENERAL, Collected, Scale, Tracked
 
-METHODS = {  # method.kind -> what follows the model's name, and whether the paper's table of its method has it
+METHODS = {  # method.kind -> the suffix of the model's name, and whether the paper has the method
     "vi": {"dense": ("", True), "low_rank": ("", True), "cola": (" (CoLA)", False)},
     "vii": {"dense": ("", True), "svd": ("", True), "blend": (" (method 3)", False)},
 }
@@ -24,7 +24,7 @@ NOT_IN_PAPER = "not in the paper"
 
 @dataclass(frozen=True)
 class Value:
-    """A mean over seeds, and largest less smallest where there are several."""
+    """A mean over seeds, and their largest minus their smallest value if there are several."""
 
     mean: float
     spread: float | None = None
@@ -35,7 +35,7 @@ Values = dict[str, Value | None]
 
 @dataclass(frozen=True)
 class Row:
-    """One row of ours. `runs`: one a seed; `settings`: how many settings it is the best of."""
+    """One row of ours. `runs`: one per seed; `settings`: the number of settings it is the best of."""
 
     label: str
     kind: str  # the method, or `base` and `lora`
@@ -49,27 +49,33 @@ class Row:
 
     @property
     def train_seeds(self) -> int:
-        """How many seeds it is the mean of; 0 for a base that no run here made."""
+        """The number of seeds it is the mean of; 0 for a base that no run here made."""
         return len(self.runs)
+
+    @property
+    def notes(self) -> list[str]:
+        """What to print after the label."""
+        notes = [self.remark] if self.remark else []
+        notes += [f"{self.train_seeds} seeds"] if self.train_seeds > 1 else []
+        return notes + ([f"best of {self.settings} settings"] if self.settings > 1 else [])
 
 
 @dataclass(frozen=True)
 class Group:
-    """Rows that may be compared with each other."""
+    """Rows that can be compared with each other."""
 
     scale: Scale
     rows: list[Row]
 
     def find(self, kind: str, rank: int | None = None, bits: int | None = None) -> Row | None:
-        """The row of that method (its first where `rank` is None), rank and bits."""
-        fits = [row for row in self.rows if row.kind == kind and (rank is None or row.rank == rank)]
-        fits = [row for row in fits if bits is None or row.bits == bits]
-        return fits[0] if fits else None
+        """The first row of that method, rank and bits; None matches any rank or bits."""
+        rows = (row for row in self.rows if row.kind == kind and rank in (None, row.rank) and bits in (None, row.bits))
+        return next(rows, None)
 
 
 @dataclass(frozen=True)
 class Table:
-    """One table: groups of our rows, the largest first, and the rows of the paper that none of ours stands beside."""
+    """One table: groups of our rows, the largest first, and the paper's rows without a counterpart (`others`)."""
 
     key: str
     title: str
@@ -80,14 +86,21 @@ class Table:
         used = [row.paper for group in self.groups for row in group.rows]
         return [row for row in paper_tables()[self.key].rows if row not in used]
 
+    @property
+    def has_spreads(self) -> bool:
+        """Whether any figure is a mean over several seeds."""
+        values = [value for group in self.groups for row in group.rows for value in row.values.values()]
+        return any(value is not None and value.spread is not None for value in values)
+
 
 def make_tables(found: Collected) -> dict[str, Table]:
     """vi, vii, viii and ix."""
     titles = {key: table.title for key, table in paper_tables().items()}
-    made = {key: Table(key, titles[key], _pretrained(found, key)) for key in ("vi", "vii")}
+    tables = {key: Table(key, titles[key], _pretrained(found, key)) for key in ("vi", "vii")}
     tuned = _tuned_groups(found)
-    made |= {key: Table(key, titles[key], [_tuned(found, key, *group) for group in tuned]) for key in ("viii", "ix")}
-    return made
+    return tables | {
+        key: Table(key, titles[key], [_tuned(found, key, *group) for group in tuned]) for key in ("viii", "ix")
+    }
 
 
 # -- Tables VI and VII ----------------------------------------------------------------------
@@ -95,32 +108,29 @@ def make_tables(found: Collected) -> dict[str, Table]:
 
 def _pretrained(found: Collected, key: str) -> list[Group]:
     kinds = METHODS[key]
-    fit = [run for run in found.pretrained if run.setting("method.kind") in kinds]
+    runs = [run for run in found.pretrained if run.setting("method.kind") in kinds]
     groups = []
-    for scale, of_scale in _grouped(fit, found.scale):
-        rows = [
-            _pretrained_row(found, key, scale, runs) for _, runs in _grouped(of_scale, lambda run: _what(found, run))
-        ]
+    for scale, same_scale in _grouped(runs, found.scale):
+        rows = [_pretrained_row(found, key, scale, same_row) for _, same_row in _grouped(same_scale, _row_key)]
         rows.sort(key=lambda row: (list(kinds).index(row.kind), -(row.rank or 0), row.label))
         groups.append(Group(scale, rows))
-    if key == "vii":  # a dense model alone says nothing of method 2
+    if key == "vii":  # a dense model alone has nothing to do with method 2
         groups = [group for group in groups if any(row.kind != "dense" for row in group.rows)]
-    return _largest_first(groups)
+    # Those that compare most first; equal ones by their amount of training.
+    return sorted(groups, key=lambda group: (-len(group.rows), -group.scale.amount))
 
 
-def _what(found: Collected, run: Tracked) -> tuple[Any, ...]:
-    """What makes a row its own: method, ranks and which layers have them, bits in training, what it starts from."""
+def _row_key(run: Tracked) -> tuple[Any, ...]:
+    """Runs of one row have the same method, ranks, bits in training, and kind of initial weights."""
     kind = run.setting("method.kind")
-    ranked = () if kind == "dense" else (run.whole("method.rank"), *(run.setting(k) for k in _RANK_KEYS))
-    started = bool(run.setting("model.path")) if kind == "dense" else None
-    return kind, ranked, _training_bits(run), started
-
-
-_RANK_KEYS = ("method.ranks", "method.head", "method.embedding")
+    if kind == "dense":
+        return kind, _training_bits(run), bool(run.setting("model.path"))
+    ranks = [run.setting(key) for key in ("method.ranks", "method.head", "method.embedding")]
+    return kind, _training_bits(run), run.whole("method.rank"), *ranks
 
 
 def _training_bits(run: Tracked) -> int | None:
-    """Bits of the weights that training computed with; None at 16."""
+    """The bits of the weights during training; None at 16."""
     bits = run.whole("quantization.bits") if run.setting("quantization.when") == "during" else 16
     return bits if bits and bits < 16 else None
 
@@ -132,7 +142,7 @@ def _pretrained_row(found: Collected, key: str, scale: Scale, runs: list[Tracked
     rank = first.whole("method.rank") if kind != "dense" else None
     bits, continued = _training_bits(first), kind == "dense" and bool(first.setting("model.path"))
     after, in_paper = METHODS[key][kind]
-    label = scale.model + (f"-r{rank}" if rank else "") + _apart(first, kind) + after
+    label = scale.model + (f"-r{rank}" if rank else "") + _rank_words(first, kind) + after
     label += f" ({bits}-bit)" if bits else ""
     label += " (trained on)" if continued else ""
     in_paper = in_paper and not bits and not continued
@@ -148,29 +158,29 @@ def _pretrained_row(found: Collected, key: str, scale: Scale, runs: list[Tracked
     return Row(label, kind, rank, bits, values, paper, chosen, settings, "" if in_paper else NOT_IN_PAPER)
 
 
-def _apart(run: Tracked, kind: str) -> str:
-    """What `method.rank` does not say of the ranks."""
+def _rank_words(run: Tracked, kind: str) -> str:
+    """The settings of the ranks besides `method.rank`, in words."""
     if kind == "dense":
         return ""
     ranks = run.listed("method.ranks") or {}
-    said = [f"{name} {rank}" for name, rank in ranks.items()]
-    said += ["dense head"] if run.setting("method.head") == "dense" else []
-    said += ["low-rank embedding"] if run.setting("method.embedding") == "low_rank" else []
-    return f" ({', '.join(said)})" if said else ""
+    words = [f"{name} {rank}" for name, rank in ranks.items()]
+    words += ["dense head"] if run.setting("method.head") == "dense" else []
+    words += ["low-rank embedding"] if run.setting("method.embedding") == "low_rank" else []
+    return f" ({', '.join(words)})" if words else ""
 
 
 def _with_start(found: Collected, run: Tracked) -> float | None:
-    """Worker-hours with those of every model behind the one it starts from; None if MLflow does not have them all."""
+    """Worker-hours including those of every model that it descends from; None if MLflow does not have them all."""
     hours: list[float | None] = []
     seen: set[str] = set()
-    behind: Tracked | None = run
-    while behind is not None and behind.id not in seen:
-        seen.add(behind.id)
-        hours.append(behind.metrics.get("worker_hours"))
-        if not behind.setting("model.path"):
-            known = [of_one for of_one in hours if of_one is not None]
+    origin: Tracked | None = run
+    while origin is not None and origin.id not in seen:
+        seen.add(origin.id)
+        hours.append(origin.metrics.get("worker_hours"))
+        if not origin.setting("model.path"):
+            known = [own for own in hours if own is not None]
             return sum(known) if len(known) == len(hours) else None
-        behind = found.start_of(behind)
+        origin = found.start_of(origin)
     return None
 
 
@@ -178,30 +188,30 @@ def _with_start(found: Collected, run: Tracked) -> float | None:
 
 
 def _tuned_groups(found: Collected) -> list[tuple[Scale, str, list[list[Tracked]]]]:
-    """Scale, base's path, and the runs of each row: of one rank, bits and scheme."""
+    """The scale, the base's path, and the runs of each row, which have the same rank, bits and scheme."""
     groups = []
     by_base = _grouped(found.finetuned, lambda run: (found.scale(run), run.setting("model.path") or ""))
     for (scale, path), runs in by_base:
         rows = _grouped(runs, lambda run: (run.whole("lora.rank"), run.whole("quantization.bits"), _scheme(run)))
-        groups.append((scale, path, [of_row for _, of_row in rows]))
+        groups.append((scale, path, [same_row for _, same_row in rows]))
     return sorted(groups, key=lambda group: (-len(group[2]), -group[0].amount))
 
 
 def _scheme(run: Tracked) -> str:
-    """The quantiser, where it is not the one its bits mean by themselves."""
+    """The quantization scheme, if it is not the default of its bits."""
     scheme, bits = run.setting("quantization.scheme"), run.whole("quantization.bits")
     return "" if bits == 16 or scheme in (None, "auto", {8: "int8", 4: "nf4"}.get(bits or 16)) else f", {scheme}"
 
 
 def _tuned(found: Collected, key: str, scale: Scale, path: str, rows: list[list[Tracked]]) -> Group:
-    made = [_tuned_row(key, scale, runs) for runs in rows]
+    tuned = [_tuned_row(key, scale, runs) for runs in rows]
     order = [(row.rank, row.bits) for row in paper_tables()[key].rows]
 
     def place(row: Row) -> tuple[int, int, int, str]:
         at = order.index((row.rank, row.bits)) if (row.rank, row.bits) in order else len(order)
         return at, row.rank or 0, row.bits or 0, row.label
 
-    return Group(scale, [_base_row(found, key, scale, path), *sorted(made, key=place)])
+    return Group(scale, [_base_row(found, key, scale, path), *sorted(tuned, key=place)])
 
 
 def _tuned_row(key: str, scale: Scale, runs: list[Tracked]) -> Row:
@@ -219,13 +229,13 @@ def _tuned_row(key: str, scale: Scale, runs: list[Tracked]) -> Row:
 
 
 def _tuned_quality(run: Tracked) -> float:
-    """Larger is better: weighted F1 of held-out labels, less than any of them where there are none."""
+    """Larger is better: weighted F1 of held-out labels; without labels a value below any F1."""
     f1 = run.metrics.get("held_out_weighted_f1")
     return f1 if f1 is not None else -run.metrics.get("val_loss", float("inf"))
 
 
 def _base_row(found: Collected, key: str, scale: Scale, path: str) -> Row:
-    """The base as it was before: scores by whoever scored it, the rest by the run that made it, if one did."""
+    """The base before finetuning: scores from any run, the other figures from the run that made it, if there is one."""
     maker = found.makers.get(path.rstrip("/"))
     runs = (maker,) if maker else ()
     values: Values = {task: _one(score) for task, score in base_scores(found, path, (*GENERAL, *FINANCIAL)).items()}
@@ -236,11 +246,44 @@ def _base_row(found: Collected, key: str, scale: Scale, path: str) -> Row:
     return Row(scale.model, "base", None, None, values, paper, runs)
 
 
+# -- the base of a finetuning ---------------------------------------------------------------
+
+
+def base_scores(found: Collected, path: str, tasks: Iterable[str]) -> dict[str, float | None]:
+    """Task -> percent, of the newest evaluation that scored the model in `path`.
+
+    The scores of the run that made the model, which `finhpc evaluate` adds to it, come before those of evaluations
+    that scored the model unchanged and without an adapter.
+    """
+    scores: dict[str, float | None] = dict.fromkeys(tasks)
+    for run in (*found.evaluations, found.makers.get(path.rstrip("/"))):
+        if run and (run.verb != "evaluate" or _scored_bare(run, path)):
+            scores |= {task: score for task in scores if (score := run.score(task)) is not None}
+    return scores
+
+
+def measured_runs(found: Collected, path: str) -> list[Tracked]:
+    """The runs with the bare model's size and speed: the one that made it, or evaluations of it."""
+    maker = found.makers.get(path.rstrip("/"))
+    return [maker] if maker else [evaluation for evaluation in found.evaluations if _scored_bare(evaluation, path)]
+
+
+def _scored_bare(evaluation: Tracked, path: str) -> bool:
+    """Whether an evaluation scored the model in `path` without an adapter, at the bits in which it is stored."""
+    if evaluation.whole("quantization.bits") not in (None, 16):
+        return False
+    models, adapters = evaluation.listed("model"), evaluation.listed("adapter")
+    if len(models) != 1 or any(adapter not in ("none", "") for adapter in adapters):
+        return False
+    given = os.path.normpath(os.path.expanduser(models[0]))  # may be relative to a folder that is not known here
+    return given == path.rstrip("/") or (not os.path.isabs(given) and path.rstrip("/").endswith(f"/{given}"))
+
+
 # -- values ---------------------------------------------------------------------------------
 
 
 def inference(runs: Iterable[Tracked], bits: int | None) -> Values:
-    """Size in GB at these bits, and seconds a generated token."""
+    """The size in GB at these bits, and seconds per generated token."""
     runs = list(runs)
     seconds = [run.metrics.get("generate_s") or _over(1.0, run.metrics.get("generate_tokens_per_s")) for run in runs]
     sizes = [run.metrics.get(f"size_{bits or 16}bit_bytes", run.metrics.get("size_bytes")) for run in runs]
@@ -255,17 +298,12 @@ def _grouped(runs: Iterable[Tracked], key: Callable[[Tracked], Any]) -> list[tup
 
 
 def _best(runs: list[Tracked], quality: Callable[[Tracked], float]) -> tuple[tuple[Tracked, ...], int]:
-    """The runs, the newest of each seed, of the best settings; and how many settings there are."""
+    """The runs with the best settings, the newest of each seed; and the number of settings."""
     settings = [
-        tuple({run.setting("train.seed"): run for run in sorted(of_one, key=lambda run: run.start_ms)}.values())
-        for _, of_one in _grouped(runs, lambda run: run.meaning)
+        tuple({run.setting("train.seed"): run for run in sorted(same, key=lambda run: run.start_ms)}.values())
+        for _, same in _grouped(runs, lambda run: run.meaning)
     ]
-    return max(settings, key=lambda of_one: statistics.fmean(quality(run) for run in of_one)), len(settings)
-
-
-def _largest_first(groups: list[Group]) -> list[Group]:
-    """Those that compare most first, of equal ones that with more training."""
-    return sorted(groups, key=lambda group: (-len(group.rows), -group.scale.amount))
+    return max(settings, key=lambda same: statistics.fmean(quality(run) for run in same)), len(settings)
 
 
 def _figure(runs: Iterable[Tracked], name: str) -> Value | None:
@@ -273,7 +311,7 @@ def _figure(runs: Iterable[Tracked], name: str) -> Value | None:
 
 
 def _mean(values: Iterable[float | None]) -> Value | None:
-    """Over those that were measured; the spread of two and more."""
+    """The mean of the measured values, and their spread if there are two or more."""
     known = [value for value in values if value is not None]
     if not known:
         return None

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from finhpc.commands.sweep.trial import Trial
-from finhpc.lowrank.blend import blend_steps
 from finhpc.lowrank.registry import BLEND
 from finhpc.screen import rows_table
 from finhpc.settings.pretrain import PretrainConfig
@@ -134,7 +133,7 @@ def time_at(run: PretrainConfig, seconds: Mapping[str, list[float]], name: str, 
     step_s = statistics.median(seconds[name])
     if run.method.kind != BLEND:
         return step * step_s
-    blending = min(step, blend_steps(run.method, run.train.steps) - 1)
+    blending = min(step, run.method.blend_steps(run.train.steps) - 1)
     return blending * step_s + (step - blending) * statistics.median(seconds[name + WITHOUT_W])
 
 

@@ -70,16 +70,18 @@ def _train(trial: TrialArguments, reports: EvaluationReports) -> tuple[dict[str,
 
 
 def _run(job: Job, reports: EvaluationReports) -> dict[str, Any]:
-    from finhpc.runs.launch_here import fit_here
-    from finhpc.runs.launch_warm import fit_warm
+    from finhpc.runs.launch import launch_here
+    from finhpc.runs.launch_warm import launch_warm
     from finhpc.runs.run import run
 
     alone = job.config.parallel.workers == 1
-    fit: Any = partial(fit_here, on_eval=reports.send) if alone else partial(fit_warm, look=reports.send)
+    launch: Any = partial(launch_warm, poll=reports.send)
+    if alone:
+        launch = partial(launch_here, on_eval=reports.send)
     deadline = time.monotonic() + BUSY_S
     while True:
         try:
-            return run(job, fit=fit)
+            return run(job, launch=launch)
         except RunBusyError:
             if time.monotonic() > deadline:
                 raise

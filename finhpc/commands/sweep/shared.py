@@ -53,13 +53,14 @@ def _share_bases(plan: SweepPlan, configs: dict[str, FinetuneConfig]) -> None:
 
 
 def _share_base(plan: SweepPlan, scheme: str, config: FinetuneConfig, names: list[str]) -> None:
-    from finhpc.commands.finetune import QUANTIZED, base_fingerprint, open_base
+    from finhpc.commands.finetune import QUANTIZED, open_base
+    from finhpc.models.files.manifest import weights_fingerprint
     from finhpc.models.lora.model import LoraModel
     from finhpc.models.lora.quantized_cache import quantized_cache_bytes, write_quantized_cache
     from finhpc.screen import Progress
 
     weights = open_base(config)
-    shared = plan.shared / f"base-{_hash([base_fingerprint(weights.path), scheme, config.quantization.bits])}"
+    shared = plan.shared / f"base-{_hash([weights_fingerprint(weights.path), scheme, config.quantization.bits])}"
     lora_model = LoraModel.of(config, weights)
     if not shared.is_dir():
         if len(names) == 1:

@@ -13,21 +13,19 @@ from finhpc.commands.sweep.trial import TrialArguments, read_outcome, read_recor
 from finhpc.errors import FinhpcError
 from finhpc.runs.folder import RunFolder
 from finhpc.runs.job import Job
-from finhpc.runs.run import tell_mlflow
-from finhpc.tracking.shown import HIDDEN, PARENT, SCORED_FROM, SETTING, setting_tags
-from finhpc.tracking.store import RefusedError, active_run
+from finhpc.runs.run import send_to_mlflow
+from finhpc.tracking.registry import register, settle_children
+from finhpc.tracking.store import RefusedError
+from finhpc.tracking.tags import COMMAND, PREFIX, SCORED_FROM, SETTING, setting_tags
 from finhpc.tracking.tracker import Status, Tracker
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
-
     from finhpc.commands.sweep.plan import SweepPlan
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-BEST = "best"  # the alias
 WAIT_S = 20.0  # for MLflow to give the parent its id, before the trials start
 STATUS: dict[str, Status] = {"finished": "FINISHED", "pruned": "KILLED"}  # of a trial's run, else FAILED
 
@@ -39,7 +37,7 @@ class Parent:
         config = plan.config
         self.plan = plan
         commit = folder.write_environment()["git_commit"]
-        tags = setting_tags(config) | plan.tags | {HIDDEN + "verb": "sweep", "mlflow.source.name": "finhpc sweep"}
+        tags = setting_tags(config) | plan.tags | {COMMAND: "sweep", "mlflow.source.name": "finhpc sweep"}
         tags |= {"mlflow.source.git.commit": commit} if commit else {}
         self.tracker = Tracker(
             folder.path, plan.tracking_uri, config.run.experiment, config.run.name, plan.shared_parameters(), tags,
@@ -116,8 +114,8 @@ def track_score(
     config, at = job.config, {"quantization.bits": bits}
     trained = folder.result() or {}
     tags = setting_tags(config) | {SETTING + key: value for key, value in at.items()} | dict(job.tags)
-    tags |= {SCORED_FROM: str(trained.get("mlflow_run_id")), HIDDEN + "verb": job.verb}
-    tags |= {HIDDEN + "dataset_fingerprint": job.fingerprints[0], "mlflow.source.name": "finhpc sweep"}
+    tags |= {SCORED_FROM: str(trained.get("mlflow_run_id")), COMMAND: job.command}
+    tags |= {PREFIX + "dataset_fingerprint": job.fingerprints[0], "mlflow.source.name": "finhpc sweep"}
     assert config.run.tracking_uri is not None
     tracker = Tracker(
         own, config.run.tracking_uri, config.run.experiment, name, job.parameters() | at, tags, job.datasets,
@@ -151,7 +149,7 @@ def send_missed(plan: SweepPlan, parent: str | None) -> None:
 def _send(run: Path, arguments: TrialArguments) -> None:
     record, job, folder = read_record(run), arguments.job(), arguments.folder
     if _unsent(run):
-        sent = tell_mlflow(job, folder, STATUS.get(record["status"], "FAILED"))
+        sent = send_to_mlflow(job, folder, STATUS.get(record["status"], "FAILED"))
         record |= {"mlflow_run_id": sent["mlflow_run_id"]}
     for name, score in record.get("scored", {}).items():
         bits = arguments.scores[name]
@@ -169,65 +167,3 @@ def _unsent(folder: Path) -> bool:
     """Whether the folder has an MLflow run whose end was never recorded."""
     path = folder / "mlflow.json"
     return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["ended"] is None
-
-
-def settle_children(tracking_uri: str, parent: str | None, children: list[tuple[str, str]]) -> None:
-    """Nest runs (id, status) below the parent; those that a killed process left RUNNING get their status.
-
-    Runs that were deleted in MLflow are skipped. Raises `MlflowException` if MLflow does not answer.
-    """
-    from mlflow import MlflowClient
-
-    client = MlflowClient(tracking_uri=tracking_uri)
-    for run_id, status in children:
-        run = active_run(client, run_id)
-        if run is None:
-            continue
-        if parent and run.data.tags.get(PARENT) != parent:
-            client.set_tag(run_id, PARENT, parent)
-        if run.info.status == "RUNNING":
-            client.set_terminated(run_id, status=status)
-
-
-def register(tracking_uri: str, name: str, run_id: str, model: Path, steps: int) -> str:
-    """Register the model folder as a version of `name`, with the alias `best`; returns its MLflow address.
-
-    A run is registered only once. Raises `RefusedError` for a run that was deleted in MLflow.
-    """
-    from mlflow import MlflowClient
-
-    from finhpc.tracking.pyfunc import log_model
-
-    client = MlflowClient(tracking_uri=tracking_uri)
-    run = active_run(client, run_id)
-    if run is None:
-        raise RefusedError(
-            f"the run of the best trial was deleted in MLflow, so nothing is registered as {name}; restore it "
-            f"(mlflow runs restore --run-id {run_id}), then run the same command again."
-        )
-    if not client.search_registered_models(filter_string=f"name = '{name}'"):
-        client.create_registered_model(name, description="The best models of finhpc sweeps.")
-    known = [v for v in client.search_model_versions(f"name = '{name}'") if v.run_id == run_id]
-    if known:
-        version = known[0].version
-    else:
-        logged = run.outputs.model_outputs if run.outputs else []
-        ids = [output.model_id for output in logged if _exists(client, output.model_id)]
-        if not ids:
-            log_model(client, run_id, model, step=steps)
-            ids = [output.model_id for output in client.get_run(run_id).outputs.model_outputs]
-        source = client.get_logged_model(ids[-1]).artifact_location  # models:/ID would be looked for elsewhere
-        version = client.create_model_version(name, source, run_id=run_id, model_id=ids[-1]).version
-    client.set_registered_model_alias(name, BEST, version)
-    return f"models:/{name}@{BEST}"
-
-
-def _exists(client: MlflowClient, model_id: str) -> bool:
-    """Whether a logged model was not deleted in MLflow."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client.get_logged_model(model_id)
-    except MlflowException:
-        return False
-    return True

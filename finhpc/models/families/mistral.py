@@ -1,28 +1,26 @@
-"""transformers' Mistral (Jiang et al. 2023): Llama with a sliding window, dense and low-rank."""
+"""Mistral (Jiang et al. 2023): Llama with a sliding window."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import MistralConfig, MistralForCausalLM
 
-from finhpc.lowrank.replace import LowRankModel
-from finhpc.models.families.llama import llama_like
+from finhpc.models.families.family import LowRankConfig, LowRankModel
+from finhpc.models.families.llama import Llama
 
 
-class LowRankMistralConfig(MistralConfig):
-    """MistralConfig with the fields of `finhpc.models.families.llama.LowRankLlamaConfig`."""
-
+class LowRankMistralConfig(LowRankConfig, MistralConfig):
     model_type = "lowrank_mistral"
-    low_rank: dict[str, int | None] | None = None
-    low_rank_kind: str = "low_rank"
-    low_rank_layers: dict[str, int] | None = None
-    dense_tied: bool = False
-    factor_modules: bool = False
 
 
 class LowRankMistralForCausalLM(LowRankModel, MistralForCausalLM):
-    """transformers' Mistral with its linear layers as B A."""
-
     config_class = LowRankMistralConfig
 
 
-FAMILY = llama_like("mistral", MistralForCausalLM, LowRankMistralForCausalLM)
+class Mistral(Llama):
+    def layer_types(self, config: dict[str, Any]) -> set[str]:
+        return {"sliding_attention" if config.get("sliding_window") else "full_attention"}
+
+
+FAMILY = Mistral("Mistral", MistralForCausalLM, LowRankMistralForCausalLM)

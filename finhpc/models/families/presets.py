@@ -1,22 +1,20 @@
-"""Model shapes by name.
+"""Model shapes by name; light, so that `--help` can list them.
 
 GPT-2: Radford et al. 2019 (127M and 1.5B as FinGPT-HPC, section VI.A, calls them).
-Llama 2: Touvron et al. 2023. The small ones are for CPUs.
+Llama 2: Touvron et al. 2023. The small ones are for CPUs. A plugin adds its own by `PRESETS.register`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from finhpc.errors import ConfigError
 from finhpc.plugins import Registry
-from finhpc.settings.base import nearest
-from finhpc.settings.pretrain import Model
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a transformer's size is made of."""
+    """The size of a transformer."""
 
     family: str
     layers: int
@@ -58,39 +56,3 @@ def _check_shape(name: str, shape: object) -> None:
 
 
 PRESETS: Registry[Shape] = Registry("model.preset", SHAPES, _check_shape)
-
-
-def resolve_shape(model: Model, vocab_size: int | None = None) -> Shape:
-    """The preset with the settings that change parts of it.
-
-    `vocab_size` is the tokeniser's, used when the settings do not give one. Raises `ConfigError`
-    with every misfit.
-    """
-    if model.preset not in PRESETS:
-        raise ConfigError(f"model.preset={model.preset} is no shape; {nearest(model.preset, list(PRESETS))}")
-    names = ("layers", "width", "heads", "kv_heads", "mlp_width", "context", "vocab_size", "tie_embeddings")
-    given = {name: getattr(model, name) for name in names if getattr(model, name) is not None}
-    if vocab_size is not None:
-        given.setdefault("vocab_size", vocab_size)
-    shape = replace(PRESETS[model.preset], **given, dropout=model.dropout)
-    problems = []
-    if shape.width % shape.heads:
-        problems.append(
-            f"model.width={shape.width} is not a multiple of model.heads={shape.heads}; change one of them."
-        )
-    elif shape.family == "llama" and (shape.width // shape.heads) % 2:
-        problems.append(f"model.width/heads={shape.width // shape.heads} is odd; rotary positions need an even size.")
-    if shape.kv_heads and shape.heads % shape.kv_heads:
-        problems.append(f"model.kv_heads={shape.kv_heads} does not divide model.heads={shape.heads}; use a divisor.")
-    if shape.family == "gpt2" and shape.kv_heads:
-        problems.append("model.kv_heads is for Llama shapes; leave it out for GPT-2.")
-    if shape.family == "llama" and shape.dropout:
-        problems.append(f"model.dropout={shape.dropout} is for GPT-2 shapes; Llama has none; use 0.")
-    if vocab_size is not None and shape.vocab_size < vocab_size:
-        problems.append(
-            f"model.vocab_size={shape.vocab_size} is smaller than the tokeniser's {vocab_size}; "
-            "leave it out or raise it."
-        )
-    if problems:
-        raise ConfigError(problems)
-    return shape

@@ -1,12 +1,10 @@
-"""The families finhpc knows, and what follows from one: config, skeleton, counts.
-
-A new family is one file like `gpt2.py` and one line here, or in a plugin (`finhpc.plugins`).
-"""
+"""The model families by name, and what follows from one: configs, skeletons, parameter counts."""
 
 from __future__ import annotations
 
 import json
 from copy import deepcopy
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +14,31 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from finhpc.errors import ConfigError
 from finhpc.lowrank.registry import LAYERS, layers_kind
-from finhpc.lowrank.replace import Ranks, layer_kind
+from finhpc.lowrank.replace import Ranks
 from finhpc.models import attention
 from finhpc.models.families import gpt2, llama, mistral, qwen2
-from finhpc.models.families.family import Family
-from finhpc.models.families.presets import Shape
+from finhpc.models.families.family import Family, LowRankConfig
+from finhpc.models.families.presets import PRESETS, Shape
 from finhpc.plugins import Registry, require
 from finhpc.quantization.fake import TRAINED
+from finhpc.settings.base import nearest
+from finhpc.settings.pretrain import Model
 from finhpc.settings.training import Recompute
 
 PLUGINS = "finhpc_plugins"  # in config.json: modules of the plugins that the model needs
 
 
-def _add(name: str, family: Any) -> None:
-    """Make transformers know a family's low-rank models; raises `ConfigError` where it is not named as they are."""
+def _register(name: str, family: Any) -> None:
+    """Register a family's low-rank classes with transformers; raises `ConfigError` if it is named differently."""
     if not isinstance(family, Family):
         raise ConfigError(
-            f"the model family {name} must be a finhpc.models.families.family.Family, such as llama_like makes."
+            f"the model family {name} must be a finhpc.models.families.family.Family, such as an instance of Llama."
         )
-    dense, low_rank = family.dense_class.config_class, family.low_rank_class.config_class
-    if not (family.name == name == dense.model_type and low_rank.model_type == f"lowrank_{name}"):
+    low_rank = family.low_rank_class.config_class
+    if not (family.name == name and low_rank.model_type == f"lowrank_{name}"):
         raise ConfigError(
-            f"the model family {name} has model_type {dense.model_type} and, low-rank, {low_rank.model_type}; it must "
-            f"be named as they are: {dense.model_type} and lowrank_{dense.model_type}."
+            f"the model family {name} has model_type {family.name} and, low-rank, {low_rank.model_type}; "
+            f"register it as {family.name}, with the low-rank model_type lowrank_{family.name}."
         )
     AutoConfig.register(low_rank.model_type, low_rank, exist_ok=True)
     AutoModelForCausalLM.register(low_rank, family.low_rank_class, exist_ok=True)
@@ -47,53 +47,132 @@ def _add(name: str, family: Any) -> None:
 FAMILIES: Registry[Family] = Registry(
     "the model family",
     {family.name: family for family in (gpt2.FAMILY, llama.FAMILY, mistral.FAMILY, qwen2.FAMILY)},
-    _add,
+    _register,
 )
 for _name, _family in FAMILIES.own():
-    _add(_name, _family)
+    _register(_name, _family)
+
+
+def is_known(config: Any) -> bool:
+    """Return whether a transformers config is of a family registered here."""
+    return str(config.model_type).removeprefix("lowrank_") in FAMILIES
 
 
 def family_of(config: Any) -> Family:
-    """The family of a transformers config; raises `ConfigError` naming the supported ones."""
-    name = str(config.model_type).removeprefix("lowrank_")
-    if name not in FAMILIES:
+    """Return the family of a transformers config; raises `ConfigError` listing the supported ones."""
+    if not is_known(config):
         raise ConfigError(f"model_type={config.model_type} is not supported; supported: {', '.join(FAMILIES)}.")
-    return FAMILIES[name]
+    return FAMILIES[str(config.model_type).removeprefix("lowrank_")]
 
 
 def context_of(config: Any) -> int:
-    """The longest sequence in which every token sees all before it: the context, or a sliding window below it."""
+    """Return the longest sequence in which every token sees all before it: the context or a shorter sliding window."""
     context, window = int(config.max_position_embeddings), int(getattr(config, "sliding_window", None) or 0)
     slides = window and "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
     return min(context, window) if slides else context
 
 
 def context_name(config: Any) -> str:
-    """What `context_of` is, in words, such as "context of 1024"."""
+    """Return `context_of` in words, such as "context of 1024"."""
     length = context_of(config)
     window = length < config.max_position_embeddings
     return f"sliding window of {length}" if window else f"context of {length}"
 
 
-def with_blocks(config: Any, blocks: int) -> Any:
-    """The same model with so many transformer blocks."""
-    made = deepcopy(config)
-    made.num_hidden_layers = blocks
-    if getattr(made, "layer_types", None):
-        made.layer_types = made.layer_types[:blocks]
-    return made
+# -- configs --------------------------------------------------------------------------------
+
+
+def resolve_shape(model: Model, vocab_size: int | None = None) -> Shape:
+    """Return the preset with the settings that override parts of it.
+
+    `vocab_size` is the tokenizer's, used if the settings have none. Raises `ConfigError` with every misfit.
+    """
+    if model.preset not in PRESETS:
+        raise ConfigError(f"model.preset={model.preset} is no shape; {nearest(model.preset, list(PRESETS))}")
+    names = ("layers", "width", "heads", "kv_heads", "mlp_width", "context", "vocab_size", "tie_embeddings")
+    overrides = {name: value for name in names if (value := getattr(model, name)) is not None}
+    if vocab_size is not None:
+        overrides.setdefault("vocab_size", vocab_size)
+    shape = replace(PRESETS[model.preset], **overrides, dropout=model.dropout)
+    problems = []
+    if shape.width % shape.heads:
+        problems.append(
+            f"model.width={shape.width} is not a multiple of model.heads={shape.heads}; change one of them."
+        )
+    if shape.kv_heads and shape.heads % shape.kv_heads:
+        problems.append(f"model.kv_heads={shape.kv_heads} does not divide model.heads={shape.heads}; use a divisor.")
+    problems += FAMILIES[shape.family].shape_problems(shape)
+    if vocab_size is not None and shape.vocab_size < vocab_size:
+        problems.append(
+            f"model.vocab_size={shape.vocab_size} is smaller than the tokenizer's {vocab_size}; "
+            "leave it out or raise it."
+        )
+    if problems:
+        raise ConfigError(problems)
+    return shape
 
 
 def make_config(shape: Shape, ranks: Ranks, kind: str = "low_rank") -> Any:
-    """transformers config of a shape; the low-rank class unless every rank is None. `kind`: `method.kind`."""
+    """Return the transformers config of a shape, dense if every rank is None. `kind`: `method.kind`."""
     family = FAMILIES[shape.family]
     if any(rank is not None for rank in ranks.values()):
-        return _noted(family.low_rank_config(shape, ranks, layers_kind(kind)))
-    return _noted(family.dense_config(shape))
+        return _with_plugins(family.low_rank_config(shape, ranks, layers_kind(kind)))
+    return _with_plugins(family.dense_config(shape))
 
 
-def _noted(config: Any) -> Any:
-    """With the names of the plugins that a model of this config needs to be opened."""
+def with_blocks(config: Any, blocks: int) -> Any:
+    """Return the config of the same model with another number of transformer blocks."""
+    config = deepcopy(config)
+    config.num_hidden_layers = blocks
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:blocks]
+    return config
+
+
+def is_low_rank(config: Any) -> bool:
+    """Return whether a transformers config is of a low-rank model."""
+    return str(config.model_type).startswith("lowrank_")
+
+
+def as_low_rank(config: Any, ranks: Ranks, layers: dict[str, int] | None = None) -> Any:
+    """Return the config of a dense model with low-rank layers; `layers`: ranks by name, which override their kind's.
+
+    Tied embeddings are untied if one of the two is low-rank.
+    """
+    family, tied = family_of(config), bool(config.tie_word_embeddings)
+    tree = config.to_dict()
+    for key in ("model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path"):
+        tree.pop(key, None)
+    ends = ("head", "embedding")
+    untied = any(ranks.get(kind) is not None for kind in ends) or any(
+        family.layer_kind(name) in ends for name in layers or ()
+    )
+    tree["tie_word_embeddings"] = tied and not untied
+    low_rank = family.low_rank_class.config_class(
+        **tree, low_rank=ranks, low_rank_layers=layers or None, dense_tied=tied
+    )
+    low_rank.architectures = [family.low_rank_class.__name__]
+    low_rank.dtype = "float32"
+    return _with_plugins(low_rank)
+
+
+def as_dense(config: Any) -> Any:
+    """Return the config of the same model in transformers' own architecture, tied only if the model is tied."""
+    ours = {*(field.name for field in fields(LowRankConfig)), "model_type", "architectures", TRAINED, PLUGINS}
+    tree = {key: value for key, value in config.to_dict().items() if key not in ours}
+    return _with_plugins(family_of(config).dense_class.config_class.from_dict(tree))
+
+
+def dense_original(config: Any) -> Any:
+    """Return `as_dense`, tied as the dense model was: the model that a low-rank one is compared with."""
+    dense = as_dense(config)
+    if is_low_rank(config):
+        dense.tie_word_embeddings = config.tie_word_embeddings or config.dense_tied
+    return dense
+
+
+def _with_plugins(config: Any) -> Any:
+    """Record in a config the plugins that are needed to open a model of it."""
     origins = [FAMILIES.origin(family_of(config).name)]
     if is_low_rank(config):
         origins.append(LAYERS.origin(config.low_rank_kind))
@@ -103,74 +182,31 @@ def _noted(config: Any) -> Any:
 
 
 def check_plugins(folder: Path) -> None:
-    """Raise `ConfigError` naming the plugin that the model in a folder needs and this process has not imported."""
+    """Raise `ConfigError` naming a plugin that the model in a folder needs and this process has not imported."""
     try:
         tree = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return  # whoever opens it says so
+        return  # reported by whoever opens the model
     if isinstance(tree, dict) and isinstance(needed := tree.get(PLUGINS), list):
         require(map(str, needed), f"model={folder}")
 
 
-def is_low_rank(config: Any) -> bool:
-    """Whether a transformers config is one of ours for low-rank models."""
-    return str(config.model_type).startswith("lowrank_")
-
-
-def as_low_rank(config: Any, ranks: Ranks, layers: dict[str, int] | None = None) -> Any:
-    """The config of a dense model with low-rank layers; `layers`: name -> rank of single ones, before their kind's.
-
-    Tied embeddings are untied where one of the two is low-rank.
-    """
-    kept = config.to_dict()
-    for key in ("model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path"):
-        kept.pop(key, None)
-    untied = any(ranks.get(kind) is not None for kind in ("head", "embedding")) or any(
-        layer_kind(name) in ("head", "embedding") for name in layers or ()
-    )
-    kept["tie_word_embeddings"] = bool(config.tie_word_embeddings) and not untied
-    family = family_of(config)
-    tied = bool(config.tie_word_embeddings)
-    made = family.low_rank_class.config_class(**kept, low_rank=ranks, low_rank_layers=layers or None, dense_tied=tied)
-    made.architectures = [family.low_rank_class.__name__]
-    made.dtype = "float32"
-    return _noted(made)
-
-
-def as_dense(config: Any) -> Any:
-    """The config of the same model in transformers' own architecture; a dense model's own.
-
-    Whether head and embedding are tied stays as it is: low-rank ones are not.
-    """
-    fields = ("low_rank", "low_rank_kind", "low_rank_layers", "dense_tied", "factor_modules")
-    ours = {*fields, "model_type", "architectures", TRAINED, PLUGINS}
-    kept = {key: value for key, value in config.to_dict().items() if key not in ours}
-    return _noted(family_of(config).dense_class.config_class.from_dict(kept))
-
-
-def dense_original(config: Any) -> Any:
-    """`as_dense` with head and embedding tied as they were in the dense model: what a low-rank one is compared with."""
-    made = as_dense(config)
-    if is_low_rank(config):
-        made.tie_word_embeddings = config.tie_word_embeddings or config.dense_tied
-    return made
-
-
-def model_sizes(config: Any, original: Any) -> dict[str, Any]:
-    """`params_total` of a model, `params_dense` of the dense one that `original` is or comes from, and their ratio."""
-    total, dense = parameter_count(config), parameter_count(dense_original(original))
-    return {"params_total": total, "params_dense": dense, "compression_ratio": dense / total}
+# -- models ---------------------------------------------------------------------------------
 
 
 def skeleton(config: Any, recompute: Recompute = "none") -> nn.Module:
-    """The whole Hugging Face model on the meta device, to be trained: names and shapes, no memory.
+    """Return the whole Hugging Face model on the meta device, to be trained: names and shapes without memory.
 
-    It has a copy of `config`, which names its attention; `recompute` chooses one that keeps no probabilities.
-    Raises `ConfigError` naming every layer that its rank does not fit.
+    Its config is a copy that names finhpc's attention; with `recompute` one that stores no probabilities. A model of
+    a family that only transformers knows comes as transformers builds it. Raises `ConfigError` naming every layer
+    that its rank does not fit.
     """
-    family = family_of(config)
     config = deepcopy(config)
     with torch.device("meta"):
+        if not is_known(config):
+            foreign: nn.Module = AutoModelForCausalLM.from_config(config)
+            return foreign
+        family = family_of(config)
         model: nn.Module = (family.low_rank_class if is_low_rank(config) else family.dense_class)(config)
     model.tie_weights()  # type: ignore[operator]
     name = attention.RECOMPUTED if recompute == "attention" else attention.NAME
@@ -178,26 +214,12 @@ def skeleton(config: Any, recompute: Recompute = "none") -> nn.Module:
     return model
 
 
-def is_known(config: Any) -> bool:
-    """Whether a model is of one of the families here."""
-    return str(config.model_type).removeprefix("lowrank_") in FAMILIES
-
-
-def whole_layers(config: Any) -> nn.Module:
-    """`skeleton` of a model whose factors may be modules of their own, under the names that adapters give layers.
-
-    The model may be of a family that transformers alone knows.
-    """
-    config = deepcopy(config)
-    if not is_known(config):
-        with torch.device("meta"):
-            made: nn.Module = AutoModelForCausalLM.from_config(config)
-        return made
-    if getattr(config, "factor_modules", False):
-        config.factor_modules = False
-    return skeleton(config)
-
-
 def parameter_count(config: Any) -> int:
-    """Parameters of the model, a tied matrix counted once. Takes seconds for the largest shapes."""
+    """Return the number of parameters, a tied matrix counted once. Takes seconds for the largest shapes."""
     return sum(parameter.numel() for parameter in skeleton(config).parameters())
+
+
+def model_sizes(config: Any, original: Any) -> dict[str, Any]:
+    """Return `params_total`, `params_dense` of the dense model that `original` is or comes from, and their ratio."""
+    total, dense = parameter_count(config), parameter_count(dense_original(original))
+    return {"params_total": total, "params_dense": dense, "compression_ratio": dense / total}

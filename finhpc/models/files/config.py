@@ -1,7 +1,7 @@
-"""A model's config: read from its folder, and refused where it asks for something that no command computes.
+"""Read a model's config from its folder, and refuse settings that finhpc does not compute.
 
-transformers ignores settings that its classes do not have. A model that was trained with them would then load and
-compute other numbers, so every such setting is an error here.
+transformers ignores settings that its classes do not have. A model that was trained with them would load and compute
+wrong numbers, so every such setting is an error here.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from finhpc.errors import CheckpointError, ConfigError
 from finhpc.models.families.registry import FAMILIES, check_plugins
 from finhpc.quantization.schemes import MINMAX
 
-ADAPTER = "adapter_config.json"  # a folder that has it is an adapter, whatever else it holds
-OUR_QUANTIZERS = ("bitsandbytes", MINMAX)  # `quant_method` of exports, which load_model opens
+ADAPTER = "adapter_config.json"  # a folder with this file is an adapter, whatever else it contains
+OUR_QUANTIZERS = ("bitsandbytes", MINMAX)  # `quant_method` values that load_model opens
 OWN_CODE = "Python code of its own (auto_map), which finhpc never runs; use a model that transformers knows"
 ROPES = ("default", "linear", "dynamic", "yarn", "llama3")
 ABSENT: tuple[Any, ...] = (None, False, 0, "", "none", [], {})
-# Setting -> the value at which it changes nothing. Without a value: only its absence changes nothing.
+# Setting -> values at which it changes nothing; without values, only its absence changes nothing.
 CHANGES: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale"), (1, 1.0)),
     **dict.fromkeys(("scale_emb", "embedding_scale", "partial_rotary_factor", "rotary_pct"), (1, 1.0)),
@@ -43,7 +43,7 @@ TYPES: dict[str, type] = {
 def read_config(folder: Path, any_family: bool = False) -> Any:
     """Return transformers' config of a model folder, dense or low-rank, quantized or not.
 
-    With `any_family` the model may be one that transformers alone opens, with all settings that its class has.
+    With `any_family` the model may be of a family that only transformers opens, with any settings.
     Raises `CheckpointError` if there is no readable config, `ConfigError` if it is an adapter's folder or of a family
     or kind that is not supported.
     """
@@ -70,7 +70,7 @@ def read_config(folder: Path, any_family: bool = False) -> Any:
         check_computation(tree, str(folder))
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers trusts the file: a wrong value shows as whatever error comes first
+    except Exception as error:  # transformers does not check the file: a wrong value can raise any error
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = " ".join(line.strip() for line in lines[:2]).rstrip(".")
         raise CheckpointError(f"{folder}/config.json is not a model's config: {reason}; correct it.") from None
@@ -78,10 +78,10 @@ def read_config(folder: Path, any_family: bool = False) -> Any:
 
 def quantizer_of(config: Any) -> str | None:
     """Return the `quant_method` of a quantized model's config, None for a model in floats."""
-    said = getattr(config, "quantization_config", None)
-    if not said:
+    quantization = getattr(config, "quantization_config", None)
+    if not quantization:
         return None
-    tree = said if isinstance(said, dict) else said.to_dict()
+    tree = quantization if isinstance(quantization, dict) else quantization.to_dict()
     method = tree.get("quant_method") or (
         "bitsandbytes" if tree.get("load_in_8bit") or tree.get("load_in_4bit") else ""
     )
@@ -89,7 +89,7 @@ def quantizer_of(config: Any) -> str | None:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter in peft's format."""
+    """Return whether a folder has an adapter in peft's format."""
     return (folder / ADAPTER).is_file()
 
 
@@ -116,36 +116,30 @@ def check_computation(tree: dict[str, Any], where: str) -> None:
 
 
 def _differs(value: Any, same: tuple[Any, ...]) -> bool:
-    if isinstance(value, list):  # of a value a layer: all equal to nothing is nothing
+    if isinstance(value, list):  # one value per layer
         return any(_differs(each, same) for each in value)
     return value not in ABSENT and value not in same
 
 
 def _odd_layers(tree: dict[str, Any]) -> list[str]:
-    """Kinds of attention layers that the family's class does not compute: Llama's are full, Mistral's are all alike."""
-    kinds = set(tree.get("layer_types") or [])
-    kind = str(tree.get("model_type")).removeprefix("lowrank_")
-    sliding = bool(tree.get("sliding_window"))
-    known: dict[str, set[str]] = {
-        "qwen2": {"full_attention", "sliding_attention"},
-        "mistral": {"sliding_attention" if sliding else "full_attention"},
-    }
-    odd = kinds - known.get(kind, {"full_attention"})
+    """Describe attention layers that the family's class does not compute."""
+    family = FAMILIES[str(tree.get("model_type")).removeprefix("lowrank_")]
+    odd = set(tree.get("layer_types") or []) - family.layer_types(tree)
     return [f"layer_types with {', '.join(sorted(map(str, odd)))}"] if odd else []
 
 
 def _odd_rope(tree: dict[str, Any]) -> list[str]:
-    found = []
+    problems = []
     for key in ("rope_scaling", "rope_parameters"):
         rope = tree.get(key) or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
         if any(isinstance(value, dict) for value in rope.values()):
-            found.append(f"{key} of several kinds of layers")
+            problems.append(f"{key} of several kinds of layers")
         elif kind not in ROPES:
-            found.append(f"{key} of type {kind}")
+            problems.append(f"{key} of type {kind}")
         elif _differs(rope.get("partial_rotary_factor"), (1, 1.0)):
-            found.append(f"{key}.partial_rotary_factor={rope['partial_rotary_factor']}")
-    return found
+            problems.append(f"{key}.partial_rotary_factor={rope['partial_rotary_factor']}")
+    return problems
 
 
 def _check_folder(folder: Path) -> None:

@@ -1,7 +1,7 @@
-"""The weights of a GGUF file, dequantised one at a time.
+"""The weights of a GGUF file, dequantized one at a time.
 
-transformers knows the names and the order of each architecture's weights, the `gguf` package the
-formats; transformers' own loader would hold the whole model in memory.
+transformers knows the names and order of each architecture's weights, the `gguf` package the formats; transformers' own
+loader would need memory for the whole model.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ APPLIED = {
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor lies in the file, and how it is packed."""
+    """Where a tensor is in the file, and how it is stored."""
 
     gguf_name: str
     offset: int
@@ -46,16 +46,16 @@ class _Place:
 
 
 class GgufFile:
-    """Hugging Face name -> tensor of a GGUF file. Only the tensor that is asked for is read."""
+    """Reads tensors of a GGUF file by Hugging Face name, one at a time."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         if path.suffix.lower() != ".gguf":
-            raise ConfigError(f"model={path} is a file that is no .gguf; give a Hugging Face folder or a .gguf file.")
+            raise ConfigError(f"model={path} is not a .gguf file; give a Hugging Face folder or a .gguf file.")
         try:
             stat = path.stat()
             config, reader = _parsed(path, stat.st_size, stat.st_mtime_ns)
-        except Exception as error:  # the reader trusts the file: damage shows as whatever error comes first
+        except Exception as error:  # the reader does not check the file: damage can raise any error
             reason = str(error).strip().splitlines()[0].rstrip(".") if str(error) else type(error).__name__
             raise CheckpointError(f"{path} is cut short, damaged or no GGUF file ({reason}); fetch it again.") from None
         parsed = dict(config)
@@ -63,7 +63,7 @@ class GgufFile:
         if kind not in FAMILIES:
             raise ConfigError(f"model_type={kind} of {path} is not supported; supported: {', '.join(FAMILIES)}.")
         values = {name: field.contents() for name, field in reader.fields.items() if name not in LONG}
-        parsed |= _settings(path, values)
+        parsed |= _config_fields(path, kind, values)
         self.tokens = (
             len(reader.fields["tokenizer.ggml.tokens"].data) if "tokenizer.ggml.tokens" in reader.fields else 0
         )
@@ -73,15 +73,15 @@ class GgufFile:
         names["output.weight"] = "lm_head.weight"
         self._places: dict[str, _Place] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self.quantized: dict[str, str] = {}  # nothing: every format is opened as floats
+        self.quantized: dict[str, str] = {}  # empty: every format is read as floats
         for tensor in reader.tensors:
             if (name := names.get(tensor.name)) is None:
-                self.shapes[tensor.name] = tuple(int(size) for size in reversed(tensor.shape))  # refused by its name
+                self.shapes[tensor.name] = tuple(int(size) for size in reversed(tensor.shape))  # unknown
                 continue
             self._places[name] = _Place(
                 tensor.name, int(tensor.data_offset), tensor.data.shape, tensor.data.dtype, tensor.tensor_type
             )
-            # The file counts dimensions from the fastest; its processor turns some of GPT-2's.
+            # The file lists dimensions from the fastest; the processor transposes some of GPT-2's.
             shape = tuple(int(size) for size in reversed(tensor.shape))
             self.shapes[name] = tuple(self._process(tensor.name, np.broadcast_to(np.float32(0), shape)).shape)
 
@@ -96,7 +96,7 @@ class GgufFile:
         return torch.from_numpy(np.ascontiguousarray(weights, dtype=np.float32))
 
     def _process(self, gguf_name: str, weights: Any) -> Any:
-        """The tensor as Hugging Face orders it: Llama's queries and keys are permuted, GPT-2's matrices turned."""
+        """Reorder a tensor as Hugging Face does: Llama's queries and keys are permuted, GPT-2's matrices transposed."""
         if gguf_name == "output.weight":
             return weights
         return self._processor.process(weights=weights, name=gguf_name).weights
@@ -104,14 +104,14 @@ class GgufFile:
 
 @lru_cache(maxsize=2)
 def _parsed(path: Path, size: int, changed: int) -> tuple[dict[str, Any], Any]:
-    """transformers' config of a GGUF file and a reader of its tensors, kept: a file's tokens take seconds to parse."""
+    """Return transformers' config of a GGUF file and its reader, cached: parsing a file's tokens takes seconds."""
     from gguf import GGUFReader
 
     return load_gguf_checkpoint(str(path))["config"], GGUFReader(path)
 
 
-def _settings(path: Path, values: dict[str, Any]) -> dict[str, Any]:
-    """Settings that transformers drops from a GGUF file's own; raises `ConfigError` with those that nobody applies."""
+def _config_fields(path: Path, kind: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Return the config fields that transformers does not read; raises `ConfigError` for settings nobody applies."""
     architecture = str(values["general.architecture"])
     own = {name.removeprefix(f"{architecture}."): value for name, value in values.items()}
     odd = [
@@ -121,13 +121,13 @@ def _settings(path: Path, values: dict[str, Any]) -> dict[str, Any]:
         and name.removeprefix(f"{architecture}.") not in APPLIED
         and value not in (0, False, "", "none")
     ]
-    found: dict[str, Any] = {}
-    kind = own.get("rope.scaling.type", "none")
-    if kind == "linear":
+    fields: dict[str, Any] = {}
+    rope = own.get("rope.scaling.type", "none")
+    if rope == "linear":
         theta = own.get("rope.freq_base", 10000.0)
-        found["rope_parameters"] = {"rope_type": kind, "factor": own["rope.scaling.factor"], "rope_theta": theta}
-    elif kind != "none":
-        odd.append(f"{architecture}.rope.scaling.type={kind}")
+        fields["rope_parameters"] = {"rope_type": rope, "factor": own["rope.scaling.factor"], "rope_theta": theta}
+    elif rope != "none":
+        odd.append(f"{architecture}.rope.scaling.type={rope}")
     size = own.get("rope.dimension_count", own["embedding_length"] // own["attention.head_count"])
     odd += [
         f"{name}={own[name]}"
@@ -142,8 +142,7 @@ def _settings(path: Path, values: dict[str, Any]) -> dict[str, Any]:
         odd.append(f"tensor_data_layout={own['tensor_data_layout']}")
     if values.get("split.count", 1) > 1:
         odd.append(f"split.count={values['split.count']} (merge the parts first: llama-gguf-split --merge)")
-    if architecture == "gpt2":  # transformers reads these under names that GPT2Config does not have
-        found |= {"n_positions": own["context_length"], "n_inner": own.get("feed_forward_length")}
+    fields |= FAMILIES[kind].gguf_fields(own)
     if odd:
         raise ConfigError(f"model={path} has {', '.join(odd)}, which finhpc does not apply; give another file.")
-    return found
+    return fields

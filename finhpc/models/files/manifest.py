@@ -1,4 +1,4 @@
-"""The sha256 of a model folder's weights, kept beside them, so that a flipped bit is seen before it is used."""
+"""The sha256 of a model folder's weights, stored with them, so that a flipped bit is detected before it is used."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ def write_manifest(folder: Path) -> None:
 
 
 def weights_fingerprint(folder: Path) -> str:
-    """One hash of a model folder's config and weights, or of a GGUF file.
+    """Return one hash of a model folder's config and weights, or of a GGUF file.
 
-    Raises `CheckpointError` naming every file that is not as its manifest says, where there is one.
+    Raises `CheckpointError` naming every file that differs from its manifest, if there is one.
     """
     if folder.is_file():
         return file_sha256(folder)
-    found = check_manifest(folder) | {"config.json": file_sha256(folder / "config.json")}
+    hashes = check_manifest(folder) | {"config.json": file_sha256(folder / "config.json")}
     for path in folder.glob("*.safetensors"):
-        if path.name not in found:
-            found[path.name] = file_sha256(path)
-    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+        if path.name not in hashes:
+            hashes[path.name] = file_sha256(path)
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
 
 
 def check_manifest(folder: Path) -> dict[str, str]:
-    """The sha256 of every file that a folder's manifest names; none where there is no manifest.
+    """Return the sha256 of every file that a folder's manifest names; empty without a manifest.
 
-    Raises `CheckpointError` naming every file that is not as it says.
+    Raises `CheckpointError` naming every file that differs.
     """
     if not (folder / NAME).is_file():
         return {}

@@ -1,4 +1,9 @@
-"""Model folders in Hugging Face's layout, a tensor at a time: one is read, one is written."""
+"""A folder of safetensors in Hugging Face's layout, read and written one tensor at a time.
+
+FOLDER/model.safetensors                           all tensors, or
+FOLDER/model-00001-of-00003.safetensors, ...       some of them each, and
+FOLDER/model.safetensors.index.json                name -> file
+"""
 
 from __future__ import annotations
 
@@ -11,41 +16,36 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from finhpc.errors import CheckpointError, ConfigError
-from finhpc.files import publish
+from finhpc.errors import CheckpointError
+from finhpc.files import partial_file, publish
 
-FILE_BYTES = 1 << 30  # a file of weights is written when it has grown beyond this: what is held in memory
+FILE_BYTES = 1 << 30  # a file is written when its tensors take this much, which bounds the memory needed
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model")  # one of them makes a tokenizer
-TOKENIZER_FILES = (
-    *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
-    *("spiece.model", "additional_chat_templates/*"),
-)
-GENERATION = "generation_config.json"
 STORED_FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 
 
-class SafetensorsFolder:
-    """The safetensors of a Hugging Face folder. A file is open only while one tensor is read from it.
+class TensorFolder:
+    """Reads tensors by name. A file is open only while one tensor is read from it.
 
-    The weights are `model.safetensors` alone, or what the index names; other files are not weights of the model.
-    Raises `CheckpointError` where files are missing, damaged, or contradict the index.
+    The tensors are those of `model.safetensors`, or of the files in the index; other files are ignored. Raises
+    `CheckpointError` if files are missing, damaged, or contradict the index.
     """
 
-    def __init__(self, folder: Path, config: Any) -> None:
+    def __init__(self, folder: Path, config: Any = None) -> None:
         self.config = config
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.quantized: dict[str, str] = {}  # name -> type of every tensor that is not in floats
         self._files: dict[str, Path] = {}
-        index = _index(folder)
-        for part in sorted(set(index.values())) if index else [_single(folder)]:
+        index = _read_index(folder)
+        for part in sorted(set(index.values())) if index else [_single_file(folder)]:
             file = folder / part
             with _open(file) as opened:
-                for name in opened.keys():  # noqa: SIM118 - no dictionary
+                for name in opened.keys():  # noqa: SIM118 - not a dictionary
                     if index and index.get(name) != part:
+                        place = f"into {index[name]}" if name in index else "nowhere"
                         raise CheckpointError(
-                            f"{file} holds {name}, which {INDEX} puts {_where(index.get(name))}; write the model again."
+                            f"{file} holds {name}, which {INDEX} puts {place}; write the model again."
                         )
                     view = opened.get_slice(name)
                     self.shapes[name] = tuple(view.get_shape())
@@ -64,12 +64,8 @@ class SafetensorsFolder:
         return tensor
 
 
-def _where(file: str | None) -> str:
-    return f"into {file}" if file else "nowhere"
-
-
-def _index(folder: Path) -> dict[str, str] | None:
-    """Name of each tensor -> its file, as the index says; None if there is no index."""
+def _read_index(folder: Path) -> dict[str, str] | None:
+    """Return tensor name -> file name from the index; None if there is no index."""
     if not (folder / INDEX).is_file():
         return None
     try:
@@ -95,7 +91,7 @@ def _dangling(file: Path) -> str:
     return f"{file} is a link to {file.readlink()}, which is not there; fetch the model again."
 
 
-def _single(folder: Path) -> str:
+def _single_file(folder: Path) -> str:
     if (folder / ONE).is_file():
         return ONE
     if (folder / ONE).is_symlink():
@@ -124,41 +120,29 @@ def _open(file: Path) -> Any:
         ) from None
 
 
-def has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in TOKENIZERS)
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write one safetensors file, which appears only when it is complete and on the disk."""
+    with partial_file(path) as partial:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
 
 
-def copy_tokenizer(source: Path, out: Path) -> bool:
-    """Copy a folder's tokenizer, all its files or none, and chat templates; returns whether there is one."""
-    if not has_tokenizer(source):
-        return False
-    for pattern in TOKENIZER_FILES:
-        for file in source.glob(pattern):
-            if file.is_file():
-                (out / file.relative_to(source)).parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, out / file.relative_to(source))
-    return True
+class TensorFolderWriter:
+    """Writes a folder that appears only when it is complete; with `over` it replaces an older one.
 
-
-class FolderWriter:
-    """Writes a model folder that is there when it is complete, and not before.
-
-    A context manager: what was written is removed where the block ends with an exception. `add`
-    tensors, then `finish`.
+    A context manager: an exception in the block removes everything written. `add` tensors, `finish`, put other files
+    into `partial`, then `publish`.
     """
 
-    def __init__(self, out: Path) -> None:
-        self.out, self.partial = out, out.with_name(f".{out.name}.partial")
-        self._held: dict[str, Tensor] = {}
+    def __init__(self, out: Path, over: bool = False) -> None:
+        self.out, self.over, self.partial = out, over, out.with_name(f".{out.name}.partial")
+        self.names: set[str] = set()
+        self._pending: dict[str, Tensor] = {}
         self._files: list[list[str]] = []  # names of the tensors of each file
         self._bytes = self._total = 0
 
-    def __enter__(self) -> FolderWriter:
-        try:
-            shutil.rmtree(self.partial, ignore_errors=True)  # of an export that was killed
-            self.partial.mkdir(parents=True)
-        except OSError as error:
-            raise ConfigError(f"out={self.out} cannot be written ({error.strerror}); choose another --out.") from None
+    def __enter__(self) -> TensorFolderWriter:
+        shutil.rmtree(self.partial, ignore_errors=True)  # of a process that was killed
+        self.partial.mkdir(parents=True)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *args: object) -> None:
@@ -166,48 +150,40 @@ class FolderWriter:
             shutil.rmtree(self.partial, ignore_errors=True)
 
     def add(self, tensors: dict[str, Tensor]) -> None:
-        self._held |= {name: tensor.contiguous() for name, tensor in tensors.items()}
-        self._bytes += sum(_bytes(tensor) for tensor in tensors.values())
+        self._pending |= {name: tensor.contiguous() for name, tensor in tensors.items()}
+        self.names |= tensors.keys()
+        self._bytes += sum(tensor.nbytes for tensor in tensors.values())
         if self._bytes >= FILE_BYTES:
-            self._flush()
+            self.flush()
 
-    def finish(self, config: Any) -> int:
-        """Write the index and config.json; returns the weights' bytes.
-
-        Everything else that belongs into the folder may be written to `partial` before; `publish` then
-        puts it in its place.
-        """
-        self._flush()
-        index: dict[str, str] = {}
-        for i, names in enumerate(self._files):
-            several = f"model-{i + 1:05d}-of-{len(self._files):05d}.safetensors"
-            name = "model.safetensors" if len(self._files) == 1 else several
-            (self.partial / f"{i}.tmp").rename(self.partial / name)
-            index |= dict.fromkeys(names, name)
-        if len(self._files) > 1:
-            text = json.dumps({"metadata": {"total_size": self._total}, "weight_map": index}, indent=2)
-            (self.partial / "model.safetensors.index.json").write_text(text)
-        config.save_pretrained(self.partial)
-        return sum(file.stat().st_size for file in self.partial.glob("*.safetensors"))
-
-    def publish(self) -> None:
-        try:
-            publish(self.partial, self.out)
-        except OSError as error:  # something came into being there meanwhile
-            raise ConfigError(f"out={self.out} cannot be replaced ({error.strerror}); choose another --out.") from None
-
-    def _flush(self) -> None:
-        if not self._held:
+    def flush(self) -> None:
+        """Write the tensors added since the last file into a file of their own."""
+        if not self._pending:
             return
         file = self.partial / f"{len(self._files)}.tmp"
         try:
-            save_file(self._held, file, metadata={"format": "pt"})
+            save_file(self._pending, file, metadata={"format": "pt"})
         except SafetensorError as error:
             raise CheckpointError(f"{file} could not be written ({error}); make room on that disk.") from None
-        self._files.append(list(self._held))
+        self._files.append(list(self._pending))
         self._total += self._bytes
-        self._held, self._bytes = {}, 0
+        self._pending, self._bytes = {}, 0
 
+    def finish(self, config: Any = None) -> int:
+        """Write the last file, the index and `config`, a model's config; return the bytes of all tensor files."""
+        self.flush()
+        index: dict[str, str] = {}
+        for i, names in enumerate(self._files):
+            name = ONE if len(self._files) == 1 else f"model-{i + 1:05d}-of-{len(self._files):05d}.safetensors"
+            (self.partial / f"{i}.tmp").rename(self.partial / name)
+            index |= dict.fromkeys(names, name)
+        if len(self._files) > 1:
+            tree = {"metadata": {"total_size": self._total}, "weight_map": index}
+            (self.partial / INDEX).write_text(json.dumps(tree, indent=2))
+        if config is not None:
+            config.save_pretrained(self.partial)
+        return sum(file.stat().st_size for file in self.partial.glob("*.safetensors"))
 
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+    def publish(self) -> None:
+        """Move the folder to its place."""
+        publish(self.partial, self.out, over=self.over)

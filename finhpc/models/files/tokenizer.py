@@ -1,8 +1,7 @@
 """The tokenizer of a model folder, an adapter's folder or a GGUF file: the same one for every command.
 
-What a folder's tokenizer.json holds is what counts, if tokenizer_config.json names no class of its own for it.
-transformers' AutoTokenizer looks at the model's type as well: of every Qwen2 it makes a Qwen2Tokenizer, whatever the
-tokenizer that the model was trained with.
+A folder's tokenizer.json decides, unless tokenizer_config.json names a class of its own. transformers' AutoTokenizer
+also looks at the model's type: it opens every Qwen2 tokenizer as a Qwen2Tokenizer, whatever the model was trained with.
 """
 
 from __future__ import annotations
@@ -21,16 +20,26 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from finhpc.errors import ConfigError
 from finhpc.models.files.config import OWN_CODE
 from finhpc.models.files.gguf import GgufFile
-from finhpc.models.files.tensor_folder import GENERATION, copy_tokenizer, has_tokenizer
+from finhpc.models.files.tokens import GENERATION
 
 log = logging.getLogger(__name__)
 
-GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend", "PreTrainedTokenizer")  # the same, by its names over time
-PROBE = "In 2023 it's 12.5 % more:  don't\n\n caf\u00e9 ABC_def\tHello, how are you?"  # read alike, all is read alike
+TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model")  # a folder with one of them has a tokenizer
+TOKENIZER_FILES = (
+    *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
+    *("spiece.model", "additional_chat_templates/*"),
+)
+# Names of one class, over versions.
+GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend", "PreTrainedTokenizer")
+PROBE = "In 2023 it's 12.5 % more:  don't\n\n caf\u00e9 ABC_def\tHello, how are you?"  # equal ids: equal tokenizers
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZERS)
 
 
 def open_tokenizer(path: Path) -> Any:
-    """The tokenizer of a model folder, adapter's folder or GGUF file; raises `ConfigError` if none opens."""
+    """Open the tokenizer of a model folder, adapter's folder or GGUF file; raises `ConfigError` if that fails."""
     if path.is_dir() and not has_tokenizer(path):
         raise ConfigError(f"model={path} comes without a tokenizer (tokenizer.json); add the one it was trained with.")
     try:
@@ -39,7 +48,7 @@ def open_tokenizer(path: Path) -> Any:
         return read_tokenizer(str(path), local_files_only=True)
     except ConfigError:
         raise
-    except Exception as error:  # transformers and tokenizers trust the files, and raise whatever comes first
+    except Exception as error:  # transformers and tokenizers do not check the files and raise anything
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ConfigError(
             f"model={path} comes without a tokenizer that opens ({reason}); add the one it was trained with."
@@ -47,30 +56,30 @@ def open_tokenizer(path: Path) -> Any:
 
 
 def read_tokenizer(name: str, **how: Any) -> Any:
-    """The tokenizer of a folder or hub id; raises what transformers raises, of many kinds. `how`: its settings.
+    """Open the tokenizer of a folder or hub id with transformers' settings `how`; raises what transformers raises.
 
-    Raises `ConfigError` for one that brings Python code of its own: left to itself, transformers asks at the terminal.
+    Raises `ConfigError` for a tokenizer with Python code of its own, where transformers would ask at the terminal.
     """
     try:
-        found = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **how)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **how)
     except ValueError as error:
         if "trust_remote_code" in str(error):
             raise ConfigError(f"the tokenizer of {name} is {OWN_CODE}.") from None
         raise
     slow = Path(name).is_dir() and not (Path(name) / "tokenizer.json").is_file()
     own_class = get_tokenizer_config(name, **how).get("tokenizer_class") not in GENERIC
-    if type(found) is PreTrainedTokenizerFast or slow or own_class:
-        return found
-    written = PreTrainedTokenizerFast.from_pretrained(name, **how)
-    if written(PROBE).input_ids != found(PROBE).input_ids:
-        _report(name, type(found).__name__)
-    return written
+    if type(tokenizer) is PreTrainedTokenizerFast or slow or own_class:
+        return tokenizer
+    stored = PreTrainedTokenizerFast.from_pretrained(name, **how)
+    if stored(PROBE).input_ids != tokenizer(PROBE).input_ids:
+        _report(name, type(tokenizer).__name__)
+    return stored
 
 
 def find_tokenizer(path: Path) -> Any:
-    """The tokenizer of a model folder, adapter's folder or GGUF file; None if it has none."""
-    there = has_tokenizer(path) if path.is_dir() else path.is_file() and GgufFile(path).tokens
-    return open_tokenizer(path) if there else None
+    """Open the tokenizer of a model folder, adapter's folder or GGUF file; None if it has none."""
+    exists = has_tokenizer(path) if path.is_dir() else path.is_file() and GgufFile(path).tokens
+    return open_tokenizer(path) if exists else None
 
 
 def save_tokenizer(path: Path, out: Path) -> bool:
@@ -78,7 +87,12 @@ def save_tokenizer(path: Path, out: Path) -> bool:
     if path.is_dir():
         if (path / GENERATION).is_file():
             shutil.copyfile(path / GENERATION, out / GENERATION)
-        return copy_tokenizer(path, out)
+        if not has_tokenizer(path):
+            return False
+        for file in (file for pattern in TOKENIZER_FILES for file in path.glob(pattern) if file.is_file()):
+            (out / file.relative_to(path)).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, out / file.relative_to(path))
+        return True
     if not path.is_file():
         return False
     gguf = GgufFile(path)
@@ -89,15 +103,15 @@ def save_tokenizer(path: Path, out: Path) -> bool:
 
 
 def _of_gguf(path: Path) -> Any:
-    """The tokenizer in a GGUF file, with the file's own tokens: transformers adds those of the class it takes."""
-    found = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    """Open the tokenizer in a GGUF file with only the file's own tokens; transformers adds its class's."""
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     tokens = GgufFile(path).tokens
-    tree = json.loads(found.backend_tokenizer.to_str())
+    tree = json.loads(tokenizer.backend_tokenizer.to_str())
     tree["added_tokens"] = [token for token in tree["added_tokens"] if token["id"] < tokens]
-    own = {key: value for key, value in found.special_tokens_map.items() if isinstance(value, str)}
+    own = {key: value for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(tree)),
-        chat_template=found.chat_template,
+        chat_template=tokenizer.chat_template,
         clean_up_tokenization_spaces=False,
         **own,
     )
@@ -106,6 +120,6 @@ def _of_gguf(path: Path) -> Any:
 @cache
 def _report(name: str, kind: str) -> None:
     log.info(
-        f"The tokenizer of {name} is read as its tokenizer.json says. transformers' AutoTokenizer takes {kind}, as for "
-        "every model of this type, and gives other ids: open it with PreTrainedTokenizerFast.from_pretrained.",
+        f"The tokenizer of {name} is opened as its tokenizer.json defines it. transformers' AutoTokenizer uses {kind}, "
+        "as for every model of this type, and gives other ids: open it with PreTrainedTokenizerFast.from_pretrained."
     )

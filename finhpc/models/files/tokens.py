@@ -1,4 +1,4 @@
-"""What a model and its tokenizer agree on: what precedes a text, which ids end one, how many ids there are."""
+"""Conventions between a model and its tokenizer: begin tokens, end tokens, the number of ids."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from finhpc.errors import CheckpointError, ConfigError
-from finhpc.models.files.tensor_folder import GENERATION
 
-# What an answer is encoded behind if the ids of its own prompt change when it follows.
+GENERATION = "generation_config.json"
+# Texts to encode an answer after, if the ids of its own prompt change when it follows.
 ANCHORS = ("\n", "a", ")")
 QUESTION, ANSWER = "Q7q", "A7a"
 
 
 def encode(tokenizer: Any, texts: list[str], plain: bool = False) -> list[list[int]]:
-    """Ids of texts, without what the tokenizer adds around a text. `plain`: special tokens in them are plain text."""
+    """Return the ids of texts without begin and end tokens. `plain`: special tokens in a text are plain text."""
     ids: list[list[int]] = tokenizer(
         texts, add_special_tokens=False, split_special_tokens=plain, verbose=False
     )["input_ids"]  # fmt: skip
@@ -24,9 +24,9 @@ def encode(tokenizer: Any, texts: list[str], plain: bool = False) -> list[list[i
 
 
 def begin_ids(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts before a text: its begin token, usually, or nothing.
+    """Return the ids that the tokenizer adds before a text: its begin token, usually, or nothing.
 
-    What it puts after one (an end token, a separator) belongs to no prompt, because a prompt goes on.
+    Ids that it adds after a text (an end token, a separator) do not belong to a prompt, because a prompt continues.
     """
     encoded = tokenizer("a", return_special_tokens_mask=True, verbose=False)
     ids, added = encoded["input_ids"], encoded["special_tokens_mask"]
@@ -34,12 +34,12 @@ def begin_ids(tokenizer: Any) -> list[int]:
 
 
 def prompt_ids(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a prompt as finetuning, generation and evaluation read it: the begin token and the text, never an end.
+    """Return the ids of a prompt for finetuning, generation and evaluation: the begin token and the text, no end.
 
-    An empty prompt starts where a document starts. Raises `ConfigError` if the tokenizer has no token for that.
+    An empty prompt starts like a document. Raises `ConfigError` if the tokenizer has no token for that.
     """
     begin, (ids,) = begin_ids(tokenizer), encode(tokenizer, [text])
-    if begin and ids[: len(begin)] != begin:  # unless the text writes it itself
+    if begin and ids[: len(begin)] != begin:  # unless the text contains it
         ids = begin + ids
     if ids:
         return ids
@@ -53,48 +53,47 @@ def prompt_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def continuation_ids(tokenizer: Any, prompt: str, answer: str, plain: bool = False) -> list[int]:
-    """Ids of `answer` as they follow the prompt's own ids.
+    """Return the ids of `answer` after the prompt's own ids.
 
-    Those of the whole text, if these begin with the prompt's; else those that the answer has in the middle of a text:
-    many tokenizers put a space before a text's beginning, and an answer is not one.
+    They are taken from the whole text if its ids begin with the prompt's; otherwise from the answer in the middle of
+    another text, because many tokenizers add a space at the beginning of a text.
     """
     for before in (prompt, *ANCHORS):
-        start, whole = encode(tokenizer, [before, before + answer], plain)
-        if start and whole[: len(start)] == start and len(whole) > len(start):
-            return whole[len(start) :]
+        start, full = encode(tokenizer, [before, before + answer], plain)
+        if start and full[: len(start)] == start and len(full) > len(start):
+            return full[len(start) :]
     return encode(tokenizer, [answer], plain)[0]
 
 
 def decoded(tokenizer: Any, before: list[int], ids: list[int]) -> str:
-    """The text of `ids` as it follows that of `before`: with its leading space, which a tokenizer drops from a text."""
+    """Return the text of `ids` after that of `before`, with the leading space that a tokenizer drops from a text."""
 
     def text(some: list[int]) -> str:
         return str(tokenizer.decode(some, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    prompt, whole = text(before), text([*before, *ids])
-    if whole.startswith(prompt):
-        return whole[len(prompt) :]
-    same = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(whole))
-    return whole[same:]
+    prompt, full = text(before), text([*before, *ids])
+    if full.startswith(prompt):
+        return full[len(prompt) :]
+    same = next((i for i, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b), len(full))
+    return full[same:]
 
 
 def largest_id(tokenizer: Any) -> int:
-    """The largest id that a text may be given; a token that only pads is not among them."""
+    """Return the largest id that a text can have; a token that only pads does not count."""
     pad = pad_alone(tokenizer)
     return max((i for token, i in tokenizer.get_vocab().items() if token != pad), default=-1)
 
 
 def pad_alone(tokenizer: Any) -> str | None:
-    """The token that fills batches up, if the tokenizer gives it no other meaning."""
+    """Return the padding token, if the tokenizer gives it no other meaning."""
     pad, ends = tokenizer.pad_token, (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token)
     return None if pad in ends else pad
 
 
 def check_rows(tokenizer: Any, rows: int, where: str) -> None:
-    """Raise `ConfigError` if the tokenizer of the model `where` has ids for which its embedding has no row.
+    """Raise `ConfigError` if the tokenizer of the model `where` has ids without a row in its embedding.
 
-    An embedding may have more rows than there are ids (many are padded), and a token that only pads needs none:
-    nothing here pads with it.
+    An embedding may have more rows than there are ids (many are padded), and a token that only pads needs none.
     """
     largest = largest_id(tokenizer)
     if largest >= rows:
@@ -106,34 +105,34 @@ def check_rows(tokenizer: Any, rows: int, where: str) -> None:
 
 
 def end_of_turn(tokenizer: Any) -> int | None:
-    """Id of the token with which the chat template ends an answer; None without a template, or if it ends none."""
+    """Return the id of the token with which the chat template ends an answer; None if there is none."""
     if not getattr(tokenizer, "chat_template", None):
         return None
     messages = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
     try:
         text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception:  # whatever a template's author raises: it writes no such conversation
+    except Exception:  # a template may raise anything: it does not support such a conversation
         return None
     (ids,) = encode(tokenizer, [text[text.rfind(ANSWER) + len(ANSWER) :].strip()] if ANSWER in text else [""])
     return next((token for token in ids if token in tokenizer.added_tokens_decoder), None)
 
 
 def stop_ids(tokenizer: Any, *configs: Any) -> list[int]:
-    """Ids that end a generated text: those of generation or model configs, the tokenizer's, the chat template's."""
-    found: list[Any] = []
+    """Return the ids that end a generated text: of generation or model configs, tokenizer and chat template."""
+    ids: list[Any] = []
     for config in configs:
         own = config.get("eos_token_id") if isinstance(config, dict) else getattr(config, "eos_token_id", None)
-        found += own if isinstance(own, list) else [own]
-    found += [tokenizer.eos_token_id, end_of_turn(tokenizer)]
-    if wrong := [token for token in found if token is not None and type(token) is not int]:
+        ids += own if isinstance(own, list) else [own]
+    ids += [tokenizer.eos_token_id, end_of_turn(tokenizer)]
+    if wrong := [token for token in ids if token is not None and type(token) is not int]:
         raise CheckpointError(
             f"eos_token_id={wrong[0]!r} in {GENERATION} or config.json is not the id of a token; correct it."
         )
-    return list(dict.fromkeys(token for token in found if token is not None))
+    return list(dict.fromkeys(token for token in ids if token is not None))
 
 
 def generation_config(folder: Path) -> dict[str, Any]:
-    """What generation_config.json of a folder holds; empty without one."""
+    """Return the content of a folder's generation_config.json; empty without one."""
     path = folder / GENERATION
     if not path.is_file():
         return {}
@@ -148,9 +147,9 @@ def generation_config(folder: Path) -> dict[str, Any]:
 
 
 def write_stops(folder: Path, ids: Iterable[int], config: Any) -> None:
-    """Add `ids` to those that end a text in generation_config.json of a model's or an adapter's folder.
+    """Add `ids` to the ids that end a text in generation_config.json of a model's or an adapter's folder.
 
-    `config`: the model's, whose ids count if the folder has no such file. Nothing is written if all are there already.
+    `config`: the model's, whose ids count if the folder has no such file. Nothing is written if all are listed already.
     """
     tree = generation_config(folder)
     own = tree["eos_token_id"] if "eos_token_id" in tree else getattr(config, "eos_token_id", None)

@@ -1,12 +1,11 @@
-"""A model whose weights are read one at a time, so that memory is a layer and not a model.
+"""A model on disk whose weights are read one at a time, so memory holds one layer and not the model.
 
-From a Hugging Face folder (safetensors, one file or an index of several), a hub id, or a GGUF file.
+It is a Hugging Face folder (safetensors), a hub id, or a GGUF file.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,25 +16,25 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from finhpc.errors import CheckpointError, ConfigError
-from finhpc.lowrank.replace import dense_shape, layer_kind
+from finhpc.lowrank.replace import dense_shape
 from finhpc.models.families.registry import family_of, is_low_rank, skeleton
 from finhpc.models.files.config import quantizer_of, read_config
 from finhpc.models.files.gguf import GgufFile
-from finhpc.models.files.tensor_folder import SafetensorsFolder
+from finhpc.models.files.tensor_folder import TensorFolder
 from finhpc.models.files.tokenizer import save_tokenizer
 from finhpc.models.files.tokens import generation_config
-from finhpc.quantization.fake import TRAINED, is_turned, trained_bits
+from finhpc.quantization.fake import TRAINED, is_transposed, trained_bits
 from finhpc.quantization.per_vector import rounded
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 FETCHED = ("*.json", "*.safetensors", "merges.txt", "tokenizer.model", "chat_template.jinja")
 WRAPPERS = re.compile(r"(^|\.)(?:(?:module|_orig_mod|_fsdp_wrapped_module)\.)+")
-# What older checkpoints hold beside weights: causal masks and rotary frequencies.
+# Causal masks and rotary frequencies, which older checkpoints have in addition to weights.
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 
 
 class Store(Protocol):
-    """Where tensors lie: their shapes, the types of those that do not come as floats, and each when asked for."""
+    """Stored tensors: shapes, the types of those that are not floats, and a reader."""
 
     config: Any
     shapes: dict[str, tuple[int, ...]]
@@ -62,16 +61,16 @@ class Linear:
 class Weights:
     """A model of a supported family, dense or low-rank, its weights on disk.
 
-    `path`: the folder or file. `config`: transformers' config. `tied`: one matrix is embedding and head. A model that
-    was trained with rounded weights is read with these, and its config no longer says so, unless `floats` asks for
-    the weights that were rounded.
+    `path`: the folder or file. `config`: transformers' config. `tied`: one matrix is embedding and head. The weights of
+    a model that was trained with rounded weights are rounded when read, and its config no longer records that; with
+    `floats` they are read as stored.
     """
 
     def __init__(self, path: Path, store: Store, floats: bool = False) -> None:
         self.path, self.config, self._store = path, store.config, store
         if quantizer_of(self.config):
             raise ConfigError(f"model={path} is quantized already; give the model it was made from.")
-        family_of(self.config)
+        self.family = family_of(self.config)
         self._bits = 16 if floats else trained_bits(self.config)
         if self._bits < 16:
             delattr(self.config, TRAINED)
@@ -81,51 +80,51 @@ class Weights:
         self._check_tie()
 
     def read(self, name: str) -> Tensor:
-        """The tensor of that Hugging Face name, as the model holds it, in float32.
+        """Read the tensor of that Hugging Face name in float32, as the model computes with it.
 
-        Raises `CheckpointError` where it holds NaN or infinity.
+        Raises `CheckpointError` if it holds NaN or infinity.
         """
-        # A copy: the mapped pages would count as this process's memory as long as the tensor lives.
+        # A copy: mapped pages would count as this process's memory as long as the tensor exists.
         tensor = self.raw(name).clone().float()
         if not _finite(tensor):
-            raise CheckpointError(f"{self.path}: {name} holds NaN or infinity; mend the model.")
+            raise CheckpointError(f"{self.path}: {name} holds NaN or infinity; repair the model.")
         if self._bits < 16 and tensor.dim() == 2:
-            turned = is_turned(self.skeleton.get_submodule(name.rpartition(".")[0]))
-            return rounded(tensor.T, self._bits).T if turned else rounded(tensor, self._bits)
+            transposed = is_transposed(self.skeleton.get_submodule(name.rpartition(".")[0]))
+            return rounded(tensor.T, self._bits).T if transposed else rounded(tensor, self._bits)
         return tensor
 
     def matrix(self, layer: Linear) -> Tensor:
-        """A layer's weight as (out, in), in float32; it lies in memory as it is stored."""
+        """Read a layer's weight as (out, in) in float32; a view of the stored layout."""
         weight = self.read(f"{layer.name}.weight")
         return weight.T if layer.transposed else weight
 
     def linears(self) -> list[Linear]:
-        """Every linear layer and embedding that has a kind, in the order data flows through them."""
-        found = []
+        """Return every linear layer and embedding that has a kind, in forward order."""
+        linears = []
         for name, module in self.skeleton.named_modules():
-            shape, kind = dense_shape(module), layer_kind(name)
+            shape, kind = dense_shape(module), self.family.layer_kind(name)
             if shape is not None and kind is not None:
                 transposed = isinstance(module, Conv1D | nn.Embedding)
-                found.append(Linear(name, kind, *shape, transposed))
-        return found
+                linears.append(Linear(name, kind, *shape, transposed))
+        return linears
 
     def save_tokenizer(self, folder: Path) -> bool:
         """Write the tokenizer's files and the generation config into a folder; False if the model has no tokenizer."""
         return save_tokenizer(self.path, folder)
 
     def raw(self, name: str) -> Tensor:
-        """The tensor of that Hugging Face name as it is stored, unchecked."""
+        """Read the tensor of that Hugging Face name as stored, unchecked."""
         return self._store.read(self._stored[name])
 
     def _match(self) -> dict[str, str]:
-        """Hugging Face name -> stored name of every weight; raises `CheckpointError` with every misfit."""
-        state = self.skeleton.state_dict()
+        """Return Hugging Face name -> stored name of every weight; raises `CheckpointError` with every misfit."""
+        head, tied_to = f"{self.family.head}.weight", f"{self.family.embedding}.weight"
         shapes, plain = self._store.shapes, self._plain_names()
         prefix = getattr(self.skeleton, "base_model_prefix", "") + "."
         names, problems = {}, []
-        for name, tensor in state.items():
-            # A checkpoint of the bare transformer leaves its prefix out; a tied head need not be stored.
-            embedding = _embedding(state) if self.tied and name == "lm_head.weight" else name
+        for name, tensor in self.skeleton.state_dict().items():
+            # A checkpoint of the bare transformer omits its prefix; a tied head need not be stored.
+            embedding = tied_to if self.tied and name == head else name
             options = [name, name.removeprefix(prefix), embedding, embedding.removeprefix(prefix)]
             stored = next((plain[option] for option in options if option in plain), None)
             if stored is None:
@@ -153,7 +152,7 @@ class Weights:
         return names
 
     def _plain_names(self) -> dict[str, str]:
-        """Name without what wrappers such as DDP and torch.compile add -> stored name."""
+        """Return name -> stored name, without the prefixes that wrappers such as DDP and torch.compile add."""
         plain: dict[str, str] = {}
         for stored in self._store.shapes:
             name = WRAPPERS.sub(r"\1", stored)
@@ -163,10 +162,10 @@ class Weights:
         return plain
 
     def _check_tie(self) -> None:
-        """Raise `CheckpointError` where a head of its own contradicts a config that ties it to the embedding."""
+        """Raise `CheckpointError` if a separate head contradicts a config that ties it to the embedding."""
         if not self.tied:
             return
-        head, embedding = "lm_head.weight", _embedding(self._stored)
+        head, embedding = f"{self.family.head}.weight", f"{self.family.embedding}.weight"
         if self._stored[head] != self._stored[embedding] and not torch.equal(self.raw(head), self.raw(embedding)):
             raise CheckpointError(
                 f"{self.path} holds {self._stored[head]}, which differs from its embedding, but its config has "
@@ -175,18 +174,18 @@ class Weights:
 
 
 def config_of(path: Path, any_family: bool = False) -> Any:
-    """transformers' config of a located model, folder or GGUF file; see `read_config`."""
+    """Return transformers' config of a located model, folder or GGUF file; see `read_config`."""
     return read_config(path, any_family) if path.is_dir() else GgufFile(path).config
 
 
-# The same weights once more in their maker's own layout, as Mistral's and Meta's folders have them.
+# The same weights in their maker's own layout, which Mistral's and Meta's folders have too.
 NOT_FETCHED = ["consolidated*", "original/*"]
 
 
 def locate(model: str, revision: str | None = None) -> Path:
-    """The folder or file of `model`, fetched from the hub (at `revision`) where it is a hub id.
+    """Return the folder or file of `model`, fetched from the hub (at `revision`) if it is a hub id.
 
-    Raises `ConfigError` where there is no such thing, `CheckpointError` where the hub does not answer.
+    Raises `ConfigError` if there is no such model, `CheckpointError` if the hub does not answer.
     """
     if not model:
         raise ConfigError("model is not set; give --model with a Hugging Face folder, a hub id or a .gguf file.")
@@ -201,7 +200,7 @@ def locate(model: str, revision: str | None = None) -> Path:
         return Path(
             snapshot_download(model, revision=revision, allow_patterns=list(FETCHED), ignore_patterns=NOT_FETCHED)
         )
-    except Exception as error:  # the hub's client raises many kinds, some of other packages
+    except Exception as error:  # the hub's client raises many kinds of errors, some from other packages
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise CheckpointError(
             f"model={model} is nothing on this machine, and the hub did not give it ({reason}); "
@@ -210,13 +209,13 @@ def locate(model: str, revision: str | None = None) -> Path:
 
 
 def open_weights(path: Path, low_rank: bool = False, floats: bool = False) -> Weights:
-    """Open a located model, dense or, where that is wanted, `low_rank`; `floats`: see `Weights`.
+    """Open a located model, which must be dense unless `low_rank`; `floats`: see `Weights`.
 
-    Raises `ConfigError` or `CheckpointError` where it cannot be used.
+    Raises `ConfigError` or `CheckpointError` if it cannot be used.
     """
     if path.is_dir():
-        store = SafetensorsFolder(path, read_config(path))
-        generation_config(path)  # whatever is made of the model takes it along; raises if it is damaged
+        store = TensorFolder(path, read_config(path))
+        generation_config(path)  # copied with every model made from this one; raises if it is damaged
         if is_low_rank(store.config) and not low_rank:
             raise ConfigError(f"model={path} is low-rank already; give a dense model.")
         return Weights(path, store, floats)
@@ -225,14 +224,10 @@ def open_weights(path: Path, low_rank: bool = False, floats: bool = False) -> We
 
 @lru_cache(maxsize=1)
 def opened(path: Path, stamp: str) -> Weights:
-    """The same, kept open between the tasks of one process; `stamp` changes with the files."""
+    """Like `open_weights`, cached between the tasks of one process; `stamp` changes with the files."""
     return open_weights(path)
 
 
 def _finite(tensor: Tensor) -> bool:
-    """Whether no entry is NaN or infinite. The sum tells in a twentieth of the time, unless it overflows."""
+    """Return whether no entry is NaN or infinite. The sum shows it in a twentieth of the time, unless it overflows."""
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
-
-
-def _embedding(state: Iterable[str]) -> str:
-    return next(name for name in state if name in ("transformer.wte.weight", "model.embed_tokens.weight"))

@@ -1,9 +1,9 @@
-"""An adapter's folder in peft's format, read for a base: what it holds is applied as a whole, or refused by name.
+"""Read an adapter's folder in peft's format for a base: it is applied completely, or refused with the reasons.
 
     FOLDER/adapter_config.json          peft's LoraConfig
     FOLDER/adapter_model.safetensors    base_model.model.NAME.lora_A.weight (rank, in), .lora_B.weight (out, rank)
     FOLDER/base_quantization.json       bits and scheme of the base it was trained with, if that was quantized
-    FOLDER/base_fingerprint.json        which model the base was: its path, and one hash of its config and weights
+    FOLDER/base_fingerprint.json        the base: its path, and one hash of its config and weights
 
 Every command reads adapters through `load_adapter`, so that all apply the same or refuse the same.
 """
@@ -24,23 +24,22 @@ from torch import Tensor, nn
 from finhpc.errors import CheckpointError, ConfigError
 from finhpc.models.files.config import is_adapter, quantizer_of, read_config
 from finhpc.models.files.manifest import weights_fingerprint
-from finhpc.models.files.tensor_folder import has_tokenizer
-from finhpc.models.files.tokenizer import open_tokenizer
+from finhpc.models.files.tokenizer import has_tokenizer, open_tokenizer
 from finhpc.models.files.tokens import pad_alone
 from finhpc.models.files.weights import locate
 from finhpc.models.lora.peft_format import CONFIG, FINGERPRINT, PREFIX, QUANTIZED, TENSORS, Adapter
-from finhpc.models.lora.targets import linear_shape
+from finhpc.models.lora.targets import linear_shapes
 
 MERGE = "merge it into its base with peft (merge_and_unload, save_pretrained) and give the merged model"
 # Settings of peft's LoraConfig that `load_adapter` applies, ...
 APPLIED = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "base_model_name_or_path"}
 APPLIED |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "revision"}
-# ... that say how it was trained or written and change nothing of what is added to the base, ...
+# ... that describe how it was trained or written and do not change what is added to the base, ...
 INERT = {"task_type", "inference_mode", "lora_dropout", "auto_mapping", "peft_version", "runtime_config"}
 INERT |= {"fan_in_fan_out", "init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"}
 INERT |= {"qalora_group_size", "megatron_core", "ensure_weight_tying"}
-# ... and starts after which the base is another one than the base on disk.
-MOVED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# ... and initializations after which the base differs from the base on disk.
+CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), (str, list)),
     **dict.fromkeys(("rank_pattern", "alpha_pattern"), (dict,)),
@@ -58,10 +57,10 @@ KINDS = {  # part of a tensor's name -> what it is
 
 
 def load_adapter(folder: Path, model: nn.Module) -> Adapter:
-    """Read an adapter for `model`, whose layers may lie on the meta device.
+    """Read an adapter for `model`, which may be on the meta device.
 
     Raises one `ConfigError` with every setting and tensor that is not applied or does not fit the model,
-    `CheckpointError` where a file is missing or damaged.
+    `CheckpointError` if a file is missing or damaged.
     """
     tree = _read_config(folder)
     problems = _odd_settings(folder, tree)
@@ -96,23 +95,23 @@ def load_adapter(folder: Path, model: nn.Module) -> Adapter:
 
 
 def check_base(folder: Path, base: Path) -> None:
-    """Raise `ConfigError` where the adapter in `folder` was trained with another model than `base`, naming both.
+    """Raise `ConfigError` if the adapter in `folder` was trained with another model than `base`, naming both.
 
-    Shapes alone do not tell models apart. Of an adapter without a fingerprint, and of a quantized export of its base,
-    nothing is known. Where the adapter brings a tokenizer, that must give the base's ids.
+    Adapters without a fingerprint and quantized exports of the base cannot be checked. If the adapter has a tokenizer,
+    its ids must be the base's.
     """
     if (folder / FINGERPRINT).is_file() and not (base.is_dir() and quantizer_of(read_config(base))):
         try:
-            said = json.loads((folder / FINGERPRINT).read_bytes())
-            path, sha256 = str(said["path"]), str(said["sha256"])
+            recorded = json.loads((folder / FINGERPRINT).read_bytes())
+            path, sha256 = str(recorded["path"]), str(recorded["sha256"])
         except (ValueError, KeyError, TypeError):
             raise CheckpointError(f"{folder / FINGERPRINT} is damaged; fetch or write the adapter again.") from None
-        here = weights_fingerprint(base)
-        if here != sha256:
+        actual = weights_fingerprint(base)
+        if actual != sha256:
             raise ConfigError(
                 f"adapter={folder} was trained beside {path} (sha256 {sha256[:12]}), and model={base} "
-                f"({here[:12]}) is another model; give its own base, or remove {FINGERPRINT} from the adapter's folder "
-                "to use it all the same."
+                f"({actual[:12]}) is another model; give its own base, or remove {FINGERPRINT} from the adapter's "
+                "folder to use it all the same."
             )
     _check_tokenizer(folder, base)
 
@@ -125,7 +124,7 @@ def _check_tokenizer(folder: Path, base: Path) -> None:
         return
     tokenizer, base_tokenizer = open_tokenizer(folder), open_tokenizer(base)
     ours, theirs = tokenizer.get_vocab(), base_tokenizer.get_vocab()
-    # A token that one of them fills batches up with, and the other lacks, changes no text's ids.
+    # A padding token that only one of them has changes no text's ids.
     fillers = {pad_alone(tokenizer)} - theirs.keys() | {pad_alone(base_tokenizer)} - ours.keys()
     both = ours.keys() | theirs.keys()
     other = sorted(token for token in both - fillers if ours.get(token) != theirs.get(token))
@@ -138,10 +137,10 @@ def _check_tokenizer(folder: Path, base: Path) -> None:
 
 
 def base_of(folder: Path) -> Path:
-    """The base that an adapter names: a folder, a .gguf file, or what the hub has under an id.
+    """Return the base that an adapter names: a folder, a .gguf file, or a model of the hub.
 
-    A relative path is relative to the folder that the command runs in. Raises `ConfigError` where there is no such
-    base, `CheckpointError` where the hub does not answer.
+    A relative path is relative to the current folder. Raises `ConfigError` if there is no such base,
+    `CheckpointError` if the hub does not answer.
     """
     tree = _read_config(folder)
     named = tree.get("base_model_name_or_path")
@@ -167,7 +166,7 @@ def base_of(folder: Path) -> Path:
 
 
 def _odd_settings(folder: Path, tree: dict[str, Any]) -> list[str]:
-    """Settings that change what the adapter computes and are not applied."""
+    """Describe the settings that change what the adapter computes and are not applied."""
     if tree.get("peft_type") != "LORA":
         return [f"adapter={folder} has peft_type={tree.get('peft_type')}, and finhpc knows LORA alone; {MERGE}."]
     odd = [
@@ -176,15 +175,15 @@ def _odd_settings(folder: Path, tree: dict[str, Any]) -> list[str]:
         if key not in APPLIED | INERT and value not in (None, False, 0, "", "none", [], {})
     ]
     start = tree.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(MOVED_BASE):
-        odd.append(f"init_lora_weights={start}, which moved the base's weights")
+    if isinstance(start, str) and start.lower().startswith(CHANGED_BASE):
+        odd.append(f"init_lora_weights={start}, which changed the base's weights")
     if not odd:
         return []
     return [f"adapter={folder} has {', '.join(odd)} in {CONFIG}, which finhpc does not apply; {MERGE}."]
 
 
 def _unread(folder: Path, left: Iterable[str]) -> list[str]:
-    """One problem for each kind of tensor that no layer's A or B is."""
+    """Return one problem per kind of tensor that is not a layer's A or B."""
     kinds: dict[str, list[str]] = {}
     for key in sorted(left):
         kind = next((kind for part, kind in KINDS.items() if part in key), "tensors of unknown names")
@@ -197,7 +196,7 @@ def _unread(folder: Path, left: Iterable[str]) -> list[str]:
 
 
 def _misfits(folder: Path, pairs: dict[str, tuple[Tensor, Tensor]], model: nn.Module) -> list[str]:
-    shapes = {name: shape for name, module in model.named_modules() if (shape := linear_shape(module)) is not None}
+    shapes = linear_shapes(model)
     problems = []
     for name, (a, b) in pairs.items():
         if name == "lm_head" and getattr(model.config, "tie_word_embeddings", False):
@@ -214,7 +213,7 @@ def _misfits(folder: Path, pairs: dict[str, tuple[Tensor, Tensor]], model: nn.Mo
 
 
 def _targets(folder: Path, tree: dict[str, Any], pairs: Iterable[str], model: nn.Module) -> list[str]:
-    """Layers that the settings choose and the tensors lack, or the other way around: peft would drop either."""
+    """Describe layers that only the settings or only the tensors name: peft would drop both."""
     from peft.tuners.tuners_utils import check_target_module_exists
 
     if tree.get("target_modules") == "all-linear":
@@ -223,8 +222,7 @@ def _targets(folder: Path, tree: dict[str, Any], pairs: Iterable[str], model: nn
     chosen = SimpleNamespace(target_parameters=None, **{key: tree.get(key) for key in keys})
     if chosen.target_modules is None:
         return [f"adapter={folder} has no target_modules in {CONFIG}; write the adapter again."]
-    names = [name for name, module in model.named_modules() if linear_shape(module) is not None]
-    wanted = {name for name in names if check_target_module_exists(chosen, name)}
+    wanted = {name for name in linear_shapes(model) if check_target_module_exists(chosen, name)}
     problems = []
     for other, words in (
         (wanted - set(pairs), "names layers without tensors"),

@@ -1,4 +1,4 @@
-"""LoRA: y = W x + bias + scale B (A x), with W frozen and perhaps quantised (E. Hu et al., "LoRA", 2021)."""
+"""LoRA: y = W x + bias + scale B (A x), with W frozen and perhaps quantized (E. Hu et al., "LoRA", 2021)."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from finhpc.quantization.frozen import FrozenLinear
 
 
 class LoraProduct(torch.autograd.Function):
-    """The frozen product and the adapter's beside it, on x (rows, in), in x's dtype.
+    """The frozen product plus the adapter's, for x (rows, in), in x's dtype; without `base` only the adapter's.
 
-    Keeps x, which layers with the same input share, and the narrow A x. No weight gradient of the base. Without
-    `base` it is the adapter alone.
+    Stores x, which layers with the same input share, and the narrow A x. Computes no weight gradient of the base.
     """
 
     @staticmethod
@@ -46,7 +45,7 @@ class LoraProduct(torch.autograd.Function):
 
 
 class FrozenLowRankLinear(nn.Module):
-    """A frozen `LowRankLinear`: both factors frozen, perhaps quantised."""
+    """A frozen `LowRankLinear`: both factors are frozen and perhaps quantized."""
 
     def __init__(self, a: FrozenLinear, b: FrozenLinear, between: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -58,7 +57,7 @@ class FrozenLowRankLinear(nn.Module):
 
 
 class LoraLinear(nn.Module):
-    """`base` with an adapter: A (rank, in), B (out, rank), float32 and trained; maps (..., in) to (..., out)."""
+    """`base` with a trained adapter in float32: A (rank, in), B (out, rank); maps (..., in) to (..., out)."""
 
     def __init__(
         self, base: FrozenLinear | FrozenLowRankLinear, a: Tensor, b: Tensor, scale: float, dropout: float = 0.0
@@ -68,17 +67,17 @@ class LoraLinear(nn.Module):
         self.A, self.B = nn.Parameter(a), nn.Parameter(b)
 
     def forward(self, x: Tensor) -> Tensor:
-        dropped = bool(self.dropout) and self.training
+        drops = bool(self.dropout) and self.training
         rows = x.reshape(-1, x.shape[-1])
-        if isinstance(self.base, FrozenLinear) and not dropped:
-            out = self._adapted(rows, self.base)
+        if isinstance(self.base, FrozenLinear) and not drops:
+            out = self._product(rows, self.base)
         else:
-            out = self.base(rows) + self._adapted(F.dropout(rows, self.dropout) if dropped else rows, None)
+            out = self.base(rows) + self._product(F.dropout(rows, self.dropout) if drops else rows, None)
         return out.view(*x.shape[:-1], -1)
 
-    def _adapted(self, rows: Tensor, base: FrozenLinear | None) -> Tensor:
+    def _product(self, rows: Tensor, base: FrozenLinear | None) -> Tensor:
         return LoraProduct.apply(rows, self.A, self.B, base, self.scale)  # type: ignore[no-untyped-call, no-any-return]
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        """A (rank, in_features), B (out_features, rank)."""
+        """Return A (rank, in_features) and B (out_features, rank)."""
         return self.A, self.B

@@ -1,8 +1,8 @@
 """LoRA adapters: what they add to a base's weights, and how finetuning writes them in peft's format.
 
-For a Llama or GPT-2 base of transformers, `peft.PeftModel.from_pretrained(base, FOLDER)` opens what is written. peft
-does not know the layers of finhpc's low-rank models: their adapters are opened by finhpc alone. What is in the folder
-says `finhpc.models.lora.adapter_file`, which reads it.
+For a base of transformers, `peft.PeftModel.from_pretrained(base, FOLDER)` opens the result. peft does not know the
+layers of finhpc's low-rank models: only finhpc opens their adapters. `finhpc.models.lora.adapter_file` reads the
+folder and describes its files.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from finhpc.errors import ConfigError
 from finhpc.lowrank.layers import LowRankLinear
 from finhpc.models.files.config import ADAPTER
 from finhpc.models.files.weights import Weights
-from finhpc.models.lora.targets import ALL, CHANGES_BASE, factors_from_base, is_pattern, linear_shape, scheme_of
+from finhpc.models.lora.targets import ALL, CHANGES_BASE, factors_from_base, is_pattern, linear_layers, scheme_of
 from finhpc.quantization.frozen import freeze
 from finhpc.settings.finetune import FinetuneQuantization, Lora
 
@@ -33,7 +33,7 @@ FINGERPRINT = "base_fingerprint.json"
 
 @dataclass(frozen=True)
 class Adapter:
-    """`pairs`: name of a layer -> A (rank, in), B (out, rank); `scales`: what each B A is multiplied by.
+    """`pairs`: name of a layer -> A (rank, in), B (out, rank); `scales`: the factor of each B A.
 
     `bits`, `scheme`: how the linear layers of the base were quantized in training.
     """
@@ -44,28 +44,28 @@ class Adapter:
     scheme: str = ""
 
     def delta(self, name: str) -> Tensor | None:
-        """What is added to the layer's W (out, in), in float32; None where it has no adapter."""
+        """Return what is added to the layer's W (out, in), in float32; None if it has no adapter."""
         if name not in self.pairs:
             return None
         a, b = self.pairs[name]
         return self.scales[name] * b.float() @ a.float()
 
     def rounded(self, name: str, rows: Tensor) -> Tensor:
-        """A matrix (out, in) of the base as it was in training; `name`: of its layer, or of a factor's (`LAYER.A`).
+        """Return a matrix (out, in) of the base as it was in training; `name`: of its layer or factor (`LAYER.A`).
 
-        A base that was quantized then is quantized and dequantized: the adapter has learned to mend its rounding.
+        If the base was quantized, it is quantized and dequantized: the adapter has learned to correct its rounding.
         The head never was.
         """
         return rows if name.partition(".")[0] == "lm_head" else rounded(rows, self.bits, self.scheme, name)
 
     def merged(self, name: str, rows: Tensor) -> Tensor:
-        """A matrix (out, in) with what the adapter adds to the layer; as it came if that is nothing."""
+        """Return a matrix (out, in) plus the layer's adapter, if it has one."""
         delta = self.delta(name)
         return rows if delta is None else rows.float() + delta.to(rows.device)
 
 
 def rounded(rows: Tensor, bits: int, scheme: str, name: str) -> Tensor:
-    """A matrix (out, in) quantized and dequantized again, in float32; as it came at 16 bits."""
+    """Quantize and dequantize a matrix (out, in), in float32; unchanged at 16 bits."""
     if bits == 16:
         return rows
     return freeze(rows.float(), None, bits, scheme, torch.float32, name).matrix(torch.float32)
@@ -81,16 +81,15 @@ def save_adapter(
 ) -> None:
     """Write an adapter from `trained`: name of an adapted layer + .A or .B -> tensor, as the engine names them.
 
-    pissa and olora trained beside a base that they had moved: what is written is the difference, of twice the rank,
-    beside the base as it lies on disk. `fingerprint`: of the base's folder (`finhpc.models.files.manifest`),
-    for `check_base`.
+    pissa and olora train with a changed base: the written adapter is the difference to the base on disk, of twice the
+    rank. `fingerprint`: of the base's folder (`finhpc.models.files.manifest`), for `check_base`.
     """
     names = sorted({name.rpartition(".")[0] for name in trained})
     tensors, rank, alpha = {}, settings.rank, settings.lora_alpha
     for name in names:
         a, b = trained[f"{name}.A"].float().cpu(), trained[f"{name}.B"].float().cpu()
         if settings.init in CHANGES_BASE:
-            first_a, first_b = factors_from_base(_rows(weights, name), settings)
+            first_a, first_b = factors_from_base(_base_rows(weights, name), settings)
             a, b = torch.cat((a, first_a)), torch.cat((b, -first_b), 1)
         tensors[f"{PREFIX}{name}.lora_A.weight"] = a.contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = b.contiguous()
@@ -110,54 +109,54 @@ def save_adapter(
 def _peft_config(settings: Lora, weights: Weights, names: list[str], rank: int, alpha: float) -> Any:
     from peft import LoraConfig
 
-    turned = any(isinstance(weights.skeleton.get_submodule(name), Conv1D) for name in names)
+    transposed = any(isinstance(weights.skeleton.get_submodule(name), Conv1D) for name in names)
     targets: Any = settings.targets
     if len(targets) == 1 and (targets == [ALL] or is_pattern(targets[0])):
         (targets,) = targets
-    elif any(target == ALL or is_pattern(target) for target in targets):  # peft knows such alone
+    elif any(target == ALL or is_pattern(target) for target in targets):  # peft takes these only alone
         targets = names
     return LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]
         target_modules=targets,
         lora_dropout=settings.dropout,
-        fan_in_fan_out=turned,
+        fan_in_fan_out=transposed,
         task_type="CAUSAL_LM",
         base_model_name_or_path=str(weights.path),
         inference_mode=True,
     )
 
 
-def _rows(weights: Weights, name: str) -> Tensor:
+def _base_rows(weights: Weights, name: str) -> Tensor:
     weight = weights.read(f"{name}.weight")
     return weight.T if isinstance(weights.skeleton.get_submodule(name), Conv1D) else weight
 
 
 @torch.no_grad()
 def round_base(model: nn.Module, bits: int, scheme: str) -> None:
-    """Round the linear layers of a model in memory as a base of these bits is rounded in training, in place."""
-    for name, module in model.named_modules():
-        if linear_shape(module) is None or name == "lm_head" or bits == 16:
+    """Round the linear layers of a model in place, as training rounds a base of these bits."""
+    for name, layer in linear_layers(model).items():
+        if name == "lm_head" or bits == 16:
             continue
-        turned = isinstance(module, Conv1D)
-        keys = ("A", "B") if isinstance(module, LowRankLinear) else ("weight",)
-        for key in keys:
-            weight = getattr(module, key)
-            full = f"{name}.{key}" if len(keys) == 2 else name
-            rows = rounded(weight.T if turned else weight, bits, scheme, full)
-            weight.copy_((rows.T if turned else rows).to(weight.dtype))
+        modules: dict[str, Any] = {name: layer}
+        if isinstance(layer, LowRankLinear):
+            modules = {f"{name}.A": layer.A, f"{name}.B": layer.B}
+        for full, module in modules.items():
+            transposed, weight = isinstance(module, Conv1D), module.weight
+            rows = rounded(weight.T if transposed else weight, bits, scheme, full)
+            weight.copy_((rows.T if transposed else rows).to(weight.dtype))
 
 
 @torch.no_grad()
 def merge_adapter(model: nn.Module, adapter: Adapter) -> None:
-    """Add the adapter to the weights of a dense model in memory, in place; exact in float32.
+    """Add the adapter to the weights of a dense model in place; exact in float32.
 
-    Raises `ConfigError` where an adapted layer is low-rank: B A has no room for what is added.
+    Raises `ConfigError` if an adapted layer is low-rank: the sum would exceed its rank.
     """
     pairs = [name for name in adapter.pairs if isinstance(model.get_submodule(name), LowRankLinear)]
     if pairs:
         raise ConfigError(
-            f"the adapter's base is low-rank ({pairs[0]} and {len(pairs) - 1} more layers), which cannot take it up in "
+            f"the adapter's base is low-rank ({pairs[0]} and {len(pairs) - 1} more layers), which cannot absorb it in "
             "memory; use `finhpc export --format merged`."
         )
     round_base(model, adapter.bits, adapter.scheme)

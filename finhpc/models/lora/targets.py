@@ -1,69 +1,93 @@
-"""Where adapters go and what they start from: peft's rules and draws, from (seed, name of the layer) alone."""
+"""Which layers get adapters and how adapters are initialized: peft's rules, from (seed, name of the layer) alone."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from finhpc.errors import ConfigError
-from finhpc.lowrank.layers import LowRankLinear
+from finhpc.lowrank.layers import LowRankLinear, is_factor
 from finhpc.models.initialize import generator_of
 from finhpc.settings.finetune import FinetuneQuantization, Lora
 
 ALL = "all-linear"
-CHANGES_BASE = ("pissa", "olora")  # they take the adapter's start out of the base
+CHANGES_BASE = ("pissa", "olora")  # initializations that subtract the adapter from the base
 
 
-def target_names(model: nn.Module, settings: Lora, bits: int) -> dict[str, tuple[int, int]]:
-    """Name -> (out, in) of every layer that gets an adapter, in the order of the model.
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """Return (out, in) of a linear layer, dense or low-rank; None for any other module."""
+    if isinstance(module, Conv1D):
+        return module.weight.shape[1], module.weight.shape[0]
+    if isinstance(module, nn.Linear | LowRankLinear):
+        return module.out_features, module.in_features
+    return None
 
-    `all-linear` is every linear layer but the head; other names are ends of module names, as in peft, and what is no
-    name is a regular expression that a whole module name must match, as peft takes a string. Raises one
-    `ConfigError` with all that is wrong: targets that match nothing, a rank that does not fit, a start that does not
-    go with the base.
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return name -> every linear layer, dense or low-rank; the factors of low-rank layers are not listed."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if linear_shape(module) is not None and not is_factor(model, name)
+    }
+
+
+def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return name -> (out, in) of `linear_layers`."""
+    return {name: shape for name, module in linear_layers(model).items() if (shape := linear_shape(module))}
+
+
+def target_shapes(model: nn.Module, settings: Lora, bits: int) -> dict[str, tuple[int, int]]:
+    """Return name -> (out, in) of every layer that gets an adapter, in the order of the model.
+
+    `all-linear` is every linear layer except the head; other targets are ends of module names, as in peft, or regular
+    expressions that a whole module name must match, as peft treats a string. Raises one `ConfigError` with every
+    problem: targets that match nothing, a rank that does not fit, an initialization that does not fit the base.
     """
-    linear = {name: shape for name, module in model.named_modules() if (shape := linear_shape(module)) is not None}
+    linear = linear_shapes(model)
     blocks = {name: shape for name, shape in linear.items() if name != "lm_head"}
-    wanted = settings.targets
-    problems = [
-        f"lora.targets={target} is no name, and no regular expression either ({reason}); correct it."
-        for target in wanted
-        if (reason := _fault(target))
-    ]
+    targets = settings.targets
+    problems = []
+    for target in targets:
+        try:
+            re.compile(target if is_pattern(target) else "")
+        except re.error as error:
+            problems.append(
+                f"lora.targets={target} is no name, and no regular expression either ({error}); correct it."
+            )
     if problems:
         raise ConfigError(problems)
     chosen = {
         name: shape
         for name, shape in linear.items()
-        if (ALL in wanted and name in blocks) or any(_fits(name, target) for target in wanted if target != ALL)
+        if (ALL in targets and name in blocks) or any(_matches(name, target) for target in targets if target != ALL)
     }
     ends = sorted({name.rpartition(".")[2] for name in blocks})
-    idle = [target for target in wanted if target != ALL and not any(_fits(name, target) for name in linear)]
     problems = [
         f"lora.targets={target} matches no linear layer; those there are: {', '.join(ends)}, lm_head (or {ALL})."
-        for target in idle
+        for target in targets
+        if target != ALL and not any(_matches(name, target) for name in linear)
     ]
-    if not wanted:
+    if not targets:
         problems.append(f"lora.targets is empty; name some of {', '.join(ends)}, or use {ALL}.")
     if "lm_head" in chosen and getattr(model.config, "tie_word_embeddings", False):
         problems.append("lora.targets=lm_head does not fit a model whose head is its embedding; leave it out.")
-    problems += _misfits(chosen, settings.rank)
+    problems += _rank_problems(chosen, settings.rank)
     if settings.init == "orthogonal" and settings.rank % 2:
         problems.append(f"lora.rank={settings.rank} does not go with lora.init=orthogonal; use an even rank.")
     if settings.init in CHANGES_BASE and bits < 16:
         problems.append(
-            f"lora.init={settings.init} moves the base's weights, and quantised ones cannot be moved exactly; "
+            f"lora.init={settings.init} changes the base's weights, and quantized ones cannot be changed exactly; "
             "use quantization.bits=16 or lora.init=default."
         )
-    moved = [name for name in chosen if isinstance(model.get_submodule(name), LowRankLinear)]
-    if settings.init in CHANGES_BASE and moved:
+    low_rank = [name for name in chosen if isinstance(model.get_submodule(name), LowRankLinear)]
+    if settings.init in CHANGES_BASE and low_rank:
         problems.append(
-            f"lora.init={settings.init} needs dense layers, and {len(moved)} of the adapted ones are low-rank; "
+            f"lora.init={settings.init} needs dense layers, and {len(low_rank)} of the adapted ones are low-rank; "
             "use lora.init=default."
         )
     if problems:
@@ -72,51 +96,34 @@ def target_names(model: nn.Module, settings: Lora, bits: int) -> dict[str, tuple
 
 
 def is_pattern(target: str) -> bool:
-    """Whether a target is a regular expression: it holds what no module's name does."""
+    """Return whether a target is a regular expression: it has characters that no module name has."""
     return target != ALL and re.fullmatch(r"[\w.]*", target) is None
 
 
-def _fits(name: str, target: str) -> bool:
+def _matches(name: str, target: str) -> bool:
     if is_pattern(target):
         return re.fullmatch(target, name) is not None
     return name == target or name.endswith("." + target)
 
 
-def _fault(target: str) -> str | None:
-    try:
-        re.compile(target if is_pattern(target) else "")
-    except re.error as error:
-        return str(error)
-    return None
-
-
-def _misfits(chosen: dict[str, tuple[int, int]], rank: int) -> list[str]:
+def _rank_problems(chosen: dict[str, tuple[int, int]], rank: int) -> list[str]:
     if rank < 1:
         return [f"lora.rank={rank} is no rank; use 1 or more."]
-    found: dict[tuple[str, tuple[int, int]], int] = {}
+    counts: dict[tuple[str, tuple[int, int]], int] = {}
     for name, shape in chosen.items():
         if rank > min(shape):
             key = (re.sub(r"\.\d+\.", ".*.", name), shape)
-            found[key] = found.get(key, 0) + 1
+            counts[key] = counts.get(key, 0) + 1
     return [
         f"lora.rank={rank} does not fit {name} ({out} x {into}, layers: {count}); use 1 to {min(out, into)}."
-        for (name, (out, into)), count in found.items()
+        for (name, (out, into)), count in counts.items()
     ]
 
 
-def linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """(out, in) of a linear layer, dense or low-rank; None for everything else."""
-    if isinstance(module, Conv1D):
-        return module.weight.shape[1], module.weight.shape[0]
-    if isinstance(module, nn.Linear | LowRankLinear):
-        return module.out_features, module.in_features
-    return None
-
-
-def start(
+def initial_factors(
     settings: Lora, shape: tuple[int, int], seed: int, name: str, rows: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """A (rank, in) and B (out, rank) in float32, as peft draws them. `rows`: the matrix, for `CHANGES_BASE` alone."""
+    """Return A (rank, in) and B (out, rank) in float32, drawn as in peft. `rows`: the matrix, for `CHANGES_BASE`."""
     out, into = shape
     rank, generator = settings.rank, generator_of(seed, f"{name}.lora")
     if settings.init == "default":
@@ -135,7 +142,7 @@ def start(
 
 
 def factors_from_base(rows: Tensor, settings: Lora) -> tuple[Tensor, Tensor]:
-    """A and B of pissa (the largest singular values) or olora (the first columns of QR) of a matrix (out, in)."""
+    """Return A and B of pissa (largest singular values) or olora (first columns of QR) of a matrix (out, in)."""
     rank = settings.rank
     if settings.init == "olora":
         q, r = torch.linalg.qr(rows)
@@ -150,20 +157,15 @@ def scale_of(settings: Lora) -> float:
 
 
 def scheme_of(quantization: FinetuneQuantization) -> str:
-    """The scheme by name; raises `ConfigError` where it does not have the bits."""
+    """Return the scheme's name; raises `ConfigError` if the scheme does not support the bits."""
     bits, scheme = quantization.bits, quantization.scheme
     if scheme == "auto":
         return {16: "none", 8: "int8", 4: "nf4"}[bits]
-    fits: dict[str, tuple[int, ...]] = {"int8": (8,), "nf4": (4,), "minmax": (8, 4)}
-    if bits not in fits[scheme]:
-        words = " or ".join(map(str, fits[scheme]))
+    supported: dict[str, tuple[int, ...]] = {"int8": (8,), "nf4": (4,), "minmax": (8, 4)}
+    if bits not in supported[scheme]:
+        words = " or ".join(map(str, supported[scheme]))
         raise ConfigError(
             f"quantization.bits={bits} does not go with quantization.scheme={scheme}, which has {words}; "
             "use scheme auto, or those bits."
         )
     return scheme
-
-
-def trained_names(names: Iterable[str]) -> list[str]:
-    """The parameters of adapters on layers of these names."""
-    return [f"{name}.{factor}" for name in names for factor in ("A", "B")]

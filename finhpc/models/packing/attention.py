@@ -1,6 +1,6 @@
-"""Attention within a pack: every token sees its own segment up to itself, and the whole segment that it continues.
+"""Attention within packed examples: a token sees its segment up to itself and the whole segment that it continues.
 
-No tokens x tokens mask. On a CPU segments of about one length are multiplied together, a block of queries at a
+There is no tokens x tokens mask. On a CPU segments of similar length are multiplied together, a block of queries at a
 time, with the keys that the block can see; heads that share keys and values are rows of one product. On a GPU all
 segments of a prefix go through torch's fused kernel at once.
 """
@@ -15,22 +15,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from finhpc.models.attention import QUERIES, SCORE_BYTES
-from finhpc.models.packing.layout import Group, Layout
+from finhpc.models.packing.layout import Layout, SegmentGroup
 
-LONGEST = 1024  # tokens: longer segments keep no probabilities, which would be most of a step's memory
+LONGEST = 1024  # tokens: for longer segments, stored probabilities would be most of a step's memory
 
 
-class PackedAttention(torch.autograd.Function):
+class SegmentAttention(torch.autograd.Function):
     """softmax(scale Q K^T + mask) V for q (T, heads, size), k and v (T, shared heads, size) of one dtype; as q.
 
-    Keeps the probabilities for the backward pass or, without `keep`, computes them again, the same to the bit. The
-    gradients of a prefix are the sums over all segments that continue it. Padding gets zeros.
+    Stores the probabilities for the backward pass or, without `keep`, recomputes them bit-identically. The gradients of
+    a prefix are sums over all segments that continue it. Padding gets zeros.
     """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, keep: bool = True) -> Tensor:
         out = torch.zeros_like(q)
-        kept: list[Tensor] = []
+        stored: list[Tensor] = []
         for group in _groups(layout, q):
             query, keys, values = _queries(q, group, k.shape[1]), _keys(k, group), _keys(v, group)
             result = torch.empty_like(query)
@@ -39,17 +39,17 @@ class PackedAttention(torch.autograd.Function):
                 part = torch.bmm(p, values[:, :seen])
                 result[:, :, begin:end] = part.view(*result.shape[:2], end - begin, -1)
                 if _keeps(group, keep):
-                    kept.append(p)
+                    stored.append(p)
             _put(out, result, group)
-        ctx.save_for_backward(q, k, v, *kept)
+        ctx.save_for_backward(q, k, v, *stored)
         ctx.layout, ctx.scale, ctx.keep = layout, scale, keep
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        q, k, v, *kept = ctx.saved_tensors
+        q, k, v, *stored = ctx.saved_tensors
         d_q, d_k, d_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        probabilities = iter(kept)
+        probabilities = iter(stored)
         for group in _groups(ctx.layout, q):
             query, keys, values = _queries(q, group, k.shape[1]), _keys(k, group), _keys(v, group)
             grad = _queries(gradients[0], group, k.shape[1])
@@ -78,8 +78,8 @@ class PackedAttention(torch.autograd.Function):
         return d_q, d_k, d_v, None, None, None
 
 
-def _groups(layout: Layout, q: Tensor) -> Iterator[Group]:
-    """The groups, cut so that the scores of one block of queries fit into SCORE_BYTES, at least a segment each."""
+def _groups(layout: Layout, q: Tensor) -> Iterator[SegmentGroup]:
+    """Yield the groups, cut so that the scores of a block of queries fit into SCORE_BYTES, at least a segment each."""
     for index, group in enumerate(layout.groups):
         longest = group.rows.shape[1]
         seen = longest + len(group.prefix)
@@ -87,35 +87,35 @@ def _groups(layout: Layout, q: Tensor) -> Iterator[Group]:
         yield from layout.cut(index, step)
 
 
-def _keeps(group: Group, keep: bool) -> bool:
+def _keeps(group: SegmentGroup, keep: bool) -> bool:
     return keep and group.rows.shape[1] <= LONGEST
 
 
-def _blocks(group: Group) -> Iterator[tuple[int, int, int]]:
-    """(first query, end, keys that they see, the prefix's first)."""
+def _blocks(group: SegmentGroup) -> Iterator[tuple[int, int, int]]:
+    """Yield (first query, end, number of keys that they see, the prefix's first)."""
     longest = group.rows.shape[1]
     for begin in range(0, longest, QUERIES):
         end = min(longest, begin + QUERIES)
         yield begin, end, len(group.prefix) + end
 
 
-def _queries(x: Tensor, group: Group, shared: int) -> Tensor:
+def _queries(x: Tensor, group: SegmentGroup, shared: int) -> Tensor:
     """(T, heads, size) -> (segments * shared heads, heads that share, longest, size)."""
     segments, longest = group.rows.shape
     rows = x[group.rows.reshape(-1)].view(segments, longest, shared, -1, x.shape[-1])
     return rows.permute(0, 2, 3, 1, 4).reshape(segments * shared, -1, longest, x.shape[-1])
 
 
-def _keys(x: Tensor, group: Group) -> Tensor:
+def _keys(x: Tensor, group: SegmentGroup) -> Tensor:
     """(T, shared heads, size) -> (segments * shared heads, prefix + longest, size)."""
     segments = len(group.rows)
     rows = torch.cat((group.prefix.expand(segments, -1), group.rows), 1)
-    found = x[rows.reshape(-1)].view(segments, rows.shape[1], *x.shape[1:])
-    return found.transpose(1, 2).reshape(segments * x.shape[1], rows.shape[1], x.shape[-1])
+    keys = x[rows.reshape(-1)].view(segments, rows.shape[1], *x.shape[1:])
+    return keys.transpose(1, 2).reshape(segments * x.shape[1], rows.shape[1], x.shape[-1])
 
 
-def _put(into: Tensor, x: Tensor, group: Group) -> None:
-    """Write what `_queries` took out back to its rows."""
+def _put(into: Tensor, x: Tensor, group: SegmentGroup) -> None:
+    """Write the rows that `_queries` gathered back to their places."""
     segments, longest = group.rows.shape
     shared = len(x) // segments
     rows = x.view(segments, shared, -1, longest, x.shape[-1]).permute(0, 3, 1, 2, 4).reshape(segments, longest, -1)
@@ -124,8 +124,8 @@ def _put(into: Tensor, x: Tensor, group: Group) -> None:
     flat[places] = values
 
 
-def _add(into: Tensor, x: Tensor, group: Group) -> None:
-    """Add what belongs to the keys that `_keys` took out; to a prefix's, the sum over its segments."""
+def _add(into: Tensor, x: Tensor, group: SegmentGroup) -> None:
+    """Add gradients of the keys that `_keys` gathered; a prefix gets the sum over its segments."""
     segments, longest = group.rows.shape
     before = len(group.prefix)
     rows = x.view(segments, -1, before + longest, x.shape[-1]).transpose(1, 2)
@@ -135,8 +135,8 @@ def _add(into: Tensor, x: Tensor, group: Group) -> None:
     into[places] += values.view(-1, *into.shape[1:])
 
 
-def _own(group: Group, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The group's rows of the pack, each once, and what (segments, longest, width) holds for them: (rows, width)."""
+def _own(group: SegmentGroup, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the group's rows of the pack, each once, and their values in `x`: (rows, width)."""
     flat, rows = x.reshape(-1, x.shape[-1]), group.rows.reshape(-1)
     return (rows, flat) if group.places is None else (rows[group.places], flat[group.places])
 
@@ -152,30 +152,30 @@ def _probabilities(query: Tensor, keys: Tensor, begin: int, end: int, seen: int,
     return torch.softmax(scores, -1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, keep: bool) -> Tensor:
-    """(T, heads, size) from the same and k, v (T, shared heads, size); see `PackedAttention`.
+def attend_segments(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, keep: bool) -> Tensor:
+    """(T, heads, size) from the same and k, v (T, shared heads, size); see `SegmentAttention`.
 
-    torch's fused kernel keeps no probabilities, whatever `keep` says.
+    torch's fused kernel stores no probabilities, whatever `keep` is.
     """
     if layout.fused and layout.groups:
         return _fused(q, k, v, layout, scale)
-    return PackedAttention.apply(q, k, v, layout, scale, keep)  # type: ignore[no-untyped-call, no-any-return]
+    return SegmentAttention.apply(q, k, v, layout, scale, keep)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:
-    """As `attend`. Where a segment is shorter its last row stands again: no other row sees those, none is put back."""
+    """Like `attend_segments`; shorter segments repeat their last row, which nothing else sees or copies back."""
     out = torch.zeros_like(q)
     for group in layout.groups:
         query = q.index_select(0, group.rows.reshape(-1)).view(*group.rows.shape, *q.shape[1:]).transpose(1, 2)
         keys, values = (_seen(x, group, q.shape[1]) for x in (k, v))
         mask = _mask(group)
-        found = F.scaled_dot_product_attention(query, keys, values, mask, is_causal=mask is None, scale=scale)
-        places, rows = _own(group, found.transpose(1, 2).reshape(*group.rows.shape, -1))
+        attended = F.scaled_dot_product_attention(query, keys, values, mask, is_causal=mask is None, scale=scale)
+        places, rows = _own(group, attended.transpose(1, 2).reshape(*group.rows.shape, -1))
         out = out.index_copy(0, places, rows.view(-1, *q.shape[1:]))
     return out
 
 
-def _seen(x: Tensor, group: Group, heads: int) -> Tensor:
+def _seen(x: Tensor, group: SegmentGroup, heads: int) -> Tensor:
     """(T, shared heads, size) -> (segments, heads, prefix + longest, size)."""
     rows = x.index_select(0, group.rows.reshape(-1)).view(*group.rows.shape, *x.shape[1:])
     if len(group.prefix):
@@ -185,8 +185,8 @@ def _seen(x: Tensor, group: Group, heads: int) -> Tensor:
     return (rows.repeat_interleave(sharing, 2) if sharing > 1 else rows).transpose(1, 2)
 
 
-def _mask(group: Group) -> Tensor | None:
-    """bool (longest, prefix + longest): which keys a query of the group sees; None: those up to itself."""
+def _mask(group: SegmentGroup) -> Tensor | None:
+    """Return which keys each query of the group sees: bool (longest, prefix + longest), None for those up to itself."""
     longest, before = group.rows.shape[1], len(group.prefix)
     if not before:
         return None

@@ -15,8 +15,9 @@ from finhpc.settings.base import build
 from finhpc.settings.finetune import FinetuneConfig, TrainingConfig
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.training import default_tracking_uri
+from finhpc.tracking.describe import parameters
 from finhpc.tracking.mirror import Status
-from finhpc.tracking.shown import HIDDEN, SETTING, parameters, setting_tags
+from finhpc.tracking.tags import COMMAND, PREFIX, SETTING, setting_tags
 from finhpc.tracking.tracker import Tracker
 from finhpc.training.journal import Journal
 
@@ -87,8 +88,8 @@ class Store:
         last = {"val_loss": evals[max(evals)]} if evals else {}
         all_tags = setting_tags(config) | {
             "mlflow.source.name": f"finhpc {verb}",
-            HIDDEN + "verb": verb,
-            HIDDEN + "dataset_fingerprint": "d" * 64,
+            COMMAND: verb,
+            PREFIX + "dataset_fingerprint": "d" * 64,
             **(tags or {}),
         }
         tracker = Tracker(folder, self.uri, experiment, name, parameters(config, {}, {}), all_tags)
@@ -101,7 +102,7 @@ class Store:
         client = MlflowClient(self.uri)
         experiment = client.get_experiment_by_name("tests")
         assert experiment
-        run_id = str(client.create_run(experiment.experiment_id, tags={HIDDEN + "verb": "evaluate"}).info.run_id)
+        run_id = str(client.create_run(experiment.experiment_id, tags={COMMAND: "evaluate"}).info.run_id)
         for key, value in {"model": models, "adapter": adapters or [], "quantization.bits": 16}.items():
             client.set_tag(run_id, SETTING + key, str(value))
         for key, value in metrics.items():

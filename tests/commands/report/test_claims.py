@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from finhpc.commands.report.claims import Claim, make_claims, verdict
-from finhpc.commands.report.curves import smoothed, steps_to
+from finhpc.commands.report.claims import Claim, make_claims, steps_to, verdict
+from finhpc.commands.report.figures import smoothed
 from finhpc.commands.report.tables import make_tables
-from finhpc.tracking.shown import SWEEP
+from finhpc.tracking.tags import SWEEP
 from tests.commands.report.store import Store
 
 R96 = "r96 / GPT2-127M-r192"

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from finhpc.commands.report.figures import make_figures
-from finhpc.commands.report.points import Point, pretrained_points, tuned_points
+from finhpc.commands.report.figures import Point, make_figures, pretrained_points, tuned_points
 from finhpc.commands.report.tables import Group, make_tables
-from finhpc.tracking.shown import SCORED_FROM
+from finhpc.tracking.tags import SCORED_FROM
 from tests.commands.report.store import Store
 
 

@@ -224,7 +224,7 @@ def test_a_database_of_another_mlflow_is_refused_with_the_way_out(store: Store, 
 def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_text("no database at all " * 100)
     config = build(ReportConfig, {"run": {"storage": str(tmp_path)}, "out": str(tmp_path / "out")})
-    assert "no database that MLflow can read" in refused(config)
+    assert "not a database that MLflow can read" in refused(config)
 
 
 @pytest.mark.parametrize("silent", [False, True], ids=["refusing", "silent"])

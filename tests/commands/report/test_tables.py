@@ -12,7 +12,8 @@ import pytest
 from finhpc.commands.report.cells import COLUMNS, count, csv_of, rows_of, three
 from finhpc.commands.report.paper import paper_tables
 from finhpc.commands.report.tables import Value, make_tables
-from finhpc.tracking.shown import HIDDEN, SCORED_FROM, origin
+from finhpc.tracking.describe import trained_model
+from finhpc.tracking.tags import PREFIX, SCORED_FROM
 from tests.commands.report.store import Store
 
 
@@ -124,7 +125,7 @@ def test_a_dense_model_has_no_ranks_whatever_a_grid_gave_it(store: Store) -> Non
 def test_only_rows_of_one_shape_data_and_amount_are_compared(store: Store) -> None:
     store.pretrain("one", "dense")
     store.pretrain("longer", "dense", result={"tokens": 20480})
-    store.pretrain("other-data", "dense", tags={HIDDEN + "dataset_fingerprint": "e" * 64})
+    store.pretrain("other-data", "dense", tags={PREFIX + "dataset_fingerprint": "e" * 64})
     store.pretrain("wider", "dense", settings={"model": {"width": 768, "heads": 12, "layers": 12}})
     groups = make_tables(store.collected())["vi"].groups
     assert len(groups) == 4
@@ -217,7 +218,7 @@ def test_a_decomposed_model_counts_as_the_training_that_it_was_made_of(store: St
     low = tmp_path / "low"
     low.mkdir()
     (low / "result.json").write_text(json.dumps({"source": store.model("dense"), "model": str(low)}))
-    tags = {HIDDEN + "started_from": origin(str(low))}
+    tags = {PREFIX + "started_from": trained_model(str(low))}
     settings = {"model": {"path": str(low)}}
     store.pretrain("two", "svd", 96, settings=settings, tags=tags, result=HOURS | {"worker_hours": 3.0})
     assert with_start(store, "gpt2-small-cpu-r96") == 4.0

@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
+import finhpc
 from finhpc.commands.pretrain import Pretrain
 from finhpc.commands.sweep import plan as sweep_plan
 from finhpc.commands.sweep.plan import plan_sweep
 from finhpc.commands.sweep.tracking import register, settle_children
 from finhpc.errors import ConfigError
+from finhpc.log import redirected
 from finhpc.settings.base import build
 from finhpc.settings.finetune import FinetuneConfig
 from finhpc.settings.pretrain import PretrainConfig
@@ -24,11 +26,13 @@ from finhpc.settings.sweep import FinetuneSweepConfig, SweepConfig
 from finhpc.settings.training import default_tracking_uri
 from finhpc.tracking import mirror
 from finhpc.tracking import tracker as tracking
+from finhpc.tracking.describe import Dataset, parameters, short_name, trained_model
 from finhpc.tracking.pages import pages_of
-from finhpc.tracking.shown import PARENT, Dataset, origin, parameters, setting_tags, short_name
 from finhpc.tracking.store import check_store, deleted, experiment_id, refuses
+from finhpc.tracking.tags import PARENT, setting_tags
 from finhpc.tracking.tracker import Tracker
 from finhpc.training.journal import Journal
+from tests.tiny import pretrain_tree
 
 
 def pretraining(**sections: Any) -> PretrainConfig:
@@ -36,14 +40,7 @@ def pretraining(**sections: Any) -> PretrainConfig:
 
 
 def sweep_tree(shards: Path, storage: Path, **more: Any) -> dict[str, Any]:
-    return {
-        "model": {"preset": "gpt2-tiny", "layers": 2, "width": 32, "context": 64},
-        "method": {"rank": 8},
-        "data": {"shards": str(shards), "seq_len": 32, "eval_samples": 16},
-        "train": {"steps": 20},
-        "run": {"name": "ranks", "storage": str(storage)},
-        **more,
-    }
+    return pretrain_tree(shards, storage, train={"steps": 20}, run={"name": "ranks"}) | more
 
 
 def differing(points: list[dict[str, Any]]) -> set[str]:
@@ -142,11 +139,11 @@ def test_a_decomposed_model_leads_back_to_the_one_it_was_made_of(tmp_path: Path)
     for name, source in (("low", "/runs/dense/model"), ("lower", str(tmp_path / "low"))):
         (tmp_path / name).mkdir()
         (tmp_path / name / "result.json").write_text(json.dumps({"source": source}))
-    assert origin(str(tmp_path / "lower")) == "/runs/dense/model"
-    assert origin("/runs/dense/model") == "/runs/dense/model"
+    assert trained_model(str(tmp_path / "lower")) == "/runs/dense/model"
+    assert trained_model("/runs/dense/model") == "/runs/dense/model"
     (tmp_path / "loop").mkdir()
     (tmp_path / "loop" / "result.json").write_text(json.dumps({"source": str(tmp_path / "loop")}))
-    assert origin(str(tmp_path / "loop")) == str(tmp_path / "loop")
+    assert trained_model(str(tmp_path / "loop")) == str(tmp_path / "loop")
 
 
 # -- what a real store holds ----------------------------------------------------------------
@@ -275,14 +272,12 @@ def test_a_deleted_experiment_is_refused_at_once(tmp_path: Path, empty_database:
     gone = client.create_experiment("gone")
     check_store(uri, "gone")
     client.delete_experiment(gone)
-    from finhpc.commands.pretrain import pretrain
-
     tree = sweep_tree(run_shards, tmp_path)
     tree["run"]["experiment"] = "gone"
     says = rf"run\.experiment=gone was deleted in MLflow; restore it .*--experiment-id {gone}\), or choose another"
     for dry_run in (True, False):
         with pytest.raises(ConfigError, match=says):
-            pretrain(build(PretrainConfig, tree), dry_run)
+            finhpc.pretrain(build(PretrainConfig, tree), dry_run)
     for kind in (SweepConfig, FinetuneSweepConfig):
         base = {"run": tree["run"], "grid": {"optimizer.lr": [1e-3]}}
         with pytest.raises(ConfigError, match=says):
@@ -294,9 +289,10 @@ def test_a_deleted_experiment_is_refused_at_once(tmp_path: Path, empty_database:
 
 def test_an_experiment_deleted_under_a_run_ends_it_without_waiting(tmp_path: Path, empty_database: Path) -> None:
     use(tmp_path, empty_database)
-    uri, said = default_tracking_uri(tmp_path), []
+    uri = default_tracking_uri(tmp_path)
+    said: list[str] = []
     (tmp_path / "one").mkdir()
-    tracker = Tracker(tmp_path / "one", uri, "gone", "one", {}, {}, said.append).start()
+    tracker = Tracker(tmp_path / "one", uri, "gone", "one", {}, {}).start()
     deadline = time.monotonic() + 180
     while tracker.run_id is None and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -304,12 +300,13 @@ def test_an_experiment_deleted_under_a_run_ends_it_without_waiting(tmp_path: Pat
     experiment = client.get_run(tracker.run_id or "").info.experiment_id
     client.delete_experiment(experiment)
     begin = time.monotonic()
-    assert not tracker.finish("FINISHED", {"steps": 1, "val_loss": 2.0}, timeout_s=500)
+    with redirected(said.append):
+        assert not tracker.finish("FINISHED", {"steps": 1, "val_loss": 2.0}, timeout_s=500)
     assert time.monotonic() - begin < 250
     assert "run.experiment=gone was deleted in MLflow; restore it" in said[-1]
     assert said[-1].endswith("then run the same command again to send it.")
     client.restore_experiment(experiment)
-    again = Tracker(tmp_path / "one", uri, "gone", "one", {}, {}, said.append).start()
+    again = Tracker(tmp_path / "one", uri, "gone", "one", {}, {}).start()
     assert again.finish("FINISHED", {"steps": 1, "val_loss": 2.0})
     assert client.get_run(again.run_id or "").data.metrics["val_loss"] == 2.0
 
@@ -386,5 +383,5 @@ def test_a_deleted_run_is_left_alone_and_never_registered(tmp_path: Path, empty_
 
 def test_a_database_that_cannot_be_read_shows_no_pages(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_text("not a database")
-    with pytest.raises(ConfigError, match="no database that MLflow can read"):
+    with pytest.raises(ConfigError, match="not a database that MLflow can read"):
         pages_of(default_tracking_uri(str(tmp_path)), None)

@@ -1,9 +1,9 @@
-"""What MLflow's pages show of a run: its parameters, its datasets, and which metric comes first.
+"""Describe a run to MLflow: its parameters and its datasets.
 
 MLflow's comparison page draws the first three parameters, by name, that differ between the selected runs (a
-parameter that one run lacks counts as different), and the metric that was logged first. So the parameters are the
-settings that mean something, the same ones for every run of a kind. All settings, with those that only place a run,
-are tags below `mlflow.`, which the pages do not list and which, unlike parameters, can change when a run resumes.
+parameter that one run lacks counts as different). So the parameters are the settings that change what is trained, the
+same ones for every run of a command. All settings, including those that only place a run, are tags
+(`finhpc.tracking.tags`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,28 +26,22 @@ if TYPE_CHECKING:
 
     from finhpc.data.shards.shards import Shards
 
-HIDDEN = "mlflow.finhpc."
-SETTING = HIDDEN + "setting."
-PARENT = "mlflow.parentRunId"
-SCORED_FROM = HIDDEN + "scored_from"  # of a run that scores another run's model: that run's id
-SWEEP = "finhpc.sweep"  # of every run of a sweep: its name
-LEADING = ("val_loss", "train_loss")  # the metrics that are logged before all others
 FULL_RANK = "full"  # method.rank of a dense model
 PLACING = re.compile(
     r"(grid|sweep|run|resources|model|study)(\..*)?|data\.(shards|source|eval_source|files|folder|encoding|hf_split)"
     r"|train\.(epochs|eval_every|checkpoint_every|keep_checkpoints|hang_timeout_s|sample_.*)"
     r"|parallel\.global_batch_size|adapter|workers|batch_size|bootstrap|trust_task_code"
 )
-GENERIC = {"model", "shards", "adapter", "data"}  # folder names that say nothing alone
+GENERIC = {"model", "shards", "adapter", "data"}  # folder names that identify nothing alone
 NAME_LENGTH, SOURCE_LENGTH = 500, 65535  # MLflow's limits of a dataset
-DIGEST_LENGTH = 16  # of a sha256, as a list of runs has room for; the whole one is in the dataset's profile
+DIGEST_LENGTH = 16  # of a sha256, to fit into the list of runs; the dataset's profile has all of it
 
 
 def parameters(config: Section, named: Mapping[str, Any], varied: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that a page shows, by their names.
+    """The settings that MLflow's pages show, by name.
 
-    `named`: names in place of paths, and the model's shape. `varied`: the values of the keys that a sweep varies, which
-    are shown whatever they are.
+    `named`: names in place of paths, and the model's shape. `varied`: the values of the keys that a sweep varies, shown
+    in any case.
     """
     flat = flatten(config)
     shown = {key: value for key, value in flat.items() if value is not None and not PLACING.fullmatch(key)}
@@ -62,20 +56,15 @@ def parameters(config: Section, named: Mapping[str, Any], varied: Mapping[str, A
     return shown
 
 
-def setting_tags(config: Section) -> dict[str, Any]:
-    """Every setting, as the report reads it."""
-    return {SETTING + key: value for key, value in flatten(config).items()}
-
-
 def model_name(config: TrainingConfig) -> str:
-    """What a page calls the model that a run trains: the folder it starts from, or its preset."""
+    """Name of the model that a run trains: the folder it starts from, or its preset."""
     if config.model.path:
         return short_name(config.model.path)
     return config.model.preset if isinstance(config, PretrainConfig) else "unknown"
 
 
-def origin(path: str) -> str:
-    """The model whose training stands behind the one in `path`: of a decomposed one, the dense model it was made of."""
+def trained_model(path: str) -> str:
+    """The model that was trained: `path`, or for a decomposed model the dense model it was made from."""
     seen = set()
     while path not in seen and (result := Path(path) / "result.json").is_file():
         seen.add(path)
@@ -90,7 +79,7 @@ def origin(path: str) -> str:
 
 
 def shape_of(hf_config: Any) -> dict[str, Any]:
-    """The size of a model as parameters, whether its settings or the folder it starts from say it."""
+    """A model's shape as parameters, whether the settings or the folder it starts from define it."""
     names = {
         "model.layers": hf_config.num_hidden_layers,
         "model.width": hf_config.hidden_size,
@@ -102,21 +91,16 @@ def shape_of(hf_config: Any) -> dict[str, Any]:
 
 
 def short_name(path: str) -> str:
-    """The last part of a path that says something: `runs/first/model` is first, `shards/` in news is news/shards."""
+    """The last meaningful part of a path: `runs/first/model` is first, `news/shards` is news/shards."""
     folder = Path(path)
     if folder.name not in GENERIC or not folder.parent.name:
         return folder.name or path
     return folder.parent.name if folder.name in ("model", "adapter") else f"{folder.parent.name}/{folder.name}"
 
 
-def in_front(metrics: Iterable[tuple[str, float]]) -> list[tuple[str, float]]:
-    """The metrics in the order they are logged in."""
-    return sorted(metrics, key=lambda item: LEADING.index(item[0]) if item[0] in LEADING else len(LEADING))
-
-
 @dataclass(frozen=True)
 class Dataset:
-    """Data that a run reads, as MLflow lists it. `sha256`: of its content; `counts`: numbers, never text."""
+    """Data that a run reads, as MLflow lists it. `sha256`: of the content; `counts`: numbers, never text."""
 
     name: str
     sha256: str
@@ -126,13 +110,13 @@ class Dataset:
 
     @classmethod
     def of_shards(cls, shards: Shards, use: str = "training") -> Dataset:
-        """Of a prepared folder."""
+        """A prepared folder."""
         counts = {f"{split}_tokens": counts.tokens for split, counts in shards.manifest.counts.items()}
         return cls(short_name(str(shards.folder)), shards.manifest.fingerprint, str(shards.folder), use, counts)
 
     @classmethod
     def of_file(cls, source: str, otherwise: str, use: str = "training") -> Dataset:
-        """Of a file of examples; `otherwise`: the sha256 of what was read, where the source is no file."""
+        """A file of examples; `otherwise`: the sha256 of the examples, used if the source is not a file."""
         named = Path(source) if os.path.isfile(source) else Path(source.rpartition(":")[0])  # FILE:FORMAT
         if not named.is_file():
             return cls(source.removeprefix("hf:"), otherwise, source, use)
