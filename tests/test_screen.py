@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import finhpc
 from finhpc.commands.decompose import spectra
 from finhpc.commands.evaluate import report as evaluate_report
 from finhpc.commands.export import _summary as export_summary
@@ -152,3 +153,14 @@ def test_tables_of_commands_fit_80_columns(
         assert "…" not in line
         if LONG in line and "from_pretrained" not in line:
             assert re.fullmatch(rf"[\w ]+: (finhpc ui .*)?{LONG}\S*( .*)?", line), "a path stands on a line of its own"
+
+
+@pytest.mark.slow
+def test_tables_of_an_estimate_fit_80_columns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    finhpc.estimate(config="gpt2-127m-r96")
+    lines = [line for line in capsys.readouterr().err.splitlines() if line[:1] in "┏┃┡│└┌"]
+    assert len(lines) > 60
+    assert max(map(len, lines)) <= 80
