@@ -89,7 +89,7 @@ def test_without_its_module_it_is_refused(place: Path, capsys: pytest.CaptureFix
     found = capsys.readouterr().err
     for said in (
         "optimizer.name=momentums is not an optimizer; valid: adamw, adamw8bit. Your own comes from --plugins",
-        "method.kind=glue is no method; valid: dense, low_rank, cola, svd, blend. One of your own comes from --plugins",
+        "method.kind=glue is unknown; valid: dense, low_rank, cola, svd, blend. One of your own comes from --plugins",
     ):
         assert said in found
 
@@ -195,7 +195,7 @@ class Odd(LowRankLinear):
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        (Tanh, "so that B A is not the whole layer; set mergeable = False"),
+        (Tanh, "so B A is not the whole layer; set mergeable = False"),
         (
             Wide,
             "it has the parameters A.weight, B.bias, B.weight, C; a low-rank layer has A.weight,",

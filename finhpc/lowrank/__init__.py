@@ -1,1 +1,1 @@
-"""Low-rank layers, y = B(A x): what they are, how they start, where they go in a model."""
+"""Low-rank layers, y = B(A x): the layers, their initialization, where they go in a model, factorization."""

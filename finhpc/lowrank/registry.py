@@ -65,5 +65,5 @@ def check_kind(kind: str) -> None:
     known = [DENSE, *LAYERS, *STARTED]
     if kind not in known:
         raise ConfigError(
-            f"method.kind={kind} is no method; {nearest(kind, known)} One of your own comes from --plugins MODULE."
+            f"method.kind={kind} is unknown; {nearest(kind, known)} One of your own comes from --plugins MODULE."
         )

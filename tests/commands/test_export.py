@@ -368,7 +368,7 @@ def test_damaged_models_are_refused_by_name(make: Make, tmp_path: Path) -> None:
     weight[2, 1] = float("nan")
     bad: list[tuple[Path, type[Exception], str]] = [
         (copy_of(make("gpt2"), tmp_path / "nan", **{name: weight}), NonFiniteError, rf"{name} .*holds NaN"),
-        (copy_of(make("gpt2"), tmp_path / "less", **{name: None}), CheckpointError, f"holds no {name}"),
+        (copy_of(make("gpt2"), tmp_path / "less", **{name: None}), CheckpointError, f"has no {name}"),
         (
             copy_of(make("gpt2"), tmp_path / "shape", **{name: torch.zeros(3, 3)}),
             CheckpointError,

@@ -51,7 +51,7 @@ def test_a_good_config_is_counted(shards: Path) -> None:
             "method.rank=33 does not fit transformer.h.*.attn.c_attn (96 x 32, layers: 4); use 1 to 32",
         ),
         ({"method": {"rank": 0}}, "method.rank=0 does not fit"),
-        ({"method": {"kind": "lowrank"}}, "method.kind=lowrank is no method; did you mean 'low_rank'?"),
+        ({"method": {"kind": "lowrank"}}, "method.kind=lowrank is unknown; did you mean 'low_rank'?"),
         (
             {"optimizer": {"decay": "product"}, "quantization": {"when": "during", "bits": 8}},
             "optimizer.decay=product does not work on rounded weights; use optimizer.decay=factors",
@@ -63,7 +63,7 @@ def test_a_good_config_is_counted(shards: Path) -> None:
             "data.seq_len=48 does not divide the shards' block_len=64; use one of: 8, 16, 32, 64",
         ),
         ({"model": {"context": 16}}, "data.seq_len=32 is longer than the model's context of 16"),
-        ({"model": {"vocab_size": 17}}, "model.vocab_size=17 is smaller than the tokeniser's"),
+        ({"model": {"vocab_size": 17}}, "model.vocab_size=17 is smaller than the tokenizer's"),
     ],
 )
 def test_bad_settings_say_value_reason_and_remedy(shards: Path, sections: dict[str, Any], message: str) -> None:
@@ -85,7 +85,7 @@ def test_all_problems_come_together(shards: Path) -> None:
 
 @pytest.mark.parametrize(
     ("prepared", "message"),
-    [(None, "is no folder"), ("empty", "is empty"), ("half", "not prepared, or interrupted")],
+    [(None, "is not a folder"), ("empty", "is empty"), ("half", "not prepared, or interrupted")],
 )
 def test_folders_that_are_no_shards(shards: Path, prepared: str | None, message: str, tmp_path: Path) -> None:
     folder = tmp_path / "shards"

@@ -236,7 +236,7 @@ def damage(folder: Path, how: str) -> None:
     ("how", "message"),
     [
         ("cut", "is cut short, damaged or another format"),
-        ("missing", "holds no transformer.h.1.mlp.c_fc.bias"),
+        ("missing", "has no transformer.h.1.mlp.c_fc.bias"),
         ("flipped", "is not as it was written"),
         ("pickled", "pickled weights are not opened"),
         ("family", "model_type=opt is not supported; supported: gpt2, llama"),

@@ -61,7 +61,7 @@ def test_it_starts_as_its_authors_say_unless_told_otherwise() -> None:
 
 
 def test_a_kind_that_is_not_registered_is_refused_and_the_nearest_named() -> None:
-    with pytest.raises(ConfigError, match=r"method\.kind=colla is no method; did you mean 'cola"):
+    with pytest.raises(ConfigError, match=r"method\.kind=colla is unknown; did you mean 'cola"):
         ranks_of(Method(kind="colla"))
 
 

@@ -108,7 +108,7 @@ def test_another_model_of_the_same_shape_is_no_base(tmp_path: Path) -> None:
     for fits in (base, tmp_path / "q"):
         assert subjects([str(fits)], [str(adapter)])[0].adapter == str(adapter)
         assert list(read_adapters([str(adapter)], config, fits)) == ["adapter"]
-    named = re.escape(f"adapter={adapter} was trained beside {base} (sha256 ") + ".*" + re.escape(f"model={other} (")
+    named = re.escape(f"adapter={adapter} was trained with {base} (sha256 ") + ".*" + re.escape(f"model={other} (")
     with pytest.raises(ConfigError, match=named):
         subjects([str(other)], [str(adapter)])
     with pytest.raises(ConfigError, match=named):

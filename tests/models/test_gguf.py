@@ -102,7 +102,7 @@ def test_links_and_moved_files(base: Path, tmp_path: Path, monkeypatch: pytest.M
     )
     other = write_gguf(tiny_llama(layers=2, tied=False), tmp_path / "other.gguf")
     ways = adapter_ways(other, adapter, tmp_path / "out2")
-    assert_all_refuse({name: ways[name] for name in ("generate", "evaluate")}, "was trained beside")
+    assert_all_refuse({name: ways[name] for name in ("generate", "evaluate")}, "was trained with")
 
 
 def test_a_folder_of_gguf_files_is_asked_which(base: Path, tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
     "extra tensor": (lambda f: with_tensor(f, **{"score.weight": torch.ones(2, 32)}), "holds score.weight"),
     "extra head": (lambda f: with_tensor(f, **{"lm_head.weight": torch.ones(300, 32)}), "tie_word_embeddings=true"),
     "biases": (lambda f: with_tensor(f, **{"model.layers.0.mlp.up_proj.bias": torch.ones(48)}), "up_proj.bias"),
-    "untied without head": (lambda f: with_setting(f, tie_word_embeddings=False), "holds no lm_head.weight"),
+    "untied without head": (lambda f: with_setting(f, tie_word_embeddings=False), "has no lm_head.weight"),
     "fp8": (
         lambda f: with_tensor(f, **{"model.norm.weight": torch.ones(32).to(torch.float8_e4m3fn)}),
         "is F8_E4M3, so the model is quantized",

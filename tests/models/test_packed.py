@@ -196,7 +196,7 @@ def _wide() -> Any:
         (Lora(targets=["query"]), ["lora.targets=query matches no linear layer", "q_proj"]),
         (Lora(rank=3, init="orthogonal"), ["even"]),
         (Lora(targets=[".*query.*"]), ["lora.targets=.*query.* matches no linear layer", "q_proj"]),
-        (Lora(targets=["(q_proj"]), ["lora.targets=(q_proj is no name, and no regular expression either (missing )"]),
+        (Lora(targets=["(q_proj"]), ["lora.targets=(q_proj is neither a module name nor a regular expression (miss"]),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_together(tmp_path: Path, lora: Lora, words: list[str]) -> None:

@@ -95,11 +95,11 @@ def pickled(path: Path) -> None:
     ("spoil", "message"),
     [
         (damaged, r"model\.safetensors is cut short, damaged or another format"),
-        (lambda path: without("model.layers.1.mlp.up_proj.weight", path), r"holds no model\.layers\.1\.mlp\.up_proj\."),
+        (lambda path: without("model.layers.1.mlp.up_proj.weight", path), r"has no model\.layers\.1\.mlp\.up_proj\."),
         (lambda path: changed(path, **{"model.norm.weight": torch.ones(7)}), r"model\.norm\.weight is 7, but its con"),
         (lambda path: changed(path, strange=torch.ones(1)), "holds strange, which no llama model has"),
         (pickled, "pickled weights are not opened"),
-        (lambda path: (path / "model.safetensors").unlink(), r"holds no model\.safetensors"),
+        (lambda path: (path / "model.safetensors").unlink(), r"has no model\.safetensors"),
         (lambda path: (path / "config.json").unlink(), r"has no config\.json"),
         (lambda path: (path / "config.json").write_text("{}"), "is not a model's config"),
     ],

@@ -1,1 +1,1 @@
-"""What differs between model families: GPT-2, Llama, Mistral, Qwen2; and shapes by name."""
+"""The model families, GPT-2, Llama, Mistral and Qwen2, and model shapes by name."""

@@ -88,7 +88,7 @@ def resolve_shape(model: Model, vocab_size: int | None = None) -> Shape:
     `vocab_size` is the tokenizer's, used if the settings have none. Raises `ConfigError` with every misfit.
     """
     if model.preset not in PRESETS:
-        raise ConfigError(f"model.preset={model.preset} is no shape; {nearest(model.preset, list(PRESETS))}")
+        raise ConfigError(f"model.preset={model.preset} is unknown; {nearest(model.preset, list(PRESETS))}")
     names = ("layers", "width", "heads", "kv_heads", "mlp_width", "context", "vocab_size", "tie_embeddings")
     overrides = {name: value for name in names if (value := getattr(model, name)) is not None}
     if vocab_size is not None:

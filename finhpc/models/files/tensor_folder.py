@@ -100,14 +100,14 @@ def _single_file(folder: Path) -> str:
     others = sorted(file.name for file in folder.glob("*.safetensors"))
     if others:
         raise CheckpointError(
-            f"{folder} holds no {ONE} and no {INDEX}, only {', '.join(others[:5])}; rename the file of the whole model."
+            f"{folder} has no {ONE} and no {INDEX}, only {', '.join(others[:5])}; rename the file of the whole model."
         )
     if pickles:
         raise CheckpointError(
-            f"{folder} holds no .safetensors file, only {', '.join(pickles[:5])}; pickled weights are not opened; "
+            f"{folder} has no .safetensors file, only {', '.join(pickles[:5])}; pickled weights are not opened; "
             "convert them first (transformers: save_pretrained on a machine that you trust them on)."
         )
-    raise CheckpointError(f"{folder} holds no {ONE} and no index of several; give a model folder.")
+    raise CheckpointError(f"{folder} has no {ONE} and no index of several; give a model folder.")
 
 
 def _open(file: Path) -> Any:

@@ -128,15 +128,15 @@ class Weights:
             options = [name, name.removeprefix(prefix), embedding, embedding.removeprefix(prefix)]
             stored = next((plain[option] for option in options if option in plain), None)
             if stored is None:
-                problems.append(f"{self.path} holds no {name}; it is not a whole {self.config.model_type} model.")
+                problems.append(f"{self.path} has no {name}; it is not a whole {self.config.model_type} model.")
             elif stored in self._store.quantized:
                 kind = self._store.quantized[stored]
                 problems.append(
                     f"{self.path}: {stored} is {kind}, so the model is quantized; give what it was made from."
                 )
             elif shapes[stored] != tuple(tensor.shape):
-                held, wanted = (" x ".join(map(str, shape)) or "a scalar" for shape in (shapes[stored], tensor.shape))
-                problems.append(f"{self.path}: {stored} is {held}, but its config says {wanted}; one of them is wrong.")
+                actual, wanted = (" x ".join(map(str, shape)) or "a scalar" for shape in (shapes[stored], tensor.shape))
+                problems.append(f"{self.path}: {stored} is {actual}, but its config says {wanted}; one is wrong.")
             else:
                 names[name] = stored
         used = set(names.values())

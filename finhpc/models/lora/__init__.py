@@ -1,1 +1,1 @@
-"""LoRA adapters over a frozen, perhaps quantized, base; in peft's format on disk."""
+"""LoRA adapters on a frozen, perhaps quantized base, and their files in peft's format."""

@@ -109,7 +109,7 @@ def check_base(folder: Path, base: Path) -> None:
         actual = weights_fingerprint(base)
         if actual != sha256:
             raise ConfigError(
-                f"adapter={folder} was trained beside {path} (sha256 {sha256[:12]}), and model={base} "
+                f"adapter={folder} was trained with {path} (sha256 {sha256[:12]}), and model={base} "
                 f"({actual[:12]}) is another model; give its own base, or remove {FINGERPRINT} from the adapter's "
                 "folder to use it all the same."
             )
@@ -168,7 +168,7 @@ def base_of(folder: Path) -> Path:
 def _odd_settings(folder: Path, tree: dict[str, Any]) -> list[str]:
     """Describe the settings that change what the adapter computes and are not applied."""
     if tree.get("peft_type") != "LORA":
-        return [f"adapter={folder} has peft_type={tree.get('peft_type')}, and finhpc knows LORA alone; {MERGE}."]
+        return [f"adapter={folder} has peft_type={tree.get('peft_type')}, and finhpc applies only LORA; {MERGE}."]
     odd = [
         f"{key}={json.dumps(value)[:60]}"
         for key, value in tree.items()
@@ -204,11 +204,11 @@ def _misfits(folder: Path, pairs: dict[str, tuple[Tensor, Tensor]], model: nn.Mo
         elif name not in shapes:
             problems.append(f"adapter={folder} adapts {name}, which the base does not have; it is of another model.")
         elif a.dim() != 2 or b.dim() != 2 or (*b.shape, *a.shape) != (shapes[name][0], len(a), len(a), shapes[name][1]):
-            held = f"{' x '.join(map(str, b.shape))} by {' x '.join(map(str, a.shape))}"
+            actual = f"{' x '.join(map(str, b.shape))} by {' x '.join(map(str, a.shape))}"
             wanted = " x ".join(map(str, shapes[name]))
-            problems.append(f"adapter={folder}: {name} is {held}, in the base {wanted}; it is of another model.")
+            problems.append(f"adapter={folder}: {name} is {actual}, in the base {wanted}; it is of another model.")
     if not pairs:
-        problems.append(f"adapter={folder} holds no LoRA tensors; give the folder of an adapter.")
+        problems.append(f"adapter={folder} has no LoRA tensors; give the folder of an adapter.")
     return problems
 
 
@@ -238,7 +238,7 @@ def _targets(folder: Path, tree: dict[str, Any], pairs: Iterable[str], model: nn
 
 
 def _scale(tree: dict[str, Any], name: str) -> tuple[int, float]:
-    """A layer's rank, and what its B A is multiplied by."""
+    """Return a layer's rank and the factor of its B A."""
     rank, alpha = (
         next((value for pattern, value in (tree.get(key) or {}).items() if _matches(pattern, name)), tree[default])
         for key, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
@@ -247,7 +247,7 @@ def _scale(tree: dict[str, Any], name: str) -> tuple[int, float]:
 
 
 def _matches(pattern: str, name: str) -> bool:
-    """As peft looks a layer up in `rank_pattern` and `alpha_pattern`."""
+    """Return whether peft applies an entry of `rank_pattern` or `alpha_pattern` to a layer."""
     return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
@@ -276,7 +276,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _is_of(value: Any, kinds: tuple[type, ...]) -> bool:
-    """Whether a setting is absent or of one of these types; what peft reads as regular expressions must be such."""
+    """Return whether a setting is absent, or of one of these types and, if peft compiles it, a regular expression."""
     if value is None:
         return True
     patterns = [value] if isinstance(value, str) else list(value) if isinstance(value, dict) else []
@@ -289,13 +289,13 @@ def _is_of(value: Any, kinds: tuple[type, ...]) -> bool:
 
 
 def _is_size(value: Any, text: str) -> bool:
-    """Whether a value is a number, and above 0 if it is a rank."""
+    """Return whether a value is a number, and positive if it is a rank."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return number and (value > 0 or text.startswith("lora_alpha") or text.startswith("alpha"))
 
 
 def _read_quantization(folder: Path) -> tuple[int, str]:
-    """Bits and scheme of the base in training."""
+    """Return bits and scheme of the base in training."""
     file = folder / QUANTIZED
     if not file.is_file():
         return 16, ""
@@ -312,7 +312,7 @@ def _read_quantization(folder: Path) -> tuple[int, str]:
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     file = folder / TENSORS
     if not file.is_file():
-        raise CheckpointError(f"{folder} holds no {TENSORS}; pickled adapters are not opened; convert it first.")
+        raise CheckpointError(f"{folder} has no {TENSORS}; pickled adapters are not opened; convert it first.")
     try:
         with safe_open(file, framework="pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118

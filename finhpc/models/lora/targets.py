@@ -57,7 +57,7 @@ def target_shapes(model: nn.Module, settings: Lora, bits: int) -> dict[str, tupl
             re.compile(target if is_pattern(target) else "")
         except re.error as error:
             problems.append(
-                f"lora.targets={target} is no name, and no regular expression either ({error}); correct it."
+                f"lora.targets={target} is neither a module name nor a regular expression ({error}); correct it."
             )
     if problems:
         raise ConfigError(problems)
@@ -108,7 +108,7 @@ def _matches(name: str, target: str) -> bool:
 
 def _rank_problems(chosen: dict[str, tuple[int, int]], rank: int) -> list[str]:
     if rank < 1:
-        return [f"lora.rank={rank} is no rank; use 1 or more."]
+        return [f"lora.rank={rank} is too small; use 1 or more."]
     counts: dict[tuple[str, tuple[int, int]], int] = {}
     for name, shape in chosen.items():
         if rank > min(shape):

@@ -1,1 +1,1 @@
-"""Examples of different lengths side by side in one row, each blind to the others."""
+"""Sequence packing: examples of different lengths in one row of tokens, none of which sees another."""
