@@ -18,7 +18,7 @@ from typing import Any
 import finhpc
 from finhpc import cli
 from finhpc.commands import COMMANDS
-from finhpc.settings.base import Section, defaults, keys, recipes
+from finhpc.settings.base import defaults, keys, recipes
 
 LINE = re.compile(r"^<!-- finhpc (\w+) ?(.*?) -->$", re.MULTILINE)
 DOCS = Path(__file__).parent
@@ -30,8 +30,8 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def settings_tables(name: str) -> str:
-    """Return a table per section of a settings class: key, default, description."""
-    cls: type[Section] = COMMANDS[name].settings_class() if name in COMMANDS else getattr(finhpc, name)
+    """Return a table per section of a command's settings: key, default, description."""
+    cls = COMMANDS[name].settings_class()
     fields, values = keys(cls), defaults(cls)
     sections: dict[str, list[str]] = {}
     for key, field in fields.items():
@@ -87,12 +87,12 @@ def notebook(name: str) -> str:
 
 def api(part: str) -> str:
     """Return mkdocstrings' blocks for one part of the Python API."""
-    functions = {name: getattr(finhpc, name) for name in finhpc.__all__ if name in COMMANDS}
     if part in ("commands", "models"):
-        shown = functions if part == "commands" else {"load_model": finhpc.load_model}
+        paths = {name: row.function for name, row in COMMANDS.items() if " " not in name and row.function}
+        shown = paths if part == "commands" else {"load_model": f"{finhpc.load_model.__module__}:load_model"}
         return "\n\n".join(
-            f"::: {function.__module__}.{name}\n    options:\n      heading: finhpc.{name}\n      toc_label: {name}"
-            for name, function in shown.items()
+            f"::: {path.replace(':', '.')}\n    options:\n      heading: finhpc.{name}\n      toc_label: {name}"
+            for name, path in shown.items()
         )
     if part == "settings":
         classes = [getattr(finhpc, name) for name in sorted(finhpc.__all__) if name.endswith("Config")]
@@ -114,7 +114,6 @@ def _cell(text: str) -> str:
 # The modules whose classes and functions others build on.
 BLOCKS = [
     "finhpc.lowrank.layers",
-    "finhpc.lowrank.factorize",
     "finhpc.quantization.per_vector",
     "finhpc.plugins",
 ]

@@ -138,13 +138,14 @@ def terminals(browser: str, folder: Path) -> None:
 def finhpc_output(words: list[str]) -> str:
     """What a command writes to a terminal of 80 columns that takes no progress bar."""
     done = subprocess.run(
-        [sys.executable, "-m", "finhpc.cli", *words],
+        [sys.executable, "-m", "finhpc", *words],
         env={**os.environ, "COLUMNS": "80"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        check=True,
     )
+    if done.returncode:
+        sys.exit(done.stdout)
     return done.stdout
 
 

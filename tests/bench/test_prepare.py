@@ -76,7 +76,7 @@ def test_a_salted_corpus_repeats_no_document_and_names_no_special_token(tmp_path
     tokens = int(encoder.encode(found)[1].sum()) - documents
     assert 5000 <= tokens < 5500
     write_jsonl(source, texts[5:])
-    with pytest.raises(DataError, match="holds no text; give another --source"):
+    with pytest.raises(DataError, match="has no text; give another --source"):
         write_salted(tmp_path / "none", [str(source)], encoder, 5000)
 
 

@@ -112,7 +112,7 @@ def test_a_profile_names_what_takes_the_time() -> None:
     [
         ("aten::addmm", "matrix products"),
         ("aten::add_", "sums and products"),
-        ("aten::_fused_adamw_", "optimiser"),
+        ("aten::_fused_adamw_", "optimizer"),
         ("aten::_log_softmax_backward_data", "softmax and loss"),
         ("aten::native_layer_norm", "norms"),
         ("aten::zero_", "zero fills"),

@@ -98,7 +98,7 @@ def test_a_folder_replaced_under_a_run_is_refused(shards: Path, tmp_path: Path) 
         other.rename(shards)
         random.choice(train_workers(process)).kill()
         assert process.wait(PATIENCE_S) == 1, last_words(tmp_path)
-    assert f"data.shards={shards} was replaced while the run worked: it holds other data" in only_error(tmp_path)
+    assert f"data.shards={shards} was replaced during the run: it has other data" in only_error(tmp_path)
     with command(tmp_path, shards) as process:
         assert process.wait(PATIENCE_S) == 2, last_words(tmp_path)
     line = only_error(tmp_path)
@@ -118,7 +118,7 @@ def test_a_tokeniser_changed_under_a_run_never_goes_into_its_model(
         wait_for_step(tmp_path, 20, process)
         file.write_bytes(good + b"\n")
         assert process.wait(PATIENCE_S) == 1, last_words(tmp_path)
-    assert f"{file} is not the tokeniser these shards were made with" in only_error(tmp_path)
+    assert f"{file} is not the tokenizer these shards were made with" in only_error(tmp_path)
     assert not (tmp_path / "run" / "model").exists()
     file.write_bytes(good)
     with command(tmp_path, shards) as process:
