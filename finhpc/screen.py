@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 LINE_EVERY_S = 10.0
 FILE_WIDTH = 100  # columns of a table that goes to a file
+log = logging.getLogger(__name__)
+
 NUMBER = re.compile(r"([-+]?[\d.,]+( ?%)?|-)?")  # or none
 
 

@@ -64,20 +64,24 @@ def ray_cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-@pytest.fixture(scope="module")
-def quick_training(ray_cluster: None) -> Iterator[None]:
+@pytest.fixture
+def quick_training(_warm_workers: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """`pretrain` and `finetune` train in this process, or by workers that stay for a module's next run.
 
     Ray Train starts new processes for every run, which takes ten seconds. Tests of what it does train without this.
     """
     from finhpc.commands import finetune, pretrain
-    from finhpc.runs import launch_warm
     from finhpc.runs.run import run
 
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (finetune, pretrain):
-            patch.setattr(module, "run", partial(run, launch=launch_quickly))
-        yield
+    for module in (finetune, pretrain):
+        monkeypatch.setattr(module, "run", partial(run, launch=launch_quickly))
+
+
+@pytest.fixture(scope="module")
+def _warm_workers(ray_cluster: None) -> Iterator[None]:
+    from finhpc.runs import launch_warm
+
+    yield
     if launch_warm.GROUPS:
         launch_warm.GROUPS[0].shutdown()
 

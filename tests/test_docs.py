@@ -24,10 +24,9 @@ import pytest
 
 from finhpc.cli import main
 from finhpc.commands import COMMANDS
-from tests.commands.test_start import with_tokenizer
 from tests.evaluation.tasks import write_data
 from tests.models.dense import saved, tiny_llama
-from tests.tiny import WORDS, tiny_shards
+from tests.tiny import WORDS, tiny_shards, with_tokenizer
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

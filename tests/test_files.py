@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from finhpc.errors import ConfigError
-from finhpc.files import private_files, private_folder, publish, write_atomic
+from finhpc.errors import ConfigError, DataError, RunBusyError
+from finhpc.files import (
+    file_sha256,
+    file_stamps,
+    json_sha256,
+    lock,
+    partial_file,
+    private_files,
+    private_folder,
+    publish,
+    write_atomic,
+    write_json,
+)
 from finhpc.runs.folder import RunFolder
 from finhpc.training.journal import Journal
 
@@ -93,3 +108,52 @@ def test_the_mask_may_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("FINHPC_UMASK", "rwx")
     with pytest.raises(ConfigError, match="FINHPC_UMASK=rwx is not an octal number"), private_files():
         pass
+
+
+def test_a_partial_file_replaces_the_old_one_only_when_it_is_complete(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(FileExistsError), partial_file(path) as partial:
+        partial.write_text("half") and partial.touch(exist_ok=False)
+    assert path.read_text() == "old"
+    with partial_file(path) as partial:
+        partial.write_text("new")
+    assert path.read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"], "no temporary file is left"
+
+
+def test_a_lock_names_its_holder_and_ends_with_it(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, path], stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    busy = rf"out=here is busy: process {holder.pid} on \S+ since .*; wait until that ends, or choose another --out\."
+    with pytest.raises(RunBusyError, match=busy), lock(path, "out=here", "choose another --out"):
+        pass
+    holder.kill()
+    holder.wait()
+    with lock(path, "out=here", "choose another --out"):
+        assert str(os.getpid()) in path.read_text()
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from finhpc.files import lock
+with lock(Path(sys.argv[1]), "out=here", "choose another --out"):
+    print("locked", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_json_and_hashes_of_what_runs_depend_on(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"loss": float("nan"), "rows": (1, 2)})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"loss": "nan", "rows": [1, 2]}
+    assert json_sha256({"a": 1, "b": [2]}) == json_sha256({"b": [2], "a": 1}) != json_sha256({"a": 1, "b": [3]})
+    assert file_sha256(tmp_path / "a.json") == hashlib.sha256((tmp_path / "a.json").read_bytes()).hexdigest()
+    with pytest.raises(DataError, match="cannot be read"):
+        file_sha256(tmp_path / "absent")
+    (stamp,) = file_stamps([tmp_path / "a.json", tmp_path / "absent"])
+    assert stamp[:2] == (str(tmp_path / "a.json"), (tmp_path / "a.json").stat().st_size)

@@ -48,7 +48,7 @@ def test_a_folder_with_another_copy_is_refused_before_workers_start(
     other.mkdir()
     (other / "__init__.py").write_text("")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=f"the folder {tmp_path} holds a finhpc of its own") as caught:
+    with pytest.raises(ConfigError, match=f"the folder {tmp_path} has a finhpc of its own") as caught:
         check_workers_package()
     assert "run the command from another folder, or with that copy" in str(caught.value)
     for path in FOLDER.rglob("*.py"):  # the same code, as a submitted job has it

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -73,6 +75,24 @@ def tiny_shards(folder: Path, blocks: int = 96, block_len: int = 64, vocab: int 
         versions={},
     )
     write_atomic(folder / MANIFEST, manifest.model_dump_json(indent=1).encode())
+    return folder
+
+
+def pretrain_tree(shards: Path, storage: Path, **sections: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a pretraining of seconds, named `run`; `sections` are merged into them."""
+    tree: dict[str, Any] = {
+        "model": {"preset": "gpt2-tiny", "layers": 2, "width": 32, "context": 64},
+        "method": {"rank": 8},
+        "data": {"shards": str(shards), "seq_len": 32, "eval_samples": 16},
+        "run": {"name": "run", "storage": str(storage)},
+    }
+    return tree | {section: tree.get(section, {}) | values for section, values in sections.items()}
+
+
+def with_tokenizer(folder: Path, shards: Path | None = None) -> Path:
+    """The folder with the tokenizer of `shards` in it, or with one of 300 ids."""
+    shards = shards or tiny_shards(folder.with_name(f"{folder.name}-shards"), blocks=8)
+    shutil.copytree(shards / "tokenizer", folder, dirs_exist_ok=True)
     return folder
 
 

@@ -1,4 +1,4 @@
-"""A corpus of any size from a small source: its documents again and again, salted so that no two are the same."""
+"""A corpus of any size from a small source: its documents repeated, salted so that no two are the same."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from finhpc.data.text import sources
+from finhpc.data.text.formats import Faults
 from finhpc.data.text.tokenizer import Encoder
-from finhpc.data.text.unit import Faults
 from finhpc.errors import DataError
 from finhpc.settings.prepare import PrepareConfig
 
-FILES = 8  # at least: several files can be read in parallel whatever their size
+FILES = 8  # several files can be read in parallel
 
 
 def write_salted(folder: Path, source: list[str], encoder: Encoder, tokens: int) -> int:
-    """Write JSON lines of at least `tokens` ids (end-of-text not counted) into `folder`; returns their documents.
+    """Write JSON lines of at least `tokens` ids (without end-of-text) into `folder`; returns the number of documents.
 
-    Raises `ConfigError` and `DataError` as reading the source does, `DataError` where it holds no text.
+    Raises `ConfigError` and `DataError` as reading the source does, `DataError` if it has no text.
     """
     folder.mkdir(parents=True)
     documents = 0
@@ -36,7 +36,7 @@ def write_salted(folder: Path, source: list[str], encoder: Encoder, tokens: int)
 
 
 def _salted(source: list[str], encoder: Encoder) -> Iterator[str]:
-    """Endless; without texts that name a special token, which the plain way would take for one."""
+    """Endless texts; those that name a special token are skipped, as the plain way would encode it as one."""
     config = PrepareConfig(source=source)
     units, _ = sources.units(config)
     special = [token.content for token in encoder.tokenizer.get_added_tokens_decoder().values()]
@@ -49,5 +49,5 @@ def _salted(source: list[str], encoder: Encoder) -> Iterator[str]:
                     yield f"[{copy}-{number}] {text}"
                     number += 1
         if not number:
-            raise DataError(f"source={' '.join(source)} holds no text; give another --source.")
+            raise DataError(f"source={' '.join(source)} has no text; give another --source.")
         copy += 1

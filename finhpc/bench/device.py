@@ -1,4 +1,4 @@
-"""The device a measurement runs on, and how long work on it takes."""
+"""The device of a measurement, and the time of work on it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from finhpc.training.allocator import keep_freed_memory
 
 
 def device_of(resources: Resources) -> torch.device:
-    """The device asked for, with this process set up for it. Raises `ConfigError` where there is no GPU."""
+    """The requested device; sets this process up for it. Raises `ConfigError` if there is no GPU."""
     cuda = torch.cuda.is_available()
     if resources.device == "cuda" and not cuda:
         raise ConfigError("resources.device=cuda, but torch sees no GPU; use resources.device=cpu.")

@@ -1,4 +1,4 @@
-"""The memory of a process and all its descendants, sampled."""
+"""The sampled memory of a process and all its descendants."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HOW = f"sum over the process tree (proportional set size, PSS), sampled each {SE
 
 
 class PeakMemory:
-    """Samples a process tree from another thread while the `with` block runs; bytes."""
+    """Samples the bytes of a process tree from another thread while the `with` block runs."""
 
     def __init__(self, pid: int) -> None:
         self.root = psutil.Process(pid)
@@ -37,7 +37,7 @@ class PeakMemory:
 
 
 def tree_bytes(root: psutil.Process) -> int:
-    """PSS of a process and its descendants: pages shared by n of the machine's processes count 1/n in each."""
+    """PSS of a process and its descendants: a page shared by n processes counts 1/n in each."""
     try:
         processes = [root, *root.children(recursive=True)]
     except psutil.NoSuchProcess:

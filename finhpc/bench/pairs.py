@@ -1,4 +1,4 @@
-"""Paired measurements: two ways to do the same work, in turn, so that a drifting machine hurts both alike."""
+"""Paired measurements: ways to do the same work, in turn, so that a drifting machine affects all equally."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Callable, Mapping
 
 
 def in_turn(ways: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """What each way measures (seconds or another figure), `repeats` rounds of A B C, A B C, ...
+    """Way -> what it returns (seconds or another figure) in each of `repeats` rounds A B C, A B C, ...
 
-    Every second round runs backwards, so that no way always comes after the same other.
+    Every second round runs backwards, so that no way always follows the same other one.
     """
-    found: dict[str, list[float]] = {name: [] for name in ways}
+    values: dict[str, list[float]] = {name: [] for name in ways}
     for round_ in range(repeats):
         for name in list(ways) if round_ % 2 == 0 else list(ways)[::-1]:
-            found[name].append(ways[name]())
-    return found
+            values[name].append(ways[name]())
+    return values
 
 
 def median_ratio(over: list[float], under: list[float]) -> float:
@@ -24,5 +24,5 @@ def median_ratio(over: list[float], under: list[float]) -> float:
 
 
 def spread(values: list[float]) -> float:
-    """(largest - smallest) over the median: how noisy the machine was."""
+    """(largest - smallest) / median: how noisy the machine was."""
     return (max(values) - min(values)) / statistics.median(values)

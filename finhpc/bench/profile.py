@@ -1,4 +1,4 @@
-"""Where the time of a training step goes, by kind of operation."""
+"""The time of a training step by kind of operation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 # The first kind with a word in the operation's name takes it.
 KINDS = {
-    "optimiser": ("adam",),
+    "optimizer": ("adam",),
     "fused attention": ("scaled_dot_product", "flash_attention", "efficient_attention", "cudnn_attention"),
     "matrix products": ("mm", "linear", "matmul", "gemm", "cutlass", "nvjet"),
     "softmax and loss": ("softmax", "nll_loss", "InPlaceCrossEntropy", "gather", "scatter", "amax"),
@@ -36,7 +36,7 @@ def profiled(step: Callable[[], object], device: torch.device) -> dict[str, floa
         step()
     took = dict.fromkeys([*KINDS, REST], 0.0)
     for event in profiler.key_averages():
-        if event.device_type == DeviceType.CPU:  # operations; a GPU's kernels are listed beside them once more
+        if event.device_type == DeviceType.CPU:  # operations; the kernels of a GPU are listed again
             took[kind_of(event.key)] += event.self_device_time_total if cuda else event.self_cpu_time_total
     whole = sum(took.values())
     return {kind: time / whole for kind, time in took.items()}

@@ -29,8 +29,8 @@ def publish(
 
     `conditions` says what was held equal (dtype and master weights, threads, batch, padding, whether
     Ray is on); each row is one way that was measured. `began`: `time.perf_counter()` at the start.
-    `columns` are those that are printed, where all would be too wide. `more` goes into the result; a list of rows
-    in it is printed as a table of its own.
+    `columns` selects what is printed, if all columns would be too wide. `more` goes into the result; a list of rows in
+    it is printed as a table of its own.
     """
     folder = new_folder(name, out)
     result: dict[str, Any] = {
@@ -49,7 +49,7 @@ def publish(
 
 
 def new_folder(name: str, out: str) -> Path:
-    """A folder of its own for one measurement."""
+    """Create a new folder for one measurement."""
     stem = Path(os.path.abspath(os.path.expanduser(out))) / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder, again = stem, 1
     while True:
@@ -62,24 +62,21 @@ def new_folder(name: str, out: str) -> Path:
 
 
 def machine() -> Row:
-    """Where this was measured."""
+    """The machine that measures."""
     import torch
 
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        cpu = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        cpu = platform.processor()
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu,
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 def _print(result: dict[str, Any], columns: Sequence[str]) -> None:
@@ -104,22 +101,13 @@ def _table(title: str, rows: list[Row]) -> Any:
     for column in rows[0]:
         words = [row[column] for row in rows if isinstance(row[column], str)]
         short = max(map(len, words), default=SHORT + 1) <= SHORT  # a short name stays in one piece
-        table.add_column(_header(column), justify="left" if words else "right", no_wrap=short)
+        title = column.removesuffix("_bytes") + "_MB" if column.endswith("_bytes") else column
+        title = textwrap.fill(title.replace("_", " "), HEADER, break_long_words=False)
+        table.add_column(title, justify="left" if words else "right", no_wrap=short)
     for row in rows:
-        table.add_row(*(_shown(column, value) for column, value in row.items()))
+        megabytes = {k: v / 1e6 for k, v in row.items() if k.endswith("_bytes") and isinstance(v, int | float)}
+        table.add_row(*(_text(value) for value in (row | megabytes).values()))
     return table
-
-
-def _header(column: str) -> str:
-    """A key as words, which may stand below each other; bytes are shown as MB."""
-    words = column.removesuffix("_bytes") + "_MB" if column.endswith("_bytes") else column
-    return textwrap.fill(words.replace("_", " "), HEADER, break_long_words=False)
-
-
-def _shown(column: str, value: Any) -> str:
-    if column.endswith("_bytes") and isinstance(value, int | float):
-        return _text(value / 1e6)
-    return _text(value)
 
 
 def _text(value: Any) -> str:

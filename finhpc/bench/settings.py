@@ -1,4 +1,4 @@
-"""What each `finhpc bench NAME` can be told."""
+"""The settings of each `finhpc bench NAME`."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from finhpc.settings.training import Resources
 
 
 class Bench(Section):
-    """How a measurement is repeated and where it is kept."""
+    """How often a measurement is repeated, and where its result is written."""
 
     repeats: int = Field(5, ge=1, description="pairs measured, in turn; ratios are medians over pairs")
     out: str = Field("runs/bench", description="folder of the measurements: one folder each, with result.json")
 
 
 class BenchShards(Section):
-    shards: str | None = Field(None, description="folder written by `finhpc prepare`; default: random ones are made")
-    seq_len: int = Field(1024, ge=2, description="tokens a sample; also the block length of random shards")
+    shards: str | None = Field(None, description="folder written by `finhpc prepare`; default: random ones")
+    seq_len: int = Field(1024, ge=2, description="tokens per sample; also the block length of random shards")
 
 
 class DataBench(Section):
@@ -29,7 +29,7 @@ class DataBench(Section):
 
     bench: Bench = Field(default_factory=Bench)
     data: BenchShards = Field(default_factory=BenchShards)
-    micro_batch_size: int = Field(8, ge=1, description="samples a micro-batch")
+    micro_batch_size: int = Field(8, ge=1, description="samples per micro-batch")
     tokens: int = Field(12 << 22, ge=1, description="tokens read in each pass, in whole shards")
     consumer_tokens_per_s: float = Field(
         500_000, gt=0, description="pace of the consumer that waiting is measured with"
@@ -44,8 +44,8 @@ class TrainBench(Section):
     model: Model = Field(default_factory=lambda: Model(preset="gpt2-127m"))
     ranks: list[int] = Field([192, 96, 48], min_length=1, description="ranks of the low-rank models; the first counts")
     precisions: list[Literal["fp32", "bf16"]] = Field(["fp32", "bf16"], min_length=1, description="each is measured")
-    batch: int = Field(4, ge=1, description="samples a step")
-    seq_len: int = Field(256, ge=2, description="tokens a sample")
+    batch: int = Field(4, ge=1, description="samples per step")
+    seq_len: int = Field(256, ge=2, description="tokens per sample")
     ray: bool = Field(True, description="measure a whole `finhpc pretrain`; false: the engine alone, without Ray")
     overhead_pairs: int = Field(3, ge=1, description="pairs of a whole run and a plain loop")
     overhead_steps: int = Field(24, ge=8, description="steps of each; the first quarter warms up")
@@ -63,7 +63,7 @@ class PrepareBench(Section):
     block_len: int = Field(1024, ge=2, description="as for prepare")
     val_fraction: float = Field(0.01, gt=0, lt=1, description="as for prepare")
     tokens: int = Field(10_000_000, ge=1000, description="tokens of the corpus")
-    workers: int = Field(0, ge=0, description="parallel tasks, and num_proc of datasets.map; 0: one a core")
+    workers: int = Field(0, ge=0, description="parallel tasks, and num_proc of datasets.map; 0: one per core")
 
 
 class PipelineBench(Section):
@@ -72,12 +72,14 @@ class PipelineBench(Section):
     bench: Bench = Field(default_factory=lambda: Bench(repeats=3))
     model: Model = Field(default_factory=lambda: Model(preset="gpt2-127m"))
     method: Method = Field(default_factory=lambda: Method(kind="dense"))
-    stages: int = Field(2, ge=2, description="pipeline stages, a process each")
-    micro_batches: list[int] = Field([1, 2, 4, 8, 16], min_length=1, description="micro-batches a step, each measured")
-    micro_batch_size: int = Field(1, ge=1, description="samples a micro-batch")
-    seq_len: int = Field(256, ge=2, description="tokens a sample")
+    stages: int = Field(2, ge=2, description="pipeline stages, one process each")
+    micro_batches: list[int] = Field(
+        [1, 2, 4, 8, 16], min_length=1, description="micro-batches per step, each measured"
+    )
+    micro_batch_size: int = Field(1, ge=1, description="samples per micro-batch")
+    seq_len: int = Field(256, ge=2, description="tokens per sample")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast over float32 weights")
-    counted: bool = Field(True, description="also the cut by counted operations, where it is another one")
+    counted: bool = Field(True, description="also measure the cut by counted operations, if it differs")
     resources: Resources = Field(default_factory=Resources)
 
 
@@ -87,19 +89,19 @@ class RecomputeBench(Section):
     bench: Bench = Field(default_factory=Bench)
     model: Model = Field(default_factory=lambda: Model(preset="gpt2-127m"))
     method: Method = Field(default_factory=lambda: Method(kind="dense"))
-    batch: int = Field(1, ge=1, description="samples a pass")
-    seq_len: int = Field(1024, ge=2, description="tokens a sample")
+    batch: int = Field(1, ge=1, description="samples per pass")
+    seq_len: int = Field(1024, ge=2, description="tokens per sample")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast over float32 weights")
     resources: Resources = Field(default_factory=lambda: Resources(threads=2))
 
 
 class DecomposeBench(Section):
-    """Settings of `finhpc bench decompose`. `resources.threads`: those of the SVD, and as many workers of one."""
+    """Settings of `finhpc bench decompose`. `resources.threads`: of the SVD, and as many workers of one thread."""
 
     bench: Bench = Field(default_factory=lambda: Bench(repeats=3))
     model: Model = Field(default_factory=lambda: Model(preset="gpt2-1.5b"))
     path: Path | None = Field(None, description="folder of a dense model; default: random weights of the shape")
-    keep_params: float = Field(0.5, gt=0, le=1, description="share of each weight's parameters kept")
+    keep_params: float = Field(0.5, gt=0, le=1, description="share of each weight's parameters that is kept")
     rank: int | None = Field(None, ge=1, description="rank of every weight; default: by keep_params")
     blocks: int = Field(4, ge=0, description="blocks of the shape that are measured; 0: all")
     resources: Resources = Field(default_factory=lambda: Resources(threads=2))
@@ -112,8 +114,8 @@ class FinetuneBench(Section):
     model: str | None = Field(None, description="base: a Hugging Face folder or a hub id; required")
     source: str | None = Field(None, description="examples, as data.source of finetune; required")
     examples: int = Field(160, ge=1, description="examples of a pass, in whole batches; the first batch warms up")
-    batch: int = Field(16, ge=1, description="examples a step")
-    rank: int = Field(8, ge=1, description="of the adapters, beside every linear layer but the head")
+    batch: int = Field(16, ge=1, description="examples per step")
+    rank: int = Field(8, ge=1, description="rank of the adapters, on every linear layer except the head")
     bits: list[Annotated[Literal[16, 8, 4], BeforeValidator(int)]] = Field(
         [16, 4], min_length=1, description="bases: bfloat16, int8, NF4"
     )
@@ -129,8 +131,8 @@ class ContextBench(Section):
     lengths: list[Annotated[int, Field(ge=2)]] = Field(
         [512, 1024, 2048, 4096, 8192], min_length=1, description="tokens of the inputs, each measured"
     )
-    answer: int = Field(32, ge=1, description="tokens at the end of each that are learnt")
-    rank: int = Field(8, ge=1, description="of the adapters, beside every linear layer but the head")
+    answer: int = Field(32, ge=1, description="tokens at the end of each that are learned")
+    rank: int = Field(8, ge=1, description="rank of the adapters, on every linear layer except the head")
     bits: Annotated[Literal[16, 8, 4], BeforeValidator(int)] = Field(16, description="base: bfloat16, int8, NF4")
     resources: Resources = Field(default_factory=lambda: Resources(threads=2, device="cpu"))
 
@@ -140,19 +142,19 @@ class GenerateBench(Section):
 
     bench: Bench = Field(default_factory=lambda: Bench(repeats=3))
     models: list[str] = Field(
-        ["gpt2-127m:192", "gpt2-1.5b:384"], min_length=1, description="PRESET:RANK, each beside its dense shape"
+        ["gpt2-127m:192", "gpt2-1.5b:384"], min_length=1, description="PRESET:RANK, each compared with its dense shape"
     )
     batches: list[int] = Field([1, 16], min_length=1, description="prompts at once; the first counts for the ratios")
     bits: list[Literal[16, 8, 4]] = Field(
         [16, 8, 4], min_length=1, description="of the low-rank models; the first counts"
     )
     schemes: list[Literal["minmax", "int8", "nf4"]] = Field(
-        ["minmax", "int8", "nf4"], description="of those below 16 bits, each where it has them"
+        ["minmax", "int8", "nf4"], description="of models below 16 bits, if the scheme has these bits"
     )
     precision: Literal["fp32", "bf16"] = Field("bf16", description="of weights that are not quantized")
     prompt: int = Field(100, ge=1, description="tokens of each prompt")
     new: int = Field(100, ge=2, description="tokens generated after each")
-    adapters: int = Field(8, ge=2, description="adapters over one base, a row of a batch each")
+    adapters: int = Field(8, ge=2, description="adapters over one base, one per row of a batch")
     adapter_rank: int = Field(8, ge=1, description="rank of each")
     adapters_model: str = Field("smollm2-135m", description="preset of that base")
     resources: Resources = Field(default_factory=lambda: Resources(threads=2))

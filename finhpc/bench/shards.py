@@ -1,4 +1,4 @@
-"""A prepared folder of random ids, for measurements that need no text."""
+"""Shards of random ids, for measurements that need no text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Ray cluster a command works on: the one it is submitted to, or one of its own on this machine."""
+"""The Ray cluster of a command: the one it is submitted to, or one of its own on this machine."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from finhpc.interrupts import terminable
 from finhpc.settings.decompose import DecomposeConfig
 from finhpc.settings.evaluate import EvaluateConfig
 from finhpc.settings.finetune import TrainingConfig
+from finhpc.settings.reproduce import MeasureConfig
 from finhpc.settings.training import Resources
 
 
@@ -66,7 +67,9 @@ def known_resources() -> dict[str, float] | None:
     return {"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()}
 
 
-def use_cuda(config: TrainingConfig | DecomposeConfig | EvaluateConfig, total: dict[str, float]) -> bool:
+def use_cuda(
+    config: TrainingConfig | DecomposeConfig | EvaluateConfig | MeasureConfig, total: dict[str, float]
+) -> bool:
     """Return whether workers run on GPUs. Raises `ConfigError` if the settings require GPUs and there are none."""
     gpus = total.get("GPU", 0)
     if config.resources.device == "cuda" and not gpus:
@@ -94,7 +97,7 @@ def check_fits(config: TrainingConfig, cuda: bool, total: dict[str, float]) -> N
     own = not os.environ.get("RAY_ADDRESS")
     workers, resources = config.parallel.workers, config.resources
     problems = []
-    cpus = total.get("CPU", 0)  # reading data reserves none, see `data.stream`
+    cpus = total.get("CPU", 0)  # reading data reserves none, see `data.shards.stream`
     if workers * resources.cpus_per_worker > cpus:
         where = "this machine has" if own else "the cluster has"
         problems.append(

@@ -1,4 +1,4 @@
-"""Which network the workers' tensors travel on: the one on which Ray reaches the node."""
+"""The network for the workers' tensors: the one on which Ray reaches the node."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 class NodeTorchConfig(TorchConfig):
     """Ray Train's set-up of torch's process group, over the interface of the node's own address.
 
-    gloo asks what the machine's name stands for, which many machines answer with 127.0.0.1 or 127.0.1.1;
-    it then listens where no other node can reach it. NCCL looks at the interfaces themselves.
+    gloo resolves the machine's name, which is 127.0.0.1 or 127.0.1.1 on many machines, and would listen where no
+    other node can reach it. NCCL looks at the interfaces themselves.
     """
 
     @property
@@ -31,15 +31,15 @@ class _NodeBackend(TorchConfig().backend_cls):  # type: ignore[misc]
 
 
 def use_interface_of_node() -> None:
-    """Tell gloo the interface of this node's address; the user's own setting stands."""
+    """Set gloo's interface to that of this node's address, unless the user has set it."""
     name = interface_of(ray.util.get_node_ip_address())
     if name:
         os.environ.setdefault(GLOO_INTERFACE, name)
 
 
 def interface_of(address: str) -> str | None:
-    """The name of this machine's network interface with that IP address; None where there is none."""
+    """Return the name of this machine's network interface with that IP address, or None."""
     for name, addresses in psutil.net_if_addrs().items():
-        if any(found.address == address for found in addresses):
+        if any(item.address == address for item in addresses):
             return name
     return None

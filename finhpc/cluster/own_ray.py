@@ -17,10 +17,10 @@ KEEP = "keep"  # in Ray's folder: a message names the logs in it
 
 @contextmanager
 def own_ray(cpus: int) -> Iterator[None]:
-    """Start Ray here with so many CPUs to give out, and stop it afterwards.
+    """Start Ray here with `cpus` CPUs, and stop it after the block.
 
-    Its folder (logs, sockets, spilled objects) lies where `session_base` says, and is removed with it, unless Ray
-    did not start or `ray_logs` named it.
+    Its folder (logs, sockets, spilled objects) is below `session_base` and is removed afterwards, unless Ray did not
+    start or `ray_logs` named it.
     """
     import ray
 
@@ -54,7 +54,7 @@ def own_ray(cpus: int) -> Iterator[None]:
 
 
 def ray_logs() -> str:
-    """The folder of Ray's logs, for a message to name; it stays when Ray is gone."""
+    """Return the folder of Ray's logs, for a message; it remains when Ray has ended."""
     from ray._private import worker
 
     node = getattr(worker, "_global_node", None)
@@ -67,18 +67,15 @@ def ray_logs() -> str:
 
 
 def keep_token_private() -> None:
-    """Ray writes its authentication token readable by everyone; make it the user's alone."""
+    """Make Ray's authentication token, which Ray writes readable by everyone, readable by the user alone."""
     token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    with suppress(PermissionError):  # a token that somebody else put there is not ours to change
+    with suppress(PermissionError):  # another user's token cannot be changed
         if token.is_file() and token.stat().st_mode & 0o077:
             token.chmod(0o600)
 
 
 def _shut_down() -> None:
-    """Stop Ray and leave no process behind.
-
-    It ends its workers by asking them, and one that was stopped never hears it.
-    """
+    """Stop Ray and kill the workers that do not end, such as suspended ones."""
     import psutil
     import ray
     from ray._private import worker

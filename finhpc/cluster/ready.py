@@ -1,4 +1,4 @@
-"""What Ray needs before it can start or connect, checked in seconds; Ray waits for minutes, or names no cause."""
+"""Check in seconds what Ray needs to start or connect; Ray itself waits for minutes, or names no cause."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from tempfile import TemporaryFile
 from finhpc.cluster.package import check_workers_package
 from finhpc.errors import ConfigError
 
-ANSWER_S = 10.0  # for a cluster to answer
-SOCKET = 107  # bytes of a Unix socket's path at most
-ROOM = 64 << 20  # bytes of a session's logs and sockets at least
+ANSWER_S = 10.0  # time for a cluster to answer
+SOCKET = 107  # bytes of the longest path of a Unix socket
+LOG_BYTES = 64 << 20  # of a session's logs and sockets, at least
 
 
 def check_ray() -> None:
@@ -30,21 +30,21 @@ def check_ray() -> None:
 
 
 def _cluster_problems(address: str) -> Iterator[str]:
-    """Why the cluster in RAY_ADDRESS cannot be reached."""
-    if address == "auto":  # Ray looks for one on this machine, and says at once that there is none
+    """Yield why the cluster in RAY_ADDRESS cannot be reached."""
+    if address == "auto":  # Ray looks for one on this machine and reports at once if there is none
         return
     remedy = "start the cluster, correct the address, or unset RAY_ADDRESS to work on this machine"
-    found = re.fullmatch(r"(?:ray://)?\[?(.+?)\]?:(\d+)", address)
-    if found is None:
+    match = re.fullmatch(r"(?:ray://)?\[?(.+?)\]?:(\d+)", address)
+    if match is None:
         yield f"RAY_ADDRESS={address} is not an address; it is HOST:PORT: {remedy}."
         return
     try:
-        socket.create_connection((found[1], int(found[2])), timeout=ANSWER_S).close()
+        socket.create_connection((match[1], int(match[2])), timeout=ANSWER_S).close()
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         yield f"RAY_ADDRESS={address}: no cluster answers there ({reason}); {remedy}."
         return
-    if os.environ.get("RAY_USE_TLS", "0") != "1" and not _speaks_grpc(f"{found[1]}:{found[2]}"):
+    if os.environ.get("RAY_USE_TLS", "0") != "1" and not _speaks_grpc(f"{match[1]}:{match[2]}"):
         yield f"RAY_ADDRESS={address}: what answers there is not a Ray cluster; {remedy}."
 
 
@@ -60,7 +60,7 @@ def _speaks_grpc(target: str) -> bool:
 
 
 def _machine_problems() -> Iterator[str]:
-    """Why Ray cannot start on this machine."""
+    """Yield why Ray cannot start on this machine."""
     if os.environ.get("RAY_AUTH_MODE", "token").lower() == "token" and not _has_token():
         folder = Path.home() / ".ray"
         if reason := _not_writable(folder):
@@ -77,12 +77,12 @@ def _machine_problems() -> Iterator[str]:
         )
     if reason := _not_writable(folder):
         yield f"{variable}={folder} cannot be written ({reason}), and Ray keeps its logs and sockets there; {remedy}."
-    elif (free := shutil.disk_usage(_existing(folder)).free) < ROOM:
+    elif (free := shutil.disk_usage(_existing(folder)).free) < LOG_BYTES:
         yield f"{variable}={folder} has {free / 1e6:.0f} MB left, too little for Ray's logs; make room, or {remedy}."
 
 
 def session_base() -> tuple[str, Path]:
-    """Return where Ray's folder goes, and the variable that says so: RAY_TMPDIR, TMPDIR if short enough, else /tmp."""
+    """Return the folder for Ray's, and the variable that sets it: RAY_TMPDIR, TMPDIR if short enough, else /tmp."""
     if ray := os.environ.get("RAY_TMPDIR"):
         return "RAY_TMPDIR", Path(ray).absolute()
     general = Path(os.environ.get("TMPDIR") or "/tmp").absolute()
@@ -90,7 +90,7 @@ def session_base() -> tuple[str, Path]:
 
 
 def _socket_bytes(folder: Path) -> int:
-    """Length of the path of a socket of Ray's, in a folder of its own below `folder`."""
+    """Return the length of the path of one of Ray's sockets, in a folder of its own below `folder`."""
     session = f"/ray-12345678/session_2026-01-01_00-00-00_000000_{os.getpid()}/sockets/plasma_store"
     return len(os.fsencode(str(folder))) + len(session)
 
@@ -110,7 +110,7 @@ def _existing(folder: Path) -> Path:
 
 
 def _not_writable(folder: Path) -> str | None:
-    """Why no file can be made in a folder, or in the nearest one above that exists; None where one can."""
+    """Return why a folder, or the nearest existing one above it, is not writable; None if it is."""
     try:
         TemporaryFile(dir=_existing(folder)).close()
     except OSError as error:

@@ -21,7 +21,6 @@ from finhpc.files import lock, private_folder, write_atomic
 
 log = logging.getLogger(__name__)
 
-
 T = TypeVar("T")
 R = TypeVar("R")
 

@@ -28,9 +28,9 @@ from finhpc.cluster.tasks import is_finished, run_tasks, workplace
 from finhpc.data.shards.shards import FORMAT, MANIFEST, TOKENIZER, Manifest, dataset_fingerprint
 from finhpc.data.text import sources
 from finhpc.data.text.encoding import encode_unit, training_sample, unit_dropped, unit_file
+from finhpc.data.text.formats import Unit
 from finhpc.data.text.pack_shards import Packed, pack
 from finhpc.data.text.tokenizer import Encoder, save, trained_size
-from finhpc.data.text.unit import Unit
 from finhpc.errors import ConfigError, DataError
 from finhpc.files import file_sha256, file_stamps, json_sha256, publish, write_atomic, write_json
 from finhpc.screen import Progress, summary_table
@@ -142,8 +142,7 @@ def _tokenizer(folder: Path, units: list[Unit], config: PrepareConfig) -> Encode
         publish(partial_folder, folder)
     encoder = Encoder(folder)
     if encoder.slow_because:
-        reason = encoder.slow_because
-        log.info(f"tokenizer {config.tokenizer}: Hugging Face's code is used, slower than tiktoken: {reason}")
+        log.info(f"tokenizer {config.tokenizer}: Hugging Face's code, slower than tiktoken: {encoder.slow_because}")
     return encoder
 
 

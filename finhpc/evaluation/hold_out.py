@@ -1,6 +1,6 @@
-"""The part of financial sets that a finetuning holds out, as files that `finhpc evaluate` scores.
+"""The part of financial data sets that a finetuning holds out, as files that `finhpc evaluate` scores.
 
-A finetuning splits its files by a hash of each input, so which examples it never learned from can be told without it.
+A finetuning splits its files by a hash of each input, so the examples it never learned from are known without it.
 """
 
 from __future__ import annotations
@@ -11,46 +11,46 @@ from pathlib import Path
 from typing import Any
 
 from finhpc.data.examples.examples import is_held_out
-from finhpc.data.examples.problems import each
-from finhpc.data.examples.schema import fields_of, open_sources
+from finhpc.data.examples.schema import FORMATS, fields_of, open_sources
+from finhpc.data.examples.values import each
 from finhpc.errors import ConfigError
+from finhpc.evaluation.documents import SOURCES, Document, stripped
 from finhpc.files import write_atomic
 from finhpc.settings.finetune import Instructions
 from finhpc.settings.reproduce import HoldOutConfig
 
-TASKS = {"phrasebank": "fpb", "fiqa": "fiqa_sa", "tfns": "tfns", "ner": "ner"}  # template -> task
-
 
 def hold_out(config: HoldOutConfig) -> dict[str, Any]:
-    """Write OUT/TASK.jsonl for every task of the sources; returns `files` (task: path), `tasks`, `examples`.
+    """Write OUT/TASK.jsonl for every task of the sources; return `files` (task: path), `tasks` and `examples`.
 
-    Sources of other formats (Alpaca's, chats) ask for text and are left out. Raises `ConfigError` for files that
-    cannot be used, and where nothing is held out, `DataError` for damaged ones.
+    Sources whose answers are text (Alpaca's, conversations) are left out. Raises `ConfigError` for files that cannot
+    be used and if nothing is held out, `DataError` for damaged files.
     """
-    found = held_out_documents(config)
+    documents = held_out_documents(config)
     out = Path(config.out).expanduser().absolute()
     out.mkdir(parents=True, exist_ok=True)
     files: dict[str, str] = {}
-    for task, rows in found.items():
+    for task, rows in documents.items():
         path = out / f"{task}.jsonl"
-        write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+        write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         files[task] = str(path)
-    examples = {task: len(rows) for task, rows in found.items()}
+    examples = {task: len(rows) for task, rows in documents.items()}
     return {"status": "finished", "files": files, "tasks": list(files), "examples": examples}
 
 
-def held_out_documents(config: HoldOutConfig) -> dict[str, list[dict[str, Any]]]:
-    """Task -> its held-out examples, of all sources together."""
-    found: dict[str, list[dict[str, Any]]] = {}
+def held_out_documents(config: HoldOutConfig) -> dict[str, list[Document]]:
+    """Return the held-out examples of each task, of all sources together."""
+    task_of = {FORMATS[source.format].template: task for task, source in SOURCES.items() if source.format}
+    documents: dict[str, list[Document]] = {}
     for table in open_sources(config.source, Instructions(encoding=config.encoding)):
-        if table.form is None or (task := TASKS.get(table.form.name)) is None:
+        if table.form is None or (task := task_of.get(table.form.name)) is None:
             continue
-        for fields, _ in each(table.records, partial(fields_of, one=table)):
+        for fields, _ in each(table.records, partial(fields_of, table=table)):
             if is_held_out(fields["input"], config.eval_fraction):
-                found.setdefault(task, []).append({name: text.strip() for name, text in sorted(fields.items())})
-    if not any(found.values()):
+                documents.setdefault(task, []).append(stripped(fields))
+    if not documents:
         raise ConfigError(
             f"source={', '.join(config.source)} holds out no example of a financial task; give files of PhraseBank, "
             "FiQA, TFNS or CoNLL entities, or a larger eval_fraction."
         )
-    return {task: rows for task, rows in found.items() if rows}
+    return documents

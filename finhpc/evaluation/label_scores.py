@@ -1,4 +1,4 @@
-"""How well a model chooses the labels of examples that were held out of its finetuning."""
+"""Scores of a model on the labels of examples that were held out of its finetuning."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from finhpc.evaluation.metrics import majority, weighted_f1
 
 log = logging.getLogger(__name__)
 
-MOST_LABELS = 20  # a source with more different answers asks for text, not for a label
+MOST_LABELS = 20  # a source with more different answers has texts as answers, not labels
 BATCH = 16
 Answer = tuple[int, ...]  # its tokens
 
 
 def label_scores(model: nn.Module, tokenizer: Any, examples: Examples, limit: int | None) -> dict[str, dict[str, Any]]:
-    """Template -> scores over the first `limit` held-out examples: acc, weighted_f1, majority (theirs), n, tied.
+    """Return scores by template over the first `limit` held-out examples: acc, weighted_f1, majority, n, tied.
 
-    Of each source's answers the one with the highest log-likelihood after the prompt is chosen, of equal ones the
-    first (as `finhpc evaluate` does). Sources whose answers are text are left out.
+    The answer of a source with the highest log-likelihood after the prompt is chosen, the first of equal ones, as
+    `finhpc evaluate` does. Sources whose answers are text are left out.
     """
     answers = _answers(examples)
     chosen = [i for i in range(_number(examples.held_out, limit)) if int(examples.held_out.source[i]) in answers]
@@ -52,7 +52,7 @@ def label_scores(model: nn.Module, tokenizer: Any, examples: Examples, limit: in
 
 
 def _names(examples: Examples, answers: dict[int, list[Answer]]) -> dict[int, str]:
-    """Source -> the name of its scores: its template, and the file as well if another has other labels."""
+    """Return the name of each source's scores: its template, and the file if another file has other labels."""
     sources = examples.counts["by_source"]
     of_template: dict[str, set[tuple[Answer, ...]]] = {}
     for source, labels in answers.items():
@@ -76,9 +76,9 @@ def _scored(pairs: list[tuple[int, int]]) -> dict[str, Any]:
 
 
 def _answers(examples: Examples) -> dict[int, list[Answer]]:
-    """Source -> its different answers, if those are labels: its template's, or few. Sources of one set share it.
+    """Return the different answers of each source whose answers are labels: its template's, or few.
 
-    A label that no example has is among them, as in `finhpc evaluate`.
+    Sources with the same labels share them. Labels that no example has are included, as in `finhpc evaluate`.
     """
     listed = {i: tuple(source.get("labels") or ()) for i, source in enumerate(examples.counts["by_source"])}
     found: dict[int, set[Answer]] = {}

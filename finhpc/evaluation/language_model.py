@@ -1,10 +1,10 @@
 """lm-eval's language model with the same numbers and less work.
 
-Log-probabilities are computed at the positions of the answers alone, not over the vocabulary at every
-token of the prompt, and answers that share all tokens but the last are read from one row.
+Log-probabilities are computed only at the positions of the answers, not over the vocabulary at every token of the
+prompt, and answers that share all tokens except the last are read from one row.
 
-They are float32 whatever the model's type, and an answer's are summed in float64. lm-eval computes them in the
-model's type by default; in bfloat16 a log-probability of -3 is a multiple of 1/64, so that answers tie.
+They are float32 for any model, and an answer's are summed in float64. lm-eval computes them in the model's type by
+default; in bfloat16 a log-probability of -3 is a multiple of 1/64, so that answers tie.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from finhpc.evaluation import plausible
 from finhpc.models.files.tokens import continuation_ids, encode, prompt_ids
 
 Request = tuple[tuple[str, str], list[int], list[int]]  # texts, tokens of the prompt, tokens of the answer
-PAD = 0  # comes after everything that is read, and is never seen by it
+PAD = 0  # comes after everything that is read, so no token attends to it
 
 
 class LanguageModel(HFLM):
-    """Wraps a loaded model. `cut`: requests whose prompt was longer than the context and lost its beginning.
+    """Wraps a loaded model. `cut`: prompts that were longer than the context and truncated on the left.
 
-    That is lm-eval's rule: of prompt + answer the last `max_length` + 1 tokens are kept. Ids are lm-eval's, but no end
-    token follows a text, and a prompt keeps its own ids if its answer would change them: as in finetuning.
+    That is lm-eval's rule: only the last `max_length` + 1 tokens of prompt and answer remain. Ids are lm-eval's, except
+    that no end token follows a text, and that a prompt keeps its own ids if its answer would change them, as in
+    finetuning.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, batch_size: int) -> None:
@@ -59,9 +60,9 @@ class LanguageModel(HFLM):
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """Log-likelihoods of answers, and whether each is the model's own choice.
+        """Return log-likelihoods of answers, and whether each is the model's own choice.
 
-        Raises `ImplausibleError` where they are such as no sound model gives.
+        Raises `ImplausibleError` for values that no sound model gives.
         """
         groups: dict[tuple[int, ...], list[int]] = {}
         for i, (texts, context, answer) in enumerate(requests):
@@ -70,7 +71,7 @@ class LanguageModel(HFLM):
             window = (context + answer)[-(self.max_length + 1) :][:-1]
             groups.setdefault(tuple(window), []).append(i)
         rows = sorted(groups, key=lambda row: (-len(row), row))
-        found: list[tuple[float, bool]] = [(float("nan"), False)] * len(requests)
+        scores: list[tuple[float, bool]] = [(float("nan"), False)] * len(requests)
         for start in range(0, len(rows), override_bs or self._rows):
             batch = rows[start : start + (override_bs or self._rows)]
             longest = [max(len(requests[i][2]) for i in groups[row]) for row in batch]
@@ -82,16 +83,16 @@ class LanguageModel(HFLM):
                     at = [place[position] for position in range(len(row) - len(target), len(row))]
                     of_answer = log_probs[r, at]  # (answer, vocabulary)
                     score = of_answer.gather(1, target[:, None]).double().sum()
-                    found[i] = float(score), bool((of_answer.argmax(-1) == target).all())
+                    scores[i] = float(score), bool((of_answer.argmax(-1) == target).all())
             vocab_size = log_probs.shape[-1]
-        if found:
+        if scores:
             tokens = sum(len(answer) for _, _, answer in requests)
-            loss = -math.fsum(score for score, _ in found) / tokens
+            loss = -math.fsum(score for score, _ in scores) / tokens
             plausible.check("likelihoods of answers", {"loss": loss}, plausible.any_model(vocab_size))
-        return found
+        return scores
 
     def _log_probs(self, batch: list[tuple[int, ...]], last: list[int]) -> tuple[Tensor, Tensor]:
-        """Positions, and float32 log-probabilities (rows, positions, vocabulary) there: of each row the `last` ones."""
+        """Return the `last` positions of rows and their float32 log-probabilities (rows, positions, vocabulary)."""
         width = max(map(len, batch))
         tokens = torch.full((len(batch), width), PAD, dtype=torch.long)
         for r, row in enumerate(batch):

@@ -1,4 +1,4 @@
-"""Accuracy and weighted F1, what they are without a model, and how far they may be off."""
+"""Accuracy and weighted F1, their baselines without a model, and their confidence intervals."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ RESAMPLES_AT_A_TIME = 100
 
 
 def weighted_f1(items: Sequence[tuple[int, int]]) -> float:
-    """Weighted F1 of (gold, predicted) pairs; lm-eval calls it as a task file's aggregation."""
+    """Return weighted F1 of (gold, predicted) pairs; lm-eval calls it as a task file's aggregation."""
     from sklearn.metrics import f1_score
 
     golds, predictions = zip(*items, strict=True)
@@ -20,16 +20,16 @@ def weighted_f1(items: Sequence[tuple[int, int]]) -> float:
 
 
 def majority(golds: Classes) -> dict[str, float]:
-    """Scores of always giving the most frequent class."""
+    """Return the scores of always choosing the most frequent class."""
     counts = np.bincount(golds)
     always = np.full_like(golds, int(counts.argmax()))
     return {"acc": float((golds == always).mean()), "weighted_f1": weighted_f1(_pairs(golds, always))}
 
 
 def random_guess(golds: Classes, choices: Classes) -> dict[str, float]:
-    """Expected scores of guessing evenly; `choices`: int64 (n,), answers each example has.
+    """Return the expected scores of random guesses; `choices`: int64 (n,), the number of answers of each example.
 
-    Weighted F1 takes the expected confusion counts, which many examples come close to.
+    Weighted F1 uses the expected confusion counts, which many examples come close to.
     """
     p = float((1 / choices).mean())
     counts = np.bincount(golds, minlength=int(choices.max())).astype(float)
@@ -44,23 +44,23 @@ def random_guess(golds: Classes, choices: Classes) -> dict[str, float]:
 def intervals(
     golds: Classes, predictions: Classes, means: dict[str, npt.NDArray[np.float64]], resamples: int, seed: int
 ) -> dict[str, list[float]]:
-    """95 % bootstrap intervals over examples: of weighted F1, and of the mean of each of `means` (n,)."""
+    """Return 95 % bootstrap intervals over examples: of weighted F1, and of the mean of each of `means` (n,)."""
     draw = np.random.default_rng(seed)
     n, classes = len(golds), int(max(golds.max(), predictions.max())) + 1
     cells = golds * classes + predictions
-    found: dict[str, list[float]] = {name: [] for name in (*means, "weighted_f1")}
+    resampled: dict[str, list[float]] = {name: [] for name in (*means, "weighted_f1")}
     for start in range(0, resamples, RESAMPLES_AT_A_TIME):
         rows = draw.integers(n, size=(min(RESAMPLES_AT_A_TIME, resamples - start), n))
         for name, values in means.items():
-            found[name] += values[rows].mean(axis=1).tolist()
+            resampled[name] += values[rows].mean(axis=1).tolist()
         offset = np.arange(len(rows))[:, None] * classes**2
         counts = np.bincount((cells[rows] + offset).reshape(-1), minlength=len(rows) * classes**2)
-        found["weighted_f1"] += weighted_f1_of_counts(counts.reshape(len(rows), classes, classes)).tolist()
-    return {name: np.quantile(values, [0.025, 0.975]).tolist() for name, values in found.items()}
+        resampled["weighted_f1"] += weighted_f1_of_counts(counts.reshape(len(rows), classes, classes)).tolist()
+    return {name: np.quantile(values, [0.025, 0.975]).tolist() for name, values in resampled.items()}
 
 
 def weighted_f1_of_counts(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """Weighted F1 (m,) of confusion counts (m, gold, predicted)."""
+    """Return weighted F1 (m,) of confusion counts (m, gold, predicted)."""
     hits = np.diagonal(counts, axis1=1, axis2=2)
     support, predicted = counts.sum(axis=2), counts.sum(axis=1)
     f1 = 2 * hits / np.maximum(support + predicted, 1)

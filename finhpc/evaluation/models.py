@@ -1,4 +1,4 @@
-"""Models to score: a model folder, a hub id or a .gguf file, alone or with an adapter."""
+"""Models to score: model folders, hub ids or .gguf files, alone or with an adapter."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from finhpc.errors import CheckpointError, ConfigError
+from finhpc.errors import ConfigError, collect
 from finhpc.models.families.registry import skeleton
 from finhpc.models.files.config import is_adapter
 from finhpc.models.files.tokenizer import find_tokenizer, has_tokenizer, open_tokenizer
@@ -40,7 +40,7 @@ class Subject:
         return None
 
     def stamp(self) -> str:
-        """One hash of the sizes and times of change of all its files; changes when one does."""
+        """Return one hash of the sizes and modification times of all its files."""
         rows = [
             (path, file.name, (stat := file.stat()).st_size, stat.st_mtime_ns)
             for path in (self.path, self.adapter)
@@ -52,7 +52,7 @@ class Subject:
 
 
 def subjects(models: list[str], adapters: list[str]) -> list[Subject]:
-    """Models and adapters as they belong together; raises `ConfigError` with every problem."""
+    """Return models with their adapters. Raises one `ConfigError` with every problem."""
     if not models:
         raise ConfigError("model is not set; give --model with a model folder (a run's `model` folder) or a hub id.")
     if adapters and len(models) > 1 and len(adapters) != len(models):
@@ -65,26 +65,20 @@ def subjects(models: list[str], adapters: list[str]) -> list[Subject]:
     else:
         pairs = list(zip(models, adapters or ["none"] * len(models), strict=True))
     problems: list[str] = []
-    found: list[tuple[str, str | None]] = []
+    resolved: list[tuple[str, str | None]] = []
     for model, adapter in pairs:
-        try:
-            found.append(_resolved(model, None if adapter in ("none", "") else adapter))
-        except ConfigError as error:
-            problems += error.problems
-        except CheckpointError as error:
-            problems += str(error).splitlines()
-    twice = sorted({pair for pair in found if found.count(pair) > 1}, key=str)
+        with collect(problems):
+            resolved.append(_resolved(model, None if adapter in ("none", "") else adapter))
+    twice = sorted({pair for pair in resolved if resolved.count(pair) > 1}, key=str)
     problems += [f"model={model} with adapter={adapter} is given twice; once is enough." for model, adapter in twice]
-    for path, over in dict.fromkeys(found):
-        try:
+    for path, over in dict.fromkeys(resolved):
+        with collect(problems):
             _check_ids(path, over)
-        except ConfigError as error:
-            problems += error.problems
     if problems:
         raise ConfigError(problems)
-    names = [_name(adapter or model) for model, adapter in found]
+    names = [_name(adapter or model) for model, adapter in resolved]
     unique = [name if names.count(name) == 1 else f"{name}-{names[:i].count(name) + 1}" for i, name in enumerate(names)]
-    return [Subject(name, model, adapter) for name, (model, adapter) in zip(unique, found, strict=True)]
+    return [Subject(name, model, adapter) for name, (model, adapter) in zip(unique, resolved, strict=True)]
 
 
 def _check_ids(model: str, adapter: str | None) -> None:
@@ -97,7 +91,7 @@ def _check_ids(model: str, adapter: str | None) -> None:
 
 
 def _name(path: str) -> str:
-    """A run's name for its `model`, else the folder's own."""
+    """Return a run's name for its `model`, otherwise the folder's own."""
     parts = [part for part in Path(path).parts if part not in ("/", ".")] or [path]
     generic = ("model", "adapter")
     return parts[-2] if parts[-1] in generic and len(parts) > 1 else parts[-1]
@@ -114,7 +108,7 @@ def _resolved(model: str, adapter: str | None) -> tuple[str, str | None]:
     config = config_of(path, any_family=True)
     if path.is_dir() and not has_tokenizer(path):
         raise ConfigError(
-            f"model={path} comes without a tokenizer, which prompts need; copy tokenizer.json and "
+            f"model={path} has no tokenizer, which prompts need; copy tokenizer.json and "
             "tokenizer_config.json of the model it was made from there."
         )
     if adapter is not None:
@@ -126,9 +120,9 @@ def _resolved(model: str, adapter: str | None) -> tuple[str, str | None]:
 def load_for_evaluation(
     path: str, adapter: str | None = None, dtype: str = "auto", device: str = "cpu"
 ) -> tuple[nn.Module, Any]:
-    """A model in eval mode on `device` and its tokeniser: dense, low-rank or quantised, with the adapter if given.
+    """Return a model in eval mode on `device`, with its adapter if any, and its tokenizer.
 
-    `dtype` auto: that of the folder's config.json, float32 where it says none. A model quantised on the fly
+    `dtype` auto: that of the folder's config.json, float32 if it has none. A model that is quantized only to be scored
     is exported first (`finhpc.commands.export`). Raises `ConfigError` for a folder or adapter that does not fit,
     `CheckpointError` for damaged weights.
     """

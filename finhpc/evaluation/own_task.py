@@ -1,14 +1,13 @@
-"""A task of the user's own: choosing among the labels of a file, with the prompts that finetuning gives its records."""
+"""A user's own task: choose among the labels in a file, with the prompts that finetuning uses for its records."""
 
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
 
 import yaml
 
-from finhpc.data.examples.problems import each
 from finhpc.data.examples.schema import fields_of, guesses, open_sources
+from finhpc.data.examples.values import each
 from finhpc.errors import ConfigError
 from finhpc.evaluation.documents import Document, Documents, drawn
 from finhpc.settings.evaluate import EvaluateData
@@ -24,15 +23,11 @@ METRICS = """metric_list:
 """
 
 
-class OwnTask(NamedTuple):
-    """The task file without the place of its examples, and the examples."""
+def own_task(name: str, data: EvaluateData, limit: int | None, seed: int) -> tuple[str, Documents]:
+    """Return the task file of `data.files.NAME`, without the path of its examples, and the examples.
 
-    definition: str
-    documents: Documents
-
-
-def own_task(name: str, data: EvaluateData, limit: int | None, seed: int) -> OwnTask:
-    """Make a task of `data.files.NAME`; raises `ConfigError` for a file whose answers are not labels."""
+    Raises `ConfigError` for a file whose answers are not labels.
+    """
     if not NAME.fullmatch(name):
         raise ConfigError(f"tasks={name} is not a name for a task of your own; use letters, digits, - and _.")
     spec = data.files[name]
@@ -44,17 +39,14 @@ def own_task(name: str, data: EvaluateData, limit: int | None, seed: int) -> Own
             "give a file with a label, or name its column with --data.columns label=COLUMN."
         )
 
-    def documents() -> list[Document]:
-        fields = each(table.records, lambda record: fields_of(record, table))
-        # By its place: lm-eval's reader makes a time of a label such as 2021-01-01.
-        places = {label: place for place, label in enumerate(meaning.labels)}
-        return [
-            {"prompt": form.render(raw).prompt, "label": label, "answer": places[str(label)]} for raw, label in fields
-        ]
-
-    rows = documents()
-    if not rows:
-        raise ConfigError(f"tasks={name}: {spec} holds no example; give a file that does.")
+    # By place: lm-eval's reader would parse a label such as 2021-01-01 as a time.
+    places = {label: place for place, label in enumerate(meaning.labels)}
+    rows: list[Document] = [
+        {"prompt": form.render(raw).prompt, "label": label, "answer": places[str(label)]}
+        for raw, label in each(table.records, lambda record: fields_of(record, table))
+    ]
+    notes = [*table.reading.notes, *guesses(table)]
+    examples = drawn(name, spec, rows, notes, limit, seed)
     definition = {
         "task": name,
         "dataset_path": "json",
@@ -66,5 +58,4 @@ def own_task(name: str, data: EvaluateData, limit: int | None, seed: int) -> Own
         "target_delimiter": form.separator,
         "metadata": {"version": 1.0},
     }
-    notes = [*table.reading.notes, *guesses(table)]
-    return OwnTask(yaml.safe_dump(definition) + METRICS, Documents(drawn(rows, limit, seed), len(rows), notes))
+    return yaml.safe_dump(definition) + METRICS, examples

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from finhpc.data.shards.shards import Shards, Split
 from finhpc.errors import ConfigError
-
-PER_SAMPLE = ("example", "loss", "tokens")
 
 
 def perplexity(
@@ -28,26 +24,26 @@ def perplexity(
     resamples: int,
     seed: int,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """exp of the mean loss over the next tokens of every sample, and each sample's loss.
+    """Return the scores, with exp of the mean loss over the next tokens of every sample, and a row per sample.
 
-    A sample is `seq_len` tokens and has `seq_len` - 1 targets, as in training. With `limit`, samples at
-    even distances. Raises `ConfigError` where the ids do not fit the model's vocabulary or the split is empty.
+    A sample has `seq_len` tokens and `seq_len` - 1 targets, as in training. `limit`: samples at even distances.
+    Raises `ConfigError` if the ids do not fit the model's vocabulary or the split is empty.
     """
     if shards.manifest.vocab_size > vocab_size and (ids := shards.ids_of_text()) > vocab_size:
         raise ConfigError(
             f"data.shards={shards.folder} has a vocabulary of {ids:,}, the model "
-            f"{vocab_size:,}; prepare the text with the model's tokeniser (finhpc prepare --tokenizer MODEL)."
+            f"{vocab_size:,}; prepare the text with the model's tokenizer (finhpc prepare --tokenizer MODEL)."
         )
-    sizes = shards.shard_samples(split, seq_len)
-    total = sum(sizes)
+    total = shards.num_samples(split, seq_len)
     if not total:
         raise ConfigError(f"data.shards={shards.folder} has an empty {split} split; choose another --data.split.")
-    n = total if limit is None else min(limit, total)
-    chosen = np.arange(n, dtype=np.int64) * total // n
     losses: list[float] = []
-    for samples in _samples(shards, split, seq_len, sizes, chosen):
+    chosen: list[int] = []
+    for sample_ids, samples in shards.spread(split, seq_len, limit):
+        chosen += sample_ids.tolist()
         for at in range(0, len(samples), batch_size):
             losses += _losses(model, torch.from_numpy(samples[at : at + batch_size]))
+    n = len(chosen)
     values = np.array(losses)
     loss = float(values.mean())
     draw = np.random.default_rng(seed)
@@ -65,24 +61,12 @@ def perplexity(
         "unread": int((~np.isfinite(values)).sum()),
         "cut": 0,
     }
-    rows = [{"example": int(i), "loss": x, "tokens": seq_len - 1} for i, x in zip(chosen, losses, strict=True)]
+    rows = [{"example": i, "loss": x, "tokens": seq_len - 1} for i, x in zip(chosen, losses, strict=True)]
     return scores, rows
 
 
-def _samples(
-    shards: Shards, split: Split, seq_len: int, sizes: list[int], chosen: NDArray[np.int64]
-) -> Iterator[NDArray[np.int64]]:
-    """The chosen samples of each shard that has any, (samples, seq_len); `sizes`: samples of each shard."""
-    start = 0
-    for index, size in enumerate(sizes):
-        inside = chosen[(chosen >= start) & (chosen < start + size)] - start
-        start += size
-        if len(inside):
-            yield shards.read_shard(split, index).reshape(-1, seq_len)[inside].astype(np.int64)
-
-
 def _losses(model: nn.Module, tokens: torch.Tensor) -> list[float]:
-    """Mean loss of each row of `tokens` (rows, seq_len), in float32."""
+    """Return the mean loss of each row of `tokens` (rows, seq_len), in float32."""
     device = next(model.parameters()).device
     with torch.inference_mode():
         inputs = tokens.to(device)

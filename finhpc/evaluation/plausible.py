@@ -1,16 +1,16 @@
-"""Figures that cannot be: the one check before a score is written anywhere as a result.
+"""Implausible figures: the one check before a score is written anywhere as a result.
 
 A model whose weights were damaged, or read in another format than they were written in, still gives numbers. They
-are told by what no sound model can reach:
+are recognized by limits that every sound model stays within:
 
 - every figure is finite, and negative only if it is a correlation or a log-likelihood; shares and scores of classes
   lie between 0 and 1, a perplexity at 1 or more;
-- after training, a loss is at most 1 nat above ln(vocabulary), what guessing evenly costs, or above what the training
-  began with where that is more (but for a beginning beyond 10 x ln(vocabulary), which is no model's);
+- after training, a loss is at most 1 nat above ln(vocabulary), what guessing evenly costs, or above the first
+  loss of the training if that is higher (unless that exceeds 10 x ln(vocabulary), which no model reaches);
 - at fewer bits, a loss is within 1 nat of the 16-bit one at 8 bits; at 4 bits it is at most 1 nat above the larger
   of the 16-bit one and ln(vocabulary);
-- any model on any text: at most 10 x ln(vocabulary) a token. A model that is sure and wrong may well be above
-  ln(vocabulary), as an untrained one may, so that `evaluate` refuses no more than that.
+- any model on any text: at most 10 x ln(vocabulary) per token. A confident, wrong model may well be above
+  ln(vocabulary), as an untrained one may, so `evaluate` refuses no more than that.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MARGIN = 1.0  # nats
 ANY_MODEL = 10.0  # x ln(vocabulary)
 SHARES = {"acc", "acc_norm", "f1", "weighted_f1", "held_out_weighted_f1"}
 SIGNED = {"mcc", "likelihood"}  # metrics of lm-eval's that may be negative
-ROUNDING = 1e-5  # of means: a loss of answers that are known by heart may be computed as -1e-6
+ROUNDING = 1e-5  # of means: the loss of memorized answers may be computed as -1e-6
 TIMED = {"data_wait_fraction", "pipeline_utilization", "pipeline_utilization_ideal"}
 CLOCKS = 0.05  # of shares of time, which clocks of several workers measured
 LOSSES = {"loss", "val_loss"}
@@ -36,7 +36,7 @@ PERPLEXITIES = {"perplexity", "val_perplexity"}
 
 @dataclass(frozen=True)
 class Bound:
-    """What a loss may be. `why`: what the upper end stands for."""
+    """The range of a loss. `why`: the meaning of its upper end."""
 
     low: float
     high: float
@@ -44,7 +44,7 @@ class Bound:
 
 
 def after_training(vocab_size: int, began: float | None) -> Bound:
-    """Of a trained model's loss; `began`: the first loss of its training, where it is known."""
+    """Return the bound of a trained model's loss; `began`: the first loss of its training, if known."""
     even = math.log(vocab_size)
     if began is not None and even < began < any_model(vocab_size).high:
         return Bound(0.0, began + MARGIN, f"what its training began with, {began:.4f}, and {MARGIN:g} nat")
@@ -52,7 +52,7 @@ def after_training(vocab_size: int, began: float | None) -> Bound:
 
 
 def at_fewer_bits(bits: int, vocab_size: int, full: float | None) -> Bound:
-    """Of a trained model's loss with weights of `bits`; `full`: its loss at 16 bits, where it is known."""
+    """Return the bound of a trained model's loss with weights of `bits`; `full`: its loss at 16 bits, if known."""
     even = math.log(vocab_size)
     if full is None or not math.isfinite(full):
         return after_training(vocab_size, None)
@@ -63,19 +63,19 @@ def at_fewer_bits(bits: int, vocab_size: int, full: float | None) -> Bound:
 
 
 def any_model(vocab_size: int) -> Bound:
-    """Of the mean loss a token of any model on any text."""
+    """Return the bound of the mean loss per token of any model on any text."""
     high = ANY_MODEL * math.log(vocab_size)
     return Bound(0.0, high, f"{ANY_MODEL:g} x ln(vocabulary of {vocab_size:,})")
 
 
 def check(what: str, figures: Mapping[str, Any], loss: Bound | None = None, remedy: str = "") -> None:
-    """Raise `ImplausibleError` if `figures`, however nested, hold a number that cannot be.
+    """Raise `ImplausibleError` if `figures`, however nested, contain an impossible number.
 
-    `what`: what was scored; `loss`: bounds of `val_loss` and `loss`; `remedy`: what to do beside looking at the model.
+    `what`: what was scored; `loss`: bounds of `val_loss` and `loss`; `remedy`: replaces the usual advice.
     """
     problems = list(_problems(figures, loss, ""))
     if problems:
-        remedy = remedy or "look at how the model was made, and run the same command again"
+        remedy = remedy or "check how the model was made, and rerun the command"
         raise ImplausibleError(
             f"{what}: {'; '.join(problems)}. Its weights are damaged, were read in another format than they were "
             f"written in, or its training diverged; nothing of it counts as a result. What to do: {remedy}."

@@ -20,14 +20,13 @@ FEWSHOT_SEED = 1234  # lm-eval's own default
 def score(
     model: LanguageModel, task: TaskFile, resamples: int, seed: int, limit: int | None = None
 ) -> tuple[dict[str, Any], list[Row]]:
-    """Scores of a model on a task, and its prediction for each example.
+    """Return the scores of a model on a task, and its prediction for each example.
 
-    `acc`, `acc_norm` are lm-eval's own; `weighted_f1` is over the classes of the answers (their places in
-    the list of choices). `unread`: examples whose answers' scores are not finite, or all the same, so
-    that nothing was chosen; they count as lm-eval counts them. `tied`: examples of which two answers or more
-    share the highest score; the first of the list counts, as in lm-eval. `cut`: examples whose prompt lost its
-    beginning. Raises `DataError` for a label that is none of an example's choices, and for a template that cannot
-    be rendered.
+    `acc` and `acc_norm` are lm-eval's own; `weighted_f1` is over the classes of the answers (their places in the list
+    of choices). `unread`: examples whose answers' scores are not finite or all the same, so that nothing was chosen;
+    they count as lm-eval counts them. `tied`: examples in which several answers have the highest score; the first one
+    counts, as in lm-eval. `cut`: examples whose prompt was truncated on the left. Raises `DataError` for a label that
+    is not one of the choices, and for a template that cannot be rendered.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     opened = load_task(task)
@@ -36,8 +35,11 @@ def score(
     opened.set_fewshot_seed(seed=FEWSHOT_SEED)
     model.cut.clear()
     with rendering(task.trusted):
-        found = _evaluated(model, opened, task, limit)
-        rows = [_row(sample, opened, model.cut, task) for sample in sorted(found["samples"][task.name], key=_place)]
+        result = _evaluated(model, opened, task, limit)
+        rows = [
+            _row(sample, opened, model.cut, task)
+            for sample in sorted(result["samples"][task.name], key=lambda sample: int(sample["doc_id"]))
+        ]
     if not any(row["read"] for row in rows) and any(row["n_choices"] > 1 for row in rows):
         raise ImplausibleError(
             f"tasks={task.name}: all answers of every example have the same likelihood, so that nothing was chosen; "
@@ -45,7 +47,7 @@ def score(
         )
     scores = {
         key.removesuffix(",none"): float(value)
-        for key, value in found["results"][task.name].items()
+        for key, value in result["results"][task.name].items()
         if key.endswith(",none") and key in ("acc,none", "acc_norm,none")
     }
     golds, predictions, choices = (np.array([row[key] for row in rows]) for key in ("gold", "prediction", "n_choices"))
@@ -65,34 +67,32 @@ def score(
 
 
 def _evaluated(model: LanguageModel, opened: Any, task: TaskFile, limit: int | None) -> dict[str, Any]:
-    """lm-eval's own result, with its samples."""
+    """Return lm-eval's own result, with its samples."""
     from jinja2 import TemplateError
     from lm_eval.evaluator import evaluate
 
     try:
-        found: dict[str, Any] | None = evaluate(
+        result: dict[str, Any] | None = evaluate(
             model,
             {task.name: opened},
-            limit=limit if task.own else None,  # those of our own tasks were drawn already
+            limit=limit if task.own else None,  # the examples of finhpc's tasks were drawn before
             bootstrap_iters=0,
             log_samples=True,
             confirm_run_unsafe_code=task.trusted,
         )
     except TemplateError as error:
         raise DataError(f"tasks={task.path}: a template cannot be rendered ({error}); correct the task file.") from None
-    assert found is not None  # this process is the only one
-    return found
-
-
-def _place(sample: dict[str, Any]) -> int:
-    return int(sample["doc_id"])
+    assert result is not None  # this process is the only one
+    return result
 
 
 def _row(sample: dict[str, Any], task: Any, cut: set[str], file: TaskFile) -> Row:
-    """What the table of predictions says of one example."""
+    """Return the row of one example in the table of predictions."""
     doc, target = sample["doc"], sample["target"]
     choices = task.doc_to_choice(doc)
-    several = isinstance(task.doc_to_text(doc), int)  # as in WinoGrande: the choice is the prompt, the target its end
+    several = isinstance(
+        task.doc_to_text(doc), int
+    )  # as in WinoGrande: the choices are prompts, and the target is their end
     gold = task.doc_to_text(doc) if several else target
     gold = choices.index(gold) if isinstance(gold, str) and gold in choices else gold
     if not isinstance(gold, int) or not 0 <= gold < len(choices):

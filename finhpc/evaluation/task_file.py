@@ -1,9 +1,9 @@
-"""A stranger's task file, read as data: nothing that it holds may run code.
+"""Read another person's task file as data: nothing in it may run code.
 
 lm-eval runs code from a task file in many ways: tags that name functions, classes, metrics that a hub delivers as
-scripts, templates that reach Python's modules. So the file is parsed here, by a parser that knows no tag but YAML's
-own, merged with what it includes, and compared with the list of what is known to be harmless; the result, and never
-the file, is what lm-eval gets. Templates are rendered in jinja's sandbox.
+scripts, templates that reach Python's modules. So the file is parsed here, by a parser that knows only YAML's own
+tags, merged with what it includes, and compared with a list of what is known to be harmless. lm-eval gets the result,
+never the file. Templates are rendered in jinja's sandbox.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ TRUST = "read it, then give --trust_task_code true, or write the task without it
 
 
 def read_task(path: Path) -> dict[str, Any]:
-    """A task file merged with the files it includes, as lm-eval merges them, without a trace of code.
+    """Return a task file merged with the files it includes, as lm-eval merges them, without any code.
 
-    Raises one `ConfigError` with everything that is not known to be harmless, and where it stands.
+    Raises one `ConfigError` with everything that is not known to be harmless, and its place.
     """
     tree = _merged(path, ())
     problems = list(_problems(tree))
@@ -80,7 +80,7 @@ def _merged(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _parsed(path: Path) -> dict[str, Any]:
-    content = path.read_bytes()  # with whatever byte order mark it has
+    content = path.read_bytes()  # with its byte order mark, if any
     try:
         root = yaml.compose(content, Loader=yaml.SafeLoader)
         problem = None if root is None else _unsafe(root)
@@ -96,7 +96,7 @@ def _parsed(path: Path) -> dict[str, Any]:
 
 
 def _unsafe(root: yaml.Node) -> str | None:
-    """What a composed document holds beside plain data, or None. `sizes`: of each node with its aliases written out."""
+    """Return what a composed document holds besides plain data, or None."""
     sizes: dict[int, int | None] = {}
 
     def size(node: yaml.Node) -> int:
@@ -154,7 +154,7 @@ def _problems(tree: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _data(tree: Mapping[str, Any]) -> Iterator[str]:
-    """Data that is read by a program of its own, or by way of a chain of file systems."""
+    """Yield data that is read by a program of its own, or through a chain of file systems."""
     from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
     path = tree.get("dataset_path")
@@ -185,7 +185,7 @@ def _data(tree: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _metrics(given: Any) -> Iterator[str]:
-    """Metrics that lm-eval does not hold itself: it would fetch a script of that name, or import a file."""
+    """Yield metrics that lm-eval does not have: it would fetch a script of that name, or import a file."""
     import lm_eval.api.metrics  # noqa: F401  fills the lists
     from lm_eval.api.registry import aggregation_registry, metric_registry
 
@@ -201,7 +201,7 @@ def _metrics(given: Any) -> Iterator[str]:
 
 
 def _templates(tree: Mapping[str, Any], where: str) -> Iterator[str]:
-    """Templates that reach for more than their example. What hides from this look the sandbox still refuses."""
+    """Yield templates that access more than their example. The sandbox refuses what this check does not see."""
     environment = Sandbox()
     for key in TEMPLATES:
         for text in _texts(tree.get(key)):
@@ -228,7 +228,7 @@ def _reach(node: nodes.Node) -> str | None:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Every text in nested lists and mappings."""
+    """Yield every text in nested lists and mappings."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -243,7 +243,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """jinja without access to Python, and without products and powers that would fill the memory."""
+    """jinja without access to Python, and without products and powers that would exhaust the memory."""
 
     intercepted_binops = frozenset({"*", "**"})
 
@@ -258,7 +258,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
 @contextmanager
 def rendering(trusted: bool) -> Iterator[None]:
-    """lm-eval's templates in the sandbox, but for a task whose code the user trusts."""
+    """Render lm-eval's templates in the sandbox, except for a task whose code the user trusts."""
     from lm_eval import utils
 
     theirs = utils.env

@@ -1,6 +1,6 @@
-"""Task files that lm-eval reads: those that ship, pointed at the examples at hand, and the user's own.
+"""Task files for lm-eval: finhpc's, which name the examples on this machine, and the user's own.
 
-For every task of ours a folder gets NAME.yaml and NAME.jsonl, so that lm-eval's own command gives the same
+Every task of finhpc becomes NAME.yaml and NAME.jsonl in a folder, so that lm-eval's own command gives the same
 scores: `lm_eval --model hf --model_args pretrained=MODEL --tasks NAME --include_path FOLDER`.
 """
 
@@ -15,28 +15,24 @@ from typing import Any
 
 import yaml
 
-from finhpc.errors import ConfigError, DataError
-from finhpc.evaluation.documents import SOURCES, documents, takes_labels
+from finhpc.errors import ConfigError, collect
+from finhpc.evaluation.documents import SOURCES, TOKENS, documents, takes_labels
 from finhpc.evaluation.own_task import own_task
 from finhpc.evaluation.task_file import read_task, rendering
-from finhpc.files import file_sha256, write_atomic
+from finhpc.files import file_sha256, json_sha256, write_atomic
 from finhpc.settings.base import nearest
 from finhpc.settings.evaluate import EvaluateConfig
 
 PERPLEXITY = "perplexity"
-GENERAL = {  # lm-eval's own definitions, under its tasks/
-    "boolq": "super_glue/boolq/default.yaml",
-    "piqa": "piqa/piqa.yaml",
-    "winogrande": "winogrande/default.yaml",
-}
 TASKS = (*SOURCES, PERPLEXITY)
 
 
 @dataclass(frozen=True)
 class TaskFile:
-    """A task as lm-eval finds it. `sha256`: of the file, what it includes, and its examples as far as they are on disk.
+    """A task for lm-eval. `sha256`: of the file, what it includes, and those of its examples that are on disk.
 
-    `total`: examples there are in all; `trusted`: whether the file may run code.
+    `total`: examples before any limit; `own`: the user's file, read where it is; `trusted`: it may run code; `notes`:
+    what was guessed about its examples; `tokens`: per example, roughly.
     """
 
     name: str
@@ -44,47 +40,46 @@ class TaskFile:
     sha256: str
     examples: int | None
     total: int | None
-    own: bool  # the user's, read where it lies
+    own: bool
     trusted: bool = False
-    notes: tuple[str, ...] = ()  # what was guessed about its examples
+    notes: tuple[str, ...] = ()
+    tokens: int = TOKENS
 
 
 def prepare_tasks(config: EvaluateConfig, folder: Path, write: bool = True) -> list[TaskFile]:
-    """Write the files of all tasks but perplexity into `folder`, or without `write` only describe them.
+    """Return all tasks except perplexity; with `write`, write their files into `folder`.
 
     Raises one `ConfigError` with every problem.
     """
     problems: list[str] = []
-    found: list[TaskFile] = []
+    tasks: list[TaskFile] = []
     if write:
         folder.mkdir(parents=True, exist_ok=True)
     for name in dict.fromkeys(config.tasks):
-        try:
+        with collect(problems):
             if name.lower().endswith((".yaml", ".yml")):
-                found.append(_own(Path(name).expanduser(), config))
+                tasks.append(_own(Path(name).expanduser(), config))
             elif name in SOURCES or name in config.data.files:
-                found.append(_ours(name, config, folder, write))
+                tasks.append(_ours(name, config, folder, write))
             elif name != PERPLEXITY:
                 problems.append(
-                    f"tasks={name} is no task; {nearest(name, list(TASKS))} Or give a task file (.yaml), or "
-                    f"your own labelled file with --data.files.{name} FILE."
+                    f"unknown task tasks={name}; {nearest(name, list(TASKS))} Or give a task file (.yaml), or "
+                    f"your own labeled file with --data.files.{name} FILE."
                 )
-        except (ConfigError, DataError) as error:
-            problems += str(error).splitlines()
     unknown = [task for task in config.data.files if task not in (*SOURCES, *config.tasks)]
     problems += [
         f"data.files.{task} names no task; {nearest(task, list(SOURCES))} Or name it in tasks." for task in unknown
     ]
     problems += _unused(config)
-    names = [task.name for task in found]
+    names = [task.name for task in tasks]
     problems += [f"tasks: {name} is given twice; once is enough." for name in set(names) if names.count(name) > 1]
     if problems:
         raise ConfigError(problems)
-    return found
+    return tasks
 
 
 def _unused(config: EvaluateConfig) -> list[str]:
-    """Settings of a task of the user's own that no task follows."""
+    """Return problems for settings of a user's own task if there is no such task."""
     data = config.data
     if any(name in data.files and name not in SOURCES for name in config.tasks):
         return []
@@ -92,46 +87,48 @@ def _unused(config: EvaluateConfig) -> list[str]:
     if not any(takes_labels(task, data.labels) for task in config.tasks):
         given["labels"] = data.labels
     return [
-        f"data.{name} is given, but no task of yours (--tasks NAME --data.files.NAME FILE) follows it; leave it out."
+        f"data.{name} is given, but is for a task of your own alone (--tasks NAME --data.files.NAME FILE); remove it."
         for name, value in given.items()
         if value
     ]
 
 
 def _ours(name: str, config: EvaluateConfig, folder: Path, write: bool) -> TaskFile:
+    split, tokens = "test", TOKENS
     if name in SOURCES:
-        found = documents(name, config.data, config.limit, config.seed)
-        text, split = _definition(name)
+        source = SOURCES[name]
+        examples, tokens = documents(name, config.data, config.limit, config.seed), source.tokens
+        if source.lm_eval is None:
+            definition = (files("finhpc.evaluation") / "tasks" / f"{name}.yaml").read_text(encoding="utf-8")
+        else:
+            definition, split = _general(name, source.lm_eval), "validation"
     else:
-        text, found = own_task(name, config.data, config.limit, config.seed)
-        split = "test"
-    examples, path = folder / f"{name}.jsonl", folder / f"{name}.yaml"
-    data = {"data_files": {split: str(examples.absolute())}}
+        definition, examples = own_task(name, config.data, config.limit, config.seed)
+    data, path = folder / f"{name}.jsonl", folder / f"{name}.yaml"
+    named = yaml.safe_dump({"dataset_kwargs": {"data_files": {split: str(data.absolute())}}})
     contents = {
-        path: (text + yaml.safe_dump({"dataset_kwargs": data})).encode(),
-        examples: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found.rows).encode(),
+        path: (definition + named).encode(),
+        data: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in examples.rows).encode(),
     }
     if write:
         for file, content in contents.items():
             write_atomic(file, content)
     sha256 = "".join(hashlib.sha256(content).hexdigest()[:32] for content in contents.values())
-    return TaskFile(name, path, sha256, len(found.rows), found.total, False, notes=tuple(found.notes))
+    notes = tuple(examples.notes)
+    return TaskFile(name, path, sha256, len(examples.rows), examples.total, False, notes=notes, tokens=tokens)
 
 
-def _definition(name: str) -> tuple[str, str]:
-    """The task file but for its examples, and the split that lm-eval scores."""
-    if name not in GENERAL:
-        return (files("finhpc.evaluation") / "tasks" / f"{name}.yaml").read_text(encoding="utf-8"), "test"
+def _general(name: str, definition: str) -> str:
+    """Return a task file that includes lm-eval's by its path, so that the functions it names are found next to it."""
     import lm_eval.tasks
 
-    path = Path(lm_eval.tasks.__file__).parent / GENERAL[name]
+    path = Path(lm_eval.tasks.__file__).parent / definition
     changed: dict[str, Any] = {"dataset_path": "json", "dataset_name": None, "training_split": None}
-    # lm-eval's definition by its path: functions it names are found beside it.
-    return f"include: {path}\n" + yaml.safe_dump({"task": name, **changed}), "validation"
+    return f"include: {path}\n" + yaml.safe_dump({"task": name, **changed})
 
 
 def _own(path: Path, config: EvaluateConfig) -> TaskFile:
-    """A task file of the user's, with what it includes; refused if it runs code and that was not trusted."""
+    """Return a task file of the user's. Raises `ConfigError` if it runs code and was not trusted."""
     if not path.is_file():
         raise ConfigError(f"tasks={path} is not a file; give an lm-eval task file or one of: {', '.join(TASKS)}.")
     tree = _trusted(path) if config.trust_task_code else read_task(path)
@@ -155,21 +152,18 @@ def _trusted(path: Path) -> dict[str, Any]:
 
 
 def _hash(tree: dict[str, Any]) -> str:
-    """Of a task's settings and of the files of examples they name."""
+    """Return one hash of a task's settings and of the files of examples they name."""
     named = (tree.get("dataset_kwargs") or {}).get("data_files") or []
-    names = [name for value in (named.values() if isinstance(named, dict) else [named]) for name in _listed(value)]
-    files = [file_sha256(Path(name)) for name in names if isinstance(name, str) and Path(name).is_file()]
-    return hashlib.sha256(json.dumps([tree, files], sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
+    values = list(named.values()) if isinstance(named, dict) else [named]
+    names = [name for value in values for name in (value if isinstance(value, list) else [value])]
+    paths = [Path(name) for name in names if isinstance(name, str) and Path(name).is_file()]
+    return json_sha256([tree, [file_sha256(path) for path in paths]])
 
 
 def load_task(task: TaskFile) -> Any:
-    """The task, opened by lm-eval with all its examples; a file of the user's that is not trusted, as data alone.
+    """Return the task as lm-eval opens it, with all its examples; a user's file that is not trusted is read as data.
 
-    Call it, and all that renders the task's prompts, within `rendering(task.trusted)`.
+    Render its prompts within `rendering(task.trusted)` only.
     """
     from lm_eval.tasks import TaskManager
 

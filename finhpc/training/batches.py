@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from finhpc.data.examples.batches import Batches
     from finhpc.data.examples.examples import Examples
 
-MicroBatch = dict[str, Any]  # tokens: int64 (micro_batch_size, seq_len); sample: int64 (micro_batch_size,)
+MicroBatch = dict[str, Any]  # int64: tokens (micro_batch_size, seq_len), sample and position (micro_batch_size,)
 OpenStream = Callable[[int, int], Iterator[MicroBatch]]  # (first step, replica) -> micro-batches
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -63,15 +63,8 @@ class TokenBatches:
         self.scored = len(val)
 
     def stream(self, step: int, replica: int) -> Iterator[Batch]:
-        per_step = self.parallel.samples_per_step
-        share = per_step // self.parallel.replicas
-        position = step * per_step + replica * share
-        for i, batch in enumerate(self.open_stream(step, replica)):
-            samples = batch["sample"]
-            yield Batch(torch.from_numpy(batch["tokens"]), samples, position + np.arange(len(samples)))
-            position += len(samples)
-            if (i + 1) % self.parallel.micro_batches == 0:
-                position += per_step - share
+        for batch in self.open_stream(step, replica):
+            yield Batch(torch.from_numpy(batch["tokens"]), batch["sample"], batch["position"])
 
     def held_out(self, replica: int) -> list[Tensor]:
         copies, _ = self.filler()

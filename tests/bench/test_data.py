@@ -59,6 +59,7 @@ def test_every_way_reads_the_same_tokens(tmp_path: Path) -> None:
     assert result["conditions"]["shards"] == "random"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_given_shards_are_read_and_stay(tmp_path: Path) -> None:
     folder = tmp_path / "shards"

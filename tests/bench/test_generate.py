@@ -53,7 +53,7 @@ def test_every_way_is_measured_beside_transformers(tmp_path: Path, capfd: pytest
 
 def test_wrong_models_are_named(tmp_path: Path) -> None:
     for entry, message in {
-        "gpt3:16": "is no shape",
+        "gpt3:16": "is not a preset",
         "gpt2-tiny": "names no rank",
         "gpt2-tiny:0": "names no rank",
     }.items():

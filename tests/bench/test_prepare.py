@@ -42,6 +42,7 @@ def test_every_way_gives_the_same_ids_and_memory_is_seen(tmp_path: Path, capsys:
     assert "writing 30,000 tokens of salted text" in said
 
 
+@pytest.mark.slow
 def test_other_ids_are_an_error(tmp_path: Path) -> None:
     """The shards that the plain way's ids are held against are of another tokeniser."""
     shop = prepare.Workshop(tmp_path, settings(tmp_path, tokenizer="train:300"), 2)
@@ -52,6 +53,7 @@ def test_other_ids_are_an_error(tmp_path: Path) -> None:
         shop.measure(prepare.PLAIN)
 
 
+@pytest.mark.slow
 def test_a_way_that_fails_says_why(tmp_path: Path) -> None:
     given = settings(tmp_path, block_len=8192)
     with pytest.raises(
@@ -74,7 +76,7 @@ def test_a_salted_corpus_repeats_no_document_and_names_no_special_token(tmp_path
     tokens = int(encoder.encode(found)[1].sum()) - documents
     assert 5000 <= tokens < 5500
     write_jsonl(source, texts[5:])
-    with pytest.raises(DataError, match="holds no text; give another --source"):
+    with pytest.raises(DataError, match="has no text; give another --source"):
         write_salted(tmp_path / "none", [str(source)], encoder, 5000)
 
 

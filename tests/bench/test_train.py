@@ -72,6 +72,7 @@ def test_operations_are_those_of_the_matrices_and_of_attention(tmp_path: Path) -
     assert counted(4) == 4 * (2 * pairs + 32 + 101) + attention
 
 
+@pytest.mark.slow
 def test_a_whole_run_trains_as_the_plain_loop_beside_it(tmp_path: Path) -> None:
     found = settings(tmp_path, model=TINY | {"vocab_size": VOCAB})
     rows, ratios = overhead(run_config(found, "fp32", 4), found)
@@ -111,7 +112,7 @@ def test_a_profile_names_what_takes_the_time() -> None:
     [
         ("aten::addmm", "matrix products"),
         ("aten::add_", "sums and products"),
-        ("aten::_fused_adamw_", "optimiser"),
+        ("aten::_fused_adamw_", "optimizer"),
         ("aten::_log_softmax_backward_data", "softmax and loss"),
         ("aten::native_layer_norm", "norms"),
         ("aten::zero_", "zero fills"),

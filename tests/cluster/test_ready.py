@@ -90,7 +90,7 @@ def test_a_machine_on_which_ray_cannot_start_names_everything(monkeypatch: pytes
 
 
 def test_a_full_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(ray_ready, "ROOM", 1 << 60)
+    monkeypatch.setattr(ray_ready, "LOG_BYTES", 1 << 60)
     with pytest.raises(ConfigError, match=r"RAY_TMPDIR=/tmp has .* MB left, too little for Ray's logs"):
         check_ray()
 

@@ -346,9 +346,9 @@ def test_every_layer_that_a_rank_does_not_fit_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({}, "nothing says the ranks"),
-        ({"rank": 4, "keep_energy": 0.5}, "rank and keep_energy both say the rank"),
-        ({"ranks": {"mpl": 4}}, "ranks.mpl is no kind of layer"),
+        ({}, "no rank is set"),
+        ({"rank": 4, "keep_energy": 0.5}, "rank and keep_energy both set the rank"),
+        ({"ranks": {"mpl": 4}}, "ranks.mpl is not a kind of layer"),
         ({"ranks": {"head": 4}}, "ranks.head=4, but head=dense; add --head low_rank"),
         ({"rank": 4, "calibration": {"source": ["x"]}}, "whiten is off"),
         ({"rank": 4, "whiten": True}, "calibration.source is not set"),

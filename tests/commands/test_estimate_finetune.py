@@ -18,8 +18,8 @@ from finhpc.settings.estimate import FinetuneEstimateConfig
 from tests.commands.test_finetune import base as base
 from tests.commands.test_finetune import config as finetune_config
 from tests.commands.test_finetune import news as news
-from tests.commands.test_start import with_tokenizer
 from tests.models.dense import saved, tiny_llama
+from tests.tiny import with_tokenizer
 
 
 def config(**sections: Any) -> FinetuneEstimateConfig:

@@ -13,9 +13,8 @@ from finhpc.settings.base import build
 from finhpc.settings.evaluate import EvaluateConfig
 from finhpc.settings.finetune import FinetuneConfig
 from finhpc.settings.sweep import FinetuneSweepConfig
-from tests.commands.test_start import with_tokenizer
 from tests.models.dense import saved, tiny_llama
-from tests.tiny import WORDS
+from tests.tiny import WORDS, with_tokenizer
 
 MOODS = ("0", "1.0", "2")
 

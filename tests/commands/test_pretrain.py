@@ -25,7 +25,7 @@ from finhpc.settings.report import ReportConfig
 from finhpc.tracking.tags import PREFIX
 from finhpc.training.checkpoint import list_complete
 from finhpc.training.journal import latest, read
-from tests.tiny import tiny_shards
+from tests.tiny import pretrain_tree, tiny_shards
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -36,18 +36,15 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(shards: Path, storage: Path, **sections: Any) -> PretrainConfig:
-    tree: dict[str, Any] = {
-        "model": {"preset": "gpt2-tiny", "layers": 3, "width": 32, "context": 64},
-        "method": {"rank": 8},
-        "data": {"shards": str(shards), "seq_len": 32, "eval_samples": 16},
-        "optimizer": {"lr": 3e-3, "warmup_steps": 5},
-        "parallel": {"stages": 2, "micro_batch_size": 4, "micro_batches": 4},
-        "train": {"steps": 60, "eval_every": 30, "checkpoint_every": 20, "sample_tokens": 8},
-        "run": {"name": "run", "storage": str(storage)},
-    }
-    for section, values in sections.items():
-        tree[section] = tree.get(section, {}) | values
-    return build(PretrainConfig, tree)
+    tree = pretrain_tree(
+        shards,
+        storage,
+        model={"layers": 3},
+        optimizer={"lr": 3e-3, "warmup_steps": 5},
+        parallel={"stages": 2, "micro_batch_size": 4, "micro_batches": 4},
+        train={"steps": 60, "eval_every": 30, "checkpoint_every": 20, "sample_tokens": 8},
+    )
+    return build(PretrainConfig, tree | {section: tree.get(section, {}) | more for section, more in sections.items()})
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +154,7 @@ def test_a_finished_run_returns_its_result_and_other_settings_are_refused(
     assert "train.seed was 0" in str(caught.value)
 
 
+@pytest.mark.usefixtures("quick_training")
 def test_more_steps_continue_a_finished_run(shards: Path, tmp_path: Path) -> None:
     pretrain(config(shards, tmp_path, train={"steps": 10}, parallel={"stages": 1}))
     result = pretrain(config(shards, tmp_path, train={"steps": 14}, parallel={"stages": 1}))
@@ -200,6 +198,7 @@ def test_a_refused_run_leaves_nothing(shards: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("quick_training")
 def test_paths_may_be_relative_and_a_failed_start_may_be_corrected(
     shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -229,6 +228,7 @@ def test_two_runs_of_one_name_at_once(shards: Path, tmp_path: Path) -> None:
         pretrain(config(shards, tmp_path))
 
 
+@pytest.mark.usefixtures("quick_training")
 def test_replicas_read_one_global_order(shards: Path, tmp_path: Path) -> None:
     one = pretrain(config(shards, tmp_path / "a", parallel={"stages": 1}, train={"steps": 12, "sample_tokens": 0}))
     split = {"stages": 1, "replicas": 2, "micro_batches": 2}

@@ -18,21 +18,21 @@ from finhpc.settings.base import build
 from finhpc.settings.export import ExportConfig
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.training.journal import latest, read
+from tests.tiny import pretrain_tree
 
 pytestmark = pytest.mark.usefixtures("quick_training")
 
 
 def config(shards: Path, storage: Path, **quantization: Any) -> PretrainConfig:
-    tree: dict[str, Any] = {
-        "model": {"preset": "gpt2-tiny", "layers": 3, "width": 32, "context": 64},
-        "method": {"rank": 8},
-        "data": {"shards": str(shards), "seq_len": 32, "eval_samples": 16},
-        "optimizer": {"lr": 3e-3, "warmup_steps": 5},
-        "parallel": {"stages": 2, "micro_batch_size": 4, "micro_batches": 4},
-        "train": {"steps": 60, "eval_every": 0, "checkpoint_every": 0},
-        "quantization": quantization,
-        "run": {"name": "run", "storage": str(storage)},
-    }
+    tree = pretrain_tree(
+        shards,
+        storage,
+        model={"layers": 3},
+        optimizer={"lr": 3e-3, "warmup_steps": 5},
+        parallel={"stages": 2, "micro_batch_size": 4, "micro_batches": 4},
+        train={"steps": 60, "eval_every": 0, "checkpoint_every": 0},
+        quantization=quantization,
+    )
     return build(PretrainConfig, tree)
 
 

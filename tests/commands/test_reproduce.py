@@ -166,7 +166,7 @@ def starts(storage: Path, name: str) -> int:
     return sum(record["kind"] == "start" for record in read(storage / name / "journal.jsonl")[0])
 
 
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("quick_training")
 @pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_it_goes_past_a_step_that_fails_and_on_after_a_kill(tmp_path: Path, run_shards: Path, killed: bool) -> None:
     storage = tmp_path / "runs"

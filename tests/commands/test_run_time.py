@@ -27,6 +27,7 @@ from finhpc.planning.step_time import Pace
 from finhpc.settings.base import build
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.sweep import SweepConfig
+from tests.tiny import pretrain_tree
 
 IDLE, HERE = Busy(2), Opened(5.0, 1.0)
 
@@ -110,13 +111,7 @@ def test_what_parts_cost_does_not_depend_on_what_else_the_machine_does(run_shard
 
 @pytest.fixture
 def tree(run_shards: Path, tmp_path: Path) -> dict[str, Any]:
-    return {
-        "model": {"preset": "gpt2-tiny", "layers": 2, "width": 32, "context": 64},
-        "data": {"shards": str(run_shards), "seq_len": 32, "eval_samples": 16},
-        "train": {"steps": 40, "eval_every": 20},
-        "method": {"rank": 8},
-        "run": {"storage": str(tmp_path), "name": "run"},
-    }
+    return pretrain_tree(run_shards, tmp_path, train={"steps": 40, "eval_every": 20})
 
 
 def test_a_dry_run_says_how_long_all_of_it_takes(tree: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 from finhpc.commands.export import export
-from finhpc.commands.reproduce.speed import measure_widths, own_bits
+from finhpc.commands.reproduce.measure import measure_widths, own_bits
 from finhpc.models.lora.peft_format import QUANTIZED
 from finhpc.settings.export import ExportConfig, ExportQuantization
 from finhpc.settings.reproduce import MeasureConfig

@@ -14,9 +14,10 @@ from mlflow import MlflowClient
 
 from finhpc.commands.study.command import best_of, finalists, study
 from finhpc.commands.study.report import Trained, at, final_rows, first_below, time_at
-from finhpc.commands.study.variants import SCREEN, trial_of
-from finhpc.commands.sweep.trial import Trial
+from finhpc.commands.study.variants import SCREEN, plan_trials, trial_of
+from finhpc.commands.sweep.trial import Trial, write_outcome
 from finhpc.errors import ConfigError, TrainingFailedError
+from finhpc.runs.folder import RunFolder
 from finhpc.settings.base import build, load
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.study import StudyConfig
@@ -148,6 +149,19 @@ def test_every_problem_of_a_study_is_named_at_once(run_shards: Path, tmp_path: P
     for part in ("study.reference=dense", "unequal numbers", "start=nobody", "low: method.rank=900", "method.knid"):
         assert part in text
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_ended_with_other_settings_is_refused(run_shards: Path, tmp_path: Path) -> None:
+    settings = config(run_shards, tmp_path)
+    trial = trial_of(settings, SCREEN, "dense", 3e-3, 0)
+    plan = plan_trials(settings, [trial])
+    folder = RunFolder(tmp_path, trial.name)
+    write_outcome(folder.path, {"status": "diverged", "error": "."})
+    folder.write_config(plan.config_of(trial), "data", None)
+    plan_trials(settings, [trial])
+    settings.data.eval_samples = 4
+    with pytest.raises(ConfigError, match=r"data\.eval_samples was 8 in the run's config, now 4"):
+        plan_trials(settings, [trial_of(settings, SCREEN, "dense", 3e-3, 0)])
 
 
 @pytest.mark.parametrize("name", ["quality", "quality-start", "figure6"])

@@ -128,6 +128,19 @@ def test_a_problem_that_several_trials_share_is_one_line(tmp_path: Path) -> None
     assert sweep_plan._of_trials(list("abcd"), 9) == "trials a, b, c and 1 more: "
 
 
+def test_a_missing_gpu_hides_no_problem_of_the_trials(
+    run_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep_plan, "known_resources", lambda: {"CPU": 2.0})
+    model, run = {"preset": "gpt2-tiny", "layers": 2, "width": 32}, {"storage": str(tmp_path)}
+    sections = {"model": model, "data": {"shards": str(run_shards), "seq_len": 32}, "run": run}
+    sweep = config({"method.rank": [8, 64]}, resources={"device": "cuda"}, **sections)
+    with pytest.raises(ConfigError) as error:
+        plan_sweep(sweep, tmp_path / "sweep")
+    assert error.value.problems[0].startswith("resources.device=cuda, but the cluster has no GPU")
+    assert error.value.problems[1].startswith("trial rank64: method.rank=64 does not fit")
+
+
 def test_the_number_of_trials_is_bounded_and_said() -> None:
     grid = {"method.rank": list(range(1, 101)), "train.seed": list(range(20))}
     with pytest.raises(ConfigError, match=r"the grid has 2,000 points, more than sweep\.max_trials=1,000"):

@@ -3,7 +3,7 @@ from importlib.metadata import version
 import pytest
 
 from finhpc.data.text import docs
-from finhpc.data.text.unit import Faults
+from finhpc.data.text.formats import Faults
 from finhpc.errors import ConfigError
 from finhpc.settings.prepare import PrepareConfig
 

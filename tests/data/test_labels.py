@@ -248,7 +248,7 @@ def test_templates_of_ones_own(tmp_path):
         ("a: {prompt: '{input}', answer: '{label}', labels: [x]}", "at least two different labels"),
         ("alpaca: {prompt: '{input}', answer: '{label}'}", "has a template of that name"),
         ("a: {prompt: '{input}', answer: x}\na: {prompt: '{input}', answer: y}", "the key a is duplicated"),
-        ("- a", "holds no template"),
+        ("- a", "has no template"),
         ("a: text", "it must hold prompt and answer"),
     ],
 )

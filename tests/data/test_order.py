@@ -17,7 +17,7 @@ def stream(order: Order, start: int, stop: int) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("group", [1, 2, 3, 9])
 def test_every_epoch_takes_every_sample_once_in_another_order(group):
-    order = Order(SIZES, seed=3, shards_a_visit=group)
+    order = Order(SIZES, seed=3, shards_per_visit=group)
     epochs = [[sample for _, sample in stream(order, e * EPOCH, (e + 1) * EPOCH)] for e in range(3)]
     assert all(sorted(epoch) == list(range(EPOCH)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
@@ -59,7 +59,7 @@ def test_replicas_partition_each_step_in_contiguous_parts(replicas):
 def test_the_order_depends_on_the_seed_and_is_fixed_for_ever():
     assert stream(Order(SIZES, 0), 0, 24) != stream(Order(SIZES, 1), 0, 24)
     # Written down: an upgrade that changed this would silently break every resumed run.
-    assert [sample for _, sample in stream(Order([4, 3, 5], 7, shards_a_visit=2), 0, 24)] == [
+    assert [sample for _, sample in stream(Order([4, 3, 5], 7, shards_per_visit=2), 0, 24)] == [
         *[11, 2, 3, 10, 8, 7, 1, 0, 9, 5, 4, 6],
         *[8, 7, 10, 11, 0, 3, 9, 1, 2, 6, 4, 5],
     ]

@@ -158,7 +158,7 @@ def test_the_encoding_that_is_advised_reads_the_file(tmp_path):
 @pytest.mark.parametrize("text", ["text,text,label\na,b,positive\n", "text, text,label\na,b,positive\n"])
 def test_a_column_that_stands_twice_is_refused(tmp_path, text):
     (tmp_path / "a.csv").write_text(text)
-    assert "the column 'text' stands twice" in refusal(tmp_path / "a.csv")
+    assert "the column 'text' occurs twice" in refusal(tmp_path / "a.csv")
 
 
 @pytest.mark.parametrize(

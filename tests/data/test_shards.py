@@ -50,7 +50,7 @@ def test_eval_samples_spread_evenly_over_the_split(shards_folder):
 
 
 def test_missing_empty_and_unfinished_folders_are_told_apart(tmp_path):
-    with pytest.raises(ConfigError, match="is no folder; give the folder written by `finhpc prepare`"):
+    with pytest.raises(ConfigError, match="is not a folder; give the folder written by `finhpc prepare`"):
         Shards.open(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="is empty; write shards there"):
         Shards.open(tmp_path)
@@ -83,8 +83,8 @@ def changed_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -
     [
         (lambda tree: tree.update(block_len="many"), r"\(block_len: Input should be a valid integer"),
         (lambda tree: tree["splits"].pop("val"), r"\(the file: no val split\)"),
-        (lambda tree: tree["splits"]["train"].pop(), r"the fingerprint is not that of the files it lists"),
-        (lambda tree: tree.update(tokenizer_sha256="0" * 64), r"the fingerprint is not that of the files it lists"),
+        (lambda tree: tree["splits"]["train"].pop(), r"the fingerprint does not match the listed files"),
+        (lambda tree: tree.update(tokenizer_sha256="0" * 64), r"the fingerprint does not match the listed files"),
     ],
 )
 def test_a_damaged_manifest_is_said(shards_folder, change, message):
@@ -112,9 +112,9 @@ def test_another_tokeniser_in_the_folder_is_refused(shards_folder):
     folder = shards_folder()
     shards = Shards.open(folder)
     (folder / "tokenizer" / "tokenizer.json").write_text('{"other": 1}')
-    with pytest.raises(DataError, match=r"tokenizer.json is not the tokeniser these shards were made with \(sha256"):
+    with pytest.raises(DataError, match=r"tokenizer.json is not the tokenizer these shards were made with \(sha256"):
         Shards.open(folder)
-    with pytest.raises(DataError, match=r"not the tokeniser"):
+    with pytest.raises(DataError, match=r"not the tokenizer"):
         shards.check_tokenizer()
     (folder / "tokenizer" / "tokenizer.json").unlink()
     with pytest.raises(DataError, match=r"tokenizer.json cannot be read \(No such file or directory\)"):

@@ -10,7 +10,7 @@ import pytest
 import zstandard
 
 from finhpc.data.text import formats, sources
-from finhpc.data.text.unit import Faults
+from finhpc.data.text.formats import Faults
 from finhpc.errors import ConfigError, DataError
 from finhpc.settings.prepare import PrepareConfig
 from tests.data.corpus import make_texts, write_jsonl
@@ -129,7 +129,7 @@ def test_bad_sources_are_all_listed_at_once(tmp_path):
     assert [problem.split(str(tmp_path))[1].split(";")[0] for problem in error.value.problems] == [
         "/empty holds no file",
         "/others holds only files of other formats, such as a.csv",
-        "/others/a.csv is of no known format",
+        "/others/a.csv has an unknown format",
         "/nowhere does not exist",
     ]
     with pytest.raises(ConfigError, match="source is not set; give --source"):
@@ -202,13 +202,13 @@ def test_a_cut_file_is_an_error_even_when_records_are_skipped(form, lost, tmp_pa
     # Also a cut behind the last document: what ends the file is missing.
     cut = len(content) * 2 // 3 if lost is None else len(content) - lost
     path.write_bytes(content[:cut])
-    with pytest.raises(DataError, match=f"{path.name}.*(damaged or cut|no whole parquet)"):
+    with pytest.raises(DataError, match=f"{path.name}.*(damaged or cut|not a complete parquet)"):
         read_all(tmp_path, on_error="skip")
 
 
 def test_zero_bytes_are_no_parquet(tmp_path):
     (tmp_path / "a.parquet").touch()
-    with pytest.raises(DataError, match=r"a\.parquet is no whole parquet file"):
+    with pytest.raises(DataError, match=r"a\.parquet is not a complete parquet file"):
         read_all(tmp_path)
 
 

@@ -81,7 +81,7 @@ def test_small_pieces_give_the_same_batches(shards_folder, monkeypatch):
 
 def test_numbers_that_do_not_fit_are_refused(shards_folder):
     folder = shards_folder(TRAIN)
-    with pytest.raises(ConfigError, match="8 samples a step do not split into 3 replicas"):
+    with pytest.raises(ConfigError, match="8 samples per step do not split into 3 replicas"):
         make(folder, replicas=3)
     with pytest.raises(ConfigError, match="whole micro-batches of 3; use a multiple of 3"):
         make(folder, micro_batch_size=3)

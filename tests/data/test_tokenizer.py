@@ -96,7 +96,9 @@ def test_a_folder_without_end_of_text_is_refused(trained, tmp_path):
 
 
 def test_what_is_no_tokeniser_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"tokenizer=/no/such/folder is no folder; give a folder with tokenizer.json"):
+    with pytest.raises(
+        ConfigError, match=r"tokenizer=/no/such/folder is not a folder; give a folder with tokenizer.json"
+    ):
         save("/no/such/folder", tmp_path / "t", none)
     with pytest.raises(ConfigError, match="cannot be opened"):
         save(str(tmp_path), tmp_path / "u", none)

@@ -70,7 +70,7 @@ def test_a_folder_without_tokeniser(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model")
     for file in folder.glob("tokenizer*"):
         file.unlink()
-    with pytest.raises(ConfigError, match="without a tokenizer"):
+    with pytest.raises(ConfigError, match="has no tokenizer"):
         subjects([str(folder)], [])
 
 
@@ -102,4 +102,4 @@ def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
     text = told(tmp_path, tasks=["fpb", "tfns", "nerd"], data={"folder": str(data)})
     assert "no fpb" in text
     assert "several files" in text
-    assert "nerd is no task" in text
+    assert "unknown task tasks=nerd" in text

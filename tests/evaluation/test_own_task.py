@@ -127,7 +127,7 @@ def test_codes_of_tfns_are_not_taken_for_those_of_another_task(tmp_path: Path) -
 )
 def test_settings_of_a_task_of_ones_own_are_not_dropped(tmp_path: Path, given: dict[str, object]) -> None:
     (tmp_path / "tfns.csv").write_text(CODES)
-    with pytest.raises(ConfigError, match=rf"data.{next(iter(given))} is given, but no task of yours"):
+    with pytest.raises(ConfigError, match=rf"data.{next(iter(given))} is given, but is for a task of your own alone"):
         prepared(tmp_path, ["tfns"], folder=str(tmp_path), **given)
 
 

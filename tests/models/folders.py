@@ -22,18 +22,8 @@ from finhpc.settings.base import build
 from finhpc.settings.export import ExportConfig
 from finhpc.settings.finetune import FinetuneConfig
 from finhpc.settings.generate import GenerateConfig
-from tests.tiny import tiny_shards
 
 TOKENS = torch.randint(0, 300, (2, 16), generator=torch.Generator().manual_seed(1))
-
-
-def with_tokenizer(folder: Path) -> Path:
-    """The folder with a tokenizer of 300 ids in it."""
-    import shutil
-
-    shards = tiny_shards(folder.with_name(folder.name + "-shards"), blocks=8)
-    shutil.copytree(shards / "tokenizer", folder, dirs_exist_ok=True)
-    return folder
 
 
 def peft_adapter(base: Path, folder: Path, embeddings: Any = "auto", **settings: Any) -> Path:

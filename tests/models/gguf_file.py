@@ -1,4 +1,4 @@
-"""A tiny Llama as a GGUF file."""
+"""Models of transformers as GGUF files, as llama.cpp's converter writes them."""
 
 from __future__ import annotations
 
@@ -9,53 +9,40 @@ from typing import Any
 import gguf
 import numpy as np
 from torch import Tensor
-from transformers import PreTrainedModel
-
-
-def permuted(weight: Tensor, heads: int) -> Tensor:
-    """As llama.cpp stores queries and keys: the two halves of each head's rotary pairs interleaved."""
-    rows = weight.shape[0]
-    return weight.reshape(heads, 2, rows // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 
 def write_gguf(
-    model: PreTrainedModel, path: Path, tokenizer: Path | None = None, more: dict[str, Any] | None = None
+    model: PreTrainedModel,
+    path: Path,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    more: dict[str, Any] | None = None,
+    mlp_bits: int = 32,
 ) -> Path:
-    """A tiny Llama as llama.cpp would write it, matrices of the MLP at 8 bits.
+    """Write a GPT-2, Llama, Mistral or Qwen2 model with float32 weights, those of its MLPs with `mlp_bits` (32 or 8).
 
-    `tokenizer`: a folder whose byte-level BPE goes into the file. `more`: settings and tensors that are added.
+    `tokenizer`: a byte-level BPE that goes into the file. `more`: settings and tensors that are added.
     """
-    config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
-    for name, value in (more or {}).items():
-        if isinstance(value, np.ndarray):
-            writer.add_tensor(name, value)
-        elif isinstance(value, bool | str):
-            (writer.add_bool if isinstance(value, bool) else writer.add_string)(name, value)  # type: ignore[operator]
-        else:
-            (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(name, value)  # type: ignore[operator]
+    config, family = model.config, model.config.model_type
+    # llama.cpp writes a Mistral as a Llama.
+    arch = {value: key for key, value in gguf.MODEL_ARCH_NAMES.items()}.get(family, gguf.MODEL_ARCH.LLAMA)
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
+    _add_shape(writer, config)
+    _add_more(writer, more or {})
     if tokenizer is not None:
-        _add_tokenizer(writer, tokenizer)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, tensor in model.named_parameters():
-        stem, _, suffix = name.rpartition(".")
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(stem.split(".")[-1])
-        array = (permuted(tensor.detach(), heads) if heads else tensor.detach()).contiguous().numpy()
-        gguf_name = f"{names.get_name(stem)}.{suffix}"
-        if ".mlp." in name and array.shape[1] % 32 == 0:
+        _add_tokenizer(writer, tokenizer, config.vocab_size)
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    for key, tensor in model.named_parameters():
+        name = names.get_name(key, try_suffixes=(".weight", ".bias"))
+        assert name is not None, f"gguf has no name for {key}"
+        array = np.ascontiguousarray(_stored(key, tensor.detach(), config).float().numpy())
+        if ".mlp." in key and mlp_bits == 8 and array.shape[-1] % 32 == 0:
             kind = gguf.GGMLQuantizationType.Q8_0
-            writer.add_tensor(gguf_name, gguf.quantize(array, kind), raw_dtype=kind)
+            writer.add_tensor(name, gguf.quantize(array, kind), raw_dtype=kind)
         else:
-            writer.add_tensor(gguf_name, array)
+            writer.add_tensor(name, array)
+    if (scaling := getattr(config, "rope_parameters", None) or {}).get("rope_type", "default") != "default":
+        writer.add_tensor("rope_freqs.weight", np.full(config.head_dim // 2, scaling["factor"], np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -63,15 +50,61 @@ def write_gguf(
     return path
 
 
-def _add_tokenizer(writer: Any, folder: Path) -> None:
-    tree = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    ids = {token["content"]: token["id"] for token in tree["added_tokens"]} | tree["model"]["vocab"]
-    special = {token["content"] for token in tree["added_tokens"]}
+def _add_shape(writer: Any, config: Any) -> None:
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_vocab_size(config.vocab_size)
+    if config.model_type == "gpt2":
+        writer.add_feed_forward_length(4 * config.hidden_size)
+        writer.add_layer_norm_eps(config.layer_norm_epsilon)
+        return
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if config.model_type != "qwen2":
+        heads = config.num_attention_heads
+        writer.add_rope_dimension_count(getattr(config, "head_dim", None) or config.hidden_size // heads)
+
+
+def _add_more(writer: Any, more: dict[str, Any]) -> None:
+    adders = {bool: writer.add_bool, str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}
+    for name, value in more.items():
+        add = writer.add_tensor if isinstance(value, np.ndarray) else adders[type(value)]
+        add(name, value)
+
+
+def _stored(key: str, tensor: Tensor, config: Any) -> Tensor:
+    """GPT-2's matrices are turned, Llama's queries and keys permuted for interleaved rotary positions."""
+    if config.model_type == "gpt2" and key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+        return tensor.T
+    if config.model_type in ("llama", "mistral") and key.endswith(("q_proj.weight", "k_proj.weight")):
+        heads = config.num_attention_heads if "q_proj" in key else config.num_key_value_heads
+        return tensor.reshape(heads, 2, -1, tensor.shape[1]).swapaxes(1, 2).reshape(tensor.shape)
+    return tensor
+
+
+def _add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> None:
+    ids: dict[str, int] = tokenizer.get_vocab()
+    special = set(tokenizer.all_special_tokens)
     tokens = sorted(ids, key=ids.__getitem__)
+    kinds = [gguf.TokenType.CONTROL if token in special else gguf.TokenType.NORMAL for token in tokens]
+    padding = [f"[PAD{i}]" for i in range(len(tokens), vocab_size)]
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([gguf.TokenType.CONTROL if t in special else gguf.TokenType.NORMAL for t in tokens])
-    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in tree["model"]["merges"]])
-    for add in (writer.add_bos_token_id, writer.add_eos_token_id):
-        add(ids["<|endoftext|>"])
+    writer.add_token_list(tokens + padding)
+    writer.add_token_types(kinds + [gguf.TokenType.UNUSED] * len(padding))
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
+    writer.add_add_bos_token(False)
+    for add, token in (
+        (writer.add_bos_token_id, tokenizer.bos_token_id),
+        (writer.add_eos_token_id, tokenizer.eos_token_id),
+        (writer.add_unk_token_id, tokenizer.unk_token_id),
+    ):
+        if token is not None:
+            add(token)
+    if tokenizer.chat_template:
+        writer.add_chat_template(tokenizer.chat_template)

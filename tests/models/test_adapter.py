@@ -41,8 +41,13 @@ def trained(base: Path, lora: Lora, out: Path) -> float:
     return float(loss_of(layers, packs))
 
 
-@pytest.mark.parametrize("init", ["default", "gaussian", "orthogonal", "pissa", "olora"])
-@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+@pytest.mark.parametrize(
+    ("make", "init"),
+    [
+        *((tiny_llama, init) for init in ("default", "gaussian", "orthogonal", "pissa", "olora")),
+        *((tiny_gpt2, init) for init in ("default", "pissa", "olora")),  # the latter read its turned matrices
+    ],
+)
 def test_peft_opens_it_and_merging_is_the_same(tmp_path: Path, make: Any, init: Any) -> None:
     base = saved(make(), tmp_path / "base")
     loss = trained(base, Lora(rank=4, init=init), tmp_path / "adapter")

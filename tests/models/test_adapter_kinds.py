@@ -18,7 +18,8 @@ from finhpc.models.loading import load_model
 from finhpc.models.lora.adapter_file import base_of, check_base, load_adapter
 from finhpc.models.lora.peft_format import CONFIG, TENSORS
 from tests.models.dense import saved, tiny_gpt2, tiny_llama
-from tests.models.folders import adapter_ways, assert_all_give, assert_all_refuse, by_peft, peft_adapter, with_tokenizer
+from tests.models.folders import adapter_ways, assert_all_give, assert_all_refuse, by_peft, peft_adapter
+from tests.tiny import with_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,8 @@ from finhpc.models.files.weights import open_weights
 from finhpc.models.loading import load_model, save_model
 from finhpc.settings.export import ExportConfig
 from tests.models.dense import saved, tiny_llama
-from tests.models.folders import generator, peft_adapter, with_tokenizer
+from tests.models.folders import generator, peft_adapter
+from tests.tiny import with_tokenizer
 
 TEMPLATE = "{% for turn in messages %}<{{ turn.role }}> {{ turn.content }}{% endfor %}"
 

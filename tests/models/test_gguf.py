@@ -31,24 +31,22 @@ from tests.models.folders import (
     generator,
     logits,
     model_ways,
-    with_tokenizer,
 )
 from tests.models.gguf_file import write_gguf
+from tests.tiny import with_tokenizer
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer") / "t"
-    folder.mkdir()
-    return with_tokenizer(folder)
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return AutoTokenizer.from_pretrained(with_tokenizer(tmp_path_factory.mktemp("tokenizer")))
 
 
 @pytest.fixture(scope="module")
-def base(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """In a folder with a space in its name, beside another GGUF file."""
     place = tmp_path_factory.mktemp("a place")
     write_gguf(tiny_llama(layers=1), place / "other.gguf")
-    return write_gguf(tiny_llama(layers=2), place / "the base.gguf", tokenizer)
+    return write_gguf(tiny_llama(layers=2), place / "the base.gguf", tokenizer, mlp_bits=8)
 
 
 def wanted(base: Path) -> torch.Tensor:
@@ -125,7 +123,7 @@ def test_a_folder_of_gguf_files_is_asked_which(base: Path, tmp_path: Path) -> No
     ],
 )
 def test_settings_and_tensors_of_a_gguf_file_that_are_not_applied(
-    more: dict[str, Any], said: str, tokenizer: Path, tmp_path: Path
+    more: dict[str, Any], said: str, tokenizer: Any, tmp_path: Path
 ) -> None:
     path = write_gguf(tiny_llama(layers=2), tmp_path / "odd.gguf", tokenizer, more)
     assert_all_refuse(model_ways(path, tmp_path / "out"), said, str(path))

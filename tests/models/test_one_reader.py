@@ -16,7 +16,8 @@ from torch import Tensor
 from finhpc.errors import CheckpointError, ConfigError
 from finhpc.models.files.config import read_config
 from tests.models.dense import saved, tiny_gpt2, tiny_llama, tiny_mistral, tiny_qwen2
-from tests.models.folders import assert_all_give, assert_all_refuse, logits, model_ways, peft_adapter, with_tokenizer
+from tests.models.folders import assert_all_give, assert_all_refuse, logits, model_ways, peft_adapter
+from tests.tiny import with_tokenizer
 
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAKES: dict[str, Callable[[], Any]] = {"gpt2": lambda: tiny_gpt2(layers=2), "llama": lambda: tiny_llama(layers=2)}

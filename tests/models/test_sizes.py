@@ -18,7 +18,7 @@ from finhpc.settings.estimate import FinetuneEstimateConfig
 from finhpc.settings.export import ExportConfig
 from finhpc.settings.finetune import FinetuneConfig
 from tests.models.dense import tiny_gpt2, tiny_llama, tiny_mistral, tiny_qwen2
-from tests.models.folders import with_tokenizer
+from tests.tiny import with_tokenizer
 
 RANKS: dict[str, dict[str, int | None]] = {
     "tied": {"attention": 6, "mlp": 6},

@@ -21,7 +21,8 @@ from finhpc.settings.export import ExportConfig
 from finhpc.settings.generate import GenerateConfig
 from tests.data.kinds import tokenizer
 from tests.models.dense import saved, tiny_llama, tiny_qwen2
-from tests.parity.gguf_file import write_gguf
+from tests.models.gguf_file import write_gguf
+from tests.parity.tokenizer_kinds import Kind, tokenizer_of
 
 TEXT = "What does Alder Foods sell in 2023?  it is"
 
@@ -71,7 +72,7 @@ def test_a_damaged_tokenizer_is_one_error(file: str, text: str, tmp_path: Path) 
 
 def test_a_gguf_file_has_its_own_tokens_alone(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
-    write_gguf(tiny_llama(448), path)
+    write_gguf(tiny_llama(448), path, tokenizer_of(Kind("byte level")))
     opened = load_for_evaluation(str(path))[1]
     assert max(opened.get_vocab().values()) < 448
     plain = AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)

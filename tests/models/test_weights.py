@@ -149,7 +149,7 @@ def test_what_is_no_model_is_refused(model: str, message: str) -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_gguf_file_reads_as_transformers_reads_it(tmp_path: Path, tied: bool) -> None:
     model = tiny_llama(tied=tied)
-    path = write_gguf(model, tmp_path / "tiny.gguf")
+    path = write_gguf(model, tmp_path / "tiny.gguf", mlp_bits=8)
     weights = open_weights(path)
     assert weights.tied == tied
     read = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=weights.skeleton)["tensors"]

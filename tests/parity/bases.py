@@ -37,8 +37,8 @@ from finhpc.quantization.layers import QuantizedMatrix, TiedHead
 from finhpc.settings.base import build
 from finhpc.settings.export import ExportConfig
 from tests.models.dense import settled
-from tests.parity.gguf_file import write_gguf
-from tests.parity.tokenizer_kinds import VOCAB
+from tests.models.gguf_file import write_gguf
+from tests.parity.tokenizer_kinds import VOCAB, Kind, tokenizer_of
 
 State = dict[str, Tensor]
 CONTEXT = 128
@@ -169,7 +169,7 @@ def _renamed(model: Any, folder: Path, prefix: str, new: str) -> Base:
 def _gguf(model: Any, folder: Path) -> Base:
     path = folder / "base of mine.gguf"
     folder.mkdir(parents=True)
-    write_gguf(model, path)
+    write_gguf(model, path, tokenizer_of(Kind("byte level")))
     return _dense(model, path)
 
 

@@ -18,7 +18,7 @@ from finhpc.settings.base import build
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.training.journal import read
 from tests.runs.runs import PATIENCE_S, assert_same_run, command, last_words, outcome, train_workers, wait_for_step
-from tests.tiny import tiny_shards
+from tests.tiny import pretrain_tree, tiny_shards
 
 
 @pytest.fixture
@@ -52,16 +52,10 @@ def put_id(folder: Path, name: str, value: int) -> None:
     (folder / "manifest.json").write_text(manifest.model_dump_json())
 
 
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("quick_training")
 def test_an_id_above_the_vocabulary_ends_a_run_before_the_embedding(shards: Path, tmp_path: Path) -> None:
     put_id(shards, "train-00001.parquet", 300)
-    tree = {
-        "model": {"preset": "gpt2-tiny", "layers": 1, "width": 32, "context": 64},
-        "method": {"rank": 8},
-        "data": {"shards": str(shards), "seq_len": 32, "eval_samples": 4},
-        "train": {"steps": 4},
-        "run": {"storage": str(tmp_path), "name": "run"},
-    }
+    tree = pretrain_tree(shards, tmp_path, train={"steps": 4})
     with pytest.raises(TrainingFailedError) as caught:
         pretrain(build(PretrainConfig, tree))
     where = shards / "train-00001.parquet"
@@ -104,7 +98,7 @@ def test_a_folder_replaced_under_a_run_is_refused(shards: Path, tmp_path: Path) 
         other.rename(shards)
         random.choice(train_workers(process)).kill()
         assert process.wait(PATIENCE_S) == 1, last_words(tmp_path)
-    assert f"data.shards={shards} was replaced while the run worked: it holds other data" in only_error(tmp_path)
+    assert f"data.shards={shards} was replaced during the run: it has other data" in only_error(tmp_path)
     with command(tmp_path, shards) as process:
         assert process.wait(PATIENCE_S) == 2, last_words(tmp_path)
     line = only_error(tmp_path)
@@ -124,7 +118,7 @@ def test_a_tokeniser_changed_under_a_run_never_goes_into_its_model(
         wait_for_step(tmp_path, 20, process)
         file.write_bytes(good + b"\n")
         assert process.wait(PATIENCE_S) == 1, last_words(tmp_path)
-    assert f"{file} is not the tokeniser these shards were made with" in only_error(tmp_path)
+    assert f"{file} is not the tokenizer these shards were made with" in only_error(tmp_path)
     assert not (tmp_path / "run" / "model").exists()
     file.write_bytes(good)
     with command(tmp_path, shards) as process:

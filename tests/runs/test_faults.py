@@ -21,7 +21,6 @@ from finhpc.settings.base import build
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.training.checkpoint import MANIFEST, list_complete
 from finhpc.training.journal import read
-from tests.commands.storm import storm, table
 from tests.runs.pauses import HALTED_STEP
 from tests.runs.runs import (
     PATIENCE_S,
@@ -33,6 +32,8 @@ from tests.runs.runs import (
     train_workers,
     wait_for_step,
 )
+from tests.runs.storm import storm, table
+from tests.tiny import pretrain_tree
 
 PAUSES = ("--plugins", "tests.runs.pauses")
 
@@ -167,20 +168,12 @@ def test_the_command_ends_when_ray_dies_and_resumes(
 
 
 def config(shards: Path, storage: Path, **sections: Any) -> PretrainConfig:
-    tree: dict[str, Any] = {
-        "model": {"preset": "gpt2-tiny", "layers": 2, "width": 32, "context": 64},
-        "method": {"rank": 8},
-        "data": {"shards": str(shards), "seq_len": 32, "eval_samples": 16},
-        "train": {"steps": 4, "checkpoint_every": 2},
-        "run": {"name": "run", "storage": str(storage)},
-    }
-    for section, values in sections.items():
-        tree[section] = tree.get(section, {}) | values
-    return build(PretrainConfig, tree)
+    sections["train"] = {"steps": 4, "checkpoint_every": 2} | sections.get("train", {})
+    return build(PretrainConfig, pretrain_tree(shards, storage, **sections))
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("quick_training")
 def test_only_damaged_checkpoints_are_never_taken_for_a_new_run(run_shards: Path, tmp_path: Path) -> None:
     pretrain(config(run_shards, tmp_path))
     for file in (tmp_path / "run" / "checkpoints").glob("*/stage-*.safetensors"):

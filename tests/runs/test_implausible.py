@@ -14,22 +14,14 @@ from finhpc.errors import ImplausibleError
 from finhpc.settings.base import build
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.training.journal import Journal
+from tests.tiny import pretrain_tree
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_training")]
 
 
 def config(shards: Path, storage: Path, **sections: Any) -> PretrainConfig:
-    tree: dict[str, Any] = {
-        "model": {"preset": "gpt2-tiny", "layers": 2, "width": 32, "context": 64},
-        "method": {"rank": 8},
-        "data": {"shards": str(shards), "seq_len": 32, "eval_samples": 16},
-        "optimizer": {"warmup_steps": 1},
-        "train": {"steps": 8, "eval_every": 0, "checkpoint_every": 0},
-        "run": {"name": "run", "storage": str(storage)},
-    }
-    for section, values in sections.items():
-        tree[section] = tree.get(section, {}) | values
-    return build(PretrainConfig, tree)
+    short = {"train": {"steps": 8, "eval_every": 0, "checkpoint_every": 0}, "optimizer": {"warmup_steps": 1}}
+    return build(PretrainConfig, pretrain_tree(shards, storage, **short | sections))
 
 
 def test_a_training_that_diverged_to_finite_numbers_fails(run_shards: Path, tmp_path: Path) -> None:

@@ -171,6 +171,7 @@ def test_a_submission_above_the_limit_says_what_to_leave_out(cluster: Cluster) -
         large.unlink()
 
 
+@pytest.mark.slow  # a job with a mistake in its settings fails, and test_pretrain has a run that diverges
 def test_a_failing_run_gives_a_failed_job(cluster: Cluster) -> None:
     diverge = ("--optimizer.lr", "1e30", "--optimizer.grad_clip", "0", "--optimizer.warmup_steps", "0")
     done = cluster.submit("jobs/pretrain.py", *flags(cluster, "diverges"), *diverge)

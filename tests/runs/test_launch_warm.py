@@ -21,6 +21,7 @@ from finhpc.runs.run import Pruned, run
 from finhpc.settings.base import build
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.training.journal import WORKER_FILE, latest, read
+from tests.tiny import pretrain_tree
 
 STEPS = 40
 
@@ -33,15 +34,15 @@ def warm_groups(ray_cluster: None) -> Iterator[None]:
 
 
 def settings(shards: Path, storage: Path, name: str, stages: int = 2, **run_: Any) -> PretrainConfig:
-    tree: dict[str, Any] = {
-        "model": {"preset": "gpt2-tiny", "layers": 3, "width": 32, "context": 64},
-        "method": {"rank": 8},
-        "data": {"shards": str(shards), "seq_len": 32, "eval_samples": 16},
-        "train": {"steps": STEPS, "eval_every": 10, "checkpoint_every": 10},
-        "parallel": {"stages": stages},
-        "resources": {"cpus_per_worker": 0.5, "device": "cpu"},
-        "run": {"name": name, "storage": str(storage)} | run_,
-    }
+    tree = pretrain_tree(
+        shards,
+        storage,
+        model={"layers": 3},
+        train={"steps": STEPS, "eval_every": 10, "checkpoint_every": 10},
+        parallel={"stages": stages},
+        resources={"cpus_per_worker": 0.5, "device": "cpu"},
+        run={"name": name} | run_,
+    )
     return build(PretrainConfig, tree)
 
 

@@ -25,6 +25,7 @@ def test_rays_token_is_the_users_alone(unbroken: dict[str, Any]) -> None:
     assert unbroken["token_mode"] & 0o077 == 0
 
 
+@pytest.mark.slow  # test_faults kills workers in a save and right after one
 def test_a_killed_worker_is_restarted_and_nothing_changes(
     run_shards: Path, unbroken: dict[str, Any], tmp_path: Path
 ) -> None:

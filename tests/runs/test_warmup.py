@@ -15,20 +15,13 @@ from finhpc.settings.finetune import FinetuneConfig
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.study import StudyConfig
 from finhpc.settings.sweep import FinetuneSweepConfig, SweepConfig
-from tests.commands.test_start import with_tokenizer
 from tests.models.dense import saved, tiny_llama
-from tests.tiny import WORDS
+from tests.tiny import WORDS, pretrain_tree, with_tokenizer
 
 
 @pytest.fixture
 def tree(run_shards: Path, tmp_path: Path) -> dict[str, Any]:
-    return {
-        "model": {"preset": "gpt2-tiny", "layers": 2, "width": 32, "context": 64},
-        "method": {"rank": 8},
-        "data": {"shards": str(run_shards), "seq_len": 32, "eval_samples": 16},
-        "train": {"steps": 6},
-        "run": {"storage": str(tmp_path), "name": "run"},
-    }
+    return pretrain_tree(run_shards, tmp_path, train={"steps": 6})
 
 
 @pytest.fixture

@@ -32,6 +32,7 @@ from finhpc.tracking.store import check_store, deleted, experiment_id, refuses
 from finhpc.tracking.tags import PARENT, setting_tags
 from finhpc.tracking.tracker import Tracker
 from finhpc.training.journal import Journal
+from tests.tiny import pretrain_tree
 
 
 def pretraining(**sections: Any) -> PretrainConfig:
@@ -39,14 +40,7 @@ def pretraining(**sections: Any) -> PretrainConfig:
 
 
 def sweep_tree(shards: Path, storage: Path, **more: Any) -> dict[str, Any]:
-    return {
-        "model": {"preset": "gpt2-tiny", "layers": 2, "width": 32, "context": 64},
-        "method": {"rank": 8},
-        "data": {"shards": str(shards), "seq_len": 32, "eval_samples": 16},
-        "train": {"steps": 20},
-        "run": {"name": "ranks", "storage": str(storage)},
-        **more,
-    }
+    return pretrain_tree(shards, storage, train={"steps": 20}, run={"name": "ranks"}) | more
 
 
 def differing(points: list[dict[str, Any]]) -> set[str]:

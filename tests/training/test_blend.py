@@ -54,7 +54,8 @@ def tokens(step: int) -> Tensor:
 def stream(first_step: int, replica: int) -> Iterator[dict[str, Any]]:
     for step in range(first_step, STEPS):
         for i, batch in enumerate(tokens(step).numpy()):
-            yield {"tokens": batch, "sample": np.arange(SIZE) + SIZE * (BATCHES * step + i)}
+            places = np.arange(SIZE) + SIZE * (BATCHES * step + i)
+            yield {"tokens": batch, "sample": places, "position": places}
 
 
 class Stopped(Exception):

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from finhpc.data.shards.reader import Batch, ReplicaStream, local_stream
+from finhpc.data.shards.reader import ReplicaStream, Rows, local_stream
 from finhpc.data.shards.shards import Shards
 from finhpc.lowrank.replace import ranks_of
 from finhpc.models.families.registry import make_config, resolve_shape
@@ -62,7 +62,7 @@ def train(folder: Path, config: PretrainConfig, shards: Shards, stop: int = STEP
                 raise Stopped
             super()._step(step)
 
-    def stream(first_step: int, replica: int) -> Iterator[Batch]:
+    def stream(first_step: int, replica: int) -> Iterator[Rows]:
         size, per_step = config.parallel.micro_batch_size, config.parallel.samples_per_step
         return local_stream(ReplicaStream(shards, config.data.seq_len, 0, first_step, STEPS, per_step, size))
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from finhpc.data.shards.reader import Batch, ReplicaStream, local_stream
+from finhpc.data.shards.reader import ReplicaStream, Rows, local_stream
 from finhpc.data.shards.shards import Shards
 from finhpc.lowrank.replace import ranks_of
 from finhpc.models.families.registry import make_config, resolve_shape
@@ -48,7 +48,7 @@ def train(folder: Path, shards: Shards, steps: int, each_s: float = 0.0) -> tupl
 
     slept: list[float] = []
 
-    def stream(first_step: int, replica: int) -> Iterator[Batch]:
+    def stream(first_step: int, replica: int) -> Iterator[Rows]:
         time.sleep(OPENING_S)
         for batch in local_stream(ReplicaStream(shards, 32, 0, first_step, steps, 4, 2)):
             begin = time.perf_counter()

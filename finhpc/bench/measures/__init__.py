@@ -1,1 +1,1 @@
-"""What `finhpc bench` can measure, one file each."""
+"""The benchmarks of `finhpc bench`, one file each."""

@@ -1,8 +1,8 @@
 """`finhpc bench context`: LoRA steps on long inputs, in every mode of recomputation.
 
-A filing or a call transcript is thousands of tokens with a short answer (FinLoRA's abstract names such
-inputs as what makes finetuning costly). One example a step, one process, no Ray: what a step's memory
-is made of when the input and not the batch is long, and what a mode of recomputation costs there.
+A filing or a call transcript has thousands of tokens and a short answer (FinLoRA's abstract says that such inputs make
+finetuning costly). With one example per step, in one process without Ray, this measures what takes the memory of a
+step if the input is long, and what each mode of recomputation costs.
 """
 
 from __future__ import annotations
@@ -40,13 +40,12 @@ def bench_context(settings: ContextBench) -> dict[str, Any]:
     """Measure and publish; `ratios`, at the longest input: `time_*_over_none` and
     `peak_*_over_none`.
 
-    `peak_memory_bytes` counts live tensors in a step, `state_bytes` those that lie there between steps: base,
-    adapters, optimiser. Raises `ConfigError` for a GPU, which is not measured, without a model, or for more tokens
-    than its context.
+    `peak_memory_bytes` counts live tensors in a step, `state_bytes` those that stay between steps: base, adapters,
+    optimizer. Raises `ConfigError` for a GPU, which is not measured, for no model, or for more tokens than its context.
     """
     began = time.perf_counter()
     if device_of(settings.resources).type != "cpu":
-        raise ConfigError("bench context measures CPUs alone; use resources.device=cpu.")
+        raise ConfigError("bench context measures only CPUs; use resources.device=cpu.")
     if settings.model is None:
         raise ConfigError("bench context needs --model FOLDER, the base.")
     path = locate(settings.model)
@@ -98,8 +97,8 @@ def _check(settings: ContextBench, context: int) -> None:
 def _conditions(settings: ContextBench) -> Row:
     return {
         "model": settings.model,
-        "example": f"one a step, random tokens, an answer of {settings.answer}; logits of the answer alone",
-        "adapters": f"rank {settings.rank} beside every linear layer but the head, float32",
+        "example": f"one per step, random tokens, an answer of {settings.answer}; logits of the answer alone",
+        "adapters": f"rank {settings.rank} on every linear layer except the head, float32",
         "base": f"{NAMES[settings.bits]}, bfloat16 activations",
         "optimizer": "AdamW",
         "threads": settings.resources.threads,
@@ -108,8 +107,8 @@ def _conditions(settings: ContextBench) -> Row:
 
 
 def _memory(step: Callable[[], object], before: int) -> Row:
-    """Tensor bytes above `before`: the peak of a step, and what lies there between steps (base, adapters, AdamW)."""
-    step()  # makes the optimiser's
+    """Tensor bytes above `before`: the peak of a step, and what stays between steps (base, adapters, AdamW)."""
+    step()  # creates those of the optimizer
     gc.collect()
     state = live_tensor_bytes() - before
     return {"peak_memory_bytes": counted_peak(step)[1] - before, "state_bytes": state}

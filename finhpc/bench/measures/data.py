@@ -1,16 +1,16 @@
-"""`finhpc bench data`: the stream that training reads, beside a plain iteration of Ray Data over the same parquet.
+"""`finhpc bench data`: the stream that training reads, compared with plain Ray Data over the same parquet files.
 
-Ways that are measured, in turn:
+Measured in turn:
 
 - plain: `ray.data.read_parquet(train shards).iter_batches(batch_size=a micro-batch, batch_format="numpy")`, in the
-  order in which files arrive, ids as stored; with Ray's defaults, then with its older reader and a block a file, which
-  is faster, prefetching 1 and 4 batches; the fastest of them counts. Beside them what Ray gives when nobody cuts
-  micro-batches at all: a whole block, a shard, as one batch
+  order in which files arrive, ids as stored; with Ray's defaults, then with its older reader and one block per file,
+  which is faster, prefetching 1 and 4 batches; the fastest of them counts. Also without micro-batches: a whole block,
+  which is a shard, as one batch
 - stream: finhpc's, through Ray Data: seeded order, resumable, int64 micro-batches with sample ids
 - local: the same micro-batches read in this process without Ray, the limit
 
-then the stream against a consumer that computes a fixed time for each micro-batch. Ray and its
-processes are started, and everything is read once, before the clock.
+then the stream with a consumer that computes for a fixed time per micro-batch. Ray and its processes are started, and
+everything is read once, before the measurement.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from finhpc.bench.pairs import in_turn, median_ratio
 from finhpc.bench.report import Row, publish
 from finhpc.bench.settings import DataBench
 from finhpc.bench.shards import random_shards
-from finhpc.data.shards.reader import Batch, ReplicaStream, local_stream
+from finhpc.data.shards.reader import ReplicaStream, Rows, local_stream
 from finhpc.data.shards.shards import Shards
 from finhpc.errors import ConfigError, DataError
 
@@ -44,7 +44,7 @@ BLOCKS = "plain, a block a file, no micro-batches"
 
 @dataclass
 class Reading:
-    """One pass over one way; seconds. `own_cpu_s`: this process; `task_cpu_s`: Ray's, None on a joined cluster."""
+    """One pass, in seconds. `own_cpu_s`: of this process; `task_cpu_s`: of Ray's, None if Ray runs elsewhere."""
 
     tokens: int
     wall_s: float
@@ -63,8 +63,8 @@ def bench_data(settings: DataBench) -> dict[str, Any]:
 
     `ratios`: `stream_over_ray_data` (tokens/s, the same micro-batches), `stream_over_ray_data_blocks`
     (tokens/s, Ray's whole blocks), `stream_wait_fraction` (share of the consumer's time). Raises
-    `DataError` where the stream is not the seeded order or does not resume in it, `ConfigError`
-    where the settings do not fit the shards.
+    `DataError` if the stream is not in the seeded order or does not resume in it, `ConfigError`
+    if the settings do not fit the shards.
     """
     from finhpc.cluster.connect import ray_cluster
 
@@ -77,23 +77,23 @@ def bench_data(settings: DataBench) -> dict[str, Any]:
         check(stream)
         ways = _ways(settings, files, stream)
         in_turn({name: lambda way=way: way().wall_s for name, way in ways.items()}, 1)  # type: ignore[misc]
-        found: dict[str, list[Reading]] = {name: [] for name in ways}
+        passes: dict[str, list[Reading]] = {name: [] for name in ways}
 
         def measure(name: str) -> float:
-            found[name].append(ways[name]())
-            return found[name][-1].tokens_per_s
+            passes[name].append(ways[name]())
+            return passes[name][-1].tokens_per_s
 
         pace = in_turn({name: lambda name=name: measure(name) for name in ways}, settings.bench.repeats)  # type: ignore[misc]
         conditions = _conditions(settings, shards, made, stream)
     same_batch = [name for name in pace if name.startswith("plain") and name != BLOCKS]
     best = max(same_batch, key=lambda name: statistics.median(pace[name]))
-    waits = [reading.wait_fraction for reading in found["stream, consumer"]]
+    waits = [reading.wait_fraction for reading in passes["stream, consumer"]]
     ratios = {
         "stream_over_ray_data": median_ratio(pace["stream"], pace[best]),
         "stream_over_ray_data_blocks": median_ratio(pace["stream"], pace[BLOCKS]),
         "stream_wait_fraction": statistics.median(wait for wait in waits if wait is not None),
     }
-    rows = [_row(name, readings, best) for name, readings in found.items()]
+    rows = [_row(name, readings, best) for name, readings in passes.items()]
     return publish("data", str(out), conditions | {"compared_with": best}, rows, ratios, began)
 
 
@@ -103,13 +103,13 @@ def check(stream: ReplicaStream) -> None:
 
     middle = stream.stop_step // 2
     if _digest(ray_stream(stream)) != _digest(local_stream(stream)):
-        raise DataError("the stream through Ray is not the seeded order; this is a fault of finhpc: please report it.")
+        raise DataError("the stream through Ray is not the seeded order; this is a bug of finhpc: please report it.")
     resumed = ray_stream(replace(stream, start_step=middle))
     if _digest(resumed) != _digest(islice(local_stream(stream), middle, None)):
         raise DataError(f"the stream resumed at step {middle} is not the rest of the whole; please report it.")
 
 
-def _digest(batches: Iterable[Batch]) -> str:
+def _digest(batches: Iterable[Rows]) -> str:
     digest = hashlib.sha256()
     for batch in batches:
         digest.update(batch["sample"].tobytes())
@@ -129,11 +129,11 @@ def _ways(settings: DataBench, files: list[str], stream: ReplicaStream) -> dict[
         for columns in _plain(files, batch, prefetch, tuned):
             yield len(columns["tokens"]) * block_len
 
-    def stepped(batches: Iterable[Batch]) -> Iterator[int]:
+    def stepped(batches: Iterable[Rows]) -> Iterator[int]:
         for columns in batches:
             yield columns["tokens"].size
 
-    # Where possible the consumed part crosses from one segment into the next.
+    # If possible, the consumed part crosses from one segment into the next.
     border = sum(visit.size for visit in next(stream.segments())) // stream.micro_batch_size
     start = min(max(0, border - some // 2), max(0, stream.stop_step - some))
     crossing = replace(stream, start_step=start)
@@ -148,7 +148,7 @@ def _ways(settings: DataBench, files: list[str], stream: ReplicaStream) -> dict[
     }
 
 
-def _plain(files: list[str], batch: int | None, prefetch: int, tuned: bool) -> Iterator[Batch]:
+def _plain(files: list[str], batch: int | None, prefetch: int, tuned: bool) -> Iterator[Rows]:
     """`tuned`: with Ray's older reader of parquet and a block for each file, both of which are faster here."""
     import ray
 
@@ -163,7 +163,7 @@ def _plain(files: list[str], batch: int | None, prefetch: int, tuned: bool) -> I
 
 
 def read(batches: Iterator[int], rate: float | None = None, most: int | None = None) -> Reading:
-    """Take `most` batches (all where None), given as their tokens; with a `rate` compute tokens/rate seconds for each.
+    """Take `most` batches (None: all), given as token counts; with a `rate`, compute tokens/rate seconds after each.
 
     The share of waiting counts from the second batch on: the first one is `first_batch_s`.
     """
@@ -196,14 +196,14 @@ def read(batches: Iterator[int], rate: float | None = None, most: int | None = N
 
 
 def _compute(seconds: float) -> None:
-    """Keep one core busy, as a training thread does: a consumer that sleeps wakes to cold caches and counts them."""
+    """Keep one core busy, as a training thread does: a sleeping consumer would wake to cold caches."""
     values, end = np.ones(1 << 14, np.float32), time.perf_counter() + seconds
     while time.perf_counter() < end:
         np.sqrt(values, out=values)
 
 
 def _cpu_s() -> tuple[float, dict[int, float] | None]:
-    """CPU seconds so far of this process, and of each Ray process below it (None: they are not ours to see)."""
+    """CPU seconds of this process and of each Ray process below it (None: those run elsewhere)."""
     process = psutil.Process()
     own = sum(process.cpu_times()[:2])
     if os.environ.get("RAY_ADDRESS"):
@@ -257,7 +257,7 @@ def _conditions(settings: DataBench, shards: Shards, made: bool, stream: Replica
 
 
 def _work(settings: DataBench, shards: Shards) -> tuple[list[str], ReplicaStream]:
-    """The files of the plain ways, the first that hold `tokens`; and a stream of as many tokens."""
+    """The first files that hold `tokens`, for the plain ways, and a stream of as many tokens."""
     block_len, size = shards.manifest.block_len, settings.micro_batch_size * settings.data.seq_len
     if size % block_len and block_len % size:
         raise ConfigError(
@@ -288,7 +288,7 @@ def _work(settings: DataBench, shards: Shards) -> tuple[list[str], ReplicaStream
 
 @contextmanager
 def _shards(settings: DataBench, out: Path) -> Iterator[tuple[Shards, bool]]:
-    """The shards to measure with, and whether they were made for it."""
+    """The shards to measure with, and whether they are random ones."""
     if settings.data.shards:
         yield Shards.open(os.path.expanduser(settings.data.shards)), False
         return

@@ -1,12 +1,12 @@
-"""`finhpc bench decompose`: a whole factorisation beside `torch.linalg.svd` weight by weight; two workers beside one.
+"""`finhpc bench decompose`: a whole factorization compared with `torch.linalg.svd`, and two workers with one.
 
-In turn, from the same dense model on disk to its factors on disk:
+Measured in turn, from the same dense model on disk to its factors on disk:
 
 - a plain loop in this process: each weight read, its full SVD with all `resources.threads`, cut, written;
 - `finhpc decompose` with as many workers of one thread each, and with one, Ray and the workers' processes
-  already up; the seconds are those of the factorising.
+  already up; only the factorization is timed.
 
-Then every layer's error is measured against the smallest there is, from a float64 SVD of its own.
+Then the error of every layer is compared with the smallest possible one, from a float64 SVD.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ ROUNDING = 1e-6  # of a weight's norm: errors below that are those of float32
 def bench_decompose(settings: DecomposeBench) -> dict[str, Any]:
     """Measure and publish; `ratios`: `speedup_over_svd`, `speedup_2_workers` (with two threads or more).
 
-    Raises `ConfigError` where the shape is none, or `rank` does not fit it.
+    Raises `ConfigError` for an unknown shape, or a `rank` that does not fit it.
     """
     import ray
 
@@ -79,8 +79,8 @@ def bench_decompose(settings: DecomposeBench) -> dict[str, Any]:
     if threads == 2:
         ratios["speedup_2_workers"] = median_ratio(seconds[ONE], best)
     whole = [
-        {"whole model by": name, "wall_s": statistics.median(found), "spread": spread(found)}
-        for name, found in seconds.items()
+        {"whole model by": name, "wall_s": statistics.median(walls), "spread": spread(walls)}
+        for name, walls in seconds.items()
     ]
     return publish("decompose", settings.bench.out, _conditions(settings), rows, ratios, began, whole=whole)
 
@@ -200,13 +200,13 @@ def _rows(weights: Weights, plain: Plain, ours: Ours) -> list[Row]:
     return [
         {
             "weight": f"{shape[0]} x {shape[1]}",
-            "weights": len(found),
+            "weights": len(errors),
             "rank": ", ".join(map(str, sorted(of_shape[shape]))),
             "finhpc_1_thread_s": statistics.median(ours.of_shape[shape]),
             "svd_s": statistics.median(plain.of_shape[shape]),
-            "error_over_optimal": max(found),
+            "error_over_optimal": max(errors),
         }
-        for shape, found in over.items()
+        for shape, errors in over.items()
     ]
 
 

@@ -1,8 +1,8 @@
-"""`finhpc bench finetune`: LoRA steps of finhpc beside transformers with peft, alone and with transformers' Trainer.
+"""`finhpc bench finetune`: LoRA steps of finhpc compared with transformers and peft, with and without the Trainer.
 
-One process, no Ray: the engine is the one of every run, with one stage. Every way trains the same base from the same
-adapters on the same examples, batch for batch: sorted by length, so that padding costs the baselines little, then
-batches in random order. In turn, pass after pass; a pass's first step warms up and is not timed.
+One process, no Ray; the engine is that of every run, with one stage. All train the same base from the same adapters on
+the same batches: examples sorted by length, so that padding costs the baselines little, then batches in random order.
+Passes are measured in turn; the first step of a pass warms up and is not timed.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ Batch = Sequence[int]
 
 
 class InOrder(Batches):
-    """The examples as they lie, epoch after epoch."""
+    """The examples in their given order, epoch after epoch."""
 
     def order(self, examples: int, epoch: int) -> Any:
         return np.arange(examples)
@@ -56,19 +56,19 @@ class InOrder(Batches):
 def bench_finetune(settings: FinetuneBench) -> dict[str, Any]:
     """Measure and publish; `ratios`: `examples_per_s_over_peft_*` and `peak_memory_over_peft_*` for each base.
 
-    The first is over the faster of the two baselines; `peak_memory_over_peft` is that of the first of `bits`, in
+    The first compares with the faster of the two baselines; `peak_memory_over_peft` is that of the first of `bits`, in
     counted tensor bytes, over the plain loop's.
 
-    Raises `ConfigError` for a GPU, which is not measured, and where model, source or examples are missing.
+    Raises `ConfigError` for a GPU, which is not measured, and if model, source or examples are missing.
     """
     began = time.perf_counter()
     if device_of(settings.resources).type != "cpu":
-        raise ConfigError("bench finetune measures CPUs alone; use resources.device=cpu.")
+        raise ConfigError("bench finetune measures only CPUs; use resources.device=cpu.")
     if settings.model is None or settings.source is None:
         raise ConfigError("bench finetune needs --model FOLDER, the base, and --source FILE, the examples.")
     path = locate(settings.model)
     if not path.is_dir():
-        raise ConfigError(f"model={settings.model} is no Hugging Face folder, which the baselines need; give one.")
+        raise ConfigError(f"model={settings.model} is not a Hugging Face folder, which the baselines need; give one.")
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -77,14 +77,14 @@ def bench_finetune(settings: FinetuneBench) -> dict[str, Any]:
     rows: list[Row] = []
     ratios: dict[str, float] = {}
     for bits in settings.bits:
-        found, ratio = _base(settings, path, bits, arrays, batches, pad)
-        rows += found
+        more, ratio = _base(settings, path, bits, arrays, batches, pad)
+        rows += more
         ratios |= ratio
     ratios["peak_memory_over_peft"] = ratios[f"peak_memory_over_peft_{NAMES[settings.bits[0]]}"]
     conditions = {
         "model": settings.model,
         "examples": f"{len(arrays)} in batches of {settings.batch}, sorted by length, batches in random order",
-        "adapters": f"rank {settings.rank} beside every linear layer but the head, float32",
+        "adapters": f"rank {settings.rank} on every linear layer except the head, float32",
         "base": "bfloat16 activations; int8, nf4: bitsandbytes'",
         "optimizer": f"AdamW, lr {settings.lr}, no decay, no clipping",
         "threads": settings.resources.threads,
@@ -122,7 +122,7 @@ def drawn(settings: FinetuneBench, tokenizer: Any) -> tuple[Arrays, list[range]]
 def _base(
     settings: FinetuneBench, path: Path, bits: int, arrays: Arrays, batches: list[range], pad: int
 ) -> tuple[list[Row], dict[str, float]]:
-    """All ways beside one base."""
+    """Measure all ways on one base."""
     log.info(f"{NAMES[bits]}: loading the models; then {settings.bench.repeats} rounds of a pass each")
     lengths = np.diff(arrays.offsets)
     longest = max(batches, key=lambda batch: int(lengths[batch].max()))
@@ -173,7 +173,7 @@ def _base(
 
 
 def lora_engine(path: Path, bits: int, rank: int, batch: int, recompute: Recompute = "none") -> Engine:
-    """The engine of every finetuning, one stage in this process on a CPU, with adapters beside every linear layer."""
+    """The engine of every finetuning, one stage in this process on a CPU, with adapters on every linear layer."""
     config = build(
         FinetuneConfig,
         {
@@ -222,5 +222,5 @@ def _from_start(passes: Passes, trained: Any, start: dict[str, Tensor]) -> Passe
 
 
 def _peak(passes: Passes, batches: Sequence[Batch]) -> int:
-    """Peak of live tensor bytes of this process in the second of two steps: the first makes the optimiser's."""
+    """Peak of live tensor bytes of this process in the second of two steps: the first creates the optimizer state."""
     return counted_peak(lambda: passes(batches))[1]

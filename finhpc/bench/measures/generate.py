@@ -1,6 +1,6 @@
-"""`finhpc bench generate`: decoding dense and low-rank models beside transformers' `generate`.
+"""`finhpc bench generate`: decoding of dense and low-rank models compared with transformers' `generate`.
 
-Random weights of the shapes: the speed of greedy decoding does not depend on their values. All in one process.
+Weights are random, as the speed of greedy decoding does not depend on them. Everything runs in one process.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ SHOWN = ("model", "batch", "way", "first_token_s", "tokens_per_s", "over_dense",
 def bench_generate(settings: GenerateBench) -> dict[str, Any]:
     """Measure and publish; `ratios`: SHAPE_rRANK_over_dense of each model, cache_speedup, mixed_adapters_over_single.
 
-    The ratios are tokens/s at the first of `batches`. Raises `ConfigError` for a model that is no PRESET:RANK.
+    The ratios are tokens/s at the first of `batches`. Raises `ConfigError` for a model that is not PRESET:RANK.
     """
     began = time.perf_counter()
     shapes = [_parse(entry) for entry in settings.models]
@@ -59,8 +59,8 @@ def bench_generate(settings: GenerateBench) -> dict[str, Any]:
     rows: list[Row] = []
     ratios: dict[str, float] = {}
     for preset, rank in shapes:
-        found, ratio = _shape(settings, preset, rank, device, bandwidth)
-        rows += found
+        more, ratio = _shape(settings, preset, rank, device, bandwidth)
+        rows += more
         ratios[f"{re.sub('[^a-z0-9]', '_', preset)}_r{rank}_over_dense"] = ratio
     ratios["cache_speedup"], cache = _cache(settings, *shapes[0], device)
     ratios["mixed_adapters_over_single"], adapters = _adapters(settings, device)
@@ -81,14 +81,14 @@ def bench_generate(settings: GenerateBench) -> dict[str, Any]:
 def _parse(entry: str) -> tuple[str, int]:
     preset, _, rank = entry.partition(":")
     if preset not in PRESETS:
-        raise ConfigError(f"models={entry}: {preset} is no shape; {nearest(preset, list(PRESETS))}")
+        raise ConfigError(f"models={entry}: {preset} is not a preset; {nearest(preset, list(PRESETS))}")
     if not rank.isdecimal() or not int(rank):
         raise ConfigError(f"models={entry} names no rank; give PRESET:RANK, such as gpt2-127m:192.")
     return preset, int(rank)
 
 
 def read_bandwidth(device: torch.device) -> float:
-    """Bytes/s at which a large tensor is summed: what reading weights cannot exceed by much."""
+    """Bytes/s at which a large tensor is summed, which about limits the reading of weights."""
     data = torch.ones(BANDWIDTH_BYTES // 4, device=device)
     seconds = []
     for _ in range(5):
@@ -125,7 +125,7 @@ def random_model(preset: str, rank: int | None, bits: int, dtype: torch.dtype, d
 
 
 def exported(preset: str, rank: int, bits: int, scheme: str, dtype: torch.dtype, device: torch.device) -> Any:
-    """The low-rank model of random weights in bitsandbytes' layers: written, exported and opened as a user would."""
+    """The low-rank model of random weights in bitsandbytes' layers: saved, exported and loaded as a user would."""
     with tempfile.TemporaryDirectory() as folder:
         random_model(preset, rank, 16, dtype, device).save_pretrained(f"{folder}/model")
         quantization = {"bits": bits, "scheme": scheme}
@@ -176,10 +176,7 @@ def _shape(
     """Rows of one shape, and the low-rank model's speed over transformers' on the dense one at the first batch."""
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     dense = random_model(preset, None, 16, dtype, device)
-    models: dict[str, tuple[Any, int]] = {
-        THEIRS: (dense, 16),
-        DENSE: (dense, 16),
-    }
+    models: dict[str, tuple[Any, int]] = {THEIRS: (dense, 16), DENSE: (dense, 16)}
     for bits in settings.bits:
         if bits == 16 or "minmax" in settings.schemes:
             models[f"rank {rank}, {bits} bits"] = (random_model(preset, rank, bits, dtype, device), bits)
@@ -228,7 +225,7 @@ def _shape(
 
 
 def _embedding_bytes(model: Any) -> int:
-    """Bytes of embeddings that decoding reads a row of; a tied one is the head too, and read whole."""
+    """Bytes of embeddings of which decoding reads only a row; a tied one is also the head, and read completely."""
     shared = getattr(model.lm_head, "weight", None)
     return sum(
         tensor_bytes(module)
@@ -240,7 +237,7 @@ def _embedding_bytes(model: Any) -> int:
 
 
 def _cache(settings: GenerateBench, preset: str, rank: int, device: torch.device) -> tuple[float, list[Row]]:
-    """Speed with the cache over that without, of the low-rank model; tokens are counted in the passes."""
+    """Speed of the low-rank model with the cache over that without; computed tokens are counted."""
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     decoder = Decoder(random_model(preset, rank, 16, dtype, device))
     use_fast_layers(decoder.model)
@@ -258,7 +255,7 @@ def _cache(settings: GenerateBench, preset: str, rank: int, device: torch.device
 
 
 def _adapters(settings: GenerateBench, device: torch.device) -> tuple[float, list[Row]]:
-    """A batch whose rows have an adapter each over one that has a single one; memory beside that of N models."""
+    """Speed with one adapter per row over that with a single adapter; memory compared with that of N models."""
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     model = random_model(settings.adapters_model, None, 16, dtype, device)
     base_bytes = tensor_bytes(model)
@@ -296,7 +293,7 @@ def _adapters(settings: GenerateBench, device: torch.device) -> tuple[float, lis
 
 
 def random_adapter(model: nn.Module, rank: int) -> Adapter:
-    """LoRA on every linear layer but the head."""
+    """LoRA on every linear layer except the head."""
     pairs = {}
     for name, shape in linear_shapes(model).items():
         if name != "lm_head":

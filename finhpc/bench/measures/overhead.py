@@ -1,4 +1,4 @@
-"""A whole `finhpc pretrain` beside a plain torch loop over the same model and batches."""
+"""A whole `finhpc pretrain` compared with a plain torch loop over the same model and batches."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from finhpc.bench.shards import random_shards
 from finhpc.errors import TrainingFailedError
 from finhpc.settings.base import to_yaml
 from finhpc.settings.pretrain import PretrainConfig
+from finhpc.training.journal import WORKER_FILE, latest, read
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-3}  # relative; the two must train th
 def overhead(config: PretrainConfig, settings: TrainBench) -> tuple[list[Row], dict[str, float]]:
     """Tokens/s of finhpc (one stage, Ray, streaming, tracking) over a plain loop, in pairs of whole processes.
 
-    Raises `TrainingFailedError` where a process fails or the two do not train alike.
+    Raises `TrainingFailedError` if a process fails or the two do not train alike.
     """
     steps, precision = settings.overhead_steps, config.train.precision
     os.makedirs(settings.bench.out, exist_ok=True)
@@ -40,51 +41,37 @@ def overhead(config: PretrainConfig, settings: TrainBench) -> tuple[list[Row], d
         config.data.shards, config.data.eval_samples = str(shards.folder), config.parallel.micro_batch_size
         config.train.steps, config.train.eval_every, config.train.checkpoint_every = steps, 0, 0
         config.run.storage = str(folder / "runs")
-        found: dict[str, list[list[dict[str, float]]]] = {"finhpc": [], "plain": []}
+        records: dict[str, list[list[dict[str, float]]]] = {"finhpc": [], "plain": []}
 
         def measure(way: str) -> float:
-            log.info(f"{precision}, {way}: {steps} steps (pair {len(found[way]) + 1} of {settings.overhead_pairs})")
-            config.run.name = f"run-{len(found['finhpc'])}"
-            found[way].append((_finhpc if way == "finhpc" else _plain)(config, folder))
-            return _tokens_per_s(found[way][-1], config)
+            log.info(f"{precision}, {way}: {steps} steps (pair {len(records[way]) + 1} of {settings.overhead_pairs})")
+            config.run.name = f"run-{len(records['finhpc'])}"
+            records[way].append(_run(way, config, folder))
+            return _tokens_per_s(records[way][-1], config)
 
-        pace = in_turn({way: lambda way=way: measure(way) for way in found}, settings.overhead_pairs)  # type: ignore[misc]
-    _check_alike(found["finhpc"][0], found["plain"][0], precision)
+        pace = in_turn({way: lambda way=way: measure(way) for way in records}, settings.overhead_pairs)  # type: ignore[misc]
+    _check_alike(records["finhpc"][0], records["plain"][0], precision)
     rows = [_row(way, values, config, settings) for way, values in pace.items()]
     return rows, {f"overhead_{precision}": median_ratio(pace["finhpc"], pace["plain"])}
 
 
-def _finhpc(config: PretrainConfig, folder: Path) -> list[dict[str, float]]:
-    from finhpc.training.journal import WORKER_FILE, latest, read
-
-    _run([sys.executable, "-m", "finhpc.cli", "pretrain", "--config", _write(config, folder)])
-    records, _ = read(Path(config.run.storage) / config.run.name / WORKER_FILE)
-    train = latest(records, "train")
+def _run(way: str, config: PretrainConfig, folder: Path) -> list[dict[str, float]]:
+    """Train in a process of its own; returns the records of its steps."""
+    path = folder / "config.yaml"
+    path.write_text(to_yaml(config), encoding="utf-8")
+    command = ["finhpc.cli", "pretrain", "--config"] if way == "finhpc" else ["finhpc.bench.plain.pretrain"]
+    done = subprocess.run([sys.executable, "-m", *command, str(path)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise TrainingFailedError(f"{' '.join(command[:2])} failed ({done.returncode}): {done.stderr[-500:]}")
+    if way == "plain":
+        plain: list[dict[str, float]] = json.loads(done.stdout.splitlines()[-1])
+        return plain
+    train = latest(read(Path(config.run.storage) / config.run.name / WORKER_FILE)[0], "train")
     return [train[step] for step in sorted(train)]
 
 
-def _plain(config: PretrainConfig, folder: Path) -> list[dict[str, float]]:
-    answer: list[dict[str, float]] = json.loads(
-        _run([sys.executable, "-m", "finhpc.bench.plain.pretrain", _write(config, folder)]).splitlines()[-1]
-    )
-    return answer
-
-
-def _write(config: PretrainConfig, folder: Path) -> str:
-    path = folder / "config.yaml"
-    path.write_text(to_yaml(config), encoding="utf-8")
-    return str(path)
-
-
-def _run(words: list[str]) -> str:
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise TrainingFailedError(f"{' '.join(words[2:4])} failed ({done.returncode}): {done.stderr[-500:]}")
-    return done.stdout
-
-
 def _tokens_per_s(records: list[dict[str, float]], config: PretrainConfig) -> float:
-    """Over all steps but the first quarter, from record to record: what lies between the steps counts too."""
+    """Over all steps except the first quarter, from record to record, so the time between steps counts too."""
     first = len(records) // 4
     span = records[-1]["time"] - records[first - 1]["time"]
     return (len(records) - first) * config.parallel.samples_per_step * config.data.seq_len / span
@@ -110,10 +97,5 @@ def _row(way: str, values: list[float], config: PretrainConfig, settings: TrainB
         "step_s": config.parallel.samples_per_step * config.data.seq_len / pace,
         "tokens_per_s": pace,
     }
-    return row | {
-        "matrix_gflops": None,
-        "speedup": None,
-        "limit": None,
-        "speedup_over_limit": None,
-        "spread": spread(values),
-    }
+    unknown = dict.fromkeys(("matrix_gflops", "speedup", "limit", "speedup_over_limit"))
+    return row | unknown | {"spread": spread(values)}

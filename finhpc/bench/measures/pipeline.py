@@ -1,9 +1,8 @@
-"""`finhpc bench pipeline`: a pipeline of stages beside one process that does the same work.
+"""`finhpc bench pipeline`: a pipeline of stages compared with one process that does the same work.
 
-For each number of micro-batches M: whole train steps of one process with one stage, and of the
-pipeline, in turn; both have the same threads a process. Utilisation is the one-stage time over
-stages x the pipeline's time; the ideal of a schedule without cost is M/(N+M-1). No Ray. The
-processes that are not measured wait for a message and compute nothing.
+For each number of micro-batches M, whole training steps of one process with one stage and of the pipeline are measured
+in turn, with the same threads per process. Utilization is the one-stage time divided by stages x the pipeline's time;
+without any overhead it is M/(N+M-1). No Ray. Processes that are not measured wait for a message.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ LR = 1e-4
 def bench_pipeline(settings: PipelineBench) -> dict[str, Any]:
     """Measure and publish; `ratios`: `utilization_over_ideal` at M=8, or at the largest M measured below it.
 
-    Raises `ConfigError` where no stage can be cut or there are too few GPUs, `TrainingFailedError` where a
-    process dies.
+    Raises `ConfigError` if the model cannot be cut or there are too few GPUs, `TrainingFailedError` if a process
+    dies.
     """
     began = time.perf_counter()
     stages, cuda = settings.stages, _cuda(settings)
@@ -100,22 +99,22 @@ def _row(settings: PipelineBench, name: str, m: int, one: Group, pipeline: Group
 
     for processes in (one, pipeline):
         ask(processes, ("step", min(m, 2), None))  # warms up
-    found = in_turn(
+    walls = in_turn(
         {"one": lambda: float(ask(one, ("step", m, None))[0][0]), "pipe": pipelined}, settings.bench.repeats
     )
-    utilization, ideal = median_ratio(found["one"], found["pipe"]) / stages, m / (stages + m - 1)
+    utilization, ideal = median_ratio(walls["one"], walls["pipe"]) / stages, m / (stages + m - 1)
     busiest = [statistics.median(pair[i] for pair in busy) for i in range(stages)]
-    log.info(f"{name}, M={m}: utilisation {utilization:.3f} of ideal {ideal:.3f}")
+    log.info(f"{name}, M={m}: utilization {utilization:.3f} of ideal {ideal:.3f}")
     return {
         "cut": name,
         "micro_batches": m,
-        "one_stage_s": statistics.median(found["one"]),
-        "pipeline_s": statistics.median(found["pipe"]),
+        "one_stage_s": statistics.median(walls["one"]),
+        "pipeline_s": statistics.median(walls["pipe"]),
         "utilization": utilization,
         "ideal": ideal,
         "over_ideal": utilization / ideal,
         "busy_s": " ".join(f"{seconds:.2f}" for seconds in busiest),
-        "spread": spread(found["pipe"]),
+        "spread": spread(walls["pipe"]),
     }
 
 
@@ -148,7 +147,7 @@ def group(size: int, threads: int, cuda: bool) -> Iterator[Group]:
 
 
 def ask(members: Group, message: tuple[Any, ...]) -> list[Any]:
-    """Every member's answer, in rank order. Raises `TrainingFailedError` where one ends without it."""
+    """Every member's answer, in rank order. Raises `TrainingFailedError` if one ends without an answer."""
     try:
         for _, pipe in members:
             pipe.send(message)
@@ -158,14 +157,9 @@ def ask(members: Group, message: tuple[Any, ...]) -> list[Any]:
 
 
 def _serve(pipe: Connection, rank: int, size: int, port: int, threads: int, cuda: bool) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "DS_ACCELERATOR": "cuda" if cuda else "cpu",
-    }
+    ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+    os.environ |= ranks | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ["DS_ACCELERATOR"] = "cuda" if cuda else "cpu"
     import torch
     import torch.distributed as dist
 
@@ -222,25 +216,22 @@ def _step(engine: Any, micro_batches: int) -> tuple[float, float]:
 
 
 def _cuda(settings: PipelineBench) -> bool:
+    """Whether to measure on GPUs; raises `ConfigError` if there are too few, or too few blocks for the stages."""
     import torch
+
+    from finhpc.models.families.registry import resolve_shape
 
     asked, gpus = settings.resources.device, torch.cuda.device_count()
     if asked == "cuda" and gpus < settings.stages:
         raise ConfigError(f"stages={settings.stages} needs as many GPUs, {gpus} are there; use resources.device=cpu.")
-    layers = _layers(settings)
+    layers = int(resolve_shape(run_config(settings, 1).model, None).layers)
     if settings.stages > layers:
         raise ConfigError(f"stages={settings.stages} does not fit {layers} transformer blocks; use 2 to {layers}.")
     return asked != "cpu" and gpus >= settings.stages
 
 
-def _layers(settings: PipelineBench) -> int:
-    from finhpc.models.families.registry import resolve_shape
-
-    return int(resolve_shape(run_config(settings, 1).model, None).layers)
-
-
 def _picture(rows: list[Row], stages: int, file: Path) -> None:
-    """Utilisation over the number of micro-batches, measured and by the formula."""
+    """Utilization over the number of micro-batches, measured and by the formula."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
@@ -251,6 +242,6 @@ def _picture(rows: list[Row], stages: int, file: Path) -> None:
     for name in dict.fromkeys(row["cut"] for row in rows):
         mine = sorted((row["micro_batches"], row["utilization"]) for row in rows if row["cut"] == name)
         axes.plot([m for m, _ in mine], [u for _, u in mine], "o-", label=f"cut by {name}")
-    axes.set(xlabel="micro-batches M", ylabel="utilisation", ylim=(0, 1.05), title=f"{stages} stages")
+    axes.set(xlabel="micro-batches M", ylabel="utilization", ylim=(0, 1.05), title=f"{stages} stages")
     axes.legend()
     figure.savefig(file, dpi=150)

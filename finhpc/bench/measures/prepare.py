@@ -1,12 +1,12 @@
-"""`finhpc bench prepare`: preparing text, beside `datasets.map` with the fast tokeniser over the same documents.
+"""`finhpc bench prepare`: preparing text, compared with `datasets.map` and the fast tokenizer on the same documents.
 
-Ways that are measured in turn, each in a fresh process:
+Measured in turn, each in a fresh process:
 
 - finhpc: the whole job of `finhpc prepare`, from JSON lines to verified shards, Ray already up
-- datasets.map: ids alone, `map(batched, batch_size=100, num_proc=workers)`, its JSON read before the clock
+- datasets.map: ids alone, `map(batched, batch_size=100, num_proc=workers)`, its JSON read before the measurement
 - finhpc, a tenth: the same job on a tenth of the text, for the memory
 
-and tiktoken alone on one core, from texts in memory: the limit of a core. All ids of finhpc and
+and tiktoken alone on one core, from texts in memory, which is the limit of one core. All ids of finhpc and
 datasets.map are compared.
 """
 
@@ -46,7 +46,7 @@ FINHPC, PLAIN, TENTH, ALONE = "finhpc", "datasets.map", "finhpc, a tenth", "tikt
 
 @dataclass
 class Measured:
-    """One pass of one way; bytes of its process tree before the clock and at most."""
+    """One pass. `memory_before`, `memory_peak`: bytes of its process tree before the measurement and at most."""
 
     wall_s: float
     tokens: int
@@ -57,7 +57,7 @@ class Measured:
 
 @dataclass
 class Workshop:
-    """Temporary folder of a measurement: the corpora, the tokeniser, and what each pass writes."""
+    """Temporary folder of a measurement: the corpora, the tokenizer, and the output of each pass."""
 
     folder: Path
     settings: PrepareBench
@@ -66,12 +66,12 @@ class Workshop:
     passes: dict[str, list[Measured]] = field(default_factory=dict)
 
     def measure(self, name: str) -> float:
-        """Run a way once more; returns its seconds."""
+        """Run one of the ways once more; returns its seconds."""
         log.info(f"{name} ...")
-        found = _run(*self._way(name))
-        self.passes.setdefault(name, []).append(found)
-        log.info(f"{name}: {found.wall_s:.1f} s, {found.tokens / found.wall_s:,.0f} tokens/s")
-        return found.wall_s
+        measured = _run(*self._way(name))
+        self.passes.setdefault(name, []).append(measured)
+        log.info(f"{name}: {measured.wall_s:.1f} s, {measured.tokens / measured.wall_s:,.0f} tokens/s")
+        return measured.wall_s
 
     def _way(self, name: str) -> tuple[str, dict[str, Any]]:
         saved, out = str(self.folder / "tokenizer"), self.folder / name.replace(" ", "-")
@@ -89,8 +89,8 @@ class Workshop:
 def bench_prepare(settings: PrepareBench) -> dict[str, Any]:
     """Measure and publish; `ratios`: `prepare_over_datasets_map` (tokens/s), `prepare_memory_10x_over_1x`.
 
-    Raises `DataError` where finhpc's ids are not those of `datasets.map`, `ConfigError` where the
-    source or tokeniser cannot be used.
+    Raises `DataError` if finhpc's ids are not those of `datasets.map`, `ConfigError` if the source or tokenizer
+    cannot be used.
     """
     began = time.perf_counter()
     out = Path(os.path.abspath(os.path.expanduser(settings.bench.out)))
@@ -111,7 +111,7 @@ def bench_prepare(settings: PrepareBench) -> dict[str, Any]:
     passes = shop.passes
 
     def peaks(name: str) -> list[float]:
-        return [float(found.memory_peak) for found in passes[name]]
+        return [float(measured.memory_peak) for measured in passes[name]]
 
     ratios = {
         # The same documents and ids: tokens/s over tokens/s is seconds over seconds.
@@ -123,7 +123,7 @@ def bench_prepare(settings: PrepareBench) -> dict[str, Any]:
 
 
 def _furnish(shop: Workshop) -> str | None:
-    """Make tokeniser and corpora; returns why tiktoken cannot do the work, if so."""
+    """Write tokenizer and corpora; returns the reason if tiktoken cannot do the work."""
     settings = shop.settings
     config = PrepareConfig(source=settings.source, tokenizer=settings.tokenizer, val_fraction=settings.val_fraction)
     saved = shop.folder / "tokenizer"
@@ -139,12 +139,12 @@ def _furnish(shop: Workshop) -> str | None:
 
 def _run(way: str, arguments: dict[str, Any]) -> Measured:
     """Run a way in its own process, sampling its memory from "ready" until its figures are there."""
-    # As from a shell: an own Ray, and the tokenisers' threads as they come.
+    # As from a shell: a Ray of its own, and the tokenizers' default threads.
     env = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "TOKENIZERS_PARALLELISM")}
     command = [sys.executable, "-m", "finhpc.bench.plain.prepare", json.dumps([way, arguments])]
     with (
-        tempfile.TemporaryFile("w+") as said,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True, env=env) as process,
+        tempfile.TemporaryFile("w+") as stderr,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=env) as process,
     ):
         assert process.stdout is not None
         try:
@@ -157,24 +157,24 @@ def _run(way: str, arguments: dict[str, Any]) -> Measured:
             process.terminate()
             raise
         if failed:
-            said.seek(0)
-            raise DataError(f"{way} failed, so there is nothing to compare; it said last:\n{said.read()[-2000:]}")
+            stderr.seek(0)
+            raise DataError(f"{way} failed, so there is nothing to compare; its last output:\n{stderr.read()[-2000:]}")
     if rest and not json.loads(rest)["identical"]:
-        raise DataError("the ids of finhpc are not those of datasets.map; this is a fault of finhpc: please report it.")
+        raise DataError("the ids of finhpc are not those of datasets.map; this is a bug of finhpc: please report it.")
     return Measured(**json.loads(figures), memory_before=peak.first, memory_peak=peak.peak)
 
 
 def _row(name: str, passes: list[Measured]) -> Row:
-    walls = [found.wall_s for found in passes]
+    walls = [measured.wall_s for measured in passes]
     return {
         "way": name,
         "documents": passes[0].documents,
         "tokens": passes[0].tokens,
         "wall_s": statistics.median(walls),
-        "tokens_per_s": statistics.median(found.tokens / found.wall_s for found in passes),
+        "tokens_per_s": statistics.median(measured.tokens / measured.wall_s for measured in passes),
         "spread": spread(walls),
-        "memory_before_bytes": int(statistics.median(found.memory_before for found in passes)),
-        "peak_memory_bytes": int(statistics.median(found.memory_peak for found in passes)),
+        "memory_before_bytes": int(statistics.median(measured.memory_before for measured in passes)),
+        "peak_memory_bytes": int(statistics.median(measured.memory_peak for measured in passes)),
     }
 
 
@@ -186,11 +186,11 @@ def _conditions(shop: Workshop, slow_because: str | None) -> Row:
         "tokenizer": shop.settings.tokenizer,
         "encoded_by": f"Hugging Face ({slow_because})" if slow_because else "tiktoken",
         "workers": shop.workers,
-        "ray": f"{ray.__version__}, up before the clock, its tasks' processes not",
-        "threads": "one a task; datasets.map: as it comes",
+        "ray": f"{ray.__version__}, started before the measurement, but not its task processes",
+        "threads": "one per task; datasets.map: its default",
         "datasets_map_batch_size": 100,
-        "datasets_map_json": "read before the clock",
-        "ids": "identical, all but the last of each split that fill no block",
+        "datasets_map_json": "read before the measurement",
+        "ids": "identical, except the last ones of each split, which fill no block",
         "memory": memory.HOW,
         "repeats": shop.settings.bench.repeats,
         "versions": ", ".join(f"{name} {version(name)}" for name in ("datasets", "tokenizers", "tiktoken")),

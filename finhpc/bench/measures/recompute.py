@@ -1,8 +1,8 @@
-"""`finhpc bench recompute`: forward and backward passes that keep less, beside those that keep all.
+"""`finhpc bench recompute`: forward and backward passes that recompute activations, compared with those that keep all.
 
-FinGPT-HPC, section IV.B, counts 33 % more computation where whole blocks are computed again and 6 %
-where attention's large intermediates are. Here whole passes over a model are measured, all modes in
-turn over the same weights, in one process without Ray and without the optimiser, which is the same in all.
+FinGPT-HPC, section IV.B, counts 33 % more computation if whole blocks are recomputed, and 6 % if only attention's large
+intermediates are. Here whole passes over a model are measured, all modes in turn over the same weights, in one process
+without Ray and without the optimizer, which is the same in all modes.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ log = logging.getLogger(__name__)
 def bench_recompute(settings: RecomputeBench) -> dict[str, Any]:
     """Measure and publish; `ratios`: `time_attention_over_none` and `time_full_over_none`.
 
-    A row has what the first block keeps for its backward pass, the share removed, and the peak of the whole.
-    Raises `ConfigError` where no GPU is found for `resources.device=cuda`.
+    A row has the bytes that the first block keeps for its backward pass, the share removed, and the peak of the model.
+    Raises `ConfigError` if `resources.device=cuda` finds no GPU.
     """
     began = time.perf_counter()
     device = device_of(settings.resources)
@@ -50,14 +50,14 @@ def bench_recompute(settings: RecomputeBench) -> dict[str, Any]:
     peaks = {mode: _peak(way, device) for mode, way in ways.items()}  # warms up too
     log.info(f"{settings.bench.repeats} rounds of a forward and a backward pass in each of {len(ways)} modes")
     seconds = in_turn({mode: partial(timed, way, device) for mode, way in ways.items()}, settings.bench.repeats)
-    kept = {mode: _block_bytes(settings, hf_config, mode, weights) for mode in modes}
+    saved = {mode: _block_bytes(settings, hf_config, mode, weights) for mode in modes}
     rows: list[Row] = [
         {
             "recompute": mode,
             "passes_s": statistics.median(seconds[mode]),
             "over_none": median_ratio(seconds[mode], seconds["none"]),
-            "saved_bytes_per_block": kept[mode],
-            "removed": 1 - kept[mode] / kept["none"],
+            "saved_bytes_per_block": saved[mode],
+            "removed": 1 - saved[mode] / saved["none"],
             "peak_memory_bytes": peaks[mode],
             "spread": spread(seconds[mode]),
         }
@@ -71,7 +71,7 @@ def bench_recompute(settings: RecomputeBench) -> dict[str, Any]:
         "threads": settings.resources.threads,
         "device": device.type,
         "ray": False,
-        "step": "forward and backward passes of the whole model, no optimiser",
+        "step": "forward and backward passes of the whole model, no optimizer",
         "paper": "full 1.33, attention 1.06 times the computation",
     }
     ratios = {f"time_{row['recompute']}_over_none": float(row["over_none"]) for row in rows[1:]}
@@ -106,6 +106,7 @@ def _passes(
 
 
 def _block_bytes(settings: RecomputeBench, hf_config: Any, recompute: Recompute, weights: Any) -> int:
+    """Bytes that the first block keeps for its backward pass."""
     model = _sharing(hf_config, recompute, weights)
     with torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
         return block_saved_bytes(parts_of(hf_config, recompute), model, settings.batch, settings.seq_len)

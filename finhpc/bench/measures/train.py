@@ -1,10 +1,10 @@
-"""`finhpc bench train`: whole training steps, low-rank beside dense, and finhpc beside a plain torch loop.
+"""`finhpc bench train`: whole training steps, low-rank compared with dense, and finhpc with a plain torch loop.
 
-Two questions, each answered in turn-by-turn measurements:
+Two questions, answered by measuring in turn:
 
-- How much faster is a low-rank step than the fastest dense one (ours or transformers' own), which
-  share of what the count of operations allows is that, and where does the time go? One process, no
-  Ray; the engine is the one of every run, with one stage.
+- How much faster is a low-rank step than the fastest dense one (ours or transformers' own), what share of the speedup
+  that operation counts allow is that, and where does the time go? One process, no Ray; the engine is that of every
+  run, with one stage.
 - What do engine, Ray, streaming and tracking cost? A whole `finhpc pretrain` against a plain loop over
   the same model and batches, each in its own process (with `--ray false`: the engine alone, in this one).
 """
@@ -47,7 +47,7 @@ def bench_train(settings: TrainBench) -> dict[str, Any]:
 
     `profile`: shares of a step's time by kind of operation, for the dense ways and the first rank's.
 
-    Raises `ConfigError` where no GPU is found for `resources.device=cuda`.
+    Raises `ConfigError` if `resources.device=cuda` finds no GPU.
     """
     began = time.perf_counter()
     device = device_of(settings.resources)
@@ -55,13 +55,13 @@ def bench_train(settings: TrainBench) -> dict[str, Any]:
     profiles: list[Row] = []
     ratios: dict[str, float] = {}
     for precision in settings.precisions:
-        found, ratio, shares = _low_rank_and_dense(settings, precision, device)
-        rows += found
+        more, ratio, shares = _low_rank_and_dense(settings, precision, device)
+        rows += more
         profiles += shares
         ratios |= ratio
     for precision in settings.precisions if settings.ray else ():
-        found, ratio = overhead(run_config(settings, precision, settings.ranks[0]), settings)
-        rows += found
+        more, ratio = overhead(run_config(settings, precision, settings.ranks[0]), settings)
+        rows += more
         ratios |= ratio
     conditions = {
         "model": settings.model.preset,
@@ -92,7 +92,7 @@ def run_config(settings: TrainBench, precision: str, rank: int) -> PretrainConfi
 
 
 def operations(hf_config: Any, seq_len: int) -> float:
-    """Multiplications a token of a forward pass: matrices and the full products of attention."""
+    """Multiplications per token of a forward pass: matrices and the full products of attention."""
     model: Any = skeleton(hf_config)
     looked_up = {id(p) for p in model.get_input_embeddings().parameters()}
     looked_up |= {id(p) for name, p in model.named_parameters() if "wpe" in name}
@@ -164,7 +164,7 @@ def _speedups(
 
 
 def _ways(settings: TrainBench, precision: str, device: torch.device) -> tuple[dict[str, Step], dict[str, Any]]:
-    """Name -> a function that makes one step, and name -> the model's transformers config."""
+    """Name -> a function that takes one step, and name -> the model's transformers config."""
     ways: dict[str, Step] = {}
     configs: dict[str, Any] = {}
 
@@ -199,7 +199,7 @@ def _engine_step(config: PretrainConfig, hf_config: Any, device: torch.device) -
 
 
 def one_process_group(device: torch.device) -> None:
-    """A process group of this process alone, as the engine needs one."""
+    """Create the process group that the engine needs, of this process alone."""
     if dist.is_initialized():
         return
     with socket.socket() as probe:

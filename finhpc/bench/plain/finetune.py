@@ -1,7 +1,7 @@
-"""The finetuning loops that finhpc is measured against: transformers and peft, alone and with transformers' Trainer.
+"""The finetuning loops with which finhpc is compared: transformers and peft, with and without transformers' Trainer.
 
-Both pad each batch to its longest example on the right, in the order they are given; AdamW at a constant rate without
-decay and clipping. The base is bfloat16, or bitsandbytes' over it; peft keeps the adapters in float32.
+Both pad the examples of a batch on the right; AdamW has a constant rate, no decay and no clipping. The base is bfloat16
+or quantized by bitsandbytes; peft keeps the adapters in float32.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Passes = Callable[[Sequence[Sequence[int]]], Pass]  # batches of examples' ids -
 
 
 def peft_model(path: Path, bits: int, rank: int, seed: int) -> Any:
-    """The base of a folder with an adapter beside every linear layer but the head, as the loops train it."""
+    """The base of a folder with an adapter on every linear layer except the head, as the loops train it."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -47,12 +47,12 @@ def peft_model(path: Path, bits: int, rank: int, seed: int) -> Any:
 
 def adapters(model: Any) -> dict[str, Tensor]:
     """finhpc's name of each of the adapters' factors -> it."""
-    found: dict[str, Tensor] = {}
+    factors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             layer, _, rest = name.removeprefix("base_model.model.").partition(".lora_")
-            found[f"{layer}.{rest[0]}"] = parameter
-    return found
+            factors[f"{layer}.{rest[0]}"] = parameter
+    return factors
 
 
 def padded(examples: list[tuple[Any, Any]], pad: int) -> dict[str, Tensor]:

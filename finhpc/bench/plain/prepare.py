@@ -1,9 +1,7 @@
 """The ways of tokenizing that `finhpc bench prepare` compares: `python -m finhpc.bench.plain.prepare JSON`.
 
-Each runs in a process of its own.
-
-A way gets itself ready, prints the line "ready", does its work and prints what it measured as a JSON
-line; what comes after (the check of the ids) is another.
+Each runs in its own process. It prepares, prints the line "ready", does its work, and prints its figures as a JSON
+line; the check of the ids follows as another line.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from finhpc.data.shards.shards import Shards
 from finhpc.data.text.encoding import digest, held_out
 from finhpc.errors import FinhpcError
 
-BATCH = 100  # documents `datasets.map` hands to the tokeniser at a time
+BATCH = 100  # documents that `datasets.map` passes to the tokenizer at a time
 
 
 def finhpc_prepare(corpus: str, tokenizer: str, out: str, workers: int, shape: dict[str, Any]) -> None:
@@ -42,7 +40,7 @@ def finhpc_prepare(corpus: str, tokenizer: str, out: str, workers: int, shape: d
 
 
 def datasets_map(corpus: str, tokenizer: str, out: str, workers: int, shards: str) -> None:
-    """Ids alone, by `datasets.map` and the fast tokeniser; JSON is read before the clock."""
+    """Ids alone, by `datasets.map` and the fast tokenizer; JSON is read before the measurement."""
     from datasets import load_dataset
     from transformers import AutoTokenizer
 
@@ -88,15 +86,15 @@ def same_ids(texts: Any, mapped: Any, shards: Shards) -> bool:
         held = held_out(np.frombuffer(digest(text.encode()), "<u8")[None], manifest.settings["val_fraction"])[0]
         split = "val" if held else "train"
         documents[split] += 1
-        # What fills no block at the end of a split is dropped.
+        # The end of a split that fills no block is dropped.
         row = np.append(ids, manifest.eot_id)[: left[split]].astype(manifest.dtype)
         left[split] -= len(row)
         expected[split].update(row.tobytes())
     for split in ("train", "val"):
-        found = hashlib.sha256()
+        actual = hashlib.sha256()
         for index in range(len(manifest.splits[split])):
-            found.update(shards.read_shard(split, index).tobytes())  # type: ignore[arg-type]
-        if left[split] or found.digest() != expected[split].digest():
+            actual.update(shards.read_shard(split, index).tobytes())  # type: ignore[arg-type]
+        if left[split] or actual.digest() != expected[split].digest():
             return False
     return documents == {split: manifest.counts[split].documents for split in splits}
 

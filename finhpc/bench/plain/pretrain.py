@@ -1,4 +1,4 @@
-"""The plain torch loops that finhpc is measured against: no pipeline engine, no Ray, no tracking."""
+"""The plain torch loops with which finhpc is compared: no pipeline engine, no Ray, no tracking."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _to_pairs(module: nn.Module, rank: int) -> None:
 
 
 def run_plain(config: PretrainConfig) -> list[dict[str, float]]:
-    """The run of `config` (one stage, one replica) as a plain loop over the same batches: a record a step."""
+    """The run of `config` (one stage, one replica) as a plain loop over the same batches; one record per step."""
     from finhpc.data.shards.reader import ReplicaStream, local_stream
     from finhpc.data.shards.shards import Shards
     from finhpc.planning.plan import hf_config_of

@@ -159,12 +159,12 @@ def _calibration(weights: Weights, work: Path, config: DecomposeConfig) -> torch
 
 
 def _reports(groups: list[Group], work: Path) -> list[Report]:
-    """What every group's file says of its layers, in the model's order."""
-    found: list[Report] = []
+    """Return the reports in every group's file, in the model's order."""
+    reports: list[Report] = []
     for group in groups:
         with safe_open(group.result(work), framework="pt") as file:
-            found += json.loads(file.metadata()["layers"])
-    return sorted(found, key=lambda report: _natural(report["name"]))
+            reports += json.loads(file.metadata()["layers"])
+    return sorted(reports, key=lambda report: _natural(report["name"]))
 
 
 def _natural(name: str) -> list[tuple[bool, int, str]]:
@@ -172,7 +172,7 @@ def _natural(name: str) -> list[tuple[bool, int, str]]:
 
 
 def low_rank_config(weights: Weights, reports: list[Report]) -> Any:
-    """transformers' config of the low-rank model: one rank for a kind where all its layers share it."""
+    """Return transformers' config of the low-rank model, with one rank for each kind whose layers share it."""
     ranks: dict[str, int | None] = dict.fromkeys(LINEAR_KINDS)
     layers: dict[str, int] = {}
     for kind in LINEAR_KINDS:
@@ -185,7 +185,7 @@ def low_rank_config(weights: Weights, reports: list[Report]) -> Any:
 
 
 def _assemble(weights: Weights, groups: list[Group], reports: list[Report], work: Path) -> Path:
-    """The whole model folder, still under the work folder: config, weights, tokeniser."""
+    """Write the complete model folder (config, weights, tokenizer) inside the work folder and return it."""
     config = low_rank_config(weights, reports)
     names = {name for name, _ in skeleton(config).named_parameters()}
     model = work / "model"
@@ -219,7 +219,7 @@ def _result(config: DecomposeConfig, weights: Weights, reports: list[Report]) ->
 
 
 def _dry_run(config: DecomposeConfig, weights: Weights, targets: list[Target]) -> dict[str, Any]:
-    """What can be told without factorising: nothing of the size where energy decides the ranks."""
+    """Return what is known without factorizing: sizes only if energy does not decide the ranks."""
     reports: list[Report] = [
         {
             "name": target.linear.name,

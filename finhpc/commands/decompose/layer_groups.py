@@ -1,4 +1,4 @@
-"""The layers of a model in groups that are factorised together, and the task that does one group."""
+"""Groups of layers that are factorized together, and the task that factorizes one group."""
 
 from __future__ import annotations
 
@@ -39,15 +39,14 @@ from finhpc.settings.pretrain import LINEAR_KINDS
 from finhpc.training.allocator import return_freed_memory
 from finhpc.training.memory import peak_resident_bytes
 
-# Parameters and layers of a group, at most: little enough for memory and even shares on a CPU; enough
-# to fill a GPU.
+# The most parameters and layers in a group: few enough for memory and even shares on a CPU, enough to fill a GPU.
 CPU_GROUP, GPU_GROUP = (4 << 20, 8), (64 << 20, 64)
 Report = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Target:
-    """A layer to factorise; `rank` is None where its spectrum decides."""
+    """A layer to factorize; `rank` is None if its spectrum decides."""
 
     linear: Linear
     rank: int | None
@@ -55,7 +54,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Group:
-    """Same-shaped layers that one task factorises; `moments`: file of second moments of their inputs."""
+    """Layers of one shape that one task factorizes; `moments`: file of second moments of their inputs."""
 
     index: int
     targets: tuple[Target, ...]
@@ -65,7 +64,7 @@ class Group:
         return ", ".join(target.linear.name for target in self.targets)
 
     def result(self, work: Path) -> Path:
-        """Where its factors lie once it is done."""
+        """Return the file of its factors, which exists once it is done."""
         return work / f"group-{self.index:05d}.safetensors"
 
     def spectra(self, work: Path) -> Path:
@@ -73,10 +72,9 @@ class Group:
 
 
 def targets_of(weights: Weights, config: DecomposeConfig) -> list[Target]:
-    """Every layer that becomes low-rank and its rank.
+    """Return every layer that becomes low-rank, with its rank.
 
-    Raises `ConfigError` for settings that say no rank or two, and naming every layer that its rank
-    does not fit.
+    Raises one `ConfigError` for settings with no rank or several, and for all layers that their rank does not fit.
     """
     _check(config)
     chosen = [Target(linear, _rank(linear, config)) for linear in weights.linears() if _wanted(linear, config)]
@@ -84,7 +82,7 @@ def targets_of(weights: Weights, config: DecomposeConfig) -> list[Target]:
     for target in chosen:
         linear = target.linear
         if target.rank is not None and not 1 <= target.rank <= min(linear.out_features, linear.in_features):
-            # One line for the same layer of all blocks, which differ in a number alone.
+            # One line for the same layer of all blocks, whose names differ only in a number.
             name = re.sub(r"\.\d+\.", ".*.", linear.name)
             key = (name, target.rank, linear.out_features, linear.in_features, linear.kind)
             misfits[key] = misfits.get(key, 0) + 1
@@ -101,21 +99,21 @@ def targets_of(weights: Weights, config: DecomposeConfig) -> list[Target]:
 
 def _check(config: DecomposeConfig) -> None:
     problems = [
-        f"ranks.{kind} is no kind of layer; valid: {', '.join(LINEAR_KINDS)}."
+        f"ranks.{kind} is not a kind of layer; use one of {', '.join(LINEAR_KINDS)}."
         for kind in sorted(set(config.ranks) - set(LINEAR_KINDS))
     ]
     given = [name for name in ("rank", "keep_params", "keep_energy") if getattr(config, name) is not None]
     if not given and not config.ranks:
-        problems.append("nothing says the ranks; give one of --rank, --ranks.KIND, --keep_params, --keep_energy.")
+        problems.append("no rank is set; give one of --rank, --ranks.KIND, --keep_params, --keep_energy.")
     if len(given) > 1:
-        problems.append(f"{' and '.join(given)} both say the rank; give one of them.")
+        problems.append(f"{' and '.join(given)} both set the rank; give one of them.")
     problems += [
-        f"ranks.{kind}={config.ranks[kind]}, but {kind}=dense; add --{kind} low_rank, or leave the rank out."
+        f"ranks.{kind}={config.ranks[kind]}, but {kind}=dense; add --{kind} low_rank, or remove the rank."
         for kind in ("head", "embedding")
         if kind in config.ranks and getattr(config, kind) == "dense"
     ]
     if config.calibration.source and not config.whiten:
-        problems.append("calibration.source is given, but whiten is off; add --whiten, or leave the text out.")
+        problems.append("calibration.source is given, but whiten is off; add --whiten, or remove the text.")
     if problems:
         raise ConfigError(problems)
 
@@ -137,21 +135,21 @@ def _rank(linear: Linear, config: DecomposeConfig) -> int | None:
 
 
 def groups_of(targets: list[Target], weights: Weights, whiten: bool, cuda: bool) -> list[Group]:
-    """Same-shaped layers together, the largest groups first; whitened ones within one part of the model."""
+    """Group layers of one shape, the largest groups first; whitened ones within one part of the model."""
     part_of = _parts(weights) if whiten else {}
 
     def key(target: Target) -> tuple[int, int, int]:
         return part_of.get(target.linear.name, 0), target.linear.out_features, target.linear.in_features
 
     most_params, most_layers = GPU_GROUP if cuda else CPU_GROUP
-    found: list[tuple[Target, ...]] = []
+    results: list[tuple[Target, ...]] = []
     for _, same in groupby(sorted(targets, key=key), key):
         layers = list(same)
         width = max(1, min(most_layers, most_params // layers[0].linear.size))
-        found += [tuple(layers[i : i + width]) for i in range(0, len(layers), width)]
-    if not whiten:  # or they come in the order that the text goes through the model
-        found.sort(key=lambda layers: -sum(_cost(target.linear) for target in layers))
-    return [Group(index, layers) for index, layers in enumerate(found)]
+        results += [tuple(layers[i : i + width]) for i in range(0, len(layers), width)]
+    if not whiten:  # otherwise they stay in the order in which the text passes through the model
+        results.sort(key=lambda layers: -sum(_cost(target.linear) for target in layers))
+    return [Group(index, layers) for index, layers in enumerate(results)]
 
 
 def _cost(linear: Linear) -> int:
@@ -159,21 +157,21 @@ def _cost(linear: Linear) -> int:
 
 
 def _parts(weights: Weights) -> dict[str, int]:
-    """Linear layer -> index of the part it is in."""
-    found: dict[str, int] = {}
+    """Return the index of the part of each linear layer."""
+    results: dict[str, int] = {}
     for index, part in enumerate(parts_of(weights.config)):
         for name in part.names:
             for sub, _ in weights.skeleton.get_submodule(name).named_modules(prefix=name):
-                found.setdefault(sub, index)
+                results.setdefault(sub, index)
         if part.kind == "head":
-            found["lm_head"] = index
-    return found
+            results["lm_head"] = index
+    return results
 
 
 def with_moments(
     pending: Iterable[Group], weights: Weights, tokens: Tensor, work: Path, device: torch.device
 ) -> Iterator[Group]:
-    """The groups, each as soon as the moments of its layers' inputs are on disk. An embedding has no moments."""
+    """Yield each group as soon as the moments of its layers' inputs are on disk. An embedding has no moments."""
     waiting = {target.linear.name: group for group in pending for target in group.targets}
     plain = {group.index: group for group in waiting.values() if group.targets[0].linear.kind == "embedding"}
     yield from plain.values()
@@ -209,7 +207,7 @@ def factorize_group(task: Factorization, group: Group) -> tuple[int, int]:
 
 
 def peak_memory_bytes(cuda: bool) -> int:
-    """Of this process: the allocator's peak on a GPU, else resident bytes."""
+    """Return this process's peak memory: the allocator's on a GPU, otherwise resident bytes."""
     return torch.cuda.max_memory_allocated() if cuda else peak_resident_bytes()
 
 
@@ -219,7 +217,7 @@ def _factorize(task: Factorization, group: Group) -> None:
     matrices = [weights.matrix(target.linear).to(device) for target in group.targets]
     began = time.perf_counter()
     roots = _roots(group, device)
-    found = [] if roots else solved(matrices, lambda i, spectrum: _rank_in(group.targets[i], spectrum, task))
+    results = [] if roots else solved(matrices, lambda i, spectrum: _rank_in(group.targets[i], spectrum, task))
     tensors: dict[str, Tensor] = {}
     values: dict[str, Tensor] = {}
     reports: list[Report] = []
@@ -227,8 +225,8 @@ def _factorize(task: Factorization, group: Group) -> None:
         name = target.linear.name
         root, damping = roots.get(name, (None, None))
         if root is None:
-            spectrum, rank = found[i]
-        else:  # a steeper spectrum than the weight's own, always in float64
+            spectrum, rank = results[i]
+        else:  # steeper than the weight's own spectrum, always in float64
             spectrum = spectra([product(matrices[i].double(), root)])[0]
             rank = _rank_in(target, spectrum, task)
         a, b = factors(matrices[i], spectrum, rank, root)
@@ -246,7 +244,7 @@ def _factorize(task: Factorization, group: Group) -> None:
 
 
 def _roots(group: Group, device: torch.device) -> dict[str, tuple[Tensor, float]]:
-    """Layer -> (S, damping) of a whitened group; empty for a plain one."""
+    """Return (S, damping) of each layer of a whitened group; empty for a plain one."""
     if group.moments is None:
         return {}
     with safe_open(group.moments, framework="pt") as file:
@@ -270,11 +268,14 @@ def _report(
     root: Tensor | None,
     damping: float | None,
 ) -> Report:
-    """A layer's line in result.json. `error` is relative to the weight's norm; the optimum is that of what
-    was made small: the weight's error, or that of its outputs on the calibration text."""
+    """Return a layer's entry in result.json.
+
+    `error` is relative to the weight's norm. The optimum is of what was minimized: the error of the weight, or of its
+    outputs on the calibration text.
+    """
     norm = squared_norm(weight) ** 0.5 or 1.0
     error = error_of(weight, a, b) if root is None else residual(weight, a, b)
-    made_small = error if root is None else residual(weight, a, b, root)
+    minimized = error if root is None else residual(weight, a, b, root)
     scale = float(spectrum.values.square().sum().sqrt()) or 1.0
     optimum = spectrum.optimum(rank)
     report: Report = {
@@ -285,16 +286,16 @@ def _report(
         "rank": rank,
         "error": error / norm,
         "error_optimal": optimum / scale,
-        # With all of the spectrum kept the optimum is nothing but rounding, and so would be the quotient.
-        "error_over_optimal": made_small / optimum if optimum > 1e-6 * scale else None,
+        # With the full spectrum the optimum is only rounding error, and so would be the quotient.
+        "error_over_optimal": minimized / optimum if optimum > 1e-6 * scale else None,
     }
     if root is not None:
-        report |= {"output_error": made_small / scale, "damping": damping}
+        report |= {"output_error": minimized / scale, "damping": damping}
     return report
 
 
 def _rank_in(target: Target, spectrum: Spectrum, task: Factorization) -> int:
     if target.rank is not None:
         return target.rank
-    assert task.keep_energy is not None, "a target without a rank is one that its energy decides"
+    assert task.keep_energy is not None, "a target without a rank is decided by its energy"
     return rank_of_energy(spectrum.values, task.keep_energy)

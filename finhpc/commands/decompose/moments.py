@@ -1,7 +1,7 @@
-"""What goes into each linear layer of a dense model: second moments over some text, part by part.
+"""Second moments of the inputs of each linear layer of a dense model, over some text, part by part.
 
-Only one part's weights are in memory at a time, beside the hidden states of the text (4 bytes x
-samples x seq_len x width).
+The weights of only one part are in memory at a time, and the hidden states of the text (4 bytes x samples x seq_len x
+width).
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ BATCH = 4  # samples run together
 def second_moments(
     weights: Weights, tokens: Tensor, wanted: Set[str], device: torch.device
 ) -> Iterator[dict[str, Tensor]]:
-    """Layer name -> C (in, in) = mean of x x^T over all positions, float64 on the CPU, one dictionary a part.
+    """Yield a dictionary per part: C (in, in) = mean of x x^T over all positions, float64 on the CPU, by layer name.
 
     `tokens`: int64 (samples, seq). `wanted`: Hugging Face names of linear layers; parts without any
-    run but yield nothing. Layers of a part that take the same input share one tensor.
+    of them run but yield nothing. Layers of a part with the same input share one tensor.
     """
     flows: list[Any] = list(tokens.to(device).split(BATCH))
     left = set(wanted)
     for part in parts_of(weights.config):
         if not left:
             return
-        if part.kind == "head":  # a tied one is no linear layer, and its loss is not needed
+        if part.kind == "head":  # a tied head is not a linear layer, and its loss is not needed
             yield {"lm_head": _moment([hidden for hidden, _ in flows])}
             return
         modules = [_filled(name, module, weights, device) for name, module in _modules(part, weights.skeleton)]
@@ -50,12 +50,12 @@ def second_moments(
 
 
 class Inputs:
-    """Sums x x^T of the inputs of some layers while a part runs."""
+    """Sums x x^T over the inputs of some layers while a part runs."""
 
     def __init__(self, modules: dict[str, nn.Module], wanted: Set[str]) -> None:
         self._sums: dict[str, Tensor] = {}
         self._positions: dict[str, int] = {}
-        self._same: dict[str, str] = {}  # layer -> the layer whose sum stands for its own
+        self._same: dict[str, str] = {}  # layer -> the layer that has the same sum
         self._last: tuple[Tensor, str] | None = None
         self._handles: list[RemovableHandle] = []
         for prefix, module in modules.items():
@@ -68,7 +68,7 @@ class Inputs:
         return part.run(flow, *modules)
 
     def moments(self) -> dict[str, Tensor]:
-        """The means, once all of the text went through; nothing is watched or held after that."""
+        """Return the means over all text, and stop watching."""
         for handle in self._handles:
             handle.remove()
         done = {name: _mirrored(total / self._positions[name]).cpu() for name, total in self._sums.items()}
@@ -96,7 +96,7 @@ def _moment(hidden: list[Tensor]) -> Tensor:
 
 
 def _mirrored(lower: Tensor) -> Tensor:
-    """The symmetric matrix of a lower triangle."""
+    """Return the symmetric matrix of a lower triangle."""
     return lower.tril() + lower.tril(-1).T
 
 
@@ -105,7 +105,7 @@ def _modules(part: Part, skeleton: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _filled(name: str, module: nn.Module, weights: Weights, device: torch.device) -> nn.Module:
-    """The module with its weights read from disk, in eval mode."""
+    """Read the module's weights from disk, and return it in eval mode."""
     module.to_empty(device=device)
     with torch.no_grad():
         for parameter_name, parameter in module.named_parameters():

@@ -19,7 +19,7 @@ from finhpc.cluster.tasks import WorkerDiedError, completed
 from finhpc.commands.evaluate.report import log_to_mlflow, summary
 from finhpc.commands.evaluate.worker import Pair, Scorer
 from finhpc.data.shards.shards import Shards
-from finhpc.errors import ConfigError, FinhpcError, TrainingFailedError
+from finhpc.errors import ConfigError, FinhpcError, TrainingFailedError, collect
 from finhpc.evaluation.models import Subject, subjects
 from finhpc.evaluation.tasks import PERPLEXITY, TaskFile, prepare_tasks
 from finhpc.files import json_sha256, redact, write_atomic
@@ -49,12 +49,12 @@ def evaluate(config: EvaluateConfig, dry_run: bool = False) -> dict[str, Any]:
     uri = config.run.mlflow_uri
     check_store(uri, config.run.experiment)
     if dry_run:
-        found, _, pairs, pending, result = _planned(config, folder.path, write=False)
-        what = f"{_counted(len(found), 'model')} x {_counted(len(result['tasks']), 'task')}"
+        models, _, pairs, pending, result = _planned(config, folder.path, write=False)
+        what = f"{_counted(len(models), 'model')} x {_counted(len(result['tasks']), 'task')}"
         log.info(f"{what}, {len(pending)} of {_counted(len(pairs), 'pair')} to score")
         return result
     with folder.lock():
-        found, tasks, pairs, pending, result = _planned(config, folder.path, write=True)
+        models, tasks, pairs, pending, result = _planned(config, folder.path, write=True)
         run = config.run.model_copy(update={"tracking_uri": redact(config.run.tracking_uri or "") or None})
         write_atomic(folder.path / "config.yaml", to_yaml(config.model_copy(update={"run": run})).encode())
         folder.write_environment()
@@ -63,14 +63,14 @@ def evaluate(config: EvaluateConfig, dry_run: bool = False) -> dict[str, Any]:
         if pending:
             with ray_cluster():
                 failed = _score_all(config, pending)
-        result |= _collected(found, pairs) | {
+        result |= _collected(models, pairs) | {
             "status": "failed" if failed else "finished",
             "failed": [{"model": p.subject.name, "task": p.name, "error": str(error)} for p, error in failed],
             "scoring_s": time.monotonic() - scoring_began,
             "wall_s": time.monotonic() - began,
         }
         folder.write_result(result)
-        result["mlflow_run_id"], result["tracking_uri"] = log_to_mlflow(config, folder.path, found, tasks, result)
+        result["mlflow_run_id"], result["tracking_uri"] = log_to_mlflow(config, folder.path, models, tasks, result)
         folder.write_result(result)
     summary(result)
     if failed:
@@ -81,11 +81,11 @@ def evaluate(config: EvaluateConfig, dry_run: bool = False) -> dict[str, Any]:
 def _planned(
     config: EvaluateConfig, folder: Path, write: bool
 ) -> tuple[list[Subject], list[TaskFile], list[Pair], list[Pair], dict[str, Any]]:
-    """The models, the tasks, all pairs, those to be scored, and the result so far; `write`: the task files too."""
-    found, tasks = _checked(config, folder, write)
+    """Return models, tasks, all pairs, those to score, and the result so far; with `write`, write the task files."""
+    models, tasks = _checked(config, folder, write)
     for note in (note for task in tasks for note in task.notes):
         log.info(note)
-    pairs = [_pair(config, folder, subject, task) for subject in found for task in (*tasks, None)]
+    pairs = [_pair(config, folder, subject, task) for subject in models for task in (*tasks, None)]
     pairs = [pair for pair in pairs if pair.task is not None or PERPLEXITY in config.tasks]
     pending = [pair for pair in pairs if not pair.done()]
     result: dict[str, Any] = {
@@ -95,51 +95,44 @@ def _planned(
         "pairs": len(pairs),
         "pairs_pending": len(pending),
         "scores": None,
-        "models": [{"name": s.name, "model": s.path, "adapter": s.adapter, "scores": None} for s in found],
+        "models": [{"name": s.name, "model": s.path, "adapter": s.adapter, "scores": None} for s in models],
     }
-    return found, tasks, pairs, pending, result
+    return models, tasks, pairs, pending, result
 
 
 def _checked(config: EvaluateConfig, folder: Path, write: bool) -> tuple[list[Subject], list[TaskFile]]:
-    """Models and task files, or one error with everything that is wrong."""
+    """Return models and task files. Raises one `ConfigError` with every problem."""
     problems: list[str] = []
-    found: list[Subject] = []
+    models: list[Subject] = []
     tasks: list[TaskFile] = []
     if not config.tasks:
         problems.append("tasks is empty; name at least one.")
-    try:
-        found = subjects(config.model, config.adapter)
-    except ConfigError as error:
-        problems += error.problems
-    try:
+    with collect(problems):
+        models = subjects(config.model, config.adapter)
+    with collect(problems):
         tasks = prepare_tasks(config, folder / "tasks", write)
-    except ConfigError as error:
-        problems += error.problems
-    problems += _shards_problems(config) + _quantization_problems(config)
-    if problems:
-        raise ConfigError(problems)
-    return found, tasks
-
-
-def _shards_problems(config: EvaluateConfig) -> list[str]:
-    if PERPLEXITY not in config.tasks:
-        return []
-    if config.data.shards is None:
-        return ["tasks=perplexity needs prepared text; give --data.shards with a folder written by `finhpc prepare`."]
     try:
-        shards = Shards.open(config.data.shards)
-        shards.check_seq_len(config.data.seq_len or shards.manifest.block_len)
-    except ConfigError as error:
-        return error.problems
-    return []
-
-
-def _quantization_problems(config: EvaluateConfig) -> list[str]:
+        _check_shards(config)
+    except ConfigError as error:  # damaged shards are another kind of error
+        problems += error.problems
     bits, scheme = config.quantization.bits, config.quantization.scheme
     if bits < 16 and bits not in SCHEMES[scheme].bits:
         fits = ", ".join(name for name, known in SCHEMES.items() if bits in known.bits)
-        return [f"quantization.scheme={scheme} does not fit quantization.bits={bits}; use a scheme of {bits}: {fits}."]
-    return []
+        problems.append(f"quantization.scheme={scheme} does not fit quantization.bits={bits}; use one of {fits}.")
+    if problems:
+        raise ConfigError(problems)
+    return models, tasks
+
+
+def _check_shards(config: EvaluateConfig) -> None:
+    if PERPLEXITY not in config.tasks:
+        return
+    if config.data.shards is None:
+        raise ConfigError(
+            "tasks=perplexity needs prepared text; give --data.shards with a folder written by `finhpc prepare`."
+        )
+    shards = Shards.open(config.data.shards)
+    shards.check_seq_len(config.data.seq_len or shards.manifest.block_len)
 
 
 def _pair(config: EvaluateConfig, folder: Path, subject: Subject, task: TaskFile | None) -> Pair:
@@ -218,12 +211,12 @@ def _next(waiting: list[Pair], worker: _Worker, workers: list[_Worker]) -> Pair:
     return chosen
 
 
-def _collected(found: list[Subject], pairs: list[Pair]) -> dict[str, Any]:
-    models = []
-    for subject in found:
+def _collected(models: list[Subject], pairs: list[Pair]) -> dict[str, Any]:
+    rows = []
+    for subject in models:
         scores = {pair.name: pair.read() for pair in pairs if pair.subject == subject and pair.done()}
-        models.append({"name": subject.name, "model": subject.path, "adapter": subject.adapter, "scores": scores})
-    return {"models": models, "scores": models[0]["scores"] if len(models) == 1 else None}
+        rows.append({"name": subject.name, "model": subject.path, "adapter": subject.adapter, "scores": scores})
+    return {"models": rows, "scores": rows[0]["scores"] if len(rows) == 1 else None}
 
 
 def _counted(number: int, what: str) -> str:

@@ -1,8 +1,8 @@
-"""What `finhpc evaluate` leaves for people: a table on the screen, and the scores in MLflow.
+"""How `finhpc evaluate` reports scores: tables on the screen, and runs in MLflow.
 
-The scores of a model go to the MLflow run that made it, if its run folder says which, and with the table and the
-predictions to a run of the evaluation's own. Several models have a run each nested below it, named
-EVALUATION/MODEL, with the same metric names, so that MLflow's comparison page has them side by side.
+The scores of a model are logged to the MLflow run that made it, if its run folder names one, and with the table and
+the predictions to a run of the evaluation. Of several models each has a nested run, named EVALUATION/MODEL, with the
+same metric names, so that MLflow's comparison page shows them together.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ METRICS = ("weighted_f1", "acc", "acc_norm", "perplexity")  # those shown, the f
 def log_to_mlflow(
     config: EvaluateConfig, folder: Path, subjects: list[Subject], tasks: list[TaskFile], result: dict[str, Any]
 ) -> tuple[str | None, str]:
-    """Log everything; returns the evaluation's run id, or None where MLflow did not take it, and its address.
+    """Log everything to MLflow; return the evaluation's run id, or None if MLflow refused it, and MLflow's address.
 
-    What it did not take stays in the run folder; the same command sends it again.
+    Refused scores remain in the run folder; the same command sends them again.
     """
     set_up_client()
     uri = config.run.mlflow_uri
@@ -46,7 +46,7 @@ def log_to_mlflow(
 
         datasets = _datasets(config, tasks)
         run_id = _own_run(MlflowClient(tracking_uri=uri), config, folder, uri, result, datasets)
-    except Exception as error:  # whatever MLflow or the network comes up with: the scores are there
+    except Exception as error:  # MLflow and the network raise many kinds; the scores are on disk
         _report_refusal(uri, folder, error)
     for subject, model in zip(subjects, result["models"], strict=True):
         folder_of_run = subject.made_by
@@ -68,16 +68,16 @@ def _report_refusal(uri: str, folder: Path, error: Exception) -> None:
 
 
 def _datasets(config: EvaluateConfig, tasks: list[TaskFile]) -> list[Dataset]:
-    """What the models are scored on: the file of each task, and the shards of perplexity."""
+    """Return the data of the scores: the file of each task, and the shards of perplexity."""
     files = config.data.files
-    found = [
+    datasets_ = [
         Dataset(task.name, task.sha256, files.get(task.name, config.data.folder or str(task.path)), "evaluation",
                 {"examples": task.examples})
         for task in tasks
     ]  # fmt: skip
     if PERPLEXITY in config.tasks and config.data.shards:
-        found.append(Dataset.of_shards(Shards.open(config.data.shards), "evaluation"))
-    return found
+        datasets_.append(Dataset.of_shards(Shards.open(config.data.shards), "evaluation"))
+    return datasets_
 
 
 def _own_run(
@@ -112,7 +112,7 @@ def _own_run(
 def _compare(
     client: MlflowClient, parent: str, config: EvaluateConfig, result: dict[str, Any], datasets: list[Dataset]
 ) -> None:
-    """A run for each model below the evaluation's; the same one however often the command runs.
+    """Log a nested run per model, the same one on every rerun.
 
     The evaluation's own run has the best model's main score of each task, as a sweep's has its best trial's.
     """
@@ -160,12 +160,12 @@ def _log_scores(run: RunWriter, scores: dict[str, Any]) -> None:
 
 
 def _main(scores: dict[str, Any]) -> str | None:
-    """The metric that leads a task's."""
+    """Return the main metric of a task."""
     return next((name for name in METRICS if name in scores), None)
 
 
 def table(result: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    """A row for each model, task and metric: model, task, metric, value, interval, majority, random, counts."""
+    """Return the columns and a row per model, task and metric."""
     columns = ["model", "task", "metric", "value", "ci95_low", "ci95_high", "majority", "random"]
     rows: list[list[Any]] = []
     for model in result["models"]:

@@ -15,13 +15,12 @@ from finhpc.data.shards.shards import Shards
 from finhpc.errors import FinhpcError
 from finhpc.evaluation import plausible
 from finhpc.evaluation.models import Subject
-from finhpc.evaluation.tasks import PERPLEXITY, TaskFile
+from finhpc.evaluation.tasks import TaskFile
 from finhpc.files import write_atomic, write_json
 from finhpc.settings.evaluate import EvaluateConfig
 from finhpc.settings.export import ExportConfig
 
-# Rough tokens per example.
-TOKENS = {"boolq": 180, PERPLEXITY: 600, "ner": 110, "fpb": 70, "tfns": 70, "fiqa_sa": 60, "winogrande": 60, "piqa": 80}
+PERPLEXITY_TOKENS = 600  # per sample, roughly
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,7 @@ class Pair:
     @property
     def weight(self) -> int:
         """Rough tokens to read, to begin with the longest pairs."""
-        examples = (self.task.examples if self.task else None) or 100
-        return examples * TOKENS.get(self.name, 100)
+        return (self.task.examples or 100) * self.task.tokens if self.task else 100 * PERPLEXITY_TOKENS
 
     def done(self) -> bool:
         path = self.out.with_name(self.name + ".json")

@@ -104,13 +104,14 @@ def inputs_of(config: ReproduceConfig, recipe: Recipe) -> Tree:
 
     Raises `ConfigError` if files of the tasks are missing in the general folder.
     """
-    from finhpc.evaluation.documents import find
-    from finhpc.evaluation.tasks import GENERAL
+    from finhpc.evaluation.documents import SOURCES, find
     from finhpc.settings.evaluate import EvaluateData
 
     given = {name: getattr(config, name) or None for name in INPUTS}
     if config.general:
-        given["general"] = {task: find(task, EvaluateData(folder=config.general)) for task in GENERAL}
+        given["general"] = {
+            task: find(task, EvaluateData(folder=config.general)) for task, of in SOURCES.items() if of.lm_eval
+        }
     return {name: recipe.inputs.get(name) if value is None else value for name, value in given.items()}
 
 

@@ -43,7 +43,6 @@ def study(config: StudyConfig, dry_run: bool = False) -> dict[str, Any]:
     `TrainingFailedError` if a run fails; a run that diverges in the screening only drops out.
     """
     begin = time.perf_counter()
-    config = config.model_copy(deep=True)
     folder = RunFolder(config.run.storage, config.run.name)
     estimates = check(config)
     check_store(config.run.mlflow_uri, config.run.experiment)
@@ -59,8 +58,8 @@ def study(config: StudyConfig, dry_run: bool = False) -> dict[str, Any]:
             lr_of = finalists(config, screened)
             # Seed after seed, so that a study cut short is still balanced.
             finals = [one for seed in config.study.seeds for one in _train_finals(config, lr_of, seed)]
-        log.info("measuring the step times of the finalists, in turn")
-        seconds = step_times(_measured_runs(finals), config.study.pace_steps, config.study.pace_rounds)
+            log.info("measuring the step times of the finalists, in turn")
+            seconds = step_times(_measured_runs(finals), config.study.pace_steps, config.study.pace_rounds)
         rows = report.final_rows(config, finals, seconds)
         result: dict[str, Any] = {
             "status": "finished",

@@ -53,7 +53,7 @@ def plan_trials(config: StudyConfig, trials: list[Trial]) -> SweepPlan:
     problems = list(check_trials(plan, timed=False))
     for trial in trials:
         folder = RunFolder(config.run.storage, trial.name)
-        if read_record(folder.path):
+        if read_record(folder.path).get("status") in ("finished", "diverged"):  # others start again
             fingerprints = json.loads((folder.path / "identity.json").read_text(encoding="utf-8"))
             data, model = fingerprints["dataset_fingerprint"], fingerprints["model_fingerprint"]
             with collect(problems):  # the settings alone: the run itself checks what it reads
@@ -65,8 +65,7 @@ def plan_trials(config: StudyConfig, trials: list[Trial]) -> SweepPlan:
 
 def _plan(config: StudyConfig, trials: list[Trial]) -> SweepPlan:
     folder = RunFolder(config.run.storage, config.run.name).path
-    uri = config.run.mlflow_uri
-    return SweepPlan(config, folder, folder.parent, trials, Sweep(), uri)
+    return SweepPlan(config, folder, folder.parent, trials, Sweep())
 
 
 def check(config: StudyConfig) -> dict[str, Estimate]:

@@ -41,8 +41,8 @@ class Estimate:
 class Estimator:
     """Estimates trial after trial. `resources`: of the cluster, None if it is not connected."""
 
-    def __init__(self, resources: dict[str, float] | None, cuda: bool, timed: bool = True) -> None:
-        self.resources, self.cuda, self.timed = resources, cuda, timed
+    def __init__(self, resources: dict[str, float] | None, timed: bool = True) -> None:
+        self.resources, self.timed = resources, timed
         self.measuring_until = time.monotonic() + MEASURING_S
         self.ratios: list[float] = []  # measured over calculated seconds per step
 
@@ -51,21 +51,22 @@ class Estimator:
 
         `start`: the run whose model it starts from, if that is not trained yet.
         """
-        estimate = Estimate()
+        estimate, cuda = Estimate(), False
         with collect(estimate.problems):
             RunFolder(run.run.storage, run.run.name)
             if self.resources is not None:
-                check_fits(run, use_cuda(run, self.resources), self.resources)
+                cuda = use_cuda(run, self.resources)
+                check_fits(run, cuda, self.resources)
         with collect(estimate.problems):
             if isinstance(run, FinetuneConfig):
-                self._finetuning(estimate, run)
+                self._finetuning(estimate, run, cuda)
             else:
                 assert isinstance(run, PretrainConfig)
-                self._pretraining(estimate, run, bits, start)
+                self._pretraining(estimate, run, cuda, bits, start)
         return estimate
 
     def _pretraining(
-        self, estimate: Estimate, run: PretrainConfig, bits: tuple[int, ...], start: TrainingConfig | None
+        self, estimate: Estimate, run: PretrainConfig, cuda: bool, bits: tuple[int, ...], start: TrainingConfig | None
     ) -> None:
         from finhpc.commands.estimate.pretraining import of_plan
 
@@ -76,14 +77,14 @@ class Estimator:
         plan = make_plan(run)
         estimate.params, estimate.steps = plan.params_total, run.train.steps
         if self.timed:
-            estimate.seconds = self._seconds(of_plan(plan, self.cuda, self.resources is not None, self._measures))
+            estimate.seconds = self._seconds(of_plan(plan, cuda, self.resources is not None, self._measures))
         estimate.disk_bytes = disk_bytes(run, plan.params_total)
         estimate.disk_bytes += sum(plan.outline.stored_bytes(width) for width in bits if width != 16)
         dataset = Dataset.of_shards(plan.shards)
         estimate.names = {"model": model_name(run), "dataset": dataset.name} | shape_of(plan.hf_config)
         estimate.datasets = [dataset]
 
-    def _finetuning(self, estimate: Estimate, run: FinetuneConfig) -> None:
+    def _finetuning(self, estimate: Estimate, run: FinetuneConfig, cuda: bool) -> None:
         from finhpc.commands.estimate.finetuning import of_examples
         from finhpc.commands.finetune import Finetune, batches_of
 
@@ -93,7 +94,7 @@ class Estimator:
         estimate.disk_bytes = disk_bytes(job.config, estimate.params)
         if self.timed:
             batches, here = batches_of(job.config), self.resources is not None
-            numbers = of_examples(job.config, job.lora_model, job.examples, batches, self.cuda, here, self._measures)
+            numbers = of_examples(job.config, job.lora_model, job.examples, batches, cuda, here, self._measures)
             estimate.seconds = self._seconds(numbers)
         estimate.datasets, estimate.notes = list(job.datasets), list(job.examples.notes)
 

@@ -46,7 +46,6 @@ class SweepPlan:
     runs: Path
     trials: list[Trial]
     options: Sweep
-    tracking_uri: str
     references: list[Trial] = field(default_factory=list)
     tags: dict[str, str] = field(default_factory=dict)  # of every trial's MLflow run
     resources: dict[str, float] | None = field(default_factory=known_resources)  # None: known once Ray is connected
@@ -55,6 +54,10 @@ class SweepPlan:
     notes: dict[str, None] = field(default_factory=dict)
     opened: Opened = field(default_factory=Opened.now)
     configs: dict[str, TrainingConfig] = field(default_factory=dict)
+
+    @property
+    def tracking_uri(self) -> str:
+        return self.config.run.mlflow_uri
 
     @property
     def shared(self) -> Path:
@@ -66,9 +69,8 @@ class SweepPlan:
     def config_of(self, trial: Trial) -> TrainingConfig:
         """A trial's settings, placed in the sweep."""
         if trial.name not in self.configs:
-            storage = str(self.run_folder(trial.name).parent)
-            run = {"storage": storage, "name": trial.name, "tracking_uri": self.tracking_uri}
-            self.configs[trial.name] = trial.config(run=run)
+            run = {"storage": str(self.run_folder(trial.name).parent), "name": trial.name}
+            self.configs[trial.name] = trial.config(run=run | {"tracking_uri": self.tracking_uri})
         return self.configs[trial.name]
 
     @property
@@ -88,8 +90,8 @@ class SweepPlan:
     def has_ended(self, trial: Trial) -> bool:
         """Whether nothing is left to do: a finished trial of fewer steps than it should have by now goes on."""
         outcome = read_outcome(self.run_folder(trial.name))
-        steps = self.estimates[trial.name].steps
-        return "status" in outcome and not (outcome["status"] == "finished" and outcome["steps"] < steps)
+        shorter = outcome.get("status") == "finished" and outcome["steps"] < self.estimates[trial.name].steps
+        return bool(outcome) and not shorter
 
     @cached_property
     def parameters(self) -> list[dict[str, Any]]:
@@ -159,10 +161,9 @@ def plan_sweep(config: AnySweep, folder: Path) -> SweepPlan:
         check_points(config)
     # Without points, or with too many, the settings that all trials share are checked nevertheless.
     trials = trials_of(config.model_copy(update={"grid": {}}) if problems else config)
-    uri = config.run.mlflow_uri
     with collect(problems):
-        check_store(uri, config.run.experiment)
-    plan = SweepPlan(config, folder, folder / "trials", trials, config.sweep, uri, tags={SWEEP: config.run.name})
+        check_store(config.run.mlflow_uri, config.run.experiment)
+    plan = SweepPlan(config, folder, folder / "trials", trials, config.sweep, tags={SWEEP: config.run.name})
     if isinstance(config, SweepConfig) and config.model.path is None:
         _add_reference(plan)
     found = check_trials(plan)
@@ -193,7 +194,7 @@ def check_trials(plan: SweepPlan, timed: bool = True) -> dict[str, list[str]]:
 
     `timed`: whether to estimate their time, for which steps are measured.
     """
-    estimator = Estimator(plan.resources, plan.placement.cuda, timed)
+    estimator = Estimator(plan.resources, timed)
     everyone = {trial.name: trial for trial in (*plan.references, *plan.trials)}
     known: dict[str, Estimate] = {}
     problems: dict[str, list[str]] = {}

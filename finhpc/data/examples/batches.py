@@ -1,7 +1,7 @@
 """The order of examples, and the micro-batches of a run as packs.
 
 The stream of examples is endless: epoch after epoch, each a permutation by (seed, epoch), nothing
-dropped between. Step s takes the positions [s*G, (s+1)*G), G = examples a step, whatever the
+dropped between. Step s takes the positions [s*G, (s+1)*G), G = examples per step, for any number of
 replicas. Which examples of a step go together does not change its gradient; they are put together
 so that prefixes are shared and no replica has much more to compute than another.
 """
@@ -25,9 +25,9 @@ MicroBatch = dict[str, Any]  # pack: int64 (1, FIELDS, T); sample, position: int
 
 @dataclass(frozen=True)
 class Batches:
-    """How a run's examples become micro-batches.
+    """Divides a run's examples into micro-batches.
 
-    `share_prefix`: off where the adapter has dropout, which differs from example to example.
+    `share_prefix`: off if the adapter has dropout, which differs from example to example.
     `multiple`, `length`: what T is rounded up to, or is.
     """
 
@@ -38,11 +38,11 @@ class Batches:
     length: int | None = None
 
     def order(self, examples: int, epoch: int) -> Ints:
-        """Ids of the examples in the order of an epoch."""
+        """Return ids of the examples in the order of an epoch."""
         return permutation(examples, 3, self.seed, epoch)
 
     def samples(self, examples: int, step: int) -> Ints:
-        """Ids of the examples of a step, counted from 0, in stream order."""
+        """Return ids of the examples of a step, counted from 0, in stream order."""
         per_step = self.parallel.samples_per_step
         places = np.arange(step * per_step, (step + 1) * per_step)
         epochs, inside = divmod(places, examples)
@@ -50,34 +50,34 @@ class Batches:
         return np.array([orders[epoch][place] for epoch, place in zip(epochs.tolist(), inside.tolist(), strict=True)])
 
     def stream(self, train: Arrays, replica: int, step: int = 0) -> Iterator[MicroBatch]:
-        """A replica's micro-batches from `step` on, without end.
+        """Yield a replica's micro-batches from `step` on, without end.
 
-        `sample` are ids of examples, `position` their places in the stream, which do not depend on
-        the number of replicas.
+        `sample` are ids of examples, `position` their places in the stream, which do not depend on the number of
+        replicas.
         """
         while True:
             yield from self.step(train, step, replica)
             step += 1
 
     def step(self, train: Arrays, step: int, replica: int) -> list[MicroBatch]:
-        """A replica's micro-batches of one step."""
+        """Return a replica's micro-batches of one step."""
         samples = self.samples(len(train), step)
         pieces = [piece(train, int(index)) for index in samples]
         targets = _targets(pieces)
         packs = self.parallel.micro_batches * self.parallel.replicas
-        found: list[MicroBatch] = []
+        results: list[MicroBatch] = []
         for chosen in self._grouped(pieces)[replica]:
             part = [pieces[i] for i in chosen]
-            made = pack(part, groups(part, self.share_prefix), targets, packs, self.multiple, self.length)
+            array = pack(part, groups(part, self.share_prefix), targets, packs, self.multiple, self.length)
             position = step * len(samples) + np.array(chosen, np.int64)
-            found.append({"pack": made, "sample": samples[chosen], "position": position})
-        return found
+            results.append({"pack": array, "sample": samples[chosen], "position": position})
+        return results
 
     def held_out(self, arrays: Arrays, replica: int, limit: int | None = None) -> list[MicroBatch]:
-        """A replica's packs of the first `limit` held-out examples (None: all), each in exactly one pack.
+        """Return a replica's packs of the first `limit` held-out examples (None: all), each in exactly one pack.
 
-        All replicas have the same number; sizes differ by one at most, and a pack is empty only where
-        there are fewer examples than replicas.
+        All replicas have the same number; sizes differ by one at most, and a pack is empty only if there
+        are fewer examples than replicas.
         """
         number = len(arrays) if limit is None else min(limit, len(arrays))
         order = np.argsort(arrays.source[:number], kind="stable")
@@ -85,26 +85,26 @@ class Batches:
         packs = -(-number // (self.parallel.micro_batch_size * replicas)) * replicas
         pieces = [piece(arrays, int(index)) for index in order]
         targets = _targets(pieces)
-        found: list[MicroBatch] = []
+        results: list[MicroBatch] = []
         for chosen in np.array_split(np.arange(number), packs)[replica::replicas] if packs else []:
             part = [pieces[i] for i in chosen]
-            made = pack(part, groups(part, self.share_prefix), targets, packs, self.multiple, self.length)
-            found.append({"pack": made, "sample": order[chosen]})
-        return found
+            array = pack(part, groups(part, self.share_prefix), targets, packs, self.multiple, self.length)
+            results.append({"pack": array, "sample": order[chosen]})
+        return results
 
     def longest(self, arrays: Arrays) -> int:
-        """Tokens that no pack of these examples exceeds: a `length` that always fits."""
+        """Return a `length` that every pack of these examples fits."""
         longest = int(np.diff(arrays.offsets).max(initial=1))
         return -(-longest * self.parallel.micro_batch_size // self.multiple) * self.multiple
 
     def _grouped(self, pieces: list[Piece]) -> list[list[list[int]]]:
-        """Examples, as indices, of each micro-batch of each replica."""
+        """Return the indices of the examples in each micro-batch of each replica."""
         per, packs, replicas = self.parallel.micro_batch_size, self.parallel.micro_batches, self.parallel.replicas
         if packs * replicas == 1:
             return [[list(range(len(pieces)))]]
-        found = groups(pieces, self.share_prefix)
-        loose = tuple(group.members[0] for group in found if not group.prefix)
-        whole = [group for group in found if group.prefix] + ([Group(loose, 0)] if loose else [])
+        results = groups(pieces, self.share_prefix)
+        loose = tuple(group.members[0] for group in results if not group.prefix)
+        whole = [group for group in results if group.prefix] + ([Group(loose, 0)] if loose else [])
         single = [Group(tuple(range(len(pieces))), 0)]
         ways = []
         for clusters in (whole, single):
@@ -121,9 +121,9 @@ class Batches:
 
 
 def _spread(pieces: Sequence[Piece], clusters: list[Group], bins: int, per: int) -> list[list[int]]:
-    """Put `per` examples into each bin: a cluster into as few bins as hold it, evenly filled with tokens."""
+    """Put `per` examples into each bin: each cluster into as few bins as possible, with even numbers of tokens."""
     room, load = [per] * bins, [0] * bins
-    found: list[list[int]] = [[] for _ in range(bins)]
+    results: list[list[int]] = [[] for _ in range(bins)]
     at = 0
     for cluster in sorted(clusters, key=lambda cluster: (-len(cluster.members), cluster.members)):
         slots, left = [0] * bins, len(cluster.members)
@@ -136,12 +136,12 @@ def _spread(pieces: Sequence[Piece], clusters: list[Group], bins: int, per: int)
             target = min((i for i in range(bins) if slots[i]), key=lambda i: load[i])
             slots[target] -= 1
             load[target] += len(pieces[member].tokens) - cluster.prefix
-            found[target].append(member)
-    return [sorted(chosen) for chosen in found]
+            results[target].append(member)
+    return [sorted(chosen) for chosen in results]
 
 
 def _deal(loads: list[int], replicas: int) -> list[list[int]]:
-    """Equally many bins to each replica, the heaviest first to the one that has least."""
+    """Give each replica equally many bins, the heaviest bin first to the replica with the least load."""
     dealt: list[list[int]] = [[] for _ in range(replicas)]
     for index in sorted(range(len(loads)), key=lambda i: (-loads[i], i)):
         free = [mine for mine in dealt if len(mine) < len(loads) // replicas]

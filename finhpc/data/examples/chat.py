@@ -11,15 +11,15 @@ from finhpc.models.files.tokens import encode
 
 Message = dict[str, Any]
 MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")  # templates that mark the answers themselves
-PROBE = "A7a"  # an answer that stands for any
-NEXT = ("The", "no", "a", "I")  # beginnings that stand for any answer's
+PROBE = "A7a"  # an answer to find the place of answers
+NEXT = ("The", "no", "a", "I")  # beginnings of answers, to see what follows a prompt
 SHOWN = 60
 
 
 class Conversation(NamedTuple):
     """A rendered conversation: `answers` are the [start, stop) of its text that are learned.
 
-    `marked`: the template says itself where they are. `left_out`: roles of messages that it does not write.
+    `marked`: the template marks them itself. `left_out`: roles of messages that it does not write.
     """
 
     text: str
@@ -29,7 +29,7 @@ class Conversation(NamedTuple):
 
 
 def learned(messages: list[Message], where: str) -> list[Message]:
-    """The messages up to the last answer: nothing is learned from what follows it.
+    """Return the messages up to the last answer; nothing is learned from what follows it.
 
     Raises `ConfigError` for an empty answer, and for a conversation without an answer.
     """
@@ -54,17 +54,17 @@ def check_template(tokenizer: Any) -> None:
 
 
 def control_tokens(tokenizer: Any) -> list[str]:
-    """Tokens that a template writes and a message must not hold."""
+    """Return the tokens that a template writes and a message must not contain."""
     found = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     return sorted(found | {token for token in tokenizer.all_special_tokens if token})
 
 
 def rendered(messages: list[Message], tools: Any, where: str, tokenizer: Any, control: list[str]) -> list[Conversation]:
-    """The conversation as the template writes it, `answers` from the end of their prompts to the end of their turns.
+    """Return the conversation as the template writes it, `answers` from the end of prompts to the end of turns.
 
-    A prompt is what the template gives with `add_generation_prompt`, so that inference reads the same. A template
-    that rewrites earlier turns (Qwen3 drops their reasoning) gives one conversation for each answer, as inference
-    reads it when that answer is due. `control`: of `control_tokens`. Raises `ConfigError` for special tokens in a
+    A prompt is what the template writes with `add_generation_prompt`, so that inference reads the same. A template
+    that rewrites earlier turns (Qwen3 drops their reasoning) gives one conversation per answer, as inference reads
+    it when that answer is due. `control`: from `control_tokens`. Raises `ConfigError` for special tokens in a
     message, a conversation that the template refuses, and a template whose prompt for an answer does not begin the
     answer's turn.
     """
@@ -86,15 +86,15 @@ def rendered(messages: list[Message], tools: Any, where: str, tokenizer: Any, co
 
 
 def prompt_text(messages: list[Message], tokenizer: Any, where: str = "the conversation") -> str:
-    """What is read before an answer is due."""
+    """Return the text that is read before an answer."""
     return _render(tokenizer, messages, None, where, add_generation_prompt=True)
 
 
 def prompt_ids(text: str, tokenizer: Any) -> list[int]:
-    """Ids of a rendered prompt as they are when an answer follows.
+    """Return the ids of a rendered prompt as they are when an answer follows.
 
-    Of white space at its end that becomes part of the answer's first token (a template that ends in `ASSISTANT: `)
-    nothing is read: the model writes that token itself, as it has learned to.
+    White space at its end that becomes part of the answer's first token (as after `ASSISTANT: `) is not read: the
+    model writes that token itself, as it has learned to.
     """
     (ids,) = encode(tokenizer, [text])
     longer = [text + word for word in NEXT]
@@ -107,7 +107,7 @@ def prompt_ids(text: str, tokenizer: Any) -> list[int]:
 
 
 def _answer(messages: list[Message], tools: Any, where: str, tokenizer: Any) -> Conversation:
-    """The conversation up to its last answer, of which that one is learned."""
+    """Return the conversation up to its last answer, of which only that answer is learned."""
     before = _before(messages[:-1], tools, where, tokenizer)
     text = _render(tokenizer, messages, tools, where)
     stop = len(text.rstrip())
@@ -129,7 +129,7 @@ def _before(messages: list[Message], tools: Any, where: str, tokenizer: Any) -> 
 
 
 def _marked(messages: list[Message], tools: Any, where: str, tokenizer: Any) -> Conversation:
-    """What stands between {% generation %} and {% endgeneration %} is learned."""
+    """Return the conversation with what is between {% generation %} and {% endgeneration %} as answers."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     (text,), (spans,) = render_jinja_template(

@@ -1,4 +1,4 @@
-"""Tokenised examples of a finetuning run, split by sentence, in one file with a fingerprint."""
+"""Tokenized examples of a finetuning run, split by input, in one file with a fingerprint."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from finhpc.data.examples.instructions import Example, Source, labels_of, read_examples
-from finhpc.data.examples.tokenize import Row, check_tokenizer, tokenised
+from finhpc.data.examples.tokenize import Row, check_tokenizer, tokenized
 from finhpc.data.shards.order import permutation
 from finhpc.errors import ConfigError, DataError
 from finhpc.files import write_atomic
@@ -28,7 +28,7 @@ LETTERS = re.compile(r"[\W_]+")
 
 
 class Arrays(NamedTuple):
-    """Examples in a row: tokens int32, answer bool (tokens,), offsets int64 (n + 1,), source int32 (n,)."""
+    """Examples one after the other: tokens int32, answer bool (tokens,), offsets int64 (n + 1,), source int32 (n,)."""
 
     tokens: npt.NDArray[np.int32]
     offsets: npt.NDArray[np.int64]
@@ -39,21 +39,21 @@ class Arrays(NamedTuple):
         return len(self.offsets) - 1
 
     def example(self, index: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
-        """Tokens of one example, and which of them are its answer's."""
+        """Return the tokens of one example, and a mask of its answer."""
         part = slice(self.offsets[index], self.offsets[index + 1])
         return self.tokens[part], self.answer[part]
 
 
 @dataclass(frozen=True)
 class Examples:
-    """What a run learns from, and what it is scored on."""
+    """The examples that a run learns from, and those that score it."""
 
     train: Arrays
     held_out: Arrays
     counts: dict[str, Any] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    origin: str = ""  # hash of all that they were made of
+    origin: str = ""  # hash of records, settings and tokenizer
 
     @property
     def fingerprint(self) -> str:
@@ -76,7 +76,7 @@ class Examples:
 
 
 def load(path: Path) -> Examples:
-    """What `save` wrote; raises `DataError` where it is missing, damaged or something else."""
+    """Return what `save` wrote. Raises `DataError` if it is missing, damaged or something else."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -85,22 +85,22 @@ def load(path: Path) -> Examples:
             train, held_out = (Arrays(*(file.get_tensor(f"{split}.{name}") for name in ARRAYS)) for split in SPLITS)
         about = json.loads(metadata["about"])
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise DataError(f"{path} holds no whole set of examples ({error}); remove it and run again.") from None
+        raise DataError(f"{path} is not a complete set of examples ({error}); remove it and run again.") from None
     labels, notes = tuple(about["labels"]), tuple(about["notes"])
-    found = Examples(train, held_out, about["counts"], labels, notes, about["origin"])
-    if found.fingerprint != metadata.get("fingerprint"):
+    stored_examples = Examples(train, held_out, about["counts"], labels, notes, about["origin"])
+    if stored_examples.fingerprint != metadata.get("fingerprint"):
         raise DataError(f"{path} is not what was written (its fingerprint differs); remove it and run again.")
-    return found
+    return stored_examples
 
 
 def make_examples(settings: Instructions, tokenizer: Any, seed: int, before: Path | None = None) -> Examples:
-    """Read, tokenise, cut and split all sources; draw `limit` of the training examples by `seed`.
+    """Read, tokenize, cut and split all sources; draw `limit` of the training examples by `seed`.
 
-    The split is by the hash of an example's normalised input: the same input is never on both sides,
-    whatever the seed, the files' order, or the source it stands in. `tokenizer`: a fast Hugging Face
-    tokenizer. `before`: a file of examples that is taken if it was made of the same, since a chat template may write
-    the same conversation otherwise on another day. Raises `ConfigError` listing what cannot be used, and where more
-    than `max_dropped` of the examples have no room for their answer.
+    Examples are split by the hash of their normalized input: the same input is never in both splits, for any seed,
+    order of files, or source. `tokenizer`: a fast Hugging Face tokenizer. `before`: a file of examples to reuse if it
+    was made from the same records, settings and tokenizer, because a chat template may write the date. Raises one
+    `ConfigError` with everything that cannot be used, and if more than `max_dropped` of the examples have no room for
+    their answer.
     """
     if not settings.source:
         raise ConfigError("data.source is not set; give --data.source with a file of examples or hf:NAME.")
@@ -110,26 +110,26 @@ def make_examples(settings: Instructions, tokenizer: Any, seed: int, before: Pat
     origin = _origin(given, settings, tokenizer, seed)
     if before is not None and (stored := _stored(before, origin)) is not None:
         return stored
-    examples, made, said = tokenised(given, tokenizer, settings.max_len, settings.cut == "input")
-    _check_dropped(examples, made, settings)
+    examples, rows, texts = tokenized(given, tokenizer, settings.max_len, settings.cut == "input")
+    _check_dropped(examples, rows, settings)
     keys = [_key(example.input) for example in examples]
-    train, held_out, leaked = _split(examples, made, keys, settings)
+    train, held_out, leaked = _split(examples, rows, keys, settings)
     drawn = train
     if settings.limit is not None and settings.limit < len(train):
         drawn = [train[i] for i in permutation(len(train), 4, seed)[: settings.limit].tolist()]
     if not train:
         raise ConfigError(f"data.eval_fraction={settings.eval_fraction} leaves no example to train on; lower it.")
-    counts = _counts(sources, examples, made, keys, drawn, held_out)
+    counts = _counts(sources, examples, rows, keys, drawn, held_out)
     for number, source in enumerate(counts["by_source"]):
         source["unseen"] = _unseen(number, sources[number], [examples[i] for i in drawn + held_out], tokenizer)
     counts |= {"leaked": leaked, "not_drawn": len(train) - len(drawn)}
-    notes = tuple(note for source in sources for note in source.notes) + tuple(said) + tuple(_said(counts, settings))
-    sides = _arrays(drawn, examples, made), _arrays(held_out, examples, made)
+    notes = tuple(note for source in sources for note in source.notes) + tuple(texts) + tuple(_notes(counts, settings))
+    sides = _arrays(drawn, examples, rows), _arrays(held_out, examples, rows)
     return Examples(*sides, counts, tuple(labels_of(sources)), notes, origin)
 
 
 def _unseen(number: int, source: Source, learned: list[Example], tokenizer: Any) -> list[list[int]]:
-    """Ids of the labels that a source's template offers and no record that is used has: they can be chosen, too."""
+    """Return ids of the labels in a source's template that no used record has: they can be chosen as well."""
     seen = {example.label for example in learned if example.source == number}
     first = source.examples[0]
     if first.label is None:
@@ -143,18 +143,18 @@ def _unseen(number: int, source: Source, learned: list[Example], tokenizer: Any)
 
 
 def _stored(path: Path, origin: str) -> Examples | None:
-    """The examples in a file, if they are whole and of that origin."""
+    """Return the examples in a file if they are complete and have that origin."""
     try:
-        found = load(path)
-    except DataError:  # none yet, or damaged: the same are made again, and a run checks their fingerprint
+        stored_examples = load(path)
+    except DataError:  # none or damaged: the same are made again, and a run checks their fingerprint
         return None
-    return found if found.origin == origin else None
+    return stored_examples if stored_examples.origin == origin else None
 
 
 def _origin(examples: list[Example], settings: Instructions, tokenizer: Any, seed: int) -> str:
-    """Hash of records, settings and tokenizer, which say what is learned, before a template writes any of it."""
+    """Return one hash of records, settings and tokenizer, before a template writes any of them."""
     ways = settings.model_dump(include={"eval_fraction", "limit", "max_len", "cut", "max_dropped"})
-    tokenizer.backend_tokenizer.no_truncation()  # left there by whoever encoded last
+    tokenizer.backend_tokenizer.no_truncation()  # set by an earlier encoding
     tokenizer.backend_tokenizer.no_padding()
     speaks = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map]
     digest = hashlib.sha256(json.dumps([ways, len(settings.source), speaks, seed], default=str).encode())
@@ -165,10 +165,10 @@ def _origin(examples: list[Example], settings: Instructions, tokenizer: Any, see
 
 
 def _split(
-    examples: list[Example], made: list[Row | None], keys: list[bytes], settings: Instructions
+    examples: list[Example], rows: list[Row | None], keys: list[bytes], settings: Instructions
 ) -> tuple[list[int], list[int], int]:
-    """Indices trained on, those held out in the order of their hashes, and how many given ones leaked."""
-    kept = [i for i, row in enumerate(made) if row is not None]
+    """Return the indices to train on, those held out in the order of their hashes, and how many leaked."""
+    kept = [i for i, row in enumerate(rows) if row is not None]
     leaked = 0
     if settings.eval_source:
         given = len(settings.source)
@@ -187,7 +187,7 @@ def _split(
 
 
 def is_held_out(text: str, fraction: float) -> bool:
-    """Whether an input is among the held-out `fraction`, of whatever source: its letters and digits say it."""
+    """Return whether an input belongs to the held-out `fraction`, by its letters and digits alone."""
     return _is_held_out(_key(text), fraction)
 
 
@@ -196,13 +196,13 @@ def _is_held_out(key: bytes, fraction: float) -> bool:
 
 
 def _key(text: str) -> bytes:
-    """Hash of a text's letters and digits, whatever its case, spaces and punctuation."""
+    """Return a hash of a text's letters and digits; case, spaces and punctuation do not count."""
     plain = LETTERS.sub("", unicodedata.normalize("NFKC", text).casefold()) or text.strip()
     return hashlib.sha256(plain.encode()).digest()
 
 
-def _check_dropped(examples: list[Example], made: list[Row | None], settings: Instructions) -> None:
-    lost = [example for example, row in zip(examples, made, strict=True) if row is None]
+def _check_dropped(examples: list[Example], rows: list[Row | None], settings: Instructions) -> None:
+    lost = [example for example, row in zip(examples, rows, strict=True) if row is None]
     if len(lost) > settings.max_dropped * len(examples):
         named = ", ".join(example.where for example in lost[:3])
         raise ConfigError(
@@ -212,8 +212,8 @@ def _check_dropped(examples: list[Example], made: list[Row | None], settings: In
         )
 
 
-def _arrays(chosen: list[int], examples: list[Example], made: list[Row | None]) -> Arrays:
-    picked = [row for i in chosen if (row := made[i]) is not None]
+def _arrays(chosen: list[int], examples: list[Example], rows: list[Row | None]) -> Arrays:
+    picked = [row for i in chosen if (row := rows[i]) is not None]
     lengths = np.array([len(row.tokens) for row in picked], np.int64)
     return Arrays(
         np.array([token for row in picked for token in row.tokens], np.int32),
@@ -226,12 +226,12 @@ def _arrays(chosen: list[int], examples: list[Example], made: list[Row | None]) 
 def _counts(
     sources: list[Source],
     examples: list[Example],
-    made: list[Row | None],
+    rows: list[Row | None],
     keys: list[bytes],
     train: list[int],
     held_out: list[int],
 ) -> dict[str, Any]:
-    """What there is, in all and by source; `examples` are those trained on."""
+    """Return counts in total and by source; its `examples` are those trained on."""
     same = Counter((key, example.content) for key, example in zip(keys, examples, strict=True))
     answers: dict[str, set[str]] = {}
     for example in examples:
@@ -239,7 +239,7 @@ def _counts(
             answers.setdefault(example.prompt, set()).add(example.label)
 
     def of(chosen: list[int]) -> tuple[int, int, int]:
-        picked = [row for i in chosen if (row := made[i]) is not None]
+        picked = [row for i in chosen if (row := rows[i]) is not None]
         return len(picked), sum(len(row.tokens) for row in picked), sum(sum(row.answer) for row in picked)
 
     def all_of(source: int | None) -> dict[str, Any]:
@@ -249,8 +249,8 @@ def _counts(
             "records": len(mine),
             "examples": number,
             "held_out": sum(source in (None, examples[i].source) for i in held_out),
-            "cut": sum(row.cut for i in mine if (row := made[i]) is not None),
-            "dropped": sum(made[i] is None for i in mine),
+            "cut": sum(row.cut for i in mine if (row := rows[i]) is not None),
+            "dropped": sum(rows[i] is None for i in mine),
             "tokens": tokens,
             "answer_tokens": answer_tokens,
         }
@@ -271,15 +271,15 @@ def _counts(
     return all_of(None) | {"duplicates": duplicates, "conflicting": conflicting, "by_source": by_source}
 
 
-def _said(counts: dict[str, Any], settings: Instructions) -> list[str]:
-    """What was cut or left out, in words."""
-    said = {
+def _notes(counts: dict[str, Any], settings: Instructions) -> list[str]:
+    """Return in words what was cut or left out."""
+    texts = {
         "cut": f"inputs longer than data.max_len={settings.max_len} were cut at their end",
         "dropped": f"examples were left out: data.max_len={settings.max_len} has no room for their answer",
         "leaked": "examples were left out of training: their input is held out",
-        "conflicting": "prompts stand there with different labels",
+        "conflicting": "prompts occur with different labels",
     }
-    notes = [f"{counts[name]:,} {text}" for name, text in said.items() if counts[name]]
+    notes = [f"{counts[name]:,} {text}" for name, text in texts.items() if counts[name]]
     for source in counts["by_source"]:
         notes += [f"{source['source']}: {number:,} {what} were left out" for what, number in source["skipped"].items()]
     return notes

@@ -1,4 +1,4 @@
-"""Examples to learn from: the records of every source, with its prompt template, as prompt and answer."""
+"""Examples to learn from: the records of every source as prompt and answer, by its prompt template."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import Any
 
 from finhpc.data.examples.chat import learned
 from finhpc.data.examples.messages import messages_of, tools_of
-from finhpc.data.examples.problems import each
 from finhpc.data.examples.records import Record
 from finhpc.data.examples.schema import Table, fields_of, guesses, open_sources
-from finhpc.errors import ConfigError
+from finhpc.data.examples.values import each
+from finhpc.errors import ConfigError, collect
 from finhpc.settings.finetune import Instructions
 
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and its answer, or a conversation's `messages`, which a chat template writes (with its `tools`).
+    """A prompt and its answer, or a conversation's `messages` (with its `tools`), which a chat template renders.
 
     `cut`: characters [start, stop) of the prompt whose end may be cut. `end`: an end token follows the answer.
-    `input`: what it is split by.
+    `input`: the text by which examples are split into training and held-out ones.
     """
 
     prompt: str
@@ -39,13 +39,13 @@ class Example:
 
     @property
     def content(self) -> str:
-        """All that is learned from it, before a template or a tokenizer."""
+        """Everything that is learned, before a chat template and a tokenizer."""
         return json.dumps([self.prompt, self.answer, self.messages, self.tools], default=str)
 
 
 @dataclass
 class Source:
-    """What one source gave."""
+    """The examples of one source, its format, template and labels, and notes for the user."""
 
     name: str
     format: str
@@ -57,46 +57,40 @@ class Source:
 
 
 def read_examples(sources: list[str], settings: Instructions) -> list[Source]:
-    """All examples of all sources, in order. Raises `ConfigError` with every problem of any of them."""
+    """Return the examples of all sources, in order. Raises one `ConfigError` with every problem of all sources."""
     opened = open_sources(sources, settings)
-    found: list[Source] = []
+    results: list[Source] = []
     problems: list[str] = []
-    for number, (spec, one) in enumerate(zip(sources, opened, strict=True)):
-        try:
-            examples = each(one.records, partial(_example, one=one, source=number))
+    for number, (spec, table) in enumerate(zip(sources, opened, strict=True)):
+        with collect(problems):
+            examples = each(table.records, partial(_example, table=table, source=number))
             if not examples:
                 raise ConfigError(f"data.source={spec} holds no example; give a file with records.")
-        except ConfigError as error:
-            problems += [problem for problem in error.problems if problem not in problems]
-            continue
-        form, names = one.form, one.meaning.labels if one.meaning else ()
-        notes = [*one.reading.notes, *guesses(one)]
-        found.append(
-            Source(spec, one.format, form.name if form else "chat", names, examples, one.reading.skipped, notes)
-        )
+            template = table.form.name if table.form else "chat"
+            labels = table.meaning.labels if table.meaning else ()
+            notes = [*table.reading.notes, *guesses(table)]
+            results.append(Source(spec, table.format, template, labels, examples, table.reading.skipped, notes))
     if problems:
-        raise ConfigError(problems)
-    return found
+        raise ConfigError(list(dict.fromkeys(problems)))
+    return results
 
 
-def _example(record: Record, one: Table, source: int) -> Example:
-    if one.form is None:
-        return _from_chat(record, one.columns["messages"], source)
-    form = one.form
-    raw, label = fields_of(record, one)
-    made = form.render(raw)
-    return Example(
-        made.prompt, form.separator + form.answer_of(raw), made.key, source, record.where, made.cut, form.end, label
-    )  # fmt: skip
+def _example(record: Record, table: Table, source: int) -> Example:
+    if table.form is None:
+        return _from_chat(record, table.columns["messages"], source)
+    form = table.form
+    raw, label = fields_of(record, table)
+    prompt, cut, key = form.render(raw)
+    return Example(prompt, form.separator + form.answer_of(raw), key, source, record.where, cut, form.end, label)
 
 
 def _from_chat(record: Record, column: str, source: int) -> Example:
     messages = learned(messages_of(record.values, column, record.where), record.where)
-    said = [message["content"] for message in messages if message["role"] == "user"] or [messages[0]["content"]]
+    first = next((message for message in messages if message["role"] == "user"), messages[0])
     tools = tools_of(record.values, record.where)
-    return Example("", "", said[0].strip(), source, record.where, (0, 0), messages=messages, tools=tools)
+    return Example("", "", first["content"].strip(), source, record.where, (0, 0), messages=messages, tools=tools)
 
 
 def labels_of(sources: list[Source]) -> Iterator[str]:
-    """Every label of some source, once, in the templates' order."""
+    """Yield every label of the sources once, in the templates' order."""
     yield from dict.fromkeys(label for source in sources for label in source.labels)

@@ -1,7 +1,7 @@
-"""What the labels of a source are, and which of them each value of its records means.
+"""The labels of a source, and which of them each value of its records means.
 
-Codes (0, 1, 2) say nothing of themselves, and two data sets order them differently: they need a format that was named,
-names in the file, or `data.labels`. Words are their own meaning.
+Codes (0, 1, 2) mean nothing by themselves, and data sets order them differently: they need a named format, names in
+the file, or `data.labels`. Words mean themselves.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ TYPO = 0.8  # similarity above which a label that stands in one record is taken 
 
 @dataclass(frozen=True)
 class Meaning:
-    """The labels in the order of the prompt, and the label of each value, in lower case, that stands for one."""
+    """The labels in the order of the prompt, and the label of each value, in lower case, that means one."""
 
     labels: tuple[str, ...]
     of: Mapping[str, str]
 
     def note(self, words: Counter[str]) -> str:
-        """The labels with their numbers, and the codes that were read as labels."""
+        """Return the labels with their counts, and the codes that were read as labels."""
         counts: Counter[str] = Counter()
         for word, number in words.items():
             if (label := self.of.get(word.lower())) is not None:
@@ -44,24 +44,24 @@ def _same(code: str, of: Mapping[str, str]) -> bool:
 
 
 def is_code(word: str) -> bool:
-    """Whether a value is a number, which means nothing until it is given a meaning."""
+    """Return whether a value is a number, which means nothing by itself."""
     return CODE.fullmatch(word) is not None
 
 
 def given(labels: Mapping[str, str]) -> Meaning:
-    """The meaning that `data.labels` states; a label stands for itself, too."""
+    """Return the meaning that `data.labels` states; a label means itself as well."""
     names = tuple(dict.fromkeys(labels.values()))
     return Meaning(names, {name.lower(): name for name in names} | {_key(code): name for code, name in labels.items()})
 
 
 def of_words(labels: Iterable[str], others: Mapping[str, str]) -> Meaning:
-    """The meaning of labels that are known beforehand, and of other values that stand for them."""
+    """Return the meaning of known labels, and of other values that mean them."""
     names = tuple(labels)
     return Meaning(names, {name.lower(): name for name in names} | dict(others))
 
 
 def contradiction(setting: Meaning, codes: Mapping[str, str]) -> str | None:
-    """The first code that a format gives another meaning than the setting does."""
+    """Return the first code that has another meaning in the format than in the setting, or None."""
     return next((code for code, label in codes.items() if setting.of.get(code, label).lower() != label), None)
 
 
@@ -86,7 +86,7 @@ def refuse_codes(source: str, words: Iterable[str], known: Mapping[str, Mapping[
 
 
 def of_data(source: str, words: Counter[str]) -> Meaning:
-    """The labels that a source itself holds, in the order of the alphabet, each in its most frequent spelling.
+    """Return the labels in a source, in alphabetical order, each in its most frequent spelling.
 
     Raises `ConfigError` if there is one label, if there are so many that they are text, and for a label in a single
     record that looks like a slip of another.
@@ -94,10 +94,10 @@ def of_data(source: str, words: Counter[str]) -> Meaning:
     spellings: dict[str, Counter[str]] = {}
     for word, number in words.items():
         spellings.setdefault(word.lower(), Counter())[word] += number
-    counts = {key: sum(found.values()) for key, found in spellings.items()}
+    counts = {key: sum(entries.values()) for key, entries in spellings.items()}
     if len(counts) > MOST:
         raise ConfigError(
-            f"{source}: {len(counts):,} different labels are more than {MOST}, so they seem to be text; name the "
+            f"{source}: {len(counts):,} different labels are more than {MOST}, so they are probably text; name the "
             "columns of prompt and answer with --data.columns context=COLUMN target=COLUMN."
         )
     if len(counts) < 2:
@@ -112,12 +112,12 @@ def of_data(source: str, words: Counter[str]) -> Meaning:
                 f"{source}: the label {next(iter(spellings[key]))!r} stands in one record alone; did you mean "
                 f"{near[0]!r}? Correct it, or list all labels with --data.labels."
             )
-    named = {key: min(found, key=lambda word: (-found[word], word)) for key, found in sorted(spellings.items())}
+    named = {key: min(entries, key=lambda word: (-entries[word], word)) for key, entries in sorted(spellings.items())}
     return Meaning(tuple(named.values()), named)
 
 
 def _told_apart(one: str, other: str) -> bool:
-    """Whether two similar labels differ as names do: AAA and AA, certain and uncertain, class_a and class_b."""
+    """Return whether similar labels differ as names do: AAA and AA, certain and uncertain, class_a and class_b."""
     if one.endswith(other) or other.endswith(one):
         return True
     stems = {NUMBERED.sub("", label) for label in (one, other)}
@@ -125,7 +125,7 @@ def _told_apart(one: str, other: str) -> bool:
 
 
 def united(meanings: list[Meaning]) -> list[Meaning]:
-    """The same meanings, with one for all that share a label: files of one data set have one set of labels."""
+    """Return the meanings, with one for all that share a label: files of one data set have the same labels."""
     groups: list[dict[str, str]] = []
     for meaning in meanings:
         mine = dict(meaning.of)
@@ -133,11 +133,11 @@ def united(meanings: list[Meaning]) -> list[Meaning]:
             groups.remove(group)
             mine = mine | group
         groups.append(mine)
-    found = []
+    entries = []
     for meaning in meanings:
         group = next(group for group in groups if group.keys() & meaning.of.keys())
-        found.append(Meaning(tuple(group[key] for key in sorted(group)), group))
-    return found
+        entries.append(Meaning(tuple(group[key] for key in sorted(group)), group))
+    return entries
 
 
 def _key(code: str) -> str:

@@ -1,8 +1,8 @@
-"""One micro-batch as one pack: its examples side by side, prefixes that several share laid down once.
+"""One micro-batch as one pack: its examples next to each other, with shared prefixes only once.
 
-The layout stands in `finhpc.models.packing.layout`. A prefix never reaches the token that predicts the first
-answer token, so that it carries no target and every loss stands at its own example. What follows the
-last token that predicts anything is left out: with causal attention nothing looks at it.
+The layout is defined in `finhpc.models.packing.layout`. A prefix never reaches the token that predicts the first
+answer token, so it has no target, and every loss belongs to one example. Tokens after the last one that predicts
+anything are left out: with causal attention no other token reads them.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from finhpc.data.examples.examples import Arrays
 from finhpc.errors import ConfigError
 from finhpc.models.packing.layout import FIELDS, IGNORED, PACKS, POSITION, PREFIX, SEGMENT, TARGET, TARGETS, TOKEN
 
-SHORTEST_PREFIX = 8  # tokens; a segment more is not worth fewer
+SHORTEST_PREFIX = 8  # tokens that are worth another segment
 Ints = npt.NDArray[np.int64]
 
 
 class Piece(NamedTuple):
-    """An example as the model needs it: `tokens` read, `target` of each (or IGNORED), the first that has one."""
+    """An example for the model: its tokens, the target of each (or IGNORED), and the first token that has one."""
 
     tokens: Ints
     target: Ints
@@ -31,14 +31,14 @@ class Piece(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Examples, as indices, that share their first `prefix` tokens (0: none)."""
+    """Indices of examples that share their first `prefix` tokens (0: none)."""
 
     members: tuple[int, ...]
     prefix: int
 
 
 def piece(arrays: Arrays, index: int) -> Piece:
-    """Example `index` without what follows its last predicting token."""
+    """Return example `index` without the tokens after its last predicting one."""
     tokens, answer = arrays.example(index)
     predicting = np.flatnonzero(answer[1:])
     last = int(predicting[-1]) + 1
@@ -47,7 +47,7 @@ def piece(arrays: Arrays, index: int) -> Piece:
 
 
 def groups(pieces: Sequence[Piece], share_prefix: bool = True) -> list[Group]:
-    """Examples by common prefix, such that as many tokens as possible are saved: runs in the order of their tokens."""
+    """Group examples by common prefix so that as many tokens as possible are saved, in the order of their tokens."""
     n = len(pieces)
     if not share_prefix or n < 2:
         return [Group((i,), 0) for i in range(n)]
@@ -64,14 +64,14 @@ def groups(pieces: Sequence[Piece], share_prefix: bool = True) -> list[Group]:
                 break
             if (gain := saved[j] + (k - 1 - j) * shared) > saved[k]:
                 saved[k], start[k] = gain, j
-    found: list[Group] = []
+    grouping: list[Group] = []
     k = n
     while k:
         j = start[k]
         members = tuple(order[j:k])
-        found.append(Group(members, min(common[j : k - 1]) if k - j > 1 else 0))
+        grouping.append(Group(members, min(common[j : k - 1]) if k - j > 1 else 0))
         k = j
-    return found[::-1]
+    return grouping[::-1]
 
 
 def _common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
@@ -79,43 +79,43 @@ def _common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
     return next((i for i in range(shorter) if a[i] != b[i]), shorter)
 
 
-def size(pieces: Sequence[Piece], found: Sequence[Group]) -> int:
-    """Tokens that a pack computes."""
-    return sum(len(one.tokens) for one in pieces) - sum((len(group.members) - 1) * group.prefix for group in found)
+def size(pieces: Sequence[Piece], grouping: Sequence[Group]) -> int:
+    """Return the number of tokens that a pack computes."""
+    return sum(len(one.tokens) for one in pieces) - sum((len(group.members) - 1) * group.prefix for group in grouping)
 
 
 def pack(
     pieces: Sequence[Piece],
-    found: Sequence[Group],
+    grouping: Sequence[Group],
     targets: int,
     packs: int,
     multiple: int = 1,
     length: int | None = None,
 ) -> Ints:
-    """int64 (1, FIELDS, T): T is the tokens computed, rounded up to `multiple`, or `length` where given.
+    """Return int64 (1, FIELDS, T); T is the number of tokens, rounded up to `multiple`, or `length` if it is given.
 
-    `targets`, `packs`: of the whole step or evaluation. Without examples it is padding alone. Raises
-    `ConfigError` where `length` is too short.
+    `targets`, `packs`: of the whole step or evaluation. Without examples it is padding only. Raises `ConfigError` if
+    `length` is too short.
     """
-    needed = size(pieces, found)
+    needed = size(pieces, grouping)
     total = max(-(-needed // multiple), 1) * multiple if length is None else length
     if total < needed:
         raise ConfigError(f"a micro-batch of {needed:,} tokens does not fit packs of {total:,}; use smaller ones.")
-    made = np.zeros((1, FIELDS, total), np.int64)
-    made[0, TARGET] = IGNORED
-    made[0, TARGETS], made[0, PACKS] = targets, packs
+    array = np.zeros((1, FIELDS, total), np.int64)
+    array[0, TARGET] = IGNORED
+    array[0, TARGETS], array[0, PACKS] = targets, packs
     at, segment = 0, 0
 
     def lay(tokens: Ints, position: int, target: Ints, before: int) -> None:
         nonlocal at, segment
         segment += 1
         part = slice(at, at + len(tokens))
-        made[0, TOKEN, part], made[0, TARGET, part] = tokens, target
-        made[0, POSITION, part] = np.arange(position, position + len(tokens))
-        made[0, SEGMENT, part], made[0, PREFIX, part] = segment, before
+        array[0, TOKEN, part], array[0, TARGET, part] = tokens, target
+        array[0, POSITION, part] = np.arange(position, position + len(tokens))
+        array[0, SEGMENT, part], array[0, PREFIX, part] = segment, before
         at += len(tokens)
 
-    for group in found:
+    for group in grouping:
         before = 0
         if group.prefix:
             first = pieces[group.members[0]]
@@ -124,4 +124,4 @@ def pack(
         for member in group.members:
             one = pieces[member]
             lay(one.tokens[group.prefix :], group.prefix, one.target[group.prefix :], before)
-    return made
+    return array

@@ -1,4 +1,4 @@
-"""Conversations as files hold them, in one form: role and content of each message, and tool calls if there are any."""
+"""Conversations from files, in one form: role and content of each message, and tool calls if there are any."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from finhpc.data.examples.values import is_missing, shown
 from finhpc.errors import ConfigError
 from finhpc.textfile import parse_json
 
-# Roles as ShareGPT's files and others name them.
+# Roles by the names that ShareGPT's and other files use.
 ROLES = {
     "system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant",
     "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant", "tool": "tool",
@@ -24,8 +24,8 @@ PASSED = ("name", "tool_call_id")
 def messages_of(values: dict[str, Any], column: str, where: str) -> list[dict[str, Any]]:
     """Return the messages of a record as `role` and `content`; ShareGPT's `from` and `value` are read as these.
 
-    The list of messages may be JSON text. Content is text, or a list of text parts, which are joined; null only beside
-    tool calls. A `system` column of the record stands before a conversation without a system message. Raises
+    The list of messages may be JSON text. Content is text, or a list of text parts, which are joined; it is null only
+    with tool calls. A `system` column of the record precedes a conversation without a system message. Raises
     `ConfigError`, naming the record and the message, for everything that could not be rendered or learned as written.
     """
     for name in ("functions", "images", "image", "videos", "audios"):
@@ -39,11 +39,11 @@ def messages_of(values: dict[str, Any], column: str, where: str) -> list[dict[st
             raise ConfigError(f"{where}: {column} is broken JSON ({error}); correct it.") from None
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise ConfigError(f"{where}: {column} is not a list of objects; write role and content of each.")
-    found = [_message(message, f"{where}: message {number}") for number, message in enumerate(messages, 1)]
+    read_messages = [_message(message, f"{where}: message {number}") for number, message in enumerate(messages, 1)]
     system = values.get("system")
-    if isinstance(system, str) and system.strip() and not any(message["role"] == "system" for message in found):
-        found.insert(0, {"role": "system", "content": system})
-    return found
+    if isinstance(system, str) and system.strip() and not any(message["role"] == "system" for message in read_messages):
+        read_messages.insert(0, {"role": "system", "content": system})
+    return read_messages
 
 
 def tools_of(values: dict[str, Any], where: str) -> list[Any] | None:
@@ -124,5 +124,5 @@ def _call(call: Any, where: str) -> dict[str, Any]:
         except ValueError as error:
             raise ConfigError(f"{where}: the arguments of {function['name']} are broken JSON ({error}).") from None
     call = {name: value for name, value in call.items() if value is not None}
-    made: dict[str, Any] = function | {"arguments": {} if arguments is None else arguments}
-    return {**call, "function": made} if "function" in call else {**call, **made}
+    filled: dict[str, Any] = function | {"arguments": {} if arguments is None else arguments}
+    return {**call, "function": filled} if "function" in call else {**call, **filled}

@@ -1,7 +1,7 @@
-"""Records of instruction data: a file or a data set of the hub in, dictionaries with their places out.
+"""Records of instruction data: a file or a hub data set -> dictionaries with their places.
 
-What a container holds is read as it is (JSON, JSON lines, CSV, parquet, hf:NAME); the formats that
-are no tables (PhraseBank's lines, FiQA's scores, CoNLL's tags) become records here.
+JSON, JSON lines, CSV, parquet and hf:NAME are read as they are; formats that are not tables (PhraseBank's lines,
+FiQA's scores, CoNLL's tags) become records here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ENDINGS = ".json, .jsonl, .csv, .parquet, .txt"
 
 
 def split_name(source: str, formats: Iterable[str]) -> tuple[str, str | None]:
-    """A source and the format it names (FILE:FORMAT), or None; a path that exists is a path."""
+    """Return a source and the format it names (FILE:FORMAT), or None; a path that exists is a path."""
     path, colon, name = source.rpartition(":")
     if colon and name in formats and not Path(source).expanduser().exists():
         return path, name
@@ -30,9 +30,9 @@ def split_name(source: str, formats: Iterable[str]) -> tuple[str, str | None]:
 
 
 def read_records(source: str, encoding: str | None, hf_split: str, name: str | None = None) -> Reading:
-    """Open a source. `name`: its format where it was named.
+    """Open a source. `name`: its format if the user named it.
 
-    Raises `ConfigError` for a source that does not exist, is of no known kind, is damaged or in another encoding.
+    Raises `ConfigError` for a source that does not exist, has an unknown format, is damaged or has another encoding.
     """
     if source.startswith("hf:"):
         return read_hub(source, hf_split)
@@ -52,7 +52,7 @@ def read_records(source: str, encoding: str | None, hf_split: str, name: str | N
             return read_parquet(path)
         case ".txt" | ".conll" | ".iob":
             return _text(path, encoding, name)
-    raise ConfigError(f"data.source={source} is of no known format; its name must end in {ENDINGS}.")
+    raise ConfigError(f"data.source={source} has an unknown format; its name must end in {ENDINGS}.")
 
 
 def _table(source: str, records: Iterable[Record]) -> Reading:
@@ -67,7 +67,7 @@ def _table(source: str, records: Iterable[Record]) -> Reading:
 def _json(path: Path, encoding: str | None) -> Reading:
     text, used = read_text(path, encoding)
     if not text.lstrip().startswith(("[", "{")):
-        raise ConfigError(f"{path} holds no JSON array or object; write a list of records.")
+        raise ConfigError(f"{path} has no JSON array or object; write a list of records.")
     try:
         tree = parse_json(text)
     except (ValueError, RecursionError) as error:
@@ -82,7 +82,7 @@ def _json(path: Path, encoding: str | None) -> Reading:
 
 
 def _check_keyed(path: Path, tree: dict[str, Any]) -> None:
-    """Refuse an object that holds a list of records under a name, or values by column, as pandas writes them."""
+    """Refuse an object with a list of records under a name, or with values by column, as pandas writes them."""
     if name := next((name for name, value in tree.items() if isinstance(value, list)), None):
         raise ConfigError(f"{path} holds a list under the name {name!r}; write the list of records alone.")
     inner = [value for value in tree.values() if isinstance(value, dict) and value]
@@ -116,10 +116,10 @@ def _object(value: Any, where: str) -> Record:
 
 
 def _with_labels(reading: Reading, notes: list[str]) -> Reading:
-    """The same records, and of FiQA's, which carry scores, one with a label for each score."""
-    found = _scored(reading) if {"sentence", "info"} <= set(reading.columns) else reading
-    found.notes[:0] = notes
-    return found
+    """Return the same records; of FiQA's, which have scores, one with a label per score."""
+    labeled = _scored(reading) if {"sentence", "info"} <= set(reading.columns) else reading
+    labeled.notes[:0] = notes
+    return labeled
 
 
 def _scored(reading: Reading) -> Reading:
@@ -134,10 +134,10 @@ def _scored(reading: Reading) -> Reading:
                 yield Record({"sentence": record.values.get("sentence"), "label": label}, record.where)
 
     note = f"{reading.source}: scores below -{FIQA_THRESHOLD} are negative, above {FIQA_THRESHOLD} positive"
-    found = _table(reading.source, records())
-    found.notes.append(f"{note}, else neutral")
-    found.skipped, found.format = skipped, "fiqa"
-    return found
+    labeled = _table(reading.source, records())
+    labeled.notes.append(f"{note}, else neutral")
+    labeled.skipped, labeled.format = skipped, "fiqa"
+    return labeled
 
 
 def _score(info: Any, where: str) -> float:
@@ -151,7 +151,7 @@ def _score(info: Any, where: str) -> float:
 
 
 def score_label(score: float) -> str:
-    """FiQA's score, from -1 to 1, as a label."""
+    """Return FiQA's score, from -1 to 1, as a label."""
     if score > FIQA_THRESHOLD:
         return "positive"
     return "negative" if score < -FIQA_THRESHOLD else "neutral"
@@ -188,7 +188,7 @@ def _phrases(path: Path, lines: list[str]) -> Iterator[Record]:
 
 
 def _conll(path: Path, lines: list[str], notes: list[str]) -> Reading:
-    """A record for each named entity: its words, type and sentence."""
+    """Read a record per named entity: its words, type and sentence."""
     skipped: Counter[str] = Counter()
 
     def records() -> Iterator[Record]:
@@ -210,7 +210,7 @@ def _conll(path: Path, lines: list[str], notes: list[str]) -> Reading:
 
 
 def _sentences(path: Path, lines: list[str]) -> Iterator[tuple[int, list[tuple[str, str]]]]:
-    """First line, and (word, tag) pairs, of each run of lines between empty ones."""
+    """Yield the first line and the (word, tag) pairs of each run of lines between empty ones."""
     rows: list[tuple[str, str]] = []
     first = 1
     for number, line in enumerate([*lines, ""], 1):
@@ -223,14 +223,14 @@ def _sentences(path: Path, lines: list[str]) -> Iterator[tuple[int, list[tuple[s
         tag = parts[-1]
         if len(parts) < 2 or not (tag == "O" or tag[:2] in ("I-", "B-", "E-", "S-")):
             raise ConfigError(
-                f"{path} line {number}: {tag!r} is no tag; CoNLL's lines end in O, I-TYPE or B-TYPE. Correct the line, "
+                f"{path} line {number}: {tag!r} is not a tag; CoNLL's lines end in O, I-TYPE or B-TYPE. Correct it, "
                 "or name another format (FILE:phrasebank)."
             )
         rows.append((parts[0], tag))
 
 
 def _entities(rows: list[tuple[str, str]]) -> Iterator[tuple[str, str]]:
-    """Runs of words of one type; B- and S- begin another."""
+    """Yield runs of words of one type; B- and S- begin a new one."""
     words: list[str] = []
     kind = ""
     for word, tag in [*rows, ("", "O")]:

@@ -1,4 +1,4 @@
-"""Which format a source has, where the fields of its template stand, and what its labels mean: `open_sources`."""
+"""`open_sources`: find the format of each source, the columns of its template's fields, and what its labels mean."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from typing import NamedTuple, Protocol
 
 from finhpc.data.examples import labels
 from finhpc.data.examples.labels import Meaning
-from finhpc.data.examples.problems import each
 from finhpc.data.examples.records import Reading, Record, read_records, split_name
 from finhpc.data.examples.templates import Template, template
-from finhpc.data.examples.values import text_of, word_of
-from finhpc.errors import ConfigError
+from finhpc.data.examples.values import each, text_of, word_of
+from finhpc.errors import ConfigError, collect
 from finhpc.settings.base import nearest
 
 
 class Format(NamedTuple):
-    """The names that a field's column may have, the template, and what codes and other words for labels mean."""
+    """A template, the names that each field's column may have, and what codes and other words for labels mean."""
 
     template: str
     columns: dict[str, tuple[str, ...]]
@@ -51,13 +50,13 @@ FORMATS = {
     "chat": Format("", {"messages": MESSAGES}),
 }
 SHOWN = 20  # columns named in a message
-OWN_LABELS = "classify"  # the template of labels that no other template has
-# Names under which Twitter Financial News Sentiment comes: with them its codes have its meaning.
+OWN_LABELS = "classify"  # the template for labels of the user's own
+# File names of Twitter Financial News Sentiment, in which codes have its meaning.
 TFNS_FILES = ("tfns*", "sent_train.csv", "sent_valid.csv", "*twitter-financial-news-sentiment*")
 
 
 class RecordSettings(Protocol):
-    """The settings by which records are read, the same for finetuning and for evaluation."""
+    """The settings that say how records are read, for finetuning and evaluation."""
 
     template: str | None
     templates: str | None
@@ -69,10 +68,10 @@ class RecordSettings(Protocol):
 
 @dataclass
 class Table:
-    """A source whose records are read and checked, before they are rendered.
+    """A source whose records are read and checked, but not rendered.
 
-    `named`: the user named the format; `guessed`: nobody did. `form`: its template, None for conversations.
-    `columns`: field -> column. `words`: how often each label stands there as it is written.
+    `named`: the user named the format; `guessed`: neither the user nor the command did. `form`: its template, None for
+    conversations. `columns`: the column of each field. `words`: how often each label occurs, as it is written.
     """
 
     reading: Reading
@@ -91,42 +90,38 @@ class Table:
 
 
 def open_sources(sources: Iterable[str], settings: RecordSettings, format: str | None = None) -> list[Table]:
-    """Read all sources and find out what their labels mean, with one set of labels for sources that share a label.
+    """Read all sources and find what their labels mean; sources that share a label share all labels.
 
-    `format`: that of all sources whose own is not named. Raises `ConfigError` with every problem of any of them.
+    `format`: of all sources whose own is not named. Raises one `ConfigError` with every problem of all sources.
     """
     opened: list[Table] = []
     problems: list[str] = []
     for spec in sources:
-        try:
+        with collect(problems):
             opened.append(_open(spec, settings, format))
-        except ConfigError as error:
-            problems += [problem for problem in error.problems if problem not in problems]
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(list(dict.fromkeys(problems)))
     _check_used(opened, settings)
-    for one in opened:
-        try:
-            _settle(one, settings)
-        except ConfigError as error:
-            problems += error.problems
+    for table in opened:
+        with collect(problems):
+            _settle(table, settings)
     if problems:
         raise ConfigError(problems)
-    own = [one for one in opened if one.form is not None and one.form.chooses and not one.form.labels]
-    for one, meaning in zip(own, labels.united([one.meaning for one in own if one.meaning]), strict=True):
-        assert one.form is not None
-        one.form, one.meaning = one.form.with_labels(meaning.labels), meaning
+    own = [table for table in opened if table.form is not None and table.form.chooses and not table.form.labels]
+    for table, meaning in zip(own, labels.united([table.meaning for table in own if table.meaning]), strict=True):
+        assert table.form is not None
+        table.form, table.meaning = table.form.with_labels(meaning.labels), meaning
     return opened
 
 
-def fields_of(record: Record, one: Table) -> tuple[dict[str, str], str | None]:
-    """The text of each field of a record, and its label if its template chooses among labels.
+def fields_of(record: Record, table: Table) -> tuple[dict[str, str], str | None]:
+    """Return the text of each field of a record, and its label if its template chooses among labels.
 
     Raises `ConfigError` with the record's place for a value that is missing, is not text or is not a label.
     """
-    assert one.form is not None
-    form, raw = one.form, {}
-    for name, column in one.columns.items():
+    assert table.form is not None
+    form, raw = table.form, {}
+    for name, column in table.columns.items():
         if form.chooses and name == "label":
             continue
         raw[name] = text_of(record.values.get(column), column, record.where)
@@ -135,7 +130,7 @@ def fields_of(record: Record, one: Table) -> tuple[dict[str, str], str | None]:
             raise ConfigError(f"{record.where}: the {what} ({column}) is empty; write one or remove the record.")
     if not form.chooses:
         return raw, None
-    raw["label"] = _label(record, one)
+    raw["label"] = _label(record, table)
     return raw, raw["label"]
 
 
@@ -145,7 +140,7 @@ def _open(spec: str, settings: RecordSettings, format: str | None) -> Table:
     kind = named or format or _detect(reading, settings)
     form = None if kind == "chat" else template(settings.template or FORMATS[kind].template, settings.templates)
     columns = _columns(form, kind, reading, settings)
-    one = Table(
+    table = Table(
         reading,
         list(reading.records),
         kind,
@@ -155,13 +150,13 @@ def _open(spec: str, settings: RecordSettings, format: str | None) -> Table:
         columns,
     )
     if form is not None and form.chooses:
-        for word in each(one.records, partial(_word, one=one)):
-            one.words[word] += word != ""
-    return one
+        for word in each(table.records, partial(_word, table=table)):
+            table.words[word] += word != ""
+    return table
 
 
 def _detect(reading: Reading, settings: RecordSettings) -> str:
-    """The format that the file proves, or whose columns are there."""
+    """Return the format that the file proves, or the one whose columns it has."""
     have = set(reading.columns)
     if not have:
         raise ConfigError(f"data.source={reading.source} holds no example; give a file with records.")
@@ -194,7 +189,7 @@ def _detect(reading: Reading, settings: RecordSettings) -> str:
         return "labelled" if template(settings.template, settings.templates).chooses else "context_target"
     above = " If these are a record, write a first line with the columns' names above it."
     raise ConfigError(
-        f"{reading.source}: its columns ({_listed(reading.columns)}) are of no known format; name the format "
+        f"{reading.source}: its columns ({_listed(reading.columns)}) match no known format; name the format "
         f"(FILE:FORMAT, one of {', '.join(FORMATS)}), or the columns that hold its fields with --data.columns, such as "
         "input=COLUMN label=COLUMN." + (above if reading.source.lower().endswith((".csv", ".tsv")) else "")
     )
@@ -218,7 +213,7 @@ def _by_fields(fields: set[str]) -> str:
 
 
 def _columns(form: Template | None, kind: str, reading: Reading, settings: RecordSettings) -> dict[str, str]:
-    """The column of each field of the template; raises `ConfigError` for those that are not there."""
+    """Return the column of each field of the template. Raises `ConfigError` for missing columns."""
     fields = form.fields if form else ("messages",)
     if unknown := [name for name in settings.columns if name not in fields]:
         what = f"template {form.name}" if form else "a conversation"
@@ -245,61 +240,61 @@ def _columns(form: Template | None, kind: str, reading: Reading, settings: Recor
 
 
 def _check_used(opened: list[Table], settings: RecordSettings) -> None:
-    """Refuse settings that no source could follow."""
+    """Raise `ConfigError` for settings that apply to no source."""
     problems = []
-    if settings.template and all(one.form is None for one in opened):
+    if settings.template and all(table.form is None for table in opened):
         problems.append(
             f"data.template={settings.template} is not for conversations, which the tokenizer's chat template renders; "
             "leave it out."
         )
-    if settings.labels and not any(one.form is not None and one.form.chooses for one in opened):
+    if settings.labels and not any(table.form is not None and table.form.chooses for table in opened):
         problems.append("data.labels is given, but the answers of all sources are text; leave it out.")
     if problems:
         raise ConfigError(problems)
 
 
-def _settle(one: Table, settings: RecordSettings) -> None:
-    """Find what each label of a source means, and with it the template of a source whose format was guessed.
+def _settle(table: Table, settings: RecordSettings) -> None:
+    """Find what each label of a source means, and the template of a source whose format was guessed.
 
-    A template whose labels come from the data keeps none until those of all sources are known.
+    A template with labels from the data has none until those of all sources are known.
     """
-    if (form := one.form) is None or not form.chooses:
+    if (form := table.form) is None or not form.chooses:
         return
-    kind = FORMATS[one.format]
-    coded = one.named or (one.format == "tfns" and _is_tfns(one.source))
-    free = one.guessed and settings.template is None and one.reading.format is None and one.format != "conll"
+    kind = FORMATS[table.format]
+    coded = table.named or (table.format == "tfns" and _is_tfns(table.source))
+    free = table.guessed and settings.template is None and table.reading.format is None and table.format != "conll"
     if settings.labels:
-        _settle_given(one, form, free, coded, settings)
+        _settle_given(table, form, free, coded, settings)
         return
-    if free and one.words and {word.lower() for word in one.words} <= {*FORMATS["tfns"].words, "neutral"}:
-        one.format, kind = "tfns", FORMATS["tfns"]
-        form = one.form = template(kind.template)
+    if free and table.words and {word.lower() for word in table.words} <= {*FORMATS["tfns"].words, "neutral"}:
+        table.format, kind = "tfns", FORMATS["tfns"]
+        form = table.form = template(kind.template)
     known = labels.of_words(form.labels, {**kind.words, **(kind.codes if coded else {})})
-    strange = [word for word in one.words if word.lower() not in known.of]
+    strange = [word for word in table.words if word.lower() not in known.of]
     if not form.labels or (strange and free):
-        labels.refuse_codes(one.source, strange, {name: f.codes for name, f in FORMATS.items() if f.codes})
-        one.form = form if not form.labels else template(OWN_LABELS)
-        one.meaning = labels.of_data(one.source, one.words)
+        labels.refuse_codes(table.source, strange, {name: f.codes for name, f in FORMATS.items() if f.codes})
+        table.form = form if not form.labels else template(OWN_LABELS)
+        table.meaning = labels.of_data(table.source, table.words)
     else:
         if not coded:
-            labels.refuse_codes(one.source, strange, {name: f.codes for name, f in FORMATS.items() if f.codes})
-        one.meaning = known
+            labels.refuse_codes(table.source, strange, {name: f.codes for name, f in FORMATS.items() if f.codes})
+        table.meaning = known
 
 
-def _settle_given(one: Table, form: Template, free: bool, coded: bool, settings: RecordSettings) -> None:
-    """As `data.labels` says."""
+def _settle_given(table: Table, form: Template, free: bool, coded: bool, settings: RecordSettings) -> None:
+    """Apply `data.labels`."""
     meaning = labels.given(settings.labels)
-    codes = FORMATS[one.format].codes if coded else {}
+    codes = FORMATS[table.format].codes if coded else {}
     if code := labels.contradiction(meaning, codes):
         raise ConfigError(
-            f"data.labels says that {code} is {meaning.of[code]}, but in {one.source}, of the format {one.format}, it "
-            f"is {codes[code]}; leave out data.labels, or name the file {one.source}:labelled if it is another set."
+            f"data.labels says that {code} is {meaning.of[code]}, but in {table.source}, of format {table.format}, it "
+            f"is {codes[code]}; remove data.labels, or name the file {table.source}:labelled if it is another set."
         )
     names = {name.lower() for name in meaning.labels}
     if form.labels and names <= set(form.labels):
-        kept = form.labels if names == set(form.labels) or not one.guessed else [n for n in form.labels if n in names]
-        one.form = form.with_labels(tuple(kept))
-        one.meaning = labels.of_words(kept, {word: name.lower() for word, name in meaning.of.items()})
+        kept = form.labels if names == set(form.labels) or not table.guessed else [n for n in form.labels if n in names]
+        table.form = form.with_labels(tuple(kept))
+        table.meaning = labels.of_words(kept, {word: name.lower() for word, name in meaning.of.items()})
         return
     if free and form.labels:
         form = template(OWN_LABELS)
@@ -308,39 +303,41 @@ def _settle_given(one: Table, form: Template, free: bool, coded: bool, settings:
             f"data.labels ({', '.join(meaning.labels)}) are other labels than template {form.name} names in its prompt "
             f"({', '.join(form.labels)}); use a template with {{labels}}, such as --data.template {OWN_LABELS}."
         )
-    one.form, one.meaning = form.with_labels(meaning.labels), meaning
+    table.form, table.meaning = form.with_labels(meaning.labels), meaning
 
 
-def _word(record: Record, one: Table) -> str:
-    return word_of(record.values.get(one.columns["label"]), one.columns["label"], record.where)
+def _word(record: Record, table: Table) -> str:
+    return word_of(record.values.get(table.columns["label"]), table.columns["label"], record.where)
 
 
-def _label(record: Record, one: Table) -> str:
-    assert one.meaning is not None
-    word = _word(record, one)
+def _label(record: Record, table: Table) -> str:
+    assert table.meaning is not None
+    word = _word(record, table)
     if not word:
         raise ConfigError(
-            f"{record.where}: the label ({one.columns['label']}) is empty; write one or remove the record."
+            f"{record.where}: the label ({table.columns['label']}) is empty; write one or remove the record."
         )
-    if (label := one.meaning.of.get(word.lower())) is None:
-        form, others = one.form, [code for code in one.meaning.of if code not in one.meaning.labels]
-        codes = "".join(f", {code} ({one.meaning.of[code]})" for code in others)
+    if (label := table.meaning.of.get(word.lower())) is None:
+        form, others = table.form, [code for code in table.meaning.of if code not in table.meaning.labels]
+        codes = "".join(f", {code} ({table.meaning.of[code]})" for code in others)
         raise ConfigError(
             f"{record.where}: {word!r} is not a label of template {form.name if form else ''}; it has "
-            f"{', '.join(one.meaning.labels)}{codes}. Correct the record, or list the labels with --data.labels."
+            f"{', '.join(table.meaning.labels)}{codes}. Correct the record, or list the labels with --data.labels."
         )
     return label
 
 
-def guesses(one: Table) -> list[str]:
-    """The line that reports what was not said but found: format, template, and the meaning of labels."""
-    columns = list(dict.fromkeys(one.columns.values()))
-    if one.form is None:  # what goes with the messages, see `finhpc.data.examples.messages`
-        columns += [name for name in ("system", "tools") if name in one.reading.columns]
+def guesses(table: Table) -> list[str]:
+    """Return the line that reports what was guessed: format, template, and the meaning of labels."""
+    columns = list(dict.fromkeys(table.columns.values()))
+    if table.form is None:  # used with the messages, see `finhpc.data.examples.messages`
+        columns += [name for name in ("system", "tools") if name in table.reading.columns]
     used = ", ".join(columns)
-    if unused := [name for name in one.reading.columns if name not in columns]:
+    if unused := [name for name in table.reading.columns if name not in columns]:
         used += f"; not used: {', '.join(unused[:10])}"
-    guess = f"{one.source}: read as {one.format} (columns {used})" + (f", template {one.form.name}" if one.form else "")
-    if one.meaning is not None:
-        return [f"{guess}; {one.meaning.note(one.words)}"]
-    return [guess] if one.guessed else []
+    guess = f"{table.source}: read as {table.format} (columns {used})" + (
+        f", template {table.form.name}" if table.form else ""
+    )
+    if table.meaning is not None:
+        return [f"{guess}; {table.meaning.note(table.words)}"]
+    return [guess] if table.guessed else []

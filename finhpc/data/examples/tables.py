@@ -24,7 +24,7 @@ csv.field_size_limit(sys.maxsize)  # the default refuses a text of more than 131
 
 
 class Record(NamedTuple):
-    """Values by column, and where they stand."""
+    """Values by column, and the place of the record in its file."""
 
     values: dict[str, Any]
     where: str
@@ -32,7 +32,7 @@ class Record(NamedTuple):
 
 @dataclass
 class Reading:
-    """What one source gave: its columns, its records, what was left out, what was guessed about it.
+    """An open source: its columns and records, how many records were skipped and why, and notes on what was guessed.
 
     `format`: the format that the file itself proves, such as PhraseBank's lines.
     """
@@ -48,8 +48,8 @@ class Reading:
 def read_csv(path: Path, encoding: str | None) -> Reading:
     """Read a table with a header; the delimiter is the one that splits the header into the most names.
 
-    A column without a name (an index, or what spreadsheets write beside a table) and a row without a value are left
-    out, which is reported.
+    A column without a name (an index, or what spreadsheets write next to a table) and a row without a value are
+    skipped and reported.
     """
     text, used = read_text(path, encoding)
     first, _, rest = text.partition("\n")
@@ -117,16 +117,16 @@ def _check_header(path: Path, header: list[str]) -> None:
 
 
 def check_names(source: str, names: list[str]) -> None:
-    """Raise `ConfigError` for a column that stands twice, of which one would hide the other."""
+    """Raise `ConfigError` for a column that occurs twice, because one would hide the other."""
     if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise ConfigError(f"{source}: the column {twice[0]!r} stands twice; rename or remove one.")
+        raise ConfigError(f"{source}: the column {twice[0]!r} occurs twice; rename or remove one.")
 
 
 # Parquet
 
 
 def read_parquet(path: Path) -> Reading:
-    """Read a parquet file whole; numbered classes by the names that `datasets` stored in it."""
+    """Read a parquet file; numbered classes become the names that `datasets` stored in it."""
     try:
         with open_parquet(str(path)) as file:
             header, names = list(file.schema_arrow.names), _class_names(file.schema_arrow)
@@ -146,7 +146,7 @@ def read_parquet(path: Path) -> Reading:
 
 @contextmanager
 def open_parquet(path: str) -> Iterator[Any]:
-    """A parquet file, open; raises `DataError` for one that is damaged."""
+    """Open a parquet file. Raises `DataError` if it is damaged."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -154,14 +154,16 @@ def open_parquet(path: str) -> Iterator[Any]:
         with pq.ParquetFile(path, memory_map=True) as file:
             yield file
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path} is no whole parquet file ({first_line(error)}); fetch or write it again.") from None
+        raise DataError(
+            f"{path} is not a complete parquet file ({first_line(error)}); fetch or write it again."
+        ) from None
 
 
 NOT_UTF8 = object()  # the value of a parquet cell whose bytes are not the text that its column promises
 
 
 def column_values(column: Any) -> list[Any]:
-    """Values of a parquet column: text as str, null as None, `NOT_UTF8` for text that is not UTF-8."""
+    """Return the values of a parquet column: text as str, null as None, `NOT_UTF8` for text that is not UTF-8."""
     import pyarrow as pa
 
     if pa.types.is_dictionary(column.type):
@@ -182,7 +184,7 @@ def _decoded(value: bytes | None) -> Any:
 
 
 def _class_names(schema: Any) -> dict[str, list[str]]:
-    """Column -> names of its numbered classes, from the features that `datasets` stores with a table."""
+    """Return the names of numbered classes by column, from the features that `datasets` stores with a table."""
     stored = (schema.metadata or {}).get(b"huggingface")
     try:
         features = json.loads(stored)["info"]["features"] if stored else {}
@@ -196,7 +198,7 @@ def _class_names(schema: Any) -> dict[str, list[str]]:
 
 
 def _named(values: dict[str, Any], names: dict[str, list[str]]) -> dict[str, str]:
-    """The names of the numbered classes in a record; a number without a name stays as it is."""
+    """Return the names of the numbered classes in a record, except for numbers without a name."""
     return {
         column: known[values[column]]
         for column, known in names.items()
@@ -208,12 +210,13 @@ def _named(values: dict[str, Any], names: dict[str, list[str]]) -> dict[str, str
 
 
 def read_hub(source: str, split: str) -> Reading:
-    """A data set of the hub or a local folder; numbered classes by their names."""
+    """Read a data set of the hub or a local folder; numbered classes become their names."""
     import datasets
 
     name, _, configuration = source.removeprefix("hf:").partition(":")
     folder = Path(name).expanduser()
     name = str(folder) if folder.is_dir() else name
+    datasets.disable_progress_bars()
     try:
         if any((folder / file).is_file() for file in ("state.json", "dataset_dict.json")):  # of save_to_disk
             opened = datasets.load_from_disk(name)
@@ -237,6 +240,6 @@ def read_hub(source: str, split: str) -> Reading:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its kind."""
+    """Return the first line of an error's message, or its kind."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__

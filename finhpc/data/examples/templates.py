@@ -1,4 +1,4 @@
-"""Named prompt templates: a record's fields in, prompt and answer out. They are in templates.yaml."""
+"""Prompt templates, listed in templates.yaml: they turn the fields of a record into a prompt and an answer."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from finhpc.textfile import parse_yaml, read_text
 LABELS = "labels"  # {labels} in a prompt: all labels, a/b/c
 LABEL = "{label}"
 FIELD = re.compile(r"\{(\w+)\}")
-# A prompt that was written out by others: its input, if it is told apart, and the line that asks for the answer.
+# A prompt that a file contains in full: its input, if it is marked, and the line that asks for the answer.
 WRITTEN_INPUT = re.compile(r"\bInput:[ \t]*(.*?)\s*\n[^\n]{0,40}:\s*\Z", re.DOTALL)
 LAST_LINE = re.compile(r"\n[^\n]{1,40}:\s*\Z")
 
 
 class Rendered(NamedTuple):
-    """A prompt; `cut` is the part of it, as characters [start, stop), whose end is cut where it is too long."""
+    """A prompt. `cut`: its characters [start, stop) whose end may be cut; `key`: the input to split by."""
 
     prompt: str
     cut: tuple[int, int]
@@ -79,12 +79,12 @@ class Template(BaseModel):
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """Names of the fields that the prompt and the answer are made of."""
+        """Names of the fields in the prompt and the answer."""
         return tuple(dict.fromkeys(_names(self.prompt) + _names(self.answer)))
 
     @property
     def prompt_fields(self) -> tuple[str, ...]:
-        """Names of the fields that the prompt is made of."""
+        """Names of the fields in the prompt."""
         return tuple(_names(self.prompt))
 
     @property
@@ -102,7 +102,7 @@ class Template(BaseModel):
         return self.model_copy(update={"labels": labels})
 
     def render(self, fields: Mapping[str, str]) -> Rendered:
-        """The prompt of a record, with white space at its end left to the answer."""
+        """Return the prompt of a record; white space at its end belongs to the answer."""
         short = self.without_input is not None and not fields.get("input", "").strip()
         pattern = self.without_input if short and self.without_input else self.prompt
         fields = {**fields, LABELS: "/".join(self.labels)}
@@ -126,7 +126,7 @@ class Template(BaseModel):
         return Rendered(text, (start, min(stop, len(text))), key)
 
     def answer_of(self, fields: Mapping[str, str]) -> str:
-        """What the model learns to say, without white space around it."""
+        """Return the answer that the model learns, without white space around it."""
         return _fill(self.answer, fields).strip()
 
 
@@ -147,9 +147,9 @@ TEMPLATES: Registry[Template] = Registry("data.template", {}, _check_template)  
 
 
 def templates(file: str | None = None) -> dict[str, Template]:
-    """Return all templates by name: those of finhpc, of plugins, and of a YAML file of the user's.
+    """Return all templates by name: finhpc's, plugins', and those in a YAML file of the user's.
 
-    Raises `ConfigError` with everything that is wrong in the file.
+    Raises one `ConfigError` with everything that is wrong in the file.
     """
     if file is None:
         return _shipped() | dict(TEMPLATES)
@@ -162,7 +162,7 @@ def templates(file: str | None = None) -> dict[str, Template]:
     except yaml.YAMLError as error:
         raise ConfigError(f"data.templates={file} is not valid YAML: {error}; correct that line.") from None
     if not isinstance(tree, dict) or not tree:
-        raise ConfigError(f"data.templates={file} holds no template; write NAME: {{prompt: ..., answer: ...}}.")
+        raise ConfigError(f"data.templates={file} has no template; write NAME: {{prompt: ..., answer: ...}}.")
     found: dict[str, Template] = {}
     problems: list[str] = []
     for name, parts in tree.items():
@@ -176,7 +176,7 @@ def templates(file: str | None = None) -> dict[str, Template]:
 
 
 def _own(name: str, parts: Any) -> Template:
-    """A template of the user's, checked."""
+    """Return a template of the user's, checked."""
     if name in _shipped() or name in TEMPLATES:
         raise ConfigError("finhpc or a plugin has a template of that name; choose another.")
     if not isinstance(parts, dict):
@@ -204,7 +204,7 @@ def _problem(item: dict[str, Any]) -> str:
 
 
 def template(name: str, file: str | None = None) -> Template:
-    """Return a template by its name; raises `ConfigError` with the nearest name if there is none."""
+    """Return a template by its name. Raises `ConfigError` with the nearest name if there is none."""
     known = templates(file)
     if name not in known:
         raise ConfigError(f"data.template={name} is not a template; {nearest(name, list(known))}")
@@ -212,7 +212,7 @@ def template(name: str, file: str | None = None) -> Template:
 
 
 def listing(file: str | None = None) -> str:
-    """Return all templates in words: name, fields, labels and prompt of each."""
+    """Return a text with the name, fields, labels and prompt of each template."""
     lines: list[str] = []
     for name, entry in templates(file).items():
         labels = f"; labels: {', '.join(entry.labels) or 'those of the data'}" if entry.chooses else ""
@@ -222,7 +222,7 @@ def listing(file: str | None = None) -> str:
 
 
 def _names(pattern: Any) -> list[str]:
-    """Fields of a record in a pattern."""
+    """Return the fields of a record in a pattern."""
     return [name for name in FIELD.findall(pattern or "") if name != LABELS] if isinstance(pattern, str | None) else []
 
 

@@ -1,4 +1,4 @@
-"""Examples to token ids: the prompt as inference reads it, the answer after it, long inputs cut."""
+"""Examples -> token ids: the prompt as inference reads it, then the answer; long inputs are cut."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from typing import Any, NamedTuple
 
 from finhpc.data.examples.chat import Conversation, check_template, control_tokens, prompt_ids, rendered
 from finhpc.data.examples.instructions import Example
-from finhpc.data.examples.problems import each
+from finhpc.data.examples.values import each
 from finhpc.errors import ConfigError
 from finhpc.models.files.tokens import begin_ids, continuation_ids, encode
 
-BATCH = 1000  # texts the tokenizer is given at once
-COMPARED = 100  # conversations whose prompts are read again as inference reads them
+BATCH = 1000  # texts per call of the tokenizer
+COMPARED = 100  # conversations whose prompts are encoded again as inference does
 
 
 class Row(NamedTuple):
-    """Ids of an example and which of them are its answer's; `cut`: its input was."""
+    """Ids of an example and a mask of its answer; `cut`: its input was cut."""
 
     tokens: list[int]
     answer: list[bool]
     cut: bool = False
 
 
-class Tokenised(NamedTuple):
-    """`rows` of `examples`, None if `max_len` leaves no room for an answer and a token of its input.
+class Tokenized(NamedTuple):
+    """The `rows` of `examples`, None if `max_len` leaves no room for an answer and a token of its input.
 
-    `examples`: those given, conversations with several answers perhaps split. `notes`: what a person should know.
+    Conversations with several answers may be split into several examples. `notes` are for the user.
     """
 
     examples: list[Example]
@@ -35,17 +35,16 @@ class Tokenised(NamedTuple):
     notes: list[str]
 
 
-def tokenised(examples: list[Example], tokenizer: Any, max_len: int, may_cut: bool) -> Tokenised:
-    """Each example's tokens.
+def tokenized(examples: list[Example], tokenizer: Any, max_len: int, may_cut: bool) -> Tokenized:
+    """Return the tokens of each example.
 
-    A prompt and its answer: the prompt's ids as inference reads them, then the answer's as they follow these: those
-    of the whole text, unless they begin otherwise than the prompt's own. Special tokens in a text are plain text.
-    A conversation: the ids that `apply_chat_template` gives for the whole. `tokenizer`: one that `check_tokenizer`
-    lets pass. Raises `ConfigError` for conversations that the template does not take, and, unless `may_cut`, with
-    the examples that are too long.
+    For a prompt and its answer: the prompt's ids as inference reads them, then the answer's ids: those of the whole
+    text, unless these do not begin with the prompt's own. Special tokens in a text are plain text. For a conversation:
+    the ids that `apply_chat_template` gives. `tokenizer`: one that passes `check_tokenizer`. Raises `ConfigError` for
+    conversations that the template refuses and, unless `may_cut`, for examples that are too long.
     """
     examples, chats, notes = _rendered(examples, tokenizer)
-    found: list[Row | None] = []
+    results: list[Row | None] = []
     long: list[str] = []
     for first in range(0, len(examples), BATCH):
         part = slice(first, first + BATCH)
@@ -53,23 +52,23 @@ def tokenised(examples: list[Example], tokenizer: Any, max_len: int, may_cut: bo
             examples[part], chats[part], _rows(examples[part], chats[part], tokenizer), strict=True
         ):
             if len(row.tokens) <= max_len:
-                found.append(row)
+                results.append(row)
                 continue
             long.append(f"{example.where}: {len(row.tokens):,} tokens")
-            found.append(_shorter(example, chat, tokenizer, max_len))
+            results.append(_shorter(example, chat, tokenizer, max_len))
     if long and not may_cut:
         more = f" and {len(long) - 5:,} more" if len(long) > 5 else ""
         raise ConfigError(
             f"data.max_len={max_len} is less than {len(long):,} examples need ({'; '.join(long[:5])}{more}); "
             "raise it, or let the end of inputs be cut with --data.cut input."
         )
-    return Tokenised(examples, found, notes + _notes(chats, found, tokenizer))
+    return Tokenized(examples, results, notes + _notes(chats, results, tokenizer))
 
 
 def check_tokenizer(tokenizer: Any, examples: list[Example]) -> None:
     """Raise `ConfigError` for a slow tokenizer, or one without the end token or the template that examples need.
 
-    A padding token is not needed: packs are padded with positions that nothing looks at.
+    A padding token is not needed: packs are padded with positions that no token attends to.
     """
     if not tokenizer.is_fast:
         raise ConfigError("the tokenizer has no tokenizer.json (a slow tokenizer); convert it to a fast one.")
@@ -86,8 +85,8 @@ NO_END = (
 
 
 def _rendered(examples: list[Example], tokenizer: Any) -> tuple[list[Example], list[Conversation | None], list[str]]:
-    """The examples, a conversation's text for each that is one, and what there is to say about the template."""
-    found: list[Example] = []
+    """Return the examples, the rendered conversation of each that is one, and notes about the template."""
+    results: list[Example] = []
     chats: list[Conversation | None] = []
     control = control_tokens(tokenizer)
 
@@ -100,18 +99,20 @@ def _rendered(examples: list[Example], tokenizer: Any) -> tuple[list[Example], l
     for example, several in zip(examples, each(examples, written), strict=True):
         split += len(several) > 1
         if not several:
-            found.append(example)
+            results.append(example)
             chats.append(None)
         for chat in several:
-            found.append(replace(example, prompt=chat.text[: chat.answers[0][0]]))
+            results.append(replace(example, prompt=chat.text[: chat.answers[0][0]]))
             chats.append(chat)
-    said = "conversations were split into one example for each answer, because the chat template rewrites earlier turns"
-    return found, chats, [f"{split:,} {said}"] if split else []
+    texts = (
+        "conversations were split into one example for each answer, because the chat template rewrites earlier turns"
+    )
+    return results, chats, [f"{split:,} {texts}"] if split else []
 
 
 def _rows(examples: list[Example], chats: list[Conversation | None], tokenizer: Any) -> list[Row]:
-    """The tokens of each example, however many."""
-    found: dict[int, Row] = {}
+    """Return the tokens of each example, of any length."""
+    results: dict[int, Row] = {}
     if plain := [i for i, chat in enumerate(chats) if chat is None]:
         prompts = encode(tokenizer, [examples[i].prompt for i in plain], plain=True)
         wholes = encode(tokenizer, [examples[i].prompt + examples[i].answer for i in plain], plain=True)
@@ -121,14 +122,14 @@ def _rows(examples: list[Example], chats: list[Conversation | None], tokenizer: 
             answer = answer or continuation_ids(tokenizer, examples[i].prompt, examples[i].answer, plain=True)
             answer = answer + ([tokenizer.eos_token_id] if examples[i].end else [])
             prompt = begin + prompt
-            found[i] = Row(prompt + answer, [False] * len(prompt) + [True] * len(answer))
+            results[i] = Row(prompt + answer, [False] * len(prompt) + [True] * len(answer))
     talks = {i: chat for i, chat in enumerate(chats) if chat is not None}
     if talks:
         added = frozenset(tokenizer.added_tokens_decoder)
         encoded = _with_offsets([chat.text for chat in talks.values()], tokenizer)
         for (i, chat), ids, offsets in zip(talks.items(), encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            found[i] = _talk(chat, ids, offsets, tokenizer, added)
-    return [found[i] for i in range(len(examples))]
+            results[i] = _talk(chat, ids, offsets, tokenizer, added)
+    return [results[i] for i in range(len(examples))]
 
 
 def _with_offsets(texts: list[str], tokenizer: Any, plain: bool = False) -> Any:
@@ -140,9 +141,9 @@ def _with_offsets(texts: list[str], tokenizer: Any, plain: bool = False) -> Any:
 def _talk(
     chat: Conversation, ids: list[int], offsets: list[tuple[int, int]], tokenizer: Any, added: frozenset[int]
 ) -> Row:
-    """A conversation's row. An end token follows the last answer if the template does not end it with one."""
+    """Return a conversation's row; an end token follows the last answer unless the template ends it with one."""
     answer = _inside(chat.answers, offsets)
-    # A template's own marks are taken at their word.
+    # The marks of a template are followed exactly.
     if chat.marked or ids[_last(answer)] in added:
         return Row(list(ids), answer)
     if tokenizer.eos_token_id is None:
@@ -153,23 +154,23 @@ def _talk(
 
 
 def _inside(spans: tuple[tuple[int, int], ...], offsets: list[tuple[int, int]]) -> list[bool]:
-    """Which tokens hold a character of a span. One that a tokenizer puts in, without characters, counts as its next."""
-    found: list[bool] = []
+    """Return a mask of the tokens with a character of a span; a token without characters counts as its next one."""
+    results: list[bool] = []
     at = 0
     for begins, ends in offsets:
         while at < len(spans) and spans[at][1] <= begins:
             at += 1
-        found.append(at < len(spans) and spans[at][0] < max(ends, begins + 1))
-    return found
+        results.append(at < len(spans) and spans[at][0] < max(ends, begins + 1))
+    return results
 
 
 def _last(answer: list[bool]) -> int:
-    """The place of the last token that is learned."""
+    """Return the index of the last learned token."""
     return len(answer) - 1 - answer[::-1].index(True)
 
 
 def _shorter(example: Example, chat: Conversation | None, tokenizer: Any, max_len: int) -> Row | None:
-    """Later turns left out, then the end of the input cut, until the rest fits."""
+    """Drop later turns, then cut the end of the input, until the example fits; None if it cannot."""
     while chat is not None and len(chat.answers) > 1:
         answers = chat.answers[:-1]
         chat = chat._replace(text=chat.text[: answers[-1][1]], answers=answers)
@@ -185,7 +186,7 @@ def _shorter(example: Example, chat: Conversation | None, tokenizer: Any, max_le
     else:
         whole, text = chat, example.prompt
         start = text.rfind(example.input)
-        # If the user speaks after the first answer nothing before it may be cut.
+        # If the user writes after the first answer, nothing before it may be cut.
         start, stop = (start, start + len(example.input)) if start >= 0 else (len(text), len(text))
 
         def without(left: str) -> Row:
@@ -200,7 +201,7 @@ def _shorter(example: Example, chat: Conversation | None, tokenizer: Any, max_le
 def _cut(
     text: str, start: int, stop: int, without: Callable[[str], Row], plain: bool, tokenizer: Any, max_len: int
 ) -> Row | None:
-    """The row with as much of the beginning of text[start:stop] as fits; None if nothing of it does."""
+    """Return the row with as much of the beginning of text[start:stop] as fits, or None."""
     offsets = _with_offsets([text], tokenizer, plain)["offset_mapping"][0]
     inside = [begins for begins, ends in offsets if start <= begins < stop and ends <= stop]
     over = len(without(text[start:stop]).tokens) - max_len
@@ -214,7 +215,7 @@ def _cut(
 
 
 def _notes(chats: list[Conversation | None], rows: list[Row | None], tokenizer: Any) -> list[str]:
-    """What a person should know about a chat template: answers without an end, messages it does not write."""
+    """Return notes about a chat template: answers without an end, messages that it does not write."""
     talks = [(chat, row) for chat, row in zip(chats, rows, strict=True) if chat is not None and row is not None]
     if not talks:
         return []
@@ -227,7 +228,7 @@ def _notes(chats: list[Conversation | None], rows: list[Row | None], tokenizer: 
         ended += row.answer[-1] and not chat.text[: chat.answers[-1][1]].endswith(written)
     other = sum(_other_prompt(chat, row, tokenizer) for chat, row in talks[:COMPARED] if not row.cut)
     left_out = sorted({role for chat, _ in talks for role in chat.left_out})
-    said = {
+    texts = {
         f"conversations got {tokenizer.eos_token} after their last answer, since the chat template ends it with no "
         "token": ended,
         "conversations do not teach where to end: the chat template's {% generation %} leaves out the end of an "
@@ -238,9 +239,9 @@ def _notes(chats: list[Conversation | None], rows: list[Row | None], tokenizer: 
             bool(chat.left_out) for chat, _ in talks
         ),
     }
-    return [f"{number:,} {text}" for text, number in said.items() if number]
+    return [f"{number:,} {text}" for text, number in texts.items() if number]
 
 
 def _other_prompt(chat: Conversation, row: Row, tokenizer: Any) -> bool:
-    """Whether inference would read other ids before the first answer than were learned."""
+    """Return whether inference would read other ids before the first answer than were learned."""
     return prompt_ids(chat.text[: chat.answers[0][0]], tokenizer) != row.tokens[: row.answer.index(True)]

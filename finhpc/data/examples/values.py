@@ -1,19 +1,24 @@
-"""What the values of a record mean: text, a missing value, a label; everything else is refused with its place."""
+"""Values of a record: text, a missing value or a label. Anything else is refused with its place.
+
+`each` collects what is wrong in many records into one error.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterable
 from decimal import Decimal
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from finhpc.errors import ConfigError
 
+SHOWN = 5  # kinds of faults that one error names
 WHOLE = re.compile(r"([+-]?\d+)\.0*")
 KINDS = ((bool, "the boolean"), (int, "the number"), (float, "the number"), (list, "a list"), (dict, "an object"))
 
 
 class NotTextError(Exception):
-    """What a value holds in place of text, and the remedy."""
+    """A value is not text; `holds` says what it is instead."""
 
     def __init__(self, holds: str, remedy: str = "correct it") -> None:
         self.holds, self.remedy = holds, remedy
@@ -75,3 +80,39 @@ def shown(value: Any) -> str:
     return {"bytes": "bytes", "datetime": "a date", "date": "a date"}.get(
         type(value).__name__, f"a value of type {type(value).__name__}"
     )
+
+
+class Placed(Protocol):
+    """A record, or something made of one, with its place."""
+
+    @property
+    def where(self) -> str: ...
+
+
+P = TypeVar("P", bound=Placed)
+T = TypeVar("T")
+
+
+def each(items: Iterable[P], work: Callable[[P], T]) -> list[T]:
+    """Return `work` of every item. Raises one `ConfigError` with each kind of fault, its first place and its number."""
+    results: list[T] = []
+    faults: dict[str, list[str]] = {}
+    for item in items:
+        try:
+            results.append(work(item))
+        except ConfigError as error:
+            for problem in error.problems:
+                faults.setdefault(problem.removeprefix(f"{item.where}: "), []).append(item.where)
+    if faults:
+        raise ConfigError(_grouped(faults))
+    return results
+
+
+def _grouped(faults: dict[str, list[str]]) -> list[str]:
+    lines = []
+    for problem, places in list(faults.items())[:SHOWN]:
+        more = f" The same holds for {len(places) - 1:,} more." if len(places) > 1 else ""
+        lines.append(f"{places[0]}: {problem}{more}")
+    if others := [place for places in list(faults.values())[SHOWN:] for place in places]:
+        lines.append(f"{others[0]}: this and {len(others) - 1:,} more records cannot be used for other reasons.")
+    return lines

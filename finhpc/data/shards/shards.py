@@ -1,15 +1,15 @@
-"""Token shards on disk: fixed-length blocks in parquet files, and the manifest that makes them a whole.
+"""Token shards on disk: blocks of fixed length in parquet files, and the manifest that lists them.
 
-A prepared folder holds `manifest.json`, `tokenizer/`, `train-00000.parquet` ... and
-`val-00000.parquet` ... . A shard has one column, `tokens`: lists of `block_len` ids, 16-bit where
-the vocabulary allows. The manifest is written last: a folder without one is not prepared.
+A prepared folder holds `manifest.json`, `tokenizer/`, `train-00000.parquet` ... and `val-00000.parquet` ... . A shard
+has one column, `tokens`: lists of `block_len` ids, 16-bit if the vocabulary allows. The manifest is written last: a
+folder without one is not prepared.
 """
 
 from __future__ import annotations
 
 import hashlib
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -28,6 +28,7 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 Split = Literal["train", "val"]
 Tokens = npt.NDArray[Any]  # uint16 or uint32
+Ints = npt.NDArray[np.int64]
 
 
 class ShardFile(BaseModel):
@@ -49,7 +50,7 @@ class ShardFile(BaseModel):
 
 
 class SplitCounts(BaseModel):
-    """What went into a split: documents, their UTF-8 bytes, and the ids in its blocks (end-of-text included)."""
+    """The content of a split: documents, their UTF-8 bytes, and the ids in its blocks, including end-of-text."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -59,7 +60,7 @@ class SplitCounts(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What a prepared folder holds and where it came from."""
+    """The content of a prepared folder, and where it came from."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -81,41 +82,39 @@ class Manifest(BaseModel):
 
     @model_validator(mode="after")
     def _whole(self) -> Manifest:
-        """A list of shards that was changed by hand no longer gives the fingerprint that runs remember."""
+        """Refuse a list of shards that was changed by hand: it no longer has the fingerprint that runs recorded."""
         if missing := {"train", "val"} - set(self.splits):
             raise ValueError(f"no {' and no '.join(sorted(missing))} split")
         shards = [shard for split in self.splits.values() for shard in split]
         if self.fingerprint != dataset_fingerprint(shards, self.tokenizer_sha256, self.block_len):
-            raise ValueError("the fingerprint is not that of the files it lists")
+            raise ValueError("the fingerprint does not match the listed files")
         return self
 
 
 @dataclass(frozen=True)
 class Shards:
-    """A prepared folder, opened. Cheap to copy to another process: it holds the manifest, no tokens."""
+    """An open prepared folder. It is cheap to copy to another process, because it holds no tokens."""
 
     folder: Path
     manifest: Manifest
 
     @classmethod
     def open(cls, folder: str | Path) -> Shards:
-        """Open a folder written by `finhpc prepare`; every file must be there at its full size.
+        """Open a folder written by `finhpc prepare`; every file must exist at its full size.
 
-        What a shard holds is checked when it is read. Raises `ConfigError` where the folder is none
-        of ours or unfinished, `DataError` where a file is missing or cut, or the tokeniser another.
+        The content of a shard is checked when it is read. Raises `ConfigError` for another or an unfinished folder,
+        `DataError` if a file is missing or cut, or the tokenizer was changed.
         """
         folder = Path(folder).absolute()
         manifest = _read_manifest(folder)
         for shard in (shard for split in manifest.splits.values() for shard in split):
             path = folder / shard.file
             if not path.is_file():
-                raise DataError(
-                    f"{path} is missing, but the manifest lists it; run the same prepare into a new folder."
-                )
+                raise DataError(f"{path} is missing, but the manifest lists it; rerun the prepare into a new folder.")
             if path.stat().st_size != shard.bytes:
                 raise DataError(
                     f"{path} has {path.stat().st_size} bytes, the manifest says {shard.bytes}: it is damaged; "
-                    "restore it, or run the same prepare into a new folder."
+                    "restore it, or rerun the prepare into a new folder."
                 )
         shards = cls(folder, manifest)
         shards.check_tokenizer()
@@ -123,11 +122,11 @@ class Shards:
 
     @property
     def tokenizer(self) -> Path:
-        """The tokeniser's folder; `transformers.AutoTokenizer.from_pretrained` opens it."""
+        """The tokenizer's folder; `transformers.AutoTokenizer.from_pretrained` opens it."""
         return self.folder / TOKENIZER
 
     def verify(self) -> None:
-        """Read every byte and compare it with the manifest; raises `DataError` at the first difference."""
+        """Compare every byte with the manifest. Raises `DataError` at the first difference."""
         known = {shard.file: shard.sha256 for split in self.manifest.splits.values() for shard in split}
         known[f"{TOKENIZER}/tokenizer.json"] = self.manifest.tokenizer_sha256
         for name, expected in known.items():
@@ -146,45 +145,45 @@ class Shards:
             )
 
     def shard_samples(self, split: Split, seq_len: int) -> list[int]:
-        """Samples of `seq_len` tokens in each shard of a split, in file order."""
+        """Return the number of samples of `seq_len` tokens in each shard of a split, in file order."""
         self.check_seq_len(seq_len)
         per_block = self.manifest.block_len // seq_len
         return [shard.blocks * per_block for shard in self.manifest.splits[split]]
 
     def num_samples(self, split: Split, seq_len: int) -> int:
-        """Samples of `seq_len` tokens in a split."""
+        """Return the number of samples of `seq_len` tokens in a split."""
         return sum(self.shard_samples(split, seq_len))
 
     def check_tokenizer(self) -> None:
-        """Raise `DataError` unless the tokeniser in the folder is the one the ids were made with."""
+        """Raise `DataError` unless the tokenizer in the folder is the one that made the ids."""
         path = self.tokenizer / "tokenizer.json"
-        if (found := file_sha256(path)) != self.manifest.tokenizer_sha256:
+        if (sha256 := file_sha256(path)) != self.manifest.tokenizer_sha256:
             raise DataError(
-                f"{path} is not the tokeniser these shards were made with (sha256 {found[:12]}, the manifest says "
-                f"{self.manifest.tokenizer_sha256[:12]}); restore it, or run the same prepare into a new folder."
+                f"{path} is not the tokenizer these shards were made with (sha256 {sha256[:12]}, the manifest says "
+                f"{self.manifest.tokenizer_sha256[:12]}); restore it, or rerun the prepare into a new folder."
             )
 
     def ids_of_text(self) -> int:
-        """How many rows the ids of the text need in an embedding; a token that only pads needs none."""
+        """Return how many rows the ids of the text need in an embedding; a token that only pads needs none."""
         from finhpc.models.files.tokenizer import find_tokenizer
 
         tokenizer = find_tokenizer(self.tokenizer)
         return self.manifest.vocab_size if tokenizer is None else largest_id(tokenizer) + 1
 
     def check_same(self, fingerprint: str) -> None:
-        """Raise `DataError` unless the folder holds what it held when a run began (`manifest.fingerprint`)."""
+        """Raise `DataError` unless the folder has the content it had when a run began (`manifest.fingerprint`)."""
         if self.manifest.fingerprint != fingerprint:
             raise DataError(
-                f"data.shards={self.folder} was replaced while the run worked: it holds other data (fingerprint "
-                f"{self.manifest.fingerprint[:12]}) than the run began with ({fingerprint[:12]}); restore it and run "
-                "the same command again, or use another run.name."
+                f"data.shards={self.folder} was replaced during the run: it has other data (fingerprint "
+                f"{self.manifest.fingerprint[:12]}) than the run began with ({fingerprint[:12]}); restore it and "
+                "rerun the command, or use another run.name."
             )
 
     def read_shard(self, split: Split, index: int) -> Tokens:
-        """All blocks of a shard: (blocks, block_len), uint16 or uint32, read-only.
+        """Return all blocks of a shard: (blocks, block_len), uint16 or uint32, read-only.
 
-        Raises `DataError` where the file cannot be read, is not the parquet the manifest describes,
-        holds an id outside the vocabulary, or holds other blocks than those that were prepared.
+        Raises `DataError` if the file cannot be read, is not the parquet file that the manifest describes, has an id
+        outside the vocabulary, or has other blocks than those that were prepared.
         """
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -193,7 +192,7 @@ class Shards:
         path = self.folder / shard.file
         expected = pa.list_(pa.from_numpy_dtype(np.dtype(manifest.dtype)), manifest.block_len)
         try:
-            # Read whole, not mapped: a mapped file that is cut meanwhile ends the process.
+            # Read, not mapped: a mapped file that is cut meanwhile kills the process.
             content = path.read_bytes()
             table = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True).read(use_threads=False)
         except (OSError, pa.ArrowException) as error:
@@ -218,30 +217,32 @@ class Shards:
             )
         return blocks
 
-    def eval_samples(self, n: int, seq_len: int) -> npt.NDArray[np.int64]:
-        """At most `n` held-out samples, (<=n, seq_len) int64, spread evenly over the split; always the same."""
-        sizes = self.shard_samples("val", seq_len)
+    def spread(self, split: Split, seq_len: int, n: int | None = None) -> Iterator[tuple[Ints, Ints]]:
+        """Yield ids and tokens (samples, seq_len) of at most `n` samples (None: all) at even distances, by shard."""
+        sizes = self.shard_samples(split, seq_len)
         total = sum(sizes)
-        n = min(n, total)
+        n = total if n is None else min(n, total)
         chosen = np.arange(n, dtype=np.int64) * total // max(n, 1)
-        starts = np.concatenate([[0], np.cumsum(sizes)])
-        parts = []
-        for index, (start, stop) in enumerate(pairwise(starts)):
-            inside = chosen[(chosen >= start) & (chosen < stop)] - start
-            if len(inside):
-                parts.append(self.read_shard("val", index).reshape(-1, seq_len)[inside].astype(np.int64))
+        for index, (start, stop) in enumerate(pairwise(np.concatenate([[0], np.cumsum(sizes)]))):
+            ids = chosen[(chosen >= start) & (chosen < stop)]
+            if len(ids):
+                yield ids, self.read_shard(split, index).reshape(-1, seq_len)[ids - start].astype(np.int64)
+
+    def eval_samples(self, n: int, seq_len: int) -> Ints:
+        """Return at most `n` held-out samples, (<=n, seq_len), spread evenly over the split; always the same."""
+        parts = [tokens for _, tokens in self.spread("val", seq_len, n)]
         return np.concatenate(parts) if parts else np.empty((0, seq_len), np.int64)
 
 
 def encode_shard(blocks: Tokens) -> bytes:
-    """The parquet file of blocks (n, block_len); the same bytes for the same blocks."""
+    """Return the parquet file of blocks (n, block_len); the same bytes for the same blocks."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     flat = pa.array(np.ascontiguousarray(blocks).reshape(-1))
     table = pa.table({"tokens": pa.FixedSizeListArray.from_arrays(flat, blocks.shape[1])})
     sink = pa.BufferOutputStream()
-    # Parquet stores 16-bit integers in 32 bits; splitting the bytes lets zstd squeeze the zero half out.
+    # Parquet stores 16-bit integers in 32 bits; with the bytes split, zstd removes the zero half.
     # Page checksums let every read notice a flipped bit, at little cost.
     pq.write_table(
         table,
@@ -255,14 +256,14 @@ def encode_shard(blocks: Tokens) -> bytes:
 
 
 def dataset_fingerprint(shards: Sequence[ShardFile], tokenizer_sha256: str, block_len: int) -> str:
-    """One hash of everything a model trained on the folder depends on."""
+    """Return one hash of everything that a model trained on the folder depends on."""
     parts = [*(shard.sha256 for shard in shards), tokenizer_sha256, str(block_len)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _read_manifest(folder: Path) -> Manifest:
     if not folder.is_dir():
-        raise ConfigError(f"data.shards={folder} is no folder; give the folder written by `finhpc prepare`.")
+        raise ConfigError(f"data.shards={folder} is not a folder; give the folder written by `finhpc prepare`.")
     path = folder / MANIFEST
     if not path.is_file():
         if not any(folder.iterdir()):
@@ -283,7 +284,7 @@ def _read_manifest(folder: Path) -> Manifest:
 
 
 def _flat(column: Any) -> Tokens:
-    """The values of a fixed-size list column, without a copy where parquet gave one chunk."""
+    """Return the values of a fixed-size list column, without a copy if parquet returns one chunk."""
     chunks = [chunk.flatten().to_numpy(zero_copy_only=True) for chunk in column.chunks]
     if len(chunks) == 1:
         return chunks[0]  # type: ignore[no-any-return]

@@ -1,14 +1,12 @@
-"""A byte-level BPE in tiktoken's hands: the Hugging Face tokeniser's ids, several times as fast.
+"""A byte-level BPE run by tiktoken: the Hugging Face tokenizer's ids, several times as fast.
 
-`why_not` says whether tiktoken can stand in for a saved tokeniser. It can where the two must give
-the same ids for every text:
+`why_not` tells whether tiktoken can replace a saved tokenizer. It can if both must give the same ids for every text:
 
-- the tokeniser does nothing but cut text as GPT-2 does and merge bytes;
-- every entry of its vocabulary that merges make is what its own bytes merge to. tiktoken joins any two
-  neighbours whose bytes together are an entry, Hugging Face only the pair listed; then these are the same
-  pair: a neighbouring pair lies between borders that no earlier merge has crossed, so inside them
-  everything went as it does for the entry's bytes alone;
-- both regex engines agree on what is a letter, a number and a space.
+- the tokenizer only splits text as GPT-2 does and merges bytes;
+- every entry of its vocabulary that merges make is what its own bytes merge to. tiktoken joins any two neighbors
+  whose bytes together are an entry, Hugging Face only the listed pair. These are the same pair: the borders around
+  neighbors were crossed by no earlier merge, so inside them everything went as it does for the entry's bytes alone;
+- both regex engines agree on which characters are letters, numbers and spaces.
 """
 
 from __future__ import annotations
@@ -20,18 +18,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-# How GPT-2 cuts text. Its first release says the same with `+`, `\s+(?!\S)|\s+` at the end; this is tiktoken's way
-# to say it, without backtracking: a long run of letters, or of spaces at the end, is no trouble.
+# How GPT-2 splits text. Its first release wrote this with `+` and ended in `\s+(?!\S)|\s+`; this is tiktoken's way,
+# without backtracking, for which long runs of letters or spaces are no problem.
 GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 CLASSES = (r"\p{L}", r"\p{N}", r"\s")
-# Versions of (tokenizers, tiktoken) whose classes were compared over all code points; a test compares
-# them again. Others are compared when a tokeniser is first opened, which takes three seconds.
+# Versions of (tokenizers, tiktoken) whose classes were compared over all code points; a test compares them again.
+# Others are compared when a tokenizer is first opened, which takes three seconds.
 COMPARED = {("0.23.3", "0.14.0")}
 # tiktoken's regex engine gives up on a run of about a million spaces; texts with a tenth of it go another way.
 LONG_RUN = 100_000
 _SPACES = re.compile(rf"\s{{{LONG_RUN}}}")
 
-# What `tokenizer.json` may say, beside vocabulary and merges, of a model that only merges bytes.
+# The values in `tokenizer.json`, besides vocabulary and merges, of a model that only merges bytes.
 _PLAIN_MODEL: dict[str, tuple[Any, ...]] = {
     "type": ("BPE",),
     "dropout": (None, 0.0),
@@ -40,53 +38,53 @@ _PLAIN_MODEL: dict[str, tuple[Any, ...]] = {
     "byte_fallback": (False,),
     "ignore_merges": (False,),
 }
-_ANY_VALUE = ("vocab", "merges", "unk_token", "fuse_unk")  # nothing is unknown where every byte is an entry
+_ANY_VALUE = ("vocab", "merges", "unk_token", "fuse_unk")  # nothing is unknown if every byte is an entry
 _PLAIN_SPLIT = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 
 
 class MergedBytes:
-    """Text to ranks: 0 to 255 are the bytes, then the results of the merges in their order. `ids[rank]` is the id."""
+    """Text -> ranks: 0 to 255 are the bytes, then the results of the merges in their order. `ids[rank]` is the id."""
 
     def __init__(self, tree: dict[str, Any]) -> None:
-        """`tree` is the content of a `tokenizer.json` that `why_not` has nothing against."""
+        """`tree`: the content of a `tokenizer.json` that passes `why_not`."""
         from tiktoken import Encoding
 
         vocab, byte_of = tree["model"]["vocab"], _byte_of_character()
         names = [*byte_of, *map("".join, _merges(tree))]
         ranks = {bytes(map(byte_of.__getitem__, name)): rank for rank, name in enumerate(names)}
-        # No special tokens: a text that names one is plain text.
+        # No special tokens: in a text they are plain text.
         encoding = Encoding("saved", pat_str=GPT2_SPLIT, mergeable_ranks=ranks, special_tokens={})
         self.ids: npt.NDArray[np.int64] = np.array([vocab[name] for name in names], np.int64)
         self._encode = encoding.encode_ordinary
 
     def ranks(self, text: str) -> list[int] | None:
-        """The ranks of a text, or None for one that tiktoken's regex engine cannot run."""
+        """Return the ranks of a text, or None if tiktoken's regex engine cannot process it."""
         if has_long_run(text):
             return None
         try:
             return self._encode(text)
-        except BaseException as error:  # a panic of the engine is no Exception
+        except BaseException as error:  # a panic of the engine is not an Exception
             if type(error).__name__ != "PanicException":
                 raise
             return None
 
 
 def why_not(tree: dict[str, Any], tokenizer: Any) -> str | None:
-    """Why tiktoken might not give a tokeniser's ids, or None where it does for every text.
+    """Return why tiktoken might not give a tokenizer's ids, or None if it does for every text.
 
-    `tree` is the content of its `tokenizer.json`, `tokenizer` the same, opened.
+    `tree`: the content of its `tokenizer.json`; `tokenizer`: the same, opened.
     """
     return _not_plain(tree) or _not_merged(tree, tokenizer) or _classes_differ()
 
 
 def has_long_run(text: str) -> bool:
-    """Whether a text holds a run of `LONG_RUN` spaces, or newlines and the like."""
+    """Return whether a text has a run of `LONG_RUN` spaces, newlines and the like."""
     # Such a run covers one of every LONG_RUN characters: most texts need no search.
     return any(map(str.isspace, text[LONG_RUN - 1 :: LONG_RUN])) and _SPACES.search(text) is not None
 
 
 def unlike_code_points() -> list[int]:
-    """Code points that the regex engines of tokenizers and tiktoken put into different classes."""
+    """Return code points that the regex engines of tokenizers and tiktoken put into different classes."""
     from tiktoken import Encoding
     from tokenizers import Regex, normalizers
 
@@ -103,7 +101,7 @@ def unlike_code_points() -> list[int]:
 
 
 def _not_plain(tree: dict[str, Any]) -> str | None:
-    """What the tokeniser does beside cutting as GPT-2 and merging bytes."""
+    """Return what the tokenizer does besides splitting as GPT-2 does and merging bytes."""
     model, split = tree["model"], tree.get("pre_tokenizer") or {}
     for name, value in model.items():
         if name not in _ANY_VALUE and value not in _PLAIN_MODEL.get(name, (None,)):
@@ -112,7 +110,7 @@ def _not_plain(tree: dict[str, Any]) -> str | None:
         return f"it normalizes text ({tree['normalizer'].get('type')})"
     for name, value in _PLAIN_SPLIT.items():
         if split.get(name, True if name == "use_regex" else None) != value:
-            return f"it does not cut text as GPT-2 does (pre_tokenizer {name}={split.get(name)!r})"
+            return f"it does not split text as GPT-2 does (pre_tokenizer {name}={split.get(name)!r})"
     ordinary = [token["content"] for token in tree.get("added_tokens", []) if not token.get("special")]
     if ordinary:
         return f"it finds added tokens in text ({ordinary[0]!r})"
@@ -120,7 +118,7 @@ def _not_plain(tree: dict[str, Any]) -> str | None:
 
 
 def _not_merged(tree: dict[str, Any], tokenizer: Any) -> str | None:
-    """Which entry of the vocabulary is not what its own bytes merge to."""
+    """Return which entry of the vocabulary is not what its own bytes merge to."""
     from tokenizers import Tokenizer
 
     vocab, made = tree["model"]["vocab"], set(_byte_of_character())
@@ -152,7 +150,7 @@ def _classes_differ() -> str | None:
 
 
 def _merges(tree: dict[str, Any]) -> list[tuple[str, str]]:
-    """Pairs, from either way of writing them."""
+    """Return the pairs, from either way of writing them."""
     pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in tree["model"]["merges"])
     return [(left, right) for left, right in pairs]
 

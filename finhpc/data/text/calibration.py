@@ -1,4 +1,4 @@
-"""A few blocks of text to look at what goes into each layer: for whitening, not for training."""
+"""A few blocks of text that show what goes into each layer, for whitening."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import torch
 from torch import Tensor
 
 from finhpc.data.text import sources
+from finhpc.data.text.formats import Faults
 from finhpc.data.text.tokenizer import Encoder
-from finhpc.data.text.unit import Faults
 from finhpc.errors import ConfigError
 from finhpc.settings.decompose import Calibration
 from finhpc.settings.prepare import PrepareConfig
 
-SPREAD = 8  # times as many tokens are read as are taken, so that they come from more documents
+SPREAD = 8  # times as many tokens are read as are used, so that they come from more documents
 
 
 def calibration_blocks(config: Calibration, tokenizer: Path) -> Tensor:
-    """Token ids, int64 (samples, seq_len): blocks at even distances in the text, documents in a row.
+    """Return token ids, int64 (samples, seq_len): blocks at even distances in the text.
 
-    `tokenizer`: folder of the model's tokeniser. Raises `ConfigError` where the text holds fewer
-    tokens than samples x seq_len, or cannot be read as `finhpc prepare` reads it.
+    `tokenizer`: folder of the model's tokenizer. Raises `ConfigError` if the text has fewer tokens than samples x
+    seq_len, or cannot be read as `finhpc prepare` reads it.
     """
     if not config.source:
         raise ConfigError("calibration.source is not set; whitening needs text: give --calibration.source.")

@@ -1,7 +1,7 @@
-"""The `docs` source: English documentation of the Python packages installed beside finhpc.
+"""The `docs` source: English documentation of the Python packages installed next to finhpc.
 
-One document a module (its docstrings, in order), one a shipped .rst or .md file, one a package
-description. Needs no download, and is the same for one set of versions.
+A document is the docstrings of one module, in order, a shipped .rst or .md file, or a package description. The source
+needs no download and is the same for the same versions.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
-from finhpc.data.text.unit import Faults, Unit
+from finhpc.data.text.formats import Faults, Unit
 from finhpc.errors import ConfigError, DataError
 from finhpc.settings.prepare import PrepareConfig
 
-# Packages finhpc depends on, themselves or through others, whose docstrings are mostly prose.
+# Direct and indirect dependencies of finhpc whose docstrings are mostly prose.
 DISTRIBUTIONS = (
     "datasets", "huggingface-hub", "matplotlib", "networkx", "numpy", "pandas", "pydantic", "scikit-learn",
     "scipy", "sqlalchemy",
 )  # fmt: skip
-# Parts of a path that mark tests, code of other projects, generated code and what is no documentation.
+# Parts of a path that mark tests, code of other projects, generated code and other files without documentation.
 SKIPPED = ("test", "vendor", "thirdparty", "third_party", "extern", "generated", "licen", "changelog", "_pb2")
-UNIT_BYTES = 2 << 20  # source code parses slowly: small units share the work evenly
-MIN_CHARS = 80  # a docstring below says little ("Return the name.")
+UNIT_BYTES = 2 << 20  # source code parses slowly; small units divide the work evenly
+MIN_CHARS = 80  # a shorter docstring says little ("Return the name.")
 MIN_DOCUMENT = 200
 
 
 def docs_units() -> tuple[list[Unit], dict[str, Any]]:
-    """Groups of files of the distributions that are installed, and which those are.
+    """Return groups of files of the installed distributions, and a description of these.
 
-    Raises `ConfigError` where none is installed.
+    Raises `ConfigError` if none is installed.
     """
     found: list[Unit] = []
     versions: dict[str, str] = {}
@@ -54,7 +54,7 @@ def docs_units() -> tuple[list[Unit], dict[str, Any]]:
 
 
 def read_docs(unit: Unit, config: PrepareConfig, faults: Faults) -> Iterator[str]:
-    """The documentation in each file of a unit; a file with too little of it gives no document."""
+    """Yield the documentation in each file of a unit; a file with too little of it is skipped."""
     for path in map(Path, unit.paths):
         try:
             content = path.read_text(encoding="utf-8-sig")
@@ -73,7 +73,7 @@ def read_docs(unit: Unit, config: PrepareConfig, faults: Faults) -> Iterator[str
 
 
 def _files(package: Distribution) -> list[Path]:
-    """Python, .rst and .md files and METADATA of a distribution, sorted by their path inside it."""
+    """Return Python, .rst and .md files and METADATA of a distribution, sorted by their path inside it."""
     chosen = []
     for file in package.files or []:
         named = file.suffix in (".py", ".rst", ".md") or file.name == "METADATA"
@@ -110,7 +110,7 @@ def _docstrings(source: str) -> Iterator[str]:
 
 
 def _raw_docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
-    """Docstrings of a module or class and what it defines; not of functions inside functions."""
+    """Yield docstrings of a module or class and what it defines, but not of functions inside functions."""
     if (text := ast.get_docstring(node, clean=False)) is not None:
         yield text
     if isinstance(node, (ast.Module, ast.ClassDef)):
@@ -120,7 +120,7 @@ def _raw_docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.Asyn
 
 
 def _is_english(text: str) -> bool:
-    """Mostly ASCII, and mostly letters: not a table, not another script."""
+    """Return whether a text is mostly ASCII and mostly letters: not a table, not another script."""
     ascii_share = len(text.encode("ascii", "ignore")) / len(text)
     letters = sum(map(str.isalpha, text)) + text.count(" ")
     return ascii_share > 0.97 and letters / len(text) > 0.7

@@ -1,7 +1,7 @@
-"""One unit of text to one file of ids: what a parallel task of `prepare` does (no Ray in here).
+"""One unit of text -> one file of ids: the work of one parallel task of `prepare`, without Ray.
 
-A unit's file (Arrow's, so that it is packed without being decoded) has a row a document: `tokens`
-(its ids and end-of-text), `digest` (128 bits of blake2b over its UTF-8 bytes) and `bytes`.
+A unit's file has a row per document: `tokens` (its ids and end-of-text), `digest` (128 bits of blake2b over its UTF-8
+bytes) and `bytes`. It is an Arrow file, so that it is packed without decoding.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import numpy as np
 import numpy.typing as npt
 
 from finhpc.data.text import sources, tokenizer
+from finhpc.data.text.formats import Faults, Unit
 from finhpc.data.text.tokenizer import Encoder
-from finhpc.data.text.unit import Faults, Unit
 from finhpc.files import partial_file
 from finhpc.settings.prepare import PrepareConfig
 
-BATCH_BYTES = 1 << 20  # text encoded at a time: bounds a task's memory, whatever the unit's size
+BATCH_BYTES = 1 << 20  # text encoded at a time, which bounds a task's memory
 DIGEST_BYTES = 16
-CHECKED_CHARS = 20_000  # of a unit's first document, encoded by the Hugging Face tokeniser as well
+CHECKED_CHARS = 20_000  # of a unit's first document, which the Hugging Face tokenizer encodes as well
 DROPPED = "finhpc.dropped"
 
 
@@ -35,10 +35,10 @@ def unit_file(work: Path, index: int) -> Path:
 
 
 def encode_unit(unit: Unit, config: PrepareConfig, folder: Path, target: Path, tiktoken: bool | None = None) -> None:
-    """Write a unit's documents as ids to `target`, whole or not at all; what was dropped stands in its last batch.
+    """Write the ids of a unit's documents to `target`, complete or not at all; its last batch counts dropped ones.
 
-    `folder` holds the tokeniser, `tiktoken` says whether that can do its work, if it is known. Raises
-    `DataError` as reading does, and where tiktoken's ids are not the tokeniser's.
+    `folder` holds the tokenizer; `tiktoken`: whether tiktoken can do its work, None if unknown. Raises `DataError` as
+    reading does, and if tiktoken's ids differ from the tokenizer's.
     """
     import pyarrow as pa
 
@@ -56,7 +56,7 @@ def encode_unit(unit: Unit, config: PrepareConfig, folder: Path, target: Path, t
 
 
 def unit_batches(path: Path) -> Iterator[Any]:
-    """The record batches of a unit's file, mapped from disk, not read."""
+    """Yield the record batches of a unit's file, mapped from disk."""
     import pyarrow as pa
 
     with pa.memory_map(str(path)) as file:
@@ -66,7 +66,7 @@ def unit_batches(path: Path) -> Iterator[Any]:
 
 
 def unit_dropped(path: Path) -> dict[str, int]:
-    """How many documents a unit's file left out, by reason."""
+    """Return how many documents of a unit were dropped, by reason."""
     import pyarrow as pa
 
     with pa.memory_map(str(path)) as file:
@@ -77,7 +77,6 @@ def unit_dropped(path: Path) -> dict[str, int]:
 
 
 def _rows(texts: list[str], encoder: Encoder, schema: Any) -> Any:
-    """Documents as a record batch."""
     import pyarrow as pa
 
     raw = [text.encode() for text in texts]
@@ -93,18 +92,18 @@ def _rows(texts: list[str], encoder: Encoder, schema: Any) -> Any:
 
 
 def digest(text: bytes) -> bytes:
-    """What makes two documents the same, and decides which are held out."""
+    """Return the digest by which documents are the same, and by which some are held out."""
     return blake2b(text, digest_size=DIGEST_BYTES).digest()
 
 
 def held_out(digests: npt.NDArray[np.uint64], fraction: float) -> npt.NDArray[np.bool_]:
-    """Which documents are held out, by their digests (n, 2)."""
+    """Return a mask of the documents that are held out, by their digests (n, 2)."""
     mask: npt.NDArray[np.bool_] = digests[:, 0] < np.uint64(fraction * 2**64)
     return mask
 
 
 def training_sample(units: list[Unit], config: PrepareConfig) -> Iterator[str]:
-    """Text for training a tokeniser: the beginning of every unit, evenly, without held-out documents."""
+    """Yield text to train a tokenizer: the beginning of every unit, evenly, without held-out documents."""
     total = tokenizer.TRAINING_BYTES * (tokenizer.trained_size(config.tokenizer) or 0)
     quota = total // max(1, len(units))
     for unit in units:
@@ -127,7 +126,7 @@ def work_schema(dtype: np.dtype[Any]) -> Any:
 
 
 def _batches(texts: Iterator[str], dropped: Counter[str]) -> Iterator[list[str]]:
-    """Texts in groups of about `BATCH_BYTES`; those with nothing but spaces are dropped and counted."""
+    """Yield texts in groups of about `BATCH_BYTES`; texts without a visible character are dropped and counted."""
     group: list[str] = []
     size = 0
     for text in texts:
@@ -145,5 +144,5 @@ def _batches(texts: Iterator[str], dropped: Counter[str]) -> Iterator[list[str]]
 
 @lru_cache(maxsize=1)
 def _encoder(folder: Path, changed_ns: int, tiktoken: bool | None) -> Encoder:
-    """Opened once a process; `changed_ns` tells a folder's tokeniser from an earlier one in its place."""
+    """Open an encoder once per process; `changed_ns` tells a tokenizer from an earlier one in the same folder."""
     return Encoder(folder, tiktoken)

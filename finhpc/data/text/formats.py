@@ -1,7 +1,7 @@
-"""Readers of the file formats: a unit in, the texts of its documents out, one at a time.
+"""File formats of text: how files are divided into units of work, and how the texts of a unit are read.
 
-Each cutter (`jsonl_units` ...) divides files into units; each reader yields texts in file order and
-names file and line (or row) of what it cannot read.
+`jsonl_units` and its like divide files; the readers yield texts one at a time, in file order, and name file and line
+(or row) of what they cannot read.
 """
 
 from __future__ import annotations
@@ -9,29 +9,62 @@ from __future__ import annotations
 import io
 import lzma
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from finhpc.data.examples.tables import NOT_UTF8, column_values, first_line, open_parquet
 from finhpc.data.examples.values import NotTextError, is_missing, plain_text, shown
-from finhpc.data.text.unit import UNIT_BYTES, Faults, Unit
 from finhpc.errors import ConfigError, DataError
 from finhpc.settings.prepare import PrepareConfig
 from finhpc.textfile import UnreadableText, decode, parse_json
 
+UNIT_BYTES = 4 << 20  # input per unit, about a second of work, so that small sources are divided evenly as well
+FILES_PER_UNIT = 2000
 COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 ARCHIVES = (".tar", ".tar.xz", ".xz")
-FILES_A_UNIT = 2000
+Kind = Literal["jsonl", "parquet", "text", "archive", "hf", "docs"]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The piece of a source that one task reads. `start` and `stop` count bytes or, of parquet, row groups."""
+
+    kind: Kind
+    paths: tuple[str, ...]
+    start: int = 0
+    stop: int = 0
+    name: str = ""  # an archive's member; a hub data set's configuration
+    size: int = 0  # bytes of input, for progress; 0: unknown
+
+    def __str__(self) -> str:
+        return f"{self.paths[0]}{f' ({self.name})' if self.name else ''}"
+
+
+class Faults:
+    """Raises an error at a broken record (`strict`), or counts it (`skip`)."""
+
+    def __init__(self, on_error: str) -> None:
+        self.strict = on_error == "strict"
+        self.broken = 0
+
+    def record(self, where: Callable[[int], str], number: int, problem: str, remedy: str) -> None:
+        """Handle a record that cannot be used; `where` returns the place of a record by its number."""
+        if self.strict:
+            raise DataError(
+                f"{where(number)}: {problem}; {remedy}, or count and skip such records with --on_error skip."
+            )
+        self.broken += 1
 
 
 # JSON lines
 
 
 def jsonl_units(path: Path) -> Iterator[Unit]:
-    """Byte ranges of a plain file; a compressed one is a single unit, it can only be read from its start."""
+    """Yield byte ranges of a plain file; a compressed file is one unit, because it can only be read from its start."""
     size = path.stat().st_size
     if path.suffix.lower() in COMPRESSION:
         yield Unit("jsonl", (str(path),), 0, size, size=size)
@@ -43,20 +76,19 @@ def jsonl_units(path: Path) -> Iterator[Unit]:
 
 
 def read_jsonl(unit: Unit, config: PrepareConfig, faults: Faults) -> Iterator[str]:
-    """The lines that begin in [start, stop)."""
+    """Yield the texts of the lines that begin in [start, stop)."""
 
     def where(number: int) -> str:
         return f"{unit.paths[0]} line {_lines_before(unit) + number}"
 
-    # Splitting a line again finds those of a file whose lines end in \r alone, which JSON has nowhere else.
+    # Splitting again finds the lines of a file that ends them with \r alone, which JSON has nowhere else.
     for number, line in enumerate((part for read in _lines(unit) for part in read.splitlines()), 1):
         if not line or line.isspace():
             continue
-        found = _text_of(line, config.text_field)
-        if isinstance(found, str):
-            yield found
-        else:
-            faults.record(where, number, *found)
+        try:
+            yield _text_of(line, config.text_field)
+        except NotTextError as error:
+            faults.record(where, number, error.holds, error.remedy)
 
 
 def _lines(unit: Unit) -> Iterator[bytes]:
@@ -75,7 +107,7 @@ def _lines(unit: Unit) -> Iterator[bytes]:
 
 
 def _first_line(file: IO[bytes], start: int) -> int:
-    """Go to the first line that begins at `start` or after it, and return where that is."""
+    """Seek to the first line that begins at `start` or after it, and return its position."""
     if start == 0:
         return 0
     file.seek(start - 1)
@@ -83,7 +115,7 @@ def _first_line(file: IO[bytes], start: int) -> int:
 
 
 def _lines_before(unit: Unit) -> int:
-    """Lines of the file before the unit's first; read only when an error is shown."""
+    """Count the lines of the file before the unit's first, for an error."""
     if unit.start == 0:
         return 0
     with open(unit.paths[0], "rb") as file:
@@ -95,36 +127,39 @@ def _lines_before(unit: Unit) -> int:
     return lines
 
 
-def _text_of(line: bytes, field: str) -> str | tuple[str, str]:
-    """The text of a JSON line, or what is wrong with it and the remedy."""
+def _text_of(line: bytes, field: str) -> str:
+    """Return the text of a JSON line. Raises `NotTextError`."""
     try:
         record = parse_json(line.decode())
     except UnicodeDecodeError as error:
-        return f"not UTF-8 (byte {error.start + 1} of the line)", "convert the file to UTF-8"
+        raise NotTextError(f"not UTF-8 (byte {error.start + 1} of the line)", "convert the file to UTF-8") from None
     except (ValueError, RecursionError) as error:
-        return f"broken JSON ({error})", "correct the line"
+        raise NotTextError(f"broken JSON ({error})", "correct the line") from None
     if not isinstance(record, dict):
-        return f"a JSON {type(record).__name__}, not an object", f'write {{"{field}": "..."}}'
+        raise NotTextError(f"a JSON {type(record).__name__}, not an object", f'write {{"{field}": "..."}}')
     if field not in record:
         texts = [name for name, value in record.items() if isinstance(value, str)]
-        return f'no field "{field}"', f"use --text_field with one of: {', '.join(texts) or '(no field holds text)'}"
+        names = ", ".join(texts) or "(no field holds text)"
+        raise NotTextError(f'no field "{field}"', f"use --text_field with one of: {names}")
     return _checked(record[field], field)
 
 
-def _checked(value: Any, field: str) -> str | tuple[str, str]:
+def _checked(value: Any, field: str) -> str:
+    if value is NOT_UTF8:
+        raise NotTextError("not UTF-8", "convert it")
     if is_missing(value):
-        return f'field "{field}" holds {shown(value)}, not text', "correct it"
+        raise NotTextError(f'field "{field}" holds {shown(value)}, not text', "correct it")
     try:
         return plain_text(value)
     except NotTextError as error:
-        return f'field "{field}" holds {error.holds}', error.remedy
+        raise NotTextError(f'field "{field}" holds {error.holds}', error.remedy) from None
 
 
 # Parquet
 
 
 def parquet_units(path: Path, config: PrepareConfig) -> Iterator[Unit]:
-    """Runs of row groups."""
+    """Yield runs of row groups."""
     with open_parquet(str(path)) as file:
         _check_column(path, file.schema_arrow, config.text_field)
         first, size = 0, 0
@@ -147,11 +182,10 @@ def read_parquet(unit: Unit, config: PrepareConfig, faults: Faults) -> Iterator[
         for batch in file.iter_batches(batch_size=512, row_groups=groups, columns=[field], use_threads=False):
             for value in column_values(batch.column(0)):
                 row += 1
-                found = ("not UTF-8", "convert it") if value is NOT_UTF8 else _checked(value, field)
-                if isinstance(found, str):
-                    yield found
-                else:
-                    faults.record(where, row, *found)
+                try:
+                    yield _checked(value, field)
+                except NotTextError as error:
+                    faults.record(where, row, error.holds, error.remedy)
 
 
 def _check_column(path: Path, schema: Any, field: str) -> None:
@@ -173,13 +207,13 @@ def _check_column(path: Path, schema: Any, field: str) -> None:
 
 
 def text_units(paths: list[Path]) -> Iterator[Unit]:
-    """Groups of files."""
+    """Yield groups of files."""
     group: list[str] = []
     size = 0
     for path in paths:
         group.append(str(path))
         size += path.stat().st_size
-        if size >= UNIT_BYTES or len(group) == FILES_A_UNIT:
+        if size >= UNIT_BYTES or len(group) == FILES_PER_UNIT:
             yield Unit("text", tuple(group), size=size)
             group, size = [], 0
     if group:
@@ -202,7 +236,7 @@ def _document(content: bytes, where: str, faults: Faults) -> Iterator[str]:
 
 
 def archive_units(path: Path) -> Iterator[Unit]:
-    """One unit for each archive inside a plain tar; else the whole file, which can only be read from its start."""
+    """Yield a unit per archive inside a plain tar, or the whole file, because it can only be read from its start."""
     whole = Unit("archive", (str(path),), 0, path.stat().st_size, name=path.name.lower(), size=path.stat().st_size)
     if path.suffix.lower() != ".tar":
         yield whole
@@ -225,7 +259,7 @@ def read_archive(unit: Unit, config: PrepareConfig, faults: Faults) -> Iterator[
 
 
 def _texts_in(file: IO[bytes], name: str, where: str, faults: Faults) -> Iterator[str]:
-    """The .txt members of a tar, and of the tars in it, in their order."""
+    """Yield the .txt members of a tar, and of the tars in it, in their order."""
     with lzma.open(file) if name.endswith(".xz") else nullcontext(file) as stream:
         with tarfile.open(fileobj=stream, mode="r|") as tar:
             for member in tar:
@@ -236,12 +270,12 @@ def _texts_in(file: IO[bytes], name: str, where: str, faults: Faults) -> Iterato
                     yield from _document(content.read(), f"{where} {member.name}", faults)
                 elif member.name.endswith(ARCHIVES):
                     yield from _texts_in(content, member.name, f"{where} {member.name}", faults)
-        while stream.read(1 << 20):  # to the end: an archive cut behind its last document is damaged, too
+        while stream.read(1 << 20):  # to the end: an archive cut after its last document is damaged as well
             pass
 
 
 class _Part(io.RawIOBase):
-    """Bytes [start, stop) of a file, read forwards."""
+    """Bytes [start, stop) of a file, to be read once."""
 
     def __init__(self, file: IO[bytes], start: int, stop: int) -> None:
         file.seek(start)
@@ -259,7 +293,7 @@ class _Part(io.RawIOBase):
 
 @contextmanager
 def _whole(where: str) -> Iterator[None]:
-    """A compressed file that is cut or damaged: said in our words."""
+    """Report a compressed file that is cut or damaged as a `DataError`."""
     try:
         yield
     except (OSError, EOFError, lzma.LZMAError, tarfile.TarError) as error:
@@ -270,7 +304,7 @@ def _whole(where: str) -> Iterator[None]:
 
 
 def hf_units(spec: str, config: PrepareConfig) -> Iterator[Unit]:
-    """One unit for each of the data set's own shards; `spec` is NAME or NAME:CONFIGURATION."""
+    """Yield a unit per shard of a hub data set; `spec` is NAME or NAME:CONFIGURATION."""
     name, _, configuration = spec.partition(":")
     dataset = _stream(name, configuration, config)
     if dataset.column_names and config.text_field not in dataset.column_names:
@@ -288,11 +322,10 @@ def read_hf(unit: Unit, config: PrepareConfig, faults: Faults) -> Iterator[str]:
 
     dataset = _stream(unit.paths[0], unit.name, config).shard(unit.stop, unit.start)
     for row, record in enumerate(dataset, 1):
-        found = _checked(record.get(config.text_field), config.text_field)
-        if isinstance(found, str):
-            yield found
-        else:
-            faults.record(where, row, *found)
+        try:
+            yield _checked(record.get(config.text_field), config.text_field)
+        except NotTextError as error:
+            faults.record(where, row, error.holds, error.remedy)
 
 
 def _stream(name: str, configuration: str, config: PrepareConfig) -> Any:

@@ -1,4 +1,4 @@
-"""Unit files to shards: duplicates out, documents to their split, ids into blocks (no Ray in here)."""
+"""Unit files -> shards, without Ray: remove duplicates, divide documents into splits, fill blocks with ids."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from finhpc.settings.prepare import PrepareConfig
 
 @dataclass
 class Packed:
-    """What packing made: the shards of each split, its counts, and what was dropped."""
+    """The shards of each split, its counts, and what was dropped."""
 
     splits: dict[str, list[ShardFile]]
     counts: dict[str, SplitCounts]
@@ -30,7 +30,7 @@ class Packed:
 
 @dataclass
 class Packer:
-    """Fills blocks of one split with ids and writes every full shard. Holds one shard's ids."""
+    """Fills blocks of one split with ids and writes every full shard. It keeps the ids of one shard in memory."""
 
     out: Path
     split: Split
@@ -38,30 +38,30 @@ class Packer:
     vocab_size: int
     shards: list[ShardFile] = field(default_factory=list)
     counts: SplitCounts = field(default_factory=SplitCounts)
-    held: list[Tokens] = field(default_factory=list)
-    held_tokens: int = 0
+    pending: list[Tokens] = field(default_factory=list)
+    pending_tokens: int = 0
 
     def __post_init__(self) -> None:
         self.frequencies = np.zeros(self.vocab_size, np.int64)
 
     def add(self, ids: Tokens) -> None:
-        """Take the ids of whole documents, in a row; they are copied, for a view would keep its file in memory."""
-        self.held.append(ids.copy())
-        self.held_tokens += len(ids)
+        """Add the ids of complete documents; they are copied, because a view would keep its file in memory."""
+        self.pending.append(ids.copy())
+        self.pending_tokens += len(ids)
         full = self.config.block_len * self.config.shard_blocks
-        while self.held_tokens >= full:
+        while self.pending_tokens >= full:
             self._write(self.config.shard_blocks)
 
     def close(self) -> int:
-        """Write the last shard; returns the tail of ids that fill no block and are dropped."""
-        if blocks := self.held_tokens // self.config.block_len:
+        """Write the last shard; return how many ids at the end fill no block and are dropped."""
+        if blocks := self.pending_tokens // self.config.block_len:
             self._write(blocks)
-        return self.held_tokens
+        return self.pending_tokens
 
     def _write(self, blocks: int) -> None:
-        ids = np.concatenate(self.held)
+        ids = np.concatenate(self.pending)
         size = blocks * self.config.block_len
-        self.held, self.held_tokens = [ids[size:]], len(ids) - size
+        self.pending, self.pending_tokens = [ids[size:]], len(ids) - size
         content = encode_shard(ids[:size].reshape(blocks, self.config.block_len))
         name = f"{self.split}-{len(self.shards):05d}.parquet"
         write_atomic(self.out / name, content)
@@ -75,8 +75,8 @@ class Packer:
 def pack(files: list[Path], out: Path, config: PrepareConfig, vocab_size: int) -> Packed:
     """Write the shards of both splits into `out` from unit files, in their order.
 
-    Holds about 48 bytes a document (digests and their sorting) and one shard of each split. Raises
-    `ConfigError` where a split would have no block.
+    Needs memory for about 48 bytes per document (digests and their sorting) and one shard of each split. Raises
+    `ConfigError` if a split would have no block.
     """
     digests = _digests(files)
     keep, val = first_occurrences(digests), held_out(digests, config.val_fraction)
@@ -109,7 +109,7 @@ def pack(files: list[Path], out: Path, config: PrepareConfig, vocab_size: int) -
 
 
 def first_occurrences(digests: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
-    """Which rows of (n, 2) digests appear for the first time."""
+    """Return a mask of the rows of (n, 2) digests that appear for the first time."""
     order = np.lexsort((digests[:, 1], digests[:, 0]))  # stable: equal digests stay in their order
     ordered = digests[order]
     keep = np.ones(len(digests), np.bool_)
@@ -118,19 +118,19 @@ def first_occurrences(digests: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
 
 
 def runs(chosen: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
-    """Where the True of a mask begin and end, [start, stop): few pieces, for most documents go to train."""
+    """Return [start, stop) of each run of True in a mask; they are few, because most documents go to train."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], chosen, [False]])))
     return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
 
 
 def entropy_nats(frequencies: npt.NDArray[np.int64]) -> float:
-    """-sum p log p: the loss, in nats a token, of the best guess that knows only how often ids occur."""
+    """Return -sum p log p: the loss, in nats per token, of the best guess that knows only how often ids occur."""
     p = frequencies[frequencies > 0] / frequencies.sum()
     return float(-(p * np.log(p)).sum())
 
 
 def _digests(files: list[Path]) -> npt.NDArray[np.uint64]:
-    """All documents' digests, in order: (n, 2) uint64."""
+    """Return all documents' digests, in order: (n, 2) uint64."""
     parts = [np.empty(0, np.dtype("<u8"))]
     for path in files:
         for batch in unit_batches(path):
@@ -141,7 +141,7 @@ def _digests(files: list[Path]) -> npt.NDArray[np.uint64]:
 
 
 def _documents(path: Path) -> Iterator[tuple[Tokens, npt.NDArray[np.int32], npt.NDArray[np.int64]]]:
-    """A unit file, one batch at a time: ids in a row, where each document's begin and end, bytes a document."""
+    """Yield a unit file by batches: all ids, the offsets of each document, and the bytes of each document."""
     for batch in unit_batches(path):
         rows = batch.column(0)
         yield rows.values.to_numpy(), rows.offsets.to_numpy(), batch.column(2).to_numpy()
@@ -150,7 +150,7 @@ def _documents(path: Path) -> Iterator[tuple[Tokens, npt.NDArray[np.int32], npt.
 def _too_small(packer: Packer, config: PrepareConfig) -> str:
     what = "held-out" if packer.split == "val" else "train"
     return (
-        f"the {what} split has {packer.counts.documents} documents of {packer.held_tokens} tokens in all, less than "
+        f"the {what} split has {packer.counts.documents} documents with {packer.pending_tokens} tokens, less than "
         f"one block of {config.block_len}; give more text, a smaller --block_len (now {config.block_len})"
         + (f" or a larger --val_fraction (now {config.val_fraction})." if packer.split == "val" else ".")
     )

@@ -1,4 +1,4 @@
-"""Where text comes from: sources are cut into units of work, and a unit is read document by document."""
+"""Sources of text: they are divided into units of work, and a unit is read document by document."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finhpc.data.text import docs, formats
-from finhpc.data.text.unit import Faults, Kind, Unit
+from finhpc.data.text.formats import Faults, Kind, Unit
 from finhpc.errors import ConfigError
 from finhpc.settings.prepare import PrepareConfig
 
@@ -36,22 +36,22 @@ READERS: dict[Kind, Callable[[Unit, PrepareConfig, Faults], Iterator[str]]] = {
 
 
 def read(unit: Unit, config: PrepareConfig, faults: Faults) -> Iterator[str]:
-    """The texts of a unit's documents, in order.
+    """Yield the texts of a unit's documents, in order.
 
-    Raises `DataError` naming file and line at a record without text (`faults` may count it
-    instead), and where a file is damaged.
+    Raises `DataError` naming file and line for a record without text, unless `faults` counts it, and for a damaged
+    file.
     """
     return READERS[unit.kind](unit, config, faults)
 
 
 def units(config: PrepareConfig) -> tuple[list[Unit], list[dict[str, Any]]]:
-    """Cut all sources into units of work, in a fixed order, and describe each source for the manifest.
+    """Divide all sources into units of work, in a fixed order, and describe each source for the manifest.
 
-    Raises `ConfigError` listing every source that is missing, empty or of an unknown kind.
+    Raises one `ConfigError` with every source that is missing, empty or of an unknown kind.
     """
     if not config.source:
         raise ConfigError("source is not set; give --source with a file, a folder, hf:NAME or docs.")
-    found: list[Unit] = []
+    units: list[Unit] = []
     described: list[dict[str, Any]] = []
     problems: list[str] = []
     for source in config.source:
@@ -60,11 +60,11 @@ def units(config: PrepareConfig) -> tuple[list[Unit], list[dict[str, Any]]]:
         except ConfigError as error:
             problems += error.problems
             continue
-        found += pieces
+        units += pieces
         described.append({"source": source, **description})
     if problems:
         raise ConfigError(problems)
-    return found, described
+    return units, described
 
 
 def _source_units(source: str, config: PrepareConfig) -> tuple[list[Unit], dict[str, Any]]:
@@ -93,13 +93,13 @@ def _file_units(files: list[Path], config: PrepareConfig) -> Iterator[Unit]:
 
 
 def _files(source: Path) -> tuple[list[Path], int]:
-    """The readable files of a source in sorted order, and how many others a folder holds."""
+    """Return the readable files of a source, sorted, and the number of other files in it."""
     endings = ", ".join(KINDS)
     if not source.exists():
         raise ConfigError(f"source={source} does not exist; give a file, a folder, hf:NAME or docs.")
     if source.is_file():
         if _kind(source) is None:
-            raise ConfigError(f"source={source} is of no known format; its name must end in one of: {endings}.")
+            raise ConfigError(f"source={source} has an unknown format; its name must end in one of: {endings}.")
         return [source.absolute()], 0
     seen = sorted(Path(folder, name) for folder, _, names in os.walk(source.absolute()) for name in names)
     seen = [

