@@ -166,7 +166,7 @@ def resolves(dotted: str) -> bool:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_names_and_files_in_the_text_exist(page: Path) -> None:
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
-    for dotted in re.findall(r"`(finhpc(?:\.\w+)+)(?:\(.*?\))?`", text):
+    for dotted in re.findall(r"`(?:python -m )?((?:finhpc|tests)(?:\.\w+)+)[` (]", text):
         assert resolves(dotted), dotted
     for path in re.findall(r"`((?:finhpc|tests|docs|cluster|jobs)/[\w./-]*)`", text):
         assert (ROOT / path).exists() or path == "docs/site", path
