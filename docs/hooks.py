@@ -84,7 +84,7 @@ def output(words: str) -> str:
 def packages(_: str) -> str:
     """Return the list of packages from the docstring of `finhpc`."""
     lines = [line for line in (finhpc.__doc__ or "").splitlines() if line.startswith("- `")]
-    return "\n".join(re.sub(r"`\s+", "`: ", line, count=1) if line.count("`") == 2 else line for line in lines)
+    return "\n".join(re.sub(r"`\s{2,}", "`: ", line, count=1) for line in lines)
 
 
 def notebook(name: str) -> str:
