@@ -18,7 +18,7 @@ from typing import Any
 import finhpc
 from finhpc import cli
 from finhpc.commands import COMMANDS
-from finhpc.settings.base import defaults, keys, recipes
+from finhpc.settings.base import defaults, keys, marked, recipes
 
 LINE = re.compile(r"^<!-- finhpc (\w+) ?(.*?) -->$", re.MULTILINE)
 DOCS = Path(__file__).parent
@@ -40,6 +40,18 @@ def settings_tables(name: str) -> str:
         sections.setdefault(section, []).append(row)
     tables = ["| key | default | meaning |\n|---|---|---|\n" + "\n".join(rows) for rows in sections.values()]
     return '<div class="settings" markdown>\n\n' + "\n\n".join(tables) + "\n\n</div>"
+
+
+def may_change(name: str) -> str:
+    """Return the settings of a command that may differ when a run is resumed; `section.*` for a whole section."""
+    cls = COMMANDS[name].settings_class()
+    every, free = list(keys(cls)), set(marked(cls, "may_change"))
+    sections = {key.rpartition(".")[0] for key in every}
+    whole = {part for part in sections if part and all(key in free for key in every if key.startswith(f"{part}."))}
+    names = dict.fromkeys(
+        f"{part}.*" if (part := key.rpartition(".")[0]) in whole else key for key in every if key in free
+    )
+    return "\n".join(f"- `{name}`" for name in names)
 
 
 def commands_table(_: str) -> str:
@@ -72,7 +84,7 @@ def output(words: str) -> str:
 def packages(_: str) -> str:
     """Return the list of packages from the docstring of `finhpc`."""
     lines = [line for line in (finhpc.__doc__ or "").splitlines() if line.startswith("- `")]
-    return "\n".join(re.sub(r"`\s+", "`: ", line, count=1) if line.count("`") == 2 else line for line in lines)
+    return "\n".join(re.sub(r"`\s{2,}", "`: ", line, count=1) for line in lines)
 
 
 def notebook(name: str) -> str:
@@ -121,6 +133,7 @@ BLOCKS = [
 INSERTS: dict[str, Callable[[str], str]] = {
     "settings": settings_tables,
     "commands": commands_table,
+    "may_change": may_change,
     "recipes": recipes_list,
     "presets": presets_list,
     "output": output,

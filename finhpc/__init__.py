@@ -2,9 +2,9 @@
 
 The packages from the top down; an import points down, never up or in a circle:
 
-- `cli`             the `finhpc` command: a table of commands
-- `bench`           finhpc measured against the plain way of doing the same
-- `commands`        one file or folder per command
+- `cli`             the `finhpc` command line
+- `bench`           finhpc compared with plain code for the same work
+- `commands`        one file or folder per command, and the table of commands
 - `runs`            one training run: folder, workers, progress, result
 - `tracking`        MLflow, mirrored from the run's journal
 - `planning`        what a run needs in memory and time, counted from the code
@@ -74,8 +74,8 @@ TELEMETRY_OFF = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "DO_NOT_TRACK": "1",
 }
-# A pickled model runs whatever code its author put in when it is opened. Ours are safetensors, so no
-# model needs that, unless the user allowed it before importing finhpc.
+# Opening a pickled model runs any code that its author put in. Our models are safetensors and do not need this, so it
+# is off unless the user allowed it before importing finhpc.
 PICKLE_OFF = {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
 for _name, _value in {**TELEMETRY_OFF, **PICKLE_OFF}.items():
     os.environ.setdefault(_name, _value)

@@ -150,49 +150,47 @@ def _parse(words: list[str], cls: type[Any]) -> tuple[dict[str, str], dict[str, 
     """Do the same, but return the problems."""
     config = _config()
     fields = config.keys(cls)
+    switches = {"json", "dry_run", "print_config"} | ({"list_templates"} if "data.templates" in fields else set())
     options: dict[str, str] = {}
     overrides: dict[str, Any] = {}
     problems: list[str] = []
-    i = 0
-    while i < len(words):
-        word, i = words[i], i + 1
-        if not word.startswith("--"):
-            problems.append(f"'{word}' is not a flag; write settings as --key value.")
-            continue
-        name, equals, value = word[2:].partition("=")
-        if name in ("json", "dry_run", "print_config") or (name == "list_templates" and "data.templates" in fields):
-            options[name] = ""
-            continue
-        if not equals:
-            if i == len(words) or words[i].startswith("--"):
-                if name in fields and fields[name].annotation is bool:  # --whiten means true
-                    overrides[name] = True
-                    continue
-                problems.append(f"--{name} has no value; give one: --{name} VALUE.")
-                continue
-            value, i = words[i], i + 1
-        known = name == "config" or name in fields or name.rpartition(".")[0] in fields
-        if not known:
-            problems.append(f"--{name} is not a setting; {config.nearest(name, ['config', *fields])}")
-        elif name == "config":
-            options["config"] = value
-        elif name == "grid":
-            key, equals, spec = value.partition("=")
-            if not equals:
-                problems.append(f"--grid {value} has no values; give --grid 'KEY=[VALUES]'.")
-            overrides.setdefault(name, {})[key.strip()] = _numbers(_value(spec, None))
-        elif str(fields[name].annotation if name in fields else "").startswith("dict"):
-            values = [value]
-            while i < len(words) and not words[i].startswith("--"):
-                values, i = [*values, words[i]], i + 1
-            overrides[name] = _mapping(values, overrides.get(name))
-        elif str(fields[name].annotation if name in fields else "").startswith("list"):
-            overrides.setdefault(name, []).append(value)
-            while i < len(words) and not words[i].startswith("--"):  # as from * in a shell
-                overrides[name].append(words[i])
-                i += 1
+    groups: list[list[str]] = []  # a flag and the words up to the next one
+    for word in words:
+        if word.startswith("--") or not groups:
+            groups.append([word])
         else:
-            overrides[name] = _value(value, fields.get(name))
+            groups[-1].append(word)
+    for word, *rest in groups:
+        name, equals, value = word.removeprefix("--").partition("=")
+        values = [value, *rest] if equals else rest
+        kind = str(fields[name].annotation) if name in fields else ""
+        extra = values[1:]
+        if not word.startswith("--"):
+            extra = [word, *rest]
+        elif name in switches:
+            options[name], extra = "", rest
+        elif not values and kind == str(bool):  # --whiten means true
+            overrides[name] = True
+        elif not values:
+            problems.append(f"--{name} has no value; give one: --{name} VALUE.")
+        elif name == "config":
+            options["config"] = values[0]
+        elif name not in fields and name.rpartition(".")[0] not in fields:
+            problems.append(f"--{name} is not a setting; {config.nearest(name, ['config', *fields])}")
+        elif name == "grid":
+            key, equals, spec = values[0].partition("=")
+            if not equals:
+                problems.append(f"--grid {values[0]} has no values; give --grid 'KEY=[VALUES]'.")
+            overrides.setdefault(name, {})[key.strip()] = _numbers(_value(spec, None))
+        elif kind.startswith("dict"):
+            overrides[name], extra = _mapping(values, overrides.get(name)), []
+        elif kind.startswith("list"):  # several words, as from * in a shell, or a YAML list
+            items = _value(values[0], None) if len(values) == 1 and values[0].startswith("[") else values
+            overrides[name] = [*overrides.get(name, []), *(items if isinstance(items, list) else values)]
+            extra = []
+        else:
+            overrides[name] = _value(values[0], fields.get(name))
+        problems += [f"'{one}' is not a flag; write settings as --key value." for one in extra]
     return options, overrides, problems
 
 

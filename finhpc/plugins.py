@@ -43,7 +43,7 @@ def load(modules: Iterable[str]) -> list[str]:
             continue
         try:
             _import(name)
-            if not _is_found(name.partition(".")[0]):
+            if not _is_importable(name.partition(".")[0]):
                 raise ConfigError(
                     f"plugins={name} was imported from {sys.modules[name].__file__}, where workers do not look; "
                     "install it, put it into the current folder, or put its folder into PYTHONPATH."
@@ -110,7 +110,7 @@ def _import(name: str) -> None:
     _loaded.append(name)
 
 
-def _is_found(top: str) -> bool:
+def _is_importable(top: str) -> bool:
     """Whether a new process, such as a worker, finds a module; it also looks in the current folder."""
     code = "import importlib.util, sys; sys.path.insert(0, ''); sys.exit(importlib.util.find_spec(sys.argv[1]) is None)"
     return subprocess.run([sys.executable, "-c", code, top], capture_output=True).returncode == 0

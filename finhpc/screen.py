@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 LINE_EVERY_S = 10.0
 FILE_WIDTH = 100  # columns of a table that goes to a file
+MOST_KEYS = 3  # columns that tell the rows of a table apart
 log = logging.getLogger(__name__)
 
 NUMBER = re.compile(r"([-+]?[\d.,]+( ?%)?|-)?")  # or none
@@ -68,11 +69,11 @@ class Progress:
             )
 
 
-def rows_table(title: str, rows: list[dict[str, Any]], stream: TextIO | None = None, keys: int = 1) -> None:
+def rows_table(title: str, rows: list[dict[str, Any]], stream: TextIO | None = None) -> None:
     """Print a table on stderr with a column per key of the first row; nothing if there are no rows.
 
-    Columns that do not fit the screen follow in further tables below, each of which repeats the first `keys` columns.
-    Columns without any value are left out. Long paths follow on lines of their own, to be copied.
+    Columns that do not fit the screen follow in further tables below, each of which repeats the first columns that
+    tell the rows apart. Columns without any value are left out. Long paths follow on lines of their own, to be copied.
     """
     if not rows:
         return
@@ -86,6 +87,8 @@ def rows_table(title: str, rows: list[dict[str, Any]], stream: TextIO | None = N
             if os.path.isabs(value) and len(value) > console.width // 3:
                 below.append((column if len(rows) == 1 else f"{names[i]}, {column}", value))
                 values[i] = os.path.basename(value)
+    leading = [list(zip(*list(cells.values())[:k], strict=True)) for k in range(1, 1 + min(MOST_KEYS, len(cells)))]
+    keys = next((k for k, heads in enumerate(leading, 1) if len(set(heads)) == len(rows)), 1)
     words = {name for name, values in cells.items() if not all(map(NUMBER.fullmatch, values))}
     console.print(title, style="bold")
     for columns in _parts(cells, words, console.width, keys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from collections.abc import Iterator
@@ -65,7 +66,7 @@ def ray_cluster() -> Iterator[None]:
 
 
 @pytest.fixture
-def quick_training(_warm_workers: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def quick_training(_warm_workers: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """`pretrain` and `finetune` train in this process, or by workers that stay for a module's next run.
 
     Ray Train starts new processes for every run, which takes ten seconds. Tests of what it does train without this.
@@ -75,6 +76,10 @@ def quick_training(_warm_workers: None, monkeypatch: pytest.MonkeyPatch) -> None
 
     for module in (finetune, pretrain):
         monkeypatch.setattr(module, "run", partial(run, launch=launch_quickly))
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    gc.collect()  # an engine refers to itself; other tests count the tensors of this process
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from finhpc.settings.base import load
 from finhpc.settings.finetune import FinetuneConfig
 from finhpc.settings.prepare import PrepareConfig
 from finhpc.settings.pretrain import PretrainConfig
+from finhpc.settings.study import StudyConfig
 from tests.tiny import tiny_shards
 
 
@@ -39,16 +40,22 @@ def test_flags_are_parsed_by_the_type_of_their_setting() -> None:
     assert values == {"optimizer.lr": 1e-3, "method.ranks.mlp": 8, "run.name": "123", "optimizer.betas": [0.9, 0.99]}
     _, values = parse(["--source", "a", "--source=b", "--json"], PrepareConfig)
     assert values == {"source": ["a", "b"]}
+    _, values = parse(["--train.seed", "-1", "--study.seeds", "[0, 1]", "--study.seeds", "2", "3"], StudyConfig)
+    assert values == {"train.seed": -1, "study.seeds": [0, 1, "2", "3"]}
+    _, values = parse(["--source", "[1", "--source", "a b"], PrepareConfig)
+    assert values == {"source": ["[1", "a b"]}
     _, values = parse(["--source", "a", "b", "c", "--out", "d"], PrepareConfig)
     assert values == {"source": ["a", "b", "c"], "out": "d"}
 
 
 def test_every_wrong_word_is_named() -> None:
     with pytest.raises(ConfigError) as caught:
-        parse(["--metod.rank", "3", "word", "--train.steps"], PretrainConfig)
+        parse(["first", "--metod.rank", "3", "word", "--json", "1", "--train.steps"], PretrainConfig)
     assert caught.value.problems == [
+        "'first' is not a flag; write settings as --key value.",
         "--metod.rank is not a setting; did you mean 'method.rank'?",
         "'word' is not a flag; write settings as --key value.",
+        "'1' is not a flag; write settings as --key value.",
         "--train.steps has no value; give one: --train.steps VALUE.",
     ]
 
@@ -58,7 +65,7 @@ def test_every_wrong_word_is_named() -> None:
     [
         (["pretrian"], "did you mean 'pretrain'?"),
         (["pretrain"], "data.shards is not set"),
-        (["pretrain", "--data.shards", "/no/such/folder"], "is no folder"),
+        (["pretrain", "--data.shards", "/no/such/folder"], "is not a folder"),
         (["pretrain", "--config", "demmo"], "did you mean 'demo'?"),
         (["prepare", "--source", "/no/such/file"], "out is not set"),
         (

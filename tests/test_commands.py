@@ -15,7 +15,7 @@ import pytest
 import finhpc
 from finhpc.bench.settings import DataBench, PrepareBench
 from finhpc.cli import USAGE, main
-from finhpc.commands import COMMANDS, Command
+from finhpc.commands import COMMANDS, SAME, Command
 from finhpc.errors import ConfigError
 from finhpc.settings.base import flatten, keys, load
 from finhpc.settings.finetune import FinetuneConfig
@@ -234,7 +234,9 @@ def rehearsed(settings: Any) -> dict[str, Any]:
 
 
 def test_python_takes_settings_as_an_object_a_mapping_or_keywords() -> None:
-    command: Command[PretrainConfig] = COMMANDS["pretrain"]._replace(function="tests.test_commands:recorded")
+    command: Command[PretrainConfig] = COMMANDS["pretrain"]._replace(
+        function="tests.test_commands:recorded", dry_run=SAME
+    )
     expected = load(PretrainConfig, "demo", {"data.shards": "s", "train.steps": 3, "method.ranks": {"mlp": 8}})
     keys = {"train.steps": 3, "method": {"ranks": {"mlp": 8}}}
     given = [
@@ -254,6 +256,11 @@ def test_python_takes_settings_as_an_object_a_mapping_or_keywords() -> None:
         command(expected, config="demo")
     with pytest.raises(ConfigError, match="bench takes an object of one of its settings classes: TrainBench or"):
         finhpc.bench()
+    with pytest.raises(
+        ConfigError,
+        match="a mapping or keywords, not 'demo'; give a recipe or YAML file by name",
+    ):
+        command("demo")  # type: ignore[arg-type]
     apart = command._replace(dry_run="tests.test_commands:rehearsed")
     assert apart(expected, dry_run=True) == {"rehearsed": expected}
 

@@ -166,7 +166,7 @@ def resolves(dotted: str) -> bool:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_names_and_files_in_the_text_exist(page: Path) -> None:
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
-    for dotted in re.findall(r"`(finhpc(?:\.\w+)+)(?:\(.*?\))?`", text):
+    for dotted in re.findall(r"`(?:python -m )?((?:finhpc|tests)(?:\.\w+)+)[` (]", text):
         assert resolves(dotted), dotted
     for path in re.findall(r"`((?:finhpc|tests|docs|cluster|jobs)/[\w./-]*)`", text):
         assert (ROOT / path).exists() or path == "docs/site", path
@@ -190,17 +190,18 @@ def test_notebooks_have_no_output(path: Path) -> None:
 
 # Flags that make a command small enough for a test, by its first words; the longest start that fits counts.
 STEPS = "--train.steps 2 --data.eval_samples 8"
+TINY = f"{STEPS} --model.layers 2 --model.width 64 --model.heads 2"
 SMALLER = {
     "prepare": "--val_fraction 0.2 --block_len 256",
     "prepare --source docs": "--dry_run",
     "prepare --source news/*.jsonl --source filings/ --tokenizer train:4096": (
         "--val_fraction 0.2 --block_len 256 --tokenizer train:300"
     ),
-    "pretrain": STEPS,
+    "pretrain": f"{TINY} --method.rank 8",
     "pretrain --data.shards base-shards": f"{STEPS} --method.rank 8",
+    "pretrain --model.path": STEPS,
     "study": "--dry_run",
-    "sweep": f"{STEPS} --model.preset gpt2-tiny --data.seq_len 64",
-    "sweep --config": f"{STEPS} --model.layers 2 --model.width 64 --model.heads 2 --grid method.rank=[4,8]",
+    "sweep": f"{TINY} --data.seq_len 64 --grid method.rank=[4,8]",
     "sweep finetune": "--train.steps 2",
     "reproduce": "--dry_run",  # tests/commands/test_reproduce_job.py runs it
     "decompose": "--calibration.samples 4 --calibration.seq_len 32",

@@ -195,7 +195,7 @@ class Odd(LowRankLinear):
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        (Tanh, "so that B A is not the whole layer; set mergeable = False"),
+        (Tanh, "so B A is not the whole layer; set mergeable = False"),
         (
             Wide,
             "it has the parameters A.weight, B.bias, B.weight, C; a low-rank layer has A.weight,",

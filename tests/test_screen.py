@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+import finhpc
 from finhpc.commands.decompose import spectra
 from finhpc.commands.evaluate import report as evaluate_report
+from finhpc.commands.export import _summary as export_summary
 from finhpc.commands.prepare import _summary as prepare_summary
 from finhpc.commands.sweep import report as sweep_report
 from finhpc.screen import rows_table, summary_table
@@ -67,6 +69,18 @@ def test_a_table_too_wide_for_the_screen_continues_below(monkeypatch: pytest.Mon
     assert text.count("rank=16,lr=0.001") >= 3, "every part names its rows"
 
 
+def test_every_part_of_a_wide_table_tells_its_rows_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    screen = io.StringIO()
+    rows = [
+        {"stages": 1 + i // 2, "replicas": 4 - i % 2} | {f"f{j}": "1,234,567,890" for j in range(6)} for i in range(4)
+    ]
+    rows_table("topologies", rows, screen)
+    heads = re.findall(r"│ +(\d) │ +(\d) │", screen.getvalue())
+    assert len(heads) > 4
+    assert set(heads) == {("1", "4"), ("1", "3"), ("2", "4"), ("2", "3")}
+
+
 def a_decomposition() -> dict[str, Any]:
     layers = [
         {
@@ -98,6 +112,13 @@ def a_preparation() -> dict[str, Any]:
     return {"out": LONG, "dropped": {"duplicate": 1234, "empty": 12, "tail_tokens": 1023}, **counts, **rest, **speed}
 
 
+def an_export() -> dict[str, Any]:
+    names = [f"model.layers.{block}.self_attn.q_proj" for block in range(6)]
+    sizes = {"params_total": 3.2e9, "params_dense": 6.7e9, "size_bytes": 1_234_567_890, "size_ratio": 10.9}
+    form = {"format": "native", "bits": 4, "scheme": "minmax", "dtype": "float32", "not_quantised": names}
+    return {"status": "finished", "out": LONG, "wall_s": 12.3, **sizes, **form}
+
+
 def a_sweep() -> dict[str, Any]:
     figures = dict.fromkeys(sweep_report.SHOWN, 12345678.9)
     trials = [
@@ -115,9 +136,10 @@ def a_sweep() -> dict[str, Any]:
         lambda: spectra.summary(a_decomposition()),
         lambda: evaluate_report.summary(an_evaluation()),
         lambda: prepare_summary(a_preparation()),
+        lambda: export_summary(an_export()),
         lambda: sweep_report.show(build(SweepConfig, {"run": {"name": "ranks", "storage": LONG}}), a_sweep()),
     ],
-    ids=["decompose", "evaluate", "prepare", "sweep"],
+    ids=["decompose", "evaluate", "prepare", "export", "sweep"],
 )
 def test_tables_of_commands_fit_80_columns(
     show: Callable[[], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -129,5 +151,16 @@ def test_tables_of_commands_fit_80_columns(
     assert not [line for line in lines if line[:1] in "┏┡│┌└" and len(line) > 80]
     for line in lines:
         assert "…" not in line
-        if LONG in line:
+        if LONG in line and "from_pretrained" not in line:
             assert re.fullmatch(rf"[\w ]+: (finhpc ui .*)?{LONG}\S*( .*)?", line), "a path stands on a line of its own"
+
+
+@pytest.mark.slow
+def test_tables_of_an_estimate_fit_80_columns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    finhpc.estimate(config="gpt2-127m-r96")
+    lines = [line for line in capsys.readouterr().err.splitlines() if line[:1] in "┏┃┡│└┌"]
+    assert len(lines) > 60
+    assert max(map(len, lines)) <= 80

@@ -151,7 +151,8 @@ def finhpc_output(words: list[str]) -> str:
 
 def draw_terminal(browser: str, command: str, output: str, folder: Path, picture: Path, most: int = 44) -> None:
     """The command and the last `most` lines of its output, as a picture; the folder's own path is left out."""
-    lines = output.replace(f"{folder}/", "").replace("terminals/", "runs/").rstrip().splitlines()
+    text = output.replace(f"{folder}/", "").replace("terminals/", "runs/").rstrip()
+    lines = [line[i : i + 100] for line in text.splitlines() for i in range(0, max(len(line), 1), 100)]
     shown = lines if len(lines) <= most else ["...", *lines[-most:]]
     text = html.escape("\n".join([f"$ {command}", *shown]))
     page = folder / "terminal.html"

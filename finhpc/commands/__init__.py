@@ -62,7 +62,12 @@ class Command(NamedTuple, Generic[SETTINGS]):
             return self._row_of(settings).run(settings, dry_run)
         if not self.settings:
             raise ConfigError(f"{self.name} takes an object of one of its settings classes: {self._classes()}.")
-        return self.run(load(self.settings_class(), config, {**(settings or {}), **keys}), dry_run)  # type: ignore[dict-item]
+        if settings is not None and not isinstance(settings, Mapping):
+            raise ConfigError(
+                f"{self.name} takes {self._classes()}, a mapping or keywords, not {settings!r}; give a recipe or YAML "
+                'file by name: config="demo".'
+            )
+        return self.run(load(self.settings_class(), config, {**(settings or {}), **keys}), dry_run)
 
     def settings_class(self) -> type[Any]:
         cls: type[Any] = import_named(self.settings)

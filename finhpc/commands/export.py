@@ -39,6 +39,7 @@ from finhpc.models.pipeline import is_tied
 from finhpc.quantization.fake import TRAINED, trained_bits
 from finhpc.quantization.per_vector import rounded
 from finhpc.quantization.schemes import SCHEMES
+from finhpc.screen import summary_table
 from finhpc.settings.export import ExportConfig
 
 log = logging.getLogger(__name__)
@@ -312,22 +313,18 @@ def _counts(config: ExportConfig, conversion: Conversion) -> dict[str, Any]:
 
 
 def _summary(result: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     size = result["size_bytes"]
     weights = f"{result['bits']} bits, {result['scheme']}" if result["scheme"] else str(result["dtype"])
-    table = Table(show_header=False, title=f"export {result['format']} {result['out']}")
-    table.add_row("parameters", f"{result['params_total'] / 1e6:,.2f} M, dense {result['params_dense'] / 1e6:,.2f} M")
-    table.add_row("weights", weights)
+    parameters = f"{result['params_total'] / 1e6:,.2f} M, dense {result['params_dense'] / 1e6:,.2f} M"
+    rows = [("out", str(result["out"])), ("parameters", parameters), ("weights", weights)]
     if floats := result["not_quantised"]:
         more = ", ..." if len(floats) > 4 else ""
-        table.add_row("matrices not quantized", f"{len(floats)}: {', '.join(floats[:4])}{more}")
-    table.add_row("size on disk", "not written" if size is None else f"{size:,} bytes ({size / 1e9:.4f} GB)")
+        rows.append(("matrices not quantized", f"{len(floats)}: {', '.join(floats[:4])}{more}"))
+    rows.append(("size on disk", "not written" if size is None else f"{size:,} bytes ({size / 1e9:.4f} GB)"))
     if size is not None:
-        table.add_row("compared with dense in 16 bits", f"{result['size_ratio']:.2f} x smaller")
-        table.add_row("time", f"{result['wall_s']:.1f} s")
-    Console(stderr=True).print(table)
+        rows.append(("compared with dense in 16 bits", f"{result['size_ratio']:.2f} x smaller"))
+        rows.append(("time", f"{result['wall_s']:.1f} s"))
+    summary_table(f"export {result['format']}", rows)
     if result["status"] == "finished":
         needs = (
             "transformers" if result["format"] == "merged" and result["scheme"] != "minmax" else "import finhpc, then"

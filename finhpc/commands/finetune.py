@@ -62,7 +62,8 @@ class Finetune(Job):
         problems = config.problems()
         with collect(problems):
             check_parts(config)
-        base = tokenizer = None
+        base: Weights | None = None
+        tokenizer: Any = None
         with collect(problems):
             base = open_base(config)
         if base is not None:

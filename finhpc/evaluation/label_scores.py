@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from finhpc.data.examples.examples import Arrays, Examples
+from finhpc.data.examples.examples import Examples
 from finhpc.evaluation.language_model import LanguageModel
 from finhpc.evaluation.metrics import majority, weighted_f1
 
@@ -27,7 +27,8 @@ def label_scores(model: nn.Module, tokenizer: Any, examples: Examples, limit: in
     `finhpc evaluate` does. Sources whose answers are text are left out.
     """
     answers = _answers(examples)
-    chosen = [i for i in range(_number(examples.held_out, limit)) if int(examples.held_out.source[i]) in answers]
+    number = len(examples.held_out) if limit is None else min(limit, len(examples.held_out))
+    chosen = [i for i in range(number) if int(examples.held_out.source[i]) in answers]
     if not chosen:
         return {}
     log.info(f"choosing labels for {len(chosen):,} held-out examples")
@@ -101,7 +102,3 @@ def _answers(examples: Examples) -> dict[int, list[Answer]]:
         for source, labels in found.items()
         if listed[source] or (len(labels) <= MOST_LABELS and source not in several)
     }
-
-
-def _number(arrays: Arrays, limit: int | None) -> int:
-    return len(arrays) if limit is None else min(limit, len(arrays))

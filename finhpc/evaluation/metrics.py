@@ -22,8 +22,11 @@ def weighted_f1(items: Sequence[tuple[int, int]]) -> float:
 def majority(golds: Classes) -> dict[str, float]:
     """Return the scores of always choosing the most frequent class."""
     counts = np.bincount(golds)
-    always = np.full_like(golds, int(counts.argmax()))
-    return {"acc": float((golds == always).mean()), "weighted_f1": weighted_f1(_pairs(golds, always))}
+    always = int(counts.argmax())
+    return {
+        "acc": float((golds == always).mean()),
+        "weighted_f1": weighted_f1([(gold, always) for gold in golds.tolist()]),
+    }
 
 
 def random_guess(golds: Classes, choices: Classes) -> dict[str, float]:
@@ -65,7 +68,3 @@ def weighted_f1_of_counts(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.float
     support, predicted = counts.sum(axis=2), counts.sum(axis=1)
     f1 = 2 * hits / np.maximum(support + predicted, 1)
     return np.asarray((f1 * support).sum(axis=1) / support.sum(axis=1), dtype=np.float64)
-
-
-def _pairs(golds: Classes, predictions: Classes) -> list[tuple[int, int]]:
-    return list(zip(golds.tolist(), predictions.tolist(), strict=True))

@@ -9,26 +9,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from finhpc.data.shards.shards import Shards, Split
+from finhpc.data.shards.shards import Shards
 from finhpc.errors import ConfigError
+from finhpc.settings.evaluate import EvaluateConfig
 
 
-def perplexity(
-    model: nn.Module,
-    vocab_size: int,
-    shards: Shards,
-    split: Split,
-    seq_len: int,
-    limit: int | None,
-    batch_size: int,
-    resamples: int,
-    seed: int,
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def perplexity(model: Any, shards: Shards, config: EvaluateConfig) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return the scores, with exp of the mean loss over the next tokens of every sample, and a row per sample.
 
-    A sample has `seq_len` tokens and `seq_len` - 1 targets, as in training. `limit`: samples at even distances.
+    A sample has `data.seq_len` tokens and one target less, as in training. `limit`: samples at even distances.
     Raises `ConfigError` if the ids do not fit the model's vocabulary or the split is empty.
     """
+    split, seq_len = config.data.split, config.data.seq_len or shards.manifest.block_len
+    vocab_size: int = model.config.vocab_size
     if shards.manifest.vocab_size > vocab_size and (ids := shards.ids_of_text()) > vocab_size:
         raise ConfigError(
             f"data.shards={shards.folder} has a vocabulary of {ids:,}, the model "
@@ -39,15 +32,15 @@ def perplexity(
         raise ConfigError(f"data.shards={shards.folder} has an empty {split} split; choose another --data.split.")
     losses: list[float] = []
     chosen: list[int] = []
-    for sample_ids, samples in shards.spread(split, seq_len, limit):
+    for sample_ids, samples in shards.spread(split, seq_len, config.limit):
         chosen += sample_ids.tolist()
-        for at in range(0, len(samples), batch_size):
-            losses += _losses(model, torch.from_numpy(samples[at : at + batch_size]))
+        for at in range(0, len(samples), config.batch_size):
+            losses += _losses(model, torch.from_numpy(samples[at : at + config.batch_size]))
     n = len(chosen)
     values = np.array(losses)
     loss = float(values.mean())
-    draw = np.random.default_rng(seed)
-    means = [float(values[draw.integers(n, size=n)].mean()) for _ in range(resamples)]
+    draw = np.random.default_rng(config.seed)
+    means = [float(values[draw.integers(n, size=n)].mean()) for _ in range(config.bootstrap)]
     ci = [_exp(float(q)) for q in np.quantile(means, [0.025, 0.975])] if means else None
     scores = {
         "perplexity": _exp(loss),

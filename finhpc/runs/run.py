@@ -76,11 +76,11 @@ def run(job: Job, launch: Launch = launch) -> dict[str, Any]:
         with ExitStack() as cluster, Progress(config.train.steps, folder.path, eval_every=config.train.eval_every):
             tracker = _tracker(job, folder, environment).start()
             status: Status = "FAILED"
-            final = finished
+            result = finished
             try:
                 if finished is None:
                     _train(job, folder, launch, cluster)
-                    final = collect(job, folder.path, time.perf_counter() - begin)
+                    result = collect(job, folder.path, time.perf_counter() - begin)
                 else:
                     log.info(f"run {config.run.name} is finished; this is its result. Another run.name trains again.")
                 status = "FINISHED"
@@ -93,7 +93,7 @@ def run(job: Job, launch: Launch = launch) -> dict[str, Any]:
                 log.info(_how_to_resume(folder))
                 raise
             finally:
-                final = final or unfinished(job, folder.path, status)
+                final = result or unfinished(job, folder.path, status)
                 _conclude(folder, tracker, status, final)
     summary_table(f"{job.command} {config.run.name}", summary(job, final))
     return final

@@ -39,10 +39,7 @@ class DecomposeConfig(Section):
         None, gt=0, le=1, description="share of the parameters of each layer to keep; default: by rank"
     )
     keep_energy: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="share of the squared singular values of each layer to keep; default: by rank",
+        None, gt=0, le=1, description="share of the squared singular values of each layer to keep; default: by rank"
     )
     embedding: Literal["dense", "low_rank"] = Field("dense", description="kind of the token embedding")
     head: Literal["dense", "low_rank"] = Field(

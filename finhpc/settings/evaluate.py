@@ -16,8 +16,7 @@ class EvaluateData(Section):
     """The examples of the tasks."""
 
     folder: str | None = Field(
-        None,
-        description="folder of task files under their usual names, also one level below; default: only data.files",
+        None, description="folder of task files under their usual names, also one level below; default: only data.files"
     )
     files: dict[str, str] = Field(default_factory=dict, description="file or hf:NAME of a task: data.files.fpb FILE")
     labels: Labels = Field(default_factory=dict, description=LABELS)

@@ -16,25 +16,21 @@ LABELS = (
 )
 
 
-def _meaning(value: Any) -> Any:
+def _label_mapping(value: Any) -> Any:
     """Turn a list of labels, or of CODE=LABEL, into a mapping from the value in the data to the label."""
     if isinstance(value, str):
         value = [value]
     if isinstance(value, list):
-        words = [_word(item) for item in value]
-        value = dict(((code.strip(), label) if equals else (code, code)) for code, equals, label in map(_parted, words))
-        if len(value) < len(words):
+        pairs = [_word(item).partition("=") for item in value]
+        value = {code.strip() if equals else code: label if equals else code for code, equals, label in pairs}
+        if len(value) < len(pairs):
             raise ValueError("a label or code is given twice; give each once")
     if not isinstance(value, dict):
         return value
-    found = {_word(code): _word(label) for code, label in value.items()}
-    if found and len({label.lower() for label in found.values()}) < 2:
+    labels = {_word(code): _word(label) for code, label in value.items()}
+    if labels and len({label.lower() for label in labels.values()}) < 2:
         raise ValueError("at least two different labels are needed")
-    return found
-
-
-def _parted(word: str) -> tuple[str, str, str]:
-    return word.partition("=")
+    return labels
 
 
 def _word(value: Any) -> str:
@@ -47,7 +43,7 @@ def _word(value: Any) -> str:
     return " ".join(str(value).split())
 
 
-Labels = Annotated[dict[str, str], BeforeValidator(_meaning)]
+Labels = Annotated[dict[str, str], BeforeValidator(_label_mapping)]
 
 
 class Base(Section):
@@ -147,10 +143,7 @@ class FinetuneTrain(Train):
         json_schema_extra={"default": "by train.epochs"},
     )
     epochs: float | None = Field(
-        1.0,
-        gt=0,
-        description="passes over the examples; ignored if train.steps is given",
-        json_schema_extra=MAY_CHANGE,
+        1.0, gt=0, description="passes over the examples; ignored if train.steps is given", json_schema_extra=MAY_CHANGE
     )
 
 

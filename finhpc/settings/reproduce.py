@@ -14,8 +14,7 @@ class ReproduceConfig(Section):
     """Settings of `finhpc reproduce`: the inputs of the recipe, and where it runs."""
 
     scale: str = Field(
-        "cpu",
-        description="cpu: small models on two cores; paper: its models on a GPU cluster; or a YAML file of steps",
+        "cpu", description="cpu: small models on two cores; paper: its models on a GPU cluster; or a YAML file of steps"
     )
     text: list[str] = Field(
         default_factory=list,

@@ -42,15 +42,15 @@ def check_grid(cls: type[Section], grid: dict[str, Any]) -> dict[str, Any]:
 
 def _refused(cls: type[Section], key: str, spec: Any) -> list[str]:
     """Problems of the values in a list, each reported as for a single value."""
-    found: list[str] = []
+    problems: list[str] = []
     for value in spec if isinstance(spec, list) else []:
         tree: dict[str, Any] = {}
         put(tree, key, value)
         try:
             build(cls, tree)
         except ConfigError as error:
-            found += [f"grid: {problem}" for problem in error.problems if problem.startswith(f"{key}=")]
-    return found
+            problems += [f"grid: {problem}" for problem in error.problems if problem.startswith(f"{key}=")]
+    return problems
 
 
 def _problems_of(spec: Any) -> Iterator[str]:

@@ -98,8 +98,7 @@ def test_a_full_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_commands_say_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     import ray
 
-    if ray.is_initialized():
-        pytest.skip("this process has a Ray already")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # another test of this process may have started one
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{dead_port()}")
     (tmp_path / "text.txt").write_text("The bank. " * 200)
     words = ["--data.seq_len", "32", "--method.rank", "8", "--run.storage", str(tmp_path / "runs")]

@@ -14,6 +14,7 @@ from finhpc.evaluation.models import load_for_evaluation
 from finhpc.evaluation.perplexity import perplexity
 from finhpc.models.loading import load_model
 from finhpc.settings.base import build
+from finhpc.settings.evaluate import EvaluateConfig, EvaluateData
 from finhpc.settings.export import ExportConfig
 from tests.generation.folders import tiny_folder
 from tests.gpu import CUDA, DEVICE, ON, needs_gpu
@@ -45,5 +46,6 @@ def test_logits_and_perplexity_are_the_cpus(tmp_path: Path, family: str, kind: s
     with torch.inference_mode():
         wanted, found = plain(TOKENS).logits, model(TOKENS.to(DEVICE)).logits.cpu()
     assert (found - wanted).norm() <= (5e-2 if loose else 1e-4) * wanted.norm()
-    (mine, _), (own, _) = (perplexity(m, 300, shards, "val", 64, 8, 4, 0, 0) for m in (model, plain))
+    settings = EvaluateConfig(data=EvaluateData(seq_len=64), limit=8, batch_size=4, bootstrap=0)
+    (mine, _), (own, _) = (perplexity(m, shards, settings) for m in (model, plain))
     assert mine["loss"] == pytest.approx(own["loss"], rel=2e-2 if loose else 1e-5)

@@ -114,7 +114,7 @@ def test_a_grid_without_points_hides_no_problem_of_its_runs(tmp_path: Path) -> N
     with pytest.raises(ConfigError) as error:
         plan_sweep(sweep, tmp_path / "sweep")
     assert "grid is empty" in str(error.value)
-    assert "nowhere is no folder" in str(error.value)
+    assert "nowhere is not a folder" in str(error.value)
 
 
 def test_a_problem_that_several_trials_share_is_one_line(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """A plugin that stops a run's workers for a moment where a test wants to meet them.
 
-Imported by the command and its workers as `--plugins tests.runs.pauses`.
+The command and its workers import it with `--plugins tests.runs.pauses`; a test must not.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any
 
 from finhpc.training.checkpoint import Checkpointer
 from finhpc.training.journal import Journal
+from tests.runs.runs import HALTED_STEP
 
-HALTED_STEP = 30
 AT_THE_END_S = 5.0
 
 _complete, _write = Checkpointer._complete, Journal.write

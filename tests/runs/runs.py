@@ -17,6 +17,7 @@ import psutil
 from finhpc.training.journal import latest, read
 
 STEPS = 120
+HALTED_STEP = 30  # whose save `tests.runs.pauses` halts
 PATIENCE_S = 500.0  # for a command to end, on a machine however loaded
 FLAGS = [
     *("--model.preset", "gpt2-tiny", "--model.layers", "3", "--model.width", "32", "--model.context", "64"),

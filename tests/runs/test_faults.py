@@ -21,8 +21,8 @@ from finhpc.settings.base import build
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.training.checkpoint import MANIFEST, list_complete
 from finhpc.training.journal import read
-from tests.runs.pauses import HALTED_STEP
 from tests.runs.runs import (
+    HALTED_STEP,
     PATIENCE_S,
     assert_same_run,
     command,

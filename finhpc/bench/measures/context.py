@@ -18,11 +18,10 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
-from finhpc.bench.device import device_of
 from finhpc.bench.measures.finetune import NAMES, lora_engine
-from finhpc.bench.pairs import in_turn, median_ratio, spread
 from finhpc.bench.report import Row, publish
 from finhpc.bench.settings import ContextBench
+from finhpc.bench.timing import device_of, in_turn, median_ratio, spread
 from finhpc.data.examples.batches import Batches
 from finhpc.data.examples.examples import Arrays
 from finhpc.errors import ConfigError
@@ -83,19 +82,7 @@ def bench_context(settings: ContextBench) -> dict[str, Any]:
     longest = {row["recompute"]: row for row in rows[-len(modes) :]}
     ratios = {f"{kind}_{mode}_over_none": longest[mode][f"{kind}_over_none"]
               for kind in ("time", "peak") for mode in modes[1:]}  # fmt: skip
-    return publish("context", settings.bench.out, _conditions(settings), rows, ratios, began)
-
-
-def _check(settings: ContextBench, context: int) -> None:
-    shortest, longest = min(settings.lengths), max(settings.lengths)
-    if longest > context:
-        raise ConfigError(f"lengths={longest} is above the {context} tokens of {settings.model}'s context; shorten it.")
-    if shortest <= settings.answer:
-        raise ConfigError(f"lengths={shortest} leaves no input before answer={settings.answer} tokens; lengthen it.")
-
-
-def _conditions(settings: ContextBench) -> Row:
-    return {
+    conditions = {
         "model": settings.model,
         "example": f"one per step, random tokens, an answer of {settings.answer}; logits of the answer alone",
         "adapters": f"rank {settings.rank} on every linear layer except the head, float32",
@@ -104,6 +91,15 @@ def _conditions(settings: ContextBench) -> Row:
         "threads": settings.resources.threads,
         "ray": False,
     }
+    return publish("context", settings.bench.out, conditions, rows, ratios, began)
+
+
+def _check(settings: ContextBench, context: int) -> None:
+    shortest, longest = min(settings.lengths), max(settings.lengths)
+    if longest > context:
+        raise ConfigError(f"lengths={longest} is above the {context} tokens of {settings.model}'s context; shorten it.")
+    if shortest <= settings.answer:
+        raise ConfigError(f"lengths={shortest} leaves no input before answer={settings.answer} tokens; lengthen it.")
 
 
 def _memory(step: Callable[[], object], before: int) -> Row:

@@ -31,10 +31,10 @@ from typing import Any
 import numpy as np
 import psutil
 
-from finhpc.bench.pairs import in_turn, median_ratio
 from finhpc.bench.report import Row, publish
 from finhpc.bench.settings import DataBench
 from finhpc.bench.shards import random_shards
+from finhpc.bench.timing import in_turn, median_ratio
 from finhpc.data.shards.reader import ReplicaStream, Rows, local_stream
 from finhpc.data.shards.shards import Shards
 from finhpc.errors import ConfigError, DataError
@@ -185,13 +185,16 @@ def read(batches: Iterator[int], rate: float | None = None, most: int | None = N
     if hasattr(batches, "close"):
         batches.close()
     own_after, tasks_after = _cpu_s()
+    task_cpu_s = None
+    if tasks is not None and tasks_after is not None:
+        task_cpu_s = sum(seconds - tasks.get(pid, 0.0) for pid, seconds in tasks_after.items())
     return Reading(
         tokens=tokens,
         wall_s=wall,
         first_batch_s=first,
         wait_fraction=waited / (wall - first) if rate else None,
         own_cpu_s=own_after - own,
-        task_cpu_s=_spent(tasks, tasks_after),
+        task_cpu_s=task_cpu_s,
     )
 
 
@@ -213,12 +216,6 @@ def _cpu_s() -> tuple[float, dict[int, float] | None]:
         with suppress(psutil.Error):
             tasks[child.pid] = sum(child.cpu_times()[:2])
     return own, tasks
-
-
-def _spent(before: dict[int, float] | None, after: dict[int, float] | None) -> float | None:
-    if before is None or after is None:
-        return None
-    return sum(seconds - before.get(pid, 0.0) for pid, seconds in after.items())
 
 
 def _row(name: str, readings: list[Reading], best: str) -> Row:

@@ -26,9 +26,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from finhpc.bench.pairs import in_turn, median_ratio, spread
 from finhpc.bench.report import Row, publish
 from finhpc.bench.settings import DecomposeBench
+from finhpc.bench.timing import in_turn, median_ratio, spread
 from finhpc.cluster.own_ray import own_ray
 from finhpc.errors import ConfigError
 from finhpc.lowrank.factorize import residual

@@ -22,12 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finhpc.bench.device import device_of
 from finhpc.bench.measures.train import one_process_group
-from finhpc.bench.pairs import in_turn, median_ratio, spread
 from finhpc.bench.plain.finetune import Pass, Passes, adapters, peft_model, plain_passes, trainer_passes
 from finhpc.bench.report import Row, publish
 from finhpc.bench.settings import FinetuneBench
+from finhpc.bench.timing import device_of, in_turn, median_ratio, spread
 from finhpc.data.examples.batches import Batches
 from finhpc.data.examples.examples import Arrays, make_examples
 from finhpc.errors import ConfigError

@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finhpc.bench.device import device_of
-from finhpc.bench.pairs import in_turn, median_ratio, spread
 from finhpc.bench.report import Row, publish
 from finhpc.bench.settings import GenerateBench
+from finhpc.bench.timing import device_of, in_turn, median_ratio, spread
 from finhpc.commands.export import export
 from finhpc.errors import ConfigError
 from finhpc.generation.decoder import Decoder

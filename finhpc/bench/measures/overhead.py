@@ -12,10 +12,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from finhpc.bench.pairs import in_turn, median_ratio, spread
 from finhpc.bench.report import Row
 from finhpc.bench.settings import TrainBench
 from finhpc.bench.shards import random_shards
+from finhpc.bench.timing import in_turn, median_ratio, spread
 from finhpc.errors import TrainingFailedError
 from finhpc.settings.base import to_yaml
 from finhpc.settings.pretrain import PretrainConfig

@@ -19,9 +19,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from finhpc.bench.pairs import in_turn, median_ratio, spread
 from finhpc.bench.report import Row, publish
 from finhpc.bench.settings import PipelineBench
+from finhpc.bench.timing import in_turn, median_ratio, spread
 from finhpc.errors import ConfigError, TrainingFailedError
 from finhpc.settings.base import build
 from finhpc.settings.pretrain import PretrainConfig

@@ -29,9 +29,9 @@ from typing import Any
 
 from finhpc.bench import memory
 from finhpc.bench.corpus import write_salted
-from finhpc.bench.pairs import in_turn, median_ratio, spread
 from finhpc.bench.report import Row, publish
 from finhpc.bench.settings import PrepareBench
+from finhpc.bench.timing import in_turn, median_ratio, spread
 from finhpc.data.text import sources
 from finhpc.data.text.encoding import training_sample
 from finhpc.data.text.tokenizer import Encoder, save, trained_size

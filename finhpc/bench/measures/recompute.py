@@ -17,10 +17,9 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from finhpc.bench.device import device_of, timed
-from finhpc.bench.pairs import in_turn, median_ratio, spread
 from finhpc.bench.report import Row, publish
 from finhpc.bench.settings import RecomputeBench
+from finhpc.bench.timing import device_of, in_turn, median_ratio, spread, timed
 from finhpc.lowrank.replace import ranks_of
 from finhpc.models.families.registry import make_config, resolve_shape, skeleton
 from finhpc.models.initialize import random_fill

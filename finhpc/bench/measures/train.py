@@ -22,15 +22,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from finhpc.bench.device import device_of, timed
 from finhpc.bench.measures.overhead import overhead
-from finhpc.bench.pairs import median_ratio, spread
 from finhpc.bench.plain.pretrain import Step, parts_step, transformers_step
 from finhpc.bench.profile import profiled
 from finhpc.bench.report import Row, publish
 from finhpc.bench.settings import TrainBench
+from finhpc.bench.timing import device_of, median_ratio, spread, timed
 from finhpc.lowrank.replace import ranks_of
 from finhpc.models.families.registry import make_config, resolve_shape, skeleton
 from finhpc.settings.base import build
@@ -182,20 +180,15 @@ def _ways(settings: TrainBench, precision: str, device: torch.device) -> tuple[d
         add(
             f"rank {rank}, finhpc" if rank else "dense, finhpc",
             rank,
-            lambda config, hf: _engine_step(config, hf, device),
+            lambda config, hf: _engine_step(Engine(config, hf, device)),
         )
     if not settings.ray:
         add(f"rank {first}, plain loop over the same parts", first, lambda config, hf: parts_step(config, hf, device))
     return ways, configs
 
 
-def _engine_step(config: PretrainConfig, hf_config: Any, device: torch.device) -> Step:
-    engine = Engine(config, hf_config, device)
-
-    def step(tokens: Tensor, lr: float) -> float:
-        return engine.train_step(iter([tokens]), lr)
-
-    return step
+def _engine_step(engine: Engine) -> Step:
+    return lambda tokens, lr: engine.train_step(iter([tokens]), lr)
 
 
 def one_process_group(device: torch.device) -> None:

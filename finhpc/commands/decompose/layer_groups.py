@@ -148,12 +148,14 @@ def groups_of(targets: list[Target], weights: Weights, whiten: bool, cuda: bool)
         width = max(1, min(most_layers, most_params // layers[0].linear.size))
         results += [tuple(layers[i : i + width]) for i in range(0, len(layers), width)]
     if not whiten:  # otherwise they stay in the order in which the text passes through the model
-        results.sort(key=lambda layers: -sum(_cost(target.linear) for target in layers))
+        results.sort(
+            key=lambda layers: (
+                -sum(
+                    target.linear.size * min(target.linear.out_features, target.linear.in_features) for target in layers
+                )
+            )
+        )
     return [Group(index, layers) for index, layers in enumerate(results)]
-
-
-def _cost(linear: Linear) -> int:
-    return linear.size * min(linear.out_features, linear.in_features)
 
 
 def _parts(weights: Weights) -> dict[str, int]:

@@ -37,7 +37,10 @@ def second_moments(
         if part.kind == "head":  # a tied head is not a linear layer, and its loss is not needed
             yield {"lm_head": _moment([hidden for hidden, _ in flows])}
             return
-        modules = [_filled(name, module, weights, device) for name, module in _modules(part, weights.skeleton)]
+        modules = [
+            _filled(name, module, weights, device)
+            for name, module in zip(part.names, part.modules(weights.skeleton), strict=True)
+        ]
         inputs = Inputs(dict(zip(part.names, modules, strict=True)), left)
         with torch.no_grad():
             flows = [inputs.watch(part, flow, modules) for flow in flows]
@@ -98,10 +101,6 @@ def _moment(hidden: list[Tensor]) -> Tensor:
 def _mirrored(lower: Tensor) -> Tensor:
     """Return the symmetric matrix of a lower triangle."""
     return lower.tril() + lower.tril(-1).T
-
-
-def _modules(part: Part, skeleton: nn.Module) -> list[tuple[str, nn.Module]]:
-    return list(zip(part.names, part.modules(skeleton), strict=True))
 
 
 def _filled(name: str, module: nn.Module, weights: Weights, device: torch.device) -> nn.Module:

@@ -172,7 +172,7 @@ def _by_bits(costs: LoraCosts, cluster: Cluster, tokens: float) -> Iterator[dict
     """The fullest stage and the time of a step at 16, 8 and 4 bits."""
     for bits in BITS:
         try:
-            other = _with(costs, bits)
+            other = costs if bits == costs.lora_model.quantization.bits else _with(costs, bits)
         except ConfigError:  # pissa and olora need 16 bits
             continue
         fullest, pace = max(other.stages(), key=lambda stage: stage.peak_bytes), other.pace(cluster)

@@ -189,7 +189,7 @@ def summary(result: dict[str, Any]) -> None:
             line = {"model": of["model"], "metric": of["metric"], "score": _short(of["value"]), "95 %": interval}
             line |= {"majority": _short(of["majority"]), "random": _short(of["random"])}
             shown.append(line | {name: of[name] or "" for name in ("examples", "unread", "cut")})
-        rows_table(f"scores on {task}", shown, keys=2)
+        rows_table(f"scores on {task}", shown)
     for model in result["models"]:
         for task, values in model["scores"].items():
             if values.get("tied"):

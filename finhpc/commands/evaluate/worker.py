@@ -85,26 +85,17 @@ class Scorer:
         return attempt(self._score, pair, pair.title, self.driver)
 
     def _score(self, pair: Pair) -> None:
-        begin = time.monotonic()
-        model = self._opened(pair)
-        scores, rows = self._perplexity(model) if pair.task is None else self._task(model, pair.task)
-        plausible.check(pair.title, scores, plausible.any_model(model.model.config.vocab_size))
-        pair.write(scores | {"wall_s": time.monotonic() - begin}, rows)
-
-    def _task(self, model: Any, task: TaskFile) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        from finhpc.evaluation.perplexity import perplexity
         from finhpc.evaluation.scores import score
 
-        return score(model, task, self.config.bootstrap, self.config.seed, self.config.limit)
-
-    def _perplexity(self, model: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        from finhpc.evaluation.perplexity import perplexity
-
-        config, data = self.config, self.config.data
-        shards = Shards.open(data.shards or "")
-        seq_len = data.seq_len or shards.manifest.block_len
-        vocab, rows = model.model.config.vocab_size, config.batch_size
-        resamples = (config.bootstrap, config.seed)
-        return perplexity(model.model, vocab, shards, data.split, seq_len, config.limit, rows, *resamples)
+        begin = time.monotonic()
+        model, config = self._opened(pair), self.config
+        if pair.task is None:
+            scores, rows = perplexity(model.model, Shards.open(config.data.shards or ""), config)
+        else:
+            scores, rows = score(model, pair.task, config.bootstrap, config.seed, config.limit)
+        plausible.check(pair.title, scores, plausible.any_model(model.model.config.vocab_size))
+        pair.write(scores | {"wall_s": time.monotonic() - begin}, rows)
 
     def _opened(self, pair: Pair) -> Any:
         """Return the pair's model, ready for lm-eval, after closing the previous one."""

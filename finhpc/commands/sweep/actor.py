@@ -48,15 +48,11 @@ def run_trial(point: dict[str, Any], trials: dict[str, TrialArguments], driver: 
     except Pruned:
         raise SystemExit(0) from None  # as `tune.report` expects
     except FinhpcError as error:
-        outcome, final = _failure(error), None
+        status = "diverged" if "is not finite" in str(error) else "failed"
+        outcome, final = {"status": status, "error": str(error), "kind": type(error).__name__}, None
     write_outcome(run, outcome | {"trial_s": time.perf_counter() - begin})
     if final is not None:
         _report(final["steps"], final["val_loss"])
-
-
-def _failure(error: FinhpcError) -> dict[str, Any]:
-    status = "diverged" if "is not finite" in str(error) else "failed"
-    return {"status": status, "error": str(error), "kind": type(error).__name__}
 
 
 def _train(trial: TrialArguments, reports: EvaluationReports) -> tuple[dict[str, Any], dict[str, Any] | None]:

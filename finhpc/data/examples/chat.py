@@ -68,10 +68,17 @@ def rendered(messages: list[Message], tools: Any, where: str, tokenizer: Any, co
     message, a conversation that the template refuses, and a template whose prompt for an answer does not begin the
     answer's turn.
     """
-    _check_control(messages, where, control)
+    for number, message in enumerate(messages, 1):
+        if token := next((token for token in control if token in (message.get("content") or "")), None):
+            raise ConfigError(f"{where}: message {number} holds the special token {token}; remove it from the text.")
     places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     whole = _render(tokenizer, messages, tools, where)
-    _check_tools(messages, tools, whole, where, tokenizer)
+    check_rendered(messages, lambda given: _render(tokenizer, given, tools, where), where)
+    if tools and whole == _render(tokenizer, messages, None, where):
+        raise ConfigError(
+            f"{where}: the record has tools, which the chat template does not write; use a model whose template does, "
+            "or remove them."
+        )
     left_out = tuple(
         message["role"]
         for message in messages
@@ -133,7 +140,7 @@ def _marked(messages: list[Message], tools: Any, where: str, tokenizer: Any) -> 
     from transformers.utils.chat_template_utils import render_jinja_template
 
     (text,), (spans,) = render_jinja_template(
-        conversations=[_without_none(messages)],
+        conversations=[[{key: value for key, value in message.items() if value is not None} for message in messages]],
         tools=tools,
         chat_template=tokenizer.get_chat_template(tools=tools),
         return_assistant_tokens_mask=True,
@@ -146,26 +153,6 @@ def _marked(messages: list[Message], tools: Any, where: str, tokenizer: Any) -> 
             "template or the conversation."
         )
     return Conversation(text, answers, marked=True)
-
-
-def _check_control(messages: list[Message], where: str, control: list[str]) -> None:
-    for number, message in enumerate(messages, 1):
-        if token := next((token for token in control if token in (message.get("content") or "")), None):
-            raise ConfigError(f"{where}: message {number} holds the special token {token}; remove it from the text.")
-
-
-def _check_tools(messages: list[Message], tools: Any, text: str, where: str, tokenizer: Any) -> None:
-    """Raise `ConfigError` if the template leaves out a part of a message, such as its tool calls, or the tools."""
-    check_rendered(messages, lambda given: _render(tokenizer, given, tools, where), where)
-    if tools and text == _render(tokenizer, messages, None, where):
-        raise ConfigError(
-            f"{where}: the record has tools, which the chat template does not write; use a model whose template does, "
-            "or remove them."
-        )
-
-
-def _without_none(messages: list[Message]) -> list[Message]:
-    return [{key: value for key, value in message.items() if value is not None} for message in messages]
 
 
 def _render(

@@ -34,13 +34,11 @@ class Meaning:
             if (label := self.of.get(word.lower())) is not None:
                 counts[label] += number
         codes = sorted({word for word in words if word.lower() in self.of and self.of[word.lower()] != word.lower()})
-        read = ", ".join(f"{code} = {self.of[code.lower()]}" for code in codes if not _same(code, self.of))
+        read = ", ".join(
+            f"{code} = {self.of[code.lower()]}" for code in codes if self.of[code.lower()].lower() != code.lower()
+        )
         labels = ", ".join(f"{label} {counts[label]:,}" for label in self.labels)
         return f"labels: {labels}" + (f"; {read}" if read else "")
-
-
-def _same(code: str, of: Mapping[str, str]) -> bool:
-    return of[code.lower()].lower() == code.lower()
 
 
 def is_code(word: str) -> bool:

@@ -71,25 +71,21 @@ def _source_units(source: str, config: PrepareConfig) -> tuple[list[Unit], dict[
     if source == "docs":
         return docs.docs_units()
     if source.startswith("hf:"):
-        pieces = list(formats.hf_units(source.removeprefix("hf:"), config))
-        return pieces, {"split": config.hf_split, "shards": len(pieces)}
+        shards = list(formats.hf_units(source.removeprefix("hf:"), config))
+        return shards, {"split": config.hf_split, "shards": len(shards)}
     files, ignored = _files(Path(source).expanduser())
-    pieces = list(_file_units(files, config))
-    description = {"files": len(files), "bytes": sum(path.stat().st_size for path in files)}
-    return pieces, description | ({"ignored_files": ignored} if ignored else {})
-
-
-def _file_units(files: list[Path], config: PrepareConfig) -> Iterator[Unit]:
-    texts = [path for path in files if _kind(path) == "text"]
+    pieces: list[Unit] = []
     for path in files:
         match _kind(path):
             case "jsonl":
-                yield from formats.jsonl_units(path)
+                pieces += formats.jsonl_units(path)
             case "parquet":
-                yield from formats.parquet_units(path, config)
+                pieces += formats.parquet_units(path, config)
             case "archive":
-                yield from formats.archive_units(path)
-    yield from formats.text_units(texts)
+                pieces += formats.archive_units(path)
+    pieces += formats.text_units([path for path in files if _kind(path) == "text"])
+    description = {"files": len(files), "bytes": sum(path.stat().st_size for path in files)}
+    return pieces, description | ({"ignored_files": ignored} if ignored else {})
 
 
 def _files(source: Path) -> tuple[list[Path], int]:
