@@ -48,7 +48,7 @@ def _keep(file: Path, stages: int, recompute: str = "none") -> tuple[Cut, list[s
         return saved_cut(config, hf_config(config), CPU, file), said
 
 
-def test_a_kept_cut_is_taken_by_all_until_the_stages_change_or_the_file_is_damaged(tmp_path: Path) -> None:
+def test_a_saved_cut_is_used_by_all_until_the_stages_change_or_the_file_is_damaged(tmp_path: Path) -> None:
     file = tmp_path / "stages.json"
     (cut, said), (same, _) = run_processes(_keep, 2, file, 2)
     assert cut == same
@@ -62,7 +62,7 @@ def test_a_kept_cut_is_taken_by_all_until_the_stages_change_or_the_file_is_damag
         assert found == Cut(**other), "the same parts"
 
     ((three, _), *_) = run_processes(_keep, 3, file, 3)
-    assert len(three.borders) == 4, "other stages are measured anew"
+    assert len(three.borders) == 4, "other stages are measured again"
     ((whole, _), *_) = run_processes(_keep, 2, file, 2, "full")
     assert whole.parts.count(BLOCK) == 3, "other parts as well"
 
