@@ -194,8 +194,8 @@ def test_what_helps_low_rank_training_is_the_same_over_stages() -> None:
     }
     case = "llama-low-rank-embedding"
     others = [helped | {"optimizer": helped["optimizer"] | {what: value}} for what, value in CHANGES.items()]
-    [[one, *changed]] = run_processes(engine_runs, 1, [(case, 1, 1, 4, train) for train in (helped, *others)], STEPS)
-    by_rank = run_processes(engine_runs, 2, [(case, 2, 1, 4, helped)], STEPS)
+    [[one, *changed]] = run_processes(engine_runs, 1, [(case, 1, 1, 4, train) for train in (helped, *others)], 20)
+    by_rank = run_processes(engine_runs, 2, [(case, 2, 1, 4, helped)], 20)
     for [rank] in by_rank:
         assert rank["losses"] == pytest.approx(one["losses"], rel=1e-5)
     assert_same(merged([rank for [rank] in by_rank], "weights"), one["weights"], 1e-3, "weights")
