@@ -7,7 +7,7 @@ The packages from the top down; an import points down, never up or in a circle:
 - `commands`        one file or folder per command, and the table of commands
 - `runs`            one training run: folder, workers, progress, result
 - `tracking`        MLflow, mirrored from the run's journal
-- `planning`        what a run needs in memory and time, counted from the code
+- `planning`        a run's checks, model config and first weights; its memory and time, counted from the code
 - `training`        engine, trainer, checkpoints, journal: torch and DeepSpeed, no Ray
 - `evaluation`      scores on general and financial tasks
 - `generation`      text from a model with cached keys and values, and adapters

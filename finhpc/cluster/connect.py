@@ -11,10 +11,7 @@ from finhpc.cluster.own_ray import keep_token_private, own_ray, ray_logs
 from finhpc.cluster.ready import check_ray
 from finhpc.errors import ConfigError, TrainingFailedError
 from finhpc.interrupts import terminable
-from finhpc.settings.decompose import DecomposeConfig
-from finhpc.settings.evaluate import EvaluateConfig
 from finhpc.settings.finetune import TrainingConfig
-from finhpc.settings.reproduce import MeasureConfig
 from finhpc.settings.training import Resources
 
 
@@ -67,16 +64,14 @@ def known_resources() -> dict[str, float] | None:
     return {"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()}
 
 
-def use_cuda(
-    config: TrainingConfig | DecomposeConfig | EvaluateConfig | MeasureConfig, total: dict[str, float]
-) -> bool:
+def use_cuda(resources: Resources, total: dict[str, float]) -> bool:
     """Return whether workers run on GPUs. Raises `ConfigError` if the settings require GPUs and there are none."""
     gpus = total.get("GPU", 0)
-    if config.resources.device == "cuda" and not gpus:
+    if resources.device == "cuda" and not gpus:
         raise ConfigError(
             "resources.device=cuda, but the cluster has no GPU; use --resources.device cpu, or a cluster with GPUs."
         )
-    return config.resources.device == "cuda" or (config.resources.device == "auto" and gpus > 0)
+    return resources.device == "cuda" or (resources.device == "auto" and gpus > 0)
 
 
 def places(resources: Resources, cuda: bool, workers: int = 0) -> int:

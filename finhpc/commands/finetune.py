@@ -12,7 +12,7 @@ from finhpc.files import publish
 from finhpc.planning.plan import check_parts, check_stages
 from finhpc.runs.job import Job
 from finhpc.runs.result import lower_batch, millions
-from finhpc.runs.run import checked, run
+from finhpc.runs.run import mlflow_checked, run
 from finhpc.settings.finetune import FinetuneConfig
 from finhpc.tracking.describe import Dataset
 from finhpc.training.checkpoint import Checkpoint, read_stage
@@ -38,7 +38,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     `ConfigError` for settings that cannot work, `DataError` for damaged examples, `TrainingFailedError` or another
     `FinhpcError` when training fails.
     """
-    return run(checked(Finetune(config)))
+    return run(mlflow_checked(Finetune(config)))
 
 
 class Finetune(Job):

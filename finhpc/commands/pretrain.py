@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from finhpc.cluster.connect import ray_cluster
 from finhpc.lowrank.replace import ranks_of
 from finhpc.models.files.manifest import check_manifest
-from finhpc.planning.init import DECOMPOSED, initial_fill, needs_decomposing
+from finhpc.planning.model import DECOMPOSED, initial_fill, needs_decomposing
 from finhpc.planning.plan import check_tokenizer, hf_config_of, make_plan
 from finhpc.runs.job import Job
 from finhpc.runs.result import lower_batch, millions
-from finhpc.runs.run import checked, run
+from finhpc.runs.run import mlflow_checked, run
 from finhpc.settings.decompose import DecomposeConfig
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.tracking.describe import Dataset
@@ -35,7 +35,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     The same `run.name` and `run.storage` resume; a finished run returns its result at once. Raises
     `ConfigError` for settings that cannot work, `TrainingFailedError` or another `FinhpcError` when training fails.
     """
-    return run(checked(Pretrain(config)))
+    return run(mlflow_checked(Pretrain(config)))
 
 
 class Pretrain(Job):

@@ -39,4 +39,4 @@ def cola(dense: Tensor, rank: int, generator: Generator) -> tuple[Tensor, Tensor
     return a, b
 
 
-SCHEMES: dict[str, Scheme] = {"spectral": spectral, "normal": normal, "cola": cola}
+INITS: dict[str, Scheme] = {"spectral": spectral, "normal": normal, "cola": cola}

@@ -1,4 +1,7 @@
-"""Choose a rank from a share of a layer's parameters or of its energy."""
+"""Choose a rank from a share of a layer's parameters or of its energy, for `finhpc decompose`.
+
+`method.rank` is read by `ranks_of` in `replace.py`.
+"""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ import torch
 
 from finhpc.errors import ConfigError
 from finhpc.lowrank.cola import ColaLinear
-from finhpc.lowrank.initialize import SCHEMES
+from finhpc.lowrank.initialize import INITS
 from finhpc.lowrank.layers import LowRankLinear
 from finhpc.plugins import Registry
 from finhpc.settings.base import nearest
@@ -32,8 +32,8 @@ def _check_layer(name: str, layer: Any) -> None:
     problems = []
     if name in (DENSE, *STARTED):
         problems.append("this name is taken; choose another.")
-    if layer.init not in SCHEMES:
-        problems.append(f"init={layer.init!r} is an unknown initialization; {nearest(str(layer.init), list(SCHEMES))}")
+    if layer.init not in INITS:
+        problems.append(f"init={layer.init!r} is an unknown initialization; {nearest(str(layer.init), list(INITS))}")
     if not isinstance(getattr_static(layer, "between"), staticmethod):
         problems.append("between must be a @staticmethod of A x, because a frozen layer takes only this function.")
     if layer.forward is not LowRankLinear.forward:
@@ -55,7 +55,7 @@ LAYERS: Registry[type[LowRankLinear]] = Registry(
 )
 
 
-def layers_kind(kind: str) -> str:
+def trained_kind(kind: str) -> str:
     """Return the kind of layer that a `method.kind` trains: a key of `LAYERS`, or dense."""
     return STARTED.get(kind, kind)
 

@@ -16,7 +16,7 @@ from torch import Generator, nn
 from transformers.pytorch_utils import Conv1D
 
 from finhpc.lowrank.blend import Blended
-from finhpc.lowrank.initialize import SCHEMES
+from finhpc.lowrank.initialize import INITS
 from finhpc.lowrank.layers import LowRank, LowRankLinear, is_factor
 from finhpc.lowrank.replace import dense_shape
 from finhpc.models.families.registry import family_of
@@ -71,13 +71,13 @@ def initialize(module: nn.Module, name: str, config: Any, seed: int, scheme: str
 def _draw_factors(layer: LowRank, std: float, generator: Generator, scheme: str | None) -> None:
     if isinstance(layer, LowRankLinear):
         dense = torch.randn(layer.out_features, layer.in_features, generator=generator) * std
-        a, b = SCHEMES[scheme or layer.init](dense, layer.rank, generator)
+        a, b = INITS[scheme or layer.init](dense, layer.rank, generator)
         layer.A.weight.copy_(a)
         if layer.B.bias is not None:
             layer.B.bias.zero_()
     else:
         dense = torch.randn(layer.num_embeddings, layer.embedding_dim, generator=generator) * std
-        a, b = SCHEMES[scheme or layer.init](dense.T, layer.rank, generator)
+        a, b = INITS[scheme or layer.init](dense.T, layer.rank, generator)
         layer.A.weight.copy_(a.T)
     layer.B.weight.copy_(b)
     if isinstance(layer, Blended):

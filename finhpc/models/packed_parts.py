@@ -33,7 +33,7 @@ def packed_parts(config: Any, recompute: Recompute = "none") -> list[Part]:
         "positions": lambda data, module: (data[0] + module(data[1][:, POSITION]), data[1]),
         "dropout": lambda data, module: data,  # a frozen base uses none: a prefix that examples share has one value
         "mlp": flow.mlp,
-        "norm": flow.norm,
+        "norm": flow.apply,
         "head": head,
     }
     packed = []

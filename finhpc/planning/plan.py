@@ -12,7 +12,7 @@ from finhpc.settings.finetune import TrainingConfig
 from finhpc.settings.pretrain import Method, PretrainConfig
 
 if TYPE_CHECKING:
-    from finhpc.planning.init import InitModel
+    from finhpc.planning.model import InitModel
     from finhpc.planning.outline import Outline
 
 
@@ -38,7 +38,7 @@ class Plan:
 
 def hf_config_of(config: PretrainConfig, shards: Shards) -> Any:
     """The transformers config of the run's model, with the special tokens of the shards' tokenizer."""
-    from finhpc.planning.init import hf_config_of_settings
+    from finhpc.planning.model import hf_config_of_settings
     from finhpc.quantization.fake import TRAINED
 
     hf_config = hf_config_of_settings(config, shards.manifest.vocab_size)
@@ -53,7 +53,7 @@ def hf_config_of(config: PretrainConfig, shards: Shards) -> Any:
 def make_plan(config: PretrainConfig) -> Plan:
     """Check `config` with its shards and model; raises one `ConfigError` with every problem."""
     from finhpc.models.families.registry import dense_original, skeleton
-    from finhpc.planning.init import open_init_model
+    from finhpc.planning.model import open_init_model
     from finhpc.planning.outline import outline_of
 
     problems = config.problems()

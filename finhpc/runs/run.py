@@ -41,7 +41,7 @@ Launch = Callable[[Job, RunFolder, bool], None]
 J = TypeVar("J", bound=Job)
 
 
-def checked(job: J) -> J:
+def mlflow_checked(job: J) -> J:
     """Return the job if MLflow accepts its run; raise `ConfigError` otherwise, before anything starts."""
     config = job.config
     check_store(config.run.mlflow_uri, config.run.experiment)
@@ -106,7 +106,7 @@ def check_run(job: Job, folder: RunFolder) -> dict[str, float] | None:
     _check_resume(job, folder)
     total = known_resources()
     if total is not None:
-        check_fits(config, use_cuda(config, total), total)
+        check_fits(config, use_cuda(config.resources, total), total)
     if note := config.optimizer.shortened(config.train.steps):
         log.info(note)
     return total
@@ -144,7 +144,7 @@ def _train(job: Job, folder: RunFolder, launch: Launch, cluster: ExitStack) -> N
     log.info("starting Ray and the workers (10 to 30 s)")
     cluster.enter_context(ray_cluster())
     total = cluster_resources()
-    cuda = use_cuda(config, total)
+    cuda = use_cuda(config.resources, total)
     check_fits(config, cuda, total)
     parallel, device = config.parallel, "GPU" if cuda else "CPU"
     log.info(

@@ -206,7 +206,10 @@ class Engine:
             )
 
     def train_step(self, batches: Iterator[Tensor], lr: float) -> float:
-        """One optimizer step over `micro_batches` micro-batches; returns the mean loss in nats.
+        """Take one optimizer step over `micro_batches` micro-batches; return the mean loss in nats.
+
+        DeepSpeed's schedule calls each `PipelineLayer`, then sends the last stage's loss, averaged over micro-batches
+        and replicas, to every worker.
 
         `batches` yields int64 tokens (micro_batch_size, seq_len), or packs, on the first stage; other stages do not
         read it. Raises `NonFiniteError` on every process, before the weights change, if the loss or the gradient is

@@ -9,7 +9,7 @@ One training step, from its data to the journal:
         |           forward, send, receive, backward for each micro-batch:
         |               models/pipeline.py   PipelineLayer, the parts of this stage
         |               models/families/     attention, MLP, ..., and the loss in the last part
-        |           gradients are averaged over the replicas
+        |           gradients are averaged over the replicas, and every worker receives the mean loss
         |           Engine._before_step clips by the norm over all stages and decays products
         v
     optimizer.py    AdamW, or another one of OPTIMIZERS

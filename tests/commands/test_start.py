@@ -24,7 +24,7 @@ from finhpc.models.files.manifest import write_manifest
 from finhpc.models.files.weights import Weights
 from finhpc.models.loading import initial_model, load_model, save_model
 from finhpc.models.pipeline import PipelineLayer, parts_of
-from finhpc.planning.init import initial_fill
+from finhpc.planning.model import initial_fill
 from finhpc.planning.plan import make_plan
 from finhpc.settings.base import build, flatten
 from finhpc.settings.pretrain import Method, Model, PretrainConfig

@@ -8,7 +8,7 @@ from torch import nn
 
 from finhpc.errors import ConfigError
 from finhpc.lowrank.factorize import truncated_svd
-from finhpc.lowrank.initialize import SCHEMES
+from finhpc.lowrank.initialize import INITS
 from finhpc.lowrank.layers import LowRankEmbedding, LowRankLinear
 from finhpc.lowrank.replace import make_low_rank, ranks_of
 from finhpc.settings.pretrain import Method
@@ -58,11 +58,11 @@ def test_truncated_svd_refuses_an_impossible_rank() -> None:
         truncated_svd(torch.zeros(8, 12), 9)
 
 
-@pytest.mark.parametrize("name", sorted(SCHEMES))
+@pytest.mark.parametrize("name", sorted(INITS))
 def test_every_scheme_starts_both_factors_away_from_zero(name: str) -> None:
     generator = torch.Generator().manual_seed(0)
     dense = torch.randn(64, 48, generator=generator) * 0.02
-    a, b = SCHEMES[name](dense, 16, generator)
+    a, b = INITS[name](dense, 16, generator)
     assert a.shape == (16, 48)
     assert b.shape == (64, 16)
     assert a.std() > 1e-3

@@ -122,7 +122,7 @@ class Mixer(Family):
             block = f"net.stack.{i}"
             row.append(Part((f"{block}.before_mix", f"{block}.mix"), "attention", flow.mlp))  # x + f(norm(x)) too
             row.append(Part((f"{block}.before_feed", f"{block}.feed"), "mlp", flow.mlp))
-        row.append(Part(("net.last",), "norm", flow.norm))
+        row.append(Part(("net.last",), "norm", flow.apply))
         row.append(Part((self.embedding if config.tie_word_embeddings else self.head,), "head", flow.head))
         return row
 

@@ -88,7 +88,7 @@ def decompose(config: DecomposeConfig, dry_run: bool = False) -> dict[str, Any]:
     check_ray()  # here, because an error inside the workplace would remove earlier work
     with workplace(work, out, settings):
         with ray_cluster():
-            cuda = use_cuda(config, cluster_resources())
+            cuda = use_cuda(config.resources, cluster_resources())
             groups = groups_of(targets, weights, config.whiten, cuda)
             task = Factorization(source, settings, work, config.keep_energy, config.resources.threads, cuda)
             factorize_began = time.monotonic()

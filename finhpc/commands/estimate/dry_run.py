@@ -13,7 +13,7 @@ from finhpc.commands.finetune import Finetune, batches_of
 from finhpc.commands.pretrain import Pretrain
 from finhpc.runs.folder import RunFolder
 from finhpc.runs.result import empty_result
-from finhpc.runs.run import check_run, checked
+from finhpc.runs.run import check_run, mlflow_checked
 from finhpc.screen import rows_table, summary_table
 from finhpc.settings.finetune import FinetuneConfig
 from finhpc.settings.pretrain import PretrainConfig
@@ -24,18 +24,18 @@ log = logging.getLogger(__name__)
 
 def dry_run_pretrain(config: PretrainConfig) -> dict[str, Any]:
     """Check and estimate a pretraining; returns the keys of `result.json`, with `estimate`."""
-    return _dry_run(checked(Pretrain(config)))
+    return _dry_run(mlflow_checked(Pretrain(config)))
 
 
 def dry_run_finetune(config: FinetuneConfig) -> dict[str, Any]:
     """Check and estimate a finetuning; returns the keys of `result.json`, with `estimate`."""
-    return _dry_run(checked(Finetune(config)))
+    return _dry_run(mlflow_checked(Finetune(config)))
 
 
 def _dry_run(job: Pretrain | Finetune) -> dict[str, Any]:
     config, parallel = job.config, job.config.parallel
     total = check_run(job, RunFolder(config.run.storage, config.run.name))
-    cuda = use_cuda(config, total) if total else config.resources.device == "cuda"
+    cuda = use_cuda(config.resources, total) if total else config.resources.device == "cuda"
     here, steps = total is not None, config.train.steps
     if isinstance(job, Pretrain):
         tokens = steps * parallel.samples_per_step * job.config.data.seq_len

@@ -20,7 +20,7 @@ from torch import Tensor
 from finhpc.errors import TrainingFailedError
 from finhpc.models.lora.model import LoraModel, LoraPipelineLayer
 from finhpc.models.packing.layout import layout_of
-from finhpc.planning.init import hf_config_of_settings
+from finhpc.planning.model import hf_config_of_settings
 from finhpc.settings.estimate import EstimateConfig
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.training.stages import measure_parts, median

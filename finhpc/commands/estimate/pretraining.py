@@ -20,8 +20,8 @@ from finhpc.models.files.config import read_config
 from finhpc.planning import paper
 from finhpc.planning.costs import PretrainCosts, options
 from finhpc.planning.devices import THIS_MACHINE
-from finhpc.planning.init import hf_config_of_settings
 from finhpc.planning.memory import Memory, Scheme, Topology
+from finhpc.planning.model import hf_config_of_settings
 from finhpc.planning.outline import Outline, outline_of
 from finhpc.planning.plan import Plan, check_model
 from finhpc.planning.step_time import reached_by, step_operations

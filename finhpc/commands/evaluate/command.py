@@ -158,7 +158,7 @@ def _score_all(config: EvaluateConfig, pending: list[Pair]) -> list[Failure]:
     """Score the pairs on as many workers as fit the cluster; return the pairs that failed, each with its error."""
     import ray
 
-    resources, cuda = config.resources, use_cuda(config, cluster_resources())
+    resources, cuda = config.resources, use_cuda(config.resources, cluster_resources())
     room = places(resources, cuda, config.workers)
     actor = ray.remote(num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker if cuda else 0)(Scorer)
     number = min(config.workers or room, len(pending))

@@ -63,7 +63,7 @@ def measure(config: MeasureConfig) -> dict[str, Any]:
         scratch = folder.path / "exports"
         shutil.rmtree(scratch, ignore_errors=True)
         with ray_cluster():
-            cuda, resources = use_cuda(config, cluster_resources()), config.resources
+            cuda, resources = use_cuda(config.resources, cluster_resources()), config.resources
             work = partial(measure_widths, scratch=scratch, device="cuda" if cuda else "cpu")
             gpus = resources.gpus_per_worker if cuda else 0
             tasks = run_tasks(work, [config], lambda _: "measuring", 1, resources.cpus_per_worker, gpus)

@@ -86,7 +86,7 @@ def misplaced(steps: list[PlannedStep], total: Mapping[str, float]) -> list[str]
         if isinstance(one.config, PretrainConfig | FinetuneConfig):
             problems: list[str] = []
             with collect(problems):
-                check_fits(one.config, use_cuda(one.config, dict(total)), dict(total))
+                check_fits(one.config, use_cuda(one.config.resources, dict(total)), dict(total))
             for problem in problems:
                 names.setdefault(problem, []).append(one.step.name)
     return [f"{', '.join(steps)}: {problem}" for problem, steps in names.items()]

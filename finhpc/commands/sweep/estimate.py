@@ -55,7 +55,7 @@ class Estimator:
         with collect(estimate.problems):
             RunFolder(run.run.storage, run.run.name)
             if self.resources is not None:
-                cuda = use_cuda(run, self.resources)
+                cuda = use_cuda(run.resources, self.resources)
                 check_fits(run, cuda, self.resources)
         with collect(estimate.problems):
             if isinstance(run, FinetuneConfig):

@@ -22,7 +22,7 @@ class Placement:
     @property
     def cuda(self) -> bool:
         """Whether trials train on GPUs."""
-        return bool(self.total) and use_cuda(next(iter(self.configs.values())), self.total)
+        return bool(self.total) and use_cuda(next(iter(self.configs.values())).resources, self.total)
 
     @property
     def one_worker_each(self) -> bool:

@@ -14,7 +14,7 @@ from finhpc.commands.pretrain import decompose_start
 from finhpc.commands.sweep.plan import SweepPlan, free_bytes
 from finhpc.commands.sweep.trial import Trial
 from finhpc.errors import ConfigError, FinhpcError
-from finhpc.planning.init import DECOMPOSED, needs_decomposing
+from finhpc.planning.model import DECOMPOSED, needs_decomposing
 from finhpc.settings.finetune import FinetuneConfig
 from finhpc.settings.pretrain import PretrainConfig
 

@@ -1,4 +1,7 @@
-"""The stream of micro-batches that one replica trains on, read in this process, without Ray."""
+"""Which samples one replica reads, and in which pieces.
+
+`stream.py` reads them through Ray Data, as training does; `local_stream` reads them in this process.
+"""
 
 from __future__ import annotations
 

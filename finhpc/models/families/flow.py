@@ -18,7 +18,7 @@ def embed(tokens: Tensor, module: nn.Module) -> Flow:
     return module(tokens), tokens
 
 
-def norm(flow: Flow, module: nn.Module) -> Flow:
+def apply(flow: Flow, module: nn.Module) -> Flow:
     hidden, tokens = flow
     return module(hidden), tokens
 

@@ -68,12 +68,12 @@ class Gpt2(Family):
     def parts(self, config: GPT2Config) -> list[Part]:
         row = [Part(("transformer.wte",), "embedding", flow.embed), Part(("transformer.wpe",), "positions", _positions)]
         if config.embd_pdrop:
-            row.append(Part(("transformer.drop",), "dropout", flow.norm))
+            row.append(Part(("transformer.drop",), "dropout", flow.apply))
         for i in range(config.n_layer):
             block = f"transformer.h.{i}"
             row.append(Part((f"{block}.ln_1", f"{block}.attn"), "attention", _attention))
             row.append(Part((f"{block}.ln_2", f"{block}.mlp"), "mlp", flow.mlp))
-        row.append(Part(("transformer.ln_f",), "norm", flow.norm))
+        row.append(Part(("transformer.ln_f",), "norm", flow.apply))
         row.append(Part((self.embedding if config.tie_word_embeddings else self.head,), "head", flow.head))
         return row
 

@@ -65,7 +65,7 @@ class Llama(Family):
             block = f"model.layers.{i}"
             row.append(Part((f"{block}.input_layernorm", f"{block}.self_attn"), "attention", attention))
             row.append(Part((f"{block}.post_attention_layernorm", f"{block}.mlp"), "mlp", flow.mlp))
-        row.append(Part(("model.norm",), "norm", flow.norm))
+        row.append(Part(("model.norm",), "norm", flow.apply))
         row.append(Part((self.embedding if config.tie_word_embeddings else self.head,), "head", flow.head))
         return row
 

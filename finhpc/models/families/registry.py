@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from finhpc.errors import ConfigError
-from finhpc.lowrank.registry import LAYERS, layers_kind
+from finhpc.lowrank.registry import LAYERS, trained_kind
 from finhpc.lowrank.replace import Ranks
 from finhpc.models import attention
 from finhpc.models.families import gpt2, llama, mistral, qwen2
@@ -116,7 +116,7 @@ def make_config(shape: Shape, ranks: Ranks, kind: str = "low_rank") -> Any:
     """Return the transformers config of a shape, dense if every rank is None. `kind`: `method.kind`."""
     family = FAMILIES[shape.family]
     if any(rank is not None for rank in ranks.values()):
-        return _with_plugins(family.low_rank_config(shape, ranks, layers_kind(kind)))
+        return _with_plugins(family.low_rank_config(shape, ranks, trained_kind(kind)))
     return _with_plugins(family.dense_config(shape))
 
 

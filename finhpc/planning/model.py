@@ -18,7 +18,7 @@ from typing import Any
 
 from finhpc.data.shards.shards import Shards
 from finhpc.errors import CheckpointError, ConfigError
-from finhpc.lowrank.registry import BLEND, DENSE, LAYERS, STARTED, SVD, check_kind, layers_kind
+from finhpc.lowrank.registry import BLEND, DENSE, LAYERS, STARTED, SVD, check_kind, trained_kind
 from finhpc.lowrank.replace import ranks_of
 from finhpc.models.families.registry import as_low_rank, family_of, is_low_rank, make_config, resolve_shape
 from finhpc.models.files.config import read_config
@@ -119,8 +119,8 @@ def _check_settings(config: PretrainConfig, initial: Any) -> None:
                 f"method.kind={BLEND} takes W from a dense model, and model.path={path} is low-rank; use "
                 f"method.kind={SVD}, or give the dense model."
             )
-        elif layers_kind(kind) != initial.low_rank_kind:
-            fits = [name for name in (SVD, *LAYERS) if layers_kind(name) == initial.low_rank_kind]
+        elif trained_kind(kind) != initial.low_rank_kind:
+            fits = [name for name in (SVD, *LAYERS) if trained_kind(name) == initial.low_rank_kind]
             problems.append(
                 f"model.path={path} is a low-rank model of method.kind={initial.low_rank_kind}, which "
                 f"method.kind={kind} cannot continue; use method.kind={' or '.join(fits)}, or another model."
