@@ -194,7 +194,7 @@ def test_a_refused_run_leaves_nothing(shards: Path, tmp_path: Path) -> None:
     many = {"stages": 2, "replicas": 20, "micro_batch_size": 1}
     for dry_run in (True, False):
         with pytest.raises(ConfigError, match="need 40 CPUs"):
-            pretrain(config(shards, tmp_path, parallel=many, data={"eval_samples": 64}), dry_run=dry_run)
+            finhpc.pretrain(config(shards, tmp_path, parallel=many, data={"eval_samples": 64}), dry_run=dry_run)
     assert not list(tmp_path.iterdir())
 
 

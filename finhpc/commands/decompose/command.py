@@ -189,7 +189,7 @@ def _assemble(weights: Weights, groups: list[Group], reports: list[Report], work
     config = low_rank_config(weights, reports)
     names = {name for name, _ in skeleton(config).named_parameters()}
     model = work / "model"
-    with TensorFolderWriter(model, over=True) as writer:
+    with TensorFolderWriter(model, over=True, in_parts=True) as writer:
         for group in groups:
             writer.add(load_file(group.result(work)))
         for name in sorted(names - writer.names):  # stays dense; a low-rank layer's bias belongs to B

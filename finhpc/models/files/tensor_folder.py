@@ -130,11 +130,13 @@ class TensorFolderWriter:
     """Writes a folder that appears only when it is complete; with `over` it replaces an older one.
 
     A context manager: an exception in the block removes everything written. `add` tensors, `finish`, put other files
-    into `partial`, then `publish`.
+    into `partial`, then `publish`. Tensors are in memory until they take FILE_BYTES; with `in_parts` each `add` goes to
+    the disk at once, and `finish` joins these parts into files of that size.
     """
 
-    def __init__(self, out: Path, over: bool = False) -> None:
+    def __init__(self, out: Path, over: bool = False, in_parts: bool = False) -> None:
         self.out, self.over, self.partial = out, over, out.with_name(f".{out.name}.partial")
+        self.in_parts = in_parts
         self.names: set[str] = set()
         self._pending: dict[str, Tensor] = {}
         self._files: list[list[str]] = []  # names of the tensors of each file
@@ -153,7 +155,7 @@ class TensorFolderWriter:
         self._pending |= {name: tensor.contiguous() for name, tensor in tensors.items()}
         self.names |= tensors.keys()
         self._bytes += sum(tensor.nbytes for tensor in tensors.values())
-        if self._bytes >= FILE_BYTES:
+        if self._bytes >= FILE_BYTES or self.in_parts:
             self.flush()
 
     def flush(self) -> None:
@@ -172,12 +174,16 @@ class TensorFolderWriter:
     def finish(self, config: Any = None) -> int:
         """Write the last file, the index and `config`, a model's config; return the bytes of all tensor files."""
         self.flush()
+        parts = [self.partial / f"{i}.tmp" for i in range(len(self._files))]
+        groups = _by_size(parts) if self.in_parts else [[part] for part in parts]
         index: dict[str, str] = {}
-        for i, names in enumerate(self._files):
-            name = ONE if len(self._files) == 1 else f"model-{i + 1:05d}-of-{len(self._files):05d}.safetensors"
-            (self.partial / f"{i}.tmp").rename(self.partial / name)
-            index |= dict.fromkeys(names, name)
-        if len(self._files) > 1:
+        names = iter(self._files)
+        for i, group in enumerate(groups):
+            name = ONE if len(groups) == 1 else f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors"
+            _join(group, self.partial / name)
+            for _ in group:
+                index |= dict.fromkeys(next(names), name)
+        if len(groups) > 1:
             tree = {"metadata": {"total_size": self._total}, "weight_map": index}
             (self.partial / INDEX).write_text(json.dumps(tree, indent=2))
         if config is not None:
@@ -187,3 +193,45 @@ class TensorFolderWriter:
     def publish(self) -> None:
         """Move the folder to its place."""
         publish(self.partial, self.out, over=self.over)
+
+
+def _by_size(parts: list[Path]) -> list[list[Path]]:
+    """Return consecutive parts in groups of at most FILE_BYTES, or of one part."""
+    groups: list[list[Path]] = [[]]
+    size = 0
+    for part in parts:
+        if groups[-1] and size + part.stat().st_size > FILE_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(part)
+        size += part.stat().st_size
+    return groups
+
+
+def _join(parts: list[Path], target: Path) -> None:
+    """Make one safetensors file of several by copying bytes, and remove them.
+
+    The format: 8 bytes with the length n of the header (little-endian), n bytes of JSON (name -> dtype, shape and
+    offsets into what follows), and the bytes of the tensors.
+    """
+    if len(parts) == 1:
+        parts[0].rename(target)
+        return
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for part in parts:
+        with open(part, "rb") as file:
+            entries = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        entries.pop("__metadata__", None)
+        for name, entry in entries.items():
+            header[name] = entry | {"data_offsets": [begin + offset for offset in entry["data_offsets"]]}
+        begin += max(entry["data_offsets"][1] for entry in entries.values())
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(target, "wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for part in parts:
+            with open(part, "rb") as file:
+                file.seek(8 + int.from_bytes(file.read(8), "little"))
+                shutil.copyfileobj(file, out, 1 << 24)
+            part.unlink()

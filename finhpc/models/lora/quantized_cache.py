@@ -39,7 +39,7 @@ def write_quantized_cache(lora_model: LoraModel, folder: Path, advance: Callable
             log.info(f"{error}\nThe base is quantized again.")
             shutil.rmtree(folder)
     scheme, bits = SCHEMES[lora_model.scheme], lora_model.quantization.bits
-    with TensorFolderWriter(folder) as writer:
+    with TensorFolderWriter(folder, in_parts=True) as writer:
         for matrix in lora_model.quantized_matrices():
             tensors = scheme.tensors(lora_model.rows(matrix), bits, matrix.name)
             writer.add({f"{matrix.name}.{key}": tensor for key, tensor in tensors.items()})
