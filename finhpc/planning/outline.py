@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from finhpc.lowrank.layers import LowRank, is_factor
 from finhpc.models.families.registry import skeleton, with_blocks
 from finhpc.models.pipeline import estimated_cost, is_tied, parts_of, stage_borders
 from finhpc.settings.training import Recompute
@@ -176,7 +177,9 @@ def outline_of(hf_config: Any, seq_len: int, recompute: Recompute = "none", fuse
 def _weights_of(name: str, module: nn.Module, kind: str, count: int) -> list[Weights]:
     rows = []
     for sub_name, sub in module.named_modules():
-        own = list(sub.parameters(recurse=False))
+        if is_factor(module, sub_name):
+            continue  # counted with its low-rank layer
+        own = list(sub.parameters(recurse=isinstance(sub, LowRank)))
         if own:
             transposed = isinstance(sub, Conv1D)  # stored (in, out)
             shapes = [tuple(p.shape) for p in own if p.dim() == 2]
