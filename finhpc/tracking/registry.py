@@ -58,7 +58,8 @@ def register(tracking_uri: str, name: str, run_id: str, model: Path, steps: int)
         ids = [output.model_id for output in logged if _exists(client, output.model_id)]
         if not ids:
             log_model(client, run_id, model, step=steps)
-            ids = [output.model_id for output in client.get_run(run_id).outputs.model_outputs]
+            logged = client.get_run(run_id).outputs.model_outputs  # in any order, with the deleted ones
+            ids = [output.model_id for output in logged if _exists(client, output.model_id)]
         source = client.get_logged_model(ids[-1]).artifact_location  # models:/ID would be looked up elsewhere
         version = client.create_model_version(name, source, run_id=run_id, model_id=ids[-1]).version
     client.set_registered_model_alias(name, BEST, version)

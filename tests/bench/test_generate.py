@@ -28,7 +28,10 @@ def settings(tmp_path: Path, **more: Any) -> GenerateBench:
     return build(GenerateBench, tree | more)
 
 
-def test_every_way_is_measured_beside_transformers(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_every_way_is_measured_beside_transformers(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     capfd.readouterr()
     result = bench_generate(settings(tmp_path))
     table = [line for line in capfd.readouterr().err.splitlines() if line and line[0] in "┏┃┡│└"]
