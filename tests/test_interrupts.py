@@ -69,6 +69,8 @@ sys.exit(main())
 
 def begin(code: str, folder: Path, **more: object) -> subprocess.Popen[str]:
     words = [sys.executable, "-c", HEAD + code, str(folder)]
+    # A shell's background job ignores SIGINT, and its children would, too.
+    more.setdefault("preexec_fn", lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True, **more)  # type: ignore[call-overload]
     wait_for(folder / "ready")
     return process  # type: ignore[no-any-return]

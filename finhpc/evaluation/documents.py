@@ -99,7 +99,7 @@ def documents(task: str, data: EvaluateData, limit: int | None, seed: int) -> Do
 def drawn(task: str, spec: str, rows: list[Document], notes: list[str], limit: int | None, seed: int) -> Documents:
     """Return at most `limit` of the rows, drawn by `seed`, in their order. Raises `ConfigError` if there are none."""
     if not rows:
-        raise ConfigError(f"tasks={task}: {spec} holds no example; give a file that does.")
+        raise ConfigError(f"tasks={task}: {spec} has no examples; give a file with examples.")
     if limit is None:
         return Documents(rows, len(rows), notes)
     places = sorted(random.Random(seed).sample(range(len(rows)), min(limit, len(rows))))
@@ -157,7 +157,8 @@ def _document(source: Source, columns: Mapping[str, str], record: Record) -> Doc
 def _label(value: Any, labels: Mapping[str, str], where: str) -> str:
     label = labels.get(word_of(value, "the label", where).lower())
     if label is None:
-        raise ConfigError(f"{where}: the label {value!r} is none of {', '.join(labels)}; correct or remove the record.")
+        known = ", ".join(labels)
+        raise ConfigError(f"{where}: the label {value!r} is not one of {known}; correct or remove the record.")
     return label
 
 

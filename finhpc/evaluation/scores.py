@@ -97,7 +97,7 @@ def _row(sample: dict[str, Any], task: Any, cut: set[str], file: TaskFile) -> Ro
     gold = choices.index(gold) if isinstance(gold, str) and gold in choices else gold
     if not isinstance(gold, int) or not 0 <= gold < len(choices):
         raise DataError(
-            f"tasks={file.name}: the label {gold!r} of example {sample['doc_id']} is none of {choices}; correct the "
+            f"tasks={file.name}: the label {gold!r} of example {sample['doc_id']} is not one of {choices}; correct the "
             "task file or its data."
         )
     scores = np.array([float(answer[0]) for answer in sample["filtered_resps"]])

@@ -265,4 +265,4 @@ def test_what_is_guessed_names_the_columns_that_are_not_used(tmp_path):
     assert found.notes == [
         f"{path}: read as context_target (columns prompt, completion; not used: history), template context_target"
     ]
-    assert "holds no example" in refusal(write(tmp_path / "empty.jsonl", ""))
+    assert "has no examples" in refusal(write(tmp_path / "empty.jsonl", ""))

@@ -65,7 +65,7 @@ def read_examples(sources: list[str], settings: Instructions) -> list[Source]:
         with collect(problems):
             examples = each(table.records, partial(_example, table=table, source=number))
             if not examples:
-                raise ConfigError(f"data.source={spec} holds no example; give a file with records.")
+                raise ConfigError(f"data.source={spec} has no examples; give a file with records.")
             template = table.form.name if table.form else "chat"
             labels = table.meaning.labels if table.meaning else ()
             notes = [*table.reading.notes, *guesses(table)]

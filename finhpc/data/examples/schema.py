@@ -159,7 +159,7 @@ def _detect(reading: Reading, settings: RecordSettings) -> str:
     """Return the format that the file proves, or the one whose columns it has."""
     have = set(reading.columns)
     if not have:
-        raise ConfigError(f"data.source={reading.source} holds no example; give a file with records.")
+        raise ConfigError(f"data.source={reading.source} has no examples; give a file with records.")
     if reading.format:
         return reading.format
     if settings.columns:

@@ -93,7 +93,7 @@ class Manifest(BaseModel):
 
 @dataclass(frozen=True)
 class Shards:
-    """An open prepared folder. It is cheap to copy to another process, because it holds no tokens."""
+    """An open prepared folder. It is cheap to copy to another process, because the tokens stay on disk."""
 
     folder: Path
     manifest: Manifest
