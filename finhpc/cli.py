@@ -33,7 +33,7 @@ options of every command:
   --KEY VALUE        set a key, e.g. --method.rank 96; COMMAND --help lists all
   --json             print the result as JSON, the last line of stdout
   --print_config     show the resolved settings and stop
-  --dry_run          check and count everything; start and write nothing (not bench)
+  --dry_run          check everything, start and write nothing (not: bench)
 
 finhpc --version"""
 )
