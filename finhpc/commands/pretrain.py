@@ -126,7 +126,7 @@ class Pretrain(Job):
         return int(self.plan.hf_config.vocab_size)
 
     def save_model(self, folder: Path, checkpoint: Checkpoint) -> None:
-        from finhpc.models.loading import save_model
+        from finhpc.models.folder import save_model
 
         shards = [lambda file=file: read_stage(file, "param") for file in checkpoint.stage_files()]  # type: ignore[misc]
         self.plan.shards.check_tokenizer()  # it goes into the model's folder
@@ -165,9 +165,9 @@ def _sample_text(config: PretrainConfig, folder: Path) -> str:
 
     from finhpc.models.files.tokenizer import open_tokenizer
     from finhpc.models.files.tokens import prompt_ids
-    from finhpc.models.loading import load_model
+    from finhpc.models.folder import open_model
 
-    model: Any = load_model(folder)
+    model: Any = open_model(folder)
     tokenizer = open_tokenizer(folder)
     ids = torch.tensor([prompt_ids(tokenizer, config.train.sample_prompt or tokenizer.eos_token)])
     room = model.config.max_position_embeddings - ids.shape[1]

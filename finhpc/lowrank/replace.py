@@ -7,7 +7,8 @@ their own names.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -52,6 +53,22 @@ def dense_shape(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
+def rank_problems(setting: str, layers: Iterable[tuple[str, int, tuple[int, int], str]]) -> list[str]:
+    """Return a message for every layer (name, rank, (out, in), further remedy) that its rank does not fit.
+
+    The same layer of all blocks gets one message: its names differ only in a number.
+    """
+    counts = Counter(
+        (re.sub(r"\.\d+\.", ".*.", name), rank, shape, remedy)
+        for name, rank, shape, remedy in layers
+        if not 1 <= rank <= min(shape)
+    )
+    return [
+        f"{setting}={rank} does not fit {name} ({out} x {into}, layers: {count}); use 1 to {min(out, into)}{remedy}."
+        for (name, rank, (out, into), remedy), count in counts.items()
+    ]
+
+
 def target_ranks(
     model: nn.Module, ranks: Ranks, kind_of: KindOf, layers: Mapping[str, int] | None = None
 ) -> dict[str, int]:
@@ -59,27 +76,15 @@ def target_ranks(
 
     Raises `ConfigError` naming every layer that its rank does not fit.
     """
-    chosen: dict[str, int] = {}
-    misfits: dict[tuple[str, int, tuple[int, int], str], int] = {}
+    chosen: list[tuple[str, int, tuple[int, int], str]] = []
     for name, module in model.named_modules():
         shape, kind = dense_shape(module), kind_of(name)
         rank = (layers or {}).get(name, ranks.get(kind) if kind else None)
-        if shape is None or rank is None:
-            continue
-        if not 1 <= rank <= min(shape):
-            # One line for the same layer of all blocks, whose names differ only in a number.
-            key = (re.sub(r"\.\d+\.", ".*.", name), rank, shape, str(kind))
-            misfits[key] = misfits.get(key, 0) + 1
-        chosen[name] = rank
-    if misfits:
-        raise ConfigError(
-            [
-                f"method.rank={rank} does not fit {name} ({shape[0]} x {shape[1]}, layers: {count}); "
-                f"use 1 to {min(shape)} (method.ranks.{kind} sets this kind alone)."
-                for (name, rank, shape, kind), count in misfits.items()
-            ]
-        )
-    return chosen
+        if shape is not None and rank is not None:
+            chosen.append((name, rank, shape, f" (method.ranks.{kind} sets this kind alone)"))
+    if problems := rank_problems("method.rank", chosen):
+        raise ConfigError(problems)
+    return {name: rank for name, rank, *_ in chosen}
 
 
 def make_low_rank(

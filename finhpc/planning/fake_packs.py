@@ -17,14 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from finhpc.models.families.family import BLOCKS, Flow
+from finhpc.models.families.parts import BLOCKS, Flow
 from finhpc.models.families.registry import family_of, skeleton, with_blocks
 from finhpc.models.files.weights import Weights
 from finhpc.models.lora.model import LoraModel, LoraPipelineLayer, Matrix
 from finhpc.models.packing.layout import FIELDS, LAYOUT, Segments, build_layout, layout_of
 from finhpc.models.pipeline import is_tied
 from finhpc.planning.fake_passes import Meter, PartBytes, run_passes, with_gpu_loss
-from finhpc.quantization.frozen import FrozenLinear, empty_frozen
+from finhpc.quantization.frozen import FrozenLinear
+from finhpc.quantization.schemes import empty_frozen
 
 
 @dataclass(frozen=True)

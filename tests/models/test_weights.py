@@ -15,8 +15,8 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from finhpc.commands.decompose.moments import second_moments
 from finhpc.errors import CheckpointError, ConfigError
+from finhpc.models.files.source import locate, open_weights
 from finhpc.models.files.tensor_folder import TensorFolder, TensorFolderWriter
-from finhpc.models.files.weights import locate, open_weights
 from tests.models.dense import saved, tiny_gpt2, tiny_llama
 from tests.models.gguf_file import write_gguf
 

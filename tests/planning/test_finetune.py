@@ -12,15 +12,16 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from finhpc.models.families.registry import as_low_rank
-from finhpc.models.files.weights import open_weights
-from finhpc.models.loading import initial_model, save_model
+from finhpc.models.files.source import open_weights
+from finhpc.models.folder import save_model
+from finhpc.models.initialize import initial_model
 from finhpc.models.lora.model import LoraModel
 from finhpc.models.packing.layout import segments_of
 from finhpc.planning.devices import DEVICES, Cluster
 from finhpc.planning.fake_packs import PackSize
 from finhpc.planning.finetuning import LoraCosts
 from finhpc.planning.memory import Topology
-from finhpc.quantization.frozen import empty_frozen, freeze
+from finhpc.quantization.schemes import empty_frozen, freeze
 from finhpc.settings.base import build
 from finhpc.settings.finetune import FinetuneConfig
 from tests.models.dense import saved

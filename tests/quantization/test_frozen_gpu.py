@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finhpc.quantization.frozen import FrozenLinear, freeze, frozen_from_tensors
+from finhpc.quantization.frozen import FrozenLinear
 from finhpc.quantization.per_vector import rounded
-from finhpc.quantization.schemes import SCHEMES
+from finhpc.quantization.schemes import SCHEMES, freeze, frozen_from_tensors
 from tests.gpu import CUDA, DEVICE, ON, needs_gpu
 from tests.quantization.test_frozen import IN, OUT, inputs, product_and_gradient, theirs, weights
 

@@ -6,7 +6,7 @@ from datetime import timedelta
 from typing import Any
 
 from finhpc.commands.estimate.run_time import describe_run_time
-from finhpc.models.families.family import describe_parts
+from finhpc.models.families.parts import describe_parts
 from finhpc.planning.devices import THIS_MACHINE, Cluster
 from finhpc.planning.outline import Outline
 from finhpc.screen import rows_table, summary_table

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from finhpc.lowrank.layers import LowRankLinear
-from finhpc.models.families.family import BLOCKS, Part
+from finhpc.models.families.parts import BLOCKS, Part
 from finhpc.models.families.registry import skeleton
 from finhpc.models.files.weights import Weights
 from finhpc.models.lora.layers import FrozenLowRankLinear, LoraLinear
@@ -33,7 +33,8 @@ from finhpc.models.lora.targets import (
 )
 from finhpc.models.packed_parts import packed_parts, without_dropout
 from finhpc.models.pipeline import PipelineLayer, stage_borders
-from finhpc.quantization.frozen import FrozenLinear, freeze, frozen_from_tensors, is_quantized
+from finhpc.quantization.frozen import FrozenLinear
+from finhpc.quantization.schemes import freeze, frozen_from_tensors, is_quantized
 from finhpc.settings.finetune import FinetuneConfig, FinetuneQuantization, Lora
 from finhpc.settings.training import Recompute
 
