@@ -13,7 +13,7 @@ from torch import Tensor
 from finhpc.errors import ConfigError
 from finhpc.plugins import Registry
 from finhpc.quantization.bitsandbytes import Int8, Nf4
-from finhpc.quantization.frozen import FrozenFloat, FrozenLinear, Scheme, Tensors
+from finhpc.quantization.frozen import FrozenFloat, FrozenLinear, Scheme
 from finhpc.quantization.minmax import MinMax
 from finhpc.settings.base import nearest
 
@@ -67,31 +67,11 @@ def is_quantized(shape: tuple[int, int], bits: int, scheme: str) -> bool:
 
 
 def freeze(rows: Tensor, bias: Tensor | None, bits: int, scheme: str, dtype: torch.dtype, name: str) -> FrozenLinear:
-    """Build the frozen layer of a matrix (out, in). `dtype`: of what is not quantized.
+    """Build the frozen layer of a matrix (out, in). `dtype`: of a matrix that is not quantized.
 
     Raises `ConfigError` naming `name` if the scheme cannot represent it, `NonFiniteError` if it has NaN.
     """
     shape = (rows.shape[0], rows.shape[1])
     if not is_quantized(shape, bits, scheme):
-        return FrozenFloat(rows.to(dtype), _cast(bias, dtype))
-    return frozen_from_tensors(SCHEMES[scheme].tensors(rows, bits, name), shape, bias, bits, scheme, dtype)
-
-
-def frozen_from_tensors(
-    tensors: Tensors, shape: tuple[int, int], bias: Tensor | None, bits: int, scheme: str, dtype: torch.dtype
-) -> FrozenLinear:
-    """Build the frozen layer of a matrix (out, in) that is already quantized into its scheme's `tensors`."""
-    return SCHEMES[scheme].frozen(tensors, shape, _cast(bias, dtype), bits)
-
-
-def empty_frozen(
-    shape: tuple[int, int], bias: Tensor | None, bits: int, scheme: str, dtype: torch.dtype
-) -> FrozenLinear:
-    """Build the layer of `freeze` with uninitialized tensors on torch's current device and mode, to count memory."""
-    if not is_quantized(shape, bits, scheme):
-        return FrozenFloat(torch.empty(shape, dtype=dtype), _cast(bias, dtype))
-    return SCHEMES[scheme].empty(shape, _cast(bias, dtype), bits)
-
-
-def _cast(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if bias is None else bias.to(dtype)
+        return FrozenFloat(rows.to(dtype), bias)
+    return SCHEMES[scheme].frozen(SCHEMES[scheme].tensors(rows, bits, name), shape, bias, bits)
