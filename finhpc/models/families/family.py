@@ -61,6 +61,9 @@ class Family:
         """Return config fields that transformers does not read from a GGUF file's settings `values`."""
         return {}
 
+    def dense_config(self, shape: Shape) -> Any:
+        return self.dense_class.config_class(**self.config_fields(shape))
+
     def low_rank_config(self, shape: Shape, ranks: Ranks, kind: str) -> Any:
         """Return the config of a low-rank model; a low-rank embedding or head is not tied."""
         tied = shape.tie_embeddings and ranks.get("head") is None and ranks.get("embedding") is None

@@ -114,7 +114,7 @@ def make_config(shape: Shape, ranks: Ranks, kind: str = "low_rank") -> Any:
     family = FAMILIES[shape.family]
     if any(rank is not None for rank in ranks.values()):
         return _with_plugins(family.low_rank_config(shape, ranks, trained_kind(kind)))
-    return _with_plugins(family.dense_class.config_class(**family.config_fields(shape)))
+    return _with_plugins(family.dense_config(shape))
 
 
 def with_blocks(config: Any, blocks: int) -> Any:
