@@ -11,8 +11,7 @@ from finhpc.cluster.own_ray import keep_token_private, own_ray, ray_logs
 from finhpc.cluster.ready import check_ray
 from finhpc.errors import ConfigError, TrainingFailedError
 from finhpc.interrupts import terminable
-from finhpc.settings.finetune import TrainingConfig
-from finhpc.settings.training import Resources
+from finhpc.settings.training import Resources, TrainingConfig
 
 
 @contextmanager

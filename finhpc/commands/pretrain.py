@@ -16,7 +16,6 @@ from finhpc.planning.plan import check_tokenizer, hf_config_of, make_plan
 from finhpc.runs.job import Job
 from finhpc.runs.result import lower_batch, millions
 from finhpc.runs.run import mlflow_checked, run
-from finhpc.settings.decompose import DecomposeConfig
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.tracking.describe import Dataset
 from finhpc.training.checkpoint import Checkpoint, read_stage
@@ -195,7 +194,7 @@ def decompose_start(config: PretrainConfig, run: Path) -> None:
     method = config.method
     kinds = {kind: rank for kind, rank in ranks_of(method).items() if rank is not None and kind in method.ranks}
     finhpc.decompose(
-        DecomposeConfig(
+        finhpc.DecomposeConfig(
             model=str(config.model.path),
             out=str(out),
             rank=method.rank,

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from finhpc.data.shards.shards import Shards
 from finhpc.errors import ConfigError, collect
-from finhpc.settings.finetune import TrainingConfig
 from finhpc.settings.pretrain import Method, PretrainConfig
+from finhpc.settings.training import TrainingConfig
 
 if TYPE_CHECKING:
     from finhpc.planning.model import InitModel

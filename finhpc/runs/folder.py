@@ -30,8 +30,8 @@ import yaml
 from finhpc.errors import ConfigError
 from finhpc.files import lock, private_folder, redact, write_atomic, write_json
 from finhpc.settings.base import build, flatten, marked, to_yaml
-from finhpc.settings.finetune import TrainingConfig
 from finhpc.settings.pretrain import PretrainConfig
+from finhpc.settings.training import TrainingConfig
 
 PACKAGES = ("finhpc", "torch", "ray", "deepspeed", "transformers", "tokenizers", "mlflow", "numpy", "pyarrow")
 # Files that a run folder may have before its work begins.

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from finhpc.settings.finetune import TrainingConfig
+from finhpc.settings.training import TrainingConfig
 from finhpc.tracking.describe import Dataset, model_name, parameters, shape_of
 from finhpc.training.checkpoint import Checkpoint
 

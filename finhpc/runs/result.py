@@ -12,7 +12,7 @@ from finhpc.errors import CheckpointError
 from finhpc.evaluation import plausible
 from finhpc.files import redact
 from finhpc.runs.job import Job
-from finhpc.settings.finetune import TrainingConfig
+from finhpc.settings.training import TrainingConfig
 from finhpc.training.journal import WORKER_FILE, Record, latest, read
 
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from finhpc.files import file_sha256, redact
 from finhpc.settings.base import Section, flatten
-from finhpc.settings.finetune import TrainingConfig
 from finhpc.settings.pretrain import PretrainConfig
+from finhpc.settings.training import TrainingConfig
 
 if TYPE_CHECKING:
     from mlflow.entities import DatasetInput

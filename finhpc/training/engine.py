@@ -35,8 +35,8 @@ from finhpc.lowrank.registry import BLEND
 from finhpc.models.families.registry import skeleton as make_skeleton
 from finhpc.models.initialize import Fill, random_fill
 from finhpc.models.pipeline import PipelineLayer, is_tied, parts_of
-from finhpc.settings.finetune import FinetuneConfig
 from finhpc.settings.pretrain import PretrainConfig
+from finhpc.settings.training import TrainingConfig
 from finhpc.training.allocator import keep_freed_memory
 from finhpc.training.optimizer import decay_products, drop_parameters, make_optimizer, set_lr
 from finhpc.training.stages import measured_cut
@@ -70,7 +70,7 @@ class Engine:
 
     def __init__(
         self,
-        config: PretrainConfig | FinetuneConfig,
+        config: TrainingConfig,
         hf_config: Any,
         device: torch.device,
         borders: list[int] | None = None,

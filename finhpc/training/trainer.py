@@ -40,7 +40,8 @@ from torch import Tensor
 
 from finhpc.log import redirected
 from finhpc.models.initialize import Fill
-from finhpc.settings.finetune import FinetuneConfig, TrainingConfig
+from finhpc.settings.pretrain import PretrainConfig
+from finhpc.settings.training import TrainingConfig
 from finhpc.training import checkpoint
 from finhpc.training.batches import Batch, BatchSource
 from finhpc.training.checkpoint import Checkpoint, Checkpointer
@@ -150,7 +151,7 @@ class Trainer:
         reset_peaks(self.device)
         torch.manual_seed(self.config.train.seed * 1_000_003 + self.rank)
         borders = None  # counted by the engine for a LoRA model, with the same result at every start
-        if not isinstance(self.config, FinetuneConfig):
+        if isinstance(self.config, PretrainConfig):
             borders = saved_cut(self.config, self.hf_config, self.device, self.folder / "stages.json").borders
         self.engine = Engine(self.config, self.hf_config, self.device, borders, self.fill, self.lora_model)
         self.is_set_up = True
@@ -201,7 +202,7 @@ class Trainer:
         self.consumed = int(latest.manifest["consumed"], 16) if self.rank == 0 else 0
         if not checkpoint.load_random_state(latest, self.rank, self.ranks):
             torch.manual_seed(hash((config.train.seed, latest.step, self.rank)))
-            if config.lora.dropout if isinstance(config, FinetuneConfig) else config.model.dropout:
+            if config.model.dropout if isinstance(config, PretrainConfig) else config.lora.dropout:
                 log.info("the number of workers changed: dropout draws differ from an unbroken run's.")
         log.info(f"resumed from step {latest.step}")
 

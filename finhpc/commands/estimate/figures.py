@@ -23,7 +23,7 @@ from finhpc.planning.memory import StageMemory
 from finhpc.planning.step_time import Pace
 from finhpc.settings.base import nearest
 from finhpc.settings.estimate import EstimateConfig, FinetuneEstimateConfig, Hardware
-from finhpc.settings.finetune import TrainingConfig
+from finhpc.settings.training import TrainingConfig
 
 
 def check_device(hardware: Hardware) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from finhpc.cluster.connect import check_fits, use_cuda
 from finhpc.errors import ConfigError, collect
-from finhpc.settings.finetune import TrainingConfig
+from finhpc.settings.training import TrainingConfig
 
 
 @dataclass(frozen=True)

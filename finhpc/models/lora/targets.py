@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,9 @@ from transformers.pytorch_utils import Conv1D
 from finhpc.errors import ConfigError
 from finhpc.lowrank.layers import LowRankLinear, is_factor
 from finhpc.models.initialize import generator_of
-from finhpc.settings.finetune import FinetuneQuantization, Lora
+
+if TYPE_CHECKING:
+    from finhpc.settings.finetune import FinetuneQuantization, Lora
 
 ALL = "all-linear"
 CHANGES_BASE = ("pissa", "olora")  # initializations that subtract the adapter from the base

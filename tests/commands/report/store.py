@@ -12,9 +12,9 @@ from mlflow import MlflowClient
 from finhpc.commands.report.runs import Collected, collect
 from finhpc.commands.report.store import all_runs, chosen_experiments, open_store
 from finhpc.settings.base import build
-from finhpc.settings.finetune import FinetuneConfig, TrainingConfig
+from finhpc.settings.finetune import FinetuneConfig
 from finhpc.settings.pretrain import PretrainConfig
-from finhpc.settings.training import default_tracking_uri
+from finhpc.settings.training import TrainingConfig, default_tracking_uri
 from finhpc.tracking.describe import parameters
 from finhpc.tracking.mirror import Status
 from finhpc.tracking.tags import COMMAND, PREFIX, SETTING, setting_tags
