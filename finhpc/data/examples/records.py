@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from finhpc.data.examples.tables import Reading, Record, encoding_note, read_csv, read_hub, read_parquet
+from finhpc.data.rows import json_object
 from finhpc.errors import ConfigError
-from finhpc.textfile import parse_json, read_text
+from finhpc.textfile import NotTextError, parse_json, read_text
 
 __all__ = ["Reading", "Record", "read_records", "split_name"]
 FIQA_THRESHOLD = 0.1  # scores beyond it are positive or negative
@@ -98,13 +99,12 @@ def _json_lines(path: Path, encoding: str | None) -> Reading:
 
     def records() -> Iterator[Record]:
         for number, line in enumerate(text.split("\n"), 1):
-            if not line.strip():
-                continue
+            where = f"{path} line {number}"
             try:
-                value = parse_json(line)
-            except (ValueError, RecursionError) as error:
-                raise ConfigError(f"{path} line {number}: broken JSON ({error}); correct the line.") from None
-            yield _object(value, f"{path} line {number}")
+                if line.strip():
+                    yield Record(json_object(line), where)
+            except NotTextError as error:
+                raise ConfigError(f"{where}: {error.problem}; {error.remedy}.") from None
 
     return _with_labels(_table(str(path), records()), encoding_note(path, text, used))
 

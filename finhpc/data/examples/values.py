@@ -11,18 +11,11 @@ from decimal import Decimal
 from typing import Any, Protocol, TypeVar
 
 from finhpc.errors import ConfigError
+from finhpc.textfile import NotTextError
 
 SHOWN = 5  # kinds of faults that one error names
 WHOLE = re.compile(r"([+-]?\d+)\.0*")
 KINDS = ((bool, "the boolean"), (int, "the number"), (float, "the number"), (list, "a list"), (dict, "an object"))
-
-
-class NotTextError(Exception):
-    """A value is not text; `holds` says what it is instead."""
-
-    def __init__(self, holds: str, remedy: str = "correct it") -> None:
-        self.holds, self.remedy = holds, remedy
-        super().__init__(holds)
 
 
 def plain_text(value: Any) -> str:
@@ -44,7 +37,7 @@ def text_of(value: Any, name: str, where: str) -> str:
     try:
         return plain_text(value)
     except NotTextError as error:
-        raise ConfigError(f"{where}: {name} holds {error.holds}; {error.remedy}.") from None
+        raise ConfigError(f"{where}: {name} holds {error.problem}; {error.remedy}.") from None
 
 
 def word_of(value: Any, name: str, where: str) -> str:

@@ -71,7 +71,7 @@ def _source_units(source: str, config: PrepareConfig) -> tuple[list[Unit], dict[
     if source == "docs":
         return docs.docs_units()
     if source.startswith("hf:"):
-        shards = list(formats.hf_units(source.removeprefix("hf:"), config))
+        shards = list(formats.hf_units(source, config))
         return shards, {"split": config.hf_split, "shards": len(shards)}
     files, ignored = _files(Path(source).expanduser())
     pieces: list[Unit] = []
@@ -83,7 +83,7 @@ def _source_units(source: str, config: PrepareConfig) -> tuple[list[Unit], dict[
                 pieces += formats.parquet_units(path, config)
             case "archive":
                 pieces += formats.archive_units(path)
-    pieces += formats.text_units([path for path in files if _kind(path) == "text"])
+    pieces += formats.file_units("text", [path for path in files if _kind(path) == "text"], formats.UNIT_BYTES)
     description = {"files": len(files), "bytes": sum(path.stat().st_size for path in files)}
     return pieces, description | ({"ignored_files": ignored} if ignored else {})
 
