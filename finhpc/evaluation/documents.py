@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from finhpc.data.examples.records import Reading, Record, read_records
+from finhpc.data.examples.records import read_records
 from finhpc.data.examples.schema import FORMATS, Table, fields_of, guesses, open_sources
+from finhpc.data.examples.tables import Reading, Record
 from finhpc.data.examples.templates import template
 from finhpc.data.examples.values import each, is_missing, text_of, word_of
 from finhpc.errors import ConfigError
@@ -91,7 +92,7 @@ def documents(task: str, data: EvaluateData, limit: int | None, seed: int) -> Do
     else:
         reading = read_records(spec, data.encoding, data.hf_split)
         columns = _columns_in(reading, task, source)
-        rows = each(list(reading.records), lambda record: _document(source, columns, record))
+        rows = each(reading.records, lambda record: _document(source, columns, record))
         notes = reading.notes
     return drawn(task, spec, rows, notes, limit, seed)
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from finhpc.data.examples.chat import learned
 from finhpc.data.examples.messages import messages_of, tools_of
-from finhpc.data.examples.records import Record
 from finhpc.data.examples.schema import Table, fields_of, guesses, open_sources
+from finhpc.data.examples.tables import Record
 from finhpc.data.examples.values import each
 from finhpc.errors import ConfigError, collect
 from finhpc.settings.finetune import Instructions

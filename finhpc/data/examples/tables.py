@@ -7,7 +7,6 @@ import io
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,7 +38,7 @@ class Reading:
 
     source: str
     columns: list[str]
-    records: Iterable[Record]
+    records: list[Record]
     skipped: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
     format: str | None = None
@@ -146,7 +145,7 @@ def read_hub(source: str, split: str) -> Reading:
     datasets.disable_progress_bars()
     dataset = open_dataset(source, split, prefix="data.")
     names = {column: kind.names for column, kind in dataset.features.items() if isinstance(kind, datasets.ClassLabel)}
-    records = (Record(values | _named(values, names), f"{source} row {row}") for row, values in enumerate(dataset, 1))
+    records = [Record(values | _named(values, names), f"{source} row {row}") for row, values in enumerate(dataset, 1)]
     return Reading(source, list(dataset.column_names), records)
 
 
