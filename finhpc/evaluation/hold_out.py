@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from finhpc.data.examples.examples import is_held_out
+from finhpc.data.examples.examples import is_held_out, split_key
 from finhpc.data.examples.schema import FORMATS, fields_of, open_sources
 from finhpc.data.examples.values import each
 from finhpc.errors import ConfigError
@@ -46,7 +46,7 @@ def held_out_documents(config: HoldOutConfig) -> dict[str, list[Document]]:
         if table.form is None or (task := task_of.get(table.form.name)) is None:
             continue
         for fields, _ in each(table.records, partial(fields_of, table=table)):
-            if is_held_out(fields["input"], config.eval_fraction):
+            if is_held_out(split_key(fields["input"]), config.eval_fraction):
                 documents.setdefault(task, []).append(stripped(fields))
     if not documents:
         raise ConfigError(

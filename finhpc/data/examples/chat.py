@@ -97,7 +97,7 @@ def prompt_text(messages: list[Message], tokenizer: Any, where: str = "the conve
     return _render(tokenizer, messages, None, where, add_generation_prompt=True)
 
 
-def prompt_ids(text: str, tokenizer: Any) -> list[int]:
+def rendered_ids(text: str, tokenizer: Any) -> list[int]:
     """Return the ids of a rendered prompt as they are when an answer follows.
 
     White space at its end that becomes part of the answer's first token (as after `ASSISTANT: `) is not read: the

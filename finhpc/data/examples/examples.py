@@ -7,6 +7,8 @@ import json
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from finhpc.data.examples.instructions import Example, Source, labels_of, read_examples
+from finhpc.data.examples.instructions import Example, Source, read_examples
 from finhpc.data.examples.tokenize import Row, check_tokenizer, tokenized
 from finhpc.data.shards.order import permutation
 from finhpc.errors import ConfigError, DataError
@@ -108,11 +110,13 @@ def make_examples(settings: Instructions, tokenizer: Any, seed: int, before: Pat
     given = [example for source in sources for example in source.examples]
     check_tokenizer(tokenizer, given)
     origin = _origin(given, settings, tokenizer, seed)
-    if before is not None and (stored := _stored(before, origin)) is not None:
-        return stored
+    if before is not None:
+        with suppress(DataError):  # none or damaged: the same are made again, and a run checks their fingerprint
+            if (stored := load(before)).origin == origin:
+                return stored
     examples, rows, texts = tokenized(given, tokenizer, settings.max_len, settings.cut == "input")
     _check_dropped(examples, rows, settings)
-    keys = [_key(example.input) for example in examples]
+    keys = [split_key(example.input) for example in examples]
     train, held_out, leaked = _split(examples, rows, keys, settings)
     drawn = train
     if settings.limit is not None and settings.limit < len(train):
@@ -125,7 +129,8 @@ def make_examples(settings: Instructions, tokenizer: Any, seed: int, before: Pat
     counts |= {"leaked": leaked, "not_drawn": len(train) - len(drawn)}
     notes = tuple(note for source in sources for note in source.notes) + tuple(texts) + tuple(_notes(counts, settings))
     sides = _arrays(drawn, examples, rows), _arrays(held_out, examples, rows)
-    return Examples(*sides, counts, tuple(labels_of(sources)), notes, origin)
+    labels = tuple(dict.fromkeys(label for source in sources for label in source.labels))
+    return Examples(*sides, counts, labels, notes, origin)
 
 
 def _unseen(number: int, source: Source, learned: list[Example], tokenizer: Any) -> list[list[int]]:
@@ -140,15 +145,6 @@ def _unseen(number: int, source: Source, learned: list[Example], tokenizer: Any)
         for label in source.labels
         if label not in seen
     ]
-
-
-def _stored(path: Path, origin: str) -> Examples | None:
-    """Return the examples in a file if they are complete and have that origin."""
-    try:
-        stored_examples = load(path)
-    except DataError:  # none or damaged: the same are made again, and a run checks their fingerprint
-        return None
-    return stored_examples if stored_examples.origin == origin else None
 
 
 def _origin(examples: list[Example], settings: Instructions, tokenizer: Any, seed: int) -> str:
@@ -178,7 +174,7 @@ def _split(
         train = [i for i in learned if keys[i] not in seen]
         leaked = len(learned) - len(train)
     else:
-        chosen = [_is_held_out(key, settings.eval_fraction) for key in keys]
+        chosen = [is_held_out(key, settings.eval_fraction) for key in keys]
         train = [i for i in kept if not chosen[i]]
         held_out = [i for i in kept if chosen[i]]
     # By the far end of the hash: its beginning decided the split, and eval_limit takes the first of these.
@@ -186,17 +182,13 @@ def _split(
     return train, held_out, leaked
 
 
-def is_held_out(text: str, fraction: float) -> bool:
-    """Return whether an input belongs to the held-out `fraction`, by its letters and digits alone."""
-    return _is_held_out(_key(text), fraction)
-
-
-def _is_held_out(key: bytes, fraction: float) -> bool:
+def is_held_out(key: bytes, fraction: float) -> bool:
+    """Return whether an input with a `split_key` belongs to the held-out `fraction`."""
     return int.from_bytes(key[:8], "big") < int(fraction * 2**64)
 
 
-def _key(text: str) -> bytes:
-    """Return a hash of a text's letters and digits; case, spaces and punctuation do not count."""
+def split_key(text: str) -> bytes:
+    """Return a hash of an input's letters and digits; case, spaces and punctuation do not count."""
     plain = LETTERS.sub("", unicodedata.normalize("NFKC", text).casefold()) or text.strip()
     return hashlib.sha256(plain.encode()).digest()
 
@@ -238,21 +230,19 @@ def _counts(
         if example.label is not None:
             answers.setdefault(example.prompt, set()).add(example.label)
 
-    def of(chosen: list[int]) -> tuple[int, int, int]:
-        picked = [row for i in chosen if (row := rows[i]) is not None]
-        return len(picked), sum(len(row.tokens) for row in picked), sum(sum(row.answer) for row in picked)
-
     def all_of(source: int | None) -> dict[str, Any]:
-        mine = [i for i in range(len(examples)) if source in (None, examples[i].source)]
-        number, tokens, answer_tokens = of([i for i in train if source in (None, examples[i].source)])
+        def mine(chosen: Iterable[int]) -> list[Row | None]:
+            return [rows[i] for i in chosen if source in (None, examples[i].source)]
+
+        records, learned = mine(range(len(examples))), [row for row in mine(train) if row is not None]
         return {
-            "records": len(mine),
-            "examples": number,
-            "held_out": sum(source in (None, examples[i].source) for i in held_out),
-            "cut": sum(row.cut for i in mine if (row := rows[i]) is not None),
-            "dropped": sum(rows[i] is None for i in mine),
-            "tokens": tokens,
-            "answer_tokens": answer_tokens,
+            "records": len(records),
+            "examples": len(learned),
+            "held_out": len(mine(held_out)),
+            "cut": sum(row.cut for row in records if row is not None),
+            "dropped": records.count(None),
+            "tokens": sum(len(row.tokens) for row in learned),
+            "answer_tokens": sum(sum(row.answer) for row in learned),
         }
 
     by_source = [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -89,8 +88,3 @@ def _from_chat(record: Record, column: str, source: int) -> Example:
     first = next((message for message in messages if message["role"] == "user"), messages[0])
     tools = tools_of(record.values, record.where)
     return Example("", "", first["content"].strip(), source, record.where, (0, 0), messages=messages, tools=tools)
-
-
-def labels_of(sources: list[Source]) -> Iterator[str]:
-    """Yield every label of the sources once, in the templates' order."""
-    yield from dict.fromkeys(label for source in sources for label in source.labels)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from finhpc.data.examples.chat import Conversation, check_template, control_tokens, prompt_ids, rendered
+from finhpc.data.examples.chat import Conversation, check_template, control_tokens, rendered, rendered_ids
 from finhpc.data.examples.instructions import Example
 from finhpc.data.examples.values import each
 from finhpc.errors import ConfigError
@@ -244,4 +244,4 @@ def _notes(chats: list[Conversation | None], rows: list[Row | None], tokenizer: 
 
 def _other_prompt(chat: Conversation, row: Row, tokenizer: Any) -> bool:
     """Return whether inference would read other ids before the first answer than were learned."""
-    return prompt_ids(chat.text[: chat.answers[0][0]], tokenizer) != row.tokens[: row.answer.index(True)]
+    return rendered_ids(chat.text[: chat.answers[0][0]], tokenizer) != row.tokens[: row.answer.index(True)]
