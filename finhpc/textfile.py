@@ -147,6 +147,14 @@ def parse_yaml(text: str) -> Any:
     return yaml.load(text, _UniqueKeys)
 
 
+def read_yaml(path: Path, name: str) -> Any:
+    """Return the value of a YAML file; `name`: the setting that named it. Raises `ConfigError` for broken YAML."""
+    try:
+        return parse_yaml(read_text(path, setting=None)[0])
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name} is not valid YAML: {error}; correct that line.") from None
+
+
 class _UniqueKeys(yaml.SafeLoader):
     """The safe loader, which by itself would accept duplicate keys."""
 

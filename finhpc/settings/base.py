@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from finhpc import plugins
 from finhpc.errors import ConfigError, collect
-from finhpc.textfile import parse_yaml, read_text
+from finhpc.textfile import read_yaml
 
 if TYPE_CHECKING:
     from pydantic._internal._model_construction import ModelMetaclass
@@ -267,10 +267,7 @@ def _read(source: str) -> dict[str, Any]:
         if os.sep in source or source.endswith((".yaml", ".yml")):
             raise ConfigError(f"config={source} is not a file; give a YAML file or one of: {', '.join(known)}.")
         raise ConfigError(f"config={source} is not a recipe; {nearest(source, list(known), most=100)}")
-    try:
-        tree = parse_yaml(read_text(path, setting=None)[0])
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config={source} is not valid YAML: {error}; correct that line.") from None
+    tree = read_yaml(path, f"config={source}")
     if not isinstance(tree, dict):
         raise ConfigError(
             f"config={source} must contain sections (`model:`, `train:`, ...), not {type(tree).__name__}."

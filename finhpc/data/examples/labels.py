@@ -12,8 +12,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from finhpc.data.examples.values import without_zeros
 from finhpc.errors import ConfigError
 
+# a number, which means nothing by itself
 CODE = re.compile(r"((label|class)[ _-]?)?[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 NUMBERED = re.compile(r"[ _-]\w{1,2}$")
 MOST = 100  # different labels of one source; more are text
@@ -41,15 +43,13 @@ class Meaning:
         return f"labels: {labels}" + (f"; {read}" if read else "")
 
 
-def is_code(word: str) -> bool:
-    """Return whether a value is a number, which means nothing by itself."""
-    return CODE.fullmatch(word) is not None
-
-
 def given(labels: Mapping[str, str]) -> Meaning:
     """Return the meaning that `data.labels` states; a label means itself as well."""
     names = tuple(dict.fromkeys(labels.values()))
-    return Meaning(names, {name.lower(): name for name in names} | {_key(code): name for code, name in labels.items()})
+    return Meaning(
+        names,
+        {name.lower(): name for name in names} | {without_zeros(code).lower(): name for code, name in labels.items()},
+    )
 
 
 def of_words(labels: Iterable[str], others: Mapping[str, str]) -> Meaning:
@@ -58,14 +58,9 @@ def of_words(labels: Iterable[str], others: Mapping[str, str]) -> Meaning:
     return Meaning(names, {name.lower(): name for name in names} | dict(others))
 
 
-def contradiction(setting: Meaning, codes: Mapping[str, str]) -> str | None:
-    """Return the first code that has another meaning in the format than in the setting, or None."""
-    return next((code for code, label in codes.items() if setting.of.get(code, label).lower() != label), None)
-
-
 def refuse_codes(source: str, words: Iterable[str], known: Mapping[str, Mapping[str, str]]) -> None:
     """Raise `ConfigError` if values are codes without a meaning; `known`: format -> what codes mean in it."""
-    codes = sorted({word for word in words if is_code(word)}, key=lambda word: (len(word.lstrip("+-")), word))
+    codes = sorted({word for word in words if CODE.fullmatch(word)}, key=lambda word: (len(word.lstrip("+-")), word))
     if not codes:
         return
     if len(codes) > MOST:
@@ -136,8 +131,3 @@ def united(meanings: list[Meaning]) -> list[Meaning]:
         group = next(group for group in groups if group.keys() & meaning.of.keys())
         entries.append(Meaning(tuple(group[key] for key in sorted(group)), group))
     return entries
-
-
-def _key(code: str) -> str:
-    whole = re.fullmatch(r"([+-]?\d+)\.0*", code)
-    return (whole[1] if whole else code).lower()

@@ -15,7 +15,7 @@ from finhpc.data.examples import labels
 from finhpc.data.examples.labels import Meaning
 from finhpc.data.examples.records import read_records, split_name
 from finhpc.data.examples.tables import Reading, Record
-from finhpc.data.examples.templates import Template, template
+from finhpc.data.examples.templates import LABELS, Template, template
 from finhpc.data.examples.values import each, text_of, word_of
 from finhpc.errors import ConfigError, collect
 from finhpc.settings.base import nearest
@@ -136,7 +136,7 @@ def fields_of(record: Record, table: Table) -> tuple[dict[str, str], str | None]
             continue
         raw[name] = text_of(record.values.get(column), column, record.where)
         if not raw[name].strip() and not (name == "input" and form.without_input):
-            what = "answer" if name not in form.prompt_fields else f"prompt's {name}"
+            what = "answer" if f"{{{name}}}" not in form.prompt else f"prompt's {name}"
             raise ConfigError(f"{record.where}: the {what} ({column}) is empty; write one or remove the record.")
     if not form.chooses:
         return raw, None
@@ -268,7 +268,7 @@ def _settle_given(table: Table, form: Template, free: bool, coded: bool, setting
     """Apply `data.labels`."""
     meaning = labels.given(settings.labels)
     codes = FORMATS[table.format].codes if coded else {}
-    if code := labels.contradiction(meaning, codes):
+    if code := next((code for code, label in codes.items() if meaning.of.get(code, label).lower() != label), None):
         raise ConfigError(
             f"data.labels says that {code} is {meaning.of[code]}, but in {table.source}, of format {table.format}, it "
             f"is {codes[code]}; remove data.labels, or name the file {table.source}:labelled if it is another set."
@@ -281,7 +281,7 @@ def _settle_given(table: Table, form: Template, free: bool, coded: bool, setting
         return
     if free and form.labels:
         form = template(OWN_LABELS)
-    if form.labels and not form.shows_labels:
+    if form.labels and f"{{{LABELS}}}" not in form.prompt:
         raise ConfigError(
             f"data.labels ({', '.join(meaning.labels)}) are other labels than template {form.name} names in its prompt "
             f"({', '.join(form.labels)}); use a template with {{labels}}, such as --data.template {OWN_LABELS}."

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from finhpc.data.examples.chat import Conversation, check_template, control_tokens, rendered, rendered_ids
+from finhpc.data.examples.chat import Conversation, control_tokens, rendered, rendered_ids
 from finhpc.data.examples.instructions import Example
 from finhpc.data.examples.values import each
 from finhpc.errors import ConfigError
@@ -47,15 +47,13 @@ def tokenized(examples: list[Example], tokenizer: Any, max_len: int, may_cut: bo
     results: list[Row | None] = []
     long: list[str] = []
     for first in range(0, len(examples), BATCH):
-        part = slice(first, first + BATCH)
-        for example, chat, row in zip(
-            examples[part], chats[part], _rows(examples[part], chats[part], tokenizer), strict=True
-        ):
+        batch, of_batch = examples[first : first + BATCH], chats[first : first + BATCH]
+        for example, chat, row in zip(batch, of_batch, _rows(batch, of_batch, tokenizer), strict=True):
             if len(row.tokens) <= max_len:
                 results.append(row)
-                continue
-            long.append(f"{example.where}: {len(row.tokens):,} tokens")
-            results.append(_shorter(example, chat, tokenizer, max_len))
+            else:
+                long.append(f"{example.where}: {len(row.tokens):,} tokens")
+                results.append(_shorter(example, chat, tokenizer, max_len))
     if long and not may_cut:
         more = f" and {len(long) - 5:,} more" if len(long) > 5 else ""
         raise ConfigError(
@@ -74,8 +72,11 @@ def check_tokenizer(tokenizer: Any, examples: list[Example]) -> None:
         raise ConfigError("the tokenizer has no tokenizer.json (a slow tokenizer); convert it to a fast one.")
     if tokenizer.eos_token_id is None and any(example.end for example in examples):
         raise ConfigError(NO_END)
-    if any(example.messages is not None for example in examples):
-        check_template(tokenizer)
+    if not getattr(tokenizer, "chat_template", None) and any(example.messages is not None for example in examples):
+        raise ConfigError(
+            "the tokenizer has no chat template, which records of `messages` need; use an instruction-tuned model's, "
+            "or write the records as context and target."
+        )
 
 
 NO_END = (
@@ -86,8 +87,6 @@ NO_END = (
 
 def _rendered(examples: list[Example], tokenizer: Any) -> tuple[list[Example], list[Conversation | None], list[str]]:
     """Return the examples, the rendered conversation of each that is one, and notes about the template."""
-    results: list[Example] = []
-    chats: list[Conversation | None] = []
     control = control_tokens(tokenizer)
 
     def written(example: Example) -> list[Conversation]:
@@ -95,19 +94,19 @@ def _rendered(examples: list[Example], tokenizer: Any) -> tuple[list[Example], l
             return []
         return rendered(example.messages, example.tools, example.where, tokenizer, control)
 
+    pairs: list[tuple[Example, Conversation | None]] = []
     split = 0
     for example, several in zip(examples, each(examples, written), strict=True):
         split += len(several) > 1
         if not several:
-            results.append(example)
-            chats.append(None)
+            pairs.append((example, None))
         for chat in several:
-            results.append(replace(example, prompt=chat.text[: chat.answers[0][0]]))
-            chats.append(chat)
-    texts = (
-        "conversations were split into one example for each answer, because the chat template rewrites earlier turns"
+            pairs.append((replace(example, prompt=chat.text[: chat.answers[0][0]]), chat))
+    note = (
+        f"{split:,} conversations were split into one example for each answer, because the chat template rewrites "
+        "earlier turns"
     )
-    return results, chats, [f"{split:,} {texts}"] if split else []
+    return [example for example, _ in pairs], [chat for _, chat in pairs], [note] if split else []
 
 
 def _rows(examples: list[Example], chats: list[Conversation | None], tokenizer: Any) -> list[Row]:
@@ -226,7 +225,11 @@ def _notes(chats: list[Conversation | None], rows: list[Row | None], tokenizer: 
     for (chat, row), token in zip(talks, last, strict=True):
         written = str(added[token].content) if token in added else ""
         ended += row.answer[-1] and not chat.text[: chat.answers[-1][1]].endswith(written)
-    other = sum(_other_prompt(chat, row, tokenizer) for chat, row in talks[:COMPARED] if not row.cut)
+    other = sum(  # inference reads other ids before the first answer than were learned
+        rendered_ids(chat.text[: chat.answers[0][0]], tokenizer) != row.tokens[: row.answer.index(True)]
+        for chat, row in talks[:COMPARED]
+        if not row.cut
+    )
     left_out = sorted({role for chat, _ in talks for role in chat.left_out})
     texts = {
         f"conversations got {tokenizer.eos_token} after their last answer, since the chat template ends it with no "
@@ -240,8 +243,3 @@ def _notes(chats: list[Conversation | None], rows: list[Row | None], tokenizer: 
         ),
     }
     return [f"{number:,} {text}" for text, number in texts.items() if number]
-
-
-def _other_prompt(chat: Conversation, row: Row, tokenizer: Any) -> bool:
-    """Return whether inference would read other ids before the first answer than were learned."""
-    return rendered_ids(chat.text[: chat.answers[0][0]], tokenizer) != row.tokens[: row.answer.index(True)]

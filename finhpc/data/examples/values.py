@@ -53,7 +53,11 @@ def word_of(value: Any, name: str, where: str) -> str:
         raise ConfigError(
             f"{where}: {name} holds {shown(value)}, which is not a label; write a word or a whole number."
         )
-    word = " ".join(text_of(value, name, where).split())
+    return without_zeros(" ".join(text_of(value, name, where).split()))
+
+
+def without_zeros(word: str) -> str:
+    """Return the digits of a whole number such as 1.0, any other word as it is."""
     whole = WHOLE.fullmatch(word)
     return whole[1] if whole else word
 
