@@ -14,7 +14,7 @@ from finhpc.data.examples.examples import is_held_out, split_key
 from finhpc.data.examples.schema import FORMATS, fields_of, open_sources
 from finhpc.data.examples.values import each
 from finhpc.errors import ConfigError
-from finhpc.evaluation.documents import SOURCES, Document, stripped
+from finhpc.evaluation.documents import SOURCES, stripped
 from finhpc.files import write_atomic
 from finhpc.settings.finetune import Instructions
 from finhpc.settings.reproduce import HoldOutConfig
@@ -38,10 +38,10 @@ def hold_out(config: HoldOutConfig) -> dict[str, Any]:
     return {"status": "finished", "files": files, "tasks": list(files), "examples": examples}
 
 
-def held_out_documents(config: HoldOutConfig) -> dict[str, list[Document]]:
+def held_out_documents(config: HoldOutConfig) -> dict[str, list[dict[str, str]]]:
     """Return the held-out examples of each task, of all sources together."""
     task_of = {FORMATS[source.format].template: task for task, source in SOURCES.items() if source.format}
-    documents: dict[str, list[Document]] = {}
+    documents: dict[str, list[dict[str, str]]] = {}
     for table in open_sources(config.source, Instructions(encoding=config.encoding)):
         if table.form is None or (task := task_of.get(table.form.name)) is None:
             continue

@@ -87,7 +87,7 @@ def _planned(
         log.info(note)
     pairs = [_pair(config, folder, subject, task) for subject in models for task in (*tasks, None)]
     pairs = [pair for pair in pairs if pair.task is not None or PERPLEXITY in config.tasks]
-    pending = [pair for pair in pairs if not pair.done()]
+    pending = [pair for pair in pairs if pair.read() is None]
     result: dict[str, Any] = {
         "status": "dry_run",
         "tasks": [task.name for task in tasks] + ([PERPLEXITY] if PERPLEXITY in config.tasks else []),
@@ -111,10 +111,16 @@ def _checked(config: EvaluateConfig, folder: Path, write: bool) -> tuple[list[Su
         models = subjects(config.model, config.adapter)
     with collect(problems):
         tasks = prepare_tasks(config, folder / "tasks", write)
-    try:
-        _check_shards(config)
-    except ConfigError as error:  # damaged shards are another kind of error
-        problems += error.problems
+    if PERPLEXITY in config.tasks and config.data.shards is None:
+        problems.append(
+            "tasks=perplexity needs prepared text; give --data.shards with a folder written by `finhpc prepare`."
+        )
+    elif PERPLEXITY in config.tasks:
+        try:
+            shards = Shards.open(str(config.data.shards))
+            shards.check_seq_len(config.data.seq_len or shards.manifest.block_len)
+        except ConfigError as error:  # damaged shards are another kind of error
+            problems += error.problems
     bits, scheme = config.quantization.bits, config.quantization.scheme
     if bits < 16 and bits not in SCHEMES[scheme].bits:
         fits = ", ".join(name for name, known in SCHEMES.items() if bits in known.bits)
@@ -122,17 +128,6 @@ def _checked(config: EvaluateConfig, folder: Path, write: bool) -> tuple[list[Su
     if problems:
         raise ConfigError(problems)
     return models, tasks
-
-
-def _check_shards(config: EvaluateConfig) -> None:
-    if PERPLEXITY not in config.tasks:
-        return
-    if config.data.shards is None:
-        raise ConfigError(
-            "tasks=perplexity needs prepared text; give --data.shards with a folder written by `finhpc prepare`."
-        )
-    shards = Shards.open(config.data.shards)
-    shards.check_seq_len(config.data.seq_len or shards.manifest.block_len)
 
 
 def _pair(config: EvaluateConfig, folder: Path, subject: Subject, task: TaskFile | None) -> Pair:
@@ -214,7 +209,8 @@ def _next(waiting: list[Pair], worker: _Worker, workers: list[_Worker]) -> Pair:
 def _collected(models: list[Subject], pairs: list[Pair]) -> dict[str, Any]:
     rows = []
     for subject in models:
-        scores = {pair.name: pair.read() for pair in pairs if pair.subject == subject and pair.done()}
+        scores = {pair.name: pair.read() for pair in pairs if pair.subject == subject}
+        scores = {task: of_task for task, of_task in scores.items() if of_task is not None}
         rows.append({"name": subject.name, "model": subject.path, "adapter": subject.adapter, "scores": scores})
     return {"models": rows, "scores": rows[0]["scores"] if len(rows) == 1 else None}
 

@@ -101,8 +101,9 @@ def _own_run(
         _log_scores(RunWriter(client, run_id), result["models"][0]["scores"])
     else:
         _compare(client, run_id, config, result, datasets)
-    columns, rows = table(result)
-    client.log_dict(run_id, {"columns": columns, "data": rows}, "scores.json")
+    rows = score_rows(result)
+    columns = list(rows[0]) if rows else []
+    client.log_dict(run_id, {"columns": columns, "data": [list(row.values()) for row in rows]}, "scores.json")
     client.log_artifacts(run_id, str(folder / "scores"), "predictions")
     client.log_artifacts(run_id, str(folder / "tasks"), "tasks")
     client.set_terminated(run_id, "FAILED" if result["failed"] else "FINISHED")
@@ -164,38 +165,36 @@ def _main(scores: dict[str, Any]) -> str | None:
     return next((name for name in METRICS if name in scores), None)
 
 
-def table(result: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    """Return the columns and a row per model, task and metric."""
-    columns = ["model", "task", "metric", "value", "ci95_low", "ci95_high", "majority", "random"]
-    rows: list[list[Any]] = []
+def score_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a row per model, task and metric."""
+    rows: list[dict[str, Any]] = []
     for model in result["models"]:
         for task, values in model["scores"].items():
             for metric in (name for name in METRICS if name in values):
-                low, high = (values["ci95"] or {}).get(metric, (None, None))
-                bases = [(values[name] or {}).get(metric) for name in ("majority", "random")]
-                counts = [values[name] for name in ("examples", "unread", "cut")]
-                rows.append([model["name"], task, metric, values[metric], low, high, *bases, *counts])
-    return [*columns, "examples", "unread", "cut"], rows
+                row = {"model": model["name"], "task": task, "metric": metric, "value": values[metric]}
+                row["ci95_low"], row["ci95_high"] = (values["ci95"] or {}).get(metric, (None, None))
+                row |= {name: (values[name] or {}).get(metric) for name in ("majority", "random")}
+                rows.append(row | {name: values[name] for name in ("examples", "unread", "cut")})
+    return rows
 
 
 def summary(result: dict[str, Any]) -> None:
     """Print a table per task, and what to know about the scores."""
-    columns, rows = table(result)
+    rows = score_rows(result)
     for task in result["tasks"]:
-        scores = [dict(zip(columns, row, strict=True)) for row in rows if row[1] == task]
         shown = []
-        for of in scores:
-            interval = "" if of["ci95_low"] is None else f"{_short(of['ci95_low'])} to {_short(of['ci95_high'])}"
-            line = {"model": of["model"], "metric": of["metric"], "score": _short(of["value"]), "95 %": interval}
-            line |= {"majority": _short(of["majority"]), "random": _short(of["random"])}
-            shown.append(line | {name: of[name] or "" for name in ("examples", "unread", "cut")})
+        for row in (row for row in rows if row["task"] == task):
+            interval = "" if row["ci95_low"] is None else f"{_short(row['ci95_low'])} to {_short(row['ci95_high'])}"
+            line = {"model": row["model"], "metric": row["metric"], "score": _short(row["value"]), "95 %": interval}
+            line |= {name: _short(row[name]) for name in ("majority", "random")}
+            shown.append(line | {name: row[name] or "" for name in ("examples", "unread", "cut")})
         rows_table(f"scores on {task}", shown)
     for model in result["models"]:
         for task, values in model["scores"].items():
             if values.get("tied"):
                 examples = f"{values['tied']} of {values['examples']} examples"
                 log.info(f"{model['name']} on {task}: {examples} have several best answers; the first one counts")
-    if any(row[-1] for row in rows):
+    if any(row["cut"] for row in rows):
         log.info("cut: prompts longer than the context, truncated on the left as lm-eval does")
 
 
