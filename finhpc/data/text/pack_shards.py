@@ -99,7 +99,12 @@ def pack(files: list[Path], out: Path, config: PrepareConfig, vocab_size: int) -
     tail = sum(packer.close() for packer in packers.values())
     for packer in packers.values():
         if not packer.shards:
-            raise ConfigError(_too_small(packer, config))
+            held_out_remedy = f" or a larger --val_fraction (now {config.val_fraction})"
+            raise ConfigError(
+                f"the {'held-out' if packer.split == 'val' else 'train'} split has {packer.counts.documents} documents "
+                f"with {packer.pending_tokens} tokens, less than one block of {config.block_len}; give more text, a "
+                f"smaller --block_len (now {config.block_len}){held_out_remedy if packer.split == 'val' else ''}."
+            )
     return Packed(
         splits={split: packer.shards for split, packer in packers.items()},
         counts={split: packer.counts for split, packer in packers.items()},
@@ -145,12 +150,3 @@ def _documents(path: Path) -> Iterator[tuple[Tokens, npt.NDArray[np.int32], npt.
     for batch in unit_batches(path):
         rows = batch.column(0)
         yield rows.values.to_numpy(), rows.offsets.to_numpy(), batch.column(2).to_numpy()
-
-
-def _too_small(packer: Packer, config: PrepareConfig) -> str:
-    what = "held-out" if packer.split == "val" else "train"
-    return (
-        f"the {what} split has {packer.counts.documents} documents with {packer.pending_tokens} tokens, less than "
-        f"one block of {config.block_len}; give more text, a smaller --block_len (now {config.block_len})"
-        + (f" or a larger --val_fraction (now {config.val_fraction})." if packer.split == "val" else ".")
-    )
