@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from finhpc.data.examples.examples import is_held_out, split_key
+from finhpc.data.examples.instructions import is_held_out, split_key
 from finhpc.data.examples.schema import FORMATS, fields_of, open_sources
 from finhpc.data.examples.values import each
 from finhpc.errors import ConfigError

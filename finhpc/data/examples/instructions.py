@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from finhpc.data.examples.chat import learned
@@ -15,6 +18,8 @@ from finhpc.data.examples.tables import Record
 from finhpc.data.examples.values import each
 from finhpc.errors import ConfigError, collect
 from finhpc.settings.finetune import Instructions
+
+LETTERS = re.compile(r"[\W_]+")
 
 
 @dataclass(frozen=True)
@@ -36,10 +41,26 @@ class Example:
     messages: list[dict[str, Any]] | None = None
     tools: Any = None
 
+    @cached_property
+    def key(self) -> bytes:
+        """The hash of the input by which it is in one of the splits, see `split_key`."""
+        return split_key(self.input)
+
     @property
     def content(self) -> str:
         """Everything that is learned, before a chat template and a tokenizer."""
         return json.dumps([self.prompt, self.answer, self.messages, self.tools], default=str)
+
+
+def split_key(text: str) -> bytes:
+    """Return a hash of an input's letters and digits; case, spaces and punctuation do not count."""
+    plain = LETTERS.sub("", unicodedata.normalize("NFKC", text).casefold()) or text.strip()
+    return hashlib.sha256(plain.encode()).digest()
+
+
+def is_held_out(key: bytes, fraction: float) -> bool:
+    """Return whether an input with a `split_key` belongs to the held-out `fraction`."""
+    return int.from_bytes(key[:8], "big") < int(fraction * 2**64)
 
 
 @dataclass

@@ -25,42 +25,41 @@ class Row(NamedTuple):
 
 
 class Tokenized(NamedTuple):
-    """The `rows` of `examples`, None if `max_len` leaves no room for an answer and a token of its input.
+    """An example and its row, None if `max_len` leaves no room for the answer and a token of the input."""
 
-    Conversations with several answers may be split into several examples. `notes` are for the user.
-    """
-
-    examples: list[Example]
-    rows: list[Row | None]
-    notes: list[str]
+    example: Example
+    row: Row | None
 
 
-def tokenized(examples: list[Example], tokenizer: Any, max_len: int, may_cut: bool) -> Tokenized:
-    """Return the tokens of each example.
+def tokenized(
+    examples: list[Example], tokenizer: Any, max_len: int, may_cut: bool
+) -> tuple[list[Tokenized], list[str]]:
+    """Return the tokens of each example, and notes for the user.
 
     For a prompt and its answer: the prompt's ids as inference reads them, then the answer's ids: those of the whole
     text, unless these do not begin with the prompt's own. Special tokens in a text are plain text. For a conversation:
-    the ids that `apply_chat_template` gives. `tokenizer`: one that passes `check_tokenizer`. Raises `ConfigError` for
-    conversations that the template refuses and, unless `may_cut`, for examples that are too long.
+    the ids that `apply_chat_template` gives; one with several answers may be split into several examples. `tokenizer`:
+    one that passes `check_tokenizer`. Raises `ConfigError` for conversations that the template refuses and, unless
+    `may_cut`, for examples that are too long.
     """
     examples, chats, notes = _rendered(examples, tokenizer)
-    results: list[Row | None] = []
+    results: list[Tokenized] = []
     long: list[str] = []
     for first in range(0, len(examples), BATCH):
         batch, of_batch = examples[first : first + BATCH], chats[first : first + BATCH]
         for example, chat, row in zip(batch, of_batch, _rows(batch, of_batch, tokenizer), strict=True):
             if len(row.tokens) <= max_len:
-                results.append(row)
+                results.append(Tokenized(example, row))
             else:
                 long.append(f"{example.where}: {len(row.tokens):,} tokens")
-                results.append(_shorter(example, chat, tokenizer, max_len))
+                results.append(Tokenized(example, _shorter(example, chat, tokenizer, max_len)))
     if long and not may_cut:
         more = f" and {len(long) - 5:,} more" if len(long) > 5 else ""
         raise ConfigError(
             f"data.max_len={max_len} is less than {len(long):,} examples need ({'; '.join(long[:5])}{more}); "
             "raise it, or let the end of inputs be cut with --data.cut input."
         )
-    return Tokenized(examples, results, notes + _notes(chats, results, tokenizer))
+    return results, notes + _notes(chats, [item.row for item in results], tokenizer)
 
 
 def check_tokenizer(tokenizer: Any, examples: list[Example]) -> None:
