@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
-from finhpc.data.examples.chat import learned
+from finhpc.data.examples.chat import Conversation, learned
 from finhpc.data.examples.messages import messages_of, tools_of
 from finhpc.data.examples.schema import Table, fields_of, guesses, open_sources
 from finhpc.data.examples.tables import Record
@@ -27,7 +27,7 @@ class Example:
     """A prompt and its answer, or a conversation's `messages` (with its `tools`), which a chat template renders.
 
     `cut`: characters [start, stop) of the prompt whose end may be cut. `end`: an end token follows the answer.
-    `input`: the text by which examples are split into training and held-out ones.
+    `input`: the text by which examples are split into training and held-out ones. `chat`: the rendered conversation.
     """
 
     prompt: str
@@ -40,6 +40,7 @@ class Example:
     label: str | None = None
     messages: list[dict[str, Any]] | None = None
     tools: Any = None
+    chat: Conversation | None = None
 
     @cached_property
     def key(self) -> bytes:
