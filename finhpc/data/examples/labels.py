@@ -19,7 +19,7 @@ from finhpc.errors import ConfigError
 CODE = re.compile(r"((label|class)[ _-]?)?[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 NUMBERED = re.compile(r"[ _-]\w{1,2}$")
 MOST = 100  # different labels of one source; more are text
-TYPO = 0.8  # similarity above which a label that stands in one record is taken for a slip
+TYPO = 0.8  # similarity above which a label that occurs once is taken for a slip
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ def refuse_codes(source: str, words: Iterable[str], known: Mapping[str, Mapping[
     )
     example = " ".join(f"{code}=..." for code in codes[:4]) + (" and so on" if len(codes) > 4 else "")
     raise ConfigError(
-        f"{source}: its labels are codes ({', '.join(codes[:10])}{', ...' if len(codes) > 10 else ''}) and nothing "
-        f"tells what they mean; give --data.labels {example}"
+        f"{source}: its labels are codes ({', '.join(codes[:10])}{', ...' if len(codes) > 10 else ''}), and their "
+        f"meaning is unknown; give --data.labels {example}"
         + (f", or name the format: {formats}." if formats else " with a word for each.")
     )
 
@@ -102,7 +102,7 @@ def of_data(source: str, words: Counter[str]) -> Meaning:
         others = [other for other, count in counts.items() if count > number and not _told_apart(key, other)]
         if number == 1 and (near := difflib.get_close_matches(key, others, n=1, cutoff=TYPO)):
             raise ConfigError(
-                f"{source}: the label {next(iter(spellings[key]))!r} stands in one record alone; did you mean "
+                f"{source}: the label {next(iter(spellings[key]))!r} occurs only once; did you mean "
                 f"{near[0]!r}? Correct it, or list all labels with --data.labels."
             )
     named = {key: min(entries, key=lambda word: (-entries[word], word)) for key, entries in sorted(spellings.items())}

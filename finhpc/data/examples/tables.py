@@ -17,7 +17,7 @@ from finhpc.textfile import read_text
 
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 
-QUOTES = 'a value that begins with a quotation mark ends with one, and holds others doubled ("He said ""buy""")'
+QUOTES = 'a value that begins with a quotation mark ends with one, and contains others doubled ("He said ""buy""")'
 
 csv.field_size_limit(sys.maxsize)  # the default refuses a text of more than 131,072 characters, such as a filing
 
@@ -81,7 +81,7 @@ def read_csv(path: Path, encoding: str | None) -> Reading:
             if len(row) != len(header) and row:
                 raise ConfigError(
                     f"{where}: {len(row)} values, but the first line names {len(header)} columns ({', '.join(header)})"
-                    f'; put text that holds {DELIMITERS.get(delimiter, repr(delimiter))} between quotation marks (").'
+                    f'; put text with {DELIMITERS.get(delimiter, repr(delimiter))} between quotation marks (").'
                 )
             if delimiter == "\t" and any("\t" in value and "\n" in value for value in row):
                 raise ConfigError(f"{where}: a quotation mark joins several rows; {QUOTES}.")

@@ -102,7 +102,7 @@ def each(items: Iterable[P], work: Callable[[P], T]) -> list[T]:
                 faults.setdefault(problem.removeprefix(f"{item.where}: "), []).append(item.where)
     lines = []
     for problem, places in list(faults.items())[:SHOWN]:
-        more = f" The same holds for {len(places) - 1:,} more." if len(places) > 1 else ""
+        more = f" The same applies to {len(places) - 1:,} more." if len(places) > 1 else ""
         lines.append(f"{places[0]}: {problem}{more}")
     if others := [place for places in list(faults.values())[SHOWN:] for place in places]:
         lines.append(f"{others[0]}: this and {len(others) - 1:,} more records cannot be used for other reasons.")

@@ -103,8 +103,8 @@ def _files(source: Path) -> tuple[list[Path], int]:
     ]
     known = [path for path in seen if _kind(path) is not None]
     if not known:
-        held = f"only files of other formats, such as {seen[0].name}" if seen else "no file"
-        raise ConfigError(f"source={source} holds {held}; names must end in one of: {endings}.")
+        content = f"only files of other formats, such as {seen[0].name}" if seen else "no files"
+        raise ConfigError(f"source={source} contains {content}; names must end in one of: {endings}.")
     return known, len(seen) - len(known)
 
 
