@@ -81,32 +81,13 @@ def evaluate(config: EvaluateConfig, dry_run: bool = False) -> dict[str, Any]:
 def _planned(
     config: EvaluateConfig, folder: Path, write: bool
 ) -> tuple[list[Subject], list[TaskFile], list[Pair], list[Pair], dict[str, Any]]:
-    """Return models, tasks, all pairs, those to score, and the result so far; with `write`, write the task files."""
-    models, tasks = _checked(config, folder, write)
-    for note in (note for task in tasks for note in task.notes):
-        log.info(note)
-    pairs = [_pair(config, folder, subject, task) for subject in models for task in (*tasks, None)]
-    pairs = [pair for pair in pairs if pair.task is not None or PERPLEXITY in config.tasks]
-    pending = [pair for pair in pairs if pair.read() is None]
-    result: dict[str, Any] = {
-        "status": "dry_run",
-        "tasks": [task.name for task in tasks] + ([PERPLEXITY] if PERPLEXITY in config.tasks else []),
-        "examples": {task.name: task.examples for task in tasks},
-        "pairs": len(pairs),
-        "pairs_pending": len(pending),
-        "scores": None,
-        "models": [{"name": s.name, "model": s.path, "adapter": s.adapter, "scores": None} for s in models],
-    }
-    return models, tasks, pairs, pending, result
+    """Return models, tasks, all pairs, those to score, and the result so far; with `write`, write the task files.
 
-
-def _checked(config: EvaluateConfig, folder: Path, write: bool) -> tuple[list[Subject], list[TaskFile]]:
-    """Return models and task files. Raises one `ConfigError` with every problem."""
-    problems: list[str] = []
+    Raises one `ConfigError` with every problem of settings, models and data.
+    """
+    problems = [] if config.tasks else ["tasks is empty; name at least one."]
     models: list[Subject] = []
     tasks: list[TaskFile] = []
-    if not config.tasks:
-        problems.append("tasks is empty; name at least one.")
     with collect(problems):
         models = subjects(config.model, config.adapter)
     with collect(problems):
@@ -127,7 +108,21 @@ def _checked(config: EvaluateConfig, folder: Path, write: bool) -> tuple[list[Su
         problems.append(f"quantization.scheme={scheme} does not fit quantization.bits={bits}; use one of {fits}.")
     if problems:
         raise ConfigError(problems)
-    return models, tasks
+    for note in (note for task in tasks for note in task.notes):
+        log.info(note)
+    pairs = [_pair(config, folder, subject, task) for subject in models for task in (*tasks, None)]
+    pairs = [pair for pair in pairs if pair.task is not None or PERPLEXITY in config.tasks]
+    pending = [pair for pair in pairs if pair.read() is None]
+    result: dict[str, Any] = {
+        "status": "dry_run",
+        "tasks": [task.name for task in tasks] + ([PERPLEXITY] if PERPLEXITY in config.tasks else []),
+        "examples": {task.name: task.examples for task in tasks},
+        "pairs": len(pairs),
+        "pairs_pending": len(pending),
+        "scores": None,
+        "models": [{"name": s.name, "model": s.path, "adapter": s.adapter, "scores": None} for s in models],
+    }
+    return models, tasks, pairs, pending, result
 
 
 def _pair(config: EvaluateConfig, folder: Path, subject: Subject, task: TaskFile | None) -> Pair:

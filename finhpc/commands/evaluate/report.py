@@ -8,6 +8,8 @@ same metric names, so that MLflow's comparison page shows them together.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,32 +41,30 @@ def log_to_mlflow(
     Refused scores remain in the run folder; the same command sends them again.
     """
     set_up_client()
+    from mlflow import MlflowClient
+
     uri = config.run.mlflow_uri
     run_id: str | None = None
-    try:
-        from mlflow import MlflowClient
-
+    with _refusal_reported(uri, folder):
         datasets = _datasets(config, tasks)
         run_id = _own_run(MlflowClient(tracking_uri=uri), config, folder, uri, result, datasets)
-    except Exception as error:  # MLflow and the network raise many kinds; the scores are on disk
-        _report_refusal(uri, folder, error)
     for subject, model in zip(subjects, result["models"], strict=True):
         folder_of_run = subject.made_by
         if folder_of_run is not None and (tracked := tracked_run(folder_of_run, uri)):
-            try:
-                from mlflow import MlflowClient
-
+            with _refusal_reported(tracked[0], folder_of_run):
                 _log_scores(RunWriter(MlflowClient(tracking_uri=tracked[0]), tracked[1]), model["scores"])
-            except Exception as error:
-                _report_refusal(tracked[0], folder_of_run, error)
     return run_id, redact(uri)
 
 
-def _report_refusal(uri: str, folder: Path, error: Exception) -> None:
-    log.info(
-        f"MLflow at {redact(uri)} did not accept the scores ({reason(error)}); they are in {folder}: rerun the "
-        "command to send them."
-    )
+@contextmanager
+def _refusal_reported(uri: str, folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # MLflow and the network raise many kinds; the scores are on disk
+        log.info(
+            f"MLflow at {redact(uri)} did not accept the scores ({reason(error)}); they are in {folder}: rerun the "
+            "command to send them."
+        )
 
 
 def _datasets(config: EvaluateConfig, tasks: list[TaskFile]) -> list[Dataset]:
@@ -161,7 +161,6 @@ def _log_scores(run: RunWriter, scores: dict[str, Any]) -> None:
 
 
 def _main(scores: dict[str, Any]) -> str | None:
-    """Return the main metric of a task."""
     return next((name for name in METRICS if name in scores), None)
 
 
