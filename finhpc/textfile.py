@@ -139,7 +139,11 @@ def parse_json(text: str) -> Any:
 
     Raises `ValueError` for broken JSON and for an object with a duplicate key, which would hide a value.
     """
-    return json.loads(text.removeprefix("\ufeff"), object_pairs_hook=_object, parse_constant=_constant)
+
+    def constant(name: str) -> float | None:
+        return None if name == "NaN" else float(name)
+
+    return json.loads(text.removeprefix("\ufeff"), object_pairs_hook=_object, parse_constant=constant)
 
 
 def parse_yaml(text: str) -> Any:
@@ -177,7 +181,3 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"the key {twice!r} is duplicated in one object")
     return tree
-
-
-def _constant(name: str) -> float | None:
-    return None if name == "NaN" else float(name)

@@ -254,18 +254,17 @@ def _settle(table: Table, settings: RecordSettings) -> None:
         form = table.form = template(kind.template)
     known = labels.of_words(form.labels, {**kind.words, **(kind.codes if coded else {})})
     strange = [word for word in table.words if word.lower() not in known.of]
-    if not form.labels or (strange and free):
+    are_of_data = not form.labels or (strange and free)
+    if are_of_data or not coded:
         labels.refuse_codes(table.source, strange, {name: f.codes for name, f in FORMATS.items() if f.codes})
+    if are_of_data:
         table.form = form if not form.labels else template(OWN_LABELS)
         table.meaning = labels.of_data(table.source, table.words)
     else:
-        if not coded:
-            labels.refuse_codes(table.source, strange, {name: f.codes for name, f in FORMATS.items() if f.codes})
         table.meaning = known
 
 
 def _settle_given(table: Table, form: Template, free: bool, coded: bool, settings: RecordSettings) -> None:
-    """Apply `data.labels`."""
     meaning = labels.given(settings.labels)
     codes = FORMATS[table.format].codes if coded else {}
     if code := next((code for code, label in codes.items() if meaning.of.get(code, label).lower() != label), None):
