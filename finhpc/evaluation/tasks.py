@@ -112,24 +112,22 @@ def _own(path: Path, config: EvaluateConfig) -> TaskFile:
     """Return a task file of the user's. Raises `ConfigError` if it runs code and was not trusted."""
     if not path.is_file():
         raise ConfigError(f"tasks={path} is not a file; give an lm-eval task file or one of: {', '.join(TASKS)}.")
-    tree = _trusted(path) if config.trust_task_code else read_task(path)
+    if config.trust_task_code:
+        from lm_eval.tasks._yaml_loader import load_yaml
+
+        try:
+            tree: dict[str, Any] = load_yaml(path, resolve_func=False)
+        except (yaml.YAMLError, OSError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"tasks={path} cannot be read ({reason}); correct it.") from None
+    else:
+        tree = read_task(path)
     name = tree.get("task")
     if not isinstance(name, str):
         raise ConfigError(f"tasks={path} names no single task (task: NAME); give a task file, not a group.")
     if tree.get("output_type") != "multiple_choice":
         raise ConfigError(f"tasks={path} has output_type={tree.get('output_type')}; multiple_choice is what is scored.")
     return TaskFile(name, path.absolute(), _hash(tree), None, None, True, config.trust_task_code)
-
-
-def _trusted(path: Path) -> dict[str, Any]:
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    try:
-        tree: dict[str, Any] = load_yaml(path, resolve_func=False)
-    except (yaml.YAMLError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"tasks={path} cannot be read ({reason}); correct it.") from None
-    return tree
 
 
 def _hash(tree: dict[str, Any]) -> str:

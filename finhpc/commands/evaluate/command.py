@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -136,14 +135,6 @@ def _pair(config: EvaluateConfig, folder: Path, subject: Subject, task: TaskFile
     return Pair(subject, task, out, json_sha256([FORMAT, subject.stamp(), of_data, settings]))
 
 
-@dataclass
-class _Worker:
-    """An actor and the name of the model it has open."""
-
-    actor: Any
-    model: str | None = None
-
-
 def _score_all(config: EvaluateConfig, pending: list[Pair]) -> list[Failure]:
     """Score the pairs on as many workers as fit the cluster; return the pairs that failed, each with its error."""
     import ray
@@ -152,16 +143,23 @@ def _score_all(config: EvaluateConfig, pending: list[Pair]) -> list[Failure]:
     room = places(resources, cuda, config.workers)
     actor = ray.remote(num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker if cuda else 0)(Scorer)
     number = min(config.workers or room, len(pending))
-    workers = [_Worker(actor.remote(config, cuda, Driver.here())) for _ in range(number)]
+    # Each actor with the name of the model that it has open.
+    workers: dict[Any, str | None] = {actor.remote(config, cuda, Driver.here()): None for _ in range(number)}
     idle, waiting, failed = list(workers), list(pending), []
 
-    def start(running: int) -> tuple[Any, tuple[_Worker, Pair]] | None:
+    def start(running: int) -> tuple[Any, tuple[Any, Pair]] | None:
         if not idle or not waiting:
             return None
         worker = idle.pop(0)
-        pair = _next(waiting, worker, workers)
-        worker.model = pair.subject.name
-        return worker.actor.score.remote(pair), (worker, pair)
+        others = {model for other, model in workers.items() if other != worker}
+
+        def rank(pair: Pair) -> tuple[bool, bool, int]:  # its open model, then a model no other has open; longest first
+            return pair.subject.name != workers[worker], pair.subject.name in others, -pair.weight
+
+        pair = min(waiting, key=rank)
+        waiting.remove(pair)
+        workers[worker] = pair.subject.name
+        return worker.score.remote(pair), (worker, pair)
 
     try:
         with Progress("scoring", len(pending), bytes_=False) as progress:
@@ -176,7 +174,7 @@ def _score_all(config: EvaluateConfig, pending: list[Pair]) -> list[Failure]:
                 progress.advance(1)
     finally:
         for worker in workers:
-            ray.kill(worker.actor)
+            ray.kill(worker)
     return failed
 
 
@@ -188,17 +186,6 @@ def _failure(failed: list[Failure], pairs: int, folder: Path) -> FinhpcError:
         lines.append(f"{rest} of {pairs} scored in {folder}; fix this and rerun the command to score what is missing.")
     first = failed[0][1]
     return ConfigError(lines) if isinstance(first, ConfigError) else type(first)("\n".join(lines))
-
-
-def _next(waiting: list[Pair], worker: _Worker, workers: list[_Worker]) -> Pair:
-    """Take a pair for a worker: of its open model, else of a model no other has open, else any; longest first."""
-    others = {other.model for other in workers if other is not worker}
-    chosen = min(
-        waiting,
-        key=lambda pair: (pair.subject.name != worker.model, pair.subject.name in others, -pair.weight),
-    )
-    waiting.remove(chosen)
-    return chosen
 
 
 def _collected(models: list[Subject], pairs: list[Pair]) -> dict[str, Any]:
