@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from finhpc.errors import ConfigError, DataError, collect
 from finhpc.files import publish
-from finhpc.planning.plan import check_parts, check_stages
+from finhpc.planning.plan import check_registered, check_stages
 from finhpc.runs.job import Job
 from finhpc.runs.result import lower_batch, millions
 from finhpc.runs.run import mlflow_checked, run
@@ -61,7 +61,7 @@ class Finetune(Job):
         config = config.model_copy(deep=True)
         problems = config.problems()
         with collect(problems):
-            check_parts(config)
+            check_registered(config)
         base: Weights | None = None
         tokenizer: Any = None
         with collect(problems):
@@ -135,7 +135,7 @@ class Finetune(Job):
             fill=None,
             device=device,
             folder=folder,
-            batches=PackedBatches(_open_examples(folder, fingerprint), batches_of(config), config.data.eval_limit),
+            source=PackedBatches(_open_examples(folder, fingerprint), batches_of(config), config.data.eval_limit),
             lora_model=LoraModel.of(config, base, quantized if quantized.is_dir() else None),
             labels={"dataset": fingerprint},
         )

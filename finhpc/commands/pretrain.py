@@ -94,7 +94,7 @@ class Pretrain(Job):
             fill=initial_fill(config, hf_config, folder),
             device=device,
             folder=folder,
-            batches=TokenBatches(config.parallel, open_stream, validation),
+            source=TokenBatches(config.parallel, open_stream, validation),
             labels={"tokenizer_sha256": shards.manifest.tokenizer_sha256, "dataset": shards.manifest.fingerprint},
         )
 

@@ -58,7 +58,7 @@ def make_plan(config: PretrainConfig) -> Plan:
 
     problems = config.problems()
     with collect(problems):
-        check_parts(config)
+        check_registered(config)
     shards = hf_config = init_model = None
     with collect(problems):
         if not config.data.shards:
@@ -88,7 +88,7 @@ def make_plan(config: PretrainConfig) -> Plan:
     return Plan(config, shards, hf_config, outline_of(hf_config, seq_len, recompute), params_dense, init_model)
 
 
-def check_parts(config: TrainingConfig) -> None:
+def check_registered(config: TrainingConfig) -> None:
     """Raise `ConfigError` if the optimizer or method is unknown, or known to this process but not to workers."""
     from finhpc.lowrank.registry import LAYERS, check_kind
     from finhpc.training.optimizer import OPTIMIZERS, check_optimizer

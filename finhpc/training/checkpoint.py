@@ -95,7 +95,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Open the checkpoint in `path`; raises `CheckpointError` if its manifest is missing or cut short."""
     with suppress(OSError, ValueError, TypeError, KeyError):
         manifest = json.loads((path / MANIFEST).read_text())
-        if manifest["step"] >= 0 and manifest["files"] and manifest["ranks"] and manifest["consumed"]:
+        if manifest["step"] >= 0 and manifest["files"] and manifest["workers"] and manifest["consumed"]:
             return Checkpoint(path, manifest)
     raise CheckpointError(f"{path / MANIFEST} is missing or cut short")
 
@@ -153,8 +153,9 @@ class Checkpointer:
     never mistaken for new ones. Worker 0 completes the checkpoint and removes all but the `keep` newest.
     """
 
-    def __init__(self, folder: Path, keep: int, attempt: str, rank: int, ranks: int) -> None:
-        self.folder, self.keep, self.attempt, self.rank, self.ranks = folder, keep, attempt, rank, ranks
+    def __init__(self, folder: Path, keep: int, attempt: str, world_rank: int, workers: int) -> None:
+        self.folder, self.keep, self.attempt = folder, keep, attempt
+        self.world_rank, self.workers = world_rank, workers
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -201,20 +202,20 @@ class Checkpointer:
         extra: dict[str, Any],
     ) -> None:
         path.mkdir(parents=True, exist_ok=True)
-        files = {f"rank-{self.rank}.safetensors": random_state} | ({stage_file: state} if stage_file else {})
+        files = {f"rank-{self.world_rank}.safetensors": random_state} | ({stage_file: state} if stage_file else {})
         written = {name: _save(path / name, tensors) for name, tensors in files.items()}
         done = {"attempt": self.attempt, "files": written, "consumed": extra.get("consumed", "0")}
-        write_json(path / f"rank-{self.rank}.done", done)
-        if self.rank == 0:
+        write_json(path / f"rank-{self.world_rank}.done", done)
+        if self.world_rank == 0:
             self._complete(path, step, extra)
 
     def _complete(self, path: Path, step: int, extra: dict[str, Any]) -> None:
-        parts = [self._wait_for(path / f"rank-{rank}.done") for rank in range(self.ranks)]
+        parts = [self._wait_for(path / f"rank-{rank}.done") for rank in range(self.workers)]
         consumed = sum(int(part["consumed"], 16) for part in parts) % 2**256
         manifest = {
             "format": FORMAT,
             "step": step,
-            "ranks": self.ranks,
+            "workers": self.workers,
             **extra,
             "consumed": f"{consumed:064x}",
             "files": {name: about for part in parts for name, about in part["files"].items()},
@@ -252,11 +253,11 @@ def load_tensors(checkpoint: Checkpoint, names: list[str], prefix: str) -> dict[
     return tensors
 
 
-def load_random_state(checkpoint: Checkpoint, rank: int, ranks: int) -> bool:
+def load_random_state(checkpoint: Checkpoint, world_rank: int, workers: int) -> bool:
     """Restore this worker's random state; False if the checkpoint has another number of workers."""
-    if checkpoint.manifest["ranks"] != ranks:
+    if checkpoint.manifest["workers"] != workers:
         return False
-    with safe_open(checkpoint.path / f"rank-{rank}.safetensors", framework="pt") as opened:
+    with safe_open(checkpoint.path / f"rank-{world_rank}.safetensors", framework="pt") as opened:
         torch.set_rng_state(opened.get_tensor("torch"))
         if torch.cuda.is_available() and "cuda" in opened.keys():  # noqa: SIM118
             torch.cuda.set_rng_state(opened.get_tensor("cuda"))

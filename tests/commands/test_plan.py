@@ -113,7 +113,7 @@ def test_shards_of_another_tokeniser_are_refused(shards: Path, tmp_path: Path) -
     plan = make_plan(config(shards))
     saved = tmp_path / "step_00000010"
     saved.mkdir()
-    whole = {"step": 10, "files": {"stage-0": {}}, "ranks": 1, "consumed": "0"}
+    whole = {"step": 10, "files": {"stage-0": {}}, "workers": 1, "consumed": "0"}
     write_json(saved / "manifest.json", whole | {"tokenizer_sha256": "0" * 64})
     with pytest.raises(ConfigError, match="was made with another tokenizer"):
         check_tokenizer(plan.config, plan.shards, tmp_path)
