@@ -79,6 +79,16 @@ def test_every_setting_is_described_and_an_absent_one_explained(verb: str) -> No
             assert re.search(r"default|required|by ", field.description), f"{name}: what does none mean?"
 
 
+@pytest.mark.parametrize("width", [80, 120])
+def test_help_fits_the_terminal(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    for verb in COMMANDS:
+        assert main([*verb.split(), "--help"]) == 0
+        assert max(map(len, capsys.readouterr().out.splitlines())) <= width, verb
+
+
 def test_usage_fits_a_screen_and_unknown_commands_name_all(capsys: pytest.CaptureFixture[str]) -> None:
     assert max(map(len, USAGE.splitlines())) <= 80
     for wrong, near in {"swep": "sweep", "benhc": "bench", "pretrian": "pretrain"}.items():
@@ -186,7 +196,7 @@ def test_files_that_prepare_does_not_read_are_told(tmp_path: Path, capsys: pytes
         (tmp_path / name).write_text("the bank")
     config = finhpc.PrepareConfig(source=[str(tmp_path)], out=str(tmp_path / "out"), tokenizer="train:300")
     assert finhpc.prepare(config, True)["files"] == 1
-    assert f"{tmp_path}: 2 files of other formats are not read" in capsys.readouterr().err
+    assert f"{tmp_path}: skipped 2 files of other formats" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -196,7 +206,7 @@ def test_files_that_prepare_does_not_read_are_told(tmp_path: Path, capsys: pytes
         ("prepare --source text.txt --out model", "holds other files"),
         ("prepare --source text.txt --out out --tokenizer shards", "tokenizer=shards"),
         ("generate --model model --prompt x --sampling.max_new_tokens 256", "leaves no room for a prompt"),
-        ("generate --model model --prompt x --adapters a=nowhere", "nowhere"),
+        ("generate --model model --prompt x --adapters a=nowhere", "adapter=nowhere is not a folder on this machine"),
         ("ui --port 1", "does not exist"),
     ],
 )

@@ -49,10 +49,6 @@ class Checkpoint:
     def step(self) -> int:
         return int(self.manifest["step"])
 
-    def tensors(self, prefix: str) -> dict[str, Tensor]:
-        """Hugging Face name -> tensor of everything stored as `prefix.NAME`, over all stages."""
-        return {name: t for file in self.stage_files() for name, t in read_stage(file, prefix).items()}
-
     def stage_files(self) -> list[Path]:
         return sorted(self.path / name for name in self.manifest["files"] if name.startswith("stage-"))
 
@@ -166,12 +162,14 @@ class Checkpointer:
         goes into the manifest, except for `consumed`, which is summed over workers.
         """
         self.wait()
-        copy = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
         random_state = {"torch": torch.get_rng_state()}
         if torch.cuda.is_available():
             random_state["cuda"] = torch.cuda.get_rng_state()
-        arguments = (self.folder / f"step_{step:08d}", step, stage_file, copy, random_state, extra)
-        self._thread = threading.Thread(target=self._guarded, args=arguments, daemon=True, name="checkpoint")
+        files = {f"rank-{self.world_rank}.safetensors": random_state}
+        if stage_file:
+            files[stage_file] = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in state.items()}
+        arguments = (self.folder / f"step_{step:08d}", step, files, extra)
+        self._thread = threading.Thread(target=self._write, args=arguments, daemon=True, name="checkpoint")
         self._thread.start()
 
     def wait(self) -> None:
@@ -186,28 +184,16 @@ class Checkpointer:
                 "Earlier checkpoints are unchanged."
             )
 
-    def _guarded(self, *arguments: Any) -> None:
+    def _write(self, path: Path, step: int, files: dict[str, dict[str, Tensor]], extra: dict[str, Any]) -> None:
         try:
-            self._write(*arguments)
+            path.mkdir(parents=True, exist_ok=True)
+            written = {name: _save(path / name, tensors) for name, tensors in files.items()}
+            done = {"attempt": self.attempt, "files": written, "consumed": extra.get("consumed", "0")}
+            write_json(path / f"rank-{self.world_rank}.done", done)
+            if self.world_rank == 0:
+                self._complete(path, step, extra)
         except BaseException as error:  # for the training thread, which raises it
             self._error = error
-
-    def _write(
-        self,
-        path: Path,
-        step: int,
-        stage_file: str | None,
-        state: dict[str, Tensor],
-        random_state: dict[str, Tensor],
-        extra: dict[str, Any],
-    ) -> None:
-        path.mkdir(parents=True, exist_ok=True)
-        files = {f"rank-{self.world_rank}.safetensors": random_state} | ({stage_file: state} if stage_file else {})
-        written = {name: _save(path / name, tensors) for name, tensors in files.items()}
-        done = {"attempt": self.attempt, "files": written, "consumed": extra.get("consumed", "0")}
-        write_json(path / f"rank-{self.world_rank}.done", done)
-        if self.world_rank == 0:
-            self._complete(path, step, extra)
 
     def _complete(self, path: Path, step: int, extra: dict[str, Any]) -> None:
         parts = [self._wait_for(path / f"rank-{rank}.done") for rank in range(self.workers)]

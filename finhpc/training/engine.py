@@ -18,7 +18,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +91,8 @@ class Engine:
             assert isinstance(config, PretrainConfig)
             self.borders = borders or measured_cut(config, hf_config, device).borders
             specs = self._layers(config, fill or random_fill(hf_config, config.train.seed, config.method.init))
-        pipeline = CutPipeline(specs, self.borders, dynamic_shape=lora_model is not None)
+        with redirect_stdout(None):  # where DeepSpeed prints its topology and seeds
+            pipeline = CutPipeline(specs, self.borders, dynamic_shape=lora_model is not None)
         self.layers = [module for module in pipeline.modules() if isinstance(module, PipelineLayer)]
         self.optimizer = make_optimizer(self.trained_parameters(), config.optimizer)
         self.optimizer.register_step_pre_hook(self._before_step)

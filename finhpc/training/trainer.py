@@ -106,7 +106,8 @@ class Trainer:
         self.journal = Journal(self.folder / WORKER_FILE) if self.world_rank == 0 else None
         watchdog = Watchdog(self.folder, self.world_rank, self.config.train.hang_timeout_s, self._progress)
         # The driver shows what the first worker logs; all workers log much the same.
-        with redirected(self._write_message if self.journal else None), watchdog:
+        journal = self.journal
+        with redirected((lambda text: journal.write("message", text=text)) if journal else None), watchdog:
             self._set_up()
             self._train(watchdog)
 
@@ -138,10 +139,6 @@ class Trainer:
             return ()
         written = checkpoint.newest_checkpoint_bytes(self.folder / "checkpoints")
         return self.engine.step, self.engine.busy_s, self.engine.wait_s, written
-
-    def _write_message(self, text: str) -> None:
-        if self.journal:
-            self.journal.write("message", text=text)
 
     # -- start ------------------------------------------------------------------------------
 

@@ -72,13 +72,15 @@ def test_bad_settings_say_value_reason_and_remedy(shards: Path, sections: dict[s
     assert message in str(caught.value)
 
 
-def test_all_problems_come_together(shards: Path) -> None:
-    bad = config(shards, method={"rank": 99}, data={"seq_len": 48}, parallel={"global_batch_size": 5, "stages": 9})
+@pytest.mark.parametrize("prepared", [True, False])
+def test_all_problems_come_together(shards: Path, prepared: bool, tmp_path: Path) -> None:
+    folder = shards if prepared else tmp_path / "nowhere"
+    bad = config(folder, method={"rank": 99}, data={"seq_len": 48}, parallel={"global_batch_size": 5, "stages": 9})
     with pytest.raises(ConfigError) as caught:
         make_plan(bad)
     text = str(caught.value)
     assert "global_batch_size=5" in text
-    assert "seq_len=48" in text
+    assert ("seq_len=48" if prepared else f"data.shards={folder} is not a folder") in text
     assert "rank=99" in text
     assert "stages=9" in text
 

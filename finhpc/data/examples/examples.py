@@ -102,9 +102,7 @@ def make_examples(settings: Instructions, tokenizer: Any, seed: int, before: Pat
     `ConfigError` with everything that cannot be used, and if more than `max_dropped` of the examples have no room for
     their answer.
     """
-    if not settings.source:
-        raise ConfigError("data.source is not set; give --data.source with a file of examples or hf:NAME.")
-    sources = read_examples([*settings.source, *settings.eval_source], settings)
+    sources = read_sources(settings)
     given = [example for source in sources for example in source.examples]
     check_tokenizer(tokenizer, given)
     origin = _origin(given, settings, tokenizer, seed)
@@ -126,6 +124,13 @@ def make_examples(settings: Instructions, tokenizer: Any, seed: int, before: Pat
     notes = tuple(note for source in sources for note in source.notes) + tuple(texts) + tuple(_notes(counts, settings))
     sides = _arrays(drawn, examples, rows), _arrays(held_out, examples, rows)
     return Examples(*sides, counts, tuple(labels_of(sources)), notes, origin)
+
+
+def read_sources(settings: Instructions) -> list[Source]:
+    """Read the examples of all sources. Raises one `ConfigError` with everything that cannot be used."""
+    if not settings.source:
+        raise ConfigError("data.source is not set; give --data.source with a file of examples or hf:NAME.")
+    return read_examples([*settings.source, *settings.eval_source], settings)
 
 
 def _unseen(number: int, source: Source, learned: list[Example], tokenizer: Any) -> list[list[int]]:

@@ -48,18 +48,16 @@ def text_of(value: Any, name: str, where: str) -> str:
 
 
 def word_of(value: Any, name: str, where: str) -> str:
-    """Return a label as written, without white space around it; whole numbers (1, 1.0, "1.0") as their digits.
+    """Return a label as written, without white space around it; integers (1, 1.0, "1.0") as their digits.
 
-    "" for a missing value. Raises `ConfigError` with its place for every value that is neither text nor a whole number.
+    "" for a missing value. Raises `ConfigError` with its place for every value that is neither text nor an integer.
     """
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (int, float, Decimal)) and not is_missing(value) and value == value // 1:
         return str(int(value))
     if not isinstance(value, str) and not is_missing(value):
-        raise ConfigError(
-            f"{where}: {name} holds {shown(value)}, which is not a label; write a word or a whole number."
-        )
+        raise ConfigError(f"{where}: {name} holds {shown(value)}, which is not a label; write a word or an integer.")
     word = " ".join(text_of(value, name, where).split())
     whole = WHOLE.fullmatch(word)
     return whole[1] if whole else word
