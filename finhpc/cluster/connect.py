@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from finhpc.cluster.own_ray import keep_token_private, own_ray
+from finhpc.cluster.own_ray import keep_token_private, own_ray, ray_node
 from finhpc.cluster.ready import check_ray
 from finhpc.errors import ConfigError, TrainingFailedError
 from finhpc.interrupts import terminable
@@ -126,8 +126,6 @@ def dead_process() -> str | None:
 
     Ray itself notices after a minute or never, and then ends this process without an explanation.
     """
-    from ray._private import worker
-
-    node = getattr(worker, "_global_node", None)
+    node = ray_node()
     dead = node.dead_processes() if node is not None else []
     return next((str(name) for name, _ in dead if name in ("raylet", "gcs_server")), None)

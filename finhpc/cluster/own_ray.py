@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from finhpc.cluster.ready import session_base
 from finhpc.errors import TrainingFailedError
@@ -92,12 +93,16 @@ def _remove_unless_named(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def ray_logs() -> str:
-    """Return the folder of Ray's logs, for a message; it remains when Ray has ended."""
+def ray_node() -> Any:
+    """Return what Ray knows of this process's node and the processes it started, or None; private to Ray."""
     from ray._private import worker
 
-    node = getattr(worker, "_global_node", None)
-    if node is None:
+    return getattr(worker, "_global_node", None)
+
+
+def ray_logs() -> str:
+    """Return the folder of Ray's logs, for a message; it remains when Ray has ended."""
+    if (node := ray_node()) is None:
         return f"{LOGS} in Ray's folder"
     logs = Path(node.get_logs_dir_path())
     with suppress(OSError):
@@ -117,9 +122,8 @@ def _shut_down() -> None:
     """Stop Ray and kill the workers that do not end, such as suspended ones."""
     import psutil
     import ray
-    from ray._private import worker
 
-    node = getattr(worker, "_global_node", None)
+    node = ray_node()
     raylets = node.all_processes.get("raylet", []) if node is not None else []
     workers: list[psutil.Process] = []
     for raylet in raylets:
