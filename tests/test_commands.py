@@ -62,6 +62,9 @@ def test_help_shows_a_places_own_defaults_and_a_recipes(capsys: pytest.CaptureFi
         assert found["train.steps"] == "by train.epochs"
     assert shown(capsys, "sweep")["run.name"] == "sweep"
     assert shown(capsys, "evaluate")["run.name"] == "evaluate"
+    found = shown(capsys, "ui")
+    assert found["run.name"] == "none"
+    assert "run.max_failures" not in found
     assert shown(capsys, "bench", "train")["resources.threads"] == "2"
     assert shown(capsys, "reproduce")["resources.threads"] == "as in the scale"
     demo = load(PretrainConfig, "demo")
@@ -196,7 +199,9 @@ def test_files_that_prepare_does_not_read_are_told(tmp_path: Path, capsys: pytes
         (tmp_path / name).write_text("the bank")
     config = finhpc.PrepareConfig(source=[str(tmp_path)], out=str(tmp_path / "out"), tokenizer="train:300")
     assert finhpc.prepare(config, True)["files"] == 1
-    assert f"{tmp_path}: skipped 2 files of other formats" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert f"{tmp_path}: skipped 2 files of other formats" in told
+    assert "dry run: 1 file, 0.0 MB, in 1 unit ->" in told
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
+from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 import deepspeed
@@ -91,7 +92,7 @@ class Engine:
             assert isinstance(config, PretrainConfig)
             self.borders = borders or measured_cut(config, hf_config, device).borders
             specs = self._layers(config, fill or random_fill(hf_config, config.train.seed, config.method.init))
-        with redirect_stdout(None):  # where DeepSpeed prints its topology and seeds
+        with redirect_stdout(StringIO()):  # where DeepSpeed prints its topology and seeds
             pipeline = CutPipeline(specs, self.borders, dynamic_shape=lora_model is not None)
         self.layers = [module for module in pipeline.modules() if isinstance(module, PipelineLayer)]
         self.optimizer = make_optimizer(self.trained_parameters(), config.optimizer)

@@ -57,6 +57,10 @@ def test_a_good_config_is_counted(shards: Path) -> None:
             "optimizer.decay=product does not work on rounded weights; use optimizer.decay=factors",
         ),
         ({"parallel": {"stages": 5}}, "parallel.stages=5 does not fit 4 transformer blocks; use 1 to 4."),
+        (
+            {"parallel": {"stages": 2}, "model": {"layers": 1}},
+            "parallel.stages=2 does not fit 1 transformer block; use 1.",
+        ),
         ({"parallel": {"micro_batches": 3, "global_batch_size": 16}}, "parallel.global_batch_size=16 is not"),
         (
             {"data": {"seq_len": 48}},
