@@ -205,9 +205,10 @@ def marked(cls: type[Section], mark: str) -> dict[str, Any]:
     marks: dict[str, Any] = {}
     for path, field in _fields(cls):
         section: Any = field.annotation
-        extra = field.json_schema_extra or {}
+        extra: Any = field.json_schema_extra or {}
         if _is_section(section):
-            extra = {**(section.model_config.get("json_schema_extra") or {}), **extra}
+            of_section: Any = section.model_config.get("json_schema_extra") or {}
+            extra = {**of_section, **extra}
         if mark in extra:
             marks |= {name: extra[mark] for name in keys(cls) if f"{name}.".startswith(f"{path}.")}
     return marks

@@ -38,7 +38,7 @@ def _word(value: Any) -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, str | int) or not str(value).strip():
-        raise ValueError(f"{value!r} is not a label; write a word or a whole number")
+        raise ValueError(f"{value!r} is not a label; write a word or an integer")
     return " ".join(str(value).split())
 
 

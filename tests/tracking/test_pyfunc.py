@@ -17,6 +17,7 @@ from finhpc.models.families.registry import make_config, resolve_shape
 from finhpc.models.loading import initial_model, load_model
 from finhpc.settings.pretrain import Method, Model
 from finhpc.settings.training import default_tracking_uri
+from finhpc.tracking.describe import Description
 from finhpc.tracking.pyfunc import TextGenerator, log_model
 from finhpc.tracking.tracker import Tracker
 
@@ -72,7 +73,7 @@ def test_a_dense_model_opens_both_ways_in_a_fresh_process(tmp_path: Path, folder
     run_folder = tmp_path / "one"
     run_folder.mkdir()
     uri = default_tracking_uri(tmp_path)
-    tracker = Tracker(run_folder, uri, "tests", "one", {}, {}).start()
+    tracker = Tracker(Description(run_folder, uri, "tests", "one", {}, {})).start()
     assert tracker.finish("FINISHED", {"steps": 3}, model=folder)
 
     direct = TextGenerator(AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder))

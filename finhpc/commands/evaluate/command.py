@@ -162,7 +162,7 @@ def _score_all(config: EvaluateConfig, pending: list[Pair]) -> list[Failure]:
         return worker.score.remote(pair), (worker, pair)
 
     try:
-        with Progress("scoring", len(pending), bytes_=False) as progress:
+        with Progress("scoring", len(pending), "tasks") as progress:
             for (worker, pair), error in completed(start, lambda item: item[1].title):
                 if isinstance(error, WorkerDiedError):
                     raise TrainingFailedError(
