@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 import time
+from datetime import timedelta
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -67,6 +68,11 @@ class Progress:
                 f"{self.label}: {self.done / self.total:.0%} of {self.total / self.scale:.0f} {self.unit}, "
                 f"{rate / self.scale:.1f} {self.unit}/s, {left:.0f} s left"
             )
+
+
+def duration(seconds: float) -> str:
+    """Seconds below a minute, such as "12 s" or "0.03 s"; else hours, minutes and seconds, such as "1:02:03"."""
+    return f"{seconds:.2g} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))
 
 
 def rows_table(title: str, rows: list[dict[str, Any]], stream: TextIO | None = None) -> None:

@@ -79,4 +79,4 @@ def test_a_cut_is_named_by_its_blocks() -> None:
     assert str(cut) == "embedding, positions, 1.5 blocks | 1.5 blocks, norm, head (2 s, 3 s per micro-batch)"
     assert str(Cut(2, parts, costs, [0, 8, 10])).endswith("3 blocks | norm, head (4.5 s, 0.5 s per micro-batch)")
     whole = Cut(2, ["embedding", BLOCK, BLOCK, "head"], [0.0, 1.0, 1.0, 1.0], [0, 2, 4])
-    assert str(whole) == "embedding, 1 blocks | 1 blocks, head (1 s, 2 s per micro-batch)"
+    assert str(whole) == "embedding, 1 block | 1 block, head (1 s, 2 s per micro-batch)"
