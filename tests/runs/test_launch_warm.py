@@ -16,7 +16,7 @@ import pytest
 
 from finhpc.commands.pretrain import Pretrain, pretrain
 from finhpc.errors import TrainingFailedError
-from finhpc.runs.launch_warm import GROUPS, launch_warm
+from finhpc.runs.launch_warm import GROUPS, WarmGroup, WarmWorker, free_resources, launch_warm
 from finhpc.runs.run import Pruned, run
 from finhpc.settings.base import build
 from finhpc.settings.pretrain import PretrainConfig
@@ -151,3 +151,27 @@ def test_what_ends_a_trial_ends_its_group(run_shards: Path, tmp_path: Path) -> N
     while ray.available_resources()["CPU"] < free:  # Ray counts it some time after
         assert time.monotonic() < deadline, "its room is given back"
         time.sleep(0.2)
+
+
+def test_groups_of_ended_processes_free_their_resources(ray_cluster: None, tmp_path: Path) -> None:
+    import ray
+
+    def start() -> None:
+        WarmGroup.start(1, {"CPU": 1.0}, tmp_path)
+
+    def until(cpus: float) -> None:
+        deadline = time.monotonic() + 180
+        while ray.available_resources().get("CPU", 0) != cpus:
+            assert time.monotonic() < deadline, ray.available_resources()
+            time.sleep(0.1)
+
+    free = ray.available_resources()["CPU"]
+    trial = ray.remote(num_cpus=0)(WarmWorker).remote()
+    ray.get(trial.__ray_call__.remote(lambda worker: start()))
+    until(free - 1)
+    ray.kill(trial)
+    free_resources(tmp_path / "other")
+    (group,) = [group for group in ray.util.placement_group_table().values() if str(tmp_path) in group["name"]]
+    assert group["state"] == "CREATED", "Ray keeps it"
+    free_resources(tmp_path)
+    until(free)

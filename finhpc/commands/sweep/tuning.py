@@ -17,6 +17,7 @@ from finhpc.commands.sweep.report import Follower
 from finhpc.commands.sweep.shared import prepare_shared
 from finhpc.commands.sweep.trial import OUTCOME, Trial, pruned, read_outcome, read_record, write_outcome
 from finhpc.errors import TrainingFailedError
+from finhpc.runs.launch_warm import free_resources
 from finhpc.runs.watch import last_line, watch
 
 TUNE = "tune"  # Ray Tune's own record of a start, which is never read
@@ -87,6 +88,8 @@ def _train(plan: SweepPlan, trials: Sequence[Trial], parent: str | None, schedul
         problem = watch(lambda: results.extend(tuner.fit()), follower.update)
     finally:
         follower.update()
+        for runs in {plan.run_folder(trial.name).parent for trial in trials}:
+            free_resources(runs)
     for result in results:  # whose actor died before it could record an outcome
         run = plan.run_folder(result.config["trial"])
         if read_record(run):
