@@ -74,6 +74,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def duration(seconds: float) -> str:
+    """Seconds below a minute, such as "12 s" or "0.03 s"; else hours, minutes and seconds, such as "1:02:03"."""
+    return f"{seconds:.2g} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))
+
+
 def rows_table(title: str, rows: list[dict[str, Any]], stream: TextIO | None = None) -> None:
     """Print a table on stderr with a column per key of the first row; nothing if there are no rows.
 

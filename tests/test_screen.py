@@ -17,7 +17,7 @@ from finhpc.commands.evaluate import report as evaluate_report
 from finhpc.commands.export import _summary as export_summary
 from finhpc.commands.prepare import _summary as prepare_summary
 from finhpc.commands.sweep import report as sweep_report
-from finhpc.screen import Progress, rows_table, summary_table
+from finhpc.screen import Progress, duration, rows_table, summary_table
 from finhpc.settings.base import build
 from finhpc.settings.sweep import SweepConfig
 
@@ -138,10 +138,17 @@ def an_export() -> dict[str, Any]:
     return {"status": "finished", "out": LONG, "wall_s": 12.3, **sizes, **form}
 
 
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.0, "0 s"), (0.0314, "0.031 s"), (12.4, "12 s"), (60.0, "0:01:00"), (3723.4, "1:02:03")]
+)
+def test_durations_below_a_minute_are_seconds(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
 def a_sweep() -> dict[str, Any]:
     figures = dict.fromkeys(sweep_report.SHOWN, 12345678.9)
     trials = [
-        {"rank": i, "trial": f"method=low_rank,rank={8 * i},bits=4,seed={i}", "status": "finished", **figures}
+        {"place": i, "trial": f"method=low_rank,rank={8 * i},bits=4,seed={i}", "status": "finished", **figures}
         | {"error": None, "scored_only": False}
         for i in range(1, 4)
     ]

@@ -12,7 +12,7 @@ from finhpc.cluster.connect import ray_cluster
 from finhpc.lowrank.replace import ranks_of
 from finhpc.models.files.manifest import check_manifest
 from finhpc.planning.model import DECOMPOSED, initial_fill, needs_decomposing
-from finhpc.planning.plan import check_tokenizer, hf_config_of, make_plan
+from finhpc.planning.plan import check_tokenizer, describe_compression, hf_config_of, make_plan
 from finhpc.runs.job import Job
 from finhpc.runs.result import lower_batch, millions
 from finhpc.runs.run import mlflow_checked, run
@@ -161,7 +161,7 @@ class Pretrain(Job):
         plan = self.plan
         return [
             ("parameters", f"{millions(plan.params_total)}, dense {millions(plan.params_dense)}"),
-            ("compression", f"{plan.compression_ratio:.2f} x"),
+            ("compression", describe_compression(plan.compression_ratio)),
         ]
 
     def loss_note(self, result: dict[str, Any]) -> str:

@@ -57,28 +57,31 @@ def target_ranks(
 ) -> dict[str, int]:
     """Return name -> rank of every module that becomes low-rank: from `layers` by name, else from its kind.
 
-    Raises `ConfigError` naming every layer that its rank does not fit.
+    Raises `ConfigError` with a line for each rank that does not fit, naming every layer, the smallest first.
     """
     chosen: dict[str, int] = {}
-    misfits: dict[tuple[str, int, tuple[int, int], str], int] = {}
+    misfits: dict[int, dict[tuple[str, tuple[int, int]], int]] = {}  # rank -> layer and its shape -> how many
     for name, module in model.named_modules():
         shape, kind = dense_shape(module), kind_of(name)
         rank = (layers or {}).get(name, ranks.get(kind) if kind else None)
         if shape is None or rank is None:
             continue
         if not 1 <= rank <= min(shape):
-            # One line for the same layer of all blocks, whose names differ only in a number.
-            key = (re.sub(r"\.\d+\.", ".*.", name), rank, shape, str(kind))
-            misfits[key] = misfits.get(key, 0) + 1
+            # The same layer of all blocks is named once: the names differ only in a number.
+            layer = re.sub(r"\.\d+\.", ".*.", name), shape
+            same = misfits.setdefault(rank, {})
+            same[layer] = same.get(layer, 0) + 1
         chosen[name] = rank
-    if misfits:
-        raise ConfigError(
-            [
-                f"method.rank={rank} does not fit {name} ({shape[0]} x {shape[1]}, layers: {count}); "
-                f"use 1 to {min(shape)} (method.ranks.{kind} sets this kind alone)."
-                for (name, rank, shape, kind), count in misfits.items()
-            ]
+    problems = []
+    for rank, same in misfits.items():
+        smallest_first = sorted(same.items(), key=lambda item: min(item[0][1]))
+        where = ", ".join(f"{name} ({out} x {in_}, layers: {count})" for (name, (out, in_)), count in smallest_first)
+        most = min(min(shape) for _, shape in same)
+        problems.append(
+            f"method.rank={rank} does not fit {where}; use 1 to {most} (method.ranks has one rank per kind of layer)."
         )
+    if problems:
+        raise ConfigError(problems)
     return chosen
 
 

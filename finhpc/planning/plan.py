@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 from finhpc.data.shards.shards import Shards
 from finhpc.errors import ConfigError, collect
 from finhpc.screen import counted
-from finhpc.settings.pretrain import Method, PretrainConfig
+from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.training import TrainingConfig
-
 if TYPE_CHECKING:
     from finhpc.planning.model import InitModel
     from finhpc.planning.outline import Outline
@@ -37,6 +36,12 @@ class Plan:
         return self.params_dense / self.params_total
 
 
+def describe_compression(ratio: float) -> str:
+    """The compression ratio, with a remark if the model is larger than the dense one."""
+    larger = "" if ratio >= 1 else ", larger than the dense model; a lower method.rank makes it smaller"
+    return f"{ratio:.2f} x{larger}"
+
+
 def hf_config_of(config: PretrainConfig, shards: Shards) -> Any:
     """The transformers config of the run's model, with the special tokens of the shards' tokenizer."""
     from finhpc.planning.model import hf_config_of_settings
@@ -53,8 +58,8 @@ def hf_config_of(config: PretrainConfig, shards: Shards) -> Any:
 
 def make_plan(config: PretrainConfig) -> Plan:
     """Check `config` with its shards and model; raises one `ConfigError` with every problem."""
-    from finhpc.models.families.registry import dense_original, skeleton
-    from finhpc.planning.model import hf_config_of_settings, open_init_model
+    from finhpc.models.families.registry import context_of
+    from finhpc.planning.model import dense_config_of, hf_config_of_settings, open_init_model
     from finhpc.planning.outline import outline_of
 
     problems = config.problems()
@@ -65,16 +70,14 @@ def make_plan(config: PretrainConfig) -> Plan:
         if not config.data.shards:
             raise ConfigError("data.shards is not set; give the folder that `finhpc prepare --out FOLDER` wrote.")
         shards = Shards.open(config.data.shards)
-    if shards is not None:
-        with collect(problems):
-            _check_seq_len(config, shards)
     with collect(problems):  # without shards the model has the vocabulary of its preset
         hf_config = hf_config_of_settings(config) if shards is None else hf_config_of(config, shards)
+    if shards is not None:
+        with collect(problems):
+            _check_seq_len(config, shards, None if hf_config is None else context_of(hf_config))
     if hf_config is not None:
         with collect(problems):
             check_model(config, hf_config)
-        with collect(problems):
-            skeleton(hf_config)
         if shards is not None:
             with collect(problems):
                 init_model = open_init_model(config, shards)
@@ -82,11 +85,7 @@ def make_plan(config: PretrainConfig) -> Plan:
         raise ConfigError(problems)
     assert shards is not None
     seq_len, recompute = config.data.seq_len, config.train.recompute
-    if init_model is not None:
-        dense = dense_original(init_model.config)
-    else:
-        dense = hf_config_of(config.model_copy(update={"method": Method(kind="dense")}), shards)
-    params_dense = outline_of(dense, seq_len).params
+    params_dense = outline_of(dense_config_of(config, shards.manifest.vocab_size), seq_len).params
     return Plan(config, shards, hf_config, outline_of(hf_config, seq_len, recompute), params_dense, init_model)
 
 
@@ -107,9 +106,9 @@ def check_registered(config: TrainingConfig) -> None:
         raise ConfigError(problems)
 
 
-def _check_seq_len(config: PretrainConfig, shards: Shards) -> None:
+def _check_seq_len(config: PretrainConfig, shards: Shards, context: int | None) -> None:
     seq_len = config.data.seq_len
-    shards.check_seq_len(seq_len)
+    shards.check_seq_len(seq_len, context)
     if not shards.num_samples("val", seq_len):
         raise ConfigError(
             f"data.shards={config.data.shards} has no held-out sample of data.seq_len={seq_len} tokens; hold out more "
@@ -126,8 +125,8 @@ def check_stages(config: TrainingConfig, hf_config: Any) -> None:
 
 
 def check_model(config: PretrainConfig, hf_config: Any) -> None:
-    """Raise `ConfigError` if the model is too small for the stages or the samples."""
-    from finhpc.models.families.registry import FAMILIES, context_name, context_of, family_of
+    """Raise `ConfigError` if the model is too small for the stages, the samples or the ranks."""
+    from finhpc.models.families.registry import FAMILIES, context_name, context_of, family_of, skeleton
 
     problems: list[str] = []
     with collect(problems):
@@ -139,6 +138,8 @@ def check_model(config: PretrainConfig, hf_config: Any) -> None:
             f"data.seq_len={config.data.seq_len} is longer than the model's {context_name(hf_config)}; "
             + ("lower it or raise model.context." if config.model.path is None else "lower it or take another model.")
         )
+    with collect(problems):
+        skeleton(hf_config)
     if problems:
         raise ConfigError(problems)
 

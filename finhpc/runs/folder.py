@@ -93,12 +93,15 @@ class RunFolder:
     def write_config(
         self, config: TrainingConfig, dataset_fingerprint: str | None = None, model_fingerprint: str | None = None
     ) -> None:
-        run = config.run.model_copy(
-            update={"tracking_uri": config.run.tracking_uri and redact(config.run.tracking_uri)}
-        )
-        write_atomic(self.path / "config.yaml", to_yaml(config.model_copy(update={"run": run})))
+        self.write_settings(config)
         identity = {"dataset_fingerprint": dataset_fingerprint, "model_fingerprint": model_fingerprint}
         self._write_json("identity.json", identity)
+
+    def write_settings(self, config: Any) -> None:
+        """Write the settings of a command that has a section `run`."""
+        uri = config.run.tracking_uri
+        run = config.run.model_copy(update={"tracking_uri": uri and redact(uri)})
+        write_atomic(self.path / "config.yaml", to_yaml(config.model_copy(update={"run": run})))
 
     def write_environment(self, argv: Sequence[str] | None = None) -> dict[str, Any]:
         """Write and return the versions, git commit and command line."""

@@ -48,7 +48,7 @@ def test_a_good_config_is_counted(shards: Path) -> None:
     [
         (
             {"method": {"rank": 33}},
-            "method.rank=33 does not fit transformer.h.*.attn.c_attn (96 x 32, layers: 4); use 1 to 32",
+            "method.rank=33 does not fit transformer.h.*.attn.c_attn (96 x 32, layers: 4), ",
         ),
         ({"method": {"rank": 0}}, "method.rank=0 does not fit"),
         ({"method": {"kind": "lowrank"}}, "method.kind=lowrank is unknown; did you mean 'low_rank'?"),
@@ -65,6 +65,10 @@ def test_a_good_config_is_counted(shards: Path) -> None:
         (
             {"data": {"seq_len": 48}},
             "data.seq_len=48 does not divide the shards' block_len=64; use one of: 8, 16, 32, 64",
+        ),
+        (
+            {"data": {"seq_len": 48}, "model": {"context": 32}},
+            "data.seq_len=48 does not divide the shards' block_len=64; use one of: 4, 8, 16, 32.",
         ),
         ({"model": {"context": 16}}, "data.seq_len=32 is longer than the model's context of 16"),
         ({"model": {"vocab_size": 17}}, "model.vocab_size=17 is smaller than the tokenizer's"),

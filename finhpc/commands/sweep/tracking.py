@@ -32,7 +32,7 @@ STATUS: dict[str, Status] = {"finished": "FINISHED", "pruned": "KILLED"}  # of a
 
 
 class Parent:
-    """The sweep's own MLflow run, as a context. `id`: None until MLflow has answered."""
+    """The sweep's own MLflow run, as a context."""
 
     def __init__(self, plan: SweepPlan, folder: RunFolder) -> None:
         config = plan.config
@@ -44,9 +44,18 @@ class Parent:
         self.tracker = Tracker(Description(folder.path, uri, run.experiment, run.name, params, tags, plan.datasets))
         self.ended = False
 
+    @property
+    def id(self) -> str | None:
+        """None until MLflow has answered; the children of a run without an id are nested at the end."""
+        return self.tracker.run_id
+
     def __enter__(self) -> Parent:
         self.tracker.start()
-        self.id = wait_for_id(self.tracker)
+        deadline = time.monotonic() + WAIT_S
+        while self.id is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if self.id is None:
+            log.info("MLflow does not answer yet; the sweep goes on, and its trials are nested below it later.")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -73,13 +82,13 @@ class Parent:
         self.ended = True
         status: Status = "FINISHED" if best else "FAILED"
         self.tracker.finish(status, {**figures, "status": result["status"]}, timeout_s=60)
-        result |= {"mlflow_run_id": self.tracker.run_id, "tracking_uri": self.tracker.uri}
+        result |= {"mlflow_run_id": self.id, "tracking_uri": self.tracker.uri}
 
     def _settle(self) -> None:
         files = sorted(self.plan.folder.glob("*/*/mlflow.json")) + sorted(self.plan.runs.glob("*/*/mlflow.json"))
         ids = [json.loads(path.read_text(encoding="utf-8")).get("run_id") for path in files]
         children = [(run_id, "KILLED") for run_id in ids if run_id]
-        self._try(lambda: settle_children(self.plan.tracking_uri, self.tracker.run_id, children))
+        self._try(lambda: settle_children(self.plan.tracking_uri, self.id, children))
 
     def _try(self, work: Callable[[], T]) -> T | None:
         """What `work` returns; None, with a message, if MLflow does not answer or refuses."""
@@ -92,16 +101,6 @@ class Parent:
         except MlflowException as error:
             log.info(f"MLflow at {self.tracker.uri}: {str(error).splitlines()[0][:160]}; run the same command again.")
         return None
-
-
-def wait_for_id(tracker: Tracker) -> str | None:
-    """The parent's id; None if MLflow does not answer in time, in which case the children are nested at the end."""
-    deadline = time.monotonic() + WAIT_S
-    while tracker.run_id is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    if tracker.run_id is None:
-        log.info("MLflow does not answer yet; the sweep goes on, and its trials are nested below it later.")
-    return tracker.run_id
 
 
 def track_score(
