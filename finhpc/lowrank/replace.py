@@ -53,20 +53,22 @@ def dense_shape(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def rank_problems(setting: str, layers: Iterable[tuple[str, int, tuple[int, int], str]]) -> list[str]:
-    """Return a message for every layer (name, rank, (out, in), further remedy) that its rank does not fit.
+def rank_problems(setting: str, layers: Iterable[tuple[str, int, tuple[int, int]]], remedy: str = "") -> list[str]:
+    """Return a message for each rank that does not fit a layer (name, rank, (out, in)), the smallest layer first.
 
-    The same layer of all blocks gets one message: its names differ only in a number.
+    The same layer of all blocks is named once: the names differ only in a number.
     """
-    counts = Counter(
-        (re.sub(r"\.\d+\.", ".*.", name), rank, shape, remedy)
-        for name, rank, shape, remedy in layers
-        if not 1 <= rank <= min(shape)
-    )
-    return [
-        f"{setting}={rank} does not fit {name} ({out} x {into}, layers: {count}); use 1 to {min(out, into)}{remedy}."
-        for (name, rank, (out, into), remedy), count in counts.items()
-    ]
+    misfits: dict[int, Counter[tuple[str, tuple[int, int]]]] = {}
+    for name, rank, shape in layers:
+        if not 1 <= rank <= min(shape):
+            misfits.setdefault(rank, Counter())[re.sub(r"\.\d+\.", ".*.", name), shape] += 1
+    problems = []
+    for rank, same in misfits.items():
+        smallest_first = sorted(same.items(), key=lambda item: min(item[0][1]))
+        where = ", ".join(f"{name} ({out} x {in_}, layers: {count})" for (name, (out, in_)), count in smallest_first)
+        most = min(min(shape) for _, shape in same)
+        problems.append(f"{setting}={rank} does not fit {where}; use 1 to {most}{remedy}.")
+    return problems
 
 
 def target_ranks(
@@ -74,17 +76,17 @@ def target_ranks(
 ) -> dict[str, int]:
     """Return name -> rank of every module that becomes low-rank: from `layers` by name, else from its kind.
 
-    Raises `ConfigError` naming every layer that its rank does not fit.
+    Raises `ConfigError` with a line for each rank that does not fit.
     """
-    chosen: list[tuple[str, int, tuple[int, int], str]] = []
+    chosen: list[tuple[str, int, tuple[int, int]]] = []
     for name, module in model.named_modules():
         shape, kind = dense_shape(module), kind_of(name)
         rank = (layers or {}).get(name, ranks.get(kind) if kind else None)
         if shape is not None and rank is not None:
-            chosen.append((name, rank, shape, f" (method.ranks.{kind} sets this kind alone)"))
-    if problems := rank_problems("method.rank", chosen):
+            chosen.append((name, rank, shape))
+    if problems := rank_problems("method.rank", chosen, " (method.ranks has one rank per kind of layer)"):
         raise ConfigError(problems)
-    return {name: rank for name, rank, *_ in chosen}
+    return {name: rank for name, rank, _ in chosen}
 
 
 def make_low_rank(

@@ -77,8 +77,9 @@ def _rotated(family: Family, config: Any, x: Tensor, pack: Tensor) -> Any:
     layout, key = layout_of(pack), ("rotary", id(config), x.dtype)
     if key not in layout.cache:
         rotary = family.rotary(config)
-        layout.cache[key] = None if rotary is None else rotary.to(x.device)(x, pack[:, POSITION])
-    return layout.cache[key]
+        rotated = None if rotary is None else rotary.to(x.device)(x, pack[:, POSITION])
+        layout.cache[key] = rotated, config  # as long as the config lives, no other one gets its id
+    return layout.cache[key][0]
 
 
 def head(data: Flow, module: nn.Module) -> Tensor:

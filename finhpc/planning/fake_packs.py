@@ -140,11 +140,10 @@ def _count(lora_model: EmptyLoraModel, pack: PackSize, cuda: bool) -> list[LoraP
                 return hidden if leaf else hidden + torch.zeros((), dtype=dtype, requires_grad=True), data
 
             run_passes(meter, layer, make_input)  # makes rotary positions and the adapters' gradients
-            passes = run_passes(meter, layer, make_input)
-            rows, requires_grad = passes.rows, passes.requires_grad
+            passes, rows, requires_grad = run_passes(meter, layer, make_input)
             output_bytes = 0 if part.kind == "head" else rows * width * dtype.itemsize
-            size = PartBytes(passes.kept, passes.forward, passes.backward, passes.backward)
-            counted.append(LoraPart(part.kind, weights_bytes - 4 * trained, trained, size, input_bytes, output_bytes))
+            weights_bytes -= 4 * trained
+            counted.append(LoraPart(part.kind, weights_bytes, trained, passes, input_bytes, output_bytes))
             input_bytes = output_bytes
     return counted
 

@@ -20,7 +20,14 @@ from finhpc.data.shards.shards import Shards
 from finhpc.errors import CheckpointError, ConfigError
 from finhpc.lowrank.registry import BLEND, DENSE, LAYERS, STARTED, SVD, check_kind, trained_kind
 from finhpc.lowrank.replace import ranks_of
-from finhpc.models.families.registry import as_low_rank, family_of, is_low_rank, make_config, resolve_shape
+from finhpc.models.families.registry import (
+    as_low_rank,
+    dense_original,
+    family_of,
+    is_low_rank,
+    make_config,
+    resolve_shape,
+)
 from finhpc.models.files.config import read_config
 from finhpc.models.files.manifest import weights_fingerprint
 from finhpc.models.files.weights import open_folder
@@ -83,6 +90,13 @@ def hf_config_of_settings(config: PretrainConfig, vocab_size: int | None = None)
         if hasattr(hf_config, key):
             setattr(hf_config, key, config.model.dropout)
     return hf_config
+
+
+def dense_config_of(config: PretrainConfig, vocab_size: int | None = None) -> Any:
+    """The transformers config of the dense model that the run's model is compared with."""
+    if config.model.path is None:
+        return make_config(resolve_shape(config.model, vocab_size), ranks_of(Method(kind=DENSE)))
+    return dense_original(_read(config.model.path))
 
 
 def needs_decomposing(config: PretrainConfig) -> bool:

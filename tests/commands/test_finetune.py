@@ -192,9 +192,10 @@ def test_every_problem_is_told_at_once(base: Path, news: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("path", "told"), [("", "model.path is not set"), ("nowhere.gguf", "does not exist")], ids=["none", "missing"]
 )
-def test_a_base_that_is_not_there(path: str, told: str, news: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=told):
-        Finetune(config(path, news, tmp_path))
+def test_a_base_that_is_not_there_hides_no_other_problem(path: str, told: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=told) as raised:
+        Finetune(config(path, tmp_path / "nowhere.txt", tmp_path))
+    assert "nowhere.txt does not exist; give a file" in str(raised.value)
 
 
 def test_a_base_without_tokeniser(news: Path, tmp_path: Path) -> None:

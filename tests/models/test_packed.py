@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -192,7 +194,10 @@ def _wide() -> Any:
     ("lora", "words"),
     [
         (Lora(rank=0), ["lora.rank=0"]),
-        (Lora(rank=40), ["lora.rank=40 does not fit model.layers.*.self_attn.q_proj", "k_proj (16 x 32, layers: 3)"]),
+        (
+            Lora(rank=40),
+            ["lora.rank=40 does not fit model.layers.*.self_attn.k_proj (16 x 32", "; use 1 to 16."],
+        ),
         (Lora(targets=["query"]), ["lora.targets=query matches no linear layer", "q_proj"]),
         (Lora(rank=3, init="orthogonal"), ["even"]),
         (Lora(targets=[".*query.*"]), ["lora.targets=.*query.* matches no linear layer", "q_proj"]),
@@ -204,3 +209,14 @@ def test_settings_that_do_not_fit_are_refused_together(tmp_path: Path, lora: Lor
         adapted(saved(tiny_llama(), tmp_path / "base"), lora)
     for word in words:
         assert word in str(error.value)
+
+
+def test_a_pack_never_takes_the_positions_of_another_model(tmp_path: Path) -> None:
+    """A pack stores them by the id of the config, so that no later config may get that id."""
+    lora_model, layers = adapted(saved(tiny_llama(), tmp_path / "base"))
+    data = packs_of(examples(2), 2, 0)[0]
+    loss_of(layers, [data])
+    config = weakref.ref(lora_model.hf_config)
+    del lora_model, layers
+    gc.collect()
+    assert config() is not None

@@ -19,6 +19,7 @@ from finhpc.models.initialize import initial_model
 from finhpc.models.loading import load_model
 from finhpc.settings.pretrain import Method, Model
 from finhpc.settings.training import default_tracking_uri
+from finhpc.tracking.describe import Description
 from finhpc.tracking.pyfunc import log_model
 from finhpc.tracking.tracker import Tracker
 
@@ -74,7 +75,7 @@ def test_a_dense_model_opens_both_ways_in_a_fresh_process(tmp_path: Path, folder
     run_folder = tmp_path / "one"
     run_folder.mkdir()
     uri = default_tracking_uri(tmp_path)
-    tracker = Tracker(run_folder, uri, "tests", "one", {}, {}).start()
+    tracker = Tracker(Description(run_folder, uri, "tests", "one", {}, {})).start()
     assert tracker.finish("FINISHED", {"steps": 3}, model=folder)
 
     direct = TextGenerator(AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder))

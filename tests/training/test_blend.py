@@ -83,7 +83,7 @@ def train(folder: Path, config: PretrainConfig, stop: int = STEPS) -> None:
         fill=fill,
         device=torch.device("cpu"),
         folder=folder,
-        batches=TokenBatches(config.parallel, stream, held_out),
+        source=TokenBatches(config.parallel, stream, held_out),
     )
     try:
         worker.run()

@@ -138,7 +138,7 @@ def _factorize(groups: list[Group], weights: Weights, task: Factorization, confi
     cpus, gpus = config.resources.cpus_per_worker, config.resources.gpus_per_worker if task.cuda else 0
     # One more than run at a time, so that a worker that ends one can start the next at once.
     width = config.workers or places(config.resources, task.cuda) + 1
-    with Progress("factorizing", left, bytes_=False) as progress:
+    with Progress("factorizing", left, "matrices") as progress:
         for group, (process, peak) in run_tasks(partial(factorize_group, task), ready, str, width, cpus, gpus):
             peaks[process] = max(peak, peaks.get(process, 0))
             progress.advance(len(group.targets))

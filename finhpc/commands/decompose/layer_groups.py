@@ -79,11 +79,12 @@ def targets_of(weights: Weights, config: DecomposeConfig) -> list[Target]:
     """
     _check(config)
     chosen = [Target(linear, _rank(linear, config)) for linear in weights.linears() if _wanted(linear, config)]
-    ranked = []
-    for linear, rank in ((target.linear, target.rank) for target in chosen if target.rank is not None):
-        shape = linear.out_features, linear.in_features
-        ranked.append((linear.name, rank, shape, f" (ranks.{linear.kind} sets this kind alone)"))
-    problems = rank_problems("rank", ranked)
+    ranked = [
+        (linear.name, rank, (linear.out_features, linear.in_features))
+        for linear, rank in ((target.linear, target.rank) for target in chosen)
+        if rank is not None
+    ]
+    problems = rank_problems("rank", ranked, " (ranks has one rank per kind of layer)")
     if problems:
         raise ConfigError(problems)
     return chosen

@@ -28,7 +28,8 @@ def describe_parts(kinds: list[str]) -> str:
     words = [kind for kind in kinds if kind not in BLOCKS]
     blocks = sum(BLOCKS[kind] for kind in kinds if kind in BLOCKS)
     if blocks:
-        words.insert(next(i for i, kind in enumerate(kinds) if kind in BLOCKS), f"{blocks:g} blocks")
+        first = next(i for i, kind in enumerate(kinds) if kind in BLOCKS)
+        words.insert(first, "1 block" if blocks == 1 else f"{blocks:g} blocks")
     return ", ".join(words)
 
 

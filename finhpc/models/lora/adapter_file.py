@@ -255,7 +255,8 @@ def _matches(pattern: str, name: str) -> bool:
 def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG
     if not file.is_file():
-        raise ConfigError(f"adapter={folder} has no {CONFIG}; give the folder of an adapter in peft's format.")
+        problem = f"has no {CONFIG}" if folder.is_dir() else "is not a folder on this machine"
+        raise ConfigError(f"adapter={folder} {problem}; give the folder of an adapter in peft's format.")
     try:
         tree: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         tree.get("peft_type")

@@ -215,11 +215,11 @@ class LoraPipelineLayer(PipelineLayer):
             module = lora_model.fill(lora_model.skeleton.get_submodule(name), name, device)
             lora_model.skeleton.set_submodule(name, module)
             modules.append(module)
-        self.parts = nn.ModuleList(modules)
+        self.part_modules = nn.ModuleList(modules)
 
     def parameters_by_name(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield (name of the adapted layer + .A or .B, parameter)."""
-        for prefix, module in zip(self.part.names, self.parts, strict=True):
+        for prefix, module in zip(self.part.names, self.part_modules, strict=True):
             for name, parameter in module.named_parameters():
                 if parameter.requires_grad:
                     yield f"{prefix}.{name}", parameter

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -23,7 +23,9 @@ from finhpc.models.files.config import ADAPTER
 from finhpc.models.files.weights import Weights
 from finhpc.models.lora.targets import ALL, CHANGES_BASE, factors_from_base, is_pattern, linear_layers, scheme_of
 from finhpc.quantization.schemes import freeze
-from finhpc.settings.finetune import FinetuneQuantization, Lora
+
+if TYPE_CHECKING:
+    from finhpc.settings.finetune import FinetuneQuantization, Lora
 
 CONFIG, TENSORS = ADAPTER, "adapter_model.safetensors"
 PREFIX = "base_model.model."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,9 @@ from finhpc.lowrank.layers import LowRankLinear, is_factor
 from finhpc.lowrank.replace import rank_problems
 from finhpc.models.initialize import generator_of
 from finhpc.quantization.schemes import AUTO, SCHEMES, check_scheme
-from finhpc.settings.finetune import FinetuneQuantization, Lora
+
+if TYPE_CHECKING:
+    from finhpc.settings.finetune import FinetuneQuantization, Lora
 
 ALL = "all-linear"
 CHANGES_BASE = ("pissa", "olora")  # initializations that subtract the adapter from the base
@@ -81,7 +84,7 @@ def target_shapes(model: nn.Module, settings: Lora, bits: int) -> dict[str, tupl
     if settings.rank < 1:
         problems.append(f"lora.rank={settings.rank} is too small; use 1 or more.")
     else:
-        problems += rank_problems("lora.rank", ((name, settings.rank, shape, "") for name, shape in chosen.items()))
+        problems += rank_problems("lora.rank", ((name, settings.rank, shape) for name, shape in chosen.items()))
     if settings.init == "orthogonal" and settings.rank % 2:
         problems.append(f"lora.rank={settings.rank} does not go with lora.init=orthogonal; use an even rank.")
     if settings.init in CHANGES_BASE and bits < 16:
