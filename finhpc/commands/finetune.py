@@ -54,7 +54,7 @@ class Finetune(Job):
         """Check everything together; raises one `ConfigError` with every problem."""
         from finhpc.data.examples.examples import make_examples, read_sources
         from finhpc.models.files.manifest import weights_fingerprint
-        from finhpc.models.files.tokenizer import open_tokenizer
+        from finhpc.models.files.source import tokenizer_of
         from finhpc.models.files.tokens import check_rows
         from finhpc.models.lora.model import LoraModel
 
@@ -73,7 +73,7 @@ class Finetune(Job):
             with collect(problems):
                 self.lora_model = LoraModel.of(config, base)
             with collect(problems):
-                tokenizer = open_tokenizer(base.path)
+                tokenizer = tokenizer_of(base.path)
                 check_rows(tokenizer, base.config.vocab_size, f"model.path={base.path}")
         with collect(problems):
             if tokenizer is None:
@@ -153,6 +153,7 @@ class Finetune(Job):
         }
 
     def save_model(self, folder: Path, checkpoint: Checkpoint) -> None:
+        from finhpc.models.files.source import copy_tokenizer
         from finhpc.models.files.tokens import end_of_turn, write_stops
         from finhpc.models.lora.peft_format import save_adapter
 
@@ -162,7 +163,7 @@ class Finetune(Job):
         shutil.rmtree(partial, ignore_errors=True)
         config, base = self.config, self.base
         save_adapter(partial, config.lora, adapters, base, config.quantization, self.base_fingerprint)
-        base.save_tokenizer(partial)
+        copy_tokenizer(base.path, partial)
         # Tokens that end the answers it learned, at which generation stops, here and elsewhere.
         chats = any(source["format"] == "chat" for source in self.examples.counts["by_source"])
         stops = [self.tokenizer.eos_token_id, end_of_turn(self.tokenizer) if chats else None]
@@ -214,7 +215,7 @@ def batches_of(config: FinetuneConfig) -> Any:
 
 def open_base(config: FinetuneConfig) -> Weights:
     """Open the base in `model.path`; raises `ConfigError` or `CheckpointError` if it cannot be used."""
-    from finhpc.models.files.weights import locate, open_weights
+    from finhpc.models.files.source import locate, open_weights
 
     if not config.model.path:
         raise ConfigError("model.path is not set; give the base: a Hugging Face folder, a hub id or a .gguf file.")

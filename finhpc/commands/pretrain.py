@@ -121,7 +121,7 @@ class Pretrain(Job):
         }
 
     def save_model(self, folder: Path, checkpoint: Checkpoint) -> None:
-        from finhpc.models.loading import save_model
+        from finhpc.models.folder import save_model
 
         shards = [lambda file=file: read_stage(file, "param") for file in checkpoint.stage_files()]  # type: ignore[misc]
         self.plan.shards.check_tokenizer()  # it goes into the model's folder
@@ -138,10 +138,10 @@ class Pretrain(Job):
 
         from finhpc.models.files.tokenizer import open_tokenizer
         from finhpc.models.files.tokens import prompt_ids
-        from finhpc.models.loading import load_model
+        from finhpc.models.folder import open_model
 
         log.info("sampling text from the model")
-        model: Any = load_model(folder / "model")
+        model: Any = open_model(folder / "model")
         tokenizer = open_tokenizer(folder / "model")
         ids = torch.tensor([prompt_ids(tokenizer, train.sample_prompt or tokenizer.eos_token)])
         room = model.config.max_position_embeddings - ids.shape[1]

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from finhpc.models.families.family import BLOCK, Part
+from finhpc.models.families.parts import BLOCK, Part
 from finhpc.models.families.registry import family_of
 from finhpc.models.initialize import Fill
 from finhpc.models.recompute import whole_blocks

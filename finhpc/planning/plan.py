@@ -11,6 +11,7 @@ from finhpc.errors import ConfigError, collect
 from finhpc.screen import counted
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.training import TrainingConfig
+
 if TYPE_CHECKING:
     from finhpc.planning.model import InitModel
     from finhpc.planning.outline import Outline

@@ -82,7 +82,7 @@ class FinetuneQuantization(Section):
     """How the frozen base is stored."""
 
     bits: Literal[16, 8, 4] = Field(16, description="bits per weight of the linear layers; 16: not quantized")
-    scheme: Literal["auto", "int8", "nf4", "minmax"] = Field(
+    scheme: str = Field(
         "auto", description="auto: bitsandbytes int8 for 8 bits, NF4 for 4; minmax: the scheme of the paper, per vector"
     )
 

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from finhpc.files import write_json
-from finhpc.models.families.family import Part, describe_parts
+from finhpc.models.families.parts import Part, describe_parts
 from finhpc.models.families.registry import skeleton
 from finhpc.models.initialize import random_fill
 from finhpc.models.pipeline import PipelineLayer, parts_of, stage_borders

@@ -22,8 +22,10 @@ from finhpc.commands.sweep.command import sweep
 from finhpc.errors import ConfigError
 from finhpc.evaluation.models import load_for_evaluation
 from finhpc.models.families.registry import as_low_rank, skeleton
-from finhpc.models.files.weights import open_weights
-from finhpc.models.loading import initial_model, load_model, save_model
+from finhpc.models.files.source import open_weights
+from finhpc.models.folder import save_model
+from finhpc.models.initialize import initial_model
+from finhpc.models.loading import load_model
 from finhpc.models.lora.peft_format import Adapter, merge_adapter, save_adapter
 from finhpc.models.lora.targets import target_shapes
 from finhpc.settings.base import build

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from finhpc.log import redirected
-from finhpc.models.families.family import BLOCK, HALVES
+from finhpc.models.families.parts import BLOCK, HALVES
 from finhpc.models.pipeline import parts_of
 from finhpc.training.stages import Cut, measure_parts, saved_cut
 from tests.training.processes import run_processes
