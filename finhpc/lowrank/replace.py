@@ -54,19 +54,17 @@ def dense_shape(module: nn.Module) -> tuple[int, int] | None:
 
 
 def rank_problems(setting: str, layers: Iterable[tuple[str, int, tuple[int, int]]], remedy: str = "") -> list[str]:
-    """Return a message for each rank that does not fit a layer (name, rank, (out, in)), the smallest layer first.
-
-    The same layer of all blocks is named once: the names differ only in a number.
-    """
+    """Return a message for each rank that does not fit all its layers (name, rank, (out, in)), the smallest first."""
     misfits: dict[int, Counter[tuple[str, tuple[int, int]]]] = {}
     for name, rank, shape in layers:
         if not 1 <= rank <= min(shape):
+            # The same layer of all blocks is named once: the names differ only in a number.
             misfits.setdefault(rank, Counter())[re.sub(r"\.\d+\.", ".*.", name), shape] += 1
     problems = []
-    for rank, same in misfits.items():
-        smallest_first = sorted(same.items(), key=lambda item: min(item[0][1]))
-        where = ", ".join(f"{name} ({out} x {in_}, layers: {count})" for (name, (out, in_)), count in smallest_first)
-        most = min(min(shape) for _, shape in same)
+    for rank, counts in misfits.items():
+        smallest_first = sorted(counts.items(), key=lambda item: min(item[0][1]))
+        where = ", ".join(f"{name} ({out} x {into}, layers: {count})" for (name, (out, into)), count in smallest_first)
+        most = min(min(shape) for _, shape in counts)
         problems.append(f"{setting}={rank} does not fit {where}; use 1 to {most}{remedy}.")
     return problems
 
@@ -76,17 +74,19 @@ def target_ranks(
 ) -> dict[str, int]:
     """Return name -> rank of every module that becomes low-rank: from `layers` by name, else from its kind.
 
-    Raises `ConfigError` with a line for each rank that does not fit.
+    Raises `ConfigError` with a line for each rank that does not fit, naming every layer, the smallest first.
     """
-    chosen: list[tuple[str, int, tuple[int, int]]] = []
+    chosen: dict[str, int] = {}
+    shapes: dict[str, tuple[int, int]] = {}
     for name, module in model.named_modules():
         shape, kind = dense_shape(module), kind_of(name)
         rank = (layers or {}).get(name, ranks.get(kind) if kind else None)
         if shape is not None and rank is not None:
-            chosen.append((name, rank, shape))
-    if problems := rank_problems("method.rank", chosen, " (method.ranks has one rank per kind of layer)"):
+            chosen[name], shapes[name] = rank, shape
+    remedy = " (method.ranks has one rank per kind of layer)"
+    if problems := rank_problems("method.rank", ((name, rank, shapes[name]) for name, rank in chosen.items()), remedy):
         raise ConfigError(problems)
-    return {name: rank for name, rank, _ in chosen}
+    return chosen
 
 
 def make_low_rank(

@@ -84,7 +84,7 @@ def targets_of(weights: Weights, config: DecomposeConfig) -> list[Target]:
         for linear, rank in ((target.linear, target.rank) for target in chosen)
         if rank is not None
     ]
-    problems = rank_problems("rank", ranked, " (ranks has one rank per kind of layer)")
+    problems = rank_problems("rank", ranked, " (ranks.KIND sets one kind of layer)")
     if problems:
         raise ConfigError(problems)
     return chosen
