@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from finhpc.lowrank.blend import blend_in
-from finhpc.models.families.family import Flow, Part
+from finhpc.models.families.parts import Flow, Part
 from finhpc.models.families.registry import skeleton
 from finhpc.models.pipeline import is_tied, parts_of
 from finhpc.settings.training import Recompute

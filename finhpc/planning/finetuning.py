@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
-from finhpc.models.families.family import BLOCKS, HALVES
+from finhpc.models.families.parts import BLOCKS, HALVES
 from finhpc.models.lora.model import LoraModel
 from finhpc.models.packed_parts import packed_parts
 from finhpc.models.packing.layout import CACHED_LAYOUTS, FIELDS

@@ -24,8 +24,8 @@ from finhpc.planning import paper
 from finhpc.planning.fake_passes import PartBytes, count_parts
 from finhpc.planning.outline import Outline, Stages
 from finhpc.settings.estimate import EstimateConfig
-from finhpc.settings.finetune import TrainingConfig
 from finhpc.settings.pretrain import PretrainConfig
+from finhpc.settings.training import TrainingConfig
 
 BUCKET = 500_000_000  # gradients that DeepSpeed averages at a time
 

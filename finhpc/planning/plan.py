@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from finhpc.data.shards.shards import Shards
 from finhpc.errors import ConfigError, collect
-from finhpc.settings.finetune import TrainingConfig
+from finhpc.screen import counted
 from finhpc.settings.pretrain import PretrainConfig
+from finhpc.settings.training import TrainingConfig
 
 if TYPE_CHECKING:
     from finhpc.planning.model import InitModel
@@ -59,25 +60,26 @@ def hf_config_of(config: PretrainConfig, shards: Shards) -> Any:
 def make_plan(config: PretrainConfig) -> Plan:
     """Check `config` with its shards and model; raises one `ConfigError` with every problem."""
     from finhpc.models.families.registry import context_of
-    from finhpc.planning.model import dense_config_of, open_init_model
+    from finhpc.planning.model import dense_config_of, hf_config_of_settings, open_init_model
     from finhpc.planning.outline import outline_of
 
     problems = config.problems()
     with collect(problems):
-        check_parts(config)
+        check_registered(config)
     shards = hf_config = init_model = None
     with collect(problems):
         if not config.data.shards:
             raise ConfigError("data.shards is not set; give the folder that `finhpc prepare --out FOLDER` wrote.")
         shards = Shards.open(config.data.shards)
+    with collect(problems):  # without shards the model has the vocabulary of its preset
+        hf_config = hf_config_of_settings(config) if shards is None else hf_config_of(config, shards)
     if shards is not None:
         with collect(problems):
-            hf_config = hf_config_of(config, shards)
-        with collect(problems):
             _check_seq_len(config, shards, None if hf_config is None else context_of(hf_config))
-        if hf_config is not None:
-            with collect(problems):
-                check_model(config, hf_config)
+    if hf_config is not None:
+        with collect(problems):
+            check_model(config, hf_config)
+        if shards is not None:
             with collect(problems):
                 init_model = open_init_model(config, shards)
     if problems:
@@ -88,7 +90,7 @@ def make_plan(config: PretrainConfig) -> Plan:
     return Plan(config, shards, hf_config, outline_of(hf_config, seq_len, recompute), params_dense, init_model)
 
 
-def check_parts(config: TrainingConfig) -> None:
+def check_registered(config: TrainingConfig) -> None:
     """Raise `ConfigError` if the optimizer or method is unknown, or known to this process but not to workers."""
     from finhpc.lowrank.registry import LAYERS, check_kind
     from finhpc.training.optimizer import OPTIMIZERS, check_optimizer
@@ -119,9 +121,8 @@ def check_stages(config: TrainingConfig, hf_config: Any) -> None:
     """Raise `ConfigError` if there are more stages than transformer blocks."""
     layers = hf_config.num_hidden_layers
     if config.parallel.stages > layers:
-        raise ConfigError(
-            f"parallel.stages={config.parallel.stages} does not fit {layers} transformer blocks; use 1 to {layers}."
-        )
+        blocks, use = counted(layers, "transformer block"), f"1 to {layers}" if layers > 1 else "1"
+        raise ConfigError(f"parallel.stages={config.parallel.stages} does not fit {blocks}; use {use}.")
 
 
 def check_model(config: PretrainConfig, hf_config: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from finhpc.log import redirected
-from finhpc.models.families.family import BLOCK, HALVES
+from finhpc.models.families.parts import BLOCK, HALVES
 from finhpc.models.pipeline import parts_of
 from finhpc.training.stages import Cut, measure_parts, saved_cut
 from tests.training.processes import run_processes
@@ -54,7 +54,7 @@ def test_a_saved_cut_is_used_by_all_until_the_stages_change_or_the_file_is_damag
     assert cut == same
     assert said == [f"stages cut by measured cost: {cut}"]
 
-    other: dict[str, Any] = json.loads(file.read_text()) | {"costs_s": [1.0] * len(cut.parts)}
+    other: dict[str, Any] = json.loads(file.read_text()) | {"costs_s": [1.0] * len(cut.kinds)}
     file.write_text(json.dumps(other))
     for found, said in run_processes(_keep, 2, file, 2):
         assert (found, said) == (Cut(**other), []), "taken as it stands"
@@ -64,7 +64,7 @@ def test_a_saved_cut_is_used_by_all_until_the_stages_change_or_the_file_is_damag
     ((three, _), *_) = run_processes(_keep, 3, file, 3)
     assert len(three.borders) == 4, "other stages are measured again"
     ((whole, _), *_) = run_processes(_keep, 2, file, 2, "full")
-    assert whole.parts.count(BLOCK) == 3, "other parts as well"
+    assert whole.kinds.count(BLOCK) == 3, "other parts as well"
 
     file.write_text(json.dumps(other)[:-20])
     ((again, said), *_) = run_processes(_keep, 2, file, 2)

@@ -23,7 +23,7 @@ from finhpc.planning.finetuning import LoraCosts
 from finhpc.planning.step_time import Pace
 from finhpc.settings.base import nearest
 from finhpc.settings.estimate import EstimateConfig, FinetuneEstimateConfig, Hardware
-from finhpc.settings.finetune import TrainingConfig
+from finhpc.settings.training import TrainingConfig
 
 Costs = PretrainCosts | LoraCosts
 

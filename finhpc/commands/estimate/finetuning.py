@@ -26,7 +26,8 @@ from finhpc.models.families.registry import (
     parameter_count,
     resolve_shape,
 )
-from finhpc.models.files.weights import Weights, locate, open_weights
+from finhpc.models.files.source import locate, open_weights
+from finhpc.models.files.weights import Weights
 from finhpc.models.lora.model import LoraModel
 from finhpc.models.packing.layout import Segments, segments_of
 from finhpc.planning import paper

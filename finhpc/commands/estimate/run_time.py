@@ -16,7 +16,7 @@ import psutil
 
 from finhpc.planning.step_time import Pace
 from finhpc.screen import duration
-from finhpc.settings.finetune import TrainingConfig
+from finhpc.settings.training import TrainingConfig
 
 # Seconds of one core, measured on two cores of which other processes took a third.
 RAY_S = 7.0  # starting Ray's processes

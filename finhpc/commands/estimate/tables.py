@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from finhpc.commands.estimate.run_time import describe_run_time
-from finhpc.models.families.family import describe_parts
+from finhpc.models.families.parts import describe_parts
 from finhpc.planning.devices import THIS_MACHINE, Cluster
 from finhpc.planning.outline import Outline
 from finhpc.planning.plan import describe_compression

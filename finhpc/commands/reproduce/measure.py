@@ -24,7 +24,7 @@ from finhpc.evaluation import plausible
 from finhpc.files import file_stamps, json_sha256, redact
 from finhpc.generation.generator import Generator
 from finhpc.generation.sampling import decode
-from finhpc.models.files.weights import config_of, locate
+from finhpc.models.files.source import config_of, locate
 from finhpc.models.lora.peft_format import CONFIG as ADAPTER
 from finhpc.models.lora.peft_format import QUANTIZED
 from finhpc.quantization.fake import trained_bits

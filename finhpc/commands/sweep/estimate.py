@@ -13,8 +13,9 @@ from finhpc.errors import collect
 from finhpc.lowrank.registry import STARTED
 from finhpc.planning.plan import describe_compression, make_plan
 from finhpc.runs.folder import RunFolder
-from finhpc.settings.finetune import FinetuneConfig, TrainingConfig
+from finhpc.settings.finetune import FinetuneConfig
 from finhpc.settings.pretrain import PretrainConfig
+from finhpc.settings.training import TrainingConfig
 from finhpc.tracking.describe import Dataset, model_name, shape_of
 
 MEASURING_S = 20.0  # spent on measuring the steps of trials; the time of further ones is calculated

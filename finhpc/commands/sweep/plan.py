@@ -19,9 +19,9 @@ from finhpc.errors import ConfigError, collect
 from finhpc.lowrank.registry import DENSE, STARTED
 from finhpc.screen import duration, rows_table
 from finhpc.settings.base import flatten
-from finhpc.settings.finetune import TrainingConfig
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.sweep import Sweep
+from finhpc.settings.training import TrainingConfig
 from finhpc.tracking.describe import Dataset, model_name, parameters
 from finhpc.tracking.store import check_store
 from finhpc.tracking.tags import PARENT, SWEEP

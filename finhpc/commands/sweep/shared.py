@@ -70,7 +70,7 @@ def _share_base(plan: SweepPlan, scheme: str, config: FinetuneConfig, names: lis
                 f"it takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} are free in addition to what the trials need"
             )
     label = f"quantizing {weights.path.name} at {config.quantization.bits} bits, for {len(names)} trials"
-    with Progress(label, len(lora_model.quantized_matrices()), bytes_=False) as progress:
+    with Progress(label, len(lora_model.quantized_matrices()), "matrices") as progress:
         write_quantized_cache(lora_model, shared, progress.advance)
     for name in names:
         _link(plan.run_folder(name) / QUANTIZED, shared)

@@ -14,6 +14,7 @@ from finhpc.errors import FinhpcError
 from finhpc.runs.folder import RunFolder
 from finhpc.runs.job import Job
 from finhpc.runs.run import send_to_mlflow
+from finhpc.tracking.describe import Description
 from finhpc.tracking.registry import register, settle_children
 from finhpc.tracking.store import RefusedError
 from finhpc.tracking.tags import COMMAND, PREFIX, SCORED_FROM, SETTING, setting_tags
@@ -39,10 +40,8 @@ class Parent:
         commit = folder.write_environment()["git_commit"]
         tags = setting_tags(config) | plan.tags | {COMMAND: "sweep", "mlflow.source.name": "finhpc sweep"}
         tags |= {"mlflow.source.git.commit": commit} if commit else {}
-        self.tracker = Tracker(
-            folder.path, plan.tracking_uri, config.run.experiment, config.run.name, plan.shared_parameters(), tags,
-            plan.datasets,
-        )  # fmt: skip
+        uri, run, params = plan.tracking_uri, config.run, plan.shared_parameters()
+        self.tracker = Tracker(Description(folder.path, uri, run.experiment, run.name, params, tags, plan.datasets))
         self.ended = False
 
     @property
@@ -116,10 +115,8 @@ def track_score(
     tags |= {SCORED_FROM: str(trained.get("mlflow_run_id")), COMMAND: job.command}
     tags |= {PREFIX + "dataset_fingerprint": job.fingerprints[0], "mlflow.source.name": "finhpc sweep"}
     assert config.run.tracking_uri is not None
-    tracker = Tracker(
-        own, config.run.tracking_uri, config.run.experiment, name, job.parameters() | at, tags, job.datasets,
-    )  # fmt: skip
-    tracker.start()
+    uri, params = config.run.tracking_uri, job.parameters() | at
+    tracker = Tracker(Description(own, uri, config.run.experiment, name, params, tags, job.datasets)).start()
     tracker.finish(status, figures, timeout_s=15)
     return tracker.run_id
 

@@ -166,10 +166,10 @@ class Shards:
 
     def ids_of_text(self) -> int:
         """Return how many rows the ids of the text need in an embedding; a token that only pads needs none."""
-        from finhpc.models.files.tokenizer import find_tokenizer
+        from finhpc.models.files.tokenizer import has_tokenizer, open_tokenizer
 
-        tokenizer = find_tokenizer(self.tokenizer)
-        return self.manifest.vocab_size if tokenizer is None else largest_id(tokenizer) + 1
+        exists = has_tokenizer(self.tokenizer)
+        return largest_id(open_tokenizer(self.tokenizer)) + 1 if exists else self.manifest.vocab_size
 
     def check_same(self, fingerprint: str) -> None:
         """Raise `DataError` unless the folder has the content it had when a run began (`manifest.fingerprint`)."""
