@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 R = TypeVar("R")
+END_S = 10.0  # for tasks to end after they were canceled
 
 
 class UnfinishedError(FinhpcError):
@@ -103,23 +104,28 @@ def run_tasks(
 
     # Plain tasks, not Ray Data: they are short, and its scheduler left each core idle for a third of the time.
     task, driver = ray.remote(num_cpus=cpus, num_gpus=gpus)(attempt), Driver.here()
-    waiting = iter(items)
+    waiting, started = iter(items), list[Any]()
 
     def start(running: int) -> tuple[Any, T] | None:
         if running < width:
             for item in waiting:
-                return task.remote(work, item, name(item), driver), item
+                started.append(task.remote(work, item, name(item), driver))
+                return started[-1], item
         return None
 
-    for item, result in completed(start, name):
+    results = completed(start, name)
+    for item, result in results:
         if isinstance(result, FinhpcError):
+            results.close()  # cancels the others
+            # Until they have ended, they may write into a folder that the caller removes.
+            ray.wait(started, num_returns=len(started), timeout=END_S)
             raise result
         yield item, result
 
 
 def completed(
     start: Callable[[int], tuple[Any, T] | None], name: Callable[[T], str]
-) -> Iterator[tuple[T, Any | FinhpcError]]:
+) -> Generator[tuple[T, Any | FinhpcError], None, None]:
     """Yield each item with its result or error as soon as its remote call ends.
 
     `start(running)` starts another call and returns its reference and item, or None if none can start now.

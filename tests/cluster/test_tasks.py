@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,28 @@ def work_of(item: int) -> int:
     if item == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     return item * 10
+
+
+def end_late(item: tuple[str, Path]) -> None:
+    """A task that fails while another runs, which still writes when it is canceled."""
+    name, folder = item
+    if name == "fails":
+        while not (folder / "runs").exists():
+            time.sleep(0.05)
+        raise DataError("line 3: broken")
+    try:
+        (folder / "runs").touch()
+        time.sleep(300)
+    finally:
+        time.sleep(1)
+        (folder / "written").touch()
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_no_task_still_writes_after_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError):
+        list(run_tasks(end_late, [("slow", tmp_path), ("fails", tmp_path)], str, width=2))
+    assert (tmp_path / "written").exists()
 
 
 @pytest.mark.usefixtures("ray_cluster")
