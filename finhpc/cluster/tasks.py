@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable, Generator, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -23,7 +24,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 R = TypeVar("R")
-END_S = 10.0  # for tasks to end after they were canceled
+TRIES = 50  # to remove a folder
 
 
 class UnfinishedError(FinhpcError):
@@ -88,7 +89,11 @@ def workplace(work: Path, out: Path, settings: str) -> Iterator[None]:
         try:
             yield
         except (ConfigError, DataError):
-            shutil.rmtree(work)
+            for _ in range(TRIES):  # tasks that were canceled may still write a file
+                shutil.rmtree(work, ignore_errors=True)
+                if not work.exists():
+                    break
+                time.sleep(0.1)
             raise
 
 
@@ -104,28 +109,23 @@ def run_tasks(
 
     # Plain tasks, not Ray Data: they are short, and its scheduler left each core idle for a third of the time.
     task, driver = ray.remote(num_cpus=cpus, num_gpus=gpus)(attempt), Driver.here()
-    waiting, started = iter(items), list[Any]()
+    waiting = iter(items)
 
     def start(running: int) -> tuple[Any, T] | None:
         if running < width:
             for item in waiting:
-                started.append(task.remote(work, item, name(item), driver))
-                return started[-1], item
+                return task.remote(work, item, name(item), driver), item
         return None
 
-    results = completed(start, name)
-    for item, result in results:
+    for item, result in completed(start, name):
         if isinstance(result, FinhpcError):
-            results.close()  # cancels the others
-            # Until they have ended, they may write into a folder that the caller removes.
-            ray.wait(started, num_returns=len(started), timeout=END_S)
             raise result
         yield item, result
 
 
 def completed(
     start: Callable[[int], tuple[Any, T] | None], name: Callable[[T], str]
-) -> Generator[tuple[T, Any | FinhpcError], None, None]:
+) -> Iterator[tuple[T, Any | FinhpcError]]:
     """Yield each item with its result or error as soon as its remote call ends.
 
     `start(running)` starts another call and returns its reference and item, or None if none can start now.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -56,6 +56,23 @@ def test_a_workplace_keeps_work_of_the_same_settings_only(tmp_path: Path, capsys
     assert not work.exists()
 
 
+def test_a_task_that_still_writes_does_not_hide_why_the_work_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rmtree, late = shutil.rmtree, [True]
+
+    def remove(path: Path, ignore_errors: bool = False) -> None:
+        if not late:
+            rmtree(path, ignore_errors=ignore_errors)
+        elif late.pop() and not ignore_errors:
+            raise OSError("Directory not empty")
+
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    with pytest.raises(DataError, match="broken text"), workplace(tmp_path / "work", tmp_path, "a"):
+        raise DataError("broken text")
+    assert not (tmp_path / "work").exists()
+
+
 def test_a_workplace_is_for_one_process(tmp_path: Path) -> None:
     with (
         workplace(tmp_path / "work", tmp_path, "a"),
@@ -73,28 +90,6 @@ def work_of(item: int) -> int:
     if item == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     return item * 10
-
-
-def end_late(item: tuple[str, Path]) -> None:
-    """A task that fails while another runs, which still writes when it is canceled."""
-    name, folder = item
-    if name == "fails":
-        while not (folder / "runs").exists():
-            time.sleep(0.05)
-        raise DataError("line 3: broken")
-    try:
-        (folder / "runs").touch()
-        time.sleep(300)
-    finally:
-        time.sleep(1)
-        (folder / "written").touch()
-
-
-@pytest.mark.usefixtures("ray_cluster")
-def test_no_task_still_writes_after_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError):
-        list(run_tasks(end_late, [("slow", tmp_path), ("fails", tmp_path)], str, width=2))
-    assert (tmp_path / "written").exists()
 
 
 @pytest.mark.usefixtures("ray_cluster")
