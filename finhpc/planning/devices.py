@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
@@ -97,19 +98,27 @@ SECONDS = 0.3  # of each measurement
 def this_machine(workers: int, threads: int) -> Device:
     """This machine's CPU, shared by `workers` processes of `threads` threads.
 
-    Rates are measured now, with the threads of one worker, in CPU seconds, so that other processes do not change
-    them. Memory is the machine's divided by the workers; exchanges between workers are copied once, at memory speed.
+    Memory is the machine's divided by the workers; exchanges between workers are copied once, at memory speed.
     """
     import psutil
 
+    rates, copies = _measured_rates(threads)
+    return Device(THIS_MACHINE, psutil.virtual_memory().total / workers / 1e9, rates, 2 * copies, copies, copies)
+
+
+@cache
+def _measured_rates(threads: int) -> tuple[dict[str, float], float]:
+    """TFLOP/s of matrix products per precision, and GB/s of copies, measured once per process.
+
+    The seconds are this process's CPU seconds, so other processes do not change the rates.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         rates = {name: _products(dtype, threads) for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))}
-        copies = _copies(threads)
+        return rates, _copies(threads)
     finally:
         torch.set_num_threads(before)
-    return Device(THIS_MACHINE, psutil.virtual_memory().total / workers / 1e9, rates, 2 * copies, copies, copies)
 
 
 def gpu_here() -> Device | None:

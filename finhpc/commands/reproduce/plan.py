@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +183,7 @@ class _Planner:
         hf_config, _ = checked(planning)
         outline = outline_of(hf_config, planning.data.seq_len, planning.train.recompute)
         topology, name = Topology.of(planning), self.recipe.device
-        device = DEVICES[name] if name else _this_machine(planning.resources.threads)
+        device = DEVICES[name] if name else this_machine(1, planning.resources.threads)
         nodes, reached = -(-topology.workers // DEVICES_PER_NODE), REACHED if name else CPU_REACHED
         precision = planning.train.precision
         cluster = Cluster(device, nodes, DEVICES_PER_NODE, device.memory_gb * 1e9, reached, precision)
@@ -225,8 +224,3 @@ def _note_memory(planned: PlannedStep, peak: float, device: Device) -> None:
             f"its fullest stage needs about {peak / 1e9:.0f} GB, and {device.name} has {device.memory_gb:g}; raise "
             "parallel.stages, or use train.recompute=full"
         )
-
-
-@cache
-def _this_machine(threads: int) -> Device:
-    return this_machine(1, threads)
