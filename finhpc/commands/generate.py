@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from finhpc.data.examples.chat import prompt_ids, prompt_text
+from finhpc.data.examples.chat import prompt_text, rendered_ids
 from finhpc.errors import ConfigError
 from finhpc.generation.adapters import parse_adapter, resolve_adapter_model
 from finhpc.generation.generator import Generator, open_inputs
@@ -156,7 +156,7 @@ def _chat(generator: Generator) -> list[dict[str, Any]]:
             return _write_answers(generator, answers)
         turns.append({"role": "user", "content": line.strip()})
         if tokenizer.chat_template:
-            ids = generator.fit(prompt_ids(prompt_text(turns, tokenizer), tokenizer))
+            ids = generator.fit(rendered_ids(prompt_text(turns, tokenizer), tokenizer))
         else:
             ids = generator.encode("\n".join(turn["content"] for turn in turns) + "\n", adapter)
         text = generator.stream_text(ids, adapter, _write)

@@ -1,25 +1,39 @@
-"""The tasks that ship with finhpc, and their examples: found in local files or on the hub, and checked.
+"""Examples of tasks, found in local files or on the hub, checked, and written as lm-eval reads them.
 
-A task is one row of `SOURCES`, and `tasks/NAME.yaml` unless lm-eval itself defines it.
+A task that ships with finhpc is one row of `SOURCES`. The financial ones, and tasks of the user's own, choose among the
+labels in a file, with the prompts that finetuning uses for its records.
 """
 
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from finhpc.data.examples.records import Reading, Record, read_records
+import yaml
+
+from finhpc.data.examples.records import read_records
 from finhpc.data.examples.schema import FORMATS, Table, fields_of, guesses, open_sources
-from finhpc.data.examples.templates import template
+from finhpc.data.examples.tables import Reading, Record
+from finhpc.data.examples.templates import Template, template
 from finhpc.data.examples.values import each, is_missing, text_of, word_of
 from finhpc.errors import ConfigError
 from finhpc.settings.evaluate import EvaluateData
 
 Document = dict[str, Any]  # an example as lm-eval reads it
 TOKENS = 100  # per example, roughly, of tasks that do not state it
+NAME = re.compile(r"[A-Za-z][\w-]*")
+METRICS = """metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+  - metric: f1
+    aggregation: !function finhpc.evaluation.metrics.weighted_f1
+    higher_is_better: true
+"""
 
 
 @dataclass(frozen=True)
@@ -27,9 +41,8 @@ class Source:
     """A task and where its examples come from. `files`: patterns of usual file names; `get`: where to fetch them.
 
     A financial task has a `format`, in which finetuning reads it. Other tasks have `columns`, the names that each
-    column may have in a file, and `document`, which makes a document of a record's values. `lm_eval`: path of
-    lm-eval's own definition; without it, the definition is `tasks/NAME.yaml`. `tokens`: per example, roughly, to start
-    with the longest tasks.
+    column may have in a file, `document`, which makes a document of a record's values, and `lm_eval`, the path of
+    lm-eval's own definition. `tokens`: per example, roughly, to start with the longest tasks.
     """
 
     files: tuple[str, ...]
@@ -37,16 +50,20 @@ class Source:
     columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     document: Callable[[dict[str, Any], str], Document] | None = None
     format: str | None = None
-    lm_eval: str | None = None
+    lm_eval: str = ""
     tokens: int = TOKENS
 
 
 class Documents(NamedTuple):
-    """Examples of a task, how many there are in total, and notes on what was guessed about them."""
+    """Examples of a task, how many there are in total, and notes on what was guessed about them.
+
+    `definition`: the task file for lm-eval, without the path of the examples.
+    """
 
     rows: list[Document]
     total: int
     notes: list[str]
+    definition: str
 
 
 def find(task: str, data: EvaluateData) -> str:
@@ -80,30 +97,63 @@ def find(task: str, data: EvaluateData) -> str:
 def documents(task: str, data: EvaluateData, limit: int | None, seed: int) -> Documents:
     """Return at most `limit` examples of a task, drawn by `seed`, in the file's order.
 
-    Raises `ConfigError` for missing data or columns, an empty set, and values that are not text or not a label of the
-    task, each with its place.
+    `task`: one of `SOURCES`, or of the user's own with a file in `data.files`. Raises `ConfigError` for missing data or
+    columns, an empty set, and values that are not text or not a label of the task, each with its place.
     """
-    source, spec = SOURCES[task], find(task, data)
-    if source.format is not None:
-        table = _financial_table(task, source.format, spec, data)
-        rows = each(table.records, lambda record: stripped(fields_of(record, table)[0]))
-        notes = [*table.reading.notes, *guesses(table)]
-    else:
+    source, spec = SOURCES.get(task), find(task, data) if task in SOURCES else data.files[task]
+    if source is not None and source.format is None:
         reading = read_records(spec, data.encoding, data.hf_split)
         columns = _columns_in(reading, task, source)
-        rows = each(list(reading.records), lambda record: _document(source, columns, record))
-        notes = reading.notes
-    return drawn(task, spec, rows, notes, limit, seed)
+        rows, notes = each(reading.records, lambda record: _document(source, columns, record)), reading.notes
+        definition = _of_lm_eval(task, source.lm_eval)
+    else:
+        if source is not None:
+            table, form = _financial_table(task, str(source.format), spec, data)
+        else:
+            table, form = _own_table(task, spec, data)
 
+        # By place: lm-eval's reader would parse a label such as 2021-01-01 as a time.
+        places = {label: place for place, label in enumerate(form.labels)}
 
-def drawn(task: str, spec: str, rows: list[Document], notes: list[str], limit: int | None, seed: int) -> Documents:
-    """Return at most `limit` of the rows, drawn by `seed`, in their order. Raises `ConfigError` if there are none."""
+        def document(record: Record) -> Document:
+            fields = fields_of(record, table)[0]
+            if source is not None:
+                fields = stripped(fields)
+            return {**fields, "prompt": form.render(fields).prompt, "answer": places[fields["label"]]}
+
+        rows, notes = each(table.records, document), [*table.reading.notes, *guesses(table)]
+        definition = _of_labels(task, form)
     if not rows:
         raise ConfigError(f"tasks={task}: {spec} has no examples; give a file with examples.")
-    if limit is None:
-        return Documents(rows, len(rows), notes)
-    places = sorted(random.Random(seed).sample(range(len(rows)), min(limit, len(rows))))
-    return Documents([rows[place] for place in places], len(rows), notes)
+    total = len(rows)
+    if limit is not None:
+        rows = [rows[place] for place in sorted(random.Random(seed).sample(range(total), min(limit, total)))]
+    return Documents(rows, total, notes, definition)
+
+
+def _of_labels(task: str, form: Template) -> str:
+    """Return the task file of a choice among the labels of a template, whose prompts the documents hold."""
+    definition = {
+        "task": task,
+        "dataset_path": "json",
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{prompt}}",
+        "doc_to_choice": list(form.labels),
+        "doc_to_target": "answer",
+        "target_delimiter": form.separator,
+        "metadata": {"version": 1.0},
+    }
+    return yaml.safe_dump(definition) + METRICS
+
+
+def _of_lm_eval(task: str, definition: str) -> str:
+    """Return a task file that includes lm-eval's by its path, so that the functions it names are found next to it."""
+    import lm_eval.tasks
+
+    path = Path(lm_eval.tasks.__file__).parent / definition
+    splits = {"training_split": None, "validation_split": None, "test_split": "test"}
+    return f"include: {path}\n" + yaml.safe_dump({"task": task, "dataset_path": "json", "dataset_name": None, **splits})
 
 
 def takes_labels(task: str, labels: Mapping[str, str]) -> bool:
@@ -113,12 +163,13 @@ def takes_labels(task: str, labels: Mapping[str, str]) -> bool:
     return format is not None and names <= set(template(FORMATS[format].template).labels)
 
 
-def stripped(fields: dict[str, str]) -> Document:
-    """Return the fields of a financial example as a document."""
+def stripped(fields: dict[str, str]) -> dict[str, str]:
+    """Return the fields of a financial example without white space around them."""
     return {name: text.strip() for name, text in sorted(fields.items())}
 
 
-def _financial_table(task: str, format: str, spec: str, data: EvaluateData) -> Table:
+def _financial_table(task: str, format: str, spec: str, data: EvaluateData) -> tuple[Table, Template]:
+    """Return the records of a financial task and its template."""
     form = template(FORMATS[format].template)
     labels = data.labels if takes_labels(task, data.labels) else {}
     settings = data.model_copy(update={"template": None, "templates": None, "columns": {}, "labels": labels})
@@ -128,7 +179,20 @@ def _financial_table(task: str, format: str, spec: str, data: EvaluateData) -> T
             f"tasks={task}: {spec} has the format {table.format}, without this task's "
             f"{', '.join(form.fields)}; give another file or format."
         )
-    return table
+    return table, form
+
+
+def _own_table(task: str, spec: str, data: EvaluateData) -> tuple[Table, Template]:
+    """Return the records of a task of the user's own and their template; its answers must be labels."""
+    if not NAME.fullmatch(task):
+        raise ConfigError(f"tasks={task} is not a name for a task of your own; use letters, digits, - and _.")
+    (table,) = open_sources([spec], data)
+    if table.form is None or table.meaning is None:
+        raise ConfigError(
+            f"tasks={task}: the answers of {spec} (format {table.format}) are text, but a task chooses among labels; "
+            "give a file with a label, or name its column with --data.columns label=COLUMN."
+        )
+    return table, table.form.with_labels(table.meaning.labels)
 
 
 def _columns_in(reading: Reading, task: str, source: Source) -> dict[str, str]:

@@ -10,11 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from finhpc.data.examples.examples import is_held_out
+from finhpc.data.examples.instructions import is_held_out, split_key
 from finhpc.data.examples.schema import FORMATS, fields_of, open_sources
 from finhpc.data.examples.values import each
 from finhpc.errors import ConfigError
-from finhpc.evaluation.documents import SOURCES, Document, stripped
+from finhpc.evaluation.documents import SOURCES, stripped
 from finhpc.files import write_atomic
 from finhpc.settings.finetune import Instructions
 from finhpc.settings.reproduce import HoldOutConfig
@@ -38,15 +38,15 @@ def hold_out(config: HoldOutConfig) -> dict[str, Any]:
     return {"status": "finished", "files": files, "tasks": list(files), "examples": examples}
 
 
-def held_out_documents(config: HoldOutConfig) -> dict[str, list[Document]]:
+def held_out_documents(config: HoldOutConfig) -> dict[str, list[dict[str, str]]]:
     """Return the held-out examples of each task, of all sources together."""
     task_of = {FORMATS[source.format].template: task for task, source in SOURCES.items() if source.format}
-    documents: dict[str, list[Document]] = {}
+    documents: dict[str, list[dict[str, str]]] = {}
     for table in open_sources(config.source, Instructions(encoding=config.encoding)):
         if table.form is None or (task := task_of.get(table.form.name)) is None:
             continue
         for fields, _ in each(table.records, partial(fields_of, table=table)):
-            if is_held_out(fields["input"], config.eval_fraction):
+            if is_held_out(split_key(fields["input"]), config.eval_fraction):
                 documents.setdefault(task, []).append(stripped(fields))
     if not documents:
         raise ConfigError(

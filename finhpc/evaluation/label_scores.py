@@ -26,9 +26,8 @@ def label_scores(model: nn.Module, tokenizer: Any, examples: Examples, limit: in
     The answer of a source with the highest log-likelihood after the prompt is chosen, the first of equal ones, as
     `finhpc evaluate` does. Sources whose answers are text are left out.
     """
-    answers = _answers(examples)
-    number = len(examples.held_out) if limit is None else min(limit, len(examples.held_out))
-    chosen = [i for i in range(number) if int(examples.held_out.source[i]) in answers]
+    answers, sources = _answers(examples), examples.held_out.source.tolist()
+    chosen = [i for i, source in enumerate(sources[:limit]) if source in answers]
     if not chosen:
         return {}
     log.info(f"choosing labels for {len(chosen):,} held-out examples")
@@ -37,43 +36,38 @@ def label_scores(model: nn.Module, tokenizer: Any, examples: Examples, limit: in
     for i in chosen:
         tokens, answer = examples.held_out.example(i)
         first = int(np.flatnonzero(answer)[0])
-        labels = answers[int(examples.held_out.source[i])]
+        labels = answers[sources[i]]
         golds.append(labels.index(tuple(tokens[answer].tolist())))
         requests += [(("", ""), tokens[:first].tolist(), list(label)) for label in labels]
     likelihoods = iter(score for score, _ in lm._loglikelihood_tokens(requests, disable_tqdm=True))
     names = _names(examples, answers)
-    pairs: dict[str, list[tuple[int, int]]] = {}
-    tied: dict[str, int] = {}
+    rows: dict[str, list[tuple[int, int, bool]]] = {}
     for i, gold in zip(chosen, golds, strict=True):
-        source = int(examples.held_out.source[i])
-        scores = [next(likelihoods) for _ in answers[source]]
-        pairs.setdefault(names[source], []).append((gold, int(np.argmax(scores))))
-        tied[names[source]] = tied.get(names[source], 0) + (scores.count(max(scores)) > 1)
-    return {name: _scored(some) | {"tied": tied[name]} for name, some in pairs.items()}
+        scores = [next(likelihoods) for _ in answers[sources[i]]]
+        is_tied = scores.count(max(scores)) > 1
+        rows.setdefault(names[sources[i]], []).append((gold, int(np.argmax(scores)), is_tied))
+    return {name: _scored(of_name) for name, of_name in rows.items()}
+
+
+def _scored(rows: list[tuple[int, int, bool]]) -> dict[str, Any]:
+    pairs = [(gold, guess) for gold, guess, _ in rows]
+    return {
+        "acc": float(np.mean([gold == guess for gold, guess in pairs])),
+        "weighted_f1": weighted_f1(pairs),
+        "majority": majority(np.array([gold for gold, _ in pairs])),
+        "n": len(pairs),
+        "tied": sum(is_tied for *_, is_tied in rows),
+    }
 
 
 def _names(examples: Examples, answers: dict[int, list[Answer]]) -> dict[int, str]:
     """Return the name of each source's scores: its template, and the file if another file has other labels."""
-    sources = examples.counts["by_source"]
-    of_template: dict[str, set[tuple[Answer, ...]]] = {}
+    named = {source: str(examples.counts["by_source"][source]["template"]) for source in answers}
+    choices: dict[str, set[tuple[Answer, ...]]] = {}
     for source, labels in answers.items():
-        of_template.setdefault(str(sources[source]["template"]), set()).add(tuple(labels))
-    return {
-        source: str(sources[source]["template"])
-        if len(of_template[str(sources[source]["template"])]) == 1
-        else f"{sources[source]['template']} of {Path(str(sources[source]['source'])).name}"
-        for source in answers
-    }
-
-
-def _scored(pairs: list[tuple[int, int]]) -> dict[str, Any]:
-    golds = np.array([gold for gold, _ in pairs])
-    return {
-        "acc": float(np.mean([gold == guess for gold, guess in pairs])),
-        "weighted_f1": weighted_f1(pairs),
-        "majority": majority(golds),
-        "n": len(pairs),
-    }
+        choices.setdefault(named[source], set()).add(tuple(labels))
+    files = {source: Path(str(examples.counts["by_source"][source]["source"])).name for source in answers}
+    return {source: name if len(choices[name]) == 1 else f"{name} of {files[source]}" for source, name in named.items()}
 
 
 def _answers(examples: Examples) -> dict[int, list[Answer]]:

@@ -45,11 +45,8 @@ def score(
             f"tasks={task.name}: all answers of every example have the same likelihood, so that nothing was chosen; "
             "the model's weights are damaged, or the answers of the task file are all alike."
         )
-    scores = {
-        key.removesuffix(",none"): float(value)
-        for key, value in result["results"][task.name].items()
-        if key.endswith(",none") and key in ("acc,none", "acc_norm,none")
-    }
+    theirs = result["results"][task.name]
+    scores = {name: float(theirs[f"{name},none"]) for name in ("acc", "acc_norm") if f"{name},none" in theirs}
     golds, predictions, choices = (np.array([row[key] for row in rows]) for key in ("gold", "prediction", "n_choices"))
     scores["weighted_f1"] = weighted_f1(list(zip(golds.tolist(), predictions.tolist(), strict=True)))
     means = {name: np.array([row[name] for row in rows], dtype=np.float64) for name in scores if name in rows[0]}
@@ -90,9 +87,8 @@ def _row(sample: dict[str, Any], task: Any, cut: set[str], file: TaskFile) -> Ro
     """Return the row of one example in the table of predictions."""
     doc, target = sample["doc"], sample["target"]
     choices = task.doc_to_choice(doc)
-    several = isinstance(
-        task.doc_to_text(doc), int
-    )  # as in WinoGrande: the choices are prompts, and the target is their end
+    # As in WinoGrande: the choices are prompts, and the target is their end.
+    several = isinstance(task.doc_to_text(doc), int)
     gold = task.doc_to_text(doc) if several else target
     gold = choices.index(gold) if isinstance(gold, str) and gold in choices else gold
     if not isinstance(gold, int) or not 0 <= gold < len(choices):

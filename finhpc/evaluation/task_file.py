@@ -83,56 +83,48 @@ def _parsed(path: Path) -> dict[str, Any]:
     content = path.read_bytes()  # with its byte order mark, if any
     try:
         root = yaml.compose(content, Loader=yaml.SafeLoader)
-        problem = None if root is None else _unsafe(root)
-        tree = yaml.safe_load(content) if problem is None else {}
+        if root is not None:
+            _check_plain(path, root)
+        tree = yaml.safe_load(content)
     except (yaml.YAMLError, UnicodeError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"tasks: {path} is not one plain YAML document ({reason}); correct it.") from None
-    if problem is not None:
-        raise ConfigError(f"tasks={path} {problem}; {TRUST}.")
     if not isinstance(tree, dict):
         raise ConfigError(f"tasks={path} holds {type(tree).__name__}, not settings; give an lm-eval task file.")
     return tree
 
 
-def _unsafe(root: yaml.Node) -> str | None:
-    """Return what a composed document holds besides plain data, or None."""
-    sizes: dict[int, int | None] = {}
+def _check_plain(path: Path, root: yaml.Node) -> None:
+    """Raise `ConfigError` if a composed document holds more than plain data."""
+    sizes: dict[int, int] = {}
+    open_nodes: set[int] = set()
 
     def size(node: yaml.Node) -> int:
         if id(node) in sizes:
-            known = sizes[id(node)]
-            if known is None:
-                raise _Unsafe(f"has an anchor that holds itself (line {node.start_mark.line + 1})")
-            return known
-        sizes[id(node)] = None
-        if node.tag not in CORE:
-            raise _Unsafe(
-                f"has the tag {node.tag} (line {node.start_mark.line + 1}), which could run code on this machine"
-            )
-        inner: list[yaml.Node] = []
-        if isinstance(node, yaml.MappingNode):
+            return sizes[id(node)]
+        line, problem, inner = node.start_mark.line + 1, "", []
+        if id(node) in open_nodes:
+            problem = f"has an anchor that holds itself (line {line})"
+        elif node.tag not in CORE:
+            problem = f"has the tag {node.tag} (line {line}), which could run code on this machine"
+        elif isinstance(node, yaml.MappingNode):
             keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
             if twice := {key for key in keys if keys.count(key) > 1 and key != "<<"}:
-                raise _Unsafe(f"sets {', '.join(sorted(twice))} twice (from line {node.start_mark.line + 1})")
+                problem = f"sets {', '.join(sorted(twice))} twice (from line {line})"
             inner = [part for pair in node.value for part in pair]
         elif isinstance(node, yaml.SequenceNode):
             inner = node.value
-        total = 1 + sum(map(size, inner))
+        open_nodes.add(id(node))
+        total = 1 if problem else 1 + sum(map(size, inner))
         if total > MOST_NODES:
-            raise _Unsafe(f"has more than {MOST_NODES:,} values once its aliases are written out")
+            problem = f"has more than {MOST_NODES:,} values once its aliases are written out"
+        if problem:
+            raise ConfigError(f"tasks={path} {problem}; {TRUST}.")
+        open_nodes.remove(id(node))
         sizes[id(node)] = total
         return total
 
-    try:
-        size(root)
-    except _Unsafe as found:
-        return str(found)
-    return None
-
-
-class _Unsafe(Exception):
-    """A document is more than plain data."""
+    size(root)
 
 
 # -- all of them together -------------------------------------------------------------------
@@ -210,20 +202,18 @@ def _templates(tree: Mapping[str, Any], where: str) -> Iterator[str]:
             except TemplateError:
                 continue  # it fails when it is rendered
             for node in parsed.find_all((nodes.Getattr, nodes.Getitem, nodes.Filter, nodes.Import, nodes.FromImport)):
-                reach = _reach(node)
-                if reach is not None:
+                if (reach := _reach(node)) is not None:
                     yield f"the template {where}{key} uses {reach}"
 
 
 def _reach(node: nodes.Node) -> str | None:
-    if isinstance(node, nodes.Getattr) and node.attr.startswith("_"):
-        return node.attr
-    if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const) and str(node.arg.value).startswith("_"):
-        return str(node.arg.value)
-    if isinstance(node, nodes.Filter) and node.name == "attr":
-        return "the filter attr"
-    if isinstance(node, nodes.Import | nodes.FromImport):
-        return "import"
+    match node:
+        case nodes.Getattr(attr=str(name)) | nodes.Getitem(arg=nodes.Const(value=str(name))) if name.startswith("_"):
+            return name
+        case nodes.Filter(name="attr"):
+            return "the filter attr"
+        case nodes.Import() | nodes.FromImport():
+            return "import"
     return None
 
 

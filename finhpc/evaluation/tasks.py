@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ import yaml
 
 from finhpc.errors import ConfigError, collect
 from finhpc.evaluation.documents import SOURCES, TOKENS, documents, takes_labels
-from finhpc.evaluation.own_task import own_task
 from finhpc.evaluation.task_file import read_task, rendering
 from finhpc.files import file_sha256, json_sha256, write_atomic
 from finhpc.settings.base import nearest
@@ -94,61 +92,42 @@ def _unused(config: EvaluateConfig) -> list[str]:
 
 
 def _ours(name: str, config: EvaluateConfig, folder: Path, write: bool) -> TaskFile:
-    split, tokens = "test", TOKENS
-    if name in SOURCES:
-        source = SOURCES[name]
-        examples, tokens = documents(name, config.data, config.limit, config.seed), source.tokens
-        if source.lm_eval is None:
-            definition = (files("finhpc.evaluation") / "tasks" / f"{name}.yaml").read_text(encoding="utf-8")
-        else:
-            definition, split = _general(name, source.lm_eval), "validation"
-    else:
-        definition, examples = own_task(name, config.data, config.limit, config.seed)
+    examples = documents(name, config.data, config.limit, config.seed)
     data, path = folder / f"{name}.jsonl", folder / f"{name}.yaml"
-    named = yaml.safe_dump({"dataset_kwargs": {"data_files": {split: str(data.absolute())}}})
+    named = yaml.safe_dump({"dataset_kwargs": {"data_files": {"test": str(data.absolute())}}})
     contents = {
-        path: (definition + named).encode(),
+        path: (examples.definition + named).encode(),
         data: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in examples.rows).encode(),
     }
     if write:
         for file, content in contents.items():
             write_atomic(file, content)
     sha256 = "".join(hashlib.sha256(content).hexdigest()[:32] for content in contents.values())
+    tokens = SOURCES[name].tokens if name in SOURCES else TOKENS
     notes = tuple(examples.notes)
     return TaskFile(name, path, sha256, len(examples.rows), examples.total, False, notes=notes, tokens=tokens)
-
-
-def _general(name: str, definition: str) -> str:
-    """Return a task file that includes lm-eval's by its path, so that the functions it names are found next to it."""
-    import lm_eval.tasks
-
-    path = Path(lm_eval.tasks.__file__).parent / definition
-    changed: dict[str, Any] = {"dataset_path": "json", "dataset_name": None, "training_split": None}
-    return f"include: {path}\n" + yaml.safe_dump({"task": name, **changed})
 
 
 def _own(path: Path, config: EvaluateConfig) -> TaskFile:
     """Return a task file of the user's. Raises `ConfigError` if it runs code and was not trusted."""
     if not path.is_file():
         raise ConfigError(f"tasks={path} is not a file; give an lm-eval task file or one of: {', '.join(TASKS)}.")
-    tree = _trusted(path) if config.trust_task_code else read_task(path)
+    if config.trust_task_code:
+        from lm_eval.tasks._yaml_loader import load_yaml
+
+        try:
+            tree: dict[str, Any] = load_yaml(path, resolve_func=False)
+        except (yaml.YAMLError, OSError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"tasks={path} cannot be read ({reason}); correct it.") from None
+    else:
+        tree = read_task(path)
     name = tree.get("task")
     if not isinstance(name, str):
         raise ConfigError(f"tasks={path} names no single task (task: NAME); give a task file, not a group.")
     if tree.get("output_type") != "multiple_choice":
         raise ConfigError(f"tasks={path} has output_type={tree.get('output_type')}; multiple_choice is what is scored.")
     return TaskFile(name, path.absolute(), _hash(tree), None, None, True, config.trust_task_code)
-
-
-def _trusted(path: Path) -> dict[str, Any]:
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    try:
-        tree: dict[str, Any] = load_yaml(path, resolve_func=False)
-    except (yaml.YAMLError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"tasks={path} cannot be read ({reason}); correct it.") from None
-    return tree
 
 
 def _hash(tree: dict[str, Any]) -> str:

@@ -102,23 +102,8 @@ def this_machine(workers: int, threads: int) -> Device:
     """
     import psutil
 
-    rates, copies = _measured_rates(threads)
+    rates, copies = _rates(threads)
     return Device(THIS_MACHINE, psutil.virtual_memory().total / workers / 1e9, rates, 2 * copies, copies, copies)
-
-
-@cache
-def _measured_rates(threads: int) -> tuple[dict[str, float], float]:
-    """TFLOP/s of matrix products per precision, and GB/s of copies, measured once per process.
-
-    The seconds are this process's CPU seconds, so other processes do not change the rates.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        rates = {name: _products(dtype, threads) for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))}
-        return rates, _copies(threads)
-    finally:
-        torch.set_num_threads(before)
 
 
 def gpu_here() -> Device | None:
@@ -135,17 +120,24 @@ def device_called(name: str, memory: int) -> Device | None:
     return min(alike, key=lambda device: abs(device.memory_gb * 1e9 - memory), default=None)
 
 
-def _products(dtype: torch.dtype, threads: int) -> float:
-    """TFLOP/s of square matrix products."""
-    a = torch.randn(SIZE, SIZE).to(dtype)
-    return 2 * SIZE**3 * _times_per_second(lambda: torch.mm(a, a), threads) / 1e12
+@cache
+def _rates(threads: int) -> tuple[dict[str, float], float]:
+    """TFLOP/s of square matrix products by precision, and GB/s of copying a tensor larger than the caches.
 
-
-def _copies(threads: int) -> float:
-    """GB/s of copying a tensor larger than the caches."""
-    source = torch.zeros(1 << 26)
-    target = torch.empty_like(source)
-    return source.numel() * 4 * _times_per_second(lambda: target.copy_(source), threads) / 1e9
+    Measured once per process, in CPU seconds, so that other processes do not change them.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        tflops = {}
+        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+            a = torch.randn(SIZE, SIZE).to(dtype)
+            tflops[name] = 2 * SIZE**3 * _times_per_second(lambda a=a: torch.mm(a, a), threads) / 1e12  # type: ignore[misc]
+        source = torch.zeros(1 << 26)
+        target = torch.empty_like(source)
+        return tflops, source.numel() * 4 * _times_per_second(lambda: target.copy_(source), threads) / 1e9
+    finally:
+        torch.set_num_threads(before)
 
 
 def _times_per_second(work: Callable[[], object], threads: int) -> float:

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from finhpc.settings.finetune import TrainingConfig
+from finhpc.settings.training import TrainingConfig
 from finhpc.tracking.describe import Dataset, model_name, parameters, shape_of
 from finhpc.training.checkpoint import Checkpoint
 
@@ -77,11 +77,6 @@ class Job(ABC):
     @abstractmethod
     def counts(self) -> dict[str, Any]:
         """Keys of the result that are known without training."""
-
-    @property
-    @abstractmethod
-    def vocab_size(self) -> int:
-        """Vocabulary of the model that is trained."""
 
     @abstractmethod
     def save_model(self, folder: Path, checkpoint: Checkpoint) -> None:

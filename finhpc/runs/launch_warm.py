@@ -12,7 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
+from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from finhpc.cluster.own_ray import ray_logs
 from finhpc.runs.folder import RunFolder
@@ -35,7 +37,7 @@ def launch_warm(job: Job, folder: RunFolder, cuda: bool, poll: Callable[[], None
     arguments = worker_arguments(job, folder, cuda)
     watcher = Watcher(job, folder, share, poll)
     for failures in count():
-        group = _group(config.parallel.workers, share)
+        group = _group(config.parallel.workers, share, folder.path.parent)
         try:
             error = watch(partial(group.train, arguments), watcher.poll)
         finally:
@@ -50,13 +52,28 @@ def launch_warm(job: Job, folder: RunFolder, cuda: bool, poll: Callable[[], None
         log.info(f"{cause}; the workers start again.")
 
 
-def _group(size: int, share: dict[str, float]) -> WarmGroup:
+def free_resources(runs: Path) -> None:
+    """Free what groups of ended processes reserved for the runs in the folder `runs`.
+
+    Ray frees the placement group of an actor only when the actor and its driver have both ended, so after a sweep a
+    notebook would have fewer CPUs.
+    """
+    import ray
+    from ray._raylet import PlacementGroupID
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    for key, group in ray.util.placement_group_table().items():
+        if group["name"].startswith(f"{runs}:") and group["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(key)))
+
+
+def _group(size: int, share: dict[str, float], runs: Path) -> WarmGroup:
     """This process's group if it fits; otherwise a new one in its place."""
     if GROUPS and (len(GROUPS[0].workers), GROUPS[0].share) == (size, share):
         return GROUPS[0]
     if GROUPS:
         GROUPS[0].shutdown()
-    GROUPS.append(WarmGroup.start(size, share))
+    GROUPS.append(WarmGroup.start(size, share, runs))
     return GROUPS[0]
 
 
@@ -72,14 +89,14 @@ class WarmWorker:
         self.store: Any = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
         return address, self.store.port
 
-    def train(self, arguments: dict[str, Any], rank: int, size: int, store: tuple[str, int]) -> None:
+    def train(self, arguments: dict[str, Any], world_rank: int, workers: int, store: tuple[str, int]) -> None:
         import torch.distributed as dist
 
         from finhpc.cluster.network import use_interface_of_node
 
         use_interface_of_node()
-        opened = self.store if rank == 0 else dist.TCPStore(*store, is_master=False)  # type: ignore[attr-defined]
-        train_here(arguments, rank=rank, size=size, store=opened)
+        opened = self.store if world_rank == 0 else dist.TCPStore(*store, is_master=False)  # type: ignore[attr-defined]
+        train_here(arguments, world_rank=world_rank, workers=workers, store=opened)
 
 
 @dataclass
@@ -92,12 +109,13 @@ class WarmGroup:
     idle: bool = True
 
     @staticmethod
-    def start(size: int, share: dict[str, float]) -> WarmGroup:
+    def start(size: int, share: dict[str, float], runs: Path) -> WarmGroup:
         import ray
         from ray.util.placement_group import placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        group = WarmGroup(share, placement_group([share] * size, strategy="PACK"))
+        name = f"{runs}:{uuid4()}"  # by which `free_resources` knows it; Ray wants each name once
+        group = WarmGroup(share, placement_group([share] * size, strategy="PACK", name=name))
         for i in range(size):
             place = PlacementGroupSchedulingStrategy(group.placement, placement_group_bundle_index=i)
             options = {"num_cpus": share["CPU"], "num_gpus": share.get("GPU", 0), "scheduling_strategy": place}

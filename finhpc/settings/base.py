@@ -6,6 +6,7 @@ import difflib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeGuard, TypeVar, get_args
 
@@ -14,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from finhpc import plugins
 from finhpc.errors import ConfigError, collect
-from finhpc.textfile import parse_yaml, read_text
+from finhpc.textfile import read_yaml
 
 if TYPE_CHECKING:
     from pydantic._internal._model_construction import ModelMetaclass
@@ -192,9 +193,9 @@ def defaults(cls: type[Section], source: str | None = None) -> dict[str, str]:
 
     A field whose default is only known later describes it in `json_schema_extra`, as "default".
     """
-    later, tree = marked(cls, "default"), _read(source) if source else {}
+    later, given = marked(cls, "default"), dict(_leaves(cls, _read(source) if source else {}))
     return {
-        name: str(later[name]) if name in later and not _contains(tree, name) else _as_flag(value)
+        name: str(later[name]) if name in later and name not in given else _as_flag(value)
         for name, value in flatten(load(cls, source)).items()
     }
 
@@ -203,14 +204,13 @@ def marked(cls: type[Section], mark: str) -> dict[str, Any]:
     """Return dotted name -> the value of `mark` in `json_schema_extra` of the setting or a section around it."""
     marks: dict[str, Any] = {}
     for path, field in _fields(cls):
-        section = field.annotation
-        extras = [
-            field.json_schema_extra,
-            section.model_config.get("json_schema_extra") if _is_section(section) else None,
-        ]
-        for extra in extras:
-            if isinstance(extra, dict) and mark in extra:
-                marks |= {name: extra[mark] for name in keys(cls) if f"{name}.".startswith(f"{path}.")}
+        section: Any = field.annotation
+        extra: Any = field.json_schema_extra or {}
+        if _is_section(section):
+            of_section: Any = section.model_config.get("json_schema_extra") or {}
+            extra = {**of_section, **extra}
+        if mark in extra:
+            marks |= {name: extra[mark] for name in keys(cls) if f"{name}.".startswith(f"{path}.")}
     return marks
 
 
@@ -220,14 +220,6 @@ def _fields(cls: type[Section], prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix + name, field
         if _is_section(field.annotation):
             yield from _fields(field.annotation, f"{prefix}{name}.")
-
-
-def _contains(tree: Any, dotted: str) -> bool:
-    for part in dotted.split("."):
-        if not isinstance(tree, dict) or part not in tree:
-            return False
-        tree = tree[part]
-    return True
 
 
 def _as_flag(value: Any) -> str:
@@ -243,13 +235,7 @@ def _as_flag(value: Any) -> str:
 
 def flatten(config: Section) -> dict[str, Any]:
     """Return dotted name -> value of every setting."""
-    flat: dict[str, Any] = {}
-    for dotted in keys(type(config)):
-        value: Any = config
-        for part in dotted.split("."):
-            value = getattr(value, part)
-        flat[dotted] = value
-    return flat
+    return {dotted: attrgetter(dotted)(config) for dotted in keys(type(config))}
 
 
 def nearest(name: str, valid: list[str], most: int = 20) -> str:
@@ -267,10 +253,7 @@ def _read(source: str) -> dict[str, Any]:
         if os.sep in source or source.endswith((".yaml", ".yml")):
             raise ConfigError(f"config={source} is not a file; give a YAML file or one of: {', '.join(known)}.")
         raise ConfigError(f"config={source} is not a recipe; {nearest(source, list(known), most=100)}")
-    try:
-        tree = parse_yaml(read_text(path, setting=None)[0])
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config={source} is not valid YAML: {error}; correct that line.") from None
+    tree = read_yaml(path, f"config={source}")
     if not isinstance(tree, dict):
         raise ConfigError(
             f"config={source} must contain sections (`model:`, `train:`, ...), not {type(tree).__name__}."

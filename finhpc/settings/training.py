@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 from pydantic import AfterValidator, Field
 
 from finhpc.errors import ConfigError
 from finhpc.settings.base import MAY_CHANGE, LocalPath, Section, absolute_path
 
+if TYPE_CHECKING:
+    from finhpc.settings.finetune import FinetuneConfig
+    from finhpc.settings.pretrain import PretrainConfig
+
+TrainingConfig: TypeAlias = "PretrainConfig | FinetuneConfig"
 Recompute = Literal["none", "attention", "full"]
 
 

@@ -29,7 +29,7 @@ def test_blocks_come_from_all_of_the_text_and_too_little_is_refused(tmp_path: Pa
     assert places[-1] >= 4
     most = Calibration(source=[str(source)], samples=len(stream) // 40, seq_len=40)
     assert np.array_equal(calibration_blocks(most, tmp_path / "tokenizer").numpy(), held)
-    with pytest.raises(ConfigError, match=rf"holds {len(stream):,} tokens, fewer than .* = {len(held) + 1} x 40 = "):
+    with pytest.raises(ConfigError, match=rf"has {len(stream):,} tokens, fewer than .* = {len(held) + 1} x 40 = "):
         calibration_blocks(most.model_copy(update={"samples": len(held) + 1}), tmp_path / "tokenizer")
     with pytest.raises(ConfigError, match=r"calibration\.source is not set"):
         calibration_blocks(Calibration(), tmp_path / "tokenizer")

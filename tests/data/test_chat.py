@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from finhpc.data.examples.chat import prompt_ids, prompt_text
+from finhpc.data.examples.chat import prompt_text, rendered_ids
 from finhpc.data.examples.examples import make_examples
 from finhpc.errors import ConfigError
 from finhpc.settings.finetune import Instructions
@@ -41,7 +41,7 @@ def test_ids_are_those_of_the_whole_conversation(kind: str, template: str, tmp_p
         found = learned(tmp_path, tok, TALK)
         tokens, answer = found.train.example(0)
         assert tokens.tolist() == tok.apply_chat_template(TALK, return_dict=False)
-        before = prompt_ids(prompt_text(TALK[:1], tok), tok)
+        before = rendered_ids(prompt_text(TALK[:1], tok), tok)
         if template != "marked":
             assert tokens[: answer.tolist().index(True)].tolist() == before, "generation reads what was learned"
         assert [note for note in found.notes if ": read as chat" not in note] == []

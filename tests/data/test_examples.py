@@ -102,7 +102,7 @@ def test_parquet_and_data_sets_give_what_json_lines_give(tmp_path):
     for source in (str(tmp_path / "a.parquet"), f"hf:{tmp_path / 'set'}"):
         assert make(source, eval_fraction=0.3).fingerprint == plain.fingerprint
     assert len(plain.held_out) > 0
-    with pytest.raises(ConfigError, match=r"data\.hf_split=test cannot be opened"):
+    with pytest.raises(ConfigError, match=r"--data\.hf_split test cannot be opened"):
         make(f"hf:{tmp_path / 'set'}", hf_split="test")
 
 

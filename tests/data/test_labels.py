@@ -42,7 +42,7 @@ def write(path, text):
 def test_codes_without_a_meaning_are_refused_with_the_remedy(tmp_path, header):
     path = write(tmp_path / "news.csv", CODES.replace("text,label", header))
     message = refusal(path)
-    assert "its labels are codes (0, 1, 2) and nothing tells what they mean" in message
+    assert "its labels are codes (0, 1, 2), and their meaning is unknown" in message
     assert "--data.labels 0=... 1=... 2=..." in message
     assert "news.csv:tfns if they are 0 negative, 1 positive, 2 neutral" in message
     assert answers(f"{path}:tfns") == ["negative", "positive", "neutral"]

@@ -137,4 +137,4 @@ def test_a_part_that_is_not_rendered_is_told_once_for_all_records(tmp_path):
     with pytest.raises(ConfigError) as error:
         make_examples(Instructions(source=[str(path)]), tokenizer(), 0)
     assert len(error.value.problems) == 1
-    assert "The same holds for 39 more." in error.value.problems[0]
+    assert "The same applies to 39 more." in error.value.problems[0]

@@ -97,9 +97,7 @@ def test_other_delimiters_are_read_and_reported(tmp_path, mark, name):
     path.write_text(f"sep={mark}\ntext{mark}label\nup{mark}positive\ndown{mark}negative\n")
     assert answers(path) == ["positive", "negative"]
     path.write_text(f"text{mark}label\nup{mark}positive{mark}x\n")
-    assert f"line 2: 3 values, but the first line names 2 columns (text, label); put text that holds {name}" in refusal(
-        path
-    )
+    assert f"line 2: 3 values, but the first line names 2 columns (text, label); put text with {name}" in refusal(path)
 
 
 def test_a_line_number_counts_the_lines_of_fields_before_it(tmp_path):
@@ -129,7 +127,7 @@ def test_spaces_after_a_comma_do_not_make_quotation_marks_text(tmp_path):
     [
         ("a.tsv", 'text\tlabel\n"a quote\tpositive\nits end"\tnegative\n', "line 2: a quotation mark joins"),
         ("a.tsv", 'text\tlabel\n"a quote\tpositive\nits end\tnegative\n', "a quotation mark is never closed"),
-        ("a.csv", 'text,label\n"say \\"buy\\"",positive\n', "holds others doubled"),
+        ("a.csv", 'text,label\n"say \\"buy\\"",positive\n', "contains others doubled"),
         ("a.csv", "positive,it rose\nnegative,it fell\n", "write a first line with the columns' names above it"),
         ("a.json", '{"data": [{"text": "a", "label": "b"}]}', "holds a list under the name 'data'"),
         ("a.json", '{"text": {"0": "a", "1": "b"}, "label": {"0": "x", "1": "y"}}', "orient='records'"),
@@ -229,7 +227,7 @@ def test_sentences_of_fiqa_without_a_score_are_counted(tmp_path):
 def test_one_fault_of_many_records_is_told_once(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", [{"context": "a", "target": ""}] * 40 + [{"context": "a", "target": 1}])
     assert refusal(path).splitlines() == [
-        f"{path} line 1: the answer (target) is empty; write one or remove the record. The same holds for 39 more.",
+        f"{path} line 1: the answer (target) is empty; write one or remove the record. The same applies to 39 more.",
         f"{path} line 41: target holds the number 1, not text; write it as text, in quotation marks.",
     ]
     bare = tokenizer()

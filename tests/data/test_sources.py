@@ -127,8 +127,8 @@ def test_bad_sources_are_all_listed_at_once(tmp_path):
     with pytest.raises(ConfigError) as error:
         sources.units(config)
     assert [problem.split(str(tmp_path))[1].split(";")[0] for problem in error.value.problems] == [
-        "/empty holds no file",
-        "/others holds only files of other formats, such as a.csv",
+        "/empty contains no files",
+        "/others contains only files of other formats, such as a.csv",
         "/others/a.csv has an unknown format",
         "/nowhere does not exist",
     ]

@@ -38,8 +38,8 @@ def test_the_task_files_hold_what_a_finetuning_of_the_same_files_never_sees(tmp_
     for rows in held.values():
         for row in rows:
             assert not any(f"input: {row['input'].lower()}\nanswer" in text for text in learned), row["input"]
-    rows, total, _ = documents("tfns", EvaluateData(files=result["files"]), 5, 0)
-    assert (len(rows), total) == (5, len(held["tfns"]))
+    found = documents("tfns", EvaluateData(files=result["files"]), 5, 0)
+    assert (len(found.rows), found.total) == (5, len(held["tfns"]))
     assert {row["label"] for row in held["tfns"]} == {"negative", "neutral", "positive"}
 
 

@@ -52,9 +52,9 @@ def test_a_task_of_ones_own_reads_what_finetuning_learned_from(tmp_path: Path) -
 def test_codes_need_a_meaning_in_evaluation_as_in_finetuning(tmp_path: Path, file: str, task: str) -> None:
     path = tmp_path / file
     path.write_text(CODES)
-    with pytest.raises(ConfigError, match=r"codes \(0, 1, 2\) and nothing tells what they mean"):
+    with pytest.raises(ConfigError, match=r"codes \(0, 1, 2\), and their meaning is unknown"):
         prepared(tmp_path, [task], files={task: str(path)})
-    with pytest.raises(ConfigError, match=r"codes \(0, 1, 2\) and nothing tells what they mean"):
+    with pytest.raises(ConfigError, match=r"codes \(0, 1, 2\), and their meaning is unknown"):
         read_examples([str(path)], Instructions())
     for spec, given in (
         (f"{path}:phrasebank", {}),
@@ -116,7 +116,7 @@ def test_a_whole_number_written_as_a_float_is_a_label(tmp_path: Path) -> None:
 
 def test_codes_of_tfns_are_not_taken_for_those_of_another_task(tmp_path: Path) -> None:
     (tmp_path / "tfns.csv").write_text(CODES)
-    with pytest.raises(ConfigError, match="nothing tells what they mean"):
+    with pytest.raises(ConfigError, match="their meaning is unknown"):
         prepared(tmp_path, ["fpb"], files={"fpb": str(tmp_path / "tfns.csv")})
     (made,) = prepared(tmp_path, ["fpb"], files={"fpb": f"{tmp_path / 'tfns.csv'}:tfns"})
     assert labels(made) == ["negative", "positive", "neutral"]

@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 
 from finhpc.errors import TrainingFailedError
-from finhpc.runs.launch_warm import GROUPS
+from finhpc.runs.launch_warm import GROUPS, WarmGroup, WarmWorker, free_resources
 from finhpc.runs.run import Pruned
 from finhpc.training.checkpoint import list_complete
 from tests.runs.runs import HALTED_STEP, assert_same_run, outcome, train_warm
 from tests.waiting import wait_until
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def _warm_group(ray_cluster: None, run_shards: Path, tmp_path: Path) -> Iterator[None]:
     """A group that has trained a run already."""
     train_warm(tmp_path / "short", run_shards, "--train.steps", "2")
@@ -41,6 +41,7 @@ def pids() -> list[int]:
     return [int(pid) for pid in ray.get([worker.__ray_call__.remote(own) for worker in GROUPS[0].workers])]
 
 
+@pytest.mark.usefixtures("_warm_group")
 def test_a_killed_worker_costs_what_came_after_the_checkpoint(
     run_shards: Path, unbroken: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -74,6 +75,7 @@ def test_a_killed_worker_costs_what_came_after_the_checkpoint(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("_warm_group")
 def test_what_ends_a_trial_ends_its_group(run_shards: Path, unbroken: dict[str, Any], tmp_path: Path) -> None:
     import ray
 
@@ -94,3 +96,21 @@ def test_what_ends_a_trial_ends_its_group(run_shards: Path, unbroken: dict[str, 
     assert len(pids()) == 1
     GROUPS[0].shutdown()
     wait_until(lambda: ray.available_resources()["CPU"] >= taken + 2)  # Ray counts its room some time after
+
+
+def test_groups_of_ended_processes_free_their_resources(ray_cluster: None, tmp_path: Path) -> None:
+    import ray
+
+    def start() -> None:
+        WarmGroup.start(1, {"CPU": 1.0}, tmp_path)
+
+    free = ray.available_resources()["CPU"]
+    trial = ray.remote(num_cpus=0)(WarmWorker).remote()
+    ray.get(trial.__ray_call__.remote(lambda worker: start()))
+    wait_until(lambda: ray.available_resources().get("CPU", 0) == free - 1)
+    ray.kill(trial)
+    free_resources(tmp_path / "other")
+    (group,) = [group for group in ray.util.placement_group_table().values() if str(tmp_path) in group["name"]]
+    assert group["state"] == "CREATED", "Ray keeps it"
+    free_resources(tmp_path)
+    wait_until(lambda: ray.available_resources().get("CPU", 0) == free)

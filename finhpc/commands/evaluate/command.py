@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from finhpc.errors import ConfigError, FinhpcError, TrainingFailedError, collect
 from finhpc.evaluation.models import Subject, subjects
 from finhpc.evaluation.tasks import PERPLEXITY, TaskFile, prepare_tasks
 from finhpc.files import json_sha256, redact, write_atomic
-from finhpc.quantization.schemes import SCHEMES
+from finhpc.quantization.schemes import check_scheme
 from finhpc.runs.folder import RunFolder
 from finhpc.screen import Progress
 from finhpc.settings.base import to_yaml
@@ -81,13 +80,36 @@ def evaluate(config: EvaluateConfig, dry_run: bool = False) -> dict[str, Any]:
 def _planned(
     config: EvaluateConfig, folder: Path, write: bool
 ) -> tuple[list[Subject], list[TaskFile], list[Pair], list[Pair], dict[str, Any]]:
-    """Return models, tasks, all pairs, those to score, and the result so far; with `write`, write the task files."""
-    models, tasks = _checked(config, folder, write)
+    """Return models, tasks, all pairs, those to score, and the result so far; with `write`, write the task files.
+
+    Raises one `ConfigError` with every problem of settings, models and data.
+    """
+    problems = [] if config.tasks else ["tasks is empty; name at least one."]
+    models: list[Subject] = []
+    tasks: list[TaskFile] = []
+    with collect(problems):
+        models = subjects(config.model, config.adapter)
+    with collect(problems):
+        tasks = prepare_tasks(config, folder / "tasks", write)
+    if PERPLEXITY in config.tasks and config.data.shards is None:
+        problems.append(
+            "tasks=perplexity needs prepared text; give --data.shards with a folder written by `finhpc prepare`."
+        )
+    elif PERPLEXITY in config.tasks:
+        try:
+            shards = Shards.open(str(config.data.shards))
+            shards.check_seq_len(config.data.seq_len or shards.manifest.block_len)
+        except ConfigError as error:  # damaged shards are another kind of error
+            problems += error.problems
+    with collect(problems):
+        check_scheme(config.quantization.bits, config.quantization.scheme)
+    if problems:
+        raise ConfigError(problems)
     for note in (note for task in tasks for note in task.notes):
         log.info(note)
     pairs = [_pair(config, folder, subject, task) for subject in models for task in (*tasks, None)]
     pairs = [pair for pair in pairs if pair.task is not None or PERPLEXITY in config.tasks]
-    pending = [pair for pair in pairs if not pair.done()]
+    pending = [pair for pair in pairs if pair.read() is None]
     result: dict[str, Any] = {
         "status": "dry_run",
         "tasks": [task.name for task in tasks] + ([PERPLEXITY] if PERPLEXITY in config.tasks else []),
@@ -98,41 +120,6 @@ def _planned(
         "models": [{"name": s.name, "model": s.path, "adapter": s.adapter, "scores": None} for s in models],
     }
     return models, tasks, pairs, pending, result
-
-
-def _checked(config: EvaluateConfig, folder: Path, write: bool) -> tuple[list[Subject], list[TaskFile]]:
-    """Return models and task files. Raises one `ConfigError` with every problem."""
-    problems: list[str] = []
-    models: list[Subject] = []
-    tasks: list[TaskFile] = []
-    if not config.tasks:
-        problems.append("tasks is empty; name at least one.")
-    with collect(problems):
-        models = subjects(config.model, config.adapter)
-    with collect(problems):
-        tasks = prepare_tasks(config, folder / "tasks", write)
-    try:
-        _check_shards(config)
-    except ConfigError as error:  # damaged shards are another kind of error
-        problems += error.problems
-    bits, scheme = config.quantization.bits, config.quantization.scheme
-    if bits < 16 and bits not in SCHEMES[scheme].bits:
-        fits = ", ".join(name for name, known in SCHEMES.items() if bits in known.bits)
-        problems.append(f"quantization.scheme={scheme} does not fit quantization.bits={bits}; use one of {fits}.")
-    if problems:
-        raise ConfigError(problems)
-    return models, tasks
-
-
-def _check_shards(config: EvaluateConfig) -> None:
-    if PERPLEXITY not in config.tasks:
-        return
-    if config.data.shards is None:
-        raise ConfigError(
-            "tasks=perplexity needs prepared text; give --data.shards with a folder written by `finhpc prepare`."
-        )
-    shards = Shards.open(config.data.shards)
-    shards.check_seq_len(config.data.seq_len or shards.manifest.block_len)
 
 
 def _pair(config: EvaluateConfig, folder: Path, subject: Subject, task: TaskFile | None) -> Pair:
@@ -146,14 +133,6 @@ def _pair(config: EvaluateConfig, folder: Path, subject: Subject, task: TaskFile
     return Pair(subject, task, out, json_sha256([FORMAT, subject.stamp(), of_data, settings]))
 
 
-@dataclass
-class _Worker:
-    """An actor and the name of the model it has open."""
-
-    actor: Any
-    model: str | None = None
-
-
 def _score_all(config: EvaluateConfig, pending: list[Pair]) -> list[Failure]:
     """Score the pairs on as many workers as fit the cluster; return the pairs that failed, each with its error."""
     import ray
@@ -162,19 +141,26 @@ def _score_all(config: EvaluateConfig, pending: list[Pair]) -> list[Failure]:
     room = places(resources, cuda, config.workers)
     actor = ray.remote(num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker if cuda else 0)(Scorer)
     number = min(config.workers or room, len(pending))
-    workers = [_Worker(actor.remote(config, cuda, Driver.here())) for _ in range(number)]
+    # Each actor with the name of the model that it has open.
+    workers: dict[Any, str | None] = {actor.remote(config, cuda, Driver.here()): None for _ in range(number)}
     idle, waiting, failed = list(workers), list(pending), []
 
-    def start(running: int) -> tuple[Any, tuple[_Worker, Pair]] | None:
+    def start(running: int) -> tuple[Any, tuple[Any, Pair]] | None:
         if not idle or not waiting:
             return None
         worker = idle.pop(0)
-        pair = _next(waiting, worker, workers)
-        worker.model = pair.subject.name
-        return worker.actor.score.remote(pair), (worker, pair)
+        others = {model for other, model in workers.items() if other != worker}
+
+        def rank(pair: Pair) -> tuple[bool, bool, int]:  # its open model, then a model no other has open; longest first
+            return pair.subject.name != workers[worker], pair.subject.name in others, -pair.weight
+
+        pair = min(waiting, key=rank)
+        waiting.remove(pair)
+        workers[worker] = pair.subject.name
+        return worker.score.remote(pair), (worker, pair)
 
     try:
-        with Progress("scoring", len(pending), bytes_=False) as progress:
+        with Progress("scoring", len(pending), "tasks") as progress:
             for (worker, pair), error in completed(start, lambda item: item[1].title):
                 if isinstance(error, WorkerDiedError):
                     raise TrainingFailedError(
@@ -186,7 +172,7 @@ def _score_all(config: EvaluateConfig, pending: list[Pair]) -> list[Failure]:
                 progress.advance(1)
     finally:
         for worker in workers:
-            ray.kill(worker.actor)
+            ray.kill(worker)
     return failed
 
 
@@ -200,21 +186,11 @@ def _failure(failed: list[Failure], pairs: int, folder: Path) -> FinhpcError:
     return ConfigError(lines) if isinstance(first, ConfigError) else type(first)("\n".join(lines))
 
 
-def _next(waiting: list[Pair], worker: _Worker, workers: list[_Worker]) -> Pair:
-    """Take a pair for a worker: of its open model, else of a model no other has open, else any; longest first."""
-    others = {other.model for other in workers if other is not worker}
-    chosen = min(
-        waiting,
-        key=lambda pair: (pair.subject.name != worker.model, pair.subject.name in others, -pair.weight),
-    )
-    waiting.remove(chosen)
-    return chosen
-
-
 def _collected(models: list[Subject], pairs: list[Pair]) -> dict[str, Any]:
     rows = []
     for subject in models:
-        scores = {pair.name: pair.read() for pair in pairs if pair.subject == subject and pair.done()}
+        scores = {pair.name: pair.read() for pair in pairs if pair.subject == subject}
+        scores = {task: of_task for task, of_task in scores.items() if of_task is not None}
         rows.append({"name": subject.name, "model": subject.path, "adapter": subject.adapter, "scores": scores})
     return {"models": rows, "scores": rows[0]["scores"] if len(rows) == 1 else None}
 

@@ -8,6 +8,8 @@ same metric names, so that MLflow's comparison page shows them together.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,32 +41,30 @@ def log_to_mlflow(
     Refused scores remain in the run folder; the same command sends them again.
     """
     set_up_client()
+    from mlflow import MlflowClient
+
     uri = config.run.mlflow_uri
     run_id: str | None = None
-    try:
-        from mlflow import MlflowClient
-
+    with _refusal_reported(uri, folder):
         datasets = _datasets(config, tasks)
         run_id = _own_run(MlflowClient(tracking_uri=uri), config, folder, uri, result, datasets)
-    except Exception as error:  # MLflow and the network raise many kinds; the scores are on disk
-        _report_refusal(uri, folder, error)
     for subject, model in zip(subjects, result["models"], strict=True):
         folder_of_run = subject.made_by
         if folder_of_run is not None and (tracked := tracked_run(folder_of_run, uri)):
-            try:
-                from mlflow import MlflowClient
-
+            with _refusal_reported(tracked[0], folder_of_run):
                 _log_scores(RunWriter(MlflowClient(tracking_uri=tracked[0]), tracked[1]), model["scores"])
-            except Exception as error:
-                _report_refusal(tracked[0], folder_of_run, error)
     return run_id, redact(uri)
 
 
-def _report_refusal(uri: str, folder: Path, error: Exception) -> None:
-    log.info(
-        f"MLflow at {redact(uri)} did not accept the scores ({reason(error)}); they are in {folder}: rerun the "
-        "command to send them."
-    )
+@contextmanager
+def _refusal_reported(uri: str, folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # MLflow and the network raise many kinds; the scores are on disk
+        log.info(
+            f"MLflow at {redact(uri)} did not accept the scores ({reason(error)}); they are in {folder}: rerun the "
+            "command to send them."
+        )
 
 
 def _datasets(config: EvaluateConfig, tasks: list[TaskFile]) -> list[Dataset]:
@@ -101,8 +101,9 @@ def _own_run(
         _log_scores(RunWriter(client, run_id), result["models"][0]["scores"])
     else:
         _compare(client, run_id, config, result, datasets)
-    columns, rows = table(result)
-    client.log_dict(run_id, {"columns": columns, "data": rows}, "scores.json")
+    rows = score_rows(result)
+    columns = list(rows[0]) if rows else []
+    client.log_dict(run_id, {"columns": columns, "data": [list(row.values()) for row in rows]}, "scores.json")
     client.log_artifacts(run_id, str(folder / "scores"), "predictions")
     client.log_artifacts(run_id, str(folder / "tasks"), "tasks")
     client.set_terminated(run_id, "FAILED" if result["failed"] else "FINISHED")
@@ -160,42 +161,39 @@ def _log_scores(run: RunWriter, scores: dict[str, Any]) -> None:
 
 
 def _main(scores: dict[str, Any]) -> str | None:
-    """Return the main metric of a task."""
     return next((name for name in METRICS if name in scores), None)
 
 
-def table(result: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    """Return the columns and a row per model, task and metric."""
-    columns = ["model", "task", "metric", "value", "ci95_low", "ci95_high", "majority", "random"]
-    rows: list[list[Any]] = []
+def score_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a row per model, task and metric."""
+    rows: list[dict[str, Any]] = []
     for model in result["models"]:
         for task, values in model["scores"].items():
             for metric in (name for name in METRICS if name in values):
-                low, high = (values["ci95"] or {}).get(metric, (None, None))
-                bases = [(values[name] or {}).get(metric) for name in ("majority", "random")]
-                counts = [values[name] for name in ("examples", "unread", "cut")]
-                rows.append([model["name"], task, metric, values[metric], low, high, *bases, *counts])
-    return [*columns, "examples", "unread", "cut"], rows
+                row = {"model": model["name"], "task": task, "metric": metric, "value": values[metric]}
+                row["ci95_low"], row["ci95_high"] = (values["ci95"] or {}).get(metric, (None, None))
+                row |= {name: (values[name] or {}).get(metric) for name in ("majority", "random")}
+                rows.append(row | {name: values[name] for name in ("examples", "unread", "cut")})
+    return rows
 
 
 def summary(result: dict[str, Any]) -> None:
     """Print a table per task, and what to know about the scores."""
-    columns, rows = table(result)
+    rows = score_rows(result)
     for task in result["tasks"]:
-        scores = [dict(zip(columns, row, strict=True)) for row in rows if row[1] == task]
         shown = []
-        for of in scores:
-            interval = "" if of["ci95_low"] is None else f"{_short(of['ci95_low'])} to {_short(of['ci95_high'])}"
-            line = {"model": of["model"], "metric": of["metric"], "score": _short(of["value"]), "95 %": interval}
-            line |= {"majority": _short(of["majority"]), "random": _short(of["random"])}
-            shown.append(line | {name: of[name] or "" for name in ("examples", "unread", "cut")})
+        for row in (row for row in rows if row["task"] == task):
+            interval = "" if row["ci95_low"] is None else f"{_short(row['ci95_low'])} to {_short(row['ci95_high'])}"
+            line = {"model": row["model"], "metric": row["metric"], "score": _short(row["value"]), "95 %": interval}
+            line |= {name: _short(row[name]) for name in ("majority", "random")}
+            shown.append(line | {name: row[name] or "" for name in ("examples", "unread", "cut")})
         rows_table(f"scores on {task}", shown)
     for model in result["models"]:
         for task, values in model["scores"].items():
             if values.get("tied"):
                 examples = f"{values['tied']} of {values['examples']} examples"
                 log.info(f"{model['name']} on {task}: {examples} have several best answers; the first one counts")
-    if any(row[-1] for row in rows):
+    if any(row["cut"] for row in rows):
         log.info("cut: prompts longer than the context, truncated on the left as lm-eval does")
 
 

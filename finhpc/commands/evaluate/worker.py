@@ -45,17 +45,13 @@ class Pair:
         """Rough tokens to read, to begin with the longest pairs."""
         return (self.task.examples or 100) * self.task.tokens if self.task else 100 * PERPLEXITY_TOKENS
 
-    def done(self) -> bool:
-        path = self.out.with_name(self.name + ".json")
+    def read(self) -> dict[str, Any] | None:
+        """Return the stored scores, or None if there are none of this model, task and settings."""
         try:
-            return bool(json.loads(path.read_text(encoding="utf-8"))["sha256"] == self.sha256)
+            scores: dict[str, Any] = json.loads(self._file(".json").read_text(encoding="utf-8"))
+            return scores if scores.pop("sha256") == self.sha256 else None
         except (OSError, ValueError, KeyError):
-            return False
-
-    def read(self) -> dict[str, Any]:
-        scores: dict[str, Any] = json.loads(self.out.with_name(self.name + ".json").read_text(encoding="utf-8"))
-        del scores["sha256"]
-        return scores
+            return None
 
     def write(self, scores: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         """Write the table of predictions, then the scores, so that a pair with scores is complete."""
@@ -65,8 +61,11 @@ class Pair:
         self.out.parent.mkdir(parents=True, exist_ok=True)
         sink = pa.BufferOutputStream()
         pq.write_table(pa.Table.from_pylist(rows), sink, compression="zstd")
-        write_atomic(self.out.with_name(self.name + ".parquet"), sink.getvalue().to_pybytes())
-        write_json(self.out.with_name(self.name + ".json"), {"sha256": self.sha256, **scores})
+        write_atomic(self._file(".parquet"), sink.getvalue().to_pybytes())
+        write_json(self._file(".json"), {"sha256": self.sha256, **scores})
+
+    def _file(self, ending: str) -> Path:
+        return self.out.with_name(self.name + ending)
 
 
 class Scorer:
@@ -105,25 +104,19 @@ class Scorer:
         from finhpc.evaluation.models import load_for_evaluation
 
         self._open = self._model = None
-        subject = pair.subject
-        if self.config.quantization.bits == 16:
-            opened = load_for_evaluation(subject.path, subject.adapter, self.config.dtype, self.device)
-        else:
-            folder = self._quantized(pair)
-            try:
-                opened = load_for_evaluation(str(folder), subject.adapter, self.config.dtype, self.device)
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
+        path, adapter = pair.subject.path, pair.subject.adapter
+        quantized = pair.out.with_name(f".{pair.name}-quantized")
+        shutil.rmtree(quantized, ignore_errors=True)
+        if self.config.quantization.bits < 16:  # exported, so that the weights are exactly an export's
+            from finhpc.commands.export import export
+
+            pair.out.parent.mkdir(parents=True, exist_ok=True)
+            export(ExportConfig(model=path, out=str(quantized), quantization=self.config.quantization))
+            path = str(quantized)
+        try:
+            opened = load_for_evaluation(path, adapter, self.config.dtype, self.device)
+        finally:
+            shutil.rmtree(quantized, ignore_errors=True)
         self._model = LanguageModel(*opened, self.config.batch_size)
-        self._open = subject
+        self._open = pair.subject
         return self._model
-
-    def _quantized(self, pair: Pair) -> Path:
-        """Export the model in the requested bits next to its scores: the weights are exactly an export's."""
-        from finhpc.commands.export import export
-
-        pair.out.parent.mkdir(parents=True, exist_ok=True)
-        out = pair.out.with_name(f".{pair.name}-quantized")
-        shutil.rmtree(out, ignore_errors=True)
-        export(ExportConfig(model=pair.subject.path, out=str(out), quantization=self.config.quantization))
-        return out

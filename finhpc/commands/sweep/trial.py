@@ -11,8 +11,9 @@ from finhpc.files import write_json
 from finhpc.runs.folder import RunFolder
 from finhpc.runs.job import Job
 from finhpc.settings.base import build
-from finhpc.settings.finetune import FinetuneConfig, TrainingConfig
+from finhpc.settings.finetune import FinetuneConfig
 from finhpc.settings.pretrain import PretrainConfig
+from finhpc.settings.training import TrainingConfig
 
 BITS = "quantization.bits"
 OUTCOME = "trial.json"  # in the run folder, once the trial has ended

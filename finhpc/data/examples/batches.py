@@ -67,8 +67,7 @@ class Batches:
         packs = self.parallel.micro_batches * self.parallel.replicas
         results: list[MicroBatch] = []
         for chosen in self._grouped(pieces)[replica]:
-            part = [pieces[i] for i in chosen]
-            array = pack(part, groups(part, self.share_prefix), targets, packs, self.multiple, self.length)
+            array = self._packed(pieces, chosen, targets, packs)
             position = step * len(samples) + np.array(chosen, np.int64)
             results.append({"pack": array, "sample": samples[chosen], "position": position})
         return results
@@ -87,10 +86,13 @@ class Batches:
         targets = _targets(pieces)
         results: list[MicroBatch] = []
         for chosen in np.array_split(np.arange(number), packs)[replica::replicas] if packs else []:
-            part = [pieces[i] for i in chosen]
-            array = pack(part, groups(part, self.share_prefix), targets, packs, self.multiple, self.length)
+            array = self._packed(pieces, chosen.tolist(), targets, packs)
             results.append({"pack": array, "sample": order[chosen]})
         return results
+
+    def _packed(self, pieces: list[Piece], chosen: list[int], targets: int, packs: int) -> Ints:
+        part = [pieces[i] for i in chosen]
+        return pack(part, groups(part, self.share_prefix), targets, packs, self.multiple, self.length)
 
     def longest(self, arrays: Arrays) -> int:
         """Return a `length` that every pack of these examples fits."""

@@ -44,15 +44,6 @@ def learned(messages: list[Message], where: str) -> list[Message]:
     return messages[:last]
 
 
-def check_template(tokenizer: Any) -> None:
-    """Raise `ConfigError` for a tokenizer without a chat template."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise ConfigError(
-            "the tokenizer has no chat template, which records of `messages` need; use an instruction-tuned model's, "
-            "or write the records as context and target."
-        )
-
-
 def control_tokens(tokenizer: Any) -> list[str]:
     """Return the tokens that a template writes and a message must not contain."""
     found = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
@@ -97,7 +88,7 @@ def prompt_text(messages: list[Message], tokenizer: Any, where: str = "the conve
     return _render(tokenizer, messages, None, where, add_generation_prompt=True)
 
 
-def prompt_ids(text: str, tokenizer: Any) -> list[int]:
+def rendered_ids(text: str, tokenizer: Any) -> list[int]:
     """Return the ids of a rendered prompt as they are when an answer follows.
 
     White space at its end that becomes part of the answer's first token (as after `ASSISTANT: `) is not read: the

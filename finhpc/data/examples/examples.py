@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-import unicodedata
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from finhpc.data.examples.instructions import Example, Source, labels_of, read_examples
-from finhpc.data.examples.tokenize import Row, check_tokenizer, tokenized
+from finhpc.data.examples.instructions import Example, Source, is_held_out, read_examples
+from finhpc.data.examples.tokenize import Row, Tokenized, check_tokenizer, tokenized
 from finhpc.data.shards.order import permutation
 from finhpc.errors import ConfigError, DataError
 from finhpc.files import write_atomic
@@ -24,7 +23,6 @@ from finhpc.settings.finetune import Instructions
 
 SPLITS = ("train", "held_out")
 ARRAYS = ("tokens", "offsets", "answer", "source")
-LETTERS = re.compile(r"[\W_]+")
 
 
 class Arrays(NamedTuple):
@@ -102,35 +100,41 @@ def make_examples(settings: Instructions, tokenizer: Any, seed: int, before: Pat
     `ConfigError` with everything that cannot be used, and if more than `max_dropped` of the examples have no room for
     their answer.
     """
-    if not settings.source:
-        raise ConfigError("data.source is not set; give --data.source with a file of examples or hf:NAME.")
-    sources = read_examples([*settings.source, *settings.eval_source], settings)
+    sources = read_sources(settings)
     given = [example for source in sources for example in source.examples]
     check_tokenizer(tokenizer, given)
     origin = _origin(given, settings, tokenizer, seed)
-    if before is not None and (stored := _stored(before, origin)) is not None:
-        return stored
-    examples, rows, texts = tokenized(given, tokenizer, settings.max_len, settings.cut == "input")
-    _check_dropped(examples, rows, settings)
-    keys = [_key(example.input) for example in examples]
-    train, held_out, leaked = _split(examples, rows, keys, settings)
+    if before is not None:
+        with suppress(DataError):  # none or damaged: the same are made again, and a run checks their fingerprint
+            if (stored := load(before)).origin == origin:
+                return stored
+    items, texts = tokenized(given, tokenizer, settings.max_len, settings.cut == "input")
+    _check_dropped(items, settings)
+    train, held_out, leaked = _split(items, settings)
+    if not train:
+        raise ConfigError(f"data.eval_fraction={settings.eval_fraction} leaves no example to train on; lower it.")
     drawn = train
     if settings.limit is not None and settings.limit < len(train):
         drawn = [train[i] for i in permutation(len(train), 4, seed)[: settings.limit].tolist()]
-    if not train:
-        raise ConfigError(f"data.eval_fraction={settings.eval_fraction} leaves no example to train on; lower it.")
-    counts = _counts(sources, examples, rows, keys, drawn, held_out)
+    counts = _counts(sources, items, drawn, held_out)
     for number, source in enumerate(counts["by_source"]):
-        source["unseen"] = _unseen(number, sources[number], [examples[i] for i in drawn + held_out], tokenizer)
+        source["unseen"] = _unseen(number, sources[number], drawn + held_out, tokenizer)
     counts |= {"leaked": leaked, "not_drawn": len(train) - len(drawn)}
-    notes = tuple(note for source in sources for note in source.notes) + tuple(texts) + tuple(_notes(counts, settings))
-    sides = _arrays(drawn, examples, rows), _arrays(held_out, examples, rows)
-    return Examples(*sides, counts, tuple(labels_of(sources)), notes, origin)
+    notes = [*(note for source in sources for note in source.notes), *texts, *_notes(counts, settings)]
+    labels = tuple(dict.fromkeys(label for source in sources for label in source.labels))
+    return Examples(_arrays(drawn), _arrays(held_out), counts, labels, tuple(notes), origin)
 
 
-def _unseen(number: int, source: Source, learned: list[Example], tokenizer: Any) -> list[list[int]]:
+def read_sources(settings: Instructions) -> list[Source]:
+    """Read the examples of all sources. Raises one `ConfigError` with everything that cannot be used."""
+    if not settings.source:
+        raise ConfigError("data.source is not set; give --data.source with a file of examples or hf:NAME.")
+    return read_examples([*settings.source, *settings.eval_source], settings)
+
+
+def _unseen(number: int, source: Source, learned: list[Tokenized], tokenizer: Any) -> list[list[int]]:
     """Return ids of the labels in a source's template that no used record has: they can be chosen as well."""
-    seen = {example.label for example in learned if example.source == number}
+    seen = {item.example.label for item in learned if item.example.source == number}
     first = source.examples[0]
     if first.label is None:
         return []
@@ -140,15 +144,6 @@ def _unseen(number: int, source: Source, learned: list[Example], tokenizer: Any)
         for label in source.labels
         if label not in seen
     ]
-
-
-def _stored(path: Path, origin: str) -> Examples | None:
-    """Return the examples in a file if they are complete and have that origin."""
-    try:
-        stored_examples = load(path)
-    except DataError:  # none or damaged: the same are made again, and a run checks their fingerprint
-        return None
-    return stored_examples if stored_examples.origin == origin else None
 
 
 def _origin(examples: list[Example], settings: Instructions, tokenizer: Any, seed: int) -> str:
@@ -164,99 +159,73 @@ def _origin(examples: list[Example], settings: Instructions, tokenizer: Any, see
     return digest.hexdigest()
 
 
-def _split(
-    examples: list[Example], rows: list[Row | None], keys: list[bytes], settings: Instructions
-) -> tuple[list[int], list[int], int]:
-    """Return the indices to train on, those held out in the order of their hashes, and how many leaked."""
-    kept = [i for i, row in enumerate(rows) if row is not None]
+def _split(items: list[Tokenized], settings: Instructions) -> tuple[list[Tokenized], list[Tokenized], int]:
+    """Return the examples to train on, those held out in the order of their hashes, and how many leaked."""
+    kept = [item for item in items if item.row is not None]
     leaked = 0
     if settings.eval_source:
         given = len(settings.source)
-        held_out = [i for i in kept if examples[i].source >= given]
-        seen = {keys[i] for i in held_out}
-        learned = [i for i in kept if examples[i].source < given]
-        train = [i for i in learned if keys[i] not in seen]
+        held_out = [item for item in kept if item.example.source >= given]
+        seen = {item.example.key for item in held_out}
+        learned = [item for item in kept if item.example.source < given]
+        train = [item for item in learned if item.example.key not in seen]
         leaked = len(learned) - len(train)
     else:
-        chosen = [_is_held_out(key, settings.eval_fraction) for key in keys]
-        train = [i for i in kept if not chosen[i]]
-        held_out = [i for i in kept if chosen[i]]
+        train = [item for item in kept if not is_held_out(item.example.key, settings.eval_fraction)]
+        held_out = [item for item in kept if is_held_out(item.example.key, settings.eval_fraction)]
     # By the far end of the hash: its beginning decided the split, and eval_limit takes the first of these.
-    held_out.sort(key=lambda i: keys[i][::-1])
+    held_out.sort(key=lambda item: item.example.key[::-1])
     return train, held_out, leaked
 
 
-def is_held_out(text: str, fraction: float) -> bool:
-    """Return whether an input belongs to the held-out `fraction`, by its letters and digits alone."""
-    return _is_held_out(_key(text), fraction)
-
-
-def _is_held_out(key: bytes, fraction: float) -> bool:
-    return int.from_bytes(key[:8], "big") < int(fraction * 2**64)
-
-
-def _key(text: str) -> bytes:
-    """Return a hash of a text's letters and digits; case, spaces and punctuation do not count."""
-    plain = LETTERS.sub("", unicodedata.normalize("NFKC", text).casefold()) or text.strip()
-    return hashlib.sha256(plain.encode()).digest()
-
-
-def _check_dropped(examples: list[Example], rows: list[Row | None], settings: Instructions) -> None:
-    lost = [example for example, row in zip(examples, rows, strict=True) if row is None]
-    if len(lost) > settings.max_dropped * len(examples):
-        named = ", ".join(example.where for example in lost[:3])
+def _check_dropped(items: list[Tokenized], settings: Instructions) -> None:
+    lost = [item.example.where for item in items if item.row is None]
+    if len(lost) > settings.max_dropped * len(items):
         raise ConfigError(
-            f"data.max_len={settings.max_len} leaves no room for the answer of {len(lost):,} of {len(examples):,} "
-            f"examples ({named}{', ...' if len(lost) > 3 else ''}), more than data.max_dropped={settings.max_dropped}; "
-            "raise max_len, or max_dropped to train without them."
+            f"data.max_len={settings.max_len} leaves no room for the answer of {len(lost):,} of {len(items):,} "
+            f"examples ({', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}), more than "
+            f"data.max_dropped={settings.max_dropped}; raise max_len, or max_dropped to train without them."
         )
 
 
-def _arrays(chosen: list[int], examples: list[Example], rows: list[Row | None]) -> Arrays:
-    picked = [row for i in chosen if (row := rows[i]) is not None]
-    lengths = np.array([len(row.tokens) for row in picked], np.int64)
+def _arrays(items: list[Tokenized]) -> Arrays:
+    rows = [item.row for item in items if item.row is not None]
+    lengths = np.array([len(row.tokens) for row in rows], np.int64)
     return Arrays(
-        np.array([token for row in picked for token in row.tokens], np.int32),
+        np.array([token for row in rows for token in row.tokens], np.int32),
         np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)]),
-        np.array([answer for row in picked for answer in row.answer], np.bool_),
-        np.array([examples[i].source for i in chosen], np.int32),
+        np.array([answer for row in rows for answer in row.answer], np.bool_),
+        np.array([item.example.source for item in items], np.int32),
     )
 
 
 def _counts(
-    sources: list[Source],
-    examples: list[Example],
-    rows: list[Row | None],
-    keys: list[bytes],
-    train: list[int],
-    held_out: list[int],
+    sources: list[Source], items: list[Tokenized], train: list[Tokenized], held_out: list[Tokenized]
 ) -> dict[str, Any]:
     """Return counts in total and by source; its `examples` are those trained on."""
-    same = Counter((key, example.content) for key, example in zip(keys, examples, strict=True))
+    same = Counter((item.example.key, item.example.content) for item in items)
     answers: dict[str, set[str]] = {}
-    for example in examples:
+    for example, _ in items:
         if example.label is not None:
             answers.setdefault(example.prompt, set()).add(example.label)
 
-    def of(chosen: list[int]) -> tuple[int, int, int]:
-        picked = [row for i in chosen if (row := rows[i]) is not None]
-        return len(picked), sum(len(row.tokens) for row in picked), sum(sum(row.answer) for row in picked)
+    def counts_of(source: int | None) -> dict[str, Any]:
+        def rows_of(items: list[Tokenized]) -> list[Row | None]:
+            return [item.row for item in items if source in (None, item.example.source)]
 
-    def all_of(source: int | None) -> dict[str, Any]:
-        mine = [i for i in range(len(examples)) if source in (None, examples[i].source)]
-        number, tokens, answer_tokens = of([i for i in train if source in (None, examples[i].source)])
+        rows, learned = rows_of(items), [row for row in rows_of(train) if row is not None]
         return {
-            "records": len(mine),
-            "examples": number,
-            "held_out": sum(source in (None, examples[i].source) for i in held_out),
-            "cut": sum(row.cut for i in mine if (row := rows[i]) is not None),
-            "dropped": sum(rows[i] is None for i in mine),
-            "tokens": tokens,
-            "answer_tokens": answer_tokens,
+            "records": len(rows),
+            "examples": len(learned),
+            "held_out": len(rows_of(held_out)),
+            "cut": sum(row.cut for row in rows if row is not None),
+            "dropped": rows.count(None),
+            "tokens": sum(len(row.tokens) for row in learned),
+            "answer_tokens": sum(sum(row.answer) for row in learned),
         }
 
     by_source = [
-        all_of(i)
+        counts_of(i)
         | {
             "source": source.name,
             "format": source.format,
@@ -268,11 +237,10 @@ def _counts(
     ]
     conflicting = sum(len(labels) > 1 for labels in answers.values())
     duplicates = sum(count - 1 for count in same.values())
-    return all_of(None) | {"duplicates": duplicates, "conflicting": conflicting, "by_source": by_source}
+    return counts_of(None) | {"duplicates": duplicates, "conflicting": conflicting, "by_source": by_source}
 
 
 def _notes(counts: dict[str, Any], settings: Instructions) -> list[str]:
-    """Return in words what was cut or left out."""
     texts = {
         "cut": f"inputs longer than data.max_len={settings.max_len} were cut at their end",
         "dropped": f"examples were left out: data.max_len={settings.max_len} has no room for their answer",

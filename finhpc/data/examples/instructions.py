@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
+import unicodedata
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
-from finhpc.data.examples.chat import learned
+from finhpc.data.examples.chat import Conversation, learned
 from finhpc.data.examples.messages import messages_of, tools_of
-from finhpc.data.examples.records import Record
 from finhpc.data.examples.schema import Table, fields_of, guesses, open_sources
+from finhpc.data.examples.tables import Record
 from finhpc.data.examples.values import each
 from finhpc.errors import ConfigError, collect
 from finhpc.settings.finetune import Instructions
+
+LETTERS = re.compile(r"[\W_]+")
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,7 @@ class Example:
     """A prompt and its answer, or a conversation's `messages` (with its `tools`), which a chat template renders.
 
     `cut`: characters [start, stop) of the prompt whose end may be cut. `end`: an end token follows the answer.
-    `input`: the text by which examples are split into training and held-out ones.
+    `input`: the text by which examples are split into training and held-out ones. `chat`: the rendered conversation.
     """
 
     prompt: str
@@ -36,11 +40,28 @@ class Example:
     label: str | None = None
     messages: list[dict[str, Any]] | None = None
     tools: Any = None
+    chat: Conversation | None = None
+
+    @cached_property
+    def key(self) -> bytes:
+        """The hash of the input by which it is in one of the splits, see `split_key`."""
+        return split_key(self.input)
 
     @property
     def content(self) -> str:
         """Everything that is learned, before a chat template and a tokenizer."""
         return json.dumps([self.prompt, self.answer, self.messages, self.tools], default=str)
+
+
+def split_key(text: str) -> bytes:
+    """Return a hash of an input's letters and digits; case, spaces and punctuation do not count."""
+    plain = LETTERS.sub("", unicodedata.normalize("NFKC", text).casefold()) or text.strip()
+    return hashlib.sha256(plain.encode()).digest()
+
+
+def is_held_out(key: bytes, fraction: float) -> bool:
+    """Return whether an input with a `split_key` belongs to the held-out `fraction`."""
+    return int.from_bytes(key[:8], "big") < int(fraction * 2**64)
 
 
 @dataclass
@@ -89,8 +110,3 @@ def _from_chat(record: Record, column: str, source: int) -> Example:
     first = next((message for message in messages if message["role"] == "user"), messages[0])
     tools = tools_of(record.values, record.where)
     return Example("", "", first["content"].strip(), source, record.where, (0, 0), messages=messages, tools=tools)
-
-
-def labels_of(sources: list[Source]) -> Iterator[str]:
-    """Yield every label of the sources once, in the templates' order."""
-    yield from dict.fromkeys(label for source in sources for label in source.labels)

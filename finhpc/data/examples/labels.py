@@ -12,12 +12,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from finhpc.data.examples.values import without_zeros
 from finhpc.errors import ConfigError
 
+# a number, which means nothing by itself
 CODE = re.compile(r"((label|class)[ _-]?)?[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 NUMBERED = re.compile(r"[ _-]\w{1,2}$")
 MOST = 100  # different labels of one source; more are text
-TYPO = 0.8  # similarity above which a label that stands in one record is taken for a slip
+TYPO = 0.8  # similarity above which a label that occurs once is taken for a slip
 
 
 @dataclass(frozen=True)
@@ -41,15 +43,13 @@ class Meaning:
         return f"labels: {labels}" + (f"; {read}" if read else "")
 
 
-def is_code(word: str) -> bool:
-    """Return whether a value is a number, which means nothing by itself."""
-    return CODE.fullmatch(word) is not None
-
-
 def given(labels: Mapping[str, str]) -> Meaning:
     """Return the meaning that `data.labels` states; a label means itself as well."""
     names = tuple(dict.fromkeys(labels.values()))
-    return Meaning(names, {name.lower(): name for name in names} | {_key(code): name for code, name in labels.items()})
+    return Meaning(
+        names,
+        {name.lower(): name for name in names} | {without_zeros(code).lower(): name for code, name in labels.items()},
+    )
 
 
 def of_words(labels: Iterable[str], others: Mapping[str, str]) -> Meaning:
@@ -58,14 +58,9 @@ def of_words(labels: Iterable[str], others: Mapping[str, str]) -> Meaning:
     return Meaning(names, {name.lower(): name for name in names} | dict(others))
 
 
-def contradiction(setting: Meaning, codes: Mapping[str, str]) -> str | None:
-    """Return the first code that has another meaning in the format than in the setting, or None."""
-    return next((code for code, label in codes.items() if setting.of.get(code, label).lower() != label), None)
-
-
 def refuse_codes(source: str, words: Iterable[str], known: Mapping[str, Mapping[str, str]]) -> None:
     """Raise `ConfigError` if values are codes without a meaning; `known`: format -> what codes mean in it."""
-    codes = sorted({word for word in words if is_code(word)}, key=lambda word: (len(word.lstrip("+-")), word))
+    codes = sorted({word for word in words if CODE.fullmatch(word)}, key=lambda word: (len(word.lstrip("+-")), word))
     if not codes:
         return
     if len(codes) > MOST:
@@ -77,8 +72,8 @@ def refuse_codes(source: str, words: Iterable[str], known: Mapping[str, Mapping[
     )
     example = " ".join(f"{code}=..." for code in codes[:4]) + (" and so on" if len(codes) > 4 else "")
     raise ConfigError(
-        f"{source}: its labels are codes ({', '.join(codes[:10])}{', ...' if len(codes) > 10 else ''}) and nothing "
-        f"tells what they mean; give --data.labels {example}"
+        f"{source}: its labels are codes ({', '.join(codes[:10])}{', ...' if len(codes) > 10 else ''}), and their "
+        f"meaning is unknown; give --data.labels {example}"
         + (f", or name the format: {formats}." if formats else " with a word for each.")
     )
 
@@ -107,7 +102,7 @@ def of_data(source: str, words: Counter[str]) -> Meaning:
         others = [other for other, count in counts.items() if count > number and not _told_apart(key, other)]
         if number == 1 and (near := difflib.get_close_matches(key, others, n=1, cutoff=TYPO)):
             raise ConfigError(
-                f"{source}: the label {next(iter(spellings[key]))!r} stands in one record alone; did you mean "
+                f"{source}: the label {next(iter(spellings[key]))!r} occurs only once; did you mean "
                 f"{near[0]!r}? Correct it, or list all labels with --data.labels."
             )
     named = {key: min(entries, key=lambda word: (-entries[word], word)) for key, entries in sorted(spellings.items())}
@@ -136,8 +131,3 @@ def united(meanings: list[Meaning]) -> list[Meaning]:
         group = next(group for group in groups if group.keys() & meaning.of.keys())
         entries.append(Meaning(tuple(group[key] for key in sorted(group)), group))
     return entries
-
-
-def _key(code: str) -> str:
-    whole = re.fullmatch(r"([+-]?\d+)\.0*", code)
-    return (whole[1] if whole else code).lower()

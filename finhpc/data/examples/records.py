@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from finhpc.data.examples.tables import Reading, Record, encoding_note, read_csv, read_hub, read_parquet
+from finhpc.data.rows import json_object
 from finhpc.errors import ConfigError
-from finhpc.textfile import parse_json, read_text
+from finhpc.textfile import NotTextError, parse_json, read_text
 
-__all__ = ["Reading", "Record", "read_records", "split_name"]
 FIQA_THRESHOLD = 0.1  # scores beyond it are positive or negative
 CONLL_TYPES = {"PER": "person", "LOC": "location", "ORG": "organization"}
 ENDINGS = ".json, .jsonl, .csv, .parquet, .txt"
@@ -55,10 +55,9 @@ def read_records(source: str, encoding: str | None, hf_split: str, name: str | N
     raise ConfigError(f"data.source={source} has an unknown format; its name must end in {ENDINGS}.")
 
 
-def _table(source: str, records: Iterable[Record]) -> Reading:
-    records = list(records)
+def _table(source: str, records: list[Record], notes: list[str]) -> Reading:
     columns = list(dict.fromkeys(column for record in records for column in record.values))
-    return Reading(source, columns, records)
+    return Reading(source, columns, records, notes=notes)
 
 
 # JSON
@@ -71,14 +70,19 @@ def _json(path: Path, encoding: str | None) -> Reading:
     try:
         tree = parse_json(text)
     except (ValueError, RecursionError) as error:
-        if text.lstrip().startswith("{") and "\n{" in text.strip():  # a record a line, in a file named .json
+        if text.lstrip().startswith("{") and "\n{" in text.strip():  # a record per line, in a file named .json
             return _json_lines(path, encoding)
         raise ConfigError(f"{path} is broken JSON ({error}); correct it or fetch it again.") from None
     if isinstance(tree, dict):
         _check_keyed(path, tree)
-    rows = list(tree.items()) if isinstance(tree, dict) else list(enumerate(tree, 1))
-    reading = _table(str(path), (_object(value, f"{path} record {key}") for key, value in rows))
-    return _with_labels(reading, encoding_note(path, text, used))
+    records = []
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree, 1):
+        where = f"{path} record {key}"
+        if not isinstance(value, dict):
+            kind = type(value).__name__
+            raise ConfigError(f"{where}: a JSON {kind}, not an object; write one with named fields.")
+        records.append(Record(value, where))
+    return _with_labels(_table(str(path), records, encoding_note(path, text, used)))
 
 
 def _check_keyed(path: Path, tree: dict[str, Any]) -> None:
@@ -95,47 +99,34 @@ def _check_keyed(path: Path, tree: dict[str, Any]) -> None:
 
 def _json_lines(path: Path, encoding: str | None) -> Reading:
     text, used = read_text(path, encoding)
-
-    def records() -> Iterator[Record]:
-        for number, line in enumerate(text.split("\n"), 1):
-            if not line.strip():
-                continue
-            try:
-                value = parse_json(line)
-            except (ValueError, RecursionError) as error:
-                raise ConfigError(f"{path} line {number}: broken JSON ({error}); correct the line.") from None
-            yield _object(value, f"{path} line {number}")
-
-    return _with_labels(_table(str(path), records()), encoding_note(path, text, used))
+    records = []
+    for number, line in enumerate(text.split("\n"), 1):
+        where = f"{path} line {number}"
+        try:
+            if line.strip():
+                records.append(Record(json_object(line), where))
+        except NotTextError as error:
+            raise ConfigError(f"{where}: {error.problem}; {error.remedy}.") from None
+    return _with_labels(_table(str(path), records, encoding_note(path, text, used)))
 
 
-def _object(value: Any, where: str) -> Record:
-    if not isinstance(value, dict):
-        raise ConfigError(f"{where}: a JSON {type(value).__name__}, not an object; write one with named fields.")
-    return Record(value, where)
-
-
-def _with_labels(reading: Reading, notes: list[str]) -> Reading:
+def _with_labels(reading: Reading) -> Reading:
     """Return the same records; of FiQA's, which have scores, one with a label per score."""
-    labeled = _scored(reading) if {"sentence", "info"} <= set(reading.columns) else reading
-    labeled.notes[:0] = notes
-    return labeled
-
-
-def _scored(reading: Reading) -> Reading:
+    if not {"sentence", "info"} <= set(reading.columns):
+        return reading
+    records: list[Record] = []
     skipped: Counter[str] = Counter()
-
-    def records() -> Iterator[Record]:
-        for record in reading.records:
-            scores = record.values.get("info") or []
-            skipped["sentences without a score"] += not scores
-            for info in scores:
-                label = score_label(_score(info, record.where))
-                yield Record({"sentence": record.values.get("sentence"), "label": label}, record.where)
-
-    note = f"{reading.source}: scores below -{FIQA_THRESHOLD} are negative, above {FIQA_THRESHOLD} positive"
-    labeled = _table(reading.source, records())
-    labeled.notes.append(f"{note}, else neutral")
+    for record in reading.records:
+        scores = record.values.get("info") or []
+        skipped["sentences without a score"] += not scores
+        for info in scores:
+            score = _score(info, record.where)
+            label = "negative" if score < -FIQA_THRESHOLD else "positive" if score > FIQA_THRESHOLD else "neutral"
+            records.append(Record({"sentence": record.values.get("sentence"), "label": label}, record.where))
+    note = (
+        f"{reading.source}: scores below -{FIQA_THRESHOLD} are negative, above {FIQA_THRESHOLD} positive, else neutral"
+    )
+    labeled = _table(reading.source, records, [*reading.notes, note])
     labeled.skipped, labeled.format = skipped, "fiqa"
     return labeled
 
@@ -150,31 +141,17 @@ def _score(info: Any, where: str) -> float:
     return score
 
 
-def score_label(score: float) -> str:
-    """Return FiQA's score, from -1 to 1, as a label."""
-    if score > FIQA_THRESHOLD:
-        return "positive"
-    return "negative" if score < -FIQA_THRESHOLD else "neutral"
-
-
 # Text: PhraseBank's lines, CoNLL's words
 
 
 def _text(path: Path, encoding: str | None, name: str | None) -> Reading:
     text, used = read_text(path, encoding, otherwise="latin-1")
     lines = text.split("\n")
-    filled = [line for line in lines if line.strip()]
-    tagged = path.suffix.lower() in (".conll", ".iob") or (filled and filled[0].startswith("-DOCSTART-"))
+    first = next((line for line in lines if line.strip()), "")
+    tagged = path.suffix.lower() in (".conll", ".iob") or first.startswith("-DOCSTART-")
     if name == "conll" or (name is None and tagged):
         return _conll(path, lines, encoding_note(path, text, used))
-    reading = _table(str(path), _phrases(path, lines))
-    if not text.isascii():
-        reading.notes.append(f"{path}: read as {used}")
-    reading.format = "phrasebank"
-    return reading
-
-
-def _phrases(path: Path, lines: list[str]) -> Iterator[Record]:
+    records = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -184,27 +161,27 @@ def _phrases(path: Path, lines: list[str]) -> Iterator[Record]:
                 f"{path} line {number}: no `@label` at its end, as PhraseBank has; name another format (FILE:conll) "
                 "or correct the line."
             )
-        yield Record({"sentence": sentence, "label": label}, f"{path} line {number}")
+        records.append(Record({"sentence": sentence, "label": label}, f"{path} line {number}"))
+    reading = _table(str(path), records, [] if text.isascii() else [f"{path}: read as {used}"])
+    reading.format = "phrasebank"
+    return reading
 
 
 def _conll(path: Path, lines: list[str], notes: list[str]) -> Reading:
     """Read a record per named entity: its words, type and sentence."""
+    records: list[Record] = []
     skipped: Counter[str] = Counter()
-
-    def records() -> Iterator[Record]:
-        for number, rows in _sentences(path, lines):
-            entities = list(_entities(rows))
-            skipped["sentences without an entity"] += not entities
-            for words, tag in entities:
-                if tag not in CONLL_TYPES:
-                    skipped[f"entities of type {tag}"] += 1
-                    continue
-                sentence = " ".join(word for word, _ in rows)
+    for number, rows in _sentences(path, lines):
+        sentence = " ".join(word for word, _ in rows)
+        entities = list(_entities(rows))
+        skipped["sentences without an entity"] += not entities
+        for words, tag in entities:
+            if tag in CONLL_TYPES:
                 values = {"sentence": sentence, "entity": words, "label": CONLL_TYPES[tag]}
-                yield Record(values, f"{path} line {number}")
-
-    reading = _table(str(path), records())
-    reading.notes += notes
+                records.append(Record(values, f"{path} line {number}"))
+            else:
+                skipped[f"entities of type {tag}"] += 1
+    reading = _table(str(path), records, notes)
     reading.skipped, reading.format = skipped, "conll"
     return reading
 

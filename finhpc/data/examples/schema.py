@@ -13,8 +13,9 @@ from typing import NamedTuple, Protocol
 
 from finhpc.data.examples import labels
 from finhpc.data.examples.labels import Meaning
-from finhpc.data.examples.records import Reading, Record, read_records, split_name
-from finhpc.data.examples.templates import Template, template
+from finhpc.data.examples.records import read_records, split_name
+from finhpc.data.examples.tables import Reading, Record
+from finhpc.data.examples.templates import LABELS, Template, template
 from finhpc.data.examples.values import each, text_of, word_of
 from finhpc.errors import ConfigError, collect
 from finhpc.settings.base import nearest
@@ -49,6 +50,12 @@ FORMATS = {
     "labelled": Format("phrasebank", {"input": INPUT, "label": LABEL[:2]}),
     "chat": Format("", {"messages": MESSAGES}),
 }
+BY_COLUMNS = (  # formats that are known by columns of these names
+    ("alpaca", {"instruction", "output"}),
+    ("context_target", {"context", "target"}),
+    ("context_target", {"prompt", "completion"}),
+    ("conll", {"sentence", "entity", "label"}),
+)
 SHOWN = 20  # columns named in a message
 OWN_LABELS = "classify"  # the template for labels of the user's own
 # File names of Twitter Financial News Sentiment, in which codes have its meaning.
@@ -75,7 +82,6 @@ class Table:
     """
 
     reading: Reading
-    records: list[Record]
     format: str
     named: bool
     guessed: bool
@@ -87,6 +93,10 @@ class Table:
     @property
     def source(self) -> str:
         return self.reading.source
+
+    @property
+    def records(self) -> list[Record]:
+        return self.reading.records
 
 
 def open_sources(sources: Iterable[str], settings: RecordSettings, format: str | None = None) -> list[Table]:
@@ -126,7 +136,7 @@ def fields_of(record: Record, table: Table) -> tuple[dict[str, str], str | None]
             continue
         raw[name] = text_of(record.values.get(column), column, record.where)
         if not raw[name].strip() and not (name == "input" and form.without_input):
-            what = "answer" if name not in form.prompt_fields else f"prompt's {name}"
+            what = "answer" if f"{{{name}}}" not in form.prompt else f"prompt's {name}"
             raise ConfigError(f"{record.where}: the {what} ({column}) is empty; write one or remove the record.")
     if not form.chooses:
         return raw, None
@@ -139,16 +149,8 @@ def _open(spec: str, settings: RecordSettings, format: str | None) -> Table:
     reading = read_records(path, settings.encoding, settings.hf_split, named or format)
     kind = named or format or _detect(reading, settings)
     form = None if kind == "chat" else template(settings.template or FORMATS[kind].template, settings.templates)
-    columns = _columns(form, kind, reading, settings)
-    table = Table(
-        reading,
-        list(reading.records),
-        kind,
-        named is not None,
-        (named or format or "labelled") == "labelled",
-        form,
-        columns,
-    )
+    guessed = (named or format or "labelled") == "labelled"
+    table = Table(reading, kind, named is not None, guessed, form, _columns(form, kind, reading, settings))
     if form is not None and form.chooses:
         for word in each(table.records, partial(_word, table=table)):
             table.words[word] += word != ""
@@ -162,24 +164,13 @@ def _detect(reading: Reading, settings: RecordSettings) -> str:
         raise ConfigError(f"data.source={reading.source} has no examples; give a file with records.")
     if reading.format:
         return reading.format
-    if settings.columns:
-        return "chat" if "messages" in settings.columns else _by_fields(set(settings.columns))
-    kind = next(
-        (
-            kind
-            for kind, needed in (
-                ("alpaca", {"instruction", "output"}),
-                ("context_target", {"context", "target"}),
-                ("context_target", {"prompt", "completion"}),
-                ("conll", {"sentence", "entity", "label"}),
-            )
-            if needed <= have
-        ),
-        None,
-    )
+    if fields := set(settings.columns):
+        by_field = (("chat", {"messages"}), ("alpaca", {"instruction", "output"}),
+                    ("context_target", {"context", "target"}), ("conll", {"entity"}))  # fmt: skip
+        return next((kind for kind, names in by_field if names & fields), "labelled")
     if have & set(MESSAGES):
         return "chat"
-    if kind:
+    if kind := next((kind for kind, needed in BY_COLUMNS if needed <= have), None):
         return kind
     if have & set(INPUT) and have & set(FORMATS["labelled"].columns["label"]):
         if {"text", "label"} <= have and _is_tfns(reading.source):
@@ -202,14 +193,6 @@ def _listed(columns: list[str]) -> str:
 
 def _is_tfns(source: str) -> bool:
     return any(fnmatch.fnmatch(name, pattern) for name in (os.path.basename(source), source) for pattern in TFNS_FILES)
-
-
-def _by_fields(fields: set[str]) -> str:
-    if fields & {"instruction", "output"}:
-        return "alpaca"
-    if fields & {"context", "target"}:
-        return "context_target"
-    return "conll" if "entity" in fields else "labelled"
 
 
 def _columns(form: Template | None, kind: str, reading: Reading, settings: RecordSettings) -> dict[str, str]:
@@ -271,21 +254,20 @@ def _settle(table: Table, settings: RecordSettings) -> None:
         form = table.form = template(kind.template)
     known = labels.of_words(form.labels, {**kind.words, **(kind.codes if coded else {})})
     strange = [word for word in table.words if word.lower() not in known.of]
-    if not form.labels or (strange and free):
+    are_of_data = not form.labels or (strange and free)
+    if are_of_data or not coded:
         labels.refuse_codes(table.source, strange, {name: f.codes for name, f in FORMATS.items() if f.codes})
+    if are_of_data:
         table.form = form if not form.labels else template(OWN_LABELS)
         table.meaning = labels.of_data(table.source, table.words)
     else:
-        if not coded:
-            labels.refuse_codes(table.source, strange, {name: f.codes for name, f in FORMATS.items() if f.codes})
         table.meaning = known
 
 
 def _settle_given(table: Table, form: Template, free: bool, coded: bool, settings: RecordSettings) -> None:
-    """Apply `data.labels`."""
     meaning = labels.given(settings.labels)
     codes = FORMATS[table.format].codes if coded else {}
-    if code := labels.contradiction(meaning, codes):
+    if code := next((code for code, label in codes.items() if meaning.of.get(code, label).lower() != label), None):
         raise ConfigError(
             f"data.labels says that {code} is {meaning.of[code]}, but in {table.source}, of format {table.format}, it "
             f"is {codes[code]}; remove data.labels, or name the file {table.source}:labelled if it is another set."
@@ -298,7 +280,7 @@ def _settle_given(table: Table, form: Template, free: bool, coded: bool, setting
         return
     if free and form.labels:
         form = template(OWN_LABELS)
-    if form.labels and not form.shows_labels:
+    if form.labels and f"{{{LABELS}}}" not in form.prompt:
         raise ConfigError(
             f"data.labels ({', '.join(meaning.labels)}) are other labels than template {form.name} names in its prompt "
             f"({', '.join(form.labels)}); use a template with {{labels}}, such as --data.template {OWN_LABELS}."

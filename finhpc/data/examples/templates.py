@@ -9,13 +9,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from finhpc.errors import ConfigError
 from finhpc.plugins import Registry
 from finhpc.settings.base import nearest
-from finhpc.textfile import parse_yaml, read_text
+from finhpc.textfile import parse_yaml, read_yaml
 
 LABELS = "labels"  # {labels} in a prompt: all labels, a/b/c
 LABEL = "{label}"
@@ -83,16 +82,6 @@ class Template(BaseModel):
         return tuple(dict.fromkeys(_names(self.prompt) + _names(self.answer)))
 
     @property
-    def prompt_fields(self) -> tuple[str, ...]:
-        """Names of the fields in the prompt."""
-        return tuple(_names(self.prompt))
-
-    @property
-    def shows_labels(self) -> bool:
-        """Whether the prompt lists the labels."""
-        return f"{{{LABELS}}}" in self.prompt
-
-    @property
     def chooses(self) -> bool:
         """Whether the answer is one of a few labels, not text."""
         return self.answer == LABEL
@@ -156,11 +145,7 @@ def templates(file: str | None = None) -> dict[str, Template]:
     path = Path(file).expanduser()
     if not path.is_file():
         raise ConfigError(f"data.templates={file} is not a file; give a YAML file of templates.")
-    text, _ = read_text(path, setting=None)
-    try:
-        tree = parse_yaml(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"data.templates={file} is not valid YAML: {error}; correct that line.") from None
+    tree = read_yaml(path, f"data.templates={file}")
     if not isinstance(tree, dict) or not tree:
         raise ConfigError(f"data.templates={file} has no template; write NAME: {{prompt: ..., answer: ...}}.")
     found: dict[str, Template] = {}

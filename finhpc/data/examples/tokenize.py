@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from finhpc.data.examples.chat import Conversation, check_template, control_tokens, prompt_ids, rendered
+from finhpc.data.examples.chat import Conversation, control_tokens, rendered, rendered_ids
 from finhpc.data.examples.instructions import Example
 from finhpc.data.examples.values import each
 from finhpc.errors import ConfigError
@@ -25,44 +24,41 @@ class Row(NamedTuple):
 
 
 class Tokenized(NamedTuple):
-    """The `rows` of `examples`, None if `max_len` leaves no room for an answer and a token of its input.
+    """An example and its row, None if `max_len` leaves no room for the answer and a token of the input."""
 
-    Conversations with several answers may be split into several examples. `notes` are for the user.
-    """
-
-    examples: list[Example]
-    rows: list[Row | None]
-    notes: list[str]
+    example: Example
+    row: Row | None
 
 
-def tokenized(examples: list[Example], tokenizer: Any, max_len: int, may_cut: bool) -> Tokenized:
-    """Return the tokens of each example.
+def tokenized(
+    examples: list[Example], tokenizer: Any, max_len: int, may_cut: bool
+) -> tuple[list[Tokenized], list[str]]:
+    """Return the tokens of each example, and notes for the user.
 
     For a prompt and its answer: the prompt's ids as inference reads them, then the answer's ids: those of the whole
     text, unless these do not begin with the prompt's own. Special tokens in a text are plain text. For a conversation:
-    the ids that `apply_chat_template` gives. `tokenizer`: one that passes `check_tokenizer`. Raises `ConfigError` for
-    conversations that the template refuses and, unless `may_cut`, for examples that are too long.
+    the ids that `apply_chat_template` gives; one with several answers may be split into several examples. `tokenizer`:
+    one that passes `check_tokenizer`. Raises `ConfigError` for conversations that the template refuses and, unless
+    `may_cut`, for examples that are too long.
     """
-    examples, chats, notes = _rendered(examples, tokenizer)
-    results: list[Row | None] = []
+    examples, notes = _rendered(examples, tokenizer)
+    results: list[Tokenized] = []
     long: list[str] = []
     for first in range(0, len(examples), BATCH):
-        part = slice(first, first + BATCH)
-        for example, chat, row in zip(
-            examples[part], chats[part], _rows(examples[part], chats[part], tokenizer), strict=True
-        ):
+        batch = examples[first : first + BATCH]
+        for example, row in zip(batch, _rows(batch, tokenizer), strict=True):
             if len(row.tokens) <= max_len:
-                results.append(row)
-                continue
-            long.append(f"{example.where}: {len(row.tokens):,} tokens")
-            results.append(_shorter(example, chat, tokenizer, max_len))
+                results.append(Tokenized(example, row))
+            else:
+                long.append(f"{example.where}: {len(row.tokens):,} tokens")
+                results.append(Tokenized(example, _shorter(example, tokenizer, max_len)))
     if long and not may_cut:
         more = f" and {len(long) - 5:,} more" if len(long) > 5 else ""
         raise ConfigError(
             f"data.max_len={max_len} is less than {len(long):,} examples need ({'; '.join(long[:5])}{more}); "
             "raise it, or let the end of inputs be cut with --data.cut input."
         )
-    return Tokenized(examples, results, notes + _notes(chats, results, tokenizer))
+    return results, notes + _notes(results, tokenizer)
 
 
 def check_tokenizer(tokenizer: Any, examples: list[Example]) -> None:
@@ -74,8 +70,11 @@ def check_tokenizer(tokenizer: Any, examples: list[Example]) -> None:
         raise ConfigError("the tokenizer has no tokenizer.json (a slow tokenizer); convert it to a fast one.")
     if tokenizer.eos_token_id is None and any(example.end for example in examples):
         raise ConfigError(NO_END)
-    if any(example.messages is not None for example in examples):
-        check_template(tokenizer)
+    if not getattr(tokenizer, "chat_template", None) and any(example.messages is not None for example in examples):
+        raise ConfigError(
+            "the tokenizer has no chat template, which records of `messages` need; use an instruction-tuned model's, "
+            "or write the records as context and target."
+        )
 
 
 NO_END = (
@@ -84,47 +83,40 @@ NO_END = (
 )
 
 
-def _rendered(examples: list[Example], tokenizer: Any) -> tuple[list[Example], list[Conversation | None], list[str]]:
-    """Return the examples, the rendered conversation of each that is one, and notes about the template."""
-    results: list[Example] = []
-    chats: list[Conversation | None] = []
+def _rendered(examples: list[Example], tokenizer: Any) -> tuple[list[Example], list[str]]:
+    """Return the examples, each conversation with its `chat`, and notes about the template."""
     control = control_tokens(tokenizer)
 
-    def written(example: Example) -> list[Conversation]:
+    def chats_of(example: Example) -> list[Conversation]:
         if example.messages is None:
             return []
         return rendered(example.messages, example.tools, example.where, tokenizer, control)
 
+    results: list[Example] = []
     split = 0
-    for example, several in zip(examples, each(examples, written), strict=True):
-        split += len(several) > 1
-        if not several:
-            results.append(example)
-            chats.append(None)
-        for chat in several:
-            results.append(replace(example, prompt=chat.text[: chat.answers[0][0]]))
-            chats.append(chat)
-    texts = (
-        "conversations were split into one example for each answer, because the chat template rewrites earlier turns"
+    for example, chats in zip(examples, each(examples, chats_of), strict=True):
+        split += len(chats) > 1
+        results += [replace(example, prompt=chat.text[: chat.answers[0][0]], chat=chat) for chat in chats] or [example]
+    note = (
+        f"{split:,} conversations were split into one example for each answer, because the chat template rewrites "
+        "earlier turns"
     )
-    return results, chats, [f"{split:,} {texts}"] if split else []
+    return results, [note] if split else []
 
 
-def _rows(examples: list[Example], chats: list[Conversation | None], tokenizer: Any) -> list[Row]:
-    """Return the tokens of each example, of any length."""
+def _rows(examples: list[Example], tokenizer: Any) -> list[Row]:
     results: dict[int, Row] = {}
-    if plain := [i for i, chat in enumerate(chats) if chat is None]:
-        prompts = encode(tokenizer, [examples[i].prompt for i in plain], plain=True)
-        wholes = encode(tokenizer, [examples[i].prompt + examples[i].answer for i in plain], plain=True)
+    if plain := {i: example for i, example in enumerate(examples) if example.chat is None}:
+        prompts = encode(tokenizer, [example.prompt for example in plain.values()], plain=True)
+        wholes = encode(tokenizer, [example.prompt + example.answer for example in plain.values()], plain=True)
         begin = begin_ids(tokenizer)
-        for i, prompt, whole in zip(plain, prompts, wholes, strict=True):
+        for (i, example), prompt, whole in zip(plain.items(), prompts, wholes, strict=True):
             answer = whole[len(prompt) :] if whole[: len(prompt)] == prompt else []
-            answer = answer or continuation_ids(tokenizer, examples[i].prompt, examples[i].answer, plain=True)
-            answer = answer + ([tokenizer.eos_token_id] if examples[i].end else [])
+            answer = answer or continuation_ids(tokenizer, example.prompt, example.answer, plain=True)
+            answer = answer + ([tokenizer.eos_token_id] if example.end else [])
             prompt = begin + prompt
             results[i] = Row(prompt + answer, [False] * len(prompt) + [True] * len(answer))
-    talks = {i: chat for i, chat in enumerate(chats) if chat is not None}
-    if talks:
+    if talks := {i: example.chat for i, example in enumerate(examples) if example.chat is not None}:
         added = frozenset(tokenizer.added_tokens_decoder)
         encoded = _with_offsets([chat.text for chat in talks.values()], tokenizer)
         for (i, chat), ids, offsets in zip(talks.items(), encoded["input_ids"], encoded["offset_mapping"], strict=True):
@@ -165,58 +157,49 @@ def _inside(spans: tuple[tuple[int, int], ...], offsets: list[tuple[int, int]]) 
 
 
 def _last(answer: list[bool]) -> int:
-    """Return the index of the last learned token."""
     return len(answer) - 1 - answer[::-1].index(True)
 
 
-def _shorter(example: Example, chat: Conversation | None, tokenizer: Any, max_len: int) -> Row | None:
+def _shorter(example: Example, tokenizer: Any, max_len: int) -> Row | None:
     """Drop later turns, then cut the end of the input, until the example fits; None if it cannot."""
-    while chat is not None and len(chat.answers) > 1:
-        answers = chat.answers[:-1]
-        chat = chat._replace(text=chat.text[: answers[-1][1]], answers=answers)
-        (row,) = _rows([example], [chat], tokenizer)
+    while example.chat is not None and len(example.chat.answers) > 1:
+        answers = example.chat.answers[:-1]
+        chat = example.chat._replace(text=example.chat.text[: answers[-1][1]], answers=answers)
+        example = replace(example, chat=chat)
+        (row,) = _rows([example], tokenizer)
         if len(row.tokens) <= max_len:
             return row._replace(cut=True)
-    if chat is None:
-        start, stop = example.cut
-        text = example.prompt
-
-        def without(left: str) -> Row:
-            return _rows([replace(example, prompt=text[:start] + left + text[stop:])], [None], tokenizer)[0]
-    else:
-        whole, text = chat, example.prompt
+    text, (start, stop) = example.prompt, example.cut
+    if example.chat is not None:
         start = text.rfind(example.input)
         # If the user writes after the first answer, nothing before it may be cut.
         start, stop = (start, start + len(example.input)) if start >= 0 else (len(text), len(text))
-
-        def without(left: str) -> Row:
-            less = stop - start - len(left)
-            answers = tuple((a - less, b - less) for a, b in whole.answers)
-            shorter = whole._replace(text=whole.text[:start] + left + whole.text[stop:], answers=answers)
-            return _rows([example], [shorter], tokenizer)[0]
-
-    return _cut(text, start, stop, without, chat is None, tokenizer, max_len)
-
-
-def _cut(
-    text: str, start: int, stop: int, without: Callable[[str], Row], plain: bool, tokenizer: Any, max_len: int
-) -> Row | None:
-    """Return the row with as much of the beginning of text[start:stop] as fits, or None."""
-    offsets = _with_offsets([text], tokenizer, plain)["offset_mapping"][0]
+    offsets = _with_offsets([text], tokenizer, plain=example.chat is None)["offset_mapping"][0]
     inside = [begins for begins, ends in offsets if start <= begins < stop and ends <= stop]
-    over = len(without(text[start:stop]).tokens) - max_len
+    over = len(_rows([example], tokenizer)[0].tokens) - max_len
     while over < len(inside):
         left = text[start : inside[len(inside) - over]].rstrip()
-        row = without(left)
+        (row,) = _rows([_with_input(example, start, stop, left)], tokenizer)
         if left and len(row.tokens) <= max_len:
             return row._replace(cut=True)
         over += max(1, len(row.tokens) - max_len)
     return None
 
 
-def _notes(chats: list[Conversation | None], rows: list[Row | None], tokenizer: Any) -> list[str]:
+def _with_input(example: Example, start: int, stop: int, left: str) -> Example:
+    """Return an example with `left` in place of the characters [start, stop) of its prompt."""
+    prompt = example.prompt[:start] + left + example.prompt[stop:]
+    if (chat := example.chat) is None:
+        return replace(example, prompt=prompt)
+    less = stop - start - len(left)
+    answers = tuple((begin - less, end - less) for begin, end in chat.answers)
+    text = chat.text[:start] + left + chat.text[stop:]
+    return replace(example, prompt=prompt, chat=chat._replace(text=text, answers=answers))
+
+
+def _notes(items: list[Tokenized], tokenizer: Any) -> list[str]:
     """Return notes about a chat template: answers without an end, messages that it does not write."""
-    talks = [(chat, row) for chat, row in zip(chats, rows, strict=True) if chat is not None and row is not None]
+    talks = [(example.chat, row) for example, row in items if example.chat is not None and row is not None]
     if not talks:
         return []
     added = tokenizer.added_tokens_decoder
@@ -226,7 +209,11 @@ def _notes(chats: list[Conversation | None], rows: list[Row | None], tokenizer: 
     for (chat, row), token in zip(talks, last, strict=True):
         written = str(added[token].content) if token in added else ""
         ended += row.answer[-1] and not chat.text[: chat.answers[-1][1]].endswith(written)
-    other = sum(_other_prompt(chat, row, tokenizer) for chat, row in talks[:COMPARED] if not row.cut)
+    other = sum(  # inference reads other ids before the first answer than were learned
+        rendered_ids(chat.text[: chat.answers[0][0]], tokenizer) != row.tokens[: row.answer.index(True)]
+        for chat, row in talks[:COMPARED]
+        if not row.cut
+    )
     left_out = sorted({role for chat, _ in talks for role in chat.left_out})
     texts = {
         f"conversations got {tokenizer.eos_token} after their last answer, since the chat template ends it with no "
@@ -240,8 +227,3 @@ def _notes(chats: list[Conversation | None], rows: list[Row | None], tokenizer: 
         ),
     }
     return [f"{number:,} {text}" for text, number in texts.items() if number]
-
-
-def _other_prompt(chat: Conversation, row: Row, tokenizer: Any) -> bool:
-    """Return whether inference would read other ids before the first answer than were learned."""
-    return prompt_ids(chat.text[: chat.answers[0][0]], tokenizer) != row.tokens[: row.answer.index(True)]

@@ -11,18 +11,11 @@ from decimal import Decimal
 from typing import Any, Protocol, TypeVar
 
 from finhpc.errors import ConfigError
+from finhpc.textfile import NotTextError
 
 SHOWN = 5  # kinds of faults that one error names
 WHOLE = re.compile(r"([+-]?\d+)\.0*")
 KINDS = ((bool, "the boolean"), (int, "the number"), (float, "the number"), (list, "a list"), (dict, "an object"))
-
-
-class NotTextError(Exception):
-    """A value is not text; `holds` says what it is instead."""
-
-    def __init__(self, holds: str, remedy: str = "correct it") -> None:
-        self.holds, self.remedy = holds, remedy
-        super().__init__(holds)
 
 
 def plain_text(value: Any) -> str:
@@ -44,23 +37,25 @@ def text_of(value: Any, name: str, where: str) -> str:
     try:
         return plain_text(value)
     except NotTextError as error:
-        raise ConfigError(f"{where}: {name} holds {error.holds}; {error.remedy}.") from None
+        raise ConfigError(f"{where}: {name} holds {error.problem}; {error.remedy}.") from None
 
 
 def word_of(value: Any, name: str, where: str) -> str:
-    """Return a label as written, without white space around it; whole numbers (1, 1.0, "1.0") as their digits.
+    """Return a label as written, without white space around it; integers (1, 1.0, "1.0") as their digits.
 
-    "" for a missing value. Raises `ConfigError` with its place for every value that is neither text nor a whole number.
+    "" for a missing value. Raises `ConfigError` with its place for every value that is neither text nor an integer.
     """
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (int, float, Decimal)) and not is_missing(value) and value == value // 1:
         return str(int(value))
     if not isinstance(value, str) and not is_missing(value):
-        raise ConfigError(
-            f"{where}: {name} holds {shown(value)}, which is not a label; write a word or a whole number."
-        )
-    word = " ".join(text_of(value, name, where).split())
+        raise ConfigError(f"{where}: {name} holds {shown(value)}, which is not a label; write a word or an integer.")
+    return without_zeros(" ".join(text_of(value, name, where).split()))
+
+
+def without_zeros(word: str) -> str:
+    """Return the digits of an integer such as 1.0, any other word as it is."""
     whole = WHOLE.fullmatch(word)
     return whole[1] if whole else word
 
@@ -105,7 +100,7 @@ def each(items: Iterable[P], work: Callable[[P], T]) -> list[T]:
                 faults.setdefault(problem.removeprefix(f"{item.where}: "), []).append(item.where)
     lines = []
     for problem, places in list(faults.items())[:SHOWN]:
-        more = f" The same holds for {len(places) - 1:,} more." if len(places) > 1 else ""
+        more = f" The same applies to {len(places) - 1:,} more." if len(places) > 1 else ""
         lines.append(f"{places[0]}: {problem}{more}")
     if others := [place for places in list(faults.values())[SHOWN:] for place in places]:
         lines.append(f"{others[0]}: this and {len(others) - 1:,} more records cannot be used for other reasons.")

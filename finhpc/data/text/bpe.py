@@ -74,7 +74,11 @@ def why_not(tree: dict[str, Any], tokenizer: Any) -> str | None:
 
     `tree`: the content of its `tokenizer.json`; `tokenizer`: the same, opened.
     """
-    return _not_plain(tree) or _not_merged(tree, tokenizer) or _classes_differ()
+    if reason := _not_plain(tree) or _not_merged(tree, tokenizer):
+        return reason
+    if (version("tokenizers"), version("tiktoken")) not in COMPARED and (unlike := unlike_code_points()):
+        return f"tokenizers and tiktoken differ on what U+{unlike[0]:04X} is, and {len(unlike) - 1} other characters"
+    return None
 
 
 def has_long_run(text: str) -> bool:
@@ -138,14 +142,6 @@ def _not_merged(tree: dict[str, Any], tokenizer: Any) -> str | None:
     for name, encoding in zip(names, alone, strict=True):
         if encoding.ids != [vocab[name]]:
             return f"the bytes of {name!r} do not merge to it"
-    return None
-
-
-def _classes_differ() -> str | None:
-    if (version("tokenizers"), version("tiktoken")) in COMPARED:
-        return None
-    if unlike := unlike_code_points():
-        return f"tokenizers and tiktoken differ on what U+{unlike[0]:04X} is, and {len(unlike) - 1} other characters"
     return None
 
 

@@ -29,20 +29,18 @@ def calibration_blocks(config: Calibration, tokenizer: Path) -> Tensor:
     as_prepare = PrepareConfig(source=config.source, text_field=config.text_field)
     encoder = Encoder(tokenizer)
     needed = config.samples * config.seq_len
+    units, _ = sources.units(as_prepare)
+    texts = (text for unit in units for text in sources.read(unit, as_prepare, Faults("strict")))
     pieces: list[np.ndarray] = []
-    held = 0
-    for unit in sources.units(as_prepare)[0]:
-        for text in sources.read(unit, as_prepare, Faults("strict")):
-            ids, _ = encoder.encode([text])
-            pieces.append(ids)
-            held += len(ids)
-            if held >= SPREAD * needed:
-                break
-        if held >= SPREAD * needed:
+    tokens = 0
+    for text in texts:
+        pieces.append(encoder.encode([text])[0])
+        tokens += len(pieces[-1])
+        if tokens >= SPREAD * needed:
             break
-    if held < needed:
+    if tokens < needed:
         raise ConfigError(
-            f"calibration.source holds {held:,} tokens, fewer than calibration.samples x calibration.seq_len = "
+            f"calibration.source has {tokens:,} tokens, fewer than calibration.samples x calibration.seq_len = "
             f"{config.samples} x {config.seq_len} = {needed:,}; give more text, or use fewer or shorter samples."
         )
     ids = np.concatenate(pieces).astype(np.int64)

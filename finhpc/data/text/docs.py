@@ -14,7 +14,7 @@ from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
-from finhpc.data.text.formats import Faults, Unit
+from finhpc.data.text.formats import Faults, Unit, file_units
 from finhpc.errors import ConfigError, DataError
 from finhpc.settings.prepare import PrepareConfig
 
@@ -45,7 +45,7 @@ def docs_units() -> tuple[list[Unit], dict[str, Any]]:
             absent.append(name)
             continue
         versions[name] = package.version
-        found += _groups(_files(package))
+        found += file_units("docs", _files(package), UNIT_BYTES)
     if not found:
         raise ConfigError(
             f"source=docs finds none of {', '.join(absent)} installed; install finhpc with its dependencies."
@@ -79,19 +79,8 @@ def _files(package: Distribution) -> list[Path]:
         named = file.suffix in (".py", ".rst", ".md") or file.name == "METADATA"
         if named and not any(mark in str(file).lower() for mark in SKIPPED):
             chosen.append(file)
-    return [Path(str(file.locate())) for file in sorted(chosen, key=str)]
-
-
-def _groups(paths: list[Path]) -> Iterator[Unit]:
-    group: list[str] = []
-    size = 0
-    for index, path in enumerate(paths):
-        if path.is_file():
-            group.append(str(path))
-            size += path.stat().st_size
-        if group and (size >= UNIT_BYTES or index == len(paths) - 1):
-            yield Unit("docs", tuple(group), size=size)
-            group, size = [], 0
+    paths = [Path(str(file.locate())) for file in sorted(chosen, key=str)]
+    return [path for path in paths if path.is_file()]
 
 
 def _docstrings(source: str) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """File formats of text: how files are divided into units of work, and how the texts of a unit are read.
 
-`jsonl_units` and its like divide files; the readers yield texts one at a time, in file order, and name file and line
-(or row) of what they cannot read.
+`jsonl_units` and its like divide files; the readers yield texts one at a time, in file order, and report the file and
+line (or row) of what they cannot read.
 """
 
 from __future__ import annotations
@@ -9,24 +9,25 @@ from __future__ import annotations
 import io
 import lzma
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, TypeVar
 
-from finhpc.data.examples.tables import NOT_UTF8, column_values, first_line, open_parquet
-from finhpc.data.examples.values import NotTextError, is_missing, plain_text, shown
-from finhpc.errors import ConfigError, DataError
+from finhpc.data.examples.values import is_missing, plain_text, shown
+from finhpc.data.rows import NOT_UTF8, column_values, first_line, json_object, open_dataset, open_parquet
+from finhpc.errors import DataError
 from finhpc.settings.prepare import PrepareConfig
-from finhpc.textfile import UnreadableText, decode, parse_json
+from finhpc.textfile import NotTextError, decode
 
 UNIT_BYTES = 4 << 20  # input per unit, about a second of work, so that small sources are divided evenly as well
 FILES_PER_UNIT = 2000
 COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 ARCHIVES = (".tar", ".tar.xz", ".xz")
 Kind = Literal["jsonl", "parquet", "text", "archive", "hf", "docs"]
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Unit:
     paths: tuple[str, ...]
     start: int = 0
     stop: int = 0
-    name: str = ""  # an archive's member; a hub data set's configuration
+    name: str = ""  # an archive's member
     size: int = 0  # bytes of input, for progress; 0: unknown
 
     def __str__(self) -> str:
@@ -51,13 +52,33 @@ class Faults:
         self.strict = on_error == "strict"
         self.broken = 0
 
-    def record(self, where: Callable[[int], str], number: int, problem: str, remedy: str) -> None:
-        """Handle a record that cannot be used; `where` returns the place of a record by its number."""
-        if self.strict:
-            raise DataError(
-                f"{where(number)}: {problem}; {remedy}, or count and skip such records with --on_error skip."
-            )
-        self.broken += 1
+    def texts(
+        self, rows: Iterable[tuple[int, R]], text_of: Callable[[R], str], where: Callable[[int], str]
+    ) -> Iterator[str]:
+        """Yield the text of each numbered row; `where` returns the place of a row by its number."""
+        for number, row in rows:
+            try:
+                yield text_of(row)
+            except NotTextError as error:
+                if self.strict:
+                    place = f"{where(number)} line {error.line}" if error.line else where(number)
+                    raise DataError(
+                        f"{place}: {error.problem}; {error.remedy}, or count and skip such records with --on_error "
+                        "skip."
+                    ) from None
+                self.broken += 1
+
+
+def _checked(value: Any, field: str) -> str:
+    """Return the text in a field of a row. Raises `NotTextError`."""
+    if value is NOT_UTF8:
+        raise NotTextError("not UTF-8", "convert it")
+    if is_missing(value):
+        raise NotTextError(f'field "{field}" holds {shown(value)}, not text')
+    try:
+        return plain_text(value)
+    except NotTextError as error:
+        raise NotTextError(f'field "{field}" holds {error.problem}', error.remedy) from None
 
 
 # JSON lines
@@ -77,18 +98,21 @@ def jsonl_units(path: Path) -> Iterator[Unit]:
 
 def read_jsonl(unit: Unit, config: PrepareConfig, faults: Faults) -> Iterator[str]:
     """Yield the texts of the lines that begin in [start, stop)."""
+    field = config.text_field
 
-    def where(number: int) -> str:
-        return f"{unit.paths[0]} line {_lines_before(unit) + number}"
+    def text_of(line: bytes) -> str:
+        record = json_object(line, f'{{"{field}": "..."}}')
+        if field not in record:
+            names = ", ".join(name for name, value in record.items() if isinstance(value, str))
+            raise NotTextError(
+                f'no field "{field}"', f"use --text_field with one of: {names or '(no field holds text)'}"
+            )
+        return _checked(record[field], field)
 
     # Splitting again finds the lines of a file that ends them with \r alone, which JSON has nowhere else.
-    for number, line in enumerate((part for read in _lines(unit) for part in read.splitlines()), 1):
-        if not line or line.isspace():
-            continue
-        try:
-            yield _text_of(line, config.text_field)
-        except NotTextError as error:
-            faults.record(where, number, error.holds, error.remedy)
+    lines = enumerate((part for read in _lines(unit) for part in read.splitlines()), 1)
+    filled = ((number, line) for number, line in lines if line and not line.isspace())
+    yield from faults.texts(filled, text_of, lambda number: f"{unit.paths[0]} line {_lines_before(unit) + number}")
 
 
 def _lines(unit: Unit) -> Iterator[bytes]:
@@ -127,34 +151,6 @@ def _lines_before(unit: Unit) -> int:
     return lines
 
 
-def _text_of(line: bytes, field: str) -> str:
-    """Return the text of a JSON line. Raises `NotTextError`."""
-    try:
-        record = parse_json(line.decode())
-    except UnicodeDecodeError as error:
-        raise NotTextError(f"not UTF-8 (byte {error.start + 1} of the line)", "convert the file to UTF-8") from None
-    except (ValueError, RecursionError) as error:
-        raise NotTextError(f"broken JSON ({error})", "correct the line") from None
-    if not isinstance(record, dict):
-        raise NotTextError(f"a JSON {type(record).__name__}, not an object", f'write {{"{field}": "..."}}')
-    if field not in record:
-        texts = [name for name, value in record.items() if isinstance(value, str)]
-        names = ", ".join(texts) or "(no field holds text)"
-        raise NotTextError(f'no field "{field}"', f"use --text_field with one of: {names}")
-    return _checked(record[field], field)
-
-
-def _checked(value: Any, field: str) -> str:
-    if value is NOT_UTF8:
-        raise NotTextError("not UTF-8", "convert it")
-    if is_missing(value):
-        raise NotTextError(f'field "{field}" holds {shown(value)}, not text', "correct it")
-    try:
-        return plain_text(value)
-    except NotTextError as error:
-        raise NotTextError(f'field "{field}" holds {error.holds}', error.remedy) from None
-
-
 # Parquet
 
 
@@ -172,20 +168,16 @@ def parquet_units(path: Path, config: PrepareConfig) -> Iterator[Unit]:
 
 
 def read_parquet(unit: Unit, config: PrepareConfig, faults: Faults) -> Iterator[str]:
-    def where(number: int) -> str:
-        return f"{unit.paths[0]} row {number}"
-
     field = config.text_field
     with open_parquet(unit.paths[0]) as file:
-        row = sum(file.metadata.row_group(group).num_rows for group in range(unit.start))
+        before = sum(file.metadata.row_group(group).num_rows for group in range(unit.start))
         groups = list(range(unit.start, unit.stop))
-        for batch in file.iter_batches(batch_size=512, row_groups=groups, columns=[field], use_threads=False):
-            for value in column_values(batch.column(0)):
-                row += 1
-                try:
-                    yield _checked(value, field)
-                except NotTextError as error:
-                    faults.record(where, row, error.holds, error.remedy)
+        batches = file.iter_batches(batch_size=512, row_groups=groups, columns=[field], use_threads=False)
+        values = (value for batch in batches for value in column_values(batch.column(0)))
+        rows = enumerate(values, before + 1)
+        yield from faults.texts(
+            rows, lambda value: _checked(value, field), lambda number: f"{unit.paths[0]} row {number}"
+        )
 
 
 def _check_column(path: Path, schema: Any, field: str) -> None:
@@ -206,18 +198,16 @@ def _check_column(path: Path, schema: Any, field: str) -> None:
 # Text files, one document each
 
 
-def text_units(paths: list[Path]) -> Iterator[Unit]:
+def file_units(kind: Kind, paths: list[Path], unit_bytes: int) -> Iterator[Unit]:
     """Yield groups of files."""
     group: list[str] = []
     size = 0
-    for path in paths:
+    for index, path in enumerate(paths):
         group.append(str(path))
         size += path.stat().st_size
-        if size >= UNIT_BYTES or len(group) == FILES_PER_UNIT:
-            yield Unit("text", tuple(group), size=size)
+        if size >= unit_bytes or len(group) == FILES_PER_UNIT or index == len(paths) - 1:
+            yield Unit(kind, tuple(group), size=size)
             group, size = [], 0
-    if group:
-        yield Unit("text", tuple(group), size=size)
 
 
 def read_text(unit: Unit, config: PrepareConfig, faults: Faults) -> Iterator[str]:
@@ -226,10 +216,7 @@ def read_text(unit: Unit, config: PrepareConfig, faults: Faults) -> Iterator[str
 
 
 def _document(content: bytes, where: str, faults: Faults) -> Iterator[str]:
-    try:
-        yield decode(content)[0]
-    except UnreadableText as error:
-        faults.record(lambda line: f"{where} line {line}" if line else where, error.line, error.problem, error.remedy)
+    yield from faults.texts([(1, content)], lambda content: decode(content)[0], lambda _: where)
 
 
 # Archives: a tar of .txt files, or of further archives, as OpenWebText comes
@@ -303,38 +290,23 @@ def _whole(where: str) -> Iterator[None]:
 # Data sets of the hub, streamed
 
 
-def hf_units(spec: str, config: PrepareConfig) -> Iterator[Unit]:
-    """Yield a unit per shard of a hub data set; `spec` is NAME or NAME:CONFIGURATION."""
-    name, _, configuration = spec.partition(":")
-    dataset = _stream(name, configuration, config)
+def hf_units(source: str, config: PrepareConfig) -> Iterator[Unit]:
+    """Yield a unit per shard of a data set."""
+    dataset = open_dataset(source, config.hf_split, streaming=True)
     if dataset.column_names and config.text_field not in dataset.column_names:
         raise DataError(
-            f'hf:{spec}: no column "{config.text_field}"; '
-            f"use --text_field with one of: {', '.join(dataset.column_names)}."
+            f'{source}: no column "{config.text_field}"; use --text_field with one of: '
+            f"{', '.join(dataset.column_names)}."
         )
     for index in range(dataset.num_shards):
-        yield Unit("hf", (name,), index, dataset.num_shards, name=configuration)
+        yield Unit("hf", (source,), index, dataset.num_shards)
 
 
 def read_hf(unit: Unit, config: PrepareConfig, faults: Faults) -> Iterator[str]:
-    def where(number: int) -> str:
-        return f"hf:{unit.paths[0]} shard {unit.start} row {number}"
-
-    dataset = _stream(unit.paths[0], unit.name, config).shard(unit.stop, unit.start)
-    for row, record in enumerate(dataset, 1):
-        try:
-            yield _checked(record.get(config.text_field), config.text_field)
-        except NotTextError as error:
-            faults.record(where, row, error.holds, error.remedy)
-
-
-def _stream(name: str, configuration: str, config: PrepareConfig) -> Any:
-    import datasets
-
-    try:
-        return datasets.load_dataset(name, configuration or None, split=config.hf_split, streaming=True)
-    except Exception as error:  # the library raises many kinds, from a wrong split to a dead network
-        raise ConfigError(
-            f"source=hf:{name} with --hf_split {config.hf_split} cannot be opened ({first_line(error)}); check the "
-            "name (hf:NAME or hf:NAME:CONFIGURATION), the split and the network, or give a local folder."
-        ) from None
+    (source,), field = unit.paths, config.text_field
+    dataset = open_dataset(source, config.hf_split, streaming=True).shard(unit.stop, unit.start)
+    yield from faults.texts(
+        enumerate(dataset, 1),
+        lambda record: _checked(record.get(field), field),
+        lambda row: f"{source} shard {unit.start} row {row}",
+    )

@@ -71,7 +71,7 @@ def _source_units(source: str, config: PrepareConfig) -> tuple[list[Unit], dict[
     if source == "docs":
         return docs.docs_units()
     if source.startswith("hf:"):
-        shards = list(formats.hf_units(source.removeprefix("hf:"), config))
+        shards = list(formats.hf_units(source, config))
         return shards, {"split": config.hf_split, "shards": len(shards)}
     files, ignored = _files(Path(source).expanduser())
     pieces: list[Unit] = []
@@ -83,7 +83,7 @@ def _source_units(source: str, config: PrepareConfig) -> tuple[list[Unit], dict[
                 pieces += formats.parquet_units(path, config)
             case "archive":
                 pieces += formats.archive_units(path)
-    pieces += formats.text_units([path for path in files if _kind(path) == "text"])
+    pieces += formats.file_units("text", [path for path in files if _kind(path) == "text"], formats.UNIT_BYTES)
     description = {"files": len(files), "bytes": sum(path.stat().st_size for path in files)}
     return pieces, description | ({"ignored_files": ignored} if ignored else {})
 
@@ -103,8 +103,8 @@ def _files(source: Path) -> tuple[list[Path], int]:
     ]
     known = [path for path in seen if _kind(path) is not None]
     if not known:
-        held = f"only files of other formats, such as {seen[0].name}" if seen else "no file"
-        raise ConfigError(f"source={source} holds {held}; names must end in one of: {endings}.")
+        content = f"only files of other formats, such as {seen[0].name}" if seen else "no files"
+        raise ConfigError(f"source={source} contains {content}; names must end in one of: {endings}.")
     return known, len(seen) - len(known)
 
 
