@@ -21,8 +21,8 @@ from mlflow import MlflowClient
 from finhpc.commands import ui
 from finhpc.training.journal import read
 from tests.runs.nodes import free_port
-from tests.runs.runs import PATIENCE_S, ray_process
-from tests.waiting import wait_until
+from tests.runs.runs import ray_process
+from tests.waiting import PATIENCE_S, wait_until
 
 STEPS = 60
 FLAGS = [
