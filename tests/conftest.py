@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import finhpc  # turns usage reports off before Ray is imported
-from tests.runs.runs import PATIENCE_S, command, outcome
+from tests.runs.runs import launch_quickly, outcome, train_warm
 from tests.tiny import tiny_shards
 
 # Test processes share the cores, and threads that wait for each other's cores take several times as long. Processes
@@ -77,7 +77,7 @@ def ray_cluster() -> Iterator[None]:
 
 
 @pytest.fixture
-def quick_training(_warm_workers: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def quick_training(warm_workers: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """`pretrain` and `finetune` train in this process, or by workers that stay for a module's next run.
 
     Ray Train starts new processes for every run, which takes ten seconds. Tests of what it does train without this.
@@ -94,22 +94,13 @@ def quick_training(_warm_workers: None, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 
 @pytest.fixture(scope="module")
-def _warm_workers(ray_cluster: None) -> Iterator[None]:
+def warm_workers(ray_cluster: None) -> Iterator[None]:
+    """Workers of `launch_warm` end with the module."""
     from finhpc.runs import launch_warm
 
     yield
     if launch_warm.GROUPS:
         launch_warm.GROUPS[0].shutdown()
-
-
-def launch_quickly(job: Any, folder: Any, cuda: bool) -> None:
-    from finhpc.runs.launch import launch_here
-    from finhpc.runs.launch_warm import launch_warm
-
-    if job.config.parallel.workers == 1:
-        launch_here(job, folder, cuda, on_eval=lambda record: None)
-    else:
-        launch_warm(job, folder, cuda, poll=lambda: None)
 
 
 @pytest.fixture(scope="session")
@@ -147,8 +138,8 @@ def run_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def unbroken(run_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def unbroken(ray_cluster: None, run_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A run by warm workers, which every interrupted run of the same settings must equal."""
     storage = tmp_path_factory.mktemp("unbroken")
-    with command(storage, run_shards) as process:
-        assert process.wait(PATIENCE_S) == 0, (storage / "stderr").read_text()[-3000:]
-    return outcome(storage) | {"token_mode": (storage / ".ray" / "auth_token").stat().st_mode}
+    result = train_warm(storage, run_shards)
+    return outcome(storage) | {"peak_memory_bytes": result["peak_memory_bytes"]}

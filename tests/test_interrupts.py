@@ -14,6 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.waiting import wait_until
+
 HEAD = """
 import hashlib, os, subprocess, sys, time
 from pathlib import Path
@@ -72,15 +74,8 @@ def begin(code: str, folder: Path, **more: object) -> subprocess.Popen[str]:
     # A shell's background job ignores SIGINT, and its children would, too.
     more.setdefault("preexec_fn", lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True, **more)  # type: ignore[call-overload]
-    wait_for(folder / "ready")
+    wait_until((folder / "ready").exists)
     return process  # type: ignore[no-any-return]
-
-
-def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 180
-    while not path.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_a_second_ctrl_c_ends_everything_at_once(tmp_path: Path) -> None:
@@ -133,7 +128,7 @@ def test_a_closed_terminal_does_not_keep_a_command_from_ending_in_order(tmp_path
     pid, terminal = pty.fork()
     if pid == 0:
         os.execv(sys.executable, [sys.executable, "-c", HEAD + ORDERLY, str(tmp_path)])
-    wait_for(tmp_path / "ready")
+    wait_until((tmp_path / "ready").exists)
     os.close(terminal)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 129
     assert (tmp_path / "closed").exists(), "though there was nowhere to print to"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from finhpc.cluster.own_ray import keep_token_private, own_ray, ray_node
@@ -81,15 +81,19 @@ def use_cuda(resources: Resources, total: dict[str, float]) -> bool:
 
 def places(resources: Resources, cuda: bool, workers: int = 0) -> int:
     """Return how many workers the cluster has room for. Raises `ConfigError` if it has less than `workers`, or none."""
-    total = cluster_resources()
-    room = total.get("CPU", 1) / resources.cpus_per_worker
-    room = int(min(room, total.get("GPU", 0) / resources.gpus_per_worker) if cuda else room)
+    room = room_in(cluster_resources(), resources, cuda)
     if room < max(workers, 1):
         raise ConfigError(
             f"workers={workers or 1} with resources.cpus_per_worker={resources.cpus_per_worker:g} do not fit the "
             f"cluster, which has room for {room}; use fewer workers, or fewer CPUs per worker."
         )
     return room
+
+
+def room_in(cluster: Mapping[str, float], resources: Resources, cuda: bool) -> int:
+    """Return for how many workers there are enough CPUs and GPUs."""
+    room = cluster.get("CPU", 0) / resources.cpus_per_worker
+    return int(min(room, cluster.get("GPU", 0) / resources.gpus_per_worker) if cuda else room)
 
 
 def check_fits(config: TrainingConfig, cuda: bool, total: dict[str, float]) -> None:

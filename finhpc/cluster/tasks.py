@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 R = TypeVar("R")
+TRIES = 50  # to remove a folder
 
 
 class UnfinishedError(FinhpcError):
@@ -87,7 +89,11 @@ def workplace(work: Path, out: Path, settings: str) -> Iterator[None]:
         try:
             yield
         except (ConfigError, DataError):
-            shutil.rmtree(work)
+            for _ in range(TRIES):  # tasks that were canceled may still write a file
+                shutil.rmtree(work, ignore_errors=True)
+                if not work.exists():
+                    break
+                time.sleep(0.1)
             raise
 
 

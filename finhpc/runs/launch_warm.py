@@ -25,6 +25,7 @@ from finhpc.training.allocator import ENVIRONMENT
 
 log = logging.getLogger(__name__)
 
+DEATH_S = 10  # how long after a worker's error Ray may take to notice that another one has died
 GROUPS: list[WarmGroup] = []  # of this process, at most one
 
 
@@ -77,6 +78,20 @@ def _group(size: int, share: dict[str, float], runs: Path) -> WarmGroup:
     return GROUPS[0]
 
 
+class GroupFailedError(Exception):
+    """`worker_failures`: rank -> exception of the worker that failed, as in Ray Train's error.
+
+    That is the one whose process died, if one did, else the `first` that failed.
+    """
+
+    def __init__(self, first: int, failures: dict[int, Exception]) -> None:
+        from ray.exceptions import RayActorError
+
+        rank = next((rank for rank, error in failures.items() if isinstance(error, RayActorError)), first)
+        self.worker_failures = {rank: failures[rank]}
+        super().__init__(str(failures[rank]))
+
+
 class WarmWorker:
     """The actor of one worker."""
 
@@ -125,16 +140,28 @@ class WarmGroup:
         return group
 
     def train(self, arguments: dict[str, Any]) -> None:
-        """Train once with all workers; raises the exception of the first worker that fails."""
+        """Train once with all workers. Raises `GroupFailedError` if one fails."""
         import ray
+        from ray.exceptions import RayActorError
 
         self.idle = False
         store = ray.get(self.workers[0].open_store.remote())
         size = len(self.workers)
-        pending = [worker.train.remote(arguments, rank, size, store) for rank, worker in enumerate(self.workers)]
+        calls = {worker.train.remote(arguments, rank, size, store): rank for rank, worker in enumerate(self.workers)}
+        pending, failures = list(calls), dict[int, Exception]()
         while pending:
-            ended, pending = ray.wait(pending)
-            ray.get(ended)
+            ended, pending = ray.wait(pending, timeout=DEATH_S if failures else None)
+            for call in ended:
+                try:
+                    ray.get(call)
+                except Exception as error:
+                    failures[calls[call]] = error
+            # A process that dies breaks the connections of the others, which may be reported first.
+            died = any(isinstance(error, RayActorError) for error in failures.values())
+            if died or (failures and not ended):
+                break
+        if failures:
+            raise GroupFailedError(next(iter(failures)), failures)
         self.idle = True
 
     def shutdown(self) -> None:

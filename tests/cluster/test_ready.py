@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import sys
 import threading
 import time
@@ -17,6 +16,7 @@ from finhpc.cluster import ready as ray_ready
 from finhpc.cluster.ready import check_ray
 from finhpc.errors import ConfigError
 from tests.tiny import tiny_shards
+from tests.waiting import free_port
 
 
 @pytest.fixture(autouse=True)
@@ -26,12 +26,6 @@ def _plain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "TMPDIR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RAY_TMPDIR", "/tmp")
-
-
-def dead_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 @pytest.fixture
@@ -49,7 +43,7 @@ def test_a_healthy_machine_is_fine() -> None:
 
 @pytest.mark.parametrize("form", ["127.0.0.1:{}", "ray://127.0.0.1:{}", "localhost:{}"])
 def test_a_dead_cluster_is_named_at_once(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    address = form.format(dead_port())
+    address = form.format(free_port())
     monkeypatch.setenv("RAY_ADDRESS", address)
     monkeypatch.setattr(ray_ready, "ANSWER_S", 500.0)
     begin = time.monotonic()
@@ -99,7 +93,7 @@ def test_commands_say_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     import ray
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)  # another test of this process may have started one
-    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{dead_port()}")
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free_port()}")
     (tmp_path / "text.txt").write_text("The bank. " * 200)
     words = ["--data.seq_len", "32", "--method.rank", "8", "--run.storage", str(tmp_path / "runs")]
     for command in (

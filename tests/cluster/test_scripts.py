@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import free_port
+
 CLUSTER = Path(__file__).parents[2] / "cluster"
 BIN = Path(sys.executable).parent
 SCRIPTS = ("start.sh", "slurm.sbatch")
@@ -86,13 +88,6 @@ def start_fake(fake: Path, **more: str) -> subprocess.CompletedProcess[str]:
     ports = {f"{name}_PORT": str(free_port()) for name in ("RAY", "DASHBOARD", "CLIENT", "MLFLOW")}
     script = str(fake.parent / "cluster" / "start.sh")
     return start(**places | ports | {"PATH": str(fake), "SCRIPT": script} | more)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def left_running(storage: Path) -> bool:

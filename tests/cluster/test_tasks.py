@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -53,6 +54,23 @@ def test_a_workplace_keeps_work_of_the_same_settings_only(tmp_path: Path, capsys
     with pytest.raises(DataError), workplace(work, tmp_path, "b"):
         raise DataError("broken text")
     assert not work.exists()
+
+
+def test_a_task_that_still_writes_does_not_hide_why_the_work_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rmtree, late = shutil.rmtree, [True]
+
+    def remove(path: Path, ignore_errors: bool = False) -> None:
+        if not late:
+            rmtree(path, ignore_errors=ignore_errors)
+        elif late.pop() and not ignore_errors:
+            raise OSError("Directory not empty")
+
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    with pytest.raises(DataError, match="broken text"), workplace(tmp_path / "work", tmp_path, "a"):
+        raise DataError("broken text")
+    assert not (tmp_path / "work").exists()
 
 
 def test_a_workplace_is_for_one_process(tmp_path: Path) -> None:

@@ -7,22 +7,15 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from finhpc.training.journal import read
 from tests.runs.nodes import two_nodes
-from tests.runs.runs import CUT, FLAGS, PATIENCE_S, STEPS, assert_same_run, last_words, outcome, wait_for_step
+from tests.runs.runs import CUT, FLAGS, STEPS, assert_same_run, last_words, outcome, wait_for_step
 from tests.tiny import tiny_shards
-
-
-def wait_until(true: Callable[[], bool], what: str, storage: Path, timeout_s: float = PATIENCE_S) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not true():
-        assert time.monotonic() < deadline, f"{what}: {last_words(storage)}"
-        time.sleep(0.2)
+from tests.waiting import PATIENCE_S, wait_until
 
 
 @pytest.mark.slow
@@ -41,14 +34,14 @@ def test_a_pipeline_over_two_nodes_survives_the_loss_of_one(tmp_path: Path, requ
             lost = time.monotonic()
             nodes.lose(nodes.worker)
             wanted = "the workers wait for resources: they need 2 CPU, the cluster has 1"
-            wait_until(lambda: wanted in last_words(storage), "it says what it waits for", storage)
+            wait_until(lambda: wanted in last_words(storage), driver, storage / "stderr")
             said = time.monotonic() - lost
             time.sleep(float(os.environ.get("FINHPC_NODE_AWAY_S", "5")))
             assert driver.poll() is None, last_words(storage)
             nodes.start(nodes.worker)
             back = time.monotonic()
             before = len(starts(storage))
-            wait_until(lambda: len(starts(storage)) > before, "it goes on", storage)
+            wait_until(lambda: len(starts(storage)) > before, driver, storage / "stderr")
             resumed = time.monotonic() - back
             assert driver.wait(PATIENCE_S) == 0, last_words(storage)
         finally:
@@ -74,7 +67,7 @@ def test_a_sweep_of_pipelines_over_two_nodes_survives_the_loss_of_one(tmp_path: 
         driver = subprocess.Popen([*nodes.head.inside, *words], env=environment, stdout=log, stderr=log)
         try:
             begun = [trials / name for name in ("lr0.001", "lr0.002")]
-            wait_until(lambda: any(last_step(run) >= 20 for run in begun), "a trial takes steps", storage, 240)
+            wait_until(lambda: any(last_step(run) >= 20 for run in begun), driver, storage / "stderr")
             first = max(begun, key=last_step)
             assert [len(node.train_workers()) for node in (nodes.head, nodes.worker)] == [1, 1], "a stage on each node"
             nodes.lose(nodes.worker)

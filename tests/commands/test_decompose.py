@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from finhpc.settings.export import ExportConfig
 from finhpc.training.memory import counted_peak
 from tests.data.corpus import make_texts, write_jsonl
 from tests.models.dense import logits, saved, tiny_gpt2, tiny_llama, tiny_mistral, tiny_qwen2
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -262,11 +262,7 @@ def killed(folder: Path, config: DecomposeConfig, groups: int) -> None:
     with open(folder / "stderr", "ab") as log:
         process = subprocess.Popen([sys.executable, "-c", code, config.model_dump_json()], stderr=log, stdout=log)
     work = Path(config.out + ".partial")
-    deadline = time.monotonic() + 120
-    while len(list(work.glob("group-*.safetensors"))) < groups:
-        assert process.poll() is None, f"ended before it could be killed: {(folder / 'stderr').read_text()[-2000:]}"
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    wait_until(lambda: len(list(work.glob("group-*.safetensors"))) >= groups, process, folder / "stderr", pause_s=0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
 

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,25 @@ def nested(client: MlflowClient, parent: str) -> dict[str, Any]:
     found = {run.info.run_name.removeprefix("scores/"): run for run in runs}
     assert len(found) == len(runs)
     return found
+
+
+@contextmanager
+def all_cpus_in_use_except_one() -> Iterator[None]:
+    import ray
+
+    class User:
+        pass
+
+    deadline, total = time.monotonic() + 180, ray.cluster_resources()["CPU"]
+    while ray.available_resources().get("CPU", 0) < total:  # earlier workers have ended
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    user = ray.remote(num_cpus=total - 1)(User).remote()
+    ray.get(user.__ray_ready__.remote())
+    try:
+        yield
+    finally:
+        ray.kill(user)
 
 
 def test_models_and_tasks_are_scored_logged_and_not_computed_again(
@@ -89,12 +111,12 @@ def test_models_and_tasks_are_scored_logged_and_not_computed_again(
     evaluate(one, dry_run=True)
     assert "1 model x 1 task, 0 of 1 pair to score" in capfd.readouterr().err
 
-    # A model that cannot be opened does not keep the others from being scored.
+    # A model that cannot be opened does not keep the others from being scored, here by the one worker that has room.
     broken = write_model(tmp_path / "broken") / "model.safetensors"
     broken.write_bytes(broken.read_bytes()[:-100])
     models = [str(tmp_path / name) for name in ("broken", "first", "second")]
-    with pytest.raises(CheckpointError) as caught:
-        evaluate(settings(tmp_path, model=models, tasks=["fpb"]))
+    with all_cpus_in_use_except_one(), pytest.raises(CheckpointError) as caught:
+        evaluate(settings(tmp_path, model=models, tasks=["fpb"], workers=0))
     lines = str(caught.value).splitlines()
     assert lines[0].startswith("broken on fpb: ")
     assert "damaged" in lines[0]

@@ -14,17 +14,19 @@ import torch
 from mlflow import MlflowClient
 
 import finhpc
-from finhpc.commands.pretrain import pretrain
+from finhpc.commands.pretrain import Pretrain, pretrain
 from finhpc.data.shards.reader import ReplicaStream, local_stream
 from finhpc.data.shards.shards import Shards
 from finhpc.errors import ConfigError, RunBusyError, TrainingFailedError
 from finhpc.runs.folder import RunFolder
+from finhpc.runs.run import run
 from finhpc.settings.base import build
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.report import ReportConfig
 from finhpc.tracking.tags import PREFIX
 from finhpc.training.checkpoint import list_complete, read_stage
 from finhpc.training.journal import latest, read
+from tests.runs.runs import launch_quickly
 from tests.tiny import pretrain_tree, tiny_shards
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -48,9 +50,11 @@ def config(shards: Path, storage: Path, **sections: Any) -> PretrainConfig:
 
 
 @pytest.fixture(scope="module")
-def finished(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[PretrainConfig, dict[str, Any]]:
+def finished(
+    warm_workers: None, shards: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[PretrainConfig, dict[str, Any]]:
     settings = config(shards, tmp_path_factory.mktemp("runs"))
-    return settings, pretrain(settings)
+    return settings, run(Pretrain(settings), launch=launch_quickly)
 
 
 def test_the_report_tells_of_the_run_what_its_result_says(
@@ -115,17 +119,17 @@ def test_what_was_consumed_is_the_seeded_order(finished: tuple[PretrainConfig, d
 def test_mlflow_has_the_run(finished: tuple[PretrainConfig, dict[str, Any]]) -> None:
     _, result = finished
     client = MlflowClient(result["tracking_uri"])
-    run = client.get_run(result["mlflow_run_id"])
-    assert run.info.status == "FINISHED"
-    assert run.data.params["method.rank"] == "8"
-    assert run.data.metrics["val_loss"] == result["val_loss"]
-    history = client.get_metric_history(run.info.run_id, "train_loss")
+    recorded = client.get_run(result["mlflow_run_id"])
+    assert recorded.info.status == "FINISHED"
+    assert recorded.data.params["method.rank"] == "8"
+    assert recorded.data.metrics["val_loss"] == result["val_loss"]
+    history = client.get_metric_history(recorded.info.run_id, "train_loss")
     assert sorted(point.step for point in history) == list(range(1, 61))
-    assert run.data.tags[PREFIX + "dataset_fingerprint"]
-    assert next(iter(run.data.metrics)) == "val_loss"
-    assert not [key for key in run.data.tags if not key.startswith("mlflow.")]
-    (logged,) = run.inputs.dataset_inputs
-    assert run.data.tags[PREFIX + "dataset_fingerprint"].startswith(logged.dataset.digest)
+    assert recorded.data.tags[PREFIX + "dataset_fingerprint"]
+    assert next(iter(recorded.data.metrics)) == "val_loss"
+    assert not [key for key in recorded.data.tags if not key.startswith("mlflow.")]
+    (logged,) = recorded.inputs.dataset_inputs
+    assert recorded.data.tags[PREFIX + "dataset_fingerprint"].startswith(logged.dataset.digest)
 
 
 def test_the_model_opens_from_mlflow_in_a_fresh_process(finished: tuple[PretrainConfig, dict[str, Any]]) -> None:
@@ -162,6 +166,7 @@ def test_more_steps_continue_a_finished_run(shards: Path, tmp_path: Path) -> Non
     assert result["resumed_from_step"] == 10
 
 
+@pytest.mark.usefixtures("quick_training")
 def test_a_loss_that_is_not_finite_fails_the_run(shards: Path, tmp_path: Path) -> None:
     diverging = config(
         shards, tmp_path, optimizer={"lr": 1e30, "warmup_steps": 0, "grad_clip": 0}, train={"checkpoint_every": 1}
@@ -170,8 +175,8 @@ def test_a_loss_that_is_not_finite_fails_the_run(shards: Path, tmp_path: Path) -
         pretrain(diverging)
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["status"] == "failed"
-    run = MlflowClient(result["tracking_uri"]).get_run(result["mlflow_run_id"])
-    assert run.info.status == "FAILED"
+    recorded = MlflowClient(result["tracking_uri"]).get_run(result["mlflow_run_id"])
+    assert recorded.info.status == "FAILED"
     records, _ = read(tmp_path / "run" / "journal.jsonl")
     assert len([r for r in records if r["kind"] == "start"]) == 1, "must not be retried"
     for saved in list_complete(tmp_path / "run" / "checkpoints"):

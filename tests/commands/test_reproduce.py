@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from finhpc.settings.base import build, recipes
 from finhpc.settings.reproduce import Recipe, ReproduceConfig
 from finhpc.training.journal import read
 from tests.evaluation.tasks import write_data
+from tests.waiting import wait_until
 
 PRETRAIN: dict[str, Any] = {
     "model": {"preset": "gpt2-tiny", "layers": 2, "width": 32, "heads": 2, "context": 64},
@@ -244,19 +244,11 @@ def kill_in_second_step(tmp_path: Path, scale: str) -> bytes:
     with open(tmp_path / "log", "wb") as log:
         first = subprocess.Popen([*words, "--run.name", "r"], stdout=log, stderr=log, env=environment)
         try:
-            until(lambda: starts(storage, "r-second") > 0, first, tmp_path / "log")
+            wait_until(lambda: starts(storage, "r-second") > 0, first, tmp_path / "log")
         finally:
             first.kill()
             first.wait()
     return (storage / "r-dense" / "journal.jsonl").read_bytes()
-
-
-def until(done: Any, process: subprocess.Popen[bytes], log: Path, timeout_s: float = 240) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not done():
-        assert process.poll() is None, log.read_text()[-3000:]
-        assert time.monotonic() < deadline, log.read_text()[-3000:]
-        time.sleep(0.05)
 
 
 def test_figures_bear_the_plain_names_at_the_models_own_bits() -> None:

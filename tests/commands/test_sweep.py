@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from finhpc.commands.pretrain import pretrain
+from finhpc.commands.pretrain import Pretrain
 from finhpc.commands.report.runs import collect
 from finhpc.commands.report.store import all_runs, chosen_experiments
 from finhpc.commands.report.tables import _with_start
@@ -18,12 +18,14 @@ from finhpc.commands.sweep.command import sweep
 from finhpc.commands.sweep.plan import plan_sweep
 from finhpc.errors import ConfigError, RunBusyError
 from finhpc.runs.folder import RunFolder
+from finhpc.runs.run import run
 from finhpc.settings.base import build
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.sweep import SweepConfig
 from finhpc.tracking.describe import short_name
 from finhpc.tracking.tags import SCORED_FROM
 from finhpc.training.journal import read
+from tests.runs.runs import launch_quickly
 from tests.tiny import pretrain_tree
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -66,11 +68,11 @@ def test_a_sweep_trains_scores_nests_ranks_and_resumes(
     assert rounded["val_loss"] != plain["val_loss"]
     assert rounded["size_bytes"] == sum(file.stat().st_size for file in Path(rounded["model"]).glob("*.safetensors"))
 
-    # The training in Tune's actor is the training of `pretrain`, bit by bit.
+    # The training in Tune's actor is that of a run of its own, bit by bit.
     alone = tree(run_shards, tmp_path / "alone")
     del alone["sweep"]
     alone["optimizer"] = base["optimizer"] | {"lr": 1e-3}
-    assert pretrain(build(PretrainConfig, alone))["val_loss"] == plain["val_loss"]
+    assert run(Pretrain(build(PretrainConfig, alone)), launch=launch_quickly)["val_loss"] == plain["val_loss"]
 
     client = MlflowClient(result["tracking_uri"])
     (experiment,) = [found for found in client.search_experiments() if found.name == "finhpc"]

@@ -21,7 +21,8 @@ from mlflow import MlflowClient
 from finhpc.commands import ui
 from finhpc.training.journal import read
 from tests.runs.nodes import free_port
-from tests.runs.runs import PATIENCE_S, ray_process
+from tests.runs.runs import ray_process
+from tests.waiting import PATIENCE_S, wait_until
 
 STEPS = 60
 FLAGS = [
@@ -59,23 +60,19 @@ def ended(storage: Path) -> list[str]:
 
 def wait_for(storage: Path, process: subprocess.Popen[bytes], count: int) -> None:
     """Until `count` trials have ended and one more has taken steps since this start's own Ray is up."""
-    deadline = time.monotonic() + 500
-    while not any(p.name() == "raylet" for p in psutil.Process(process.pid).children(recursive=True)):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    family = psutil.Process(process.pid)
+    wait_until(lambda: any(p.name() == "raylet" for p in family.children(recursive=True)), process, storage / "stderr")
     since = time.time()
-    while time.monotonic() < deadline:
-        under_way = [
-            name
-            for name, records in trials(storage).items()
-            if name not in ended(storage)
-            and any(r["kind"] == "train" and r["step"] > 12 and r["time"] > since for r in records)
-        ]
-        if len(ended(storage)) >= count and under_way:
-            return
-        assert process.poll() is None, (storage / "stderr").read_text(errors="replace")[-3000:]
-        time.sleep(0.02)
-    raise AssertionError((storage / "stderr").read_text(errors="replace")[-3000:])
+
+    def under_way(name: str, records: list[dict[str, Any]]) -> bool:
+        trained = (r for r in records if r["kind"] == "train" and r["step"] > 12 and r["time"] > since)
+        return name not in ended(storage) and any(trained)
+
+    wait_until(
+        lambda: len(ended(storage)) >= count and any(under_way(*trial) for trial in trials(storage).items()),
+        process,
+        storage / "stderr",
+    )
 
 
 def actor(process: subprocess.Popen[bytes]) -> psutil.Process:
@@ -155,11 +152,7 @@ def test_mlflow_away_in_the_middle(run_shards: Path, tmp_path: Path) -> None:
         wait_for(tmp_path, process, 1)
         before = ended(tmp_path)
         os.killpg(server.pid, signal.SIGKILL)
-        deadline = time.monotonic() + 300
-        while len(ended(tmp_path)) < len(before) + 2:
-            assert process.poll() is None, (tmp_path / "stderr").read_text(errors="replace")[-3000:]
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
+        wait_until(lambda: len(ended(tmp_path)) >= len(before) + 2, process, tmp_path / "stderr")
         with mlflow_server(tmp_path, port):
             assert process.wait(PATIENCE_S) == 0, (tmp_path / "stderr").read_text(errors="replace")[-3000:]
             client = MlflowClient(address)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,14 +14,10 @@ from pathlib import Path
 
 import psutil
 
+from tests.waiting import free_port, wait_until
+
 RAY = str(Path(sys.executable).parent / "ray")
 SUBNET = "10.213.7"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def ray_environment(home: Path) -> dict[str, str]:
@@ -97,11 +91,8 @@ class TwoNodes:
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=300)
         return int(done.stdout.split()[-1]) if done.returncode == 0 and done.stdout.strip() else 0
 
-    def wait_for_cpus(self, count: int, timeout_s: float = 300) -> None:
-        deadline = time.monotonic() + timeout_s
-        while self.cpus() != count:
-            assert time.monotonic() < deadline, (self.folder / "ray.log").read_text()[-3000:]
-            time.sleep(0.5)
+    def wait_for_cpus(self, count: int) -> None:
+        wait_until(lambda: self.cpus() == count, log=self.folder / "ray.log", pause_s=0.5)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The command as a process of its own, with a Ray of its own: start it, watch it, find its workers, compare runs."""
+"""`finhpc pretrain` as a process with its own Ray, or by warm workers: start it, watch it, compare what it gave."""
 
 from __future__ import annotations
 
@@ -6,19 +6,30 @@ import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from finhpc.cli import parse
+from finhpc.commands.pretrain import Pretrain
+from finhpc.files import file_sha256
+from finhpc.runs.folder import RunFolder
+from finhpc.runs.job import Job
+from finhpc.runs.launch import launch_here
+from finhpc.runs.launch_warm import launch_warm
+from finhpc.runs.run import run
+from finhpc.settings.base import load
+from finhpc.settings.pretrain import PretrainConfig
 from finhpc.training.journal import latest, read
+from tests import waiting
+from tests.waiting import wait_until
 
 STEPS = 120
 HALTED_STEP = 30  # whose save `tests.runs.pauses` halts
-PATIENCE_S = 500.0  # for a command to end, on a machine however loaded
 FLAGS = [
     *("--model.preset", "gpt2-tiny", "--model.layers", "3", "--model.width", "32", "--model.context", "64"),
     *("--model.dropout", "0.1", "--method.rank", "8", "--data.seq_len", "32", "--data.eval_samples", "16"),
@@ -35,14 +46,12 @@ CUT = {"stages": 2, "kinds": PARTS, "costs_s": [1.0] * len(PARTS), "borders": [0
 def command(
     storage: Path, shards: Path, *more: str, flags: Sequence[str] = FLAGS, **variables: str
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """`finhpc pretrain` with its own Ray and home; its words in `storage/stderr`; killed on leaving."""
-    words = [sys.executable, "-m", "finhpc.cli", "pretrain", *flags, "--data.shards", str(shards)]
-    words += ["--run.storage", str(storage), "--run.name", "run", *more]
+    """`finhpc pretrain` with its own Ray and home; its messages are in `storage/stderr`; killed on leaving."""
+    words = [sys.executable, "-m", "finhpc.cli", "pretrain", *words_of(storage, shards, flags, more)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | variables
     environment["HOME"] = str(storage)
-    if flags is FLAGS and not (kept := storage / "run" / "stages.json").exists():
-        kept.parent.mkdir(exist_ok=True)
-        kept.write_text(json.dumps(CUT))
+    if flags is FLAGS:
+        write_cut(storage)
     with open(storage / "stderr", "ab") as log:
         process = subprocess.Popen(words, stdout=log, stderr=log, env=environment)
         try:
@@ -50,6 +59,32 @@ def command(
         finally:
             process.kill()
             process.wait()
+
+
+def words_of(storage: Path, shards: Path, flags: Sequence[str], more: Sequence[str]) -> list[str]:
+    return [*flags, "--data.shards", str(shards), "--run.storage", str(storage), "--run.name", "run", *more]
+
+
+def write_cut(storage: Path) -> None:
+    """Give the run its stages, unless it has them."""
+    if not (kept := storage / "run" / "stages.json").exists():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(CUT))
+
+
+def train_warm(storage: Path, shards: Path, *more: str, poll: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """Train the same run by warm workers of this process's Ray; return its result."""
+    write_cut(storage)
+    config = load(PretrainConfig, None, parse(words_of(storage, shards, FLAGS, more), PretrainConfig)[1])
+    return run(Pretrain(config), launch=partial(launch_warm, poll=poll))
+
+
+def launch_quickly(job: Job, folder: RunFolder, cuda: bool) -> None:
+    """Train in this process, or by workers that stay for the next run."""
+    if job.config.parallel.workers == 1:
+        launch_here(job, folder, cuda, on_eval=lambda record: None)
+    else:
+        launch_warm(job, folder, cuda, poll=lambda: None)
 
 
 def outcome(storage: Path) -> dict[str, Any]:
@@ -60,24 +95,23 @@ def outcome(storage: Path) -> dict[str, Any]:
         "norms": {step: r["grad_norm"] for step, r in latest(records, "train").items()},
         "eval": {step: r["val_loss"] for step, r in latest(records, "eval").items()},
         "consumed": result["consumed_sha256"],
+        "model": {file.name: file_sha256(file) for file in (storage / "run" / "model").glob("*.safetensors")},
         "starts": [r["step"] for r in records if r["kind"] == "start"],
         "status": result["status"],
     }
 
 
-def wait_for_step(storage: Path, step: int, process: subprocess.Popen[bytes], timeout_s: float = PATIENCE_S) -> None:
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        records, _ = read(storage / "run" / "journal.jsonl")
-        if any(r["kind"] == "train" and r["step"] >= step for r in records):
-            return
-        assert process.poll() is None, last_words(storage)
-        time.sleep(0.02)
-    raise AssertionError(f"step {step} was not reached: {(storage / 'stderr').read_text()[-3000:]}")
+def wait_for_step(storage: Path, step: int, process: subprocess.Popen[bytes]) -> None:
+    wait_for_record(storage, process, lambda record: record["kind"] == "train" and record["step"] >= step)
+
+
+def wait_for_record(storage: Path, process: subprocess.Popen[bytes], wanted: Callable[[dict[str, Any]], bool]) -> None:
+    journal = storage / "run" / "journal.jsonl"
+    wait_until(lambda: any(map(wanted, read(journal)[0])), process, storage / "stderr")
 
 
 def last_words(storage: Path) -> str:
-    return (storage / "stderr").read_text(errors="replace")[-3000:]
+    return waiting.last_words(storage / "stderr")
 
 
 def train_workers(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
@@ -100,6 +134,6 @@ def ray_process(process: subprocess.Popen[bytes], name: str) -> psutil.Process:
 def assert_same_run(resumed: dict[str, Any], unbroken: dict[str, Any]) -> None:
     assert resumed["status"] == "finished"
     assert len(unbroken["train"]) == STEPS
-    for what in ("train", "norms", "eval"):
+    assert len(unbroken["model"]) > 0
+    for what in ("train", "norms", "eval", "consumed", "model"):
         assert resumed[what] == unbroken[what], what  # bit-equal: floats round-trip through the journal
-    assert resumed["consumed"] == unbroken["consumed"]

@@ -17,8 +17,9 @@ from finhpc.errors import TrainingFailedError
 from finhpc.settings.base import build
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.training.journal import read
-from tests.runs.runs import PATIENCE_S, assert_same_run, command, last_words, outcome, train_workers, wait_for_step
+from tests.runs.runs import assert_same_run, command, last_words, outcome, train_workers, wait_for_step
 from tests.tiny import pretrain_tree, tiny_shards
+from tests.waiting import PATIENCE_S
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import subprocess
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,17 +23,18 @@ from finhpc.training.checkpoint import MANIFEST, list_complete
 from finhpc.training.journal import read
 from tests.runs.runs import (
     HALTED_STEP,
-    PATIENCE_S,
     assert_same_run,
     command,
     last_words,
     outcome,
     ray_process,
     train_workers,
+    wait_for_record,
     wait_for_step,
 )
 from tests.runs.storm import storm, table
 from tests.tiny import pretrain_tree
+from tests.waiting import PATIENCE_S, wait_until
 
 PAUSES = ("--plugins", "tests.runs.pauses")
 
@@ -43,66 +44,50 @@ def errors(storage: Path) -> list[str]:
     return [line for line in (storage / "stderr").read_text().splitlines() if line.startswith("error: ")]
 
 
-def test_workers_that_hang_are_found_shown_and_replaced(
-    run_shards: Path, unbroken: dict[str, Any], tmp_path: Path
-) -> None:
-    with command(tmp_path, run_shards, "--train.hang_timeout_s", "15", *PAUSES) as process:
-        wait_for_step(tmp_path, 33, process)
-        first = train_workers(process)[1]
-        first.suspend()
-        wait_for_end(tmp_path, process)
-        last = train_workers(process)[0]
-        last.suspend()
-        assert process.wait(PATIENCE_S) == 0, last_words(tmp_path)
-        for victim in (first, last):
-            assert not victim.is_running(), "a stopped process was ended, though it could not end itself"
-    resumed = outcome(tmp_path)
-    assert len(resumed["starts"]) == 2, "nobody starts again for a worker that hangs when all is done"
-    assert resumed["starts"][1] >= 30
-    assert_same_run(resumed, unbroken)
-    # `last` leaves an empty one where it was stopped before its watchdog was.
-    (stacks,) = [path for path in (tmp_path / "run" / "stacks").glob("*.txt") if path.stat().st_size]
-    assert "made no progress for 15 s (train.hang_timeout_s=15)" in stacks.read_text()
-    assert "in train_step" in stacks.read_text(), "it stood in a step, waiting for its neighbour"
-    assert f"its stacks are in {stacks}" in (tmp_path / "stderr").read_text()
+def wait_for_manifest(storage: Path, step: int, process: subprocess.Popen[bytes]) -> None:
+    manifest = storage / "run" / "checkpoints" / f"step_{step:08d}" / MANIFEST
+    wait_until(manifest.exists, process, storage / "stderr", pause_s=0.001)
 
 
-def wait_for_end(storage: Path, process: subprocess.Popen[bytes]) -> None:
-    """Until the workers wrote that they are done; with `PAUSES` they are still there then."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not any(record["kind"] == "finished" for record in read(storage / "run" / "journal.jsonl")[0]):
-        assert process.poll() is None, last_words(storage)
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def wait_for_file(file: Path, storage: Path, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not file.exists():
-        assert process.poll() is None, last_words(storage)
-        assert time.monotonic() < deadline
-        time.sleep(0.0002)
-
-
-def test_workers_killed_in_a_save_and_right_after_one(
+def test_a_run_killed_in_a_save_and_workers_that_hang_or_are_killed(
     run_shards: Path, unbroken: dict[str, Any], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "halt").touch()
-    with command(tmp_path, run_shards, *PAUSES) as process:
-        wait_for_file(run / "halted", tmp_path, process)
+    more = ("--train.hang_timeout_s", "15", *PAUSES)
+    with command(tmp_path, run_shards, *more) as process:
+        wait_until((run / "halted").exists, process, tmp_path / "stderr")
+        assert (tmp_path / ".ray" / "auth_token").stat().st_mode & 0o077 == 0, "the token is the user's alone"
         halfway = run / "checkpoints" / f"step_{HALTED_STEP:08d}"
         assert list(halfway.glob("*.safetensors"))
         assert not (halfway / MANIFEST).exists()
+        process.kill()
+        assert process.wait(PATIENCE_S) == -signal.SIGKILL
+    with command(tmp_path, run_shards, *more) as process:
+        wait_for_manifest(tmp_path, 45, process)
+        hung = train_workers(process)[1]
+        hung.suspend()
+        wait_for_manifest(tmp_path, 90, process)
+        assert not hung.is_running(), "it was ended, though it could not end itself"
         train_workers(process)[0].kill()
-        wait_for_file(run / "checkpoints" / "step_00000090" / MANIFEST, tmp_path, process)
-        train_workers(process)[0].kill()
+        # With `PAUSES` the workers are still there when they wrote that they are done.
+        wait_for_record(tmp_path, process, lambda record: record["kind"] == "finished")
+        last = train_workers(process)[0]
+        last.suspend()
         assert process.wait(PATIENCE_S) == 0, last_words(tmp_path)
+        assert not last.is_running()
     resumed = outcome(tmp_path)
-    assert resumed["starts"][:2] == [0, HALTED_STEP - 15]
-    assert resumed["starts"][2] >= 90
+    first, second, third, fourth = resumed["starts"]  # none for the worker that hung when all was done
+    assert (first, second) == (0, HALTED_STEP - 15)
+    assert third >= 45
+    assert fourth >= 90
     assert_same_run(resumed, unbroken)
+    # `last` leaves an empty file if it was stopped before its watchdog was.
+    (stacks,) = [path for path in (run / "stacks").glob("*.txt") if path.stat().st_size]
+    assert "made no progress for 15 s (train.hang_timeout_s=15)" in stacks.read_text()
+    assert "in train_step" in stacks.read_text(), "it stood in a step, waiting for its neighbor"
+    assert f"its stacks are in {stacks}" in (tmp_path / "stderr").read_text()
 
 
 @pytest.mark.slow

@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.runs.nodes import RAY, free_port, ray_environment
+from tests.runs.nodes import RAY, ray_environment
 from tests.tiny import tiny_shards
+from tests.waiting import free_port, wait_until
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 16 * 2**20  # of a submission, in bytes; Ray's own is 512 MiB
@@ -140,10 +140,8 @@ def test_a_stopped_job_frees_its_workers_and_marks_its_run(cluster: Cluster) -> 
     name = re.search(r"raysubmit_\w+", sent.stdout)
     assert sent.returncode == 0, sent.stderr
     assert name is not None
-    folder, deadline = cluster.storage / "runs" / "stopped", time.monotonic() + 300
-    while not list(folder.glob("checkpoints/step_*")):
-        assert time.monotonic() < deadline, cluster.ray("logs", name[0]).stdout[-3000:]
-        time.sleep(0.2)
+    folder = cluster.storage / "runs" / "stopped"
+    wait_until(lambda: list(folder.glob("checkpoints/step_*")))
     assert train_workers(cluster) == 2
     stopped = cluster.ray("stop", name[0])
     assert stopped.returncode == 0, stopped.stderr
@@ -151,10 +149,7 @@ def test_a_stopped_job_frees_its_workers_and_marks_its_run(cluster: Cluster) -> 
     assert "resumes from the checkpoint of step" in cluster.ray("logs", name[0]).stdout
     assert json.loads((folder / "result.json").read_text())["status"] == "killed"
     assert mlflow_status(cluster, "stopped") == "KILLED"
-    deadline = time.monotonic() + 180
-    while train_workers(cluster):
-        assert time.monotonic() < deadline, "its workers are gone"
-        time.sleep(0.2)
+    wait_until(lambda: not train_workers(cluster))
 
 
 def test_a_submission_above_the_limit_says_what_to_leave_out(cluster: Cluster) -> None:

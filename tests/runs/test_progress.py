@@ -8,7 +8,6 @@ import pty
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from finhpc.runs.result import compare_command
 from finhpc.settings.base import build
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.training.journal import Journal
+from tests.waiting import wait_until
 
 SHOW = """
 import logging, sys, time
@@ -111,9 +111,7 @@ def test_a_checkpoint_that_was_held_back_is_told_in_time(tmp_path: Path) -> None
     screen = io.StringIO()
     with Progress(300, tmp_path, screen, checkpoint_line_every_s=0.2) as progress:
         progress.show(_checkpoints(range(1, 4)))
-        deadline = time.monotonic() + 180
-        while "step 3" not in screen.getvalue() and time.monotonic() < deadline:
-            time.sleep(0.02)
+        wait_until(lambda: "step 3" in screen.getvalue())
         told = ["checkpoint of step 1: checkpoints/1", "checkpoint of step 3: checkpoints/3"]
         assert screen.getvalue().splitlines() == told
     assert screen.getvalue().splitlines() == told  # nothing was left for the end
@@ -135,9 +133,7 @@ def test_it_follows_the_journal_from_now_on(tmp_path: Path) -> None:
     with Progress(10, tmp_path, screen):
         journal.write("message", text="from the worker")
         Journal(tmp_path / "driver.jsonl").write("message", text="from the driver")
-        deadline = time.monotonic() + 180
-        while "driver" not in screen.getvalue() and time.monotonic() < deadline:
-            time.sleep(0.02)
+        wait_until(lambda: "driver" in screen.getvalue())
         assert sorted(screen.getvalue().splitlines()) == ["from the driver", "from the worker"]
         journal.write("message", text="last")
     assert screen.getvalue().splitlines()[-1] == "last"

@@ -12,7 +12,10 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.runs.runs import PATIENCE_S, assert_same_run, command, last_words, outcome, train_workers, wait_for_step
+from tests.runs.runs import assert_same_run, command, last_words, outcome, train_workers, wait_for_step
+from tests.waiting import PATIENCE_S
+
+pytestmark = pytest.mark.slow  # `test_faults` kills a command and workers at fixed points
 
 
 def random_step() -> int:
@@ -21,11 +24,6 @@ def random_step() -> int:
     return step
 
 
-def test_rays_token_is_the_users_alone(unbroken: dict[str, Any]) -> None:
-    assert unbroken["token_mode"] & 0o077 == 0
-
-
-@pytest.mark.slow  # test_faults kills workers in a save and right after one
 def test_a_killed_worker_is_restarted_and_nothing_changes(
     run_shards: Path, unbroken: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -41,7 +39,7 @@ def test_a_killed_worker_is_restarted_and_nothing_changes(
     assert_same_run(resumed, unbroken)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_stopped_driver_resumes_with_the_same_command(
     number: signal.Signals, run_shards: Path, unbroken: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -59,7 +57,6 @@ def test_a_stopped_driver_resumes_with_the_same_command(
     assert_same_run(resumed, unbroken)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("after_s", "gap_s"), [(0.3, 0.5), (2, 1.5), (6, 0.3), (9, 1)])
 def test_two_ctrl_c_while_it_starts_leave_nothing_and_the_run_resumes(
     after_s: float, gap_s: float, run_shards: Path, unbroken: dict[str, Any], tmp_path: Path
@@ -83,7 +80,6 @@ def test_two_ctrl_c_while_it_starts_leave_nothing_and_the_run_resumes(
     assert_same_run(outcome(tmp_path), unbroken)
 
 
-@pytest.mark.slow
 def test_a_run_goes_on_to_the_same_numbers_with_another_recomputation(
     run_shards: Path, unbroken: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -100,7 +96,6 @@ def test_a_run_goes_on_to_the_same_numbers_with_another_recomputation(
     assert_same_run(resumed, unbroken)
 
 
-@pytest.mark.slow
 def test_another_number_of_stages_resumes_within_rounding(run_shards: Path, tmp_path: Path) -> None:
     without_dropout = ("--model.dropout", "0")
     (tmp_path / "one").mkdir()

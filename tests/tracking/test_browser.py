@@ -6,10 +6,8 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from finhpc.tracking.describe import Dataset, Description, parameters
 from finhpc.tracking.tags import PARENT, SWEEP, setting_tags
 from finhpc.tracking.tracker import Tracker
 from finhpc.training.journal import Journal
+from tests.waiting import free_port, wait_until
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 SHARDS = Dataset("news/shards", "ab" * 32, "/data/news/shards")
@@ -76,18 +75,12 @@ def ui(storage: Path) -> Iterator[Any]:
     started = []
 
     def run(name: str) -> list[str]:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         words = ["ui", "--run.storage", str(storage), "--run.name", name, "--port", str(port)]
         log = storage / f"{name}.log"
         with open(log, "wb") as file:
             started.append(subprocess.Popen([sys.executable, "-m", "finhpc.cli", *words], stderr=file, stdout=file))
-        deadline = time.monotonic() + 300
-        while "Ctrl-C" not in log.read_text():
-            assert time.monotonic() < deadline, log.read_text()
-            assert started[-1].poll() is None, log.read_text()
-            time.sleep(0.2)
+        wait_until(lambda: "Ctrl-C" in log.read_text(), started[-1], log)
         return log.read_text().splitlines()
 
     yield run

@@ -33,6 +33,7 @@ from finhpc.tracking.tags import PARENT, setting_tags
 from finhpc.tracking.tracker import Tracker
 from finhpc.training.journal import Journal
 from tests.tiny import pretrain_tree
+from tests.waiting import wait_until
 
 
 def pretraining(**sections: Any) -> PretrainConfig:
@@ -297,9 +298,7 @@ def test_an_experiment_deleted_under_a_run_ends_it_without_waiting(tmp_path: Pat
     said: list[str] = []
     (tmp_path / "one").mkdir()
     tracker = Tracker(Description(tmp_path / "one", uri, "gone", "one", {}, {})).start()
-    deadline = time.monotonic() + 180
-    while tracker.run_id is None and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until(lambda: tracker.run_id)
     client = MlflowClient(uri)
     experiment = client.get_run(tracker.run_id or "").info.experiment_id
     client.delete_experiment(experiment)

@@ -12,7 +12,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from finhpc.tracking.store import artifact_location
 from finhpc.tracking.tags import PREFIX
 from finhpc.tracking.tracker import Tracker
 from finhpc.training.journal import Journal
+from tests.waiting import free_port, wait_until
 
 LOSSES = {step: math.sin(step) / 3 + 5.0 for step in range(1, 2001)}
 
@@ -81,19 +82,6 @@ def _client(storage: Path) -> MlflowClient:
 
 def _runs(client: MlflowClient) -> list[Any]:
     return list(client.search_runs([e.experiment_id for e in client.search_experiments()]))
-
-
-def _until(condition: Callable[[], Any], seconds: float = 180) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_a_run_from_start_to_end(storage: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -203,7 +191,7 @@ def test_a_run_that_goes_on_is_running(storage: Path) -> None:
     assert _tracker(storage).finish("FINISHED", {"steps": 3})
     _write_steps(storage / "one", range(4, 6))
     again = _tracker(storage)
-    _until(lambda: _client(storage).get_run(again.run_id or "").info.status == "RUNNING")
+    wait_until(lambda: _client(storage).get_run(again.run_id or "").info.status == "RUNNING")
     assert again.finish("FINISHED", {"steps": 5})
 
 
@@ -306,7 +294,7 @@ def test_system_metrics_go_the_same_way(storage: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(tracking, "SAMPLE_S", 0.05)
     for expected in (1, 4):  # a resumed run counts on
         tracker = _tracker(storage)
-        _until(lambda need=expected: (storage / "one" / "driver.jsonl").read_bytes().count(b"\n") >= need + 2)
+        wait_until(lambda need=expected: (storage / "one" / "driver.jsonl").read_bytes().count(b"\n") >= need + 2)
         assert tracker.finish("FAILED", {})
     key = "system/cpu_utilization_percentage"
     steps = [step for step, _ in _history(_client(storage), tracker.run_id or "", key)]
@@ -337,22 +325,22 @@ def _kill(server: subprocess.Popen[bytes]) -> None:
 def test_a_server_that_is_down_then_up_then_killed(
     storage: Path, servers: list[subprocess.Popen[bytes]], capsys: pytest.CaptureFixture[str], said: list[str]
 ) -> None:
-    port = _free_port()
+    port = free_port()
     uri, folder, client = f"http://127.0.0.1:{port}", storage / "one", _client(storage)
     tracker = _tracker(storage, uri, params={"empty": "", "none": None})
     _write_steps(folder, range(1, 101))
-    _until(lambda: said)
+    wait_until(lambda: said)
     assert said[0].startswith(f"MLflow at {uri} does not accept metrics (Connection refused); training continues")
     assert _runs(client) == []
 
     servers.append(_serve(storage, port))
-    _until(lambda: len(_runs(client)) == 1 and _history(client, tracker.run_id or "", "train_loss")[-1:] != [])
-    _until(lambda: len(_history(client, tracker.run_id or "", "train_loss")) == 100)
-    _until(lambda: said[1:] == [f"MLflow at {uri} is back; the metrics are being sent."])
+    wait_until(lambda: len(_runs(client)) == 1 and _history(client, tracker.run_id or "", "train_loss")[-1:] != [])
+    wait_until(lambda: len(_history(client, tracker.run_id or "", "train_loss")) == 100)
+    wait_until(lambda: said[1:] == [f"MLflow at {uri} is back; the metrics are being sent."])
 
     _kill(servers[-1])
     _write_steps(folder, range(101, 201))
-    _until(lambda: len(said) == 3)
+    wait_until(lambda: len(said) == 3)
     begin = time.monotonic()
     assert not tracker.finish("FINISHED", {"steps": 200}, timeout_s=2)
     assert time.monotonic() - begin < 60
@@ -389,24 +377,24 @@ def test_a_server_that_stalls_gets_each_step_once(
 ) -> None:
     """It answers after the client has given up: what it took before that is not taken twice."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
-    port = _free_port()
+    port = free_port()
     servers.append(_serve(storage, port))
     tracker = _tracker(storage, f"http://127.0.0.1:{port}")
-    _until(lambda: tracker.run_id)
+    wait_until(lambda: tracker.run_id)
     folder = storage / "one"
     for last in (300, 600, 900):
         os.killpg(servers[-1].pid, signal.SIGSTOP)
         _write_steps(folder, range(last - 299, last + 1))
-        _until(lambda: said and "does not accept metrics" in said[-1])
+        wait_until(lambda: said and "does not accept metrics" in said[-1])
         os.killpg(servers[-1].pid, signal.SIGCONT)
-        _until(lambda: "is back" in said[-1])
+        wait_until(lambda: "is back" in said[-1])
     assert tracker.finish("FINISHED", {"steps": 900})
     assert _history(_client(storage), tracker.run_id or "", "train_loss") == [(s, LOSSES[s]) for s in range(1, 901)]
 
 
 def test_a_database_that_is_locked_for_a_while_gets_each_step_once(storage: Path) -> None:
     tracker = _tracker(storage)
-    _until(lambda: tracker.run_id)
+    wait_until(lambda: tracker.run_id)
     with sqlite3.connect(storage / "mlflow.db") as other:
         other.execute("BEGIN EXCLUSIVE")
         _write_steps(storage / "one", range(1, 101))
@@ -419,11 +407,11 @@ def test_a_database_that_is_locked_for_a_while_gets_each_step_once(storage: Path
 @pytest.mark.slow
 def test_a_database_that_is_locked_for_long_is_said_and_gets_each_step_once(storage: Path, said: list[str]) -> None:
     tracker = _tracker(storage)
-    _until(lambda: tracker.run_id)
+    wait_until(lambda: tracker.run_id)
     with sqlite3.connect(storage / "mlflow.db") as other:
         other.execute("BEGIN EXCLUSIVE")
         _write_steps(storage / "one", range(1, 101))
-        _until(lambda: said)
+        wait_until(lambda: said)
         other.rollback()
     assert "database is locked" in said[0]
     assert tracker.finish("FINISHED", {"steps": 100})
@@ -433,11 +421,11 @@ def test_a_database_that_is_locked_for_long_is_said_and_gets_each_step_once(stor
 def test_a_database_deleted_under_the_run_is_made_anew_with_every_step(storage: Path, said: list[str]) -> None:
     tracker = _tracker(storage)
     _write_steps(storage / "one", range(1, 51))
-    _until(lambda: tracker.run_id and len(_history(_client(storage), tracker.run_id, "train_loss")) == 50)
+    wait_until(lambda: tracker.run_id and len(_history(_client(storage), tracker.run_id, "train_loss")) == 50)
     first = tracker.run_id
     (storage / "mlflow.db").unlink()
     _write_steps(storage / "one", range(51, 101))
-    _until(lambda: said and "is back" in said[-1])
+    wait_until(lambda: said and "is back" in said[-1])
     assert "mlflow.db was deleted or replaced" in said[0]
     assert tracker.finish("FINISHED", {"steps": 100})
     assert tracker.run_id != first
@@ -459,9 +447,9 @@ def test_names_with_path_separators_stay_names(storage: Path) -> None:
 
 
 def test_passwords_reach_neither_screen_nor_disk(storage: Path, said: list[str]) -> None:
-    uri = f"http://me:hunter2@127.0.0.1:{_free_port()}/?token=hunter2"
+    uri = f"http://me:hunter2@127.0.0.1:{free_port()}/?token=hunter2"
     tracker = _tracker(storage, uri, params={"run.tracking_uri": uri}, tags={"uri": uri})
-    _until(lambda: said)
+    wait_until(lambda: said)
     assert not tracker.finish("FAILED", {"steps": 0, "tracking_uri": uri}, timeout_s=1)
     written = [path.read_text() for path in (storage / "one").iterdir()]
     assert any("127.0.0.1" in text for text in written)

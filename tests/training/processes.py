@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
-import socket
 import tempfile
 from collections.abc import Callable
 from multiprocessing import forkserver
@@ -14,6 +13,8 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+
+from tests.waiting import free_port
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["torch", "transformers", "deepspeed", "finhpc.training.engine"])
@@ -38,9 +39,7 @@ def _child(function: Callable[..., Any], rank: int, world_size: int, port: int, 
 
 def run_processes(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 500) -> list[Any]:
     """Results of `function(*args)` in rank order. `function` must be importable."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with patch.dict(os.environ, DS_ACCELERATOR="cpu"):  # read when DeepSpeed is imported, there
         forkserver.ensure_running()
     with tempfile.TemporaryDirectory() as folder:

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from finhpc.cluster.connect import cluster_resources, places, ray_cluster, use_cuda
+from finhpc.cluster.connect import cluster_resources, places, ray_cluster, room_in, use_cuda
 from finhpc.cluster.package import Driver
 from finhpc.cluster.tasks import WorkerDiedError, completed
 from finhpc.commands.evaluate.report import log_to_mlflow, summary
@@ -138,9 +138,12 @@ def _score_all(config: EvaluateConfig, pending: list[Pair]) -> list[Failure]:
     import ray
 
     resources, cuda = config.resources, use_cuda(config.resources, cluster_resources())
-    room = places(resources, cuda, config.workers)
+    places(resources, cuda, config.workers)  # raises if the workers can never start
+    free = room_in(ray.available_resources(), resources, cuda)
+    if not free:
+        log.info("all CPUs or GPUs of the cluster are in use; scoring begins when a worker can start.")
     actor = ray.remote(num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker if cuda else 0)(Scorer)
-    number = min(config.workers or room, len(pending))
+    number = min(config.workers or max(free, 1), len(pending))
     # Each actor with the name of the model that it has open.
     workers: dict[Any, str | None] = {actor.remote(config, cuda, Driver.here()): None for _ in range(number)}
     idle, waiting, failed = list(workers), list(pending), []

@@ -143,28 +143,26 @@ def _joined(values: Iterable[str | None]) -> str:
 
 def _no_drop(dense: Row, row: Row) -> Claim:
     """The scores, if there are any, and the validation loss."""
-    shared = [task for task in GENERAL if dense.values[task] and row.values[task]]
-    of_paper = ""
-    if dense.paper and row.paper:
-        changes = [row.paper.values[task] - dense.paper.values[task] for task in GENERAL]
-        of_paper = " / ".join(f"{change:+.1f}" for change in changes) + " points"
-    loss, base = row.values["val_loss"], dense.values["val_loss"]
-    changes_of_ours, good = [], []
-    for task in shared:
+    assert dense.paper is not None
+    assert row.paper is not None
+    of_paper = [f"{row.paper.values[task] - dense.paper.values[task]:+.1f}" for task in GENERAL]
+    ours, good = [], []
+    for task in [task for task in GENERAL if dense.values[task] and row.values[task]]:
         change = _mean_of(row, task) - _mean_of(dense, task)
-        changes_of_ours.append(f"{NAMES[task]} {change:+.1f}")
+        ours.append(f"{NAMES[task]} {change:+.1f}")
         good.append(change >= 0)
-    if loss and base:
-        changes_of_ours.append(f"validation loss {loss.mean - base.mean:+.3f}")
-        good.append(loss.mean <= base.mean)
+    if row.values["val_loss"] and dense.values["val_loss"]:
+        change = _mean_of(row, "val_loss") - _mean_of(dense, "val_loss")
+        ours.append(f"validation loss {change:+.3f}")
+        good.append(change <= 0)
     outcome: Verdict = (
         "not measured" if not good else "holds" if all(good) else "in part" if any(good) else "does not hold"
     )
     return Claim(
         "No loss of quality",
         _at(row),
-        of_paper,
-        ", ".join(changes_of_ours) or "-",
+        " / ".join(of_paper) + " points",
+        ", ".join(ours) or "-",
         outcome,
         "BoolQ, PIQA, WinoGrande and validation loss, low-rank minus dense; holds if no measured figure is worse",
     )
@@ -186,9 +184,9 @@ def _method_2(found: Collected, tables: dict[str, Table]) -> Iterator[Claim]:
         if both:
             break
     if not both:
-        needs = "needs methods 1 and 2 at one scale and rank"
-        yield Claim(ends, "-", "yes (figure 6)", "-", "not measured", needs)
-        yield Claim(sooner, "-", "yes (figure 6)", "-", "not measured", needs)
+        for claim in (ends, sooner):
+            needs = "needs methods 1 and 2 at one scale and rank"
+            yield Claim(claim, "-", "yes (figure 6)", "-", "not measured", needs)
         return
     curves = [[mean_curve(found.curves(row.runs, "val_loss")) for row in pair] for pair in both]
     pairs = [(one, first, second) for (one, _), (first, second) in zip(both, curves, strict=True) if first and second]

@@ -17,7 +17,7 @@ from finhpc.commands.report.claims import make_claims
 from finhpc.commands.report.figures import make_figures
 from finhpc.commands.report.page import page_of
 from finhpc.commands.report.runs import Collected, collect
-from finhpc.commands.report.store import all_runs, chosen_experiments, open_store, reading
+from finhpc.commands.report.store import all_runs, chosen_experiments, open_store
 from finhpc.commands.report.tables import make_tables
 from finhpc.errors import ConfigError
 from finhpc.files import redact, write_atomic, write_csv, write_json
@@ -34,15 +34,13 @@ def report(config: ReportConfig, dry_run: bool = False) -> dict[str, Any]:
     `FinhpcError` for a server that does not answer.
     """
     began = time.perf_counter()
-    run = config.run
-    uri = run.mlflow_uri
+    uri = config.run.mlflow_uri
     if not config.out:
         raise ConfigError("out is not set; give a folder for the report.")
     out = Path(os.path.abspath(Path(config.out).expanduser()))
     if out.exists() and not out.is_dir():
         raise ConfigError(f"out={config.out} is a file; give a folder for the report.")
-    client = open_store(uri)
-    with reading(uri):
+    with open_store(uri) as client:
         experiments = chosen_experiments(client, config.experiments)
         found = collect(client, all_runs(client, experiments))
         _check_found(found, uri, [experiment.name for experiment in experiments])

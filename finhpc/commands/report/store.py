@@ -18,33 +18,27 @@ if TYPE_CHECKING:
 PAGE = 500  # runs per request
 
 
-def open_store(tracking_uri: str) -> MlflowClient:
+@contextmanager
+def open_store(tracking_uri: str) -> Iterator[MlflowClient]:
     """Connect to MLflow.
 
     Raises `ConfigError` for a database that does not exist or that this version of MLflow cannot read, `FinhpcError`
-    for a server that does not answer.
+    for a server that does not answer, at once or later in the block.
     """
     check_database(tracking_uri)
     for name, value in (("MAX_RETRIES", "1"), ("TIMEOUT", REQUEST_TIMEOUT_S)):
         os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{name}", value)
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
 
     try:
         client = MlflowClient(tracking_uri=tracking_uri)
         client.search_experiments(max_results=1)
     except Exception as error:  # of MLflow, of its database's driver, or of the network
         raise unreadable(tracking_uri, error) from None
-    return client
-
-
-@contextmanager
-def reading(tracking_uri: str) -> Iterator[None]:
-    """Raise the errors of `open_store` if the store stops answering while it is read."""
-    from mlflow.exceptions import MlflowException
-
     try:
-        yield
+        yield client
     except MlflowException as error:
         raise unreadable(tracking_uri, error) from None
 

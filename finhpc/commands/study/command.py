@@ -29,6 +29,7 @@ from finhpc.screen import rows_table
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.study import StudyConfig
 from finhpc.tracking.store import check_store
+from finhpc.training.journal import WORKER_FILE, latest, read
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +55,14 @@ def study(config: StudyConfig, dry_run: bool = False) -> dict[str, Any]:
         with ray_cluster():
             screened = _screen(config)
             lr_of = finalists(config, screened)
-            # Seed after seed, so that a study cut short is still balanced.
-            finals = [one for seed in config.study.seeds for one in _train_finals(config, lr_of, seed)]
+            finals: list[Trained] = []
+            for seed in config.study.seeds:  # seed after seed, so that a study cut short is still balanced
+                finals += _train(config, list(final_trials(config, lr_of, seed).items()))
+                if diverged := [one for one in finals if not one.curve]:
+                    raise TrainingFailedError(
+                        f"{diverged[0].variant} at lr {diverged[0].lr:g} diverged in its final run of seed {seed}; "
+                        "lower its learning rates."
+                    )
             log.info("measuring the step times of the finalists, in turn")
             seconds = step_times(_measured_runs(finals), config.study.pace_steps, config.study.pace_rounds)
         rows = report.final_rows(config, finals, seconds)
@@ -111,16 +118,6 @@ def _screens(config: StudyConfig) -> bool:
     return not everyone or any(len(variant.lr) > 1 for variant in variants.values())
 
 
-def _train_finals(config: StudyConfig, lr_of: dict[str, float], seed: int) -> list[Trained]:
-    finals = _train(config, list(final_trials(config, lr_of, seed).items()))
-    for one in finals:
-        if not one.curve:
-            raise TrainingFailedError(
-                f"{one.variant} at lr {one.lr:g} diverged in its final run of seed {seed}; lower its learning rates."
-            )
-    return finals
-
-
 def _train(config: StudyConfig, named: list[tuple[str, Trial]]) -> list[Trained]:
     """Train (variant, run) pairs. Raises `TrainingFailedError` for a run that fails without diverging."""
     if not named:
@@ -138,7 +135,10 @@ def _train(config: StudyConfig, named: list[tuple[str, Trial]]) -> list[Trained]
         elif outcome["status"] != "finished":
             raise TrainingFailedError(f"{trial.name} failed: {outcome['error']}")
         else:
-            trained.append(Trained.of(variant, trial, run, folder, outcome))
+            records, _ = read(folder / WORKER_FILE)
+            curve = {step: float(r["val_loss"]) for step, r in sorted(latest(records, "eval").items())}
+            losses = {step: float(r["train_loss"]) for step, r in sorted(latest(records, "train").items())}
+            trained.append(Trained(variant, trial, run, outcome, curve, losses))
     return trained
 
 

@@ -12,7 +12,6 @@ import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +22,6 @@ from finhpc.lowrank.registry import BLEND
 from finhpc.screen import rows_table
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.study import StudyConfig
-from finhpc.training.journal import WORKER_FILE, latest, read
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,14 +55,6 @@ class Trained:
     result: Row = field(default_factory=dict)
     curve: Curve = field(default_factory=dict)
     train: Curve = field(default_factory=dict)
-
-    @staticmethod
-    def of(variant: str, trial: Trial, config: PretrainConfig, folder: Path, result: Row) -> Trained:
-        """With the curves from the journal in the run folder."""
-        records, _ = read(folder / WORKER_FILE)
-        curve = {step: float(r["val_loss"]) for step, r in sorted(latest(records, "eval").items())}
-        train = {step: float(r["train_loss"]) for step, r in sorted(latest(records, "train").items())}
-        return Trained(variant, trial, config, result, curve, train)
 
     @property
     def lr(self) -> float:

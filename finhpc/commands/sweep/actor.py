@@ -44,25 +44,19 @@ def run_trial(point: dict[str, Any], trials: dict[str, TrialArguments], driver: 
         if read_outcome(run).get("status") == "pruned":
             return
         driver.enter()
-        outcome, final = _train(trial, reports)
+        job = trial.job()
+        result = _run(job, reports)
+        records, _ = read(run / WORKER_FILE)
+        spans = [record["train_wall_s"] for record in records if record["kind"] == "finished"]
+        outcome = {"status": "finished", "train_s": spans[-1] if spans else None, "scored": _score(trial, job, result)}
     except Pruned:
         raise SystemExit(0) from None  # as `tune.report` expects
     except FinhpcError as error:
         status = "diverged" if "is not finite" in str(error) else "failed"
-        outcome, final = {"status": status, "error": str(error), "kind": type(error).__name__}, None
+        outcome = {"status": status, "error": str(error), "kind": type(error).__name__}
     write_outcome(run, outcome | {"trial_s": time.perf_counter() - begin})
-    if final is not None:
-        _report(final["steps"], final["val_loss"])
-
-
-def _train(trial: TrialArguments, reports: EvaluationReports) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Train and score; returns the outcome, and the result of the training if it has a validation loss."""
-    job = trial.job()
-    result = _run(job, reports)
-    records, _ = read(trial.folder.path / WORKER_FILE)
-    spans = [record["train_wall_s"] for record in records if record["kind"] == "finished"]
-    outcome = {"status": "finished", "train_s": spans[-1] if spans else None, "scored": _score(trial, job, result)}
-    return outcome, result if result["val_loss"] is not None else None
+    if outcome["status"] == "finished" and result["val_loss"] is not None:
+        _report(result["steps"], result["val_loss"])
 
 
 def _run(job: Job, reports: EvaluationReports) -> dict[str, Any]:

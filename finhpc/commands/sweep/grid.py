@@ -6,7 +6,6 @@ in it alone are one trial, trained once and scored at each of the bits.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import math
@@ -17,6 +16,7 @@ from typing import Any
 
 from finhpc.commands.sweep.trial import BITS, Trial, Values
 from finhpc.errors import ConfigError
+from finhpc.files import json_sha256
 from finhpc.settings.base import put
 from finhpc.settings.finetune import FinetuneConfig
 from finhpc.settings.pretrain import PretrainConfig
@@ -92,23 +92,19 @@ def check_points(config: AnySweep) -> None:
 
 def _names(points: list[Values]) -> list[str]:
     """A readable name for each point, the same in every start; a hash shortens long names and separates equal ones."""
-    names = [_name(values) for values in points]
+    names = []
+    for values in points:
+        leaves = [key.rpartition(".")[2] for key in values]
+        parts = []
+        for key, value in sorted(values.items()):
+            leaf = key.rpartition(".")[2]
+            title = leaf if leaves.count(leaf) == 1 else key
+            text = f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else f"-{value}"
+            parts.append(f"{title}{text}")
+        names.append(re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join(parts)).strip("_.-") or "only")
     return [
         name
         if len(name) <= LONGEST_NAME and names.count(name) == 1
-        else f"{name[:LONGEST_NAME]}-{hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]}"
+        else f"{name[:LONGEST_NAME]}-{json_sha256(values)[:8]}"
         for name, values in zip(names, points, strict=True)
     ]
-
-
-def _name(values: Values) -> str:
-    if not values:
-        return "only"
-    leaves = [key.rpartition(".")[2] for key in values]
-    parts = []
-    for key, value in sorted(values.items()):
-        leaf = key.rpartition(".")[2]
-        title = leaf if leaves.count(leaf) == 1 else key
-        text = f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else f"-{value}"
-        parts.append(f"{title}{text}")
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join(parts)).strip("_.-")

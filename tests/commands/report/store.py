@@ -10,7 +10,7 @@ from typing import Any
 from mlflow import MlflowClient
 
 from finhpc.commands.report.runs import Collected, collect
-from finhpc.commands.report.store import all_runs, chosen_experiments, open_store
+from finhpc.commands.report.store import all_runs, chosen_experiments
 from finhpc.settings.base import build
 from finhpc.settings.finetune import FinetuneConfig
 from finhpc.settings.pretrain import PretrainConfig
@@ -111,5 +111,5 @@ class Store:
         return run_id
 
     def collected(self) -> Collected:
-        client = open_store(self.uri)
+        client = MlflowClient(self.uri)
         return collect(client, all_runs(client, chosen_experiments(client, [])))

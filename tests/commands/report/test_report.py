@@ -22,6 +22,7 @@ from finhpc.errors import ConfigError, FinhpcError
 from finhpc.settings.base import build
 from finhpc.settings.report import ReportConfig
 from tests.commands.report.store import Store
+from tests.waiting import free_port
 
 
 class Cells(HTMLParser):
@@ -164,11 +165,8 @@ def test_every_page_of_a_long_list_is_read(paper_like: Store, tmp_path: Path, mo
 
 @pytest.mark.slow
 def test_a_server_tells_the_same_as_its_database(paper_like: Store, tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     told = report(settings(paper_like, tmp_path / "database"))
-    with serving(paper_like.uri, port) as (_, address):
+    with serving(paper_like.uri, free_port()) as (_, address):
         config = build(ReportConfig, {"run": {"tracking_uri": address}, "out": str(tmp_path / "server")})
         served = report(config)
     for key in ("tables", "claims", "runs", "experiments"):
