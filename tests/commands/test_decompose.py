@@ -326,16 +326,11 @@ def test_every_layer_that_a_rank_does_not_fit_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         decompose(settings(tmp_path, rank=17, ranks={"mlp": 40}))
     assert caught.value.problems == [
-        "rank=17 does not fit model.layers.*.self_attn.k_proj (16 x 32, layers: 3); use 1 to 16 "
-        "(ranks.attention sets this kind alone).",
-        "rank=17 does not fit model.layers.*.self_attn.v_proj (16 x 32, layers: 3); use 1 to 16 "
-        "(ranks.attention sets this kind alone).",
-        "rank=40 does not fit model.layers.*.mlp.gate_proj (48 x 32, layers: 3); use 1 to 32 "
-        "(ranks.mlp sets this kind alone).",
-        "rank=40 does not fit model.layers.*.mlp.up_proj (48 x 32, layers: 3); use 1 to 32 "
-        "(ranks.mlp sets this kind alone).",
-        "rank=40 does not fit model.layers.*.mlp.down_proj (32 x 48, layers: 3); use 1 to 32 "
-        "(ranks.mlp sets this kind alone).",
+        "rank=17 does not fit model.layers.*.self_attn.k_proj (16 x 32, layers: 3), "
+        "model.layers.*.self_attn.v_proj (16 x 32, layers: 3); use 1 to 16 (ranks.KIND sets one kind of layer).",
+        "rank=40 does not fit model.layers.*.mlp.gate_proj (48 x 32, layers: 3), "
+        "model.layers.*.mlp.up_proj (48 x 32, layers: 3), model.layers.*.mlp.down_proj (32 x 48, layers: 3); use 1 to "
+        "32 (ranks.KIND sets one kind of layer).",
     ]
 
 
