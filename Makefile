@@ -1,5 +1,6 @@
 # make setup   build .venv from pyproject.toml and constraints.txt (a few minutes, once)
-# make demo    prepare a small corpus, pretrain a low-rank GPT-2 on it, show the result
+# make demo    prepare a small corpus, pretrain a low-rank GPT-2 on it, show the result; resumes a stopped demo,
+#              and RUN=NAME trains another one
 # make test    lint, types, import rules and tests, in parallel
 # make style   lint, types and import rules alone
 # make slow    the tests that take minutes
@@ -9,6 +10,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 DEMO := runs/demo
+RUN ?= demo
 # Processes that run tests; each starts a Ray of its own and needs up to 4 GB.
 TEST_PROCESSES ?= 2
 
@@ -25,7 +27,7 @@ setup: .venv/.ready
 
 demo: setup
 	$(BIN)/finhpc prepare --config prepare-demo --out $(DEMO)/shards
-	$(BIN)/finhpc pretrain --config demo --data.shards $(DEMO)/shards --run.storage $(DEMO)/runs --run.name demo-$$(date +%Y%m%d-%H%M%S)
+	$(BIN)/finhpc pretrain --config demo --data.shards $(DEMO)/shards --run.storage $(DEMO)/runs --run.name $(RUN)
 
 test: setup
 	@$(MAKE) --no-print-directory --jobs=2 --keep-going style pytest

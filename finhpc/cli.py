@@ -9,10 +9,9 @@ messages go to stderr; with `--json` the result is the last line of stdout.
 from __future__ import annotations
 
 import json
-import os
-import select
+import shutil
 import sys
-from contextlib import suppress
+import textwrap
 from fnmatch import fnmatchcase
 from importlib import import_module
 from typing import Any
@@ -21,7 +20,7 @@ import finhpc
 from finhpc.commands import COMMANDS, Command
 from finhpc.errors import ConfigError, FinhpcError
 from finhpc.files import private_files
-from finhpc.interrupts import interruptible
+from finhpc.interrupts import drop_closed_streams, interruptible
 
 USAGE = (
     "usage: finhpc COMMAND [--config FILE_OR_RECIPE] [--KEY VALUE ...]\n\ncommands:\n"
@@ -50,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        if isinstance(error, BrokenPipeError) and _drop_closed_streams():
+        if isinstance(error, BrokenPipeError) and drop_closed_streams():
             return 141  # like a command that SIGPIPE ends: the reader of the output is gone
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{error.strerror or error}; complete files on disk are unchanged.", file=sys.stderr)
@@ -74,26 +73,13 @@ def _print(text: str) -> None:
     print(text, flush=True)
 
 
-def _drop_closed_streams() -> bool:
-    """Point stdout and stderr at /dev/null if their reader is gone; returns whether one was."""
-    dropped = False
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # a stream without a file
-            poll = select.poll()
-            poll.register(stream.fileno(), select.POLLOUT)
-            if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-                dropped = True
-    return dropped
-
-
 def _run(words: list[str]) -> dict[str, Any] | None:
     """Resolve the settings of the command that the first words name, and run it."""
     command, words = _find(words)
     if "-h" in words or "--help" in words or not command.settings:
         _print(_help(command, words))
         return None
-    options, overrides, problems = _parse(words, command.settings_class())
+    options, overrides, problems = parse(words, command.settings_class())
     settings = _config().load(command.settings_class(), options.get("config"), overrides, problems)
     if "list_templates" in options:
         from finhpc.data.examples.templates import listing
@@ -134,20 +120,11 @@ def _config() -> Any:
     return import_module("finhpc.settings.base")
 
 
-def parse(words: list[str], cls: type[Any]) -> tuple[dict[str, str], dict[str, Any]]:
-    """Split `--key value` (or `--key=value`) words into options and settings.
+def parse(words: list[str], cls: type[Any]) -> tuple[dict[str, str], dict[str, Any], list[str]]:
+    """Split `--key value` (or `--key=value`) words into options and settings; the third result are the problems.
 
-    Values are YAML (`[8, 16]`, `true`, `1e-3`); a key with several values may be repeated. Raises `ConfigError` with
-    every wrong word.
+    Values are YAML (`[8, 16]`, `true`, `1e-3`); a key with several values may be repeated.
     """
-    options, overrides, problems = _parse(words, cls)
-    if problems:
-        raise ConfigError(problems)
-    return options, overrides
-
-
-def _parse(words: list[str], cls: type[Any]) -> tuple[dict[str, str], dict[str, Any], list[str]]:
-    """Do the same, but return the problems."""
     config = _config()
     fields = config.keys(cls)
     switches = {"json", "dry_run", "print_config"} | ({"list_templates"} if "data.templates" in fields else set())
@@ -256,7 +233,10 @@ def _help(command: Command[Any], words: list[str]) -> str:
     recipes = [name for name in config.recipes() if any(fnmatchcase(name, one) for one in command.recipes)]
     if recipes:
         lines += ["", f"recipes for --config: {', '.join(recipes)}"]
-    return "\n".join(lines)
+    wrapper = textwrap.TextWrapper(
+        shutil.get_terminal_size().columns, subsequent_indent=" " * 6, break_long_words=False, break_on_hyphens=False
+    )  # the terminal's width, or 80 columns
+    return "\n".join(map(wrapper.fill, lines))
 
 
 if __name__ == "__main__":

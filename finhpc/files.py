@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import csv
 import fcntl
 import hashlib
+import io
 import json
 import math
 import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -72,6 +74,15 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 def write_json(path: Path, value: Any, indent: int = 1) -> None:
     """Write a JSON file atomically, as `strict_json` formats it."""
     write_atomic(path, strict_json(value, indent) + "\n")
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows with the same keys as a CSV file, atomically; None becomes an empty field."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(path, text.getvalue())
 
 
 def strict_json(value: Any, indent: int | None = None) -> str:

@@ -12,9 +12,7 @@ import os
 import select
 import shutil
 import signal
-import stat
 import sys
-import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -57,7 +55,7 @@ def terminable() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         for each in ENDING:
             signal.signal(each, signal.SIG_IGN)
-        _leave_closed_terminal()
+        drop_closed_streams()
         raise Terminated(number)
 
     before: dict[int, Any] = {}
@@ -212,22 +210,16 @@ def _raise_terminated(number: int, frame: FrameType | None) -> None:
     raise Terminated(number)
 
 
-def _leave_closed_terminal() -> None:
-    """Redirect output to /dev/null if its terminal was closed: writing would fail."""
+def drop_closed_streams() -> bool:
+    """Point stdout and stderr at /dev/null if their reader or terminal is gone; returns whether one was."""
+    dropped = False
     for stream in (1, 2):
-        with suppress(OSError, termios.error):
-            if not os.path.samestat(os.fstat(stream), os.stat(os.devnull)) and _is_gone(stream):
+        with suppress(OSError):
+            poll = select.poll()
+            poll.register(stream, select.POLLOUT)
+            if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, stream)
                 os.close(nowhere)
-
-
-def _is_gone(stream: int) -> bool:
-    """Whether a stream is a closed terminal: a character device without terminal attributes."""
-    if not stat.S_ISCHR(os.fstat(stream).st_mode):
-        return False
-    try:
-        termios.tcgetattr(stream)
-    except termios.error:
-        return True
-    return False
+                dropped = True
+    return dropped

@@ -20,6 +20,9 @@ DROPPED = {
         "`pretrained` model kwarg is not of type `str`",
         "Passed an already-initialized model through `pretrained`",
     ),
+    # Both choose what they would have been told to.
+    "transformers.modeling_utils": ("`loss_type=",),
+    "DeepSpeed": ("Setting accelerator to CPU.",),
 }
 
 

@@ -8,39 +8,39 @@ import re
 import shlex
 import sys
 import time
+from datetime import timedelta
 from types import TracebackType
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
 log = logging.getLogger(__name__)
 
 LINE_EVERY_S = 10.0
+FIRST_ADVANCES, FIRST_SHARE = 5, 0.01  # before them the time left is not estimated
 FILE_WIDTH = 100  # columns of a table that goes to a file
 MOST_KEYS = 3  # columns that tell the rows of a table apart
-log = logging.getLogger(__name__)
-
 NUMBER = re.compile(r"([-+]?[\d.,]+( ?%)?|-)?")  # or none
 
 
 class Progress:
     """A bar with rate and time left on a terminal; elsewhere a line every ten seconds. Use it as a context manager.
 
-    `total` and `advance` count bytes if `bytes_` is set, else pieces.
+    `total` and `advance` count bytes, or what `unit` names in the plural.
     """
 
-    def __init__(self, label: str, total: int, bytes_: bool = True) -> None:
-        self.label, self.total, self.done = label, max(total, 1), 0
-        self.scale, self.unit = (1e6, "MB") if bytes_ else (1.0, "pieces")
+    def __init__(self, label: str, total: int, unit: str | None = None) -> None:
+        self.label, self.total, self.done, self.advances = label, max(total, 1), 0, 0
+        self.scale, self.unit = (1.0, unit) if unit else (1e6, "MB")
         self.began = self.last_line = time.monotonic()
         self.bar: Bar | None = None
         if sys.stderr.isatty():
-            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[rate]}"))
-            self.bar = Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True))
-            self.task = self.bar.add_task(label, total=self.total, rate="")
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[pace]}"))
+            self.bar = Bar(*columns, console=Console(stderr=True))
+            self.task = self.bar.add_task(label, total=self.total, pace="")
 
     def __enter__(self) -> Progress:
         if self.bar:
@@ -55,18 +55,28 @@ class Progress:
 
     def advance(self, amount: int) -> None:
         """Count `amount` more as done."""
-        self.done += amount
+        self.done, self.advances = self.done + amount, self.advances + 1
         now = time.monotonic()
-        rate = self.done / max(now - self.began, 1e-9)
+        rate, share = self.done / max(now - self.began, 1e-9), self.done / self.total
+        pace = f"{rate / self.scale:.1f} {self.unit}/s"
+        # Tasks run side by side and end one by one: the first to end count for all that run.
+        if self.advances >= FIRST_ADVANCES and share >= FIRST_SHARE:
+            pace += f", {timedelta(seconds=round((self.total - self.done) / rate))} left"
         if self.bar:
-            self.bar.update(self.task, completed=self.done, rate=f"{rate / self.scale:.1f} {self.unit}/s")
+            self.bar.update(self.task, completed=self.done, pace=pace)
         elif now - self.last_line >= LINE_EVERY_S:
             self.last_line = now
-            left = (self.total - self.done) / rate if rate else 0.0
-            log.info(
-                f"{self.label}: {self.done / self.total:.0%} of {self.total / self.scale:.0f} {self.unit}, "
-                f"{rate / self.scale:.1f} {self.unit}/s, {left:.0f} s left"
-            )
+            log.info(f"{self.label}: {share:.0%} of {self.total / self.scale:.0f} {self.unit}, {pace}")
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, such as "1 file" and "1,200 files"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds below a minute, such as "12 s" or "0.03 s"; else hours, minutes and seconds, such as "1:02:03"."""
+    return f"{seconds:.2g} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))
 
 
 def rows_table(title: str, rows: list[dict[str, Any]], stream: TextIO | None = None) -> None:
@@ -91,7 +101,7 @@ def rows_table(title: str, rows: list[dict[str, Any]], stream: TextIO | None = N
     keys = next((k for k, heads in enumerate(leading, 1) if len(set(heads)) == len(rows)), 1)
     words = {name for name, values in cells.items() if not all(map(NUMBER.fullmatch, values))}
     console.print(title, style="bold")
-    for columns in _parts(cells, words, console.width, keys):
+    for columns in _tables(cells, words, console.width, keys):
         table = Table()
         for name, width in columns.items():
             table.add_column(name, justify="left" if name in words else "right", width=width, overflow="fold")
@@ -101,19 +111,19 @@ def rows_table(title: str, rows: list[dict[str, Any]], stream: TextIO | None = N
     _print_lines(console, below)
 
 
-def _parts(cells: dict[str, list[str]], words: set[str], room: int, keys: int) -> list[dict[str, int]]:
+def _tables(cells: dict[str, list[str]], words: set[str], room: int, keys: int) -> list[dict[str, int]]:
     """Divide columns into tables no wider than `room`: the width of each column of each table, by name."""
     widths = {name: max(map(len, [*name.split(), *values, "-"])) for name, values in cells.items()}
     if _table_width(widths) > room:
         narrow = {name: max(room // 2 // keys, *map(len, name.split())) for name in words}
         widths = {name: min(width, narrow.get(name, width)) for name, width in widths.items()}
     repeated = {name: widths[name] for name in list(widths)[:keys]}
-    parts = [dict(repeated)]
+    tables = [dict(repeated)]
     for name in list(widths)[keys:]:
-        if len(parts[-1]) > keys and _table_width(parts[-1] | {name: widths[name]}) > room:
-            parts.append(dict(repeated))
-        parts[-1][name] = widths[name]
-    return parts
+        if len(tables[-1]) > keys and _table_width(tables[-1] | {name: widths[name]}) > room:
+            tables.append(dict(repeated))
+        tables[-1][name] = widths[name]
+    return tables
 
 
 def _table_width(columns: dict[str, int]) -> int:

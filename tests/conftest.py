@@ -17,6 +17,11 @@ import finhpc  # turns usage reports off before Ray is imported
 from tests.runs.runs import PATIENCE_S, command, outcome
 from tests.tiny import tiny_shards
 
+# Test processes share the cores, and threads that wait for each other's cores take several times as long. Processes
+# that pytest-xdist or a test starts inherit the variable; here torch is imported already.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -34,6 +39,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         group = "unbroken" if "unbroken" in fixtures[item.path] else str(item.path.relative_to(Path(__file__).parent))
         item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=lambda item: next((i for i, name in enumerate(LONG) if name in fixtures[item.path]), len(LONG)))
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of later garbage collections, each of which would take a second."""
+    gc.collect()
+    gc.freeze()
 
 
 LONG = ("unbroken", "cluster", "ray_cluster")  # fixtures of tests that take long, longest first

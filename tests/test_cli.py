@@ -35,23 +35,22 @@ def test_help_imports_nothing_heavy() -> None:
 def test_flags_are_parsed_by_the_type_of_their_setting() -> None:
     line = "--config demo --optimizer.lr 1e-3 --method.ranks.mlp 8 --run.name 123 --optimizer.betas [0.9,0.99]"
     words = line.split()
-    options, values = parse(words, PretrainConfig)
+    options, values, _ = parse(words, PretrainConfig)
     assert options == {"config": "demo"}
     assert values == {"optimizer.lr": 1e-3, "method.ranks.mlp": 8, "run.name": "123", "optimizer.betas": [0.9, 0.99]}
-    _, values = parse(["--source", "a", "--source=b", "--json"], PrepareConfig)
+    _, values, _ = parse(["--source", "a", "--source=b", "--json"], PrepareConfig)
     assert values == {"source": ["a", "b"]}
-    _, values = parse(["--train.seed", "-1", "--study.seeds", "[0, 1]", "--study.seeds", "2", "3"], StudyConfig)
+    _, values, _ = parse(["--train.seed", "-1", "--study.seeds", "[0, 1]", "--study.seeds", "2", "3"], StudyConfig)
     assert values == {"train.seed": -1, "study.seeds": [0, 1, "2", "3"]}
-    _, values = parse(["--source", "[1", "--source", "a b"], PrepareConfig)
+    _, values, _ = parse(["--source", "[1", "--source", "a b"], PrepareConfig)
     assert values == {"source": ["[1", "a b"]}
-    _, values = parse(["--source", "a", "b", "c", "--out", "d"], PrepareConfig)
+    _, values, _ = parse(["--source", "a", "b", "c", "--out", "d"], PrepareConfig)
     assert values == {"source": ["a", "b", "c"], "out": "d"}
 
 
 def test_every_wrong_word_is_named() -> None:
-    with pytest.raises(ConfigError) as caught:
-        parse(["first", "--metod.rank", "3", "word", "--json", "1", "--train.steps"], PretrainConfig)
-    assert caught.value.problems == [
+    _, _, problems = parse(["first", "--metod.rank", "3", "word", "--json", "1", "--train.steps"], PretrainConfig)
+    assert problems == [
         "'first' is not a flag; write settings as --key value.",
         "--metod.rank is not a setting; did you mean 'method.rank'?",
         "'word' is not a flag; write settings as --key value.",
@@ -118,7 +117,7 @@ def test_print_config_round_trips(tmp_path: Path, capfd: pytest.CaptureFixture[s
 def test_settings_of_several_names_take_key_equals_value() -> None:
     line = "--data.columns input=headline label=mood --data.labels 0=dovish --data.labels 1=hawkish"
     words = line.split()
-    _, overrides = parse(words, FinetuneConfig)
+    _, overrides, _ = parse(words, FinetuneConfig)
     data = load(FinetuneConfig, None, overrides).data
     assert data.columns == {"input": "headline", "label": "mood"}
     assert data.labels == {"0": "dovish", "1": "hawkish"}

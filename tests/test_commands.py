@@ -62,6 +62,9 @@ def test_help_shows_a_places_own_defaults_and_a_recipes(capsys: pytest.CaptureFi
         assert found["train.steps"] == "by train.epochs"
     assert shown(capsys, "sweep")["run.name"] == "sweep"
     assert shown(capsys, "evaluate")["run.name"] == "evaluate"
+    found = shown(capsys, "ui")
+    assert found["run.name"] == "none"
+    assert "run.max_failures" not in found
     assert shown(capsys, "bench", "train")["resources.threads"] == "2"
     assert shown(capsys, "reproduce")["resources.threads"] == "as in the scale"
     demo = load(PretrainConfig, "demo")
@@ -77,6 +80,16 @@ def test_every_setting_is_described_and_an_absent_one_explained(verb: str) -> No
         assert field.description, name
         if field.get_default(call_default_factory=True) is None and not field.json_schema_extra:
             assert re.search(r"default|required|by ", field.description), f"{name}: what does none mean?"
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_help_fits_the_terminal(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    for verb in COMMANDS:
+        assert main([*verb.split(), "--help"]) == 0
+        assert max(map(len, capsys.readouterr().out.splitlines())) <= width, verb
 
 
 def test_usage_fits_a_screen_and_unknown_commands_name_all(capsys: pytest.CaptureFixture[str]) -> None:
@@ -186,7 +199,9 @@ def test_files_that_prepare_does_not_read_are_told(tmp_path: Path, capsys: pytes
         (tmp_path / name).write_text("the bank")
     config = finhpc.PrepareConfig(source=[str(tmp_path)], out=str(tmp_path / "out"), tokenizer="train:300")
     assert finhpc.prepare(config, True)["files"] == 1
-    assert f"{tmp_path}: 2 files of other formats are not read" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert f"{tmp_path}: skipped 2 files of other formats" in told
+    assert "dry run: 1 file, 0.0 MB, in 1 unit ->" in told
 
 
 @pytest.mark.parametrize(
@@ -196,7 +211,7 @@ def test_files_that_prepare_does_not_read_are_told(tmp_path: Path, capsys: pytes
         ("prepare --source text.txt --out model", "holds other files"),
         ("prepare --source text.txt --out out --tokenizer shards", "tokenizer=shards"),
         ("generate --model model --prompt x --sampling.max_new_tokens 256", "leaves no room for a prompt"),
-        ("generate --model model --prompt x --adapters a=nowhere", "nowhere"),
+        ("generate --model model --prompt x --adapters a=nowhere", "adapter=nowhere is not a folder on this machine"),
         ("ui --port 1", "does not exist"),
     ],
 )

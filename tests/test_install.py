@@ -111,10 +111,15 @@ def demo(bin: Path, folder: Path) -> list[list[str]]:
     """The commands of `make demo`, run by `bin/finhpc` in `folder`."""
     rule = (ROOT / "Makefile").read_text().partition("\ndemo:")[2].partition("\n\n")[0]
     lines = re.findall(r"^\t(\$\(BIN\)/finhpc .*)$", rule, flags=re.MULTILINE)
-    values = {"$(BIN)": str(bin), "$(DEMO)": str(folder), "$$(date +%Y%m%d-%H%M%S)": "today"}
+    values = {"$(BIN)": str(bin), "$(DEMO)": str(folder), "$(RUN)": "demo"}
     for name, value in values.items():
         lines = [line.replace(name, value) for line in lines]
     return [shlex.split(line) for line in lines]
+
+
+def test_a_stopped_demo_is_resumed_by_the_same_command(tmp_path: Path) -> None:
+    prepare, pretrain = demo(tmp_path, tmp_path)
+    assert not [word for word in prepare + pretrain if "$" in word], "what changes from call to call is a new run"
 
 
 @pytest.mark.slow

@@ -275,7 +275,8 @@ plugins.load(["my_parts"])
 from pathlib import Path
 from finhpc.lowrank.replace import ranks_of
 from finhpc.models.families.registry import make_config
-from finhpc.models.loading import initial_model, save_model
+from finhpc.models.folder import save_model
+from finhpc.models.initialize import initial_model
 from finhpc.models.families.presets import PRESETS
 hf = make_config(PRESETS["gpt2-nano"], ranks_of(Method(kind="gelu", rank=4)), "gelu")
 model = initial_model(hf, 0, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,29 @@ from finhpc.commands.evaluate import report as evaluate_report
 from finhpc.commands.export import _summary as export_summary
 from finhpc.commands.prepare import _summary as prepare_summary
 from finhpc.commands.sweep import report as sweep_report
-from finhpc.screen import rows_table, summary_table
+from finhpc.screen import Progress, duration, rows_table, summary_table
 from finhpc.settings.base import build
 from finhpc.settings.sweep import SweepConfig
 
 LONG = "/home/someone/projects/finance/models/2026-11-pretrained-low-rank-16"
+
+
+def test_progress_estimates_the_time_left_once_it_can(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: clock)
+    progress = Progress("tokenizing", 1000, "units")
+    for done in range(1, 12):
+        clock += 12.0
+        progress.advance(1)
+        left = ", 3:17:48 left" if done == 11 else ", 3:18:00 left" if done == 10 else ""
+        line = f"tokenizing: {done / 1000:.0%} of 1000 units, 0.1 units/s{left}\n"
+        assert capsys.readouterr().err == line
+    sized = Progress("packing", 4_000_000)
+    clock += 12.0
+    sized.advance(2_000_000)
+    assert capsys.readouterr().err == "packing: 50% of 4 MB, 0.2 MB/s\n", "one file may have been packed with others"
 
 
 def test_summary_table() -> None:
@@ -119,10 +138,17 @@ def an_export() -> dict[str, Any]:
     return {"status": "finished", "out": LONG, "wall_s": 12.3, **sizes, **form}
 
 
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.0, "0 s"), (0.0314, "0.031 s"), (12.4, "12 s"), (60.0, "0:01:00"), (3723.4, "1:02:03")]
+)
+def test_durations_below_a_minute_are_seconds(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
 def a_sweep() -> dict[str, Any]:
     figures = dict.fromkeys(sweep_report.SHOWN, 12345678.9)
     trials = [
-        {"rank": i, "trial": f"method=low_rank,rank={8 * i},bits=4,seed={i}", "status": "finished", **figures}
+        {"place": i, "trial": f"method=low_rank,rank={8 * i},bits=4,seed={i}", "status": "finished", **figures}
         | {"error": None, "scored_only": False}
         for i in range(1, 4)
     ]

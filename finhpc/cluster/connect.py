@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
-from finhpc.cluster.own_ray import keep_token_private, own_ray, ray_logs
+from finhpc.cluster.own_ray import keep_token_private, own_ray, ray_node
 from finhpc.cluster.ready import check_ray
 from finhpc.errors import ConfigError, TrainingFailedError
 from finhpc.interrupts import terminable
@@ -26,23 +26,29 @@ def ray_cluster(cpus: int | None = None) -> Iterator[None]:
         yield
         return
     check_ray()
-    with ExitStack() as stack:
-        try:
-            if os.environ.get("RAY_ADDRESS"):
-                keep_token_private()
-                stack.callback(ray.shutdown)
-                os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-                ray.init(log_to_driver=False, logging_level="ERROR")
-                stack.enter_context(terminable())  # again, because Ray replaces the handlers
-            else:
-                stack.enter_context(own_ray(cpus or os.cpu_count() or 1))
-        except Exception as error:  # Ray raises bare ones here
-            where = os.environ.get("RAY_ADDRESS") or "this machine"
-            raise TrainingFailedError(
-                f"Ray did not start on {where}: {str(error).rstrip('.')}. Its logs are in {ray_logs()}; fix this and "
-                "rerun the command."
-            ) from None
+    address = os.environ.get("RAY_ADDRESS")
+    with _given_cluster(address) if address else own_ray(cpus or os.cpu_count() or 1):
         yield
+
+
+@contextmanager
+def _given_cluster(address: str) -> Iterator[None]:
+    import ray
+
+    keep_token_private()
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    try:
+        try:
+            ray.init(log_to_driver=False, logging_level="ERROR")
+        except Exception as error:  # Ray raises bare ones here
+            raise TrainingFailedError(
+                f"the Ray cluster at RAY_ADDRESS={address} cannot be used: {str(error).rstrip('.')}; check with "
+                "`ray status` that it runs, or unset RAY_ADDRESS to work on this machine, then rerun the command."
+            ) from None
+        with terminable():  # again, because Ray replaces the handlers
+            yield
+    finally:
+        ray.shutdown()
 
 
 def cluster_resources() -> dict[str, float]:
@@ -119,8 +125,6 @@ def dead_process() -> str | None:
 
     Ray itself notices after a minute or never, and then ends this process without an explanation.
     """
-    from ray._private import worker
-
-    node = getattr(worker, "_global_node", None)
+    node = ray_node()
     dead = node.dead_processes() if node is not None else []
     return next((str(name) for name, _ in dead if name in ("raylet", "gcs_server")), None)

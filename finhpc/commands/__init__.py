@@ -134,7 +134,7 @@ ROWS: tuple[Command[Any], ...] = (
         "pretrain:PretrainConfig",
         "pretrain:pretrain",
         PRETRAIN,
-        dry_run="estimate.dry_run:dry_run_pretrain",
+        dry_run="estimate.dry_run:dry_run",
     ),
     _own(
         "estimate",
@@ -181,7 +181,7 @@ ROWS: tuple[Command[Any], ...] = (
         "train a LoRA adapter over a frozen 16-, 8- or 4-bit model",
         "finetune:FinetuneConfig",
         "finetune:finetune",
-        dry_run="estimate.dry_run:dry_run_finetune",
+        dry_run="estimate.dry_run:dry_run",
     ),
     _own(
         "export",

@@ -18,27 +18,28 @@ import time
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from finhpc.errors import ConfigError, NonFiniteError
+from finhpc.errors import ConfigError, NonFiniteError, collect
 from finhpc.lowrank.layers import LowRankEmbedding, LowRankLinear, is_factor
 from finhpc.lowrank.replace import dense_shape
 from finhpc.models.families.registry import as_dense, family_of, is_low_rank, model_sizes, skeleton
 from finhpc.models.files.config import is_adapter
 from finhpc.models.files.manifest import check_manifest
+from finhpc.models.files.source import copy_tokenizer, find_tokenizer, locate, open_weights
 from finhpc.models.files.tensor_folder import TensorFolderWriter
-from finhpc.models.files.tokenizer import TOKENIZER_FILES, find_tokenizer, has_tokenizer, save_tokenizer
+from finhpc.models.files.tokenizer import TOKENIZER_FILES, has_tokenizer, save_tokenizer
 from finhpc.models.files.tokens import GENERATION, check_rows, generation_config, stop_ids, write_stops
-from finhpc.models.files.weights import Weights, locate, open_weights
+from finhpc.models.files.weights import Weights
 from finhpc.models.lora.adapter_file import base_of, check_base, load_adapter
 from finhpc.models.pipeline import is_tied
 from finhpc.quantization.fake import TRAINED, trained_bits
 from finhpc.quantization.per_vector import rounded
-from finhpc.quantization.schemes import SCHEMES
+from finhpc.quantization.schemes import SCHEMES, check_scheme
 from finhpc.screen import summary_table
 from finhpc.settings.export import ExportConfig
 
@@ -78,7 +79,7 @@ def export(config: ExportConfig, dry_run: bool = False) -> dict[str, Any]:
             for tensors in conversion.layers():
                 writer.add(tensors)
             size = writer.finish(conversion.target_config)
-            save_tokenizer(base, writer.partial)
+            copy_tokenizer(base, writer.partial)
             if adapter:
                 _replace_tokenizer(adapter, writer.partial)
             if tokenizer is not None:
@@ -91,15 +92,6 @@ def export(config: ExportConfig, dry_run: bool = False) -> dict[str, Any]:
         raise ConfigError(f"out={out} cannot be written ({error.strerror}); choose another --out.") from None
     _summary(result)
     return result
-
-
-class Matrix(NamedTuple):
-    """A matrix of the exported model. An embedding's rows are tokens."""
-
-    name: str
-    rows: int
-    columns: int
-    embedding: bool
 
 
 class Conversion:
@@ -132,9 +124,9 @@ class Conversion:
         # is added to them first.
         same_bits = self.trained_bits == self.bits and config.quantization.scheme == "minmax"
         self.quantizer_rounds = self.adapter is None and same_bits
-        self.unquantized = self._unquantized()
-        self.target_config = self._target_config()
         target = skeleton(as_dense(self.source_config)) if self.merged else self.model
+        self.unquantized = self._unquantized(target, config.quantization.scheme)
+        self.target_config = self._target_config()
         # Stored as (in, out), unless quantized: quantizers replace these by linear layers.
         self.transposed = {name for name, module in target.named_modules() if isinstance(module, Conv1D)}
 
@@ -208,39 +200,25 @@ class Conversion:
             )
         return tensor
 
-    def _unquantized(self) -> list[str]:
-        """Return the names of the matrices that stay floats, because the scheme cannot quantize them."""
-        scheme = self.scheme
+    def _unquantized(self, target: nn.Module, scheme_name: str) -> list[str]:
+        """Return the names of the exported matrices that stay floats, because the scheme cannot quantize them."""
+        scheme, floats, count = self.scheme, [], 0
         if scheme is None:
             return []
-        matrices = [matrix for name, module in self._modules() for matrix in self._matrices(name, module)]
-        floats = [
-            name
-            for name, rows, columns, embedding in matrices
-            if (embedding and not scheme.embeddings) or not scheme.fits(rows, columns)
-        ]
-        if len(floats) == len(matrices):
+        for name, module in target.named_modules():
+            shape, embedding = dense_shape(module), isinstance(module, nn.Embedding)
+            if shape is None or (self.tied and name == self.weights.family.head):
+                continue
+            count += 1
+            rows, columns = shape[::-1] if embedding else shape
+            if (embedding and not scheme.embeddings) or not scheme.fits(rows, columns):
+                floats.append(name)
+        if len(floats) == count:
             raise ConfigError(
-                "quantization.scheme=nf4 quantizes matrices whose sides are multiples of 32, and this model has none; "
+                f"quantization.scheme={scheme_name} quantizes {scheme.needs}, and this model has none; "
                 "use quantization.scheme=minmax."
             )
         return floats
-
-    def _matrices(self, name: str, module: nn.Module) -> list[Matrix]:
-        """Return the matrices that a layer has in the exported model."""
-        embedding = isinstance(module, nn.Embedding | LowRankEmbedding)
-        if isinstance(module, LowRankLinear | LowRankEmbedding) and not self.merged:
-            a, b = module.A.weight, module.B.weight
-            return [Matrix(f"{name}.A", len(a), a.shape[1], embedding), Matrix(f"{name}.B", len(b), b.shape[1], False)]
-        if isinstance(module, LowRankLinear):
-            return [Matrix(name, module.out_features, module.in_features, False)]
-        if isinstance(module, LowRankEmbedding):
-            return [Matrix(name, module.num_embeddings, module.embedding_dim, True)]
-        shape = dense_shape(module)
-        if shape is None:
-            return []
-        rows, columns = shape[::-1] if embedding else shape
-        return [Matrix(name, rows, columns, embedding)]
 
     def _target_config(self) -> Any:
         target = as_dense(self.source_config) if self.merged else deepcopy(self.source_config)
@@ -258,7 +236,7 @@ class Conversion:
 
 
 def _check(config: ExportConfig) -> None:
-    problems = []
+    problems: list[str] = []
     bits, scheme = config.quantization.bits, config.quantization.scheme
     if not config.model:
         problems.append("model is not set; give --model with a model folder (a run's `model` folder).")
@@ -266,17 +244,13 @@ def _check(config: ExportConfig) -> None:
         problems.append("out is not set; give --out with a folder for the exported model.")
     elif os.path.lexists(out := _path(config.out)) and not (out.is_dir() and not any(out.iterdir())):
         problems.append(f"out={out} exists already, and nothing is overwritten; choose another --out, or remove it.")
-    if bits == 16 and scheme != "minmax":
-        problems.append(
-            f"quantization.scheme={scheme} is set, but quantization.bits=16 quantizes nothing; "
-            f"use quantization.bits={SCHEMES[scheme].bits[0]}, or leave the scheme out."
-        )
-    elif bits < 16 and bits not in SCHEMES[scheme].bits:
-        fits = ", ".join(name for name, known in SCHEMES.items() if bits in known.bits)
-        problems.append(
-            f"quantization.scheme={scheme} has {SCHEMES[scheme].bits[0]} bits, not quantization.bits={bits}; "
-            f"use quantization.bits={SCHEMES[scheme].bits[0]}, or a scheme of {bits} bits: {fits}."
-        )
+    with collect(problems):
+        check_scheme(bits, scheme)
+        if bits == 16 and scheme != "minmax":
+            raise ConfigError(
+                f"quantization.scheme={scheme} is set, but quantization.bits=16 quantizes nothing; "
+                f"use quantization.bits={SCHEMES[scheme].bits[0]}, or leave the scheme out."
+            )
     if problems:
         raise ConfigError(problems)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from finhpc.errors import ConfigError, DataError, collect
 from finhpc.files import publish
-from finhpc.planning.plan import check_parts, check_stages
+from finhpc.planning.plan import check_registered, check_stages
 from finhpc.runs.job import Job
 from finhpc.runs.result import lower_batch, millions
 from finhpc.runs.run import mlflow_checked, run
@@ -52,16 +52,16 @@ class Finetune(Job):
 
     def __init__(self, config: FinetuneConfig) -> None:
         """Check everything together; raises one `ConfigError` with every problem."""
-        from finhpc.data.examples.examples import make_examples
+        from finhpc.data.examples.examples import make_examples, read_sources
         from finhpc.models.files.manifest import weights_fingerprint
-        from finhpc.models.files.tokenizer import open_tokenizer
+        from finhpc.models.files.source import tokenizer_of
         from finhpc.models.files.tokens import check_rows
         from finhpc.models.lora.model import LoraModel
 
         config = config.model_copy(deep=True)
         problems = config.problems()
         with collect(problems):
-            check_parts(config)
+            check_registered(config)
         base: Weights | None = None
         tokenizer: Any = None
         with collect(problems):
@@ -73,10 +73,12 @@ class Finetune(Job):
             with collect(problems):
                 self.lora_model = LoraModel.of(config, base)
             with collect(problems):
-                tokenizer = open_tokenizer(base.path)
+                tokenizer = tokenizer_of(base.path)
                 check_rows(tokenizer, base.config.vocab_size, f"model.path={base.path}")
-        if tokenizer is not None:
-            with collect(problems):
+        with collect(problems):
+            if tokenizer is None:
+                read_sources(config.data)  # for its problems
+            else:
                 earlier = Path(config.run.storage) / config.run.name / EXAMPLES
                 self.examples = make_examples(config.data, tokenizer, config.train.seed, earlier)
                 _set_steps(config, len(self.examples.train))
@@ -101,10 +103,6 @@ class Finetune(Job):
     @property
     def hf_config(self) -> Any:
         return self.base.config
-
-    @property
-    def vocab_size(self) -> int:
-        return int(self.base.config.vocab_size)
 
     @property
     def datasets(self) -> list[Dataset]:
@@ -135,7 +133,7 @@ class Finetune(Job):
             fill=None,
             device=device,
             folder=folder,
-            batches=PackedBatches(_open_examples(folder, fingerprint), batches_of(config), config.data.eval_limit),
+            source=PackedBatches(_open_examples(folder, fingerprint), batches_of(config), config.data.eval_limit),
             lora_model=LoraModel.of(config, base, quantized if quantized.is_dir() else None),
             labels={"dataset": fingerprint},
         )
@@ -155,6 +153,7 @@ class Finetune(Job):
         }
 
     def save_model(self, folder: Path, checkpoint: Checkpoint) -> None:
+        from finhpc.models.files.source import copy_tokenizer
         from finhpc.models.files.tokens import end_of_turn, write_stops
         from finhpc.models.lora.peft_format import save_adapter
 
@@ -164,7 +163,7 @@ class Finetune(Job):
         shutil.rmtree(partial, ignore_errors=True)
         config, base = self.config, self.base
         save_adapter(partial, config.lora, adapters, base, config.quantization, self.base_fingerprint)
-        base.save_tokenizer(partial)
+        copy_tokenizer(base.path, partial)
         # Tokens that end the answers it learned, at which generation stops, here and elsewhere.
         chats = any(source["format"] == "chat" for source in self.examples.counts["by_source"])
         stops = [self.tokenizer.eos_token_id, end_of_turn(self.tokenizer) if chats else None]
@@ -216,7 +215,7 @@ def batches_of(config: FinetuneConfig) -> Any:
 
 def open_base(config: FinetuneConfig) -> Weights:
     """Open the base in `model.path`; raises `ConfigError` or `CheckpointError` if it cannot be used."""
-    from finhpc.models.files.weights import locate, open_weights
+    from finhpc.models.files.source import locate, open_weights
 
     if not config.model.path:
         raise ConfigError("model.path is not set; give the base: a Hugging Face folder, a hub id or a .gguf file.")

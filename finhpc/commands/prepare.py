@@ -16,12 +16,14 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
+import finhpc
 from finhpc.cluster.connect import cluster_resources, ray_cluster
 from finhpc.cluster.ready import check_ray
 from finhpc.cluster.tasks import is_finished, run_tasks, workplace
@@ -33,7 +35,7 @@ from finhpc.data.text.pack_shards import Packed, pack
 from finhpc.data.text.tokenizer import Encoder, save, trained_size
 from finhpc.errors import ConfigError, DataError
 from finhpc.files import file_sha256, file_stamps, json_sha256, publish, write_atomic, write_json
-from finhpc.screen import Progress, summary_table
+from finhpc.screen import Progress, counted, summary_table
 from finhpc.settings.prepare import PrepareConfig
 
 log = logging.getLogger(__name__)
@@ -50,17 +52,14 @@ def prepare(config: PrepareConfig, dry_run: bool = False) -> dict[str, Any]:
     read, `UnfinishedError` if the machine fails, and `RunBusyError` if another process prepares the same folder.
     """
     began = time.monotonic()
-    if not config.out:
-        raise ConfigError("out is not set; give --out with a folder for the shards.")
-    trained_size(config.tokenizer)
+    units, described = _checked_units(config)
     out = Path(config.out).expanduser().absolute()
-    units, described = sources.units(config)
     settings = settings_sha256(config, units)
     if is_finished(out, MANIFEST, settings, "shards", out / WORK):
         return _finished_result(out)
     for source in described:
         if ignored := source.get("ignored_files"):
-            log.info(f"{source['source']}: {ignored:,} files of other formats are not read")
+            log.info(f"{source['source']}: skipped {counted(ignored, 'file')} of other formats")
     if dry_run:
         return _dry_run(out, config, units, described)
     check_ray()  # here, because an error inside the workplace would remove earlier work
@@ -73,6 +72,23 @@ def prepare(config: PrepareConfig, dry_run: bool = False) -> dict[str, Any]:
         result = _finish(out, work, config, packed, encoder, described, settings, began)
     _summary(result)
     return result
+
+
+def _checked_units(config: PrepareConfig) -> tuple[list[Unit], list[dict[str, Any]]]:
+    """Return the units of the sources and their description. Raises one `ConfigError` with every problem."""
+    problems = [] if config.out else ["out is not set; give --out with a folder for the shards."]
+    units, described = list[Unit](), list[dict[str, Any]]()
+    try:
+        trained_size(config.tokenizer)
+    except ConfigError as error:
+        problems += error.problems
+    try:
+        units, described = sources.units(config)
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return units, described
 
 
 def settings_sha256(config: PrepareConfig, units: list[Unit]) -> str:
@@ -109,7 +125,8 @@ def _dry_run(out: Path, config: PrepareConfig, units: list[Unit], described: lis
         "tokens": None,  # known only after tokenizing
     }
     amount = "unknown size" if size is None else f"{size / 1e6:,.1f} MB"
-    log.info(f"dry run: {result['files']:,} files, {amount}, in {len(units):,} units -> {out}; nothing was written")
+    files, parts = counted(result["files"], "file"), counted(len(units), "unit")
+    log.info(f"dry run: {files}, {amount}, in {parts} -> {out}; nothing was written")
     return result
 
 
@@ -154,7 +171,7 @@ def _encode(units: list[Unit], config: PrepareConfig, work: Path, tiktoken: bool
     sized = all(unit.size for _, unit in pending)
     if pending:
         total = sum(unit.size if sized else 1 for _, unit in pending)
-        with ray_cluster(config.workers), Progress("tokenizing", total, bytes_=sized) as progress:
+        with ray_cluster(config.workers), Progress("tokenizing", total, None if sized else "units") as progress:
             # Twice as many as there are cores, so that a core that ends one can start the next at once.
             width = config.workers or 2 * int(cluster_resources().get("CPU", 1))
             task = partial(_encode_unit, config=config, work=work, tiktoken=tiktoken)
@@ -186,6 +203,8 @@ def _finish(
     shutil.copytree(work / TOKENIZER, out / TOKENIZER, copy_function=shutil.copyfile)
     sha256 = file_sha256(out / TOKENIZER / "tokenizer.json")
     shards = [shard for split in packed.splits.values() for shard in split]
+    versions = {name: version(name) for name in ("pyarrow", "tokenizers", "tiktoken")}
+    versions |= {"finhpc": finhpc.__version__, "python": platform.python_version()}
     manifest = Manifest(
         block_len=config.block_len,
         vocab_size=encoder.vocab_size,
@@ -200,29 +219,13 @@ def _finish(
         source=described,
         settings=config.model_dump(mode="json", exclude={"out", "workers"}),
         settings_sha256=settings,
-        versions=_versions(),
+        versions=versions,
     )
     write_atomic(out / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
     result = _result(out, manifest, time.monotonic() - began)
     write_json(out / RESULT, result)
     shutil.rmtree(work)
     return result
-
-
-def _versions() -> dict[str, str]:
-    import pyarrow
-    import tiktoken
-    import tokenizers
-
-    import finhpc
-
-    return {
-        "finhpc": finhpc.__version__,
-        "python": platform.python_version(),
-        "pyarrow": pyarrow.__version__,
-        "tokenizers": tokenizers.__version__,
-        "tiktoken": tiktoken.__version__,
-    }
 
 
 def _result(out: Path, manifest: Manifest, wall_s: float | None) -> dict[str, Any]:

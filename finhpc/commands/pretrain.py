@@ -12,7 +12,7 @@ from finhpc.cluster.connect import ray_cluster
 from finhpc.lowrank.replace import ranks_of
 from finhpc.models.files.manifest import check_manifest
 from finhpc.planning.model import DECOMPOSED, initial_fill, needs_decomposing
-from finhpc.planning.plan import check_tokenizer, hf_config_of, make_plan
+from finhpc.planning.plan import check_tokenizer, describe_compression, hf_config_of, make_plan
 from finhpc.runs.job import Job
 from finhpc.runs.result import lower_batch, millions
 from finhpc.runs.run import mlflow_checked, run
@@ -93,7 +93,7 @@ class Pretrain(Job):
             fill=initial_fill(config, hf_config, folder),
             device=device,
             folder=folder,
-            batches=TokenBatches(config.parallel, open_stream, validation),
+            source=TokenBatches(config.parallel, open_stream, validation),
             labels={"tokenizer_sha256": shards.manifest.tokenizer_sha256, "dataset": shards.manifest.fingerprint},
         )
 
@@ -120,12 +120,8 @@ class Pretrain(Job):
             "size_bytes": plan.outline.stored_bytes(self.config.quantization.training_bits),
         }
 
-    @property
-    def vocab_size(self) -> int:
-        return int(self.plan.hf_config.vocab_size)
-
     def save_model(self, folder: Path, checkpoint: Checkpoint) -> None:
-        from finhpc.models.loading import save_model
+        from finhpc.models.folder import save_model
 
         shards = [lambda file=file: read_stage(file, "param") for file in checkpoint.stage_files()]  # type: ignore[misc]
         self.plan.shards.check_tokenizer()  # it goes into the model's folder
@@ -134,15 +130,38 @@ class Pretrain(Job):
         save_model(folder, self.plan.hf_config, shards, start.folder if start else self.plan.shards.tokenizer)
 
     def use_model(self, result: dict[str, Any], folder: Path) -> None:
-        if self.config.train.sample_tokens:
-            log.info("sampling text from the model")
-            result["sample"] = _sample_text(self.config, folder / "model")
+        """Draw `train.sample_tokens` tokens after `train.sample_prompt`."""
+        train = self.config.train
+        if not train.sample_tokens:
+            return
+        import torch
+
+        from finhpc.models.files.tokenizer import open_tokenizer
+        from finhpc.models.files.tokens import prompt_ids
+        from finhpc.models.folder import open_model
+
+        log.info("sampling text from the model")
+        model: Any = open_model(folder / "model")
+        tokenizer = open_tokenizer(folder / "model")
+        ids = torch.tensor([prompt_ids(tokenizer, train.sample_prompt or tokenizer.eos_token)])
+        room = model.config.max_position_embeddings - ids.shape[1]
+        torch.manual_seed(train.seed)
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max(1, min(train.sample_tokens, room)),
+            do_sample=True,
+            top_k=40,
+            temperature=0.8,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+        result["sample"] = str(tokenizer.decode(out[0], skip_special_tokens=True))
 
     def summary(self) -> list[tuple[str, str]]:
         plan = self.plan
         return [
             ("parameters", f"{millions(plan.params_total)}, dense {millions(plan.params_dense)}"),
-            ("compression", f"{plan.compression_ratio:.2f} x"),
+            ("compression", describe_compression(plan.compression_ratio)),
         ]
 
     def loss_note(self, result: dict[str, Any]) -> str:
@@ -156,31 +175,6 @@ class Pretrain(Job):
         config = self.config
         rank = f", method.rank (now {config.method.rank})" if config.method.kind != "dense" else ", use low_rank layers"
         return lower_batch(config, f", data.seq_len (now {config.data.seq_len}){rank}")
-
-
-def _sample_text(config: PretrainConfig, folder: Path) -> str:
-    """Draw `train.sample_tokens` tokens after `train.sample_prompt` from the model in `folder`."""
-    import torch
-
-    from finhpc.models.files.tokenizer import open_tokenizer
-    from finhpc.models.files.tokens import prompt_ids
-    from finhpc.models.loading import load_model
-
-    model: Any = load_model(folder)
-    tokenizer = open_tokenizer(folder)
-    ids = torch.tensor([prompt_ids(tokenizer, config.train.sample_prompt or tokenizer.eos_token)])
-    room = model.config.max_position_embeddings - ids.shape[1]
-    torch.manual_seed(config.train.seed)
-    out = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=max(1, min(config.train.sample_tokens, room)),
-        do_sample=True,
-        top_k=40,
-        temperature=0.8,
-        pad_token_id=tokenizer.eos_token_id,
-    )
-    return str(tokenizer.decode(out[0], skip_special_tokens=True))
 
 
 def decompose_start(config: PretrainConfig, run: Path) -> None:

@@ -37,12 +37,11 @@ def ui(config: UiConfig, dry_run: bool = False) -> None:
     """
     run, port = config.run, config.port
     uri = run.mlflow_uri
-    name = run.name if "name" in run.model_fields_set else None
     served = uri.startswith(("http://", "https://"))
     if not served:
         check_database(uri)
         _check_port(port)
-    pages = pages_of(uri, name)
+    pages = pages_of(uri, run.name)
     if dry_run:
         address = redact(uri) if served else f"http://{HOST}:{port}"
         log.info(f"MLflow's page of {redact(uri)} would open at {address}.")
@@ -113,14 +112,20 @@ def _wait_until_healthy(server: subprocess.Popen[bytes], address: str, output: I
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline:
         if server.poll() is not None:
-            raise FinhpcError(f"the MLflow server ended with code {server.returncode}:\n{_last_lines(output)}")
+            raise FinhpcError(
+                f"the MLflow server ended with code {server.returncode}; correct what it reports, then rerun the "
+                f"command:\n{_last_lines(output)}"
+            )
         try:
             with urlopen(f"{address}/health", timeout=2) as answer:
                 if answer.status == 200:
                     return
         except (URLError, OSError):
             time.sleep(0.2)
-    raise FinhpcError(f"the MLflow server did not answer at {address} within {START_S:.0f} s:\n{_last_lines(output)}")
+    raise FinhpcError(
+        f"the MLflow server did not answer at {address} within {START_S:.0f} s; rerun the command when the machine is "
+        f"less busy, or choose another --port:\n{_last_lines(output)}"
+    )
 
 
 def _last_lines(output: IO[str]) -> str:

@@ -33,7 +33,7 @@ class LanguageModel(HFLM):
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, batch_size: int) -> None:
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        super().__init__(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch_size)
         self.cut: set[str] = set()  # prompts
         self._rows = batch_size
         base: Any = model

@@ -14,9 +14,9 @@ from torch import nn
 from finhpc.errors import ConfigError, collect
 from finhpc.models.families.registry import skeleton
 from finhpc.models.files.config import is_adapter
-from finhpc.models.files.tokenizer import find_tokenizer, has_tokenizer, open_tokenizer
+from finhpc.models.files.source import config_of, find_tokenizer, locate, tokenizer_of
+from finhpc.models.files.tokenizer import has_tokenizer
 from finhpc.models.files.tokens import check_rows
-from finhpc.models.files.weights import config_of, locate
 from finhpc.models.loading import load_model
 from finhpc.models.lora.adapter_file import base_of, check_base, load_adapter
 from finhpc.models.lora.multi_lora import attach
@@ -129,7 +129,7 @@ def load_for_evaluation(
     base = Path(path)
     config = config_of(base, any_family=True)
     kind = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
-    tokenizer = open_tokenizer(Path(adapter) if adapter and has_tokenizer(Path(adapter)) else base)
+    tokenizer = tokenizer_of(Path(adapter) if adapter and has_tokenizer(Path(adapter)) else base)
     check_rows(tokenizer, config.vocab_size, f"model={path}")
     model = load_model(base, kind, device)
     if adapter:

@@ -1,12 +1,11 @@
 """Next-token logits of a model with cached keys and values: the inner loop of generation.
 
 transformers' `generate` spends much of a small model's time in Python. Here a pass calls the model's own modules
-(dense, low-rank, quantized, with adapters) through its family's `decode`, and writes keys and values in place.
+(dense, low-rank, quantized, with adapters) by the names of its family, and writes keys and values in place.
 """
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -28,9 +27,12 @@ class Decoder:
         self.kv_heads: int = getattr(self.config, "num_key_value_heads", self.heads)
         self.head_size: int = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.heads
         self.context = context_of(self.config)
+        self.rotary = self.family.rotary(self.config)
         self.device = next(model.parameters()).device
+        if self.rotary is not None:
+            self.rotary.to(self.device)
         self.computed_tokens = 0
-        self.past, self.keys, self.values = 0, [], []  # type: ignore[var-annotated]
+        self.past, self.keys, self.values, self.blocks = 0, [], [], []  # type: ignore[var-annotated]
 
     def reset(self, batch: int, length: int, padding: Tensor | None = None) -> None:
         """Allocate `length` tokens for each of `batch` rows; `padding`: int64 (batch,), tokens before each row's own.
@@ -43,6 +45,13 @@ class Decoder:
         self.keys = list(torch.empty(shape, dtype=dtype, device=self.device))
         self.values = list(torch.empty(shape, dtype=dtype, device=self.device))
         self.length = length
+        self.blocks = [self._block(i) for i in range(self.config.num_hidden_layers)]
+
+    def _block(self, i: int) -> tuple[Any, ...]:
+        """Return the norm, attention and output projection, and the norm and MLP of a block."""
+        names, mlp = self.family.block_names(i, self.family.attention), self.family.block_names(i, self.family.mlp)
+        projection = f"{names[1]}.{self.family.output_projection}"
+        return tuple(self.model.get_submodule(name) for name in (*names, projection, *mlp))
 
     @property
     def cache_bytes(self) -> int:
@@ -63,11 +72,23 @@ class Decoder:
             mask = (mask | (seen == places[:, None]))[:, None]
         elif seq > 1 and self.past:
             mask = torch.arange(self.past + seq, device=self.device) <= places[:, None]
-        hidden = self.family.decode(self.model, tokens, positions, partial(self._attend, mask))
-        logits: Tensor = self.model.get_submodule(self.family.head)(hidden)
+        logits = self._logits(tokens, positions, mask)
         self.past += seq
         self.computed_tokens += tokens.numel()
         return logits
+
+    def _logits(self, tokens: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
+        family, module = self.family, self.model.get_submodule
+        hidden = module(family.embedding)(tokens)
+        if family.positions:
+            hidden = hidden + module(family.positions)(positions)
+        rotated = self.rotary(hidden, positions) if self.rotary is not None else None
+        for i, (norm, attention, project, mlp_norm, mlp) in enumerate(self.blocks):
+            q, k, v = (x.transpose(1, 2) for x in family.heads(attention, norm(hidden), rotated))
+            attended = self._attend(mask, i, q, k, v, attention.scaling)
+            hidden = hidden + project(attended.to(hidden.dtype))
+            hidden = hidden + mlp(mlp_norm(hidden))
+        return module(family.head)(module(family.norm)(hidden[:, -1]))  # type: ignore[no-any-return]
 
     def _attend(self, mask: Tensor | None, block: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Store keys and values of a block, and attend to all of them so far: (batch, seq, heads * size)."""

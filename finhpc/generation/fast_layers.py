@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finhpc.lowrank.layers import LowRankLinear
-from finhpc.quantization.layers import QuantizedLinear
+from finhpc.quantization.minmax import QuantizedLinear
 from finhpc.quantization.per_vector import unpack_bits
 
 CALL_WEIGHTS = 40_000  # weights that can be read in the time of one more call; measured: 4 us at 20 GB/s, bf16
@@ -35,14 +35,11 @@ def use_fast_layers(model: nn.Module) -> dict[str, int]:
         if isinstance(module, LowRankLinear) and module.mergeable and _merged_is_smaller(module):
             fast, kind = _merged(module), "merged"
         elif isinstance(module, QuantizedLinear) and module.probe.dtype == torch.bfloat16 and not module.weight.is_cuda:
-            kind = f"kernel_{module.bits}"
-            if module.bits == 8 and module.columns % BYTE_COLUMNS == 0:
-                fast = Int8Linear.of_minmax(module)
-            elif module.bits == 4 and module.columns % GROUPS[-1] == 0:
-                fast = Int4Linear(module)
+            if module.columns % (BYTE_COLUMNS if module.bits == 8 else GROUPS[-1]) == 0:
+                fast, kind = KernelLinear.of_minmax(module), f"kernel_{module.bits}"
         # by name: bitsandbytes is imported only if a model needs it
         elif type(module).__name__ == "Linear8bitLt" and module.in_features % BYTE_COLUMNS == 0:
-            fast, kind = Int8Linear.of_bitsandbytes(module), "kernel_8"
+            fast, kind = KernelLinear.of_bitsandbytes(module), "kernel_8"
         if fast is not None:
             model.set_submodule(name, fast)
             counts[kind] += 1
@@ -65,10 +62,11 @@ def _merged(layer: LowRankLinear) -> nn.Linear:
     return merged
 
 
-class Int8Linear(nn.Module):
-    """y = (scale * codes + zero) x + bias, with int8 codes (out, in); zero may be None.
+class KernelLinear(nn.Module):
+    """y = (scale * codes + zero) x + bias by torch's kernels that multiply codes of 8 or 4 bits; zero may be None.
 
-    bfloat16 inputs go through torch's kernel, which sums codes; scale and zero follow in float32.
+    Scale and zero follow the kernel, in float32: its own scales are 1 and its zeros 0. The 4-bit kernel packs the codes
+    (out, in) in its own layout, with rows padded to a multiple of 16, and takes only bfloat16.
     """
 
     codes: Tensor
@@ -76,72 +74,53 @@ class Int8Linear(nn.Module):
     zero: Tensor | None
     ones: Tensor
 
-    def __init__(self, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None) -> None:
+    def __init__(self, bits: int, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None) -> None:
         super().__init__()
-        # Codes mapped from a file may be unaligned, and then torch 2.13's kernel crashes from 5 rows on.
-        self.register_buffer("codes", codes.clone() if codes.data_ptr() % ALIGNMENT else codes)
-        self.register_buffer("scale", scale)
-        self.register_buffer("zero", zero)
-        self.register_buffer("ones", torch.ones_like(scale, dtype=torch.bfloat16))
+        self.bits, self.rows = bits, len(codes)
+        ones = torch.ones_like(scale, dtype=torch.bfloat16)
+        if bits == 4:
+            columns = codes.shape[1]
+            padded = F.pad(codes, (0, 0, 0, -self.rows % 16))
+            codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(padded.int(), 1)
+            self.group = next(size for size in GROUPS if columns % size == 0)
+            ones = torch.zeros(columns // self.group, len(padded), 2, dtype=torch.bfloat16)  # scale and zero
+            ones[..., 0] = 1
+        elif codes.data_ptr() % ALIGNMENT:  # mapped from a file; torch 2.13's kernel crashes from 5 rows on
+            codes = codes.clone()
+        for name, tensor in {"codes": codes, "scale": scale, "zero": zero, "ones": ones}.items():
+            self.register_buffer(name, tensor)
         self.bias = bias
 
     @classmethod
-    def of_minmax(cls, layer: QuantizedLinear) -> Int8Linear:
-        """Take over a `QuantizedLinear` of 8 bits, with its codes lowered by OFFSET in the same memory."""
+    def of_minmax(cls, layer: QuantizedLinear) -> KernelLinear:
+        """Take over a `QuantizedLinear`; codes of 8 bits stay in the same memory."""
+        if layer.bits == 4:
+            codes = unpack_bits(layer.codes, 4, layer.columns)
+            return cls(4, codes, layer.scale, layer.zero + 8 * layer.scale, layer.bias)
         codes = layer.codes.bitwise_xor_(OFFSET).view(torch.int8)
-        return cls(codes, layer.scale, layer.zero + OFFSET * layer.scale, layer.bias)
+        return cls(8, codes, layer.scale, layer.zero + OFFSET * layer.scale, layer.bias)
 
     @classmethod
-    def of_bitsandbytes(cls, layer: Any) -> Int8Linear:
+    def of_bitsandbytes(cls, layer: Any) -> KernelLinear:
         """Take over bitsandbytes' `Linear8bitLt`, which itself also rounds inputs, depending on the whole batch."""
         codes, largest = layer.weight.data, layer.weight.SCB if layer.state.SCB is None else layer.state.SCB
-        return cls(codes, largest.float() / 127, None, layer.bias)
+        return cls(8, codes, largest.float() / 127, None, layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        if x.dtype != torch.bfloat16 or x.is_cuda or len(rows) > FEW_ROWS:
+        if self.bits == 8 and (x.dtype != torch.bfloat16 or x.is_cuda or len(rows) > FEW_ROWS):
             weight = self.codes.float().mul_(self.scale[:, None])
             if self.zero is not None:
                 weight.add_(self.zero[:, None])
             return F.linear(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-        sums = torch._weight_int8pack_mm(rows, self.codes, self.ones)
-        return _scaled(sums, rows, self.scale, self.zero, self.bias).view(*x.shape[:-1], -1)
-
-
-class Int4Linear(nn.Module):
-    """A `QuantizedLinear` of 4 bits on bfloat16 inputs, like `Int8Linear`, for torch's 4-bit kernel.
-
-    The kernel needs multiples of 16 rows, so the rest is padded. Its own scales are 1 and its zeros 0.
-    """
-
-    codes: Tensor
-    scale: Tensor
-    zero: Tensor
-    groups: Tensor
-
-    def __init__(self, layer: QuantizedLinear) -> None:
-        super().__init__()
-        self.rows = layer.rows
-        padded = F.pad(unpack_bits(layer.codes, 4, layer.columns), (0, 0, 0, -layer.rows % 16))
-        self.register_buffer("codes", torch.ops.aten._convert_weight_to_int4pack_for_cpu(padded.int(), 1))
-        self.register_buffer("scale", layer.scale)
-        self.register_buffer("zero", layer.zero + 8 * layer.scale)
-        self.group = next(size for size in GROUPS if layer.columns % size == 0)
-        groups = torch.zeros(layer.columns // self.group, len(padded), 2, dtype=torch.bfloat16)
-        groups[..., 0] = 1
-        self.register_buffer("groups", groups)
-        self.bias = layer.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1]).contiguous()
-        sums = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.codes, self.group, self.groups)
-        return _scaled(sums[:, : self.rows], rows, self.scale, self.zero, self.bias).view(*x.shape[:-1], -1)
-
-
-def _scaled(sums: Tensor, x: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None) -> Tensor:
-    """Return scale * sums + zero * (sum of x) + bias, computed in float32, in x's type: (rows, out)."""
-    if zero is None:
-        out = sums.float().mul_(scale)
-    else:
-        out = torch.addcmul(x.float().sum(-1, keepdim=True) * zero, sums.float(), scale)
-    return (out if bias is None else out.add_(bias)).to(x.dtype)
+        if self.bits == 8:
+            sums = torch._weight_int8pack_mm(rows, self.codes, self.ones)
+        else:
+            rows = rows.contiguous()
+            sums = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.codes, self.group, self.ones)[:, : self.rows]
+        if self.zero is None:
+            out = sums.float().mul_(self.scale)
+        else:
+            out = torch.addcmul(rows.float().sum(-1, keepdim=True) * self.zero, sums.float(), self.scale)
+        out = out if self.bias is None else out.add_(self.bias)
+        return out.to(x.dtype).view(*x.shape[:-1], -1)

@@ -18,9 +18,9 @@ from finhpc.generation.fast_layers import use_fast_layers
 from finhpc.generation.prompts import Prompt
 from finhpc.generation.sampling import decode
 from finhpc.models.families.registry import context_of
-from finhpc.models.files.tokenizer import find_tokenizer, has_tokenizer, open_tokenizer
+from finhpc.models.files.source import config_of, find_tokenizer, locate, tokenizer_of
+from finhpc.models.files.tokenizer import has_tokenizer
 from finhpc.models.files.tokens import check_rows, decoded, generation_config, prompt_ids, stop_ids
-from finhpc.models.files.weights import config_of, locate
 from finhpc.models.loading import load_model
 from finhpc.models.lora.multi_lora import Adapters, round_for
 from finhpc.settings.generate import GenerateConfig
@@ -168,7 +168,7 @@ def _tokenizers(folders: dict[str | None, Path], rows: int) -> dict[str | None, 
     problems: list[str] = []
     for name, folder in folders.items():
         try:
-            tokenizer = open_tokenizer(folder) if name is None else find_tokenizer(folder)
+            tokenizer = tokenizer_of(folder) if name is None else find_tokenizer(folder)
             if tokenizer is not None:
                 check_rows(tokenizer, rows, f"model={folder}" if name is None else f"the base of adapter={folder}")
             tokenizers[name] = tokenizer or tokenizers.get(None)

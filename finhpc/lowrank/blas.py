@@ -1,8 +1,8 @@
-"""Gram matrices, eigenvectors and products of float32 and float64 matrices on the CPU, by scipy's OpenBLAS.
+"""Gram matrices, eigenvectors and products of float32 and float64 matrices: on a CPU by scipy's OpenBLAS.
 
 Its syrk computes only half of a Gram matrix, its eigensolver is faster than the one in torch, and on AMD
 processors it uses AVX-512, where torch's MKL uses only AVX2: on a Zen 5 core 270 against 120 GFLOP/s in float32. It
-uses as many threads as torch.
+uses as many threads as torch. On a GPU torch computes them.
 """
 
 from __future__ import annotations
@@ -15,17 +15,26 @@ import torch
 from torch import Tensor
 
 CHUNK = 4096  # columns converted at a time
+BLOCK = 256  # rows of the Gram matrix computed at a time, if not by syrk
 
 
 def gram(rows: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Return the lower triangle of X X^T for X (n, k), summed in `dtype`; the rest is zero."""
-    n, k = rows.shape
-    total = np.zeros((n, n), dtype=_name(dtype), order="F")
-    if rows.dtype == dtype:
-        return _syrk(total, rows)
+    """Return the lower triangle of X X^T for X (..., n, k), summed in `dtype`; the rest is undefined."""
+    *batch, n, k = rows.shape
+    if not batch and not rows.is_cuda:
+        array = np.zeros((n, n), dtype=_name(dtype), order="F")
+        if rows.dtype == dtype:
+            return _syrk(array, rows)
+        for begin in range(0, k, CHUNK):
+            _syrk(array, rows[:, begin : begin + CHUNK].to(dtype))
+        return torch.from_numpy(array)
+    total = torch.zeros(*batch, n, n, dtype=dtype, device=rows.device)
     for begin in range(0, k, CHUNK):
-        _syrk(total, rows[:, begin : begin + CHUNK].to(dtype))
-    return torch.from_numpy(total)
+        x = rows[..., begin : begin + CHUNK].to(dtype)
+        for top in range(0, n, BLOCK):
+            below = slice(top, None)
+            total[..., below, top : top + BLOCK] += x[..., below, :] @ x[..., top : top + BLOCK, :].mT
+    return total
 
 
 def eigh(lower: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,6 +51,8 @@ def eigh(lower: Tensor) -> tuple[Tensor, Tensor]:
 
 def product(left: Tensor, right: Tensor) -> Tensor:
     """Return L R for L (n, k) and R (k, m) of one dtype."""
+    if left.is_cuda:
+        return left @ right
     from scipy.linalg import blas
 
     gemm = blas.sgemm if left.dtype == torch.float32 else blas.dgemm

@@ -15,10 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from finhpc.lowrank import blas
+from finhpc.lowrank.blas import eigh, gram, product
 
-BLOCK = 256  # rows of the Gram matrix computed at a time
-CHUNK = 4096  # columns converted at a time
 # Error of an eigenvalue of a float32 Gram matrix, as a share of the largest; ten times what is usual.
 NOISE = 10 * torch.finfo(torch.float32).eps
 SMALL = 1e-2  # of the largest singular value: smaller ones are measured on the matrix itself
@@ -53,27 +51,13 @@ class Spectrum:
         return lost <= 0.002 * self.optimum(rank) ** 2
 
 
-def gram(rows: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Return the lower triangle of X X^T for X (..., n, k), summed in `dtype`; the rest is undefined."""
-    if rows.ndim == 2 and not rows.is_cuda:
-        return blas.gram(rows, dtype)
-    *batch, n, k = rows.shape
-    total = torch.zeros(*batch, n, n, dtype=dtype, device=rows.device)
-    for begin in range(0, k, CHUNK):
-        x = rows[..., begin : begin + CHUNK].to(dtype)
-        for top in range(0, n, BLOCK):
-            below = slice(top, None)
-            total[..., below, top : top + BLOCK] += x[..., below, :] @ x[..., top : top + BLOCK, :].mT
-    return total
-
-
 def spectra(weights: Sequence[Tensor], dtype: torch.dtype = torch.float64) -> list[Spectrum]:
     """Return the spectrum of each of several same-shaped matrices (out, in), on their device.
 
     In float64 singular values are exact to 1e-8 of the largest, in float32 to 1e-5 of it or 0.3 %.
     """
     if not weights[0].is_cuda:
-        solutions = [blas.eigh(blas.gram(_short(weight), dtype)) for weight in weights]
+        solutions = [eigh(gram(_short(weight), dtype)) for weight in weights]
     else:
         solutions = list(zip(*torch.linalg.eigh(gram(_short(torch.stack(list(weights))), dtype)), strict=True))
     results = []
@@ -190,10 +174,6 @@ def error_of(weight: Tensor, a: Tensor, b: Tensor) -> float:
 def _short(weights: Tensor) -> Tensor:
     """Return the matrices, or their transposes if these have fewer rows."""
     return weights if weights.shape[-2] <= weights.shape[-1] else weights.mT
-
-
-def product(left: Tensor, right: Tensor) -> Tensor:
-    return left @ right if left.is_cuda else blas.product(left, right)
 
 
 def _signed(vectors: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ their own names.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -52,33 +53,39 @@ def dense_shape(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
+def rank_problems(setting: str, layers: Iterable[tuple[str, int, tuple[int, int]]], remedy: str = "") -> list[str]:
+    """Return a message for each rank that does not fit all its layers (name, rank, (out, in)), the smallest first."""
+    misfits: dict[int, Counter[tuple[str, tuple[int, int]]]] = {}
+    for name, rank, shape in layers:
+        if not 1 <= rank <= min(shape):
+            # The same layer of all blocks is named once: the names differ only in a number.
+            misfits.setdefault(rank, Counter())[re.sub(r"\.\d+\.", ".*.", name), shape] += 1
+    problems = []
+    for rank, counts in misfits.items():
+        smallest_first = sorted(counts.items(), key=lambda item: min(item[0][1]))
+        where = ", ".join(f"{name} ({out} x {into}, layers: {count})" for (name, (out, into)), count in smallest_first)
+        most = min(min(shape) for _, shape in counts)
+        problems.append(f"{setting}={rank} does not fit {where}; use 1 to {most}{remedy}.")
+    return problems
+
+
 def target_ranks(
     model: nn.Module, ranks: Ranks, kind_of: KindOf, layers: Mapping[str, int] | None = None
 ) -> dict[str, int]:
     """Return name -> rank of every module that becomes low-rank: from `layers` by name, else from its kind.
 
-    Raises `ConfigError` naming every layer that its rank does not fit.
+    Raises `ConfigError` with a line for each rank that does not fit, naming every layer, the smallest first.
     """
     chosen: dict[str, int] = {}
-    misfits: dict[tuple[str, int, tuple[int, int], str], int] = {}
+    shapes: dict[str, tuple[int, int]] = {}
     for name, module in model.named_modules():
         shape, kind = dense_shape(module), kind_of(name)
         rank = (layers or {}).get(name, ranks.get(kind) if kind else None)
-        if shape is None or rank is None:
-            continue
-        if not 1 <= rank <= min(shape):
-            # One line for the same layer of all blocks, whose names differ only in a number.
-            key = (re.sub(r"\.\d+\.", ".*.", name), rank, shape, str(kind))
-            misfits[key] = misfits.get(key, 0) + 1
-        chosen[name] = rank
-    if misfits:
-        raise ConfigError(
-            [
-                f"method.rank={rank} does not fit {name} ({shape[0]} x {shape[1]}, layers: {count}); "
-                f"use 1 to {min(shape)} (method.ranks.{kind} sets this kind alone)."
-                for (name, rank, shape, kind), count in misfits.items()
-            ]
-        )
+        if shape is not None and rank is not None:
+            chosen[name], shapes[name] = rank, shape
+    remedy = " (method.ranks has one rank per kind of layer)"
+    if problems := rank_problems("method.rank", ((name, rank, shapes[name]) for name, rank in chosen.items()), remedy):
+        raise ConfigError(problems)
     return chosen
 
 

@@ -19,7 +19,7 @@ from finhpc.lowrank.blend import Blended
 from finhpc.lowrank.initialize import INITS
 from finhpc.lowrank.layers import LowRank, LowRankLinear, is_factor
 from finhpc.lowrank.replace import dense_shape
-from finhpc.models.families.registry import family_of
+from finhpc.models.families.registry import family_of, skeleton
 from finhpc.models.files.weights import Weights
 
 Fill = Callable[[nn.Module, str], None]  # sets the weights of the module with that Hugging Face name, in place
@@ -53,14 +53,14 @@ def weights_fill(weights: Weights, dense: Weights | None = None) -> Fill:
 
 @torch.no_grad()
 def initialize(module: nn.Module, name: str, config: Any, seed: int, scheme: str | None) -> None:
-    """Draw the weights of `module`, whose Hugging Face name is `name`, in place.
+    """Draw the weights of `module`, whose Hugging Face name is `name` (empty: the whole model), in place.
 
     `scheme` initializes low-rank layers; None: each layer class's default. Matrices are drawn on the CPU in float32,
     so every device starts from the same numbers.
     """
     family = family_of(config)
     for sub_name, sub in module.named_modules():
-        full = f"{name}.{sub_name}" if sub_name else name
+        full = f"{name}.{sub_name}".strip(".")
         std, generator = family.init_std(full, config), generator_of(seed, full)
         if isinstance(sub, LowRank):
             _draw_factors(sub, std, generator, scheme)
@@ -96,6 +96,16 @@ def _draw(module: nn.Module, std: float, generator: Generator) -> None:
                 torch.randn(*(shape[::-1] if isinstance(module, nn.Embedding) else shape), generator=generator) * std
             )
             parameter.copy_(dense.T if isinstance(module, Conv1D) else dense)
+
+
+def initial_model(hf_config: Any, seed: int, scheme: str | None) -> Any:
+    """Build the whole model on the CPU with the weights that training starts from."""
+    model: Any = skeleton(hf_config).to_empty(device="cpu")
+    initialize(model, "", hf_config, seed, scheme)
+    model.tie_weights()
+    if hasattr(model, "model") and hasattr(model.model, "rotary_emb"):  # a buffer, not a weight
+        model.model.rotary_emb = type(model.model.rotary_emb)(hf_config)
+    return model
 
 
 def generator_of(seed: int, name: str) -> Generator:

@@ -9,12 +9,15 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from finhpc.models.families import flow
-from finhpc.models.families.family import HALVES, Flow, PackedAttention, Part
+from finhpc.models.families import parts
+from finhpc.models.families.family import Family
+from finhpc.models.families.parts import HALVES, Flow, Part
 from finhpc.models.families.registry import family_of
 from finhpc.models.loss import cross_entropy
+from finhpc.models.packing.attention import attend_segments
 from finhpc.models.packing.layout import POSITION, TOKEN, layout_of
 from finhpc.models.recompute import whole_blocks
 from finhpc.settings.training import Recompute
@@ -26,21 +29,21 @@ def packed_parts(config: Any, recompute: Recompute = "none") -> list[Part]:
     Every token sees all tokens before it: no example may be longer than a model's sliding window.
     """
     family = family_of(config)
-    attended, row = family.packed_attention(config), family.parts(config)
+    row = family.parts(config)
     last = max(i for i, part in enumerate(row) if part.kind == HALVES[0])
     runs: dict[str, Callable[..., Any]] = {
         "embedding": lambda pack, module: (module(pack[:, TOKEN]), pack),
         "positions": lambda data, module: (data[0] + module(data[1][:, POSITION]), data[1]),
         "dropout": lambda data, module: data,  # a frozen base uses none: a prefix that examples share has one value
-        "mlp": flow.mlp,
-        "norm": flow.apply,
+        "mlp": parts.mlp,
+        "norm": parts.apply,
         "head": head,
     }
     packed = []
     for i, part in enumerate(row):
         run = runs.get(part.kind)
         if part.kind == HALVES[0]:
-            run = partial(attention, attended, family.output_projection, recompute == "none", i == last)
+            run = partial(attention, family, config, recompute == "none", i == last)
         assert run is not None
         packed.append(Part(part.names, part.kind, run))
     return whole_blocks(packed) if recompute == "full" else packed
@@ -53,16 +56,29 @@ def without_dropout(config: Any) -> None:
             setattr(config, key, 0.0)
 
 
-def attention(
-    attended: PackedAttention, projection: str, keep: bool, last: bool, data: Flow, norm: nn.Module, module: nn.Module
-) -> Flow:
-    """Run the attention half of a block; the last block returns only rows that predict a token (at least one)."""
+def attention(family: Family, config: Any, keep: bool, last: bool, data: Flow, norm: nn.Module, module: Any) -> Flow:
+    """Run the attention half of a block; the last block returns only rows that predict a token (at least one).
+
+    Without `keep` no probabilities are stored for the backward pass.
+    """
     hidden, pack = data
-    out = attended(module, norm(hidden), pack, keep)
+    x, layout = norm(hidden), layout_of(pack)
+    q, k, v = (heads[0] for heads in family.heads(module, x, _rotated(family, config, x, pack)))
+    out = attend_segments(q, k, v, layout, module.scaling, keep).reshape(1, x.shape[1], -1)
     if last:
-        rows = layout_of(pack).predicting
+        rows = layout.predicting
         hidden, out = hidden[:, rows], out[:, rows]
-    return hidden + module.get_submodule(projection)(out), pack
+    return hidden + module.get_submodule(family.output_projection)(out), pack
+
+
+@torch.no_grad()
+def _rotated(family: Family, config: Any, x: Tensor, pack: Tensor) -> Any:
+    """Return cos and sin (1, T, size) of every token's position, computed once per pack and stage."""
+    layout, key = layout_of(pack), ("rotary", id(config), x.dtype)
+    if key not in layout.cache:
+        rotary = family.rotary(config)
+        layout.cache[key] = None if rotary is None else rotary.to(x.device)(x, pack[:, POSITION])
+    return layout.cache[key]
 
 
 def head(data: Flow, module: nn.Module) -> Tensor:
@@ -71,7 +87,7 @@ def head(data: Flow, module: nn.Module) -> Tensor:
     See `PACKS`. A pack without targets has one row and loss 0.
     """
     hidden, pack = data
-    layout, logits = layout_of(pack), flow.logits(hidden[0], module)
+    layout, logits = layout_of(pack), parts.logits(hidden[0], module)
     if len(layout.wanted) == 0:
         return logits.sum().float() * 0.0
     return cross_entropy(logits, layout.wanted) * (len(layout.wanted) * layout.scale)

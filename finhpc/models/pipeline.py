@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from finhpc.models.families.family import BLOCK, Part
+from finhpc.models.families.parts import BLOCK, Part
 from finhpc.models.families.registry import family_of
 from finhpc.models.initialize import Fill
 from finhpc.models.recompute import whole_blocks
@@ -44,24 +44,24 @@ class PipelineLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.part, self.bf16, self.device_type = part, bf16, device.type
-        self.parts = nn.ModuleList(part.modules(skeleton))
-        if any(parameter.is_meta for parameter in self.parts.parameters()):
-            self.parts.to_empty(device=device)
-            for name, module in zip(part.names, self.parts, strict=True):
+        self.part_modules = nn.ModuleList(part.modules(skeleton))
+        if any(parameter.is_meta for parameter in self.part_modules.parameters()):
+            self.part_modules.to_empty(device=device)
+            for name, module in zip(part.names, self.part_modules, strict=True):
                 fill(module, name)
             if bits < 16:
-                fake_quantize(self.parts, bits)
+                fake_quantize(self.part_modules, bits)
 
     def forward(self, data: Any) -> Any:
         return self.run(self.part, data)
 
     def run(self, part: Part, data: Any) -> Any:
         with torch.autocast(self.device_type, dtype=torch.bfloat16, enabled=self.bf16):
-            return part.run(data, *self.parts)
+            return part.run(data, *self.part_modules)
 
     def parameters_by_name(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield (Hugging Face name, parameter) of every parameter of this part."""
-        for prefix, module in zip(self.part.names, self.parts, strict=True):
+        for prefix, module in zip(self.part.names, self.part_modules, strict=True):
             for name, parameter in module.named_parameters():
                 yield f"{prefix}.{plain_name(name)}", parameter
 

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from finhpc.models.families.family import BLOCK, HALVES, Flow, Part
+from finhpc.models.families.parts import BLOCK, HALVES, Flow, Part
 
 
 def whole_blocks(row: list[Part]) -> list[Part]:

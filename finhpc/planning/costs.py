@@ -1,49 +1,25 @@
-"""What a training costs in memory and time: one interface, for pretraining here and for LoRA in finetuning.py."""
+"""What a pretraining costs in memory and time, on one topology and on every topology of a cluster."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Any
 
 from finhpc.planning.devices import Cluster
 from finhpc.planning.memory import Memory, Scheme, StageMemory, Topology
 from finhpc.planning.outline import Outline, Stages
-from finhpc.planning.step_time import Pace, measured, paced, step_operations
-
-
-class Costs(Protocol):
-    """The costs of one training. All bytes, operations and seconds are estimates."""
-
-    @property
-    def topology(self) -> Topology: ...
-
-    @property
-    def kinds(self) -> list[str]:
-        """The kinds of the model's parts, in order."""
-        ...
-
-    def stages(self) -> list[StageMemory]:
-        """The memory of each stage."""
-        ...
-
-    def operations_per_step(self) -> float:
-        """Operations of one step, over all replicas."""
-        ...
-
-    def pace(self, cluster: Cluster) -> Pace:
-        """Seconds of one step: from measured parts if there are any, else from the cluster's rates."""
-        ...
-
-    def with_measured(self, part_s: Mapping[str, float]) -> Costs:
-        """The same training, given the measured seconds per micro-batch of each kind of part."""
-        ...
+from finhpc.planning.step_time import ADAMW_BYTES, Pace, averaging_s, launches, part_operations, step_operations
 
 
 @dataclass(frozen=True)
 class PretrainCosts:
-    """The costs of a pretraining. Stages are balanced by measured parts if there are any, else by operations."""
+    """The costs of a pretraining; `LoraCosts` are those of a finetuning. Bytes, operations and seconds are estimates.
+
+    `part_s`: measured seconds per micro-batch of each kind of part. Stages are balanced by them if there are any, else
+    by operations.
+    """
 
     memory: Memory
     topology: Topology
@@ -60,6 +36,7 @@ class PretrainCosts:
 
     @property
     def kinds(self) -> list[str]:
+        """The kinds of the model's parts, in order."""
         return self.outline.kinds
 
     @cached_property
@@ -67,6 +44,7 @@ class PretrainCosts:
         return self.outline.stages(self.topology.stages, self.part_s)
 
     def stages(self) -> list[StageMemory]:
+        """The memory of each stage."""
         return self.memory.stages(self.topology, self.cut)
 
     @property
@@ -74,46 +52,68 @@ class PretrainCosts:
         return max(self.stages(), key=lambda stage: stage.peak_bytes)
 
     def operations_per_step(self) -> float:
+        """Operations of one step, over all replicas."""
         return step_operations(self.outline, self.topology.samples_per_step)
 
     def pace(self, cluster: Cluster) -> Pace:
-        if self.part_s is None:
-            return paced(self.outline, self.topology, self.cut, cluster)
-        return measured(self.outline, self.topology, self.cut, cluster, self.part_s)
+        """Seconds of one step: from measured parts if there are any, else from the cluster's rates."""
+        outline, topology, device = self.outline, self.topology, cluster.device
+        largest = max(sum(outline.part_params(kind) for kind in kinds) for kinds in self.cut)
+        exchange_s = averaging_s(largest, topology.replicas, device, cluster.devices_per_node)
+        if (part_s := self.part_s) is not None:  # with their share of the optimizer
+            measured = [sum(part_s[kind] for kind in kinds) for kinds in self.cut]
+            return Pace(measured, exchange_s, 0.0, topology.micro_batches)
+        rate = device.rate(cluster.precision) * cluster.reached
+        tokens, link = topology.micro_batch_size * outline.seq_len, cluster.link(topology.workers)
+        hidden_bytes = 4 * tokens * int(outline.hf_config.hidden_size)
+        seconds = []
+        for i, kinds in enumerate(self.cut):
+            least = {kind: launches(kind) * device.launch_s for kind in kinds}
+            compute = sum(max(tokens * part_operations(outline, kind) / rate, least[kind]) for kind in kinds)
+            neighbors = (i > 0) + (i < topology.stages - 1)
+            seconds.append(compute + neighbors * 2 * hidden_bytes / link)  # hidden states there, gradients back
+        optimizer_s = largest * ADAMW_BYTES / (device.memory_gb_per_s * 1e9)
+        return Pace(seconds, exchange_s, optimizer_s, topology.micro_batches)
 
-    def with_measured(self, part_s: Mapping[str, float]) -> PretrainCosts:
-        return replace(self, part_s=part_s)
+    def reached(self, rate: float) -> float:
+        """The share of a matrix rate that the measured parts reach."""
+        assert self.part_s is not None
+        tokens = self.topology.micro_batch_size * self.outline.seq_len
+        operations = tokens * sum(part_operations(self.outline, kind) for kind in self.kinds)
+        return operations / (sum(self.part_s[kind] for kind in self.kinds) * rate)
 
 
-@dataclass(frozen=True)
-class Option:
-    """One topology on a cluster, with its fullest stage and its pace."""
+def topologies(
+    memory: Memory, cluster: Cluster, samples_per_step: int, micro_batch_sizes: list[int]
+) -> list[dict[str, Any]]:
+    """Every topology considered, with its fullest stage and its pace.
 
-    topology: Topology
-    fullest: StageMemory
-    pace: Pace
-    tokens_per_s: float
-    fits: bool
-
-
-def options(memory: Memory, cluster: Cluster, samples_per_step: int, micro_batch_sizes: list[int]) -> list[Option]:
-    """Every topology considered: first those that fit, the fastest first, then the others, the smallest first.
-
-    Stages are powers of two and divisors of the number of blocks; replicas are as many as the devices and the step's
-    samples allow. All topologies have the same samples per step, so that their tokens/s compare.
+    Those that fit come first, the fastest first, then the others, the smallest first. Stages are powers of two and
+    divisors of the number of blocks; replicas are as many as the devices and the step's samples allow. All topologies
+    have the same samples per step, so that their tokens/s compare.
     """
     layers = int(memory.outline.hf_config.num_hidden_layers)
-    considered = []
+    rows: list[dict[str, Any]] = []
     for stages in range(1, min(layers, cluster.devices) + 1):
         if stages & (stages - 1) and layers % stages:
             continue
         for size in micro_batch_sizes:
             most = range(cluster.devices // stages, 0, -1)
             replicas = next((r for r in most if samples_per_step % (r * size) == 0), None)
-            if replicas:
-                topology = Topology(stages, replicas, size, samples_per_step // (replicas * size))
-                costs = PretrainCosts(memory, topology)
-                fullest, pace = costs.fullest, costs.pace(cluster)
-                tokens_per_s = samples_per_step * memory.outline.seq_len / pace.step_s
-                considered.append(Option(topology, fullest, pace, tokens_per_s, fullest.peak_bytes <= cluster.usable))
-    return sorted(considered, key=lambda o: (not o.fits, -o.tokens_per_s if o.fits else o.fullest.peak_bytes))
+            if replicas is None:
+                continue
+            topology = Topology(stages, replicas, size, samples_per_step // (replicas * size))
+            costs = PretrainCosts(memory, topology)
+            peak, step_s = costs.fullest.peak_bytes, costs.pace(cluster).step_s
+            rows.append(
+                {
+                    **asdict(topology),
+                    "workers": topology.workers,
+                    "peak_bytes": peak,
+                    "fits": peak <= cluster.usable,
+                    "step_s": step_s,
+                    "tokens_per_s": samples_per_step * memory.outline.seq_len / step_s,
+                    "pipeline_bubble": 1 - topology.utilization,
+                }
+            )
+    return sorted(rows, key=lambda row: (not row["fits"], -row["tokens_per_s"] if row["fits"] else row["peak_bytes"]))

@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
@@ -97,18 +98,11 @@ SECONDS = 0.3  # of each measurement
 def this_machine(workers: int, threads: int) -> Device:
     """This machine's CPU, shared by `workers` processes of `threads` threads.
 
-    Rates are measured now, with the threads of one worker, in CPU seconds, so that other processes do not change
-    them. Memory is the machine's divided by the workers; exchanges between workers are copied once, at memory speed.
+    Memory is the machine's divided by the workers; exchanges between workers are copied once, at memory speed.
     """
     import psutil
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        rates = {name: _products(dtype, threads) for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))}
-        copies = _copies(threads)
-    finally:
-        torch.set_num_threads(before)
+    rates, copies = _rates(threads)
     return Device(THIS_MACHINE, psutil.virtual_memory().total / workers / 1e9, rates, 2 * copies, copies, copies)
 
 
@@ -126,17 +120,24 @@ def device_called(name: str, memory: int) -> Device | None:
     return min(alike, key=lambda device: abs(device.memory_gb * 1e9 - memory), default=None)
 
 
-def _products(dtype: torch.dtype, threads: int) -> float:
-    """TFLOP/s of square matrix products."""
-    a = torch.randn(SIZE, SIZE).to(dtype)
-    return 2 * SIZE**3 * _times_per_second(lambda: torch.mm(a, a), threads) / 1e12
+@cache
+def _rates(threads: int) -> tuple[dict[str, float], float]:
+    """TFLOP/s of square matrix products by precision, and GB/s of copying a tensor larger than the caches.
 
-
-def _copies(threads: int) -> float:
-    """GB/s of copying a tensor larger than the caches."""
-    source = torch.zeros(1 << 26)
-    target = torch.empty_like(source)
-    return source.numel() * 4 * _times_per_second(lambda: target.copy_(source), threads) / 1e9
+    Measured once per process, in CPU seconds, so that other processes do not change them.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        tflops = {}
+        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+            a = torch.randn(SIZE, SIZE).to(dtype)
+            tflops[name] = 2 * SIZE**3 * _times_per_second(lambda a=a: torch.mm(a, a), threads) / 1e12  # type: ignore[misc]
+        source = torch.zeros(1 << 26)
+        target = torch.empty_like(source)
+        return tflops, source.numel() * 4 * _times_per_second(lambda: target.copy_(source), threads) / 1e9
+    finally:
+        torch.set_num_threads(before)
 
 
 def _times_per_second(work: Callable[[], object], threads: int) -> float:

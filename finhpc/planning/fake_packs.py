@@ -17,14 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from finhpc.models.families.family import BLOCKS, Flow
+from finhpc.models.families.parts import BLOCKS, Flow
 from finhpc.models.families.registry import family_of, skeleton, with_blocks
 from finhpc.models.files.weights import Weights
 from finhpc.models.lora.model import LoraModel, LoraPipelineLayer, Matrix
 from finhpc.models.packing.layout import FIELDS, LAYOUT, Segments, build_layout, layout_of
 from finhpc.models.pipeline import is_tied
 from finhpc.planning.fake_passes import Meter, PartBytes, run_passes, with_gpu_loss
-from finhpc.quantization.frozen import FrozenLinear, empty_frozen
+from finhpc.quantization.frozen import FrozenFloat, FrozenLinear
+from finhpc.quantization.schemes import SCHEMES, is_quantized
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,10 @@ class EmptyLoraModel(LoraModel):
     """A LoRA model that is counted and never trained: its frozen matrices have no content."""
 
     def _frozen(self, matrix: Matrix, bias: Tensor | None, device: torch.device) -> FrozenLinear:
-        return empty_frozen(matrix.shape, bias, self.bits_of(matrix.name), self.scheme, self.dtype)
+        bits = self.bits_of(matrix.name)
+        if not is_quantized(matrix.shape, bits, self.scheme):
+            return FrozenFloat(torch.empty(matrix.shape, dtype=self.dtype), bias)
+        return SCHEMES[self.scheme].empty(matrix.shape, bias, bits)
 
 
 def count_lora_parts(lora_model: LoraModel, pack: PackSize, cuda: bool) -> list[LoraPart]:
@@ -136,11 +140,10 @@ def _count(lora_model: EmptyLoraModel, pack: PackSize, cuda: bool) -> list[LoraP
                 return hidden if leaf else hidden + torch.zeros((), dtype=dtype, requires_grad=True), data
 
             run_passes(meter, layer, make_input)  # makes rotary positions and the adapters' gradients
-            passes = run_passes(meter, layer, make_input)
-            rows, requires_grad = passes.rows, passes.requires_grad
+            passes, rows, requires_grad = run_passes(meter, layer, make_input)
             output_bytes = 0 if part.kind == "head" else rows * width * dtype.itemsize
-            size = PartBytes(passes.kept, passes.forward, passes.backward, passes.backward)
-            counted.append(LoraPart(part.kind, weights_bytes - 4 * trained, trained, size, input_bytes, output_bytes))
+            weights_bytes -= 4 * trained
+            counted.append(LoraPart(part.kind, weights_bytes, trained, passes, input_bytes, output_bytes))
             input_bytes = output_bytes
     return counted
 

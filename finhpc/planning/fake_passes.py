@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from finhpc.lowrank.blend import blend_in
-from finhpc.models.families.family import Flow, Part
+from finhpc.models.families.parts import Flow, Part
 from finhpc.models.families.registry import skeleton
 from finhpc.models.pipeline import is_tied, parts_of
 from finhpc.settings.training import Recompute
@@ -91,19 +91,12 @@ class _NextPart(torch.autograd.Function):
         return gradient, None
 
 
-@dataclass(frozen=True)
-class Passes:
-    """One forward and backward pass in bytes, the rows of the output, and whether the output requires a gradient."""
+def run_passes(meter: Meter, run: Callable[[Any], Any], make_input: Callable[[], Any]) -> tuple[PartBytes, int, bool]:
+    """Run a part forward and, if its output requires a gradient, backward; the meter must be on.
 
-    kept: int
-    forward: int
-    backward: int
-    rows: int
-    requires_grad: bool
-
-
-def run_passes(meter: Meter, run: Callable[[Any], Any], make_input: Callable[[], Any]) -> Passes:
-    """Run a part forward and, if its output requires a gradient, backward; the meter must be on."""
+    Returns the bytes, the rows of the output, and whether the output requires a gradient. `first_backward` is this
+    backward pass.
+    """
     before = meter.live
     data = make_input()
     start = meter.peak = meter.live
@@ -112,7 +105,7 @@ def run_passes(meter: Meter, run: Callable[[Any], Any], make_input: Callable[[],
     hidden = out if isinstance(out, Tensor) else out[0]
     rows = hidden.shape[1] if hidden.dim() > 1 else 0
     if not hidden.requires_grad:
-        return Passes(0, forward, 0, rows, False)
+        return PartBytes(0, forward, 0, 0), rows, False
     begin = meter.live
     gradient = torch.tensor(0.5) if hidden.dim() == 0 else torch.empty_like(hidden)
     root = _NextPart.apply(hidden, gradient)  # type: ignore[no-untyped-call]
@@ -121,7 +114,8 @@ def run_passes(meter: Meter, run: Callable[[Any], Any], make_input: Callable[[],
     kept = meter.live - before - handed_over
     begin = meter.peak = meter.live
     root.backward()
-    return Passes(kept, forward, meter.peak - begin, rows, True)
+    backward = meter.peak - begin
+    return PartBytes(kept, forward, backward, backward), rows, True
 
 
 def with_gpu_loss(part: Part, logits_and_targets: Callable[[Flow, nn.Module], tuple[Tensor, Tensor]]) -> Part:
@@ -145,7 +139,7 @@ def count_parts(
     cuda: bool,
     blend: Literal["frozen", "trainable"] | None = None,
 ) -> dict[str, PartBytes]:
-    """Kind of part -> its bytes in pretraining. `hf_config`: a model with one block, see `one_block` in outline.py.
+    """Kind of part -> its bytes in pretraining. `hf_config`: of the model with one block.
 
     With `cuda` attention is torch's fused kernel and the loss makes its float32 copies, as on a GPU; on a CPU both
     are finhpc's own. `blend`: method 3's W exists next to its factors, as in its first steps.
@@ -186,8 +180,8 @@ def count_parts(
                     return part.run(data, *modules)
 
             with meter:
-                first, second = (run_passes(meter, run, make_input) for _ in range(2))
-            counted[part.kind] = PartBytes(second.kept, second.forward, second.backward, first.backward)
+                first, second = (run_passes(meter, run, make_input)[0] for _ in range(2))
+            counted[part.kind] = replace(second, first_backward=first.backward)
     return counted
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
-from finhpc.models.families.family import BLOCKS, HALVES
+from finhpc.models.families.parts import BLOCKS, HALVES
 from finhpc.models.lora.model import LoraModel
 from finhpc.models.packed_parts import packed_parts
 from finhpc.models.packing.layout import CACHED_LAYOUTS, FIELDS
@@ -54,9 +54,6 @@ class LoraCosts:
         """Bytes of the whole base on a single stage."""
         return sum(part.weights_bytes for part in self.parts)
 
-    def with_measured(self, part_s: Mapping[str, float]) -> LoraCosts:
-        return replace(self, part_s=part_s)
-
     # -- memory -----------------------------------------------------------------------------
 
     def stages(self) -> list[StageMemory]:
@@ -69,28 +66,19 @@ class LoraCosts:
         weights = sum(part.weights_bytes for part in parts)
         if last and not first and is_tied(self.lora_model.hf_config):
             weights += self.parts[0].weights_bytes  # a stage without the embedding reads the matrix for its head
-        gradients, optimizer = 4 * trained, 8 * trained
         ids = 8 * FIELDS * self.pack.tokens
         hidden = [part.input_bytes for part in parts] + [parts[-1].output_bytes]
         steps = Steps(
             parts=[part.passes for part in parts],
             gradients=[4 * part.trained for part in parts],
-            shared=False,
-            first=first,
-            last=last,
             hidden=hidden,
             ids=ids,
         )
-        intermediates, with_gradients = steps.peak(stage, topology.stages, topology.micro_batches)
         # Received tensors land in a buffer first: states and their pack going up, gradients coming down.
         received = (0 if first else hidden[0] + ids) + (0 if last else hidden[-1])
-        flat = gradients if topology.replicas > 1 else 0
         layouts = self.layouts * self._layout_bytes() if any(part.kind in BLOCKS for part in parts) else 0
-        peak = weights + 4 * trained + optimizer + received + layouts + max(with_gradients, gradients + flat)
         kinds = [part.kind for part in parts]
-        return StageMemory(
-            stage, kinds, trained, weights + 4 * trained, gradients, optimizer, intermediates, received + flat, peak
-        )
+        return steps.memory(stage, topology, kinds, trained, weights + 4 * trained, 8 * trained, received, layouts)
 
     def _layout_bytes(self) -> int:
         """Bytes of one pack's cached layout: rotary positions, and rows."""

@@ -19,9 +19,10 @@ from typing import Literal
 
 from finhpc.lowrank.registry import BLEND
 from finhpc.models.attention import LONGEST
+from finhpc.models.families.registry import with_blocks
 from finhpc.planning import paper
 from finhpc.planning.fake_passes import PartBytes, count_parts
-from finhpc.planning.outline import Outline, Stages, one_block
+from finhpc.planning.outline import Outline, Stages
 from finhpc.settings.estimate import EstimateConfig
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.training import TrainingConfig
@@ -113,7 +114,7 @@ class Memory:
             if scheme.name == "paper":
                 self._counted[size] = paper.part_bytes(outline, size, outline.recompute)
             else:
-                single, seq_len = one_block(outline.hf_config), outline.seq_len
+                single, seq_len = with_blocks(outline.hf_config, 1), outline.seq_len
                 self._counted[size] = count_parts(
                     single, size, seq_len, scheme.bf16, outline.recompute, scheme.cuda, scheme.blend
                 )
@@ -153,7 +154,6 @@ class Memory:
             for kind, own in zip(kinds, params, strict=True)
             if own
         )
-        weights, gradients = 4 * (total + sum(dense)), 4 * sum(trained)
         tokens = topology.micro_batch_size * outline.seq_len
         sent = tokens * 4 * int(outline.hf_config.hidden_size)  # hidden states travel in float32
         ids = tokens * 8
@@ -161,16 +161,11 @@ class Memory:
         steps = Steps(
             parts=[self.parts(topology.micro_batch_size)[kind] for kind in kinds],
             gradients=[4 * count for count in trained],
-            shared=shared,
-            first=stage == 0,
-            last=stage == stages - 1,
             hidden=[sent] * (len(kinds) + 1),
             ids=ids,
+            shared=shared,
         )
-        intermediates, with_gradients = steps.peak(stage, stages, topology.micro_batches)
-        flat = min(gradients, 4 * BUCKET) if topology.replicas > 1 else 0
-        peak = weights + optimizer + buffers + max(with_gradients, gradients + flat)
-        return StageMemory(stage, kinds, total, weights, gradients, optimizer, intermediates, buffers + flat, peak)
+        return steps.memory(stage, topology, kinds, total, 4 * (total + sum(dense)), optimizer, buffers)
 
 
 @dataclass(frozen=True)
@@ -183,38 +178,51 @@ class Steps:
 
     parts: list[PartBytes]
     gradients: list[int]
-    shared: bool  # the first part's weights are the last one's, so their gradient exists before its backward pass
-    first: bool
-    last: bool
     hidden: list[int]
     ids: int
+    shared: bool = False  # the first part's weights are the last's, so their gradient exists before its backward pass
 
-    def peak(self, stage: int, stages: int, micro_batches: int) -> tuple[int, int]:
-        """The peak of activations, and the peak of activations and gradients together."""
-        activations = both = 0
-        for forward, in_flight, done in set(_passes(stage, stages, micro_batches)):
-            for level, gradients in self._levels(forward, in_flight, done):
-                activations, both = max(activations, level), max(both, level + gradients)
-        return activations, both
+    def memory(
+        self,
+        stage: int,
+        topology: Topology,
+        kinds: list[str],
+        params: int,
+        weights: int,
+        optimizer: int,
+        buffers: int,
+        other: int = 0,
+    ) -> StageMemory:
+        """The memory of the stage. `buffers`: where received tensors land; `other`: what exists all the time."""
+        first, last = stage == 0, stage == topology.stages - 1
+        activations = both = 0  # the peak of activations, and of activations and gradients together
+        for forward, in_flight, done in set(_passes(stage, topology.stages, topology.micro_batches)):
+            for level, present in self._levels(first, last, forward, in_flight, done):
+                activations, both = max(activations, level), max(both, level + present)
+        gradients = sum(self.gradients)
+        flat = min(gradients, 4 * BUCKET) if topology.replicas > 1 else 0
+        peak = weights + optimizer + buffers + other + max(both, gradients + flat)
+        return StageMemory(stage, kinds, params, weights, gradients, optimizer, activations, buffers + flat, peak)
 
-    def _levels(self, forward: bool, in_flight: int, done: int) -> Iterator[tuple[int, int]]:
+    def _levels(self, first: bool, last: bool, forward: bool, in_flight: int, done: int) -> Iterator[tuple[int, int]]:
         """The peak of (activations, gradients) in each part, during a pass of the newest of `in_flight` micro-batches.
 
-        `done`: micro-batches that finished before, where 2 stands for more. After one, all gradients exist.
+        `first`, `last`: whether it is that stage. `done`: micro-batches that finished before, where 2 stands for more.
+        After one, all gradients exist.
         """
         ready = done > 0
         kept = sum(part.kept for part in self.parts)
-        received, sent = 0 if self.first else self.hidden[0], 0 if self.last else self.hidden[-1]
+        received, sent = 0 if first else self.hidden[0], 0 if last else self.hidden[-1]
         # Between the passes of a micro-batch DeepSpeed stores its inputs, twice, and its outputs.
         stored = 2 * self.ids + received + sent
         level = in_flight * stored + (in_flight - 1) * kept
-        if self.last and not self.first:
+        if last and not first:
             # DeepSpeed stores the losses of the two micro-batches before, and with them inputs and their gradients.
             level += 2 * received * (done if forward else min(done, 1))
         if forward:
             level -= sent  # its output is still to come
             for i, part in enumerate(self.parts):
-                inputs = 0 if self.first and i == 0 else self.hidden[i]
+                inputs = 0 if first and i == 0 else self.hidden[i]
                 yield level + inputs + part.forward, sum(self.gradients) if ready else 0
                 level += part.kept
             return

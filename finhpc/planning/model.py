@@ -20,10 +20,17 @@ from finhpc.data.shards.shards import Shards
 from finhpc.errors import CheckpointError, ConfigError
 from finhpc.lowrank.registry import BLEND, DENSE, LAYERS, STARTED, SVD, check_kind, trained_kind
 from finhpc.lowrank.replace import ranks_of
-from finhpc.models.families.registry import as_low_rank, family_of, is_low_rank, make_config, resolve_shape
+from finhpc.models.families.registry import (
+    as_low_rank,
+    dense_original,
+    family_of,
+    is_low_rank,
+    make_config,
+    resolve_shape,
+)
 from finhpc.models.files.config import read_config
 from finhpc.models.files.manifest import weights_fingerprint
-from finhpc.models.files.weights import open_weights
+from finhpc.models.files.weights import open_folder
 from finhpc.models.initialize import Fill, random_fill, weights_fill
 from finhpc.settings.pretrain import Method, Model, PretrainConfig
 
@@ -53,7 +60,7 @@ def open_init_model(config: PretrainConfig, shards: Shards) -> InitModel | None:
         return None
     folder = Path(config.model.path)
     hf_config_of_settings(config)  # refuses settings that conflict before anything large is read
-    weights = open_weights(folder, low_rank=True, floats=True)
+    weights = open_folder(folder, low_rank=True, floats=True)
     _check_ids(config, folder, weights.config.vocab_size, shards)
     return InitModel(folder, weights.config, weights_fingerprint(folder))
 
@@ -85,6 +92,13 @@ def hf_config_of_settings(config: PretrainConfig, vocab_size: int | None = None)
     return hf_config
 
 
+def dense_config_of(config: PretrainConfig, vocab_size: int | None = None) -> Any:
+    """The transformers config of the dense model that the run's model is compared with."""
+    if config.model.path is None:
+        return make_config(resolve_shape(config.model, vocab_size), ranks_of(Method(kind=DENSE)))
+    return dense_original(_read(config.model.path))
+
+
 def needs_decomposing(config: PretrainConfig) -> bool:
     """Whether the run itself factorizes a dense model to initialize its low-rank layers."""
     path = config.model.path
@@ -96,8 +110,8 @@ def initial_fill(config: PretrainConfig, hf_config: Any, run: Path) -> Fill:
     if config.model.path is None:
         return random_fill(hf_config, config.train.seed, config.method.init)
     folder = run / DECOMPOSED if needs_decomposing(config) else Path(config.model.path)
-    dense = open_weights(Path(config.model.path), floats=True) if config.method.kind == BLEND else None
-    return weights_fill(open_weights(folder, low_rank=True, floats=True), dense)
+    dense = open_folder(Path(config.model.path), floats=True) if config.method.kind == BLEND else None
+    return weights_fill(open_folder(folder, low_rank=True, floats=True), dense)
 
 
 def _read(path: str) -> Any:

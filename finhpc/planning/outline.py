@@ -152,14 +152,9 @@ def _moments_bytes(size: int, eight_bit: bool) -> int:
     return 2 * size + 8 * -(-size // BLOCK_8BIT)
 
 
-def one_block(hf_config: Any) -> Any:
-    """The same model with a single transformer block."""
-    return with_blocks(hf_config, 1)
-
-
 def outline_of(hf_config: Any, seq_len: int, recompute: Recompute = "none", fused: bool = False) -> Outline:
     """The outline of a model; raises `ConfigError` naming every layer that its rank does not fit."""
-    single = one_block(hf_config)
+    single = with_blocks(hf_config, 1)
     model, row = skeleton(single, recompute), parts_of(hf_config, recompute)
     weights: list[Weights] = []
     costs: dict[str, float] = {}

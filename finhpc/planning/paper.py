@@ -16,7 +16,6 @@ import yaml
 from finhpc.planning.fake_passes import PartBytes
 from finhpc.planning.outline import Outline
 
-GB, GIB = 10**9, 2**30
 NUMBER = 2  # bytes of a 16-bit number
 SCORES = ("qk^T", "s")  # what recomputing attention drops
 
@@ -101,13 +100,3 @@ def part_bytes(outline: Outline, micro_batch_size: int, recompute: str) -> dict[
             stored, again = size((kind,)), 0
         parts[kind] = PartBytes(kept=stored, forward=stored, backward=again, first_backward=again)
     return parts
-
-
-def table_iii_intermediates(layers: int, batch: int, width: int, heads: int, seq_len: int = 4096) -> int:
-    """Bytes behind Table III's last column: s b h (34 + 5 a s / h) per layer.
-
-    The formula is Korthikanti et al. 2022 (Reducing Activation Recomputation in Large Transformer Models), for a GPT
-    layer in 16 bits with dropout masks and GELU. The paper does not name it, but prints its values exactly, in GiB,
-    for Llama2-7B at batch 4 and 16 and, with a width of 4096 instead of 8192, for Llama2-70B.
-    """
-    return layers * seq_len * batch * (34 * width + 5 * heads * seq_len)

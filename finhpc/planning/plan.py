@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from finhpc.data.shards.shards import Shards
 from finhpc.errors import ConfigError, collect
-from finhpc.settings.pretrain import Method, PretrainConfig
+from finhpc.screen import counted
+from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.training import TrainingConfig
 
 if TYPE_CHECKING:
@@ -36,6 +37,12 @@ class Plan:
         return self.params_dense / self.params_total
 
 
+def describe_compression(ratio: float) -> str:
+    """The compression ratio, with a remark if the model is larger than the dense one."""
+    larger = "" if ratio >= 1 else ", larger than the dense model; a lower method.rank makes it smaller"
+    return f"{ratio:.2f} x{larger}"
+
+
 def hf_config_of(config: PretrainConfig, shards: Shards) -> Any:
     """The transformers config of the run's model, with the special tokens of the shards' tokenizer."""
     from finhpc.planning.model import hf_config_of_settings
@@ -52,43 +59,38 @@ def hf_config_of(config: PretrainConfig, shards: Shards) -> Any:
 
 def make_plan(config: PretrainConfig) -> Plan:
     """Check `config` with its shards and model; raises one `ConfigError` with every problem."""
-    from finhpc.models.families.registry import dense_original, skeleton
-    from finhpc.planning.model import open_init_model
+    from finhpc.models.families.registry import context_of
+    from finhpc.planning.model import dense_config_of, hf_config_of_settings, open_init_model
     from finhpc.planning.outline import outline_of
 
     problems = config.problems()
     with collect(problems):
-        check_parts(config)
+        check_registered(config)
     shards = hf_config = init_model = None
     with collect(problems):
         if not config.data.shards:
             raise ConfigError("data.shards is not set; give the folder that `finhpc prepare --out FOLDER` wrote.")
         shards = Shards.open(config.data.shards)
+    with collect(problems):  # without shards the model has the vocabulary of its preset
+        hf_config = hf_config_of_settings(config) if shards is None else hf_config_of(config, shards)
     if shards is not None:
         with collect(problems):
-            _check_seq_len(config, shards)
+            _check_seq_len(config, shards, None if hf_config is None else context_of(hf_config))
+    if hf_config is not None:
         with collect(problems):
-            hf_config = hf_config_of(config, shards)
-        if hf_config is not None:
-            with collect(problems):
-                check_model(config, hf_config)
-            with collect(problems):
-                skeleton(hf_config)
+            check_model(config, hf_config)
+        if shards is not None:
             with collect(problems):
                 init_model = open_init_model(config, shards)
     if problems:
         raise ConfigError(problems)
     assert shards is not None
     seq_len, recompute = config.data.seq_len, config.train.recompute
-    if init_model is not None:
-        dense = dense_original(init_model.config)
-    else:
-        dense = hf_config_of(config.model_copy(update={"method": Method(kind="dense")}), shards)
-    params_dense = outline_of(dense, seq_len).params
+    params_dense = outline_of(dense_config_of(config, shards.manifest.vocab_size), seq_len).params
     return Plan(config, shards, hf_config, outline_of(hf_config, seq_len, recompute), params_dense, init_model)
 
 
-def check_parts(config: TrainingConfig) -> None:
+def check_registered(config: TrainingConfig) -> None:
     """Raise `ConfigError` if the optimizer or method is unknown, or known to this process but not to workers."""
     from finhpc.lowrank.registry import LAYERS, check_kind
     from finhpc.training.optimizer import OPTIMIZERS, check_optimizer
@@ -105,9 +107,9 @@ def check_parts(config: TrainingConfig) -> None:
         raise ConfigError(problems)
 
 
-def _check_seq_len(config: PretrainConfig, shards: Shards) -> None:
+def _check_seq_len(config: PretrainConfig, shards: Shards, context: int | None) -> None:
     seq_len = config.data.seq_len
-    shards.check_seq_len(seq_len)
+    shards.check_seq_len(seq_len, context)
     if not shards.num_samples("val", seq_len):
         raise ConfigError(
             f"data.shards={config.data.shards} has no held-out sample of data.seq_len={seq_len} tokens; hold out more "
@@ -119,14 +121,13 @@ def check_stages(config: TrainingConfig, hf_config: Any) -> None:
     """Raise `ConfigError` if there are more stages than transformer blocks."""
     layers = hf_config.num_hidden_layers
     if config.parallel.stages > layers:
-        raise ConfigError(
-            f"parallel.stages={config.parallel.stages} does not fit {layers} transformer blocks; use 1 to {layers}."
-        )
+        blocks, use = counted(layers, "transformer block"), f"1 to {layers}" if layers > 1 else "1"
+        raise ConfigError(f"parallel.stages={config.parallel.stages} does not fit {blocks}; use {use}.")
 
 
 def check_model(config: PretrainConfig, hf_config: Any) -> None:
-    """Raise `ConfigError` if the model is too small for the stages or the samples."""
-    from finhpc.models.families.registry import FAMILIES, context_name, context_of, family_of
+    """Raise `ConfigError` if the model is too small for the stages, the samples or the ranks."""
+    from finhpc.models.families.registry import FAMILIES, context_name, context_of, family_of, skeleton
 
     problems: list[str] = []
     with collect(problems):
@@ -138,6 +139,8 @@ def check_model(config: PretrainConfig, hf_config: Any) -> None:
             f"data.seq_len={config.data.seq_len} is longer than the model's {context_name(hf_config)}; "
             + ("lower it or raise model.context." if config.model.path is None else "lower it or take another model.")
         )
+    with collect(problems):
+        skeleton(hf_config)
     if problems:
         raise ConfigError(problems)
 

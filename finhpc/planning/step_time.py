@@ -1,13 +1,11 @@
-"""The time of a step: operations divided by a device's rate, or measured seconds of each part, and the bubble."""
+"""The operations of a step, and its time with the pipeline's bubble."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from finhpc.planning.devices import Cluster, Device
-from finhpc.planning.memory import Topology
-from finhpc.planning.outline import Outline, Stages
+from finhpc.planning.devices import Device
+from finhpc.planning.outline import Outline
 
 # Bytes moved per parameter, in float32.
 ADAMW_BYTES = 28  # weight, gradient and two moments are read, weight and moments written
@@ -55,7 +53,7 @@ def forward_operations(outline: Outline, kind: str) -> float:
 
 def step_operations(outline: Outline, samples: int) -> float:
     """Operations of one step of `samples` samples."""
-    return samples * outline.seq_len * sum(_passes(outline, kind) for kind in outline.kinds)
+    return samples * outline.seq_len * sum(part_operations(outline, kind) for kind in outline.kinds)
 
 
 def launches(kind: str) -> float:
@@ -63,8 +61,8 @@ def launches(kind: str) -> float:
     return 2 * 4 / 3 if kind == "block" else 1.0
 
 
-def _passes(outline: Outline, kind: str) -> float:
-    """Operations per token, forward and backward; a backward pass takes two forward passes (section IV.B)."""
+def part_operations(outline: Outline, kind: str) -> float:
+    """Operations per token of one part, forward and backward; backward takes two forward passes (section IV.B)."""
     forward = forward_operations(outline, kind)
     again = 0.0
     if kind == "block":
@@ -72,27 +70,6 @@ def _passes(outline: Outline, kind: str) -> float:
     elif kind == "attention" and outline.recompute == "attention" and not outline.fused:
         again = float(outline.seq_len * int(outline.hf_config.hidden_size))  # q k^T
     return 3 * forward + again
-
-
-def paced(outline: Outline, topology: Topology, cut: Stages, cluster: Cluster) -> Pace:
-    """The pace on a cluster, calculated from its rates."""
-    device, per_node = cluster.device, cluster.devices_per_node
-    rate = device.rate(cluster.precision) * cluster.reached
-    tokens = topology.micro_batch_size * outline.seq_len
-    width = int(outline.hf_config.hidden_size)
-    link = cluster.link(topology.workers)
-    seconds = []
-    for i, kinds in enumerate(cut):
-        compute = sum(max(tokens * _passes(outline, kind) / rate, launches(kind) * device.launch_s) for kind in kinds)
-        neighbors = (i > 0) + (i < topology.stages - 1)
-        seconds.append(compute + neighbors * 2 * tokens * 4 * width / link)  # hidden states there, gradients back
-    largest = _largest(outline, cut)
-    return Pace(
-        seconds,
-        averaging_s(largest, topology.replicas, device, per_node),
-        largest * ADAMW_BYTES / (device.memory_gb_per_s * 1e9),
-        topology.micro_batches,
-    )
 
 
 def averaging_s(params: int, replicas: int, device: Device, per_node: int) -> float:
@@ -103,22 +80,3 @@ def averaging_s(params: int, replicas: int, device: Device, per_node: int) -> fl
     copies = params * (CLIPPED_BYTES + AVERAGED_BYTES) / memory
     link = device.link_gb_per_s if replicas <= per_node else device.network_gb_per_s
     return copies + 2 * (replicas - 1) / replicas * 4 * params / (link * 1e9)
-
-
-def measured(outline: Outline, topology: Topology, cut: Stages, cluster: Cluster, part_s: Mapping[str, float]) -> Pace:
-    """The pace from measured seconds per micro-batch of each kind of part, which include the optimizer's share."""
-    stage_s = [sum(part_s[kind] for kind in kinds) for kinds in cut]
-    exchange_s = averaging_s(_largest(outline, cut), topology.replicas, cluster.device, cluster.devices_per_node)
-    return Pace(stage_s, exchange_s, 0.0, topology.micro_batches)
-
-
-def _largest(outline: Outline, cut: Stages) -> int:
-    """The parameters of the largest stage."""
-    return max(sum(outline.part_params(kind) for kind in kinds) for kinds in cut)
-
-
-def reached_by(outline: Outline, topology: Topology, part_s: Mapping[str, float], rate: float) -> float:
-    """The share of a matrix rate that the measured parts reach."""
-    tokens = topology.micro_batch_size * outline.seq_len
-    operations = tokens * sum(_passes(outline, kind) for kind in outline.kinds)
-    return operations / (sum(part_s[kind] for kind in outline.kinds) * rate)

@@ -12,8 +12,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from finhpc.quantization.layers import TiedHead, replace
-from finhpc.quantization.schemes import MINMAX
+from finhpc.quantization.minmax import MINMAX, TiedHead, replace
 
 
 @register_quantization_config(MINMAX)

@@ -1,11 +1,24 @@
 """The folder of one run: its lock, its settings and its result.
 
-    config.yaml       the resolved settings, so that the folder can rerun itself
-    environment.json  versions, git commit, command line
-    identity.json     fingerprints of the dataset and of the model that training starts from
-    journal.jsonl     events of the training; driver.jsonl: those of the driver
-    mlflow.json       how much of the run was sent to MLflow
-    result.json       the result
+    config.yaml           the resolved settings, so that the folder can rerun itself
+    environment.json      versions, git commit, command line
+    identity.json         fingerprints of the dataset and of the model that training starts from
+    journal.jsonl         events of the training; driver.jsonl: those of the command
+    mlflow.json           how much of the run was sent to MLflow
+    checkpoints/          see `finhpc.training.checkpoint`
+    model/                the trained model or adapter, once the last step is taken
+    result.json           the result
+
+and, for some runs or for a time:
+
+    stages.json           how the model was cut into stages
+    decomposed/           the factors of a dense model that training starts from
+    examples.safetensors  the tokenized examples of a finetuning
+    quantized             a link to the base that a sweep quantized for its trials
+    stacks/               where the threads of a worker that hung stood
+    ray/                  Ray Train's own records
+    fatal.json            an error that ended all workers; out-of-memory.json: the step of an earlier one
+    .lock, .room          the lock, and space to report a full disk
 
 Every file except the journals is replaced as a whole or not at all. None contains passwords.
 """
@@ -60,7 +73,13 @@ class RunFolder:
         A new folder without results is removed if a `ConfigError` ends the block.
         """
         new = [path for path in (self.path, self.path.parent) if not path.exists()]
-        self._make()
+        try:
+            private_folder(self.path)
+        except OSError as error:
+            raise ConfigError(
+                f"run.storage={self.path.parent} cannot contain the run folder {self.name} ({error.strerror}); "
+                f"choose a folder you may write to."
+            ) from None
         with lock(self.path / ".lock", f"run.name={self.name}", "choose another run.name"):
             try:
                 yield
@@ -74,12 +93,15 @@ class RunFolder:
     def write_config(
         self, config: TrainingConfig, dataset_fingerprint: str | None = None, model_fingerprint: str | None = None
     ) -> None:
-        run = config.run.model_copy(
-            update={"tracking_uri": config.run.tracking_uri and redact(config.run.tracking_uri)}
-        )
-        write_atomic(self.path / "config.yaml", to_yaml(config.model_copy(update={"run": run})))
+        self.write_settings(config)
         identity = {"dataset_fingerprint": dataset_fingerprint, "model_fingerprint": model_fingerprint}
         self._write_json("identity.json", identity)
+
+    def write_settings(self, config: Any) -> None:
+        """Write the settings of a command that has a section `run`."""
+        uri = config.run.tracking_uri
+        run = config.run.model_copy(update={"tracking_uri": uri and redact(uri)})
+        write_atomic(self.path / "config.yaml", to_yaml(config.model_copy(update={"run": run})))
 
     def write_environment(self, argv: Sequence[str] | None = None) -> dict[str, Any]:
         """Write and return the versions, git commit and command line."""
@@ -122,15 +144,6 @@ class RunFolder:
         result = self.result()
         return result is not None and result["status"] == "finished" and result["steps"] >= steps
 
-    def _make(self) -> None:
-        try:
-            private_folder(self.path)
-        except OSError as error:
-            raise ConfigError(
-                f"run.storage={self.path.parent} cannot contain the run folder {self.name} ({error.strerror}); "
-                f"choose a folder you may write to."
-            ) from None
-
     def _write_json(self, name: str, value: Mapping[str, Any]) -> None:
         write_json(self.path / name, value, indent=2)
 
@@ -154,7 +167,7 @@ def environment(argv: Sequence[str]) -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         **_git(),
         "command": _without_secrets(argv),
-        "started": _now(),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
@@ -231,7 +244,3 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

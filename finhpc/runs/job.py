@@ -78,11 +78,6 @@ class Job(ABC):
     def counts(self) -> dict[str, Any]:
         """Keys of the result that are known without training."""
 
-    @property
-    @abstractmethod
-    def vocab_size(self) -> int:
-        """Vocabulary of the model that is trained."""
-
     @abstractmethod
     def save_model(self, folder: Path, checkpoint: Checkpoint) -> None:
         """Write the trained model as `folder`, complete or not at all."""

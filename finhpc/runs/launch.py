@@ -45,7 +45,7 @@ def launch(job: Job, folder: RunFolder, cuda: bool) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     hang_s = config.train.hang_timeout_s
     share = worker_share(job, cuda)
-    trainer = TorchTrainer(
+    ray_trainer = TorchTrainer(
         train_worker,
         train_loop_config=worker_arguments(job, folder, cuda),
         torch_config=NodeTorchConfig(backend="nccl" if cuda else "gloo", timeout_s=round(_torch_timeout_s(hang_s))),
@@ -62,7 +62,7 @@ def launch(job: Job, folder: RunFolder, cuda: bool) -> None:
     )
     watcher = Watcher(job, folder, share)
     with ray_train_limits(hang_s):
-        error = watch(trainer.fit, watcher.poll)
+        error = watch(ray_trainer.fit, watcher.poll)
     raise_fatal(job, folder)
     if error is not None:
         raise failed_too_often(job, watcher.cause(error), f"{folder.path / 'ray'} and Ray's own, {ray_logs()}/train")
@@ -81,9 +81,9 @@ def launch_here(job: Job, folder: RunFolder, cuda: bool, on_eval: OnEval) -> Non
 
 
 def train_here(
-    arguments: dict[str, Any], on_eval: OnEval | None = None, rank: int = 0, size: int = 1, store: Any = None
+    arguments: dict[str, Any], on_eval: OnEval | None = None, world_rank: int = 0, workers: int = 1, store: Any = None
 ) -> None:
-    """Run worker `rank` of `size` in this process, in Ray Train's local mode.
+    """Run worker `world_rank` of `workers` in this process, in Ray Train's local mode.
 
     `store`: the `torch.distributed.Store` at which the workers meet.
     """
@@ -97,10 +97,11 @@ def train_here(
     def work(arguments: dict[str, Any]) -> None:
         train_worker(arguments, on_eval)
 
-    trainer = TorchTrainer(work, train_loop_config=arguments, scaling_config=ScalingConfig(num_workers=0, use_gpu=cuda))
+    scaling = ScalingConfig(num_workers=0, use_gpu=cuda)
+    ray_trainer = TorchTrainer(work, train_loop_config=arguments, scaling_config=scaling)
     timeout_s = _torch_timeout_s(arguments["config"]["train"]["hang_timeout_s"])
-    with process_group("nccl" if cuda else "gloo", rank, size, store, timeout_s):
-        trainer.fit()
+    with process_group("nccl" if cuda else "gloo", world_rank, workers, store, timeout_s):
+        ray_trainer.fit()
 
 
 def worker_share(job: Job, cuda: bool) -> dict[str, float]:
@@ -112,7 +113,7 @@ def worker_share(job: Job, cuda: bool) -> dict[str, float]:
 def worker_arguments(job: Job, folder: RunFolder, cuda: bool) -> dict[str, Any]:
     """The arguments of `train_worker`."""
     return {
-        "job": type(job),
+        "job_class": type(job),
         "config": job.config.model_dump(mode="json"),
         "folder": str(folder.path),
         "cuda": cuda,

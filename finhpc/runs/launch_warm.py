@@ -89,14 +89,14 @@ class WarmWorker:
         self.store: Any = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
         return address, self.store.port
 
-    def train(self, arguments: dict[str, Any], rank: int, size: int, store: tuple[str, int]) -> None:
+    def train(self, arguments: dict[str, Any], world_rank: int, workers: int, store: tuple[str, int]) -> None:
         import torch.distributed as dist
 
         from finhpc.cluster.network import use_interface_of_node
 
         use_interface_of_node()
-        opened = self.store if rank == 0 else dist.TCPStore(*store, is_master=False)  # type: ignore[attr-defined]
-        train_here(arguments, rank=rank, size=size, store=opened)
+        opened = self.store if world_rank == 0 else dist.TCPStore(*store, is_master=False)  # type: ignore[attr-defined]
+        train_here(arguments, world_rank=world_rank, workers=workers, store=opened)
 
 
 @dataclass

@@ -22,6 +22,7 @@ from rich.progress import Progress as Bar
 from finhpc.training.journal import DRIVER_FILE, WORKER_FILE, Record, read
 
 POLL_S = 0.5
+FIRST_STEPS = 4  # before them the time left is not estimated: the first steps are slower
 
 
 class Progress:
@@ -142,7 +143,7 @@ class Progress:
         return "  ".join(parts)
 
     def _seconds_left(self) -> float | None:
-        if len(self._pace) < 2 or self._pace[-1][1] <= self._pace[0][1]:
+        if len(self._pace) < FIRST_STEPS or self._pace[-1][1] <= self._pace[0][1]:
             return None  # too early, or a resumed run went back
         (start, first), (end, last) = self._pace[0], self._pace[-1]
         return max(0.0, (end - start) / (last - first) * (self.total_steps - last))

@@ -15,37 +15,22 @@ from finhpc.runs.job import Job
 from finhpc.settings.training import TrainingConfig
 from finhpc.training.journal import WORKER_FILE, Record, latest, read
 
+KEYS = (
+    *("status", "run", "params_total", "params_trainable", "params_dense", "compression_ratio"),
+    *("train_loss", "val_loss", "val_perplexity", "steps", "tokens", "tokens_per_s", "data_wait_fraction"),
+    *("pipeline_utilization", "pipeline_utilization_ideal", "peak_memory_bytes", "peak_resident_bytes", "worker_hours"),
+    *("consumed_sha256", "resumed_from_step", "checkpoint", "model", "sample"),
+    *("mlflow_run_id", "tracking_uri", "wall_s"),
+)  # of a result, in this order; a job adds its own
+
 
 def empty_result(job: Job) -> dict[str, Any]:
     """Every key of a result; those that are unknown before training are None."""
     parallel = job.config.parallel
     return {
-        "status": None,
+        **dict.fromkeys(KEYS),
         "run": job.config.run.name,
-        "params_total": None,
-        "params_trainable": None,
-        "params_dense": None,
-        "compression_ratio": None,
-        "train_loss": None,
-        "val_loss": None,
-        "val_perplexity": None,
-        "steps": None,
-        "tokens": None,
-        "tokens_per_s": None,
-        "data_wait_fraction": None,
-        "pipeline_utilization": None,
         "pipeline_utilization_ideal": parallel.micro_batches / (parallel.stages + parallel.micro_batches - 1),
-        "peak_memory_bytes": None,
-        "peak_resident_bytes": None,
-        "worker_hours": None,
-        "consumed_sha256": None,
-        "resumed_from_step": None,
-        "checkpoint": None,
-        "model": None,
-        "sample": None,
-        "mlflow_run_id": None,
-        "tracking_uri": None,
-        "wall_s": None,
         **job.counts(),
     }
 
@@ -79,7 +64,7 @@ def collect(job: Job, folder: Path, wall_s: float) -> dict[str, Any]:
     plausible.check(
         f"{job.command} {job.config.run.name}",
         {key: value for key, value in result.items() if key != "data"},
-        plausible.after_training(job.vocab_size, train[min(train)]["train_loss"] if train else None),
+        plausible.after_training(int(job.hf_config.vocab_size), train[min(train)]["train_loss"] if train else None),
         "if the losses on the screen grew, lower optimizer.lr or raise optimizer.warmup_steps under another run.name; "
         "otherwise run the same command again, which evaluates the last checkpoint again",
     )
@@ -148,19 +133,20 @@ def earlier_worker_hours(records: list[Record], began: float) -> float:
 
 def summary(job: Job, result: dict[str, Any]) -> list[tuple[str, str]]:
     """The rows of the table at the end of a run."""
+    utilization, ideal = result["pipeline_utilization"], result["pipeline_utilization_ideal"]
+    memory = "not measured"
+    if peaks := result["peak_memory_bytes"]:
+        tensors = ", ".join(_number(peak and peak / 1e6, "{:,.0f} MB") for peak in peaks)
+        memory = f"tensors {tensors}; resident {', '.join(f'{r / 1e6:,.0f} MB' for r in result['peak_resident_bytes'])}"
     rows = [
         *job.summary(),
         ("steps, tokens", f"{result['steps']:,}, {result['tokens']:,}"),
         ("train loss", _number(result["train_loss"], "{:.4f}")),
         ("validation loss", _number(result["val_loss"], "{:.4f}") + job.loss_note(result)),
         ("tokens/s", _number(result["tokens_per_s"], "{:,.0f}")),
-        (
-            "pipeline utilization",
-            _number(result["pipeline_utilization"], "{:.2f} measured")
-            + f", {result['pipeline_utilization_ideal']:.2f} ideal",
-        ),
+        ("pipeline utilization", f"{_number(utilization, '{:.2f} measured')}, {ideal:.2f} ideal"),
         ("waiting for data", _number(result["data_wait_fraction"], "{:.1%}")),
-        ("peak memory per worker", _memory(result)),
+        ("peak memory per worker", memory),
         ("checkpoint", str(result["checkpoint"])),
         ("model", str(result["model"])),
     ]
@@ -189,14 +175,6 @@ def compare_command(config: TrainingConfig, *more: str) -> str:
     uri = config.run.tracking_uri
     where = ["--run.tracking_uri", redact(uri)] if uri else ["--run.storage", config.run.storage]
     return shlex.join([command, "ui", *where, *more])
-
-
-def _memory(result: dict[str, Any]) -> str:
-    peaks, resident = result["peak_memory_bytes"], result["peak_resident_bytes"]
-    if not peaks:
-        return "not measured"
-    tensors = ", ".join(_number(peak and peak / 1e6, "{:,.0f} MB") for peak in peaks)
-    return f"tensors {tensors}; resident {', '.join(f'{r / 1e6:,.0f} MB' for r in resident)}"
 
 
 def millions(count: int) -> str:

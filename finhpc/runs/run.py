@@ -23,7 +23,7 @@ from finhpc.runs.progress import Progress
 from finhpc.runs.result import collect, summary, unfinished
 from finhpc.runs.worker import FATAL, MEMORY, RESERVE, RESERVE_BYTES
 from finhpc.screen import summary_table
-from finhpc.tracking.describe import trained_model
+from finhpc.tracking.describe import Description, trained_model
 from finhpc.tracking.store import check_store
 from finhpc.tracking.tags import COMMAND, PREFIX, setting_tags
 from finhpc.tracking.tracker import Status, Tracker
@@ -181,7 +181,7 @@ def _tracker(job: Job, folder: RunFolder, environment: dict[str, Any]) -> Tracke
     }
     given = {key: value for key, value in tags.items() if value not in (None, "")}
     uri, experiment = config.run.mlflow_uri, config.run.experiment
-    return Tracker(folder.path, uri, experiment, config.run.name, job.parameters(), given, job.datasets)
+    return Tracker(Description(folder.path, uri, experiment, config.run.name, job.parameters(), given, job.datasets))
 
 
 def _conclude(folder: RunFolder, tracker: Tracker, status: Status, final: dict[str, Any]) -> None:

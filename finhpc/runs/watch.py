@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from finhpc.cluster.connect import dead_process
+from finhpc.cluster.own_ray import ray_node
 from finhpc.errors import TrainingFailedError
 from finhpc.runs.folder import RunFolder
 from finhpc.runs.job import Job
@@ -151,8 +152,9 @@ class Watcher:
 
     def _report_waiting(self) -> None:
         """Report workers that wait for CPUs or GPUs of a shared cluster, and when they have them."""
-        now = time.monotonic()
-        if now < self.next_look or _is_own_ray():
+        now, node = time.monotonic(), ray_node()
+        # The resources of a cluster that this command started for itself were checked then.
+        if now < self.next_look or (node is not None and node.is_head()):
             return
         self.next_look = now + RESOURCES_POLL_S
         if not _is_pending(self.job.config.parallel.workers):
@@ -185,14 +187,6 @@ def last_line(error: Exception) -> str:
     """The last line of an exception's message, where Ray puts the cause."""
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
-
-
-def _is_own_ray() -> bool:
-    """Whether this command started the cluster for itself; its resources were checked then."""
-    from ray._private import worker
-
-    node = getattr(worker, "_global_node", None)
-    return node is not None and bool(node.is_head())
 
 
 def _is_pending(workers: int) -> bool:

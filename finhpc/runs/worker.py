@@ -28,7 +28,7 @@ OnEval = Callable[[dict[str, Any]], None]
 def train_worker(arguments: dict[str, Any], on_eval: OnEval | None = None) -> None:
     """Run one worker from its start to its end.
 
-    `arguments`: `job`, a subclass of `finhpc.runs.job.Job`; `config`, its settings as a dict; `folder`; `cuda`;
+    `arguments`: `job_class`, a subclass of `finhpc.runs.job.Job`; `config`, its settings as a dict; `folder`; `cuda`;
     `fingerprint` of the run's data; `driver` (`finhpc.cluster.package.Driver`). `on_eval` receives the record of
     each evaluation except the last, and may end the training by raising. An error that a restart would only repeat
     is written to `fatal.json`; a worker that finds this file returns at once, so that Ray Train does not try again.
@@ -67,7 +67,7 @@ def _train(arguments: dict[str, Any], folder: Path, on_eval: OnEval | None) -> N
     if cuda:
         torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("highest")
-    trainer = arguments["job"].trainer(arguments["config"], folder, device, arguments["fingerprint"])
+    trainer = arguments["job_class"].trainer(arguments["config"], folder, device, arguments["fingerprint"])
     trainer.on_eval = on_eval
     torch.set_num_threads(trainer.config.resources.threads)
     try:
@@ -76,7 +76,7 @@ def _train(arguments: dict[str, Any], folder: Path, on_eval: OnEval | None) -> N
         if not is_out_of_memory(error):
             raise
         ran_out = OutOfMemoryError(
-            f"memory ran out on worker {trainer.rank} in step {trainer.step + 1}: {_line(error)}"
+            f"memory ran out on worker {trainer.world_rank} in step {trainer.step + 1}: {_line(error)}"
         )
         if _repeats(folder, trainer):
             raise ran_out from error  # fatal

@@ -204,10 +204,11 @@ def marked(cls: type[Section], mark: str) -> dict[str, Any]:
     """Return dotted name -> the value of `mark` in `json_schema_extra` of the setting or a section around it."""
     marks: dict[str, Any] = {}
     for path, field in _fields(cls):
+        section: Any = field.annotation
         extra: Any = field.json_schema_extra or {}
-        if _is_section(field.annotation):
-            of_section: Any = field.annotation.model_config.get("json_schema_extra") or {}
-            extra = of_section | extra
+        if _is_section(section):
+            of_section: Any = section.model_config.get("json_schema_extra") or {}
+            extra = {**of_section, **extra}
         if mark in extra:
             marks |= {name: extra[mark] for name in keys(cls) if f"{name}.".startswith(f"{path}.")}
     return marks

@@ -13,7 +13,7 @@ class ExportQuantization(Section):
     """How to store the weights."""
 
     bits: Literal[16, 8, 4] = Field(16, description="bits per weight; 16: not quantized")
-    scheme: Literal["minmax", "int8", "nf4"] = Field(
+    scheme: str = Field(
         "minmax",
         description="minmax: per vector, 8 or 4 bits, needs finhpc to open; int8 (8 bits), nf4 (4 bits): bitsandbytes",
     )

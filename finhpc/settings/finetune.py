@@ -38,7 +38,7 @@ def _word(value: Any) -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, str | int) or not str(value).strip():
-        raise ValueError(f"{value!r} is not a label; write a word or a whole number")
+        raise ValueError(f"{value!r} is not a label; write a word or an integer")
     return " ".join(str(value).split())
 
 
@@ -82,7 +82,7 @@ class FinetuneQuantization(Section):
     """How the frozen base is stored."""
 
     bits: Literal[16, 8, 4] = Field(16, description="bits per weight of the linear layers; 16: not quantized")
-    scheme: Literal["auto", "int8", "nf4", "minmax"] = Field(
+    scheme: str = Field(
         "auto", description="auto: bitsandbytes int8 for 8 bits, NF4 for 4; minmax: the scheme of the paper, per vector"
     )
 

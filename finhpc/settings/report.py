@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from finhpc.settings.base import Section
-from finhpc.settings.training import Run, Tracked
+from finhpc.settings.training import Tracked
 
 
 class ReportConfig(Section):
@@ -16,8 +16,16 @@ class ReportConfig(Section):
     out: str = Field("report", description="folder for the page, tables and figures; replaces an earlier report")
 
 
+class Shown(Tracked):
+    """What `finhpc ui` shows."""
+
+    name: str | None = Field(
+        None, description="run, sweep or evaluation to open; default: the newest one with runs to compare"
+    )
+
+
 class UiConfig(Section):
     """Settings of `finhpc ui`."""
 
-    run: Run = Field(default_factory=Run)
+    run: Shown = Field(default_factory=Shown)
     port: int = Field(5000, ge=1, le=65535, description="port of the page on 127.0.0.1")

@@ -83,7 +83,7 @@ def _log_uniform(draw: random.Random, low: float, high: float) -> float:
 DISTRIBUTIONS: dict[str, tuple[str, Callable[..., Any]]] = {
     "uniform": ("[LOW, HIGH]", lambda draw, low, high: float(f"{draw.uniform(low, high):.4g}")),
     "log_uniform": ("[LOW, HIGH], both above 0", _log_uniform),
-    "randint": ("[LOW, HIGH], both whole numbers, HIGH included", lambda draw, low, high: draw.randint(low, high)),
+    "randint": ("[LOW, HIGH], both integers, HIGH included", lambda draw, low, high: draw.randint(low, high)),
     "choice": ("[VALUE, ...]", lambda draw, *values: draw.choice(values)),
 }
 

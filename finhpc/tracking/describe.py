@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from finhpc.files import file_sha256, redact
 from finhpc.settings.base import Section, flatten
 from finhpc.settings.pretrain import PretrainConfig
-from finhpc.settings.training import TrainingConfig
+from finhpc.settings.training import TrainingConfig, absolute_tracking_uri
 
 if TYPE_CHECKING:
     from mlflow.entities import DatasetInput
@@ -96,6 +96,23 @@ def short_name(path: str) -> str:
     if folder.name not in GENERIC or not folder.parent.name:
         return folder.name or path
     return folder.parent.name if folder.name in ("model", "adapter") else f"{folder.parent.name}/{folder.name}"
+
+
+@dataclass
+class Description:
+    """What MLflow shows of the run in `folder`, and where."""
+
+    folder: Path
+    tracking_uri: str
+    experiment: str
+    run_name: str
+    params: Mapping[str, Any]
+    tags: Mapping[str, Any]
+    datasets: Sequence[Dataset] = ()
+
+    def __post_init__(self) -> None:
+        # Now: the current directory may be another one when a thread sends the run.
+        self.tracking_uri = absolute_tracking_uri(self.tracking_uri)
 
 
 @dataclass(frozen=True)

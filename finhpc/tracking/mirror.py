@@ -10,7 +10,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from finhpc.errors import ConfigError
 from finhpc.files import redact, strict_json, write_json
-from finhpc.tracking.describe import Dataset
-from finhpc.tracking.metrics import LEADING, numbers, translate
+from finhpc.tracking.describe import Description
+from finhpc.tracking.metrics import LEADING, METRIC_KINDS, numbers, translate
 from finhpc.tracking.store import (
     REQUEST_TIMEOUT_S,
     active_run,
@@ -30,11 +30,10 @@ from finhpc.tracking.store import (
 )
 from finhpc.tracking.tags import PREFIX
 from finhpc.tracking.writer import RunWriter
-from finhpc.training.journal import DRIVER_FILE, WORKER_FILE, read
+from finhpc.training.journal import DRIVER_FILE, WORKER_FILE, Record, read
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Metric
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -97,10 +96,6 @@ class State:
         del values["path"]
         write_json(self.path, values)
 
-    def sent(self, metrics: list[Metric], last_step: Mapping[str, int]) -> None:
-        self.last_step |= last_step
-        self.last_time_ms = max([self.last_time_ms, *(metric.timestamp for metric in metrics)])
-
     def clear_run(self) -> None:
         self.run_id, self.offsets, self.last_step, self.last_time_ms = None, {}, {}, 0
         self.model_at = self.ended = None
@@ -122,17 +117,9 @@ def tracked_run(folder: Path, tracking_uri: str) -> tuple[str, str] | None:
 class Mirror:
     """Sends a run folder to MLflow. Each call may raise, and can be repeated."""
 
-    def __init__(
-        self,
-        folder: Path,
-        tracking_uri: str,
-        state: State,
-        params: Mapping[str, Any],
-        tags: Mapping[str, Any],
-        datasets: Sequence[Dataset] = (),
-    ) -> None:
-        self.folder, self.tracking_uri, self.state = folder, tracking_uri, state
-        self.params, self.tags, self.datasets = params, tags, datasets
+    def __init__(self, run: Description, state: State) -> None:
+        self.run, self.state = run, state
+        self.folder, self.tracking_uri = run.folder, run.tracking_uri
         self._began = round(time.time() * 1000)
         self._client: MlflowClient | None = None
         self._database: tuple[int, int] | None = None  # device and inode of the file that is open
@@ -163,10 +150,10 @@ class Mirror:
             if active_run(self._client, self.state.run_id) is None:
                 self.state.clear_run()
                 self._described = self._running = False
-                self.state.run_id = self._find_run() or self._create_run()
+                self.state.run_id = self._find_or_create_run()
                 self.state.save()
         if not self._described:
-            self.writer.describe(self.params, self.tags, self.datasets)
+            self.writer.describe(self.run.params, self.run.tags, self.run.datasets)
             for name in ("config.yaml", "environment.json"):
                 if (self.folder / name).exists():
                     self.client.log_artifact(self.run_id, str(self.folder / name))
@@ -175,7 +162,7 @@ class Mirror:
     def disconnect(self) -> None:
         self._client = None
 
-    def lead(self, ending: Ending | None, closing: bool) -> bool:
+    def lead(self, ending: Ending | None) -> bool:
         """Send the leading metric before all others: MLflow's comparison opens with the metric that was logged first.
 
         False while the others must wait for it: until the first evaluation, the run's end, or `LEAD_WAIT_S`.
@@ -190,14 +177,10 @@ class Mirror:
             evaluation = {"kind": "eval", "time": time.time(), "step": step, first: ending.result[first]}
         if evaluation is None:
             begin = next((record["time"] for record in records if record["kind"] == "train"), None)
-            return closing or (begin is not None and time.time() - begin >= LEAD_WAIT_S)
+            return ending is not None or (begin is not None and time.time() - begin >= LEAD_WAIT_S)
         self._check_database()
         self._mark_running()
-        lead = {key: evaluation[key] for key in ("kind", "time", "step", first)}
-        metrics, _, last_step = translate([lead], {})
-        self.writer.log(metrics)
-        self.state.sent(metrics, last_step)
-        self.state.save()
+        self._send([{key: evaluation[key] for key in ("kind", "time", "step", first)}], {})
         return True
 
     def send_batch(self) -> bool:
@@ -209,11 +192,7 @@ class Mirror:
             if new_offset == offset:
                 continue
             self._mark_running()
-            metrics, tags, last_step = translate(records, self.state.last_step)
-            self.writer.log(metrics, tags)
-            self.state.offsets[name] = new_offset
-            self.state.sent(metrics, last_step)
-            self.state.save()
+            self._send(records, self.state.last_step, offsets={name: new_offset})
             return True
         return False
 
@@ -252,25 +231,33 @@ class Mirror:
         new = {key: value for key, value in numbers(result) if shown.get(key) != float(value)}
         # The clock of the worker's machine may be ahead of this one's.
         when = max(time.time(), (self.state.last_time_ms + 1) / 1000)
-        metrics, tags, last_step = translate([{**new, "kind": "result", "time": when, "step": step}], {}, {"result"})
+        self._send([{**new, "kind": "result", "time": when, "step": step}], {}, {"result"})
+
+    def _send(
+        self,
+        records: list[Record],
+        last_step: Mapping[str, int],
+        kinds: set[str] = METRIC_KINDS,
+        offsets: Mapping[str, int] | None = None,
+    ) -> None:
+        """Send metrics and tags of records, and store that they and the journals up to `offsets` were sent."""
+        metrics, tags, newest = translate(records, last_step, kinds)
         self.writer.log(metrics, tags)
-        self.state.sent(metrics, last_step)
-        self.state.save()
+        state = self.state
+        state.offsets |= offsets or {}
+        state.last_step |= newest
+        state.last_time_ms = max([state.last_time_ms, *(metric.timestamp for metric in metrics)])
+        state.save()
 
-    def _find_run(self) -> str | None:
-        """The run that a driver created before it died without recording it."""
+    def _find_or_create_run(self) -> str:
+        """The run that a driver created before it died without recording it; otherwise a new one."""
+        experiment = experiment_id(self.client, self.tracking_uri, self.state.experiment)
+        uid = {UID_TAG: self.state.run_uid}
         query = f"tags.`{UID_TAG}` = '{self.state.run_uid}'"
-        runs = self.client.search_runs([self._experiment_id()], query, max_results=1)
-        return str(runs[0].info.run_id) if runs else None
-
-    def _create_run(self) -> str:
-        tags = {UID_TAG: self.state.run_uid}
+        found = self.client.search_runs([experiment], query, max_results=1)
         # The run began when its driver did, not when MLflow first answered.
-        run = self.client.create_run(self._experiment_id(), self._began, tags, self.state.run_name)
+        run = found[0] if found else self.client.create_run(experiment, self._began, uid, self.state.run_name)
         return str(run.info.run_id)
-
-    def _experiment_id(self) -> str:
-        return experiment_id(self.client, self.tracking_uri, self.state.experiment)
 
     def _mark_running(self) -> None:
         """New records mean that the run continues, whatever its last driver reported."""

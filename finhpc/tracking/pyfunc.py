@@ -1,4 +1,4 @@
-"""Log a trained model to MLflow, and open it from there in any process that has finhpc.
+"""Log a trained model to MLflow.
 
 Every model opens with `mlflow.pyfunc.load_model(uri).predict(prompts)`; a model of transformers' own layers also opens
 with `mlflow.transformers.load_model(uri)`. Weights are safetensors; nothing is pickled. The folder's files go to
@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.models import Model
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 REQUIREMENTS = ("torch", "transformers", "safetensors")  # and finhpc itself, which is not on an index
 MAX_NEW_TOKENS = 32
@@ -69,7 +67,7 @@ def _write(folder: Path, out: Path, model: Model) -> None:
         outputs=text,
         params=ParamSchema([ParamSpec("max_new_tokens", DataType.long, MAX_NEW_TOKENS)]),
     )
-    pyfunc.add_to_model(model, loader_module="finhpc.tracking.pyfunc", data=_DATA)
+    pyfunc.add_to_model(model, loader_module="finhpc.generation.mlflow_model", data=_DATA)
     is_model = (folder / "config.json").is_file()  # otherwise it is an adapter, which opens over its base
     config = json.loads((folder / "config.json").read_text(encoding="utf-8")) if is_model else {}
     if is_model and "lowrank" not in config["model_type"]:
@@ -111,52 +109,3 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:  # a disk without hard links
         shutil.copyfile(source, target)
-
-
-class TextGenerator:
-    """Continues prompts with greedy decoding."""
-
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.model = model.eval()
-        self.tokenizer = tokenizer
-
-    def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> list[str]:
-        """Each prompt with its continuation of `max_new_tokens` tokens."""
-        new_tokens = int((params or {}).get("max_new_tokens", MAX_NEW_TOKENS))
-        return [self._continue(prompt, new_tokens) for prompt in _prompts(model_input)]
-
-    def _continue(self, prompt: str, new_tokens: int) -> str:
-        import torch
-
-        from finhpc.models.files.tokens import prompt_ids, stop_ids
-
-        ids = torch.tensor([prompt_ids(self.tokenizer, prompt)])
-        stop = stop_ids(self.tokenizer, self.model.generation_config)
-        with torch.inference_mode():
-            out = self.model.generate(
-                ids.to(self.model.device),
-                attention_mask=torch.ones_like(ids).to(self.model.device),
-                max_new_tokens=new_tokens,
-                do_sample=False,
-                eos_token_id=stop or None,
-                pad_token_id=stop[0] if stop else 0,
-            )
-        return str(self.tokenizer.decode(out[0], skip_special_tokens=True))
-
-
-def _load_pyfunc(path: str) -> TextGenerator:
-    """Open the model's folder; MLflow calls this."""
-    from finhpc.models.files.tokenizer import open_tokenizer
-    from finhpc.models.loading import load_model
-
-    return TextGenerator(load_model(path), open_tokenizer(Path(path)))
-
-
-def _prompts(model_input: Any) -> Iterable[str]:
-    """The texts in a string, a list, an array, a series or the first column of a table."""
-    if isinstance(model_input, str):
-        return [model_input]
-    if hasattr(model_input, "iloc"):
-        column = model_input if model_input.ndim == 1 else model_input.iloc[:, 0]
-        return [str(prompt) for prompt in column]
-    return [str(prompt) for prompt in model_input]

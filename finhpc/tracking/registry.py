@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,24 +55,24 @@ def register(tracking_uri: str, name: str, run_id: str, model: Path, steps: int)
     if versions:
         version = versions[0].version
     else:
-        logged = run.outputs.model_outputs if run.outputs else []
-        ids = [output.model_id for output in logged if _exists(client, output.model_id)]
+        ids = _logged_models(client, run_id)
         if not ids:
             log_model(client, run_id, model, step=steps)
-            logged = client.get_run(run_id).outputs.model_outputs  # in any order, with the deleted ones
-            ids = [output.model_id for output in logged if _exists(client, output.model_id)]
+            ids = _logged_models(client, run_id)
         source = client.get_logged_model(ids[-1]).artifact_location  # models:/ID would be looked up elsewhere
         version = client.create_model_version(name, source, run_id=run_id, model_id=ids[-1]).version
     client.set_registered_model_alias(name, BEST, version)
     return f"models:/{name}@{BEST}"
 
 
-def _exists(client: MlflowClient, model_id: str) -> bool:
-    """Whether a logged model was not deleted in MLflow."""
+def _logged_models(client: MlflowClient, run_id: str) -> list[str]:
+    """The ids of a run's models, without those that were deleted in MLflow; in any order."""
     from mlflow.exceptions import MlflowException
 
-    try:
-        client.get_logged_model(model_id)
-    except MlflowException:
-        return False
-    return True
+    ids = []
+    outputs = client.get_run(run_id).outputs
+    for output in outputs.model_outputs if outputs else []:
+        with suppress(MlflowException):  # deleted
+            client.get_logged_model(output.model_id)
+            ids.append(output.model_id)
+    return ids

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from finhpc.models.families.family import BLOCKS, Part
+from finhpc.models.families.parts import BLOCKS, Part
 
 
 def saved_bytes(forward: Callable[[], object], *modules: nn.Module) -> int:

@@ -9,17 +9,17 @@ from __future__ import annotations
 import ctypes
 import platform
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -3, -4, -8  # malloc.h
-SETTINGS = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: 256 << 20, M_ARENA_MAX: 1}
-
-# The same settings for a process that is about to start. A process that trains in another thread than its first needs
-# them, because the thread gets an arena of its own before any call can prevent it, and glibc empties such arenas.
-ENVIRONMENT = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
-    "MALLOC_TOP_PAD_": str(256 << 20),
-    "MALLOC_ARENA_MAX": "1",
+M_MMAP_THRESHOLD = -3  # malloc.h
+# Variable of the environment -> name in malloc.h, value.
+SETTINGS = {
+    "MALLOC_MMAP_MAX_": (-4, 0),
+    "MALLOC_TRIM_THRESHOLD_": (-1, 2**31 - 1),
+    "MALLOC_TOP_PAD_": (-2, 256 << 20),
+    "MALLOC_ARENA_MAX": (-8, 1),
 }
+# For a process that is about to start. A process that trains in another thread than its first needs them, because the
+# thread gets an arena of its own before any call can prevent it, and glibc empties such arenas.
+ENVIRONMENT = {variable: str(value) for variable, (_, value) in SETTINGS.items()}
 
 
 def keep_freed_memory() -> bool:
@@ -29,10 +29,7 @@ def keep_freed_memory() -> bool:
     the heap grows in steps of 256 MB of address space, and one arena serves all threads, so that freed blocks are
     reused.
     """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
-    done = [mallopt(name, value) for name, value in SETTINGS.items()]  # 1 if accepted
+    done = [_mallopt(name, value) for name, value in SETTINGS.values()]
     return all(done)
 
 
@@ -42,9 +39,12 @@ def return_freed_memory() -> bool:
     By default it takes more and more of them from the heap, which work on matrices of several sizes fragments: a
     model's second moments took 20 to 40 MB more for every block.
     """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    return bool(ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20))
+    return _mallopt(M_MMAP_THRESHOLD, 1 << 20)
+
+
+def _mallopt(name: int, value: int) -> bool:
+    """Whether glibc accepted a setting."""
+    return platform.libc_ver()[0] == "glibc" and bool(ctypes.CDLL(None).mallopt(name, value))
 
 
 def trim_heap() -> None:

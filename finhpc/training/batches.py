@@ -85,7 +85,7 @@ class PackedBatches:
     """Examples; each micro-batch is one pack. `limit`: held-out examples of an evaluation; None for all."""
 
     examples: Examples
-    batches: Batches
+    packing: Batches
     limit: int | None = None
 
     @property
@@ -94,19 +94,19 @@ class PackedBatches:
         return number if self.limit is None else min(number, self.limit)
 
     def stream(self, step: int, replica: int) -> Iterator[Batch]:
-        for batch in self.batches.stream(self.examples.train, replica, step):
+        for batch in self.packing.stream(self.examples.train, replica, step):
             yield Batch(torch.from_numpy(batch["pack"]), batch["sample"], batch["position"])
 
     def held_out(self, replica: int) -> list[Tensor]:
-        batches = self.batches.held_out(self.examples.held_out, replica, self.limit)
+        batches = self.packing.held_out(self.examples.held_out, replica, self.limit)
         return [torch.from_numpy(batch["pack"]) for batch in batches]
 
     def filler(self) -> tuple[int, Tensor | None]:
         return 0, None
 
     def tokens(self, step: int) -> int:
-        epochs, rest = divmod(step * self.batches.parallel.samples_per_step, len(self.examples.train))
-        begun: Ints = self.batches.order(len(self.examples.train), epochs)[:rest]
+        epochs, rest = divmod(step * self.packing.parallel.samples_per_step, len(self.examples.train))
+        begun: Ints = self.packing.order(len(self.examples.train), epochs)[:rest]
         return epochs * int(self._lengths.sum()) + int(self._lengths[begun].sum())
 
     @cached_property

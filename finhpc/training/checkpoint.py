@@ -49,10 +49,6 @@ class Checkpoint:
     def step(self) -> int:
         return int(self.manifest["step"])
 
-    def tensors(self, prefix: str) -> dict[str, Tensor]:
-        """Hugging Face name -> tensor of everything stored as `prefix.NAME`, over all stages."""
-        return {name: t for file in self.stage_files() for name, t in read_stage(file, prefix).items()}
-
     def stage_files(self) -> list[Path]:
         return sorted(self.path / name for name in self.manifest["files"] if name.startswith("stage-"))
 
@@ -95,7 +91,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Open the checkpoint in `path`; raises `CheckpointError` if its manifest is missing or cut short."""
     with suppress(OSError, ValueError, TypeError, KeyError):
         manifest = json.loads((path / MANIFEST).read_text())
-        if manifest["step"] >= 0 and manifest["files"] and manifest["ranks"] and manifest["consumed"]:
+        if manifest["step"] >= 0 and manifest["files"] and manifest["workers"] and manifest["consumed"]:
             return Checkpoint(path, manifest)
     raise CheckpointError(f"{path / MANIFEST} is missing or cut short")
 
@@ -153,8 +149,9 @@ class Checkpointer:
     never mistaken for new ones. Worker 0 completes the checkpoint and removes all but the `keep` newest.
     """
 
-    def __init__(self, folder: Path, keep: int, attempt: str, rank: int, ranks: int) -> None:
-        self.folder, self.keep, self.attempt, self.rank, self.ranks = folder, keep, attempt, rank, ranks
+    def __init__(self, folder: Path, keep: int, attempt: str, world_rank: int, workers: int) -> None:
+        self.folder, self.keep, self.attempt = folder, keep, attempt
+        self.world_rank, self.workers = world_rank, workers
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -165,12 +162,14 @@ class Checkpointer:
         goes into the manifest, except for `consumed`, which is summed over workers.
         """
         self.wait()
-        copy = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
         random_state = {"torch": torch.get_rng_state()}
         if torch.cuda.is_available():
             random_state["cuda"] = torch.cuda.get_rng_state()
-        arguments = (self.folder / f"step_{step:08d}", step, stage_file, copy, random_state, extra)
-        self._thread = threading.Thread(target=self._guarded, args=arguments, daemon=True, name="checkpoint")
+        files = {f"rank-{self.world_rank}.safetensors": random_state}
+        if stage_file:
+            files[stage_file] = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in state.items()}
+        arguments = (self.folder / f"step_{step:08d}", step, files, extra)
+        self._thread = threading.Thread(target=self._write, args=arguments, daemon=True, name="checkpoint")
         self._thread.start()
 
     def wait(self) -> None:
@@ -185,36 +184,24 @@ class Checkpointer:
                 "Earlier checkpoints are unchanged."
             )
 
-    def _guarded(self, *arguments: Any) -> None:
+    def _write(self, path: Path, step: int, files: dict[str, dict[str, Tensor]], extra: dict[str, Any]) -> None:
         try:
-            self._write(*arguments)
+            path.mkdir(parents=True, exist_ok=True)
+            written = {name: _save(path / name, tensors) for name, tensors in files.items()}
+            done = {"attempt": self.attempt, "files": written, "consumed": extra.get("consumed", "0")}
+            write_json(path / f"rank-{self.world_rank}.done", done)
+            if self.world_rank == 0:
+                self._complete(path, step, extra)
         except BaseException as error:  # for the training thread, which raises it
             self._error = error
 
-    def _write(
-        self,
-        path: Path,
-        step: int,
-        stage_file: str | None,
-        state: dict[str, Tensor],
-        random_state: dict[str, Tensor],
-        extra: dict[str, Any],
-    ) -> None:
-        path.mkdir(parents=True, exist_ok=True)
-        files = {f"rank-{self.rank}.safetensors": random_state} | ({stage_file: state} if stage_file else {})
-        written = {name: _save(path / name, tensors) for name, tensors in files.items()}
-        done = {"attempt": self.attempt, "files": written, "consumed": extra.get("consumed", "0")}
-        write_json(path / f"rank-{self.rank}.done", done)
-        if self.rank == 0:
-            self._complete(path, step, extra)
-
     def _complete(self, path: Path, step: int, extra: dict[str, Any]) -> None:
-        parts = [self._wait_for(path / f"rank-{rank}.done") for rank in range(self.ranks)]
+        parts = [self._wait_for(path / f"rank-{rank}.done") for rank in range(self.workers)]
         consumed = sum(int(part["consumed"], 16) for part in parts) % 2**256
         manifest = {
             "format": FORMAT,
             "step": step,
-            "ranks": self.ranks,
+            "workers": self.workers,
             **extra,
             "consumed": f"{consumed:064x}",
             "files": {name: about for part in parts for name, about in part["files"].items()},
@@ -252,11 +239,11 @@ def load_tensors(checkpoint: Checkpoint, names: list[str], prefix: str) -> dict[
     return tensors
 
 
-def load_random_state(checkpoint: Checkpoint, rank: int, ranks: int) -> bool:
+def load_random_state(checkpoint: Checkpoint, world_rank: int, workers: int) -> bool:
     """Restore this worker's random state; False if the checkpoint has another number of workers."""
-    if checkpoint.manifest["ranks"] != ranks:
+    if checkpoint.manifest["workers"] != workers:
         return False
-    with safe_open(checkpoint.path / f"rank-{rank}.safetensors", framework="pt") as opened:
+    with safe_open(checkpoint.path / f"rank-{world_rank}.safetensors", framework="pt") as opened:
         torch.set_rng_state(opened.get_tensor("torch"))
         if torch.cuda.is_available() and "cuda" in opened.keys():  # noqa: SIM118
             torch.cuda.set_rng_state(opened.get_tensor("cuda"))

@@ -18,8 +18,9 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
+from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 import deepspeed
@@ -51,7 +52,7 @@ class CutPipeline(PipelineModule):  # type: ignore[misc]
     """A PipelineModule with given borders between stages, in place of DeepSpeed's parameter counts."""
 
     def __init__(self, layers: list[LayerSpec], borders: list[int], dynamic_shape: bool = False) -> None:
-        self.parts = borders
+        self.parts = borders  # DeepSpeed's name: it also looks there for the stage of a tied layer
         super().__init__(layers=layers, num_stages=len(borders) - 1, dynamic_shape=dynamic_shape)
 
     def _partition_layers(self, method: str = "") -> None:
@@ -91,7 +92,8 @@ class Engine:
             assert isinstance(config, PretrainConfig)
             self.borders = borders or measured_cut(config, hf_config, device).borders
             specs = self._layers(config, fill or random_fill(hf_config, config.train.seed, config.method.init))
-        pipeline = CutPipeline(specs, self.borders, dynamic_shape=lora_model is not None)
+        with redirect_stdout(StringIO()):  # where DeepSpeed prints its topology and seeds
+            pipeline = CutPipeline(specs, self.borders, dynamic_shape=lora_model is not None)
         self.layers = [module for module in pipeline.modules() if isinstance(module, PipelineLayer)]
         self.optimizer = make_optimizer(self.trained_parameters(), config.optimizer)
         self.optimizer.register_step_pre_hook(self._before_step)
@@ -124,7 +126,7 @@ class Engine:
         bf16 = config.train.precision == "bf16"
         bits = config.quantization.training_bits
         arguments = (model, self.device, fill, bf16, bits)
-        tied_weight = "parts.0.weight" if bits == 16 else "parts.0.parametrizations.weight.original"
+        tied_weight = "part_modules.0.weight" if bits == 16 else "part_modules.0.parametrizations.weight.original"
         specs: list[LayerSpec] = []
         for part in parts_of(self.hf_config, recompute):
             if is_tied(self.hf_config) and part.kind in ("embedding", "head"):
@@ -205,20 +207,20 @@ class Engine:
                 + (" and the optimizer rebuilt without them; the others' moments stay." if trained else ".")
             )
 
-    def train_step(self, batches: Iterator[Tensor], lr: float) -> float:
+    def train_step(self, inputs: Iterator[Tensor], lr: float) -> float:
         """Take one optimizer step over `micro_batches` micro-batches; return the mean loss in nats.
 
         DeepSpeed's schedule calls each `PipelineLayer`, then sends the last stage's loss, averaged over micro-batches
         and replicas, to every worker.
 
-        `batches` yields int64 tokens (micro_batch_size, seq_len), or packs, on the first stage; other stages do not
+        `inputs` yields int64 tokens (micro_batch_size, seq_len), or packs, on the first stage; other stages do not
         read it. Raises `NonFiniteError` on every process, before the weights change, if the loss or the gradient is
         not finite.
         """
         self._set_alpha(self.step + 1)
         set_lr(self.optimizer, lr)
         self._lr = lr
-        loss = float(self.pipe.train_batch(self._inputs(batches)).item())
+        loss = float(self.pipe.train_batch(self._labeled(inputs)).item())
         if loss != loss or abs(loss) == float("inf"):
             raise NonFiniteError(f"train_loss={loss} at step {self.step + 1}")
         self._free_losses()
@@ -231,17 +233,17 @@ class Engine:
         outputs[:] = [None] * len(outputs)
         self.pipe.loss = self.pipe.loss.detach()
 
-    def evaluate(self, batches: Iterator[Tensor], micro_batches: int) -> float:
+    def evaluate(self, inputs: Iterator[Tensor], micro_batches: int) -> float:
         """The mean loss in nats over `micro_batches` micro-batches of every replica, without a step."""
-        return float(self.pipe.eval_batch(self._inputs(batches), num_micro_batches=micro_batches).item())
+        return float(self.pipe.eval_batch(self._labeled(inputs), num_micro_batches=micro_batches).item())
 
-    def _inputs(self, batches: Iterator[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    def _labeled(self, inputs: Iterator[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """The (inputs, labels) that DeepSpeed reads. Labels are empty: the tokens travel with the hidden states."""
         empty = torch.zeros(1)
         while True:
             if self.stage == 0:
                 start = time.perf_counter()
-                tokens = next(batches)
+                tokens = next(inputs)
                 self.wait_s += time.perf_counter() - start
                 yield tokens, empty
             else:
@@ -284,17 +286,18 @@ class Engine:
 
 @contextmanager
 def process_group(
-    backend: str, rank: int = 0, size: int = 1, store: Any = None, timeout_s: float = 1800
+    backend: str, world_rank: int = 0, world_size: int = 1, store: Any = None, timeout_s: float = 1800
 ) -> Iterator[None]:
-    """A group of `size` processes for an engine; it is destroyed afterwards, so that another can follow.
+    """A group of `world_size` processes for an engine; it is destroyed afterwards, so that another can follow.
 
     The processes meet at `store`, a `torch.distributed.Store`; None is for a single process. `timeout_s`: how long
     one waits for another.
     """
     # DeepSpeed reads these. Each process only sees its own devices, so its local rank is 0.
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(size)}
+    os.environ |= {"RANK": str(world_rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size)}
     store = store or dist.HashStore()  # type: ignore[attr-defined]
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
+    timeout = timedelta(seconds=timeout_s)
+    dist.init_process_group(backend, store=store, rank=world_rank, world_size=world_size, timeout=timeout)
     try:
         yield
     finally:

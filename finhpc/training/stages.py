@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from finhpc.files import write_json
-from finhpc.models.families.family import Part, describe_parts
+from finhpc.models.families.parts import Part, describe_parts
 from finhpc.models.families.registry import skeleton
 from finhpc.models.initialize import random_fill
 from finhpc.models.pipeline import PipelineLayer, parts_of, stage_borders
@@ -41,12 +41,12 @@ class Cut:
     """Stage i has the parts `borders[i]` to `borders[i + 1] - 1`; `costs_s`: seconds per micro-batch of each part."""
 
     stages: int
-    parts: list[str]  # the parts' kinds
+    kinds: list[str]  # of the parts
     costs_s: list[float]
     borders: list[int]
 
     def __str__(self) -> str:
-        stages = " | ".join(describe_parts(self.parts[a:b]) for a, b in pairwise(self.borders))
+        stages = " | ".join(describe_parts(self.kinds[a:b]) for a, b in pairwise(self.borders))
         seconds = ", ".join(f"{sum(self.costs_s[a:b]):.3g} s" for a, b in pairwise(self.borders))
         return f"{stages} ({seconds} per micro-batch)"
 
@@ -87,13 +87,13 @@ def _read(file: Path, stages: int, kinds: list[str]) -> Cut | None:
     try:
         cut = Cut(**json.loads(file.read_text(encoding="utf-8")))
         ends = [cut.borders[0], cut.borders[-1], len(cut.borders)]
-        whole = ends == [0, len(cut.parts), cut.stages + 1] and all(a < b for a, b in pairwise(cut.borders))
+        whole = ends == [0, len(cut.kinds), cut.stages + 1] and all(a < b for a, b in pairwise(cut.borders))
     except (ValueError, TypeError, IndexError):
         whole = False
     if not whole:
         log.info(f"{file.name} is damaged: the stages are measured and cut again.")
         return None
-    return cut if (cut.stages, cut.parts) == (stages, kinds) else None
+    return cut if (cut.stages, cut.kinds) == (stages, kinds) else None
 
 
 def measure_parts(

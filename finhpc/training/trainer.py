@@ -74,14 +74,14 @@ class Trainer:
     fill: Fill | None
     device: torch.device
     folder: Path
-    batches: BatchSource
+    source: BatchSource
     lora_model: LoraModel | None = None
     labels: dict[str, Any] = field(default_factory=dict)
     on_eval: Callable[[dict[str, Any]], None] | None = None
 
     # Set by `run` and `_set_up`.
-    rank: int = field(init=False)
-    ranks: int = field(init=False)
+    world_rank: int = field(init=False)
+    workers: int = field(init=False)
     journal: Journal | None = field(init=False)  # on rank 0
     engine: Engine = field(init=False)
     checkpointer: Checkpointer = field(init=False)
@@ -103,11 +103,12 @@ class Trainer:
         written or all those on disk are damaged. Ends the process if nothing progresses, see
         `finhpc.training.watchdog`.
         """
-        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
-        self.journal = Journal(self.folder / WORKER_FILE) if self.rank == 0 else None
-        watchdog = Watchdog(self.folder, self.rank, self.config.train.hang_timeout_s, self._progress)
+        self.world_rank, self.workers = dist.get_rank(), dist.get_world_size()
+        self.journal = Journal(self.folder / WORKER_FILE) if self.world_rank == 0 else None
+        watchdog = Watchdog(self.folder, self.world_rank, self.config.train.hang_timeout_s, self._progress)
         # The driver shows what the first worker logs; all workers log much the same.
-        with redirected(self._write_message if self.journal else None), watchdog:
+        journal = self.journal
+        with redirected((lambda text: journal.write("message", text=text)) if journal else None), watchdog:
             self._set_up()
             self._train(watchdog)
 
@@ -140,16 +141,12 @@ class Trainer:
         written = checkpoint.newest_checkpoint_bytes(self.folder / "checkpoints")
         return self.engine.step, self.engine.busy_s, self.engine.wait_s, written
 
-    def _write_message(self, text: str) -> None:
-        if self.journal:
-            self.journal.write("message", text=text)
-
     # -- start ------------------------------------------------------------------------------
 
     def _set_up(self) -> None:
         """Build the engine, resume from the latest checkpoint, and open the data."""
         reset_peaks(self.device)
-        torch.manual_seed(self.config.train.seed * 1_000_003 + self.rank)
+        torch.manual_seed(self.config.train.seed * 1_000_003 + self.world_rank)
         borders = None  # counted by the engine for a LoRA model, with the same result at every start
         if isinstance(self.config, PretrainConfig):
             borders = saved_cut(self.config, self.hf_config, self.device, self.folder / "stages.json").borders
@@ -157,7 +154,7 @@ class Trainer:
         self.is_set_up = True
         folder = self.folder / "checkpoints"
         start: list[Any] = [None, None]
-        if self.rank == 0:
+        if self.world_rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             latest = checkpoint.latest_valid(folder)
             if latest is None and any(folder.glob("step_*")):
@@ -167,7 +164,7 @@ class Trainer:
         dist.broadcast_object_list(start)
         self.attempt, latest = start
         self.checkpointer = Checkpointer(
-            folder, self.config.train.keep_checkpoints, self.attempt, self.rank, self.ranks
+            folder, self.config.train.keep_checkpoints, self.attempt, self.world_rank, self.workers
         )
         if latest is not None:
             self._load(latest)
@@ -179,10 +176,10 @@ class Trainer:
                 attempt=self.attempt,
                 stages=parallel.stages,
                 replicas=parallel.replicas,
-                workers=self.ranks,
+                workers=self.workers,
                 threads=torch.get_num_threads(),
                 device="cpu" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device),
-                val_samples=self.batches.scored,
+                val_samples=self.source.scored,
             )
         self.inputs = self._open_data()
         dist.barrier()  # no worker's first step waits for another to open its data
@@ -199,9 +196,9 @@ class Trainer:
             for name, value in checkpoint.load_tensors(latest, names, prefix).items():
                 targets[name][prefix].copy_(value)
         self.resumed_from = latest.step
-        self.consumed = int(latest.manifest["consumed"], 16) if self.rank == 0 else 0
-        if not checkpoint.load_random_state(latest, self.rank, self.ranks):
-            torch.manual_seed(hash((config.train.seed, latest.step, self.rank)))
+        self.consumed = int(latest.manifest["consumed"], 16) if self.world_rank == 0 else 0
+        if not checkpoint.load_random_state(latest, self.world_rank, self.workers):
+            torch.manual_seed(hash((config.train.seed, latest.step, self.world_rank)))
             if config.model.dropout if isinstance(config, PretrainConfig) else config.lora.dropout:
                 log.info("the number of workers changed: dropout draws differ from an unbroken run's.")
         log.info(f"resumed from step {latest.step}")
@@ -215,7 +212,7 @@ class Trainer:
         """
         if self.engine.stage > 0 or self.engine.step >= self.config.train.steps:
             return iter(())
-        stream = self.batches.stream(self.engine.step, self.engine.replica)
+        stream = self.source.stream(self.engine.step, self.engine.replica)
         first = list(islice(stream, 1))
 
         def count(batch: Batch) -> Tensor:
@@ -237,7 +234,7 @@ class Trainer:
         else:
             loss = engine.train_step(self.inputs, lr)
         step_s = time.perf_counter() - begin
-        tokens = self.batches.tokens(step)
+        tokens = self.source.tokens(step)
         record: dict[str, Any] = {
             "step": step,
             "tokens": tokens,
@@ -245,7 +242,7 @@ class Trainer:
             "lr": lr,
             "grad_norm": engine.grad_norm,
             "step_s": step_s,
-            "tokens_per_s": (tokens - self.batches.tokens(step - 1)) / step_s,
+            "tokens_per_s": (tokens - self.source.tokens(step - 1)) / step_s,
             "samples_per_s": config.parallel.samples_per_step / step_s,
         }
         if engine.alpha is not None:
@@ -266,21 +263,21 @@ class Trainer:
         dist.all_reduce(sums)
         span, self._span = self._span, 0.0
         return {
-            "pipeline_utilization": sums[0].item() / (span * self.ranks),
+            "pipeline_utilization": sums[0].item() / (span * self.workers),
             "data_wait_fraction": sums[1].item() / (span * self.config.parallel.replicas),
         }
 
     def _evaluate(self, step: int) -> None:
         times = self.engine.busy_s, self.engine.wait_s  # of training steps; an evaluation must not count
-        loss = held_out_loss(self.engine, self.batches)
+        loss = held_out_loss(self.engine, self.source)
         if loss is None:
             return
         self.engine.busy_s, self.engine.wait_s = times
         perplexity = math.exp(loss) if loss < 700 else float("inf")
-        record = {"step": step, "tokens": self.batches.tokens(step), "val_loss": loss, "val_perplexity": perplexity}
+        record = {"step": step, "tokens": self.source.tokens(step), "val_loss": loss, "val_perplexity": perplexity}
         if self.journal:
             self.journal.write("eval", **record)
-        if self.on_eval and self.rank == 0 and step < self.config.train.steps:
+        if self.on_eval and self.world_rank == 0 and step < self.config.train.steps:
             self.on_eval(record)
 
     def _checkpoint(self, step: int) -> None:
@@ -306,7 +303,7 @@ class Trainer:
         """Gather every worker's peak memory and write the last records."""
         if self.device.type == "cuda":
             self.peak = torch.cuda.max_memory_allocated(self.device)
-        everyone: list[Any] = [None] * self.ranks
+        everyone: list[Any] = [None] * self.workers
         dist.all_gather_object(everyone, (self.peak, peak_resident_bytes()))
         if self.journal:
             self.journal.write(
@@ -323,19 +320,19 @@ class Trainer:
             )
 
 
-def held_out_loss(engine: Engine, batches: BatchSource) -> float | None:
+def held_out_loss(engine: Engine, source: BatchSource) -> float | None:
     """The mean loss over every held-out sample, for any topology; None if there are no held-out samples.
 
     The engine needs complete micro-batches, equally many per replica. Copies of a sample fill them, and their share
     is subtracted from the mean.
     """
-    held_out = batches.held_out(engine.replica)
+    held_out = source.held_out(engine.replica)
     if not held_out:
         return None
     loss = engine.evaluate(iter(held_out), len(held_out))
-    copies, filler = batches.filler()
+    copies, filler = source.filler()
     if filler is not None:
-        loss += (loss - engine.evaluate(iter([filler]), 1)) * copies / batches.scored
+        loss += (loss - engine.evaluate(iter([filler]), 1)) * copies / source.scored
     return loss
 
 

@@ -30,8 +30,8 @@ class Watchdog:
     `settle` is called, the limit is `START_FACTOR` times longer.
     """
 
-    def __init__(self, run: Path, rank: int, timeout_s: float, progress: Callable[[], object]) -> None:
-        self.folder, self.rank, self.timeout_s = run / FOLDER, rank, timeout_s
+    def __init__(self, run: Path, world_rank: int, timeout_s: float, progress: Callable[[], object]) -> None:
+        self.folder, self.world_rank, self.timeout_s = run / FOLDER, world_rank, timeout_s
         self.progress = progress
         self.limit_s = START_FACTOR * timeout_s
         self._poll_s = min(5.0, timeout_s / 20)
@@ -41,10 +41,10 @@ class Watchdog:
     def __enter__(self) -> Watchdog:
         if self.timeout_s:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for old in self.folder.glob(f"rank-{self.rank}-*.txt"):
+            for old in self.folder.glob(f"rank-{self.world_rank}-*.txt"):
                 if old.stat().st_size == 0:  # from a worker that was killed while it made progress
                     old.unlink(missing_ok=True)
-            self.path = self.folder / f"rank-{self.rank}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
+            self.path = self.folder / f"rank-{self.world_rank}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
             self._file = open(self.path, "w", encoding="utf-8")  # now, because Python may hang later
             self._thread.start()
         return self
@@ -77,7 +77,7 @@ class Watchdog:
                 self._end(idle_s)
 
     def _end(self, idle_s: float) -> None:
-        text = f"worker {self.rank} made no progress for {idle_s:.0f} s (train.hang_timeout_s={self.timeout_s:g})"
+        text = f"worker {self.world_rank} made no progress for {idle_s:.0f} s (train.hang_timeout_s={self.timeout_s:g})"
         try:
             self._file.write(f"{text}; the stacks of its threads:\n")
             self._file.flush()

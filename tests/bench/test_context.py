@@ -29,7 +29,7 @@ def settings(folder: Path, **more: Any) -> ContextBench:
         "lengths": [512, 128],
         "answer": 8,
         "rank": 4,
-        "bench": {"repeats": 2, "out": str(folder / "bench")},
+        "bench": {"repeats": 1, "out": str(folder / "bench")},
         "resources": {"device": "cpu", "threads": torch.get_num_threads()},
     }
     return build(ContextBench, tree | more)

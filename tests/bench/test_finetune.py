@@ -34,7 +34,7 @@ def settings(folder: Path, **more: Any) -> FinetuneBench:
         "examples": 24,
         "batch": 8,
         "rank": 4,
-        "bench": {"repeats": 2, "out": str(folder / "bench")},
+        "bench": {"repeats": 1, "out": str(folder / "bench")},
         "resources": {"device": "cpu", "threads": 1},
     }
     return build(FinetuneBench, tree | more)

@@ -29,7 +29,7 @@ def settings(out: Path, **more: Any) -> TrainBench:
         "ranks": [4, 2],
         "batch": 2,
         "seq_len": 16,
-        "bench": {"repeats": 2, "out": str(out)},
+        "bench": {"repeats": 1, "out": str(out)},
         "overhead_pairs": 1,
         "overhead_steps": 8,
         "resources": {"device": "cpu"},
@@ -41,8 +41,10 @@ def _bench(out: Path) -> dict[str, Any]:
     return bench_train(settings(out, ray=False))
 
 
-def test_every_way_is_measured_beside_every_other(tmp_path: Path) -> None:
+def test_every_way_is_measured_beside_every_other(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (result,) = run_processes(_bench, 1, tmp_path)
+    printed = "".join(capfd.readouterr())
+    assert not [noise for noise in ("accelerator", "SEED_LAYERS", "topology", "loss_type") if noise in printed]
     names = {"speedup_over_limit_fp32", "overhead_fp32", "speedup_over_limit_bf16", "overhead_bf16"}
     assert set(result["ratios"]) == names
     assert len(result["rows"]) == 2 * 6

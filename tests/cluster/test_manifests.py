@@ -128,7 +128,8 @@ def test_the_rayjobs_command_is_one_that_finhpc_takes(tmp_path: Path) -> None:
 
     words = read("kuberay-job.yaml")["spec"]["entrypoint"].split()
     assert words[:2] == ["python", "/opt/finhpc/jobs/pretrain.py"]
-    options, overrides = parse(words[2:], PretrainConfig)
+    options, overrides, problems = parse(words[2:], PretrainConfig)
+    assert not problems
     settings = load(PretrainConfig, options["config"], overrides)
     assert (
         settings.parallel.stages

@@ -25,7 +25,7 @@ from finhpc.commands.export import export
 from finhpc.data.text.tokenizer import save
 from finhpc.errors import CheckpointError, ConfigError, RunBusyError
 from finhpc.lowrank.ranks import rank_of_energy
-from finhpc.models.files.weights import open_weights
+from finhpc.models.files.source import open_weights
 from finhpc.settings.base import build
 from finhpc.settings.decompose import DecomposeConfig
 from finhpc.settings.export import ExportConfig

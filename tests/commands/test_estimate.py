@@ -127,4 +127,5 @@ def test_a_dry_run_of_pretrain_estimates_memory_and_time(tmp_path: Path, capfd: 
             12 * stage["params"] < stage["peak_bytes"] <= state + stage["intermediates_bytes"] + stage["exchange_bytes"]
         )
     assert result["estimate"]["step_s"] > 0
-    assert "memory per worker by stage" in err
+    assert "memory per worker by stage in MB" in err
+    assert " 0:00:00 " not in err

@@ -23,10 +23,10 @@ from finhpc.errors import CheckpointError, ConfigError, NonFiniteError
 from finhpc.lowrank.replace import ranks_of
 from finhpc.models.families.registry import make_config, parameter_count, resolve_shape
 from finhpc.models.files import tensor_folder as folder_module
-from finhpc.models.loading import initial_model, save_model
+from finhpc.models.folder import save_model
+from finhpc.models.initialize import initial_model
 from finhpc.quantization.fake import TRAINED, round_weights
-from finhpc.quantization.layers import QuantizedMatrix
-from finhpc.quantization.schemes import MINMAX
+from finhpc.quantization.minmax import MINMAX, QuantizedMatrix
 from finhpc.settings.base import build
 from finhpc.settings.export import ExportConfig
 from finhpc.settings.pretrain import LINEAR_KINDS, Method, Model

@@ -22,8 +22,10 @@ from finhpc.commands.sweep.command import sweep
 from finhpc.errors import ConfigError
 from finhpc.evaluation.models import load_for_evaluation
 from finhpc.models.families.registry import as_low_rank, skeleton
-from finhpc.models.files.weights import open_weights
-from finhpc.models.loading import initial_model, load_model, save_model
+from finhpc.models.files.source import open_weights
+from finhpc.models.folder import save_model
+from finhpc.models.initialize import initial_model
+from finhpc.models.loading import load_model
 from finhpc.models.lora.peft_format import Adapter, merge_adapter, save_adapter
 from finhpc.models.lora.targets import target_shapes
 from finhpc.settings.base import build
@@ -190,9 +192,10 @@ def test_every_problem_is_told_at_once(base: Path, news: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("path", "told"), [("", "model.path is not set"), ("nowhere.gguf", "does not exist")], ids=["none", "missing"]
 )
-def test_a_base_that_is_not_there(path: str, told: str, news: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=told):
-        Finetune(config(path, news, tmp_path))
+def test_a_base_that_is_not_there_hides_no_other_problem(path: str, told: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=told) as raised:
+        Finetune(config(path, tmp_path / "nowhere.txt", tmp_path))
+    assert "nowhere.txt does not exist; give a file" in str(raised.value)
 
 
 def test_a_base_without_tokeniser(news: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from finhpc.commands.decompose.moments import second_moments
-from finhpc.models.files.weights import open_weights
+from finhpc.models.files.source import open_weights
 from finhpc.models.lora.targets import linear_shape
 from tests.gpu import DEVICE, needs_gpu
 from tests.models.dense import saved, tiny_gpt2, tiny_llama

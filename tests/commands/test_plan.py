@@ -48,7 +48,7 @@ def test_a_good_config_is_counted(shards: Path) -> None:
     [
         (
             {"method": {"rank": 33}},
-            "method.rank=33 does not fit transformer.h.*.attn.c_attn (96 x 32, layers: 4); use 1 to 32",
+            "method.rank=33 does not fit transformer.h.*.attn.c_attn (96 x 32, layers: 4), ",
         ),
         ({"method": {"rank": 0}}, "method.rank=0 does not fit"),
         ({"method": {"kind": "lowrank"}}, "method.kind=lowrank is unknown; did you mean 'low_rank'?"),
@@ -57,10 +57,18 @@ def test_a_good_config_is_counted(shards: Path) -> None:
             "optimizer.decay=product does not work on rounded weights; use optimizer.decay=factors",
         ),
         ({"parallel": {"stages": 5}}, "parallel.stages=5 does not fit 4 transformer blocks; use 1 to 4."),
+        (
+            {"parallel": {"stages": 2}, "model": {"layers": 1}},
+            "parallel.stages=2 does not fit 1 transformer block; use 1.",
+        ),
         ({"parallel": {"micro_batches": 3, "global_batch_size": 16}}, "parallel.global_batch_size=16 is not"),
         (
             {"data": {"seq_len": 48}},
             "data.seq_len=48 does not divide the shards' block_len=64; use one of: 8, 16, 32, 64",
+        ),
+        (
+            {"data": {"seq_len": 48}, "model": {"context": 32}},
+            "data.seq_len=48 does not divide the shards' block_len=64; use one of: 4, 8, 16, 32.",
         ),
         ({"model": {"context": 16}}, "data.seq_len=32 is longer than the model's context of 16"),
         ({"model": {"vocab_size": 17}}, "model.vocab_size=17 is smaller than the tokenizer's"),
@@ -72,13 +80,15 @@ def test_bad_settings_say_value_reason_and_remedy(shards: Path, sections: dict[s
     assert message in str(caught.value)
 
 
-def test_all_problems_come_together(shards: Path) -> None:
-    bad = config(shards, method={"rank": 99}, data={"seq_len": 48}, parallel={"global_batch_size": 5, "stages": 9})
+@pytest.mark.parametrize("prepared", [True, False])
+def test_all_problems_come_together(shards: Path, prepared: bool, tmp_path: Path) -> None:
+    folder = shards if prepared else tmp_path / "nowhere"
+    bad = config(folder, method={"rank": 99}, data={"seq_len": 48}, parallel={"global_batch_size": 5, "stages": 9})
     with pytest.raises(ConfigError) as caught:
         make_plan(bad)
     text = str(caught.value)
     assert "global_batch_size=5" in text
-    assert "seq_len=48" in text
+    assert ("seq_len=48" if prepared else f"data.shards={folder} is not a folder") in text
     assert "rank=99" in text
     assert "stages=9" in text
 
@@ -113,7 +123,7 @@ def test_shards_of_another_tokeniser_are_refused(shards: Path, tmp_path: Path) -
     plan = make_plan(config(shards))
     saved = tmp_path / "step_00000010"
     saved.mkdir()
-    whole = {"step": 10, "files": {"stage-0": {}}, "ranks": 1, "consumed": "0"}
+    whole = {"step": 10, "files": {"stage-0": {}}, "workers": 1, "consumed": "0"}
     write_json(saved / "manifest.json", whole | {"tokenizer_sha256": "0" * 64})
     with pytest.raises(ConfigError, match="was made with another tokenizer"):
         check_tokenizer(plan.config, plan.shards, tmp_path)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import finhpc
-from finhpc.commands.estimate.measure_parts import own_part_seconds
+from finhpc.commands.estimate.measure_parts import part_seconds
 from finhpc.commands.estimate.run_time import (
     TRIAL_S,
     Busy,
@@ -64,7 +64,7 @@ def test_a_busy_machine_gives_each_process_its_share() -> None:
     assert numbers["run_s"] == pytest.approx(4 * whole.on(IDLE))
     assert " to " in describe_run_time(numbers)
     assert "steps x 4.0" in describe_run_time(numbers)
-    assert describe_run_time(whole.numbers(IDLE)).startswith("about 0:00:")
+    assert describe_run_time(whole.numbers(IDLE)).startswith("about 41 s (starting takes 25 s")
 
 
 def test_how_busy_this_machine_is_is_tried_out() -> None:
@@ -99,11 +99,11 @@ def test_what_parts_cost_does_not_depend_on_what_else_the_machine_does(run_shard
         parallel={"micro_batch_size": 8},
     )
     hf_config = make_plan(config).hf_config
-    quiet = sum(own_part_seconds(config, hf_config).values())
+    quiet = sum(part_seconds(config, hf_config).values())
     others = [multiprocessing.get_context("fork").Process(target=burn, args=(time.time() + 4,)) for _ in range(6)]
     for other in others:
         other.start()
-    busy = sum(own_part_seconds(config, hf_config).values())
+    busy = sum(part_seconds(config, hf_config).values())
     for other in others:
         other.join()
     assert 0.4 < busy / quiet < 2.5, "six processes more than two cores would make it four times as long"

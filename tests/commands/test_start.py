@@ -22,7 +22,9 @@ from finhpc.lowrank.replace import ranks_of
 from finhpc.models.families.registry import make_config, resolve_shape, skeleton
 from finhpc.models.files.manifest import write_manifest
 from finhpc.models.files.weights import Weights
-from finhpc.models.loading import initial_model, load_model, save_model
+from finhpc.models.folder import save_model
+from finhpc.models.initialize import initial_model
+from finhpc.models.loading import load_model
 from finhpc.models.pipeline import PipelineLayer, parts_of
 from finhpc.planning.model import initial_fill
 from finhpc.planning.plan import make_plan

@@ -13,7 +13,7 @@ import yaml
 from mlflow import MlflowClient
 
 from finhpc.commands.study.command import best_of, finalists, study
-from finhpc.commands.study.report import Trained, at, final_rows, first_below, time_at
+from finhpc.commands.study.report import Trained, at, final_rows, time_at
 from finhpc.commands.study.variants import SCREEN, plan_trials, trial_of
 from finhpc.commands.sweep.trial import Trial, write_outcome
 from finhpc.errors import ConfigError, TrainingFailedError
@@ -93,11 +93,8 @@ def curve(losses: dict[int, float], variant: str = "a", seed: int = 0, lr: float
     return Trained(variant, trial, build(PretrainConfig, tree), {"params_total": 1, "tokens": 10}, losses)
 
 
-def test_when_a_curve_comes_down_to_a_loss() -> None:
+def test_losses_between_evaluations_are_interpolated() -> None:
     falling = {10: 5.0, 20: 4.0, 30: 3.0}
-    assert first_below(falling, 3.5) == pytest.approx(25)
-    assert first_below(falling, 6.0) == 10
-    assert first_below(falling, 2.9) is None
     assert at(falling, 15) == pytest.approx(4.5)
     assert at(falling, 99) == 3.0
 

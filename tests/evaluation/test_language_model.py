@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from lm_eval.models import huggingface
 
 from finhpc.evaluation.language_model import LanguageModel
 from finhpc.evaluation.models import load_for_evaluation
@@ -47,6 +48,17 @@ def test_a_long_answer_is_summed_without_rounding(bf16: Model) -> None:
     exact = torch.log_softmax(logits, -1).gather(1, torch.tensor(answer)[:, None]).sum()
     assert found[0] == pytest.approx(float(exact), abs=1e-4)
     assert found[0] != found[1]
+
+
+def test_lm_eval_does_not_guess_the_kind_of_a_model_that_it_does_not_know(
+    bf16: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = bf16
+    warnings: list[str] = []
+    monkeypatch.setattr(model.config, "model_type", "lowrank_gpt2")
+    monkeypatch.setattr(huggingface.eval_logger, "warning", warnings.append)
+    assert LanguageModel(model, tokenizer, 4).backend == "causal"
+    assert not [text for text in warnings if "HF model type" in text]
 
 
 def test_perplexity_of_a_bf16_model_is_computed_in_float32(bf16: Model) -> None:

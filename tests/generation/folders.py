@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from finhpc.models.families.presets import Shape
 from finhpc.models.families.registry import make_config, skeleton
-from finhpc.models.loading import initial_model, save_model
+from finhpc.models.folder import save_model
+from finhpc.models.initialize import initial_model
 from finhpc.settings.pretrain import LINEAR_KINDS
 from tests.tiny import tiny_shards
 

@@ -47,7 +47,7 @@ def test_the_cache_changes_no_id_and_saves_what_the_paper_counts(family: str, ki
 def test_100_and_100_tokens() -> None:
     from finhpc.models.families.presets import Shape
     from finhpc.models.families.registry import make_config
-    from finhpc.models.loading import initial_model
+    from finhpc.models.initialize import initial_model
     from finhpc.settings.pretrain import LINEAR_KINDS
 
     config = make_config(Shape("gpt2", 1, 32, 2, 256, 300, True), dict.fromkeys(LINEAR_KINDS))

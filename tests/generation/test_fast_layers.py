@@ -6,32 +6,29 @@ import pytest
 import torch
 from torch import nn
 
-from finhpc.generation.fast_layers import Int4Linear, Int8Linear, use_fast_layers
+from finhpc.generation.fast_layers import KernelLinear, use_fast_layers
 from finhpc.generation.generator import tensor_bytes
 from finhpc.lowrank.layers import LowRankLinear
-from finhpc.quantization.layers import QuantizedLinear, minmax_tensors
+from finhpc.quantization.minmax import MinMax, QuantizedLinear
 
 
 def packed(out: int, into: int, bits: int, bias: bool) -> QuantizedLinear:
     torch.manual_seed(0)
-    layer = QuantizedLinear(into, out, bits, bias)
-    layer.load_state_dict(minmax_tensors(torch.randn(out, into) + 0.3, bits, "w"), strict=False)
-    if layer.bias is not None:
-        nn.init.normal_(layer.bias)
-    return layer.to(torch.bfloat16)
+    tensors = MinMax().tensors(torch.randn(out, into) + 0.3, bits, "w")
+    return QuantizedLinear((out, into), bits, torch.randn(out) if bias else None, tensors).to(torch.bfloat16)
 
 
-@pytest.mark.parametrize(("bits", "kind"), [(8, Int8Linear), (4, Int4Linear)])
+@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("rows", [1, 3, 200])
 @pytest.mark.parametrize("out", [96, 101])
-def test_kernels_compute_with_the_packed_weights(bits: int, kind: type, rows: int, out: int) -> None:
+def test_kernels_compute_with_the_packed_weights(bits: int, rows: int, out: int) -> None:
     layer = packed(out, 64, bits, bias=rows == 3)
     weight, bias = layer.dequantized(), 0 if layer.bias is None else layer.bias.float()
     x = torch.randn(2, rows, 64).to(torch.bfloat16)
     exact = x.double() @ weight.double().T + bias
     model = nn.Sequential(layer)
     assert use_fast_layers(model)[f"kernel_{bits}"] == 1
-    assert isinstance(model[0], kind)
+    assert isinstance(model[0], KernelLinear)
     error = (model(x).double() - exact).norm() / exact.norm()
     assert error < 3e-3, "as near as a product of bfloat16 matrices"
 

@@ -16,7 +16,8 @@ from finhpc.lowrank.layers import LowRankLinear
 from finhpc.lowrank.registry import LAYERS
 from finhpc.lowrank.replace import ranks_of
 from finhpc.models.families.registry import make_config, resolve_shape
-from finhpc.models.loading import initial_model, save_model
+from finhpc.models.folder import save_model
+from finhpc.models.initialize import initial_model
 from finhpc.settings.pretrain import Method, Model
 
 

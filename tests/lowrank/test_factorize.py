@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from finhpc.lowrank.blas import gram
 from finhpc.lowrank.factorize import (
     error_of,
     factors,
-    gram,
     residual,
     solved,
     spectra,

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from finhpc.lowrank.factorize import error_of, factors, product, residual, solved, spectra, whitening_root
+from finhpc.lowrank.blas import product
+from finhpc.lowrank.factorize import error_of, factors, residual, solved, spectra, whitening_root
 from tests.gpu import DEVICE, needs_gpu
 from tests.lowrank.test_factorize import FALLS, inputs, matrix
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -11,20 +10,10 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from finhpc.models.families import flow
-from finhpc.models.families.family import (
-    CachedAttention,
-    Family,
-    Flow,
-    LowRankConfig,
-    LowRankModel,
-    PackedAttention,
-    Part,
-)
+from finhpc.models.families import parts
+from finhpc.models.families.family import Family, Heads
 from finhpc.models.families.presets import PRESETS, Shape
 from finhpc.models.families.registry import FAMILIES
-from finhpc.models.packing.attention import attend_segments
-from finhpc.models.packing.layout import layout_of
 
 
 class MixerConfig(PreTrainedConfig):
@@ -42,14 +31,16 @@ class Mix(nn.Module):
     def __init__(self, config: MixerConfig) -> None:
         super().__init__()
         self.size = config.hidden_size // config.num_attention_heads
+        self.scaling = self.size**-0.5
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.out = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def heads(self, x: Tensor) -> list[Tensor]:
-        return [flow.split_heads(part, self.size) for part in self.qkv(x).chunk(3, -1)]
+    def heads(self, x: Tensor) -> Heads:
+        q, k, v = (part.reshape(*x.shape[:-1], -1, self.size) for part in self.qkv(x).chunk(3, -1))
+        return q, k, v
 
     def forward(self, x: Tensor) -> Tensor:
-        attended = F.scaled_dot_product_attention(*self.heads(x), is_causal=True)
+        attended = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in self.heads(x)), is_causal=True)
         return self.out(attended.transpose(1, 2).reshape(x.shape))  # type: ignore[no-any-return]
 
 
@@ -89,17 +80,10 @@ class MixerForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutput(logits=self.lm_head(self.net.last(hidden)))
 
 
-class LowRankMixerConfig(LowRankConfig, MixerConfig):
-    model_type = "lowrank_mixer"
-
-
-class LowRankMixerForCausalLM(LowRankModel, MixerForCausalLM):
-    config_class = LowRankMixerConfig
-
-
 class Mixer(Family):
-    embedding = "net.words"
-    output_projection = "out"
+    embedding, positions = "net.words", "net.places"
+    blocks, attention, mlp = "net.stack", ("before_mix", "mix"), ("before_feed", "feed")
+    output_projection, norm = "out", "net.last"
 
     def config_fields(self, shape: Shape) -> dict[str, Any]:
         return {
@@ -116,37 +100,12 @@ class Mixer(Family):
             return "attention"
         return "mlp" if ".feed." in name else super().layer_kind(name)
 
-    def parts(self, config: Any) -> list[Part]:
-        row = [Part((self.embedding,), "embedding", flow.embed), Part(("net.places",), "positions", _places)]
-        for i in range(config.num_hidden_layers):
-            block = f"net.stack.{i}"
-            row.append(Part((f"{block}.before_mix", f"{block}.mix"), "attention", flow.mlp))  # x + f(norm(x)) too
-            row.append(Part((f"{block}.before_feed", f"{block}.feed"), "mlp", flow.mlp))
-        row.append(Part(("net.last",), "norm", flow.apply))
-        row.append(Part((self.embedding if config.tie_word_embeddings else self.head,), "head", flow.head))
-        return row
+    def attention_half(self, config: Any) -> Any:
+        return parts.mlp  # x + f(norm(x)) too
 
-    def packed_attention(self, config: Any) -> PackedAttention:
-        return partial(_packed, config.hidden_size // config.num_attention_heads)
-
-    def decode(self, model: Any, tokens: Tensor, positions: Tensor, attend: CachedAttention) -> Tensor:
-        hidden = model.net.words(tokens) + model.net.places(positions)
-        for i, block in enumerate(model.net.stack):
-            attended = attend(i, *block.mix.heads(block.before_mix(hidden)), block.mix.size**-0.5)
-            hidden = hidden + block.mix.out(attended.to(hidden.dtype))
-            hidden = hidden + block.feed(block.before_feed(hidden))
-        return model.net.last(hidden[:, -1])  # type: ignore[no-any-return]
+    def heads(self, attention: Any, x: Tensor, rotated: None) -> Heads:
+        return attention.heads(x)  # type: ignore[no-any-return]
 
 
-def _places(data: Flow, module: nn.Module) -> Flow:
-    hidden, tokens = data
-    return hidden + module(torch.arange(tokens.shape[1])), tokens
-
-
-def _packed(size: int, module: Any, x: Tensor, pack: Tensor, keep: bool) -> Tensor:
-    q, k, v = (part.reshape(x.shape[1], -1, size) for part in module.qkv(x)[0].chunk(3, -1))
-    return attend_segments(q, k, v, layout_of(pack), size**-0.5, keep).view(x.shape)
-
-
-FAMILIES.register("mixer", Mixer("Mixer", MixerForCausalLM, LowRankMixerForCausalLM))
+FAMILIES.register("mixer", Mixer("Mixer", MixerForCausalLM))
 PRESETS.register("mixer-nano", Shape("mixer", 2, 32, 4, 64, 300, tie_embeddings=False))

@@ -10,7 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from finhpc.models.files.weights import open_weights
+from finhpc.models.files.source import open_weights
 from finhpc.models.lora.model import LoraModel, LoraPipelineLayer
 from finhpc.settings.finetune import FinetuneQuantization, Lora
 from finhpc.training.memory import live_tensor_bytes

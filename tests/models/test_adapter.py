@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from finhpc.commands.export import export
 from finhpc.errors import CheckpointError, ConfigError
 from finhpc.models.files.manifest import weights_fingerprint
-from finhpc.models.files.weights import open_weights
+from finhpc.models.files.source import open_weights
 from finhpc.models.loading import load_model
 from finhpc.models.lora.adapter_file import load_adapter
 from finhpc.models.lora.peft_format import CONFIG, FINGERPRINT, TENSORS, merge_adapter, save_adapter

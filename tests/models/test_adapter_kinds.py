@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from finhpc.errors import CheckpointError, ConfigError
 from finhpc.models.families.registry import skeleton
-from finhpc.models.files.weights import config_of
+from finhpc.models.files.source import config_of
 from finhpc.models.loading import load_model
 from finhpc.models.lora.adapter_file import base_of, check_base, load_adapter
 from finhpc.models.lora.peft_format import CONFIG, TENSORS

@@ -11,8 +11,9 @@ import pytest
 from transformers import AutoTokenizer, GenerationConfig
 
 from finhpc.commands.export import export
-from finhpc.models.files.weights import open_weights
-from finhpc.models.loading import load_model, save_model
+from finhpc.models.files.source import copy_tokenizer, open_weights
+from finhpc.models.folder import save_model
+from finhpc.models.loading import load_model
 from finhpc.settings.export import ExportConfig
 from tests.models.dense import saved, tiny_llama
 from tests.models.folders import generator, peft_adapter
@@ -70,7 +71,7 @@ def test_an_adapters_own_tokenizer_and_ends_go_before_its_bases(base: Path, tmp_
 def test_models_of_runs_and_of_decompositions_have_them(base: Path, tmp_path: Path) -> None:
     weights = open_weights(base)
     (tmp_path / "decomposed").mkdir()
-    assert weights.save_tokenizer(tmp_path / "decomposed")
+    assert copy_tokenizer(base, tmp_path / "decomposed")
     assert companions(tmp_path / "decomposed") == companions(base)
     model = load_model(base)
     save_model(tmp_path / "run", weights.config, [lambda: dict(model.state_dict())], base)
@@ -80,4 +81,4 @@ def test_models_of_runs_and_of_decompositions_have_them(base: Path, tmp_path: Pa
     for file in bare.glob("tokenizer*"):
         file.unlink()
     (tmp_path / "none").mkdir()
-    assert not open_weights(bare).save_tokenizer(tmp_path / "none")
+    assert not copy_tokenizer(bare, tmp_path / "none")

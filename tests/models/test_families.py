@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from finhpc.commands.export import export
 from finhpc.models.families.registry import context_of
-from finhpc.models.files.weights import open_weights
+from finhpc.models.files.source import open_weights
 from finhpc.models.lora.peft_format import save_adapter
 from finhpc.settings.export import ExportConfig
 from finhpc.settings.finetune import FinetuneQuantization, Lora

@@ -15,8 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from finhpc.commands.export import export
 from finhpc.errors import ConfigError
 from finhpc.models.files.manifest import weights_fingerprint
-from finhpc.models.files.tokenizer import open_tokenizer
-from finhpc.models.files.weights import open_weights
+from finhpc.models.files.source import copy_tokenizer, open_weights, tokenizer_of
 from finhpc.models.lora.adapter_file import base_of
 from finhpc.models.lora.peft_format import CONFIG, save_adapter
 from finhpc.models.lora.targets import target_shapes
@@ -61,13 +60,13 @@ def trained_beside(base: Path, folder: Path) -> Path:
         trained |= {f"{name}.A": torch.randn(2, into, generator=draw) * 0.1}
         trained |= {f"{name}.B": torch.randn(out, 2, generator=draw) * 0.1}
     save_adapter(folder, lora, trained, weights, fingerprint=weights_fingerprint(base))
-    weights.save_tokenizer(folder)
+    copy_tokenizer(base, folder)
     return folder
 
 
 def test_every_command_opens_it(base: Path, tmp_path: Path) -> None:
     assert_all_give(model_ways(base, tmp_path / "out"), wanted(base), tolerance=1e-4)
-    ids = open_tokenizer(base)("the bank rate").input_ids
+    ids = tokenizer_of(base)("the bank rate").input_ids
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("the bank rate").input_ids == ids
     assert generator(base).encode("the bank rate") == ids
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == 0
@@ -81,7 +80,7 @@ def test_every_command_opens_an_adapter_trained_beside_it(base: Path, tmp_path: 
     assert_all_give(ways, merged, tolerance=1e-4)
     assert (
         AutoTokenizer.from_pretrained(tmp_path / "out")("the bank").input_ids
-        == open_tokenizer(base)("the bank").input_ids
+        == tokenizer_of(base)("the bank").input_ids
     )
     for bits in (8, 4):
         export(ExportConfig(model=str(adapter), out=str(tmp_path / f"q{bits}"), quantization={"bits": bits}))

@@ -10,8 +10,9 @@ import torch
 
 from finhpc.errors import CheckpointError
 from finhpc.models.families.registry import as_low_rank
-from finhpc.models.files.weights import open_weights
-from finhpc.models.loading import initial_model, save_model
+from finhpc.models.files.source import open_weights
+from finhpc.models.folder import save_model
+from finhpc.models.initialize import initial_model
 from finhpc.models.lora.model import LoraModel, LoraPipelineLayer
 from finhpc.models.lora.quantized_cache import quantized_cache_bytes, write_quantized_cache
 from finhpc.quantization.frozen import FrozenFloat, FrozenLinear

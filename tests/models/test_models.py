@@ -16,7 +16,9 @@ from finhpc.errors import CheckpointError, ConfigError
 from finhpc.lowrank.replace import ranks_of
 from finhpc.models.families.presets import PRESETS
 from finhpc.models.families.registry import family_of, make_config, parameter_count, resolve_shape, skeleton
-from finhpc.models.loading import initial_model, load_model, save_model
+from finhpc.models.folder import save_model
+from finhpc.models.initialize import initial_model
+from finhpc.models.loading import load_model
 from finhpc.models.pipeline import cut, estimated_cost, estimated_costs, parts_of, stage_borders
 from finhpc.settings.pretrain import Method, Model
 

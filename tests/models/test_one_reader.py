@@ -219,7 +219,7 @@ def test_settings_that_transformers_computes_are_computed_by_all(
 def test_a_base_that_was_trained_with_rounded_weights(family: str, folders: dict[str, Path], tmp_path: Path) -> None:
     """Finetuning reads what every other command computes with, and a decomposition is not rounded a second time."""
     from finhpc.models.families.registry import as_low_rank
-    from finhpc.models.files.weights import open_weights
+    from finhpc.models.files.source import open_weights
     from finhpc.models.loading import load_model
     from finhpc.quantization.fake import TRAINED
 

@@ -23,9 +23,10 @@ from finhpc import ExportConfig, FinhpcError, export, load_model
 from finhpc.generation.decoder import Decoder
 from finhpc.lowrank.replace import ranks_of
 from finhpc.models.families.registry import FAMILIES, make_config, resolve_shape, skeleton
-from finhpc.models.files.weights import open_weights
+from finhpc.models.files.source import open_weights
 from finhpc.models.initialize import random_fill
-from finhpc.models.loading import initial_model, save_model
+from finhpc.models.folder import save_model
+from finhpc.models.initialize import initial_model
 from finhpc.models.lora.model import LoraModel, LoraPipelineLayer
 from finhpc.models.pipeline import PipelineLayer, estimated_costs, parts_of, stage_borders
 from finhpc.settings.pretrain import Method, Model

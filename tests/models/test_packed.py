@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from finhpc.errors import ConfigError
-from finhpc.models.files.weights import open_weights
+from finhpc.models.files.source import open_weights
 from finhpc.models.lora.model import LoraModel, LoraPipelineLayer
 from finhpc.models.packing.attention import attend_segments
 from finhpc.models.packing.layout import IGNORED, LAYOUT, TARGET, Segments, build_layout, layout_of, segments_of
-from finhpc.quantization.frozen import freeze
+from finhpc.quantization.schemes import freeze
 from finhpc.settings.finetune import FinetuneQuantization, Lora
 from tests.models.dense import saved, tiny_gpt2, tiny_llama
 from tests.models.packs import examples, pack, packs_of, peft_model, peft_parameters, plain_loss

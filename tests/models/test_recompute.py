@@ -11,8 +11,7 @@ from torch import Tensor
 from finhpc.lowrank.replace import ranks_of
 from finhpc.models.attention import NAME, RECOMPUTED
 from finhpc.models.families.registry import make_config, parameter_count, resolve_shape, skeleton
-from finhpc.models.initialize import random_fill
-from finhpc.models.loading import initial_model
+from finhpc.models.initialize import initial_model, random_fill
 from finhpc.models.pipeline import PipelineLayer, estimated_costs, parts_of, stage_borders
 from finhpc.models.recompute import draws_random
 from finhpc.settings.pretrain import Method, Model

@@ -12,7 +12,8 @@ from finhpc.commands.export import export
 from finhpc.commands.finetune import Finetune
 from finhpc.models.families.presets import Shape
 from finhpc.models.families.registry import as_low_rank, make_config, model_sizes, parameter_count
-from finhpc.models.loading import initial_model, save_model
+from finhpc.models.folder import save_model
+from finhpc.models.initialize import initial_model
 from finhpc.settings.base import build
 from finhpc.settings.estimate import FinetuneEstimateConfig
 from finhpc.settings.export import ExportConfig

@@ -15,7 +15,7 @@ from finhpc.evaluation.models import load_for_evaluation
 from finhpc.generation.generator import Generator
 from finhpc.models.families.registry import as_low_rank
 from finhpc.models.files.tokenizer import open_tokenizer
-from finhpc.models.loading import initial_model
+from finhpc.models.initialize import initial_model
 from finhpc.settings.base import build
 from finhpc.settings.export import ExportConfig
 from finhpc.settings.generate import GenerateConfig

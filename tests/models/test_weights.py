@@ -15,8 +15,8 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from finhpc.commands.decompose.moments import second_moments
 from finhpc.errors import CheckpointError, ConfigError
+from finhpc.models.files.source import locate, open_weights
 from finhpc.models.files.tensor_folder import TensorFolder, TensorFolderWriter
-from finhpc.models.files.weights import locate, open_weights
 from tests.models.dense import saved, tiny_gpt2, tiny_llama
 from tests.models.gguf_file import write_gguf
 
@@ -239,7 +239,7 @@ def test_parts_without_wanted_layers_yield_nothing(tmp_path: Path) -> None:
 def test_weights_in_a_second_layout_are_not_fetched() -> None:
     from huggingface_hub.utils import filter_repo_objects
 
-    from finhpc.models.files.weights import FETCHED, NOT_FETCHED
+    from finhpc.models.files.source import FETCHED, NOT_FETCHED
 
     wanted = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json"]
     twice = ["consolidated.safetensors", "consolidated.00.pth", "original/params.json", "pytorch_model.bin"]

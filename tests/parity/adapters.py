@@ -17,7 +17,7 @@ from peft import IA3Config, LoHaConfig, LoraConfig, PromptTuningConfig, get_peft
 from torch import nn
 
 from finhpc.models.files.manifest import weights_fingerprint
-from finhpc.models.files.weights import open_weights
+from finhpc.models.files.source import copy_tokenizer, open_weights
 from finhpc.models.lora.model import LoraModel, LoraPipelineLayer
 from finhpc.models.lora.peft_format import CONFIG, save_adapter
 from finhpc.models.lora.targets import CHANGES_BASE
@@ -169,7 +169,7 @@ def make_ours(kind: Kind, base: Base, folder: Path) -> list[LoraPipelineLayer]:
     values = {name: parameter.detach() for name, parameter in trained.items()}
     fingerprint = weights_fingerprint(base.path) if base.path.is_dir() else None
     save_adapter(folder, lora, values, weights, quantization, fingerprint)
-    weights.save_tokenizer(folder)
+    copy_tokenizer(base.path, folder)
     return layers
 
 

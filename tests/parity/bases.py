@@ -33,7 +33,7 @@ from transformers.pytorch_utils import Conv1D
 from finhpc.commands.export import export
 from finhpc.models.families.registry import as_low_rank
 from finhpc.quantization.fake import TRAINED
-from finhpc.quantization.layers import QuantizedMatrix, TiedHead
+from finhpc.quantization.minmax import QuantizedMatrix, TiedHead
 from finhpc.settings.base import build
 from finhpc.settings.export import ExportConfig
 from tests.models.dense import settled

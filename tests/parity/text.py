@@ -26,13 +26,13 @@ from finhpc.data.text.tokenizer import Encoder
 from finhpc.evaluation.language_model import LanguageModel
 from finhpc.evaluation.models import load_for_evaluation
 from finhpc.generation.generator import Generator
+from finhpc.generation.mlflow_model import _load_pyfunc
 from finhpc.models.packing.layout import IGNORED, POSITION, PREFIX, SEGMENT, TARGET, TOKEN
 from finhpc.settings.base import build
 from finhpc.settings.export import ExportConfig
 from finhpc.settings.finetune import Instructions
 from finhpc.settings.generate import GenerateConfig
 from finhpc.settings.training import Parallel
-from finhpc.tracking.pyfunc import _load_pyfunc
 from tests.models.dense import settled
 from tests.parity.table import Row
 from tests.parity.tokenizer_kinds import END, END_OF_TURN, VOCAB, Kind, tokenizer_of

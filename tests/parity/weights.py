@@ -26,8 +26,8 @@ from finhpc.evaluation.language_model import LanguageModel
 from finhpc.evaluation.models import load_for_evaluation, subjects
 from finhpc.generation.generator import Generator
 from finhpc.log import redirected
+from finhpc.models.files import source
 from finhpc.models.files import tokenizer as tokenizer_file
-from finhpc.models.files.tokenizer import open_tokenizer
 from finhpc.models.loading import load_model
 from finhpc.quantization.schemes import SCHEMES
 from finhpc.settings.base import build
@@ -204,7 +204,7 @@ class _Case:
                         parameter.data.mul_(not name.endswith(".B"))
             file = self.folder / "pairs.jsonl"
             file.write_text("".join(json.dumps({"context": a, "target": b}) + "\n" for a, b in PAIRS))
-            tokenizer = open_tokenizer(self.base.path)
+            tokenizer = source.tokenizer_of(self.base.path)
             settings = Instructions(source=[str(file)], eval_fraction=0.0, max_len=96)
             train = make_examples(settings, tokenizer, 0).train
             (micro,) = Batches(Parallel(micro_batch_size=len(train)), 0).step(train, 0, 0)
@@ -302,11 +302,11 @@ class _Case:
 
     def _check_tokenizer(self, out: Path) -> None:
         """The export reads as its base does, by transformers, too, or a line says that this one takes another class."""
-        given, plain = open_tokenizer(self.base.path), AutoTokenizer.from_pretrained(out)
+        given, plain = source.tokenizer_of(self.base.path), AutoTokenizer.from_pretrained(out)
         tokenizer_file._report.cache_clear()
         lines: list[str] = []
         with redirected(lines.append):
-            ours = open_tokenizer(out)
+            ours = source.tokenizer_of(out)
         for prompt, answer in PAIRS:
             ids = given(prompt + answer).input_ids
             assert ours(prompt + answer).input_ids == ids, "the export's tokenizer is another"

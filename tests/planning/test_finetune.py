@@ -12,15 +12,16 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from finhpc.models.families.registry import as_low_rank
-from finhpc.models.files.weights import open_weights
-from finhpc.models.loading import initial_model, save_model
+from finhpc.models.files.source import open_weights
+from finhpc.models.folder import save_model
+from finhpc.models.initialize import initial_model
 from finhpc.models.lora.model import LoraModel
 from finhpc.models.packing.layout import segments_of
 from finhpc.planning.devices import DEVICES, Cluster
 from finhpc.planning.fake_packs import PackSize
 from finhpc.planning.finetuning import LoraCosts
 from finhpc.planning.memory import Topology
-from finhpc.quantization.frozen import empty_frozen, freeze
+from finhpc.quantization.schemes import SCHEMES, freeze
 from finhpc.settings.base import build
 from finhpc.settings.finetune import FinetuneConfig
 from tests.models.dense import saved
@@ -110,13 +111,13 @@ def test_the_predicted_peak_is_the_counted_one(workers: int, bases: dict[str, Pa
             assert planned(name, bases).stages()[stage].peak_bytes == pytest.approx(peak, rel=0.01), (name, stage)
 
 
-@pytest.mark.parametrize(("bits", "scheme"), [(16, "none"), (8, "int8"), (4, "nf4"), (8, "minmax"), (4, "minmax")])
-@pytest.mark.parametrize("shape", [(96, 64), (40, 24), (64, 32 * 257)])
+@pytest.mark.parametrize(("bits", "scheme"), [(8, "int8"), (4, "nf4"), (8, "minmax"), (4, "minmax")])
+@pytest.mark.parametrize("shape", [(96, 64), (64, 32 * 257)])
 def test_layers_without_content_are_as_large_as_real_ones(bits: int, scheme: str, shape: tuple[int, int]) -> None:
-    made = []
-    for layer in (freeze(torch.randn(shape), torch.ones(shape[0]), bits, scheme, torch.bfloat16, "w"),
-                  empty_frozen(shape, torch.ones(shape[0]), bits, scheme, torch.bfloat16)):  # fmt: skip
-        tensors = dict(layer.named_buffers())
+    bias, made = torch.ones(shape[0], dtype=torch.bfloat16), []
+    for layer in (freeze(torch.randn(shape), bias, bits, scheme, torch.bfloat16, "w"),
+                  SCHEMES[scheme].empty(shape, bias, bits)):  # fmt: skip
+        tensors = dict(layer.named_buffers()) | dict(layer.named_parameters())
         if (state := getattr(layer, "state", None)) is not None:
             second = state.state2
             tensors |= {"absmax": state.absmax, "code": state.code, "offset": state.offset}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from finhpc.quantization.frozen import freeze
+from finhpc.quantization.schemes import freeze
 
 OUT, IN = 96, 64
 

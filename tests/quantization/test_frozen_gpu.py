@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finhpc.quantization.frozen import FrozenLinear, freeze, frozen_from_tensors
+from finhpc.quantization.frozen import FrozenLinear
 from finhpc.quantization.per_vector import rounded
-from finhpc.quantization.schemes import SCHEMES
+from finhpc.quantization.schemes import SCHEMES, freeze
 from tests.gpu import CUDA, DEVICE, ON, needs_gpu
 from tests.quantization.test_frozen import IN, OUT, inputs, product_and_gradient, theirs, weights
 
@@ -29,7 +29,7 @@ def frozen(bits: int, scheme: str, dtype: torch.dtype, made_on: str) -> FrozenLi
     rows, bias = weights()
     held = SCHEMES[scheme].tensors(rows.to(made_on), bits, "layer")
     moved = {key: value.to(DEVICE) for key, value in held.items()}
-    return frozen_from_tensors(moved, (OUT, IN), bias.to(DEVICE), bits, scheme, dtype)
+    return SCHEMES[scheme].frozen(moved, (OUT, IN), bias.to(DEVICE, dtype), bits)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

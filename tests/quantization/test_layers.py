@@ -9,22 +9,20 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from finhpc.lowrank.layers import LowRankEmbedding, LowRankLinear
-from finhpc.quantization.layers import QuantizedEmbedding, QuantizedLinear, QuantizedMatrix, minmax_tensors, replace
+from finhpc.quantization.minmax import MinMax, QuantizedEmbedding, QuantizedLinear, QuantizedMatrix, replace
 from finhpc.quantization.per_vector import rounded
 
 
 def fill(layer: QuantizedMatrix, matrix: torch.Tensor) -> None:
-    layer.load_state_dict(minmax_tensors(matrix, layer.bits, "layer"), strict=False)
+    layer.load_state_dict(MinMax().tensors(matrix, layer.bits, "layer"), strict=False)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_linear_layer_computes_with_the_rounded_matrix(bits: int) -> None:
     torch.manual_seed(0)
     weight, bias, x = torch.randn(7, 5), torch.randn(7), torch.randn(2, 3, 5)
-    layer = QuantizedLinear(5, 7, bits, bias=True)
+    layer = QuantizedLinear((7, 5), bits, bias)
     fill(layer, weight)
-    with torch.no_grad():
-        layer.bias.copy_(bias)  # type: ignore[union-attr]
     assert torch.equal(layer.dequantized(), rounded(weight, bits))
     assert torch.equal(layer(x), F.linear(x, rounded(weight, bits), bias))
 
@@ -41,7 +39,7 @@ def test_an_embedding_unpacks_the_rows_asked_for(bits: int) -> None:
 
 @pytest.mark.parametrize(("bits", "row"), [(8, 33), (4, 17)])
 def test_what_stays_in_memory_is_packed(bits: int, row: int) -> None:
-    layer = QuantizedLinear(33, 10, bits, bias=False)
+    layer = QuantizedLinear((10, 33), bits, None)
     held = sum(t.numel() * t.element_size() for t in [*layer.parameters(), *layer.buffers()])
     assert held == 10 * row + 10 * 8
 

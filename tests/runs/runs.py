@@ -28,7 +28,7 @@ FLAGS = [
 
 # The cut of a run over two stages. Measured ones differ from run to run, and runs are bit-equal over the same alone.
 PARTS = ["embedding", "positions", "dropout", *("attention", "mlp") * 3, "norm", "head"]
-CUT = {"stages": 2, "parts": PARTS, "costs_s": [1.0] * len(PARTS), "borders": [0, 6, len(PARTS)]}
+CUT = {"stages": 2, "kinds": PARTS, "costs_s": [1.0] * len(PARTS), "borders": [0, 6, len(PARTS)]}
 
 
 @contextmanager

@@ -24,7 +24,7 @@ def test_an_interrupted_training_is_over_before_ray_is_left(tmp_path: Path) -> N
     from ray.train.torch import TorchTrainer
 
     started = tmp_path / "started"
-    trainer = TorchTrainer(
+    ray_trainer = TorchTrainer(
         sleep_for_ever,
         train_loop_config={"started": str(started)},
         scaling_config=ScalingConfig(num_workers=1),
@@ -37,7 +37,7 @@ def test_an_interrupted_training_is_over_before_ray_is_left(tmp_path: Path) -> N
 
     free = ray.available_resources()["CPU"]
     with pytest.raises(KeyboardInterrupt):
-        watch(trainer.fit, look)
+        watch(ray_trainer.fit, look)
     assert not [thread for thread in threading.enumerate() if thread.name == "ray-train"]
     # Ray learns a moment after a worker ended that its CPUs are free.
     until = time.monotonic() + 180

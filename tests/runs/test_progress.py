@@ -64,6 +64,13 @@ def test_plain_lines(tmp_path: Path) -> None:
     ]
 
 
+def test_the_first_steps_do_not_estimate_the_time_left(tmp_path: Path) -> None:
+    screen = io.StringIO()
+    progress = Progress(300, tmp_path, screen, line_every_s=0)
+    progress.show([_train(1, 0.0), _train(2, 9.0), _train(3, 10.0)])  # the second step counts memory
+    assert "left" not in screen.getvalue()
+
+
 def _eval(step: int) -> dict[str, object]:
     return {"kind": "eval", "time": 0.0, "step": step, "val_loss": 5.3}
 
@@ -115,7 +122,7 @@ def test_a_checkpoint_that_was_held_back_is_told_in_time(tmp_path: Path) -> None
 def test_a_resumed_run_that_goes_back_shows_no_nonsense(tmp_path: Path) -> None:
     screen = io.StringIO()
     progress = Progress(300, tmp_path, screen, line_every_s=0)
-    progress.show([_train(50, 1.0), _train(41, 2.0), _train(42, 3.0)])
+    progress.show([_train(50, 1.0), _train(41, 2.0), _train(42, 3.0), _train(42, 3.0)])
     assert "left" not in screen.getvalue()
     progress.show([_train(step, step - 39.0) for step in range(43, 80)])
     assert screen.getvalue().rstrip().endswith("0:03:41 left")

@@ -17,13 +17,13 @@ from finhpc.commands.export import export
 from finhpc.commands.finetune import Finetune
 from finhpc.errors import ConfigError
 from finhpc.evaluation.models import subjects
+from finhpc.generation.mlflow_model import TextGenerator
 from finhpc.models.loading import load_model
 from finhpc.runs.folder import RunFolder
 from finhpc.settings.base import build
 from finhpc.settings.decompose import DecomposeConfig
 from finhpc.settings.export import ExportConfig
 from finhpc.settings.finetune import FinetuneConfig
-from finhpc.tracking.pyfunc import TextGenerator
 from finhpc.training.checkpoint import Checkpoint
 from tests.data.instructing import jsonl
 from tests.data.kinds import CHATML, tokenizer
@@ -136,7 +136,9 @@ def test_a_template_with_the_date_does_not_stop_a_resume(tmp_path: Path, monkeyp
 def test_a_model_out_of_mlflow_reads_prompts_as_generate_does(tmp_path: Path) -> None:
     tok = tokenizer("metaspace first", begin=True, end=True)
     model: Any = load_model(folder_of_kind(tmp_path / "model", tok))
-    (text,) = TextGenerator(model, AutoTokenizer.from_pretrained(tmp_path / "model")).predict(["Alder Foods"])
+    (text,) = TextGenerator(model, AutoTokenizer.from_pretrained(tmp_path / "model")).predict(
+        ["Alder Foods"], {"max_new_tokens": 32}
+    )
     ids = torch.tensor([[tok.bos_token_id, *tok("Alder Foods", add_special_tokens=False).input_ids]])
     with torch.inference_mode():
         whole = model.generate(ids, max_new_tokens=32, do_sample=False, pad_token_id=0, eos_token_id=tok.eos_token_id)

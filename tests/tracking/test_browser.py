@@ -20,7 +20,7 @@ from finhpc.settings.base import build
 from finhpc.settings.finetune import FinetuneConfig
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.training import default_tracking_uri
-from finhpc.tracking.describe import Dataset, parameters
+from finhpc.tracking.describe import Dataset, Description, parameters
 from finhpc.tracking.tags import PARENT, SWEEP, setting_tags
 from finhpc.tracking.tracker import Tracker
 from finhpc.training.journal import Journal
@@ -44,7 +44,7 @@ def track(storage: Path, name: str, config: Any, loss: float, varied: dict[str, 
     system.close()
     tags = setting_tags(config) | ({PARENT: parent, SWEEP: "sweep"} if parent else {})
     params, uri = parameters(config, NAMED, varied), default_tracking_uri(storage)
-    tracker = Tracker(folder, uri, "finhpc", name, params, tags, datasets=[SHARDS]).start()
+    tracker = Tracker(Description(folder, uri, "finhpc", name, params, tags, datasets=[SHARDS])).start()
     assert tracker.finish("FINISHED", {"steps": 3, "val_loss": loss, "params_total": 7, "params_dense": 9})
     return str(tracker.run_id)
 

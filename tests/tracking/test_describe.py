@@ -26,7 +26,7 @@ from finhpc.settings.sweep import FinetuneSweepConfig, SweepConfig
 from finhpc.settings.training import default_tracking_uri
 from finhpc.tracking import mirror
 from finhpc.tracking import tracker as tracking
-from finhpc.tracking.describe import Dataset, parameters, short_name, trained_model
+from finhpc.tracking.describe import Dataset, Description, parameters, short_name, trained_model
 from finhpc.tracking.pages import pages_of
 from finhpc.tracking.store import check_store, deleted, experiment_id, refuses
 from finhpc.tracking.tags import PARENT, setting_tags
@@ -166,7 +166,7 @@ def track(
                 journal.write(kind, **record)
         journal.close()
     settings: dict[str, Any] = {"params": {}, "tags": {}, **more}
-    tracker = Tracker(folder, default_tracking_uri(storage), "finhpc", name, **settings).start()
+    tracker = Tracker(Description(folder, default_tracking_uri(storage), "finhpc", name, **settings)).start()
     assert tracker.finish("FINISHED", result)
     return MlflowClient(default_tracking_uri(storage)).get_run(tracker.run_id or "")
 
@@ -199,17 +199,21 @@ def test_without_an_evaluation_the_training_loss_is_first(tmp_path: Path, empty_
 
 def test_other_metrics_wait_for_the_first_evaluation_and_not_for_ever(tmp_path: Path) -> None:
     state = tracking.State.load(tmp_path, "uri", "finhpc", "one")
-    mirrored = mirror.Mirror(tmp_path, "sqlite:////x/mlflow.db", state, {}, {})
-    assert not mirrored.lead(None, closing=False), "nothing to send yet"
+
+    def mirror_of(folder: Path) -> mirror.Mirror:
+        return mirror.Mirror(Description(folder, "sqlite:////x/mlflow.db", "finhpc", "one", {}, {}), state)
+
+    mirrored = mirror_of(tmp_path)
+    assert not mirrored.lead(None), "nothing to send yet"
     journal = Journal(tmp_path / "journal.jsonl")
     journal.write("train", step=1, train_loss=5.0)
-    assert not mirrored.lead(None, closing=False)
-    assert mirrored.lead(None, closing=True)
+    assert not mirrored.lead(None)
+    assert mirrored.lead(mirror.Ending("FAILED", {}, None))
     journal.write("train", step=2, train_loss=5.0, time=time.time())
     old = tmp_path / "old"
     old.mkdir()
     Journal(old / "journal.jsonl").write("train", step=1, train_loss=5.0, time=time.time() - mirror.LEAD_WAIT_S - 1)
-    assert mirror.Mirror(old, "sqlite:////x/mlflow.db", state, {}, {}).lead(None, closing=False)
+    assert mirror_of(old).lead(None)
 
 
 def test_a_run_lists_its_dataset_and_no_machinery(tmp_path: Path, empty_database: Path) -> None:
@@ -292,7 +296,7 @@ def test_an_experiment_deleted_under_a_run_ends_it_without_waiting(tmp_path: Pat
     uri = default_tracking_uri(tmp_path)
     said: list[str] = []
     (tmp_path / "one").mkdir()
-    tracker = Tracker(tmp_path / "one", uri, "gone", "one", {}, {}).start()
+    tracker = Tracker(Description(tmp_path / "one", uri, "gone", "one", {}, {})).start()
     deadline = time.monotonic() + 180
     while tracker.run_id is None and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -306,7 +310,7 @@ def test_an_experiment_deleted_under_a_run_ends_it_without_waiting(tmp_path: Pat
     assert "run.experiment=gone was deleted in MLflow; restore it" in said[-1]
     assert said[-1].endswith("then run the same command again to send it.")
     client.restore_experiment(experiment)
-    again = Tracker(tmp_path / "one", uri, "gone", "one", {}, {}).start()
+    again = Tracker(Description(tmp_path / "one", uri, "gone", "one", {}, {})).start()
     assert again.finish("FINISHED", {"steps": 1, "val_loss": 2.0})
     assert client.get_run(again.run_id or "").data.metrics["val_loss"] == 2.0
 

@@ -12,12 +12,15 @@ from mlflow import MlflowClient
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from finhpc.generation.mlflow_model import TextGenerator
 from finhpc.lowrank.replace import ranks_of
 from finhpc.models.families.registry import make_config, resolve_shape
-from finhpc.models.loading import initial_model, load_model
+from finhpc.models.initialize import initial_model
+from finhpc.models.loading import load_model
 from finhpc.settings.pretrain import Method, Model
 from finhpc.settings.training import default_tracking_uri
-from finhpc.tracking.pyfunc import TextGenerator, log_model
+from finhpc.tracking.describe import Description
+from finhpc.tracking.pyfunc import log_model
 from finhpc.tracking.tracker import Tracker
 
 PROMPTS = ["hello world", "this is"]
@@ -72,14 +75,14 @@ def test_a_dense_model_opens_both_ways_in_a_fresh_process(tmp_path: Path, folder
     run_folder = tmp_path / "one"
     run_folder.mkdir()
     uri = default_tracking_uri(tmp_path)
-    tracker = Tracker(run_folder, uri, "tests", "one", {}, {}).start()
+    tracker = Tracker(Description(run_folder, uri, "tests", "one", {}, {})).start()
     assert tracker.finish("FINISHED", {"steps": 3}, model=folder)
 
     direct = TextGenerator(AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder))
     short = direct.predict(PROMPTS, {"max_new_tokens": 3})
     assert all(text.startswith(prompt) for text, prompt in zip(short, PROMPTS, strict=True))
     found = _open(uri, f"runs:/{tracker.run_id}/model", "transformers")
-    assert found["default"] == direct.predict(PROMPTS)
+    assert found["default"] == direct.predict(PROMPTS, {"max_new_tokens": 32})
     assert found["short"] == found["table"] == found["pipeline"] == short
     assert found["default"] != short
 
@@ -103,7 +106,7 @@ def test_a_low_rank_model_opens_by_pyfunc(tmp_path: Path, folder: Path) -> None:
     model_uri = log_model(client, run.info.run_id, tmp_path / "low", step=7)
     direct = TextGenerator(load_model(tmp_path / "low"), AutoTokenizer.from_pretrained(folder))
     found = _open(uri, model_uri, "pyfunc")
-    assert found["default"] == direct.predict(PROMPTS)
+    assert found["default"] == direct.predict(PROMPTS, {"max_new_tokens": 32})
     assert found["short"] == found["table"] == direct.predict(PROMPTS, {"max_new_tokens": 3})
     (output,) = client.get_run(run.info.run_id).outputs.model_outputs
     assert (f"models:/{output.model_id}", output.step) == (model_uri, 7)

@@ -27,6 +27,7 @@ from finhpc.settings.report import UiConfig
 from finhpc.settings.training import absolute_tracking_uri, default_tracking_uri
 from finhpc.tracking import mirror
 from finhpc.tracking import tracker as tracking
+from finhpc.tracking.describe import Description
 from finhpc.tracking.store import artifact_location
 from finhpc.tracking.tags import PREFIX
 from finhpc.tracking.tracker import Tracker
@@ -51,7 +52,7 @@ def storage(tmp_path: Path, empty_database: Path) -> Path:
 def _tracker(storage: Path, uri: str | None = None, name: str = "one", **more: Any) -> Tracker:
     (storage / name).mkdir(exist_ok=True)
     settings = {"experiment": "tests", "run_name": name, "params": {"a": 1}, "tags": {}, **more}
-    return Tracker(storage / name, uri or default_tracking_uri(storage), **settings).start()
+    return Tracker(Description(storage / name, uri or default_tracking_uri(storage), **settings)).start()
 
 
 @pytest.fixture
@@ -202,8 +203,8 @@ def test_a_run_that_goes_on_is_running(storage: Path) -> None:
     assert _tracker(storage).finish("FINISHED", {"steps": 3})
     _write_steps(storage / "one", range(4, 6))
     again = _tracker(storage)
-    assert again.close()
-    assert _client(storage).get_run(again.run_id or "").info.status == "RUNNING"
+    _until(lambda: _client(storage).get_run(again.run_id or "").info.status == "RUNNING")
+    assert again.finish("FINISHED", {"steps": 5})
 
 
 KILLED = """
@@ -211,6 +212,7 @@ import os, signal, sys
 from pathlib import Path
 from finhpc.settings.training import default_tracking_uri
 from finhpc.tracking import mirror, tracker as tracking
+from finhpc.tracking.describe import Description
 tracking.POLL_S, mirror.RECORDS_PER_BATCH = 0.1, 100
 storage, fatal = Path(sys.argv[1]), int(sys.argv[2])
 saves, save = 0, mirror.State.save
@@ -222,7 +224,7 @@ def deadly(state):
     save(state)
 mirror.State.save = deadly
 uri = default_tracking_uri(storage)
-tracker = tracking.Tracker(storage / "one", uri, "tests", "one", {"a": 1}, {}).start()
+tracker = tracking.Tracker(Description(storage / "one", uri, "tests", "one", {"a": 1}, {})).start()
 print(tracker.finish("FINISHED", {"steps": 2000}))
 """
 
@@ -268,13 +270,13 @@ def test_another_server_gets_the_whole_story_and_the_first_is_found_again(storag
     shutil.copy(storage / "mlflow.db", other / "mlflow.db")
     _write_steps(storage / "one", range(1, 6))
     first = _tracker(storage)
-    assert first.close()
+    assert first.finish("FAILED", {})
     _write_steps(storage / "one", range(6, 9))
     second = _tracker(storage, default_tracking_uri(other))
-    assert second.close()
+    assert second.finish("FAILED", {})
     assert _history(_client(other), second.run_id or "", "train_loss") == [(s, LOSSES[s]) for s in range(1, 9)]
     third = _tracker(storage)
-    assert third.close()
+    assert third.finish("FAILED", {})
     assert third.run_id == first.run_id
     assert _history(_client(storage), first.run_id or "", "train_loss") == [(s, LOSSES[s]) for s in range(1, 9)]
 
@@ -282,10 +284,10 @@ def test_another_server_gets_the_whole_story_and_the_first_is_found_again(storag
 def test_a_run_deleted_in_mlflow_is_made_anew(storage: Path) -> None:
     _write_steps(storage / "one", range(1, 6))
     first = _tracker(storage)
-    assert first.close()
+    assert first.finish("FAILED", {})
     _client(storage).delete_run(first.run_id or "")
     second = _tracker(storage)
-    assert second.close()
+    assert second.finish("FAILED", {})
     assert second.run_id != first.run_id
     assert len(_history(_client(storage), second.run_id or "", "train_loss")) == 5
 
@@ -293,10 +295,10 @@ def test_a_run_deleted_in_mlflow_is_made_anew(storage: Path) -> None:
 def test_a_copied_folder_is_another_run(storage: Path) -> None:
     _write_steps(storage / "one", range(1, 6))
     first = _tracker(storage)
-    assert first.close()
+    assert first.finish("FAILED", {})
     shutil.copytree(storage / "one", storage / "two")
     second = _tracker(storage, name="two")
-    assert second.close()
+    assert second.finish("FAILED", {})
     assert second.run_id != first.run_id
 
 
@@ -305,7 +307,7 @@ def test_system_metrics_go_the_same_way(storage: Path, monkeypatch: pytest.Monke
     for expected in (1, 4):  # a resumed run counts on
         tracker = _tracker(storage)
         _until(lambda need=expected: (storage / "one" / "driver.jsonl").read_bytes().count(b"\n") >= need + 2)
-        assert tracker.close()
+        assert tracker.finish("FAILED", {})
     key = "system/cpu_utilization_percentage"
     steps = [step for step, _ in _history(_client(storage), tracker.run_id or "", key)]
     assert steps == list(range(1, len(steps) + 1))
@@ -449,8 +451,8 @@ def test_names_with_path_separators_stay_names(storage: Path) -> None:
     shutil.copy(storage / "mlflow.db", storage / "deep" / "mlflow.db")
     before = sorted(path.name for path in storage.iterdir())
     (storage / "deep" / "one").mkdir()
-    name = "../../a/../b"
-    tracker = Tracker(storage / "deep" / "one", default_tracking_uri(storage / "deep"), name, "one", {"p": name}, {})
+    name, uri = "../../a/../b", default_tracking_uri(storage / "deep")
+    tracker = Tracker(Description(storage / "deep" / "one", uri, name, "one", {"p": name}, {}))
     assert tracker.start().finish("FINISHED", {"steps": 0})
     assert sorted(path.name for path in storage.iterdir()) == before, "nothing outside the storage"
     assert [e.name for e in _client(storage / "deep").search_experiments()] == [name, "Default"]
@@ -485,7 +487,7 @@ def test_a_relative_database_stays_where_it_was_meant(
 ) -> None:
     _write_steps(storage / "one", range(1, 4))
     monkeypatch.chdir(storage)
-    tracker = Tracker(storage / "one", "sqlite:///mlflow.db", "tests", "one", {}, {})
+    tracker = Tracker(Description(storage / "one", "sqlite:///mlflow.db", "tests", "one", {}, {}))
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     monkeypatch.chdir(elsewhere)
     assert tracker.start().finish("FINISHED", {"steps": 3})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -27,6 +28,7 @@ def _child(function: Callable[..., Any], rank: int, world_size: int, port: int, 
         "MASTER_PORT": str(port),
         "DS_ACCELERATOR": "cpu",
     }
+    gc.freeze()  # what the server imported: collecting garbage among it takes a second
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size)
     torch.save(function(*args), Path(folder) / f"{rank}.pt")

@@ -14,7 +14,7 @@ from transformers.models.llama import modeling_llama
 from finhpc.lowrank.replace import ranks_of
 from finhpc.models import attention
 from finhpc.models.families.registry import make_config, resolve_shape, skeleton
-from finhpc.models.loading import initial_model
+from finhpc.models.initialize import initial_model
 from finhpc.models.pipeline import parts_of
 from finhpc.settings.pretrain import Method, Model
 from finhpc.settings.training import Recompute

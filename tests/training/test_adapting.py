@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from finhpc.models.files.weights import open_weights
+from finhpc.models.files.source import open_weights
 from finhpc.models.lora.model import LoraModel
 from finhpc.settings.base import build
 from finhpc.settings.finetune import FinetuneConfig

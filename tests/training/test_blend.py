@@ -16,8 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from finhpc.lowrank.blend import alpha_at
-from finhpc.models.initialize import random_fill
-from finhpc.models.loading import initial_model
+from finhpc.models.initialize import initial_model, random_fill
 from finhpc.settings.base import build
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.training.batches import TokenBatches
@@ -84,7 +83,7 @@ def train(folder: Path, config: PretrainConfig, stop: int = STEPS) -> None:
         fill=fill,
         device=torch.device("cpu"),
         folder=folder,
-        batches=TokenBatches(config.parallel, stream, held_out),
+        source=TokenBatches(config.parallel, stream, held_out),
     )
     try:
         worker.run()

@@ -23,7 +23,7 @@ def state(value: float) -> dict[str, Tensor]:
 
 
 def save(folder: Path, step: int, value: float = 1.0, attempt: str = "a", keep: int = 2) -> None:
-    saver = Checkpointer(folder, keep, attempt, rank=0, ranks=1)
+    saver = Checkpointer(folder, keep, attempt, world_rank=0, workers=1)
     saver.save(step, "stage-00000.safetensors", state(value), {"consumed": "ff"})
     saver.wait()
 
@@ -44,7 +44,7 @@ def test_the_copy_is_taken_before_save_returns(tmp_path: Path) -> None:
     saver.save(1, "stage-00000.safetensors", weights, {})
     weights["param.w"].fill_(99.0)  # the next step changes the weights in place
     saver.wait()
-    assert list_complete(tmp_path)[0].tensors("param")["w"].max() == 1.0
+    assert load_tensors(list_complete(tmp_path)[0], ["w"], "param")["w"].max() == 1.0
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "delete"])
@@ -123,7 +123,7 @@ def test_files_of_a_killed_start_are_not_taken_for_new_ones(tmp_path: Path) -> N
     second[1].save(10, None, {}, {"consumed": "2"})
     second[1].wait()
     second[0].wait()
-    assert list_complete(tmp_path)[0].manifest["ranks"] == 2
+    assert list_complete(tmp_path)[0].manifest["workers"] == 2
 
 
 def test_a_failed_write_is_raised_and_the_one_before_is_intact(tmp_path: Path) -> None:
@@ -149,9 +149,9 @@ def test_random_state_comes_back(tmp_path: Path) -> None:
     save(tmp_path, 10)
     expected = torch.rand(3)
     torch.manual_seed(6)
-    assert load_random_state(list_complete(tmp_path)[0], rank=0, ranks=1)
+    assert load_random_state(list_complete(tmp_path)[0], world_rank=0, workers=1)
     assert torch.equal(torch.rand(3), expected)
-    assert not load_random_state(list_complete(tmp_path)[0], rank=0, ranks=2)
+    assert not load_random_state(list_complete(tmp_path)[0], world_rank=0, workers=2)
 
 
 def test_a_half_removed_checkpoint_is_not_complete(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from finhpc.lowrank.replace import ranks_of
 from finhpc.models.families.registry import make_config, resolve_shape
-from finhpc.models.loading import initial_model
+from finhpc.models.initialize import initial_model
 from finhpc.quantization.fake import fake_quantize, plain_name
 from finhpc.settings.base import build
 from finhpc.settings.pretrain import PretrainConfig

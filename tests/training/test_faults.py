@@ -57,7 +57,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def save_survives(folder: Path, full: AbstractContextManager[None]) -> None:
-    saver = Checkpointer(folder, keep=2, attempt="a", rank=0, ranks=1)
+    saver = Checkpointer(folder, keep=2, attempt="a", world_rank=0, workers=1)
     saver.save(10, "stage-00000.safetensors", state(50_000), {})
     saver.wait()
     with full:
@@ -70,7 +70,7 @@ def save_survives(folder: Path, full: AbstractContextManager[None]) -> None:
         assert good is not None
         assert good.step == 10
     remove_partial(folder)  # as the next start does
-    saver = Checkpointer(folder, keep=2, attempt="b", rank=0, ranks=1)
+    saver = Checkpointer(folder, keep=2, attempt="b", world_rank=0, workers=1)
     saver.save(20, "stage-00000.safetensors", state(50_000), {})
     saver.wait()
     assert [saved.step for saved in list_complete(folder)] == [20, 10]

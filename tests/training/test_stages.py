@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from finhpc.log import redirected
-from finhpc.models.families.family import BLOCK, HALVES
+from finhpc.models.families.parts import BLOCK, HALVES
 from finhpc.models.pipeline import parts_of
 from finhpc.training.stages import Cut, measure_parts, saved_cut
 from tests.training.processes import run_processes
@@ -54,7 +54,7 @@ def test_a_saved_cut_is_used_by_all_until_the_stages_change_or_the_file_is_damag
     assert cut == same
     assert said == [f"stages cut by measured cost: {cut}"]
 
-    other: dict[str, Any] = json.loads(file.read_text()) | {"costs_s": [1.0] * len(cut.parts)}
+    other: dict[str, Any] = json.loads(file.read_text()) | {"costs_s": [1.0] * len(cut.kinds)}
     file.write_text(json.dumps(other))
     for found, said in run_processes(_keep, 2, file, 2):
         assert (found, said) == (Cut(**other), []), "taken as it stands"
@@ -64,7 +64,7 @@ def test_a_saved_cut_is_used_by_all_until_the_stages_change_or_the_file_is_damag
     ((three, _), *_) = run_processes(_keep, 3, file, 3)
     assert len(three.borders) == 4, "other stages are measured again"
     ((whole, _), *_) = run_processes(_keep, 2, file, 2, "full")
-    assert whole.parts.count(BLOCK) == 3, "other parts as well"
+    assert whole.kinds.count(BLOCK) == 3, "other parts as well"
 
     file.write_text(json.dumps(other)[:-20])
     ((again, said), *_) = run_processes(_keep, 2, file, 2)
@@ -79,4 +79,4 @@ def test_a_cut_is_named_by_its_blocks() -> None:
     assert str(cut) == "embedding, positions, 1.5 blocks | 1.5 blocks, norm, head (2 s, 3 s per micro-batch)"
     assert str(Cut(2, parts, costs, [0, 8, 10])).endswith("3 blocks | norm, head (4.5 s, 0.5 s per micro-batch)")
     whole = Cut(2, ["embedding", BLOCK, BLOCK, "head"], [0.0, 1.0, 1.0, 1.0], [0, 2, 4])
-    assert str(whole) == "embedding, 1 blocks | 1 blocks, head (1 s, 2 s per micro-batch)"
+    assert str(whole) == "embedding, 1 block | 1 block, head (1 s, 2 s per micro-batch)"

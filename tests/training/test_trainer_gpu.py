@@ -74,7 +74,7 @@ def train(folder: Path, config: PretrainConfig, shards: Shards, stop: int = STEP
         fill=random_fill(hf_config, 0, config.method.init),
         device=DEVICE,
         folder=folder,
-        batches=TokenBatches(
+        source=TokenBatches(
             config.parallel, stream, shards.eval_samples(config.data.eval_samples, config.data.seq_len)
         ),
     )

@@ -66,7 +66,7 @@ def train(folder: Path, shards: Shards, steps: int, each_s: float = 0.0) -> tupl
         fill=random_fill(hf_config, 0, config.method.init),
         device=torch.device("cpu"),
         folder=folder,
-        batches=TokenBatches(config.parallel, stream, shards.eval_samples(4, 32)),
+        source=TokenBatches(config.parallel, stream, shards.eval_samples(4, 32)),
     )
     worker.run()
     found = latest(read(journal, before)[0], "train")

@@ -25,7 +25,7 @@ from finhpc.bench.timing import device_of, in_turn, median_ratio, spread
 from finhpc.data.examples.batches import Batches
 from finhpc.data.examples.examples import Arrays
 from finhpc.errors import ConfigError
-from finhpc.models.files.weights import locate, open_weights
+from finhpc.models.files.source import locate, open_weights
 from finhpc.settings.training import Parallel, Recompute
 from finhpc.training.engine import Engine
 from finhpc.training.memory import counted_peak, live_tensor_bytes

@@ -35,7 +35,8 @@ from finhpc.lowrank.factorize import residual
 from finhpc.lowrank.ranks import rank_of_params
 from finhpc.lowrank.replace import dense_shape
 from finhpc.models.families.registry import family_of, make_config, resolve_shape
-from finhpc.models.files.weights import Linear, Weights, open_weights
+from finhpc.models.files.source import open_weights
+from finhpc.models.files.weights import Linear, Weights
 from finhpc.settings.decompose import DecomposeConfig
 from finhpc.settings.training import Resources
 from finhpc.training.allocator import return_freed_memory
@@ -173,7 +174,8 @@ def _shape_settings(settings: DecomposeBench) -> Any:
 def _write_model(folder: Path, settings: DecomposeBench) -> Path:
     """A model of some blocks of the shape, its linear layers random with falling spectra; a small vocabulary,
     as embedding and head stay as they are."""
-    from finhpc.models.loading import initial_model, save_model
+    from finhpc.models.folder import save_model
+    from finhpc.models.initialize import initial_model
 
     config = make_config(resolve_shape(_shape_settings(settings)), DENSE)
     model: nn.Module = initial_model(config, 0, "normal")

@@ -30,7 +30,7 @@ from finhpc.bench.timing import device_of, in_turn, median_ratio, spread
 from finhpc.data.examples.batches import Batches
 from finhpc.data.examples.examples import Arrays, make_examples
 from finhpc.errors import ConfigError
-from finhpc.models.files.weights import locate, open_weights
+from finhpc.models.files.source import locate, open_weights
 from finhpc.models.lora.model import LoraModel
 from finhpc.settings.base import build
 from finhpc.settings.finetune import FinetuneConfig, Instructions

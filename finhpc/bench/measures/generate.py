@@ -32,7 +32,7 @@ from finhpc.models.loading import load_model
 from finhpc.models.lora.multi_lora import Adapters
 from finhpc.models.lora.peft_format import Adapter
 from finhpc.models.lora.targets import linear_shapes
-from finhpc.quantization.layers import QuantizedMatrix, replace
+from finhpc.quantization.minmax import QuantizedMatrix, replace
 from finhpc.quantization.schemes import SCHEMES
 from finhpc.settings.base import build, nearest
 from finhpc.settings.export import ExportConfig

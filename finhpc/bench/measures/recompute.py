@@ -22,8 +22,7 @@ from finhpc.bench.settings import RecomputeBench
 from finhpc.bench.timing import device_of, in_turn, median_ratio, spread, timed
 from finhpc.lowrank.replace import ranks_of
 from finhpc.models.families.registry import make_config, resolve_shape, skeleton
-from finhpc.models.initialize import random_fill
-from finhpc.models.loading import initial_model
+from finhpc.models.initialize import initial_model, random_fill
 from finhpc.models.pipeline import PipelineLayer, parts_of
 from finhpc.settings.training import Recompute
 from finhpc.training.activation_bytes import block_saved_bytes

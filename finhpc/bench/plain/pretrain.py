@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finhpc.models.loading import initial_model
+from finhpc.models.initialize import initial_model
 from finhpc.models.pipeline import parts_of
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.training.optimizer import make_optimizer, set_lr

@@ -48,10 +48,10 @@ from finhpc.models.families.registry import (
     skeleton,
 )
 from finhpc.models.files.manifest import check_manifest, write_manifest
+from finhpc.models.files.source import copy_tokenizer, find_tokenizer, locate, open_weights
 from finhpc.models.files.tensor_folder import TensorFolderWriter
-from finhpc.models.files.tokenizer import find_tokenizer
 from finhpc.models.files.tokens import check_rows
-from finhpc.models.files.weights import Weights, locate, open_weights
+from finhpc.models.files.weights import Weights
 from finhpc.screen import Progress
 from finhpc.settings.decompose import DecomposeConfig
 from finhpc.settings.pretrain import LINEAR_KINDS
@@ -138,7 +138,7 @@ def _factorize(groups: list[Group], weights: Weights, task: Factorization, confi
     cpus, gpus = config.resources.cpus_per_worker, config.resources.gpus_per_worker if task.cuda else 0
     # One more than run at a time, so that a worker that ends one can start the next at once.
     width = config.workers or places(config.resources, task.cuda) + 1
-    with Progress("factorizing", left, bytes_=False) as progress:
+    with Progress("factorizing", left, "matrices") as progress:
         for group, (process, peak) in run_tasks(partial(factorize_group, task), ready, str, width, cpus, gpus):
             peaks[process] = max(peak, peaks.get(process, 0))
             progress.advance(len(group.targets))
@@ -153,7 +153,7 @@ def _calibration(weights: Weights, work: Path, config: DecomposeConfig) -> torch
         )
     folder = work / "tokenizer"
     folder.mkdir(exist_ok=True)
-    if not weights.save_tokenizer(folder):
+    if not copy_tokenizer(weights.path, folder):
         raise ConfigError(f"model={weights.path} has no tokenizer, which whitening needs; add tokenizer.json.")
     return calibration_blocks(config.calibration, folder)
 
@@ -199,7 +199,7 @@ def _assemble(weights: Weights, groups: list[Group], reports: list[Report], work
             raise CheckpointError(f"{model} holds other weights than its config says: {odd}.")
         writer.finish(config)
         write_manifest(writer.partial)
-        weights.save_tokenizer(writer.partial)
+        copy_tokenizer(weights.path, writer.partial)
         writer.publish()
     return model
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -19,11 +18,11 @@ from torch import Tensor
 
 from finhpc.commands.decompose.moments import second_moments
 from finhpc.errors import CheckpointError, ConfigError
+from finhpc.lowrank.blas import product
 from finhpc.lowrank.factorize import (
     Spectrum,
     error_of,
     factors,
-    product,
     residual,
     solved,
     spectra,
@@ -31,8 +30,10 @@ from finhpc.lowrank.factorize import (
     whitening_root,
 )
 from finhpc.lowrank.ranks import rank_of_energy, rank_of_params
+from finhpc.lowrank.replace import rank_problems
+from finhpc.models.files.source import opened
 from finhpc.models.files.tensor_folder import save_tensors
-from finhpc.models.files.weights import Linear, Weights, opened
+from finhpc.models.files.weights import Linear, Weights
 from finhpc.models.pipeline import parts_of
 from finhpc.settings.decompose import DecomposeConfig
 from finhpc.settings.pretrain import LINEAR_KINDS
@@ -78,22 +79,14 @@ def targets_of(weights: Weights, config: DecomposeConfig) -> list[Target]:
     """
     _check(config)
     chosen = [Target(linear, _rank(linear, config)) for linear in weights.linears() if _wanted(linear, config)]
-    misfits: dict[tuple[str, int, int, int, str], int] = {}
-    for target in chosen:
-        linear = target.linear
-        if target.rank is not None and not 1 <= target.rank <= min(linear.out_features, linear.in_features):
-            # One line for the same layer of all blocks, whose names differ only in a number.
-            name = re.sub(r"\.\d+\.", ".*.", linear.name)
-            key = (name, target.rank, linear.out_features, linear.in_features, linear.kind)
-            misfits[key] = misfits.get(key, 0) + 1
-    if misfits:
-        raise ConfigError(
-            [
-                f"rank={rank} does not fit {name} ({out} x {in_}, layers: {count}); "
-                f"use 1 to {min(out, in_)} (ranks.{kind} sets this kind alone)."
-                for (name, rank, out, in_, kind), count in misfits.items()
-            ]
-        )
+    ranked = [
+        (linear.name, rank, (linear.out_features, linear.in_features))
+        for linear, rank in ((target.linear, target.rank) for target in chosen)
+        if rank is not None
+    ]
+    problems = rank_problems("rank", ranked, " (ranks.KIND sets one kind of layer)")
+    if problems:
+        raise ConfigError(problems)
     return chosen
 
 

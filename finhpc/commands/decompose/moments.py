@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from finhpc.lowrank.factorize import gram
-from finhpc.models.families.family import Part
+from finhpc.lowrank.blas import gram
+from finhpc.models.families.parts import Part
 from finhpc.models.files.weights import Weights
+from finhpc.models.initialize import weights_fill
 from finhpc.models.pipeline import parts_of
 
 BATCH = 4  # samples run together
@@ -30,17 +31,16 @@ def second_moments(
     of them run but yield nothing. Layers of a part with the same input share one tensor.
     """
     flows: list[Any] = list(tokens.to(device).split(BATCH))
-    left = set(wanted)
+    left, fill = set(wanted), weights_fill(weights)
     for part in parts_of(weights.config):
         if not left:
             return
         if part.kind == "head":  # a tied head is not a linear layer, and its loss is not needed
             yield {"lm_head": _moment([hidden for hidden, _ in flows])}
             return
-        modules = [
-            _filled(name, module, weights, device)
-            for name, module in zip(part.names, part.modules(weights.skeleton), strict=True)
-        ]
+        modules = part.modules(weights.skeleton)
+        for name, module in zip(part.names, modules, strict=True):
+            fill(module.to_empty(device=device).eval(), name)
         inputs = Inputs(dict(zip(part.names, modules, strict=True)), left)
         with torch.no_grad():
             flows = [inputs.watch(part, flow, modules) for flow in flows]
@@ -101,12 +101,3 @@ def _moment(hidden: list[Tensor]) -> Tensor:
 def _mirrored(lower: Tensor) -> Tensor:
     """Return the symmetric matrix of a lower triangle."""
     return lower.tril() + lower.tril(-1).T
-
-
-def _filled(name: str, module: nn.Module, weights: Weights, device: torch.device) -> nn.Module:
-    """Read the module's weights from disk, and return it in eval mode."""
-    module.to_empty(device=device)
-    with torch.no_grad():
-        for parameter_name, parameter in module.named_parameters():
-            parameter.copy_(weights.read(f"{name}.{parameter_name}"))
-    return module.eval()

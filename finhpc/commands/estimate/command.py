@@ -14,19 +14,20 @@ def estimate(config: EstimateConfig | FinetuneEstimateConfig, dry_run: bool = Fa
     """Plan the run of `config` on the hardware of its `estimate` section; print tables and return the result.
 
     Nothing is trained or written. With `estimate.device this-machine` the parts of the model of a pretraining are
-    measured here, by as many processes as the run has workers; `dry_run` refuses that. Raises `ConfigError` with
-    every problem.
+    measured here; `dry_run` refuses that. Raises `ConfigError` with every problem.
     """
     if isinstance(config, FinetuneEstimateConfig):
-        from finhpc.commands.estimate.finetuning import ASSUMED, estimate_finetune
+        from finhpc.commands.estimate.finetuning import estimate_finetune
 
         result = estimate_finetune(config)
+        names = ["lora.rank", "quantization.bits", "estimate.tokens"]
     else:
-        from finhpc.commands.estimate.pretraining import ASSUMED, estimate_pretrain
+        from finhpc.commands.estimate.pretraining import estimate_pretrain
 
         result = estimate_pretrain(config, dry_run)
+        names = ["method.kind", "method.rank", "data.seq_len"]
     assumed = []
-    for name in ASSUMED:
+    for name in [*names, "train.precision", "parallel.micro_batch_size"]:
         section, _, key = name.partition(".")
         values = getattr(config, section)
         if key not in values.model_fields_set:

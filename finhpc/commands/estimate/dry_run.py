@@ -8,13 +8,13 @@ from typing import Any
 from finhpc.cluster.connect import use_cuda
 from finhpc.commands.estimate.finetuning import of_examples
 from finhpc.commands.estimate.pretraining import of_plan
-from finhpc.commands.estimate.tables import plan_summary, stage_rows
+from finhpc.commands.estimate.tables import plan_summary, show_stages
 from finhpc.commands.finetune import Finetune, batches_of
 from finhpc.commands.pretrain import Pretrain
 from finhpc.runs.folder import RunFolder
 from finhpc.runs.result import empty_result
 from finhpc.runs.run import check_run, mlflow_checked
-from finhpc.screen import rows_table, summary_table
+from finhpc.screen import summary_table
 from finhpc.settings.finetune import FinetuneConfig
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.training.batches import PackedBatches
@@ -22,17 +22,9 @@ from finhpc.training.batches import PackedBatches
 log = logging.getLogger(__name__)
 
 
-def dry_run_pretrain(config: PretrainConfig) -> dict[str, Any]:
-    """Check and estimate a pretraining; returns the keys of `result.json`, with `estimate`."""
-    return _dry_run(mlflow_checked(Pretrain(config)))
-
-
-def dry_run_finetune(config: FinetuneConfig) -> dict[str, Any]:
-    """Check and estimate a finetuning; returns the keys of `result.json`, with `estimate`."""
-    return _dry_run(mlflow_checked(Finetune(config)))
-
-
-def _dry_run(job: Pretrain | Finetune) -> dict[str, Any]:
+def dry_run(config: PretrainConfig | FinetuneConfig) -> dict[str, Any]:
+    """Check and estimate a training; returns the keys of `result.json`, with `estimate`."""
+    job = mlflow_checked(Pretrain(config) if isinstance(config, PretrainConfig) else Finetune(config))
     config, parallel = job.config, job.config.parallel
     total = check_run(job, RunFolder(config.run.storage, config.run.name))
     cuda = use_cuda(config.resources, total) if total else config.resources.device == "cuda"
@@ -54,5 +46,5 @@ def _dry_run(job: Pretrain | Finetune) -> dict[str, Any]:
         *plan_summary(estimate, steps),
     ]
     summary_table(f"dry run of {config.run.name}", rows)
-    rows_table("memory per worker by stage in GB, estimated", stage_rows(estimate["stages"]))
+    show_stages(estimate["stages"])
     return empty_result(job) | {"status": "dry_run", "steps": steps, "tokens": tokens, "estimate": estimate}

@@ -9,7 +9,7 @@ from typing import Any
 
 from finhpc.commands.estimate.run_time import measurable
 from finhpc.errors import ConfigError
-from finhpc.planning.costs import Costs
+from finhpc.planning.costs import PretrainCosts
 from finhpc.planning.devices import (
     CPU_REACHED,
     DEVICES,
@@ -19,11 +19,13 @@ from finhpc.planning.devices import (
     gpu_here,
     this_machine,
 )
-from finhpc.planning.memory import StageMemory
+from finhpc.planning.finetuning import LoraCosts
 from finhpc.planning.step_time import Pace
 from finhpc.settings.base import nearest
 from finhpc.settings.estimate import EstimateConfig, FinetuneEstimateConfig, Hardware
 from finhpc.settings.training import TrainingConfig
+
+Costs = PretrainCosts | LoraCosts
 
 
 def check_device(hardware: Hardware) -> None:
@@ -80,18 +82,13 @@ def estimate_result(
         "pipeline_utilization_ideal": costs.topology.utilization,
         "estimate": {
             "device": asdict(cluster.device) | {"usable_bytes": cluster.usable, "reached": cluster.reached},
-            "stages": stages_of(costs.stages(), cluster.usable),
-            **timing(costs, pace, tokens),
+            "stages": [asdict(stage) | {"fits": stage.peak_bytes <= cluster.usable} for stage in costs.stages()],
+            **_timing(costs, pace, tokens),
         },
     }
 
 
-def stages_of(stages: list[StageMemory], usable: float | None = None) -> list[dict[str, Any]]:
-    """The memory of each stage, and whether it fits if the `usable` bytes are known."""
-    return [asdict(stage) | ({} if usable is None else {"fits": stage.peak_bytes <= usable}) for stage in stages]
-
-
-def timing(costs: Costs, pace: Pace, tokens: float) -> dict[str, Any]:
+def _timing(costs: Costs, pace: Pace, tokens: float) -> dict[str, Any]:
     """The figures of a step of so many tokens."""
     return {
         "operations_per_step": costs.operations_per_step(),
@@ -120,7 +117,7 @@ def dry_run_figures(
     called on a CPU if the parts are small enough.
     """
     numbers: dict[str, Any] = {
-        "stages": stages_of(costs.stages()),
+        "stages": [asdict(stage) for stage in costs.stages()],
         "operations_per_step": costs.operations_per_step(),
         "step_s": None,
         "tokens_per_s": None,
@@ -140,6 +137,7 @@ def dry_run_figures(
     pace, how = costs.pace(cluster), device.describe_rate(config.train.precision, reached)
     numbers["reckoned_step_s"] = pace.step_s
     if measure_parts and not cuda and measurable(pace, costs.kinds):
-        costs = costs.with_measured(measure_parts())
+        costs = replace(costs, part_s=measure_parts())
         pace, how = costs.pace(cluster), "its parts measured on this machine"
-    return numbers | {"stages": stages_of(costs.stages()), **timing(costs, pace, tokens), "how": how}, pace
+    stages = [asdict(stage) for stage in costs.stages()]
+    return numbers | {"stages": stages, **_timing(costs, pace, tokens), "how": how}, pace

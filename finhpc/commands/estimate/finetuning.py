@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from finhpc.commands.estimate.figures import check_device, cluster_of, dry_run_figures, estimate_result, stages_of
+from finhpc.commands.estimate.figures import check_device, cluster_of, dry_run_figures, estimate_result
 from finhpc.commands.estimate.measure_parts import lora_part_seconds
 from finhpc.commands.estimate.run_time import FORWARD, Opened, this_machine_busy, training_time
 from finhpc.commands.estimate.tables import show_finetuning
@@ -27,7 +26,8 @@ from finhpc.models.families.registry import (
     parameter_count,
     resolve_shape,
 )
-from finhpc.models.files.weights import Weights, locate, open_weights
+from finhpc.models.files.source import locate, open_weights
+from finhpc.models.files.weights import Weights
 from finhpc.models.lora.model import LoraModel
 from finhpc.models.packing.layout import Segments, segments_of
 from finhpc.planning import paper
@@ -42,20 +42,16 @@ from finhpc.settings.finetune import FinetuneConfig
 from finhpc.settings.pretrain import Model
 from finhpc.training.optimizer import check_optimizer
 
-log = logging.getLogger(__name__)
-
-ASSUMED = ("lora.rank", "quantization.bits", "estimate.tokens", "train.precision", "parallel.micro_batch_size")
 BITS = (16, 8, 4)
 STEPS_SAMPLED = 200  # steps whose packs a dry run makes
 
 
 def estimate_finetune(config: FinetuneEstimateConfig) -> dict[str, Any]:
     """Plan the finetuning of `config`, see `estimate`; only the base's config is read."""
-    weights, lora_model = checked(config)
-    cluster, topology = cluster_of(config), Topology.of(config)
-    costs = LoraCosts(lora_model, pack_of(config), topology, cuda=config.estimate.device != THIS_MACHINE)
+    costs, cluster = finetuning_costs(config), cluster_of(config)
+    weights = costs.lora_model.weights
     total = sum(parameter.numel() for parameter in weights.skeleton.parameters()) + costs.trained
-    tokens = topology.samples_per_step * config.estimate.tokens
+    tokens = costs.topology.samples_per_step * config.estimate.tokens
     params = total, costs.trained, parameter_count(dense_original(weights.config))
     result = estimate_result(costs, cluster, costs.pace(cluster), tokens, params)
     result["estimate"] |= {
@@ -89,7 +85,7 @@ def of_examples(
     tokens = per_step * float(np.diff(examples.train.offsets).mean())
     measure = partial(lora_part_seconds, lora_model, middle, config.resources.threads) if measures else None
     numbers, pace = dry_run_figures(costs, config, tokens, cuda, here, measure)
-    numbers["stages"] = stages_of(replace(costs, pack=_size(largest)).stages())
+    numbers["stages"] = [asdict(stage) for stage in replace(costs, pack=_size(largest)).stages()]
     if pace is not None:
         scored = min(len(examples.held_out), config.data.eval_limit or len(examples.held_out))
         eval_batches = -(-scored // (topology.micro_batch_size * topology.replicas))
@@ -120,21 +116,23 @@ def _size(pack: Any) -> PackSize:
     return PackSize(pack.shape[2], segments_of(torch.from_numpy(pack)[0]))
 
 
-def checked(config: FinetuneEstimateConfig) -> tuple[Weights, LoraModel]:
-    """The base (only its shapes if it is a preset) and its adapters; raises `ConfigError` with every problem."""
+def finetuning_costs(config: FinetuneEstimateConfig) -> LoraCosts:
+    """The costs of a finetuning of equal examples; raises `ConfigError` with every problem.
+
+    Of a base that is a preset, only the shapes are known.
+    """
     problems = config.problems()
     weights = lora_model = None
     with collect(problems):
         check_device(config.estimate)
     with collect(problems):
         check_optimizer(config.optimizer)
-    work = config.estimate
     with collect(problems):
         weights = _base(config)
     if weights is not None:
-        if work.tokens > context_of(weights.config):
+        if (tokens := config.estimate.tokens) > context_of(weights.config):
             problems.append(
-                f"estimate.tokens={work.tokens} is longer than the base's {context_name(weights.config)}; lower it."
+                f"estimate.tokens={tokens} is longer than the base's {context_name(weights.config)}; lower it."
             )
         with collect(problems):
             check_stages(config, weights.config)
@@ -142,9 +140,9 @@ def checked(config: FinetuneEstimateConfig) -> tuple[Weights, LoraModel]:
             lora_model = LoraModel.of(config, weights)
     if problems:
         raise ConfigError(problems)
-    assert weights is not None
     assert lora_model is not None
-    return weights, lora_model
+    cuda = config.estimate.device != THIS_MACHINE
+    return LoraCosts(lora_model, pack_of(config), Topology.of(config), cuda)
 
 
 def _base(config: FinetuneEstimateConfig) -> Weights:

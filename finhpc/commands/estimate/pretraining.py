@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
-import logging
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from finhpc.commands.estimate.figures import check_device, cluster_of, dry_run_figures, estimate_result
-from finhpc.commands.estimate.measure_parts import own_part_seconds, part_seconds
+from finhpc.commands.estimate.measure_parts import part_seconds
 from finhpc.commands.estimate.run_time import Opened, this_machine_busy, training_time
 from finhpc.commands.estimate.tables import show_pretraining
 from finhpc.errors import ConfigError, collect
 from finhpc.lowrank.registry import BLEND
-from finhpc.lowrank.replace import ranks_of
-from finhpc.models.families.registry import dense_original, make_config, resolve_shape, skeleton
-from finhpc.models.files.config import read_config
 from finhpc.planning import paper
-from finhpc.planning.costs import PretrainCosts, options
+from finhpc.planning.costs import PretrainCosts, topologies
 from finhpc.planning.devices import THIS_MACHINE
 from finhpc.planning.memory import Memory, Scheme, Topology
-from finhpc.planning.model import hf_config_of_settings
+from finhpc.planning.model import dense_config_of, hf_config_of_settings
 from finhpc.planning.outline import Outline, outline_of
 from finhpc.planning.plan import Plan, check_model
-from finhpc.planning.step_time import reached_by, step_operations
+from finhpc.planning.step_time import step_operations
 from finhpc.settings.estimate import EstimateConfig
-from finhpc.settings.pretrain import Method, PretrainConfig
+from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.training import Recompute
 from finhpc.training.optimizer import OPTIMIZERS, check_optimizer
 
-log = logging.getLogger(__name__)
-
-ASSUMED = ("method.kind", "method.rank", "data.seq_len", "train.precision", "parallel.micro_batch_size")
 MODES: tuple[Recompute, ...] = ("none", "attention", "full")
 
 
@@ -44,42 +36,45 @@ def estimate_pretrain(config: EstimateConfig, dry_run: bool = False) -> dict[str
             f"estimate.device={THIS_MACHINE} runs the model's parts to measure them, which --dry_run does not; omit "
             "--dry_run (nothing is trained or written), or name a device, such as a100-80gb."
         )
-    hf_config, params_dense = checked(config)
-    topology, cluster, scheme = Topology.of(config), cluster_of(config), Scheme.of(config, cuda=not here)
-    seq_len = config.data.seq_len
-    costs = PretrainCosts.of(outline_of(hf_config, seq_len, config.train.recompute), scheme, topology)
-    outline = costs.outline
+    costs = pretraining_costs(config)
+    cluster, topology, outline = cluster_of(config), costs.topology, costs.outline
     if here:
-        seconds = part_seconds(config)
-        costs = costs.with_measured(seconds)
-        cluster = replace(
-            cluster, reached=reached_by(outline, topology, seconds, cluster.device.rate(cluster.precision))
-        )
-    pace, tokens = costs.pace(cluster), topology.samples_per_step * seq_len
+        costs = replace(costs, part_s=part_seconds(config, outline.hf_config))
+        cluster = replace(cluster, reached=costs.reached(cluster.device.rate(cluster.precision)))
+    pace, tokens = costs.pace(cluster), topology.samples_per_step * outline.seq_len
+    params_dense = outline_of(dense_config_of(config), outline.seq_len).params
     result = estimate_result(costs, cluster, pace, tokens, (outline.params, outline.params, params_dense))
     samples = config.estimate.samples_per_step or topology.samples_per_step
-    sizes = sorted(set(config.estimate.micro_batch_sizes))
     result["estimate"] |= {
         "scheme": config.estimate.scheme,
         "model_bytes": {str(bits): outline.stored_bytes(bits) for bits in (16, 8, 4)},
         "recompute": _by_recompute(costs, cluster.usable),
-        "topologies": [
-            {
-                **asdict(option.topology),
-                "workers": option.topology.workers,
-                "peak_bytes": option.fullest.peak_bytes,
-                "fits": option.fits,
-                "step_s": option.pace.step_s,
-                "tokens_per_s": option.tokens_per_s,
-                "pipeline_bubble": 1 - option.topology.utilization,
-            }
-            for option in options(costs.memory, cluster, samples, sizes)
-        ],
-        "not_counted": not_counted(config, outline, scheme),
+        "topologies": topologies(costs.memory, cluster, samples, sorted(set(config.estimate.micro_batch_sizes))),
+        "not_counted": not_counted(config, outline, costs.memory.scheme),
         "differences": paper.differences("pretraining"),
     }
     show_pretraining(config, outline, cluster, result)
     return result
+
+
+def pretraining_costs(config: EstimateConfig) -> PretrainCosts:
+    """The costs of a pretraining without shards; raises `ConfigError` with every problem."""
+    problems = config.problems()
+    hf_config: Any = None
+    with collect(problems):
+        check_optimizer(config.optimizer)
+    with collect(problems):
+        check_device(config.estimate)
+    with collect(problems):
+        hf_config = hf_config_of_settings(config)
+    if hf_config is not None:
+        with collect(problems):
+            check_model(config, hf_config)
+    if problems:
+        raise ConfigError(problems)
+    scheme = Scheme.of(config, cuda=config.estimate.device != THIS_MACHINE)
+    outline = outline_of(hf_config, config.data.seq_len, config.train.recompute)
+    return PretrainCosts.of(outline, scheme, Topology.of(config))
 
 
 def _by_recompute(costs: PretrainCosts, usable: float) -> dict[str, Any]:
@@ -105,12 +100,11 @@ def of_plan(plan: Plan, cuda: bool, here: bool, measures: bool = True) -> dict[s
     See `dry_run_figures` for `here`; `measures`: whether the model's parts may be measured.
     """
     opened, config, topology = Opened.now(), plan.config, Topology.of(plan.config)
-    scheme = Scheme.of(config, cuda)
-    costs = PretrainCosts.of(plan.outline, scheme, topology)
+    costs = PretrainCosts.of(plan.outline, Scheme.of(config, cuda), topology)
     tokens = topology.samples_per_step * config.data.seq_len
-    measure = partial(own_part_seconds, config, plan.hf_config) if measures else None
+    measure = partial(part_seconds, config, plan.hf_config) if measures else None
     numbers, pace = dry_run_figures(costs, config, tokens, cuda, here, measure)
-    numbers["not_counted"] = not_counted(config, costs.outline, scheme)
+    numbers["not_counted"] = not_counted(config, costs.outline, costs.memory.scheme)
     if pace is not None:
         batches = config.data.eval_samples // (topology.micro_batch_size * topology.replicas)
         numbers |= training_time(config, pace, batches, cuda, opened).numbers(this_machine_busy(opened))
@@ -133,27 +127,3 @@ def not_counted(config: PretrainConfig, outline: Outline, scheme: Scheme) -> lis
     if config.optimizer.name == "adamw8bit" and scheme.name == "paper":
         lines.append("optimizer.name=adamw8bit: the paper's scheme has moments of 4 bytes, this optimizer about 1")
     return lines
-
-
-def checked(config: EstimateConfig) -> tuple[Any, int]:
-    """(transformers config of the model, parameters of its dense twin); raises `ConfigError` with every problem."""
-    problems = config.problems()
-    hf_config: Any = None
-    with collect(problems):
-        check_optimizer(config.optimizer)
-    with collect(problems):
-        check_device(config.estimate)
-    with collect(problems):
-        hf_config = hf_config_of_settings(config)
-    if hf_config is not None:
-        with collect(problems):
-            check_model(config, hf_config)
-        with collect(problems):
-            skeleton(hf_config)
-    if problems:
-        raise ConfigError(problems)
-    if config.model.path is None:
-        dense = make_config(resolve_shape(config.model), ranks_of(Method(kind="dense")))
-    else:
-        dense = dense_original(read_config(Path(config.model.path)))
-    return hf_config, outline_of(dense, config.data.seq_len).params

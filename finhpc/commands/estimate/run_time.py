@@ -10,12 +10,12 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import psutil
 
 from finhpc.planning.step_time import Pace
+from finhpc.screen import duration
 from finhpc.settings.training import TrainingConfig
 
 # Seconds of one core, measured on two cores of which other processes took a third.
@@ -141,12 +141,8 @@ def sweep_time(trials_s: float, number: int, scores: int, concurrent: int, proce
 
 def describe_run_time(numbers: dict[str, Any]) -> str:
     """The time of a whole run, in words."""
-    now, idle = (str(timedelta(seconds=round(numbers[key]))) for key in ("run_s", "run_idle_s"))
-    parts = f"starting takes {_short(numbers['start_s'])}, evaluations {_short(numbers['evaluations_s'])}"
+    now, idle = (duration(numbers[key]) for key in ("run_s", "run_idle_s"))
+    parts = f"starting takes {duration(numbers['start_s'])}, evaluations {duration(numbers['evaluations_s'])}"
     if numbers["run_s"] < 1.2 * numbers["run_idle_s"]:
         return f"about {now} ({parts})"
     return f"{idle} to {now}, because the machine is busy (steps x {numbers['slower']:.1f}; {parts})"
-
-
-def _short(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else str(timedelta(seconds=round(seconds)))

@@ -22,7 +22,7 @@ from finhpc.errors import ConfigError, FinhpcError, TrainingFailedError, collect
 from finhpc.evaluation.models import Subject, subjects
 from finhpc.evaluation.tasks import PERPLEXITY, TaskFile, prepare_tasks
 from finhpc.files import json_sha256, redact, write_atomic
-from finhpc.quantization.schemes import SCHEMES
+from finhpc.quantization.schemes import check_scheme
 from finhpc.runs.folder import RunFolder
 from finhpc.screen import Progress
 from finhpc.settings.base import to_yaml
@@ -101,10 +101,8 @@ def _planned(
             shards.check_seq_len(config.data.seq_len or shards.manifest.block_len)
         except ConfigError as error:  # damaged shards are another kind of error
             problems += error.problems
-    bits, scheme = config.quantization.bits, config.quantization.scheme
-    if bits < 16 and bits not in SCHEMES[scheme].bits:
-        fits = ", ".join(name for name, known in SCHEMES.items() if bits in known.bits)
-        problems.append(f"quantization.scheme={scheme} does not fit quantization.bits={bits}; use one of {fits}.")
+    with collect(problems):
+        check_scheme(config.quantization.bits, config.quantization.scheme)
     if problems:
         raise ConfigError(problems)
     for note in (note for task in tasks for note in task.notes):
@@ -162,7 +160,7 @@ def _score_all(config: EvaluateConfig, pending: list[Pair]) -> list[Failure]:
         return worker.score.remote(pair), (worker, pair)
 
     try:
-        with Progress("scoring", len(pending), bytes_=False) as progress:
+        with Progress("scoring", len(pending), "tasks") as progress:
             for (worker, pair), error in completed(start, lambda item: item[1].title):
                 if isinstance(error, WorkerDiedError):
                     raise TrainingFailedError(

@@ -1,14 +1,14 @@
-"""The columns of each table, and the format of the figures in its cells; tables as rows and as CSV."""
+"""The columns of each table, and the format of the figures in its cells; tables as plain rows."""
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from finhpc.commands.report.tables import Group, Row, Table, Value
+from finhpc.commands.report.paper import PaperRow
+from finhpc.commands.report.runs import Scale
+from finhpc.commands.report.tables import Row, Table, Value
 
 MISSING = "-"
 Form = Callable[[float], str]
@@ -95,52 +95,30 @@ def spread(value: Value | None, form: Form) -> str:
 
 
 def rows_of(table: Table) -> list[dict[str, Any]]:
-    """The table as plain rows: our figures, their spread, and the paper's, then the paper's other rows."""
-    rows = [_plain(table.key, group, row) for group in table.groups for row in group.rows]
-    for other in table.others:
-        row = dict.fromkeys(_names(table.key))
-        row |= {"paper_model": other.label} | {f"{key}_paper": value for key, value in other.values.items()}
-        rows.append({name: row[name] for name in _names(table.key)})
-    return rows
+    """The table as plain rows: our figures, their spread, and the paper's, then the paper's other rows.
+
+    A figure that was not measured is None.
+    """
+    rows = [_plain(table.key, group.scale, row, row.paper) for group in table.groups for row in group.rows]
+    return rows + [_plain(table.key, None, None, paper) for paper in table.others]
 
 
-_FIRST = (
-    *("model", "paper_model", "scale_model", "scale_params", "scale_data", "scale_amount", "scale_unit"),
-    *("seeds", "settings_tried", "remark"),
-)
-
-
-def _names(key: str) -> list[str]:
-    keys = [name for column in COLUMNS[key] for name in column.keys]
-    return [*_FIRST, *(f"{name}{end}" for name in keys for end in ("", "_spread", "_paper"))]
-
-
-def _plain(key: str, group: Group, row: Row) -> dict[str, Any]:
-    scale = group.scale
+def _plain(key: str, scale: Scale | None, row: Row | None, paper: PaperRow | None) -> dict[str, Any]:
     plain: dict[str, Any] = {
-        "model": row.label,
-        "paper_model": row.paper.label if row.paper else None,
-        "scale_model": scale.model,
-        "scale_params": scale.params,
-        "scale_data": scale.data,
-        "scale_amount": scale.amount,
-        "scale_unit": scale.unit,
-        "seeds": row.train_seeds,
-        "settings_tried": row.settings,
-        "remark": row.remark,
+        "model": row.label if row else None,
+        "paper_model": paper.label if paper else None,
+        "scale_model": scale.model if scale else None,
+        "scale_params": scale.params if scale else None,
+        "scale_data": scale.data if scale else None,
+        "scale_amount": scale.amount if scale else None,
+        "scale_unit": scale.unit if scale else None,
+        "seeds": row.train_seeds if row else None,
+        "settings_tried": row.settings if row else None,
+        "remark": row.remark if row else None,
     }
     for name in [name for column in COLUMNS[key] for name in column.keys]:
-        value = row.values.get(name)
+        value = row.values.get(name) if row else None
         plain[name] = value.mean if value else None
         plain[f"{name}_spread"] = value.spread if value else None
-        plain[f"{name}_paper"] = row.paper.values.get(name) if row.paper else None
+        plain[f"{name}_paper"] = paper.values.get(name) if paper else None
     return plain
-
-
-def csv_of(table: Table) -> str:
-    """The rows as CSV; a figure that was not measured is an empty field."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, _names(table.key), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows_of(table))
-    return text.getvalue()

@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from finhpc.commands.report.curves import mean_curve, steps_to
 from finhpc.commands.report.paper import INFERENCE_SPEEDUP, TUNED_FINANCIAL, TUNED_GENERAL, TUNED_MEMORY, paper_tables
-from finhpc.commands.report.runs import FINANCIAL, GENERAL, Collected, Curve
+from finhpc.commands.report.runs import FINANCIAL, GENERAL, Collected
 from finhpc.commands.report.tables import Group, Row, Table, inference
 
 Verdict = Literal["holds", "in part", "does not hold", "not comparable", "not measured"]
@@ -77,29 +78,30 @@ def _method_1(group: Group | None) -> Iterator[Claim]:
             "needs a dense and a low-rank run of one scale, at a rank of the paper",
         )
         return
-    for row in pairs:
-        params = _quotient(dense, row, "params_total"), _paper_ratio(dense, row, "params_total")
-        yield _ratio("Fewer parameters", _at(row), *params, "parameters, dense over low-rank")
-    for row in pairs:
-        how = "worker-hours of the whole command, dense over low-rank"
-        hours = _quotient(dense, row, "worker_hours"), _paper_ratio(dense, row, "worker_hours")
-        yield _ratio("Less training time", _at(row), *hours, how, unlike(dense, row, time=True, start_up=True))
-    for row in pairs:
-        how = "median tokens/s, low-rank over dense; the paper's: of the whole training"
-        pace = _quotient(row, dense, "tokens_per_s"), _paper_ratio(dense, row, "worker_hours")
-        yield _ratio("Faster training steps", _at(row), *pace, how, unlike(dense, row, time=True))
-    for row in pairs:
-        how = "peak memory of all workers, dense over low-rank"
-        memory = _quotient(dense, row, "memory_gb"), _paper_ratio(dense, row, "memory_gb")
-        yield _ratio("Less training memory", _at(row), *memory, how, unlike(dense, row))
-    for row in pairs:
-        assert row.paper is not None
-        base, own = (inference(one.runs, 16)["inference_s"] for one in (dense, row))
-        ours = base.mean / own.mean if base and own else None
-        how = "seconds per generated token, dense over low-rank"
-        yield _ratio("Faster inference", _at(row), ours, INFERENCE_SPEEDUP[row.paper.model.name], how)
-    for row in pairs:
-        yield _no_drop(dense, row)
+    of_rows = [list(_against_dense(dense, row)) for row in pairs]
+    for same_claim in zip(*of_rows, strict=True):
+        yield from same_claim
+
+
+def _against_dense(dense: Row, row: Row) -> Iterator[Claim]:
+    assert row.paper is not None
+    at, paper_time = _at(row), _paper_ratio(dense, row, "worker_hours")
+    params = _quotient(dense, row, "params_total"), _paper_ratio(dense, row, "params_total")
+    yield _ratio("Fewer parameters", at, *params, "parameters, dense over low-rank")
+    how = "worker-hours of the whole command, dense over low-rank"
+    apart = unlike(dense, row, time=True, start_up=True)
+    yield _ratio("Less training time", at, _quotient(dense, row, "worker_hours"), paper_time, how, apart)
+    how = "median tokens/s, low-rank over dense; the paper's: of the whole training"
+    apart = unlike(dense, row, time=True)
+    yield _ratio("Faster training steps", at, _quotient(row, dense, "tokens_per_s"), paper_time, how, apart)
+    how = "peak memory of all workers, dense over low-rank"
+    memory = _quotient(dense, row, "memory_gb"), _paper_ratio(dense, row, "memory_gb")
+    yield _ratio("Less training memory", at, *memory, how, unlike(dense, row))
+    base, own = (inference(one.runs, 16)["inference_s"] for one in (dense, row))
+    ours = base.mean / own.mean if base and own else None
+    how = "seconds per generated token, dense over low-rank"
+    yield _ratio("Faster inference", at, ours, INFERENCE_SPEEDUP[row.paper.model.name], how)
+    yield _no_drop(dense, row)
 
 
 def _ratio(name: str, at: str, ours: float | None, paper: float, how: str, apart: str = "") -> Claim:
@@ -107,8 +109,8 @@ def _ratio(name: str, at: str, ours: float | None, paper: float, how: str, apart
     if ours is not None and apart:
         return Claim(name, at, _x(paper), apart, "not comparable", how)
     # Compared with the digits that are shown.
-    said = verdict(None if ours is None else round(ours, 2), round(paper, 2), 1)
-    return Claim(name, at, _x(paper), _x(ours), said, how)
+    outcome = verdict(None if ours is None else round(ours, 2), round(paper, 2), 1)
+    return Claim(name, at, _x(paper), _x(ours), outcome, how)
 
 
 def unlike(one: Row, other: Row, time: bool = False, start_up: bool = False) -> str:
@@ -155,7 +157,7 @@ def _no_drop(dense: Row, row: Row) -> Claim:
     if loss and base:
         changes_of_ours.append(f"validation loss {loss.mean - base.mean:+.3f}")
         good.append(loss.mean <= base.mean)
-    said: Verdict = (
+    outcome: Verdict = (
         "not measured" if not good else "holds" if all(good) else "in part" if any(good) else "does not hold"
     )
     return Claim(
@@ -163,7 +165,7 @@ def _no_drop(dense: Row, row: Row) -> Claim:
         _at(row),
         of_paper,
         ", ".join(changes_of_ours) or "-",
-        said,
+        outcome,
         "BoolQ, PIQA, WinoGrande and validation loss, low-rank minus dense; holds if no measured figure is worse",
     )
 
@@ -188,31 +190,19 @@ def _method_2(found: Collected, tables: dict[str, Table]) -> Iterator[Claim]:
         yield Claim(ends, "-", "yes (figure 6)", "-", "not measured", needs)
         yield Claim(sooner, "-", "yes (figure 6)", "-", "not measured", needs)
         return
-    pairs = [(one, found.mean_curve(one.runs, "val_loss"), found.mean_curve(two.runs, "val_loss")) for one, two in both]
-    pairs = [(row, first, second) for row, first, second in pairs if first and second]
+    curves = [[mean_curve(found.curves(row.runs, "val_loss")) for row in pair] for pair in both]
+    pairs = [(one, first, second) for (one, _), (first, second) in zip(both, curves, strict=True) if first and second]
     for row, first, second in pairs:
         last_1, last_2 = first[max(first)], second[max(second)]
-        said: Verdict = "holds" if last_2 < last_1 else "does not hold"
+        outcome: Verdict = "holds" if last_2 < last_1 else "does not hold"
         how = "final validation loss; the initial model's own training is not counted"
-        yield Claim(ends, _at(row), "yes (figure 6)", f"{last_2:.3f} against {last_1:.3f}", said, how)
+        yield Claim(ends, _at(row), "yes (figure 6)", f"{last_2:.3f} against {last_1:.3f}", outcome, how)
     for row, first, second in pairs:
         steps, reached = max(first), steps_to(second, first[max(first)])
-        said = "holds" if reached is not None and reached < steps else "does not hold"
+        outcome = "holds" if reached is not None and reached < steps else "does not hold"
         when = "never" if reached is None else f"after {reached / steps:.0%} of the steps"
         how = f"method 2's steps until it reaches method 1's final loss, of {steps:,}"
-        yield Claim(sooner, _at(row), "yes (figure 6)", when, said, how)
-
-
-def steps_to(curve: Curve, target: float) -> float | None:
-    """The step at which a curve falls to `target`, interpolated between its points; None if it never does."""
-    before: tuple[int, float] | None = None
-    for step, loss in curve.items():
-        if loss <= target:
-            if before is None:
-                return float(step)
-            return before[0] + (step - before[0]) * (before[1] - target) / (before[1] - loss)
-        before = step, loss
-    return None
+        yield Claim(sooner, _at(row), "yes (figure 6)", when, outcome, how)
 
 
 # -- finetuning -----------------------------------------------------------------------------

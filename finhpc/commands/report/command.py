@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import finhpc
-from finhpc.commands.report.cells import csv_of, rows_of
+from finhpc.commands.report.cells import rows_of
 from finhpc.commands.report.claims import make_claims
 from finhpc.commands.report.figures import make_figures
 from finhpc.commands.report.page import page_of
@@ -20,7 +20,7 @@ from finhpc.commands.report.runs import Collected, collect
 from finhpc.commands.report.store import all_runs, chosen_experiments, open_store, reading
 from finhpc.commands.report.tables import make_tables
 from finhpc.errors import ConfigError
-from finhpc.files import redact, write_atomic, write_json
+from finhpc.files import redact, write_atomic, write_csv, write_json
 from finhpc.settings.report import ReportConfig
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,11 @@ def report(config: ReportConfig, dry_run: bool = False) -> dict[str, Any]:
     began = time.perf_counter()
     run = config.run
     uri = run.mlflow_uri
-    out = _checked_out(config.out)
+    if not config.out:
+        raise ConfigError("out is not set; give a folder for the report.")
+    out = Path(os.path.abspath(Path(config.out).expanduser()))
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"out={config.out} is a file; give a folder for the report.")
     client = open_store(uri)
     with reading(uri):
         experiments = chosen_experiments(client, config.experiments)
@@ -60,10 +64,13 @@ def report(config: ReportConfig, dry_run: bool = False) -> dict[str, Any]:
     }
     if dry_run:
         return result
-    _make(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"out={out} cannot be made ({error.strerror}); choose a folder you may write to.") from None
     files = [out / f"table-{key}.csv" for key in tables]
     for path, table in zip(files, tables.values(), strict=True):
-        write_atomic(path, csv_of(table))
+        write_csv(path, rows_of(table))
     for figure in figures:
         path = out / f"{figure.key}.png"
         path.write_bytes(figure.png)
@@ -81,28 +88,12 @@ def report(config: ReportConfig, dry_run: bool = False) -> dict[str, Any]:
     return result
 
 
-def _checked_out(out: str) -> Path:
-    if not out:
-        raise ConfigError("out is not set; give a folder for the report.")
-    path = Path(os.path.abspath(Path(out).expanduser()))
-    if path.exists() and not path.is_dir():
-        raise ConfigError(f"out={out} is a file; give a folder for the report.")
-    return path
-
-
-def _make(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"out={out} cannot be made ({error.strerror}); choose a folder you may write to.") from None
-
-
 def _check_found(found: Collected, uri: str, names: list[str]) -> None:
     if found.pretrained or found.finetuned:
         return
     why = "; ".join(f"{number} {reason}" for reason, number in found.left_out.items())
     raise ConfigError(
-        f"{redact(uri)} holds no finished run of pretrain or finetune in {', '.join(names)}"
+        f"{redact(uri)} has no finished run of pretrain or finetune in {', '.join(names)}"
         f"{f' ({why})' if why else ''}; train something first, or give the --run.storage and --experiments that runs "
         "went to."
     )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from finhpc.commands.report.runs import FINANCIAL, Collected, Curve, Scale, Tracked
+from finhpc.commands.report.curves import Curve, Panel, drawn, mean_curve
+from finhpc.commands.report.runs import FINANCIAL, Collected, Scale
 from finhpc.commands.report.tables import Row, Table
 from finhpc.tracking.tags import SCORED_FROM
 
@@ -49,17 +49,6 @@ class Figure:
     panels: int
     svg: str
     png: bytes
-
-
-@dataclass(frozen=True)
-class _Panel:
-    """One pair of axes and the function that draws on it."""
-
-    title: str
-    x: str
-    y: str
-    draw: Callable[[Axes, str], None]
-    log: bool = False
 
 
 def make_figures(found: Collected, tables: dict[str, Table]) -> list[Figure]:
@@ -113,8 +102,8 @@ def _pretrained_rows(tables: dict[str, Table]) -> list[tuple[Scale, list[Row]]]:
     return [(scale, list(rows.values())) for scale, rows in ordered]
 
 
-def _loss_panel(found: Collected, scale: Scale, rows: Sequence[Row], tuned: bool = False) -> _Panel | None:
-    curves = [(row, smoothed(found.mean_curve(row.runs, "train_loss"))) for row in rows if row.runs]
+def _loss_panel(found: Collected, scale: Scale, rows: Sequence[Row], tuned: bool = False) -> Panel | None:
+    curves = [(row, smoothed(mean_curve(found.curves(row.runs, "train_loss")))) for row in rows if row.runs]
     curves = [(row, curve) for row, curve in curves if len(curve) > 1]
     if not curves:
         return None
@@ -124,19 +113,14 @@ def _loss_panel(found: Collected, scale: Scale, rows: Sequence[Row], tuned: bool
         for row, curve in curves:
             style = STYLES[ranks.index(row.rank) % len(STYLES)] if row.rank else "-"
             color = BITS_COLORS.get(row.bits or 16) if tuned else COLORS.get(row.kind)
-            label = f"r = {row.rank}, {row.bits} bits" if tuned else _line_name(row)
+            rank, bits = (f"r = {row.rank}" if row.rank else ""), (f"{row.bits} bits" if row.bits else "")
+            name = "" if tuned else METHOD_NAMES.get(row.kind, row.kind)
+            label = ", ".join(part for part in (name, rank, bits) if part)
             axes.plot(list(curve), list(curve.values()), color=color, ls=style, lw=1.6, label=label)
         low, high = _span([curve for _, curve in curves])
         axes.set_ylim(low, high)
-        axes.legend(fontsize=8, frameon=False, labelcolor=ink)
 
-    return _Panel(f"{scale.model}, {scale.amount:,} {scale.unit}", "steps", "training loss (nats)", draw)
-
-
-def _line_name(row: Row) -> str:
-    name = METHOD_NAMES.get(row.kind, row.kind)
-    bits = f", {row.bits} bits" if row.bits else ""
-    return f"{name}, r = {row.rank}{bits}" if row.rank else f"{name}{bits}"
+    return Panel(f"{scale.model}, {scale.amount:,} {scale.unit}", "steps", "training loss (nats)", draw)
 
 
 def _span(curves: Iterable[Curve]) -> tuple[float, float]:
@@ -157,7 +141,7 @@ def smoothed(curve: Curve, points: int = POINTS) -> Curve:
 # -- scatter plots --------------------------------------------------------------------------
 
 
-def _scatter(found: Collected, tables: dict[str, Table], what: str) -> list[_Panel | None]:
+def _scatter(found: Collected, tables: dict[str, Table], what: str) -> list[Panel | None]:
     pretrained, panels = _pretrained_rows(tables), []
     if pretrained:
         scale, rows = pretrained[0]
@@ -201,8 +185,9 @@ def pretrained_points(found: Collected, scale: Scale, rows: list[Row], what: str
 
 
 def _cost(row: Row, what: str) -> tuple[float | None, bool]:
-    """Bytes or worker-hours, and whether they were measured completely: not for sizes counted from parameters, nor for
-    hours without those of an initial model that MLflow does not have.
+    """Bytes or worker-hours, and whether they were measured completely.
+
+    Sizes counted from parameters were not, nor were hours without those of an initial model that MLflow does not have.
     """
     if what == "time":
         # A model that starts from another's weights includes the cost of that one's training.
@@ -227,15 +212,11 @@ def _scored_points(found: Collected, rows: list[Row]) -> list[Point]:
         for bits in (8, 4):
             runs = [run for run in scored if run.whole("quantization.bits") == bits]
             losses = [loss for run in runs if (loss := run.metrics.get("val_loss")) is not None]
-            sizes = [size for run in runs if (size := _size(run, bits)) is not None]
+            sizes = [size for run in runs if (size := run.size(bits)) is not None]
             if losses and sizes:
                 name = f"r{row.rank}" if row.rank else row.kind
                 points.append(Point(statistics.fmean(sizes), statistics.fmean(losses), row.kind, bits, name))
     return points
-
-
-def _size(run: Tracked, bits: int) -> float | None:
-    return run.metrics.get(f"size_{bits}bit_bytes", run.metrics.get("size_bytes"))
 
 
 def tuned_points(scores: list[Row], costs: list[Row], what: str) -> tuple[list[Point], str]:
@@ -256,7 +237,7 @@ def tuned_points(scores: list[Row], costs: list[Row], what: str) -> tuple[list[P
     return points, "weighted F1 of held-out labels" if held_out else "mean of FPB, FiQA SA and TFNS"
 
 
-def _points_panel(title: str, y: str, points: list[Point], what: str) -> _Panel | None:
+def _points_panel(title: str, y: str, points: list[Point], what: str) -> Panel | None:
     if not points:
         return None
     # Minutes if all times are short, else hours; megabytes.
@@ -290,56 +271,14 @@ def _points_panel(title: str, y: str, points: list[Point], what: str) -> _Panel 
         for bits in [bits for bits in BITS_COLORS if ("lora", bits) in {(p.kind, p.bits) for p in points}]:
             axes.scatter([], [], color=BITS_COLORS[bits], marker=MARKERS[bits], label=f"adapter, {bits}-bit base")
         axes.margins(0.14)
-        axes.legend(fontsize=8, frameon=False, labelcolor=ink)
 
-    return _Panel(title, x, y, draw)
-
-
-# -- drawing --------------------------------------------------------------------------------
+    return Panel(title, x, y, draw)
 
 
-def _figure(key: str, title: str, caption: str, panels: Sequence[_Panel | None]) -> Figure | None:
+def _figure(key: str, title: str, caption: str, panels: Sequence[Panel | None]) -> Figure | None:
     shown = [panel for panel in panels if panel is not None]
     if not shown:
         return None
-    svg = _drawn(key, shown, INK, "svg").decode()
-    return Figure(
-        key,
-        title,
-        caption,
-        len(shown),
-        svg[svg.index("<svg") :].replace(INK, "currentColor"),
-        _drawn(key, shown, PAPER_INK, "png"),
-    )
-
-
-def _drawn(key: str, panels: list[_Panel], ink: str, form: str) -> bytes:
-    import matplotlib
-    from matplotlib.figure import Figure as Canvas
-
-    # Names of runs are text, not formulas; the ids in the figures of a page must differ.
-    settings: Any = {
-        "text.parse_math": False,
-        "svg.fonttype": "none",
-        "svg.hashsalt": key,
-        "font.size": 9,
-        "text.color": ink,
-        "axes.labelcolor": ink,
-        "axes.edgecolor": ink,
-        "xtick.color": ink,
-        "ytick.color": ink,
-    }
-    buffer = io.BytesIO()
-    with matplotlib.rc_context(settings):
-        canvas = Canvas(figsize=(11.2 if len(panels) > 1 else 7.6, 4.3), layout="constrained")
-        for axes, panel in zip(canvas.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-            axes.set_facecolor("none")
-            axes.grid(alpha=0.18, color=ink, lw=0.6)
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.set(xlabel=panel.x, ylabel=panel.y)
-            axes.set_title(panel.title, fontsize=10)
-            panel.draw(axes, ink)
-        canvas.savefig(
-            buffer, format=form, dpi=150, transparent=form == "svg", metadata={"Date": None} if form == "svg" else None
-        )
-    return buffer.getvalue()
+    svg = drawn(key, shown, INK, "svg").decode()
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    return Figure(key, title, caption, len(shown), svg, drawn(key, shown, PAPER_INK, "png"))

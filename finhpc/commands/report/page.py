@@ -9,27 +9,14 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from finhpc.commands.report.cells import COLUMNS, MISSING, Column, Form, spread
+from finhpc.commands.report.cells import COLUMNS, MISSING, Form, spread
 from finhpc.commands.report.claims import Claim
 from finhpc.commands.report.figures import Figure
 from finhpc.commands.report.paper import PaperRow
 from finhpc.commands.report.runs import Collected
 from finhpc.commands.report.tables import Group, Table
 
-OPEN_GROUPS = 2  # scales shown at once; the others are folded
 VERDICTS = ("holds", "in part", "does not hold", "not comparable", "not measured")
-CLAIM_WIDTHS = (21, 18, 15, 17, 10, 19)  # of the columns, in percent
-PAPER = "X.-Y. Liu, J. Zhang, G. Wang, W. Tong, A. Walid, FinGPT-HPC"
-NOTES = {
-    "vi": "Scores: accuracy in percent. Model size: at 8 bits, as the paper counts it. Memory: the peaks of all "
-    "workers together; on GPUs of the allocator, on CPUs of live tensors. Time: workers x running time of the command.",
-    "vii": "As above. Time is that of method 2's own training, as in the paper; with start: including the training of "
-    "the dense model it starts from, if MLflow has it.",
-    "viii": "BoolQ, PIQA, WinoGrande: accuracy; FPB, FiQA SA, TFNS: weighted F1; in percent. Held-out F1: of "
-    "the finetuning's own held-out labels. The paper's base is always Llama 2.",
-    "ix": "#Params: trained parameters; for the base, all. Time (seconds): ours is per generated token; the paper does "
-    "not define it. It prints 6.7 B for Llama2-13B too.",
-}
 
 
 def page_of(
@@ -47,26 +34,17 @@ def page_of(
         about=about,
         scales=list(dict.fromkeys(f"{group.scale.text}; {_machine(group)}; {_seeds(group)}" for group in first)),
         claims=[list(same) for _, same in groupby(claims, lambda claim: (claim.claim, claim.how))],
-        claim_widths=CLAIM_WIDTHS,
         tally={name: verdicts[name] for name in VERDICTS},
         tables=list(tables.values()),
         all_columns=COLUMNS,
-        open_groups=OPEN_GROUPS,
-        notes=NOTES,
         missing=MISSING,
         figures=figures,
-        paper=PAPER,
-        headings=_headings,
+        headings=lambda columns: Counter(column.over for column in columns if column.over),
         machine=_machine,
         examples=_examples,
         spread=spread,
         printed=_printed,
     )
-
-
-def _headings(columns: list[Column]) -> dict[str, int]:
-    """Heading above several columns -> how many; empty if there are none."""
-    return dict(Counter(column.over for column in columns)) if any(column.over for column in columns) else {}
 
 
 def _seeds(group: Group) -> str:
@@ -94,9 +72,7 @@ def _machine(group: Group) -> str:
 
 
 def _examples(table: Table) -> str:
-    """How many examples of each task the first rows were scored on, the score of always answering with the most
-    frequent label, and the confidence interval.
-    """
+    """The examples of each task that the first rows were scored on, with the score of the most frequent label."""
     runs = [run for group in table.groups[:1] for row in group.rows for run in row.runs]
     tasks = []
     for column in COLUMNS[table.key]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import re
-import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finhpc.commands.report.curves import Curve
 from finhpc.errors import ConfigError
 from finhpc.models.families.presets import PRESETS, Shape
 from finhpc.models.families.registry import FAMILIES, resolve_shape
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 GENERAL, FINANCIAL = ("boolq", "piqa", "winogrande"), ("fpb", "fiqa_sa", "tfns")
 SHAPE_KEYS = ("layers", "width", "heads", "kv_heads", "mlp_width", "context", "vocab_size")
-Curve = dict[int, float]  # step -> loss in nats
 
 # Settings that say where and how a run is computed, not what it trains.
 PLACING = {*marked(SweepConfig, "may_change"), *marked(FinetuneSweepConfig, "may_change")}
@@ -120,6 +119,10 @@ class Tracked:
         peaks = [v for k, v in self.metrics.items() if re.fullmatch(r"peak_memory_bytes(_worker\d+)?", k)]
         return sum(peaks) if peaks else None
 
+    def size(self, bits: int) -> float | None:
+        """Bytes of its model at these bits."""
+        return self.metrics.get(f"size_{bits}bit_bytes", self.metrics.get("size_bytes"))
+
     def figure(self, task: str, name: str) -> float | None:
         """A figure that `finhpc evaluate` logged for a task."""
         return self.metrics.get(f"evaluate/{task}/{name}")
@@ -176,16 +179,13 @@ class Collected:
         """Model folder -> the newest run that wrote it."""
         return {run.model_folder: run for run in (*self.pretrained, *self.finetuned) if run.model_folder}
 
-    def curve(self, run: Tracked, metric: str) -> Curve:
-        """A metric at each step; the last value if a step was logged twice."""
-        points = sorted(self.client.get_metric_history(run.id, metric), key=lambda m: (m.step, m.timestamp))
-        return {point.step: float(point.value) for point in points}
-
-    def mean_curve(self, runs: Sequence[Tracked], metric: str) -> Curve:
-        """The mean over the runs at every step that all of them have; empty if one has none."""
-        curves = [self.curve(run, metric) for run in runs]
-        shared = set.intersection(*(set(curve) for curve in curves)) if curves else set()
-        return {step: statistics.fmean(curve[step] for curve in curves) for step in sorted(shared)}
+    def curves(self, runs: Sequence[Tracked], metric: str) -> list[Curve]:
+        """A metric of each run at each step; the last value if a step was logged twice."""
+        curves: list[Curve] = []
+        for run in runs:
+            points = sorted(self.client.get_metric_history(run.id, metric), key=lambda m: (m.step, m.timestamp))
+            curves.append({point.step: float(point.value) for point in points})
+        return curves
 
     def start_of(self, run: Tracked) -> Tracked | None:
         """The run that made its initial model, if MLflow has it."""
@@ -217,17 +217,14 @@ class Collected:
             data += f" (at most {limit})" if limit else ""
             sizes = [run.whole(f"parallel.{key}") or 1 for key in ("micro_batch_size", "micro_batches", "replicas")]
             seen = int(run.metrics.get("steps", 0)) * sizes[0] * sizes[1] * sizes[2]
-            return Scale(self.base_name(run), params, data, seen, "examples")
+            start = self.start_of(run)
+            base = start.name if start else _folder_name(run.setting("model.path"))
+            return Scale(base, params, data, seen, "examples")
         shape = self.shape(run)
         amount = int(run.metrics.get("tokens", 0))
         if shape is None:
             return Scale(_folder_name(run.setting("model.path")), params, data, amount, "tokens")
         return Scale(_shape_name(shape), params, data, amount, "tokens", shape.width, shape.layers)
-
-    def base_name(self, run: Tracked) -> str:
-        """The base of a finetuning: the run that made it, or its folder."""
-        start = self.start_of(run)
-        return start.name if start else _folder_name(run.setting("model.path"))
 
 
 def collect(client: MlflowClient, runs: list[Any]) -> Collected:

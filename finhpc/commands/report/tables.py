@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -149,17 +149,15 @@ def _pretrained_row(found: Collected, key: str, scale: Scale, runs: list[Tracked
     table, paper = paper_tables()[key], None
     if in_paper and scale.params:
         paper = table.pretrained(scale.params, rank, scale.width)
-    values: Values = {task: _mean(run.score(task) for run in chosen) for task in GENERAL}
-    values |= {name: _figure(chosen, name) for name in ("params_total", "size_8bit_bytes", "worker_hours")}
-    values |= {name: _figure(chosen, name) for name in ("val_loss", "tokens_per_s")}
-    values["memory_gb"] = _mean(_over(run.memory_bytes, 1e9) for run in chosen)
+    names = "params_total", "size_8bit_bytes", "worker_hours", "val_loss", "tokens_per_s"
+    values = _values(chosen, GENERAL, names)
     if key == "vii":
         values["worker_hours_with_start"] = _mean(_with_start(found, run) for run in chosen)
     return Row(label, kind, rank, bits, values, paper, chosen, settings, "" if in_paper else NOT_IN_PAPER)
 
 
 def _rank_words(run: Tracked, kind: str) -> str:
-    """The settings of the ranks besides `method.rank`, in words."""
+    """The settings of ranks other than `method.rank`, in words."""
     if kind == "dense":
         return ""
     ranks = run.listed("method.ranks") or {}
@@ -218,10 +216,8 @@ def _tuned_row(key: str, scale: Scale, runs: list[Tracked]) -> Row:
     chosen, settings = _best(runs, _tuned_quality)
     first = chosen[0]
     rank, bits = first.whole("lora.rank"), first.whole("quantization.bits")
-    values: Values = {task: _mean(run.score(task) for run in chosen) for task in (*GENERAL, *FINANCIAL)}
+    values = _values(chosen, (*GENERAL, *FINANCIAL), ("params_trainable", "worker_hours", "val_loss"))
     values["held_out_f1"] = _mean(_over(run.metrics.get("held_out_weighted_f1"), 0.01) for run in chosen)
-    values |= {name: _figure(chosen, name) for name in ("params_trainable", "worker_hours", "val_loss")}
-    values["memory_gb"] = _mean(_over(run.memory_bytes, 1e9) for run in chosen)
     values |= inference(chosen, bits)
     paper = paper_tables()[key].finetuned(scale.params, rank, bits) if scale.params and not _scheme(first) else None
     label = f"{scale.model}-r{rank} ({bits}-bit{_scheme(first)})"
@@ -235,37 +231,21 @@ def _tuned_quality(run: Tracked) -> float:
 
 
 def _base_row(found: Collected, key: str, scale: Scale, path: str) -> Row:
-    """The base before finetuning: scores from any run, the other figures from the run that made it, if there is one."""
-    maker = found.makers.get(path.rstrip("/"))
-    runs = (maker,) if maker else ()
-    values: Values = {task: _one(score) for task, score in base_scores(found, path, (*GENERAL, *FINANCIAL)).items()}
-    values |= {"params_trainable": _one(scale.params or None), "worker_hours": _figure(runs, "worker_hours")}
-    values |= {"memory_gb": _mean(_over(run.memory_bytes, 1e9) for run in runs), "held_out_f1": None, "val_loss": None}
-    values |= inference(measured_runs(found, path), 16)
-    paper = paper_tables()[key].finetuned(scale.params, None, None) if scale.params else None
-    return Row(scale.model, "base", None, None, values, paper, runs)
-
-
-# -- the base of a finetuning ---------------------------------------------------------------
-
-
-def base_scores(found: Collected, path: str, tasks: Iterable[str]) -> dict[str, float | None]:
-    """Task -> percent, of the newest evaluation that scored the model in `path`.
+    """The base before finetuning: scores from any run, the other figures from the run that made it, if there is one.
 
     The scores of the run that made the model, which `finhpc evaluate` adds to it, come before those of evaluations
-    that scored the model unchanged and without an adapter.
+    that scored the model unchanged and without an adapter; of these the newest counts.
     """
-    scores: dict[str, float | None] = dict.fromkeys(tasks)
-    for run in (*found.evaluations, found.makers.get(path.rstrip("/"))):
-        if run and (run.verb != "evaluate" or _scored_bare(run, path)):
-            scores |= {task: score for task in scores if (score := run.score(task)) is not None}
-    return scores
-
-
-def measured_runs(found: Collected, path: str) -> list[Tracked]:
-    """The runs with the bare model's size and speed: the one that made it, or evaluations of it."""
     maker = found.makers.get(path.rstrip("/"))
-    return [maker] if maker else [evaluation for evaluation in found.evaluations if _scored_bare(evaluation, path)]
+    runs = (maker,) if maker else ()
+    evaluations = [evaluation for evaluation in found.evaluations if _scored_bare(evaluation, path)]
+    values = _values(runs, (*GENERAL, *FINANCIAL), ("worker_hours",))
+    for run in (*evaluations, *runs):
+        values |= {task: _mean([score]) for task in (*GENERAL, *FINANCIAL) if (score := run.score(task)) is not None}
+    values |= {"params_trainable": _mean([scale.params or None]), "held_out_f1": None, "val_loss": None}
+    values |= inference(runs or evaluations, 16)
+    paper = paper_tables()[key].finetuned(scale.params, None, None) if scale.params else None
+    return Row(scale.model, "base", None, None, values, paper, runs)
 
 
 def _scored_bare(evaluation: Tracked, path: str) -> bool:
@@ -286,8 +266,7 @@ def inference(runs: Iterable[Tracked], bits: int | None) -> Values:
     """The size in GB at these bits, and seconds per generated token."""
     runs = list(runs)
     seconds = [run.metrics.get("generate_s") or _over(1.0, run.metrics.get("generate_tokens_per_s")) for run in runs]
-    sizes = [run.metrics.get(f"size_{bits or 16}bit_bytes", run.metrics.get("size_bytes")) for run in runs]
-    return {"size_gb": _mean(_over(size, 1e9) for size in sizes), "inference_s": _mean(seconds)}
+    return {"size_gb": _mean(_over(run.size(bits or 16), 1e9) for run in runs), "inference_s": _mean(seconds)}
 
 
 def _grouped(runs: Iterable[Tracked], key: Callable[[Tracked], Any]) -> list[tuple[Any, list[Tracked]]]:
@@ -306,8 +285,11 @@ def _best(runs: list[Tracked], quality: Callable[[Tracked], float]) -> tuple[tup
     return max(settings, key=lambda same: statistics.fmean(quality(run) for run in same)), len(settings)
 
 
-def _figure(runs: Iterable[Tracked], name: str) -> Value | None:
-    return _mean(run.metrics.get(name) for run in runs)
+def _values(runs: Sequence[Tracked], tasks: Iterable[str], names: Iterable[str]) -> Values:
+    """The scores of tasks, metrics by name, and the memory of all workers together."""
+    scores: Values = {task: _mean(run.score(task) for run in runs) for task in tasks}
+    metrics = {name: _mean(run.metrics.get(name) for run in runs) for name in names}
+    return scores | metrics | {"memory_gb": _mean(_over(run.memory_bytes, 1e9) for run in runs)}
 
 
 def _mean(values: Iterable[float | None]) -> Value | None:
@@ -316,10 +298,6 @@ def _mean(values: Iterable[float | None]) -> Value | None:
     if not known:
         return None
     return Value(statistics.fmean(known), max(known) - min(known) if len(known) > 1 else None)
-
-
-def _one(value: float | None) -> Value | None:
-    return None if value is None else Value(float(value))
 
 
 def _over(value: float | None, divisor: float | None) -> float | None:

@@ -11,38 +11,21 @@ import logging
 import sys
 import time
 import traceback
-from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 from finhpc.cluster.connect import cluster_resources, dead_process, known_resources, ray_cluster
 from finhpc.commands.reproduce.plan import PlannedStep, misplaced, plan_steps
 from finhpc.commands.reproduce.recipe import STEPS, AbsentError, inputs_of, merged, read_recipe, resolve, step_config
 from finhpc.errors import ConfigError, FinhpcError, TrainingFailedError
-from finhpc.files import redact, write_atomic
+from finhpc.files import write_atomic
 from finhpc.interrupts import terminable
 from finhpc.runs.folder import RunFolder
-from finhpc.screen import rows_table
+from finhpc.screen import duration, rows_table
 from finhpc.settings.base import to_yaml
 from finhpc.settings.reproduce import Recipe, ReproduceConfig
 from finhpc.tracking.store import check_store
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class StepOutcome:
-    """How a step ended. `status`: finished, failed, or not run; `why`: the reason for the last two, in one line."""
-
-    name: str
-    verb: str
-    status: str
-    why: str | None = None
-    wall_s: float | None = None
-    result: dict[str, Any] | None = None
-
-    def row(self) -> dict[str, Any]:
-        return {"step": self.name, "verb": self.verb, "status": self.status, "wall_s": self.wall_s, "why": self.why}
 
 
 def reproduce(config: ReproduceConfig, dry_run: bool = False) -> dict[str, Any]:
@@ -76,16 +59,25 @@ def reproduce(config: ReproduceConfig, dry_run: bool = False) -> dict[str, Any]:
     if problems:
         raise ConfigError(problems)
     with folder.lock(), terminable():
-        run = config.run.model_copy(update={"tracking_uri": redact(config.run.tracking_uri or "") or None})
-        write_atomic(folder.path / "config.yaml", to_yaml(config.model_copy(update={"run": run})))
+        folder.write_settings(config)
         write_atomic(folder.path / "recipe.yaml", to_yaml(recipe))
         folder.write_environment()
-        outcomes = _run_all(config, recipe, steps, folder, result)
-    rows_table(f"reproduce {config.run.name} at scale {config.scale}", [_shown(one) for one in outcomes])
-    if failed := [one for one in outcomes if one.status == "failed"]:
-        reasons = "; ".join(f"{one.name} ({one.why})" for one in failed)
+        _run_all(config, recipe, steps, folder, result)
+    shown = [
+        {
+            "step": one.step.name,
+            "command": one.step.verb,
+            "status": one.status,
+            "time": "" if one.wall_s is None else duration(one.wall_s),
+            "why": one.why,
+        }
+        for one in steps
+    ]
+    rows_table(f"reproduce {config.run.name} at scale {config.scale}", shown)
+    if failed := [one for one in steps if one.status == "failed"]:
+        reasons = "; ".join(f"{one.step.name} ({one.why})" for one in failed)
         raise TrainingFailedError(
-            f"{len(failed)} of {len(outcomes)} steps failed: {reasons}. The others are finished; the same command "
+            f"{len(failed)} of {len(steps)} steps failed: {reasons}. The others are finished; the same command "
             "retries what is missing."
         )
     return result
@@ -93,10 +85,9 @@ def reproduce(config: ReproduceConfig, dry_run: bool = False) -> dict[str, Any]:
 
 def _run_all(
     config: ReproduceConfig, recipe: Recipe, steps: list[PlannedStep], folder: RunFolder, result: dict[str, Any]
-) -> list[StepOutcome]:
-    """Run the steps in order; their outcomes go into `result` and its file, however the study ends."""
-    begin = time.monotonic()
-    outcomes: list[StepOutcome] = []
+) -> None:
+    """Run the steps in order; how they end goes into `result` and its file, however the study ends."""
+    begin, ended = time.monotonic(), list[PlannedStep]()
     result["status"] = "killed"
     try:
         with ray_cluster():
@@ -106,55 +97,61 @@ def _run_all(
             for number, one in enumerate(steps):
                 head = f"[{number + 1}/{len(steps)}] {one.step.name} ({one.step.verb})"
                 was_finished = one.finished
-                outcome = _run(config, recipe, one, known, head)
-                outcomes.append(outcome)
-                known[one.step.name] = outcome.result
-                if outcome.wall_s is None:
-                    log.info(f"{head}: not run, {outcome.why}")
+                _run(config, recipe, one, known, head)
+                ended.append(one)
+                known[one.step.name] = one.result
+                if one.wall_s is None:
+                    log.info(f"{head}: not run, {one.why}")
                     continue
                 if not was_finished:
-                    seconds.setdefault(one.step.verb, []).append(outcome.wall_s)
-                why = f": {outcome.why}" if outcome.why else ""
+                    seconds.setdefault(one.step.verb, []).append(one.wall_s)
+                why = f": {one.why}" if one.why else ""
                 left = _time_left(steps[number + 1 :], seconds)
-                so_far = _clock(time.monotonic() - begin)
-                log.info(f"{head}: {outcome.status} in {_clock(outcome.wall_s)}{why}; {so_far} so far{left}")
-                if outcome.status == "failed" and (process := dead_process()):
+                so_far = duration(time.monotonic() - begin)
+                log.info(f"{head}: {one.status} in {duration(one.wall_s)}{why}; {so_far} so far{left}")
+                if one.status == "failed" and (process := dead_process()):
                     raise TrainingFailedError(
                         f"Ray's {process} died during {one.step.name}, most often of too little memory; finished "
                         "steps are kept: run the same command again."
                     )
-        result["status"] = "failed" if any(one.status == "failed" for one in outcomes) else "finished"
+        result["status"] = "failed" if any(one.status == "failed" for one in steps) else "finished"
     finally:
-        reports = [one.result["out"] for one in outcomes if one.verb == "report" and one.result]
-        rows = [one.row() for one in outcomes]
+        reports = [one.result["out"] for one in ended if one.step.verb == "report" and one.result]
+        rows = [
+            {
+                "step": one.step.name,
+                "verb": one.step.verb,
+                "status": one.status,
+                "wall_s": one.wall_s,
+                "why": one.why or None,
+            }
+            for one in ended
+        ]
         result |= {"steps": rows, "wall_s": time.monotonic() - begin, "report": reports[-1] if reports else None}
         folder.write_result(result)
-    return outcomes
 
 
-def _run(study: ReproduceConfig, recipe: Recipe, planned: PlannedStep, known: dict[str, Any], head: str) -> StepOutcome:
-    """Run one step; its errors become its outcome, unless they stop the whole study."""
-    step, dropped, begin = planned.step, list[str](), time.monotonic()
-    outcome = StepOutcome(step.name, step.verb, "not run", planned.why or None)
+def _run(study: ReproduceConfig, recipe: Recipe, one: PlannedStep, known: dict[str, Any], head: str) -> None:
+    """Run one step and record how it ended; only errors that stop the whole study are raised."""
+    step, dropped, begin = one.step, list[str](), time.monotonic()
     try:
         tree = resolve(merged(recipe, step), known, dropped)
         for name in dropped:
             log.info(f"{head}: without {name}, which is absent")
         log.info(f"{head}: begins")
-        outcome.result = STEPS[step.verb].run(step_config(study, step, tree))
-        outcome.status, outcome.why = "finished", None
+        one.result = STEPS[step.verb].run(step_config(study, step, tree))
+        one.status, one.why = "finished", ""
     except AbsentError as absent:
-        outcome.why = planned.why or f"it needs {absent.name}, which is absent"
-        return outcome
+        one.why = one.why or f"it needs {absent.name}, which is absent"
+        return
     except FinhpcError as error:
         first, *more = str(error).splitlines()
-        outcome.status, outcome.why = "failed", first + (f" (and {len(more)} more problems)" if more else "")
+        one.status, one.why = "failed", first + (f" (and {len(more)} more problems)" if more else "")
         log.info(str(error))
     except Exception as error:  # an unexpected failure of one step must not end the others
         traceback.print_exc(file=sys.stderr)
-        outcome.status, outcome.why = "failed", f"{type(error).__name__}: {error}".splitlines()[0]
-    outcome.wall_s = time.monotonic() - begin
-    return outcome
+        one.status, one.why = "failed", f"{type(error).__name__}: {error}".splitlines()[0]
+    one.wall_s = time.monotonic() - begin
 
 
 def _time_left(steps: list[PlannedStep], seconds: dict[str, list[float]]) -> str:
@@ -167,7 +164,7 @@ def _time_left(steps: list[PlannedStep], seconds: dict[str, list[float]]) -> str
     if not known:
         return f", {unknown} steps left"
     more = f" and {unknown} steps of other commands" if unknown else ""
-    return f", about {_clock(sum(known))} left{more}"
+    return f", about {duration(sum(known))} left{more}"
 
 
 def _show(config: ReproduceConfig, recipe: Recipe, steps: list[PlannedStep]) -> None:
@@ -180,7 +177,7 @@ def _show(config: ReproduceConfig, recipe: Recipe, steps: list[PlannedStep]) -> 
             "parameters": "" if one.params is None else f"{one.params / 1e6:,.2f} M",
             "tokens": "" if one.tokens is None else f"{one.tokens / 1e6:,.2f} M",
             "workers": "" if one.workers is None else str(one.workers),
-            "time": "" if one.hours is None else _clock(one.hours * 3600),
+            "time": "" if one.hours is None else duration(one.hours * 3600),
         }
         for one in steps
     ]
@@ -188,7 +185,7 @@ def _show(config: ReproduceConfig, recipe: Recipe, steps: list[PlannedStep]) -> 
     where, hours = recipe.device or "this machine", sum(one.hours or 0 for one in steps)
     log.info(
         f"parameters of finetuning: those trained. time: a rough estimate for {where}, of the training alone; "
-        f"{_clock(hours * 3600)} for the steps with an estimate."
+        f"{duration(hours * 3600)} for the steps with an estimate."
     )
     for one in steps:
         if one.config is None:
@@ -199,14 +196,3 @@ def _show(config: ReproduceConfig, recipe: Recipe, steps: list[PlannedStep]) -> 
         log.info(f"not checked before its step runs: {'; '.join(unchecked)}")
     if recipe.about:
         log.info(recipe.about.strip())
-
-
-def _shown(outcome: StepOutcome) -> dict[str, str]:
-    seconds, why = outcome.wall_s, outcome.why or ""
-    time_ = "" if seconds is None else _clock(seconds)
-    return {"step": outcome.name, "command": outcome.verb, "status": outcome.status, "time": time_, "why": why}
-
-
-def _clock(seconds: float) -> str:
-    """1:02:03"""
-    return str(timedelta(seconds=round(seconds)))

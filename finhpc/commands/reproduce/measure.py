@@ -6,12 +6,10 @@ for every measured width `size_8bit_bytes` and `generate_8bit_tokens_per_s`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import statistics
 import time
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,19 +21,19 @@ from finhpc.cluster.tasks import run_tasks
 from finhpc.commands.export import export
 from finhpc.errors import ConfigError, TrainingFailedError
 from finhpc.evaluation import plausible
-from finhpc.files import redact, write_atomic
+from finhpc.files import file_stamps, json_sha256, redact
 from finhpc.generation.generator import Generator
 from finhpc.generation.sampling import decode
-from finhpc.models.files.weights import config_of, locate
+from finhpc.models.files.source import config_of, locate
 from finhpc.models.lora.peft_format import CONFIG as ADAPTER
 from finhpc.models.lora.peft_format import QUANTIZED
 from finhpc.quantization.fake import trained_bits
 from finhpc.runs.folder import RunFolder
 from finhpc.screen import rows_table
-from finhpc.settings.base import to_yaml
 from finhpc.settings.export import ExportConfig, ExportQuantization
 from finhpc.settings.generate import GenerateConfig, Sampling
 from finhpc.settings.reproduce import MeasureConfig
+from finhpc.tracking.describe import short_name
 from finhpc.tracking.mirror import tracked_run
 from finhpc.tracking.store import reason
 from finhpc.tracking.writer import RunWriter
@@ -54,20 +52,19 @@ def measure(config: MeasureConfig) -> dict[str, Any]:
     config = config.model_copy(update={"model": [str(locate(model)) for model in config.model]})
     targets = _targets(config)
     with folder.lock():
-        sha256 = _sha256(config)
+        stamps = file_stamps([file for model in config.model for file in sorted(Path(model).glob("*"))])
+        sha256 = json_sha256([config.model_dump(mode="json", exclude={"run"}), stamps])
         before = folder.result()
         if before and before.get("sha256") == sha256:
             return before
-        run = config.run.model_copy(update={"tracking_uri": redact(config.run.tracking_uri or "") or None})
-        write_atomic(folder.path / "config.yaml", to_yaml(config.model_copy(update={"run": run})))
+        folder.write_settings(config)
         scratch = folder.path / "exports"
         shutil.rmtree(scratch, ignore_errors=True)
         with ray_cluster():
             cuda, resources = use_cuda(config.resources, cluster_resources()), config.resources
             work = partial(measure_widths, scratch=scratch, device="cuda" if cuda else "cpu")
             gpus = resources.gpus_per_worker if cuda else 0
-            tasks = run_tasks(work, [config], lambda _: "measuring", 1, resources.cpus_per_worker, gpus)
-            ((_, measured),) = tasks
+            ((_, measured),) = run_tasks(work, [config], lambda _: "measuring", 1, resources.cpus_per_worker, gpus)
         shutil.rmtree(scratch, ignore_errors=True)
         plausible.check("measuring", {"models": [of for widths in measured.values() for of in widths.values()]})
         for model, widths in measured.items():
@@ -75,10 +72,7 @@ def measure(config: MeasureConfig) -> dict[str, Any]:
         rows = [{"model": m, "bits": bits} | of for m, widths in measured.items() for bits, of in widths.items()]
         result = {"status": "finished", "models": rows, "sha256": sha256, "wall_s": time.monotonic() - begin}
         folder.write_result(result)
-    paths = [Path(str(row["model"])) for row in rows]
-    names = [path.parent.name if path.name == "model" else path.name for path in paths]
-    shown = [row | {"model": name} for row, name in zip(rows, names, strict=True)]
-    rows_table("sizes and generation, one prompt", shown)
+    rows_table("sizes and generation, one prompt", [row | {"model": short_name(str(row["model"]))} for row in rows])
     return result
 
 
@@ -123,27 +117,6 @@ def _log(tracking_uri: str, run_id: str, metrics: dict[str, float]) -> None:
         ) from None
 
 
-def _sha256(config: MeasureConfig) -> str:
-    """Hash of everything that the figures depend on: settings, and the models' files by size and time of change."""
-    stats = [(file, file.stat()) for model in config.model for file in sorted(Path(model).glob("*"))]
-    files = [(str(file), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
-    return hashlib.sha256(json.dumps([config.model_dump(mode="json", exclude={"run"}), files]).encode()).hexdigest()
-
-
-@dataclass
-class Width:
-    """A model at some bits: the folder it is exported to, its size there, and the seconds of generation per round."""
-
-    model: str
-    bits: int
-    folder: Path
-    size_bytes: int = 0
-    seconds: list[float] = field(default_factory=list)
-
-    def figures(self, new: int) -> dict[str, float]:
-        return {"size_bytes": self.size_bytes, "generate_tokens_per_s": new / statistics.median(self.seconds)}
-
-
 def own_bits(model: str) -> int:
     """The bits at which a model was trained; for an adapter, those of its base."""
     folder = Path(model)
@@ -159,32 +132,29 @@ def measure_widths(config: MeasureConfig, scratch: Path, device: str) -> dict[st
     Models are exported into `scratch`, in bfloat16, below 16 bits per vector (`minmax`), and adapters merged into
     their base. `device`: cpu or cuda. Raises `ConfigError` and `CheckpointError` as export and generate do.
     """
-    widths = [
-        _exported(Width(model, bits, scratch / f"{number}-{bits}"))
-        for number, model in enumerate(config.model)
-        for bits in dict.fromkeys([own_bits(model), *config.bits])
-    ]
+    folders: dict[tuple[str, int], Path] = {}
+    sizes: dict[tuple[str, int], int] = {}
+    for number, model in enumerate(config.model):
+        for bits in dict.fromkeys([own_bits(model), *config.bits]):
+            folder = folders[model, bits] = scratch / f"{number}-{bits}"
+            settings = ExportConfig(
+                model=model,
+                out=str(folder),
+                format="merged" if (Path(model) / ADAPTER).is_file() else "native",
+                dtype="bfloat16",
+                quantization=ExportQuantization(bits=bits),  # type: ignore[arg-type]
+            )
+            sizes[model, bits] = export(settings)["size_bytes"]
+    seconds: dict[tuple[str, int], list[float]] = {width: [] for width in folders}
     for round_ in range(config.rounds):
-        for width in widths if round_ % 2 == 0 else widths[::-1]:
-            width.seconds.append(_seconds(width.folder, config, device))
+        for width in list(folders) if round_ % 2 == 0 else reversed(folders):
+            seconds[width].append(_seconds(folders[width], config, device))
     measured: dict[str, dict[int, dict[str, float]]] = {model: {} for model in config.model}
-    for width in widths:
-        measured[width.model][width.bits] = width.figures(config.new)
-        shutil.rmtree(width.folder)
+    for (model, bits), folder in folders.items():
+        speed = config.new / statistics.median(seconds[model, bits])
+        measured[model][bits] = {"size_bytes": sizes[model, bits], "generate_tokens_per_s": speed}
+        shutil.rmtree(folder)
     return measured
-
-
-def _exported(width: Width) -> Width:
-    adapter = (Path(width.model) / ADAPTER).is_file()
-    settings = ExportConfig(
-        model=width.model,
-        out=str(width.folder),
-        format="merged" if adapter else "native",
-        dtype="bfloat16",
-        quantization=ExportQuantization(bits=width.bits),  # type: ignore[arg-type]
-    )
-    width.size_bytes = export(settings)["size_bytes"]
-    return width
 
 
 def _seconds(folder: Path, config: MeasureConfig, device: str) -> float:

@@ -5,20 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from finhpc.cluster.connect import check_fits, use_cuda
 from finhpc.commands import COMMANDS
-from finhpc.commands.estimate.pretraining import checked
-from finhpc.commands.reproduce.recipe import AbsentError, Tree, expected_result, inputs_of, merged, resolve, step_config
+from finhpc.commands.estimate.figures import cluster_of
+from finhpc.commands.estimate.pretraining import pretraining_costs
+from finhpc.commands.reproduce.recipe import RESULTS, AbsentError, Tree, inputs_of, merged, resolve, step_config
 from finhpc.errors import ConfigError, collect
 from finhpc.lowrank.registry import SVD
-from finhpc.planning.costs import PretrainCosts
-from finhpc.planning.devices import CPU_REACHED, DEVICES, REACHED, THIS_MACHINE, Cluster, Device, this_machine
-from finhpc.planning.memory import Scheme, Topology
-from finhpc.planning.outline import outline_of
+from finhpc.planning.devices import CPU_REACHED, THIS_MACHINE, Cluster
 from finhpc.runs.folder import RunFolder
 from finhpc.settings.base import Section, build
 from finhpc.settings.decompose import DecomposeConfig
@@ -29,8 +26,6 @@ from finhpc.settings.prepare import PrepareConfig
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.reproduce import HoldOutConfig, Recipe, ReproduceConfig, Step
 
-DEVICES_PER_NODE = 8
-USABLE = 0.9  # of a device's memory, as estimate.usable
 DONE = ("finished", "done")  # statuses that commands write into a result
 
 
@@ -38,7 +33,8 @@ DONE = ("finished", "done")  # statuses that commands write into a result
 class PlannedStep:
     """A step of a reproduction. `config`: its settings as far as they are known; None if it cannot run, see `why`.
 
-    `unchecked`: inputs that are not here yet; the figures, of a training, are estimates.
+    `unchecked`: inputs that are not here yet; the figures, of a training, are estimates. Once it ended, `status` is
+    finished, failed or not run; `why` has the reason for the last two in one line.
     """
 
     step: Step
@@ -51,6 +47,9 @@ class PlannedStep:
     tokens: int | None = None
     hours: float | None = None
     workers: int | None = None
+    status: str = "not run"
+    wall_s: float | None = None
+    result: dict[str, Any] | None = None
 
     @property
     def finished(self) -> bool:
@@ -117,7 +116,10 @@ class _Planner:
         if planned.config is not None:
             with collect(problems):
                 self._check(planned, planned.config)
-            self.known[step.name] = expected_result(step.verb, planned.folder)
+            self.known[step.name] = {
+                key: str(planned.folder / value) if str(value).startswith(".") else value
+                for key, value in RESULTS[step.verb].items()
+            }
             self.coming.add(str(planned.folder))
         self.problems += [f"step {step.name}: {problem}" for problem in problems]
         return planned
@@ -179,20 +181,13 @@ class _Planner:
             model = model.model_copy(update={"vocab_size": self.vocab[config.data.shards]})
         if start is not config and method.kind == SVD:  # a model from scratch has the same ranks
             method = method.model_copy(update={"kind": "low_rank"})
-        tree = config.model_dump() | {"model": model.model_dump(), "method": method.model_dump()}
-        planning = build(EstimateConfig, tree)
-        hf_config, _ = checked(planning)
-        outline = outline_of(hf_config, planning.data.seq_len, planning.train.recompute)
-        topology, name = Topology.of(planning), self.recipe.device
-        device = DEVICES[name] if name else _this_machine(planning.resources.threads)
-        nodes, reached = -(-topology.workers // DEVICES_PER_NODE), REACHED if name else CPU_REACHED
-        precision = planning.train.precision
-        cluster = Cluster(device, nodes, DEVICES_PER_NODE, device.memory_gb * 1e9, reached, precision)
-        costs = PretrainCosts.of(outline, Scheme.of(planning, cuda=name is not None), topology)
-        _note_memory(planned, costs.fullest.peak_bytes, device)
-        planned.params, planned.workers = outline.params, topology.workers
-        planned.tokens = planning.train.steps * planning.parallel.samples_per_step * planning.data.seq_len
-        planned.hours = planning.train.steps * costs.pace(cluster).step_s / 3600
+        changed = {"model": model.model_dump(), "method": method.model_dump(), "estimate": self._hardware(config)}
+        planning = build(EstimateConfig, config.model_dump() | changed)
+        costs, cluster, steps = pretraining_costs(planning), cluster_of(planning), planning.train.steps
+        _note_memory(planned, costs.fullest.peak_bytes, cluster)
+        planned.params, planned.workers = costs.outline.params, config.parallel.workers
+        planned.tokens = steps * config.parallel.samples_per_step * config.data.seq_len
+        planned.hours = steps * costs.pace(cluster).step_s / 3600
 
     def _check_finetuning(self, planned: PlannedStep, config: FinetuneConfig) -> None:
         """With all inputs here, as finetune checks it; else count the adapters if the shape of the base is known."""
@@ -205,28 +200,27 @@ class _Planner:
 
             planned.params = Finetune(config).counts()["params_trainable"]
         elif base in self.recipe.shapes and not Path(base).exists():
-            from finhpc.commands.estimate.finetuning import checked as checked_finetuning
-            from finhpc.commands.estimate.finetuning import pack_of
-            from finhpc.planning.finetuning import LoraCosts
+            from finhpc.commands.estimate.finetuning import finetuning_costs
 
-            name, model = self.recipe.device, {"preset": self.recipe.shapes[base]}
-            tree = config.model_dump() | {"model": model, "estimate": {"device": name or THIS_MACHINE}}
-            planning = build(FinetuneEstimateConfig, tree)
-            _, lora_model = checked_finetuning(planning)
-            costs = LoraCosts(lora_model, pack_of(planning), Topology.of(config), name is not None)
+            changed = {"model": {"preset": self.recipe.shapes[base]}, "estimate": self._hardware(config)}
+            planning = build(FinetuneEstimateConfig, config.model_dump() | changed)
+            costs = finetuning_costs(planning)
             planned.params = costs.trained
-            if name:
-                _note_memory(planned, max(stage.peak_bytes for stage in costs.stages()), DEVICES[name])
+            if self.recipe.device:
+                _note_memory(planned, max(stage.peak_bytes for stage in costs.stages()), cluster_of(planning))
+
+    def _hardware(self, config: PretrainConfig | FinetuneConfig) -> dict[str, Any]:
+        """The `estimate` section: the recipe's device, eight per machine, or else this machine."""
+        workers = config.parallel.workers
+        if self.recipe.device is None:
+            return {"device": THIS_MACHINE, "devices_per_node": workers, "reached": CPU_REACHED}
+        return {"device": self.recipe.device, "nodes": -(-workers // 8)}
 
 
-def _note_memory(planned: PlannedStep, peak: float, device: Device) -> None:
-    if peak > USABLE * device.memory_gb * 1e9:
+def _note_memory(planned: PlannedStep, peak: float, cluster: Cluster) -> None:
+    if peak > cluster.usable:
+        device = cluster.device
         planned.notes.append(
             f"its fullest stage needs about {peak / 1e9:.0f} GB, and {device.name} has {device.memory_gb:g}; raise "
             "parallel.stages, or use train.recompute=full"
         )
-
-
-@cache
-def _this_machine(threads: int) -> Device:
-    return this_machine(1, threads)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from finhpc.commands import COMMANDS, Command
@@ -68,11 +67,6 @@ def read_recipe(scale: str) -> Recipe:
     if scale not in names and not scale.endswith((".yaml", ".yml")):
         raise ConfigError(f"scale={scale} is not a scale; {nearest(scale, names)} Or give a YAML file of steps.")
     recipe = load(Recipe, SCALES + scale if scale in names else scale)
-    _check_form(recipe)
-    return recipe
-
-
-def _check_form(recipe: Recipe) -> None:
     problems = [
         f"inputs.{name} is not an input; {nearest(name, list(INPUTS))}" for name in recipe.inputs if name not in INPUTS
     ]
@@ -83,20 +77,21 @@ def _check_form(recipe: Recipe) -> None:
         for at, verb in verbs.items()
         if verb not in STEPS
     ]
-    names = [step.name for step in recipe.steps]
-    twice = sorted({name for name in names if names.count(name) > 1})
+    steps = [step.name for step in recipe.steps]
+    twice = sorted({name for name in steps if steps.count(name) > 1})
     problems += [f"step {name} occurs twice; rename one." for name in twice]
-    problems += [f"step {name} has the name of an input; rename it." for name in names if name in INPUTS]
+    problems += [f"step {name} has the name of an input; rename it." for name in steps if name in INPUTS]
     for at, step in enumerate(recipe.steps):
         for name in dict.fromkeys(references(merged(recipe, step))):
-            if name in INPUTS or name in names[:at]:
+            if name in INPUTS or name in steps[:at]:
                 continue
             reason = "is a later step; put it before."
-            if name not in names:
-                reason = f"is neither an input nor a step; {nearest(name, [*INPUTS, *names[:at]])}"
+            if name not in steps:
+                reason = f"is neither an input nor a step; {nearest(name, [*INPUTS, *steps[:at]])}"
             problems.append(f"step {step.name}: ${{{name}}} {reason}")
     if problems:
         raise ConfigError(problems)
+    return recipe
 
 
 def inputs_of(config: ReproduceConfig, recipe: Recipe) -> Tree:
@@ -199,8 +194,3 @@ def step_config(study: ReproduceConfig, step: Step, tree: Tree) -> Section:
     if "resources" in fields and (given := study.resources.model_dump(exclude_unset=True)):
         tree["resources"] = tree.get("resources", {}) | given
     return build(cls, tree)
-
-
-def expected_result(name: str, folder: Path) -> dict[str, Any]:
-    """The keys of a result to which later steps may refer, for a step in `folder` that has not run yet."""
-    return {key: str(folder / value) if str(value).startswith(".") else value for key, value in RESULTS[name].items()}

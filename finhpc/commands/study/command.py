@@ -18,16 +18,14 @@ from finhpc.commands.study.report import Trained
 from finhpc.commands.study.step_times import step_times
 from finhpc.commands.study.variants import SCREEN, check, final_trials, plan_trials, shortened, trial_of
 from finhpc.commands.sweep.estimate import Estimate
-from finhpc.commands.sweep.report import write_csv
 from finhpc.commands.sweep.trial import Trial, read_outcome
 from finhpc.commands.sweep.tuning import train_trials
 from finhpc.errors import ImplausibleError, TrainingFailedError
-from finhpc.files import write_atomic
+from finhpc.files import write_atomic, write_csv
 from finhpc.interrupts import terminable
 from finhpc.lowrank.registry import BLEND, SVD
 from finhpc.runs.folder import RunFolder
 from finhpc.screen import rows_table
-from finhpc.settings.base import to_yaml
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.study import StudyConfig
 from finhpc.tracking.store import check_store
@@ -52,7 +50,7 @@ def study(config: StudyConfig, dry_run: bool = False) -> dict[str, Any]:
         return _dry_run(config, estimates)
     check_ray()
     with folder.lock(), terminable():
-        write_atomic(folder.path / "config.yaml", to_yaml(config))
+        folder.write_settings(config)
         with ray_cluster():
             screened = _screen(config)
             lr_of = finalists(config, screened)
@@ -61,19 +59,28 @@ def study(config: StudyConfig, dry_run: bool = False) -> dict[str, Any]:
             log.info("measuring the step times of the finalists, in turn")
             seconds = step_times(_measured_runs(finals), config.study.pace_steps, config.study.pace_rounds)
         rows = report.final_rows(config, finals, seconds)
+        screening = [
+            {
+                "variant": one.variant,
+                "params_total": one.result.get("params_total"),
+                "lr": one.lr,
+                "val_loss": one.loss if one.curve else None,  # null if it diverged
+            }
+            for one in screened
+        ]
         result: dict[str, Any] = {
             "status": "finished",
             "study": config.run.name,
             "reference": config.study.reference,
-            "screening": report.screening_rows(screened),
+            "screening": screening,
             "finals": rows,
             "step_s": seconds,
-            "ratios": report.ratios(rows),
+            "ratios": {f"time_to_reference_loss_{row['variant']}": row["time_to_reference_loss"] for row in rows},
             "folder": str(folder.path),
             "wall_s": time.perf_counter() - begin,
         }
-        write_csv(rows, folder.path / "table.csv")
-        report.draw(config, finals, rows, seconds, folder.path / "curves.png")
+        write_csv(folder.path / "table.csv", rows)
+        write_atomic(folder.path / "curves.png", report.draw(config, finals, rows, seconds))
         folder.write_result(result)
     report.show(result)
     return result

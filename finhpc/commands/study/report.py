@@ -9,14 +9,15 @@ from __future__ import annotations
 import logging
 import shlex
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from finhpc.commands.report.curves import Curve, Panel, drawn, mean_curve, steps_to
 from finhpc.commands.sweep.trial import Trial
 from finhpc.lowrank.registry import BLEND
 from finhpc.screen import rows_table
@@ -24,23 +25,24 @@ from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.study import StudyConfig
 from finhpc.training.journal import WORKER_FILE, latest, read
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
-Curve = dict[int, float]  # step -> loss in nats
 WITHOUT_W = " without W"  # after a variant's name: its step once method 3 has dropped its dense weights W
-COLUMNS = {  # of the tables on the screen
-    "variant": "variant",
-    "params_total": "params",
-    "lr": "lr",
-    "val_loss": "val loss",
-    "spread": "spread",
-    "val_loss_at_equal_time": "same time",
-    "step_s": "s/step",
-    "time_to_reference_loss": "time",
-    "time_to_reference_loss_with_start": "with start",
+COLUMNS: dict[str, tuple[str, Callable[[Any], str], str]] = {  # key -> title on the screen, format, text for None
+    "variant": ("variant", str, ""),
+    "params_total": ("params", lambda count: f"{count / 1e6:.2f}M", "-"),
+    "lr": ("lr", "{:g}".format, "-"),
+    "val_loss": ("val loss", "{:.3f}".format, "diverged"),
+    "spread": ("spread", "{:.3f}".format, "-"),
+    "val_loss_at_equal_time": ("same time", "{:.3f}".format, "-"),
+    "step_s": ("s/step", "{:.3f}".format, "-"),
+    "time_to_reference_loss": ("time", "{:.2f}".format, "never"),
+    "time_to_reference_loss_with_start": ("with start", "{:.2f}".format, "never"),
 }
-DIGITS = {"time_to_reference_loss": 2, "time_to_reference_loss_with_start": 2}
 QUIET = 0.2  # the largest relative spread of step times at which their median is reliable
 SMOOTH = 25  # the drawn training loss is a mean over so many steps
 
@@ -74,19 +76,6 @@ class Trained:
         return self.curve[max(self.curve)]
 
 
-def screening_rows(screened: list[Trained]) -> list[Row]:
-    """A row per run of the screening; val_loss is null if it diverged."""
-    return [
-        {
-            "variant": one.variant,
-            "params_total": one.result.get("params_total"),
-            "lr": one.lr,
-            "val_loss": one.loss if one.curve else None,
-        }
-        for one in screened
-    ]
-
-
 def final_rows(config: StudyConfig, finals: list[Trained], seconds: Mapping[str, list[float]]) -> list[Row]:
     """A row per finalist; losses are means over the seeds, `spread` is the largest less the smallest.
 
@@ -97,15 +86,15 @@ def final_rows(config: StudyConfig, finals: list[Trained], seconds: Mapping[str,
     the median; small if the machine was quiet.
     """
     groups, reference = by_variant(finals), config.study.reference
+    curves = {name: mean_curve([run.curve for run in runs]) for name, runs in groups.items()}
     steps = {name: runs[0].config.train.steps for name, runs in groups.items()}
     time_of = {name: partial(time_at, runs[0].config, seconds, name) for name, runs in groups.items()}
-    target, whole_s = mean_curve(groups[reference])[steps[reference]], time_of[reference](steps[reference])
+    target, whole_s = curves[reference][steps[reference]], time_of[reference](steps[reference])
     rows: list[Row] = []
     for name, runs in groups.items():
-        curve = mean_curve(runs)
-        start = config.study.variants[name].start
+        curve, start = curves[name], config.study.variants[name].start
         before_s = time_of[start](steps[start]) if start else 0.0
-        reached = first_below(curve, target)
+        reached = steps_to(curve, target)
         reached_s = None if reached is None else time_of[name](reached)
         rows.append(
             {
@@ -145,75 +134,47 @@ def by_variant(finals: list[Trained]) -> dict[str, list[Trained]]:
     return groups
 
 
-def mean_curve(runs: list[Trained]) -> Curve:
-    """The mean of the runs' validation losses at every step at which all of them were evaluated."""
-    shared = set.intersection(*(set(run.curve) for run in runs))
-    return {step: statistics.fmean(run.curve[step] for run in runs) for step in sorted(shared)}
-
-
-def first_below(curve: Curve, target: float) -> float | None:
-    """The step at which a curve, interpolated linearly, comes down to `target`; None: never."""
-    points = list(curve.items())
-    for i, (step, loss) in enumerate(points):
-        if loss <= target:
-            if i == 0:
-                return float(step)
-            before, above = points[i - 1]
-            return before + (step - before) * (above - target) / (above - loss)
-    return None
-
-
 def at(curve: Mapping[int, float] | Mapping[float, float], where: float) -> float:
     """The curve at a step or a time, interpolated linearly; constant after its last point."""
     return float(np.interp(where, list(curve), list(curve.values())))
 
 
-def ratios(rows: list[Row]) -> dict[str, float | None]:
-    """`time_to_reference_loss_NAME` of every finalist."""
-    return {f"time_to_reference_loss_{row['variant']}": row["time_to_reference_loss"] for row in rows}
-
-
-def draw(
-    config: StudyConfig, finals: list[Trained], rows: list[Row], seconds: Mapping[str, list[float]], path: Path
-) -> None:
-    """Draw training and validation loss against tokens, and validation loss against time."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+def draw(config: StudyConfig, finals: list[Trained], rows: list[Row], seconds: Mapping[str, list[float]]) -> bytes:
+    """Training and validation loss against tokens, and validation loss against time, as PNG."""
     per_step = config.parallel.samples_per_step * config.data.seq_len / 1e6
     whole = {row["variant"]: row["train_s"] / 60 for row in rows}
-    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(17, 5), layout="constrained")
-    for i, (name, runs) in enumerate(by_variant(finals).items()):
-        start, mean = config.study.variants[name].start, mean_curve(runs)
-        clock = partial(time_at, runs[0].config, seconds, name)
-        before = whole[start] if start else 0.0
-        label = f"{name}, after {start}" if start else name
-        for run in runs:
-            left.plot(*_smooth(run.train, per_step), color=f"C{i}", lw=0.8)
-            middle.plot([s * per_step for s in run.curve], list(run.curve.values()), color=f"C{i}", lw=0.5)
-        middle.plot([s * per_step for s in mean], list(mean.values()), color=f"C{i}", lw=1.8, label=label)
-        right.plot([before + clock(s) / 60 for s in mean], list(mean.values()), color=f"C{i}", lw=1.8, label=label)
     target = next(row["val_loss"] for row in rows if row["variant"] == config.study.reference)
-    for axes in (middle, right):
-        axes.axhline(target, color="grey", lw=0.7, ls="--")
-        axes.set(ylabel="validation loss (nats)")
-        axes.legend(fontsize=8)
-    left.set(xlabel="tokens (millions)", ylabel="training loss (nats)", title=f"training, mean of {SMOOTH} steps")
-    middle.set(xlabel="tokens (millions)", title="equal tokens")
-    right.set(xlabel="minutes: steps x seconds per step on a quiet machine", title="equal time")
     tops = [loss for one in finals for step, loss in one.curve.items() if step * 10 >= one.config.train.steps]
-    for axes in (left, middle, right):
-        axes.grid(alpha=0.3)
+    groups = by_variant(finals)
+
+    def draw_training(axes: Axes, ink: str) -> None:
+        for i, runs in enumerate(groups.values()):
+            for run in runs:
+                axes.plot(*_smooth(run.train, per_step), color=f"C{i}", lw=0.8)
         axes.set_ylim(min(tops) - 0.15, max(tops) + 0.15)
-    figure.suptitle(
-        f"{config.run.name}: seeds {len(config.study.seeds)}; dashed: final loss of {config.study.reference}"
-    )
-    unfinished = path.with_name(f".{path.name}")
-    figure.savefig(unfinished, dpi=110, format="png")
-    pyplot.close(figure)
-    unfinished.replace(path)
+
+    def draw_validation(axes: Axes, ink: str, by_time: bool = False) -> None:
+        for i, (name, runs) in enumerate(groups.items()):
+            start, mean = config.study.variants[name].start, mean_curve([run.curve for run in runs])
+            label = f"{name}, after {start}" if start else name
+            before = whole[start] if start else 0.0
+            at_s = partial(time_at, runs[0].config, seconds, name)
+            x = [before + at_s(step) / 60 if by_time else step * per_step for step in mean]
+            if not by_time:
+                for run in runs:
+                    axes.plot([step * per_step for step in run.curve], list(run.curve.values()), color=f"C{i}", lw=0.5)
+            axes.plot(x, list(mean.values()), color=f"C{i}", lw=1.8, label=label)
+        axes.axhline(target, color="grey", lw=0.7, ls="--")
+        axes.set_ylim(min(tops) - 0.15, max(tops) + 0.15)
+
+    tokens, minutes = "tokens (millions)", "minutes: steps x seconds per step on a quiet machine"
+    panels = [
+        Panel(f"training, mean of {SMOOTH} steps", tokens, "training loss (nats)", draw_training),
+        Panel("equal tokens", tokens, "validation loss (nats)", draw_validation),
+        Panel("equal time", minutes, "validation loss (nats)", partial(draw_validation, by_time=True)),
+    ]
+    title = f"{config.run.name}: seeds {len(config.study.seeds)}; dashed: final loss of {config.study.reference}"
+    return drawn(config.run.name, panels, "black", "png", title)
 
 
 def _smooth(train: Curve, per_step: float) -> tuple[Any, Any]:
@@ -235,12 +196,8 @@ def show(result: Row) -> None:
 
 def _text(row: Row) -> Row:
     """A row as text that fits a screen: short names, few digits."""
-    return {short: _number(key, row[key]) for key, short in COLUMNS.items() if key in row}
-
-
-def _number(key: str, value: Any) -> str:
-    if value is None:
-        return "diverged" if key == "val_loss" else "never" if key.startswith("time") else "-"
-    if key == "params_total":
-        return f"{value / 1e6:.2f}M"
-    return value if isinstance(value, str) else f"{value:g}" if key == "lr" else f"{value:.{DIGITS.get(key, 3)}f}"
+    return {
+        title: absent if row[key] is None else form(row[key])
+        for key, (title, form, absent) in COLUMNS.items()
+        if key in row
+    }

@@ -17,14 +17,13 @@ from finhpc.cluster.connect import ray_cluster
 from finhpc.cluster.ready import check_ray
 from finhpc.commands.sweep.grid import AnySweep
 from finhpc.commands.sweep.plan import plan_sweep, show_plan
-from finhpc.commands.sweep.report import FIGURES, flat, ranked, show, write_csv
+from finhpc.commands.sweep.report import FIGURES, flat, ranked, show
 from finhpc.commands.sweep.tracking import Parent, send_missed
 from finhpc.commands.sweep.tuning import train_trials
 from finhpc.errors import TrainingFailedError
-from finhpc.files import write_atomic
+from finhpc.files import write_csv
 from finhpc.interrupts import terminable
 from finhpc.runs.folder import RunFolder
-from finhpc.settings.base import to_yaml
 
 
 def sweep(config: AnySweep, dry_run: bool = False) -> dict[str, Any]:
@@ -45,13 +44,13 @@ def sweep(config: AnySweep, dry_run: bool = False) -> dict[str, Any]:
         return counted | {"status": "dry_run"}
     check_ray()
     with folder.lock(), terminable():
-        write_atomic(folder.path / "config.yaml", to_yaml(config))
+        folder.write_settings(config)
         with Parent(plan, folder) as parent:
             with ray_cluster():
                 train_trials(plan, parent.id)
-            send_missed(plan, parent.tracker.run_id)
+            send_missed(plan, parent.id)
             rows = ranked(plan)
-            best = next((row for row in rows if row["rank"] == 1), None)
+            best = next((row for row in rows if row["place"] == 1), None)
             result = counted | {
                 "status": "finished" if best else "failed",
                 "trials": rows,
@@ -62,7 +61,7 @@ def sweep(config: AnySweep, dry_run: bool = False) -> dict[str, Any]:
             }
             figures = {key: best[key] for key in FIGURES} if best else {}
             parent.end(result, figures, config.sweep.register_as or config.run.name)
-        write_csv(flat(rows), folder.path / "trials.csv")
+        write_csv(folder.path / "trials.csv", flat(rows))
         folder.write_result(result)
     show(config, result)
     if best is None:

@@ -11,7 +11,7 @@ from typing import Any
 from finhpc.cluster.connect import check_fits, use_cuda
 from finhpc.errors import collect
 from finhpc.lowrank.registry import STARTED
-from finhpc.planning.plan import make_plan
+from finhpc.planning.plan import describe_compression, make_plan
 from finhpc.runs.folder import RunFolder
 from finhpc.settings.finetune import FinetuneConfig
 from finhpc.settings.pretrain import PretrainConfig
@@ -81,6 +81,8 @@ class Estimator:
             estimate.seconds = self._seconds(of_plan(plan, cuda, self.resources is not None, self._measures))
         estimate.disk_bytes = disk_bytes(run, plan.params_total)
         estimate.disk_bytes += sum(plan.outline.stored_bytes(width) for width in bits if width != 16)
+        if plan.compression_ratio < 1:
+            estimate.notes.append(f"method.rank={run.method.rank}: {describe_compression(plan.compression_ratio)}")
         dataset = Dataset.of_shards(plan.shards)
         estimate.names = {"model": model_name(run), "dataset": dataset.name} | shape_of(plan.hf_config)
         estimate.datasets = [dataset]

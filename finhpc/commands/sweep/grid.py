@@ -1,6 +1,6 @@
 """The trials of a sweep: the points of its grid, each with its settings and a stable name.
 
-In pretraining, `quantization.bits` with `quantization.when: after` is no setting of the training: points that differ
+In pretraining, `quantization.bits` with `quantization.when: after` does not change the training: points that differ
 in it alone are one trial, trained once and scored at each of the bits.
 """
 

@@ -6,23 +6,21 @@ import logging
 import math
 import shutil
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from finhpc.cluster.connect import known_resources
+from finhpc.cluster.connect import check_fits, known_resources, use_cuda
 from finhpc.commands.estimate.run_time import Opened, describe_run_time, sweep_time, this_machine_busy
 from finhpc.commands.sweep.estimate import Estimate, Estimator
 from finhpc.commands.sweep.grid import AnySweep, check_points, trials_of
-from finhpc.commands.sweep.placement import Placement
 from finhpc.commands.sweep.trial import BITS, Trial, TrialArguments, read_outcome
 from finhpc.errors import ConfigError, collect
 from finhpc.lowrank.registry import DENSE, STARTED
-from finhpc.screen import rows_table
+from finhpc.screen import duration, rows_table
 from finhpc.settings.base import flatten
 from finhpc.settings.pretrain import PretrainConfig
-from finhpc.settings.sweep import Sweep, SweepConfig
+from finhpc.settings.sweep import Sweep
 from finhpc.settings.training import TrainingConfig
 from finhpc.tracking.describe import Dataset, model_name, parameters
 from finhpc.tracking.store import check_store
@@ -48,7 +46,6 @@ class SweepPlan:
     options: Sweep
     references: list[Trial] = field(default_factory=list)
     tags: dict[str, str] = field(default_factory=dict)  # of every trial's MLflow run
-    resources: dict[str, float] | None = field(default_factory=known_resources)  # None: known once Ray is connected
     estimates: dict[str, Estimate] = field(default_factory=dict)
     datasets: list[Dataset] = field(default_factory=list)
     notes: dict[str, None] = field(default_factory=dict)
@@ -63,6 +60,11 @@ class SweepPlan:
     def shared(self) -> Path:
         return self.folder / "shared"
 
+    @property
+    def everyone(self) -> list[Trial]:
+        """The trials, after the references that they start from."""
+        return [*self.references, *self.trials]
+
     def run_folder(self, name: str) -> Path:
         return (self.shared if name == REFERENCE else self.runs) / name
 
@@ -74,10 +76,54 @@ class SweepPlan:
         return self.configs[trial.name]
 
     @property
-    def placement(self) -> Placement:
-        """Not cached: the resources of another cluster are known only once it is connected."""
-        configs = {trial.name: self.config_of(trial) for trial in (*self.references, *self.trials)}
-        return Placement(configs, known_resources() or {}, self.options.concurrent)
+    def total(self) -> dict[str, float]:
+        """What the cluster has; empty if unknown, as that of another cluster is until it is connected."""
+        return known_resources() or {}
+
+    @property
+    def cuda(self) -> bool:
+        """Whether trials train on GPUs."""
+        return bool(self.total) and use_cuda(self.config_of(self.everyone[0]).resources, self.total)
+
+    def check_placement(self) -> None:
+        """Raise `ConfigError` with every trial that the cluster could never place."""
+        problems: list[str] = []
+        total, cuda = self.total, self.cuda
+        for trial in self.everyone:
+            found: list[str] = []
+            with collect(found):
+                check_fits(self.config_of(trial), cuda, total)
+            problems += [f"trial {trial.name}: {problem}" for problem in found]
+        if problems:
+            raise ConfigError(problems)
+
+    def reservations(self) -> dict[str, Any]:
+        """What Tune reserves for each trial: the share of its one worker, or nothing if a trial has several workers.
+
+        A trial with several workers drives them from Tune's actor; they reserve their own shares.
+        """
+        from ray.tune import PlacementGroupFactory
+
+        configs, cuda = [self.config_of(trial) for trial in self.everyone], self.cuda
+        several = any(config.parallel.workers > 1 for config in configs)
+        reservations = {}
+        for config in configs:
+            share: dict[str, float] = {"memory": 1}  # one byte: Tune takes no empty reservation
+            if not several:
+                share = {"CPU": config.resources.cpus_per_worker}
+                share |= {"GPU": config.resources.gpus_per_worker} if cuda else {}
+            reservations[config.run.name] = PlacementGroupFactory([share])
+        return reservations
+
+    @property
+    def concurrent(self) -> int:
+        """Trials at a time: only as many as there is room for all their workers, or drivers would wait forever."""
+        configs, total = [self.config_of(trial) for trial in self.everyone], self.total
+        fits = [int(total.get("CPU", 1) / (c.parallel.workers * c.resources.cpus_per_worker)) for c in configs]
+        if self.cuda:
+            gpus = [config.resources.gpus_per_worker * config.parallel.workers for config in configs]
+            fits += [int(total["GPU"] / needed) for needed in gpus]
+        return max(1, min([*fits, len(configs), self.options.concurrent or len(configs)]))
 
     def arguments(self, trial: Trial, parent: str | None) -> TrialArguments:
         """What the actor of a trial receives; `parent`: the MLflow run of the sweep."""
@@ -110,17 +156,16 @@ class SweepPlan:
     @cached_property
     def cost(self) -> dict[str, Any] | None:
         """The time of the remaining trials (`finhpc.commands.estimate.run_time`); None if that of one is unknown."""
-        left = [trial for trial in (*self.references, *self.trials) if not self.has_ended(trial)]
+        left = [trial for trial in self.everyone if not self.has_ended(trial)]
         seconds = [self.estimates[trial.name].seconds for trial in left]
         if not left or any(one is None for one in seconds):
             return None
         configs = [self.config_of(trial) for trial in left]
         each = max(config.parallel.workers * config.resources.threads for config in configs)
-        at_once = min(self.placement.concurrent, len(left))
-        processes = 0.0 if self.placement.cuda else at_once * float(each)
+        processes = 0.0 if self.cuda else min(self.concurrent, len(left)) * float(each)
         scores = sum(bits != 16 for trial in left for bits in trial.bits)
         total_s = math.fsum(one or 0.0 for one in seconds)
-        run_time = sweep_time(total_s, len(left), scores, self.placement.concurrent, processes, self.opened)
+        run_time = sweep_time(total_s, len(left), scores, self.concurrent, processes, self.opened)
         return run_time.numbers(this_machine_busy(self.opened))
 
     @property
@@ -129,16 +174,6 @@ class SweepPlan:
         new = [trial for trial in self.trials if not self.run_folder(trial.name).exists()]
         return sum(self.estimates[trial.name].disk_bytes for trial in new)
 
-    def check_disk(self) -> None:
-        """Raise `ConfigError` if the sweep does not fit the disk."""
-        free = free_bytes(self.folder)
-        if self.disk_bytes > free:
-            raise ConfigError(
-                f"the sweep leaves at least {self.disk_bytes / 1e9:.1f} GB of models and checkpoints, and "
-                f"run.storage={self.config.run.storage} has {free / 1e9:.1f} GB free; make room there, choose another, "
-                "or keep fewer checkpoints (train.keep_checkpoints)."
-            )
-
     def result(self) -> dict[str, Any]:
         """The keys of the result that are known before anything runs."""
         return {
@@ -146,7 +181,7 @@ class SweepPlan:
             "trained": len(self.trials),
             "scored": sum(len(trial.points) for trial in self.trials),
             "ended_before": sum(self.has_ended(trial) for trial in self.trials),
-            "concurrent": self.placement.concurrent,
+            "concurrent": self.concurrent,
             "estimated_s": self.cost and self.cost["run_s"],
             "disk_bytes": self.disk_bytes,
             "folder": str(self.folder),
@@ -164,22 +199,25 @@ def plan_sweep(config: AnySweep, folder: Path) -> SweepPlan:
     with collect(problems):
         check_store(config.run.mlflow_uri, config.run.experiment)
     plan = SweepPlan(config, folder, folder / "trials", trials, config.sweep, tags={SWEEP: config.run.name})
-    if isinstance(config, SweepConfig) and config.model.path is None:
-        _add_reference(plan)
+    started = [trial for trial in trials if trial.tree.get("method", {}).get("kind") in STARTED]
+    if started and config.model.path is None:
+        _add_reference(plan, started)
     found = check_trials(plan)
-    total = len(plan.references) + len(plan.trials)
-    problems += [f"{_of_trials(names, total)}{problem}" for problem, names in found.items()]
+    problems += [f"{_of_trials(names, len(plan.everyone))}{problem}" for problem, names in found.items()]
     if problems:
         raise ConfigError(problems)
-    plan.check_disk()
+    free = free_bytes(folder)
+    if plan.disk_bytes > free:
+        raise ConfigError(
+            f"the sweep leaves at least {plan.disk_bytes / 1e9:.1f} GB of models and checkpoints, and "
+            f"run.storage={config.run.storage} has {free / 1e9:.1f} GB free; make room there, choose another, or keep "
+            "fewer checkpoints (train.keep_checkpoints)."
+        )
     return plan
 
 
-def _add_reference(plan: SweepPlan) -> None:
+def _add_reference(plan: SweepPlan, started: list[Trial]) -> None:
     """Let the trials of methods 2 and 3 start from one dense training with the sweep's own settings."""
-    started = [trial for trial in plan.trials if trial.tree.get("method", {}).get("kind") in STARTED]
-    if not started:
-        return
     tree = plan.config.model_dump(mode="json", exclude={"grid", "sweep", "quantization"}, exclude_unset=True)
     plan.references = [Trial(REFERENCE, {}, PretrainConfig, tree | {"method": {"kind": DENSE}})]
     model = {"path": str(plan.run_folder(REFERENCE) / "model")}
@@ -194,17 +232,19 @@ def check_trials(plan: SweepPlan, timed: bool = True) -> dict[str, list[str]]:
 
     `timed`: whether to estimate their time, for which steps are measured.
     """
-    estimator = Estimator(plan.resources, timed)
-    everyone = {trial.name: trial for trial in (*plan.references, *plan.trials)}
+    estimator = Estimator(known_resources(), timed)
+    by_name = {trial.name: trial for trial in plan.everyone}
     known: dict[str, Estimate] = {}
     problems: dict[str, list[str]] = {}
-    for name, trial in everyone.items():
+    for name, trial in by_name.items():
         found: list[str] = []
         with collect(found):
             run = plan.config_of(trial)
-            key = _without_seed_and_optimizer(run)
+            # Trials that differ in seed and optimizer alone cost the same.
+            cheap = {key: value for key, value in flatten(run).items() if not key.startswith(("run.", "optimizer."))}
+            key = repr(cheap | {"train.seed": None})
             if key not in known:
-                start = plan.config_of(everyone[trial.start]) if trial.start in everyone else None
+                start = plan.config_of(by_name[trial.start]) if trial.start in by_name else None
                 known[key] = estimator.estimate(run, trial.bits, start)
             plan.estimates[name] = known[key]
             found += known[key].problems
@@ -214,12 +254,6 @@ def check_trials(plan: SweepPlan, timed: bool = True) -> dict[str, list[str]]:
         plan.datasets += [dataset for dataset in estimate.datasets if dataset not in plan.datasets]
         plan.notes |= dict.fromkeys(estimate.notes)
     return problems
-
-
-def _without_seed_and_optimizer(run: TrainingConfig) -> str:
-    """Equal for trials that cost the same."""
-    flat = {key: value for key, value in flatten(run).items() if not key.startswith(("run.", "optimizer."))}
-    return repr({key: value for key, value in flat.items() if key != "train.seed"})
 
 
 def _of_trials(names: list[str], total: int) -> str:
@@ -248,7 +282,7 @@ def show_plan(plan: SweepPlan) -> None:
                 "trial": trial.name,
                 "state": read_outcome(plan.run_folder(trial.name)).get("status", ""),
                 "scored at bits": ", ".join(map(str, trial.bits)) or "-",
-                "estimated": "-" if seconds is None else str(timedelta(seconds=round(seconds))),
+                "estimated": "-" if seconds is None else duration(seconds),
             }
         )
     warmups: dict[str, list[str]] = {}  # note on a warm-up that is too long -> the trials that have it

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 import shlex
 import time
 from collections.abc import Iterator, Sequence
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 from finhpc.commands.sweep.grid import AnySweep
 from finhpc.commands.sweep.plan import SweepPlan
 from finhpc.commands.sweep.trial import Trial, read_outcome
-from finhpc.files import write_atomic
 from finhpc.runs.result import compare_command
-from finhpc.screen import rows_table, summary_table
+from finhpc.screen import duration, rows_table, summary_table
 from finhpc.settings.finetune import FinetuneConfig
 from finhpc.training.journal import WORKER_FILE, read
 
@@ -41,28 +36,22 @@ MOST_ROWS = 60
 LINE_EVERY_S = 15.0
 
 
-def metric_of(plan: SweepPlan) -> tuple[str, bool]:
-    """(key of the result that ranks the trials, whether more is better)."""
-    default = "held_out_weighted_f1" if isinstance(plan.config, FinetuneConfig) else "val_loss"
-    metric, mode = plan.options.metric or default, plan.options.mode
-    more = mode == "max" if mode else "f1" in metric or "accuracy" in metric
-    return metric, more
-
-
 def ranked(plan: SweepPlan) -> list[Row]:
-    """A row per grid point, the best first; those that did not end well come last, without a rank.
+    """A row per grid point, the best first; those that did not end well come last, without a place.
 
     `scored_only`: whether the row scores, at other bits, the model that the training of another row made.
     """
     rows = [row for trial in plan.trials for row in _rows(plan, trial)]
-    metric, more = metric_of(plan)
-    if plan.options.metric is None and metric != "val_loss" and all(row[metric] is None for row in rows):
+    options = plan.options
+    metric = options.metric or ("held_out_weighted_f1" if isinstance(plan.config, FinetuneConfig) else "val_loss")
+    more = options.mode == "max" if options.mode else "f1" in metric or "accuracy" in metric
+    if options.metric is None and metric != "val_loss" and all(row[metric] is None for row in rows):
         metric, more = "val_loss", False  # finetuned on texts: there are no labels to score
         log.info("no held-out example has a label; the trials are ranked by val_loss.")
     well = [row for row in rows if row["status"] == "finished" and row.get(metric) is not None]
     well.sort(key=lambda row: (-row[metric] if more else row[metric], row["trial"]))
     for i, row in enumerate(well):
-        row["rank"] = i + 1
+        row["place"] = i + 1
     return well + [row for row in rows if row not in well]
 
 
@@ -70,7 +59,7 @@ def _rows(plan: SweepPlan, trial: Trial) -> Iterator[Row]:
     outcome = read_outcome(plan.run_folder(trial.name))
     for i, (name, values) in enumerate(trial.points):
         figures = outcome if name == trial.name or "scored" not in outcome else outcome["scored"].get(name, {})
-        row: Row = {"rank": None, "trial": name, "status": outcome.get("status", "not run"), "values": values}
+        row: Row = {"place": None, "trial": name, "status": outcome.get("status", "not run"), "values": values}
         row |= {key: figures.get(key) for key in FIGURES}
         row["size_bytes"] = row["size_bytes"] or row["size_16bit_bytes"]
         peaks = [peak for peak in outcome.get("peak_memory_bytes") or [] if peak is not None]
@@ -91,23 +80,15 @@ def _rows(plan: SweepPlan, trial: Trial) -> Iterator[Row]:
 def flat(rows: list[Row]) -> list[Row]:
     """The rows with a column for each key that varies, for a table or a CSV file."""
     return [
-        {"rank": r["rank"], "trial": r["trial"]} | r["values"] | {k: r[k] for k in r if k != "values"} for r in rows
+        {"place": r["place"], "trial": r["trial"]} | r["values"] | {k: r[k] for k in r if k != "values"} for r in rows
     ]
-
-
-def write_csv(rows: list[Row], path: Path) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomic(path, text.getvalue())
 
 
 def show(config: AnySweep, result: Row) -> None:
     """Print the ranked table and the best trial."""
     shown = []
     for row in result["trials"][:MOST_ROWS]:
-        line: Row = {"rank": row["rank"] or "-", "trial": row["trial"]}
+        line: Row = {"place": row["place"] or "-", "trial": row["trial"]}
         for key, (title, form) in SHOWN.items():
             if any(other[key] is not None for other in result["trials"]):
                 value = row[key] if key != "size_bytes" or row[key] is None else row[key] / 1e6
@@ -126,7 +107,7 @@ def show(config: AnySweep, result: Row) -> None:
         ("model", str(result["model"])),
         ("registered as", str(result["registered"])),
         ("steps trained", f"{result['steps_trained']:,}"),
-        ("time", str(timedelta(seconds=round(result["wall_s"])))),
+        ("time", duration(result["wall_s"])),
         ("table", f"{result['folder']}/trials.csv"),
         ("compare", compare_command(config, "--run.name", config.run.name)),
     ]
@@ -141,12 +122,6 @@ class Follower:
         self.left = {trial.name for trial in trials if not plan.has_ended(trial)}
         self.total, self.at_start = len(trials), len(self.left)
         self.last_line = time.monotonic()
-
-    def __enter__(self) -> Follower:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.update()
 
     def update(self) -> None:
         """Report trials that have ended since the last call."""
@@ -166,7 +141,7 @@ class Follower:
         left, ended = "", self.at_start - len(self.left)
         if ended and self.left:
             seconds = (time.monotonic() - self.began) / ended * len(self.left)
-            left = f"; {len(self.left)} left, about {timedelta(seconds=round(seconds))}"
+            left = f"; {len(self.left)} left, about {duration(seconds)}"
         log.info(f"trial {self.total - len(self.left)}/{self.total} {name}: {outcome['status']}{figures}{why}{left}")
         self.last_line = time.monotonic()
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from finhpc.commands.pretrain import decompose_start
 from finhpc.commands.sweep.plan import SweepPlan, free_bytes
 from finhpc.commands.sweep.trial import Trial
 from finhpc.errors import ConfigError, FinhpcError
+from finhpc.files import json_sha256
 from finhpc.planning.model import DECOMPOSED, needs_decomposing
 from finhpc.settings.finetune import FinetuneConfig
 from finhpc.settings.pretrain import PretrainConfig
@@ -29,7 +27,7 @@ def prepare_shared(plan: SweepPlan, trials: Sequence[Trial]) -> None:
         if isinstance(config, PretrainConfig) and needs_decomposing(config):
             method = config.method
             ranks = [config.model.path, method.rank, sorted(method.ranks.items()), method.embedding, method.head]
-            shared = plan.shared / f"decomposed-{_hash(ranks)}"
+            shared = plan.shared / f"decomposed-{json_sha256(ranks)[:12]}"
             if not (shared / DECOMPOSED / "result.json").is_file():
                 log.info(f"factorizing the dense model for {name} and other trials of the same ranks")
             decompose_start(config, shared)
@@ -60,7 +58,8 @@ def _share_base(plan: SweepPlan, scheme: str, config: FinetuneConfig, names: lis
     from finhpc.screen import Progress
 
     weights = open_base(config)
-    shared = plan.shared / f"base-{_hash([weights_fingerprint(weights.path), scheme, config.quantization.bits])}"
+    same = [weights_fingerprint(weights.path), scheme, config.quantization.bits]
+    shared = plan.shared / f"base-{json_sha256(same)[:12]}"
     lora_model = LoraModel.of(config, weights)
     if not shared.is_dir():
         if len(names) == 1:
@@ -68,10 +67,10 @@ def _share_base(plan: SweepPlan, scheme: str, config: FinetuneConfig, names: lis
         needed, free = quantized_cache_bytes(lora_model), free_bytes(plan.folder) - plan.disk_bytes
         if needed > free:
             raise ConfigError(
-                f"it takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} are free besides what the trials need"
+                f"it takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} are free in addition to what the trials need"
             )
     label = f"quantizing {weights.path.name} at {config.quantization.bits} bits, for {len(names)} trials"
-    with Progress(label, len(lora_model.quantized_matrices()), bytes_=False) as progress:
+    with Progress(label, len(lora_model.quantized_matrices()), "matrices") as progress:
         write_quantized_cache(lora_model, shared, progress.advance)
     for name in names:
         _link(plan.run_folder(name) / QUANTIZED, shared)
@@ -83,7 +82,3 @@ def _link(link: Path, target: Path) -> None:
         link.unlink()
     if not link.exists():
         link.symlink_to(target)
-
-
-def _hash(values: list[Any]) -> str:
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:12]

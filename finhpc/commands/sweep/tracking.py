@@ -14,6 +14,7 @@ from finhpc.errors import FinhpcError
 from finhpc.runs.folder import RunFolder
 from finhpc.runs.job import Job
 from finhpc.runs.run import send_to_mlflow
+from finhpc.tracking.describe import Description
 from finhpc.tracking.registry import register, settle_children
 from finhpc.tracking.store import RefusedError
 from finhpc.tracking.tags import COMMAND, PREFIX, SCORED_FROM, SETTING, setting_tags
@@ -31,7 +32,7 @@ STATUS: dict[str, Status] = {"finished": "FINISHED", "pruned": "KILLED"}  # of a
 
 
 class Parent:
-    """The sweep's own MLflow run, as a context. `id`: None until MLflow has answered."""
+    """The sweep's own MLflow run, as a context."""
 
     def __init__(self, plan: SweepPlan, folder: RunFolder) -> None:
         config = plan.config
@@ -39,15 +40,22 @@ class Parent:
         commit = folder.write_environment()["git_commit"]
         tags = setting_tags(config) | plan.tags | {COMMAND: "sweep", "mlflow.source.name": "finhpc sweep"}
         tags |= {"mlflow.source.git.commit": commit} if commit else {}
-        self.tracker = Tracker(
-            folder.path, plan.tracking_uri, config.run.experiment, config.run.name, plan.shared_parameters(), tags,
-            plan.datasets,
-        )  # fmt: skip
+        uri, run, params = plan.tracking_uri, config.run, plan.shared_parameters()
+        self.tracker = Tracker(Description(folder.path, uri, run.experiment, run.name, params, tags, plan.datasets))
         self.ended = False
+
+    @property
+    def id(self) -> str | None:
+        """None until MLflow has answered; the children of a run without an id are nested at the end."""
+        return self.tracker.run_id
 
     def __enter__(self) -> Parent:
         self.tracker.start()
-        self.id = wait_for_id(self.tracker)
+        deadline = time.monotonic() + WAIT_S
+        while self.id is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if self.id is None:
+            log.info("MLflow does not answer yet; the sweep goes on, and its trials are nested below it later.")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -74,13 +82,13 @@ class Parent:
         self.ended = True
         status: Status = "FINISHED" if best else "FAILED"
         self.tracker.finish(status, {**figures, "status": result["status"]}, timeout_s=60)
-        result |= {"mlflow_run_id": self.tracker.run_id, "tracking_uri": self.tracker.uri}
+        result |= {"mlflow_run_id": self.id, "tracking_uri": self.tracker.uri}
 
     def _settle(self) -> None:
         files = sorted(self.plan.folder.glob("*/*/mlflow.json")) + sorted(self.plan.runs.glob("*/*/mlflow.json"))
         ids = [json.loads(path.read_text(encoding="utf-8")).get("run_id") for path in files]
         children = [(run_id, "KILLED") for run_id in ids if run_id]
-        self._try(lambda: settle_children(self.plan.tracking_uri, self.tracker.run_id, children))
+        self._try(lambda: settle_children(self.plan.tracking_uri, self.id, children))
 
     def _try(self, work: Callable[[], T]) -> T | None:
         """What `work` returns; None, with a message, if MLflow does not answer or refuses."""
@@ -95,16 +103,6 @@ class Parent:
         return None
 
 
-def wait_for_id(tracker: Tracker) -> str | None:
-    """The parent's id; None if MLflow does not answer in time, in which case the children are nested at the end."""
-    deadline = time.monotonic() + WAIT_S
-    while tracker.run_id is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    if tracker.run_id is None:
-        log.info("MLflow does not answer yet; the sweep goes on, and its trials are nested below it later.")
-    return tracker.run_id
-
-
 def track_score(
     job: Job, folder: RunFolder, name: str, bits: int, figures: Mapping[str, Any], status: Status = "FINISHED"
 ) -> str | None:
@@ -117,10 +115,8 @@ def track_score(
     tags |= {SCORED_FROM: str(trained.get("mlflow_run_id")), COMMAND: job.command}
     tags |= {PREFIX + "dataset_fingerprint": job.fingerprints[0], "mlflow.source.name": "finhpc sweep"}
     assert config.run.tracking_uri is not None
-    tracker = Tracker(
-        own, config.run.tracking_uri, config.run.experiment, name, job.parameters() | at, tags, job.datasets,
-    )  # fmt: skip
-    tracker.start()
+    uri, params = config.run.tracking_uri, job.parameters() | at
+    tracker = Tracker(Description(own, uri, config.run.experiment, name, params, tags, job.datasets)).start()
     tracker.finish(status, figures, timeout_s=15)
     return tracker.run_id
 

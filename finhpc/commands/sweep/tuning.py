@@ -30,14 +30,13 @@ def train_trials(plan: SweepPlan, parent: str | None = None) -> None:
     not. `parent`: the MLflow run of the sweep. Raises `ConfigError` for trials that the cluster cannot place,
     `TrainingFailedError` if a trial that others start from fails.
     """
-    plan.placement.check()  # again: only now is the size of another cluster known
-    everyone = [*plan.references, *plan.trials]
-    for trial in everyone:
+    plan.check_placement()  # again: only now is the size of another cluster known
+    for trial in plan.everyone:
         run = plan.run_folder(trial.name)
         if read_record(run).get("status") == "failed" or (read_record(run) and not plan.has_ended(trial)):
             (run / OUTCOME).unlink()
-    starts = {trial.start for trial in everyone}
-    first = [trial for trial in everyone if trial.name in starts]
+    starts = {trial.start for trial in plan.everyone}
+    first = [trial for trial in plan.everyone if trial.name in starts]
     _train(plan, first, parent, None)
     for trial in first:
         outcome = read_outcome(plan.run_folder(trial.name))
@@ -45,37 +44,34 @@ def train_trials(plan: SweepPlan, parent: str | None = None) -> None:
             raise TrainingFailedError(
                 f"{trial.name}, from which other trials start, {outcome['status']}: {outcome['error']}"
             )
-    _train(plan, [trial for trial in everyone if trial.name not in starts], parent, _scheduler(plan))
+    _train(plan, [trial for trial in plan.everyone if trial.name not in starts], parent, _scheduler(plan))
 
 
 def _train(plan: SweepPlan, trials: Sequence[Trial], parent: str | None, scheduler: Any) -> None:
-    left = [trial for trial in trials if not plan.has_ended(trial)]
-    if left:
-        prepare_shared(plan, left)
-        _tune(plan, trials, parent, scheduler)
-
-
-def _tune(plan: SweepPlan, trials: Sequence[Trial], parent: str | None, scheduler: Any) -> None:
-    """Run the trials through Ray Tune; returns when all have ended."""
+    """Run the trials through Ray Tune, unless all have ended; returns when they have."""
     from ray import tune
     from ray.tune import FailureConfig, RunConfig, TuneConfig
 
+    left = [trial for trial in trials if not plan.has_ended(trial)]
+    if not left:
+        return
+    prepare_shared(plan, left)
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # everything is in our run folders
     os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"  # a failed trial reports nothing
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # tracebacks of failed trials
     arguments = {trial.name: plan.arguments(trial, parent) for trial in trials}
     train = tune.with_parameters(run_trial, trials=arguments, driver=Driver.here())
-    placement, storage = plan.placement, plan.folder / TUNE
+    reservations, storage = plan.reservations(), plan.folder / TUNE
     shutil.rmtree(storage, ignore_errors=True)
     tuner = tune.Tuner(
-        tune.with_resources(train, lambda point: placement.reservation(point["trial"])),
+        tune.with_resources(train, lambda point: reservations[point["trial"]]),
         param_space={"trial": tune.grid_search(_in_order(plan, trials, shuffled=scheduler is not None))},
         tune_config=TuneConfig(
             metric="val_loss",
             mode="min",
             scheduler=scheduler,
-            max_concurrent_trials=placement.concurrent,
+            max_concurrent_trials=plan.concurrent,
             reuse_actors=True,
             trial_dirname_creator=lambda trial: str(trial.trial_id),
         ),
@@ -87,12 +83,13 @@ def _tune(plan: SweepPlan, trials: Sequence[Trial], parent: str | None, schedule
         ),
     )
     results: list[Any] = []
-    with Follower(plan, trials) as follower:
-        try:
-            problem = watch(lambda: results.extend(tuner.fit()), follower.update)
-        finally:
-            for runs in {plan.run_folder(trial.name).parent for trial in trials}:
-                free_resources(runs)
+    follower = Follower(plan, trials)
+    try:
+        problem = watch(lambda: results.extend(tuner.fit()), follower.update)
+    finally:
+        follower.update()
+        for runs in {plan.run_folder(trial.name).parent for trial in trials}:
+            free_resources(runs)
     for result in results:  # whose actor died before it could record an outcome
         run = plan.run_folder(result.config["trial"])
         if read_record(run):

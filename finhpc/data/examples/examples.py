@@ -100,9 +100,7 @@ def make_examples(settings: Instructions, tokenizer: Any, seed: int, before: Pat
     `ConfigError` with everything that cannot be used, and if more than `max_dropped` of the examples have no room for
     their answer.
     """
-    if not settings.source:
-        raise ConfigError("data.source is not set; give --data.source with a file of examples or hf:NAME.")
-    sources = read_examples([*settings.source, *settings.eval_source], settings)
+    sources = read_sources(settings)
     given = [example for source in sources for example in source.examples]
     check_tokenizer(tokenizer, given)
     origin = _origin(given, settings, tokenizer, seed)
@@ -125,6 +123,13 @@ def make_examples(settings: Instructions, tokenizer: Any, seed: int, before: Pat
     notes = [*(note for source in sources for note in source.notes), *texts, *_notes(counts, settings)]
     labels = tuple(dict.fromkeys(label for source in sources for label in source.labels))
     return Examples(_arrays(drawn), _arrays(held_out), counts, labels, tuple(notes), origin)
+
+
+def read_sources(settings: Instructions) -> list[Source]:
+    """Read the examples of all sources. Raises one `ConfigError` with everything that cannot be used."""
+    if not settings.source:
+        raise ConfigError("data.source is not set; give --data.source with a file of examples or hf:NAME.")
+    return read_examples([*settings.source, *settings.eval_source], settings)
 
 
 def _unseen(number: int, source: Source, learned: list[Tokenized], tokenizer: Any) -> list[list[int]]:

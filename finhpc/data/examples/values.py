@@ -41,23 +41,21 @@ def text_of(value: Any, name: str, where: str) -> str:
 
 
 def word_of(value: Any, name: str, where: str) -> str:
-    """Return a label as written, without white space around it; whole numbers (1, 1.0, "1.0") as their digits.
+    """Return a label as written, without white space around it; integers (1, 1.0, "1.0") as their digits.
 
-    "" for a missing value. Raises `ConfigError` with its place for every value that is neither text nor a whole number.
+    "" for a missing value. Raises `ConfigError` with its place for every value that is neither text nor an integer.
     """
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (int, float, Decimal)) and not is_missing(value) and value == value // 1:
         return str(int(value))
     if not isinstance(value, str) and not is_missing(value):
-        raise ConfigError(
-            f"{where}: {name} holds {shown(value)}, which is not a label; write a word or a whole number."
-        )
+        raise ConfigError(f"{where}: {name} holds {shown(value)}, which is not a label; write a word or an integer.")
     return without_zeros(" ".join(text_of(value, name, where).split()))
 
 
 def without_zeros(word: str) -> str:
-    """Return the digits of a whole number such as 1.0, any other word as it is."""
+    """Return the digits of an integer such as 1.0, any other word as it is."""
     whole = WHOLE.fullmatch(word)
     return whole[1] if whole else word
 

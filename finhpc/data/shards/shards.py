@@ -133,12 +133,13 @@ class Shards:
             if file_sha256(self.folder / name) != expected:
                 raise DataError(f"{self.folder / name} is not the file that was prepared (sha256 differs); restore it.")
 
-    def check_seq_len(self, seq_len: int) -> None:
-        """Raise `ConfigError` unless blocks can be cut into samples of `seq_len` tokens."""
+    def check_seq_len(self, seq_len: int, context: int | None = None) -> None:
+        """Raise `ConfigError` unless blocks can be cut into samples of `seq_len` tokens; advise at most `context`."""
         block_len = self.manifest.block_len
         if seq_len < 1 or block_len % seq_len:
             divisors = [d for d in range(2, block_len + 1) if block_len % d == 0]
-            near = sorted(divisors, key=lambda d: abs(d - seq_len))[:4]
+            fitting = [d for d in divisors if context is None or d <= context] or divisors
+            near = sorted(fitting, key=lambda d: abs(d - seq_len))[:4]
             raise ConfigError(
                 f"data.seq_len={seq_len} does not divide the shards' block_len={block_len}; "
                 f"use one of: {', '.join(map(str, sorted(near)))}."
@@ -165,10 +166,10 @@ class Shards:
 
     def ids_of_text(self) -> int:
         """Return how many rows the ids of the text need in an embedding; a token that only pads needs none."""
-        from finhpc.models.files.tokenizer import find_tokenizer
+        from finhpc.models.files.tokenizer import has_tokenizer, open_tokenizer
 
-        tokenizer = find_tokenizer(self.tokenizer)
-        return self.manifest.vocab_size if tokenizer is None else largest_id(tokenizer) + 1
+        exists = has_tokenizer(self.tokenizer)
+        return largest_id(open_tokenizer(self.tokenizer)) + 1 if exists else self.manifest.vocab_size
 
     def check_same(self, fingerprint: str) -> None:
         """Raise `DataError` unless the folder has the content it had when a run began (`manifest.fingerprint`)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,7 +83,8 @@ def pack(files: list[Path], out: Path, config: PrepareConfig, vocab_size: int) -
     keep, val = first_occurrences(digests), held_out(digests, config.val_fraction)
     duplicates = len(keep) - int(keep.sum())
     del digests
-    packers = {split: Packer(out, split, config, vocab_size) for split in ("train", "val")}
+    splits: tuple[Split, ...] = ("train", "val")
+    packers = {split: Packer(out, split, config, vocab_size) for split in splits}
     done = 0
     with Progress("packing", sum(path.stat().st_size for path in files)) as progress:
         for path in files:
@@ -97,14 +99,8 @@ def pack(files: list[Path], out: Path, config: PrepareConfig, vocab_size: int) -
                 done = here.stop
             progress.advance(path.stat().st_size)
     tail = sum(packer.close() for packer in packers.values())
-    for packer in packers.values():
-        if not packer.shards:
-            held_out_remedy = f" or a larger --val_fraction (now {config.val_fraction})"
-            raise ConfigError(
-                f"the {'held-out' if packer.split == 'val' else 'train'} split has {packer.counts.documents} documents "
-                f"with {packer.pending_tokens} tokens, less than one block of {config.block_len}; give more text, a "
-                f"smaller --block_len (now {config.block_len}){held_out_remedy if packer.split == 'val' else ''}."
-            )
+    if problems := [_too_small(split, packers, config) for split in packers if not packers[split].shards]:
+        raise ConfigError(problems)
     return Packed(
         splits={split: packer.shards for split, packer in packers.items()},
         counts={split: packer.counts for split, packer in packers.items()},
@@ -150,3 +146,20 @@ def _documents(path: Path) -> Iterator[tuple[Tokens, npt.NDArray[np.int32], npt.
     for batch in unit_batches(path):
         rows = batch.column(0)
         yield rows.values.to_numpy(), rows.offsets.to_numpy(), batch.column(2).to_numpy()
+
+
+def _too_small(split: Split, packers: dict[Split, Packer], config: PrepareConfig) -> str:
+    """Why a split has no block, and what to change: hold out more if that helps, else more text or smaller blocks."""
+    packer = packers[split]
+    what, count = "held-out" if split == "val" else "train", packer.counts.documents
+    problem = (
+        f"the {what} split has {count} document{'' if count == 1 else 's'} with {packer.pending_tokens} tokens, less "
+        f"than one block of {config.block_len}; "
+    )
+    documents = sum(one.counts.documents for one in packers.values())
+    tokens = sum(one.counts.tokens + one.pending_tokens for one in packers.values())
+    # Documents are chosen by hash: with this share a split of five documents and two blocks is expected.
+    share = max(5 / max(documents, 1), 2 * config.block_len / max(tokens, 1))
+    if split == "val" and share <= 0.5:
+        return problem + f"raise --val_fraction to {math.ceil(100 * share) / 100:g} (now {config.val_fraction:g})."
+    return problem + f"give more text or a smaller --block_len (now {config.block_len})."

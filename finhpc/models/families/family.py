@@ -13,66 +13,35 @@ from torch import Tensor, nn
 
 from finhpc.lowrank.registry import check_kind
 from finhpc.lowrank.replace import Ranks, make_low_rank
+from finhpc.models.families.parts import Flow, Part, add_positions, apply, attend, embed, head, mlp
 from finhpc.models.families.presets import Shape
 from finhpc.plugins import require
 
-Flow = tuple[Tensor, Tensor]  # (hidden (batch, seq, width), tokens (batch, seq)) between pipeline layers
-# (module, x (1, T, width), pack, keep probabilities) -> the input of the output projection, like x
-PackedAttention = Callable[[Any, Tensor, Tensor, bool], Tensor]
-# (block, q, k, v, scale) with q (batch, heads, seq, size) -> (batch, seq, heads * size) over all keys so far
-CachedAttention = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
-
-HALVES = ("attention", "mlp")  # of a transformer block, in this order
-BLOCK = "block"  # both halves as one part
-BLOCKS = {**dict.fromkeys(HALVES, 0.5), BLOCK: 1.0}  # kind of part -> share of a block
-
-
-def describe_parts(kinds: list[str]) -> str:
-    """Describe consecutive parts, such as "3.5 blocks, norm, head": attention and MLP are half a block each."""
-    words = [kind for kind in kinds if kind not in BLOCKS]
-    blocks = sum(BLOCKS[kind] for kind in kinds if kind in BLOCKS)
-    if blocks:
-        words.insert(next(i for i, kind in enumerate(kinds) if kind in BLOCKS), f"{blocks:g} blocks")
-    return ", ".join(words)
-
-
-@dataclass(frozen=True)
-class Part:
-    """The smallest unit of a pipeline cut: modules of the Hugging Face model and the function that runs them.
-
-    A transformer block is two parts, attention and MLP, each with its norm and residual sum, so that stages can be
-    balanced; or one part if only its input is stored for the backward pass (`finhpc.models.recompute`).
-    `run(flow, *modules)` takes and returns (hidden, tokens), except that the first part takes only tokens and the
-    last returns the loss.
-    """
-
-    names: tuple[str, ...]  # Hugging Face names of the modules
-    kind: str  # embedding, positions, dropout, attention, mlp, block, norm or head
-    run: Callable[..., Any]
-
-    @property
-    def in_block(self) -> bool:
-        return self.kind in BLOCKS
-
-    def modules(self, model: nn.Module) -> list[nn.Module]:
-        """Return this part's modules of `model` in the order that `run` takes them."""
-        return [model.get_submodule(name) for name in self.names]
+Heads = tuple[Tensor, Tensor, Tensor]  # q, k, v: (batch, seq, heads, size)
 
 
 class Family:
-    """A transformer family built from transformers' own modules; the defaults are those of Llama-like models.
+    """A transformer family built from transformers' own modules; the names are those of Llama-like models.
 
-    `dense_class` is transformers' model class. `low_rank_class` derives from `LowRankModel` and `dense_class`.
+    `dense_class` is transformers' model class; `low_rank_class` is made from it.
     """
 
     embedding: ClassVar[str] = "model.embed_tokens"
-    head: ClassVar[str] = "lm_head"
+    positions: ClassVar[str | None] = None  # the embedding of positions, if they are learned
+    blocks: ClassVar[str] = "model.layers"
+    attention: ClassVar[tuple[str, str]] = ("input_layernorm", "self_attn")  # norm and module in a block
+    mlp: ClassVar[tuple[str, str]] = ("post_attention_layernorm", "mlp")
     output_projection: ClassVar[str] = "o_proj"  # in an attention module
+    norm: ClassVar[str] = "model.norm"  # after the blocks
+    head: ClassVar[str] = "lm_head"
 
-    def __init__(self, label: str, dense_class: Any, low_rank_class: Any) -> None:
-        self.label, self.dense_class, self.low_rank_class = label, dense_class, low_rank_class
-        self.name: str = dense_class.config_class.model_type
-        low_rank_class.family = self
+    def __init__(self, label: str, dense_class: Any) -> None:
+        dense_config = dense_class.config_class
+        self.label, self.dense_class, self.name = label, dense_class, str(dense_config.model_type)
+        config_fields = {"model_type": f"lowrank_{self.name}"}
+        low_rank_config = type(f"LowRank{dense_config.__name__}", (LowRankConfig, dense_config), config_fields)
+        model_fields = {"config_class": low_rank_config, "family": self}
+        self.low_rank_class: Any = type(f"LowRank{dense_class.__name__}", (LowRankModel, dense_class), model_fields)
 
     # -- configs ----------------------------------------------------------------------------
 
@@ -119,23 +88,41 @@ class Family:
 
     def parts(self, config: Any) -> list[Part]:
         """Return the parts of a model in forward order; a tied head uses the embedding's module again."""
-        raise NotImplementedError
+        row = [Part((self.embedding,), "embedding", embed)]
+        if self.positions:
+            row.append(Part((self.positions,), "positions", add_positions))
+        attention = self.attention_half(config)
+        for i in range(config.num_hidden_layers):
+            row.append(Part(self.block_names(i, self.attention), "attention", attention))
+            row.append(Part(self.block_names(i, self.mlp), "mlp", mlp))
+        row.append(Part((self.norm,), "norm", apply))
+        row.append(Part((self.embedding if config.tie_word_embeddings else self.head,), "head", head))
+        return row
 
-    def packed_attention(self, config: Any) -> PackedAttention:
-        """Return attention over packed examples, up to the input of the output projection."""
-        raise NotImplementedError
+    def block_names(self, i: int, names: tuple[str, str]) -> tuple[str, str]:
+        """Return the Hugging Face names of two modules of block `i`."""
+        return f"{self.blocks}.{i}.{names[0]}", f"{self.blocks}.{i}.{names[1]}"
 
-    def decode(self, model: Any, tokens: Tensor, positions: Tensor, attend: CachedAttention) -> Tensor:
-        """Return the normalized hidden state (batch, width) of the last of `tokens` (batch, seq).
+    def attention_half(self, config: Any) -> Callable[..., Flow]:
+        """Return the `run` of the attention parts: (flow, norm, attention) -> flow."""
+        return attend
 
-        `attend` stores keys and values and attends to all of them so far.
+    def rotary(self, config: Any) -> Any:
+        """Return the module that computes rotary positions, (x, positions) -> (cos, sin); None if they are learned."""
+        return None
+
+    def heads(self, attention: Any, x: Tensor, rotated: Any) -> Heads:
+        """Return queries, keys and values of x (batch, seq, width), for packed examples and cached decoding.
+
+        `rotated`: what `rotary` returns for the positions of x. The attention module's `scaling` is the factor of the
+        scores.
         """
         raise NotImplementedError
 
 
 @dataclass(kw_only=True)
 class LowRankConfig:
-    """The fields that a low-rank model's config adds; list it before transformers' config class.
+    """The fields that a low-rank model's config adds to those of the dense one.
 
     `low_rank`: kind of layer -> rank, or None if it is dense. `low_rank_kind`: `method.kind`. `low_rank_layers`:
     ranks of single layers by name, which override their kind's. `dense_tied`: whether the dense model ties its head.
@@ -148,7 +135,7 @@ class LowRankConfig:
 
 
 class LowRankModel(nn.Module):
-    """Makes a model class of transformers low-rank as its config says; list it before that class."""
+    """Makes the model class of transformers that it precedes among the bases low-rank, as the config says."""
 
     family: ClassVar[Family]
 

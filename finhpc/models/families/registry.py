@@ -16,7 +16,7 @@ from finhpc.errors import ConfigError
 from finhpc.lowrank.registry import LAYERS, trained_kind
 from finhpc.lowrank.replace import Ranks
 from finhpc.models import attention
-from finhpc.models.families import gpt2, llama, mistral, qwen2
+from finhpc.models.families import gpt2, llama
 from finhpc.models.families.family import Family, LowRankConfig
 from finhpc.models.families.presets import PRESETS, Shape
 from finhpc.plugins import Registry, require
@@ -34,19 +34,16 @@ def _register(name: str, family: Any) -> None:
         raise ConfigError(
             f"the model family {name} must be a finhpc.models.families.family.Family, such as an instance of Llama."
         )
+    if family.name != name:
+        raise ConfigError(f"the model family {name} has model_type {family.name}; register it as {family.name}.")
     low_rank = family.low_rank_class.config_class
-    if not (family.name == name and low_rank.model_type == f"lowrank_{name}"):
-        raise ConfigError(
-            f"the model family {name} has model_type {family.name} and, low-rank, {low_rank.model_type}; "
-            f"register it as {family.name}, with the low-rank model_type lowrank_{family.name}."
-        )
     AutoConfig.register(low_rank.model_type, low_rank, exist_ok=True)
     AutoModelForCausalLM.register(low_rank, family.low_rank_class, exist_ok=True)
 
 
 FAMILIES: Registry[Family] = Registry(
     "the model family",
-    {family.name: family for family in (gpt2.FAMILY, llama.FAMILY, mistral.FAMILY, qwen2.FAMILY)},
+    {family.name: family for family in (gpt2.FAMILY, *llama.FAMILIES)},
     _register,
 )
 for _name, _family in FAMILIES.own():

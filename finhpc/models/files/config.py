@@ -12,13 +12,12 @@ from typing import Any
 
 from transformers import AutoConfig
 from transformers.activations import ACT2FN
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from finhpc.errors import CheckpointError, ConfigError
 from finhpc.models.families.registry import FAMILIES, check_plugins
-from finhpc.quantization.schemes import MINMAX
 
 ADAPTER = "adapter_config.json"  # a folder with this file is an adapter, whatever else it contains
-OUR_QUANTIZERS = ("bitsandbytes", MINMAX)  # `quant_method` values that load_model opens
 OWN_CODE = "Python code of its own (auto_map), which finhpc never runs; use a model that transformers knows"
 ROPES = ("default", "linear", "dynamic", "yarn", "llama3")
 ABSENT: tuple[Any, ...] = (None, False, 0, "", "none", [], {})
@@ -105,7 +104,7 @@ def check_computation(tree: dict[str, Any], where: str) -> None:
     if "AutoModelForCausalLM" in (tree.get("auto_map") or {}):
         odd.append(f"auto_map={tree['auto_map']['AutoModelForCausalLM']} (code of its own, which is never run)")
     method = (tree.get("quantization_config") or {}).get("quant_method", "bitsandbytes")
-    if method not in OUR_QUANTIZERS:
+    if not _is_opened(str(method)):
         odd.append(f"quantization_config.quant_method={method}")
     if odd:
         kind = str(tree.get("model_type")).removeprefix("lowrank_")
@@ -113,6 +112,13 @@ def check_computation(tree: dict[str, Any], where: str) -> None:
             f"model={where} has {', '.join(odd)} in its config, which finhpc does not compute; give a plain {kind} "
             "model in 16 or 32 bits."
         )
+
+
+def _is_opened(quant_method: str) -> bool:
+    """Return whether finhpc opens models of a quantizer: bitsandbytes, its own, and those of plugins."""
+    quantizer = AUTO_QUANTIZER_MAPPING.get(quant_method)
+    registered = quantizer is not None and not quantizer.__module__.startswith("transformers.")
+    return registered or quant_method == "bitsandbytes"
 
 
 def _differs(value: Any, same: tuple[Any, ...]) -> bool:

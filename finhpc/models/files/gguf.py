@@ -1,4 +1,4 @@
-"""The weights of a GGUF file, dequantized one at a time.
+"""A GGUF file: its weights, dequantized one at a time, and its tokenizer.
 
 transformers knows the names and order of each architecture's weights, the `gguf` package the formats; transformers' own
 loader would need memory for the whole model.
@@ -6,6 +6,7 @@ loader would need memory for the whole model.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,7 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 from transformers.modeling_gguf_pytorch_utils import (
     TENSOR_PROCESSORS,
     TensorProcessor,
@@ -23,6 +26,7 @@ from transformers.modeling_gguf_pytorch_utils import (
 
 from finhpc.errors import CheckpointError, ConfigError
 from finhpc.models.families.registry import FAMILIES, skeleton
+from finhpc.models.files.tokenizer import opens_or_refuses
 
 LONG = ("tokenizer.ggml.tokens", "tokenizer.ggml.scores", "tokenizer.ggml.token_type", "tokenizer.ggml.merges")
 # Settings under the architecture's name that transformers applies, or that change nothing for the supported families.
@@ -94,6 +98,30 @@ class GgufFile:
         packed = np.fromfile(self.path, place.packed_dtype, count, offset=place.offset).reshape(place.packed_shape)
         weights = self._process(place.gguf_name, dequantize(packed, place.kind))
         return torch.from_numpy(np.ascontiguousarray(weights, dtype=np.float32))
+
+    def tokenizer(self) -> Any:
+        """Open the file's tokenizer with only its own tokens; transformers adds those of its class.
+
+        Raises `ConfigError` if there is none that opens.
+        """
+        with opens_or_refuses(self.path):
+            tokenizer = AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
+            tree = json.loads(tokenizer.backend_tokenizer.to_str())
+            tree["added_tokens"] = [token for token in tree["added_tokens"] if token["id"] < self.tokens]
+            own = {key: value for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+            return PreTrainedTokenizerFast(
+                tokenizer_object=Tokenizer.from_str(json.dumps(tree)),
+                chat_template=tokenizer.chat_template,
+                clean_up_tokenization_spaces=False,
+                **own,
+            )
+
+    def save_tokenizer(self, out: Path) -> bool:
+        """Write the tokenizer, unless the file has none, and the generation config into `out`."""
+        GenerationConfig.from_model_config(self.config).save_pretrained(out)
+        if self.tokens:
+            self.tokenizer().save_pretrained(out)
+        return bool(self.tokens)
 
     def _process(self, gguf_name: str, weights: Any) -> Any:
         """Reorder a tensor as Hugging Face does: Llama's queries and keys are permuted, GPT-2's matrices transposed."""

@@ -1,4 +1,4 @@
-"""The tokenizer of a model folder, an adapter's folder or a GGUF file: the same one for every command.
+"""The tokenizer of a model's or an adapter's folder: the same one for every command.
 
 A folder's tokenizer.json decides, unless tokenizer_config.json names a class of its own. transformers' AutoTokenizer
 also looks at the model's type: it opens every Qwen2 tokenizer as a Qwen2Tokenizer, whatever the model was trained with.
@@ -6,20 +6,19 @@ also looks at the model's type: it opens every Qwen2 tokenizer as a Qwen2Tokeniz
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from finhpc.errors import ConfigError
 from finhpc.models.files.config import OWN_CODE
-from finhpc.models.files.gguf import GgufFile
 from finhpc.models.files.tokens import GENERATION
 
 log = logging.getLogger(__name__)
@@ -38,20 +37,27 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in TOKENIZERS)
 
 
-def open_tokenizer(path: Path) -> Any:
-    """Open the tokenizer of a model folder, adapter's folder or GGUF file; raises `ConfigError` if that fails."""
-    if path.is_dir() and not has_tokenizer(path):
-        raise ConfigError(f"model={path} comes without a tokenizer (tokenizer.json); add the one it was trained with.")
+def open_tokenizer(folder: Path) -> Any:
+    """Open the tokenizer of a model's or an adapter's folder; raises `ConfigError` if that fails."""
+    if not has_tokenizer(folder):
+        raise ConfigError(
+            f"model={folder} comes without a tokenizer (tokenizer.json); add the one that it was trained with."
+        )
+    with opens_or_refuses(folder):
+        return read_tokenizer(str(folder), local_files_only=True)
+
+
+@contextmanager
+def opens_or_refuses(path: Path) -> Iterator[None]:
+    """Turn what transformers and tokenizers raise into a `ConfigError`: they do not check the files."""
     try:
-        if path.is_file():
-            return _of_gguf(path)
-        return read_tokenizer(str(path), local_files_only=True)
+        yield
     except ConfigError:
         raise
-    except Exception as error:  # transformers and tokenizers do not check the files and raise anything
+    except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ConfigError(
-            f"model={path} comes without a tokenizer that opens ({reason}); add the one it was trained with."
+            f"model={path} comes without a tokenizer that opens ({reason}); add the one that it was trained with."
         ) from None
 
 
@@ -76,45 +82,16 @@ def read_tokenizer(name: str, **how: Any) -> Any:
     return stored
 
 
-def find_tokenizer(path: Path) -> Any:
-    """Open the tokenizer of a model folder, adapter's folder or GGUF file; None if it has none."""
-    exists = has_tokenizer(path) if path.is_dir() else path.is_file() and GgufFile(path).tokens
-    return open_tokenizer(path) if exists else None
-
-
-def save_tokenizer(path: Path, out: Path) -> bool:
-    """Write the tokenizer and generation config of a model folder or GGUF file; False if it has no tokenizer."""
-    if path.is_dir():
-        if (path / GENERATION).is_file():
-            shutil.copyfile(path / GENERATION, out / GENERATION)
-        if not has_tokenizer(path):
-            return False
-        for file in (file for pattern in TOKENIZER_FILES for file in path.glob(pattern) if file.is_file()):
-            (out / file.relative_to(path)).parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, out / file.relative_to(path))
-        return True
-    if not path.is_file():
+def save_tokenizer(folder: Path, out: Path) -> bool:
+    """Copy the tokenizer and generation config of a folder into another; False if it has no tokenizer."""
+    if (folder / GENERATION).is_file():
+        shutil.copyfile(folder / GENERATION, out / GENERATION)
+    if not has_tokenizer(folder):
         return False
-    gguf = GgufFile(path)
-    GenerationConfig.from_model_config(gguf.config).save_pretrained(out)
-    if gguf.tokens:
-        open_tokenizer(path).save_pretrained(out)
-    return bool(gguf.tokens)
-
-
-def _of_gguf(path: Path) -> Any:
-    """Open the tokenizer in a GGUF file with only the file's own tokens; transformers adds its class's."""
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    tokens = GgufFile(path).tokens
-    tree = json.loads(tokenizer.backend_tokenizer.to_str())
-    tree["added_tokens"] = [token for token in tree["added_tokens"] if token["id"] < tokens]
-    own = {key: value for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(tree)),
-        chat_template=tokenizer.chat_template,
-        clean_up_tokenization_spaces=False,
-        **own,
-    )
+    for file in (file for pattern in TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()):
+        (out / file.relative_to(folder)).parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, out / file.relative_to(folder))
+    return True
 
 
 @cache

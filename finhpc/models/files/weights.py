@@ -1,13 +1,9 @@
-"""A model on disk whose weights are read one at a time, so memory holds one layer and not the model.
-
-It is a Hugging Face folder (safetensors), a hub id, or a GGUF file.
-"""
+"""A model on disk whose weights are read one at a time, so that only one layer is in memory, never the whole model."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,15 +15,11 @@ from finhpc.errors import CheckpointError, ConfigError
 from finhpc.lowrank.replace import dense_shape
 from finhpc.models.families.registry import family_of, is_low_rank, skeleton
 from finhpc.models.files.config import quantizer_of, read_config
-from finhpc.models.files.gguf import GgufFile
 from finhpc.models.files.tensor_folder import TensorFolder
-from finhpc.models.files.tokenizer import save_tokenizer
 from finhpc.models.files.tokens import generation_config
 from finhpc.quantization.fake import TRAINED, is_transposed, trained_bits
 from finhpc.quantization.per_vector import rounded
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-FETCHED = ("*.json", "*.safetensors", "merges.txt", "tokenizer.model", "chat_template.jinja")
 WRAPPERS = re.compile(r"(^|\.)(?:(?:module|_orig_mod|_fsdp_wrapped_module)\.)+")
 # Causal masks and rotary frequencies, which older checkpoints have in addition to weights.
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
@@ -108,10 +100,6 @@ class Weights:
                 linears.append(Linear(name, kind, *shape, transposed))
         return linears
 
-    def save_tokenizer(self, folder: Path) -> bool:
-        """Write the tokenizer's files and the generation config into a folder; False if the model has no tokenizer."""
-        return save_tokenizer(self.path, folder)
-
     def raw(self, name: str) -> Tensor:
         """Read the tensor of that Hugging Face name as stored, unchecked."""
         return self._store.read(self._stored[name])
@@ -173,59 +161,16 @@ class Weights:
             )
 
 
-def config_of(path: Path, any_family: bool = False) -> Any:
-    """Return transformers' config of a located model, folder or GGUF file; see `read_config`."""
-    return read_config(path, any_family) if path.is_dir() else GgufFile(path).config
-
-
-# The same weights in their maker's own layout, which Mistral's and Meta's folders have too.
-NOT_FETCHED = ["consolidated*", "original/*"]
-
-
-def locate(model: str, revision: str | None = None) -> Path:
-    """Return the folder or file of `model`, fetched from the hub (at `revision`) if it is a hub id.
-
-    Raises `ConfigError` if there is no such model, `CheckpointError` if the hub does not answer.
-    """
-    if not model:
-        raise ConfigError("model is not set; give --model with a Hugging Face folder, a hub id or a .gguf file.")
-    path = Path(model).expanduser()
-    if path.exists():
-        return path.absolute()
-    if not HUB_ID.fullmatch(model) or model.endswith((".gguf", ".safetensors")):
-        raise ConfigError(f"model={model} does not exist; give a Hugging Face folder, a hub id or a .gguf file.")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(model, revision=revision, allow_patterns=list(FETCHED), ignore_patterns=NOT_FETCHED)
-        )
-    except Exception as error:  # the hub's client raises many kinds of errors, some from other packages
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise CheckpointError(
-            f"model={model} is nothing on this machine, and the hub did not give it ({reason}); "
-            "check the name and the connection, or give a folder."
-        ) from None
-
-
-def open_weights(path: Path, low_rank: bool = False, floats: bool = False) -> Weights:
-    """Open a located model, which must be dense unless `low_rank`; `floats`: see `Weights`.
+def open_folder(folder: Path, low_rank: bool = False, floats: bool = False) -> Weights:
+    """Open a model folder, which must be dense unless `low_rank`; `floats`: see `Weights`.
 
     Raises `ConfigError` or `CheckpointError` if it cannot be used.
     """
-    if path.is_dir():
-        store = TensorFolder(path, read_config(path))
-        generation_config(path)  # copied with every model made from this one; raises if it is damaged
-        if is_low_rank(store.config) and not low_rank:
-            raise ConfigError(f"model={path} is low-rank already; give a dense model.")
-        return Weights(path, store, floats)
-    return Weights(path, GgufFile(path))
-
-
-@lru_cache(maxsize=1)
-def opened(path: Path, stamp: str) -> Weights:
-    """Like `open_weights`, cached between the tasks of one process; `stamp` changes with the files."""
-    return open_weights(path)
+    store = TensorFolder(folder, read_config(folder))
+    generation_config(folder)  # copied with every model made from this one; raises if it is damaged
+    if is_low_rank(store.config) and not low_rank:
+        raise ConfigError(f"model={folder} is low-rank already; give a dense model.")
+    return Weights(folder, store, floats)
 
 
 def _finite(tensor: Tensor) -> bool:

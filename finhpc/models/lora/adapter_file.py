@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from finhpc.errors import CheckpointError, ConfigError
 from finhpc.models.files.config import is_adapter, quantizer_of, read_config
 from finhpc.models.files.manifest import weights_fingerprint
-from finhpc.models.files.tokenizer import has_tokenizer, open_tokenizer
+from finhpc.models.files.source import locate, tokenizer_of
+from finhpc.models.files.tokenizer import has_tokenizer
 from finhpc.models.files.tokens import pad_alone
-from finhpc.models.files.weights import locate
 from finhpc.models.lora.peft_format import CONFIG, FINGERPRINT, PREFIX, QUANTIZED, TENSORS, Adapter
 from finhpc.models.lora.targets import linear_shapes
+from finhpc.quantization.schemes import check_scheme
 
 MERGE = "merge it into its base with peft (merge_and_unload, save_pretrained) and give the merged model"
 # Settings of peft's LoraConfig that `load_adapter` applies, ...
@@ -122,7 +123,7 @@ def _check_tokenizer(folder: Path, base: Path) -> None:
         return
     if all(file.is_file() for file in files) and files[0].read_bytes() == files[1].read_bytes():
         return
-    tokenizer, base_tokenizer = open_tokenizer(folder), open_tokenizer(base)
+    tokenizer, base_tokenizer = tokenizer_of(folder), tokenizer_of(base)
     ours, theirs = tokenizer.get_vocab(), base_tokenizer.get_vocab()
     # A padding token that only one of them has changes no text's ids.
     fillers = {pad_alone(tokenizer)} - theirs.keys() | {pad_alone(base_tokenizer)} - ours.keys()
@@ -254,7 +255,8 @@ def _matches(pattern: str, name: str) -> bool:
 def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG
     if not file.is_file():
-        raise ConfigError(f"adapter={folder} has no {CONFIG}; give the folder of an adapter in peft's format.")
+        problem = f"has no {CONFIG}" if folder.is_dir() else "is not a folder on this machine"
+        raise ConfigError(f"adapter={folder} {problem}; give the folder of an adapter in peft's format.")
     try:
         tree: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         tree.get("peft_type")
@@ -301,12 +303,13 @@ def _read_quantization(folder: Path) -> tuple[int, str]:
         return 16, ""
     try:
         tree = json.loads(file.read_bytes())
-        bits, scheme = tree["bits"], tree["scheme"]
-        if (bits, scheme) in ((8, "int8"), (4, "nf4"), (8, "minmax"), (4, "minmax")):
-            return bits, scheme
+        bits, scheme = int(tree["bits"]), str(tree["scheme"])
+        check_scheme(bits, scheme)
     except (ValueError, KeyError, TypeError):
-        pass
-    raise CheckpointError(f"{file} is damaged; fetch or write the adapter again.")
+        raise CheckpointError(f"{file} is damaged; fetch or write the adapter again.") from None
+    except ConfigError as error:
+        raise CheckpointError(f"{file}: {error}") from None
+    return bits, scheme
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:

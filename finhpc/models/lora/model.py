@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from finhpc.lowrank.layers import LowRankLinear
-from finhpc.models.families.family import BLOCKS, Part
+from finhpc.models.families.parts import BLOCKS, Part
 from finhpc.models.families.registry import skeleton
 from finhpc.models.files.weights import Weights
 from finhpc.models.lora.layers import FrozenLowRankLinear, LoraLinear
@@ -33,7 +33,8 @@ from finhpc.models.lora.targets import (
 )
 from finhpc.models.packed_parts import packed_parts, without_dropout
 from finhpc.models.pipeline import PipelineLayer, stage_borders
-from finhpc.quantization.frozen import FrozenLinear, freeze, frozen_from_tensors, is_quantized
+from finhpc.quantization.frozen import FrozenLinear
+from finhpc.quantization.schemes import SCHEMES, freeze, is_quantized
 from finhpc.settings.finetune import FinetuneConfig, FinetuneQuantization, Lora
 from finhpc.settings.training import Recompute
 
@@ -152,7 +153,11 @@ class LoraModel:
         base: FrozenLinear | FrozenLowRankLinear
         adapted, factors = name in self.targets, None
         owner, owner_name = (module.B, f"{name}.B") if isinstance(module, LowRankLinear) else (module, name)
-        bias = None if getattr(owner, "bias", None) is None else self.weights.read(f"{owner_name}.bias").to(device)
+        bias = (
+            None
+            if getattr(owner, "bias", None) is None
+            else self.weights.read(f"{owner_name}.bias").to(device, self.dtype)
+        )
         first, *second = matrices_of(module, name)
         if isinstance(module, LowRankLinear):
             pair = self._frozen(first, None, device), self._frozen(second[0], bias, device)
@@ -195,7 +200,7 @@ class LoraModel:
         bits = self.bits_of(matrix.name)
         if self._cache is not None and self._quantizes(matrix):
             tensors = {key: tensor.to(device) for key, tensor in self._cache.read(matrix.name).items()}
-            return frozen_from_tensors(tensors, matrix.shape, bias, bits, self.scheme, self.dtype)
+            return SCHEMES[self.scheme].frozen(tensors, matrix.shape, bias, bits)
         return freeze(self.rows(matrix).to(device), bias, bits, self.scheme, self.dtype, matrix.name)
 
 
@@ -210,11 +215,11 @@ class LoraPipelineLayer(PipelineLayer):
             module = lora_model.fill(lora_model.skeleton.get_submodule(name), name, device)
             lora_model.skeleton.set_submodule(name, module)
             modules.append(module)
-        self.parts = nn.ModuleList(modules)
+        self.part_modules = nn.ModuleList(modules)
 
     def parameters_by_name(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield (name of the adapted layer + .A or .B, parameter)."""
-        for prefix, module in zip(self.part.names, self.parts, strict=True):
+        for prefix, module in zip(self.part.names, self.part_modules, strict=True):
             for name, parameter in module.named_parameters():
                 if parameter.requires_grad:
                     yield f"{prefix}.{name}", parameter

@@ -22,7 +22,7 @@ from finhpc.lowrank.layers import LowRankLinear
 from finhpc.models.files.config import ADAPTER
 from finhpc.models.files.weights import Weights
 from finhpc.models.lora.targets import ALL, CHANGES_BASE, factors_from_base, is_pattern, linear_layers, scheme_of
-from finhpc.quantization.frozen import freeze
+from finhpc.quantization.schemes import freeze
 
 if TYPE_CHECKING:
     from finhpc.settings.finetune import FinetuneQuantization, Lora
@@ -144,9 +144,8 @@ def round_base(model: nn.Module, bits: int, scheme: str) -> None:
         if isinstance(layer, LowRankLinear):
             modules = {f"{name}.A": layer.A, f"{name}.B": layer.B}
         for full, module in modules.items():
-            transposed, weight = isinstance(module, Conv1D), module.weight
-            rows = rounded(weight.T if transposed else weight, bits, scheme, full)
-            weight.copy_((rows.T if transposed else rows).to(weight.dtype))
+            rows = _rows(module)
+            rows.copy_(rounded(rows, bits, scheme, full))
 
 
 @torch.no_grad()
@@ -163,9 +162,10 @@ def merge_adapter(model: nn.Module, adapter: Adapter) -> None:
         )
     round_base(model, adapter.bits, adapter.scheme)
     for name in adapter.pairs:
-        module = model.get_submodule(name)
-        weight, delta = module.weight, adapter.delta(name)
-        assert isinstance(weight, Tensor)
-        assert delta is not None
-        rows = (weight.T if isinstance(module, Conv1D) else weight).float() + delta.to(weight.device)
-        weight.copy_((rows.T if isinstance(module, Conv1D) else rows).to(weight.dtype))
+        rows = _rows(model.get_submodule(name))
+        rows.copy_(adapter.merged(name, rows))
+
+
+def _rows(module: Any) -> Tensor:
+    """Return a layer's weight as (out, in): itself, or a view of it."""
+    return module.weight.T if isinstance(module, Conv1D) else module.weight  # type: ignore[no-any-return]

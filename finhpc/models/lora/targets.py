@@ -12,7 +12,9 @@ from transformers.pytorch_utils import Conv1D
 
 from finhpc.errors import ConfigError
 from finhpc.lowrank.layers import LowRankLinear, is_factor
+from finhpc.lowrank.replace import rank_problems
 from finhpc.models.initialize import generator_of
+from finhpc.quantization.schemes import AUTO, SCHEMES, check_scheme
 
 if TYPE_CHECKING:
     from finhpc.settings.finetune import FinetuneQuantization, Lora
@@ -79,7 +81,10 @@ def target_shapes(model: nn.Module, settings: Lora, bits: int) -> dict[str, tupl
         problems.append(f"lora.targets is empty; name some of {', '.join(ends)}, or use {ALL}.")
     if "lm_head" in chosen and getattr(model.config, "tie_word_embeddings", False):
         problems.append("lora.targets=lm_head does not fit a model whose head is its embedding; leave it out.")
-    problems += _rank_problems(chosen, settings.rank)
+    if settings.rank < 1:
+        problems.append(f"lora.rank={settings.rank} is too small; use 1 or more.")
+    else:
+        problems += rank_problems("lora.rank", ((name, settings.rank, shape) for name, shape in chosen.items()))
     if settings.init == "orthogonal" and settings.rank % 2:
         problems.append(f"lora.rank={settings.rank} does not go with lora.init=orthogonal; use an even rank.")
     if settings.init in CHANGES_BASE and bits < 16:
@@ -107,20 +112,6 @@ def _matches(name: str, target: str) -> bool:
     if is_pattern(target):
         return re.fullmatch(target, name) is not None
     return name == target or name.endswith("." + target)
-
-
-def _rank_problems(chosen: dict[str, tuple[int, int]], rank: int) -> list[str]:
-    if rank < 1:
-        return [f"lora.rank={rank} is too small; use 1 or more."]
-    counts: dict[tuple[str, tuple[int, int]], int] = {}
-    for name, shape in chosen.items():
-        if rank > min(shape):
-            key = (re.sub(r"\.\d+\.", ".*.", name), shape)
-            counts[key] = counts.get(key, 0) + 1
-    return [
-        f"lora.rank={rank} does not fit {name} ({out} x {into}, layers: {count}); use 1 to {min(out, into)}."
-        for (name, (out, into)), count in counts.items()
-    ]
 
 
 def initial_factors(
@@ -160,15 +151,10 @@ def scale_of(settings: Lora) -> float:
 
 
 def scheme_of(quantization: FinetuneQuantization) -> str:
-    """Return the scheme's name; raises `ConfigError` if the scheme does not support the bits."""
+    """Return the scheme's name; raises `ConfigError` if it is unknown or does not have the bits."""
     bits, scheme = quantization.bits, quantization.scheme
     if scheme == "auto":
-        return {16: "none", 8: "int8", 4: "nf4"}[bits]
-    supported: dict[str, tuple[int, ...]] = {"int8": (8,), "nf4": (4,), "minmax": (8, 4)}
-    if bits not in supported[scheme]:
-        words = " or ".join(map(str, supported[scheme]))
-        raise ConfigError(
-            f"quantization.bits={bits} does not go with quantization.scheme={scheme}, which has {words}; "
-            "use scheme auto, or those bits."
-        )
+        return AUTO[bits]
+    check_scheme(bits, scheme)
+    SCHEMES.check_workers_see(scheme)
     return scheme

@@ -15,7 +15,7 @@ from finhpc.settings.base import build
 from finhpc.settings.finetune import FinetuneConfig
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.training import TrainingConfig, default_tracking_uri
-from finhpc.tracking.describe import parameters
+from finhpc.tracking.describe import Description, parameters
 from finhpc.tracking.mirror import Status
 from finhpc.tracking.tags import COMMAND, PREFIX, SETTING, setting_tags
 from finhpc.tracking.tracker import Tracker
@@ -92,7 +92,7 @@ class Store:
             PREFIX + "dataset_fingerprint": "d" * 64,
             **(tags or {}),
         }
-        tracker = Tracker(folder, self.uri, experiment, name, parameters(config, {}, {}), all_tags)
+        tracker = Tracker(Description(folder, self.uri, experiment, name, parameters(config, {}, {}), all_tags))
         assert tracker.start().finish(status, last | dict(result))
         assert tracker.run_id
         return tracker.run_id

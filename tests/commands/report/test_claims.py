@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from finhpc.commands.report.claims import Claim, make_claims, steps_to, verdict
+from finhpc.commands.report.claims import Claim, make_claims, verdict
+from finhpc.commands.report.curves import mean_curve, steps_to
 from finhpc.commands.report.figures import smoothed
 from finhpc.commands.report.tables import make_tables
 from finhpc.tracking.tags import SWEEP
@@ -71,6 +72,7 @@ def test_curves_are_crossed_between_their_points_and_smoothed_in_windows() -> No
     assert steps_to({2: 6.0, 4: 5.0}, 5.5) == 3.0
     assert steps_to({2: 5.0}, 5.5) == 2.0
     assert steps_to({2: 6.0, 4: 5.8}, 5.5) is None
+    assert mean_curve([{1: 2.0, 2: 4.0}, {2: 2.0, 3: 1.0}]) == {2: 3.0}, "only where all seeds have a value"
     assert smoothed({1: 1.0, 2: 3.0, 3: 5.0, 4: 7.0}, points=2) == {2: 2.0, 4: 6.0}
 
 

@@ -200,7 +200,7 @@ def test_an_experiment_that_does_not_exist_is_named_with_the_nearest(paper_like:
 
 
 def test_experiments_without_a_finished_run_are_refused(store: Store, tmp_path: Path) -> None:
-    assert "holds no finished run" in refused(settings(store, tmp_path))
+    assert "has no finished run" in refused(settings(store, tmp_path))
     store.pretrain("failed", "dense", status="FAILED")
     assert "1 runs that did not finish" in refused(settings(store, tmp_path))
 

@@ -1,4 +1,4 @@
-"""Layers that store their matrix in 8 or 4 bits per weight and dequantize it each time they are used.
+"""The per-vector scheme: layers that store their matrix in 8 or 4 bits per weight and dequantize it for each use.
 
 Only the codes stay in memory; a forward pass builds one layer's float matrix and frees it. The factors A and B of a
 low-rank layer are replaced too, one by one, see `replace`.
@@ -14,7 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from finhpc.quantization.per_vector import Vectors, dequantize, pack_bits, packed_columns, quantize, unpack_bits
+from finhpc.quantization.frozen import FrozenLinear, Scheme, Tensors
+from finhpc.quantization.per_vector import BITS, Vectors, dequantize, pack_bits, packed_columns, quantize, unpack_bits
+
+MINMAX = "finhpc_minmax"  # the scheme's name in a model's config.json
 
 
 class QuantizedMatrix(nn.Module):
@@ -32,8 +35,8 @@ class QuantizedMatrix(nn.Module):
     zero: Tensor
     probe: Tensor
 
-    def __init__(self, rows: int, columns: int, bits: int, tensors: dict[str, Tensor] | None = None) -> None:
-        super().__init__()
+    def __init__(self, rows: int, columns: int, bits: int, tensors: Tensors | None = None) -> None:
+        nn.Module.__init__(self)  # not `FrozenLinear`'s, which is next for a `QuantizedLinear`
         self.rows, self.columns, self.bits = rows, columns, bits
         if tensors is None:
             codes = torch.empty(rows, packed_columns(columns, bits), 1, dtype=torch.uint8)
@@ -61,16 +64,22 @@ class QuantizedMatrix(nn.Module):
         return self
 
 
-class QuantizedLinear(QuantizedMatrix):
-    """y = W x + bias with W (out_features, in_features) quantized; maps (..., in_features) to (..., out_features)."""
+class QuantizedLinear(QuantizedMatrix, FrozenLinear):
+    """y = W x + bias with W (out_features, in_features) quantized; maps (..., in_features) to (..., out_features).
 
-    def __init__(self, in_features: int, out_features: int, bits: int, bias: bool) -> None:
-        super().__init__(out_features, in_features, bits)
-        self.in_features, self.out_features = in_features, out_features
-        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+    Models that are opened to be used have it, and so has the frozen base of finetuning.
+    """
+
+    def __init__(self, shape: tuple[int, int], bits: int, bias: Tensor | None, tensors: Tensors | None = None) -> None:
+        super().__init__(*shape, bits, tensors)
+        self.out_features, self.in_features = shape
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        return self.dequantized().to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.dequantized().to(x.dtype), self.bias)
+        return super().forward(x) if x.requires_grad else self.product(x)
 
 
 class QuantizedEmbedding(QuantizedMatrix):
@@ -96,10 +105,25 @@ class TiedHead(nn.Module):
         return F.linear(x, self.embedding[0].dequantized().to(x.dtype))
 
 
-def minmax_tensors(matrix: Tensor, bits: int, name: str) -> dict[str, Tensor]:
-    """Return the buffers of a `QuantizedMatrix` of `matrix` (rows, columns), by name."""
-    codes, scale, zero = quantize(matrix, bits, name)
-    return {"weight": pack_bits(codes, bits).unsqueeze(-1), "scale": scale, "zero": zero}
+class MinMax(Scheme):
+    """The paper's per-vector scheme, see `finhpc.quantization.per_vector`."""
+
+    bits = BITS
+    embeddings = True
+
+    def tensors(self, matrix: Tensor, bits: int, name: str) -> Tensors:
+        """Return the buffers of a `QuantizedMatrix`."""
+        codes, scale, zero = quantize(matrix, bits, name)
+        return {"weight": pack_bits(codes, bits).unsqueeze(-1), "scale": scale, "zero": zero}
+
+    def config(self, bits: int, keep: list[str]) -> dict[str, object]:
+        return {"quant_method": MINMAX, "bits": bits}
+
+    def frozen(self, tensors: Tensors, shape: tuple[int, int], bias: Tensor | None, bits: int) -> FrozenLinear:
+        return QuantizedLinear(shape, bits, bias, tensors)
+
+    def empty(self, shape: tuple[int, int], bias: Tensor | None, bits: int) -> FrozenLinear:
+        return QuantizedLinear(shape, bits, bias)
 
 
 def replace(model: nn.Module, bits: int) -> None:
@@ -115,5 +139,7 @@ def _empty_twin(module: nn.Linear | Conv1D | nn.Embedding, bits: int) -> Quantiz
             return QuantizedEmbedding(module.num_embeddings, module.embedding_dim, bits)
         if isinstance(module, Conv1D):  # stores (in, out)
             in_features, out_features = module.weight.shape
-            return QuantizedLinear(in_features, out_features, bits, bias=True)
-        return QuantizedLinear(module.in_features, module.out_features, bits, bias=module.bias is not None)
+        else:
+            in_features, out_features = module.in_features, module.out_features
+        bias = None if module.bias is None else torch.zeros(out_features)
+        return QuantizedLinear((out_features, in_features), bits, bias)

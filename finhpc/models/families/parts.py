@@ -1,0 +1,96 @@
+"""The parts of a model, of which pipeline stages are made, and how data flows through those that families share.
+
+The tokens travel with the hidden states through the pipeline, so only the first stage reads data and the last has its
+labels. Documents in a block are separated only by the end-of-text token: attention crosses document borders, as in
+GPT-2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from finhpc.models.loss import cross_entropy
+
+Flow = tuple[Tensor, Tensor]  # (hidden (batch, seq, width), tokens (batch, seq)) between pipeline layers
+HALVES = ("attention", "mlp")  # of a transformer block, in this order
+BLOCK = "block"  # both halves as one part
+BLOCKS = {**dict.fromkeys(HALVES, 0.5), BLOCK: 1.0}  # kind of part -> share of a block
+
+
+def describe_parts(kinds: list[str]) -> str:
+    """Describe consecutive parts, such as "3.5 blocks, norm, head": attention and MLP are half a block each."""
+    words = [kind for kind in kinds if kind not in BLOCKS]
+    blocks = sum(BLOCKS[kind] for kind in kinds if kind in BLOCKS)
+    if blocks:
+        first = next(i for i, kind in enumerate(kinds) if kind in BLOCKS)
+        words.insert(first, "1 block" if blocks == 1 else f"{blocks:g} blocks")
+    return ", ".join(words)
+
+
+@dataclass(frozen=True)
+class Part:
+    """The smallest unit of a pipeline cut: modules of the Hugging Face model and the function that runs them.
+
+    A transformer block is two parts, attention and MLP, each with its norm and residual sum, so that stages can be
+    balanced; or one part if only its input is stored for the backward pass (`finhpc.models.recompute`).
+    `run(flow, *modules)` takes and returns (hidden, tokens), except that the first part takes only tokens and the
+    last returns the loss.
+    """
+
+    names: tuple[str, ...]  # Hugging Face names of the modules
+    kind: str  # embedding, positions, dropout, attention, mlp, block, norm or head
+    run: Callable[..., Any]
+
+    @property
+    def in_block(self) -> bool:
+        return self.kind in BLOCKS
+
+    def modules(self, model: nn.Module) -> list[nn.Module]:
+        """Return this part's modules of `model` in the order that `run` takes them."""
+        return [model.get_submodule(name) for name in self.names]
+
+
+def embed(tokens: Tensor, module: nn.Module) -> Flow:
+    return module(tokens), tokens
+
+
+def add_positions(flow: Flow, module: nn.Module) -> Flow:
+    hidden, tokens = flow
+    positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
+    return hidden + module(positions), tokens
+
+
+def apply(flow: Flow, module: nn.Module) -> Flow:
+    hidden, tokens = flow
+    return module(hidden), tokens
+
+
+def attend(flow: Flow, norm: nn.Module, attention: nn.Module) -> Flow:
+    hidden, tokens = flow
+    return hidden + attention(norm(hidden))[0], tokens
+
+
+def mlp(flow: Flow, norm: nn.Module, mlp: nn.Module) -> Flow:
+    hidden, tokens = flow
+    return hidden + mlp(norm(hidden)), tokens
+
+
+def head(flow: Flow, module: nn.Module) -> Tensor:
+    """Return the mean cross-entropy in nats of each next token, in float32, as transformers computes it.
+
+    A sample's last state predicts nothing.
+    """
+    hidden, tokens = flow
+    rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])
+    return cross_entropy(logits(rows, module), tokens[:, 1:].reshape(-1))
+
+
+def logits(hidden: Tensor, module: nn.Module) -> Tensor:
+    """Apply the output layer, or the matrix of the embedding that is tied to it."""
+    return F.linear(hidden, module.weight) if isinstance(module, nn.Embedding) else module(hidden)
