@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from finhpc.errors import CheckpointError, ConfigError
 from finhpc.settings.base import build
 from finhpc.settings.evaluate import EvaluateConfig
 from tests.evaluation.tasks import write_data, write_model
+from tests.waiting import wait_until
 
 
 def settings(tmp_path: Path, **other: object) -> EvaluateConfig:
@@ -43,17 +43,15 @@ def nested(client: MlflowClient, parent: str) -> dict[str, Any]:
 
 
 @contextmanager
-def all_cpus_in_use_except_one() -> Iterator[None]:
+def all_cpus_in_use_except_one(free: float) -> Iterator[None]:
+    """`free`: the CPUs that were free before the test."""
     import ray
 
     class User:
         pass
 
-    deadline, total = time.monotonic() + 180, ray.cluster_resources()["CPU"]
-    while ray.available_resources().get("CPU", 0) < total:  # earlier workers have ended
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    user = ray.remote(num_cpus=total - 1)(User).remote()
+    wait_until(lambda: ray.available_resources().get("CPU", 0) >= free)  # earlier workers have ended
+    user = ray.remote(num_cpus=free - 1)(User).remote()
     ray.get(user.__ray_ready__.remote())
     try:
         yield
@@ -64,6 +62,9 @@ def all_cpus_in_use_except_one() -> Iterator[None]:
 def test_models_and_tasks_are_scored_logged_and_not_computed_again(
     tmp_path: Path, ray_cluster: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    import ray
+
+    free = ray.available_resources()["CPU"]
     write_data(tmp_path / "data")
     for i, name in enumerate(("first", "second")):
         write_model(tmp_path / name, seed=i)
@@ -115,7 +116,7 @@ def test_models_and_tasks_are_scored_logged_and_not_computed_again(
     broken = write_model(tmp_path / "broken") / "model.safetensors"
     broken.write_bytes(broken.read_bytes()[:-100])
     models = [str(tmp_path / name) for name in ("broken", "first", "second")]
-    with all_cpus_in_use_except_one(), pytest.raises(CheckpointError) as caught:
+    with all_cpus_in_use_except_one(free), pytest.raises(CheckpointError) as caught:
         evaluate(settings(tmp_path, model=models, tasks=["fpb"], workers=0))
     lines = str(caught.value).splitlines()
     assert lines[0].startswith("broken on fpb: ")
