@@ -20,7 +20,7 @@ DROPPED = {
         "`pretrained` model kwarg is not of type `str`",
         "Passed an already-initialized model through `pretrained`",
     ),
-    # Both choose what they would have been told to.
+    # What they choose here by themselves is right: the usual loss; the CPU if there is no GPU.
     "transformers.modeling_utils": ("`loss_type=",),
     "DeepSpeed": ("Setting accelerator to CPU.",),
 }

@@ -24,7 +24,7 @@ from finhpc.evaluation.tasks import PERPLEXITY, TaskFile, prepare_tasks
 from finhpc.files import json_sha256, redact, write_atomic
 from finhpc.quantization.schemes import check_scheme
 from finhpc.runs.folder import RunFolder
-from finhpc.screen import Progress
+from finhpc.screen import Progress, counted
 from finhpc.settings.base import to_yaml
 from finhpc.settings.evaluate import EvaluateConfig
 from finhpc.tracking.store import check_store
@@ -49,8 +49,8 @@ def evaluate(config: EvaluateConfig, dry_run: bool = False) -> dict[str, Any]:
     check_store(uri, config.run.experiment)
     if dry_run:
         models, _, pairs, pending, result = _planned(config, folder.path, write=False)
-        what = f"{_counted(len(models), 'model')} x {_counted(len(result['tasks']), 'task')}"
-        log.info(f"{what}, {len(pending)} of {_counted(len(pairs), 'pair')} to score")
+        what = f"{counted(len(models), 'model')} x {counted(len(result['tasks']), 'task')}"
+        log.info(f"{what}, {len(pending)} of {counted(len(pairs), 'pair')} to score")
         return result
     with folder.lock():
         models, tasks, pairs, pending, result = _planned(config, folder.path, write=True)
@@ -183,7 +183,7 @@ def _failure(failed: list[Failure], pairs: int, folder: Path) -> FinhpcError:
     """Return one error about all pairs that failed, of the kind of the first."""
     lines = [f"{pair.title}: {line}" for pair, error in failed for line in str(error).splitlines()]
     if len(failed) < pairs:
-        rest = _counted(pairs - len(failed), "other pair")
+        rest = counted(pairs - len(failed), "other pair")
         lines.append(f"{rest} of {pairs} scored in {folder}; fix this and rerun the command to score what is missing.")
     first = failed[0][1]
     return ConfigError(lines) if isinstance(first, ConfigError) else type(first)("\n".join(lines))
@@ -196,8 +196,3 @@ def _collected(models: list[Subject], pairs: list[Pair]) -> dict[str, Any]:
         scores = {task: of_task for task, of_task in scores.items() if of_task is not None}
         rows.append({"name": subject.name, "model": subject.path, "adapter": subject.adapter, "scores": scores})
     return {"models": rows, "scores": rows[0]["scores"] if len(rows) == 1 else None}
-
-
-def _counted(number: int, what: str) -> str:
-    """1 model, 2 models."""
-    return f"{number} {what}{'' if number == 1 else 's'}"
