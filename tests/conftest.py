@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import shutil
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +24,32 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several test processes: each file runs in one of them, and files with long tests start first.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file runs in one test process, and all files that use the `unbroken` run in the same, which trains it once."""
+    from xdist.scheduler import LoadFileScheduling
 
-    Files that need the `unbroken` run share a process, so that it is trained once.
-    """
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "unbroken" if uses_unbroken(config.rootpath / file) else file
+
+    return ByFile(config, log)
+
+
+@cache
+def uses_unbroken(path: Path) -> bool:
+    return bool(re.search(r"\bunbroken[:\"]", path.read_text(encoding="utf-8")))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several test processes, files with long tests start first."""
     if "PYTEST_XDIST_WORKER" not in os.environ:
         return
     os.environ.pop("COLUMNS", None)  # pytest-xdist passes the terminal's width on; commands would fold their tables
     fixtures: dict[Path, set[str]] = {}
     for item in items:
         fixtures.setdefault(item.path, set()).update(getattr(item, "fixturenames", ()))
-    for item in items:
-        group = "unbroken" if "unbroken" in fixtures[item.path] else str(item.path.relative_to(Path(__file__).parent))
-        item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=lambda item: next((i for i, name in enumerate(LONG) if name in fixtures[item.path]), len(LONG)))
 
 
