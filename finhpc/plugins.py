@@ -44,6 +44,7 @@ def load(modules: Iterable[str]) -> list[str]:
         try:
             _import(name)
             if not _is_importable(name.partition(".")[0]):
+                _loaded.remove(name)
                 raise ConfigError(
                     f"plugins={name} was imported from {sys.modules[name].__file__}, where workers do not look; "
                     "install it, put it into the current folder, or put its folder into PYTHONPATH."

@@ -169,6 +169,7 @@ def test_a_module_that_workers_would_not_find(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
     with pytest.raises(ConfigError, match=r"hidden_parts was imported from .*, where workers do not look; install it"):
         plugins.load(["hidden_parts"])
+    assert "hidden_parts" not in plugins.loaded(), "workers would look for it"
 
 
 class Tanh(LowRankLinear):
