@@ -307,7 +307,7 @@ def test_a_model_says_which_plugin_it_needs(
     monkeypatch.chdir(place)
     for model in ("gelu-model", "gelu-packed"):
         assert json.loads((place / model / "config.json").read_text())["finhpc_plugins"] == ["my_parts"]
-        said = f"model={model} needs the plugin my_parts, which is not imported here; install its package"
+        said = f"model={place / model} needs the plugin my_parts, which is not imported here; install its package"
         with pytest.raises(ConfigError, match=said):
             finhpc.load_model(model)
         for words in (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -14,7 +15,7 @@ __all__ = ["cluster"]  # the fixture
 
 
 @pytest.mark.slow
-def test_a_study_runs_as_a_job_and_its_exit_code_is_the_jobs(cluster: Cluster) -> None:
+def test_a_study_runs_as_a_job_and_its_exit_code_is_the_jobs(cluster: Cluster, tmp_path: Path) -> None:
     data = PRETRAIN["data"] | {"shards": str(cluster.storage / "shards")}
     steps = [
         {"name": "dense", "verb": "pretrain", "settings": PRETRAIN | {"data": data, "method": {"kind": "dense"}}},
@@ -33,6 +34,6 @@ def test_a_study_runs_as_a_job_and_its_exit_code_is_the_jobs(cluster: Cluster) -
     failed = cluster.submit(*words)
     assert failed.returncode != 0
     assert "1 of 2 steps failed: speed (" in failed.stdout
-    refused = cluster.submit(*words, token=False)
+    refused = cluster.submit(*words, HOME=str(tmp_path), RAY_AUTH_TOKEN="")
     assert refused.returncode != 0
     assert "2/2" not in refused.stdout

@@ -22,6 +22,7 @@ from finhpc.settings.base import build, load
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.study import StudyConfig
 from finhpc.training.journal import read
+from tests.test_docs import documented
 
 
 def config(shards: Path, storage: Path, **about: Any) -> StudyConfig:
@@ -43,6 +44,13 @@ def config(shards: Path, storage: Path, **about: Any) -> StudyConfig:
 
 def starts(storage: Path, name: str) -> int:
     return sum(record["kind"] == "start" for record in read(storage / name / "journal.jsonl")[0])
+
+
+def test_a_dry_run_has_the_documented_keys(run_shards: Path, tmp_path: Path) -> None:
+    planned = study(config(run_shards, tmp_path), dry_run=True)
+    assert planned.keys() - {"status"} == documented("study")
+    assert [row["variant"] for row in planned["variants"]] == ["dense", "after", "wild"]
+    assert planned["final_tokens"] == 9 * PretrainConfig.model_validate({}).parallel.samples_per_step * 32
 
 
 @pytest.mark.slow

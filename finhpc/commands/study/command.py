@@ -190,4 +190,12 @@ def _dry_run(config: StudyConfig, estimates: dict[str, Estimate]) -> dict[str, A
     rows_table(f"study {config.run.name}, not started", rows)
     final_tokens = config.train.steps * per_step
     log.info(f"finals: {final_tokens:,} tokens per run, seeds {config.study.seeds}")
-    return {"status": "dry_run", "study": config.run.name, "variants": rows, "final_tokens": final_tokens}
+    after_training = dict.fromkeys(("screening", "finals", "step_s", "ratios", "folder", "wall_s"))
+    return {
+        "status": "dry_run",
+        "study": config.run.name,
+        "reference": config.study.reference,
+        "variants": rows,
+        "final_tokens": final_tokens,
+        **after_training,
+    }
