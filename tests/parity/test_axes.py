@@ -26,7 +26,7 @@ def test_every_family_scheme_and_start_has_its_rows() -> None:
     starts = {kind.lora["init"] for kind in OURS.values() if kind.lora and "init" in kind.lora}
     assert starts == set(get_args(Lora.model_fields["init"].annotation))
     schemes = {kind.quantization["scheme"] for kind in OURS.values() if kind.quantization}
-    assert schemes == set(SCHEMES), "add an adapter that is trained beside it to OURS"
+    assert schemes == set(SCHEMES), "add to OURS an adapter that is trained on a base of the scheme"
 
 
 def test_every_setting_of_peft_has_a_row_or_a_reason() -> None:

@@ -135,7 +135,7 @@ class LowRankConfig:
 
 
 class LowRankModel(nn.Module):
-    """Makes the model class of transformers that it precedes among the bases low-rank, as the config says."""
+    """Makes a model low-rank as its config says; a base class in front of transformers' model class."""
 
     family: ClassVar[Family]
 

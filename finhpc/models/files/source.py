@@ -38,7 +38,7 @@ def locate(model: str, revision: str | None = None) -> Path:
     except Exception as error:  # the hub's client raises many kinds of errors, some from other packages
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise CheckpointError(
-            f"model={model} is nothing on this machine, and the hub did not give it ({reason}); "
+            f"model={model} is not on this machine and cannot be fetched from the hub ({reason}); "
             "check the name and the connection, or give a folder."
         ) from None
 
