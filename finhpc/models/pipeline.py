@@ -127,12 +127,16 @@ def cut(costs: list[float], starts: list[int], stages: int) -> list[int]:
 
 
 def stage_borders(row: list[Part], costs: list[float], stages: int) -> list[int]:
-    """Return where each stage begins and the last ends, balanced by `costs` of the parts of `row`, in any unit.
+    """Return where each stage begins and the last ends, balanced by `costs` of the parts of `row`, in any unit."""
+    return cut(costs, borders_of(row), stages)
 
-    A stage may begin at any part inside the transformer blocks except the first, or right after the last block.
+
+def borders_of(row: list[Part]) -> list[int]:
+    """Return where stages after the first may begin: at any part inside the transformer blocks except the first, or
+    right after the last block.
     """
     inner = [i for i, part in enumerate(row) if part.in_block]
-    return cut(costs, [*inner[1:], inner[-1] + 1], stages)
+    return [*inner[1:], inner[-1] + 1]
 
 
 def estimated_costs(row: list[Part], skeleton: nn.Module, seq_len: int) -> list[float]:

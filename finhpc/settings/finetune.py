@@ -162,4 +162,9 @@ class FinetuneConfig(Section):
 
     def problems(self) -> list[str]:
         """Return every contradiction between settings, each with its remedy."""
+        if self.parallel.schedule == "dualpipev":
+            return [
+                "parallel.schedule=dualpipev needs micro-batches of one shape, but packs of examples differ in length; "
+                "use parallel.schedule=1f1b."
+            ]
         return self.parallel.problems()

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 TrainingConfig: TypeAlias = "PretrainConfig | FinetuneConfig"
 Recompute = Literal["none", "attention", "full"]
+Schedule = Literal["1f1b", "dualpipev"]
 
 
 class Optimizer(Section):
@@ -63,19 +64,36 @@ class Parallel(Section, json_schema_extra=MAY_CHANGE):
     replicas: int = Field(1, ge=1, description="copies of the whole pipeline (data parallelism)")
     micro_batch_size: int = Field(4, ge=1, description="samples per micro-batch")
     micro_batches: int = Field(1, ge=1, description="micro-batches per step and replica")
+    schedule: Schedule = Field(
+        "1f1b",
+        description="order of passes over the stages; 1f1b: one forward, one backward; dualpipev: each of the `stages` "
+        "workers has two of 2 x stages stages, which computes more of the time and stores more activations; needs 2 x "
+        "stages micro-batches or more (pretraining)",
+    )
     global_batch_size: int | None = Field(
         None, ge=1, description="samples per step, as a check; default: micro_batch_size x micro_batches x replicas"
     )
 
     def problems(self) -> list[str]:
         """Return what is contradictory, each with its remedy."""
-        if self.global_batch_size in (None, self.samples_per_step):
-            return []
-        return [
-            f"parallel.global_batch_size={self.global_batch_size} is not micro_batch_size x micro_batches x replicas = "
-            f"{self.micro_batch_size} x {self.micro_batches} x {self.replicas} = {self.samples_per_step}; "
-            "change one of them, or leave global_batch_size out."
-        ]
+        problems, least = [], 2 * self.stages
+        if self.global_batch_size not in (None, self.samples_per_step):
+            problems.append(
+                f"parallel.global_batch_size={self.global_batch_size} is not micro_batch_size x micro_batches x "
+                f"replicas = {self.micro_batch_size} x {self.micro_batches} x {self.replicas} = "
+                f"{self.samples_per_step}; change one of them, or leave global_batch_size out."
+            )
+        if self.schedule == "dualpipev" and self.stages == 1:
+            problems.append(
+                "parallel.schedule=dualpipev needs several workers to exchange micro-batches, but parallel.stages=1; "
+                "use parallel.stages=2 or more, or parallel.schedule=1f1b."
+            )
+        elif self.schedule == "dualpipev" and self.micro_batches < least:
+            problems.append(
+                f"parallel.schedule=dualpipev needs 2 x parallel.stages = {least} micro-batches or more, but "
+                f"parallel.micro_batches={self.micro_batches}; use {least} or more, or parallel.schedule=1f1b."
+            )
+        return problems
 
     @property
     def workers(self) -> int:

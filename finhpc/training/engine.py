@@ -4,7 +4,7 @@ Weights, gradients and AdamW's moments are float32; `bf16` runs the parts under 
 and averages gradients. Clipping is done here, by the norm over all stages, because DeepSpeed's own norm is wrong with
 more than one stage in float32.
 
-This is the only file that uses DeepSpeed, and these places depend on its internals:
+This file and `finhpc.training.pipeline_modules` alone use DeepSpeed, and these places depend on its internals:
 
 - `CutPipeline` sets the borders between stages,
 - `Engine._patch_deepspeed` changes instructions of its schedule,
@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from io import StringIO
@@ -26,8 +26,9 @@ from typing import TYPE_CHECKING, Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from deepspeed.runtime.pipe import schedule
+from deepspeed.utils.timer import NoopTimer
 from torch import Tensor, nn
 
 from finhpc.errors import NonFiniteError
@@ -40,6 +41,7 @@ from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.training import TrainingConfig
 from finhpc.training.allocator import keep_freed_memory
 from finhpc.training.optimizer import decay_products, drop_parameters, make_optimizer, set_lr
+from finhpc.training.pipeline_modules import Exchange, PassTimes, make_pipeline
 from finhpc.training.stages import measured_cut
 
 if TYPE_CHECKING:
@@ -48,23 +50,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class CutPipeline(PipelineModule):  # type: ignore[misc]
-    """A PipelineModule with given borders between stages, in place of DeepSpeed's parameter counts."""
-
-    def __init__(self, layers: list[LayerSpec], borders: list[int], dynamic_shape: bool = False) -> None:
-        self.parts = borders  # DeepSpeed's name: it also looks there for the stage of a tied layer
-        super().__init__(layers=layers, num_stages=len(borders) - 1, dynamic_shape=dynamic_shape)
-
-    def _partition_layers(self, method: str = "") -> None:
-        stage = self._topo.get_coord(self.global_rank).pipe
-        self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
-
-
 class Engine:
     """A model in training on this process's stage.
 
     The process group must exist, with stages x replicas processes. Stage i has the parts borders[i] to
-    borders[i + 1] - 1; by default the parts are measured and balanced. `fill` sets the initial weights, which are
+    borders[i + 1] - 1; by default the parts are measured and balanced. `stage` is this worker's place in the pipeline;
+    with dualpipev it has stage i and its mirror image. `fill` sets the initial weights, which are
     random by default. With `lora_model` the model is its frozen base, only adapters are trained, and the inputs are
     packs, which may differ in length, instead of tokens. `alpha` is method 3's in the last step, else None.
     """
@@ -93,7 +84,7 @@ class Engine:
             self.borders = borders or measured_cut(config, hf_config, device).borders
             specs = self._layers(config, fill or random_fill(hf_config, config.train.seed, config.method.init))
         with redirect_stdout(StringIO()):  # where DeepSpeed prints its topology and seeds
-            pipeline = CutPipeline(specs, self.borders, dynamic_shape=lora_model is not None)
+            pipeline = make_pipeline(specs, self.borders, parallel, dynamic_shape=lora_model is not None)
         self.layers = [module for module in pipeline.modules() if isinstance(module, PipelineLayer)]
         self.optimizer = make_optimizer(self.trained_parameters(), config.optimizer)
         self.optimizer.register_step_pre_hook(self._before_step)
@@ -106,15 +97,17 @@ class Engine:
                 "gradient_clipping": 0.0,
                 "steps_per_print": 2**31,
                 "zero_optimization": {"stage": 0},
+                "timers": {"throughput": {"enabled": False}},  # it synchronizes with the device in every pass
             },
         )
+        self.pipe.timers = NoopTimer()  # it would store two events of each step
         self.stage: int = self.pipe.grid.get_stage_id()
         self.replica: int = self.pipe.grid.get_data_parallel_id()
         self.alpha: float | None = None
         self.set_step(0)
         self.grad_norm = float("nan")
-        self.busy_s = 0.0  # in forward and backward passes, since `take_times`
-        self.wait_s = 0.0  # waiting for data
+        self.times = PassTimes(device)
+        self.wait_s = 0.0  # waiting for data, since `take_times`
         self._patch_deepspeed()
 
     def _layers(self, config: PretrainConfig, fill: Fill) -> list[LayerSpec]:
@@ -147,21 +140,11 @@ class Engine:
         """Change instructions of this engine's schedule."""
         engine = type(self.pipe)
 
-        def timed(instruction: Any) -> Any:
-            def run(pipe: Any, *args: Any, **kwargs: Any) -> None:
-                self._synchronize()
-                start = time.perf_counter()
-                instruction(pipe, *args, **kwargs)
-                self._synchronize()
-                self.busy_s += time.perf_counter() - start
-
-            return run
-
         # The time in passes gives the pipeline's utilization.
-        patches = {
-            schedule.ForwardPass: timed(engine._exec_forward_pass),
-            schedule.BackwardPass: timed(engine._exec_backward_pass),
-        }
+        forward, backward = self.times.timed(engine._exec_forward_pass), self.times.timed(engine._exec_backward_pass)
+        patches = {schedule.ForwardPass: forward, schedule.BackwardPass: backward}
+        if self.config.parallel.schedule == "dualpipev" and self.device.type == "cpu":
+            patches |= Exchange(self.pipe).patches(engine, forward, backward)
         if self.config.parallel.replicas == 1:
             # DeepSpeed would copy all gradients to a flat buffer and back, with nothing to average.
             patches[schedule.ReduceGrads] = lambda pipe: None
@@ -233,9 +216,20 @@ class Engine:
         outputs[:] = [None] * len(outputs)
         self.pipe.loss = self.pipe.loss.detach()
 
-    def evaluate(self, inputs: Iterator[Tensor], micro_batches: int) -> float:
-        """The mean loss in nats over `micro_batches` micro-batches of every replica, without a step."""
-        return float(self.pipe.eval_batch(self._labeled(inputs), num_micro_batches=micro_batches).item())
+    def evaluate(self, batches: Sequence[Tensor]) -> float:
+        """The mean loss in nats over the micro-batches of every replica, without a step; all have equally many.
+
+        dualpipev fills its schedule with repetitions of all of them, which leaves the mean as it is.
+        """
+        parallel = self.config.parallel
+        least = 2 * parallel.stages if parallel.schedule == "dualpipev" else 1
+        inputs = list(batches) * -(-least // len(batches))
+        # DualPipeVEngine finds its buffers by the number of micro-batches of a training step.
+        trained, self.pipe.micro_batches = self.pipe.micro_batches, len(inputs)
+        try:
+            return float(self.pipe.eval_batch(self._labeled(iter(inputs)), num_micro_batches=len(inputs)).item())
+        finally:
+            self.pipe.micro_batches = trained
 
     def _labeled(self, inputs: Iterator[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """The (inputs, labels) that DeepSpeed reads. Labels are empty: the tokens travel with the hidden states."""
@@ -273,15 +267,10 @@ class Engine:
 
     # -- times ------------------------------------------------------------------------------
 
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
     def take_times(self) -> tuple[float, float]:
-        """(busy, waiting for data) seconds since the last call."""
-        times = self.busy_s, self.wait_s
-        self.busy_s = self.wait_s = 0.0
-        return times
+        """(in passes of training steps, waiting for data) seconds since the last call."""
+        wait_s, self.wait_s = self.wait_s, 0.0
+        return self.times.take(), wait_s
 
 
 @contextmanager

@@ -26,8 +26,10 @@ from finhpc.files import write_json
 from finhpc.models.families.parts import Part, describe_parts
 from finhpc.models.families.registry import skeleton
 from finhpc.models.initialize import random_fill
-from finhpc.models.pipeline import PipelineLayer, parts_of, stage_borders
+from finhpc.models.pipeline import PipelineLayer, parts_of
+from finhpc.models.schedule import schedule_borders
 from finhpc.settings.pretrain import PretrainConfig
+from finhpc.settings.training import Parallel, Schedule
 from finhpc.training.allocator import keep_freed_memory
 from finhpc.training.optimizer import make_optimizer
 
@@ -41,7 +43,8 @@ Clock = Callable[[], float]
 class Cut:
     """Stage i has the parts `borders[i]` to `borders[i + 1] - 1`; `costs_s`: seconds per micro-batch of each part."""
 
-    stages: int
+    schedule: Schedule
+    workers: int  # of one pipeline
     kinds: list[str]  # of the parts
     costs_s: list[float]
     borders: list[int]
@@ -49,29 +52,32 @@ class Cut:
     def __str__(self) -> str:
         stages = " | ".join(describe_parts(self.kinds[a:b]) for a, b in pairwise(self.borders))
         seconds = ", ".join(f"{sum(self.costs_s[a:b]):.3g} s" for a, b in pairwise(self.borders))
-        return f"{stages} ({seconds} per micro-batch)"
+        last = len(self.borders) - 2
+        pairs = f"; worker i has stages i and {last} - i" if self.schedule == "dualpipev" else ""
+        return f"{stages} ({seconds} per micro-batch{pairs})"
 
 
 def measured_cut(config: PretrainConfig, hf_config: Any, device: torch.device) -> Cut:
     """Measure on all processes of the group at the same time, and cut; a single stage needs no measuring."""
-    row, stages = parts_of(hf_config, config.train.recompute), config.parallel.stages
-    kinds = [part.kind for part in row]
-    if stages == 1:
-        return Cut(1, kinds, [0.0] * len(kinds), [0, len(kinds)])
+    row, parallel = parts_of(hf_config, config.train.recompute), config.parallel
+    kinds, schedule, workers = [part.kind for part in row], parallel.schedule, parallel.stages
+    if workers == 1:
+        return Cut(schedule, 1, kinds, [0.0] * len(kinds), [0, len(kinds)])
     seconds = measure_parts(config, hf_config, device)
     costs = [seconds[kind] for kind in kinds]
-    return Cut(stages, kinds, costs, stage_borders(row, costs, stages))
+    borders = schedule_borders(row, costs, schedule, workers, parallel.micro_batches)
+    return Cut(schedule, workers, kinds, costs, borders)
 
 
 def saved_cut(config: PretrainConfig, hf_config: Any, device: torch.device, file: Path) -> Cut:
-    """The cut in `file` if its stages and parts are the run's; otherwise a measured one, which is written there.
+    """The cut in `file` if its schedule, workers and parts are the run's; else a measured one, which is written there.
 
     Every process of the group must call this, and all get the same cut; rank 0 reads and writes the file.
     """
     if config.parallel.stages == 1:
         return measured_cut(config, hf_config, device)
     kinds = [part.kind for part in parts_of(hf_config, config.train.recompute)]
-    known: list[Cut | None] = [_read(file, config.parallel.stages, kinds) if dist.get_rank() == 0 else None]
+    known: list[Cut | None] = [_read(file, config.parallel, kinds) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(known)
     if known[0] is not None:
         return known[0]
@@ -82,19 +88,21 @@ def saved_cut(config: PretrainConfig, hf_config: Any, device: torch.device, file
     return cut
 
 
-def _read(file: Path, stages: int, kinds: list[str]) -> Cut | None:
+def _read(file: Path, parallel: Parallel, kinds: list[str]) -> Cut | None:
     if not file.exists():
         return None
     try:
         cut = Cut(**json.loads(file.read_text(encoding="utf-8")))
+        stages = cut.workers * (2 if cut.schedule == "dualpipev" else 1)
         ends = [cut.borders[0], cut.borders[-1], len(cut.borders)]
-        whole = ends == [0, len(cut.kinds), cut.stages + 1] and all(a < b for a, b in pairwise(cut.borders))
+        whole = ends == [0, len(cut.kinds), stages + 1] and all(a < b for a, b in pairwise(cut.borders))
     except (ValueError, TypeError, IndexError):
         whole = False
     if not whole:
         log.info(f"{file.name} is damaged: the stages are measured and cut again.")
         return None
-    return cut if (cut.stages, cut.kinds) == (stages, kinds) else None
+    wanted = (parallel.schedule, parallel.stages, kinds)
+    return cut if (cut.schedule, cut.workers, cut.kinds) == wanted else None
 
 
 def measure_parts(

@@ -139,7 +139,7 @@ class Trainer:
         if not self.is_set_up:
             return ()
         written = checkpoint.newest_checkpoint_bytes(self.folder / "checkpoints")
-        return self.engine.step, self.engine.busy_s, self.engine.wait_s, written
+        return self.engine.step, self.engine.times.passes, self.engine.wait_s, written
 
     # -- start ------------------------------------------------------------------------------
 
@@ -268,11 +268,9 @@ class Trainer:
         }
 
     def _evaluate(self, step: int) -> None:
-        times = self.engine.busy_s, self.engine.wait_s  # of training steps; an evaluation must not count
         loss = held_out_loss(self.engine, self.source)
         if loss is None:
             return
-        self.engine.busy_s, self.engine.wait_s = times
         perplexity = math.exp(loss) if loss < 700 else float("inf")
         record = {"step": step, "tokens": self.source.tokens(step), "val_loss": loss, "val_perplexity": perplexity}
         if self.journal:
@@ -329,10 +327,10 @@ def held_out_loss(engine: Engine, source: BatchSource) -> float | None:
     held_out = source.held_out(engine.replica)
     if not held_out:
         return None
-    loss = engine.evaluate(iter(held_out), len(held_out))
+    loss = engine.evaluate(held_out)
     copies, filler = source.filler()
     if filler is not None:
-        loss += (loss - engine.evaluate(iter([filler]), 1)) * copies / source.scored
+        loss += (loss - engine.evaluate([filler])) * copies / source.scored
     return loss
 
 

@@ -49,7 +49,7 @@ def train(config: FinetuneConfig, folder: Path, packs: list[Tensor], steps: int)
             first.update({n: p.grad.clone() for n, p in engine.trained_parameters().items()})
 
     engine.optimizer.register_step_pre_hook(keep)
-    val = engine.evaluate(iter(mine), share)
+    val = engine.evaluate(mine)
     losses = [engine.train_step(iter(mine), 1e-2) for _ in range(steps)]
     after = {name: p.detach().clone() for name, p in engine.trained_parameters().items()}
     return {"val": val, "losses": losses, "grads": first, "start": start, "after": after, "norm": engine.grad_norm}

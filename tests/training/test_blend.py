@@ -253,7 +253,7 @@ def first_and_last(work: list[dict[str, Any]]) -> list[list[float]]:
     for changes in work:
         config = settings(**changes)
         engine = Engine(config, hf_config(config), torch.device("cpu"))
-        values = [engine.evaluate(iter(tokens(99)), BATCHES)]
+        values = [engine.evaluate(list(tokens(99)))]
         values += [engine.train_step(iter(tokens(step)), 1e-3) for step in range(1, GONE + 2)]
         found.append(values)
     return found

@@ -30,7 +30,7 @@ CASES = {
 
 
 def settings(case: str, stages: int, replicas: int, micro_batches: int, **train: Any) -> PretrainConfig:
-    bits = train.pop("bits", 16)
+    bits, schedule = train.pop("bits", 16), train.pop("schedule", "1f1b")
     tree: dict[str, Any] = {
         **CASES[case],
         "data": {"seq_len": SEQ},
@@ -38,6 +38,7 @@ def settings(case: str, stages: int, replicas: int, micro_batches: int, **train:
         "parallel": {
             "stages": stages,
             "replicas": replicas,
+            "schedule": schedule,
             "micro_batches": micro_batches,
             "micro_batch_size": SAMPLES // replicas // micro_batches,
         },
@@ -137,7 +138,7 @@ def engine_runs(
         for step in range(1, steps + 1):
             out["losses"].append(engine.train_step(batches(tokens(step)), lr_at(config, step)))
             out["norms"].append(engine.grad_norm)
-        out["eval"] = engine.evaluate(batches(tokens(99)), micro_batches)
+        out["eval"] = engine.evaluate(list(batches(tokens(99))))
         feed = TokenBatches(config.parallel, lambda step, replica: iter(()), tokens(98)[:ODD].numpy())
         out["odd"] = held_out_loss(engine, feed)
         out |= {"raw": engine.raw, "clipped": engine.clipped}
@@ -167,7 +168,21 @@ TOPOLOGIES = [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2), pytest.param(3, 2, marks=p
 
 @pytest.mark.parametrize(("stages", "replicas"), TOPOLOGIES)
 def test_every_topology_equals_the_plain_loop_in_float32(stages: int, replicas: int) -> None:
-    runs: list[Any] = [(case, stages, replicas, micro_batches, {}) for case, micro_batches in RUNS]
+    compare_with_plain_loop(stages, replicas, [(case, micro_batches, {}) for case, micro_batches in RUNS])
+
+
+@pytest.mark.parametrize(("stages", "replicas"), [(2, 1), (2, 2), pytest.param(3, 1, marks=pytest.mark.slow)])
+def test_dualpipev_equals_the_plain_loop_in_float32(stages: int, replicas: int) -> None:
+    """`odd` has fewer held-out micro-batches than the schedule needs."""
+    dual = {"schedule": "dualpipev"}
+    runs = [(case, micro_batches, dual) for case in CASES for micro_batches in (4, 8) if micro_batches >= 2 * stages]
+    runs.append(("llama-low-rank-embedding", 8, dual | {"recompute": "attention"}))
+    compare_with_plain_loop(stages, replicas, runs)
+
+
+def compare_with_plain_loop(stages: int, replicas: int, cases: list[tuple[str, int, dict[str, Any]]]) -> None:
+    """Each case with its micro-batches and settings."""
+    runs: list[Any] = [(case, stages, replicas, micro_batches, train) for case, micro_batches, train in cases]
     by_rank = run_processes(engine_runs, stages * replicas, runs, STEPS)
     for i, (case, *_, micro_batches, _train) in enumerate(runs):
         plain = plain_loop(case, STEPS)

@@ -48,7 +48,7 @@ def _trained(stages: int, steps: int) -> list[dict[str, list[Any]]]:
             for step in range(1, steps + 1):
                 batches = iter(tokens(step).split(SAMPLES // 4))
                 values += [engine.train_step(batches, lr_at(config, step)), engine.grad_norm]
-            values.append(engine.evaluate(iter(tokens(99).split(SAMPLES // 4)), 4))
+            values.append(engine.evaluate(tokens(99).split(SAMPLES // 4)))
             named = engine.named_parameters()
             weights = {name: named[name].detach().clone() for name in sorted(named)}
             found[recompute] = [_kept(engine), *values, weights]
