@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field
 
 from finhpc.settings.base import Section
 from finhpc.settings.pretrain import Method, Model
-from finhpc.settings.training import Resources
+from finhpc.settings.training import Resources, Schedule
 
 
 class Bench(Section):
@@ -75,6 +75,9 @@ class PipelineBench(Section):
     stages: int = Field(2, ge=2, description="pipeline stages, one process each")
     micro_batches: list[int] = Field(
         [1, 2, 4, 8, 16], min_length=1, description="micro-batches per step, each measured"
+    )
+    schedules: list[Schedule] = Field(
+        ["1f1b", "dualpipev"], min_length=1, description="as parallel.schedule; each is measured"
     )
     micro_batch_size: int = Field(1, ge=1, description="samples per micro-batch")
     seq_len: int = Field(256, ge=2, description="tokens per sample")

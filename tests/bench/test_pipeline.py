@@ -21,15 +21,22 @@ def settings(out: Path, **more: Any) -> PipelineBench:
 
 
 def test_every_number_of_micro_batches_is_measured_and_drawn(tmp_path: Path) -> None:
-    result = bench_pipeline(settings(tmp_path, micro_batches=[1, 3], counted=False))
-    assert [row["micro_batches"] for row in result["rows"]] == [1, 3]
-    assert [row["ideal"] for row in result["rows"]] == [0.5, 0.75]
-    for row in result["rows"]:
+    result = bench_pipeline(settings(tmp_path, micro_batches=[1, 4], counted=False))
+    rows = result["rows"]
+    measured = [("1f1b", 1, 0.5), ("1f1b", 4, 0.8), ("dualpipev", 4, 0.8)]
+    assert [(row["schedule"], row["micro_batches"], row["ideal"]) for row in rows] == measured
+    for row in rows:
         assert row["over_ideal"] == pytest.approx(row["one_stage_s"] / row["pipeline_s"] / 2 / row["ideal"])
-    assert result["ratios"] == {"utilization_over_ideal": result["rows"][1]["over_ideal"]}
+    ratios = {"utilization_over_ideal": rows[1]["over_ideal"], "dualpipev_over_ideal": rows[2]["over_ideal"]}
+    assert result["ratios"] == ratios
     assert (Path(result["folder"]) / "pipeline.png").stat().st_size > 5000
 
 
 def test_more_stages_than_blocks_are_refused_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="stages=5 does not fit 4 transformer blocks; use 2 to 4"):
         bench_pipeline(settings(tmp_path, stages=5))
+
+
+def test_too_few_micro_batches_for_dualpipev_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"needs 2 x stages = 4 micro-batches or more, but the largest of .* is 3"):
+        bench_pipeline(settings(tmp_path, micro_batches=[1, 3]))
