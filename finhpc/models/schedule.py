@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from finhpc.models.families.parts import Part
 from finhpc.models.pipeline import borders_of, stage_borders
-from finhpc.settings.training import Schedule
+from finhpc.settings.training import Recompute, Schedule
 
 FORWARD = 1 / 3  # the forward pass's share of a micro-batch's time on a stage
 SIMULATED = 4  # micro-batches per stage that are simulated; more of them add the slowest worker's time each
@@ -34,6 +34,11 @@ def stages_of(schedule: Schedule, workers: int) -> list[tuple[int, ...]]:
     if schedule == "dualpipev":
         return [(worker, 2 * workers - 1 - worker) for worker in range(workers)]
     return [(worker,) for worker in range(workers)]
+
+
+def most_workers(schedule: Schedule, blocks: int, recompute: Recompute) -> int:
+    """The largest number of workers that a model of so many transformer blocks can be cut for."""
+    return (blocks + 1) // 2 if schedule == "dualpipev" and recompute == "full" else blocks
 
 
 def passes(schedule: Schedule, workers: int, worker: int, micro_batches: int) -> Iterator[Pass]:

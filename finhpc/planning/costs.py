@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from finhpc.models.schedule import stages_of
 from finhpc.planning.devices import Cluster
 from finhpc.planning.memory import Memory, Scheme, StageMemory, Topology
 from finhpc.planning.outline import Outline, Stages
@@ -41,10 +42,11 @@ class PretrainCosts:
 
     @cached_property
     def cut(self) -> Stages:
-        return self.outline.stages(self.topology.stages, self.part_s)
+        topology = self.topology
+        return self.outline.stages(topology.stages, self.part_s, topology.schedule, topology.micro_batches)
 
     def stages(self) -> list[StageMemory]:
-        """The memory of each stage."""
+        """The memory of each worker of a pipeline."""
         return self.memory.stages(self.topology, self.cut)
 
     @property
@@ -58,11 +60,13 @@ class PretrainCosts:
     def pace(self, cluster: Cluster) -> Pace:
         """Seconds of one step: from measured parts if there are any, else from the cluster's rates."""
         outline, topology, device = self.outline, self.topology, cluster.device
-        largest = max(sum(outline.part_params(kind) for kind in kinds) for kinds in self.cut)
+        owned = stages_of(topology.schedule, topology.stages)
+        params = [sum(outline.part_params(kind) for kind in kinds) for kinds in self.cut]
+        largest = max(sum(params[stage] for stage in stages) for stages in owned)
         exchange_s = averaging_s(largest, topology.replicas, device, cluster.devices_per_node)
         if (part_s := self.part_s) is not None:  # with their share of the optimizer
             measured = [sum(part_s[kind] for kind in kinds) for kinds in self.cut]
-            return Pace(measured, exchange_s, 0.0, topology.micro_batches)
+            return Pace(measured, exchange_s, 0.0, topology.micro_batches, topology.schedule)
         rate = device.rate(cluster.precision) * cluster.reached
         tokens, link = topology.micro_batch_size * outline.seq_len, cluster.link(topology.workers)
         hidden_bytes = 4 * tokens * int(outline.hf_config.hidden_size)
@@ -70,10 +74,11 @@ class PretrainCosts:
         for i, kinds in enumerate(self.cut):
             least = {kind: launches(kind) * device.launch_s for kind in kinds}
             compute = sum(max(tokens * part_operations(outline, kind) / rate, least[kind]) for kind in kinds)
-            neighbors = (i > 0) + (i < topology.stages - 1)
+            turns = len(self.cut) > topology.stages and i in (topology.stages - 1, topology.stages)  # on one worker
+            neighbors = (i > 0) + (i < len(self.cut) - 1) - turns
             seconds.append(compute + neighbors * 2 * hidden_bytes / link)  # hidden states there, gradients back
         optimizer_s = largest * ADAMW_BYTES / (device.memory_gb_per_s * 1e9)
-        return Pace(seconds, exchange_s, optimizer_s, topology.micro_batches)
+        return Pace(seconds, exchange_s, optimizer_s, topology.micro_batches, topology.schedule)
 
     def reached(self, rate: float) -> float:
         """The share of a matrix rate that the measured parts reach."""

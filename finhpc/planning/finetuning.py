@@ -14,7 +14,7 @@ from finhpc.models.packing.layout import CACHED_LAYOUTS, FIELDS
 from finhpc.models.pipeline import is_tied
 from finhpc.planning.devices import Cluster
 from finhpc.planning.fake_packs import LoraPart, PackSize, count_lora_parts
-from finhpc.planning.memory import StageMemory, Steps, Topology
+from finhpc.planning.memory import StageMemory, Steps, Topology, worker_memory
 from finhpc.planning.step_time import ADAMW_BYTES, Pace, averaging_s, launches
 
 LORA_LAUNCHES = 3  # kernel launches of a part with adapters over one without; measured, with SmolLM2's shapes
@@ -78,7 +78,8 @@ class LoraCosts:
         received = (0 if first else hidden[0] + ids) + (0 if last else hidden[-1])
         layouts = self.layouts * self._layout_bytes() if any(part.kind in BLOCKS for part in parts) else 0
         kinds = [part.kind for part in parts]
-        return steps.memory(stage, topology, kinds, trained, weights + 4 * trained, 8 * trained, received, layouts)
+        weights += 4 * trained
+        return worker_memory([steps], stage, topology, kinds, trained, weights, 8 * trained, received, layouts)
 
     def _layout_bytes(self) -> int:
         """Bytes of one pack's cached layout: rotary positions, and rows."""

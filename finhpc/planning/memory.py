@@ -3,9 +3,9 @@
 There are two schemes, both with 16 bytes per parameter by default:
 
 - `finhpc`: its own engine, with float32 weights, gradients and AdamW's two moments (in 8 bits if the run sets that),
-  and method 3's W while they exist. The peak follows the engine's passes in order (one forward, one backward: stage
-  s of N has min(M, N - s) micro-batches in flight). DeepSpeed adds its buffers and, if gradients are averaged over
-  replicas, a flat copy of them.
+  and method 3's W while they exist. The peak follows the engine's passes in their order (with 1f1b stage s of N has
+  min(M, N - s) micro-batches in flight). DeepSpeed adds its buffers and, if gradients are averaged over replicas, a
+  flat copy of them.
 - `paper`: Table III's mixed precision, with 16-bit weights and gradients, and an optimizer of 12 bytes (a float32
   copy of the weights and two moments), divided by ZeRO over the replicas. The total is the sum of the four, as in
   the paper.
@@ -20,14 +20,16 @@ from typing import Literal
 from finhpc.lowrank.registry import BLEND
 from finhpc.models.attention import LONGEST
 from finhpc.models.families.registry import with_blocks
+from finhpc.models.schedule import ideal_utilization, passes, stages_of
 from finhpc.planning import paper
 from finhpc.planning.fake_passes import PartBytes, count_parts
 from finhpc.planning.outline import Outline, Stages
 from finhpc.settings.estimate import EstimateConfig
 from finhpc.settings.pretrain import PretrainConfig
-from finhpc.settings.training import TrainingConfig
+from finhpc.settings.training import Schedule, TrainingConfig
 
 BUCKET = 500_000_000  # gradients that DeepSpeed averages at a time
+EXCHANGED = 2  # hidden states of dualpipev that are on their way to or from a worker
 
 
 @dataclass(frozen=True)
@@ -58,17 +60,18 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Topology:
-    """Pipeline stages and replicas; `micro_batches` are per step and replica."""
+    """Pipeline stages and replicas; `micro_batches` are per step and replica. dualpipev has 2 x stages stages."""
 
     stages: int
     replicas: int
     micro_batch_size: int
     micro_batches: int
+    schedule: Schedule = "1f1b"
 
     @staticmethod
     def of(config: TrainingConfig) -> Topology:
-        parallel = config.parallel
-        return Topology(parallel.stages, parallel.replicas, parallel.micro_batch_size, parallel.micro_batches)
+        given = config.parallel
+        return Topology(given.stages, given.replicas, given.micro_batch_size, given.micro_batches, given.schedule)
 
     @property
     def workers(self) -> int:
@@ -80,13 +83,16 @@ class Topology:
 
     @property
     def utilization(self) -> float:
-        """M/(N+M-1), the paper's section IV.B."""
-        return self.micro_batches / (self.stages + self.micro_batches - 1)
+        """The ideal one: M/(N+M-1) for 1f1b, the paper's section IV.B."""
+        return ideal_utilization(self.schedule, self.stages, self.micro_batches)
 
 
 @dataclass(frozen=True)
 class StageMemory:
-    """Bytes on each worker of one stage; `peak_bytes` is less than their sum if they do not peak at the same time."""
+    """Bytes on each worker of one stage (dualpipev: of two).
+
+    `peak_bytes` is less than their sum if they do not peak at the same time.
+    """
 
     stage: int
     parts: list[str]
@@ -121,10 +127,12 @@ class Memory:
         return self._counted[size]
 
     def stages(self, topology: Topology, cut: Stages | None = None) -> list[StageMemory]:
-        """The memory of every stage, cut as in `cut` or else by counted operations."""
-        cut = cut or self.outline.stages(topology.stages)
-        of_stage = self._paper_stage if self.scheme.name == "paper" else self._finhpc_stage
-        return [of_stage(i, kinds, topology) for i, kinds in enumerate(cut)]
+        """The memory of every worker of a pipeline, cut as in `cut` or else by counted operations."""
+        cut = cut or self.outline.stages(topology.stages, None, topology.schedule, topology.micro_batches)
+        if self.scheme.name == "paper":
+            return [self._paper_stage(i, kinds, topology) for i, kinds in enumerate(cut)]
+        workers = enumerate(stages_of(topology.schedule, topology.stages))
+        return [self._finhpc_worker(i, [cut[stage] for stage in stages], topology) for i, stages in workers]
 
     def _paper_stage(self, stage: int, kinds: list[str], topology: Topology) -> StageMemory:
         shared = self.outline.tied and "embedding" in kinds and "head" in kinds  # one matrix at both ends
@@ -141,31 +149,34 @@ class Memory:
         total = weights + gradients + optimizer + intermediates
         return StageMemory(stage, kinds, params, weights, gradients, optimizer, intermediates, 0, total)
 
-    def _finhpc_stage(self, stage: int, kinds: list[str], topology: Topology) -> StageMemory:
-        outline, scheme, stages = self.outline, self.scheme, topology.stages
-        shared = outline.tied and stages == 1  # one matrix, at both ends of the stage
-        params = [0 if shared and kind == "embedding" else outline.part_params(kind) for kind in kinds]
-        total = sum(params)
-        dense = [outline.part_replaced(kind) if scheme.blend else 0 for kind in kinds]
+    def _finhpc_worker(self, worker: int, stages: Stages, topology: Topology) -> StageMemory:
+        outline, scheme = self.outline, self.scheme
+        kinds = [kind for stage in stages for kind in stage]
+        shared = outline.tied and {"embedding", "head"} <= set(kinds)  # one matrix, at both ends
+        params = {kind: 0 if shared and kind == "embedding" else outline.part_params(kind) for kind in set(kinds)}
+        dense = {kind: outline.part_replaced(kind) if scheme.blend else 0 for kind in set(kinds)}
         trains_dense = scheme.blend == "trainable"
-        trained = [own + (replaced if trains_dense else 0) for own, replaced in zip(params, dense, strict=True)]
+        trained = {kind: params[kind] + (dense[kind] if trains_dense else 0) for kind in set(kinds)}
         optimizer = sum(
-            outline.part_moments_bytes(kind, scheme.eight_bit_moments, trains_dense)
-            for kind, own in zip(kinds, params, strict=True)
-            if own
+            outline.part_moments_bytes(kind, scheme.eight_bit_moments, trains_dense) for kind in kinds if params[kind]
         )
         tokens = topology.micro_batch_size * outline.seq_len
         sent = tokens * 4 * int(outline.hf_config.hidden_size)  # hidden states travel in float32
         ids = tokens * 8
-        buffers = (sent + ids) if stages > 1 else 0  # received tensors land there first
-        steps = Steps(
-            parts=[self.parts(topology.micro_batch_size)[kind] for kind in kinds],
-            gradients=[4 * count for count in trained],
-            hidden=[sent] * (len(kinds) + 1),
-            ids=ids,
-            shared=shared,
-        )
-        return steps.memory(stage, topology, kinds, total, 4 * (total + sum(dense)), optimizer, buffers)
+        buffers = (sent + ids) if topology.stages > 1 else 0  # received tensors land there first
+        steps = [
+            Steps(
+                parts=[self.parts(topology.micro_batch_size)[kind] for kind in stage],
+                gradients=[4 * trained[kind] for kind in stage],
+                hidden=[sent] * (len(stage) + 1),
+                ids=ids,
+                shared=shared and stage[0] == "embedding",
+            )
+            for stage in stages
+        ]
+        total = sum(params[kind] for kind in kinds)
+        weights = 4 * (total + sum(dense[kind] for kind in kinds))
+        return worker_memory(steps, worker, topology, kinds, total, weights, optimizer, buffers)
 
 
 @dataclass(frozen=True)
@@ -182,29 +193,12 @@ class Steps:
     ids: int
     shared: bool = False  # the first part's weights are the last's, so their gradient exists before its backward pass
 
-    def memory(
-        self,
-        stage: int,
-        topology: Topology,
-        kinds: list[str],
-        params: int,
-        weights: int,
-        optimizer: int,
-        buffers: int,
-        other: int = 0,
-    ) -> StageMemory:
-        """The memory of the stage. `buffers`: where received tensors land; `other`: what exists all the time."""
-        first, last = stage == 0, stage == topology.stages - 1
-        activations = both = 0  # the peak of activations, and of activations and gradients together
-        for forward, in_flight, done in set(_passes(stage, topology.stages, topology.micro_batches)):
-            for level, present in self._levels(first, last, forward, in_flight, done):
-                activations, both = max(activations, level), max(both, level + present)
-        gradients = sum(self.gradients)
-        flat = min(gradients, 4 * BUCKET) if topology.replicas > 1 else 0
-        peak = weights + optimizer + buffers + other + max(both, gradients + flat)
-        return StageMemory(stage, kinds, params, weights, gradients, optimizer, activations, buffers + flat, peak)
+    def stored(self, first: bool, last: bool) -> int:
+        """Bytes between the passes of a micro-batch: what its backward pass needs, its inputs, twice, and outputs."""
+        hidden = (0 if first else self.hidden[0]) + (0 if last else self.hidden[-1])
+        return 2 * self.ids + hidden + sum(part.kept for part in self.parts)
 
-    def _levels(self, first: bool, last: bool, forward: bool, in_flight: int, done: int) -> Iterator[tuple[int, int]]:
+    def levels(self, first: bool, last: bool, forward: bool, in_flight: int, done: int) -> Iterator[tuple[int, int]]:
         """The peak of (activations, gradients) in each part, during a pass of the newest of `in_flight` micro-batches.
 
         `first`, `last`: whether it is that stage. `done`: micro-batches that finished before, where 2 stands for more.
@@ -213,9 +207,7 @@ class Steps:
         ready = done > 0
         kept = sum(part.kept for part in self.parts)
         received, sent = 0 if first else self.hidden[0], 0 if last else self.hidden[-1]
-        # Between the passes of a micro-batch DeepSpeed stores its inputs, twice, and its outputs.
-        stored = 2 * self.ids + received + sent
-        level = in_flight * stored + (in_flight - 1) * kept
+        level = in_flight * self.stored(first, last) - kept
         if last and not first:
             # DeepSpeed stores the losses of the two micro-batches before, and with them inputs and their gradients.
             level += 2 * received * (done if forward else min(done, 1))
@@ -239,13 +231,51 @@ class Steps:
             gradients += self.gradients[i]
 
 
-def _passes(stage: int, stages: int, micro_batches: int) -> Iterator[tuple[bool, int, int]]:
-    """(is forward, micro-batches in flight with this one, those done before, at most 2) of each pass, in order."""
-    begun = min(micro_batches, stages - stage)
-    for i in range(begun):
-        yield True, i + 1, 0
-    for done in range(micro_batches):
-        yield False, begun - done, min(done, 2)
-        if begun < micro_batches:
-            begun += 1
-            yield True, begun - done - 1, min(done + 1, 2)
+def worker_memory(
+    steps: list[Steps],
+    worker: int,
+    topology: Topology,
+    kinds: list[str],
+    params: int,
+    weights: int,
+    optimizer: int,
+    buffers: int,
+    other: int = 0,
+) -> StageMemory:
+    """The memory of a worker with the stages `steps`.
+
+    `buffers`: where received tensors land; `other`: what exists all the time.
+    """
+    numbers = stages_of(topology.schedule, topology.stages)[worker]
+    last = len(numbers) * topology.stages - 1
+    activations = both = 0  # the peak of activations, and of activations and gradients together
+    for this, forward, in_flight, done in set(_states(worker, topology)):
+        others = [i for i in range(len(steps)) if i != this]
+        stored = sum(in_flight[i] * steps[i].stored(numbers[i] == 0, numbers[i] == last) for i in others)
+        present = sum(sum(steps[i].gradients) for i in others if done[i])
+        if others:
+            stored += EXCHANGED * steps[this].hidden[0]
+        ends = numbers[this] == 0, numbers[this] == last
+        for level, own in steps[this].levels(*ends, forward, in_flight[this], done[this]):
+            activations, both = max(activations, stored + level), max(both, stored + level + present + own)
+    gradients = sum(sum(stage.gradients) for stage in steps)
+    flat = min(gradients, 4 * BUCKET) if topology.replicas > 1 else 0
+    peak = weights + optimizer + buffers + other + max(both, gradients + flat)
+    return StageMemory(worker, kinds, params, weights, gradients, optimizer, activations, buffers + flat, peak)
+
+
+def _states(worker: int, topology: Topology) -> Iterator[tuple[int, bool, tuple[int, ...], tuple[int, ...]]]:
+    """(which of the worker's stages, is forward, in flight, done before) of each pass, in order.
+
+    Micro-batches in flight, with this one, and those done before (at most 2; of dualpipev, which drops each loss after
+    its backward pass, 1) are counted for each stage.
+    """
+    stages = stages_of(topology.schedule, topology.stages)[worker]
+    in_flight, done = [0] * len(stages), [0] * len(stages)
+    for stage, forward in passes(topology.schedule, topology.stages, worker, topology.micro_batches):
+        this = stages.index(stage)
+        in_flight[this] += forward
+        yield this, forward, tuple(in_flight), tuple(min(count, 3 - len(stages)) for count in done)
+        if not forward:
+            in_flight[this] -= 1
+            done[this] += 1

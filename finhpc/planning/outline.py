@@ -16,8 +16,9 @@ from transformers.pytorch_utils import Conv1D
 
 from finhpc.lowrank.layers import LowRank, is_factor
 from finhpc.models.families.registry import skeleton, with_blocks
-from finhpc.models.pipeline import estimated_cost, is_tied, parts_of, stage_borders
-from finhpc.settings.training import Recompute
+from finhpc.models.pipeline import estimated_cost, is_tied, parts_of
+from finhpc.models.schedule import schedule_borders
+from finhpc.settings.training import Recompute, Schedule
 
 Stages = list[list[str]]  # kinds of the parts of each stage
 Matrix = tuple[int, int]  # (vectors, their length): outputs and inputs of a layer, rows of an embedding
@@ -138,10 +139,16 @@ class Outline:
         owner = "embedding" if kind == "head" and self.tied else kind
         return [weights for weights in self.weights if weights.kind == owner]
 
-    def stages(self, stages: int, costs: Mapping[str, float] | None = None) -> Stages:
+    def stages(
+        self,
+        workers: int,
+        costs: Mapping[str, float] | None = None,
+        schedule: Schedule = "1f1b",
+        micro_batches: int = 1,
+    ) -> Stages:
         """The kinds of each stage's parts, balanced by the `costs` of each kind, by default counted operations."""
         costs = costs or self.operations
-        borders = stage_borders(self.row, [costs[kind] for kind in self.kinds], stages)
+        borders = schedule_borders(self.row, [costs[kind] for kind in self.kinds], schedule, workers, micro_batches)
         return [self.kinds[a:b] for a, b in pairwise(borders)]
 
 

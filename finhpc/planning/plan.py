@@ -118,17 +118,15 @@ def _check_seq_len(config: PretrainConfig, shards: Shards, context: int | None) 
 
 
 def check_stages(config: TrainingConfig, hf_config: Any) -> None:
-    """Raise `ConfigError` if there are more stages than transformer blocks, or for dualpipev than half their parts."""
-    parallel, layers = config.parallel, hf_config.num_hidden_layers
-    if parallel.stages > layers:
-        blocks, use = counted(layers, "transformer block"), f"1 to {layers}" if layers > 1 else "1"
-        raise ConfigError(f"parallel.stages={parallel.stages} does not fit {blocks}; use {use}.")
-    if parallel.schedule == "dualpipev" and config.train.recompute == "full" and 2 * parallel.stages > layers:
-        raise ConfigError(
-            f"parallel.schedule=dualpipev with parallel.stages={parallel.stages} needs {2 * parallel.stages} stages, "
-            f"but with train.recompute=full the {counted(layers, 'transformer block')} cannot be divided further; use "
-            "fewer stages, another train.recompute, or parallel.schedule=1f1b."
-        )
+    """Raise `ConfigError` if the transformer blocks are too few for the stages."""
+    from finhpc.models.schedule import most_workers
+
+    parallel, layers, recompute = config.parallel, hf_config.num_hidden_layers, config.train.recompute
+    most = most_workers(parallel.schedule, layers, recompute)
+    if parallel.stages > most:
+        blocks, use = counted(layers, "transformer block"), f"1 to {most}" if most > 1 else "1"
+        how = "" if most == layers else f" with parallel.schedule=dualpipev and train.recompute={recompute}"
+        raise ConfigError(f"parallel.stages={parallel.stages} does not fit {blocks}{how}; use {use}.")
 
 
 def check_model(config: PretrainConfig, hf_config: Any) -> None:

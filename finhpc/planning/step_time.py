@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from finhpc.models.schedule import passes_seconds
 from finhpc.planning.devices import Device
 from finhpc.planning.outline import Outline
+from finhpc.settings.training import Schedule
 
 # Bytes moved per parameter, in float32.
 ADAMW_BYTES = 28  # weight, gradient and two moments are read, weight and moments written
@@ -21,11 +23,11 @@ class Pace:
     exchange_s: float  # averaging gradients over the replicas
     optimizer_s: float
     micro_batches: int
+    schedule: Schedule = "1f1b"
 
     @property
     def passes_s(self) -> float:
-        """The first micro-batch goes through every stage; the others follow at the pace of the slowest stage."""
-        return sum(self.stage_s) + (self.micro_batches - 1) * max(self.stage_s)
+        return passes_seconds(self.schedule, self.stage_s, self.micro_batches)
 
     @property
     def step_s(self) -> float:
@@ -33,8 +35,9 @@ class Pace:
 
     @property
     def utilization(self) -> float:
-        """The mean share of the passes in which a stage computes: the paper's M/(N+M-1) if stages are even."""
-        return self.micro_batches * sum(self.stage_s) / (len(self.stage_s) * self.passes_s)
+        """The mean share of the passes in which a worker computes: the paper's M/(N+M-1) if 1f1b's stages are even."""
+        workers = len(self.stage_s) // (2 if self.schedule == "dualpipev" else 1)
+        return self.micro_batches * sum(self.stage_s) / (workers * self.passes_s)
 
 
 def forward_operations(outline: Outline, kind: str) -> float:

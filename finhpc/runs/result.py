@@ -11,6 +11,7 @@ from typing import Any
 from finhpc.errors import CheckpointError
 from finhpc.evaluation import plausible
 from finhpc.files import redact
+from finhpc.models.schedule import ideal_utilization
 from finhpc.runs.job import Job
 from finhpc.settings.training import TrainingConfig
 from finhpc.training.journal import WORKER_FILE, Record, latest, read
@@ -30,7 +31,7 @@ def empty_result(job: Job) -> dict[str, Any]:
     return {
         **dict.fromkeys(KEYS),
         "run": job.config.run.name,
-        "pipeline_utilization_ideal": parallel.micro_batches / (parallel.stages + parallel.micro_batches - 1),
+        "pipeline_utilization_ideal": ideal_utilization(parallel.schedule, parallel.stages, parallel.micro_batches),
         **job.counts(),
     }
 

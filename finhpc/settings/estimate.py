@@ -86,6 +86,11 @@ class EstimateConfig(PretrainConfig):
                 f"estimate.zero_stage={wanted.zero_stage} with parallel.stages={self.parallel.stages}: a pipeline does "
                 "not divide gradients and weights; use 0 or 1, or one stage."
             )
+        if wanted.scheme == "paper" and self.parallel.schedule != "1f1b":
+            problems.append(
+                f"estimate.scheme=paper counts the paper's schedule, not parallel.schedule={self.parallel.schedule}; "
+                "use 1f1b, or estimate.scheme=finhpc."
+            )
         if wanted.scheme == "finhpc" and wanted.weight_bits != 16:
             problems.append(
                 f"estimate.weight_bits={wanted.weight_bits} does not exist in finhpc's training, whose weights are "

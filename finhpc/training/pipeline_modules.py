@@ -83,7 +83,7 @@ class PassTimes:
         """Return the seconds in passes since the last call; on a GPU this waits for the last of them."""
         if self._events:
             self._events[-1][1].synchronize()
-        seconds = self._busy_s + sum(begin.elapsed_time(end) for begin, end in self._events) / 1000
+        seconds: float = self._busy_s + sum(begin.elapsed_time(end) for begin, end in self._events) / 1000
         self._busy_s = 0.0
         self._events.clear()
         return seconds

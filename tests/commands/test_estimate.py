@@ -77,6 +77,13 @@ def test_this_machine_is_measured() -> None:
             "estimate.micro_batch_sizes.0=0 is refused: input should be greater",
         ),
         ({"method": {"rank": 33}}, "method.rank=33 does not fit transformer.h.*.attn.c_attn (96 x 32, layers: 4)"),
+        (
+            {
+                "estimate": {"scheme": "paper"},
+                "parallel": {"stages": 2, "micro_batches": 4, "schedule": "dualpipev"},
+            },
+            "estimate.scheme=paper counts the paper's schedule, not parallel.schedule=dualpipev",
+        ),
         ({"parallel": {"stages": 5}}, "parallel.stages=5 does not fit 4 transformer blocks"),
         ({"data": {"seq_len": 65}}, "data.seq_len=65 is longer than the model's context of 64"),
     ],

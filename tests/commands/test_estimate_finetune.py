@@ -77,6 +77,10 @@ def test_what_examples_share_is_computed_once() -> None:
         ({"estimate": {"tokens": 5000}}, "estimate.tokens=5000 is longer than the base's context of 4096"),
         ({"lora": {"targets": ["query"]}}, "lora.targets=query matches no linear layer"),
         ({"parallel": {"stages": 9}}, "parallel.stages=9"),
+        (
+            {"parallel": {"stages": 2, "micro_batches": 4, "schedule": "dualpipev"}},
+            "parallel.schedule=dualpipev needs micro-batches of one shape, but packs of examples differ in length",
+        ),
     ],
 )
 def test_bad_settings_say_value_reason_and_remedy(sections: dict[str, Any], message: str) -> None:

@@ -61,6 +61,24 @@ def test_a_good_config_is_counted(shards: Path) -> None:
             {"parallel": {"stages": 2}, "model": {"layers": 1}},
             "parallel.stages=2 does not fit 1 transformer block; use 1.",
         ),
+        (
+            {"parallel": {"schedule": "dualpipev", "micro_batches": 8}},
+            "parallel.schedule=dualpipev needs several workers to exchange micro-batches, but parallel.stages=1; use "
+            "parallel.stages=2 or more, or parallel.schedule=1f1b.",
+        ),
+        (
+            {"parallel": {"schedule": "dualpipev", "stages": 2, "micro_batches": 3}},
+            "parallel.schedule=dualpipev needs 2 x parallel.stages = 4 micro-batches or more, but "
+            "parallel.micro_batches=3; use 4 or more, or parallel.schedule=1f1b.",
+        ),
+        (
+            {
+                "parallel": {"schedule": "dualpipev", "stages": 3, "micro_batches": 6},
+                "train": {"recompute": "full"},
+            },
+            "parallel.stages=3 does not fit 4 transformer blocks with parallel.schedule=dualpipev and "
+            "train.recompute=full; use 1 to 2.",
+        ),
         ({"parallel": {"micro_batches": 3, "global_batch_size": 16}}, "parallel.global_batch_size=16 is not"),
         (
             {"data": {"seq_len": 48}},

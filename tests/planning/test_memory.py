@@ -43,6 +43,19 @@ CASES: dict[str, dict[str, Any]] = {
         "method": {"kind": "blend", "rank": 16, "embedding": "low_rank"},
         "parallel": {"stages": 2, "micro_batch_size": 2, "micro_batches": 2},
     },
+    "dualpipev, dense, tied": {
+        "method": {"kind": "dense"},
+        "parallel": {"stages": 2, "micro_batch_size": 4, "micro_batches": 4, "schedule": "dualpipev"},
+    },
+    "dualpipev, low-rank, bf16": {
+        "parallel": {"stages": 2, "micro_batch_size": 2, "micro_batches": 8, "schedule": "dualpipev"},
+        "train": {"precision": "bf16"},
+    },
+    "dualpipev, llama, attention recomputed": {
+        "model": {"preset": "llama-tiny"},
+        "parallel": {"stages": 2, "micro_batch_size": 8, "micro_batches": 6, "schedule": "dualpipev"},
+        "train": {"recompute": "attention"},
+    },
     "method 3, W trained, 8-bit moments, bf16": {
         "method": {"kind": "blend", "rank": 16, "blend_weight": "trainable"},
         "optimizer": {"name": "adamw8bit"},
@@ -109,4 +122,6 @@ def test_the_predicted_peak_is_the_counted_one(workers: int) -> None:
     names = [name for name in CASES if settings(name).parallel.workers == workers]
     for worker in run_processes(counted, workers, names):
         for name, (stage, peak, borders) in zip(names, worker, strict=True):
-            assert predicted(name, borders)[stage] == pytest.approx(peak, rel=0.01), (name, stage)
+            # What dualpipev has on its way from worker to worker at the peak is approximate.
+            relative = 0.015 if "dualpipev" in name else 0.01
+            assert predicted(name, borders)[stage] == pytest.approx(peak, rel=relative), (name, stage)

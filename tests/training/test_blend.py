@@ -6,6 +6,7 @@ import gc
 import shutil
 import weakref
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +31,18 @@ SIZE, BATCHES = 4, 2
 
 
 def settings(stages: int = 1, preset: str = "gpt2-tiny", **changes: Any) -> PretrainConfig:
-    """`changes`: of `method`, or of `train`, `quantization` and `optimizer` under their names."""
+    """`changes`: of `method`, or of `train`, `quantization`, `optimizer`, `parallel` and `model` under their names."""
     tree: dict[str, Any] = {
         "model": {"preset": preset, "vocab_size": VOCAB, "context": SEQ, "layers": 3, "width": 32, "heads": 4},
         "data": {"seq_len": SEQ},
         "optimizer": {"lr": 2e-3, "warmup_steps": 2} | changes.pop("optimizer", {}),
-        "parallel": {"stages": stages, "micro_batch_size": SIZE, "micro_batches": BATCHES},
+        "parallel": {"stages": stages, "micro_batch_size": SIZE, "micro_batches": BATCHES}
+        | changes.pop("parallel", {}),
         "train": {"steps": STEPS, "eval_every": 4, "checkpoint_every": 1, "keep_checkpoints": 99, "hang_timeout_s": 0}
         | changes.pop("train", {}),
         "quantization": changes.pop("quantization", {}),
     }
+    tree["model"] |= changes.pop("model", {})
     tree["method"] = {"kind": "blend", "rank": 8, "blend_share": GONE / STEPS, **changes}
     if preset == "llama-tiny":
         tree["model"] |= {"mlp_width": 48}
@@ -50,10 +53,10 @@ def tokens(step: int) -> Tensor:
     return torch.randint(0, VOCAB, (BATCHES, SIZE, SEQ), generator=torch.Generator().manual_seed(step))
 
 
-def stream(first_step: int, replica: int) -> Iterator[dict[str, Any]]:
+def stream(first_step: int, replica: int, size: int = SIZE) -> Iterator[dict[str, Any]]:
     for step in range(first_step, STEPS):
-        for i, batch in enumerate(tokens(step).numpy()):
-            places = np.arange(SIZE) + SIZE * (BATCHES * step + i)
+        for i, batch in enumerate(tokens(step).numpy().reshape(-1, size, SEQ)):
+            places = np.arange(size) + SIZE * BATCHES * step + size * i
             yield {"tokens": batch, "sample": places, "position": places}
 
 
@@ -83,7 +86,7 @@ def train(folder: Path, config: PretrainConfig, stop: int = STEPS) -> None:
         fill=fill,
         device=torch.device("cpu"),
         folder=folder,
-        source=TokenBatches(config.parallel, stream, held_out),
+        source=TokenBatches(config.parallel, partial(stream, size=config.parallel.micro_batch_size), held_out),
     )
     try:
         worker.run()

@@ -41,8 +41,8 @@ def test_a_recomputed_block_is_measured_as_one_part() -> None:
     assert not set(HALVES) & set(seconds)
 
 
-def _keep(file: Path, stages: int, recompute: str = "none") -> tuple[Cut, list[str]]:
-    config = settings("gpt2-tied-dense", stages, 1, 2, recompute=recompute)
+def _keep(file: Path, stages: int, recompute: str = "none", schedule: str = "1f1b") -> tuple[Cut, list[str]]:
+    config = settings("gpt2-tied-dense", stages, 1, 4, recompute=recompute, schedule=schedule)
     said: list[str] = []
     with redirected(said.append):
         return saved_cut(config, hf_config(config), CPU, file), said
@@ -65,6 +65,9 @@ def test_a_saved_cut_is_used_by_all_until_the_stages_change_or_the_file_is_damag
     assert len(three.borders) == 4, "other stages are measured again"
     ((whole, _), *_) = run_processes(_keep, 2, file, 2, "full")
     assert whole.kinds.count(BLOCK) == 3, "other parts as well"
+    ((dual, said), *_) = run_processes(_keep, 2, file, 2, "none", "dualpipev")
+    assert len(dual.borders) == 5, "and another schedule"
+    assert said[0].endswith(" per micro-batch; worker i has stages i and 3 - i)")
 
     file.write_text(json.dumps(other)[:-20])
     ((again, said), *_) = run_processes(_keep, 2, file, 2)
@@ -75,8 +78,10 @@ def test_a_saved_cut_is_used_by_all_until_the_stages_change_or_the_file_is_damag
 def test_a_cut_is_named_by_its_blocks() -> None:
     parts = ["embedding", "positions", *("attention", "mlp") * 3, "norm", "head"]
     costs = [0.0, 0.0, *(0.5, 1.0) * 3, 0.0, 0.5]
-    cut = Cut(2, parts, costs, [0, 5, 10])
+    cut = Cut("1f1b", 2, parts, costs, [0, 5, 10])
     assert str(cut) == "embedding, positions, 1.5 blocks | 1.5 blocks, norm, head (2 s, 3 s per micro-batch)"
-    assert str(Cut(2, parts, costs, [0, 8, 10])).endswith("3 blocks | norm, head (4.5 s, 0.5 s per micro-batch)")
-    whole = Cut(2, ["embedding", BLOCK, BLOCK, "head"], [0.0, 1.0, 1.0, 1.0], [0, 2, 4])
+    assert str(Cut("1f1b", 2, parts, costs, [0, 8, 10])).endswith(
+        "3 blocks | norm, head (4.5 s, 0.5 s per micro-batch)"
+    )
+    whole = Cut("1f1b", 2, ["embedding", BLOCK, BLOCK, "head"], [0.0, 1.0, 1.0, 1.0], [0, 2, 4])
     assert str(whole) == "embedding, 1 block | 1 block, head (1 s, 2 s per micro-batch)"

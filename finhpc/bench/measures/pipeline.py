@@ -48,7 +48,9 @@ def bench_pipeline(settings: PipelineBench) -> dict[str, Any]:
         log.info(f"starting one process, and {stages} for each schedule; then {settings.bench.repeats} rounds per M")
         one = stack.enter_context(group(1, threads, cuda))
         ask(one, ("build", run_config(settings, 1), None))
-        pipelines = {schedule: stack.enter_context(group(stages, threads, cuda)) for schedule in schedules}
+        pipelines: dict[str, Group] = {
+            schedule: stack.enter_context(group(stages, threads, cuda)) for schedule in schedules
+        }
         cuts = {}
         for schedule, members in pipelines.items():
             cuts[schedule], counted = ask(members, ("build", run_config(settings, stages, schedule), "measured"))[0]

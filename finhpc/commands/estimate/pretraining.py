@@ -12,6 +12,7 @@ from finhpc.commands.estimate.run_time import Opened, this_machine_busy, trainin
 from finhpc.commands.estimate.tables import show_pretraining
 from finhpc.errors import ConfigError, collect
 from finhpc.lowrank.registry import BLEND
+from finhpc.models.schedule import most_workers
 from finhpc.planning import paper
 from finhpc.planning.costs import PretrainCosts, topologies
 from finhpc.planning.devices import THIS_MACHINE
@@ -82,9 +83,12 @@ def _by_recompute(costs: PretrainCosts, usable: float) -> dict[str, Any]:
     hf_config, seq_len, fused = costs.outline.hf_config, costs.outline.seq_len, costs.outline.fused
     plain = step_operations(outline_of(hf_config, seq_len), 1)
     modes: dict[str, Any] = {}
+    layers, topology = int(hf_config.num_hidden_layers), costs.topology
     for mode in MODES:
+        if topology.stages > most_workers(topology.schedule, layers, mode):
+            continue
         outline = outline_of(hf_config, seq_len, mode, fused)
-        fullest = PretrainCosts(Memory(outline, costs.memory.scheme), costs.topology).fullest
+        fullest = PretrainCosts(Memory(outline, costs.memory.scheme), topology).fullest
         modes[mode] = {
             "intermediates_bytes": fullest.intermediates_bytes,
             "peak_bytes": fullest.peak_bytes,

@@ -121,6 +121,8 @@ def training_time(config: TrainingConfig, pace: Pace, eval_batches: int, cuda: b
     parallel, train, slowest = config.parallel, config.train, max(pace.stage_s)
     exchanged = EXCHANGE_S * parallel.micro_batches if parallel.stages > 1 else 0.0
     number = 1 if not train.eval_every else -(-train.steps // train.eval_every)
+    if parallel.schedule == "dualpipev":
+        slowest, eval_batches = 2 * slowest, max(eval_batches, 2 * parallel.stages)  # two stages per worker
     evaluation_s = (eval_batches + parallel.stages - 1) * slowest * FORWARD
     return RunTime(
         opened.cpu_s + RAY_S + WORKER_S,
