@@ -31,6 +31,8 @@ SELF=$(printf '%q' "$0") # as it was called, for commands that can be pasted
 unset RAY_ADDRESS RAY_API_SERVER_ADDRESS # of some other cluster
 export RAY_AUTH_MODE=token
 export RAY_USAGE_STATS_ENABLED=${RAY_USAGE_STATS_ENABLED:-0}
+# Ray's own 15 leaves a worker next to busy processes of other programs 3 % of a core.
+export RAY_worker_niceness=${RAY_worker_niceness:-0}
 export MLFLOW_DISABLE_TELEMETRY=${MLFLOW_DISABLE_TELEMETRY:-true}
 export MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false
 # Ray takes 127.0.0.1 for the address of the network otherwise, and listens there.

@@ -9,14 +9,15 @@ import psutil
 import ray
 from ray.train.torch import TorchConfig
 
-GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
+INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
 class NodeTorchConfig(TorchConfig):
     """Ray Train's set-up of torch's process group, over the interface of the node's own address.
 
     gloo resolves the machine's name, which is 127.0.0.1 or 127.0.1.1 on many machines, and would listen where no
-    other node can reach it. NCCL looks at the interfaces themselves.
+    other node can reach it. NCCL takes the first interface that it finds, which on a host with several networks may
+    be one that the nodes do not share.
     """
 
     @property
@@ -31,10 +32,10 @@ class _NodeBackend(TorchConfig().backend_cls):  # type: ignore[misc]
 
 
 def use_interface_of_node() -> None:
-    """Set gloo's interface to that of this node's address, unless the user has set it."""
+    """Set gloo's and NCCL's interface to that of this node's address, unless the user has set them."""
     name = interface_of(ray.util.get_node_ip_address())
-    if name:
-        os.environ.setdefault(GLOO_INTERFACE, name)
+    for variable in INTERFACES if name else ():
+        os.environ.setdefault(variable, name)
 
 
 def interface_of(address: str) -> str | None:

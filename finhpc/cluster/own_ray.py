@@ -18,6 +18,12 @@ from finhpc.interrupts import removed_at_once, terminable
 
 log = logging.getLogger(__name__)
 
+# Threads of OpenMP sleep until the others of their operation are done, instead of computing in a loop: next to a busy
+# process of another program that loop takes the time that the others need.
+WAITING = {"OMP_WAIT_POLICY": "passive"}
+# Ray starts workers at niceness 15, so that a busy process on one of two cores leaves a worker's thread there 3 % of
+# it, for which the other thread waits.
+NICENESS = {"RAY_worker_niceness": "0"}
 KEEP = "keep"  # in Ray's folder: a message names the logs in it
 LOGS = "session_latest/logs"  # in Ray's folder
 
@@ -30,8 +36,9 @@ def own_ray(cpus: int) -> Iterator[None]:
     start or `ray_logs` named it. A start that takes too long is tried once more. Raises `TrainingFailedError` if Ray
     does not start.
     """
-    # Workers inherit it; Ray Train's own 2 s cost a short run seconds.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    # Workers inherit them; Ray Train's own 2 s cost a short run seconds.
+    for name, value in {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", **WAITING, **NICENESS}.items():
+        os.environ.setdefault(name, value)
     keep_token_private()  # an older one, before anything listens
     with ExitStack() as stack:
         try:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from finhpc.cluster.own_ray import ray_logs
+from finhpc.cluster.own_ray import WAITING, ray_logs
 from finhpc.cluster.package import Driver
 from finhpc.errors import NonFiniteError, OutOfMemoryError, TrainingFailedError
 from finhpc.runs.folder import RunFolder
@@ -24,6 +24,8 @@ from finhpc.training.allocator import ENVIRONMENT
 from finhpc.training.watchdog import START_FACTOR
 
 TORCH_TIMEOUT_S = 1800  # torch's own default, for runs without a limit
+# PyTorch's allocator on GPUs joins what is free instead of keeping pieces: packs differ in length.
+GPU_MEMORY = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 STARTS_TRIED = 3  # of workers that cannot even start; Ray Train would try forever
 START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 HEALTH_TIMEOUT = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
@@ -57,7 +59,7 @@ def launch(job: Job, folder: RunFolder, cuda: bool) -> None:
             failure_config=FailureConfig(
                 max_failures=config.run.max_failures, controller_failure_limit=STARTS_TRIED - 1
             ),
-            worker_runtime_env={} if cuda else {"env_vars": ENVIRONMENT},
+            worker_runtime_env={"env_vars": worker_environment(cuda)},
         ),
     )
     watcher = Watcher(job, folder, share)
@@ -108,6 +110,12 @@ def worker_share(job: Job, cuda: bool) -> dict[str, float]:
     """The resources that Ray reserves for one worker."""
     resources = job.config.resources
     return {"CPU": resources.cpus_per_worker} | ({"GPU": resources.gpus_per_worker} if cuda else {})
+
+
+def worker_environment(cuda: bool) -> dict[str, str]:
+    """The environment variables of a worker's process; a value that the command's own environment has is kept."""
+    ours = WAITING | (GPU_MEMORY if cuda else ENVIRONMENT)
+    return {name: os.environ.get(name, value) for name, value in ours.items()}
 
 
 def worker_arguments(job: Job, folder: RunFolder, cuda: bool) -> dict[str, Any]:

@@ -19,9 +19,15 @@ from uuid import uuid4
 from finhpc.cluster.own_ray import ray_logs
 from finhpc.runs.folder import RunFolder
 from finhpc.runs.job import Job
-from finhpc.runs.launch import failed_too_often, raise_fatal, train_here, worker_arguments, worker_share
+from finhpc.runs.launch import (
+    failed_too_often,
+    raise_fatal,
+    train_here,
+    worker_arguments,
+    worker_environment,
+    worker_share,
+)
 from finhpc.runs.watch import Watcher, watch
-from finhpc.training.allocator import ENVIRONMENT
 
 log = logging.getLogger(__name__)
 
@@ -134,8 +140,7 @@ class WarmGroup:
         for i in range(size):
             place = PlacementGroupSchedulingStrategy(group.placement, placement_group_bundle_index=i)
             options = {"num_cpus": share["CPU"], "num_gpus": share.get("GPU", 0), "scheduling_strategy": place}
-            if "GPU" not in share:
-                options["runtime_env"] = {"env_vars": ENVIRONMENT}
+            options["runtime_env"] = {"env_vars": worker_environment("GPU" in share)}
             group.workers.append(ray.remote(WarmWorker).options(**options).remote())
         return group
 

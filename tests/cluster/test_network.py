@@ -8,7 +8,7 @@ import socket
 import psutil
 import pytest
 
-from finhpc.cluster.network import GLOO_INTERFACE, interface_of, use_interface_of_node
+from finhpc.cluster.network import INTERFACES, interface_of, use_interface_of_node
 
 
 def test_an_address_has_its_interface() -> None:
@@ -21,16 +21,18 @@ def test_an_address_has_its_interface() -> None:
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_gloo_takes_the_nodes_interface_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gloo_and_nccl_take_the_nodes_interface_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
-    monkeypatch.setenv(GLOO_INTERFACE, "")  # so that what stands there now comes back
-    monkeypatch.delenv(GLOO_INTERFACE)
+    for variable in INTERFACES:
+        monkeypatch.setenv(variable, "")  # so that what stands there now comes back
+        monkeypatch.delenv(variable)
     use_interface_of_node()
 
     address = ray.util.get_node_ip_address()
-    name = os.environ[GLOO_INTERFACE]
+    [name] = {os.environ[variable] for variable in INTERFACES}
     assert address in {found.address for found in psutil.net_if_addrs()[name]}
-    monkeypatch.setenv(GLOO_INTERFACE, "mine0")
+    for variable in INTERFACES:
+        monkeypatch.setenv(variable, "mine0")
     use_interface_of_node()
-    assert os.environ[GLOO_INTERFACE] == "mine0"
+    assert {os.environ[variable] for variable in INTERFACES} == {"mine0"}

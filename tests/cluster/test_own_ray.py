@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,3 +72,19 @@ def test_another_error_is_not_tried_again(starts: Callable[..., list[Path]]) -> 
     with pytest.raises(TrainingFailedError, match=r"too small\. Its logs are in .*/logs; fix this"), own.own_ray(1):
         pass
     assert len(folders) == 1
+
+
+def test_workers_run_at_the_niceness_of_the_command_and_their_threads_sleep_while_they_wait() -> None:
+    program = """
+import os, ray
+from finhpc.cluster.own_ray import own_ray
+
+with own_ray(1):
+    worker = ray.remote(lambda: (os.nice(0), os.environ.get("OMP_WAIT_POLICY")))
+    print(ray.get(worker.remote()) == (os.nice(0), "passive"))
+"""
+    unset = {name for name in os.environ if name in {"OMP_WAIT_POLICY", "RAY_worker_niceness", "RAY_ADDRESS"}}
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.split() == ["True"]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from finhpc.runs.launch import worker_environment
 from finhpc.runs.watch import watch
 
 
@@ -44,3 +45,18 @@ def test_an_interrupted_training_is_over_before_ray_is_left(tmp_path: Path) -> N
     while ray.available_resources().get("CPU", 0) < free and time.monotonic() < until:
         time.sleep(0.1)
     assert ray.available_resources()["CPU"] >= free, "its worker is gone"
+
+
+def test_workers_environment_keeps_what_the_command_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_WAIT_POLICY", "PYTORCH_CUDA_ALLOC_CONF", "MALLOC_ARENA_MAX"):
+        monkeypatch.delenv(name, raising=False)
+    on_cpu, on_gpu = worker_environment(cuda=False), worker_environment(cuda=True)
+    assert on_cpu["OMP_WAIT_POLICY"] == on_gpu["OMP_WAIT_POLICY"] == "passive"
+    assert on_cpu["MALLOC_ARENA_MAX"] == "1"
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in on_cpu
+    assert on_gpu["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    own = worker_environment(cuda=True)
+    assert own == {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64", "OMP_WAIT_POLICY": "active"}
