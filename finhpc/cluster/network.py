@@ -33,9 +33,9 @@ class _NodeBackend(TorchConfig().backend_cls):  # type: ignore[misc]
 
 def use_interface_of_node() -> None:
     """Set gloo's and NCCL's interface to that of this node's address, unless the user has set them."""
-    name = interface_of(ray.util.get_node_ip_address())
-    for variable in INTERFACES if name else ():
-        os.environ.setdefault(variable, name)
+    if name := interface_of(ray.util.get_node_ip_address()):
+        for variable in INTERFACES:
+            os.environ.setdefault(variable, name)
 
 
 def interface_of(address: str) -> str | None:

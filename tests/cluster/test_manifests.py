@@ -132,7 +132,7 @@ def test_the_rayjobs_command_is_one_that_finhpc_takes(tmp_path: Path) -> None:
     assert not problems
     settings = load(PretrainConfig, options["config"], overrides)
     assert (
-        settings.parallel.stages
+        settings.parallel.workers
         == read("kuberay-job.yaml")["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["replicas"]
     )
 
