@@ -144,6 +144,12 @@ class Engine:
         patches = {schedule.ForwardPass: forward, schedule.BackwardPass: backward}
         if self.config.parallel.schedule == "dualpipev" and self.device.type == "cpu":
             patches |= Exchange(self.pipe).patches(engine, forward, backward)
+
+        def reduce_tied_grads(pipe: Any) -> None:
+            self._drop_derived()  # DeepSpeed finds the tied weight by its name, whose gradient the trained one has
+            engine._exec_reduce_tied_grads(pipe)
+
+        patches[schedule.ReduceTiedGrads] = reduce_tied_grads
         if self.config.parallel.replicas == 1:
             # DeepSpeed would copy all gradients to a flat buffer and back, with nothing to average.
             patches[schedule.ReduceGrads] = lambda pipe: None
