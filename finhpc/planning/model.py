@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,11 @@ class InitModel:
 
     folder: Path
     config: Any
-    fingerprint: str
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """One hash of its config and weights, which are read: see `weights_fingerprint`."""
+        return weights_fingerprint(self.folder)
 
 
 def open_init_model(config: PretrainConfig, shards: Shards) -> InitModel | None:
@@ -62,7 +67,7 @@ def open_init_model(config: PretrainConfig, shards: Shards) -> InitModel | None:
     hf_config_of_settings(config)  # refuses settings that conflict before anything large is read
     weights = open_folder(folder, low_rank=True, floats=True)
     _check_ids(config, folder, weights.config.vocab_size, shards)
-    return InitModel(folder, weights.config, weights_fingerprint(folder))
+    return InitModel(folder, weights.config)
 
 
 def hf_config_of_settings(config: PretrainConfig, vocab_size: int | None = None) -> Any:

@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,7 +54,7 @@ class Examples:
     notes: tuple[str, ...] = ()
     origin: str = ""  # hash of records, settings and tokenizer
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """sha256 of all ids, borders, answers and sources."""
         digest = hashlib.sha256()
