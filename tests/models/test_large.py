@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import weakref
@@ -60,7 +61,8 @@ def seven_billion(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def needed(work: str, folder: Path) -> dict[str, int]:
     """The memory of a process of its own that does that work, see `tests.models.seven_billion`."""
     command = [sys.executable, "-m", "tests.models.seven_billion", work, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    own = os.environ | {"XDG_CACHE_HOME": str(folder.parent)}  # where hashes are remembered
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=own)
     figures: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
     print(work, {name: f"{number / 1e6:,.0f} MB" for name, number in figures.items()})
     return figures
