@@ -54,6 +54,7 @@ class Finetune(Job):
     def __init__(self, config: FinetuneConfig) -> None:
         """Check everything together; raises one `ConfigError` with every problem."""
         from finhpc.data.examples.examples import make_examples, read_sources
+        from finhpc.models.files.manifest import check_manifest
         from finhpc.models.files.source import tokenizer_of
         from finhpc.models.files.tokens import check_rows
         from finhpc.models.lora.model import LoraModel
@@ -66,6 +67,7 @@ class Finetune(Job):
         tokenizer: Any = None
         with collect(problems):
             base = open_base(config)
+            check_manifest(base.path, quickly=True)
         if base is not None:
             config.model.path = str(base.path.absolute())
             with collect(problems):

@@ -30,7 +30,7 @@ from finhpc.models.families.registry import (
     resolve_shape,
 )
 from finhpc.models.files.config import read_config
-from finhpc.models.files.manifest import weights_fingerprint
+from finhpc.models.files.manifest import check_manifest, weights_fingerprint
 from finhpc.models.files.weights import open_folder
 from finhpc.models.initialize import Fill, random_fill, weights_fill
 from finhpc.settings.pretrain import Method, Model, PretrainConfig
@@ -67,6 +67,7 @@ def open_init_model(config: PretrainConfig, shards: Shards) -> InitModel | None:
     hf_config_of_settings(config)  # refuses settings that conflict before anything large is read
     weights = open_folder(folder, low_rank=True, floats=True)
     _check_ids(config, folder, weights.config.vocab_size, shards)
+    check_manifest(folder, quickly=True)
     return InitModel(folder, weights.config)
 
 

@@ -110,3 +110,21 @@ def test_a_damaged_memory_is_replaced(content: str, tmp_path: Path, hashed: list
     check_manifest(tmp_path)
     check_manifest(tmp_path)
     assert hashed == ["model.safetensors"] * 2
+
+
+def test_a_dry_run_reads_no_large_file(tmp_path: Path, hashed: list[str]) -> None:
+    saved(tiny_llama(), tmp_path)
+    write_manifest(tmp_path)
+    file = tmp_path / "model.safetensors"
+    hashed.clear()
+    check_manifest(tmp_path, quickly=True)
+    file.write_bytes(b"another" + file.read_bytes())
+    check_manifest(tmp_path, quickly=True)
+    assert not hashed
+    with pytest.raises(CheckpointError, match="is not as it was written"):
+        check_manifest(tmp_path)
+    with pytest.raises(CheckpointError, match="is not as it was written"):
+        check_manifest(tmp_path, quickly=True)  # now its hash is known
+    file.unlink()
+    with pytest.raises(CheckpointError, match="is missing"):
+        check_manifest(tmp_path, quickly=True)

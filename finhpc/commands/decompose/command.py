@@ -78,13 +78,13 @@ def decompose(config: DecomposeConfig, dry_run: bool = False) -> dict[str, Any]:
     settings, work = settings_sha256(config, source), out.with_name(out.name + ".partial")
     if is_finished(out, RESULT, settings, "a model", work):
         return json.loads((out / RESULT).read_bytes())  # type: ignore[no-any-return]
+    check_manifest(source, quickly=dry_run)
     weights = open_weights(source)
     if (tokenizer := find_tokenizer(source)) is not None:
         check_rows(tokenizer, weights.config.vocab_size, f"model={source}")
     targets = targets_of(weights, config)
     if dry_run:
         return _dry_run(config, weights, targets)
-    check_manifest(source)
     check_ray()  # here, because an error inside the workplace would remove earlier work
     with workplace(work, out, settings):
         with ray_cluster():

@@ -38,9 +38,10 @@ def weights_fingerprint(folder: Path) -> str:
     return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
 
 
-def check_manifest(folder: Path) -> dict[str, str]:
+def check_manifest(folder: Path, quickly: bool = False) -> dict[str, str]:
     """Return the sha256 of every file that a folder's manifest names; empty without a manifest.
 
+    `quickly`: large files that changed since they were last hashed are not read, and count as right; for a dry run.
     Raises `CheckpointError` naming every file that differs.
     """
     if not (folder / NAME).is_file():
@@ -49,13 +50,14 @@ def check_manifest(folder: Path) -> dict[str, str]:
         expected: dict[str, str] = dict(json.loads((folder / NAME).read_bytes())["sha256"])
     except (ValueError, KeyError, TypeError):
         raise CheckpointError(f"{folder / NAME} is cut short or damaged; make or fetch the model again.") from None
-    found = _hashes(folder, [name for name in expected if (folder / name).is_file()])
+    present = [name for name in expected if (folder / name).is_file()]
+    found = _hashes(folder, [name for name in present if not (quickly and _must_be_read(folder / name))])
     problems = []
     for name, sha256 in expected.items():
         file = folder / name
-        if name not in found:
+        if name not in present:
             problems.append(f"{file} is missing, which {NAME} names; make or fetch the model again.")
-        elif found[name] != sha256:
+        elif found.get(name, sha256) != sha256:
             problems.append(f"{file} is not as it was written ({NAME}'s sha256 differs); make or fetch it again.")
     if problems:
         raise CheckpointError("\n".join(problems))
@@ -76,32 +78,51 @@ def weight_sha256(path: Path) -> str:
     back is read again. Damage to the disk itself changes none of these: it is found only when the file is read, which
     it is after `touch`. Raises `DataError` if the file cannot be read.
     """
-    real = path.resolve()
-    before, cache = _stamp(real), os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if before is None or before["size"] < REMEMBERED_BYTES or not os.path.isabs(cache):
+    before = _stamp(path)
+    if before is None or before["size"] < REMEMBERED_BYTES:
         return file_sha256(path)
-    memory = Path(cache, "finhpc", "sha256", f"{hashlib.sha256(os.fsencode(real)).hexdigest()}.json")
-    with suppress(OSError, ValueError, KeyError, TypeError):  # nothing remembered, or nothing that can be used
-        stored = json.loads(memory.read_bytes())
-        if {key: stored[key] for key in before} == before:
-            return str(stored["sha256"])
+    if (known := _remembered(before)) is not None:
+        return known
     began = time.time()
     sha256 = file_sha256(path)
     settled = began - max(before["mtime_ns"], before["ctime_ns"]) / 1e9 > FRESH_S
-    if settled and _stamp(real) == before:
+    if settled and _stamp(path) == before and (memory := _memory(before)) is not None:
         with suppress(OSError):  # then it is read again the next time
             private_folder(memory.parent)
             write_json(memory, before | {"sha256": sha256})
     return sha256
 
 
+def _must_be_read(path: Path) -> bool:
+    """Return whether a file is large and its hash is not known."""
+    stamp = _stamp(path)
+    return stamp is not None and stamp["size"] >= REMEMBERED_BYTES and _remembered(stamp) is None
+
+
+def _remembered(stamp: dict[str, Any]) -> str | None:
+    if (memory := _memory(stamp)) is not None:
+        with suppress(OSError, ValueError, KeyError, TypeError):  # nothing remembered, or nothing that can be used
+            stored = json.loads(memory.read_bytes())
+            if {key: stored[key] for key in stamp} == stamp:
+                return str(stored["sha256"])
+    return None
+
+
+def _memory(stamp: dict[str, Any]) -> Path | None:
+    """Return the file that remembers the hash of a file; None if this user has no cache."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    name = hashlib.sha256(os.fsencode(stamp["path"])).hexdigest()
+    return Path(cache, "finhpc", "sha256", f"{name}.json") if os.path.isabs(cache) else None
+
+
 def _stamp(path: Path) -> dict[str, Any] | None:
+    """Return what tells that a file was changed; None if it cannot be read."""
     try:
         status = path.stat()
     except OSError:
         return None
     return {
-        "path": str(path),
+        "path": str(path.resolve()),
         "size": status.st_size,
         "mtime_ns": status.st_mtime_ns,
         "ctime_ns": status.st_ctime_ns,
