@@ -129,21 +129,23 @@ class Pretrain(Job):
         start = self.plan.init_model
         save_model(folder, self.plan.hf_config, shards, start.folder if start else self.plan.shards.tokenizer)
 
-    def use_model(self, result: dict[str, Any], folder: Path) -> None:
+    @property
+    def model_use(self) -> str:
+        return "sampling text from the model" if self.config.train.sample_tokens else ""
+
+    @classmethod
+    def use_model(cls, settings: dict[str, Any], folder: Path, device: torch.device) -> dict[str, Any]:
         """Draw `train.sample_tokens` tokens after `train.sample_prompt`."""
-        train = self.config.train
-        if not train.sample_tokens:
-            return
         import torch
 
         from finhpc.models.files.tokenizer import open_tokenizer
         from finhpc.models.files.tokens import prompt_ids
-        from finhpc.models.folder import open_model
+        from finhpc.models.loading import load_model
 
-        log.info("sampling text from the model")
-        model: Any = open_model(folder / "model")
+        train = PretrainConfig.model_validate(settings).train
+        model: Any = load_model(folder / "model", device=device)
         tokenizer = open_tokenizer(folder / "model")
-        ids = torch.tensor([prompt_ids(tokenizer, train.sample_prompt or tokenizer.eos_token)])
+        ids = torch.tensor([prompt_ids(tokenizer, train.sample_prompt or tokenizer.eos_token)], device=device)
         room = model.config.max_position_embeddings - ids.shape[1]
         torch.manual_seed(train.seed)
         out = model.generate(
@@ -155,7 +157,7 @@ class Pretrain(Job):
             temperature=0.8,
             pad_token_id=tokenizer.eos_token_id,
         )
-        result["sample"] = str(tokenizer.decode(out[0], skip_special_tokens=True))
+        return {"sample": str(tokenizer.decode(out[0], skip_special_tokens=True))}
 
     def summary(self) -> list[tuple[str, str]]:
         plan = self.plan

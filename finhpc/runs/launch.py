@@ -9,17 +9,19 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from finhpc.cluster.own_ray import ray_logs
 from finhpc.cluster.package import Driver
+from finhpc.cluster.tasks import run_tasks
 from finhpc.errors import NonFiniteError, OutOfMemoryError, TrainingFailedError
 from finhpc.runs.folder import RunFolder
 from finhpc.runs.job import Job
 from finhpc.runs.watch import Watcher, watch
-from finhpc.runs.worker import FATAL, OnEval, train_worker
+from finhpc.runs.worker import FATAL, OnEval, train_worker, use_model
 from finhpc.training.allocator import ENVIRONMENT
 from finhpc.training.watchdog import START_FACTOR
 
@@ -30,10 +32,14 @@ HEALTH_TIMEOUT = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
 NO_LIMIT_S = 365 * 24 * 3600
 
 
-def launch(job: Job, folder: RunFolder, cuda: bool) -> None:
+UseModel = Callable[[], dict[str, Any]]  # calls the job's `use_model` where a worker has run
+
+
+def launch(job: Job, folder: RunFolder, cuda: bool) -> UseModel:
     """Train to the last step with Ray Train, which restarts failed workers `run.max_failures` times.
 
-    Raises `TrainingFailedError` if that does not help.
+    Returns a function that uses the model in a Ray task with the resources of a worker. Raises `TrainingFailedError`
+    if restarts do not help.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -44,10 +50,10 @@ def launch(job: Job, folder: RunFolder, cuda: bool) -> None:
     for name in ("ray.train", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
     hang_s = config.train.hang_timeout_s
-    share = worker_share(job, cuda)
+    share, arguments = worker_share(job, cuda), worker_arguments(job, folder, cuda)
     ray_trainer = TorchTrainer(
         train_worker,
-        train_loop_config=worker_arguments(job, folder, cuda),
+        train_loop_config=arguments,
         torch_config=NodeTorchConfig(backend="nccl" if cuda else "gloo", timeout_s=round(_torch_timeout_s(hang_s))),
         scaling_config=ScalingConfig(num_workers=config.parallel.workers, use_gpu=cuda, resources_per_worker=share),
         run_config=RunConfig(
@@ -66,18 +72,31 @@ def launch(job: Job, folder: RunFolder, cuda: bool) -> None:
     raise_fatal(job, folder)
     if error is not None:
         raise failed_too_often(job, watcher.cause(error), f"{folder.path / 'ray'} and Ray's own, {ray_logs()}/train")
+    return partial(use_in_task, arguments, share)
 
 
-def launch_here(job: Job, folder: RunFolder, cuda: bool, on_eval: OnEval) -> None:
+def use_in_task(arguments: dict[str, Any], share: dict[str, float]) -> dict[str, Any]:
+    """Call `use_model` in a Ray task that reserves what a worker does."""
+
+    def name(arguments: dict[str, Any]) -> str:
+        return f"using the model of {arguments['folder']}"
+
+    tasks = run_tasks(use_model, [arguments], name, 1, share["CPU"], share.get("GPU", 0))
+    return next(result for _, result in tasks)
+
+
+def launch_here(job: Job, folder: RunFolder, cuda: bool, on_eval: OnEval) -> UseModel:
     """Train a run of one worker in this process, which saves a sweep's trials ten seconds of starting processes.
 
     `on_eval` receives each evaluation except the last; an exception it raises ends the run. Raises
     `TrainingFailedError` for a user's mistake.
     """
+    arguments = worker_arguments(job, folder, cuda)
     try:
-        train_here(worker_arguments(job, folder, cuda), on_eval)
+        train_here(arguments, on_eval)
     finally:
         raise_fatal(job, folder)
+    return partial(use_model, arguments)
 
 
 def train_here(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 from collections.abc import Callable
@@ -53,6 +54,19 @@ def train_worker(arguments: dict[str, Any], on_eval: OnEval | None = None) -> No
         )
         _fatal(folder, full)
         raise full from error
+
+
+def use_model(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return what the job's `use_model` returns; `arguments` are those of `train_worker`."""
+    import torch
+
+    gc.collect()  # a trainer refers to itself; if this process had one, its memory is needed now
+    if arguments["cuda"]:
+        torch.cuda.empty_cache()
+    torch.set_num_threads(arguments["config"]["resources"]["threads"])
+    device = torch.device("cuda" if arguments["cuda"] else "cpu")
+    results: dict[str, Any] = arguments["job_class"].use_model(arguments["config"], Path(arguments["folder"]), device)
+    return results
 
 
 def _train(arguments: dict[str, Any], folder: Path, on_eval: OnEval | None) -> None:

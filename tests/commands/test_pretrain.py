@@ -159,8 +159,9 @@ def test_a_finished_run_returns_its_result_and_other_settings_are_refused(
 
 
 @pytest.mark.usefixtures("quick_training")
-def test_more_steps_continue_a_finished_run(shards: Path, tmp_path: Path) -> None:
+def test_more_steps_continue_a_finished_run(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pretrain(config(shards, tmp_path, train={"steps": 10}, parallel={"stages": 1}))
+    monkeypatch.setattr("finhpc.models.initialize.initialize", lambda *given, **more: pytest.fail("drawn, not loaded"))
     result = pretrain(config(shards, tmp_path, train={"steps": 14}, parallel={"stages": 1}))
     assert result["steps"] == 14
     assert result["resumed_from_step"] == 10
