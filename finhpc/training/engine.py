@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from io import StringIO
@@ -117,6 +117,7 @@ class Engine:
         self.grad_norm = float("nan")
         self.busy_s = 0.0  # in forward and backward passes, since `take_times`
         self.wait_s = 0.0  # waiting for data
+        self.before_update: Callable[[], None] | None = None  # called in each step before the weights change
         self._average_gradients()
         self._patch_deepspeed()
 
@@ -282,6 +283,8 @@ class Engine:
 
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """Clip by the norm over the whole model, after DeepSpeed has averaged the gradients; decay products."""
+        if self.before_update is not None:
+            self.before_update()
         named = self.trained_parameters()
         own = [named[name].grad for name in self.owned_names() if named[name].grad is not None]
         squares = torch.zeros((), dtype=torch.float64, device=self.device)

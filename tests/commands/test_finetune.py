@@ -243,7 +243,7 @@ def test_a_low_rank_base_from_parquet_to_a_merged_export(run_shards: Path, news:
     model = initial_model(dense, 3, "spectral")
     state = {name: value.clone() for name, value in model.state_dict().items() if name != "lm_head.weight"}
     low_rank = tmp_path / "low-rank"
-    save_model(low_rank, model.config, [lambda: state], run_shards / "tokenizer")
+    save_model(low_rank, model.config, state.items(), run_shards / "tokenizer")
     lines = [line.rpartition("@") for line in news.read_text(encoding="latin-1").splitlines()]
     table = pa.Table.from_pylist([{"sentence": text, "label": label} for text, _, label in lines])
     pq.write_table(table, tmp_path / "news.parquet")
