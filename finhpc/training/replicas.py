@@ -29,30 +29,35 @@ def rows_of(tensor: Tensor, rows: Rows) -> Tensor:
 
 
 def divide(parameters: Mapping[str, Tensor], replicas: int, split: bool) -> list[Share]:
-    """The share of each replica: a contiguous part of all parameters laid end to end, equal in elements.
+    """The share of each replica, equal in elements.
 
-    With `split` a border may lie between two rows of a tensor; otherwise it is moved to the nearest end of the tensor,
-    because the optimizer needs the whole tensor in its step.
+    With `split` it is a contiguous part of all parameters laid end to end, whose borders may lie between two rows of a
+    tensor. Otherwise, for an optimizer that needs whole tensors, the largest tensors are dealt out first, each to the
+    replica that has least.
     """
-    total = sum(parameter.numel() for parameter in parameters.values())
     shares: list[Share] = [{} for _ in range(replicas)]
+    if not split:
+        held = [0] * replicas
+        for name, parameter in sorted(parameters.items(), key=lambda item: (-item[1].numel(), item[0])):
+            least = held.index(min(held))
+            shares[least][name] = None
+            held[least] += parameter.numel()
+        return shares
+    total = sum(parameter.numel() for parameter in parameters.values())
     begin = 0
     for name, parameter in parameters.items():
-        size = parameter.numel()
-        ends = [_row(parameter, total * i / replicas - begin, split) for i in range(1, replicas)]
-        last = len(parameter) if parameter.dim() else 1
-        for share, start, stop in zip(shares, [0, *ends], [*ends, last], strict=True):
+        rows = len(parameter) if parameter.dim() else 1
+        ends = [_nearest_row(total * i / replicas - begin, rows, parameter.numel() // rows) for i in range(1, replicas)]
+        for share, start, stop in zip(shares, [0, *ends], [*ends, rows], strict=True):
             if stop > start:
-                share[name] = None if stop - start == last else slice(start, stop)
-        begin += size
+                share[name] = None if stop - start == rows else slice(start, stop)
+        begin += parameter.numel()
     return shares
 
 
-def _row(parameter: Tensor, element: float, split: bool) -> int:
+def _nearest_row(element: float, rows: int, per_row: int) -> int:
     """The row nearest to an element of the flat tensor at which it may be divided, from 0 to the number of rows."""
-    rows = len(parameter) if parameter.dim() else 1
-    per_row = parameter.numel() // rows
-    unit = ALIGNMENT // gcd(ALIGNMENT, per_row) if split else rows
+    unit = ALIGNMENT // gcd(ALIGNMENT, per_row)
     return max(0, min(rows, round(element / per_row / unit) * unit))
 
 
