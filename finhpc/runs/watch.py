@@ -14,6 +14,7 @@ from pathlib import Path
 from finhpc.cluster.connect import dead_process
 from finhpc.cluster.own_ray import ray_node
 from finhpc.errors import TrainingFailedError
+from finhpc.interrupts import Terminated, terminable_again
 from finhpc.runs.folder import RunFolder
 from finhpc.runs.job import Job
 from finhpc.training import watchdog
@@ -29,12 +30,15 @@ GRACE_S = 10.0  # for workers to return after they reported the last step
 RECENT_S = 60.0  # a hang explains a failure that came at most this much later
 
 
-def watch(work: Callable[[], object], poll: Callable[[], bool | None]) -> Exception | None:
+def watch(
+    work: Callable[[], object], poll: Callable[[], bool | None], ask_to_end: Callable[[], float] = lambda: 0.0
+) -> Exception | None:
     """Run `work` in a thread until it ends or `poll` returns True; return the exception it raised.
 
-    The main thread stays free for signals: a handler that raises inside Ray's own waiting is swallowed there. `poll`
-    may raise, which ends `work`. Raises `TrainingFailedError` if a process of Ray's own died: Ray would wait for
-    minutes and then end this process.
+    On SIGTERM and SIGHUP `ask_to_end` is called; `work` then has as many seconds as that returns to end by itself,
+    unless another signal comes. The main thread stays free for signals: a handler that raises inside Ray's own waiting
+    is swallowed there. `poll` may raise, which ends `work`. Raises `TrainingFailedError` if a process of Ray's own
+    died: Ray would wait for minutes and then end this process.
     """
     raised: list[Exception] = []
 
@@ -58,6 +62,12 @@ def watch(work: Callable[[], object], poll: Callable[[], bool | None]) -> Except
                     f"Ray's process {name} died (killed, or out of memory?), and with it the workers. "
                     "The same command resumes from the newest checkpoint."
                 )
+    except Terminated:
+        with terminable_again():
+            deadline = time.monotonic() + ask_to_end()
+            while thread.is_alive() and time.monotonic() < deadline and dead_process() is None:
+                thread.join(POLL_S)
+        raise
     finally:
         _end_training(thread)
     return raised[0] if raised else None
@@ -99,6 +109,7 @@ class Watcher:
         self.hang, self.hang_time = "", -math.inf
         _, self.offset = read(self.journal)  # records of earlier starts do not count
         self.finished_time = math.inf
+        self.has_trained = False  # a step or more
         self.needed = {name: job.config.parallel.workers * amount for name, amount in share.items()}
         self.next_look = time.monotonic() + PATIENCE_S
         self.waiting_since: float | None = None
@@ -115,6 +126,7 @@ class Watcher:
         if self.also is not None:
             self.also()
         records, self.offset = read(self.journal, self.offset)
+        self.has_trained |= any(record["kind"] == "train" for record in records)
         steps = self.job.config.train.steps
         if any(record["kind"] == "finished" and record["step"] >= steps for record in records):
             self.finished_time = min(self.finished_time, time.monotonic())

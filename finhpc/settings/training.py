@@ -184,6 +184,12 @@ class Run(Tracked):
         "runs", validate_default=True, description="folder of the run folders; every node must see it"
     )
     experiment: str = Field("finhpc", description="MLflow experiment")
+    stop_grace_s: float = Field(
+        25,
+        ge=0,
+        description="seconds to save a checkpoint after SIGTERM or SIGHUP (a closed terminal) before the run ends "
+        "without it; less than what the scheduler grants",
+    )
     max_failures: int = Field(3, ge=0, description="worker failures after which the run restarts from its checkpoint")
 
 

@@ -52,6 +52,7 @@ from finhpc.training.memory import counted_peak, peak_resident_bytes, reset_peak
 from finhpc.training.optimizer import learning_rate
 from finhpc.training.resume import latest_valid, load_state, stored_state
 from finhpc.training.stages import saved_cut
+from finhpc.training.stop import Stop
 from finhpc.training.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ class Trainer:
     journal: Journal | None = field(init=False)  # on rank 0
     engine: Engine = field(init=False)
     checkpointer: Checkpointer = field(init=False)
+    stop: Stop = field(init=False)
     inputs: Iterator[Tensor] = field(init=False)  # of the engine
     started: float = field(init=False)
     is_set_up: bool = field(init=False, default=False)
@@ -100,7 +102,7 @@ class Trainer:
     _span: float = field(init=False, default=0.0)  # seconds of the steps since times were last summed
 
     def run(self) -> None:
-        """Train to `train.steps`.
+        """Train to `train.steps`, or until the command asks to stop, which `finhpc.training.stop` explains.
 
         Raises `NonFiniteError` on every worker if the loss is not finite, `CheckpointError` if no checkpoint can be
         written or all those on disk are damaged. Ends the process if nothing progresses, see
@@ -123,14 +125,17 @@ class Trainer:
         for step in range(self.engine.step + 1, train.steps + 1):
             self._step(step)
             watchdog.settle()
-            last = step == train.steps
+            last, stops = step == train.steps, self.stop.is_due(step)
             if last or _is_due(step, train.eval_every):
                 self._evaluate(step)
-            if last or _is_due(step, train.checkpoint_every):
+            if last or stops or _is_due(step, train.checkpoint_every):
                 self._checkpoint(step)
+            if stops:
+                break
         self.checkpointer.wait()
         dist.barrier()
-        self._finish()
+        if self.engine.step == train.steps:
+            self._finish()
 
     @property
     def step(self) -> int:
@@ -172,6 +177,7 @@ class Trainer:
             folder, self.config.train.keep_checkpoints, self.attempt, self.world_rank, self.workers
         )
         self.engine.before_update = self.checkpointer.wait_for_copy
+        self.stop = Stop(self.folder, self.world_rank, self.attempt)
         if latest is not None:
             self._load(latest)
         if self.journal:
