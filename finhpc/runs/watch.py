@@ -41,18 +41,20 @@ def watch(
     died: Ray would wait for minutes and then end this process.
     """
     raised: list[Exception] = []
+    ended = threading.Event()  # a signal in `Thread.join` makes Python 3.11 believe that the thread has ended
 
     def run() -> None:
         try:
             work()
         except Exception as error:
             raised.append(error)
+        finally:
+            ended.set()
 
     thread = threading.Thread(target=run, daemon=True, name="ray-train")
     thread.start()
     try:
-        while thread.is_alive():
-            thread.join(POLL_S)
+        while not ended.wait(POLL_S):
             if poll():
                 return None
             if name := dead_process():
@@ -65,15 +67,15 @@ def watch(
     except Terminated:
         with terminable_again():
             deadline = time.monotonic() + ask_to_end()
-            while thread.is_alive() and time.monotonic() < deadline and dead_process() is None:
-                thread.join(POLL_S)
+            while time.monotonic() < deadline and dead_process() is None and not ended.wait(POLL_S):
+                pass
         raise
     finally:
-        _end_training(thread)
+        _end_training(thread, ended)
     return raised[0] if raised else None
 
 
-def _end_training(thread: threading.Thread) -> None:
+def _end_training(thread: threading.Thread, ended: threading.Event) -> None:
     """End Ray Train's workers and controller if they still work, so that the thread waiting for them returns.
 
     Ray ends the whole process without a message if a thread still waits for something after Ray was left. The
@@ -82,16 +84,17 @@ def _end_training(thread: threading.Thread) -> None:
     import ray
 
     frame = sys._current_frames().get(thread.ident or 0)
-    while frame is not None and thread.is_alive() and dead_process() is None:
+    while frame is not None and not ended.is_set() and dead_process() is None:
         controller = frame.f_locals.get("controller")
         if isinstance(controller, ray.actor.ActorHandle):
             controller.abort.remote()
-            thread.join(END_S)
-            if thread.is_alive():  # it does not listen, for instance while it waits for resources
+            if not ended.wait(END_S):  # it does not listen, for instance while it waits for resources
                 ray.kill(controller)
-                thread.join(END_S)
-            return
+                ended.wait(END_S)
+            break
         frame = frame.f_back
+    if ended.is_set():
+        thread.join()
 
 
 class Watcher:
