@@ -117,6 +117,7 @@ def test_the_first_one_closes_what_is_open(tmp_path: Path, number: int) -> None:
 
 # Work in a thread that is asked to end, which takes it a moment, or for ever.
 ASKED = """
+import ray  # now: the end of `watch` would take a moment for it, and hide that it did not wait
 from finhpc.interrupts import Terminated, terminable
 from finhpc.runs.watch import watch
 asked = ready / "asked"
