@@ -20,9 +20,9 @@ from finhpc.runs.folder import RunFolder
 from finhpc.runs.job import Job
 from finhpc.runs.watch import Watcher, watch
 from finhpc.runs.worker import FATAL, OnEval, train_worker
-from finhpc.training import stop
 from finhpc.training.allocator import ENVIRONMENT
 from finhpc.training.watchdog import START_FACTOR
+from finhpc.training.workers import stop
 
 log = logging.getLogger(__name__)
 

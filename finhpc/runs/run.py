@@ -27,9 +27,9 @@ from finhpc.tracking.describe import Description, trained_model
 from finhpc.tracking.store import check_store
 from finhpc.tracking.tags import COMMAND, PREFIX, setting_tags
 from finhpc.tracking.tracker import Status, Tracker
-from finhpc.training import stop
 from finhpc.training.checkpoint import list_complete
 from finhpc.training.journal import DRIVER_FILE, WORKER_FILE, latest, read
+from finhpc.training.workers import stop
 
 log = logging.getLogger(__name__)
 

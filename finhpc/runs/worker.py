@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from finhpc.errors import CheckpointError, FinhpcError, NonFiniteError, OutOfMemoryError
 from finhpc.files import write_json
-from finhpc.training import stop
+from finhpc.training.workers import stop
 
 if TYPE_CHECKING:
     from finhpc.training.trainer import Trainer

@@ -9,7 +9,7 @@
 
 Workers communicate through the shared folder, not through collectives: each writes its files in a thread, and worker
 0's thread waits for all of them and writes the manifest. A folder without a manifest is not a checkpoint. Tensors have
-Hugging Face names, so a run resumes with any number of stages and replicas. `finhpc.training.resume` does that.
+Hugging Face names, so a run resumes with any number of stages and replicas. `finhpc.training.workers.resume` does that.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The engine of every topology: a DeepSpeed pipeline of stages x replicas.
 
 Weights, gradients and AdamW's moments are float32; `bf16` runs the parts under autocast. DeepSpeed moves activations;
-`finhpc.training.replicas` averages gradients. Clipping is done here, by the norm over all stages, because DeepSpeed's
-own norm is wrong with more than one stage in float32.
+`finhpc.training.workers.replicas` averages gradients. Clipping is done here, by the norm over all stages, because
+DeepSpeed's own norm is wrong with more than one stage in float32.
 
 This is the only file that uses DeepSpeed, and these places depend on its internals:
 
@@ -39,9 +39,10 @@ from finhpc.models.pipeline import PipelineLayer, is_tied, parts_of
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.training import TrainingConfig
 from finhpc.training.allocator import keep_freed_memory
+from finhpc.training.compiler import Compiler
 from finhpc.training.optimizer import OPTIMIZERS, decay_products, drop_parameters, make_optimizer, set_lr
-from finhpc.training.replicas import GradientAverager, ShardedStep, divide
 from finhpc.training.stages import measured_cut
+from finhpc.training.workers.replicas import GradientAverager, ShardedStep, divide
 
 if TYPE_CHECKING:
     from finhpc.models.lora.model import LoraModel
@@ -67,7 +68,8 @@ class Engine:
     The process group must exist, with stages x replicas processes. Stage i has the parts borders[i] to
     borders[i + 1] - 1; by default the parts are measured and balanced. `fill` sets the initial weights, which are
     random by default. With `lora_model` the model is its frozen base, only adapters are trained, and the inputs are
-    packs, which may differ in length, instead of tokens. `alpha` is method 3's in the last step, else None.
+    packs, which may differ in length, instead of tokens. `operations` are those of the whole run on this worker, by
+    which `train.compile=auto` decides. `alpha` is method 3's in the last step, else None.
     """
 
     def __init__(
@@ -78,8 +80,10 @@ class Engine:
         borders: list[int] | None = None,
         fill: Fill | None = None,
         lora_model: LoraModel | None = None,
+        operations: float = 0.0,
     ) -> None:
         self.config, self.hf_config, self.device = config, hf_config, device
+        self.compiler = Compiler(config.train.compile, device, operations, dynamic=lora_model is not None)
         if device.type == "cpu":
             keep_freed_memory()
         parallel = config.parallel
@@ -88,7 +92,8 @@ class Engine:
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
         if lora_model is not None:
             self.borders = borders or lora_model.borders(parallel.stages)
-            specs = [LayerSpec(lora_model.layer_class, part, lora_model, device) for part in lora_model.parts()]
+            parts = lora_model.parts(self.compiler)
+            specs = [LayerSpec(lora_model.layer_class, part, lora_model, device) for part in parts]
         else:
             assert isinstance(config, PretrainConfig)
             self.borders = borders or measured_cut(config, hf_config, device).borders
@@ -153,22 +158,16 @@ class Engine:
         model = make_skeleton(self.hf_config, recompute)
         if config.method.kind == BLEND:
             blend_in(model, trainable=config.method.blend_weight == "trainable")
-        bf16 = config.train.precision == "bf16"
-        bits = config.quantization.training_bits
-        arguments = (model, self.device, fill, bf16, bits)
-        tied_weight = "part_modules.0.weight" if bits == 16 else "part_modules.0.parametrizations.weight.original"
+        arguments = (model, self.device, fill, config.train.precision, config.quantization.training_bits)
         specs: list[LayerSpec] = []
-        for part in parts_of(self.hf_config, recompute):
+        for part in parts_of(self.hf_config, recompute, self.compiler):
             if is_tied(self.hf_config) and part.kind in ("embedding", "head"):
 
                 def run(layer: PipelineLayer, data: Any, part: Any = part) -> Any:
                     return layer.run(part, data)
 
-                specs.append(
-                    TiedLayerSpec(
-                        "embedding", PipelineLayer, part, *arguments, forward_fn=run, tied_weight_attr=[tied_weight]
-                    )
-                )
+                tied = {"forward_fn": run, "tied_weight_attr": ["part_modules.0.weight"]}
+                specs.append(TiedLayerSpec("embedding", PipelineLayer, part, *arguments, **tied))
             else:
                 specs.append(LayerSpec(PipelineLayer, part, *arguments))
         return specs
@@ -252,6 +251,7 @@ class Engine:
         self._set_alpha(self.step + 1)
         set_lr(self.optimizer, lr)
         self._lr = lr
+        self._derive()
         loss = float(self.pipe.train_batch(self._labeled(inputs)).item())
         if loss != loss or abs(loss) == float("inf"):
             raise NonFiniteError(f"train_loss={loss} at step {self.step + 1}")
@@ -267,7 +267,20 @@ class Engine:
 
     def evaluate(self, inputs: Iterator[Tensor], micro_batches: int) -> float:
         """The mean loss in nats over `micro_batches` micro-batches of every replica, without a step."""
-        return float(self.pipe.eval_batch(self._labeled(inputs), num_micro_batches=micro_batches).item())
+        with torch.no_grad():
+            self._derive()
+        loss = float(self.pipe.eval_batch(self._labeled(inputs), num_micro_batches=micro_batches).item())
+        self._drop_derived()
+        return loss
+
+    def _derive(self) -> None:
+        """Make the weights that all micro-batches of a step compute with."""
+        for layer in self.layers:
+            layer.derived.set()
+
+    def _drop_derived(self) -> None:
+        for layer in self.layers:
+            layer.derived.drop()
 
     def _labeled(self, inputs: Iterator[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """The (inputs, labels) that DeepSpeed reads. Labels are empty: the tokens travel with the hidden states."""
@@ -283,6 +296,7 @@ class Engine:
 
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """Clip by the norm over the whole model, after DeepSpeed has averaged the gradients; decay products."""
+        self._drop_derived()
         if self.before_update is not None:
             self.before_update()
         named = self.trained_parameters()

@@ -9,7 +9,7 @@ One training step, from its data to the journal:
         |           forward, send, receive, backward for each micro-batch:
         |               models/pipeline.py   PipelineLayer, the parts of this stage
         |               models/families/     attention, MLP, ..., and the loss in the last part
-        |           replicas.py averages gradients over the replicas, and every worker receives the mean loss
+        |           workers/replicas.py averages gradients over the replicas, and every worker receives the mean loss
         |           Engine._before_step clips by the norm over all stages and decays products
         v
     optimizer.py    AdamW, or another one of OPTIMIZERS; with parallel.shard_optimizer on this replica's share alone
@@ -19,7 +19,7 @@ One training step, from its data to the journal:
                     and MLflow read at their own pace
 
 Then watchdog.py learns that the start is over, and checkpoint.py copies the state for a thread that writes it. At the
-start, resume.py finds the checkpoint to resume from.
+start, workers/resume.py finds the checkpoint to resume from.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from finhpc.log import redirected
+from finhpc.models.families.registry import skeleton
 from finhpc.models.initialize import Fill
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.training import TrainingConfig
@@ -50,10 +51,10 @@ from finhpc.training.engine import Engine
 from finhpc.training.journal import WORKER_FILE, Journal
 from finhpc.training.memory import counted_peak, peak_resident_bytes, reset_peaks
 from finhpc.training.optimizer import learning_rate
-from finhpc.training.resume import latest_valid, load_state, stored_state
 from finhpc.training.stages import saved_cut
-from finhpc.training.stop import Stop
 from finhpc.training.watchdog import Watchdog
+from finhpc.training.workers.resume import latest_valid, load_state, stored_state
+from finhpc.training.workers.stop import Stop
 
 if TYPE_CHECKING:
     from finhpc.models.lora.model import LoraModel
@@ -102,7 +103,7 @@ class Trainer:
     _span: float = field(init=False, default=0.0)  # seconds of the steps since times were last summed
 
     def run(self) -> None:
-        """Train to `train.steps`, or until the command asks to stop, which `finhpc.training.stop` explains.
+        """Train to `train.steps`, or until the command asks to stop, which `finhpc.training.workers.stop` explains.
 
         Raises `NonFiniteError` on every worker if the loss is not finite, `CheckpointError` if no checkpoint can be
         written or all those on disk are damaged. Ends the process if nothing progresses, see
@@ -161,7 +162,9 @@ class Trainer:
         borders = None  # counted by the engine for a LoRA model, with the same result at every start
         if isinstance(self.config, PretrainConfig):
             borders = saved_cut(self.config, self.hf_config, self.device, self.folder / "stages.json").borders
-        self.engine = Engine(self.config, self.hf_config, self.device, borders, self.fill, self.lora_model)
+        self.engine = Engine(
+            self.config, self.hf_config, self.device, borders, self.fill, self.lora_model, self._operations()
+        )
         self.is_set_up = True
         folder = self.folder / "checkpoints"
         latest = latest_valid(folder, self.world_rank, self.workers, self._count_verified)
@@ -195,6 +198,13 @@ class Trainer:
             )
         self.inputs = self._open_data()
         dist.barrier()  # no worker's first step waits for another to open its data
+
+    def _operations(self) -> float:
+        """Roughly the operations of the run on this worker: 6 per weight and token, 4 if weights are frozen."""
+        model = self.lora_model.weights.skeleton if self.lora_model else skeleton(self.hf_config)
+        weights = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+        each = 4 if self.lora_model else 6
+        return each * weights * self.source.tokens(self.config.train.steps) / self.workers
 
     def _load(self, latest: Checkpoint) -> None:
         """Load weights, moments, counters and random state."""

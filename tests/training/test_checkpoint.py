@@ -17,7 +17,7 @@ from finhpc.files import file_sha256, write_json
 from finhpc.log import redirected
 from finhpc.training import checkpoint
 from finhpc.training.checkpoint import Checkpointer, list_complete, load_random_state
-from finhpc.training.resume import latest_valid
+from finhpc.training.workers.resume import latest_valid
 
 
 def state(value: float) -> dict[str, Tensor]:

@@ -16,8 +16,8 @@ from torch import Tensor
 from finhpc.errors import CheckpointError
 from finhpc.training.checkpoint import Checkpointer, list_complete, remove_partial
 from finhpc.training.memory import is_out_of_memory
-from finhpc.training.resume import latest_valid
 from finhpc.training.watchdog import EXIT_CODE
+from finhpc.training.workers.resume import latest_valid
 
 
 def state(numbers: int) -> dict[str, Tensor]:

@@ -19,11 +19,11 @@ from finhpc.models.initialize import random_fill
 from finhpc.settings.base import build
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.training import Parallel
-from finhpc.training import replicas
 from finhpc.training.batches import TokenBatches
 from finhpc.training.journal import read
 from finhpc.training.optimizer import moments
-from finhpc.training.replicas import GradientAverager, divide
+from finhpc.training.workers import replicas
+from finhpc.training.workers.replicas import GradientAverager, divide
 from tests.training.processes import run_processes
 from tests.training.test_blend import EIGHT_BIT, TRAINABLE, checkpoint, losses
 from tests.training.test_blend import settings as blend_settings

@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 
 from finhpc.models.initialize import random_fill
-from finhpc.training import stop
 from finhpc.training.batches import TokenBatches
 from finhpc.training.checkpoint import list_complete
-from finhpc.training.stop import AHEAD, Stop
+from finhpc.training.workers import stop
+from finhpc.training.workers.stop import AHEAD, Stop
 from tests.training.processes import run_processes
 from tests.training.test_blend import STEPS, losses, settings, stream, tokens
 from tests.training.test_engine import SEQ, hf_config
