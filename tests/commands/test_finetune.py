@@ -136,7 +136,7 @@ def test_an_adapter_that_peft_opens_and_a_resumed_run_that_is_bit_equal(base: Pa
 def test_two_stages_by_two_replicas_of_a_4_bit_base(base: Path, news: Path, tmp_path: Path) -> None:
     sections = {"quantization": {"bits": 4}, "data": {"source": [str(news)], "max_len": 200, "eval_fraction": 0.25}}
     one = finetune(config(base, news, tmp_path / "one", **sections))
-    parallel = {"stages": 2, "replicas": 2, "micro_batch_size": 2}
+    parallel = {"stages": 2, "replicas": 2, "micro_batch_size": 2, "shard_optimizer": True}
     four = finetune(config(base, news, tmp_path / "four", parallel=parallel, **sections))
     assert four["consumed_sha256"] == one["consumed_sha256"]
     for mine, plain in zip(losses(tmp_path / "four"), losses(tmp_path / "one"), strict=True):

@@ -6,9 +6,11 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 
@@ -18,6 +20,7 @@ from finhpc.log import redirected
 from finhpc.training import checkpoint
 from finhpc.training.checkpoint import Checkpointer, list_complete, load_random_state
 from finhpc.training.workers.resume import latest_valid
+from tests.training.processes import run_processes
 
 
 def state(value: float) -> dict[str, Tensor]:
@@ -201,3 +204,38 @@ def test_pieces_of_a_file_are_written_as_one(tmp_path: Path, monkeypatch: pytest
     assert saved is not None
     read = dict(saved.tensors("param"))
     assert all(torch.equal(read[name[6:]], value) for name, value in tensors.items())
+
+
+def found_together(folder: Path) -> list[Any]:
+    """In each process: the step of the checkpoint that all agree on, or the error, and the rounds it took."""
+    results: list[Any] = []
+    for name in ("one damaged", "all damaged", "nothing"):
+        rounds: list[int] = []
+        rank, workers = dist.get_rank(), dist.get_world_size()
+        try:
+            saved = latest_valid(folder / name, rank, workers, lambda rounds=rounds: rounds.append(1))  # type: ignore[misc]
+            results.append((saved and saved.step, len(rounds)))
+        except CheckpointError as error:
+            results.append((str(error), len(rounds)))
+        dist.barrier()
+    return results
+
+
+def test_workers_verify_a_file_each_and_agree(tmp_path: Path) -> None:
+    for name in ("one damaged", "all damaged", "nothing"):
+        folder = tmp_path / name
+        folder.mkdir()
+        for step in (10, 20) if name != "nothing" else ():
+            save(folder, step)
+            for file in (folder / f"step_{step:08d}").glob("*.safetensors"):
+                if name == "all damaged" or (step == 20 and file.name.startswith("rank-")):
+                    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    first, second = run_processes(found_together, 2, tmp_path)
+    assert first == second
+    (step, rounds), (error, _), (none, _) = first
+    assert step == 10
+    assert rounds == 2, "both are told of each other's progress, for each of two checkpoints"
+    assert "every checkpoint in" in error
+    assert none is None
+    assert [saved.step for saved in list_complete(tmp_path / "one damaged")] == [10]
+    assert [saved.step for saved in list_complete(tmp_path / "all damaged")] == [20, 10]
