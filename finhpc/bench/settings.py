@@ -8,7 +8,9 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from finhpc.settings.base import Section
-from finhpc.settings.pretrain import Method, Model
+from finhpc.settings.estimate import PlannedBase
+from finhpc.settings.finetune import FinetuneConfig
+from finhpc.settings.pretrain import Method, Model, PretrainConfig
 from finhpc.settings.training import Resources
 
 
@@ -158,3 +160,40 @@ class GenerateBench(Section):
     adapter_rank: int = Field(8, ge=1, description="rank of each")
     adapters_model: str = Field("smollm2-135m", description="preset of that base")
     resources: Resources = Field(default_factory=lambda: Resources(threads=2))
+
+
+class Counting(Section):
+    """Where the counts are written."""
+
+    out: str = Field("runs/bench", description="folder of the measurements: one folder each, with result.json")
+
+
+class StepBench(PretrainConfig):
+    """Settings of `finhpc bench step`: those of `finhpc pretrain`, of which no shards are needed."""
+
+    bench: Counting = Field(default_factory=Counting)
+
+
+class CountedExamples(Counting):
+    """Where the counts are written, and the sizes of the examples, whose lengths differ."""
+
+    tokens: int = Field(64, ge=4, description="tokens of the longest example; the shortest has half as many")
+    answer: int = Field(2, ge=1, description="tokens of each answer, which count for the loss")
+    shared: int = Field(24, ge=0, description="tokens of a prefix that all examples share")
+
+
+class FinetuneStepBench(FinetuneConfig):
+    """Settings of `finhpc bench step finetune`: those of `finhpc finetune`, of which no examples are needed."""
+
+    model: PlannedBase = Field(default_factory=PlannedBase)
+    bench: CountedExamples = Field(default_factory=CountedExamples)
+
+    def problems(self) -> list[str]:
+        """Return every contradiction between settings, each with its remedy."""
+        work, problems = self.bench, super().problems()
+        if work.shared + work.answer >= work.tokens // 2:
+            problems.append(
+                f"bench.shared={work.shared} and bench.answer={work.answer} do not fit into the shortest example, of "
+                f"bench.tokens={work.tokens} / 2 tokens; raise bench.tokens."
+            )
+        return problems

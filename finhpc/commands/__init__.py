@@ -93,8 +93,9 @@ class Command(NamedTuple, Generic[SETTINGS]):
         return result
 
     def variants(self) -> dict[str, Command[Any]]:
-        """The commands of two words that begin with this one, by their second word."""
-        return {name.partition(" ")[2]: row for name, row in COMMANDS.items() if name.startswith(f"{self.name} ")}
+        """The commands of one word more that begin with this one, by that word."""
+        names = {name: name.removeprefix(f"{self.name} ") for name in COMMANDS if name.startswith(f"{self.name} ")}
+        return {word: COMMANDS[name] for name, word in names.items() if " " not in word}
 
     def _row_of(self, settings: Any) -> Command[Any]:
         """This command, or the variant of it whose settings these are."""
@@ -120,9 +121,10 @@ def _own(
     return Command(name, help, f"finhpc.settings.{settings}", f"finhpc.commands.{function}", dry_run, recipes)
 
 
-def _bench(name: str, help: str) -> Command[Any]:
-    settings, function = f"finhpc.bench.settings:{name.capitalize()}Bench", f"finhpc.bench.measures.{name}:bench_{name}"
-    return Command(f"bench {name}", help, settings, function, dry_run=None)
+def _bench(name: str, help: str, settings: str = "", function: str = "", recipes: tuple[str, ...] = ()) -> Command[Any]:
+    settings = f"finhpc.bench.settings:{settings or name.capitalize() + 'Bench'}"
+    function = f"finhpc.bench.measures.{function or f'{name}:bench_{name}'}"
+    return Command(f"bench {name}", help, settings, function, dry_run=None, recipes=recipes)
 
 
 PRETRAIN = ("demo", "gpt2-*", "llama2-*")  # recipes
@@ -209,6 +211,14 @@ ROWS: tuple[Command[Any], ...] = (
     ),
     Command("bench", "measure finhpc against plain code; bench --help lists what"),
     _bench("train", "training steps, and the overhead of a whole run"),
+    _bench("step", "what a step asks of a GPU, counted; also: bench step finetune", recipes=PRETRAIN),
+    _bench(
+        "step finetune",
+        "what a finetuning step asks of a GPU, counted",
+        settings="FinetuneStepBench",
+        function="step:bench_step_finetune",
+        recipes=("finetune*",),
+    ),
     _bench("data", "reading shards"),
     _bench("pipeline", "pipeline stages"),
     _bench("prepare", "turning text into shards"),
