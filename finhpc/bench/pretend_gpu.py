@@ -95,7 +95,7 @@ class PretendGpu(TorchFunctionMode):
 @contextmanager
 def pretended_gpu() -> Iterator[None]:
     """Pretend that torch has a GPU in the block."""
-    mode, clear, autocast = PretendGpu(), torch.clear_autocast_cache, torch.amp.autocast_mode
+    mode, clear = PretendGpu(), torch.clear_autocast_cache
     devices = _foreach_utils._get_foreach_kernels_supported_devices
 
     def cleared() -> None:
@@ -107,7 +107,6 @@ def pretended_gpu() -> Iterator[None]:
             (torch, "clear_autocast_cache", cleared),
             (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
             (torch.cuda, "is_bf16_supported", lambda *_: True),
-            (autocast.torch.cuda, "is_bf16_supported", lambda *_: True),
             (_foreach_utils, "_get_foreach_kernels_supported_devices", lambda: [*devices(), "meta"]),
             (torch.cuda, "Event", Event),
             (torch.cuda, "synchronize", lambda *_: waited("torch.cuda.synchronize")),

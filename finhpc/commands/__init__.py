@@ -98,8 +98,8 @@ class Command(NamedTuple, Generic[SETTINGS]):
         return {word: COMMANDS[name] for name, word in names.items() if " " not in word}
 
     def _row_of(self, settings: Any) -> Command[Any]:
-        """This command, or the variant of it whose settings these are."""
-        rows = {row.settings: row for row in (self, *self.variants().values())}
+        """This command, or the one below it whose settings these are."""
+        rows = {row.settings: row for row in self._rows()}
         for cls in type(settings).__mro__:
             if row := rows.get(f"{cls.__module__}:{cls.__qualname__}"):
                 return row
@@ -108,8 +108,11 @@ class Command(NamedTuple, Generic[SETTINGS]):
         raise ConfigError(f"{self.name} takes {self._classes()}, not {type(settings).__name__}.")
 
     def _classes(self) -> str:
-        rows = (self, *self.variants().values())
-        return " or ".join(row.settings.partition(":")[2] for row in rows if row.settings)
+        return " or ".join(row.settings.partition(":")[2] for row in self._rows() if row.settings)
+
+    def _rows(self) -> list[Command[Any]]:
+        """This command and all that begin with it."""
+        return [self, *(row for name, row in COMMANDS.items() if name.startswith(f"{self.name} "))]
 
 
 def _own(
