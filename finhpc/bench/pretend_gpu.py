@@ -51,6 +51,7 @@ class PretendGpu(TorchFunctionMode):
             return args[0] if name == "pin_memory" else True
         if name == "cuda":
             return args[0].to(META, non_blocking=bool(kwargs.get("non_blocking")))
+        kwargs.pop("pin_memory", None)
         there = any(_is_cuda(value) for value in (*args, *kwargs.values()))
         args = tuple(META if _is_cuda(value) else value for value in args)
         kwargs = {key: META if _is_cuda(value) else value for key, value in kwargs.items()}

@@ -15,6 +15,7 @@ This is the only file that uses DeepSpeed, and these places depend on its intern
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -35,6 +36,7 @@ from finhpc.lowrank.blend import alpha_at, blend_in, set_alpha
 from finhpc.lowrank.registry import BLEND
 from finhpc.models.families.registry import skeleton as make_skeleton
 from finhpc.models.initialize import Fill, random_fill
+from finhpc.models.packing.layout import pack_on
 from finhpc.models.pipeline import PipelineLayer, is_tied, parts_of
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.training import TrainingConfig
@@ -112,7 +114,9 @@ class Engine:
         self.replica: int = self.pipe.grid.get_data_parallel_id()
         self.alpha: float | None = None
         self.set_step(0)
-        self.grad_norm = float("nan")
+        self.packs = lora_model is not None
+        self.grad_norm = float("nan")  # of the last step of `train_step`
+        self._norm = torch.zeros((), dtype=torch.float64, device=device)
         self.busy_s = 0.0  # in forward and backward passes, since `take_times`
         self.wait_s = 0.0  # waiting for data
         self._patch_deepspeed()
@@ -208,24 +212,30 @@ class Engine:
             )
 
     def train_step(self, inputs: Iterator[Tensor], lr: float) -> float:
-        """Take one optimizer step over `micro_batches` micro-batches; return the mean loss in nats.
+        """Take one optimizer step and wait for it; return the mean loss in nats. See `start_step`."""
+        loss, self.grad_norm = self.start_step(inputs, lr).read()
+        return loss
+
+    def start_step(self, inputs: Iterator[Tensor], lr: float) -> Metrics:
+        """Take one optimizer step over `micro_batches` micro-batches; a GPU may still work on it afterwards.
 
         DeepSpeed's schedule calls each `PipelineLayer`, then sends the last stage's loss, averaged over micro-batches
         and replicas, to every worker.
 
         `inputs` yields int64 tokens (micro_batch_size, seq_len), or packs, on the first stage; other stages do not
-        read it. Raises `NonFiniteError` on every process, before the weights change, if the loss or the gradient is
-        not finite.
+        read it. A CPU raises `NonFiniteError` on every process, before the weights change, if the loss or the gradient
+        is not finite. On a GPU only reading the metrics raises it: read them before the weights are saved.
         """
         self._set_alpha(self.step + 1)
         set_lr(self.optimizer, lr)
         self._lr = lr
-        loss = float(self.pipe.train_batch(self._labeled(inputs)).item())
-        if loss != loss or abs(loss) == float("inf"):
-            raise NonFiniteError(f"train_loss={loss} at step {self.step + 1}")
+        loss = self.pipe.train_batch(self._labeled(inputs)).detach()
+        metrics = Metrics(self.step + 1, loss, self._norm)
+        if self.device.type == "cpu":
+            metrics.read()
         self._free_losses()
         self.step += 1
-        return loss
+        return metrics
 
     def _free_losses(self) -> None:
         """Drop the newest losses, which DeepSpeed stores into the next step, with their inputs and gradients."""
@@ -238,13 +248,20 @@ class Engine:
         return float(self.pipe.eval_batch(self._labeled(inputs), num_micro_batches=micro_batches).item())
 
     def _labeled(self, inputs: Iterator[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """The (inputs, labels) that DeepSpeed reads. Labels are empty: the tokens travel with the hidden states."""
-        empty = torch.zeros(1)
+        """The (inputs, labels) that DeepSpeed reads. Labels are empty: the tokens travel with the hidden states.
+
+        Inputs are copied to a GPU without waiting for it.
+        """
+        empty = torch.zeros(1, device=self.device)
         while True:
             if self.stage == 0:
                 start = time.perf_counter()
                 tokens = next(inputs)
                 self.wait_s += time.perf_counter() - start
+                if self.device.type == "cuda" and self.packs:
+                    tokens = pack_on(tokens, self.device)
+                elif self.device.type == "cuda":
+                    tokens = tokens.pin_memory().to(self.device, non_blocking=True)
                 yield tokens, empty
             else:
                 yield empty, empty
@@ -259,13 +276,15 @@ class Engine:
             squares = norms.double().square().sum()
         if self.config.parallel.stages > 1:
             dist.all_reduce(squares, group=self.pipe.grid.get_pipe_parallel_group())
-        self.grad_norm = float(squares.sqrt().item())
-        if self.grad_norm != self.grad_norm or self.grad_norm == float("inf"):
-            raise NonFiniteError(f"gradient norm={self.grad_norm} at step {self.step + 1}")
+        self._norm = squares.sqrt()
         limit = self.config.optimizer.grad_clip
-        if limit and self.grad_norm > limit:
-            grads = [p.grad for p in named.values() if p.grad is not None]
-            torch._foreach_mul_(grads, limit / (self.grad_norm + 1e-6))
+        grads = [p.grad for p in named.values() if p.grad is not None]
+        if self.device.type == "cpu":
+            norm = check_finite("gradient norm", self._norm.item(), self.step + 1)
+            if limit and norm > limit:
+                torch._foreach_mul_(grads, limit / (norm + 1e-6))
+        elif limit and grads:  # by a factor on the GPU, which need not be waited for
+            torch._foreach_mul_(grads, (limit / (self._norm + 1e-6)).clamp(max=1.0).float())
         if self.config.optimizer.decay == "product":
             modules: Iterator[Any] = (module for layer in self.layers for module in layer.modules())
             pairs = [module.pair() for module in modules if hasattr(module, "pair")]  # low-rank layers and adapters
@@ -282,6 +301,39 @@ class Engine:
         times = self.busy_s, self.wait_s
         self.busy_s = self.wait_s = 0.0
         return times
+
+
+class Metrics:
+    """The loss and the gradient norm of a step; a GPU may still be computing them."""
+
+    def __init__(self, step: int, loss: Tensor, norm: Tensor) -> None:
+        self.step = step
+        values = torch.stack((loss.double(), norm))
+        self._ready: torch.cuda.Event | None = None
+        if values.is_cuda:
+            self._values = torch.empty(2, dtype=torch.float64, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._ready = torch.cuda.Event()
+            self._ready.record()
+        else:
+            self._values = values
+
+    def read(self) -> tuple[float, float]:
+        """Wait for the step; return its mean loss in nats and gradient norm.
+
+        Raises `NonFiniteError` if one of them is not finite; all processes have the same values.
+        """
+        if self._ready is not None:
+            self._ready.synchronize()
+        loss, norm = self._values.tolist()
+        return check_finite("train_loss", loss, self.step), check_finite("gradient norm", norm, self.step)
+
+
+def check_finite(name: str, value: float, step: int) -> float:
+    """Return `value`; raises `NonFiniteError` if it is NaN or infinite."""
+    if not math.isfinite(value):
+        raise NonFiniteError(f"{name}={value} at step {step}")
+    return value
 
 
 @contextmanager

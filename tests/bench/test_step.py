@@ -8,16 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch._subclasses import FakeTensorMode
 
 from finhpc.bench.counts import Counts, counting
-from finhpc.bench.measures.step import OURS, PLAIN, bench_step, bench_step_finetune
-from finhpc.bench.pretend_gpu import CUDA, HIGH, HIGH_RESULT, LOW, pretended_gpu
+from finhpc.bench.measures.step import OURS, bench_step, bench_step_finetune
+from finhpc.bench.pretend_gpu import pretended_gpu
 from finhpc.bench.settings import FinetuneStepBench, StepBench
-from finhpc.errors import ConfigError
 from finhpc.settings.base import build
 
 GPT2 = {"preset": "gpt2-tiny", "vocab_size": 211, "layers": 2, "width": 32, "heads": 4, "context": 32}

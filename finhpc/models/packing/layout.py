@@ -8,6 +8,7 @@ computed once; without dropout that is exact.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,6 +90,28 @@ WASTE = 1.25  # the longest segment of a group over its shortest
 LAYOUT = "finhpc_layout"  # attribute of a pack: its layout, once computed; planning sets it on packs without content
 
 
+class Pack(Tensor):
+    """A pack on its device, with its layout. Nothing changes a pack, so it is its own copy, with the layout too."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def clone(self, *_: Any, **__: Any) -> Pack:  # type: ignore[override]
+        return self
+
+    def detach(self) -> Pack:  # type: ignore[override]
+        return self
+
+    def to(self, *_: Any, **__: Any) -> Pack:  # type: ignore[override]
+        return self
+
+
+def pack_on(pack: Tensor, device: torch.device) -> Pack:
+    """Copy a pack from the host to a GPU, with its layout, without waiting for the GPU."""
+    moved = pack.pin_memory().to(device, non_blocking=True).as_subclass(Pack)
+    setattr(moved, LAYOUT, build_layout(segments_of(pack[0]), device))
+    return moved
+
+
 def layout_of(pack: Tensor) -> Layout:
     """Return the layout of a pack (1, FIELDS, T), whose content must not change afterwards.
 
@@ -142,8 +165,7 @@ def build_layout(segments: Segments, device: torch.device, fused: bool | None = 
     for before, spans in _by_prefix(segments) if fused else segments.groups:
         prefix = torch.arange(*before or (0, 0), device=device)
         groups.append(group_of(tuple(spans), prefix))
-    targets = torch.tensor(segments.targets, dtype=torch.int64, device=device)
-    wanted = torch.tensor(segments.wanted, dtype=torch.int64, device=device)
+    targets, wanted = _indices(segments.targets, device), _indices(segments.wanted, device)
     predicting = targets if segments.targets else torch.zeros(1, dtype=torch.int64, device=device)
     return Layout(groups, targets, wanted, predicting, segments.scale, fused)
 
@@ -166,9 +188,15 @@ def group_of(spans: tuple[Span, ...], prefix: Tensor) -> SegmentGroup:
     """Build a group of segments from their [begin, end) in the pack; `prefix`: the rows that they continue."""
     device = prefix.device
     longest = max(end - begin for begin, end in spans)
-    begins, ends = (torch.tensor(x, device=device)[:, None] for x in zip(*spans, strict=True))
+    begins, ends = (_indices(x, device)[:, None] for x in zip(*spans, strict=True))
     rows = begins + torch.arange(longest, device=device)
     if all(end - begin == longest for begin, end in spans):
         return SegmentGroup(spans, rows, None, None, prefix)
     places = [i * longest + j for i, (begin, end) in enumerate(spans) for j in range(end - begin)]
-    return SegmentGroup(spans, torch.minimum(rows, ends - 1), rows < ends, torch.tensor(places, device=device), prefix)
+    return SegmentGroup(spans, torch.minimum(rows, ends - 1), rows < ends, _indices(places, device), prefix)
+
+
+def _indices(values: Sequence[int], device: torch.device) -> Tensor:
+    """Return an int64 tensor on `device`, without waiting for a GPU."""
+    indices = torch.tensor(values, dtype=torch.int64)
+    return indices.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else indices.to(device)
