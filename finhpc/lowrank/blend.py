@@ -33,6 +33,13 @@ class BlendLinear(LowRankLinear):
             return low_rank
         return torch.lerp(low_rank, F.linear(x, self.W, self.B.bias), self.alpha)  # the dense layer exactly at 1
 
+    def as_product(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        narrow, b = super().as_product(x)
+        if self.alpha == 0:
+            return narrow, b
+        wide = torch.cat((self.alpha * x, (1 - self.alpha) * narrow.to(x.dtype)), -1)
+        return wide, torch.cat((self.W, b), 1)
+
 
 class BlendEmbedding(LowRankEmbedding):
     """alpha times a dense embedding plus (1 - alpha) times a `LowRankEmbedding`; `W`: (num_embeddings, dim)."""

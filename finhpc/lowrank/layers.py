@@ -28,6 +28,10 @@ class LowRankLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.B(self.between(self.A(x)))  # type: ignore[no-any-return]
 
+    def as_product(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return z (..., k) and Z (out_features, k), whose product z Z^T is the layer's output without its bias."""
+        return self.between(self.A(x)), self.B.weight
+
     @staticmethod
     def between(narrow: Tensor) -> Tensor:
         """Apply what happens to A x before B; nothing here."""

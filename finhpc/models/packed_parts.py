@@ -16,7 +16,7 @@ from finhpc.models.families import parts
 from finhpc.models.families.family import Family
 from finhpc.models.families.parts import HALVES, Flow, Part
 from finhpc.models.families.registry import family_of
-from finhpc.models.loss import cross_entropy
+from finhpc.models.loss import head_loss
 from finhpc.models.packing.attention import attend_segments
 from finhpc.models.packing.layout import POSITION, TOKEN, layout_of
 from finhpc.models.recompute import whole_blocks
@@ -100,7 +100,7 @@ def head(data: Flow, module: nn.Module) -> Tensor:
     See `PACKS`. A pack without targets has one row and loss 0.
     """
     hidden, pack = data
-    layout, logits = layout_of(pack), parts.logits(hidden[0], module)
+    layout = layout_of(pack)
     if len(layout.wanted) == 0:
-        return logits.sum().float() * 0.0
-    return cross_entropy(logits, layout.wanted) * (len(layout.wanted) * layout.scale)
+        return hidden.sum().float() * 0.0
+    return head_loss(hidden[0], module, layout.wanted) * (len(layout.wanted) * layout.scale)

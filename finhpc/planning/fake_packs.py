@@ -13,17 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from finhpc.models.families.parts import BLOCKS, Flow
+from finhpc.models.families.parts import BLOCKS
 from finhpc.models.families.registry import family_of, skeleton, with_blocks
 from finhpc.models.files.weights import Weights
 from finhpc.models.lora.model import LoraModel, LoraPipelineLayer, Matrix
-from finhpc.models.packing.layout import FIELDS, LAYOUT, Segments, build_layout, layout_of
+from finhpc.models.packing.layout import FIELDS, LAYOUT, Segments, build_layout
 from finhpc.models.pipeline import is_tied
-from finhpc.planning.fake_passes import Meter, PartBytes, run_passes, with_gpu_loss
+from finhpc.planning.fake_passes import Meter, PartBytes, run_passes
 from finhpc.quantization.frozen import FrozenFloat, FrozenLinear
 from finhpc.quantization.schemes import SCHEMES, is_quantized
 
@@ -87,7 +86,7 @@ class EmptyLoraModel(LoraModel):
 def count_lora_parts(lora_model: LoraModel, pack: PackSize, cuda: bool) -> list[LoraPart]:
     """Every part of the model in order, for packs of that size.
 
-    With `cuda` attention is torch's fused kernel and the loss makes its float32 copy, as on a GPU. The
+    With `cuda` attention is torch's fused kernel and the loss takes more rows at a time, as on a GPU. The
     `weights_bytes` of a tied head are 0, as if its stage had the embedding too.
     """
     layers = int(lora_model.hf_config.num_hidden_layers)
@@ -118,15 +117,13 @@ def _blocks_are_alike(lora_model: LoraModel) -> bool:
 def _count(lora_model: EmptyLoraModel, pack: PackSize, cuda: bool) -> list[LoraPart]:
     width, dtype = int(lora_model.hf_config.hidden_size), lora_model.dtype
     assert lora_model.skeleton is not None  # made here, on the meta device, so that it is not counted
-    counted, meter = [], Meter()
+    counted, meter = [], Meter("cuda" if cuda else "cpu")
     with FakeTensorMode(), meter:
         data = torch.zeros(1, FIELDS, pack.tokens, dtype=torch.int64)
         setattr(data, LAYOUT, build_layout(pack.segments, data.device, fused=cuda))
         rows, input_bytes, requires_grad = pack.tokens, 0, False
         for part in lora_model.parts():
             before = meter.live
-            if cuda:
-                part = with_gpu_loss(part, _logits_and_targets)
             layer = LoraPipelineLayer(part, lora_model, data.device)
             weights_bytes = meter.live - before
             trained = sum(p.numel() for _, p in layer.parameters_by_name())
@@ -146,11 +143,3 @@ def _count(lora_model: EmptyLoraModel, pack: PackSize, cuda: bool) -> list[LoraP
             counted.append(LoraPart(part.kind, weights_bytes, trained, passes, input_bytes, output_bytes))
             input_bytes = output_bytes
     return counted
-
-
-def _logits_and_targets(flow: Flow, module: nn.Module) -> tuple[Tensor, Tensor]:
-    hidden, pack = flow
-    weight = getattr(module, "weight", None)
-    tied = isinstance(weight, Tensor) and not isinstance(module, FrozenLinear)
-    logits = F.linear(hidden[0], weight) if tied else module(hidden[0])  # type: ignore[arg-type]
-    return logits, layout_of(pack).wanted

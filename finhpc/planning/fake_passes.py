@@ -13,16 +13,16 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from finhpc.lowrank.blend import blend_in
-from finhpc.models.families.parts import Flow, Part
+from finhpc.models import loss
+from finhpc.models.families.parts import Part
 from finhpc.models.families.registry import skeleton
-from finhpc.models.pipeline import is_tied, parts_of
+from finhpc.models.pipeline import parts_of
 from finhpc.settings.training import Recompute
 
 
@@ -45,11 +45,12 @@ class PartBytes:
 class Meter(TorchDispatchMode):
     """Counts the bytes of tensors made while it is on, now and at their peak; each storage once.
 
-    Tensors passed to `ignore` are not counted.
+    Tensors passed to `ignore` are not counted. What the loss allocates inside, on `device`, counts in the peak.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
         super().__init__()
+        self.device = device
         self.live = self.peak = 0
         self._known: set[int] = set()
 
@@ -57,6 +58,9 @@ class Meter(TorchDispatchMode):
         self._known |= {tensor.untyped_storage()._cdata for tensor in tensors}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.finhpc.linear_cross_entropy.default:
+            (rows, width), vocab, size = args[0].shape, args[1].shape[0], args[1].element_size()
+            self.peak = max(self.peak, self.live + loss.peak_bytes(rows, vocab, width, size, self.device))
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
@@ -118,18 +122,6 @@ def run_passes(meter: Meter, run: Callable[[Any], Any], make_input: Callable[[],
     return PartBytes(kept, forward, backward, backward), rows, True
 
 
-def with_gpu_loss(part: Part, logits_and_targets: Callable[[Flow, nn.Module], tuple[Tensor, Tensor]]) -> Part:
-    """The part with the loss that runs on GPUs, which copies its logits in float32, if it is the head."""
-    if part.kind != "head":
-        return part
-
-    def run(flow: Flow, module: nn.Module) -> Tensor:
-        logits, targets = logits_and_targets(flow, module)
-        return F.cross_entropy(logits.float(), targets)
-
-    return Part(part.names, part.kind, run)
-
-
 def count_parts(
     hf_config: Any,
     micro_batch_size: int,
@@ -141,23 +133,15 @@ def count_parts(
 ) -> dict[str, PartBytes]:
     """Kind of part -> its bytes in pretraining. `hf_config`: of the model with one block.
 
-    With `cuda` attention is torch's fused kernel and the loss makes its float32 copies, as on a GPU; on a CPU both
-    are finhpc's own. `blend`: method 3's W exists next to its factors, as in its first steps.
+    With `cuda` attention is torch's fused kernel and the loss takes more rows at a time, as on a GPU. `blend`: method
+    3's W exists next to its factors, as in its first steps.
     """
-    model, width, tied = skeleton(hf_config, recompute), int(hf_config.hidden_size), is_tied(hf_config)
+    model, width = skeleton(hf_config, recompute), int(hf_config.hidden_size)
     if blend:
         blend_in(model, trainable=blend == "trainable")
     row = parts_of(hf_config, recompute)
     if cuda:
         model.config._attn_implementation = "sdpa"  # type: ignore[union-attr]
-
-        def logits_and_targets(flow: Flow, module: nn.Module) -> tuple[Tensor, Tensor]:
-            hidden, tokens = flow
-            rows = hidden[:, :-1].reshape(-1, width)
-            logits = F.linear(rows, module.weight) if tied else module(rows)  # type: ignore[arg-type]
-            return logits, tokens[:, 1:].reshape(-1)
-
-        row = [with_gpu_loss(part, logits_and_targets) for part in row]
     counted = {}
     with FakeTensorMode():
         _materialize(model)
@@ -167,7 +151,7 @@ def count_parts(
             for module in modules:
                 module.zero_grad(set_to_none=True)  # a tied head shares the embedding's, which came before it
             one = torch.zeros((), requires_grad=True)
-            meter = Meter()
+            meter = Meter("cuda" if cuda else "cpu")
             meter.ignore([tensor for module in modules for tensor in (*module.parameters(), *module.buffers())])
             meter.ignore([tokens, one])
 

@@ -31,6 +31,10 @@ class FrozenLinear(nn.Module):
         """Compute W x + bias for x (rows, in_features), outside of autograd."""
         return F.linear(x, self.matrix(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
+    def as_product(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x and W, as `LowRankLinear.as_product`."""
+        return x, self.matrix(x.dtype)
+
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""
         return FrozenProduct.apply(x, self)  # type: ignore[no-untyped-call, no-any-return]

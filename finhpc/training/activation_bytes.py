@@ -15,8 +15,7 @@ from finhpc.models.families.parts import BLOCKS, Part
 def saved_bytes(forward: Callable[[], object], *modules: nn.Module) -> int:
     """The bytes of the storages that `forward` saves for backward, each once, without the parameters of `modules`.
 
-    Works on the meta device too. Casts of parameters by autocast are counted, because they are stored. Tensors that a
-    Function stores without `save_for_backward` are not seen; ours does so with the gradient of the loss.
+    Works on the meta device too. Casts of parameters by autocast are counted, because they are stored.
     """
     parameters = {p.untyped_storage()._cdata for module in modules for p in module.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}

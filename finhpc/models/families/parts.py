@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finhpc.models.loss import cross_entropy
+from finhpc.models.loss import head_loss
 
 Flow = tuple[Tensor, Tensor]  # (hidden (batch, seq, width), tokens (batch, seq)) between pipeline layers
 HALVES = ("attention", "mlp")  # of a transformer block, in this order
@@ -88,7 +88,7 @@ def head(flow: Flow, module: nn.Module) -> Tensor:
     """
     hidden, tokens = flow
     rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])
-    return cross_entropy(logits(rows, module), tokens[:, 1:].reshape(-1))
+    return head_loss(rows, module, tokens[:, 1:].reshape(-1))
 
 
 def logits(hidden: Tensor, module: nn.Module) -> Tensor:

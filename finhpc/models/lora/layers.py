@@ -55,6 +55,10 @@ class FrozenLowRankLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.B(self.between(self.A(x)))  # type: ignore[no-any-return]
 
+    def as_product(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return z and Z as `LowRankLinear.as_product`."""
+        return self.between(self.A(x)), self.B.matrix(x.dtype)
+
 
 class LoraLinear(nn.Module):
     """`base` with a trained adapter in float32: A (rank, in), B (out, rank); maps (..., in) to (..., out)."""
@@ -74,6 +78,13 @@ class LoraLinear(nn.Module):
         else:
             out = self.base(rows) + self._product(F.dropout(rows, self.dropout) if drops else rows, None)
         return out.view(*x.shape[:-1], -1)
+
+    def as_product(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return z and Z as `LowRankLinear.as_product`: those of the base, next to the adapter's."""
+        frozen, matrix = self.base.as_product(x)
+        dropped = F.dropout(x, self.dropout, self.training)
+        narrow = self.scale * F.linear(dropped, self.A.to(x.dtype))
+        return torch.cat((frozen, narrow), -1), torch.cat((matrix, self.B.to(x.dtype)), 1)
 
     def _product(self, rows: Tensor, base: FrozenLinear | None) -> Tensor:
         return LoraProduct.apply(rows, self.A, self.B, base, self.scale)  # type: ignore[no-untyped-call, no-any-return]
