@@ -16,7 +16,7 @@ def ahead(items: Iterator[T], count: int = 1) -> Iterator[T]:
 
     An exception of `items` is raised where its item would be.
     """
-    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as pool:
+    with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
         waiting: deque[Any] = deque(pool.submit(next, items, END) for _ in range(count))
         while (item := waiting.popleft().result()) is not END:
             waiting.append(pool.submit(next, items, END))
