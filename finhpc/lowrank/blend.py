@@ -21,21 +21,20 @@ from finhpc.settings.pretrain import Method
 class BlendLinear(LowRankLinear):
     """y = alpha W x + (1 - alpha) B A x + bias; shapes as `LowRankLinear`, `W`: (out_features, in_features)."""
 
-    alpha = 1.0
+    alpha: Tensor
 
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool) -> None:
         super().__init__(in_features, out_features, rank, bias)
         self.W = nn.Parameter(torch.empty(out_features, in_features))
+        self.register_buffer("alpha", torch.ones(()), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         low_rank = super().forward(x)
-        if self.alpha == 0:
-            return low_rank
-        return torch.lerp(low_rank, F.linear(x, self.W, self.B.bias), self.alpha)  # the dense layer exactly at 1
+        return _blended(low_rank, F.linear(x, self.W, self.B.bias), self.alpha) if hasattr(self, "W") else low_rank
 
     def as_product(self, x: Tensor) -> tuple[Tensor, Tensor]:
         narrow, b = super().as_product(x)
-        if self.alpha == 0:
+        if not hasattr(self, "W"):
             return narrow, b
         wide = torch.cat((self.alpha * x, (1 - self.alpha) * narrow.to(x.dtype)), -1)
         return wide, torch.cat((self.W, b), 1)
@@ -44,20 +43,27 @@ class BlendLinear(LowRankLinear):
 class BlendEmbedding(LowRankEmbedding):
     """alpha times a dense embedding plus (1 - alpha) times a `LowRankEmbedding`; `W`: (num_embeddings, dim)."""
 
-    alpha = 1.0
+    alpha: Tensor
 
     def __init__(self, num_embeddings: int, dim: int, rank: int) -> None:
         super().__init__(num_embeddings, dim, rank)
         self.W = nn.Parameter(torch.empty(num_embeddings, dim))
+        self.register_buffer("alpha", torch.ones(()), persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
         low_rank = super().forward(tokens)
-        if self.alpha == 0:
-            return low_rank
-        return torch.lerp(low_rank, F.embedding(tokens, self.W).to(low_rank.dtype), self.alpha)
+        return _blended(low_rank, F.embedding(tokens, self.W), self.alpha) if hasattr(self, "W") else low_rank
 
 
 Blended = BlendLinear | BlendEmbedding
+
+
+def _blended(low_rank: Tensor, dense: Tensor, alpha: Tensor) -> Tensor:
+    """Return alpha dense + (1 - alpha) low_rank, in low_rank's type: the dense layer exactly at 1.
+
+    `alpha` is a tensor because a compiled graph would be made again for every value of a number.
+    """
+    return torch.lerp(low_rank.float(), dense.float(), alpha).to(low_rank.dtype)
 
 
 def blend_in(model: nn.Module, trainable: bool) -> None:
@@ -81,7 +87,7 @@ def set_alpha(modules: Iterable[nn.Module], alpha: float) -> list[Tensor]:
     for module in list(modules):  # a copy: removing W must not disturb the iteration
         if not isinstance(module, Blended):
             continue
-        module.alpha = alpha
+        module.alpha.fill_(alpha)
         if alpha == 0 and hasattr(module, "W"):
             if parametrize.is_parametrized(module, "W"):  # trained with rounded weights
                 parametrize.remove_parametrizations(module, "W", leave_parametrized=False)

@@ -134,7 +134,14 @@ def _for_each_head(x: Tensor, groups: int) -> Tensor:
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> bool:
-    """Return whether torch has a kernel that never stores all probabilities; on a CPU it has none with dropout."""
+    """Return whether torch has a kernel that never stores all probabilities; on a CPU it has none with dropout.
+
+    Inside a compiled graph torch cannot be asked: all GPUs have one without a mask, but not for float32 with shared
+    heads.
+    """
+    if torch.compiler.is_compiling():
+        half = value.dtype in (torch.bfloat16, torch.float16)
+        return query.is_cuda and mask is None and (half or query.shape[1] == key.shape[1])
     shared = query.shape[1] != key.shape[1]
     q, k = query.to(value.dtype), key.to(value.dtype)  # as autocast gives them to the kernel
     choice = torch._fused_sdp_choice(q, k, value, mask, dropout, mask is None, enable_gqa=shared)

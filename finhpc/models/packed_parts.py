@@ -6,15 +6,15 @@ Only rows that predict a token go through the MLP of the last block, the last no
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from finhpc.models.families import parts
-from finhpc.models.families.family import Family
-from finhpc.models.families.parts import HALVES, Flow, Part
+from finhpc.models.families.family import Family, Heads
+from finhpc.models.families.parts import HALVES, Compiled, Flow, Part, as_it_is
 from finhpc.models.families.registry import family_of
 from finhpc.models.loss import head_loss
 from finhpc.models.packing.attention import attend_segments
@@ -23,11 +23,12 @@ from finhpc.models.recompute import whole_blocks
 from finhpc.settings.training import Recompute
 
 
-def packed_parts(config: Any, recompute: Recompute = "none") -> list[Part]:
+def packed_parts(config: Any, recompute: Recompute = "none", compiled: Compiled = as_it_is) -> list[Part]:
     """Return `parts_of` over packs: flows are (hidden (1, rows, width), pack), the first part takes a pack.
 
     Every token sees all tokens before it: no example may be longer than a model's sliding window.
     """
+    queries, projected, mlp = (compiled(function) for function in (heads_of, add_projected, parts.mlp))
     family = family_of(config)
     row = family.parts(config)
     last = max(i for i, part in enumerate(row) if part.kind == HALVES[0])
@@ -35,7 +36,7 @@ def packed_parts(config: Any, recompute: Recompute = "none") -> list[Part]:
         "embedding": lambda pack, module: (module(pack[:, TOKEN]), pack),
         "positions": lambda data, module: (data[0] + module(data[1][:, POSITION]), data[1]),
         "dropout": lambda data, module: data,  # a frozen base uses none: a prefix that examples share has one value
-        "mlp": parts.mlp,
+        "mlp": lambda data, *modules: (mlp(data, *modules)[0], data[1]),
         "norm": parts.apply,
         "head": head,
     }
@@ -43,7 +44,7 @@ def packed_parts(config: Any, recompute: Recompute = "none") -> list[Part]:
     for i, part in enumerate(row):
         run = runs.get(part.kind)
         if part.kind == HALVES[0]:
-            run = partial(attention, family, config, recompute == "none", i == last)
+            run = Attention(family, config, recompute == "none", i == last, queries, projected)
         assert run is not None
         packed.append(Part(part.names, part.kind, run))
     return whole_blocks(packed) if recompute == "full" else packed
@@ -56,19 +57,42 @@ def without_dropout(config: Any) -> None:
             setattr(config, key, 0.0)
 
 
-def attention(family: Family, config: Any, keep: bool, last: bool, data: Flow, norm: nn.Module, module: Any) -> Flow:
-    """Run the attention half of a block; the last block returns only rows that predict a token (at least one).
+@dataclass(frozen=True)
+class Attention:
+    """The attention half of a block; the last block returns only rows that predict a token (at least one).
 
-    Without `keep` no probabilities are stored for the backward pass.
+    `queries` and `projected` do what does not depend on a pack's layout and can be compiled. Without `keep` no
+    probabilities are stored for the backward pass.
     """
-    hidden, pack = data
-    x, layout = norm(hidden), layout_of(pack)
-    q, k, v = (heads[0] for heads in family.heads(module, x, _rotated(family, config, x, pack)))
-    out = attend_segments(q, k, v, layout, module.scaling, keep).reshape(1, x.shape[1], -1)
-    if last:
-        rows = layout.predicting
-        hidden, out = hidden[:, rows], out[:, rows]
-    return hidden + module.get_submodule(family.output_projection)(out), pack
+
+    family: Family
+    config: Any
+    keep: bool
+    last: bool
+    queries: Callable[..., Heads]
+    projected: Callable[..., Tensor]
+
+    def __call__(self, data: Flow, norm: nn.Module, module: Any) -> Flow:
+        hidden, pack = data
+        layout = layout_of(pack)
+        rotated = _rotated(self.family, self.config, hidden, pack)
+        q, k, v = self.queries(self.family, hidden, norm, module, rotated)
+        out = attend_segments(q, k, v, layout, module.scaling, self.keep).reshape(1, hidden.shape[1], -1)
+        if self.last:
+            rows = layout.predicting
+            hidden, out = hidden[:, rows], out[:, rows]
+        return self.projected(self.family, hidden, out, module), pack
+
+
+def heads_of(family: Family, hidden: Tensor, norm: nn.Module, module: Any, rotated: Any) -> Heads:
+    """Return queries, keys and values (rows, heads, size) of hidden (1, rows, width)."""
+    q, k, v = family.heads(module, norm(hidden), rotated)
+    return q[0], k[0], v[0]
+
+
+def add_projected(family: Family, hidden: Tensor, out: Tensor, module: Any) -> Tensor:
+    """Return hidden plus the projected output of attention, both (1, rows, width)."""
+    return hidden + module.get_submodule(family.output_projection)(out)  # type: ignore[no-any-return]
 
 
 @torch.no_grad()

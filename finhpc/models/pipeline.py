@@ -13,12 +13,13 @@ parameters keep their Hugging Face names.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from finhpc.models.families.parts import BLOCK, Part
+from finhpc.models.families.parts import BLOCK, Compiled, Part, as_it_is
 from finhpc.models.families.registry import family_of
 from finhpc.models.initialize import Fill
 from finhpc.models.recompute import whole_blocks
@@ -66,13 +67,16 @@ class PipelineLayer(nn.Module):
                 yield f"{prefix}.{plain_name(name)}", parameter
 
 
-def parts_of(config: Any, recompute: Recompute = "none") -> list[Part]:
+def parts_of(config: Any, recompute: Recompute = "none", compiled: Compiled = as_it_is) -> list[Part]:
     """Return the parts of a model in forward order; a tied head uses the embedding's module again.
 
-    With `full` recomputation whole blocks are parts, otherwise their halves.
+    With `full` recomputation whole blocks are parts, otherwise their halves. `compiled` compiles what a block runs.
     """
     row = family_of(config).parts(config)
-    return whole_blocks(row) if recompute == "full" else row
+    if recompute == "full":
+        row = whole_blocks(row)
+    runs = {part.run: compiled(part.run) for part in row if part.in_block}
+    return [replace(part, run=runs.get(part.run, part.run)) for part in row]
 
 
 def is_tied(config: Any) -> bool:

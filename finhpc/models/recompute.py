@@ -36,6 +36,8 @@ def _block(attention: Part, mlp: Part) -> Part:
         draws = any(draws_random(module) for module in modules)
         return checkpoint(halves, *flow, use_reentrant=False, preserve_rng_state=draws)  # type: ignore[no-any-return]
 
+    if prepare := getattr(attention.run, "prepare", None):
+        run.prepare = prepare  # type: ignore[attr-defined]
     return Part(attention.names + mlp.names, BLOCK, run)
 
 

@@ -106,6 +106,12 @@ class Train(Section):
         "(attention), or all of a block except its input (full)",
         json_schema_extra=MAY_CHANGE,
     )
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="torch.compile of the model's blocks; auto: if the steps are long enough to repay it and a C++ "
+        "compiler is installed",
+        json_schema_extra=MAY_CHANGE,
+    )
     seed: int = Field(0, ge=0, description="seed of the initial weights, the order of samples and dropout")
     hang_timeout_s: float = Field(
         600,

@@ -41,6 +41,7 @@ from finhpc.models.pipeline import PipelineLayer, is_tied, parts_of
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.training import TrainingConfig
 from finhpc.training.allocator import keep_freed_memory
+from finhpc.training.compiler import Compiler
 from finhpc.training.optimizer import decay_products, drop_parameters, make_optimizer, set_lr
 from finhpc.training.stages import measured_cut
 
@@ -68,7 +69,8 @@ class Engine:
     The process group must exist, with stages x replicas processes. Stage i has the parts borders[i] to
     borders[i + 1] - 1; by default the parts are measured and balanced. `fill` sets the initial weights, which are
     random by default. With `lora_model` the model is its frozen base, only adapters are trained, and the inputs are
-    packs, which may differ in length, instead of tokens. `alpha` is method 3's in the last step, else None.
+    packs, which may differ in length, instead of tokens. `operations` are those of the whole run on this worker, by
+    which `train.compile=auto` decides. `alpha` is method 3's in the last step, else None.
     """
 
     def __init__(
@@ -79,8 +81,10 @@ class Engine:
         borders: list[int] | None = None,
         fill: Fill | None = None,
         lora_model: LoraModel | None = None,
+        operations: float = 0.0,
     ) -> None:
         self.config, self.hf_config, self.device = config, hf_config, device
+        self.compiler = Compiler(config.train.compile, device, operations, dynamic=lora_model is not None)
         if device.type == "cpu":
             keep_freed_memory()
         parallel = config.parallel
@@ -89,7 +93,8 @@ class Engine:
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
         if lora_model is not None:
             self.borders = borders or lora_model.borders(parallel.stages)
-            specs = [LayerSpec(lora_model.layer_class, part, lora_model, device) for part in lora_model.parts()]
+            parts = lora_model.parts(self.compiler)
+            specs = [LayerSpec(lora_model.layer_class, part, lora_model, device) for part in parts]
         else:
             assert isinstance(config, PretrainConfig)
             self.borders = borders or measured_cut(config, hf_config, device).borders
@@ -132,7 +137,7 @@ class Engine:
         arguments = (model, self.device, fill, bf16, bits)
         tied_weight = "part_modules.0.weight" if bits == 16 else "part_modules.0.parametrizations.weight.original"
         specs: list[LayerSpec] = []
-        for part in parts_of(self.hf_config, recompute):
+        for part in parts_of(self.hf_config, recompute, self.compiler):
             if is_tied(self.hf_config) and part.kind in ("embedding", "head"):
 
                 def run(layer: PipelineLayer, data: Any, part: Any = part) -> Any:

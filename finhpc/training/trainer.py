@@ -39,6 +39,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from finhpc.log import redirected
+from finhpc.models.families.registry import skeleton
 from finhpc.models.initialize import Fill
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.training import TrainingConfig
@@ -163,7 +164,9 @@ class Trainer:
         borders = None  # counted by the engine for a LoRA model, with the same result at every start
         if isinstance(self.config, PretrainConfig):
             borders = saved_cut(self.config, self.hf_config, self.device, self.folder / "stages.json").borders
-        self.engine = Engine(self.config, self.hf_config, self.device, borders, self.fill, self.lora_model)
+        self.engine = Engine(
+            self.config, self.hf_config, self.device, borders, self.fill, self.lora_model, self._operations()
+        )
         self.is_set_up = True
         folder = self.folder / "checkpoints"
         start: list[Any] = [None, None]
@@ -196,6 +199,13 @@ class Trainer:
             )
         self.inputs = self._open_data()
         dist.barrier()  # no worker's first step waits for another to open its data
+
+    def _operations(self) -> float:
+        """Roughly the operations of the run on this worker: 6 per weight and token, 4 if weights are frozen."""
+        model = self.lora_model.weights.skeleton if self.lora_model else skeleton(self.hf_config)
+        weights = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+        each = 4 if self.lora_model else 6
+        return each * weights * self.source.tokens(self.config.train.steps) / self.workers
 
     def _load(self, latest: Checkpoint) -> None:
         """Load weights, moments, counters and random state."""

@@ -49,7 +49,7 @@ def heads() -> dict[str, nn.Module]:
     tied, dense, pair, cola = nn.Embedding(50, 6), nn.Linear(6, 50, False), LowRankLinear(6, 50, 3, False), None
     cola, blended = ColaLinear(6, 50, 3, False), BlendLinear(6, 50, 3, False)
     nn.init.normal_(blended.W)
-    blended.alpha = 0.3
+    blended.alpha.fill_(0.3)
     dense_base = FrozenFloat(torch.randn(50, 6), None)
     low_rank_base = FrozenLowRankLinear(
         FrozenFloat(torch.randn(3, 6), None), FrozenFloat(torch.randn(50, 3), None), ColaLinear.between

@@ -61,15 +61,24 @@ class Attention:
 
     def __init__(self, config: LlamaConfig) -> None:
         self.config = config
-        self.rotary: LlamaRotaryEmbedding | None = None
+        self.rotated: dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}  # cos and sin
 
     def __call__(self, data: Flow, norm: nn.Module, attention: nn.Module) -> Flow:
         hidden, tokens = data
-        if self.rotary is None:  # built on first use: the skeleton's own is on the meta device
-            self.rotary = LlamaRotaryEmbedding(self.config).to(hidden.device)
-        positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
-        attended, _ = attention(norm(hidden), position_embeddings=self.rotary(hidden, positions), attention_mask=None)
+        self.prepare(data)
+        rotated = self.rotated[hidden.shape[1], hidden.dtype, hidden.device]
+        attended, _ = attention(norm(hidden), position_embeddings=rotated, attention_mask=None)
         return hidden + attended, tokens
+
+    @torch.no_grad()
+    def prepare(self, data: Flow) -> None:
+        """Compute the rotary positions of a sequence length once, outside of a compiled graph."""
+        hidden = data[0]
+        key = (hidden.shape[1], hidden.dtype, hidden.device)
+        if key not in self.rotated:
+            rotary = LlamaRotaryEmbedding(self.config).to(hidden.device)  # the skeleton's is on the meta device
+            positions = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
+            self.rotated[key] = rotary(hidden, positions)
 
 
 class Mistral(Llama):

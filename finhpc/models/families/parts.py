@@ -17,10 +17,16 @@ from torch import Tensor, nn
 
 from finhpc.models.loss import head_loss
 
+Compiled = Callable[[Callable[..., Any]], Callable[..., Any]]  # returns a function compiled, or as it is
 Flow = tuple[Tensor, Tensor]  # (hidden (batch, seq, width), tokens (batch, seq)) between pipeline layers
 HALVES = ("attention", "mlp")  # of a transformer block, in this order
 BLOCK = "block"  # both halves as one part
 BLOCKS = {**dict.fromkeys(HALVES, 0.5), BLOCK: 1.0}  # kind of part -> share of a block
+
+
+def as_it_is(run: Callable[..., Any]) -> Callable[..., Any]:
+    """The `Compiled` that does not compile."""
+    return run
 
 
 def describe_parts(kinds: list[str]) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from finhpc.lowrank.layers import LowRankLinear
-from finhpc.models.families.parts import BLOCKS, Part
+from finhpc.models.families.parts import BLOCKS, Compiled, Part, as_it_is
 from finhpc.models.families.registry import skeleton
 from finhpc.models.files.weights import Weights
 from finhpc.models.lora.layers import FrozenLowRankLinear, LoraLinear
@@ -108,8 +108,8 @@ class LoraModel:
         """The pipeline layer of a part, made as `layer_class(part, self, device)`."""
         return LoraPipelineLayer
 
-    def parts(self) -> list[Part]:
-        return packed_parts(self.hf_config, self.recompute)
+    def parts(self, compiled: Compiled = as_it_is) -> list[Part]:
+        return packed_parts(self.hf_config, self.recompute, compiled)
 
     @cached_property
     def skeleton(self) -> nn.Module:
