@@ -197,3 +197,31 @@ class FinetuneStepBench(FinetuneConfig):
                 f"bench.tokens={work.tokens} / 2 tokens; raise bench.tokens."
             )
         return problems
+
+
+class GpuBench(Section):
+    """Settings of `finhpc bench gpu`."""
+
+    bench: Counting = Field(default_factory=Counting)
+    budget_s: float = Field(340, ge=0, description="seconds after which no further case begins")
+    pretrain: list[str] = Field(
+        ["gpt2-127m", "gpt2-127m:192", "gpt2-1.5b", "gpt2-1.5b:384"], description="PRESET or PRESET:RANK, pretrained"
+    )
+    finetune: list[str] = Field(["smollm2-135m", "llama-1b", "llama2-7b"], description="presets, finetuned with LoRA")
+    bits: list[Annotated[Literal[16, 8, 4], BeforeValidator(int)]] = Field(
+        [16, 8, 4], min_length=1, description="bases of the finetuning"
+    )
+    generate: list[str] = Field(["gpt2-127m:192"], description="PRESET:RANK, as for bench generate")
+    ways: list[Literal["plain", "eager", "compiled"]] = Field(
+        ["plain", "eager", "compiled"],
+        min_length=1,
+        description="plain: transformers (and peft); eager, compiled: finhpc with train.compile off and on",
+    )
+    batch: int = Field(8, ge=1, description="samples per step of a pretraining")
+    seq_len: int = Field(1024, ge=2, description="tokens per sample")
+    examples: int = Field(16, ge=1, description="examples per step of a finetuning")
+    tokens: int = Field(256, ge=60, description="tokens of the longest example")
+    steps: int = Field(10, ge=1, description="steps that are timed")
+    warm_up: int = Field(3, ge=1, description="steps before them")
+    new: int = Field(64, ge=2, description="tokens generated after each prompt")
+    resources: Resources = Field(default_factory=lambda: Resources(threads=4))

@@ -222,6 +222,7 @@ ROWS: tuple[Command[Any], ...] = (
         function="step:bench_step_finetune",
         recipes=("finetune*",),
     ),
+    _bench("gpu", "all that matters on one GPU, in a few minutes"),
     _bench("data", "reading shards"),
     _bench("pipeline", "pipeline stages"),
     _bench("prepare", "turning text into shards"),

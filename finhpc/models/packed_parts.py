@@ -100,22 +100,12 @@ def _rotated(family: Family, config: Any, x: Tensor, pack: Tensor) -> Any:
     """Return cos and sin (1, T, size) of every token's position, computed once per pack and stage."""
     layout, key = layout_of(pack), ("rotary", id(config), x.dtype)
     if key not in layout.cache:
-        rotary = _rotary(family, config, x.device)
-        rotated = None if rotary is None else rotary(x, pack[:, POSITION])
+        rotary = family.rotary(config)
+        if rotary is not None and x.is_cuda:  # moved without waiting for the GPU
+            rotary._apply(Tensor.pin_memory).to(x.device, non_blocking=True)
+        rotated = None if rotary is None else rotary.to(x.device)(x, pack[:, POSITION])
         layout.cache[key] = rotated, config  # as long as the config lives, no other one gets its id
     return layout.cache[key][0]
-
-
-def _rotary(family: Family, config: Any, device: torch.device) -> Any:
-    """Return the module of rotary positions of a config on `device`, built once: moving it waits for a GPU."""
-    key = id(config), device
-    if key not in _rotaries:
-        rotary = family.rotary(config)
-        _rotaries[key] = rotary if rotary is None else rotary.to(device), config  # which lives on, so its id is its own
-    return _rotaries[key][0]
-
-
-_rotaries: dict[tuple[int, torch.device], tuple[Any, Any]] = {}
 
 
 def head(data: Flow, module: nn.Module) -> Tensor:

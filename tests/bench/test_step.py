@@ -31,8 +31,8 @@ PRETRAINING: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {
     "low_rank": ({"method": LOW_RANK}, (131, 5, 3)),
     "low_rank bf16": ({"method": LOW_RANK, "train": BF16}, (199, 5, 71)),
     "cola": ({"method": {"kind": "cola", "rank": 8}}, (147, 5, 3)),
-    "blend": ({"method": {"kind": "blend", "rank": 8}}, (203, 5, 3)),
-    "llama": ({"model": GPT2 | {"preset": "llama-tiny", "mlp_width": 48}, "method": LOW_RANK}, (332, 5, 5)),
+    "blend": ({"method": {"kind": "blend", "rank": 8}}, (229, 5, 3)),
+    "llama": ({"model": GPT2 | {"preset": "llama-tiny", "mlp_width": 48}, "method": LOW_RANK}, (316, 5, 3)),
     "micro-batches": ({"method": LOW_RANK, "parallel": {"micro_batches": 3}}, (419, 13, 3)),
 }
 FINETUNING = {16: (1089, 5, 210), 8: (1332, 33, 263), 4: (1248, 5, 210)}  # bits of the base -> the same

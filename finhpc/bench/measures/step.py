@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from finhpc.bench.counts import INPUTS, CountingMode, Counts, counting
 from finhpc.bench.measures.train import one_process_group
-from finhpc.bench.plain.finetune import empty_base, padded, plain_step, with_adapters
+from finhpc.bench.plain.finetune import padded, plain_step, random_base, with_adapters
 from finhpc.bench.plain.pretrain import model_step
 from finhpc.bench.pretend_gpu import CUDA, pretended_gpu
 from finhpc.bench.profile import KINDS, REST
@@ -92,7 +92,7 @@ def bench_step_finetune(settings: FinetuneStepBench) -> dict[str, Any]:
     train = config.train
     model_of = Shapes(base.config), config.lora, config.quantization, train.precision == "bf16", train.recompute
     lora_model = _OnDevice(*model_of)
-    arrays = examples(config)
+    arrays = counted_arrays(config)
     feed = Batches(config.parallel, config.train.seed, not config.lora.dropout)
     steps = [feed.step(arrays, step, 0) for step in range(2)]
     packs = iter([torch.from_numpy(batch["pack"]) for batches in steps for batch in batches])
@@ -100,7 +100,7 @@ def bench_step_finetune(settings: FinetuneStepBench) -> dict[str, Any]:
     with _pretended() as mode:
         engine = Engine(config, base.config, CUDA, lora_model=lora_model)
         ours = second(mode, _steps(engine, lambda: packs), engine.layers)
-        model = with_adapters(empty_base(base.config, config.quantization.bits, CUDA), config.lora.rank)
+        model = with_adapters(random_base(base.config, config.quantization.bits, CUDA), config.lora.rank)
         plain = plain_step(model, LR)
         theirs = second(mode, lambda: plain(next(rows)), [model])
     work = config.bench
@@ -117,10 +117,10 @@ def bench_step_finetune(settings: FinetuneStepBench) -> dict[str, Any]:
 
 
 def alone(config: C) -> C:
-    """The same run on one GPU, with as many micro-batches."""
+    """The same run on one GPU, with as many micro-batches, not compiled."""
     config = config.model_copy(deep=True)
     config.parallel = config.parallel.model_copy(update={"stages": 1, "replicas": 1, "global_batch_size": None})
-    config.resources = config.resources.model_copy(update={"device": "cuda"})
+    config.train = config.train.model_copy(update={"compile": "off"})
     return config
 
 
@@ -132,9 +132,9 @@ class _OnDevice(EmptyLoraModel):
             return super()._frozen(matrix, bias, device)
 
 
-def examples(config: FinetuneStepBench) -> Arrays:
-    """Examples for two steps: lengths from half of `bench.tokens` to all; the first `bench.shared` tokens are equal."""
-    work, count = config.bench, 2 * config.parallel.samples_per_step
+def counted_arrays(config: FinetuneStepBench, steps: int = 2) -> Arrays:
+    """Examples for some steps, from half of `bench.tokens` long to all, of which the first `bench.shared` are equal."""
+    work, count = config.bench, steps * config.parallel.samples_per_step
     lengths = np.linspace((work.tokens + 1) // 2, work.tokens, count).astype(np.int64)
     draw = np.random.default_rng(0)
     tokens, answers = [], []

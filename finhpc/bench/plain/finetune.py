@@ -57,22 +57,21 @@ def with_adapters(base: Any, rank: int) -> Any:
     return get_peft_model(base, lora)
 
 
-def empty_base(hf_config: Any, bits: int, device: torch.device) -> Any:
-    """The base of a config as `from_pretrained` makes it, uninitialized on `device`."""
+def random_base(hf_config: Any, bits: int, device: torch.device) -> Any:
+    """The base of a config with random weights on `device`, quantized as `from_pretrained` does."""
     from transformers import AutoModelForCausalLM
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
-    with torch.device("meta"):
+    with device:
         base: Any = AutoModelForCausalLM.from_config(hf_config, dtype=torch.bfloat16)
-    base = base.to_empty(device=device)
     if (how := bitsandbytes_config(bits)) is not None:
         base = replace_with_bnb_linear(base, ["lm_head"], quantization_config=how)
         base.is_loaded_in_8bit, base.is_loaded_in_4bit = bits == 8, bits == 4
         for module in base.modules():
             if type(module).__module__.startswith("bitsandbytes"):
                 weight = module.weight
-                empty = torch.empty(weight.shape, dtype=torch.bfloat16, device=device)
-                module.weight = type(weight)(empty, requires_grad=False, **weight.__dict__).to(device)
+                values = torch.empty(weight.shape, dtype=torch.bfloat16, device=device).normal_(0, 0.02)
+                module.weight = type(weight)(values, requires_grad=False, **weight.__dict__).to(device)
     return base
 
 
