@@ -112,6 +112,9 @@ def pretended_gpu() -> Iterator[None]:
             (torch.cuda, "Event", Event),
             (torch.cuda, "synchronize", lambda *_: waited("torch.cuda.synchronize")),
             (torch.cuda, "current_stream", lambda *_: Stream()),
+            (torch.cuda, "get_device_name", lambda *_: "a pretended GPU"),
+            (torch.cuda, "reset_peak_memory_stats", lambda *_: None),
+            (torch.cuda, "max_memory_allocated", lambda *_: 0),
         ):
             stack.enter_context(patch.object(owner, name, value))
         stack.enter_context(mode)

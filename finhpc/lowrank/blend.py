@@ -12,7 +12,6 @@ from collections.abc import Iterable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from finhpc.lowrank.layers import LowRankEmbedding, LowRankLinear
 from finhpc.settings.pretrain import Method
@@ -89,8 +88,6 @@ def set_alpha(modules: Iterable[nn.Module], alpha: float) -> list[Tensor]:
             continue
         module.alpha.fill_(alpha)
         if alpha == 0 and hasattr(module, "W"):
-            if parametrize.is_parametrized(module, "W"):  # trained with rounded weights
-                parametrize.remove_parametrizations(module, "W", leave_parametrized=False)
             removed.append(module.W)
             del module.W
     return removed

@@ -49,9 +49,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     differentiated once.
     """
     wanted = torch.is_grad_enabled()
-    loss, _, _ = _linear_cross_entropy(
+    loss: Tensor = _linear_cross_entropy(
         hidden, weight, targets, wanted and hidden.requires_grad, wanted and weight.requires_grad
-    )
+    )[0]
     return loss
 
 
@@ -62,7 +62,8 @@ def _linear_cross_entropy(
     """Return the loss and its gradients; a gradient that is not wanted is empty."""
     rows, device = len(hidden), hidden.device.type
     matrix = _aligned(weight)
-    step = _rows_at_once(rows, *matrix.shape, hidden.element_size(), device)
+    vocab, width = matrix.shape
+    step = _rows_at_once(rows, vocab, width, hidden.element_size(), device)
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
     d_hidden = torch.empty_like(hidden) if hidden_grad else hidden.new_empty(0)
     d_weight: Tensor | None = None

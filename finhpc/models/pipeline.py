@@ -19,19 +19,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from finhpc.models.derived import DerivedWeights
 from finhpc.models.families.parts import BLOCK, Compiled, Part, as_it_is
 from finhpc.models.families.registry import family_of
 from finhpc.models.initialize import Fill
 from finhpc.models.recompute import whole_blocks
-from finhpc.quantization.fake import fake_quantize, plain_name
-from finhpc.settings.training import Recompute
+from finhpc.settings.training import Precision, Recompute
 
 
 class PipelineLayer(nn.Module):
     """One part of the model, built from the skeleton on the device it will run on.
 
-    `fill` sets each module's first weights. With `bf16` the part runs under autocast over float32 weights; with fewer
-    `bits` than 16 its matrices are rounded on each use.
+    `fill` sets each module's first weights. With precision `bf16` the part runs under autocast. `derived` are the
+    weights that it computes with, if they are not the trained ones: its caller sets them once for all passes of a
+    step, otherwise every pass makes its own.
     """
 
     def __init__(
@@ -40,31 +41,30 @@ class PipelineLayer(nn.Module):
         skeleton: nn.Module,
         device: torch.device,
         fill: Fill,
-        bf16: bool = False,
+        precision: Precision = "fp32",
         bits: int = 16,
     ) -> None:
         super().__init__()
-        self.part, self.bf16, self.device_type = part, bf16, device.type
+        self.part, self.autocast, self.device_type = part, precision == "bf16", device.type
         self.part_modules = nn.ModuleList(part.modules(skeleton))
         if any(parameter.is_meta for parameter in self.part_modules.parameters()):
             self.part_modules.to_empty(device=device)
             for name, module in zip(part.names, self.part_modules, strict=True):
                 fill(module, name)
-            if bits < 16:
-                fake_quantize(self.part_modules, bits)
+        self.derived = DerivedWeights(self.part_modules, precision, bits)
 
     def forward(self, data: Any) -> Any:
         return self.run(self.part, data)
 
     def run(self, part: Part, data: Any) -> Any:
-        with torch.autocast(self.device_type, dtype=torch.bfloat16, enabled=self.bf16):
+        with self.derived.once(), torch.autocast(self.device_type, dtype=torch.bfloat16, enabled=self.autocast):
             return part.run(data, *self.part_modules)
 
     def parameters_by_name(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield (Hugging Face name, parameter) of every parameter of this part."""
         for prefix, module in zip(self.part.names, self.part_modules, strict=True):
             for name, parameter in module.named_parameters():
-                yield f"{prefix}.{plain_name(name)}", parameter
+                yield f"{prefix}.{name}", parameter
 
 
 def parts_of(config: Any, recompute: Recompute = "none", compiled: Compiled = as_it_is) -> list[Part]:

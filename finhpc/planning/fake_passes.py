@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -20,10 +19,11 @@ from torch.utils._pytree import tree_leaves
 
 from finhpc.lowrank.blend import blend_in
 from finhpc.models import loss
+from finhpc.models.derived import DerivedWeights
 from finhpc.models.families.parts import Part
 from finhpc.models.families.registry import skeleton
 from finhpc.models.pipeline import parts_of
-from finhpc.settings.training import Recompute
+from finhpc.settings.training import Precision, Recompute
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,15 @@ class PartBytes:
     `kept`: from its forward to its backward pass, with its input if backward needs it, never its output.
     `forward`: the peak of its forward pass beyond its input, including what is kept and the output.
     `backward`: the peak of its backward pass beyond what is kept and its output's gradient, once the weights'
-    gradients exist; `first_backward`: while they are being made.
+    gradients exist; `first_backward`: while they are being made. `derived`: of the weights that are cast or rounded
+    once per step, for all micro-batches.
     """
 
     kept: int
     forward: int
     backward: int
     first_backward: int
+    derived: int = 0
 
 
 class Meter(TorchDispatchMode):
@@ -126,7 +128,8 @@ def count_parts(
     hf_config: Any,
     micro_batch_size: int,
     seq_len: int,
-    bf16: bool,
+    precision: Precision,
+    bits: int,
     recompute: Recompute,
     cuda: bool,
     blend: Literal["frozen", "trainable"] | None = None,
@@ -140,6 +143,7 @@ def count_parts(
     if blend:
         blend_in(model, trainable=blend == "trainable")
     row = parts_of(hf_config, recompute)
+    dtype = torch.bfloat16 if precision == "bf16-weights" else torch.float32
     if cuda:
         model.config._attn_implementation = "sdpa"  # type: ignore[union-attr]
     counted = {}
@@ -154,18 +158,24 @@ def count_parts(
             meter = Meter("cuda" if cuda else "cpu")
             meter.ignore([tensor for module in modules for tensor in (*module.parameters(), *module.buffers())])
             meter.ignore([tokens, one])
+            derived = DerivedWeights(nn.ModuleList(modules), precision, bits)
+            with meter:
+                derived.set()
+            derived_bytes, meter.peak = meter.live, 0
 
             def make_input(part: Part = part, one: Tensor = one) -> Any:
                 # Not a leaf, as if another part had made it: only this part keeps it alive.
-                return tokens if part.kind == "embedding" else (one.expand(*tokens.shape, width).clone(), tokens)
+                hidden = one.expand(*tokens.shape, width).to(dtype, copy=True)
+                return tokens if part.kind == "embedding" else (hidden, tokens)
 
             def run(data: Any, part: Part = part, modules: list[nn.Module] = modules) -> Any:
-                with torch.autocast("cpu", dtype=torch.bfloat16) if bf16 else nullcontext():
+                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
                     return part.run(data, *modules)
 
             with meter:
                 first, second = (run_passes(meter, run, make_input)[0] for _ in range(2))
-            counted[part.kind] = replace(second, first_backward=first.backward)
+            derived.drop()
+            counted[part.kind] = replace(second, first_backward=first.backward, derived=derived_bytes)
     return counted
 
 

@@ -25,7 +25,7 @@ from finhpc.planning.fake_passes import PartBytes, count_parts
 from finhpc.planning.outline import Outline, Stages
 from finhpc.settings.estimate import EstimateConfig
 from finhpc.settings.pretrain import PretrainConfig
-from finhpc.settings.training import TrainingConfig
+from finhpc.settings.training import Precision, TrainingConfig
 
 BUCKET = 500_000_000  # gradients that DeepSpeed averages at a time
 
@@ -35,7 +35,8 @@ class Scheme:
     """The precision of each kind of number. `zero_stage` 1 divides the optimizer, 2 also gradients, 3 also weights."""
 
     name: Literal["finhpc", "paper"] = "finhpc"
-    bf16: bool = False
+    precision: Precision = "fp32"
+    training_bits: int = 16  # finhpc's: of weights that are rounded in training
     cuda: bool = False
     weight_bits: int = 16  # of the paper's stored weights; its optimizer has them in float32
     zero_stage: int = 0
@@ -45,11 +46,13 @@ class Scheme:
     @staticmethod
     def of(config: PretrainConfig, cuda: bool) -> Scheme:
         """The scheme of a run; the paper's has neither method 3's W nor 8-bit moments."""
-        bf16, method = config.train.precision == "bf16", config.method
+        precision, method = config.train.precision, config.method
         if isinstance(config, EstimateConfig) and config.estimate.scheme == "paper":
-            return Scheme("paper", bf16, cuda, config.estimate.weight_bits, config.estimate.zero_stage)
+            return Scheme("paper", precision, 16, cuda, config.estimate.weight_bits, config.estimate.zero_stage)
         blend = method.blend_weight if method.kind == BLEND else None
-        return Scheme("finhpc", bf16, cuda, blend=blend, eight_bit_moments=config.optimizer.name == "adamw8bit")
+        eight_bit_moments = config.optimizer.name == "adamw8bit"
+        bits = config.quantization.training_bits
+        return Scheme("finhpc", precision, bits, cuda, blend=blend, eight_bit_moments=eight_bit_moments)
 
     def fused(self, seq_len: int) -> bool:
         """Whether attention is torch's fused kernel, which never stores all scores: on GPUs and for long samples."""
@@ -116,7 +119,14 @@ class Memory:
             else:
                 single, seq_len = with_blocks(outline.hf_config, 1), outline.seq_len
                 self._counted[size] = count_parts(
-                    single, size, seq_len, scheme.bf16, outline.recompute, scheme.cuda, scheme.blend
+                    single,
+                    size,
+                    seq_len,
+                    scheme.precision,
+                    scheme.training_bits,
+                    outline.recompute,
+                    scheme.cuda,
+                    scheme.blend,
                 )
         return self._counted[size]
 
@@ -155,7 +165,8 @@ class Memory:
             if own
         )
         tokens = topology.micro_batch_size * outline.seq_len
-        sent = tokens * 4 * int(outline.hf_config.hidden_size)  # hidden states travel in float32
+        width = int(outline.hf_config.hidden_size)
+        sent = tokens * width * (2 if scheme.precision == "bf16-weights" else 4)
         ids = tokens * 8
         buffers = (sent + ids) if stages > 1 else 0  # received tensors land there first
         steps = Steps(
@@ -165,7 +176,9 @@ class Memory:
             ids=ids,
             shared=shared,
         )
-        return steps.memory(stage, topology, kinds, total, 4 * (total + sum(dense)), optimizer, buffers)
+        weights = 4 * (total + sum(dense))
+        derived = sum(part.derived for part in steps.parts)
+        return steps.memory(stage, topology, kinds, total, weights, optimizer, buffers, derived)
 
 
 @dataclass(frozen=True)

@@ -75,22 +75,26 @@ class Int8(Scheme):
 
 
 class FrozenFloat4(FrozenLinear):
-    """bitsandbytes' `Linear4bit`: codes in blocks of 64 (or 32) with 8-bit scales, which `state` holds."""
+    """bitsandbytes' `Linear4bit`: codes in blocks of 64 (or 32) with a scale each.
+
+    The scales, stored in 8 bits, are float32 in memory (0.06 bytes per weight), because every product needs them.
+    """
 
     codes: Tensor
+    scales: Tensor
 
     def __init__(self, codes: Tensor, state: Any, shape: tuple[int, int], bias: Tensor | None) -> None:
-        super().__init__(shape, bias)
-        self.state = state
-        self.register_buffer("codes", codes.contiguous(), persistent=False)
-
-    def matrix(self, dtype: torch.dtype) -> Tensor:
         from bitsandbytes.functional import dequantize_blockwise
 
-        state = self.state
+        super().__init__(shape, bias)
+        self.block_size, self.quant_type, self.shape = state.blocksize, state.quant_type, state.shape
         scales = (dequantize_blockwise(state.absmax, state.state2) + state.offset).float()
+        self.register_buffer("codes", codes.contiguous(), persistent=False)
+        self.register_buffer("scales", scales, persistent=False)
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
         matrix: Tensor = torch.ops.bitsandbytes.dequantize_4bit(
-            self.codes, scales, state.blocksize, state.quant_type, state.shape, dtype
+            self.codes, self.scales, self.block_size, self.quant_type, self.shape, dtype
         )
         return matrix
 

@@ -6,12 +6,10 @@ straight through the rounding. Exported at the same bits, the model has exactly 
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from finhpc.quantization.per_vector import rounded
@@ -31,29 +29,9 @@ class StraightThrough(torch.autograd.Function):
         return gradients[0], None, None
 
 
-class FakeQuantize(nn.Module):
-    """The parametrization weight -> rounded weight. `transposed`: stored as (in, out)."""
-
-    def __init__(self, bits: int, transposed: bool) -> None:
-        super().__init__()
-        self.bits, self.transposed = bits, transposed
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return StraightThrough.apply(weight, self.bits, self.transposed)  # type: ignore[no-untyped-call, no-any-return]
-
-
-def fake_quantize(model: nn.Module, bits: int) -> None:
-    """Make every module of `model` compute with rounded matrices; the trained parameters stay float32.
-
-    The parameters stay the same objects; `plain_name` undoes the change of their names.
-    """
-    for module in list(model.modules()):
-        if not isinstance(module, parametrize.ParametrizationList):
-            for name in matrices(module):
-                # unsafe: rounding preserves shape and dtype, and checking that would compute it once more.
-                parametrize.register_parametrization(
-                    module, name, FakeQuantize(bits, is_transposed(module)), unsafe=True
-                )
+def rounded_weight(module: nn.Module, weight: Tensor, bits: int) -> Tensor:
+    """Return a matrix of `module` rounded to `bits`; its gradient is that of the matrix."""
+    return StraightThrough.apply(weight, bits, is_transposed(module))  # type: ignore[no-untyped-call, no-any-return]
 
 
 def round_weights(model: nn.Module, bits: int) -> None:
@@ -76,11 +54,6 @@ def matrices(module: nn.Module) -> list[str]:
 def is_transposed(module: nn.Module) -> bool:
     """Return whether a module stores its matrix as (in, out), so that an output's vector is a column."""
     return isinstance(module, Conv1D)
-
-
-def plain_name(name: str) -> str:
-    """Return a parameter's name without `fake_quantize`: `c_fc.parametrizations.weight.original` is `c_fc.weight`."""
-    return re.sub(r"(^|\.)parametrizations\.(\w+)\.original$", r"\1\2", name)
 
 
 def trained_bits(config: Any) -> int:

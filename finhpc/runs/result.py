@@ -159,7 +159,7 @@ def summary(job: Job, result: dict[str, Any]) -> list[tuple[str, str]]:
 def lower_batch(config: TrainingConfig, then: str) -> str:
     """Advice for a run whose memory ran out, the most effective first; `then`: what to lower after the micro-batch."""
     parallel = config.parallel
-    precision = "" if config.train.precision == "bf16" else ", use train.precision=bf16"
+    precision = "" if config.train.products == "bf16" else ", use train.precision=bf16"
     return (
         f"lower parallel.micro_batch_size (now {parallel.micro_batch_size}; raise parallel.micro_batches (now "
         f"{parallel.micro_batches}) by as much to keep the batch){then}{precision}, or raise parallel.stages (now "

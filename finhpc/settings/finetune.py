@@ -135,6 +135,9 @@ class Instructions(Section):
 class FinetuneTrain(Train):
     """As in pretraining, but counted in passes over the examples."""
 
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="type of the base and of all activations; adapters are float32 in any case"
+    )
     steps: int = Field(
         300,
         ge=1,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from finhpc.settings.pretrain import PretrainConfig
 
 TrainingConfig: TypeAlias = "PretrainConfig | FinetuneConfig"
+Precision = Literal["fp32", "bf16", "bf16-weights"]
 Recompute = Literal["none", "attention", "full"]
 
 
@@ -99,7 +100,11 @@ class Train(Section):
     keep_checkpoints: int = Field(
         2, ge=1, description="how many of the newest complete checkpoints to keep", json_schema_extra=MAY_CHANGE
     )
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="fp32, or bf16: autocast over float32 weights")
+    precision: Precision = Field(
+        "fp32",
+        description="fp32; bf16: autocast over float32 weights; bf16-weights: all weights and activations are "
+        "bfloat16, made in each step from float32 weights that the optimizer updates",
+    )
     recompute: Recompute = Field(
         "none",
         description="activations that the backward pass recomputes to save memory: attention's probabilities "
@@ -126,6 +131,11 @@ class Train(Section):
     sample_tokens: int = Field(
         0, ge=0, description="tokens to sample at the end; 0: none", json_schema_extra=MAY_CHANGE
     )
+
+    @property
+    def products(self) -> Literal["fp32", "bf16"]:
+        """The type of matrix products."""
+        return "fp32" if self.precision == "fp32" else "bf16"
 
 
 def default_tracking_uri(storage: str | Path) -> str:

@@ -132,10 +132,7 @@ class Engine:
         model = make_skeleton(self.hf_config, recompute)
         if config.method.kind == BLEND:
             blend_in(model, trainable=config.method.blend_weight == "trainable")
-        bf16 = config.train.precision == "bf16"
-        bits = config.quantization.training_bits
-        arguments = (model, self.device, fill, bf16, bits)
-        tied_weight = "part_modules.0.weight" if bits == 16 else "part_modules.0.parametrizations.weight.original"
+        arguments = (model, self.device, fill, config.train.precision, config.quantization.training_bits)
         specs: list[LayerSpec] = []
         for part in parts_of(self.hf_config, recompute, self.compiler):
             if is_tied(self.hf_config) and part.kind in ("embedding", "head"):
@@ -143,11 +140,8 @@ class Engine:
                 def run(layer: PipelineLayer, data: Any, part: Any = part) -> Any:
                     return layer.run(part, data)
 
-                specs.append(
-                    TiedLayerSpec(
-                        "embedding", PipelineLayer, part, *arguments, forward_fn=run, tied_weight_attr=[tied_weight]
-                    )
-                )
+                tied = {"forward_fn": run, "tied_weight_attr": ["part_modules.0.weight"]}
+                specs.append(TiedLayerSpec("embedding", PipelineLayer, part, *arguments, **tied))
             else:
                 specs.append(LayerSpec(PipelineLayer, part, *arguments))
         return specs
@@ -234,6 +228,7 @@ class Engine:
         self._set_alpha(self.step + 1)
         set_lr(self.optimizer, lr)
         self._lr = lr
+        self._derive()
         loss = self.pipe.train_batch(self._labeled(inputs)).detach()
         metrics = Metrics(self.step + 1, loss, self._norm)
         if self.device.type == "cpu":
@@ -250,7 +245,20 @@ class Engine:
 
     def evaluate(self, inputs: Iterator[Tensor], micro_batches: int) -> float:
         """The mean loss in nats over `micro_batches` micro-batches of every replica, without a step."""
-        return float(self.pipe.eval_batch(self._labeled(inputs), num_micro_batches=micro_batches).item())
+        with torch.no_grad():
+            self._derive()
+        loss = float(self.pipe.eval_batch(self._labeled(inputs), num_micro_batches=micro_batches).item())
+        self._drop_derived()
+        return loss
+
+    def _derive(self) -> None:
+        """Make the weights that all micro-batches of a step compute with."""
+        for layer in self.layers:
+            layer.derived.set()
+
+    def _drop_derived(self) -> None:
+        for layer in self.layers:
+            layer.derived.drop()
 
     def _labeled(self, inputs: Iterator[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """The (inputs, labels) that DeepSpeed reads. Labels are empty: the tokens travel with the hidden states.
@@ -273,6 +281,7 @@ class Engine:
 
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """Clip by the norm over the whole model, after DeepSpeed has averaged the gradients; decay products."""
+        self._drop_derived()
         named = self.trained_parameters()
         own = [named[name].grad for name in self.owned_names() if named[name].grad is not None]
         squares = torch.zeros((), dtype=torch.float64, device=self.device)

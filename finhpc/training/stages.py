@@ -135,13 +135,15 @@ def _only_new_garbage() -> Iterator[None]:
 def _seconds(part: Part, config: PretrainConfig, hf_config: Any, device: torch.device, clock: Clock) -> float:
     # The time does not depend on the values of a matrix, and the SVD of the spectral initialization is slow.
     model = skeleton(hf_config, config.train.recompute)
-    bf16, bits = config.train.precision == "bf16", config.quantization.training_bits
-    layer = PipelineLayer(part, model, device, random_fill(hf_config, 0, "normal"), bf16, bits)
+    precision, bits = config.train.precision, config.quantization.training_bits
+    layer = PipelineLayer(part, model, device, random_fill(hf_config, 0, "normal"), precision, bits)
     shape = (config.parallel.micro_batch_size, config.data.seq_len)
     tokens = torch.randint(0, hf_config.vocab_size, shape, device=device)
-    hidden = torch.randn(*shape, hf_config.hidden_size, device=device)
+    dtype = torch.bfloat16 if precision == "bf16-weights" else torch.float32
+    hidden = torch.randn(*shape, hf_config.hidden_size, device=device, dtype=dtype)
 
     def passes() -> None:
+        layer.derived.set()
         out = layer(tokens if part.kind == "embedding" else (hidden.detach().requires_grad_(), tokens))
         if isinstance(out, Tensor):
             out.backward()  # type: ignore[no-untyped-call]

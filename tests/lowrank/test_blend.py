@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from finhpc.lowrank.blend import BlendEmbedding, BlendLinear, alpha_at, blend_in, set_alpha
 from finhpc.lowrank.layers import LowRankEmbedding, LowRankLinear
-from finhpc.quantization.fake import fake_quantize
+from finhpc.models.derived import DerivedWeights
 from finhpc.settings.pretrain import Method
 
 
@@ -62,15 +62,15 @@ def test_at_0_w_is_gone_and_costs_nothing(bits: int) -> None:
     model = made()
     plain = LowRankLinear(6, 5, 2, bias=True)
     plain.load_state_dict({name: value for name, value in model[1].state_dict().items() if name != "W"})
-    if bits < 16:
-        fake_quantize(model, bits)
-        fake_quantize(plain, bits)
-    held = {id(p) for name, p in model.named_parameters() if ".W" in name or "parametrizations.W" in name}
+    held = {id(p) for name, p in model.named_parameters() if ".W" in name}
     assert len(held) == 2
     gone = set_alpha(model.modules(), 0.0)
     assert {id(parameter) for parameter in gone} == held
     assert not [name for name, _ in model.named_parameters() if "W" in name]
     assert set_alpha(model.modules(), 0.0) == []
+    if bits < 16:
+        DerivedWeights(model, "fp32", bits).set()
+        DerivedWeights(plain, "fp32", bits).set()
     x = torch.randn(7, 6)
     assert torch.equal(model[1](x), plain(x))
     counts = []

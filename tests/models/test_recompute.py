@@ -31,10 +31,8 @@ def trained(config: Any, recompute: Recompute, bf16: bool) -> list[Tensor]:
     model: Any = skeleton(config, recompute)
     model.load_state_dict(weights.state_dict(keep_vars=True), assign=True)
     row = parts_of(config, recompute)
-    layers = [
-        PipelineLayer(part, model, torch.device("cpu"), random_fill(config, 1, "spectral"), bf16).train()
-        for part in row
-    ]
+    arguments: Any = torch.device("cpu"), random_fill(config, 1, "spectral"), "bf16" if bf16 else "fp32"
+    layers = [PipelineLayer(part, model, *arguments).train() for part in row]
     torch.manual_seed(0)
     losses = []
     for _ in range(2):

@@ -45,7 +45,7 @@ def settings(model: str, method: str, recompute: str, size: int) -> PretrainConf
 
 def predicted(config: PretrainConfig) -> int:
     parallel, seq_len = config.parallel, config.data.seq_len
-    scheme = Scheme(bf16=True, cuda=CUDA)
+    scheme = Scheme(precision="bf16", cuda=CUDA)
     outline = outline_of(hf_config(config), seq_len, config.train.recompute, scheme.fused(seq_len))
     [stage] = Memory(outline, scheme).stages(Topology(1, 1, parallel.micro_batch_size, parallel.micro_batches))
     return stage.peak_bytes

@@ -40,7 +40,7 @@ def test_those_that_fit_come_first_the_fastest_first() -> None:
 
 
 def test_llama2_70b_needs_many_nodes() -> None:
-    memory = Memory(outline("llama2-70b", recompute="full"), Scheme("finhpc", bf16=True, cuda=True))
+    memory = Memory(outline("llama2-70b", recompute="full"), Scheme("finhpc", precision="bf16", cuda=True))
     assert not any(row["fits"] for row in topologies(memory, cluster(1, "h100-80gb"), 256, [1]))
     best = topologies(memory, cluster(16, "h100-80gb"), 256, [1])[0]
     assert best["fits"]

@@ -8,8 +8,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from finhpc.lowrank.layers import LowRankEmbedding, LowRankLinear
-from finhpc.quantization.fake import fake_quantize, plain_name, round_weights
+from finhpc.models.derived import DerivedWeights
+from finhpc.quantization.fake import round_weights
 from finhpc.quantization.per_vector import rounded
+from finhpc.settings.training import Precision
 
 
 def small() -> nn.ModuleDict:
@@ -31,7 +33,7 @@ def small() -> nn.ModuleDict:
 @pytest.mark.parametrize("bits", [8, 4])
 def test_modules_compute_with_rounded_matrices(bits: int) -> None:
     model, plain = small(), small()
-    fake_quantize(model, bits)
+    DerivedWeights(model, "fp32", bits).set()
     for name in ("linear.weight", "pair.A.weight", "pair.B.weight", "low.A.weight", "low.B.weight"):
         module, _, parameter = name.rpartition(".")
         assert torch.equal(getattr(model.get_submodule(module), parameter), rounded(plain.get_parameter(name), bits)), (
@@ -47,44 +49,62 @@ def test_modules_compute_with_rounded_matrices(bits: int) -> None:
     assert torch.equal(model["low"](torch.tensor([3])), plain["low"](torch.tensor([3])))
 
 
-def test_the_trained_parameters_keep_their_names_and_are_the_same_objects() -> None:
+def test_the_trained_parameters_stay_and_are_used_again_afterwards() -> None:
     model = small()
-    before = dict(model.named_parameters())
-    fake_quantize(model, 4)
-    after = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+    before, weight = dict(model.named_parameters()), model["linear"].weight
+    derived = DerivedWeights(model, "fp32", 4)
+    derived.set()
+    after = dict(model.named_parameters())
     assert after.keys() == before.keys()
     assert all(after[name] is parameter for name, parameter in before.items())
-    assert plain_name("A.parametrizations.weight.original") == "A.weight"
-    assert plain_name("h.0.attn.bias") == "h.0.attn.bias"
+    assert model["linear"].weight is not weight
+    derived.drop()
+    assert model["linear"].weight is weight
 
 
 def test_the_gradient_passes_straight_through() -> None:
     model, plain = small(), small()
-    fake_quantize(model, 4)
+    DerivedWeights(model, "fp32", 4).set()
     round_weights(plain, 4)
     x = torch.randn(5, 6)
     for each in (model, plain):
         (each["pair"](x).square().sum() + each["conv"](x).square().sum()).backward()
-    grads = {plain_name(name): parameter.grad for name, parameter in model.named_parameters()}
+    grads = {name: parameter.grad for name, parameter in model.named_parameters()}
     for name in ("pair.A.weight", "pair.B.weight", "pair.B.bias", "conv.weight"):
         assert torch.equal(grads[name], plain.get_parameter(name).grad), name  # type: ignore[arg-type]
 
 
-def test_a_changed_weight_is_rounded_anew() -> None:
+def test_a_changed_weight_is_rounded_anew_in_the_next_step() -> None:
     layer = nn.Linear(6, 4, bias=False)
-    weight = layer.weight
-    fake_quantize(layer, 8)
-    with torch.no_grad():
-        weight.mul_(-2)
-    assert torch.equal(layer.weight, rounded(weight.detach(), 8))
+    derived, weight = DerivedWeights(layer, "fp32", 8), layer.weight
+    with derived.once():
+        assert torch.equal(layer.weight, rounded(weight.detach(), 8))
+        with torch.no_grad():
+            weight.mul_(-2)
+        before = layer.weight
+        with derived.once():
+            assert layer.weight is before, "all passes of a step use the same"
+    with derived.once():
+        assert torch.equal(layer.weight, rounded(weight.detach(), 8))
 
 
-def test_fake_quantising_twice_rounds_once() -> None:
-    model, again = small(), small()
-    fake_quantize(model, 4)
-    fake_quantize(again, 4)
-    fake_quantize(again, 4)
-    assert [name for name, _ in model.named_parameters()] == [name for name, _ in again.named_parameters()]
+@pytest.mark.parametrize("precision", ["bf16", "bf16-weights"])
+def test_a_cast_has_the_gradients_of_autocast_over_two_passes(precision: Precision) -> None:
+    model, plain, x = small(), small(), torch.randn(5, 6)
+    with DerivedWeights(model, precision).once():
+        assert model["conv"].weight.dtype == model["pair"].A.weight.dtype == torch.bfloat16
+        assert model["norm"].weight.dtype == (torch.bfloat16 if precision == "bf16-weights" else torch.float32)
+        for _ in range(2):
+            (model["pair"](x.bfloat16()).square().sum() + model["conv"](x.bfloat16()).square().sum()).backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            (plain["pair"](x).square().sum() + plain["conv"](x).square().sum()).backward()
+    for name in ("pair.A.weight", "pair.B.weight", "conv.weight"):
+        ours, theirs = model.get_parameter(name).grad, plain.get_parameter(name).grad
+        assert ours is not None
+        assert ours.dtype == torch.float32
+        assert theirs is not None
+        assert (ours - theirs).norm() < 1e-2 * theirs.norm(), name
 
 
 def test_a_tied_matrix_is_rounded_once() -> None:
@@ -104,5 +124,5 @@ def test_a_weight_that_is_not_finite_makes_the_output_so() -> None:
     layer = nn.Linear(6, 4, bias=False)
     with torch.no_grad():
         layer.weight[1, 2] = float("inf")
-    fake_quantize(layer, 4)
+    DerivedWeights(layer, "fp32", 4).set()
     assert layer(torch.ones(1, 6)).isnan().any(), "so that training stops, as it does without rounding"

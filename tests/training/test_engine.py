@@ -12,9 +12,9 @@ from torch import Tensor
 from finhpc.lowrank.replace import ranks_of
 from finhpc.models.families.registry import make_config, resolve_shape
 from finhpc.models.initialize import initial_model
-from finhpc.quantization.fake import fake_quantize, plain_name
 from finhpc.settings.base import build
 from finhpc.settings.pretrain import PretrainConfig
+from tests.rounding import plain_name, round_on_each_use
 from tests.training.processes import run_processes
 
 SAMPLES, SEQ, VOCAB = 16, 32, 211
@@ -74,7 +74,7 @@ def plain_loop(case: str, steps: int, **train: Any) -> dict[str, Any]:
     model.config._attn_implementation = "sdpa"  # torch's own attention, not ours
     model.train()
     if config.quantization.training_bits < 16:
-        fake_quantize(model, config.quantization.training_bits)
+        round_on_each_use(model, config.quantization.training_bits)
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]

@@ -87,9 +87,9 @@ def _passes(
     settings: RecomputeBench, hf_config: Any, recompute: Recompute, weights: Any, tokens: Tensor
 ) -> Callable[[], None]:
     """One forward and one backward pass; the gradients are dropped."""
-    model, bf16 = _sharing(hf_config, recompute, weights), settings.precision == "bf16"
-    fill = random_fill(hf_config, 0, "normal")
-    layers = [PipelineLayer(part, model, tokens.device, fill, bf16) for part in parts_of(hf_config, recompute)]
+    model, fill = _sharing(hf_config, recompute, weights), random_fill(hf_config, 0, "normal")
+    row, precision = parts_of(hf_config, recompute), settings.precision
+    layers = [PipelineLayer(part, model, tokens.device, fill, precision) for part in row]
     parameters = list(model.parameters())
 
     def passes() -> None:

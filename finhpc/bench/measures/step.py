@@ -62,7 +62,7 @@ def bench_step(settings: StepBench) -> dict[str, Any]:
         raise ConfigError(problems)
     parallel, length = config.parallel, config.data.seq_len
     tokens = [torch.zeros(parallel.micro_batch_size, length, dtype=torch.int64)] * parallel.micro_batches
-    with _pretended() as mode:
+    with pretended() as mode:
         engine = Engine(config, hf_config, CUDA, fill=lambda module, name: None)
         ours = second(mode, _steps(engine, lambda: iter(tokens)), engine.layers)
         model, step = model_step(config, hf_config, CUDA)
@@ -97,7 +97,7 @@ def bench_step_finetune(settings: FinetuneStepBench) -> dict[str, Any]:
     steps = [feed.step(arrays, step, 0) for step in range(2)]
     packs = iter([torch.from_numpy(batch["pack"]) for batches in steps for batch in batches])
     rows = iter([[padded([arrays.example(int(i)) for i in b["sample"]], 0) for b in batches] for batches in steps])
-    with _pretended() as mode:
+    with pretended() as mode:
         engine = Engine(config, base.config, CUDA, lora_model=lora_model)
         ours = second(mode, _steps(engine, lambda: packs), engine.layers)
         model = with_adapters(random_base(base.config, config.quantization.bits, CUDA), config.lora.rank)
@@ -147,7 +147,7 @@ def counted_arrays(config: FinetuneStepBench, steps: int = 2) -> Arrays:
 
 
 @contextmanager
-def _pretended() -> Iterator[CountingMode]:
+def pretended() -> Iterator[CountingMode]:
     """A pretended GPU, which DeepSpeed takes for its own too."""
     one_process_group(torch.device("cpu"))
     from deepspeed.accelerator import get_accelerator

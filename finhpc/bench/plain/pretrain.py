@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from finhpc.lowrank.blend import blend_in, set_alpha
 from finhpc.lowrank.registry import BLEND
 from finhpc.models.families.registry import skeleton
 from finhpc.models.initialize import initial_model
 from finhpc.models.pipeline import parts_of
-from finhpc.quantization.fake import fake_quantize
+from finhpc.quantization.fake import StraightThrough, is_transposed, matrices
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.training.optimizer import make_optimizer, set_lr
 
@@ -58,8 +59,22 @@ def model_step(config: PretrainConfig, hf_config: Any, device: torch.device) -> 
     model = model.to_empty(device=device).train()
     model.config._attn_implementation, model.config.use_cache = "sdpa", False  # torch's own attention, not ours
     if config.quantization.training_bits < 16:
-        fake_quantize(model, config.quantization.training_bits)
+        for module in list(model.modules()):
+            for name in matrices(module):
+                rounded = _Rounded(config.quantization.training_bits, is_transposed(module))
+                parametrize.register_parametrization(module, name, rounded, unsafe=True)
     return model, _step(config, model, lambda tokens: model(tokens, labels=tokens).loss, device)
+
+
+class _Rounded(nn.Module):
+    """Rounds a weight on each use; the gradient passes straight through."""
+
+    def __init__(self, bits: int, transposed: bool) -> None:
+        super().__init__()
+        self.how = bits, transposed
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return StraightThrough.apply(weight, *self.how)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def parts_step(config: PretrainConfig, hf_config: Any, device: torch.device) -> Step:
@@ -80,7 +95,7 @@ def _step(config: PretrainConfig, model: nn.Module, loss_of: Callable[[Tensor], 
     named = dict(model.named_parameters())
     optimizer = make_optimizer(named, config.optimizer)
     parameters = list(named.values())
-    bf16 = config.train.precision == "bf16"
+    bf16 = config.train.precision != "fp32"
 
     def step(tokens: Tensor, lr: float) -> float:
         set_lr(optimizer, lr)

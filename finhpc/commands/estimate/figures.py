@@ -58,7 +58,7 @@ def cluster_of(config: EstimateConfig | FinetuneEstimateConfig) -> Cluster:
     usable = hardware.usable * device.memory_gb * 1e9
     # The paper's 16 bits have the same rate as bfloat16.
     paper = isinstance(config, EstimateConfig) and config.estimate.scheme == "paper"
-    precision = "bf16" if paper else config.train.precision
+    precision = "bf16" if paper else config.train.products
     return Cluster(device, hardware.nodes, per_node, usable, hardware.reached, precision)
 
 
@@ -133,8 +133,8 @@ def dry_run_figures(
     if device is None:
         return numbers, None
     reached = REACHED if cuda else CPU_REACHED
-    cluster = Cluster(device, 1, workers, device.memory_gb * 1e9, reached, config.train.precision)
-    pace, how = costs.pace(cluster), device.describe_rate(config.train.precision, reached)
+    cluster = Cluster(device, 1, workers, device.memory_gb * 1e9, reached, config.train.products)
+    pace, how = costs.pace(cluster), device.describe_rate(config.train.products, reached)
     numbers["reckoned_step_s"] = pace.step_s
     if measure_parts and not cuda and measurable(pace, costs.kinds):
         costs = replace(costs, part_s=measure_parts())

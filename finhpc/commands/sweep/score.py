@@ -72,10 +72,11 @@ def held_out_loss(model_folder: Path, config: PretrainConfig) -> float:
     samples = torch.from_numpy(shards.eval_samples(config.data.eval_samples, config.data.seq_len))
     torch.set_num_threads(config.resources.threads)
     device = "cuda" if config.resources.device != "cpu" and torch.cuda.is_available() else "cpu"
-    model: Any = load_model(model_folder, device=device)
-    size, bf16 = config.parallel.micro_batch_size, config.train.precision == "bf16"
+    size, precision = config.parallel.micro_batch_size, config.train.precision
+    dtype = torch.bfloat16 if precision == "bf16-weights" else torch.float32
+    model: Any = load_model(model_folder, dtype, device=device)
     losses, counts = [], []
-    with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=bf16):
+    with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
         for batch in samples.to(device).split(size):
             losses.append(float(model(input_ids=batch, labels=batch).loss))
             counts.append(len(batch))

@@ -20,20 +20,19 @@ class LoraProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, base: FrozenLinear | None, scale: float) -> Tensor:
-        narrow_a, narrow_b = a.to(x.dtype), b.to(x.dtype)
-        narrow = F.linear(x, narrow_a).mul_(scale)
+        narrow, wide = F.linear(x, a.to(x.dtype)), b.to(x.dtype)
         ctx.save_for_backward(x, narrow, a, b)
         ctx.base, ctx.scale = base, scale
         if base is None:
-            return F.linear(narrow, narrow_b)
-        return base.product(x).addmm_(narrow, narrow_b.T)
+            return _scaled(narrow, wide.T, scale)
+        return base.product(x).addmm_(narrow, wide.T, alpha=scale)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         x, narrow, a, b = ctx.saved_tensors
         grad = gradients[0]
-        d_b = (grad.T @ narrow).to(b.dtype)
-        d_narrow = (grad @ b.to(grad.dtype)).mul_(ctx.scale)
+        d_b = _scaled(grad.T, narrow, ctx.scale).to(b.dtype)
+        d_narrow = _scaled(grad, b.to(grad.dtype), ctx.scale)
         d_a = (d_narrow.T @ x).to(a.dtype)
         d_x = None
         if ctx.needs_input_grad[0]:
@@ -42,6 +41,11 @@ class LoraProduct(torch.autograd.Function):
             else:
                 d_x = (grad @ ctx.base.matrix(grad.dtype)).addmm_(d_narrow, a.to(grad.dtype))
         return d_x, d_a, d_b, None, None
+
+
+def _scaled(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """Return scale left right, in one operation."""
+    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
 
 
 class FrozenLowRankLinear(nn.Module):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from finhpc.lowrank.layers import LowRankLinear
+from finhpc.models.derived import DerivedWeights
 from finhpc.models.families.parts import BLOCKS, Compiled, Part, as_it_is
 from finhpc.models.families.registry import skeleton
 from finhpc.models.files.weights import Weights
@@ -209,13 +210,14 @@ class LoraPipelineLayer(PipelineLayer):
 
     def __init__(self, part: Part, lora_model: LoraModel, device: torch.device) -> None:
         nn.Module.__init__(self)
-        self.part, self.bf16, self.device_type = part, False, device.type  # the base has its own type: no autocast
+        self.part, self.autocast, self.device_type = part, False, device.type  # the base has its own type
         modules = []
         for name in part.names:
             module = lora_model.fill(lora_model.skeleton.get_submodule(name), name, device)
             lora_model.skeleton.set_submodule(name, module)
             modules.append(module)
         self.part_modules = nn.ModuleList(modules)
+        self.derived = DerivedWeights(self.part_modules, "bf16" if lora_model.bf16 else "fp32")  # adapters are float32
 
     def parameters_by_name(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield (name of the adapted layer + .A or .B, parameter)."""

@@ -165,10 +165,12 @@ def attend_segments(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: floa
 def _fused(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:
     """Like `attend_segments`; shorter segments repeat their last row, which nothing else sees or copies back."""
     out = torch.zeros_like(q)
-    for group in layout.groups:
+    for index, group in enumerate(layout.groups):
         query = q.index_select(0, group.rows.reshape(-1)).view(*group.rows.shape, *q.shape[1:]).transpose(1, 2)
         keys, values = (_seen(x, group, q.shape[1]) for x in (k, v))
-        mask = _mask(group)
+        if (key := ("mask", index)) not in layout.cache:
+            layout.cache[key] = _mask(group)
+        mask = layout.cache[key]
         attended = F.scaled_dot_product_attention(query, keys, values, mask, is_causal=mask is None, scale=scale)
         places, rows = _own(group, attended.transpose(1, 2).reshape(*group.rows.shape, -1))
         out = out.index_copy(0, places, rows.view(-1, *q.shape[1:]))
