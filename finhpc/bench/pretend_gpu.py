@@ -21,6 +21,7 @@ from torch.utils import _foreach_utils
 
 CUDA, META = torch.device("cuda", 0), torch.device("meta")
 GET_DEVICE, GET_IS_CUDA = Tensor.device.__get__, Tensor.is_cuda.__get__  # type: ignore[attr-defined]
+ALIGNED = 8  # numbers between the beginnings of a mask's rows
 FLASH_HEAD = 256  # the largest head size of torch's flash kernel
 
 # torch's autocast for CUDA (aten/src/ATen/autocast_mode.h), of the functions that models call: products in the low
@@ -191,11 +192,11 @@ def attention(
 
 
 def _bias(mask: Tensor, query: Tensor) -> Tensor:
-    """The mask as floats of the query's type, whose rows are padded to 16 for the kernel."""
+    """The mask as floats of the query's type, whose rows are aligned for the kernel."""
     if mask.dtype == torch.bool:
         mask = torch.where(mask, 0.0, float("-inf")).to(query.dtype)
-    if rest := -mask.shape[-1] % 16:
-        mask = F.pad(mask, (0, rest))[..., :-rest]
+    if mask.stride(-1) != 1 or any(stride % ALIGNED for stride in mask.stride()[:-1]):
+        mask = F.pad(mask, (0, ALIGNED - mask.shape[-1] % ALIGNED))[..., : mask.shape[-1]]
     return mask.expand(query.shape[0], query.shape[1], query.shape[2], -1)
 
 
