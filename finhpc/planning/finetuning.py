@@ -23,7 +23,10 @@ LORA_LAUNCHES = 3  # kernel launches of a part with adapters over one without; m
 
 @dataclass(frozen=True)
 class LoraCosts:
-    """The costs of a finetuning with packs of one size. `layouts`: packs whose layouts are cached, all by default."""
+    """The costs of a finetuning with packs of one size. `layouts`: packs whose layouts are cached, all by default.
+
+    The first stage on a GPU caches none: a layout lives as long as its pack is in flight.
+    """
 
     lora_model: LoraModel
     pack: PackSize
@@ -77,7 +80,8 @@ class LoraCosts:
         )
         # Received tensors land in a buffer first: states and their pack going up, gradients coming down.
         received = (0 if first else hidden[0] + ids) + (0 if last else hidden[-1])
-        layouts = self.layouts * self._layout_bytes() if any(part.kind in BLOCKS for part in parts) else 0
+        kept = self.layouts if not (self.cuda and first) else min(self.layouts, topology.stages, topology.micro_batches)
+        layouts = kept * self._layout_bytes() if any(part.kind in BLOCKS for part in parts) else 0
         kinds = [part.kind for part in parts]
         return steps.memory(stage, topology, kinds, trained, weights + 4 * trained, 8 * trained, received, layouts)
 

@@ -33,7 +33,7 @@ from finhpc.data.examples.batches import Batches
 from finhpc.errors import FinhpcError
 from finhpc.models.initialize import random_fill
 from finhpc.models.lora.model import LoraModel
-from finhpc.models.packing.layout import CACHED_LAYOUTS, segments_of
+from finhpc.models.packing.layout import segments_of
 from finhpc.planning.devices import gpu_here
 from finhpc.planning.fake_packs import PackSize, Shapes
 from finhpc.planning.finetuning import LoraCosts
@@ -218,7 +218,7 @@ def _finetune(report: Report, settings: GpuBench, preset: str, bits: int, device
         row = _figures(settings, lambda: engine.train_step(packs, LR), tokens, device)
         largest = max((torch.from_numpy(step["pack"]) for step in steps), key=lambda pack: pack.shape[2])
         size = PackSize(largest.shape[2], segments_of(largest[0]))
-        costs = LoraCosts(lora_model, size, Topology.of(config), cuda=True, layouts=min(count, CACHED_LAYOUTS))
+        costs = LoraCosts(lora_model, size, Topology.of(config), cuda=True)
         return row | {"predicted_bytes": costs.stages()[0].peak_bytes}
 
     for way in settings.ways:
