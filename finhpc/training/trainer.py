@@ -133,8 +133,6 @@ class Trainer:
             self._step(step)
             watchdog.settle()
             last = step == train.steps
-            if last or self.device.type == "cpu" or self._is_read_at_once(step):
-                self._record()
             if last or _is_due(step, train.eval_every):
                 self._evaluate(step)
             if last or _is_due(step, train.checkpoint_every):
@@ -258,14 +256,14 @@ class Trainer:
             metrics = self.engine.start_step(self.inputs, lr)
         self._record()
         self._unread = UnreadStep(metrics, lr, self.engine.alpha, begin)
-
-    def _is_read_at_once(self, step: int) -> bool:
-        """Whether something follows the step that needs its metrics: nothing unread is evaluated or saved."""
-        train = self.config.train
-        return step % TIMES_EVERY == 0 or _is_due(step, train.eval_every) or _is_due(step, train.checkpoint_every)
+        if self.device.type == "cpu" or step % TIMES_EVERY == 0:
+            self._record()
 
     def _record(self) -> None:
-        """Read the metrics of the last step and write its record, unless that is done; raises `NonFiniteError`."""
+        """Read the metrics of the last step and write its record, unless that is done; raises `NonFiniteError`.
+
+        Evaluations and checkpoints begin with this, so that nothing is scored or saved that was not read.
+        """
         if self._unread is None:
             return
         (metrics, lr, alpha, begin), self._unread = self._unread, None
@@ -307,6 +305,7 @@ class Trainer:
         }
 
     def _evaluate(self, step: int) -> None:
+        self._record()
         times = self.engine.busy_s, self.engine.wait_s  # of training steps; an evaluation must not count
         loss = held_out_loss(self.engine, self.source)
         if loss is None:
@@ -320,6 +319,7 @@ class Trainer:
             self.on_eval(record)
 
     def _checkpoint(self, step: int) -> None:
+        self._record()
         engine, parallel = self.engine, self.config.parallel
         parameters = engine.trained_parameters()
         state: dict[str, Tensor] = {}
