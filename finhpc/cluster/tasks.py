@@ -123,6 +123,35 @@ def run_tasks(
         yield item, result
 
 
+def stream_task(
+    work: Callable[[T], Iterator[R]], item: T, name: str, ahead: int | None, cpus: float, gpus: float
+) -> Iterator[R]:
+    """Run the generator `work(item)` in one Ray task and yield what it yields.
+
+    It works at most `ahead` results in advance; None: it never waits, so that it ends and frees its CPUs and GPUs
+    although nothing is requested. Raises its error if that is a `FinhpcError`, else `UnfinishedError`.
+    """
+    import ray
+    from ray.exceptions import RayError
+
+    options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus, "num_returns": "streaming", "max_retries": 0}
+    if ahead is not None:
+        options["_generator_backpressure_num_objects"] = ahead
+    references = ray.remote(_attempts).options(**options).remote(work, item, name, Driver.here())
+    try:
+        for reference in references:
+            try:
+                result = ray.get(reference)
+            except RayError as error:
+                reason = str(error).strip().splitlines()[0].rstrip(".")
+                raise WorkerDiedError(_unfinished(name, type(error).__name__, reason)) from None
+            if isinstance(result, FinhpcError):
+                raise result
+            yield result
+    finally:
+        ray.cancel(references)
+
+
 def completed(
     start: Callable[[int], tuple[Any, T] | None], name: Callable[[T], str]
 ) -> Iterator[tuple[T, Any | FinhpcError]]:
@@ -158,10 +187,23 @@ def attempt(work: Callable[[T], R], item: T, name: str, driver: Driver) -> R | F
     try:
         driver.enter()
         return work(item)
-    except FinhpcError as error:
-        return error
     except Exception as error:
-        return UnfinishedError(_unfinished(name, type(error).__name__, str(error)))
+        return _own_error(error, name)
+
+
+def _attempts(work: Callable[[T], Iterator[R]], item: T, name: str, driver: Driver) -> Iterator[R | FinhpcError]:
+    """Like `attempt`, for a generator; an error is the last value."""
+    try:
+        driver.enter()
+        yield from work(item)
+    except Exception as error:
+        yield _own_error(error, name)
+
+
+def _own_error(error: Exception, name: str) -> FinhpcError:
+    if isinstance(error, FinhpcError):
+        return error
+    return UnfinishedError(_unfinished(name, type(error).__name__, str(error)))
 
 
 def _unfinished(name: str, kind: str, problem: str) -> str:

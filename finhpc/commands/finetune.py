@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from finhpc.runs.result import lower_batch, millions
 from finhpc.runs.run import mlflow_checked, run
 from finhpc.settings.finetune import FinetuneConfig
 from finhpc.tracking.describe import Dataset
-from finhpc.training.checkpoint import Checkpoint, read_stage
+from finhpc.training.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +54,7 @@ class Finetune(Job):
     def __init__(self, config: FinetuneConfig) -> None:
         """Check everything together; raises one `ConfigError` with every problem."""
         from finhpc.data.examples.examples import make_examples, read_sources
-        from finhpc.models.files.manifest import weights_fingerprint
+        from finhpc.models.files.manifest import check_manifest
         from finhpc.models.files.source import tokenizer_of
         from finhpc.models.files.tokens import check_rows
         from finhpc.models.lora.model import LoraModel
@@ -66,6 +67,7 @@ class Finetune(Job):
         tokenizer: Any = None
         with collect(problems):
             base = open_base(config)
+            check_manifest(base.path, quickly=True)
         if base is not None:
             config.model.path = str(base.path.absolute())
             with collect(problems):
@@ -86,7 +88,14 @@ class Finetune(Job):
             raise ConfigError(problems)
         assert base is not None
         self.config: FinetuneConfig = config
-        self.base, self.tokenizer, self.base_fingerprint = base, tokenizer, weights_fingerprint(base.path)
+        self.base, self.tokenizer = base, tokenizer
+
+    @cached_property
+    def base_fingerprint(self) -> str:
+        """One hash of the base's config and weights, all of which are read if they changed since they were hashed."""
+        from finhpc.models.files.manifest import weights_fingerprint
+
+        return weights_fingerprint(self.base.path)
 
     @property
     def params_base(self) -> int:
@@ -157,8 +166,7 @@ class Finetune(Job):
         from finhpc.models.files.tokens import end_of_turn, write_stops
         from finhpc.models.lora.peft_format import save_adapter
 
-        files = checkpoint.stage_files()
-        adapters = {name: tensor for file in files for name, tensor in read_stage(file, "param").items()}
+        adapters = dict(checkpoint.tensors("param"))
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         config, base = self.config, self.base
@@ -170,21 +178,31 @@ class Finetune(Job):
         write_stops(partial, [token for token in stops if token is not None], base.config)
         publish(partial, folder, over=True)
 
-    def use_model(self, result: dict[str, Any], folder: Path) -> None:
-        """Score the labels of held-out examples, in this process."""
-        import torch
+    @property
+    def model_use(self) -> str:
+        from finhpc.evaluation.label_scores import labeled
 
+        number = len(labeled(self.examples, self.config.data.eval_limit)[0])
+        return f"choosing labels for {number:,} held-out examples" if number else ""
+
+    @classmethod
+    def use_model(cls, settings: dict[str, Any], folder: Path, device: torch.device) -> dict[str, Any]:
+        """Score the labels of held-out examples, as `finhpc evaluate` would with the adapter on its base."""
+        from finhpc.data.examples.examples import load
         from finhpc.evaluation.label_scores import label_scores
-        from finhpc.models.loading import load_model
+        from finhpc.evaluation.models import load_for_evaluation
+        from finhpc.models.files.source import tokenizer_of
 
-        config = self.config
-        torch.set_num_threads(config.resources.threads)
-        model = load_model(folder / "model", torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
-        scores = label_scores(model, self.tokenizer, self.examples, config.data.eval_limit)
-        if scores:
-            n = sum(score["n"] for score in scores.values())
-            result["scores"] = scores
-            result["held_out_weighted_f1"] = sum(s["weighted_f1"] * s["n"] for s in scores.values()) / n
+        config = FinetuneConfig.model_validate(settings)
+        assert config.model.path is not None
+        dtype = "bfloat16" if config.train.precision == "bf16" else "float32"
+        # The adapter stays apart from the base: added to weights of 16 bits, most of it would be rounded away.
+        model, _ = load_for_evaluation(config.model.path, str(folder / "model"), dtype, str(device))
+        tokenizer, examples = tokenizer_of(Path(config.model.path)), load(folder / EXAMPLES)
+        scores = label_scores(model, tokenizer, examples, config.data.eval_limit)
+        n = sum(score["n"] for score in scores.values())
+        f1 = sum(score["weighted_f1"] * score["n"] for score in scores.values()) / n
+        return {"scores": scores, "held_out_weighted_f1": f1}
 
     def summary(self) -> list[tuple[str, str]]:
         counts, bits = self.examples.counts, self.config.quantization.bits

@@ -18,7 +18,7 @@ from finhpc.runs.result import lower_batch, millions
 from finhpc.runs.run import mlflow_checked, run
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.tracking.describe import Dataset
-from finhpc.training.checkpoint import Checkpoint, read_stage
+from finhpc.training.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -123,27 +123,29 @@ class Pretrain(Job):
     def save_model(self, folder: Path, checkpoint: Checkpoint) -> None:
         from finhpc.models.folder import save_model
 
-        shards = [lambda file=file: read_stage(file, "param") for file in checkpoint.stage_files()]  # type: ignore[misc]
         self.plan.shards.check_tokenizer()  # it goes into the model's folder
         # The model that the run starts from has the same ids, and perhaps a chat template and a generation config.
         start = self.plan.init_model
-        save_model(folder, self.plan.hf_config, shards, start.folder if start else self.plan.shards.tokenizer)
+        tokenizer = start.folder if start else self.plan.shards.tokenizer
+        save_model(folder, self.plan.hf_config, checkpoint.tensors("param"), tokenizer)
 
-    def use_model(self, result: dict[str, Any], folder: Path) -> None:
+    @property
+    def model_use(self) -> str:
+        return "sampling text from the model" if self.config.train.sample_tokens else ""
+
+    @classmethod
+    def use_model(cls, settings: dict[str, Any], folder: Path, device: torch.device) -> dict[str, Any]:
         """Draw `train.sample_tokens` tokens after `train.sample_prompt`."""
-        train = self.config.train
-        if not train.sample_tokens:
-            return
         import torch
 
         from finhpc.models.files.tokenizer import open_tokenizer
         from finhpc.models.files.tokens import prompt_ids
-        from finhpc.models.folder import open_model
+        from finhpc.models.loading import load_model
 
-        log.info("sampling text from the model")
-        model: Any = open_model(folder / "model")
+        train = PretrainConfig.model_validate(settings).train
+        model: Any = load_model(folder / "model", device=device)
         tokenizer = open_tokenizer(folder / "model")
-        ids = torch.tensor([prompt_ids(tokenizer, train.sample_prompt or tokenizer.eos_token)])
+        ids = torch.tensor([prompt_ids(tokenizer, train.sample_prompt or tokenizer.eos_token)], device=device)
         room = model.config.max_position_embeddings - ids.shape[1]
         torch.manual_seed(train.seed)
         out = model.generate(
@@ -155,7 +157,7 @@ class Pretrain(Job):
             temperature=0.8,
             pad_token_id=tokenizer.eos_token_id,
         )
-        result["sample"] = str(tokenizer.decode(out[0], skip_special_tokens=True))
+        return {"sample": str(tokenizer.decode(out[0], skip_special_tokens=True))}
 
     def summary(self) -> list[tuple[str, str]]:
         plan = self.plan

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,15 @@ from finhpc.data.examples.examples import Examples
 from finhpc.evaluation.language_model import LanguageModel
 from finhpc.evaluation.metrics import majority, weighted_f1
 
-log = logging.getLogger(__name__)
-
 MOST_LABELS = 20  # a source with more different answers has texts as answers, not labels
 BATCH = 16
 Answer = tuple[int, ...]  # its tokens
+
+
+def labeled(examples: Examples, limit: int | None) -> tuple[list[int], dict[int, list[Answer]]]:
+    """Return the indices of the first `limit` held-out examples whose answers are labels, and each source's labels."""
+    answers = _answers(examples)
+    return [i for i, source in enumerate(examples.held_out.source[:limit].tolist()) if source in answers], answers
 
 
 def label_scores(model: nn.Module, tokenizer: Any, examples: Examples, limit: int | None) -> dict[str, dict[str, Any]]:
@@ -26,11 +29,8 @@ def label_scores(model: nn.Module, tokenizer: Any, examples: Examples, limit: in
     The answer of a source with the highest log-likelihood after the prompt is chosen, the first of equal ones, as
     `finhpc evaluate` does. Sources whose answers are text are left out.
     """
-    answers, sources = _answers(examples), examples.held_out.source.tolist()
-    chosen = [i for i, source in enumerate(sources[:limit]) if source in answers]
-    if not chosen:
-        return {}
-    log.info(f"choosing labels for {len(chosen):,} held-out examples")
+    chosen, answers = labeled(examples, limit)
+    sources = examples.held_out.source.tolist()
     lm = LanguageModel(model, tokenizer, BATCH)
     requests, golds = [], []
     for i in chosen:

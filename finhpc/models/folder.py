@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +14,38 @@ from transformers.utils import logging
 
 from finhpc.errors import CheckpointError
 from finhpc.models.families.registry import family_of, is_low_rank, skeleton
-from finhpc.models.files.manifest import check_manifest
 from finhpc.models.files.tensor_folder import TensorFolderWriter
 from finhpc.models.files.tokenizer import save_tokenizer
 from finhpc.models.files.tokens import GENERATION
-from finhpc.models.files.weights import Weights, open_folder
+from finhpc.models.files.weights import Weights
 from finhpc.quantization.fake import TRAINED, round_weights, trained_bits
 
 
-def open_model(folder: Path) -> PreTrainedModel:
-    """Open a model of a supported family in eval mode on the CPU; see `finhpc.load_model` for every other kind."""
-    check_manifest(folder)
-    return model_of(open_folder(folder, low_rank=True, floats=True), torch.float32)
+@dataclass(frozen=True)
+class _Unread:
+    """A weight that is read when transformers takes it, like a slice of a safetensors file."""
+
+    weights: Weights
+    name: str
+
+    def __getitem__(self, everything: object) -> Tensor:
+        return self.weights.raw(self.name)
 
 
-def model_of(weights: Weights, dtype: torch.dtype) -> PreTrainedModel:
-    """Build transformers' model of weights that match its own exactly, in eval mode.
+def model_of(weights: Weights, dtype: torch.dtype, device: str | torch.device = "cpu") -> PreTrainedModel:
+    """Build transformers' model of weights that match its own exactly, in eval mode on `device`.
+
+    Each weight is read as it is needed, so host memory has no more than some weights of a model for a GPU.
 
     A model that was trained with rounded weights gets those, as floats.
     """
     logging.disable_progress_bar()  # reading one file needs no bar on the user's screen
-    state = {name: weights.raw(name) for name, _ in weights.skeleton.named_parameters()}
+    state: dict[str, Any] = {name: _Unread(weights, name) for name, _ in weights.skeleton.named_parameters()}
     family = family_of(weights.config)
     kind = family.low_rank_class if is_low_rank(weights.config) else family.dense_class
-    model: PreTrainedModel = kind.from_pretrained(None, config=weights.config, state_dict=state, dtype=dtype)
+    model: PreTrainedModel = kind.from_pretrained(
+        None, config=weights.config, state_dict=state, dtype=dtype, device_map={"": str(device)}
+    )
     model.config._name_or_path = str(weights.path)
     if (weights.path / GENERATION).is_file():
         try:
@@ -51,18 +60,15 @@ def model_of(weights: Weights, dtype: torch.dtype) -> PreTrainedModel:
     return model.eval()
 
 
-def save_model(
-    folder: Path, hf_config: Any, shards: Sequence[Callable[[], dict[str, Tensor]]], tokenizer: Path | None
-) -> None:
-    """Write config.json, safetensors (a file per shard) and the tokenizer's files; the folder appears when complete.
+def save_model(folder: Path, hf_config: Any, tensors: Iterable[tuple[str, Tensor]], tokenizer: Path | None) -> None:
+    """Write config.json, safetensors and the tokenizer's files; the folder appears when complete.
 
-    `tokenizer`: a folder whose tokenizer and generation config are copied. Each of `shards` returns Hugging Face
-    name -> tensor and is called once, in turn, so only one is in memory.
+    `tensors`: Hugging Face name and tensor of each parameter, of which about a gigabyte is in memory at a time.
+    `tokenizer`: a folder whose tokenizer and generation config are copied.
     """
     with TensorFolderWriter(folder, over=True) as writer:
-        for shard in shards:
-            writer.add(shard())
-            writer.flush()
+        for name, tensor in tensors:
+            writer.add({name: tensor})
         hf_config.architectures = [type(skeleton(hf_config)).__name__]
         hf_config.dtype = "float32"
         writer.finish(hf_config)

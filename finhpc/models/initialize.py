@@ -30,6 +30,13 @@ def random_fill(config: Any, seed: int, scheme: str | None) -> Fill:
     return partial(initialize, config=config, seed=seed, scheme=scheme)
 
 
+@torch.no_grad()
+def not_a_number(module: nn.Module, name: str) -> None:
+    """Set all weights to NaN: a `Fill` for a model whose weights are loaded next. One that is not loaded shows."""
+    for parameter in module.parameters():
+        parameter.fill_(float("nan"))
+
+
 def weights_fill(weights: Weights, dense: Weights | None = None) -> Fill:
     """Return a `Fill` that reads each module's weights when the module is built, so a stage reads only its own.
 

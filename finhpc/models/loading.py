@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from finhpc.errors import CheckpointError
+from finhpc.errors import CheckpointError, ConfigError
 from finhpc.models.families.registry import is_known, is_low_rank, skeleton
 from finhpc.models.files.config import is_adapter, quantizer_of
 from finhpc.models.files.manifest import check_manifest
@@ -31,7 +32,8 @@ def load_model(
     An adapter's folder opens as its base with the adapter, which is merged into a dense base in floats and stays
     separate on a low-rank or quantized one. A model that was trained with quantized weights gets those weights, as
     floats. Only safetensors and GGUF files are read. Raises `CheckpointError` if the folder is not a model, or its
-    weights differ from its manifest or config, `ConfigError` for a model or an adapter that finhpc does not compute.
+    weights differ from its manifest or config, `ConfigError` for a model or an adapter that finhpc does not compute, or
+    that the GPU has no room for.
     """
     path = locate(str(path))
     if is_adapter(path):
@@ -43,19 +45,27 @@ def load_model(
     if quantizer_of(config) or not is_known(config):
         model = _load_with_transformers(path, config, dtype, device)
     else:
-        model = model_of(open_weights(path, low_rank=True, floats=True), dtype)
-    return _to_device(model, device)
+        weights = open_weights(path, low_rank=True, floats=True)
+        _check_room(path, sum(p.numel() for p in weights.skeleton.parameters()) * dtype.itemsize, dtype, device)
+        model = model_of(weights, dtype, device)
+    return model
 
 
 def _load_with_transformers(path: Path, config: Any, dtype: torch.dtype, device: str | torch.device) -> PreTrainedModel:
     """Open a quantized model, or one of a family that only transformers knows; every tensor of it is applied."""
     logging.disable_progress_bar()
-    TensorFolder(path, config)  # raises if files and index contradict each other
-    # transformers would put bitsandbytes' models on a GPU, from which int8 cannot move.
-    place = {"device_map": {"": str(device)}} if quantizer_of(config) == "bitsandbytes" else {}
+    folder = TensorFolder(path, config)  # raises if files and index contradict each other
+    sizes = {name: math.prod(shape) for name, shape in folder.shapes.items()}
+    stored = sum(size * (1 if name in folder.quantized else dtype.itemsize) for name, size in sizes.items())
+    _check_room(path, stored, dtype, device)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True, **place
+            path,
+            dtype=dtype,
+            device_map={"": str(device)},
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
         )
     except SafetensorError as error:
         raise CheckpointError(
@@ -68,11 +78,18 @@ def _load_with_transformers(path: Path, config: Any, dtype: torch.dtype, device:
     return model.eval()  # type: ignore[no-any-return]
 
 
-def _to_device(model: PreTrainedModel, device: str | torch.device) -> PreTrainedModel:
-    """Move the model, unless it is on that device already: int8 models cannot be moved."""
-    target = torch.device(device)
-    same = model.device.type == target.type and target.index in (None, model.device.index)
-    return model if same else model.to(target)  # type: ignore[arg-type]
+def _check_room(path: Path, needed: int, dtype: torch.dtype, device: str | torch.device) -> None:
+    """Raise `ConfigError` if the weights alone need more bytes than the GPU has free."""
+    if torch.device(device).type != "cuda":
+        return
+    torch.cuda.empty_cache()  # of a model that was open before
+    free, total = torch.cuda.mem_get_info(device)
+    if needed > free:
+        raise ConfigError(
+            f"model={path} needs {needed / 1e9:,.1f} GB in {str(dtype).removeprefix('torch.')}, and the GPU has "
+            f"{free / 1e9:,.1f} GB free of {total / 1e9:,.1f}; finhpc opens a model on one GPU: use fewer bits (finhpc "
+            "export --quantization.bits 4), a larger GPU, or the CPU."
+        )
 
 
 def _load_adapted(path: Path, dtype: torch.dtype, device: str | torch.device) -> PreTrainedModel:

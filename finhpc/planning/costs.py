@@ -63,7 +63,8 @@ class PretrainCosts:
         owned = stages_of(topology.schedule, topology.stages)
         params = [sum(outline.part_params(kind) for kind in kinds) for kinds in self.cut]
         largest = max(sum(params[stage] for stage in stages) for stages in owned)
-        exchange_s = averaging_s(largest, topology.replicas, device, cluster.devices_per_node)
+        shard, per_node = topology.shard_optimizer, cluster.devices_per_node
+        exchange_s = averaging_s(largest, topology.replicas, device, per_node, shard)
         if (part_s := self.part_s) is not None:  # with their share of the optimizer
             measured = [sum(part_s[kind] for kind in kinds) for kinds in self.cut]
             return Pace(measured, exchange_s, 0.0, topology.micro_batches, topology.schedule)
@@ -77,7 +78,7 @@ class PretrainCosts:
             turns = len(self.cut) > topology.stages and i in (topology.stages - 1, topology.stages)  # on one worker
             neighbors = (i > 0) + (i < len(self.cut) - 1) - turns
             seconds.append(compute + neighbors * 2 * hidden_bytes / link)  # hidden states there, gradients back
-        optimizer_s = largest * ADAMW_BYTES / (device.memory_gb_per_s * 1e9)
+        optimizer_s = largest / topology.optimizer_shares * ADAMW_BYTES / (device.memory_gb_per_s * 1e9)
         return Pace(seconds, exchange_s, optimizer_s, topology.micro_batches, topology.schedule)
 
     def reached(self, rate: float) -> float:
@@ -89,9 +90,9 @@ class PretrainCosts:
 
 
 def topologies(
-    memory: Memory, cluster: Cluster, samples_per_step: int, micro_batch_sizes: list[int]
+    memory: Memory, cluster: Cluster, samples_per_step: int, micro_batch_sizes: list[int], shard_optimizer: bool = False
 ) -> list[dict[str, Any]]:
-    """Every topology considered, with its fullest stage and its pace.
+    """Every topology considered, with its fullest stage and its pace; `shard_optimizer` wherever there are replicas.
 
     Those that fit come first, the fastest first, then the others, the smallest first. Stages are powers of two and
     divisors of the number of blocks; replicas are as many as the devices and the step's samples allow. All topologies
@@ -107,7 +108,8 @@ def topologies(
             replicas = next((r for r in most if samples_per_step % (r * size) == 0), None)
             if replicas is None:
                 continue
-            topology = Topology(stages, replicas, size, samples_per_step // (replicas * size))
+            number, shard = samples_per_step // (replicas * size), shard_optimizer and replicas > 1
+            topology = Topology(stages, replicas, size, number, shard_optimizer=shard)
             costs = PretrainCosts(memory, topology)
             peak, step_s = costs.fullest.peak_bytes, costs.pace(cluster).step_s
             rows.append(

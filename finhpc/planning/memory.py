@@ -4,8 +4,8 @@ There are two schemes, both with 16 bytes per parameter by default:
 
 - `finhpc`: its own engine, with float32 weights, gradients and AdamW's two moments (in 8 bits if the run sets that),
   and method 3's W while they exist. The peak follows the engine's passes in their order (with 1f1b stage s of N has
-  min(M, N - s) micro-batches in flight). DeepSpeed adds its buffers and, if gradients are averaged over replicas, a
-  flat copy of them.
+  min(M, N - s) micro-batches in flight). DeepSpeed adds its buffers. Replicas may divide the moments. What they send
+  together is copied: gradients on CPUs, small weights if moments are divided.
 - `paper`: Table III's mixed precision, with 16-bit weights and gradients, and an optimizer of 12 bytes (a float32
   copy of the weights and two moments), divided by ZeRO over the replicas. The total is the sum of the four, as in
   the paper.
@@ -27,8 +27,9 @@ from finhpc.planning.outline import Outline, Stages
 from finhpc.settings.estimate import EstimateConfig
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.training import Precision, Schedule, TrainingConfig
+from finhpc.training.workers.replicas import BUCKET_BYTES
 
-BUCKET = 500_000_000  # gradients that DeepSpeed averages at a time
+IN_FLIGHT = 2  # buckets that are sent at a time, of `finhpc.training.workers.replicas`
 EXCHANGED = 2  # hidden states of dualpipev that are on their way to or from a worker
 
 
@@ -63,18 +64,23 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Topology:
-    """Pipeline stages and replicas; `micro_batches` are per step and replica. dualpipev has 2 x stages stages."""
+    """Pipeline stages and replicas; `micro_batches` are per step and replica. dualpipev has 2 x stages stages.
+
+    `shard_optimizer`: the replicas divide the optimizer's state.
+    """
 
     stages: int
     replicas: int
     micro_batch_size: int
     micro_batches: int
     schedule: Schedule = "1f1b"
+    shard_optimizer: bool = False
 
     @staticmethod
     def of(config: TrainingConfig) -> Topology:
         given = config.parallel
-        return Topology(given.stages, given.replicas, given.micro_batch_size, given.micro_batches, given.schedule)
+        sizes = given.stages, given.replicas, given.micro_batch_size, given.micro_batches
+        return Topology(*sizes, given.schedule, given.shard_optimizer)
 
     @property
     def workers(self) -> int:
@@ -83,6 +89,11 @@ class Topology:
     @property
     def samples_per_step(self) -> int:
         return self.micro_batch_size * self.micro_batches * self.replicas
+
+    @property
+    def optimizer_shares(self) -> int:
+        """The replicas among which the optimizer's state is divided."""
+        return self.replicas if self.shard_optimizer else 1
 
     @property
     def utilization(self) -> float:
@@ -181,6 +192,7 @@ class Memory:
                 gradients=[4 * trained[kind] for kind in stage],
                 hidden=[sent] * (len(stage) + 1),
                 ids=ids,
+                cuda=scheme.cuda,
                 shared=shared and stage[0] == "embedding",
             )
             for stage in stages
@@ -203,6 +215,7 @@ class Steps:
     gradients: list[int]
     hidden: list[int]
     ids: int
+    cuda: bool
     shared: bool = False  # the first part's weights are the last's, so their gradient exists before its backward pass
 
     def stored(self, first: bool, last: bool) -> int:
@@ -271,7 +284,12 @@ def worker_memory(
         for level, own in steps[this].levels(*ends, forward, in_flight[this], done[this]):
             activations, both = max(activations, stored + level), max(both, stored + level + present + own)
     gradients = sum(sum(stage.gradients) for stage in steps)
-    flat = min(gradients, 4 * BUCKET) if topology.replicas > 1 else 0
+    optimizer = -(-optimizer // topology.optimizer_shares)
+    flat = 0  # copies of what replicas send together
+    if topology.replicas > 1 and not steps[0].cuda:
+        flat = gradients  # gloo copies gradients as soon as they are there
+    elif topology.optimizer_shares > 1:
+        flat = min(gradients, IN_FLIGHT * BUCKET_BYTES)
     peak = weights + optimizer + buffers + other + max(both, gradients + flat)
     return StageMemory(worker, kinds, params, weights, gradients, optimizer, activations, buffers + flat, peak)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,11 @@ from finhpc.models.families.registry import (
     resolve_shape,
 )
 from finhpc.models.files.config import read_config
-from finhpc.models.files.manifest import weights_fingerprint
+from finhpc.models.files.manifest import check_manifest, weights_fingerprint
 from finhpc.models.files.weights import open_folder
-from finhpc.models.initialize import Fill, random_fill, weights_fill
+from finhpc.models.initialize import Fill, not_a_number, random_fill, weights_fill
 from finhpc.settings.pretrain import Method, Model, PretrainConfig
+from finhpc.training.checkpoint import list_complete
 
 DECOMPOSED = "decomposed"  # the run folder's low-rank model, which provides the factors
 SHAPE_KEYS = (
@@ -48,7 +50,11 @@ class InitModel:
 
     folder: Path
     config: Any
-    fingerprint: str
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """One hash of its config and weights, which are read: see `weights_fingerprint`."""
+        return weights_fingerprint(self.folder)
 
 
 def open_init_model(config: PretrainConfig, shards: Shards) -> InitModel | None:
@@ -62,7 +68,8 @@ def open_init_model(config: PretrainConfig, shards: Shards) -> InitModel | None:
     hf_config_of_settings(config)  # refuses settings that conflict before anything large is read
     weights = open_folder(folder, low_rank=True, floats=True)
     _check_ids(config, folder, weights.config.vocab_size, shards)
-    return InitModel(folder, weights.config, weights_fingerprint(folder))
+    check_manifest(folder, quickly=True)
+    return InitModel(folder, weights.config)
 
 
 def hf_config_of_settings(config: PretrainConfig, vocab_size: int | None = None) -> Any:
@@ -106,7 +113,15 @@ def needs_decomposing(config: PretrainConfig) -> bool:
 
 
 def initial_fill(config: PretrainConfig, hf_config: Any, run: Path) -> Fill:
-    """The function that fills the modules of the run's model with their initial weights."""
+    """The function that fills the modules of the run's model with their initial weights.
+
+    A run with a complete checkpoint continues from one, or ends because all are damaged; so its initial weights, which
+    a checkpoint replaces, are neither drawn nor read. Two kinds of runs need numbers before that: method 3, whose
+    frozen W is in no checkpoint, and training with rounded weights.
+    """
+    needed = config.method.kind == BLEND or config.quantization.training_bits < 16
+    if not needed and list_complete(run / "checkpoints"):
+        return not_a_number
     if config.model.path is None:
         return random_fill(hf_config, config.train.seed, config.method.init)
     folder = run / DECOMPOSED if needs_decomposing(config) else Path(config.model.path)

@@ -82,8 +82,18 @@ class Job(ABC):
     def save_model(self, folder: Path, checkpoint: Checkpoint) -> None:
         """Write the trained model as `folder`, complete or not at all."""
 
-    def use_model(self, result: dict[str, Any], folder: Path) -> None:  # noqa: B027
-        """Add scores or text of the trained model to the result."""
+    @property
+    def model_use(self) -> str:
+        """What `use_model` does, as it is logged; empty if it does nothing."""
+        return ""
+
+    @classmethod
+    def use_model(cls, settings: dict[str, Any], folder: Path, device: torch.device) -> dict[str, Any]:
+        """Return keys of the result that take the trained model in RUN/model: scores, text.
+
+        Runs where a worker has run, after training: the driver may have neither a GPU nor room for the model.
+        """
+        return {}
 
     @abstractmethod
     def summary(self) -> list[tuple[str, str]]:

@@ -9,19 +9,24 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from finhpc.cluster.own_ray import WAITING, ray_logs
 from finhpc.cluster.package import Driver
+from finhpc.cluster.tasks import run_tasks
 from finhpc.errors import NonFiniteError, OutOfMemoryError, TrainingFailedError
 from finhpc.runs.folder import RunFolder
 from finhpc.runs.job import Job
 from finhpc.runs.watch import Watcher, watch
-from finhpc.runs.worker import FATAL, OnEval, train_worker
+from finhpc.runs.worker import FATAL, OnEval, train_worker, use_model
 from finhpc.training.allocator import ENVIRONMENT
 from finhpc.training.watchdog import START_FACTOR
+from finhpc.training.workers import stop
+
+log = logging.getLogger(__name__)
 
 TORCH_TIMEOUT_S = 1800  # torch's own default, for runs without a limit
 # PyTorch's allocator on GPUs joins what is free instead of keeping pieces: packs differ in length.
@@ -29,13 +34,18 @@ GPU_MEMORY = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 STARTS_TRIED = 3  # of workers that cannot even start; Ray Train would try forever
 START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 HEALTH_TIMEOUT = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
+JOB_END_S = 5.0  # for Ray, the result and MLflow, once the workers have returned
 NO_LIMIT_S = 365 * 24 * 3600
 
 
-def launch(job: Job, folder: RunFolder, cuda: bool) -> None:
+UseModel = Callable[[], dict[str, Any]]  # calls the job's `use_model` where a worker has run
+
+
+def launch(job: Job, folder: RunFolder, cuda: bool) -> UseModel:
     """Train to the last step with Ray Train, which restarts failed workers `run.max_failures` times.
 
-    Raises `TrainingFailedError` if that does not help.
+    Returns a function that uses the model in a Ray task with the resources of a worker. Raises `TrainingFailedError`
+    if restarts do not help.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -46,10 +56,10 @@ def launch(job: Job, folder: RunFolder, cuda: bool) -> None:
     for name in ("ray.train", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
     hang_s = config.train.hang_timeout_s
-    share = worker_share(job, cuda)
+    share, arguments = worker_share(job, cuda), worker_arguments(job, folder, cuda)
     ray_trainer = TorchTrainer(
         train_worker,
-        train_loop_config=worker_arguments(job, folder, cuda),
+        train_loop_config=arguments,
         torch_config=NodeTorchConfig(backend="nccl" if cuda else "gloo", timeout_s=round(_torch_timeout_s(hang_s))),
         scaling_config=ScalingConfig(num_workers=config.parallel.workers, use_gpu=cuda, resources_per_worker=share),
         run_config=RunConfig(
@@ -63,23 +73,52 @@ def launch(job: Job, folder: RunFolder, cuda: bool) -> None:
         ),
     )
     watcher = Watcher(job, folder, share)
+
+    def ask_to_end() -> float:
+        grace_s = stop_grace_s(config.run.stop_grace_s)
+        if not (watcher.has_trained and grace_s):  # nothing to save, or no time
+            return 0.0
+        stop.request(folder.path)
+        log.info("stopping: the workers save a checkpoint after the current step; another signal ends without it.")
+        return grace_s
+
     with ray_train_limits(hang_s):
-        error = watch(ray_trainer.fit, watcher.poll)
+        error = watch(ray_trainer.fit, watcher.poll, ask_to_end)
     raise_fatal(job, folder)
     if error is not None:
         raise failed_too_often(job, watcher.cause(error), f"{folder.path / 'ray'} and Ray's own, {ray_logs()}/train")
+    return partial(use_in_task, arguments, share)
 
 
-def launch_here(job: Job, folder: RunFolder, cuda: bool, on_eval: OnEval) -> None:
+def use_in_task(arguments: dict[str, Any], share: dict[str, float]) -> dict[str, Any]:
+    """Call `use_model` in a Ray task that reserves what a worker does."""
+
+    def name(arguments: dict[str, Any]) -> str:
+        return f"using the model of {arguments['folder']}"
+
+    tasks = run_tasks(use_model, [arguments], name, 1, share["CPU"], share.get("GPU", 0))
+    return next(result for _, result in tasks)
+
+
+def stop_grace_s(wanted_s: float) -> float:
+    """The seconds that workers have to save a checkpoint; a stopped Ray job is killed some time after it was asked."""
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
+        return wanted_s
+    return min(wanted_s, max(0.0, float(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", "3")) - JOB_END_S))
+
+
+def launch_here(job: Job, folder: RunFolder, cuda: bool, on_eval: OnEval) -> UseModel:
     """Train a run of one worker in this process, which saves a sweep's trials ten seconds of starting processes.
 
     `on_eval` receives each evaluation except the last; an exception it raises ends the run. Raises
     `TrainingFailedError` for a user's mistake.
     """
+    arguments = worker_arguments(job, folder, cuda)
     try:
-        train_here(worker_arguments(job, folder, cuda), on_eval)
+        train_here(arguments, on_eval)
     finally:
         raise_fatal(job, folder)
+    return partial(use_model, arguments)
 
 
 def train_here(

@@ -11,15 +11,17 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from finhpc.cluster.own_ray import ray_logs
+from finhpc.cluster.tasks import attempt
+from finhpc.errors import FinhpcError
 from finhpc.runs.folder import RunFolder
 from finhpc.runs.job import Job
 from finhpc.runs.launch import (
+    UseModel,
     failed_too_often,
     raise_fatal,
     train_here,
@@ -28,6 +30,7 @@ from finhpc.runs.launch import (
     worker_share,
 )
 from finhpc.runs.watch import Watcher, watch
+from finhpc.runs.worker import use_model
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +38,7 @@ DEATH_S = 10  # how long after a worker's error Ray may take to notice that anot
 GROUPS: list[WarmGroup] = []  # of this process, at most one
 
 
-def launch_warm(job: Job, folder: RunFolder, cuda: bool, poll: Callable[[], None]) -> None:
+def launch_warm(job: Job, folder: RunFolder, cuda: bool, poll: Callable[[], None]) -> UseModel:
     """Train to the last step with this process's group; a failed group is replaced `run.max_failures` times.
 
     `poll` is called again and again meanwhile; an exception it raises ends the training. Raises `TrainingFailedError`.
@@ -43,7 +46,8 @@ def launch_warm(job: Job, folder: RunFolder, cuda: bool, poll: Callable[[], None
     config, share = job.config, worker_share(job, cuda)
     arguments = worker_arguments(job, folder, cuda)
     watcher = Watcher(job, folder, share, poll)
-    for failures in count():
+    failures = 0
+    while True:
         group = _group(config.parallel.workers, share, folder.path.parent)
         try:
             error = watch(partial(group.train, arguments), watcher.poll)
@@ -52,11 +56,12 @@ def launch_warm(job: Job, folder: RunFolder, cuda: bool, poll: Callable[[], None
                 group.shutdown()
         raise_fatal(job, folder)
         if error is None:
-            return
+            return partial(group.use_model, arguments)
         cause = watcher.cause(error)
         if failures == config.run.max_failures:
             raise failed_too_often(job, cause, f"Ray's own, {ray_logs()}")
         log.info(f"{cause}; the workers start again.")
+        failures += 1
 
 
 def free_resources(runs: Path) -> None:
@@ -119,6 +124,9 @@ class WarmWorker:
         opened = self.store if world_rank == 0 else dist.TCPStore(*store, is_master=False)  # type: ignore[attr-defined]
         train_here(arguments, world_rank=world_rank, workers=workers, store=opened)
 
+    def use_model(self, arguments: dict[str, Any]) -> dict[str, Any] | FinhpcError:
+        return attempt(use_model, arguments, f"using the model of {arguments['folder']}", arguments["driver"])
+
 
 @dataclass
 class WarmGroup:
@@ -168,6 +176,15 @@ class WarmGroup:
         if failures:
             raise GroupFailedError(next(iter(failures)), failures)
         self.idle = True
+
+    def use_model(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Use the trained model in the first worker's process."""
+        import ray
+
+        result: dict[str, Any] | FinhpcError = ray.get(self.workers[0].use_model.remote(arguments))
+        if isinstance(result, FinhpcError):
+            raise result
+        return result
 
     def shutdown(self) -> None:
         """End the workers' processes, whatever they do, and free their resources."""

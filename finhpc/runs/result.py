@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 import sys
 import time
@@ -13,8 +14,11 @@ from finhpc.evaluation import plausible
 from finhpc.files import redact
 from finhpc.models.schedule import ideal_utilization
 from finhpc.runs.job import Job
+from finhpc.runs.launch import UseModel
 from finhpc.settings.training import TrainingConfig
 from finhpc.training.journal import WORKER_FILE, Record, latest, read
+
+log = logging.getLogger(__name__)
 
 KEYS = (
     *("status", "run", "params_total", "params_trainable", "params_dense", "compression_ratio"),
@@ -36,9 +40,10 @@ def empty_result(job: Job) -> dict[str, Any]:
     }
 
 
-def collect(job: Job, folder: Path, wall_s: float) -> dict[str, Any]:
+def collect(job: Job, folder: Path, wall_s: float, use_model: UseModel) -> dict[str, Any]:
     """Write the model folder from the last checkpoint, use the model, and return the result of a finished run.
 
+    `use_model` calls the job's method of that name where a worker has run.
     Raises `ImplausibleError` for figures that cannot be true.
     """
     from finhpc.training.checkpoint import list_complete
@@ -48,7 +53,7 @@ def collect(job: Job, folder: Path, wall_s: float) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder}/checkpoints has no checkpoint of the last step; run the same command again to write it."
         )
-    checkpoint.verify()
+    checkpoint.check_sizes()  # the workers wrote or verified it just now
     job.save_model(folder / "model", checkpoint)
     records, _ = read(folder / WORKER_FILE)
     earlier = earlier_worker_hours(records, time.time() - wall_s)
@@ -60,7 +65,9 @@ def collect(job: Job, folder: Path, wall_s: float) -> dict[str, Any]:
         "wall_s": wall_s,
         "worker_hours": earlier + wall_s * job.config.parallel.workers / 3600,
     }
-    job.use_model(result, folder)
+    if job.model_use:
+        log.info(job.model_use)
+        result |= use_model()
     train = latest(records, "train")
     plausible.check(
         f"{job.command} {job.config.run.name}",

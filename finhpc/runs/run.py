@@ -18,7 +18,7 @@ from finhpc.errors import ConfigError
 from finhpc.interrupts import Terminated, terminable
 from finhpc.runs.folder import RunFolder
 from finhpc.runs.job import Job
-from finhpc.runs.launch import launch
+from finhpc.runs.launch import UseModel, launch
 from finhpc.runs.progress import Progress
 from finhpc.runs.result import collect, summary, unfinished
 from finhpc.runs.worker import FATAL, MEMORY, RESERVE, RESERVE_BYTES
@@ -28,7 +28,8 @@ from finhpc.tracking.store import check_store
 from finhpc.tracking.tags import COMMAND, PREFIX, setting_tags
 from finhpc.tracking.tracker import Status, Tracker
 from finhpc.training.checkpoint import list_complete
-from finhpc.training.journal import DRIVER_FILE, WORKER_FILE
+from finhpc.training.journal import DRIVER_FILE, WORKER_FILE, latest, read
+from finhpc.training.workers import stop
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class Pruned(BaseException):
     """A sweep's scheduler ended the run because other trials are ahead."""
 
 
-Launch = Callable[[Job, RunFolder, bool], None]
+Launch = Callable[[Job, RunFolder, bool], UseModel]
 J = TypeVar("J", bound=Job)
 
 
@@ -49,7 +50,9 @@ def mlflow_checked(job: J) -> J:
 
 
 def run(job: Job, launch: Launch = launch) -> dict[str, Any]:
-    """Train `job` and return the content of `result.json`; `launch` starts the workers and waits for them.
+    """Train `job` and return the content of `result.json`.
+
+    `launch` starts the workers, waits for them, and returns a function that uses the trained model where they ran.
 
     The same `run.name` and `run.storage` resume; a finished run returns its result at once. Raises `ConfigError` for
     a run of that name with other settings, or workers that the cluster cannot place, `TrainingFailedError` or another
@@ -59,16 +62,18 @@ def run(job: Job, launch: Launch = launch) -> dict[str, Any]:
     config = job.config
     folder = RunFolder(config.run.storage, config.run.name)
     check_run(job, folder)
+    fingerprints = job.fingerprints  # raises for damaged weights or data, before anything is written
     if not folder.is_finished(config.train.steps):
         check_ray()
     with folder.lock(), terminable():
         _check_resume(job, folder)  # again: now no other process writes
         _set_aside_other_settings(job, folder)
         finished = folder.result() if folder.is_finished(config.train.steps) else None
-        folder.write_config(config, *job.fingerprints)
+        folder.write_config(config, *fingerprints)
         environment = folder.write_environment()
         for name in (FATAL, MEMORY):
             (folder.path / name).unlink(missing_ok=True)
+        stop.reset(folder.path)
         (folder.path / RESERVE).write_bytes(bytes(RESERVE_BYTES))
         if finished is None:
             job.prepare(folder.path)
@@ -79,8 +84,8 @@ def run(job: Job, launch: Launch = launch) -> dict[str, Any]:
             result = finished
             try:
                 if finished is None:
-                    _train(job, folder, launch, cluster)
-                    result = collect(job, folder.path, time.perf_counter() - begin)
+                    use_model = _train(job, folder, launch, cluster)
+                    result = collect(job, folder.path, time.perf_counter() - begin, use_model)
                 else:
                     log.info(f"run {config.run.name} is finished; this is its result. Another run.name trains again.")
                 status = "FINISHED"
@@ -138,7 +143,7 @@ def _set_aside_other_settings(job: Job, folder: RunFolder) -> None:
                 path.rename(folder.path / f"{name}.until-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
-def _train(job: Job, folder: RunFolder, launch: Launch, cluster: ExitStack) -> None:
+def _train(job: Job, folder: RunFolder, launch: Launch, cluster: ExitStack) -> UseModel:
     """Train on the cluster, which stays connected until `cluster` is left."""
     config = job.config
     log.info("starting Ray and the workers (10 to 30 s)")
@@ -156,13 +161,16 @@ def _train(job: Job, folder: RunFolder, launch: Launch, cluster: ExitStack) -> N
             "train.precision=fp32 on a GPU: matrix products run at an eighth to a sixteenth of the rate of bf16 (A100: "
             "19.5 of 312 TFLOP/s); --train.precision bf16 keeps weights and optimizer in float32."
         )
-    launch(job, folder, cuda)
+    return launch(job, folder, cuda)
 
 
 def _how_to_resume(folder: RunFolder) -> str:
     checkpoints = list_complete(folder.path / "checkpoints")
     if checkpoints:
-        return f"stopped; the same command resumes from the checkpoint of step {checkpoints[0].step}."
+        saved, taken = checkpoints[0].step, max(latest(read(folder.path / WORKER_FILE)[0], "train"), default=0)
+        if saved == taken:
+            return f"stopped after step {saved}, which is saved; the same command continues there."
+        return f"stopped; the same command resumes from the checkpoint of step {saved}."
     return "stopped before the first checkpoint was complete; the same command begins at step 0."
 
 

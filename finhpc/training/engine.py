@@ -1,10 +1,10 @@
 """The engine of every topology: a DeepSpeed pipeline of stages x replicas.
 
-Weights, gradients and AdamW's moments are float32; `bf16` runs the parts under autocast. DeepSpeed moves activations
-and averages gradients. Clipping is done here, by the norm over all stages, because DeepSpeed's own norm is wrong with
-more than one stage in float32.
+Weights, gradients and AdamW's moments are float32; `bf16` runs the parts under autocast. DeepSpeed moves activations;
+`finhpc.training.workers.replicas` averages gradients. Clipping is done here, by the norm over all stages, because
+DeepSpeed's own norm is wrong with more than one stage in float32.
 
-This file and `finhpc.training.pipeline_modules` alone use DeepSpeed, and these places depend on its internals:
+This file and `finhpc.training.workers.pipeline` alone use DeepSpeed, and these places depend on its internals:
 
 - `CutPipeline` sets the borders between stages,
 - `Engine._patch_deepspeed` changes instructions of its schedule,
@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from io import StringIO
@@ -31,19 +31,21 @@ from deepspeed.runtime.pipe import schedule
 from deepspeed.utils.timer import NoopTimer
 from torch import Tensor, nn
 
-from finhpc.errors import NonFiniteError
 from finhpc.lowrank.blend import alpha_at, blend_in, set_alpha
 from finhpc.lowrank.registry import BLEND
 from finhpc.models.families.registry import skeleton as make_skeleton
 from finhpc.models.initialize import Fill, random_fill
+from finhpc.models.packing.layout import pack_on
 from finhpc.models.pipeline import PipelineLayer, is_tied, parts_of
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.training import TrainingConfig
 from finhpc.training.allocator import keep_freed_memory
 from finhpc.training.compiler import Compiler
-from finhpc.training.optimizer import decay_products, drop_parameters, make_optimizer, set_lr
-from finhpc.training.pipeline_modules import Exchange, PassTimes, make_pipeline
+from finhpc.training.metrics import Metrics, check_finite
+from finhpc.training.optimizer import OPTIMIZERS, decay_products, drop_parameters, make_optimizer, set_lr
 from finhpc.training.stages import measured_cut
+from finhpc.training.workers.pipeline import Exchange, PassTimes, make_pipeline
+from finhpc.training.workers.replicas import GradientAverager, ShardedStep, divide
 
 if TYPE_CHECKING:
     from finhpc.models.lora.model import LoraModel
@@ -73,7 +75,9 @@ class Engine:
         operations: float = 0.0,
     ) -> None:
         self.config, self.hf_config, self.device = config, hf_config, device
-        self.compiler = Compiler(config.train.compile, device, operations, dynamic=lora_model is not None)
+        packed = lora_model is not None
+        graphs = not packed and _waits_for_launches(config, hf_config)
+        self.compiler = Compiler(config.train.compile, device, operations, packed, graphs)
         if device.type == "cpu":
             keep_freed_memory()
         parallel = config.parallel
@@ -91,8 +95,10 @@ class Engine:
         with redirect_stdout(StringIO()):  # where DeepSpeed prints its topology and seeds
             pipeline = make_pipeline(specs, self.borders, parallel, dynamic_shape=lora_model is not None)
         self.layers = [module for module in pipeline.modules() if isinstance(module, PipelineLayer)]
-        self.optimizer = make_optimizer(self.trained_parameters(), config.optimizer)
+        self._divide(pipeline.mpu())
+        self.optimizer = make_optimizer(self.updated, config.optimizer)
         self.optimizer.register_step_pre_hook(self._before_step)
+        self.optimizer.register_step_post_hook(self._after_step)
         self.pipe, *_ = deepspeed.initialize(
             model=pipeline,
             optimizer=self.optimizer,
@@ -106,14 +112,43 @@ class Engine:
             },
         )
         self.pipe.timers = NoopTimer()  # it would store two events of each step
-        self.stage: int = self.pipe.grid.get_stage_id()
-        self.replica: int = self.pipe.grid.get_data_parallel_id()
         self.alpha: float | None = None
+        self.averager: GradientAverager | None = None  # with several replicas
         self.set_step(0)
-        self.grad_norm = float("nan")
+        self.packs = lora_model is not None
+        self.grad_norm = float("nan")  # of the last step of `train_step`
+        self._norm = torch.zeros((), dtype=torch.float64, device=device)
         self.times = PassTimes(device)
         self.wait_s = 0.0  # waiting for data, since `take_times`
+        self.before_update: Callable[[], None] | None = None  # called in each step before the weights change
+        self._average_gradients()
         self._patch_deepspeed()
+
+    def _divide(self, grid: Any) -> None:
+        """Divide the stage's trained parameters among its replicas.
+
+        Each replica writes its share into checkpoints. With `parallel.shard_optimizer` it also updates that share
+        alone: `updated` has the parameters of the optimizer, Hugging Face name -> rows.
+        """
+        self.stage: int = grid.get_stage_id()
+        self.replica: int = grid.get_data_parallel_id()
+        trained, parallel = self.trained_parameters(), self.config.parallel
+        shares = divide(trained, parallel.replicas, OPTIMIZERS[self.config.optimizer.name].elementwise)
+        self.share = shares[self.replica]
+        self.sharded: ShardedStep | None = None
+        if parallel.shard_optimizer:
+            self.sharded = ShardedStep(trained, shares, self.replica, grid.get_data_parallel_group())
+        self.updated = self.sharded.updated if self.sharded else trained
+
+    def _average_gradients(self) -> None:
+        """Average the gradients of this stage's trained parameters over its replicas from now on."""
+        if self.averager is not None:
+            self.averager.close()
+        self.averager = None
+        if self.config.parallel.replicas > 1:
+            tied = [weight for weight, _ in self.pipe.module.get_tied_weights_and_groups()]
+            group = self.pipe.grid.get_data_parallel_group()
+            self.averager = GradientAverager(self.trained_parameters().values(), group, tied)
 
     def _layers(self, config: PretrainConfig, fill: Fill) -> list[LayerSpec]:
         """The layers of a pretraining; the two ends of a tied model share one."""
@@ -150,9 +185,8 @@ class Engine:
             engine._exec_reduce_tied_grads(pipe)
 
         patches[schedule.ReduceTiedGrads] = reduce_tied_grads
-        if self.config.parallel.replicas == 1:
-            # DeepSpeed would copy all gradients to a flat buffer and back, with nothing to average.
-            patches[schedule.ReduceGrads] = lambda pipe: None
+        # DeepSpeed would copy all gradients to a flat buffer and back, and average them after the last pass.
+        patches[schedule.ReduceGrads] = lambda pipe: self.averager.finish() if self.averager else None
         self.pipe._INSTRUCTION_MAP = self.pipe._INSTRUCTION_MAP | patches
 
     # -- names ------------------------------------------------------------------------------
@@ -187,7 +221,10 @@ class Engine:
         dropped = set_alpha((module for layer in self.layers for module in layer.modules()), self.alpha)
         if dropped:
             trained = dropped[0].requires_grad
-            drop_parameters(self.optimizer, dropped)
+            gone = self.updated.keys() - self.trained_parameters().keys()
+            drop_parameters(self.optimizer, [self.updated.pop(name) for name in gone])
+            if self.averager is not None:
+                self._average_gradients()
             for parameter in dropped:
                 self.pipe.param_names.pop(parameter, None)
             log.info(
@@ -196,25 +233,32 @@ class Engine:
             )
 
     def train_step(self, inputs: Iterator[Tensor], lr: float) -> float:
-        """Take one optimizer step over `micro_batches` micro-batches; return the mean loss in nats.
+        """Take one optimizer step and wait for it; return the mean loss in nats. See `start_step`."""
+        loss, self.grad_norm = self.start_step(inputs, lr).read()
+        return loss
+
+    def start_step(self, inputs: Iterator[Tensor], lr: float) -> Metrics:
+        """Take one optimizer step over `micro_batches` micro-batches; a GPU may still work on it afterwards.
 
         DeepSpeed's schedule calls each `PipelineLayer`, then sends the last stage's loss, averaged over micro-batches
         and replicas, to every worker.
 
         `inputs` yields int64 tokens (micro_batch_size, seq_len), or packs, on the first stage; other stages do not
-        read it. Raises `NonFiniteError` on every process, before the weights change, if the loss or the gradient is
-        not finite.
+        read it. A CPU raises `NonFiniteError` on every process, before the weights change, if the loss or the gradient
+        is not finite. On a GPU only reading the metrics raises it: read them before the weights are saved.
         """
         self._set_alpha(self.step + 1)
         set_lr(self.optimizer, lr)
         self._lr = lr
+        torch.compiler.cudagraph_mark_step_begin()
         self._derive()
-        loss = float(self.pipe.train_batch(self._labeled(inputs)).item())
-        if loss != loss or abs(loss) == float("inf"):
-            raise NonFiniteError(f"train_loss={loss} at step {self.step + 1}")
+        loss = self.pipe.train_batch(self._labeled(inputs)).detach()
+        metrics = Metrics(self.step + 1, loss, self._norm)
+        if self.device.type == "cpu":
+            metrics.read()
         self._free_losses()
         self.step += 1
-        return loss
+        return metrics
 
     def _free_losses(self) -> None:
         """Drop the newest losses, which DeepSpeed stores into the next step, with their inputs and gradients."""
@@ -231,7 +275,8 @@ class Engine:
         least = 2 * parallel.stages if parallel.schedule == "dualpipev" else 1
         inputs = list(batches) * -(-least // len(batches))
         with torch.no_grad():
-            self._derive()
+            torch.compiler.cudagraph_mark_step_begin()
+        self._derive()
         # DualPipeVEngine finds its buffers by the number of micro-batches of a training step.
         trained, self.pipe.micro_batches = self.pipe.micro_batches, len(inputs)
         try:
@@ -250,13 +295,20 @@ class Engine:
             layer.derived.drop()
 
     def _labeled(self, inputs: Iterator[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """The (inputs, labels) that DeepSpeed reads. Labels are empty: the tokens travel with the hidden states."""
-        empty = torch.zeros(1)
+        """The (inputs, labels) that DeepSpeed reads. Labels are empty: the tokens travel with the hidden states.
+
+        Inputs are copied to a GPU without waiting for it.
+        """
+        empty = torch.zeros(1, device=self.device)
         while True:
             if self.stage == 0:
                 start = time.perf_counter()
                 tokens = next(inputs)
                 self.wait_s += time.perf_counter() - start
+                if self.device.type == "cuda" and self.packs:
+                    tokens = pack_on(tokens, self.device)
+                elif self.device.type == "cuda":
+                    tokens = tokens.pin_memory().to(self.device, non_blocking=True)
                 yield tokens, empty
             else:
                 yield empty, empty
@@ -264,6 +316,8 @@ class Engine:
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """Clip by the norm over the whole model, after DeepSpeed has averaged the gradients; decay products."""
         self._drop_derived()
+        if self.before_update is not None:
+            self.before_update()
         named = self.trained_parameters()
         own = [named[name].grad for name in self.owned_names() if named[name].grad is not None]
         squares = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -272,17 +326,26 @@ class Engine:
             squares = norms.double().square().sum()
         if self.config.parallel.stages > 1:
             dist.all_reduce(squares, group=self.pipe.grid.get_pipe_parallel_group())
-        self.grad_norm = float(squares.sqrt().item())
-        if self.grad_norm != self.grad_norm or self.grad_norm == float("inf"):
-            raise NonFiniteError(f"gradient norm={self.grad_norm} at step {self.step + 1}")
+        self._norm = squares.sqrt()
         limit = self.config.optimizer.grad_clip
-        if limit and self.grad_norm > limit:
-            grads = [p.grad for p in named.values() if p.grad is not None]
-            torch._foreach_mul_(grads, limit / (self.grad_norm + 1e-6))
+        grads = [p.grad for p in named.values() if p.grad is not None]
+        if self.device.type == "cpu":
+            norm = check_finite("gradient norm", self._norm.item(), self.step + 1)
+            if limit and norm > limit:
+                torch._foreach_mul_(grads, limit / (norm + 1e-6))
+        elif limit and grads:  # by a factor on the GPU, which need not be waited for
+            torch._foreach_mul_(grads, (limit / (self._norm + 1e-6)).clamp(max=1.0).float())
         if self.config.optimizer.decay == "product":
             modules: Iterator[Any] = (module for layer in self.layers for module in layer.modules())
             pairs = [module.pair() for module in modules if hasattr(module, "pair")]  # low-rank layers and adapters
             decay_products(pairs, self._lr * self.config.optimizer.weight_decay)
+        if self.sharded is not None:
+            self.sharded.share_gradients(named)
+
+    def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        """Exchange the rows that each replica updated."""
+        if self.sharded is not None:
+            self.sharded.exchange(self.trained_parameters())
 
     # -- times ------------------------------------------------------------------------------
 
@@ -290,6 +353,13 @@ class Engine:
         """(in passes of training steps, waiting for data) seconds since the last call."""
         wait_s, self.wait_s = self.wait_s, 0.0
         return self.times.take(), wait_s
+
+
+def _waits_for_launches(config: TrainingConfig, hf_config: Any) -> bool:
+    """Return whether a GPU computes half a block of a micro-batch faster than its kernels are launched (about 1 ms)."""
+    assert isinstance(config, PretrainConfig)
+    tokens = config.parallel.micro_batch_size * config.data.seq_len
+    return bool(tokens * hf_config.hidden_size**2 < 1e10)  # 5e9 for GPT2-127M and 8 x 1,024 tokens
 
 
 @contextmanager

@@ -6,11 +6,13 @@ import json
 import os
 import shutil
 import signal
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from finhpc.cluster.tasks import UnfinishedError, WorkerDiedError, is_finished, run_tasks, workplace
+from finhpc.cluster.tasks import UnfinishedError, WorkerDiedError, is_finished, run_tasks, stream_task, workplace
 from finhpc.errors import ConfigError, DataError, RunBusyError
 
 
@@ -104,3 +106,39 @@ def test_tasks_return_results_and_errors_as_they_are() -> None:
         run([4, 2])
     with pytest.raises(WorkerDiedError, match=r"^item 3: "):
         run([4, 3])
+
+
+def counting(end: int) -> Iterator[int]:
+    for item in range(end):
+        yield work_of(item + 4)
+    yield work_of(end)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_stream_returns_results_and_errors_as_they_are() -> None:
+    def run(end: int, ahead: int | None) -> Iterator[int]:
+        return stream_task(counting, end, "counting", ahead, cpus=1, gpus=0)
+
+    assert list(run(7, 2)) == list(run(7, None)) == [40, 50, 60, 70, 80, 90, 100, 70]
+    for end, error, message in (
+        (1, DataError, r"^line 3: broken$"),
+        (2, UnfinishedError, r"^counting: OSError: disk full; fix this and rerun"),
+        (3, WorkerDiedError, r"^counting: "),
+    ):
+        with pytest.raises(error, match=message):
+            list(run(end, None))
+
+
+def touching(folder: Path) -> Iterator[int]:
+    for item in range(20):
+        (folder / f"{item}").touch()
+        yield item
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_stream_is_only_so_far_ahead(tmp_path: Path) -> None:
+    results = stream_task(touching, tmp_path, "touching", 3, cpus=1, gpus=0)
+    assert [next(results) for _ in range(4)] == [0, 1, 2, 3]
+    time.sleep(1)
+    assert len(list(tmp_path.iterdir())) <= 4 + 3 + 1
+    assert list(results) == list(range(4, 20))

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import finhpc
-from finhpc.cluster.tasks import workplace
+from finhpc.cluster.tasks import stream_task, workplace
 from finhpc.commands.decompose import command as module
 from finhpc.commands.decompose.command import decompose
-from finhpc.commands.decompose.layer_groups import Factorization, factorize_group, groups_of, targets_of
+from finhpc.commands.decompose.layer_groups import (
+    Factorization,
+    factorize_group,
+    groups_of,
+    targets_of,
+    whitened_groups,
+)
 from finhpc.commands.export import export
 from finhpc.data.text.tokenizer import save
 from finhpc.errors import CheckpointError, ConfigError, RunBusyError
@@ -195,6 +202,25 @@ def test_whitened_outputs_are_nearer_and_the_weights_farther(tmp_path: Path, mak
 
     assert distance(tmp_path / "white") < 0.999 * distance(tmp_path / "low-rank")
     assert (tmp_path / "white" / "tokenizer.json").is_file()
+
+
+def test_moments_of_another_process_are_the_same(tmp_path: Path) -> None:
+    """As on a cluster whose GPUs are not on the machine that runs the command."""
+    saved(tiny_llama(), tmp_path / "dense")
+    config = whitened(tmp_path, rank=4)
+    tokens, weights = torch.randint(0, 300, (6, 32)), open_weights(tmp_path / "dense")
+    groups = groups_of(targets_of(weights, config), weights, True, False)
+    found = []
+    for name in ("here", "there"):
+        work = tmp_path / name
+        work.mkdir()
+        task = Factorization(tmp_path / "dense", name, work, None, 1, False)
+        ready = partial(whitened_groups, task)
+        stream = ready((groups, tokens)) if name == "here" else stream_task(ready, (groups, tokens), name, 2, 1, 0)
+        found.append({str(group): load_file(group.moments) for group in stream if group.moments})
+    here, there = found
+    assert here.keys() == there.keys() == {str(group) for group in groups}
+    assert all(torch.equal(there[group][name], value) for group in here for name, value in here[group].items())
 
 
 def peaks(folder: Path, layers: int) -> tuple[int, int]:

@@ -90,8 +90,10 @@ def test_bad_settings_say_value_reason_and_remedy(sections: dict[str, Any], mess
 
 
 def test_a_dry_run_estimates_memory_and_time(
-    base: Path, news: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    base: Path, news: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("finhpc.models.files.manifest.REMEMBERED_BYTES", 0)
+    monkeypatch.delattr("finhpc.models.files.manifest.weight_sha256")  # which would read the whole base
     settings = finetune_config(base, news, tmp_path, parallel={"stages": 2}, resources={"device": "cpu"})
     result = finhpc.finetune(settings, dry_run=True)
     assert result["status"] == "dry_run"

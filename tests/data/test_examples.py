@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import json
+import os
+import tracemalloc
 
 import pytest
 from tokenizers import AddedToken
 
-from finhpc.data.examples.examples import load, make_examples
+from finhpc.data.examples import tokenize
+from finhpc.data.examples.examples import load, make_examples, read_sources
 from finhpc.data.examples.templates import template, templates
 from finhpc.errors import ConfigError, DataError
 from finhpc.models.files.tokens import decoded, prompt_ids
@@ -263,3 +266,28 @@ def test_a_prompt_is_read_as_generation_reads_it_and_its_answer_follows(tmp_path
         assert tokens[-1] == tok.eos_token_id
         said = decoded(tok, tokens[~answer].tolist(), tokens[answer][:-1].tolist())
         assert said == (" bread is" if kind == "word piece" else "\nbread is")
+
+
+def test_tokens_take_a_few_bytes_each(tmp_path):
+    record = {"context": "word " * 600, "target": "good"}
+    source = jsonl(tmp_path / "a.jsonl", [record | {"target": f"good {i}"} for i in range(50)])
+    settings = Instructions(source=[source], eval_fraction=0.0, max_len=2000)
+    given = [example for read in read_sources(settings) for example in read.examples]
+    tracemalloc.start()
+    items, _ = tokenize.tokenized(given, TOK, settings.max_len, may_cut=True)
+    kept = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    tokens = sum(len(item.row.tokens) for item in items)
+    assert tokens > 20_000
+    assert kept / tokens < 8
+
+
+def test_the_same_examples_are_tokenized_once(tmp_path, monkeypatch):
+    source = phrases(tmp_path / "a.txt", ["Profit rose .@positive", "Profit fell .@negative"])
+    first = make(source)
+    parallel = os.environ.get(tokenize.PARALLEL)
+    monkeypatch.setattr("finhpc.data.examples.examples.tokenized", lambda *given: pytest.fail("tokenized again"))
+    assert make(source) is first
+    assert os.environ.get(tokenize.PARALLEL) == parallel
+    with pytest.raises(pytest.fail.Exception, match="tokenized again"):
+        make(source, seed=1)

@@ -5,7 +5,7 @@ import pytest
 
 from finhpc.data.examples.batches import Batches
 from finhpc.data.examples.examples import Arrays, make_examples
-from finhpc.data.examples.layout import groups, pack, piece, size
+from finhpc.data.examples.layout import SHORTEST_PREFIX, groups, pack, piece, size
 from finhpc.errors import ConfigError
 from finhpc.models.packing.layout import IGNORED, PACKS, POSITION, PREFIX, SEGMENT, TARGET, TARGETS, TOKEN
 from finhpc.settings.finetune import Instructions
@@ -60,6 +60,32 @@ def test_every_example_is_seen_whole_by_its_own_segment(share):
     assert shared == share
     if share:
         assert size(pieces, groups(pieces)) == 14 + 14 + 14 + 3 - 2 * 12
+
+
+def test_groups_save_the_most_tokens_that_any_grouping_in_order_saves():
+    draw = np.random.default_rng(0)
+    grouped = 0
+    for _ in range(50):
+        stem = draw.integers(0, 9, 30).tolist()
+        rows = []
+        for _ in range(7):
+            head = [*stem[: draw.integers(1, 30)], *draw.integers(0, 2, draw.integers(1, 12)).tolist()]
+            rows.append(([*head, *draw.integers(0, 9, 3).tolist()], 3))
+        pieces = [piece(arrays(rows), i) for i in range(7)]
+        heads = sorted(one.tokens[: one.first].tolist() for one in pieces)
+
+        def saved(run: list[list[int]]) -> int:
+            alike = [len(set(tokens)) == 1 for tokens in zip(*run, strict=False)]
+            shared = alike.index(False) if False in alike else len(alike)
+            return (len(run) - 1) * shared if shared >= SHORTEST_PREFIX else 0
+
+        best = [0]
+        for end in range(1, 8):
+            best.append(max(best[begin] + saved(heads[begin:end]) for begin in range(end)))
+        found = groups(pieces)
+        grouped += sum(len(group.members) > 1 for group in found)
+        assert sum(len(one.tokens) for one in pieces) - size(pieces, found) == best[7]
+    assert grouped > 50
 
 
 def test_twice_the_same_example_keeps_both_targets():

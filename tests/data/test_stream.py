@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from finhpc.data.shards import reader as reading
+from finhpc.data.shards.decoded import decoded
 from finhpc.data.shards.reader import ReplicaStream, local_stream, micro_batches
 from finhpc.data.shards.shards import Shards, encode_shard
-from finhpc.data.shards.stream import _read_next, ray_stream
+from finhpc.data.shards.stream import _read, ray_stream
 from finhpc.errors import ConfigError, DataError
 
 TRAIN = (5, 3, 4, 6)  # 18 blocks of 64: 72 samples of 16 an epoch
@@ -47,6 +48,62 @@ def test_replicas_together_read_the_global_order(shards_folder):
     whole = np.array(sample_ids(local_stream(make(folder)))).reshape(30, 8)
     parts = [sample_ids(local_stream(make(folder, replicas=2, replica=r))) for r in range(2)]
     assert np.concatenate([np.array(part).reshape(30, 4) for part in parts], axis=1).tolist() == whole.tolist()
+
+
+@pytest.fixture
+def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Bytes of each shard that is read; decoded shards are shared in a folder of the test's own."""
+    sizes: list[int] = []
+    whole = Shards.read_shard
+
+    def reading_shard(self, split, index):
+        sizes.append(self.manifest.splits[split][index].bytes)
+        return whole(self, split, index)
+
+    monkeypatch.setattr(Shards, "read_shard", reading_shard)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    return sizes
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 4])
+def test_replicas_of_a_machine_read_each_shard_once(shards_folder, read, replicas):
+    folder = shards_folder(TRAIN)
+    text = sum(shard.bytes for shard in Shards.open(folder).manifest.splits["train"])
+    once = {"stop_step": 9, "samples_per_step": 8}  # one epoch
+    parts = [sample_ids(local_stream(make(folder, replicas=replicas, replica=r, **once))) for r in range(replicas)]
+    assert sum(read) == text, "all replicas together"
+    own = [np.array(part).reshape(9, 8 // replicas) for part in parts]
+    read.clear()
+    assert np.concatenate(own, axis=1).ravel().tolist() == sample_ids(local_stream(make(folder, **once)))
+
+
+def test_a_shard_that_was_decoded_elsewhere_is_verified(shards_folder, read):
+    folder = shards_folder(TRAIN)
+    file = folder / "train-00001.parquet"
+    other = encode_shard(np.zeros((3, 64), np.uint16))
+    file.write_bytes(other + bytes(file.stat().st_size - len(other)))
+    with pytest.raises(DataError, match=r"train-00001\.parquet"):
+        list(local_stream(make(folder, replicas=2)))
+
+
+def test_the_shared_shards_take_limited_room_and_may_be_lost(shards_folder, read, tmp_path, monkeypatch):
+    folder = shards_folder(TRAIN)
+    shards = Shards.open(folder)
+    cache = tmp_path / f"finhpc-shards-{os.getuid()}"
+    for _ in range(2):
+        for index, blocks in enumerate(TRAIN):
+            found = decoded(shards, index, limit=2 * 9 * 64)  # of ids of two bytes
+            assert (found == shards.read_shard("train", index)).all()
+            assert found.shape == (blocks, 64)
+            assert sum(file.stat().st_size for file in cache.iterdir()) <= 2 * 9 * 64
+    (file,) = cache.glob(f"{shards.manifest.splits['train'][3].sha256}-????????-*[0-9a-f]")
+    file.unlink()  # `found` stays mapped
+    file.write_bytes(b"cut")
+    assert (decoded(shards, 3, 10**6) == found).all()
+    cache.chmod(0o755)  # another user could have written there
+    read.clear()
+    assert (decoded(shards, 3, 10**6) == found).all()
+    assert len(read) == 1
 
 
 def test_a_later_start_is_the_tail(shards_folder):
@@ -126,7 +183,7 @@ def test_ray_gives_the_local_stream(shards_folder, monkeypatch, segment, tasks):
 @pytest.mark.usefixtures("ray_cluster")
 def test_ray_data_is_done_with_a_segment_before_it_is_consumed(shards_folder):
     stream = make(shards_folder(TRAIN))
-    pieces = _read_next(stream, stream.segments())
+    pieces = _read(stream, next(stream.segments()))
     assert not [thread.name for thread in threading.enumerate() if "StreamingExecutor" in thread.name]
     assert len(pieces) > 0, "read, not to be read"
     assert sum(len(piece["sample"]) for piece in pieces) == 30 * 8

@@ -19,7 +19,7 @@ from finhpc.commands.pretrain import Pretrain
 from finhpc.files import file_sha256
 from finhpc.runs.folder import RunFolder
 from finhpc.runs.job import Job
-from finhpc.runs.launch import launch_here
+from finhpc.runs.launch import UseModel, launch_here
 from finhpc.runs.launch_warm import launch_warm
 from finhpc.runs.run import run
 from finhpc.settings.base import load
@@ -79,12 +79,11 @@ def train_warm(storage: Path, shards: Path, *more: str, poll: Callable[[], None]
     return run(Pretrain(config), launch=partial(launch_warm, poll=poll))
 
 
-def launch_quickly(job: Job, folder: RunFolder, cuda: bool) -> None:
+def launch_quickly(job: Job, folder: RunFolder, cuda: bool) -> UseModel:
     """Train in this process, or by workers that stay for the next run."""
     if job.config.parallel.workers == 1:
-        launch_here(job, folder, cuda, on_eval=lambda record: None)
-    else:
-        launch_warm(job, folder, cuda, poll=lambda: None)
+        return launch_here(job, folder, cuda, on_eval=lambda record: None)
+    return launch_warm(job, folder, cuda, poll=lambda: None)
 
 
 def outcome(storage: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from finhpc.cluster.connect import cluster_resources, places, ray_cluster, use_cuda
 from finhpc.cluster.ready import check_ray
-from finhpc.cluster.tasks import is_finished, run_tasks, workplace
+from finhpc.cluster.tasks import is_finished, run_tasks, stream_task, workplace
 from finhpc.commands.decompose.layer_groups import (
     Factorization,
     Group,
@@ -32,7 +32,7 @@ from finhpc.commands.decompose.layer_groups import (
     groups_of,
     peak_memory_bytes,
     targets_of,
-    with_moments,
+    whitened_groups,
 )
 from finhpc.commands.decompose.spectra import draw, save_spectra, summary
 from finhpc.data.text.calibration import calibration_blocks
@@ -78,7 +78,7 @@ def decompose(config: DecomposeConfig, dry_run: bool = False) -> dict[str, Any]:
     settings, work = settings_sha256(config, source), out.with_name(out.name + ".partial")
     if is_finished(out, RESULT, settings, "a model", work):
         return json.loads((out / RESULT).read_bytes())  # type: ignore[no-any-return]
-    check_manifest(source)
+    check_manifest(source, quickly=dry_run)
     weights = open_weights(source)
     if (tokenizer := find_tokenizer(source)) is not None:
         check_rows(tokenizer, weights.config.vocab_size, f"model={source}")
@@ -129,15 +129,18 @@ def _factorize(groups: list[Group], weights: Weights, task: Factorization, confi
     peaks: dict[int, int] = {}
     if not pending:
         return peaks
+    cpus, gpus = config.resources.cpus_per_worker, config.resources.gpus_per_worker if task.cuda else 0
+    # One more than run at a time, so that a worker that ends one can start the next at once.
+    width = config.workers or places(config.resources, task.cuda) + 1
     ready: Iterable[Group] = pending
     return_freed_memory()
     if config.whiten:
         tokens = _calibration(weights, task.work, config)
-        torch.set_num_threads(config.resources.threads)
-        ready = with_moments(pending, weights, tokens, task.work, torch.device("cuda" if task.cuda else "cpu"))
-    cpus, gpus = config.resources.cpus_per_worker, config.resources.gpus_per_worker if task.cuda else 0
-    # One more than run at a time, so that a worker that ends one can start the next at once.
-    width = config.workers or places(config.resources, task.cuda) + 1
+        ready = whitened_groups(task, (pending, tokens))
+        if task.cuda and not torch.cuda.is_available():  # the cluster has GPUs and this machine has none
+            # With a single GPU the moments of all layers are on disk before the first one is factorized.
+            ahead = width if width > 2 else None
+            ready = stream_task(partial(whitened_groups, task), (pending, tokens), "calibration", ahead, cpus, gpus)
     with Progress("factorizing", left, "matrices") as progress:
         for group, (process, peak) in run_tasks(partial(factorize_group, task), ready, str, width, cpus, gpus):
             peaks[process] = max(peak, peaks.get(process, 0))

@@ -193,6 +193,14 @@ class Factorization:
     cuda: bool
 
 
+def whitened_groups(task: Factorization, given: tuple[list[Group], Tensor]) -> Iterator[Group]:
+    """Yield the pending groups that are `given`, each with the moments of its inputs over the tokens."""
+    torch.set_num_threads(task.threads)
+    pending, tokens = given
+    weights, device = opened(task.source, task.stamp), torch.device("cuda" if task.cuda else "cpu")
+    yield from with_moments(pending, weights, tokens, task.work, device)
+
+
 def factorize_group(task: Factorization, group: Group) -> tuple[int, int]:
     """Write the factors of one group; return this process's id and its peak memory in bytes."""
     return_freed_memory()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from heapq import heapify, heappop, heapreplace
 from typing import Any
 
 import numpy as np
@@ -134,11 +135,17 @@ def _spread(pieces: Sequence[Piece], clusters: list[Group], bins: int, per: int)
             left -= slots[at]
             room[at] -= slots[at]
             at += room[at] == 0
+        free = [(load[i], i) for i in range(bins) if slots[i]]  # the least loaded first
+        heapify(free)
         for member in sorted(cluster.members, key=lambda i: (-len(pieces[i].tokens), i)):
-            target = min((i for i in range(bins) if slots[i]), key=lambda i: load[i])
+            target = free[0][1]
             slots[target] -= 1
             load[target] += len(pieces[member].tokens) - cluster.prefix
             results[target].append(member)
+            if slots[target]:
+                heapreplace(free, (load[target], target))
+            else:
+                heappop(free)
     return [sorted(chosen) for chosen in results]
 
 

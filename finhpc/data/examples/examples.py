@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,15 +15,19 @@ import numpy as np
 import numpy.typing as npt
 
 from finhpc.data.examples.instructions import Example, Source, is_held_out, read_examples
-from finhpc.data.examples.tokenize import Row, Tokenized, check_tokenizer, tokenized
+from finhpc.data.examples.tokenize import Tokenized, check_tokenizer, tokenized
 from finhpc.data.shards.order import permutation
 from finhpc.errors import ConfigError, DataError
-from finhpc.files import write_atomic
+from finhpc.files import json_sha256, write_atomic
 from finhpc.models.files.tokens import continuation_ids
 from finhpc.settings.finetune import Instructions
 
 SPLITS = ("train", "held_out")
+COUNTS = ("records", "examples", "held_out", "cut", "dropped", "tokens", "answer_tokens")
 ARRAYS = ("tokens", "offsets", "answer", "source")
+
+
+_newest: dict[str, Examples] = {}  # the last examples that were made, which most trials of a sweep share
 
 
 class Arrays(NamedTuple):
@@ -53,7 +58,7 @@ class Examples:
     notes: tuple[str, ...] = ()
     origin: str = ""  # hash of records, settings and tokenizer
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """sha256 of all ids, borders, answers and sources."""
         digest = hashlib.sha256()
@@ -108,6 +113,9 @@ def make_examples(settings: Instructions, tokenizer: Any, seed: int, before: Pat
         with suppress(DataError):  # none or damaged: the same are made again, and a run checks their fingerprint
             if (stored := load(before)).origin == origin:
                 return stored
+    key = json_sha256([origin, settings.model_dump()])  # notes and counts name the files
+    if key in _newest and "strftime_now" not in str(tokenizer.chat_template):  # else a day later they differ
+        return _newest[key]
     items, texts = tokenized(given, tokenizer, settings.max_len, settings.cut == "input")
     _check_dropped(items, settings)
     train, held_out, leaked = _split(items, settings)
@@ -122,7 +130,9 @@ def make_examples(settings: Instructions, tokenizer: Any, seed: int, before: Pat
     counts |= {"leaked": leaked, "not_drawn": len(train) - len(drawn)}
     notes = [*(note for source in sources for note in source.notes), *texts, *_notes(counts, settings)]
     labels = tuple(dict.fromkeys(label for source in sources for label in source.labels))
-    return Examples(_arrays(drawn), _arrays(held_out), counts, labels, tuple(notes), origin)
+    _newest.clear()
+    _newest[key] = Examples(_arrays(drawn), _arrays(held_out), counts, labels, tuple(notes), origin)
+    return _newest[key]
 
 
 def read_sources(settings: Instructions) -> list[Source]:
@@ -192,9 +202,9 @@ def _arrays(items: list[Tokenized]) -> Arrays:
     rows = [item.row for item in items if item.row is not None]
     lengths = np.array([len(row.tokens) for row in rows], np.int64)
     return Arrays(
-        np.array([token for row in rows for token in row.tokens], np.int32),
+        np.concatenate([np.empty(0, np.int32), *(row.tokens for row in rows)]),
         np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)]),
-        np.array([answer for row in rows for answer in row.answer], np.bool_),
+        np.concatenate([np.empty(0, np.bool_), *(row.answer for row in rows)]),
         np.array([item.example.source for item in items], np.int32),
     )
 
@@ -209,23 +219,23 @@ def _counts(
         if example.label is not None:
             answers.setdefault(example.prompt, set()).add(example.label)
 
-    def counts_of(source: int | None) -> dict[str, Any]:
-        def rows_of(items: list[Tokenized]) -> list[Row | None]:
-            return [item.row for item in items if source in (None, item.example.source)]
-
-        rows, learned = rows_of(items), [row for row in rows_of(train) if row is not None]
-        return {
-            "records": len(rows),
-            "examples": len(learned),
-            "held_out": len(rows_of(held_out)),
-            "cut": sum(row.cut for row in rows if row is not None),
-            "dropped": rows.count(None),
-            "tokens": sum(len(row.tokens) for row in learned),
-            "answer_tokens": sum(sum(row.answer) for row in learned),
-        }
-
+    of_sources = [dict.fromkeys(COUNTS, 0) for _ in sources]
+    for example, row in items:
+        counted = of_sources[example.source]
+        counted["records"] += 1
+        counted["cut"] += row is not None and row.cut
+        counted["dropped"] += row is None
+    for example, _ in held_out:
+        of_sources[example.source]["held_out"] += 1
+    for example, row in train:
+        counted = of_sources[example.source]
+        counted["examples"] += 1
+        if row is not None:
+            counted["tokens"] += len(row.tokens)
+            counted["answer_tokens"] += int(row.answer.sum())
+    total = {name: sum(counted[name] for counted in of_sources) for name in COUNTS}
     by_source = [
-        counts_of(i)
+        of_sources[i]
         | {
             "source": source.name,
             "format": source.format,
@@ -237,7 +247,7 @@ def _counts(
     ]
     conflicting = sum(len(labels) > 1 for labels in answers.values())
     duplicates = sum(count - 1 for count in same.values())
-    return counts_of(None) | {"duplicates": duplicates, "conflicting": conflicting, "by_source": by_source}
+    return total | {"duplicates": duplicates, "conflicting": conflicting, "by_source": by_source}
 
 
 def _notes(counts: dict[str, Any], settings: Instructions) -> list[str]:

@@ -51,32 +51,38 @@ def groups(pieces: Sequence[Piece], share_prefix: bool = True) -> list[Group]:
     n = len(pieces)
     if not share_prefix or n < 2:
         return [Group((i,), 0) for i in range(n)]
-    heads = [tuple(one.tokens[: one.first].tolist()) for one in pieces]
-    order = sorted(range(n), key=lambda i: (heads[i], len(pieces[i].tokens), i))
-    common = [_common(heads[a], heads[b]) for a, b in pairwise(order)]
-    saved, start = [0] * (n + 1), list(range(n + 1))  # best of the first k; where its last run begins
+    heads = [one.tokens[: one.first] for one in pieces]
+    order = sorted(range(n), key=lambda i: (heads[i].tolist(), len(pieces[i].tokens), i))
+    common = np.array([_common(heads[a], heads[b]) for a, b in pairwise(order)])
+    places = np.arange(n)
+    saved, start = np.zeros(n + 1, np.int64), places.tolist()  # best of the first k; where its last run begins
+    start.append(n)
+    shared = np.empty(n - 1, np.int64)  # by the place j at which a run begins: what its members have in common
+    least = 0  # place before which runs have too little in common
     for k in range(1, n + 1):
         saved[k], start[k] = saved[k - 1], k - 1
-        shared = len(heads[order[k - 1]])
-        for j in range(k - 2, -1, -1):
-            shared = min(shared, common[j])
-            if shared < SHORTEST_PREFIX:
-                break
-            if (gain := saved[j] + (k - 1 - j) * shared) > saved[k]:
-                saved[k], start[k] = gain, j
+        if k < 2:
+            continue
+        shared[k - 2] = common[k - 2]
+        np.minimum(shared[least : k - 1], common[k - 2], out=shared[least : k - 1])
+        least += int(np.searchsorted(shared[least : k - 1], SHORTEST_PREFIX))  # it rises from place to place
+        gains = saved[least : k - 1] + (k - 1 - places[least : k - 1]) * shared[least : k - 1]
+        if len(gains) and gains.max() > saved[k]:
+            saved[k], start[k] = gains.max(), k - 2 - int(gains[::-1].argmax())  # of equal ones the shortest run
     grouping: list[Group] = []
     k = n
     while k:
         j = start[k]
         members = tuple(order[j:k])
-        grouping.append(Group(members, min(common[j : k - 1]) if k - j > 1 else 0))
+        grouping.append(Group(members, int(common[j : k - 1].min()) if k - j > 1 else 0))
         k = j
     return grouping[::-1]
 
 
-def _common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+def _common(a: Ints, b: Ints) -> int:
     shorter = min(len(a), len(b))
-    return next((i for i in range(shorter) if a[i] != b[i]), shorter)
+    other = np.flatnonzero(a[:shorter] != b[:shorter])
+    return int(other[0]) if len(other) else shorter
 
 
 def size(pieces: Sequence[Piece], grouping: Sequence[Group]) -> int:

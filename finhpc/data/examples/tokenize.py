@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from finhpc.data.examples.chat import Conversation, control_tokens, rendered, rendered_ids
 from finhpc.data.examples.instructions import Example
@@ -12,15 +18,20 @@ from finhpc.errors import ConfigError
 from finhpc.models.files.tokens import begin_ids, continuation_ids, encode
 
 BATCH = 1000  # texts per call of the tokenizer
+PARALLEL = "TOKENIZERS_PARALLELISM"  # which the tokenizers library reads at each call
 COMPARED = 100  # conversations whose prompts are encoded again as inference does
 
 
 class Row(NamedTuple):
-    """Ids of an example and a mask of its answer; `cut`: its input was cut."""
+    """Ids of an example, int32 (n,), and a mask of its answer, bool (n,); `cut`: its input was cut."""
 
-    tokens: list[int]
-    answer: list[bool]
+    tokens: npt.NDArray[np.int32]
+    answer: npt.NDArray[np.bool_]
     cut: bool = False
+
+    @classmethod
+    def of(cls, tokens: Sequence[int], answer: Sequence[bool]) -> Row:
+        return cls(np.array(tokens, np.int32), np.array(answer, np.bool_))
 
 
 class Tokenized(NamedTuple):
@@ -46,7 +57,9 @@ def tokenized(
     long: list[str] = []
     for first in range(0, len(examples), BATCH):
         batch = examples[first : first + BATCH]
-        for example, row in zip(batch, _rows(batch, tokenizer), strict=True):
+        with _all_cores():
+            rows = _rows(batch, tokenizer)
+        for example, row in zip(batch, rows, strict=True):
             if len(row.tokens) <= max_len:
                 results.append(Tokenized(example, row))
             else:
@@ -59,6 +72,19 @@ def tokenized(
             "raise it, or let the end of inputs be cut with --data.cut input."
         )
     return results, notes + _notes(results, tokenizer)
+
+
+@contextmanager
+def _all_cores() -> Iterator[None]:
+    """Let the tokenizer spread a batch over all cores; elsewhere it may not, as processes are forked after it ran."""
+    before = os.environ.get(PARALLEL)
+    os.environ[PARALLEL] = "true"
+    try:
+        yield
+    finally:
+        os.environ.pop(PARALLEL)
+        if before is not None:
+            os.environ[PARALLEL] = before
 
 
 def check_tokenizer(tokenizer: Any, examples: list[Example]) -> None:
@@ -115,7 +141,7 @@ def _rows(examples: list[Example], tokenizer: Any) -> list[Row]:
             answer = answer or continuation_ids(tokenizer, example.prompt, example.answer, plain=True)
             answer = answer + ([tokenizer.eos_token_id] if example.end else [])
             prompt = begin + prompt
-            results[i] = Row(prompt + answer, [False] * len(prompt) + [True] * len(answer))
+            results[i] = Row.of(prompt + answer, [False] * len(prompt) + [True] * len(answer))
     if talks := {i: example.chat for i, example in enumerate(examples) if example.chat is not None}:
         added = frozenset(tokenizer.added_tokens_decoder)
         encoded = _with_offsets([chat.text for chat in talks.values()], tokenizer)
@@ -137,12 +163,12 @@ def _talk(
     answer = _inside(chat.answers, offsets)
     # The marks of a template are followed exactly.
     if chat.marked or ids[_last(answer)] in added:
-        return Row(list(ids), answer)
+        return Row.of(ids, answer)
     if tokenizer.eos_token_id is None:
         raise ConfigError(NO_END)
     encoded = _with_offsets([chat.text[: chat.answers[-1][1]]], tokenizer)
     ids, answer = encoded["input_ids"][0], _inside(chat.answers, encoded["offset_mapping"][0])
-    return Row([*ids, tokenizer.eos_token_id], [*answer, True])
+    return Row.of([*ids, tokenizer.eos_token_id], [*answer, True])
 
 
 def _inside(spans: tuple[tuple[int, int], ...], offsets: list[tuple[int, int]]) -> list[bool]:
@@ -203,14 +229,14 @@ def _notes(items: list[Tokenized], tokenizer: Any) -> list[str]:
     if not talks:
         return []
     added = tokenizer.added_tokens_decoder
-    last = [row.tokens[_last(row.answer)] for _, row in talks]
+    last = [int(row.tokens[row.answer][-1]) for _, row in talks]
     endless = sum(token not in added for token in last)
     ended = 0
     for (chat, row), token in zip(talks, last, strict=True):
         written = str(added[token].content) if token in added else ""
-        ended += row.answer[-1] and not chat.text[: chat.answers[-1][1]].endswith(written)
+        ended += bool(row.answer[-1]) and not chat.text[: chat.answers[-1][1]].endswith(written)
     other = sum(  # inference reads other ids before the first answer than were learned
-        rendered_ids(chat.text[: chat.answers[0][0]], tokenizer) != row.tokens[: row.answer.index(True)]
+        rendered_ids(chat.text[: chat.answers[0][0]], tokenizer) != row.tokens[: row.answer.argmax()].tolist()
         for chat, row in talks[:COMPARED]
         if not row.cut
     )

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from finhpc.data.shards.decoded import decoded
 from finhpc.data.shards.order import Order, Visit, replica_mask
-from finhpc.data.shards.shards import Shards
+from finhpc.data.shards.shards import Shards, Tokens
 from finhpc.errors import ConfigError
 
 # tokens (n, seq_len); sample (n,), ids of samples; position (n,), their places in the global stream
@@ -84,9 +85,7 @@ class ReplicaStream:
         samples, positions = self.order.samples(visit)[mine], positions[mine]
         if not len(samples):
             return
-        blocks = {
-            int(i): self.shards.read_shard("train", i).reshape(-1, self.seq_len) for i in self.order.shards(visit)
-        }
+        blocks = {int(i): self._blocks(int(i)).reshape(-1, self.seq_len) for i in self.order.shards(visit)}
         rows = max(1, PIECE_TOKENS // self.seq_len)
         for begin in range(0, len(samples), rows):
             ids = samples[begin : begin + rows]
@@ -96,6 +95,13 @@ class ReplicaStream:
                 inside = shard_of == shard
                 tokens[inside] = blocks[int(shard)][ids[inside] - self.order.starts[shard]]
             yield {"tokens": tokens, "sample": ids, "position": positions[begin : begin + rows]}
+
+    def _blocks(self, shard: int) -> Tokens:
+        """Return a shard's blocks, which replicas share with the others on their machine."""
+        if self.replicas == 1:
+            return self.shards.read_shard("train", shard)
+        ahead = max(VISIT_TOKENS, SEGMENT_TOKENS * self.replicas)  # at most twice this is in use at a time
+        return decoded(self.shards, shard, 4 * ahead * np.dtype(self.shards.manifest.dtype).itemsize)
 
 
 def local_stream(stream: ReplicaStream) -> Iterator[Rows]:
