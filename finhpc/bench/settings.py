@@ -125,6 +125,9 @@ class FinetuneBench(Section):
         [16, 4], min_length=1, description="bases: bfloat16, int8, NF4"
     )
     lr: float = Field(1e-3, gt=0, description="learning rate")
+    compiled: bool = Field(
+        True, description="also measure compiled steps of finhpc and of peft's loop, if there is a compiler"
+    )
     resources: Resources = Field(default_factory=lambda: Resources(threads=2, device="cpu"))
 
 
