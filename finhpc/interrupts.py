@@ -1,8 +1,9 @@
 """End a command on a signal: cleanly on the first, immediately on the second.
 
 SIGINT (Ctrl-C) raises `KeyboardInterrupt`, SIGTERM and SIGHUP (a closed terminal) raise `Terminated`, so that files are
-closed on the way out and the same command resumes. A second Ctrl-C immediately ends the command and every process that
-it started: a thread does that, because the main thread may be inside a library that does not return.
+closed on the way out and the same command resumes; a run saves a checkpoint before it ends by `Terminated`. A second
+Ctrl-C immediately ends the command and every process that it started: a thread does that, because the main thread may
+be inside a library that does not return.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class _State:
     interrupts = 0  # seen by the main thread
     repeated = False  # the next SIGINT repeats one that was lost
     at_once = threading.Event()
+    ending: tuple[int, ...] = ()  # those of ENDING that raise `Terminated`
     folders: ClassVar[set[str]] = set()  # removed on an immediate end
 
 
@@ -63,6 +65,7 @@ def terminable() -> Iterator[None]:
         for number in ENDING:
             if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
                 before[number] = signal.signal(number, stop)
+        _State.ending = tuple(before)
     except ValueError:  # not the main thread, which handles signals
         pass
     try:
@@ -70,6 +73,26 @@ def terminable() -> Iterator[None]:
     finally:
         for changed, handler in before.items():
             signal.signal(changed, handler)
+
+
+@contextmanager
+def terminable_again() -> Iterator[None]:
+    """After `Terminated`: let another SIGTERM or SIGHUP raise it again while the block runs."""
+    begin = time.monotonic()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if time.monotonic() - begin > SAME_PRESS_S:  # otherwise a wrapper repeats the first one
+            for each in _State.ending:
+                signal.signal(each, signal.SIG_IGN)
+            raise Terminated(number)
+
+    for number in _State.ending:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in _State.ending:
+            signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager

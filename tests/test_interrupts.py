@@ -69,8 +69,8 @@ sys.exit(main())
 """
 
 
-def begin(code: str, folder: Path, **more: object) -> subprocess.Popen[str]:
-    words = [sys.executable, "-c", HEAD + code, str(folder)]
+def begin(code: str, folder: Path, *arguments: str, **more: object) -> subprocess.Popen[str]:
+    words = [sys.executable, "-c", HEAD + code, str(folder), *arguments]
     # A shell's background job ignores SIGINT, and its children would, too.
     more.setdefault("preexec_fn", lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True, **more)  # type: ignore[call-overload]
@@ -113,6 +113,52 @@ def test_the_first_one_closes_what_is_open(tmp_path: Path, number: int) -> None:
     process.send_signal(number)
     assert process.wait(180) == 128 + number
     assert process.communicate()[1] == "closing what is open\n"
+
+
+# Work in a thread that is asked to end, which takes it a moment, or for ever.
+ASKED = """
+import ray  # now: the end of `watch` would take a moment for it, and hide that it did not wait
+from finhpc.interrupts import Terminated, terminable
+from finhpc.runs.watch import watch
+asked = ready / "asked"
+
+def work():
+    is_ready()
+    while not asked.exists() or "for ever" in sys.argv:
+        time.sleep(0.02)
+    time.sleep(0.3)
+    (ready / "saved").touch()
+
+def ask_to_end():
+    asked.touch()
+    return 200.0
+
+@interruptible
+def main():
+    watch(work, lambda: None, ask_to_end)
+    return 0
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_work_that_is_asked_to_end_may_save_first(number: int, tmp_path: Path) -> None:
+    process = begin(ASKED, tmp_path)
+    process.send_signal(number)
+    assert process.wait(180) == 128 + number
+    assert (tmp_path / "saved").exists()
+
+
+def test_a_second_sigterm_waits_for_no_save(tmp_path: Path) -> None:
+    process = begin(ASKED, tmp_path, "for ever")
+    process.send_signal(signal.SIGTERM)
+    wait_until((tmp_path / "asked").exists)
+    process.send_signal(signal.SIGTERM)  # a wrapper repeats the first one
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.5)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+    assert not (tmp_path / "saved").exists()
 
 
 def test_nohup_keeps_a_command_going(tmp_path: Path) -> None:

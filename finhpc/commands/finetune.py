@@ -16,7 +16,7 @@ from finhpc.runs.result import lower_batch, millions
 from finhpc.runs.run import mlflow_checked, run
 from finhpc.settings.finetune import FinetuneConfig
 from finhpc.tracking.describe import Dataset
-from finhpc.training.checkpoint import Checkpoint, read_stage
+from finhpc.training.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -166,8 +166,7 @@ class Finetune(Job):
         from finhpc.models.files.tokens import end_of_turn, write_stops
         from finhpc.models.lora.peft_format import save_adapter
 
-        files = checkpoint.stage_files()
-        adapters = {name: tensor for file in files for name, tensor in read_stage(file, "param").items()}
+        adapters = dict(checkpoint.tensors("param"))
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         config, base = self.config, self.base

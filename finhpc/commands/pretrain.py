@@ -18,7 +18,7 @@ from finhpc.runs.result import lower_batch, millions
 from finhpc.runs.run import mlflow_checked, run
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.tracking.describe import Dataset
-from finhpc.training.checkpoint import Checkpoint, read_stage
+from finhpc.training.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -123,11 +123,11 @@ class Pretrain(Job):
     def save_model(self, folder: Path, checkpoint: Checkpoint) -> None:
         from finhpc.models.folder import save_model
 
-        shards = [lambda file=file: read_stage(file, "param") for file in checkpoint.stage_files()]  # type: ignore[misc]
         self.plan.shards.check_tokenizer()  # it goes into the model's folder
         # The model that the run starts from has the same ids, and perhaps a chat template and a generation config.
         start = self.plan.init_model
-        save_model(folder, self.plan.hf_config, shards, start.folder if start else self.plan.shards.tokenizer)
+        tokenizer = start.folder if start else self.plan.shards.tokenizer
+        save_model(folder, self.plan.hf_config, checkpoint.tensors("param"), tokenizer)
 
     @property
     def model_use(self) -> str:

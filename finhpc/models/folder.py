@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,18 +60,15 @@ def model_of(weights: Weights, dtype: torch.dtype, device: str | torch.device = 
     return model.eval()
 
 
-def save_model(
-    folder: Path, hf_config: Any, shards: Sequence[Callable[[], dict[str, Tensor]]], tokenizer: Path | None
-) -> None:
-    """Write config.json, safetensors (a file per shard) and the tokenizer's files; the folder appears when complete.
+def save_model(folder: Path, hf_config: Any, tensors: Iterable[tuple[str, Tensor]], tokenizer: Path | None) -> None:
+    """Write config.json, safetensors and the tokenizer's files; the folder appears when complete.
 
-    `tokenizer`: a folder whose tokenizer and generation config are copied. Each of `shards` returns Hugging Face
-    name -> tensor and is called once, in turn, so only one is in memory.
+    `tensors`: Hugging Face name and tensor of each parameter, of which about a gigabyte is in memory at a time.
+    `tokenizer`: a folder whose tokenizer and generation config are copied.
     """
     with TensorFolderWriter(folder, over=True) as writer:
-        for shard in shards:
-            writer.add(shard())
-            writer.flush()
+        for name, tensor in tensors:
+            writer.add({name: tensor})
         hf_config.architectures = [type(skeleton(hf_config)).__name__]
         hf_config.dtype = "float32"
         writer.finish(hf_config)

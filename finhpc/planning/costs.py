@@ -59,7 +59,8 @@ class PretrainCosts:
         """Seconds of one step: from measured parts if there are any, else from the cluster's rates."""
         outline, topology, device = self.outline, self.topology, cluster.device
         largest = max(sum(outline.part_params(kind) for kind in kinds) for kinds in self.cut)
-        exchange_s = averaging_s(largest, topology.replicas, device, cluster.devices_per_node)
+        shard, per_node = topology.shard_optimizer, cluster.devices_per_node
+        exchange_s = averaging_s(largest, topology.replicas, device, per_node, shard)
         if (part_s := self.part_s) is not None:  # with their share of the optimizer
             measured = [sum(part_s[kind] for kind in kinds) for kinds in self.cut]
             return Pace(measured, exchange_s, 0.0, topology.micro_batches)
@@ -72,7 +73,7 @@ class PretrainCosts:
             compute = sum(max(tokens * part_operations(outline, kind) / rate, least[kind]) for kind in kinds)
             neighbors = (i > 0) + (i < topology.stages - 1)
             seconds.append(compute + neighbors * 2 * hidden_bytes / link)  # hidden states there, gradients back
-        optimizer_s = largest * ADAMW_BYTES / (device.memory_gb_per_s * 1e9)
+        optimizer_s = largest / topology.optimizer_shares * ADAMW_BYTES / (device.memory_gb_per_s * 1e9)
         return Pace(seconds, exchange_s, optimizer_s, topology.micro_batches)
 
     def reached(self, rate: float) -> float:
@@ -84,9 +85,9 @@ class PretrainCosts:
 
 
 def topologies(
-    memory: Memory, cluster: Cluster, samples_per_step: int, micro_batch_sizes: list[int]
+    memory: Memory, cluster: Cluster, samples_per_step: int, micro_batch_sizes: list[int], shard_optimizer: bool = False
 ) -> list[dict[str, Any]]:
-    """Every topology considered, with its fullest stage and its pace.
+    """Every topology considered, with its fullest stage and its pace; `shard_optimizer` wherever there are replicas.
 
     Those that fit come first, the fastest first, then the others, the smallest first. Stages are powers of two and
     divisors of the number of blocks; replicas are as many as the devices and the step's samples allow. All topologies
@@ -102,7 +103,8 @@ def topologies(
             replicas = next((r for r in most if samples_per_step % (r * size) == 0), None)
             if replicas is None:
                 continue
-            topology = Topology(stages, replicas, size, samples_per_step // (replicas * size))
+            number, shard = samples_per_step // (replicas * size), shard_optimizer and replicas > 1
+            topology = Topology(stages, replicas, size, number, shard)
             costs = PretrainCosts(memory, topology)
             peak, step_s = costs.fullest.peak_bytes, costs.pace(cluster).step_s
             rows.append(

@@ -73,6 +73,7 @@ class LoraCosts:
             gradients=[4 * part.trained for part in parts],
             hidden=hidden,
             ids=ids,
+            cuda=self.cuda,
         )
         # Received tensors land in a buffer first: states and their pack going up, gradients coming down.
         received = (0 if first else hidden[0] + ids) + (0 if last else hidden[-1])
@@ -154,5 +155,7 @@ class LoraCosts:
         if (part_s := self.part_s) is not None:
             seconds = [sum(part_s[part.kind] for part in parts) for parts in self.cut]
         largest = max(sum(part.trained for part in parts) for parts in self.cut)
-        exchange = averaging_s(largest, topology.replicas, device, cluster.devices_per_node)
-        return Pace(seconds, exchange, largest * ADAMW_BYTES / memory, topology.micro_batches)
+        shard, per_node = topology.shard_optimizer, cluster.devices_per_node
+        exchange = averaging_s(largest, topology.replicas, device, per_node, shard)
+        optimizer_s = largest / topology.optimizer_shares * ADAMW_BYTES / memory
+        return Pace(seconds, exchange, optimizer_s, topology.micro_batches)

@@ -4,8 +4,8 @@ There are two schemes, both with 16 bytes per parameter by default:
 
 - `finhpc`: its own engine, with float32 weights, gradients and AdamW's two moments (in 8 bits if the run sets that),
   and method 3's W while they exist. The peak follows the engine's passes in order (one forward, one backward: stage
-  s of N has min(M, N - s) micro-batches in flight). DeepSpeed adds its buffers and, if gradients are averaged over
-  replicas, a flat copy of them.
+  s of N has min(M, N - s) micro-batches in flight). DeepSpeed adds its buffers. Replicas may divide the moments. What
+  they send together is copied: gradients on CPUs, small weights if moments are divided.
 - `paper`: Table III's mixed precision, with 16-bit weights and gradients, and an optimizer of 12 bytes (a float32
   copy of the weights and two moments), divided by ZeRO over the replicas. The total is the sum of the four, as in
   the paper.
@@ -26,8 +26,9 @@ from finhpc.planning.outline import Outline, Stages
 from finhpc.settings.estimate import EstimateConfig
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.training import Precision, TrainingConfig
+from finhpc.training.workers.replicas import BUCKET_BYTES
 
-BUCKET = 500_000_000  # gradients that DeepSpeed averages at a time
+IN_FLIGHT = 2  # buckets that are sent at a time, of `finhpc.training.workers.replicas`
 
 
 @dataclass(frozen=True)
@@ -61,17 +62,22 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Topology:
-    """Pipeline stages and replicas; `micro_batches` are per step and replica."""
+    """Pipeline stages and replicas; `micro_batches` are per step and replica.
+
+    `shard_optimizer`: the replicas divide the optimizer's state.
+    """
 
     stages: int
     replicas: int
     micro_batch_size: int
     micro_batches: int
+    shard_optimizer: bool = False
 
     @staticmethod
     def of(config: TrainingConfig) -> Topology:
         parallel = config.parallel
-        return Topology(parallel.stages, parallel.replicas, parallel.micro_batch_size, parallel.micro_batches)
+        size, number = parallel.micro_batch_size, parallel.micro_batches
+        return Topology(parallel.stages, parallel.replicas, size, number, parallel.shard_optimizer)
 
     @property
     def workers(self) -> int:
@@ -80,6 +86,11 @@ class Topology:
     @property
     def samples_per_step(self) -> int:
         return self.micro_batch_size * self.micro_batches * self.replicas
+
+    @property
+    def optimizer_shares(self) -> int:
+        """The replicas among which the optimizer's state is divided."""
+        return self.replicas if self.shard_optimizer else 1
 
     @property
     def utilization(self) -> float:
@@ -174,6 +185,7 @@ class Memory:
             gradients=[4 * count for count in trained],
             hidden=[sent] * (len(kinds) + 1),
             ids=ids,
+            cuda=scheme.cuda,
             shared=shared,
         )
         weights = 4 * (total + sum(dense))
@@ -193,6 +205,7 @@ class Steps:
     gradients: list[int]
     hidden: list[int]
     ids: int
+    cuda: bool
     shared: bool = False  # the first part's weights are the last's, so their gradient exists before its backward pass
 
     def memory(
@@ -213,7 +226,12 @@ class Steps:
             for level, present in self._levels(first, last, forward, in_flight, done):
                 activations, both = max(activations, level), max(both, level + present)
         gradients = sum(self.gradients)
-        flat = min(gradients, 4 * BUCKET) if topology.replicas > 1 else 0
+        optimizer = -(-optimizer // topology.optimizer_shares)
+        flat = 0  # copies of what replicas send together
+        if topology.replicas > 1 and not self.cuda:
+            flat = gradients  # gloo copies gradients as soon as they are there
+        elif topology.optimizer_shares > 1:
+            flat = min(gradients, IN_FLIGHT * BUCKET_BYTES)
         peak = weights + optimizer + buffers + other + max(both, gradients + flat)
         return StageMemory(stage, kinds, params, weights, gradients, optimizer, activations, buffers + flat, peak)
 

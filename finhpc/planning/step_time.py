@@ -10,7 +10,7 @@ from finhpc.planning.outline import Outline
 # Bytes moved per parameter, in float32.
 ADAMW_BYTES = 28  # weight, gradient and two moments are read, weight and moments written
 CLIPPED_BYTES = 12  # the gradient is read for its norm, then read and written for clipping
-AVERAGED_BYTES = 20  # with several replicas DeepSpeed also copies gradients to a flat buffer, scales them, copies back
+AVERAGED_BYTES = 8  # with several replicas gradients are also scaled
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,15 @@ def part_operations(outline: Outline, kind: str) -> float:
     return 3 * forward + again
 
 
-def averaging_s(params: int, replicas: int, device: Device, per_node: int) -> float:
-    """Seconds to average gradients in a ring over a stage's replicas, which are neighbors: the pipe axis is outer."""
+def averaging_s(params: int, replicas: int, device: Device, per_node: int, shard_optimizer: bool = False) -> float:
+    """Seconds to average gradients in a ring over a stage's replicas, which are neighbors: the pipe axis is outer.
+
+    It is an upper bound, because most of it goes on while the last backward pass computes. With `shard_optimizer` the
+    updated weights travel too, after it.
+    """
     memory = device.memory_gb_per_s * 1e9
     if replicas == 1:
         return params * CLIPPED_BYTES / memory
     copies = params * (CLIPPED_BYTES + AVERAGED_BYTES) / memory
     link = device.link_gb_per_s if replicas <= per_node else device.network_gb_per_s
-    return copies + 2 * (replicas - 1) / replicas * 4 * params / (link * 1e9)
+    return copies + (3 if shard_optimizer else 2) * (replicas - 1) / replicas * 4 * params / (link * 1e9)

@@ -19,6 +19,7 @@ and, for some runs or for a time:
     ray/                  Ray Train's own records
     fatal.json            an error that ended all workers; out-of-memory.json: the step of an earlier one
     .lock, .room          the lock, and space to report a full disk
+    .stop                 a byte in it asks the workers to save a checkpoint and return
 
 Every file except the journals is replaced as a whole or not at all. None contains passwords.
 """
@@ -48,7 +49,7 @@ from finhpc.settings.training import TrainingConfig
 
 PACKAGES = ("finhpc", "torch", "ray", "deepspeed", "transformers", "tokenizers", "mlflow", "numpy", "pyarrow")
 # Files that a run folder may have before its work begins.
-BEFORE_WORK = {".lock", ".room", "config.yaml", "environment.json", "identity.json", "tasks"}
+BEFORE_WORK = {".lock", ".room", ".stop", "config.yaml", "environment.json", "identity.json", "tasks"}
 RESERVED = ("mlflow.db", "mlartifacts")  # next to the run folders in the storage
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _SECRET_WORDS = {"password", "passwd", "secret", "token", "key", "apikey", "credential", "credentials", "auth"}

@@ -24,11 +24,15 @@ from finhpc.runs.watch import Watcher, watch
 from finhpc.runs.worker import FATAL, OnEval, train_worker, use_model
 from finhpc.training.allocator import ENVIRONMENT
 from finhpc.training.watchdog import START_FACTOR
+from finhpc.training.workers import stop
+
+log = logging.getLogger(__name__)
 
 TORCH_TIMEOUT_S = 1800  # torch's own default, for runs without a limit
 STARTS_TRIED = 3  # of workers that cannot even start; Ray Train would try forever
 START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 HEALTH_TIMEOUT = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
+JOB_END_S = 5.0  # for Ray, the result and MLflow, once the workers have returned
 NO_LIMIT_S = 365 * 24 * 3600
 
 
@@ -67,8 +71,17 @@ def launch(job: Job, folder: RunFolder, cuda: bool) -> UseModel:
         ),
     )
     watcher = Watcher(job, folder, share)
+
+    def ask_to_end() -> float:
+        grace_s = stop_grace_s(config.run.stop_grace_s)
+        if not (watcher.has_trained and grace_s):  # nothing to save, or no time
+            return 0.0
+        stop.request(folder.path)
+        log.info("stopping: the workers save a checkpoint after the current step; another signal ends without it.")
+        return grace_s
+
     with ray_train_limits(hang_s):
-        error = watch(ray_trainer.fit, watcher.poll)
+        error = watch(ray_trainer.fit, watcher.poll, ask_to_end)
     raise_fatal(job, folder)
     if error is not None:
         raise failed_too_often(job, watcher.cause(error), f"{folder.path / 'ray'} and Ray's own, {ray_logs()}/train")
@@ -83,6 +96,13 @@ def use_in_task(arguments: dict[str, Any], share: dict[str, float]) -> dict[str,
 
     tasks = run_tasks(use_model, [arguments], name, 1, share["CPU"], share.get("GPU", 0))
     return next(result for _, result in tasks)
+
+
+def stop_grace_s(wanted_s: float) -> float:
+    """The seconds that workers have to save a checkpoint; a stopped Ray job is killed some time after it was asked."""
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
+        return wanted_s
+    return min(wanted_s, max(0.0, float(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", "3")) - JOB_END_S))
 
 
 def launch_here(job: Job, folder: RunFolder, cuda: bool, on_eval: OnEval) -> UseModel:

@@ -52,7 +52,7 @@ def collect(job: Job, folder: Path, wall_s: float, use_model: UseModel) -> dict[
         raise CheckpointError(
             f"{folder}/checkpoints has no checkpoint of the last step; run the same command again to write it."
         )
-    checkpoint.verify()
+    checkpoint.check_sizes()  # the workers wrote or verified it just now
     job.save_model(folder / "model", checkpoint)
     records, _ = read(folder / WORKER_FILE)
     earlier = earlier_worker_hours(records, time.time() - wall_s)

@@ -28,7 +28,8 @@ from finhpc.tracking.store import check_store
 from finhpc.tracking.tags import COMMAND, PREFIX, setting_tags
 from finhpc.tracking.tracker import Status, Tracker
 from finhpc.training.checkpoint import list_complete
-from finhpc.training.journal import DRIVER_FILE, WORKER_FILE
+from finhpc.training.journal import DRIVER_FILE, WORKER_FILE, latest, read
+from finhpc.training.workers import stop
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ def run(job: Job, launch: Launch = launch) -> dict[str, Any]:
         environment = folder.write_environment()
         for name in (FATAL, MEMORY):
             (folder.path / name).unlink(missing_ok=True)
+        stop.reset(folder.path)
         (folder.path / RESERVE).write_bytes(bytes(RESERVE_BYTES))
         if finished is None:
             job.prepare(folder.path)
@@ -165,7 +167,10 @@ def _train(job: Job, folder: RunFolder, launch: Launch, cluster: ExitStack) -> U
 def _how_to_resume(folder: RunFolder) -> str:
     checkpoints = list_complete(folder.path / "checkpoints")
     if checkpoints:
-        return f"stopped; the same command resumes from the checkpoint of step {checkpoints[0].step}."
+        saved, taken = checkpoints[0].step, max(latest(read(folder.path / WORKER_FILE)[0], "train"), default=0)
+        if saved == taken:
+            return f"stopped after step {saved}, which is saved; the same command continues there."
+        return f"stopped; the same command resumes from the checkpoint of step {saved}."
     return "stopped before the first checkpoint was complete; the same command begins at step 0."
 
 

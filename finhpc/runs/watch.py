@@ -14,6 +14,7 @@ from pathlib import Path
 from finhpc.cluster.connect import dead_process
 from finhpc.cluster.own_ray import ray_node
 from finhpc.errors import TrainingFailedError
+from finhpc.interrupts import Terminated, terminable_again
 from finhpc.runs.folder import RunFolder
 from finhpc.runs.job import Job
 from finhpc.training import watchdog
@@ -29,26 +30,31 @@ GRACE_S = 10.0  # for workers to return after they reported the last step
 RECENT_S = 60.0  # a hang explains a failure that came at most this much later
 
 
-def watch(work: Callable[[], object], poll: Callable[[], bool | None]) -> Exception | None:
+def watch(
+    work: Callable[[], object], poll: Callable[[], bool | None], ask_to_end: Callable[[], float] = lambda: 0.0
+) -> Exception | None:
     """Run `work` in a thread until it ends or `poll` returns True; return the exception it raised.
 
-    The main thread stays free for signals: a handler that raises inside Ray's own waiting is swallowed there. `poll`
-    may raise, which ends `work`. Raises `TrainingFailedError` if a process of Ray's own died: Ray would wait for
-    minutes and then end this process.
+    On SIGTERM and SIGHUP `ask_to_end` is called; `work` then has as many seconds as that returns to end by itself,
+    unless another signal comes. The main thread stays free for signals: a handler that raises inside Ray's own waiting
+    is swallowed there. `poll` may raise, which ends `work`. Raises `TrainingFailedError` if a process of Ray's own
+    died: Ray would wait for minutes and then end this process.
     """
     raised: list[Exception] = []
+    ended = threading.Event()  # a signal in `Thread.join` makes Python 3.11 believe that the thread has ended
 
     def run() -> None:
         try:
             work()
         except Exception as error:
             raised.append(error)
+        finally:
+            ended.set()
 
     thread = threading.Thread(target=run, daemon=True, name="ray-train")
     thread.start()
     try:
-        while thread.is_alive():
-            thread.join(POLL_S)
+        while not ended.wait(POLL_S):
             if poll():
                 return None
             if name := dead_process():
@@ -58,12 +64,18 @@ def watch(work: Callable[[], object], poll: Callable[[], bool | None]) -> Except
                     f"Ray's process {name} died (killed, or out of memory?), and with it the workers. "
                     "The same command resumes from the newest checkpoint."
                 )
+    except Terminated:
+        with terminable_again():
+            deadline = time.monotonic() + ask_to_end()
+            while time.monotonic() < deadline and dead_process() is None and not ended.wait(POLL_S):
+                pass
+        raise
     finally:
-        _end_training(thread)
+        _end_training(thread, ended)
     return raised[0] if raised else None
 
 
-def _end_training(thread: threading.Thread) -> None:
+def _end_training(thread: threading.Thread, ended: threading.Event) -> None:
     """End Ray Train's workers and controller if they still work, so that the thread waiting for them returns.
 
     Ray ends the whole process without a message if a thread still waits for something after Ray was left. The
@@ -72,16 +84,17 @@ def _end_training(thread: threading.Thread) -> None:
     import ray
 
     frame = sys._current_frames().get(thread.ident or 0)
-    while frame is not None and thread.is_alive() and dead_process() is None:
+    while frame is not None and not ended.is_set() and dead_process() is None:
         controller = frame.f_locals.get("controller")
         if isinstance(controller, ray.actor.ActorHandle):
             controller.abort.remote()
-            thread.join(END_S)
-            if thread.is_alive():  # it does not listen, for instance while it waits for resources
+            if not ended.wait(END_S):  # it does not listen, for instance while it waits for resources
                 ray.kill(controller)
-                thread.join(END_S)
-            return
+                ended.wait(END_S)
+            break
         frame = frame.f_back
+    if ended.is_set():
+        thread.join()
 
 
 class Watcher:
@@ -99,6 +112,7 @@ class Watcher:
         self.hang, self.hang_time = "", -math.inf
         _, self.offset = read(self.journal)  # records of earlier starts do not count
         self.finished_time = math.inf
+        self.has_trained = False  # a step or more
         self.needed = {name: job.config.parallel.workers * amount for name, amount in share.items()}
         self.next_look = time.monotonic() + PATIENCE_S
         self.waiting_since: float | None = None
@@ -115,6 +129,7 @@ class Watcher:
         if self.also is not None:
             self.also()
         records, self.offset = read(self.journal, self.offset)
+        self.has_trained |= any(record["kind"] == "train" for record in records)
         steps = self.job.config.train.steps
         if any(record["kind"] == "finished" and record["step"] >= steps for record in records):
             self.finished_time = min(self.finished_time, time.monotonic())

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from finhpc.errors import CheckpointError, FinhpcError, NonFiniteError, OutOfMemoryError
 from finhpc.files import write_json
+from finhpc.training.workers import stop
 
 if TYPE_CHECKING:
     from finhpc.training.trainer import Trainer
@@ -32,10 +33,11 @@ def train_worker(arguments: dict[str, Any], on_eval: OnEval | None = None) -> No
     `arguments`: `job_class`, a subclass of `finhpc.runs.job.Job`; `config`, its settings as a dict; `folder`; `cuda`;
     `fingerprint` of the run's data; `driver` (`finhpc.cluster.package.Driver`). `on_eval` receives the record of
     each evaluation except the last, and may end the training by raising. An error that a restart would only repeat
-    is written to `fatal.json`; a worker that finds this file returns at once, so that Ray Train does not try again.
+    is written to `fatal.json`; a worker that finds this file, or a request to stop, returns at once, so that Ray Train
+    does not try again.
     """
     folder = Path(arguments["folder"])
-    if (folder / FATAL).exists():
+    if (folder / FATAL).exists() or stop.is_requested(folder):
         return
     try:
         arguments["driver"].enter()

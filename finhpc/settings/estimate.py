@@ -78,8 +78,9 @@ class EstimateConfig(PretrainConfig):
         wanted, problems = self.estimate, [*self.parallel.problems(), *self.method.problems(self.train.steps)]
         if wanted.scheme == "finhpc" and wanted.zero_stage:
             problems.append(
-                f"estimate.zero_stage={wanted.zero_stage} does not exist in finhpc's training, in which every worker "
-                "of a stage has a full copy; use 0, or estimate.scheme=paper."
+                f"estimate.zero_stage={wanted.zero_stage} does not exist in finhpc's training; use "
+                "parallel.shard_optimizer=true, which divides the optimizer's state as the paper's 1 does, or "
+                "estimate.scheme=paper."
             )
         if wanted.scheme == "paper" and wanted.zero_stage > 1 and self.parallel.stages > 1:
             problems.append(

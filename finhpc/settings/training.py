@@ -67,16 +67,27 @@ class Parallel(Section, json_schema_extra=MAY_CHANGE):
     global_batch_size: int | None = Field(
         None, ge=1, description="samples per step, as a check; default: micro_batch_size x micro_batches x replicas"
     )
+    shard_optimizer: bool = Field(
+        False,
+        description="divide the optimizer's state among the replicas: 8 bytes per parameter become 8 / replicas, and "
+        "each step sends the updated weights in addition to the gradients",
+    )
 
     def problems(self) -> list[str]:
         """Return what is contradictory, each with its remedy."""
-        if self.global_batch_size in (None, self.samples_per_step):
-            return []
-        return [
-            f"parallel.global_batch_size={self.global_batch_size} is not micro_batch_size x micro_batches x replicas = "
-            f"{self.micro_batch_size} x {self.micro_batches} x {self.replicas} = {self.samples_per_step}; "
-            "change one of them, or leave global_batch_size out."
-        ]
+        problems = []
+        if self.global_batch_size not in (None, self.samples_per_step):
+            problems.append(
+                f"parallel.global_batch_size={self.global_batch_size} is not micro_batch_size x micro_batches x "
+                f"replicas = {self.micro_batch_size} x {self.micro_batches} x {self.replicas} = "
+                f"{self.samples_per_step}; change one of them, or leave global_batch_size out."
+            )
+        if self.shard_optimizer and self.replicas == 1:
+            problems.append(
+                "parallel.shard_optimizer=true divides the optimizer's state among replicas, and parallel.replicas is "
+                "1; use 2 or more replicas, or leave shard_optimizer out."
+            )
+        return problems
 
     @property
     def workers(self) -> int:
@@ -189,6 +200,12 @@ class Run(Tracked):
         "runs", validate_default=True, description="folder of the run folders; every node must see it"
     )
     experiment: str = Field("finhpc", description="MLflow experiment")
+    stop_grace_s: float = Field(
+        25,
+        ge=0,
+        description="seconds to save a checkpoint after SIGTERM or SIGHUP (a closed terminal) before the run ends "
+        "without it; less than what the scheduler grants",
+    )
     max_failures: int = Field(3, ge=0, description="worker failures after which the run restarts from its checkpoint")
 
 

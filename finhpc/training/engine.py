@@ -1,8 +1,8 @@
 """The engine of every topology: a DeepSpeed pipeline of stages x replicas.
 
-Weights, gradients and AdamW's moments are float32; `bf16` runs the parts under autocast. DeepSpeed moves activations
-and averages gradients. Clipping is done here, by the norm over all stages, because DeepSpeed's own norm is wrong with
-more than one stage in float32.
+Weights, gradients and AdamW's moments are float32; `bf16` runs the parts under autocast. DeepSpeed moves activations;
+`finhpc.training.workers.replicas` averages gradients. Clipping is done here, by the norm over all stages, because
+DeepSpeed's own norm is wrong with more than one stage in float32.
 
 This is the only file that uses DeepSpeed, and these places depend on its internals:
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from io import StringIO
@@ -40,8 +40,9 @@ from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.training import TrainingConfig
 from finhpc.training.allocator import keep_freed_memory
 from finhpc.training.compiler import Compiler
-from finhpc.training.optimizer import decay_products, drop_parameters, make_optimizer, set_lr
+from finhpc.training.optimizer import OPTIMIZERS, decay_products, drop_parameters, make_optimizer, set_lr
 from finhpc.training.stages import measured_cut
+from finhpc.training.workers.replicas import GradientAverager, ShardedStep, divide
 
 if TYPE_CHECKING:
     from finhpc.models.lora.model import LoraModel
@@ -100,8 +101,10 @@ class Engine:
         with redirect_stdout(StringIO()):  # where DeepSpeed prints its topology and seeds
             pipeline = CutPipeline(specs, self.borders, dynamic_shape=lora_model is not None)
         self.layers = [module for module in pipeline.modules() if isinstance(module, PipelineLayer)]
-        self.optimizer = make_optimizer(self.trained_parameters(), config.optimizer)
+        self._divide(pipeline.mpu())
+        self.optimizer = make_optimizer(self.updated, config.optimizer)
         self.optimizer.register_step_pre_hook(self._before_step)
+        self.optimizer.register_step_post_hook(self._after_step)
         self.pipe, *_ = deepspeed.initialize(
             model=pipeline,
             optimizer=self.optimizer,
@@ -113,14 +116,41 @@ class Engine:
                 "zero_optimization": {"stage": 0},
             },
         )
-        self.stage: int = self.pipe.grid.get_stage_id()
-        self.replica: int = self.pipe.grid.get_data_parallel_id()
         self.alpha: float | None = None
+        self.averager: GradientAverager | None = None  # with several replicas
         self.set_step(0)
         self.grad_norm = float("nan")
         self.busy_s = 0.0  # in forward and backward passes, since `take_times`
         self.wait_s = 0.0  # waiting for data
+        self.before_update: Callable[[], None] | None = None  # called in each step before the weights change
+        self._average_gradients()
         self._patch_deepspeed()
+
+    def _divide(self, grid: Any) -> None:
+        """Divide the stage's trained parameters among its replicas.
+
+        Each replica writes its share into checkpoints. With `parallel.shard_optimizer` it also updates that share
+        alone: `updated` has the parameters of the optimizer, Hugging Face name -> rows.
+        """
+        self.stage: int = grid.get_stage_id()
+        self.replica: int = grid.get_data_parallel_id()
+        trained, parallel = self.trained_parameters(), self.config.parallel
+        shares = divide(trained, parallel.replicas, OPTIMIZERS[self.config.optimizer.name].elementwise)
+        self.share = shares[self.replica]
+        self.sharded: ShardedStep | None = None
+        if parallel.shard_optimizer:
+            self.sharded = ShardedStep(trained, shares, self.replica, grid.get_data_parallel_group())
+        self.updated = self.sharded.updated if self.sharded else trained
+
+    def _average_gradients(self) -> None:
+        """Average the gradients of this stage's trained parameters over its replicas from now on."""
+        if self.averager is not None:
+            self.averager.close()
+        self.averager = None
+        if self.config.parallel.replicas > 1:
+            tied = [weight for weight, _ in self.pipe.module.get_tied_weights_and_groups()]
+            group = self.pipe.grid.get_data_parallel_group()
+            self.averager = GradientAverager(self.trained_parameters().values(), group, tied)
 
     def _layers(self, config: PretrainConfig, fill: Fill) -> list[LayerSpec]:
         """The layers of a pretraining; the two ends of a tied model share one."""
@@ -160,10 +190,9 @@ class Engine:
         patches = {
             schedule.ForwardPass: timed(engine._exec_forward_pass),
             schedule.BackwardPass: timed(engine._exec_backward_pass),
+            # DeepSpeed would copy all gradients to a flat buffer and back, and average them after the last pass.
+            schedule.ReduceGrads: lambda pipe: self.averager.finish() if self.averager else None,
         }
-        if self.config.parallel.replicas == 1:
-            # DeepSpeed would copy all gradients to a flat buffer and back, with nothing to average.
-            patches[schedule.ReduceGrads] = lambda pipe: None
         self.pipe._INSTRUCTION_MAP = self.pipe._INSTRUCTION_MAP | patches
 
     # -- names ------------------------------------------------------------------------------
@@ -198,7 +227,10 @@ class Engine:
         dropped = set_alpha((module for layer in self.layers for module in layer.modules()), self.alpha)
         if dropped:
             trained = dropped[0].requires_grad
-            drop_parameters(self.optimizer, dropped)
+            gone = self.updated.keys() - self.trained_parameters().keys()
+            drop_parameters(self.optimizer, [self.updated.pop(name) for name in gone])
+            if self.averager is not None:
+                self._average_gradients()
             for parameter in dropped:
                 self.pipe.param_names.pop(parameter, None)
             log.info(
@@ -265,6 +297,8 @@ class Engine:
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """Clip by the norm over the whole model, after DeepSpeed has averaged the gradients; decay products."""
         self._drop_derived()
+        if self.before_update is not None:
+            self.before_update()
         named = self.trained_parameters()
         own = [named[name].grad for name in self.owned_names() if named[name].grad is not None]
         squares = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -284,6 +318,13 @@ class Engine:
             modules: Iterator[Any] = (module for layer in self.layers for module in layer.modules())
             pairs = [module.pair() for module in modules if hasattr(module, "pair")]  # low-rank layers and adapters
             decay_products(pairs, self._lr * self.config.optimizer.weight_decay)
+        if self.sharded is not None:
+            self.sharded.share_gradients(named)
+
+    def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        """Exchange the rows that each replica updated."""
+        if self.sharded is not None:
+            self.sharded.exchange(self.trained_parameters())
 
     # -- times ------------------------------------------------------------------------------
 

@@ -23,10 +23,15 @@ Groups = list[dict[str, Any]]  # each with its params, weight_decay and lr_scale
 
 @dataclass(frozen=True)
 class OptimizerKind:
-    """How to make an optimizer, and the names of its tensors per parameter, which checkpoints contain."""
+    """How to make an optimizer, and the names of its tensors per parameter, which checkpoints contain.
+
+    `elementwise`: an element's step depends on nothing but that element's gradient and moments, and the moments have
+    the parameter's shape. Then replicas may divide a tensor among them; otherwise they divide whole tensors.
+    """
 
     make: Callable[[Groups, Optimizer], torch.optim.Optimizer]
     moments: tuple[str, ...]
+    elementwise: bool = False
 
 
 def _adamw(groups: Groups, settings: Optimizer) -> torch.optim.Optimizer:
@@ -70,7 +75,7 @@ def _check_kind(name: str, kind: Any) -> None:
 OPTIMIZERS: Registry[OptimizerKind] = Registry(
     "optimizer.name",
     {
-        "adamw": OptimizerKind(_adamw, ("exp_avg", "exp_avg_sq")),
+        "adamw": OptimizerKind(_adamw, ("exp_avg", "exp_avg_sq"), elementwise=True),
         # Small tensors have AdamW's moments; others have 8-bit moments with a scale for each 256 of them.
         "adamw8bit": OptimizerKind(_adamw8bit, ("exp_avg", "exp_avg_sq", "state1", "state2", "absmax1", "absmax2")),
     },

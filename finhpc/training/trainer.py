@@ -9,16 +9,17 @@ One training step, from its data to the journal:
         |           forward, send, receive, backward for each micro-batch:
         |               models/pipeline.py   PipelineLayer, the parts of this stage
         |               models/families/     attention, MLP, ..., and the loss in the last part
-        |           gradients are averaged over the replicas, and every worker receives the mean loss
+        |           workers/replicas.py averages gradients over the replicas, and every worker receives the mean loss
         |           Engine._before_step clips by the norm over all stages and decays products
         v
-    optimizer.py    AdamW, or another one of OPTIMIZERS
+    optimizer.py    AdamW, or another one of OPTIMIZERS; with parallel.shard_optimizer on this replica's share alone
         |
         v
     journal.py      {"kind": "train", "step": ..., "train_loss": ...} in RUN/journal.jsonl, which the progress bar
                     and MLflow read at their own pace
 
-Then watchdog.py learns that the start is over, and checkpoint.py copies the state for a thread that writes it.
+Then watchdog.py learns that the start is over, and checkpoint.py copies the state for a thread that writes it. At the
+start, workers/resume.py finds the checkpoint to resume from.
 """
 
 from __future__ import annotations
@@ -49,9 +50,11 @@ from finhpc.training.checkpoint import Checkpoint, Checkpointer
 from finhpc.training.engine import Engine
 from finhpc.training.journal import WORKER_FILE, Journal
 from finhpc.training.memory import counted_peak, peak_resident_bytes, reset_peaks
-from finhpc.training.optimizer import init_state, learning_rate, moment_names, moments
+from finhpc.training.optimizer import learning_rate
 from finhpc.training.stages import saved_cut
 from finhpc.training.watchdog import Watchdog
+from finhpc.training.workers.resume import latest_valid, load_state, stored_state
+from finhpc.training.workers.stop import Stop
 
 if TYPE_CHECKING:
     from finhpc.models.lora.model import LoraModel
@@ -86,6 +89,7 @@ class Trainer:
     journal: Journal | None = field(init=False)  # on rank 0
     engine: Engine = field(init=False)
     checkpointer: Checkpointer = field(init=False)
+    stop: Stop = field(init=False)
     inputs: Iterator[Tensor] = field(init=False)  # of the engine
     started: float = field(init=False)
     is_set_up: bool = field(init=False, default=False)
@@ -95,10 +99,11 @@ class Trainer:
     # Changes from step to step.
     consumed: int = field(init=False, default=0)  # the sum of sample hashes that this worker read, see `_open_data`
     peak: int | None = field(init=False, default=None)  # peak bytes, once counted
+    _verified: int = field(init=False, default=0)  # rounds in which workers verified a checkpoint
     _span: float = field(init=False, default=0.0)  # seconds of the steps since times were last summed
 
     def run(self) -> None:
-        """Train to `train.steps`.
+        """Train to `train.steps`, or until the command asks to stop, which `finhpc.training.workers.stop` explains.
 
         Raises `NonFiniteError` on every worker if the loss is not finite, `CheckpointError` if no checkpoint can be
         written or all those on disk are damaged. Ends the process if nothing progresses, see
@@ -121,14 +126,17 @@ class Trainer:
         for step in range(self.engine.step + 1, train.steps + 1):
             self._step(step)
             watchdog.settle()
-            last = step == train.steps
+            last, stops = step == train.steps, self.stop.is_due(step)
             if last or _is_due(step, train.eval_every):
                 self._evaluate(step)
-            if last or _is_due(step, train.checkpoint_every):
+            if last or stops or _is_due(step, train.checkpoint_every):
                 self._checkpoint(step)
+            if stops:
+                break
         self.checkpointer.wait()
         dist.barrier()
-        self._finish()
+        if self.engine.step == train.steps:
+            self._finish()
 
     @property
     def step(self) -> int:
@@ -140,7 +148,10 @@ class Trainer:
         if not self.is_set_up:
             return ()
         written = checkpoint.newest_checkpoint_bytes(self.folder / "checkpoints")
-        return self.engine.step, self.engine.busy_s, self.engine.wait_s, written
+        return self.engine.step, self.engine.busy_s, self.engine.wait_s, written, self._verified
+
+    def _count_verified(self) -> None:
+        self._verified += 1
 
     # -- start ------------------------------------------------------------------------------
 
@@ -156,19 +167,20 @@ class Trainer:
         )
         self.is_set_up = True
         folder = self.folder / "checkpoints"
-        start: list[Any] = [None, None]
+        latest = latest_valid(folder, self.world_rank, self.workers, self._count_verified)
+        attempt: list[Any] = [uuid.uuid4().hex]
         if self.world_rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            latest = checkpoint.latest_valid(folder)
             if latest is None and any(folder.glob("step_*")):
                 log.info("no checkpoint was ever completed: the run begins at step 0 again.")
             checkpoint.remove_partial(folder)
-            start = [uuid.uuid4().hex, latest]
-        dist.broadcast_object_list(start)
-        self.attempt, latest = start
+        dist.broadcast_object_list(attempt)
+        [self.attempt] = attempt
         self.checkpointer = Checkpointer(
             folder, self.config.train.keep_checkpoints, self.attempt, self.world_rank, self.workers
         )
+        self.engine.before_update = self.checkpointer.wait_for_copy
+        self.stop = Stop(self.folder, self.world_rank, self.attempt)
         if latest is not None:
             self._load(latest)
         if self.journal:
@@ -196,15 +208,8 @@ class Trainer:
 
     def _load(self, latest: Checkpoint) -> None:
         """Load weights, moments, counters and random state."""
-        engine, config = self.engine, self.config
-        engine.set_step(latest.step)
-        init_state(engine.optimizer, latest.step)
-        parameters = engine.trained_parameters()
-        targets = {name: {"param": p.data, **moments(engine.optimizer, p)} for name, p in parameters.items()}
-        for prefix in ("param", *moment_names(engine.optimizer)):
-            names = [name for name, target in targets.items() if prefix in target]
-            for name, value in checkpoint.load_tensors(latest, names, prefix).items():
-                targets[name][prefix].copy_(value)
+        config = self.config
+        load_state(self.engine, latest)
         self.resumed_from = latest.step
         self.consumed = int(latest.manifest["consumed"], 16) if self.world_rank == 0 else 0
         if not checkpoint.load_random_state(latest, self.world_rank, self.workers):
@@ -292,12 +297,7 @@ class Trainer:
 
     def _checkpoint(self, step: int) -> None:
         engine, parallel = self.engine, self.config.parallel
-        parameters = engine.trained_parameters()
-        state: dict[str, Tensor] = {}
-        writes = engine.replica == 0
-        for name in engine.owned_names() if writes else ():
-            tensors = {"param": parameters[name].detach(), **moments(engine.optimizer, parameters[name])}
-            state |= {f"{prefix}.{name}": value for prefix, value in tensors.items()}
+        state = stored_state(engine)
         extra = {
             **self.labels,
             "consumed": f"{self.consumed:064x}",
@@ -305,7 +305,8 @@ class Trainer:
             "stages": parallel.stages,
             "replicas": parallel.replicas,
         }
-        self.checkpointer.save(step, f"stage-{engine.stage:05d}.safetensors" if writes else None, state, extra)
+        file = f"stage-{engine.stage:05d}-replica-{engine.replica:05d}.safetensors"
+        self.checkpointer.save(step, file if state else None, state, extra)
         if self.journal:
             self.journal.write("checkpoint", step=step, path=f"checkpoints/step_{step:08d}")
 

@@ -72,7 +72,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
                     parameter.add_(0.1 * torch.randn_like(parameter))
             made[key] = tmp_path_factory.mktemp(key) / "model"
             weights = {n: p.detach().contiguous() for n, p in model.named_parameters()}
-            save_model(made[key], config, [lambda: weights], tokenizer)
+            save_model(made[key], config, weights.items(), tokenizer)
         return made[key]
 
     return folder

@@ -144,7 +144,7 @@ def test_an_adapter_that_peft_opens_and_a_resumed_run_that_is_bit_equal(
 def test_two_stages_by_two_replicas_of_a_4_bit_base(base: Path, news: Path, tmp_path: Path) -> None:
     sections = {"quantization": {"bits": 4}, "data": {"source": [str(news)], "max_len": 200, "eval_fraction": 0.25}}
     one = finetune(config(base, news, tmp_path / "one", **sections))
-    parallel = {"stages": 2, "replicas": 2, "micro_batch_size": 2}
+    parallel = {"stages": 2, "replicas": 2, "micro_batch_size": 2, "shard_optimizer": True}
     four = finetune(config(base, news, tmp_path / "four", parallel=parallel, **sections))
     assert four["consumed_sha256"] == one["consumed_sha256"]
     assert four["scores"].keys() == one["scores"].keys() == {"phrasebank"}
@@ -252,7 +252,7 @@ def test_a_low_rank_base_from_parquet_to_a_merged_export(run_shards: Path, news:
     model = initial_model(dense, 3, "spectral")
     state = {name: value.clone() for name, value in model.state_dict().items() if name != "lm_head.weight"}
     low_rank = tmp_path / "low-rank"
-    save_model(low_rank, model.config, [lambda: state], run_shards / "tokenizer")
+    save_model(low_rank, model.config, state.items(), run_shards / "tokenizer")
     lines = [line.rpartition("@") for line in news.read_text(encoding="latin-1").splitlines()]
     table = pa.Table.from_pylist([{"sentence": text, "label": label} for text, _, label in lines])
     pq.write_table(table, tmp_path / "news.parquet")

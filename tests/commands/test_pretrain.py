@@ -24,7 +24,7 @@ from finhpc.settings.base import build
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.report import ReportConfig
 from finhpc.tracking.tags import PREFIX
-from finhpc.training.checkpoint import list_complete, read_stage
+from finhpc.training.checkpoint import list_complete
 from finhpc.training.journal import latest, read
 from tests.runs.runs import launch_quickly
 from tests.tiny import pretrain_tree, tiny_shards
@@ -181,8 +181,7 @@ def test_a_loss_that_is_not_finite_fails_the_run(shards: Path, tmp_path: Path) -
     records, _ = read(tmp_path / "run" / "journal.jsonl")
     assert len([r for r in records if r["kind"] == "start"]) == 1, "must not be retried"
     for saved in list_complete(tmp_path / "run" / "checkpoints"):
-        weights = [tensor for file in saved.stage_files() for tensor in read_stage(file, "param").values()]
-        assert all(torch.isfinite(tensor).all() for tensor in weights)
+        assert all(torch.isfinite(tensor).all() for _, tensor in saved.tensors("param"))
 
 
 def test_more_workers_than_fit_are_refused(shards: Path, tmp_path: Path) -> None:

@@ -196,7 +196,7 @@ def test_method_2_needs_a_path_and_a_low_rank_model_its_own_kind(run_shards: Pat
     shape = resolve_shape(Model(preset="gpt2-tiny", layers=1, width=32, context=64), 300)
     hf_config = make_config(shape, ranks_of(method), "cola")
     model = initial_model(hf_config, 0, None)
-    save_model(tmp_path / "cola", hf_config, [lambda: {n: p.detach() for n, p in model.named_parameters()}], None)
+    save_model(tmp_path / "cola", hf_config, ((n, p.detach()) for n, p in model.named_parameters()), None)
     path = with_tokenizer(tmp_path / "cola", run_shards)
     with pytest.raises(ConfigError) as caught:
         make_plan(config(run_shards, path))

@@ -37,7 +37,7 @@ def tiny_folder(folder: Path, family: str, kind: str = "dense", tokenizer: bool 
     model = tiny_model(family, kind)
     shards = tiny_shards(folder.with_name(f"{folder.name}-shards"), vocab=300)
     state = {name: value.clone() for name, value in model.state_dict().items() if name in keep(model)}
-    save_model(folder, model.config, [lambda: state], shards / "tokenizer" if tokenizer else None)
+    save_model(folder, model.config, state.items(), shards / "tokenizer" if tokenizer else None)
     return folder
 
 
@@ -52,7 +52,7 @@ def folder_of_kind(
         head = state["lm_head.weight"]
         head[list(likely)] = head[list(reversed(likely))]
     tokenizer.save_pretrained(folder.with_name(f"{folder.name}-tokenizer"))
-    save_model(folder, model.config, [lambda: state], folder.with_name(f"{folder.name}-tokenizer"))
+    save_model(folder, model.config, state.items(), folder.with_name(f"{folder.name}-tokenizer"))
     return folder
 
 

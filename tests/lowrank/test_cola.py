@@ -43,7 +43,7 @@ def test_a_model_of_it_is_saved_and_opened_with_its_nonlinearity(preset: str, tm
     assert set(kinds.values()) == {ColaLinear}
 
     weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}
-    save_model(tmp_path / "model", config, [lambda: weights], tokenizer=None)
+    save_model(tmp_path / "model", config, weights.items(), tokenizer=None)
     opened = finhpc.load_model(tmp_path / "model")
     tokens = torch.randint(0, 101, (2, 16), generator=torch.Generator().manual_seed(0))
     model.config._attn_implementation = "sdpa"

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import finhpc
 from finhpc.errors import CheckpointError, ConfigError
 from finhpc.lowrank.replace import ranks_of
 from finhpc.models.families.presets import PRESETS
 from finhpc.models.families.registry import family_of, make_config, parameter_count, resolve_shape, skeleton
+from finhpc.models.files import tensor_folder
 from finhpc.models.folder import save_model
 from finhpc.models.initialize import initial_model
 from finhpc.models.loading import load_model
@@ -142,18 +142,14 @@ def test_stages_of_the_whole_model_are_balanced(stages: int) -> None:
 @pytest.mark.parametrize("method", [{"kind": "dense"}, {"rank": 4}])
 @pytest.mark.parametrize("files", [1, 2])
 def test_a_saved_model_opens_with_the_same_logits(
-    preset: str, method: dict[str, Any], files: int, tmp_path: Path
+    preset: str, method: dict[str, Any], files: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_of({"preset": preset, "layers": 2, "width": 32}, method, vocab=101)
     model = initial_model(config, seed=1, scheme="spectral").eval()
-    names = [name for name, _ in model.named_parameters()]
-    weights = dict(model.named_parameters())
-
-    def shard(part: list[str]) -> dict[str, Tensor]:
-        return {name: weights[name].detach().contiguous() for name in part}
-
-    shards = [lambda part=names[i::files]: shard(part) for i in range(files)]
-    save_model(tmp_path / "model", config, shards, tokenizer=None)
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    monkeypatch.setattr(tensor_folder, "FILE_BYTES", 1 + sum(value.nbytes for value in weights.values()) // files)
+    save_model(tmp_path / "model", config, weights.items(), tokenizer=None)
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) == files
     tokens = torch.randint(0, 101, (2, 16), generator=torch.Generator().manual_seed(0))
     opened = finhpc.load_model(tmp_path / "model")
     model.config._attn_implementation = "sdpa"  # as it is opened

@@ -66,7 +66,7 @@ data.backward()
 assert all(parameter.grad is not None for parameter in named.values())
 
 # saved, opened again by finhpc and, after import finhpc, by transformers
-save_model(out / "model", config, [lambda: state], None)
+save_model(out / "model", config, state.items(), None)
 torch.testing.assert_close(load_model(out / "model")(tokens).logits, expected)
 
 # finetuning: packs of examples that share a prefix give the mean loss of their answers

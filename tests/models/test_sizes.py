@@ -50,7 +50,7 @@ def test_export_and_finetune_report_it(tmp_path: Path) -> None:
     model = initial_model(as_low_rank(dense.config, RANKS["tied"]), 0, "spectral")
     state = {name: value.clone() for name, value in model.state_dict().items() if name != "lm_head.weight"}
     folder = tmp_path / "model"
-    save_model(folder, model.config, [lambda: state], None)
+    save_model(folder, model.config, state.items(), None)
     with_tokenizer(folder)
     for form in ("native", "merged"):
         result = export(ExportConfig(model=str(folder), out=str(tmp_path / form), format=form), dry_run=True)

@@ -55,7 +55,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     gpt2 = GPT2Config(vocab_size=300, n_positions=128, n_embd=128, n_layer=LAYERS, n_head=4)
     ours = initial_model(as_low_rank(llama, {"attention": 32, "mlp": 48}), 0, "spectral")
     state = {name: value.clone() for name, value in ours.state_dict().items()}
-    save_model(folder / "low-rank", ours.config, [lambda: state], None)
+    save_model(folder / "low-rank", ours.config, state.items(), None)
     return {
         "low-rank": folder / "low-rank",
         "llama": saved(LlamaForCausalLM(llama), folder / "llama"),

@@ -35,6 +35,10 @@ CASES: dict[str, dict[str, Any]] = {
         "method": {"kind": "dense"},
         "parallel": {"replicas": 2, "micro_batch_size": 1, "micro_batches": 1},
     },
+    "two replicas that divide the moments": {
+        "method": {"kind": "dense"},
+        "parallel": {"replicas": 2, "micro_batch_size": 1, "micro_batches": 2, "shard_optimizer": True},
+    },
     "8-bit moments": {
         "optimizer": {"name": "adamw8bit"},
         "parallel": {"micro_batch_size": 2, "micro_batches": 2},

@@ -48,12 +48,16 @@ def test_a_stopped_driver_resumes_with_the_same_command(
         process.send_signal(number)
         code = process.wait(PATIENCE_S)
         assert code == (143 if number == signal.SIGTERM else -signal.SIGKILL)
+    last = 0
     if number == signal.SIGTERM:
-        assert outcome(tmp_path)["status"] == "killed"
+        stopped = outcome(tmp_path)
+        assert stopped["status"] == "killed"
+        last = max(stopped["train"])
+        assert f"stopped after step {last}, which is saved" in last_words(tmp_path)
     with command(tmp_path, run_shards) as process:
         assert process.wait(PATIENCE_S) == 0, (tmp_path / "stderr").read_text()[-3000:]
     resumed = outcome(tmp_path)
-    assert resumed["starts"][-1] > 0
+    assert resumed["starts"][-1] >= max(last, 1)
     assert_same_run(resumed, unbroken)
 
 

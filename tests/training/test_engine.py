@@ -40,6 +40,7 @@ def settings(case: str, stages: int, replicas: int, micro_batches: int, **train:
             "replicas": replicas,
             "micro_batches": micro_batches,
             "micro_batch_size": SAMPLES // replicas // micro_batches,
+            "shard_optimizer": train.pop("sharded", False),
         },
         "train": {"seed": 3, **train},
         "quantization": {"bits": bits, "when": "during" if bits < 16 else "after"},
@@ -167,13 +168,14 @@ TOPOLOGIES = [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2), pytest.param(3, 2, marks=p
 
 @pytest.mark.parametrize(("stages", "replicas"), TOPOLOGIES)
 def test_every_topology_equals_the_plain_loop_in_float32(stages: int, replicas: int) -> None:
-    runs: list[Any] = [(case, stages, replicas, micro_batches, {}) for case, micro_batches in RUNS]
+    ways: list[dict[str, Any]] = [{}, {"sharded": True}] if replicas > 1 else [{}]
+    runs: list[Any] = [(case, stages, replicas, micro_batches, way) for case, micro_batches in RUNS for way in ways]
     by_rank = run_processes(engine_runs, stages * replicas, runs, STEPS)
-    for i, (case, *_, micro_batches, _train) in enumerate(runs):
+    for i, (case, *_, micro_batches, way) in enumerate(runs):
         plain = plain_loop(case, STEPS)
         assert max(plain["norms"]) > 0.1, "clipping must be active"
         results = [rank[i] for rank in by_rank]
-        label = f"{case}, {stages} stages, {replicas} replicas, {micro_batches} micro-batches"
+        label = f"{case}, {stages} stages, {replicas} replicas, {micro_batches} micro-batches, {way}"
         for result in results:
             assert result["losses"] == pytest.approx(plain["losses"], rel=1e-5), label
             assert result["norms"] == pytest.approx(plain["norms"], rel=1e-5), label
@@ -182,6 +184,10 @@ def test_every_topology_equals_the_plain_loop_in_float32(stages: int, replicas: 
         assert_same(merged(results, "raw"), plain["raw"], 1e-5, f"raw gradients, {label}")
         assert_same(merged(results, "clipped"), plain["clipped"], 1e-5, f"clipped gradients, {label}")
         assert_same(merged(results, "weights"), plain["weights"], 1e-3, f"weights, {label}")
+        if way:
+            whole = [rank[i - 1] for rank in by_rank]
+            assert [result["losses"] for result in results] == [result["losses"] for result in whole], label
+            assert_same(merged(results, "weights"), merged(whole, "weights"), 0, f"bit-equal weights, {label}")
 
 
 CHANGES = {"decay": "factors", "lr_scale_a": 1.0}  # each must change the losses

@@ -18,7 +18,9 @@ from finhpc.models.initialize import random_fill
 from finhpc.settings.base import build
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.training.batches import TokenBatches
+from finhpc.training.checkpoint import Checkpointer
 from finhpc.training.journal import latest, read
+from finhpc.training.workers.resume import latest_valid
 from tests.gpu import CUDA, DEVICE, alone, needs_gpu
 from tests.tiny import tiny_shards
 from tests.training.test_blend import checkpoint, losses
@@ -107,3 +109,17 @@ def test_a_run_that_was_stopped_is_the_unbroken_one_to_the_bit(tmp_path: Path, n
     [peak] = latest(records, "memory")[STEPS]["peak_memory_bytes"]
     assert peak > 0
     assert counted in (None, peak), "as torch.cuda counts it"
+
+
+def test_the_copy_from_a_gpu_is_complete_before_the_weights_change(tmp_path: Path) -> None:
+    weights = {f"param.{i}": torch.full((1 << 22,), float(i), device=DEVICE) for i in range(20)}
+    saver = Checkpointer(tmp_path, 2, "a", 0, 1)
+    saver.save(1, "stage-00000-replica-00000.safetensors", weights, {})
+    saver.wait_for_copy()
+    for weight in weights.values():
+        weight.fill_(-1.0)
+    saver.wait()
+    saved = latest_valid(tmp_path)
+    assert saved is not None
+    for name, value in saved.tensors("param"):
+        assert (value == float(name)).all()

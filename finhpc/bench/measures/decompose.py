@@ -185,7 +185,7 @@ def _write_model(folder: Path, settings: DecomposeBench) -> Path:
             if shape is not None and family_of(config).layer_kind(name) in ("attention", "mlp"):
                 weight = falling(shape, seed)
                 module.get_parameter("weight").copy_(weight.T if isinstance(module, Conv1D) else weight)
-    save_model(folder, config, [lambda: {name: p.detach() for name, p in model.named_parameters()}], None)
+    save_model(folder, config, ((name, p.detach()) for name, p in model.named_parameters()), None)
     return folder
 
 

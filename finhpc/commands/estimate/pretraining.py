@@ -49,7 +49,13 @@ def estimate_pretrain(config: EstimateConfig, dry_run: bool = False) -> dict[str
         "scheme": config.estimate.scheme,
         "model_bytes": {str(bits): outline.stored_bytes(bits) for bits in (16, 8, 4)},
         "recompute": _by_recompute(costs, cluster.usable),
-        "topologies": topologies(costs.memory, cluster, samples, sorted(set(config.estimate.micro_batch_sizes))),
+        "topologies": topologies(
+            costs.memory,
+            cluster,
+            samples,
+            sorted(set(config.estimate.micro_batch_sizes)),
+            config.parallel.shard_optimizer,
+        ),
         "not_counted": not_counted(config, outline, costs.memory.scheme),
         "differences": paper.differences("pretraining"),
     }
