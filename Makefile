@@ -5,6 +5,7 @@
 # make style   lint, types and import rules alone
 # make slow    the tests that take minutes
 # make test-gpu  the tests that need a CUDA device
+# make bench-gpu  check one GPU and measure it, in at most 8 minutes
 # make docs    build the documentation into site/, refusing broken links
 
 PYTHON ?= python3.11
@@ -14,7 +15,10 @@ RUN ?= demo
 # Processes that run tests; each starts a Ray of its own and needs up to 4 GB.
 TEST_PROCESSES ?= 2
 
-.PHONY: setup demo test style pytest slow test-gpu docs clean
+# The tests of correctness that bench-gpu begins with: two minutes of them
+GPU_TESTS ?= tests/training tests/models tests/quantization tests/planning/test_memory_gpu.py
+
+.PHONY: setup demo test style pytest slow test-gpu bench-gpu docs clean
 
 setup: .venv/.ready
 
@@ -46,6 +50,9 @@ slow: setup
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
+
+bench-gpu: setup
+	status=0; timeout 120 $(BIN)/python -m pytest -m gpu -q $(GPU_TESTS) || status=$$?; $(BIN)/finhpc bench gpu; exit $$status
 
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

@@ -94,7 +94,7 @@ def _run(words: list[str]) -> dict[str, Any] | None:
 
 
 def _find(words: list[str]) -> tuple[Command[Any], list[str]]:
-    """Return the command that one or two words name, and the words after it; "sweep pretrain" is "sweep"."""
+    """Return the command that the first words name, and the words after it; "sweep pretrain" is "sweep"."""
     first, *rest = words
     if first not in COMMANDS:
         from finhpc.plugins import load_installed
@@ -104,15 +104,18 @@ def _find(words: list[str]) -> tuple[Command[Any], list[str]]:
         names = [name for name in COMMANDS if " " not in name]
         raise ConfigError(f"unknown command '{first}'; {_config().nearest(first, names)}")
     command = COMMANDS[first]
-    variants = command.variants()
-    if not variants or not rest or rest[0].startswith("-"):
-        return command, rest
-    if command.settings:
-        variants["pretrain"] = command
-    if rest[0] not in variants:
-        names = [f"{first} {name}" for name in variants]
-        raise ConfigError(f"unknown command '{first} {rest[0]}'; {_config().nearest(f'{first} {rest[0]}', names)}")
-    return variants[rest[0]], rest[1:]
+    while (variants := command.variants()) and rest and not rest[0].startswith("-"):
+        if command.settings:
+            variants["pretrain"] = command
+        named = f"{command.name} {rest[0]}"
+        if rest[0] not in variants:
+            names = [f"{command.name} {word}" for word in variants]
+            raise ConfigError(f"unknown command '{named}'; {_config().nearest(named, names)}")
+        chosen, rest = variants[rest[0]], rest[1:]
+        if chosen is command:
+            break
+        command = chosen
+    return command, rest
 
 
 def _config() -> Any:

@@ -44,7 +44,7 @@ def publish(
         "wall_s": time.perf_counter() - began,
     }
     (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    _print(result, columns)
+    show(result, columns)
     return result
 
 
@@ -79,7 +79,8 @@ def machine() -> Row:
     }
 
 
-def _print(result: dict[str, Any], columns: Sequence[str]) -> None:
+def show(result: dict[str, Any], columns: Sequence[str]) -> None:
+    """Print the tables and ratios of a result."""
     from rich.console import Console
 
     console = Console(stderr=True)

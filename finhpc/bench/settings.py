@@ -8,7 +8,9 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from finhpc.settings.base import Section
-from finhpc.settings.pretrain import Method, Model
+from finhpc.settings.estimate import PlannedBase
+from finhpc.settings.finetune import FinetuneConfig
+from finhpc.settings.pretrain import Method, Model, PretrainConfig
 from finhpc.settings.training import Resources
 
 
@@ -158,3 +160,68 @@ class GenerateBench(Section):
     adapter_rank: int = Field(8, ge=1, description="rank of each")
     adapters_model: str = Field("smollm2-135m", description="preset of that base")
     resources: Resources = Field(default_factory=lambda: Resources(threads=2))
+
+
+class Counting(Section):
+    """Where the counts are written."""
+
+    out: str = Field("runs/bench", description="folder of the measurements: one folder each, with result.json")
+
+
+class StepBench(PretrainConfig):
+    """Settings of `finhpc bench step`: those of `finhpc pretrain`, of which no shards are needed."""
+
+    bench: Counting = Field(default_factory=Counting)
+
+
+class CountedExamples(Counting):
+    """Where the counts are written, and the sizes of the examples, whose lengths differ."""
+
+    tokens: int = Field(64, ge=4, description="tokens of the longest example; the shortest has half as many")
+    answer: int = Field(2, ge=1, description="tokens of each answer, which count for the loss")
+    shared: int = Field(24, ge=0, description="tokens of a prefix that all examples share")
+
+
+class FinetuneStepBench(FinetuneConfig):
+    """Settings of `finhpc bench step finetune`: those of `finhpc finetune`, of which no examples are needed."""
+
+    model: PlannedBase = Field(default_factory=PlannedBase)
+    bench: CountedExamples = Field(default_factory=CountedExamples)
+
+    def problems(self) -> list[str]:
+        """Return every contradiction between settings, each with its remedy."""
+        work, problems = self.bench, super().problems()
+        if work.shared + work.answer >= work.tokens // 2:
+            problems.append(
+                f"bench.shared={work.shared} and bench.answer={work.answer} do not fit into the shortest example, of "
+                f"bench.tokens={work.tokens} / 2 tokens; raise bench.tokens."
+            )
+        return problems
+
+
+class GpuBench(Section):
+    """Settings of `finhpc bench gpu`."""
+
+    bench: Counting = Field(default_factory=Counting)
+    budget_s: float = Field(340, ge=0, description="seconds after which no further case begins")
+    pretrain: list[str] = Field(
+        ["gpt2-127m", "gpt2-127m:192", "gpt2-1.5b", "gpt2-1.5b:384"], description="PRESET or PRESET:RANK, pretrained"
+    )
+    finetune: list[str] = Field(["smollm2-135m", "llama-1b", "llama2-7b"], description="presets, finetuned with LoRA")
+    bits: list[Annotated[Literal[16, 8, 4], BeforeValidator(int)]] = Field(
+        [16, 8, 4], min_length=1, description="bases of the finetuning"
+    )
+    generate: list[str] = Field(["gpt2-127m:192"], description="PRESET:RANK, as for bench generate")
+    ways: list[Literal["plain", "eager", "compiled"]] = Field(
+        ["plain", "eager", "compiled"],
+        min_length=1,
+        description="plain: transformers (and peft); eager, compiled: finhpc with train.compile off and on",
+    )
+    batch: int = Field(8, ge=1, description="samples per step of a pretraining")
+    seq_len: int = Field(1024, ge=2, description="tokens per sample")
+    examples: int = Field(16, ge=1, description="examples per step of a finetuning")
+    tokens: int = Field(256, ge=60, description="tokens of the longest example")
+    steps: int = Field(10, ge=1, description="steps that are timed")
+    warm_up: int = Field(3, ge=1, description="steps before them")
+    new: int = Field(64, ge=2, description="tokens generated after each prompt")
+    resources: Resources = Field(default_factory=lambda: Resources(threads=4))

@@ -93,12 +93,13 @@ class Command(NamedTuple, Generic[SETTINGS]):
         return result
 
     def variants(self) -> dict[str, Command[Any]]:
-        """The commands of two words that begin with this one, by their second word."""
-        return {name.partition(" ")[2]: row for name, row in COMMANDS.items() if name.startswith(f"{self.name} ")}
+        """The commands of one word more that begin with this one, by that word."""
+        names = {name: name.removeprefix(f"{self.name} ") for name in COMMANDS if name.startswith(f"{self.name} ")}
+        return {word: COMMANDS[name] for name, word in names.items() if " " not in word}
 
     def _row_of(self, settings: Any) -> Command[Any]:
-        """This command, or the variant of it whose settings these are."""
-        rows = {row.settings: row for row in (self, *self.variants().values())}
+        """This command, or the one below it whose settings these are."""
+        rows = {row.settings: row for row in self._rows()}
         for cls in type(settings).__mro__:
             if row := rows.get(f"{cls.__module__}:{cls.__qualname__}"):
                 return row
@@ -107,8 +108,11 @@ class Command(NamedTuple, Generic[SETTINGS]):
         raise ConfigError(f"{self.name} takes {self._classes()}, not {type(settings).__name__}.")
 
     def _classes(self) -> str:
-        rows = (self, *self.variants().values())
-        return " or ".join(row.settings.partition(":")[2] for row in rows if row.settings)
+        return " or ".join(row.settings.partition(":")[2] for row in self._rows() if row.settings)
+
+    def _rows(self) -> list[Command[Any]]:
+        """This command and all that begin with it."""
+        return [self, *(row for name, row in COMMANDS.items() if name.startswith(f"{self.name} "))]
 
 
 def _own(
@@ -120,9 +124,10 @@ def _own(
     return Command(name, help, f"finhpc.settings.{settings}", f"finhpc.commands.{function}", dry_run, recipes)
 
 
-def _bench(name: str, help: str) -> Command[Any]:
-    settings, function = f"finhpc.bench.settings:{name.capitalize()}Bench", f"finhpc.bench.measures.{name}:bench_{name}"
-    return Command(f"bench {name}", help, settings, function, dry_run=None)
+def _bench(name: str, help: str, settings: str = "", function: str = "", recipes: tuple[str, ...] = ()) -> Command[Any]:
+    settings = f"finhpc.bench.settings:{settings or name.capitalize() + 'Bench'}"
+    function = f"finhpc.bench.measures.{function or f'{name}:bench_{name}'}"
+    return Command(f"bench {name}", help, settings, function, dry_run=None, recipes=recipes)
 
 
 PRETRAIN = ("demo", "gpt2-*", "llama2-*")  # recipes
@@ -209,6 +214,15 @@ ROWS: tuple[Command[Any], ...] = (
     ),
     Command("bench", "measure finhpc against plain code; bench --help lists what"),
     _bench("train", "training steps, and the overhead of a whole run"),
+    _bench("step", "what a step asks of a GPU, counted; also: bench step finetune", recipes=PRETRAIN),
+    _bench(
+        "step finetune",
+        "what a finetuning step asks of a GPU, counted",
+        settings="FinetuneStepBench",
+        function="step:bench_step_finetune",
+        recipes=("finetune*",),
+    ),
+    _bench("gpu", "all that matters on one GPU, in a few minutes"),
     _bench("data", "reading shards"),
     _bench("pipeline", "pipeline stages"),
     _bench("prepare", "turning text into shards"),

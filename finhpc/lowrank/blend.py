@@ -21,6 +21,7 @@ class BlendLinear(LowRankLinear):
     """y = alpha W x + (1 - alpha) B A x + bias; shapes as `LowRankLinear`, `W`: (out_features, in_features)."""
 
     alpha: Tensor
+    casts_parameters = True  # to the type of its inputs, under autocast
 
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool) -> None:
         super().__init__(in_features, out_features, rank, bias)

@@ -14,12 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from finhpc.lowrank.blend import BlendLinear
-from finhpc.models.lora.layers import LoraLinear
 from finhpc.quantization.fake import matrices, rounded_weight
 from finhpc.settings.training import Precision
-
-MULTIPLIED = (nn.Linear, Conv1D, BlendLinear, LoraLinear)  # their own parameters are cast to the type of their inputs
 
 
 class DerivedWeights:
@@ -37,7 +33,7 @@ class DerivedWeights:
     def _derived(self, module: nn.Module, name: str, weight: Tensor) -> Tensor:
         if self.bits < 16 and name in matrices(module):
             weight = rounded_weight(module, weight, self.bits)
-        if self.precision == "bf16-weights" or (self.precision == "bf16" and isinstance(module, MULTIPLIED)):
+        if self.precision == "bf16-weights" or (self.precision == "bf16" and _casts(module)):
             weight = weight.to(torch.bfloat16)
         return weight
 
@@ -68,3 +64,8 @@ class DerivedWeights:
         finally:
             if mine:
                 self.drop()
+
+
+def _casts(module: nn.Module) -> bool:
+    """Return whether a module casts its own parameters to the type of its inputs."""
+    return isinstance(module, nn.Linear | Conv1D) or getattr(module, "casts_parameters", False)

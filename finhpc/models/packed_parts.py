@@ -101,6 +101,8 @@ def _rotated(family: Family, config: Any, x: Tensor, pack: Tensor) -> Any:
     layout, key = layout_of(pack), ("rotary", id(config), x.dtype)
     if key not in layout.cache:
         rotary = family.rotary(config)
+        if rotary is not None and x.is_cuda:  # moved without waiting for the GPU
+            rotary._apply(Tensor.pin_memory).to(x.device, non_blocking=True)
         rotated = None if rotary is None else rotary.to(x.device)(x, pack[:, POSITION])
         layout.cache[key] = rotated, config  # as long as the config lives, no other one gets its id
     return layout.cache[key][0]

@@ -10,6 +10,7 @@ from itertools import pairwise
 from finhpc.models.families.parts import BLOCKS, HALVES
 from finhpc.models.lora.model import LoraModel
 from finhpc.models.packed_parts import packed_parts
+from finhpc.models.packing.attention import AT_ONCE
 from finhpc.models.packing.layout import CACHED_LAYOUTS, FIELDS
 from finhpc.models.pipeline import is_tied
 from finhpc.planning.devices import Cluster
@@ -22,7 +23,10 @@ LORA_LAUNCHES = 3  # kernel launches of a part with adapters over one without; m
 
 @dataclass(frozen=True)
 class LoraCosts:
-    """The costs of a finetuning with packs of one size. `layouts`: packs whose layouts are cached, all by default."""
+    """The costs of a finetuning with packs of one size. `layouts`: packs whose layouts are cached, all by default.
+
+    The first stage on a GPU caches none: a layout lives as long as its pack is in flight.
+    """
 
     lora_model: LoraModel
     pack: PackSize
@@ -77,16 +81,18 @@ class LoraCosts:
         )
         # Received tensors land in a buffer first: states and their pack going up, gradients coming down.
         received = (0 if first else hidden[0] + ids) + (0 if last else hidden[-1])
-        layouts = self.layouts * self._layout_bytes() if any(part.kind in BLOCKS for part in parts) else 0
+        kept = self.layouts if not (self.cuda and first) else min(self.layouts, topology.stages, topology.micro_batches)
+        layouts = kept * self._layout_bytes() if any(part.kind in BLOCKS for part in parts) else 0
         kinds = [part.kind for part in parts]
         return steps.memory(stage, topology, kinds, trained, weights + 4 * trained, 8 * trained, received, layouts)
 
     def _layout_bytes(self) -> int:
-        """Bytes of one pack's cached layout: rotary positions, and rows."""
+        """Bytes of one pack's cached layout: rotary positions, rows, and on a GPU the mask of a short pack."""
         config, tokens = self.lora_model.hf_config, self.pack.tokens
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         rotary = 2 * size * self.lora_model.dtype.itemsize if hasattr(config, "rope_parameters") else 0
-        return tokens * (rotary + 8 + 8 + 1)
+        mask = self.lora_model.dtype.itemsize * tokens if self.cuda and tokens <= AT_ONCE else 0
+        return tokens * (rotary + mask + 8 + 8 + 1)
 
     # -- time -------------------------------------------------------------------------------
 

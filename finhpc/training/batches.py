@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from finhpc.data.ahead import ahead
 from finhpc.settings.training import Parallel
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class BatchSource(Protocol):
         ...
 
     def stream(self, step: int, replica: int) -> Iterator[Batch]:
-        """The micro-batches of a replica after `step`; only first stages call this."""
+        """The micro-batches of a replica after `step`, made one step ahead; only first stages call this."""
         ...
 
     def held_out(self, replica: int) -> list[Tensor]:
@@ -63,7 +63,7 @@ class TokenBatches:
         self.scored = len(val)
 
     def stream(self, step: int, replica: int) -> Iterator[Batch]:
-        for batch in self.open_stream(step, replica):
+        for batch in ahead(self.open_stream(step, replica), self.parallel.micro_batches):
             yield Batch(torch.from_numpy(batch["tokens"]), batch["sample"], batch["position"])
 
     def held_out(self, replica: int) -> list[Tensor]:
@@ -87,6 +87,7 @@ class PackedBatches:
     examples: Examples
     packing: Batches
     limit: int | None = None
+    _begun: dict[int, Ints] = field(default_factory=dict)  # epoch -> tokens of its first 0, 1, 2, ... examples
 
     @property
     def scored(self) -> int:
@@ -94,7 +95,8 @@ class PackedBatches:
         return number if self.limit is None else min(number, self.limit)
 
     def stream(self, step: int, replica: int) -> Iterator[Batch]:
-        for batch in self.packing.stream(self.examples.train, replica, step):
+        packs = self.packing.stream(self.examples.train, replica, step)
+        for batch in ahead(packs, self.packing.parallel.micro_batches):
             yield Batch(torch.from_numpy(batch["pack"]), batch["sample"], batch["position"])
 
     def held_out(self, replica: int) -> list[Tensor]:
@@ -106,10 +108,8 @@ class PackedBatches:
 
     def tokens(self, step: int) -> int:
         epochs, rest = divmod(step * self.packing.parallel.samples_per_step, len(self.examples.train))
-        begun: Ints = self.packing.order(len(self.examples.train), epochs)[:rest]
-        return epochs * int(self._lengths.sum()) + int(self._lengths[begun].sum())
-
-    @cached_property
-    def _lengths(self) -> Ints:
-        lengths: Ints = np.diff(self.examples.train.offsets)
-        return lengths
+        if epochs not in self._begun:
+            lengths = np.diff(self.examples.train.offsets)[self.packing.order(len(self.examples.train), epochs)]
+            self._begun.clear()
+            self._begun[epochs] = np.concatenate([[0], np.cumsum(lengths)])
+        return epochs * int(self._begun[epochs][-1]) + int(self._begun[epochs][rest])

@@ -49,14 +49,20 @@ def check_compiler(wanted: Compile, device: str) -> None:
 class Compiler:
     """Compiles functions as `train.compile` says.
 
+    With `graphs` a GPU replays each as a CUDA graph, for models whose kernels take less time than their launches; the
+    caller says when a step begins (`torch.compiler.cudagraph_mark_step_begin`). This needs `on`.
+
     `operations`: of all steps of the run on this worker, by which `auto` decides; a resumed run thus decides as its
     first start did. If they are unknown (0), `auto` does not compile. `dynamic`: the functions' tensors change in
     length from call to call. Raises `ConfigError` if something is missing for `on`.
     """
 
-    def __init__(self, wanted: Compile, device: torch.device, operations: float, dynamic: bool = False) -> None:
+    def __init__(
+        self, wanted: Compile, device: torch.device, operations: float, dynamic: bool = False, graphs: bool = False
+    ) -> None:
         check_compiler(wanted, device.type)
         self.wanted, self.dynamic = wanted, dynamic
+        self.mode = "reduce-overhead" if graphs and wanted == "on" and device.type == "cuda" else None
         self.on = wanted == "on"
         if wanted == "auto" and operations:
             seconds, worthwhile = operations / RATE[device.type], WORTHWHILE_S[device.type]
@@ -81,7 +87,7 @@ class Compiler:
         """
         if not self.on:
             return function
-        compiled = torch.compile(function, dynamic=self.dynamic or False)
+        compiled = torch.compile(function, dynamic=self.dynamic, mode=self.mode)
         prepare = getattr(function, "prepare", None)
 
         def run(*args: Any) -> Any:

@@ -30,16 +30,17 @@ from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe import schedule
 from torch import Tensor, nn
 
-from finhpc.errors import NonFiniteError
 from finhpc.lowrank.blend import alpha_at, blend_in, set_alpha
 from finhpc.lowrank.registry import BLEND
 from finhpc.models.families.registry import skeleton as make_skeleton
 from finhpc.models.initialize import Fill, random_fill
+from finhpc.models.packing.layout import pack_on
 from finhpc.models.pipeline import PipelineLayer, is_tied, parts_of
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.training import TrainingConfig
 from finhpc.training.allocator import keep_freed_memory
 from finhpc.training.compiler import Compiler
+from finhpc.training.metrics import Metrics, check_finite
 from finhpc.training.optimizer import OPTIMIZERS, decay_products, drop_parameters, make_optimizer, set_lr
 from finhpc.training.stages import measured_cut
 from finhpc.training.workers.replicas import GradientAverager, ShardedStep, divide
@@ -83,7 +84,9 @@ class Engine:
         operations: float = 0.0,
     ) -> None:
         self.config, self.hf_config, self.device = config, hf_config, device
-        self.compiler = Compiler(config.train.compile, device, operations, dynamic=lora_model is not None)
+        packed = lora_model is not None
+        graphs = not packed and _waits_for_launches(config, hf_config)
+        self.compiler = Compiler(config.train.compile, device, operations, packed, graphs)
         if device.type == "cpu":
             keep_freed_memory()
         parallel = config.parallel
@@ -119,7 +122,9 @@ class Engine:
         self.alpha: float | None = None
         self.averager: GradientAverager | None = None  # with several replicas
         self.set_step(0)
-        self.grad_norm = float("nan")
+        self.packs = lora_model is not None
+        self.grad_norm = float("nan")  # of the last step of `train_step`
+        self._norm = torch.zeros((), dtype=torch.float64, device=device)
         self.busy_s = 0.0  # in forward and backward passes, since `take_times`
         self.wait_s = 0.0  # waiting for data
         self.before_update: Callable[[], None] | None = None  # called in each step before the weights change
@@ -239,25 +244,32 @@ class Engine:
             )
 
     def train_step(self, inputs: Iterator[Tensor], lr: float) -> float:
-        """Take one optimizer step over `micro_batches` micro-batches; return the mean loss in nats.
+        """Take one optimizer step and wait for it; return the mean loss in nats. See `start_step`."""
+        loss, self.grad_norm = self.start_step(inputs, lr).read()
+        return loss
+
+    def start_step(self, inputs: Iterator[Tensor], lr: float) -> Metrics:
+        """Take one optimizer step over `micro_batches` micro-batches; a GPU may still work on it afterwards.
 
         DeepSpeed's schedule calls each `PipelineLayer`, then sends the last stage's loss, averaged over micro-batches
         and replicas, to every worker.
 
         `inputs` yields int64 tokens (micro_batch_size, seq_len), or packs, on the first stage; other stages do not
-        read it. Raises `NonFiniteError` on every process, before the weights change, if the loss or the gradient is
-        not finite.
+        read it. A CPU raises `NonFiniteError` on every process, before the weights change, if the loss or the gradient
+        is not finite. On a GPU only reading the metrics raises it: read them before the weights are saved.
         """
         self._set_alpha(self.step + 1)
         set_lr(self.optimizer, lr)
         self._lr = lr
+        torch.compiler.cudagraph_mark_step_begin()
         self._derive()
-        loss = float(self.pipe.train_batch(self._labeled(inputs)).item())
-        if loss != loss or abs(loss) == float("inf"):
-            raise NonFiniteError(f"train_loss={loss} at step {self.step + 1}")
+        loss = self.pipe.train_batch(self._labeled(inputs)).detach()
+        metrics = Metrics(self.step + 1, loss, self._norm)
+        if self.device.type == "cpu":
+            metrics.read()
         self._free_losses()
         self.step += 1
-        return loss
+        return metrics
 
     def _free_losses(self) -> None:
         """Drop the newest losses, which DeepSpeed stores into the next step, with their inputs and gradients."""
@@ -268,7 +280,8 @@ class Engine:
     def evaluate(self, inputs: Iterator[Tensor], micro_batches: int) -> float:
         """The mean loss in nats over `micro_batches` micro-batches of every replica, without a step."""
         with torch.no_grad():
-            self._derive()
+            torch.compiler.cudagraph_mark_step_begin()
+        self._derive()
         loss = float(self.pipe.eval_batch(self._labeled(inputs), num_micro_batches=micro_batches).item())
         self._drop_derived()
         return loss
@@ -283,13 +296,20 @@ class Engine:
             layer.derived.drop()
 
     def _labeled(self, inputs: Iterator[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """The (inputs, labels) that DeepSpeed reads. Labels are empty: the tokens travel with the hidden states."""
-        empty = torch.zeros(1)
+        """The (inputs, labels) that DeepSpeed reads. Labels are empty: the tokens travel with the hidden states.
+
+        Inputs are copied to a GPU without waiting for it.
+        """
+        empty = torch.zeros(1, device=self.device)
         while True:
             if self.stage == 0:
                 start = time.perf_counter()
                 tokens = next(inputs)
                 self.wait_s += time.perf_counter() - start
+                if self.device.type == "cuda" and self.packs:
+                    tokens = pack_on(tokens, self.device)
+                elif self.device.type == "cuda":
+                    tokens = tokens.pin_memory().to(self.device, non_blocking=True)
                 yield tokens, empty
             else:
                 yield empty, empty
@@ -307,13 +327,15 @@ class Engine:
             squares = norms.double().square().sum()
         if self.config.parallel.stages > 1:
             dist.all_reduce(squares, group=self.pipe.grid.get_pipe_parallel_group())
-        self.grad_norm = float(squares.sqrt().item())
-        if self.grad_norm != self.grad_norm or self.grad_norm == float("inf"):
-            raise NonFiniteError(f"gradient norm={self.grad_norm} at step {self.step + 1}")
+        self._norm = squares.sqrt()
         limit = self.config.optimizer.grad_clip
-        if limit and self.grad_norm > limit:
-            grads = [p.grad for p in named.values() if p.grad is not None]
-            torch._foreach_mul_(grads, limit / (self.grad_norm + 1e-6))
+        grads = [p.grad for p in named.values() if p.grad is not None]
+        if self.device.type == "cpu":
+            norm = check_finite("gradient norm", self._norm.item(), self.step + 1)
+            if limit and norm > limit:
+                torch._foreach_mul_(grads, limit / (norm + 1e-6))
+        elif limit and grads:  # by a factor on the GPU, which need not be waited for
+            torch._foreach_mul_(grads, (limit / (self._norm + 1e-6)).clamp(max=1.0).float())
         if self.config.optimizer.decay == "product":
             modules: Iterator[Any] = (module for layer in self.layers for module in layer.modules())
             pairs = [module.pair() for module in modules if hasattr(module, "pair")]  # low-rank layers and adapters
@@ -337,6 +359,13 @@ class Engine:
         times = self.busy_s, self.wait_s
         self.busy_s = self.wait_s = 0.0
         return times
+
+
+def _waits_for_launches(config: TrainingConfig, hf_config: Any) -> bool:
+    """Return whether a GPU computes half a block of a micro-batch faster than its kernels are launched (about 1 ms)."""
+    assert isinstance(config, PretrainConfig)
+    tokens = config.parallel.micro_batch_size * config.data.seq_len
+    return bool(tokens * hf_config.hidden_size**2 < 1e10)  # 5e9 for GPT2-127M and 8 x 1,024 tokens
 
 
 @contextmanager

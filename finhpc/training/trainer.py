@@ -33,7 +33,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -50,6 +50,7 @@ from finhpc.training.checkpoint import Checkpoint, Checkpointer
 from finhpc.training.engine import Engine
 from finhpc.training.journal import WORKER_FILE, Journal
 from finhpc.training.memory import counted_peak, peak_resident_bytes, reset_peaks
+from finhpc.training.metrics import Metrics
 from finhpc.training.optimizer import learning_rate
 from finhpc.training.stages import saved_cut
 from finhpc.training.watchdog import Watchdog
@@ -62,6 +63,15 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TIMES_EVERY = 10  # steps between sums of busy times over all workers
+
+
+class UnreadStep(NamedTuple):
+    """A step without a record yet; `begin`: `time.perf_counter()` before it."""
+
+    metrics: Metrics
+    lr: float
+    alpha: float | None
+    begin: float
 
 
 @dataclass
@@ -100,6 +110,8 @@ class Trainer:
     consumed: int = field(init=False, default=0)  # the sum of sample hashes that this worker read, see `_open_data`
     peak: int | None = field(init=False, default=None)  # peak bytes, once counted
     _verified: int = field(init=False, default=0)  # rounds in which workers verified a checkpoint
+    _unread: UnreadStep | None = field(init=False, default=None)
+    _seen: float = field(init=False, default=0.0)  # when the last metrics were read
     _span: float = field(init=False, default=0.0)  # seconds of the steps since times were last summed
 
     def run(self) -> None:
@@ -240,30 +252,46 @@ class Trainer:
     # -- work -------------------------------------------------------------------------------
 
     def _step(self, step: int) -> None:
-        config, engine = self.config, self.engine
-        lr = learning_rate(config.optimizer, step, config.train.steps)
+        """Take a step. On a GPU its metrics are read during the next one, so that the GPU never waits for the host."""
+        lr = learning_rate(self.config.optimizer, step, self.config.train.steps)
         begin = time.perf_counter()
         # Peak memory is counted in the second step of a start, when moments and buffers exist.
         if step == self.resumed_from + 2 and self.device.type == "cpu":
-            loss, self.peak = counted_peak(lambda: engine.train_step(self.inputs, lr))
+            metrics, self.peak = counted_peak(lambda: self.engine.start_step(self.inputs, lr))
         else:
-            loss = engine.train_step(self.inputs, lr)
-        step_s = time.perf_counter() - begin
+            metrics = self.engine.start_step(self.inputs, lr)
+        self._record()
+        self._unread = UnreadStep(metrics, lr, self.engine.alpha, begin)
+        if self.device.type == "cpu" or step % TIMES_EVERY == 0:
+            self._record()
+
+    def _record(self) -> None:
+        """Read the metrics of the last step and write its record, unless that is done; raises `NonFiniteError`.
+
+        Evaluations and checkpoints begin with this, so that nothing is scored or saved that was not read.
+        """
+        if self._unread is None:
+            return
+        (metrics, lr, alpha, begin), self._unread = self._unread, None
+        step, (loss, grad_norm) = metrics.step, metrics.read()
+        # Steps follow one another: on a GPU one begins when the step before has ended, which was seen last.
+        end = time.perf_counter()
+        step_s, self._seen = end - max(begin, self._seen), end
         tokens = self.source.tokens(step)
         record: dict[str, Any] = {
             "step": step,
             "tokens": tokens,
             "train_loss": loss,
             "lr": lr,
-            "grad_norm": engine.grad_norm,
+            "grad_norm": grad_norm,
             "step_s": step_s,
             "tokens_per_s": (tokens - self.source.tokens(step - 1)) / step_s,
-            "samples_per_s": config.parallel.samples_per_step / step_s,
+            "samples_per_s": self.config.parallel.samples_per_step / step_s,
         }
-        if engine.alpha is not None:
-            record["alpha"] = engine.alpha
+        if alpha is not None:
+            record["alpha"] = alpha
         self._span += step_s
-        if step % TIMES_EVERY == 0 or step == config.train.steps:
+        if step % TIMES_EVERY == 0 or step == self.config.train.steps:
             record |= self._take_times()
         if self.journal:
             self.journal.write("train", **record)
@@ -283,6 +311,7 @@ class Trainer:
         }
 
     def _evaluate(self, step: int) -> None:
+        self._record()
         times = self.engine.busy_s, self.engine.wait_s  # of training steps; an evaluation must not count
         loss = held_out_loss(self.engine, self.source)
         if loss is None:
@@ -296,6 +325,7 @@ class Trainer:
             self.on_eval(record)
 
     def _checkpoint(self, step: int) -> None:
+        self._record()
         engine, parallel = self.engine, self.config.parallel
         state = stored_state(engine)
         extra = {

@@ -9,7 +9,7 @@ from finhpc.data.shards import reader as reading
 from finhpc.data.shards.decoded import decoded
 from finhpc.data.shards.reader import ReplicaStream, local_stream, micro_batches
 from finhpc.data.shards.shards import Shards, encode_shard
-from finhpc.data.shards.stream import _read_next, ray_stream
+from finhpc.data.shards.stream import _read, ray_stream
 from finhpc.errors import ConfigError, DataError
 
 TRAIN = (5, 3, 4, 6)  # 18 blocks of 64: 72 samples of 16 an epoch
@@ -183,7 +183,7 @@ def test_ray_gives_the_local_stream(shards_folder, monkeypatch, segment, tasks):
 @pytest.mark.usefixtures("ray_cluster")
 def test_ray_data_is_done_with_a_segment_before_it_is_consumed(shards_folder):
     stream = make(shards_folder(TRAIN))
-    pieces = _read_next(stream, stream.segments())
+    pieces = _read(stream, next(stream.segments()))
     assert not [thread.name for thread in threading.enumerate() if "StreamingExecutor" in thread.name]
     assert len(pieces) > 0, "read, not to be read"
     assert sum(len(piece["sample"]) for piece in pieces) == 30 * 8

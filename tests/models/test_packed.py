@@ -98,10 +98,15 @@ def masked(q: Tensor, k: Tensor, v: Tensor, data: Tensor) -> Tensor:
     return torch.einsum("hts,shd->thd", p, v.repeat_interleave(2, 1))
 
 
-@pytest.mark.parametrize(("keep", "fused"), [(True, False), (False, False), (False, True)])
+@pytest.mark.parametrize(
+    ("keep", "fused", "at_once"), [(True, False, 0), (False, False, 0), (False, True, 0), (False, True, 9999)]
+)
 @pytest.mark.parametrize("shared", [0, 5])
 @pytest.mark.parametrize("longest", [14, 300])
-def test_attention_is_that_of_a_mask(keep: bool, fused: bool, shared: int, longest: int) -> None:
+def test_attention_is_that_of_a_mask(
+    monkeypatch: pytest.MonkeyPatch, keep: bool, fused: bool, at_once: int, shared: int, longest: int
+) -> None:
+    monkeypatch.setattr("finhpc.models.packing.attention.AT_ONCE", at_once)
     data = pack(examples(6, prefix=5, longest=longest), shared, 9, 1, padding=4)
     q, k, v, grad = attended(data.shape[2])
     wanted = masked(q, k, v, data)

@@ -25,24 +25,54 @@ class Pass(NamedTuple):
     losses: list[float]
 
 
+CPU = torch.device("cpu")
 Passes = Callable[[Sequence[Sequence[int]]], Pass]  # batches of examples' ids -> a pass over them
 
 
-def peft_model(path: Path, bits: int, rank: int, seed: int) -> Any:
+def peft_model(path: Path, bits: int, rank: int, seed: int, device: torch.device = CPU) -> Any:
     """The base of a folder with an adapter on every linear layer except the head, as the loops train it."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM
 
-    quantization = None
-    if bits == 8:
-        quantization = BitsAndBytesConfig(load_in_8bit=True)
-    elif bits == 4:
-        how: dict[str, Any] = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
-        quantization = BitsAndBytesConfig(load_in_4bit=True, **how)
     torch.manual_seed(seed)
-    base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, quantization_config=quantization)
+    how: dict[str, Any] = {"dtype": torch.bfloat16, "quantization_config": bitsandbytes_config(bits)}
+    base = AutoModelForCausalLM.from_pretrained(path, **how, device_map=None if device == CPU else device)
+    return with_adapters(base, rank)
+
+
+def bitsandbytes_config(bits: int) -> Any:
+    """How transformers quantizes a base to 8 or 4 bits; None at 16."""
+    from transformers import BitsAndBytesConfig
+
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    how: dict[str, Any] = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+    return BitsAndBytesConfig(load_in_4bit=True, **how) if bits == 4 else None
+
+
+def with_adapters(base: Any, rank: int) -> Any:
+    """peft's model: an adapter on every linear layer except the head."""
+    from peft import LoraConfig, get_peft_model
+
     lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     return get_peft_model(base, lora)
+
+
+def random_base(hf_config: Any, bits: int, device: torch.device) -> Any:
+    """The base of a config with random weights on `device`, quantized as `from_pretrained` does."""
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+
+    with device:
+        base: Any = AutoModelForCausalLM.from_config(hf_config, dtype=torch.bfloat16)
+    if (how := bitsandbytes_config(bits)) is not None:
+        base = replace_with_bnb_linear(base, ["lm_head"], quantization_config=how)
+        base.is_loaded_in_8bit, base.is_loaded_in_4bit = bits == 8, bits == 4
+        for module in base.modules():
+            if type(module).__module__.startswith("bitsandbytes"):
+                weight = module.weight
+                values = torch.empty(weight.shape, dtype=torch.bfloat16, device=device).normal_(0, 0.02)
+                module.weight = type(weight)(values, requires_grad=False, **weight.__dict__).to(device)
+    return base
 
 
 def adapters(model: Any) -> dict[str, Tensor]:
@@ -71,22 +101,37 @@ def padded(examples: list[tuple[Any, Any]], pad: int) -> dict[str, Tensor]:
     return batch
 
 
+def plain_step(model: Any, lr: float) -> Callable[[Sequence[dict[str, Tensor]]], float]:
+    """Whole steps over micro-batches, with an optimizer of their own; they return the loss in nats."""
+    model.eval()  # as transformers loads it: nothing in it drops out
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0)
+
+    def step(batches: Sequence[dict[str, Tensor]]) -> float:
+        losses = []
+        for batch in batches:
+            loss = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).loss
+            if len(batches) > 1:
+                loss = loss / len(batches)
+            loss.backward()
+            losses.append(loss.detach())
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(sum(losses).item())  # type: ignore[union-attr]
+
+    return step
+
+
 def plain_passes(model: Any, arrays: Arrays, pad: int, lr: float) -> Passes:
     """Passes of the loop that peft's documentation shows."""
 
     def run(batches: Sequence[Sequence[int]]) -> Pass:
-        model.eval()  # as transformers loads it: nothing in it drops out
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0)
+        step = plain_step(model, lr)
         losses: list[float] = []
         start = time.perf_counter()
         for batch in batches:
             if len(losses) == 1:
                 start = time.perf_counter()
-            loss = model(**padded([arrays.example(i) for i in batch], pad)).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
+            losses.append(step([padded([arrays.example(i) for i in batch], pad)]))
         return Pass(time.perf_counter() - start, losses)
 
     return run

@@ -8,9 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
+from finhpc.lowrank.blend import blend_in, set_alpha
+from finhpc.lowrank.registry import BLEND
+from finhpc.models.families.registry import skeleton
 from finhpc.models.initialize import initial_model
 from finhpc.models.pipeline import parts_of
+from finhpc.quantization.fake import StraightThrough, is_transposed, matrices
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.training.optimizer import make_optimizer, set_lr
 
@@ -45,6 +50,33 @@ def transformers_step(config: PretrainConfig, hf_config: Any, rank: int, device:
     return _step(config, model, lambda tokens: model(tokens, labels=tokens).loss, device)
 
 
+def model_step(config: PretrainConfig, hf_config: Any, device: torch.device) -> tuple[nn.Module, Step]:
+    """The model that `config` trains, uninitialized on `device`, and whole steps of transformers' own forward pass."""
+    model: Any = skeleton(hf_config)
+    if config.method.kind == BLEND:
+        blend_in(model, trainable=config.method.blend_weight == "trainable")
+        set_alpha(model.modules(), config.method.blend_start)
+    model = model.to_empty(device=device).train()
+    model.config._attn_implementation, model.config.use_cache = "sdpa", False  # torch's own attention, not ours
+    if config.quantization.training_bits < 16:
+        for module in list(model.modules()):
+            for name in matrices(module):
+                rounded = _Rounded(config.quantization.training_bits, is_transposed(module))
+                parametrize.register_parametrization(module, name, rounded, unsafe=True)
+    return model, _step(config, model, lambda tokens: model(tokens, labels=tokens).loss, device)
+
+
+class _Rounded(nn.Module):
+    """Rounds a weight on each use; the gradient passes straight through."""
+
+    def __init__(self, bits: int, transposed: bool) -> None:
+        super().__init__()
+        self.how = bits, transposed
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return StraightThrough.apply(weight, *self.how)  # type: ignore[no-untyped-call, no-any-return]
+
+
 def parts_step(config: PretrainConfig, hf_config: Any, device: torch.device) -> Step:
     """Whole steps of finhpc's own parts, one after the other, in torch alone."""
     model = initial_model(hf_config, config.train.seed, config.method.init).to(device)
@@ -63,18 +95,23 @@ def _step(config: PretrainConfig, model: nn.Module, loss_of: Callable[[Tensor], 
     named = dict(model.named_parameters())
     optimizer = make_optimizer(named, config.optimizer)
     parameters = list(named.values())
-    bf16 = config.train.precision == "bf16"
+    bf16 = config.train.precision != "fp32"
 
     def step(tokens: Tensor, lr: float) -> float:
         set_lr(optimizer, lr)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
-            loss = loss_of(tokens.to(device))
-        loss.backward()  # type: ignore[no-untyped-call]
+        losses = []
+        for part in tokens.split(tokens.shape[0] // config.parallel.micro_batches):
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+                loss = loss_of(part.to(device))
+            if config.parallel.micro_batches > 1:
+                loss = loss / config.parallel.micro_batches
+            loss.backward()  # type: ignore[no-untyped-call]
+            losses.append(loss.detach())
         if config.optimizer.grad_clip:
             nn.utils.clip_grad_norm_(parameters, config.optimizer.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return float(loss.item())
+        return float(sum(losses).item())  # type: ignore[union-attr]
 
     return step
 

@@ -37,7 +37,7 @@ from finhpc.planning.finetuning import LoraCosts
 from finhpc.planning.memory import Topology
 from finhpc.planning.plan import check_stages
 from finhpc.settings.base import nearest
-from finhpc.settings.estimate import FinetuneEstimateConfig
+from finhpc.settings.estimate import FinetuneEstimateConfig, PlannedBase
 from finhpc.settings.finetune import FinetuneConfig
 from finhpc.settings.pretrain import Model
 from finhpc.training.optimizer import check_optimizer
@@ -128,7 +128,7 @@ def finetuning_costs(config: FinetuneEstimateConfig) -> LoraCosts:
     with collect(problems):
         check_optimizer(config.optimizer)
     with collect(problems):
-        weights = _base(config)
+        weights = planned_base(config.model)
     if weights is not None:
         if (tokens := config.estimate.tokens) > context_of(weights.config):
             problems.append(
@@ -145,8 +145,9 @@ def finetuning_costs(config: FinetuneEstimateConfig) -> LoraCosts:
     return LoraCosts(lora_model, pack_of(config), Topology.of(config), cuda)
 
 
-def _base(config: FinetuneEstimateConfig) -> Weights:
-    path, preset = config.model.path, config.model.preset
+def planned_base(model: PlannedBase) -> Weights:
+    """The base of which only the config is read; raises `ConfigError` unless one of path and preset is given."""
+    path, preset = model.path, model.preset
     if (path is None) == (preset is None):
         raise ConfigError("give the base as one of model.path (a folder, hub id or .gguf) and model.preset (a shape).")
     if path is not None:

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING
 
+from finhpc.data.ahead import ahead
 from finhpc.data.shards.order import Visit
 from finhpc.data.shards.reader import ReplicaStream, Rows, micro_batches
 from finhpc.errors import DataError
@@ -34,21 +34,15 @@ def ray_stream(stream: ReplicaStream) -> Iterator[Rows]:
 
 
 def _pieces(stream: ReplicaStream) -> Iterator[Rows]:
-    segments = stream.segments()
-    with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
-        ahead = pool.submit(_read_next, stream, segments)
-        while (pieces := ahead.result()) is not None:
-            ahead = pool.submit(_read_next, stream, segments)
-            while pieces:
-                yield pieces.popleft()  # a piece that was consumed leaves the object store
+    for pieces in ahead(map(partial(_read, stream), stream.segments())):
+        while pieces:
+            yield pieces.popleft()  # a piece that was consumed leaves the object store
 
 
-def _read_next(stream: ReplicaStream, segments: Iterator[list[Visit]]) -> deque[Rows] | None:
+def _read(stream: ReplicaStream, visits: list[Visit]) -> deque[Rows]:
     """Read one segment to its end; the arrays are in Ray's object store, not in this process."""
     from ray.exceptions import RayError
 
-    if (visits := next(segments, None)) is None:
-        return None
     iterator = ray_dataset(stream, visits).iterator()
     try:
         return deque(iterator.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0))

@@ -44,6 +44,7 @@ SHAPES = {
     "llama-tiny": _llama(4, 128, 4, 352, kv_heads=2),
     "llama-small-cpu": _llama(6, 384, 6, 1024),
     "smollm2-135m": Shape("llama", 30, 576, 9, 2048, 49152, tie_embeddings=True, kv_heads=3, mlp_width=1536),
+    "llama-1b": _llama(16, 2048, 32, 8192, kv_heads=8),
     "llama2-7b": _llama(32, 4096, 32, 11008),
     "llama2-13b": _llama(40, 5120, 40, 13824),
     "llama2-70b": _llama(80, 8192, 64, 28672, kv_heads=8),

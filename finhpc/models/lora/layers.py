@@ -67,6 +67,8 @@ class FrozenLowRankLinear(nn.Module):
 class LoraLinear(nn.Module):
     """`base` with a trained adapter in float32: A (rank, in), B (out, rank); maps (..., in) to (..., out)."""
 
+    casts_parameters = True  # to the type of its inputs
+
     def __init__(
         self, base: FrozenLinear | FrozenLowRankLinear, a: Tensor, b: Tensor, scale: float, dropout: float = 0.0
     ) -> None:

@@ -1,8 +1,8 @@
 """Attention within packed examples: a token sees its segment up to itself and the whole segment that it continues.
 
-There is no tokens x tokens mask. On a CPU segments of similar length are multiplied together, a block of queries at a
-time, with the keys that the block can see; heads that share keys and values are rows of one product. On a GPU all
-segments of a prefix go through torch's fused kernel at once.
+On a CPU there is no tokens x tokens mask: segments of similar length are multiplied together, a block of queries at a
+time, with the keys that the block can see; heads that share keys and values are rows of one product. On a GPU torch's
+fused kernel takes a short pack at once, with a mask, and of a longer one all segments of a prefix.
 """
 
 from __future__ import annotations
@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from finhpc.models.attention import QUERIES, SCORE_BYTES
-from finhpc.models.packing.layout import Layout, SegmentGroup
+from finhpc.models.packing.layout import Layout, SegmentGroup, indices
 
+AT_ONCE = 1024  # tokens of packs whose segments are attended at once: launches take longer than hidden products
+ALIGNED = 16  # numbers
 LONGEST = 1024  # tokens: for longer segments, stored probabilities would be most of a step's memory
 
 
@@ -158,11 +161,43 @@ def attend_segments(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: floa
     torch's fused kernel stores no probabilities, whatever `keep` is.
     """
     if layout.fused and layout.groups:
-        return _fused(q, k, v, layout, scale)
+        return (_at_once if len(q) <= AT_ONCE else _by_group)(q, k, v, layout, scale)
     return SegmentAttention.apply(q, k, v, layout, scale, keep)  # type: ignore[no-untyped-call, no-any-return]
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:
+def _at_once(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:
+    """Like `attend_segments`, all segments in one call; the same mask serves all layers."""
+    key = "visible", q.dtype
+    if key not in layout.cache:
+        layout.cache[key] = _visible(layout, len(q), q)
+    bias, own = layout.cache[key]
+    if (sharing := q.shape[1] // k.shape[1]) > 1:
+        k, v = k.repeat_interleave(sharing, 1), v.repeat_interleave(sharing, 1)
+    query, keys, values = (x.transpose(0, 1)[None] for x in (q, k, v))
+    out = F.scaled_dot_product_attention(query, keys, values, bias, scale=scale)[0].transpose(0, 1)
+    return out if own is None else out * own
+
+
+def _visible(layout: Layout, size: int, like: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return which keys each row sees, as 0 or -inf (1, 1, size, size), and which rows are no padding, if some are."""
+    numbers, befores = np.zeros(size, np.int64), np.zeros(size, np.int64)
+    spans = [span for group in layout.groups for span in group.spans]
+    for number, (begin, end) in enumerate(spans, 1):
+        numbers[begin:end] = number
+    for group in layout.groups:
+        for begin, end in group.spans if group.before else ():
+            befores[begin:end] = numbers[group.before[0]]  # type: ignore[index]
+    number, before = indices(np.stack((numbers, befores)), like.device)
+    row = torch.arange(size, device=like.device)
+    sees = (number[:, None] == number) & (row[:, None] >= row)
+    sees |= (before[:, None] == number) & (before[:, None] > 0)
+    # Kernels read rows whose beginnings are aligned, or copy the mask in every layer.
+    bias = like.new_zeros(size, -(-size // ALIGNED) * ALIGNED)[:, :size].masked_fill_(~sees, float("-inf"))
+    own = None if numbers.all() else (number > 0).to(like.dtype)[:, None, None]
+    return bias[None, None], own
+
+
+def _by_group(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:
     """Like `attend_segments`; shorter segments repeat their last row, which nothing else sees or copies back."""
     out = torch.zeros_like(q)
     for index, group in enumerate(layout.groups):

@@ -33,10 +33,11 @@ class SegmentGroup:
 
     `rows`: int64 (segments, longest), the rows of each segment, its last one repeated to the end. `own`: bool of the
     same shape, false for repeats; `places`: int64, the indices of its true entries in `rows` flattened; both are None
-    without repeats. `prefix`: int64 (n,), the rows of the segment that they all continue, empty if there is none.
+    without repeats. `before`: the segment that they all continue, if there is one; `prefix`: int64 (n,), its rows.
     """
 
     spans: tuple[Span, ...]
+    before: Span | None
     rows: Tensor
     own: Tensor | None
     places: Tensor | None
@@ -69,7 +70,7 @@ class Layout:
         key = ("cut", index, segments)
         if key not in self.cache:
             begins = range(0, len(group.spans), segments)
-            self.cache[key] = [group_of(group.spans[i : i + segments], group.prefix) for i in begins]
+            self.cache[key] = [group_of(group.spans[i : i + segments], group.before, group.rows.device) for i in begins]
         return self.cache[key]  # type: ignore[no-any-return]
 
 
@@ -87,6 +88,28 @@ _recent: OrderedDict[bytes, Layout] = OrderedDict()
 CACHED_LAYOUTS = 32  # at least the micro-batches in flight in a pipeline
 WASTE = 1.25  # the longest segment of a group over its shortest
 LAYOUT = "finhpc_layout"  # attribute of a pack: its layout, once computed; planning sets it on packs without content
+
+
+class Pack(Tensor):
+    """A pack on its device, with its layout. Nothing changes a pack, so it is its own copy, with the layout too."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def clone(self, *_: Any, **__: Any) -> Pack:  # type: ignore[override]
+        return self
+
+    def detach(self) -> Pack:  # type: ignore[override]
+        return self
+
+    def to(self, *_: Any, **__: Any) -> Pack:  # type: ignore[override]
+        return self
+
+
+def pack_on(pack: Tensor, device: torch.device) -> Pack:
+    """Copy a pack from the host to a GPU, with its layout, without waiting for the GPU."""
+    moved = pack.pin_memory().to(device, non_blocking=True).as_subclass(Pack)
+    setattr(moved, LAYOUT, build_layout(segments_of(pack[0]), device))
+    return moved
 
 
 def layout_of(pack: Tensor) -> Layout:
@@ -140,10 +163,8 @@ def build_layout(segments: Segments, device: torch.device, fused: bool | None = 
     fused = device.type == "cuda" if fused is None else fused
     groups = []
     for before, spans in _by_prefix(segments) if fused else segments.groups:
-        prefix = torch.arange(*before or (0, 0), device=device)
-        groups.append(group_of(tuple(spans), prefix))
-    targets = torch.tensor(segments.targets, dtype=torch.int64, device=device)
-    wanted = torch.tensor(segments.wanted, dtype=torch.int64, device=device)
+        groups.append(group_of(tuple(spans), before, device))
+    targets, wanted = indices(segments.targets, device), indices(segments.wanted, device)
     predicting = targets if segments.targets else torch.zeros(1, dtype=torch.int64, device=device)
     return Layout(groups, targets, wanted, predicting, segments.scale, fused)
 
@@ -162,13 +183,20 @@ def _by_prefix(segments: Segments) -> list[tuple[Span | None, list[Span]]]:
     return merged
 
 
-def group_of(spans: tuple[Span, ...], prefix: Tensor) -> SegmentGroup:
-    """Build a group of segments from their [begin, end) in the pack; `prefix`: the rows that they continue."""
-    device = prefix.device
+def group_of(spans: tuple[Span, ...], before: Span | None, device: torch.device) -> SegmentGroup:
+    """Build a group of segments from their [begin, end) in the pack, and that of the one they continue."""
+    prefix = torch.arange(*before or (0, 0), device=device)
     longest = max(end - begin for begin, end in spans)
-    begins, ends = (torch.tensor(x, device=device)[:, None] for x in zip(*spans, strict=True))
+    begins, ends = (indices(x, device)[:, None] for x in zip(*spans, strict=True))
     rows = begins + torch.arange(longest, device=device)
     if all(end - begin == longest for begin, end in spans):
-        return SegmentGroup(spans, rows, None, None, prefix)
+        return SegmentGroup(spans, before, rows, None, None, prefix)
     places = [i * longest + j for i, (begin, end) in enumerate(spans) for j in range(end - begin)]
-    return SegmentGroup(spans, torch.minimum(rows, ends - 1), rows < ends, torch.tensor(places, device=device), prefix)
+    own = torch.minimum(rows, ends - 1), rows < ends, indices(places, device)
+    return SegmentGroup(spans, before, *own, prefix)
+
+
+def indices(values: Any, device: torch.device) -> Tensor:
+    """Return an int64 tensor on `device`, without waiting for a GPU."""
+    indices = torch.tensor(values, dtype=torch.int64)
+    return indices.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else indices.to(device)
