@@ -274,9 +274,9 @@ class Engine:
         parallel = self.config.parallel
         least = 2 * parallel.stages if parallel.schedule == "dualpipev" else 1
         inputs = list(batches) * -(-least // len(batches))
+        torch.compiler.cudagraph_mark_step_begin()
         with torch.no_grad():
-            torch.compiler.cudagraph_mark_step_begin()
-        self._derive()
+            self._derive()
         # DualPipeVEngine finds its buffers by the number of micro-batches of a training step.
         trained, self.pipe.micro_batches = self.pipe.micro_batches, len(inputs)
         try:
