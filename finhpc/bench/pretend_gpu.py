@@ -8,7 +8,7 @@ and events. Only counting makes sense here, see `finhpc.bench.counts`: every num
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -50,6 +50,8 @@ class PretendGpu(TorchFunctionMode):
             return func(*args, **kwargs)
         if name in ("pin_memory", "is_pinned"):
             return args[0] if name == "pin_memory" else True
+        if name == "record_stream":
+            return None
         if name == "cuda":
             return args[0].to(META, non_blocking=bool(kwargs.get("non_blocking")))
         kwargs.pop("pin_memory", None)
@@ -112,6 +114,8 @@ def pretended_gpu() -> Iterator[None]:
             (_foreach_utils, "_get_foreach_kernels_supported_devices", lambda: [*devices(), "meta"]),
             (torch.cuda, "Event", Event),
             (torch.cuda, "synchronize", lambda *_: waited("torch.cuda.synchronize")),
+            (torch.cuda, "Stream", Stream),
+            (torch.cuda, "stream", lambda _: nullcontext()),
             (torch.cuda, "current_stream", lambda *_: Stream()),
             (torch.cuda, "get_device_name", lambda *_: "a pretended GPU"),
             (torch.cuda, "reset_peak_memory_stats", lambda *_: None),
