@@ -50,8 +50,6 @@ class PretendGpu(TorchFunctionMode):
             return func(*args, **kwargs)
         if name in ("pin_memory", "is_pinned"):
             return args[0] if name == "pin_memory" else True
-        if name == "record_stream":
-            return None
         if name == "cuda":
             return args[0].to(META, non_blocking=bool(kwargs.get("non_blocking")))
         kwargs.pop("pin_memory", None)
@@ -115,6 +113,7 @@ def pretended_gpu() -> Iterator[None]:
             (torch.cuda, "Event", Event),
             (torch.cuda, "synchronize", lambda *_: waited("torch.cuda.synchronize")),
             (torch.cuda, "Stream", Stream),
+            (Tensor, "record_stream", lambda *_: None),
             (torch.cuda, "stream", lambda _: nullcontext()),
             (torch.cuda, "current_stream", lambda *_: Stream()),
             (torch.cuda, "get_device_name", lambda *_: "a pretended GPU"),
