@@ -48,6 +48,9 @@ class TrainBench(Section):
     precisions: list[Literal["fp32", "bf16"]] = Field(["fp32", "bf16"], min_length=1, description="each is measured")
     batch: int = Field(4, ge=1, description="samples per step")
     seq_len: int = Field(256, ge=2, description="tokens per sample")
+    compiled: bool = Field(
+        True, description="also measure compiled steps of the dense ways and of the first rank, if there is a compiler"
+    )
     ray: bool = Field(True, description="measure a whole `finhpc pretrain`; false: the engine alone, without Ray")
     overhead_pairs: int = Field(3, ge=1, description="pairs of a whole run and a plain loop")
     overhead_steps: int = Field(24, ge=8, description="steps of each; the first quarter warms up")
@@ -122,6 +125,9 @@ class FinetuneBench(Section):
         [16, 4], min_length=1, description="bases: bfloat16, int8, NF4"
     )
     lr: float = Field(1e-3, gt=0, description="learning rate")
+    compiled: bool = Field(
+        True, description="also measure compiled steps of finhpc and of peft's loop, if there is a compiler"
+    )
     resources: Resources = Field(default_factory=lambda: Resources(threads=2, device="cpu"))
 
 

@@ -115,9 +115,10 @@ class Checkpoint:
         missing = {name: len(target) if target.dim() else 1 for name, (target, _) in targets.items()}
         for file in self.stage_files():
             with safe_open(file, framework="pt") as opened:
-                for stored in _stored(file, opened.keys(), prefix):
-                    if stored.name in targets:
-                        missing[stored.name] -= _copy_rows(opened, stored, *targets[stored.name])
+                found = [stored for stored in _stored(file, opened.keys(), prefix) if stored.name in targets]
+            for stored in found:  # opened for each: what was mapped counts as memory as long as a file is open
+                with safe_open(file, framework="pt") as opened:
+                    missing[stored.name] -= _copy_rows(opened, stored, *targets[stored.name])
         if lacking := sorted(name for name, rows in missing.items() if rows):
             raise CheckpointError(f"{self.path} lacks {', '.join(lacking[:5])}; it belongs to another model.")
 

@@ -279,9 +279,9 @@ class Engine:
 
     def evaluate(self, inputs: Iterator[Tensor], micro_batches: int) -> float:
         """The mean loss in nats over `micro_batches` micro-batches of every replica, without a step."""
+        torch.compiler.cudagraph_mark_step_begin()
         with torch.no_grad():
-            torch.compiler.cudagraph_mark_step_begin()
-        self._derive()
+            self._derive()
         loss = float(self.pipe.eval_batch(self._labeled(inputs), num_micro_batches=micro_batches).item())
         self._drop_derived()
         return loss

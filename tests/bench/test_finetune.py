@@ -34,6 +34,7 @@ def settings(folder: Path, **more: Any) -> FinetuneBench:
         "examples": 24,
         "batch": 8,
         "rank": 4,
+        "compiled": False,
         "bench": {"repeats": 1, "out": str(folder / "bench")},
         "resources": {"device": "cpu", "threads": 1},
     }
@@ -64,6 +65,15 @@ def test_all_ways_learn_the_same_from_the_same_examples(tmp_path: Path, capfd: p
         assert result["ratios"][f"examples_per_s_over_peft_{base}"] > 0
     assert result["ratios"]["peak_memory_over_peft"] == result["ratios"]["peak_memory_over_peft_bf16"]
     assert json.loads((Path(result["folder"]) / "result.json").read_text())["ratios"] == result["ratios"]
+
+
+@pytest.mark.slow
+def test_compiled_ways_learn_the_same(tmp_path: Path) -> None:
+    result = bench_finetune(settings(tmp_path, compiled=True, bits=[16]))
+    losses = {row["way"]: row["loss_last"] for row in result["rows"]}
+    assert len(losses) == 5
+    for way in (OURS, PLAIN):
+        assert losses[f"{way}, compiled"] == pytest.approx(losses[way], rel=5e-3)
 
 
 def test_too_few_examples_are_refused(tmp_path: Path) -> None:

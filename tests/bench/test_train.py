@@ -29,6 +29,7 @@ def settings(out: Path, **more: Any) -> TrainBench:
         "ranks": [4, 2],
         "batch": 2,
         "seq_len": 16,
+        "compiled": False,
         "bench": {"repeats": 1, "out": str(out)},
         "overhead_pairs": 1,
         "overhead_steps": 8,

@@ -7,6 +7,7 @@ and prints its peak memory as JSON: `peak_bytes` resident above what the importe
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 import sys
 from collections.abc import Callable
@@ -19,11 +20,13 @@ from finhpc.commands.finetune import Finetune
 from finhpc.models.families.registry import skeleton
 from finhpc.models.files.config import read_config
 from finhpc.models.files.source import open_weights
+from finhpc.models.folder import save_model
 from finhpc.models.initialize import weights_fill
 from finhpc.models.lora.model import LoraModel
 from finhpc.models.pipeline import PipelineLayer, parts_of
 from finhpc.settings.base import build
 from finhpc.settings.finetune import FinetuneConfig
+from finhpc.training.checkpoint import Checkpoint
 from finhpc.training.memory import peak_resident_bytes, reset_peaks
 from tests.models.dense import saved, tiny_llama
 from tests.tiny import with_tokenizer
@@ -42,6 +45,7 @@ SHAPE = {
 BLOCK = 4 * 4096**2 + 3 * 4096 * 11008  # parameters of the matrices of a block
 LARGEST = 4096 * 11008  # of its largest matrix
 FILES = 3
+STATE = ("param", "exp_avg", "exp_avg_sq")
 STAGE = range(1, 5)  # parts of the stage that is measured: two blocks, in halves
 
 
@@ -100,6 +104,38 @@ def start(folder: Path) -> Any:
     return [PipelineLayer(part, model, torch.device("cpu"), fill) for part in parts]
 
 
+def save(folder: Path) -> Any:
+    """The driver after a pretraining: the model's folder from a checkpoint, here of two blocks."""
+    out = folder.with_name("saved")
+    save_model(out, read_config(folder), checkpoint(folder, range(2)).tensors("param"), None)
+    shutil.rmtree(out)
+
+
+def resume(folder: Path) -> Any:
+    """A worker that resumes: weights and moments of its stage, here of one block."""
+    shapes = block_shapes(folder, range(1))
+    stored = checkpoint(folder, range(1))
+    state = {prefix: {name: torch.empty(shape) for name, shape in shapes.items()} for prefix in STATE}
+    for prefix, tensors in state.items():
+        stored.read_into(prefix, {name: (tensor, 0) for name, tensor in tensors.items()})
+    return [tensor for tensors in state.values() for tensor in tensors.values()]
+
+
+def checkpoint(folder: Path, blocks: range) -> Checkpoint:
+    """A checkpoint of some blocks in float32, whose file is a hole."""
+    path = folder.with_name(f"{folder.name}-step")
+    path.mkdir(exist_ok=True)
+    shapes = {f"{prefix}.{name}": shape for prefix in STATE for name, shape in block_shapes(folder, blocks).items()}
+    write_holes(path / "stage-0.safetensors", shapes, "F32", 4)
+    return Checkpoint(path, {"files": {"stage-0.safetensors": {}}})
+
+
+def block_shapes(folder: Path, blocks: range) -> dict[str, list[int]]:
+    layers = tuple(f"model.layers.{i}." for i in blocks)
+    named = skeleton(read_config(folder)).named_parameters()
+    return {name: list(p.shape) for name, p in named if name.startswith(layers)}
+
+
 def config(folder: Path) -> FinetuneConfig:
     source = folder.parent / "news.txt"
     source.write_text("".join(f"Profit rose {i} .@{label}\n" for i in range(20) for label in ("positive", "negative")))
@@ -114,13 +150,14 @@ def config(folder: Path) -> FinetuneConfig:
     return build(FinetuneConfig, tree)
 
 
-WORK: dict[str, Callable[[Path], Any]] = {work.__name__: work for work in (plan, quantize, start)}
+WORK: dict[str, Callable[[Path], Any]] = {work.__name__: work for work in (plan, quantize, start, save, resume)}
 
 
 def kept_bytes(made: Any) -> int:
-    """The bytes of the tensors of layers."""
-    layers = made if isinstance(made, list) else []
-    tensors = [tensor for layer in layers for tensor in (*layer.parameters(), *layer.buffers())]
+    """The bytes of tensors, or of those of layers."""
+    tensors: list[torch.Tensor] = []
+    for thing in made if isinstance(made, list) else []:
+        tensors += [thing] if isinstance(thing, torch.Tensor) else [*thing.parameters(), *thing.buffers()]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 

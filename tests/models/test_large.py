@@ -87,3 +87,17 @@ def test_a_7b_worker_takes_its_stage_and_a_layer_in_float32(seven_billion: Path)
     worker = needed("start", seven_billion)
     assert worker["kept_bytes"] == pytest.approx(4 * 2 * BLOCK, rel=0.001)
     assert worker["peak_bytes"] < worker["kept_bytes"] + 2 * 4 * LARGEST, "matrices"
+
+
+@pytest.mark.slow
+def test_the_driver_saves_a_7b_model_with_little_memory(seven_billion: Path) -> None:
+    driver = needed("save", seven_billion)
+    assert driver["process_bytes"] < 2e9
+    assert driver["peak_bytes"] > 0.5e9, "about a gigabyte at a time"
+
+
+@pytest.mark.slow
+def test_a_7b_worker_resumes_with_its_stage_and_a_layer(seven_billion: Path) -> None:
+    worker = needed("resume", seven_billion)
+    assert worker["kept_bytes"] == pytest.approx(3 * 4 * BLOCK, rel=0.001), "weights and two moments"
+    assert worker["peak_bytes"] < worker["kept_bytes"] + 2 * 4 * LARGEST, "matrices"

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from finhpc.runs.launch import START_TIMEOUT, ray_train_limits
+from finhpc.runs.launch import START_TIMEOUT, ray_train_limits, stop_grace_s
 from finhpc.runs.watch import missing
 
 
@@ -37,3 +37,16 @@ def test_ray_train_waits_for_a_place_without_an_end_but_for_the_users(monkeypatc
     with ray_train_limits(0):
         assert os.environ[START_TIMEOUT] == "5"
     assert os.environ[START_TIMEOUT] == "5"
+
+
+@pytest.mark.parametrize(("wait_s", "grace_s"), [(None, 0.0), ("60", 25.0), ("20", 15.0)])
+def test_a_stopped_ray_job_saves_only_what_its_time_allows(
+    wait_s: str | None, grace_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
+    monkeypatch.delenv("RAY_JOB_STOP_WAIT_TIME_S", raising=False)
+    if wait_s is not None:
+        monkeypatch.setenv("RAY_JOB_STOP_WAIT_TIME_S", wait_s)
+    assert stop_grace_s(25.0) == 25.0, "no job"
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert stop_grace_s(25.0) == grace_s, "of Ray's 3 s nothing is left"

@@ -2,9 +2,9 @@
 
 Two questions, answered by measuring in turn:
 
-- How much faster is a low-rank step than the fastest dense one (ours or transformers' own), what share of the speedup
-  that operation counts allow is that, and where does the time go? One process, no Ray; the engine is that of every
-  run, with one stage.
+- How much faster is a low-rank step than the fastest dense one (ours or transformers' own, eager or compiled), what
+  share of the speedup that operation counts allow is that, and where does the time go? One process, no Ray; the
+  engine is that of every run, with one stage.
 - What do engine, Ray, streaming and tracking cost? A whole `finhpc pretrain` against a plain loop over
   the same model and batches, each in its own process (with `--ray false`: the engine alone, in this one).
 """
@@ -33,6 +33,7 @@ from finhpc.lowrank.replace import ranks_of
 from finhpc.models.families.registry import make_config, resolve_shape, skeleton
 from finhpc.settings.base import build
 from finhpc.settings.pretrain import PretrainConfig
+from finhpc.training.compiler import missing_compiler
 from finhpc.training.engine import Engine
 
 log = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ def bench_train(settings: TrainBench) -> dict[str, Any]:
     return publish("train", settings.bench.out, conditions, rows, ratios, began, profile=profiles)
 
 
-def run_config(settings: TrainBench, precision: str, rank: int) -> PretrainConfig:
+def run_config(settings: TrainBench, precision: str, rank: int, compiled: bool = False) -> PretrainConfig:
     """The run that is measured; rank 0 is the dense model."""
     return build(
         PretrainConfig,
@@ -83,7 +84,7 @@ def run_config(settings: TrainBench, precision: str, rank: int) -> PretrainConfi
             "data": {"seq_len": settings.seq_len},
             "optimizer": {"lr": LR, "warmup_steps": 0, "min_lr_ratio": 1.0},
             "parallel": {"micro_batch_size": settings.batch},
-            "train": {"precision": precision},
+            "train": {"precision": precision, "compile": "on" if compiled else "off"},
             "resources": settings.resources.model_dump(),
         },
     )
@@ -154,6 +155,8 @@ def _speedups(
             }
         )
     first = f"rank {settings.ranks[0]}, finhpc"
+    ways = [name for name in (first, f"{first}, compiled") if name in seconds]
+    first = min(ways, key=lambda name: statistics.median(seconds[name]))
     ratios = {f"speedup_over_limit_{precision}": next(r["speedup_over_limit"] for r in rows if r["way"] == first)}
     plain = f"rank {settings.ranks[0]}, plain loop over the same parts"
     if plain in seconds:
@@ -166,25 +169,30 @@ def _ways(settings: TrainBench, precision: str, device: torch.device) -> tuple[d
     ways: dict[str, Step] = {}
     configs: dict[str, Any] = {}
 
-    def add(name: str, rank: int, make: Callable[[PretrainConfig, Any], Step]) -> None:
-        config = run_config(settings, precision, rank)
+    def add(name: str, rank: int, make: Callable[[PretrainConfig, Any], Step], compiled: bool = False) -> None:
+        config = run_config(settings, precision, rank, compiled)
+        name += ", compiled" if compiled else ""
         configs[name] = make_config(resolve_shape(config.model, None), ranks_of(config.method), config.method.kind)
         ways[name] = make(config, configs[name])
 
     first = settings.ranks[0]
     one_process_group(device)
+    both = [False, True] if settings.compiled and missing_compiler(device.type) is None else [False]
     if resolve_shape(settings.model, None).family == "gpt2":
         for rank, name in ((0, "dense, transformers"), (first, f"rank {first}, transformers with pairs")):
-            add(name, rank, lambda config, hf, rank=rank: transformers_step(config, hf, rank, device))  # type: ignore[misc]
+            for compiled in both:
+                add(name, rank, partial(_transformers_step, rank=rank, device=device), compiled)
     for rank in (0, *settings.ranks):
-        add(
-            f"rank {rank}, finhpc" if rank else "dense, finhpc",
-            rank,
-            lambda config, hf: _engine_step(Engine(config, hf, device)),
-        )
+        for compiled in both if rank in (0, first) else [False]:
+            name = f"rank {rank}, finhpc" if rank else "dense, finhpc"
+            add(name, rank, lambda config, hf: _engine_step(Engine(config, hf, device)), compiled)
     if not settings.ray:
         add(f"rank {first}, plain loop over the same parts", first, lambda config, hf: parts_step(config, hf, device))
     return ways, configs
+
+
+def _transformers_step(config: PretrainConfig, hf_config: Any, rank: int, device: torch.device) -> Step:
+    return transformers_step(config, hf_config, rank, device)
 
 
 def _engine_step(engine: Engine) -> Step:

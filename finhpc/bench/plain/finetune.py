@@ -101,15 +101,19 @@ def padded(examples: list[tuple[Any, Any]], pad: int) -> dict[str, Tensor]:
     return batch
 
 
-def plain_step(model: Any, lr: float) -> Callable[[Sequence[dict[str, Tensor]]], float]:
-    """Whole steps over micro-batches, with an optimizer of their own; they return the loss in nats."""
+def plain_step(model: Any, lr: float, forward: Any = None) -> Callable[[Sequence[dict[str, Tensor]]], float]:
+    """Whole steps over micro-batches, with an optimizer of their own; they return the loss in nats.
+
+    `forward`: the compiled model, if it is.
+    """
+    forward = forward or model
     model.eval()  # as transformers loads it: nothing in it drops out
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0)
 
     def step(batches: Sequence[dict[str, Tensor]]) -> float:
         losses = []
         for batch in batches:
-            loss = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).loss
+            loss = forward(**{name: tensor.to(model.device) for name, tensor in batch.items()}).loss
             if len(batches) > 1:
                 loss = loss / len(batches)
             loss.backward()
@@ -121,11 +125,11 @@ def plain_step(model: Any, lr: float) -> Callable[[Sequence[dict[str, Tensor]]],
     return step
 
 
-def plain_passes(model: Any, arrays: Arrays, pad: int, lr: float) -> Passes:
-    """Passes of the loop that peft's documentation shows."""
+def plain_passes(model: Any, arrays: Arrays, pad: int, lr: float, forward: Any = None) -> Passes:
+    """Passes of the loop that peft's documentation shows, over `forward` if the model is compiled."""
 
     def run(batches: Sequence[Sequence[int]]) -> Pass:
-        step = plain_step(model, lr)
+        step = plain_step(model, lr, forward)
         losses: list[float] = []
         start = time.perf_counter()
         for batch in batches:

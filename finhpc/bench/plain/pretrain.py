@@ -35,7 +35,10 @@ class Pair(nn.Module):
 
 
 def transformers_step(config: PretrainConfig, hf_config: Any, rank: int, device: torch.device) -> Step:
-    """Whole steps of transformers' own GPT-2, as it comes; with `rank`, every linear layer replaced by a `Pair`."""
+    """Whole steps of transformers' own GPT-2, as it comes; with `rank`, every linear layer replaced by a `Pair`.
+
+    With `train.compile=on` the model and its loss are one compiled graph.
+    """
     from transformers import GPT2Config, GPT2LMHeadModel
 
     keys = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner")
@@ -47,7 +50,11 @@ def transformers_step(config: PretrainConfig, hf_config: Any, rank: int, device:
         if rank:
             _to_pairs(model.transformer, rank)
             model.lm_head = Pair(hf_config.n_embd, hf_config.vocab_size, rank)
-    return _step(config, model, lambda tokens: model(tokens, labels=tokens).loss, device)
+
+    def loss(tokens: Tensor) -> Tensor:
+        return model(tokens, labels=tokens).loss  # type: ignore[no-any-return]
+
+    return _step(config, model, torch.compile(loss, dynamic=False) if config.train.compile == "on" else loss, device)
 
 
 def model_step(config: PretrainConfig, hf_config: Any, device: torch.device) -> tuple[nn.Module, Step]:
