@@ -8,7 +8,7 @@ and events. Only counting makes sense here, see `finhpc.bench.counts`: every num
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -112,6 +112,9 @@ def pretended_gpu() -> Iterator[None]:
             (_foreach_utils, "_get_foreach_kernels_supported_devices", lambda: [*devices(), "meta"]),
             (torch.cuda, "Event", Event),
             (torch.cuda, "synchronize", lambda *_: waited("torch.cuda.synchronize")),
+            (torch.cuda, "Stream", Stream),
+            (Tensor, "record_stream", lambda *_: None),
+            (torch.cuda, "stream", lambda _: nullcontext()),
             (torch.cuda, "current_stream", lambda *_: Stream()),
             (torch.cuda, "get_device_name", lambda *_: "a pretended GPU"),
             (torch.cuda, "reset_peak_memory_stats", lambda *_: None),
