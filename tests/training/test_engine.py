@@ -84,8 +84,12 @@ def plain_loop(case: str, steps: int, **train: Any) -> dict[str, Any]:
     out: dict[str, Any] = {"losses": [], "norms": []}
     for step in range(1, steps + 1):
         batch = tokens(step)
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bf16"):
-            loss = model(batch, labels=batch).loss
+        if config.train.precision == "bf16-weights":
+            half = {name: p.to(torch.bfloat16) for name, p in model.named_parameters()}
+            loss = torch.func.functional_call(model, half, (batch,), {"labels": batch}).loss
+        else:
+            with torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bf16"):
+                loss = model(batch, labels=batch).loss
         loss.backward()
         if step == 1:
             out["raw"] = {plain_name(n): p.grad.clone() for n, p in model.named_parameters()}
@@ -229,13 +233,17 @@ def test_what_helps_low_rank_training_is_the_same_over_stages() -> None:
 @pytest.mark.parametrize(("stages", "replicas"), [(1, 1), (2, 2)])
 def test_bf16_follows_the_plain_autocast_loop(stages: int, replicas: int) -> None:
     """Tolerance 0.5 % on each loss: bf16 keeps 8 bits, and sums are taken in another order."""
-    runs: list[Any] = [(case, stages, replicas, 4, {"precision": "bf16"}) for case in CASES]
+    precisions = ("bf16", "bf16-weights")
+    runs: list[Any] = [(case, stages, replicas, 4, {"precision": kind}) for case in CASES for kind in precisions]
     by_rank = run_processes(engine_runs, stages * replicas, runs, STEPS)
-    for i, (case, *_) in enumerate(runs):
-        plain, exact = plain_loop(case, STEPS, precision="bf16"), plain_loop(case, STEPS)
-        for rank in by_rank:
-            assert rank[i]["losses"] == pytest.approx(plain["losses"], rel=5e-3), case
-            assert rank[i]["losses"] != pytest.approx(exact["losses"], rel=1e-7), "bf16 must be in use"
+    for i, (case, *_, train) in enumerate(runs):
+        plain, exact = plain_loop(case, STEPS, **train), plain_loop(case, STEPS)
+        results = [rank[i] for rank in by_rank]
+        for result in results:
+            assert result["losses"] == pytest.approx(plain["losses"], rel=5e-3), (case, train)
+            assert result["losses"] != pytest.approx(exact["losses"], rel=1e-7), "bf16 must be in use"
+        assert all(value.dtype == torch.float32 for value in merged(results, "raw").values())
+        assert_same(merged(results, "raw"), plain["raw"], 0.2, f"raw gradients, {case}, {train}")
 
 
 def test_rounded_weights_train_as_in_the_plain_loop() -> None:
