@@ -86,7 +86,7 @@ def test_a_run_killed_in_a_save_and_workers_that_hang_or_are_killed(
     # `last` leaves an empty file if it was stopped before its watchdog was.
     (stacks,) = [path for path in (run / "stacks").glob("*.txt") if path.stat().st_size]
     assert "made no progress for 15 s (train.hang_timeout_s=15)" in stacks.read_text()
-    assert "in train_step" in stacks.read_text(), "it stood in a step, waiting for its neighbor"
+    assert "in start_step" in stacks.read_text(), "it stood in a step, waiting for its neighbor"
     assert f"its stacks are in {stacks}" in (tmp_path / "stderr").read_text()
 
 
