@@ -24,15 +24,17 @@ class LoraProduct(torch.autograd.Function):
         ctx.save_for_backward(x, narrow, a, b)
         ctx.base, ctx.scale = base, scale
         if base is None:
-            return _scaled(narrow, wide.T, scale)
+            return F.linear(narrow, wide).mul_(scale)
         return base.product(x).addmm_(narrow, wide.T, alpha=scale)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         x, narrow, a, b = ctx.saved_tensors
         grad = gradients[0]
-        d_b = _scaled(grad.T, narrow, ctx.scale).to(b.dtype)
-        d_narrow = _scaled(grad, b.to(grad.dtype), ctx.scale)
+        wide = b.to(grad.dtype)
+        # With beta=0 the first argument only gives the shape: the scale is part of the products.
+        d_b = torch.addmm(wide, grad.T, narrow, beta=0, alpha=ctx.scale).to(b.dtype)
+        d_narrow = torch.addmm(narrow, grad, wide, beta=0, alpha=ctx.scale)
         d_a = (d_narrow.T @ x).to(a.dtype)
         d_x = None
         if ctx.needs_input_grad[0]:
@@ -41,11 +43,6 @@ class LoraProduct(torch.autograd.Function):
             else:
                 d_x = (grad @ ctx.base.matrix(grad.dtype)).addmm_(d_narrow, a.to(grad.dtype))
         return d_x, d_a, d_b, None, None
-
-
-def _scaled(left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """Return scale left right, in one operation."""
-    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
 
 
 class FrozenLowRankLinear(nn.Module):
