@@ -299,7 +299,7 @@ def test_python_gets_the_messages_of_the_command_line() -> None:
         finhpc.PretrainConfig(train={"stepz": 3, "precision": "bf61"}, optimizer={"lr": -1}, methd={})
     assert set(caught.value.problems) == {
         "train.stepz is not a setting; did you mean 'train.steps'?",
-        "train.precision='bf61' is refused: input should be 'fp32' or 'bf16' (did you mean 'bf16'?).",
+        "train.precision='bf61' is refused: input should be 'fp32', 'bf16' or 'bf16-weights' (did you mean 'bf16'?).",
         "optimizer.lr=-1 is refused: input should be greater than 0 (optimizer.lr: peak learning rate of AdamW).",
         "methd is not a setting; did you mean 'method'?",
     }

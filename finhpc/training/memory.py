@@ -12,6 +12,8 @@ from typing import TypeVar
 
 import torch
 from torch._C._autograd import DeviceType
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.profiler import ProfilerActivity, profile
 
 from finhpc.training.allocator import trim_heap
@@ -24,6 +26,8 @@ def live_tensor_bytes() -> int:
     """The bytes of all CPU tensors of this process; each storage counts once."""
     storages = {}
     for thing in gc.get_objects():
+        if issubclass(type(thing), FakeTensor | FunctionalTensor):  # of torch.compile or a plan: they have no memory
+            continue
         if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu":
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()

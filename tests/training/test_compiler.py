@@ -22,9 +22,9 @@ from finhpc.settings.finetune import FinetuneQuantization, Lora
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.training import compiler
 from finhpc.training.compiler import Compiler, missing_compiler
-from finhpc.training.engine import Engine, process_group
 from tests.models.dense import saved, tiny_llama
 from tests.models.packs import examples, packs_of
+from tests.training.processes import run_processes
 from tests.training.test_engine import hf_config
 
 CPU = torch.device("cpu")
@@ -38,8 +38,13 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counters.clear()
 
 
-def train(compile: str, steps: int = 4, **settings: Any) -> tuple[list[float], dict[str, Tensor]]:
+Trained = tuple[list[float], dict[str, Tensor]]
+
+
+def train(compile: str, steps: int = 4, **settings: Any) -> Trained:
     """Losses, and the weights at the end, of a tiny model with two micro-batches per step."""
+    from finhpc.training.engine import Engine
+
     config = build(
         PretrainConfig,
         {
@@ -50,14 +55,21 @@ def train(compile: str, steps: int = 4, **settings: Any) -> tuple[list[float], d
             "train": {"steps": steps, "compile": compile, **settings},
         },
     )
-    with process_group("gloo"):
-        engine = Engine(config, hf_config(config), CPU)
-        draw = torch.Generator().manual_seed(1)
-        losses = []
-        for _ in range(steps):
-            batches = iter([torch.randint(0, 300, (2, 32), generator=draw) for _ in range(2)])
-            losses.append(engine.train_step(batches, 1e-3))
-        return losses, {name: p.detach().clone() for name, p in engine.trained_parameters().items()}
+    engine = Engine(config, hf_config(config), CPU)
+    draw = torch.Generator().manual_seed(1)
+    losses = []
+    for _ in range(steps):
+        batches = iter([torch.randint(0, 300, (2, 32), generator=draw) for _ in range(2)])
+        losses.append(engine.train_step(batches, 1e-3))
+    return losses, {name: p.detach().clone() for name, p in engine.trained_parameters().items()}
+
+
+def eager_and_compiled(settings: dict[str, Any]) -> tuple[Trained, int, Trained, int, dict[str, int]]:
+    """What both give, with the number of graphs after each and the breaks of graphs, in a process of its own."""
+    eager = train("off", **settings)
+    before = counters["stats"]["unique_graphs"]
+    compiled = train("on", **settings)
+    return eager, before, compiled, counters["stats"]["unique_graphs"], dict(counters["graph_break"])
 
 
 @pytest.mark.parametrize(
@@ -71,10 +83,9 @@ def train(compile: str, steps: int = 4, **settings: Any) -> tuple[list[float], d
     ],
 )
 def test_a_compiled_step_has_the_same_numbers(settings: dict[str, Any], graphs: int) -> None:
-    losses, weights = train("off", **settings)
-    assert not counters["stats"]["unique_graphs"]
-    ours, compiled = train("on", **settings)
-    assert (counters["stats"]["unique_graphs"], dict(counters["graph_break"])) == (graphs, {})
+    [(eager, before, both, after, breaks)] = run_processes(eager_and_compiled, 1, settings)
+    (losses, weights), (ours, compiled) = eager, both
+    assert (before, after, breaks) == (0, graphs, {})
     torch.testing.assert_close(ours, losses, rtol=1e-5, atol=0)
     assert ours != losses, "a compiled sum is rounded in another order, so this shows that it was compiled"
     for name, weight in weights.items():
@@ -84,7 +95,7 @@ def test_a_compiled_step_has_the_same_numbers(settings: dict[str, Any], graphs: 
 
 @pytest.mark.slow
 def test_compiled_steps_are_the_same_at_every_start() -> None:
-    first, again = train("on"), train("on")
+    first, again = (run_processes(train, 1, "on")[0] for _ in range(2))
     assert first[0] == again[0]
     assert all(torch.equal(weight, again[1][name]) for name, weight in first[1].items())
 
