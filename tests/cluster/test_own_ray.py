@@ -74,16 +74,16 @@ def test_another_error_is_not_tried_again(starts: Callable[..., list[Path]]) -> 
     assert len(folders) == 1
 
 
-def test_workers_run_at_the_niceness_of_the_command_and_their_threads_sleep_while_they_wait() -> None:
+def test_workers_run_at_the_niceness_of_the_command_and_their_threads_soon_sleep() -> None:
     program = """
 import os, ray
 from finhpc.cluster.own_ray import own_ray
 
 with own_ray(1):
-    worker = ray.remote(lambda: (os.nice(0), os.environ.get("OMP_WAIT_POLICY")))
-    print(ray.get(worker.remote()) == (os.nice(0), "passive"))
+    worker = ray.remote(lambda: (os.nice(0), os.environ.get("GOMP_SPINCOUNT")))
+    print(ray.get(worker.remote()) == (os.nice(0), "1000"))
 """
-    unset = {name for name in os.environ if name in {"OMP_WAIT_POLICY", "RAY_worker_niceness", "RAY_ADDRESS"}}
+    unset = {name for name in os.environ if name in {"GOMP_SPINCOUNT", "RAY_worker_niceness", "RAY_ADDRESS"}}
     environment = {name: value for name, value in os.environ.items() if name not in unset}
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)

@@ -48,15 +48,15 @@ def test_an_interrupted_training_is_over_before_ray_is_left(tmp_path: Path) -> N
 
 
 def test_workers_environment_keeps_what_the_command_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("OMP_WAIT_POLICY", "PYTORCH_CUDA_ALLOC_CONF", "MALLOC_ARENA_MAX"):
+    for name in ("GOMP_SPINCOUNT", "PYTORCH_CUDA_ALLOC_CONF", "MALLOC_ARENA_MAX"):
         monkeypatch.delenv(name, raising=False)
     on_cpu, on_gpu = worker_environment(cuda=False), worker_environment(cuda=True)
-    assert on_cpu["OMP_WAIT_POLICY"] == on_gpu["OMP_WAIT_POLICY"] == "passive"
+    assert on_cpu["GOMP_SPINCOUNT"] == on_gpu["GOMP_SPINCOUNT"] == "1000"
     assert on_cpu["MALLOC_ARENA_MAX"] == "1"
     assert "PYTORCH_CUDA_ALLOC_CONF" not in on_cpu
     assert on_gpu["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
 
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
-    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    monkeypatch.setenv("GOMP_SPINCOUNT", "5")
     own = worker_environment(cuda=True)
-    assert own == {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64", "OMP_WAIT_POLICY": "active"}
+    assert own == {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64", "GOMP_SPINCOUNT": "5"}
