@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 # Threads of OpenMP that wait for the others of their operation check this often, some microseconds, before they sleep.
 # GNU's default takes milliseconds of a core that a busy process of another program, and so the others, could use; not
-# to check at all (OMP_WAIT_POLICY=passive) made a training step 8 % slower.
+# to check at all (OMP_WAIT_POLICY=passive) made a training step 3 to 9 % slower.
 WAITING = {"GOMP_SPINCOUNT": "1000"}
 # Ray starts workers at niceness 15, so that a busy process on one of two cores leaves a worker's thread there 3 % of
 # it, for which the other thread waits.
