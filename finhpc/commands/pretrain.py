@@ -140,10 +140,10 @@ class Pretrain(Job):
 
         from finhpc.models.files.tokenizer import open_tokenizer
         from finhpc.models.files.tokens import prompt_ids
-        from finhpc.models.loading import load_model
+        from finhpc.models.folder import open_model
 
         train = PretrainConfig.model_validate(settings).train
-        model: Any = load_model(folder / "model", device=device)
+        model: Any = open_model(folder / "model", device)
         tokenizer = open_tokenizer(folder / "model")
         ids = torch.tensor([prompt_ids(tokenizer, train.sample_prompt or tokenizer.eos_token)], device=device)
         room = model.config.max_position_embeddings - ids.shape[1]

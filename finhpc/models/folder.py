@@ -14,10 +14,11 @@ from transformers.utils import logging
 
 from finhpc.errors import CheckpointError
 from finhpc.models.families.registry import family_of, is_low_rank, skeleton
+from finhpc.models.files.manifest import check_manifest
 from finhpc.models.files.tensor_folder import TensorFolderWriter
 from finhpc.models.files.tokenizer import save_tokenizer
 from finhpc.models.files.tokens import GENERATION
-from finhpc.models.files.weights import Weights
+from finhpc.models.files.weights import Weights, open_folder
 from finhpc.quantization.fake import TRAINED, round_weights, trained_bits
 
 
@@ -30,6 +31,12 @@ class _Unread:
 
     def __getitem__(self, everything: object) -> Tensor:
         return self.weights.raw(self.name)
+
+
+def open_model(folder: Path, device: str | torch.device = "cpu") -> PreTrainedModel:
+    """Open a model of a supported family in eval mode on `device`; see `finhpc.load_model` for every other kind."""
+    check_manifest(folder)
+    return model_of(open_folder(folder, low_rank=True, floats=True), torch.float32, device)
 
 
 def model_of(weights: Weights, dtype: torch.dtype, device: str | torch.device = "cpu") -> PreTrainedModel:

@@ -91,6 +91,4 @@ def test_data_that_is_slow_all_along_is_waited_for(tmp_path: Path, shards: Shard
     seconds = sum(step["step_s"] for step in last)
     busy = float(last[-1]["pipeline_utilization"]) * seconds
     assert 0 < waited(last) <= 1.1 * sum(slept)
-    assert waited(last) == pytest.approx(seconds - busy, rel=0.4), (
-        "passes, waiting, and little else"
-    )
+    assert waited(last) == pytest.approx(seconds - busy, rel=0.4), "passes, waiting, and little else"
