@@ -86,9 +86,6 @@ def test_opening_the_data_is_no_wait_of_a_step_after_a_start_and_after_a_resume(
 
 
 def test_data_that_is_slow_all_along_is_waited_for(tmp_path: Path, shards: Shards) -> None:
-    """Batches are made one step ahead, so only what the passes do not cover is waited for."""
-    ((last, slept),) = run_processes(train, 1, tmp_path / "run", shards, 4, 0.4)
-    seconds = sum(step["step_s"] for step in last)
-    busy = float(last[-1]["pipeline_utilization"]) * seconds
-    assert 0 < waited(last) <= 1.1 * sum(slept)
-    assert waited(last) == pytest.approx(seconds - busy, rel=0.4), "passes, waiting, and little else"
+    """Batches are made one step ahead, so only what the work on others does not cover is waited for."""
+    ((last, slept),) = run_processes(train, 1, tmp_path / "run", shards, 4, 1.0)
+    assert 0.3 * sum(slept[1:]) < waited(last) < 1.1 * sum(slept)
