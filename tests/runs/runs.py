@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from finhpc.runs.run import run
 from finhpc.settings.base import load
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.training.journal import latest, read
+from finhpc.training.stages import Cut
 from tests import waiting
 from tests.waiting import wait_until
 
@@ -39,7 +41,8 @@ FLAGS = [
 
 # The cut of a run over two stages. Measured ones differ from run to run, and runs are bit-equal over the same alone.
 PARTS = ["embedding", "positions", "dropout", *("attention", "mlp") * 3, "norm", "head"]
-CUT = {"stages": 2, "kinds": PARTS, "costs_s": [1.0] * len(PARTS), "borders": [0, 6, len(PARTS)]}
+BORDERS = [0, 6, len(PARTS)]
+CUT = asdict(Cut(schedule="1f1b", workers=2, kinds=PARTS, costs_s=[1.0] * len(PARTS), borders=BORDERS))
 
 
 @contextmanager
