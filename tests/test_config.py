@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from finhpc.bench.settings import PrepareBench
+from finhpc.cli import parse
 from finhpc.errors import ConfigError
 from finhpc.settings.base import build, flatten, keys, load, marked, recipes, to_yaml
 from finhpc.settings.estimate import FinetuneEstimateConfig
@@ -172,3 +173,10 @@ def test_what_may_change_when_a_run_is_resumed() -> None:
     assert placing <= set(may_change)
     assert not {"train.steps", "train.seed", "data.seq_len", "optimizer.lr", "method.rank"} & set(may_change)
     assert "data.eval_source" in marked(FinetuneConfig, "may_change")
+
+
+@pytest.mark.parametrize("value", ["on", "off", "auto"])
+def test_on_and_off_are_no_booleans(value: str) -> None:
+    """YAML reads them as such, in files and on the command line."""
+    words = ["--train.compile", value]
+    assert load(PretrainConfig, None, parse(words, PretrainConfig)[1]).train.compile == value

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from finhpc.errors import ConfigError
 from finhpc.settings.base import MAY_CHANGE, LocalPath, Section, absolute_path
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from finhpc.settings.pretrain import PretrainConfig
 
 TrainingConfig: TypeAlias = "PretrainConfig | FinetuneConfig"
+# YAML reads on and off as true and false.
+OnOff = BeforeValidator(lambda value: {True: "on", False: "off"}[value] if isinstance(value, bool) else value)
+Compile = Annotated[Literal["auto", "on", "off"], OnOff]
 Precision = Literal["fp32", "bf16", "bf16-weights"]
 Recompute = Literal["none", "attention", "full"]
 Schedule = Literal["1f1b", "dualpipev"]
@@ -139,10 +142,10 @@ class Train(Section):
         "(attention), or all of a block except its input (full)",
         json_schema_extra=MAY_CHANGE,
     )
-    compile: Literal["auto", "on", "off"] = Field(
+    compile: Compile = Field(
         "auto",
-        description="torch.compile of the model's blocks; auto: if the steps are long enough to repay it and a C++ "
-        "compiler is installed",
+        description="torch.compile of the model's blocks: on, off, or auto: if the steps are long enough to repay it "
+        "and a C++ compiler is installed",
         json_schema_extra=MAY_CHANGE,
     )
     seed: int = Field(0, ge=0, description="seed of the initial weights, the order of samples and dropout")

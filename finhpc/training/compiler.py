@@ -12,16 +12,16 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from finhpc.errors import ConfigError, FinhpcError
+from finhpc.settings.training import Compile
 
 log = logging.getLogger(__name__)
 
 F = TypeVar("F", bound=Callable[..., Any])
-Compile = Literal["auto", "on", "off"]
 
 # `auto` compiles if the steps take this many seconds without it, estimated from their operations. On two CPU cores
 # compiling took 15 to 40 s, and saved 5 to 13 % of a step.
