@@ -30,7 +30,7 @@ LOOKS_UP = {"embedding", "index_select", "gather", "index"}  # reads what it ret
 INPUTS = "inputs"  # the kind of tensors that no operation of the step made
 PACKAGES = ("finhpc", "transformers", "peft", "bitsandbytes", "deepspeed", "torch")
 # What bitsandbytes does in Python inside one operation on CUDA, in its backends/cuda/ops.py, for inputs without
-# outliers: (launches beside its own, waits).
+# outliers: (launches in addition to the operation's own, waits).
 INSIDE = {"int8_vectorwise_quant": (3, 1)}
 # Operations that are several others on CUDA too, by their default implementation.
 COMPOSITE = {"gemm_4bit", "int8_mixed_scaled_mm", "int8_scaled_mm"}

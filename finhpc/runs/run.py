@@ -106,12 +106,17 @@ def run(job: Job, launch: Launch = launch) -> dict[str, Any]:
 
 def check_run(job: Job, folder: RunFolder) -> dict[str, float] | None:
     """Check what can be checked before anything starts; return the cluster's resources if they are known."""
+    from finhpc.training.compiler import check_compiler
+
     config = job.config
     job.check_checkpoints(folder.path / "checkpoints")
     _check_resume(job, folder)
     total = known_resources()
     if total is not None:
-        check_fits(config, use_cuda(config.resources, total), total)
+        cuda = use_cuda(config.resources, total)
+        check_fits(config, cuda, total)
+        if not cuda:  # a command for GPUs may run on a machine without one: their workers check it
+            check_compiler(config.train.compile, "cpu")
     if note := config.optimizer.shortened(config.train.steps):
         log.info(note)
     return total

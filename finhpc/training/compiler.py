@@ -70,7 +70,7 @@ class Compiler:
             self.on = seconds >= worthwhile and missing is None
             why = f"{missing} is missing" if missing else ""
             if seconds < worthwhile:
-                why = f"the steps take about {seconds:.0f} s without it, less than {worthwhile} s"
+                why = f"it repays runs of {worthwhile} s and more, and this one takes about {max(1, seconds):.0f} s"
             log.info(
                 "train.compile=auto: " + ("the model is compiled." if self.on else f"not compiled, because {why}.")
             )

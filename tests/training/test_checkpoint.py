@@ -234,7 +234,7 @@ def test_workers_verify_a_file_each_and_agree(tmp_path: Path) -> None:
     assert first == second
     (step, rounds), (error, _), (none, _) = first
     assert step == 10
-    assert rounds == 2, "both are told of each other's progress, for each of two checkpoints"
+    assert rounds == 2, "each of two checkpoints is verified in one round, which counts as progress on both workers"
     assert "every checkpoint in" in error
     assert none is None
     assert [saved.step for saved in list_complete(tmp_path / "one damaged")] == [10]

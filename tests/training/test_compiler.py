@@ -137,7 +137,7 @@ def test_on_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_auto_compiles_what_takes_long(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "finhpc")
     assert not Compiler("auto", CPU, 1e12).on
-    assert "not compiled, because the steps take about 10 s" in caplog.text
+    assert "not compiled, because it repays runs of 600 s and more, and this one takes about 10 s" in caplog.text
     assert Compiler("auto", CPU, compiler.RATE["cpu"] * compiler.WORTHWHILE_S["cpu"]).on
     assert not Compiler("off", CPU, 1e20).on
 

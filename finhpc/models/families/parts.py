@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finhpc.models.loss import head_loss
@@ -95,8 +94,3 @@ def head(flow: Flow, module: nn.Module) -> Tensor:
     hidden, tokens = flow
     rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])
     return head_loss(rows, module, tokens[:, 1:].reshape(-1))
-
-
-def logits(hidden: Tensor, module: nn.Module) -> Tensor:
-    """Apply the output layer, or the matrix of the embedding that is tied to it."""
-    return F.linear(hidden, module.weight) if isinstance(module, nn.Embedding) else module(hidden)
