@@ -56,6 +56,21 @@ def test_a_good_config_is_counted(shards: Path) -> None:
             {"optimizer": {"decay": "product"}, "quantization": {"when": "during", "bits": 8}},
             "optimizer.decay=product does not work on rounded weights; use optimizer.decay=factors",
         ),
+        (
+            {"method": {"kind": "dense"}, "optimizer": {"name": "spectron"}},
+            "optimizer.name=spectron updates A and B of pairs in transformer blocks, and this model trains none; use "
+            "one of adamw, adamw8bit, muon, apollo_mini",
+        ),
+        (
+            {"method": {"kind": "cola"}, "optimizer": {"name": "loro"}},
+            "optimizer.name=loro moves the product of A and B, which is not the whole layer of method.kind=cola; use "
+            "another optimizer, or method.kind=low_rank.",
+        ),
+        (
+            {"optimizer": {"name": "spectron", "rates": "mup"}},
+            "optimizer.rates=mup does not work with optimizer.name=spectron, whose step sets the rates of A and B",
+        ),
+        ({"optimizer": {"lr_adamw": 0.01}}, "optimizer.lr_adamw=0.01 is the rate of what AdamW updates next to"),
         ({"parallel": {"stages": 5}}, "parallel.stages=5 does not fit 4 transformer blocks; use 1 to 4."),
         (
             {"parallel": {"stages": 2}, "model": {"layers": 1}},
