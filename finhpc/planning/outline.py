@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from math import prod
 from typing import Any
 
 from torch import nn
@@ -19,6 +20,7 @@ from finhpc.models.families.registry import skeleton, with_blocks
 from finhpc.models.pipeline import estimated_cost, is_tied, parts_of
 from finhpc.models.schedule import schedule_borders
 from finhpc.settings.training import Optimizer, Recompute, Schedule
+from finhpc.training.optimizers.registry import OPTIMIZERS
 from finhpc.training.optimizers.stage import state_bytes
 
 Stages = list[list[str]]  # kinds of the parts of each stage
@@ -128,6 +130,11 @@ class Outline:
     def part_replaced(self, kind: str) -> int:
         """Parameters of the dense matrices that the pairs of one part of that kind replace."""
         return sum(weights.replaced for weights in self.weights if weights.kind == kind)
+
+    def taken(self, optimizer: Optimizer) -> int:
+        """Parameters for which the optimizer has a rule; AdamW updates the others."""
+        takes = OPTIMIZERS[optimizer.name].takes
+        return sum(w.count * prod(shape) for w in self.weights for name, shape in w.shapes if takes(name, shape))
 
     def moments_bytes(self, optimizer: Optimizer) -> int:
         """Bytes of the optimizer's state for the whole model."""

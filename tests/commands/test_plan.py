@@ -14,6 +14,7 @@ from finhpc.files import write_json
 from finhpc.planning.plan import check_tokenizer, make_plan
 from finhpc.settings.base import build
 from finhpc.settings.pretrain import PretrainConfig
+from finhpc.settings.training import Optimizer
 from tests.tiny import tiny_shards
 
 
@@ -41,6 +42,12 @@ def test_a_good_config_is_counted(shards: Path) -> None:
     assert full.params_total == plan.params_total
     assert len(full.outline.stages(4)) == 4
     assert full.outline.kinds.count("block") == 4
+
+
+def test_the_weights_that_an_optimizer_updates_are_counted(shards: Path) -> None:
+    plan = make_plan(config(shards, method={"kind": "dense"}, optimizer={"name": "muon"}))
+    assert plan.outline.taken(plan.config.optimizer) == 4 * 12 * 32 * 32
+    assert plan.outline.taken(Optimizer()) == plan.params_total
 
 
 @pytest.mark.parametrize(
