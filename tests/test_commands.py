@@ -300,7 +300,7 @@ def test_python_gets_the_messages_of_the_command_line() -> None:
     assert set(caught.value.problems) == {
         "train.stepz is not a setting; did you mean 'train.steps'?",
         "train.precision='bf61' is refused: input should be 'fp32', 'bf16' or 'bf16-weights' (did you mean 'bf16'?).",
-        "optimizer.lr=-1 is refused: input should be greater than 0 (optimizer.lr: peak learning rate of AdamW).",
+        "optimizer.lr=-1 is refused: input should be greater than 0 (optimizer.lr: peak learning rate).",
         "methd is not a setting; did you mean 'method'?",
     }
     settings = finhpc.PretrainConfig()
@@ -321,5 +321,5 @@ def test_settings_given_in_part_mean_the_same_in_python_and_on_the_command_line(
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_no_number_is_infinite_or_none(value: float) -> None:
-    with pytest.raises(ConfigError, match="lr_scale_a="):
-        load(PretrainConfig, None, {"optimizer.lr_scale_a": value})
+    with pytest.raises(ConfigError, match="lr_adamw="):
+        load(PretrainConfig, None, {"optimizer.lr_adamw": value})

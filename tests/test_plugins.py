@@ -23,7 +23,9 @@ from finhpc.models.families.registry import FAMILIES
 from finhpc.settings.base import build, load
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.training import Optimizer
-from finhpc.training.optimizer import OPTIMIZERS, OptimizerKind, init_state, make_optimizer, moments
+from finhpc.training.optimizers.kind import OptimizerKind
+from finhpc.training.optimizers.registry import OPTIMIZERS
+from finhpc.training.optimizers.stage import init_state, make_optimizer, moments
 from tests.tiny import tiny_shards
 
 # What a user writes: an example of the documentation and more. Tests with it run in new processes.
@@ -37,7 +39,8 @@ import torch
 
 from finhpc.data.examples.templates import TEMPLATES, Template
 from finhpc.models.families.presets import PRESETS, Shape
-from finhpc.training.optimizer import OPTIMIZERS, OptimizerKind
+from finhpc.training.optimizers.kind import OptimizerKind
+from finhpc.training.optimizers.registry import OPTIMIZERS
 
 
 def momentum(groups, settings):
@@ -88,7 +91,7 @@ def test_without_its_module_it_is_refused(place: Path, capsys: pytest.CaptureFix
     assert main(["pretrain", "--data.shards", str(place / "shards"), *words, "--dry_run"]) == 2
     found = capsys.readouterr().err
     for said in (
-        "optimizer.name=momentums is not an optimizer; valid: adamw, adamw8bit. Your own comes from --plugins",
+        "optimizer.name=momentums is not an optimizer; valid: adamw, adamw8bit, muon, spectron, loro, apollo_mini.",
         "method.kind=glue is unknown; valid: dense, low_rank, cola, svd, blend. One of your own comes from --plugins",
     ):
         assert said in found
@@ -223,7 +226,7 @@ def sgd(groups: Any, settings: Any) -> Any:
         (OptimizerKind(sgd, ()), "stores momentum_buffer for a parameter and names nothing as moments"),
         (OptimizerKind(lambda groups, s: torch.optim.Adafactor(groups), ("row_var",)), "names row_var as moments"),
         (OptimizerKind(lambda groups, s: torch.optim.SGD(groups, lr=-1), ()), "fails in its first step (ValueError"),
-        (sgd, "must be a finhpc.training.optimizer.OptimizerKind"),
+        (sgd, "must be a finhpc.training.optimizers.kind.OptimizerKind"),
     ],
 )
 def test_an_optimizer_whose_state_checkpoints_would_lose_is_refused(kind: Any, message: str) -> None:

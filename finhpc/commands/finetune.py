@@ -58,6 +58,7 @@ class Finetune(Job):
         from finhpc.models.files.source import tokenizer_of
         from finhpc.models.files.tokens import check_rows
         from finhpc.models.lora.model import LoraModel
+        from finhpc.training.optimizers.registry import check_taken
 
         config = config.model_copy(deep=True)
         problems = config.problems()
@@ -74,6 +75,7 @@ class Finetune(Job):
                 _check_model(config, base)
             with collect(problems):
                 self.lora_model = LoraModel.of(config, base)
+                check_taken(config.optimizer, self.lora_model.adapter_shapes)
             with collect(problems):
                 tokenizer = tokenizer_of(base.path)
                 check_rows(tokenizer, base.config.vocab_size, f"model.path={base.path}")

@@ -161,10 +161,14 @@ class Pretrain(Job):
 
     def summary(self) -> list[tuple[str, str]]:
         plan = self.plan
-        return [
+        rows = [
             ("parameters", f"{millions(plan.params_total)}, dense {millions(plan.params_dense)}"),
             ("compression", describe_compression(plan.compression_ratio)),
         ]
+        if rest := plan.params_total - plan.outline.taken(self.config.optimizer):
+            own = f"{millions(plan.params_total - rest)} by {self.config.optimizer.name}"
+            rows.append(("updated", f"{own}, {millions(rest)} by AdamW"))
+        return rows
 
     def loss_note(self, result: dict[str, Any]) -> str:
         entropy, loss = self.plan.shards.manifest.val_unigram_entropy_nats, result["val_loss"]

@@ -7,6 +7,7 @@ sees the rows that predict a token.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,15 +32,20 @@ from finhpc.quantization.schemes import SCHEMES, is_quantized
 class LoraPart:
     """One part of the model, in bytes: its frozen weights, its passes, and the hidden states before and after it.
 
-    `trained`: the number of parameters of its adapters.
+    `adapters`: the name and shape of each factor of its adapters.
     """
 
     kind: str
     weights_bytes: int
-    trained: int
+    adapters: tuple[tuple[str, tuple[int, ...]], ...]
     passes: PartBytes
     input_bytes: int
     output_bytes: int
+
+    @property
+    def trained(self) -> int:
+        """The number of parameters of its adapters."""
+        return sum(math.prod(shape) for _, shape in self.adapters)
 
 
 @dataclass(frozen=True)
@@ -125,8 +131,9 @@ def _count(lora_model: EmptyLoraModel, pack: PackSize, cuda: bool) -> list[LoraP
         for part in lora_model.parts():
             before = meter.live
             layer = LoraPipelineLayer(part, lora_model, data.device)
-            weights_bytes = meter.live - before
-            trained = sum(p.numel() for _, p in layer.parameters_by_name())
+            trained_bytes = sum(p.nbytes for _, p in layer.parameters_by_name())
+            weights_bytes = meter.live - before - trained_bytes
+            adapters = tuple((name, tuple(p.shape)) for name, p in layer.parameters_by_name())
 
             def make_input(
                 kind: str = part.kind, shape: tuple[int, int, int] = (1, rows, width), leaf: bool = not requires_grad
@@ -139,7 +146,6 @@ def _count(lora_model: EmptyLoraModel, pack: PackSize, cuda: bool) -> list[LoraP
             run_passes(meter, layer, make_input)  # makes rotary positions and the adapters' gradients
             passes, rows, requires_grad = run_passes(meter, layer, make_input)
             output_bytes = 0 if part.kind == "head" else rows * width * dtype.itemsize
-            weights_bytes -= 4 * trained
-            counted.append(LoraPart(part.kind, weights_bytes, trained, passes, input_bytes, output_bytes))
+            counted.append(LoraPart(part.kind, weights_bytes, adapters, passes, input_bytes, output_bytes))
             input_bytes = output_bytes
     return counted

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 
@@ -17,6 +17,8 @@ from finhpc.planning.devices import Cluster
 from finhpc.planning.fake_packs import LoraPart, PackSize, count_lora_parts
 from finhpc.planning.memory import StageMemory, Steps, Topology, worker_memory
 from finhpc.planning.step_time import ADAMW_BYTES, Pace, averaging_s, launches
+from finhpc.settings.training import Optimizer
+from finhpc.training.optimizers.stage import state_bytes
 
 LORA_LAUNCHES = 3  # kernel launches of a part with adapters over one without; measured, with SmolLM2's shapes
 
@@ -34,6 +36,7 @@ class LoraCosts:
     cuda: bool = False
     layouts: int = CACHED_LAYOUTS
     part_s: Mapping[str, float] | None = None
+    optimizer: Optimizer = field(default_factory=Optimizer)
 
     @cached_property
     def parts(self) -> list[LoraPart]:
@@ -85,7 +88,8 @@ class LoraCosts:
         layouts = kept * self._layout_bytes() if any(part.kind in BLOCKS for part in parts) else 0
         kinds = [part.kind for part in parts]
         weights += 4 * trained
-        return worker_memory([steps], stage, topology, kinds, trained, weights, 8 * trained, received, layouts)
+        moments = sum(state_bytes(part.adapters, self.optimizer) for part in parts)
+        return worker_memory([steps], stage, topology, kinds, trained, weights, moments, received, layouts)
 
     def _layout_bytes(self) -> int:
         """Bytes of one pack's cached layout: rotary positions, rows, and on a GPU the mask of a short pack."""

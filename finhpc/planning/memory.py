@@ -2,7 +2,7 @@
 
 There are two schemes, both with 16 bytes per parameter by default:
 
-- `finhpc`: its own engine, with float32 weights, gradients and AdamW's two moments (in 8 bits if the run sets that),
+- `finhpc`: its own engine, with float32 weights and gradients, what the optimizer keeps (AdamW: two moments),
   and method 3's W while they exist. The peak follows the engine's passes in their order (with 1f1b stage s of N has
   min(M, N - s) micro-batches in flight). DeepSpeed adds its buffers. Replicas may divide the moments. What they send
   together is copied: gradients on CPUs, small weights if moments are divided.
@@ -26,7 +26,7 @@ from finhpc.planning.fake_passes import PartBytes, count_parts
 from finhpc.planning.outline import Outline, Stages
 from finhpc.settings.estimate import EstimateConfig
 from finhpc.settings.pretrain import PretrainConfig
-from finhpc.settings.training import Precision, Schedule, TrainingConfig
+from finhpc.settings.training import Optimizer, Precision, Schedule, TrainingConfig
 from finhpc.training.workers.replicas import BUCKET_BYTES
 
 IN_FLIGHT = 2  # buckets that are sent at a time, of `finhpc.training.workers.replicas`
@@ -44,18 +44,17 @@ class Scheme:
     weight_bits: int = 16  # of the paper's stored weights; its optimizer has them in float32
     zero_stage: int = 0
     blend: Literal["frozen", "trainable"] | None = None  # finhpc's: method 3's W exist next to the factors
-    eight_bit_moments: bool = False  # finhpc's: the optimizer is bitsandbytes'
+    optimizer: Optimizer = field(default_factory=Optimizer)  # finhpc's
 
     @staticmethod
     def of(config: PretrainConfig, cuda: bool) -> Scheme:
-        """The scheme of a run; the paper's has neither method 3's W nor 8-bit moments."""
+        """The scheme of a run; the paper's has neither method 3's W nor another optimizer than AdamW."""
         precision, method = config.train.precision, config.method
         if isinstance(config, EstimateConfig) and config.estimate.scheme == "paper":
             return Scheme("paper", precision, 16, cuda, config.estimate.weight_bits, config.estimate.zero_stage)
         blend = method.blend_weight if method.kind == BLEND else None
-        eight_bit_moments = config.optimizer.name == "adamw8bit"
         bits = config.quantization.training_bits
-        return Scheme("finhpc", precision, bits, cuda, blend=blend, eight_bit_moments=eight_bit_moments)
+        return Scheme("finhpc", precision, bits, cuda, blend=blend, optimizer=config.optimizer)
 
     def fused(self, seq_len: int) -> bool:
         """Whether attention is torch's fused kernel, which never stores all scores: on GPUs and for long samples."""
@@ -179,7 +178,7 @@ class Memory:
         trains_dense = scheme.blend == "trainable"
         trained = {kind: params[kind] + (dense[kind] if trains_dense else 0) for kind in set(kinds)}
         optimizer = sum(
-            outline.part_moments_bytes(kind, scheme.eight_bit_moments, trains_dense) for kind in kinds if params[kind]
+            outline.part_moments_bytes(kind, scheme.optimizer, trains_dense) for kind in kinds if params[kind]
         )
         tokens = topology.micro_batch_size * outline.seq_len
         width = int(outline.hf_config.hidden_size)

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from math import prod
 from typing import Any
 
 from torch import nn
@@ -18,12 +19,12 @@ from finhpc.lowrank.layers import LowRank, is_factor
 from finhpc.models.families.registry import skeleton, with_blocks
 from finhpc.models.pipeline import estimated_cost, is_tied, parts_of
 from finhpc.models.schedule import schedule_borders
-from finhpc.settings.training import Recompute, Schedule
+from finhpc.settings.training import Optimizer, Recompute, Schedule
+from finhpc.training.optimizers.registry import OPTIMIZERS
+from finhpc.training.optimizers.stage import state_bytes
 
 Stages = list[list[str]]  # kinds of the parts of each stage
 Matrix = tuple[int, int]  # (vectors, their length): outputs and inputs of a layer, rows of an embedding
-
-SMALLEST_8BIT, BLOCK_8BIT = 4096, 256  # bitsandbytes: smaller tensors keep float32 moments; moments to a scale
 
 PAPER_NAMES = {
     "embed_tokens": "W^E",
@@ -54,6 +55,7 @@ class Weights:
     count: int
     matrices: tuple[Matrix, ...]
     vectors: int  # elements of norms and biases
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]  # of its parameters, by Hugging Face name with * for the block
 
     @property
     def one(self) -> int:
@@ -76,10 +78,12 @@ class Weights:
         ends = (ending for ending in PAPER_NAMES if self.name == ending or self.name.endswith("." + ending))
         return next((PAPER_NAMES[ending] for ending in ends), None)
 
-    def moments_bytes(self, eight_bit: bool, dense_too: bool) -> int:
-        """Bytes of AdamW's moments for one module; with `dense_too` also of the dense matrix that a pair replaces."""
-        sizes = [a * b for a, b in self.matrices] + [self.vectors] + ([self.replaced] if dense_too else [])
-        return sum(_moments_bytes(size, eight_bit) for size in sizes)
+    def moments_bytes(self, optimizer: Optimizer, dense_too: bool = False) -> int:
+        """Bytes of the optimizer's state for one module; `dense_too`: also of the dense matrix that a pair replaces."""
+        shapes = list(self.shapes)
+        if dense_too and self.replaced:
+            shapes.append((f"{self.name}.W", (self.matrices[1][0], self.replaced // self.matrices[1][0])))
+        return state_bytes(shapes, optimizer)
 
     def stored_bytes(self, bits: int) -> int:
         """Bytes of one module at 16, 8 or 4 bits, in section V.B's per-vector scheme.
@@ -127,9 +131,18 @@ class Outline:
         """Parameters of the dense matrices that the pairs of one part of that kind replace."""
         return sum(weights.replaced for weights in self.weights if weights.kind == kind)
 
-    def part_moments_bytes(self, kind: str, eight_bit: bool, dense_too: bool) -> int:
-        """Bytes of AdamW's moments for one part of that kind, in float32 or 8 bits."""
-        return sum(weights.moments_bytes(eight_bit, dense_too) for weights in self._of_part(kind))
+    def taken(self, optimizer: Optimizer) -> int:
+        """Parameters for which the optimizer has a rule; AdamW updates the others."""
+        takes = OPTIMIZERS[optimizer.name].takes
+        return sum(w.count * prod(shape) for w in self.weights for name, shape in w.shapes if takes(name, shape))
+
+    def moments_bytes(self, optimizer: Optimizer) -> int:
+        """Bytes of the optimizer's state for the whole model."""
+        return sum(weights.count * weights.moments_bytes(optimizer) for weights in self.weights)
+
+    def part_moments_bytes(self, kind: str, optimizer: Optimizer, dense_too: bool) -> int:
+        """Bytes of the optimizer's state for one part of that kind."""
+        return sum(weights.moments_bytes(optimizer, dense_too) for weights in self._of_part(kind))
 
     def part_bytes(self, kind: str, bits: int) -> int:
         """Bytes of one part of that kind at 16, 8 or 4 bits."""
@@ -150,13 +163,6 @@ class Outline:
         costs = costs or self.operations
         borders = schedule_borders(self.row, [costs[kind] for kind in self.kinds], schedule, workers, micro_batches)
         return [self.kinds[a:b] for a, b in pairwise(borders)]
-
-
-def _moments_bytes(size: int, eight_bit: bool) -> int:
-    """Bytes for one tensor: two float32 numbers per element, or bitsandbytes' two bytes and two scales per block."""
-    if not eight_bit or size < SMALLEST_8BIT:
-        return 8 * size
-    return 2 * size + 8 * -(-size // BLOCK_8BIT)
 
 
 def outline_of(hf_config: Any, seq_len: int, recompute: Recompute = "none", fused: bool = False) -> Outline:
@@ -181,12 +187,13 @@ def _weights_of(name: str, module: nn.Module, kind: str, count: int) -> list[Wei
     for sub_name, sub in module.named_modules():
         if is_factor(module, sub_name):
             continue  # counted with its low-rank layer
-        own = list(sub.parameters(recurse=isinstance(sub, LowRank)))
-        if own:
+        named = dict(sub.named_parameters(recurse=isinstance(sub, LowRank)))
+        if own := list(named.values()):
             transposed = isinstance(sub, Conv1D)  # stored (in, out)
             shapes = [tuple(p.shape) for p in own if p.dim() == 2]
             matrices = tuple((b, a) if transposed else (a, b) for a, b in shapes)
             vectors = sum(p.numel() for p in own if p.dim() != 2)
             full = re.sub(r"\.\d+\.", ".*.", f"{name}.{sub_name}" if sub_name else name)
-            rows.append(Weights(full, kind, count, matrices, vectors))
+            parameters = tuple((f"{full}.{key}", tuple(p.shape)) for key, p in named.items())
+            rows.append(Weights(full, kind, count, matrices, vectors, parameters))
     return rows

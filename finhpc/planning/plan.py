@@ -92,8 +92,8 @@ def make_plan(config: PretrainConfig) -> Plan:
 
 def check_registered(config: TrainingConfig) -> None:
     """Raise `ConfigError` if the optimizer or method is unknown, or known to this process but not to workers."""
-    from finhpc.lowrank.registry import LAYERS, check_kind
-    from finhpc.training.optimizer import OPTIMIZERS, check_optimizer
+    from finhpc.lowrank.registry import LAYERS, check_kind, trained_kind
+    from finhpc.training.optimizers.registry import OPTIMIZERS, check_optimizer
 
     problems: list[str] = []
     with collect(problems):
@@ -103,6 +103,12 @@ def check_registered(config: TrainingConfig) -> None:
         with collect(problems):
             check_kind(config.method.kind)
             LAYERS.check_workers_see(config.method.kind)
+        layer, optimizer = LAYERS.get(trained_kind(config.method.kind)), OPTIMIZERS.get(config.optimizer.name)
+        if layer and optimizer and optimizer.of_products and not layer.mergeable:
+            problems.append(
+                f"optimizer.name={config.optimizer.name} moves the product of A and B, which is not the whole layer of "
+                f"method.kind={config.method.kind}; use another optimizer, or method.kind=low_rank."
+            )
     if problems:
         raise ConfigError(problems)
 
@@ -132,6 +138,7 @@ def check_stages(config: TrainingConfig, hf_config: Any) -> None:
 def check_model(config: PretrainConfig, hf_config: Any) -> None:
     """Raise `ConfigError` if the model is too small for the stages, the samples or the ranks."""
     from finhpc.models.families.registry import FAMILIES, context_name, context_of, family_of, skeleton
+    from finhpc.training.optimizers.registry import check_taken
 
     problems: list[str] = []
     with collect(problems):
@@ -144,7 +151,8 @@ def check_model(config: PretrainConfig, hf_config: Any) -> None:
             + ("lower it or raise model.context." if config.model.path is None else "lower it or take another model.")
         )
     with collect(problems):
-        skeleton(hf_config)
+        shapes = {name: tuple(parameter.shape) for name, parameter in skeleton(hf_config).named_parameters()}
+        check_taken(config.optimizer, shapes)
     if problems:
         raise ConfigError(problems)
 

@@ -30,21 +30,38 @@ class Optimizer(Section):
     name: str = Field(
         "adamw",
         description="adamw; adamw8bit: bitsandbytes' AdamW, with 8-bit moments of matrices from 4,096 weights up; "
-        "or an optimizer of a plugin",
+        "muon: orthogonalized momentum for matrices of blocks; spectron: the same for A and B of blocks, with bounded "
+        "steps of B A; loro: AdamW with exact steps of B A at times; apollo_mini: AdamW's step sizes from a random "
+        "projection of each matrix of blocks; or one of a plugin. AdamW updates what the others have no rule for",
     )
-    lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
-    min_lr_ratio: float = Field(
-        0.1, ge=0, le=1, description="final learning rate divided by the peak; the decay is a cosine"
+    lr: float = Field(1e-3, gt=0, description="peak learning rate")
+    lr_adamw: float | None = Field(
+        None,
+        gt=0,
+        description="peak learning rate of what AdamW updates next to another optimizer: embeddings, head, norms, "
+        "biases; default: lr",
     )
+    schedule: Literal["cosine", "linear", "wsd"] = Field(
+        "cosine",
+        description="how the learning rate falls after the warm-up; wsd: only in the last cooldown_share of the steps, "
+        "linearly",
+    )
+    cooldown_share: float = Field(0.2, gt=0, le=1, description="wsd: share of the steps in which the rate falls")
+    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="final learning rate divided by the peak")
     warmup_steps: int = Field(20, ge=0, description="steps in which the learning rate rises; at most half of all steps")
     betas: tuple[float, float] = Field((0.9, 0.95), description="decay rates of AdamW's two moments")
+    momentum: float = Field(0.95, ge=0, lt=1, description="momentum of muon and spectron")
+    exact_every: int = Field(500, ge=1, description="loro: steps from one exact step of B A to the next")
     eps: float = Field(1e-8, gt=0, description="epsilon of AdamW, added to the root of the second moment")
     weight_decay: float = Field(0.1, ge=0, description="weight decay of matrices; biases and norms have none")
     decay: Literal["factors", "product"] = Field(
         "factors", description="what weight decay shrinks in a low-rank layer: A and B (factors), or B A (product)"
     )
-    lr_scale_a: float = Field(1.0, gt=0, description="factor on the learning rate of the matrices A")
-    lr_scale_b: float = Field(1.0, gt=0, description="factor on the learning rate of the matrices B")
+    rates: Literal["plain", "mup", "loro", "loraplus"] = Field(
+        "plain",
+        description="learning rates of A and B over that of the rest; plain: 1; mup: 1/2 and in / (2 rank); loro: rank "
+        "/ width for both; loraplus: 1 and 16",
+    )
     grad_clip: float = Field(1.0, ge=0, description="largest gradient norm of the whole model; 0: no clipping")
 
     def warmup(self, steps: int) -> int:

@@ -43,7 +43,9 @@ from finhpc.settings.training import TrainingConfig
 from finhpc.training.allocator import keep_freed_memory
 from finhpc.training.compiler import Compiler
 from finhpc.training.metrics import Metrics, check_finite
-from finhpc.training.optimizer import OPTIMIZERS, decay_products, drop_parameters, make_optimizer, set_lr
+from finhpc.training.optimizers.decay import decay_products
+from finhpc.training.optimizers.kind import layer_of
+from finhpc.training.optimizers.stage import drop_parameters, elementwise, make_optimizer, set_lr
 from finhpc.training.stages import measured_cut
 from finhpc.training.workers.pipeline import Exchange, PassTimes, make_pipeline
 from finhpc.training.workers.replicas import GradientAverager, ShardedStep, divide
@@ -97,7 +99,7 @@ class Engine:
             pipeline = make_pipeline(specs, self.borders, parallel, dynamic_shape=lora_model is not None)
         self.layers = [module for module in pipeline.modules() if isinstance(module, PipelineLayer)]
         self._divide(pipeline.mpu())
-        self.optimizer = make_optimizer(self.updated, config.optimizer)
+        self.optimizer = make_optimizer(self.updated, config.optimizer, self._shapes())
         self.optimizer.register_step_pre_hook(self._before_step)
         self.optimizer.register_step_post_hook(self._after_step)
         self.pipe, *_ = deepspeed.initialize(
@@ -136,7 +138,7 @@ class Engine:
         self.stage: int = grid.get_stage_id()
         self.replica: int = grid.get_data_parallel_id()
         trained, parallel = self.trained_parameters(), self.config.parallel
-        shares = divide(trained, parallel.replicas, OPTIMIZERS[self.config.optimizer.name].elementwise)
+        shares = divide(trained, parallel.replicas, elementwise(self._shapes(), self.config.optimizer), layer_of)
         self.share = shares[self.replica]
         self.sharded: ShardedStep | None = None
         if parallel.shard_optimizer:
@@ -201,6 +203,9 @@ class Engine:
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """The trained ones among them; frozen ones have no gradient, no moments, and are in no checkpoint."""
         return {name: p for name, p in self.named_parameters().items() if p.requires_grad}
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(parameter.shape) for name, parameter in self.trained_parameters().items()}
 
     def owned_names(self) -> list[str]:
         """The names of trained parameters without duplicates: the last stage's copy of a tied matrix is omitted."""

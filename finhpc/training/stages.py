@@ -31,7 +31,7 @@ from finhpc.models.schedule import schedule_borders
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.training import Parallel, Schedule
 from finhpc.training.allocator import keep_freed_memory
-from finhpc.training.optimizer import make_optimizer
+from finhpc.training.optimizers.stage import make_optimizer
 
 log = logging.getLogger(__name__)
 

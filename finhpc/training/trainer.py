@@ -12,7 +12,7 @@ One training step, from its data to the journal:
         |           workers/replicas.py averages gradients over the replicas, and every worker receives the mean loss
         |           Engine._before_step clips by the norm over all stages and decays products
         v
-    optimizer.py    AdamW, or another one of OPTIMIZERS; with parallel.shard_optimizer on this replica's share alone
+    optimizers/     AdamW, or another one of OPTIMIZERS; with parallel.shard_optimizer on this replica's share alone
         |
         v
     journal.py      {"kind": "train", "step": ..., "train_loss": ...} in RUN/journal.jsonl, which the progress bar
@@ -51,7 +51,7 @@ from finhpc.training.engine import Engine
 from finhpc.training.journal import WORKER_FILE, Journal
 from finhpc.training.memory import counted_peak, peak_resident_bytes, reset_peaks
 from finhpc.training.metrics import Metrics
-from finhpc.training.optimizer import learning_rate
+from finhpc.training.optimizers.schedules import learning_rate
 from finhpc.training.stages import saved_cut
 from finhpc.training.watchdog import Watchdog
 from finhpc.training.workers.resume import latest_valid, load_state, stored_state

@@ -14,6 +14,7 @@ from finhpc.files import write_json
 from finhpc.planning.plan import check_tokenizer, make_plan
 from finhpc.settings.base import build
 from finhpc.settings.pretrain import PretrainConfig
+from finhpc.settings.training import Optimizer
 from tests.tiny import tiny_shards
 
 
@@ -43,6 +44,12 @@ def test_a_good_config_is_counted(shards: Path) -> None:
     assert full.outline.kinds.count("block") == 4
 
 
+def test_the_weights_that_an_optimizer_updates_are_counted(shards: Path) -> None:
+    plan = make_plan(config(shards, method={"kind": "dense"}, optimizer={"name": "muon"}))
+    assert plan.outline.taken(plan.config.optimizer) == 4 * 12 * 32 * 32
+    assert plan.outline.taken(Optimizer()) == plan.params_total
+
+
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
@@ -56,6 +63,21 @@ def test_a_good_config_is_counted(shards: Path) -> None:
             {"optimizer": {"decay": "product"}, "quantization": {"when": "during", "bits": 8}},
             "optimizer.decay=product does not work on rounded weights; use optimizer.decay=factors",
         ),
+        (
+            {"method": {"kind": "dense"}, "optimizer": {"name": "spectron"}},
+            "optimizer.name=spectron updates A and B of pairs in transformer blocks, and this model trains none; use "
+            "one of adamw, adamw8bit, muon, apollo_mini",
+        ),
+        (
+            {"method": {"kind": "cola"}, "optimizer": {"name": "loro"}},
+            "optimizer.name=loro moves the product of A and B, which is not the whole layer of method.kind=cola; use "
+            "another optimizer, or method.kind=low_rank.",
+        ),
+        (
+            {"optimizer": {"name": "spectron", "rates": "mup"}},
+            "optimizer.rates=mup does not work with optimizer.name=spectron, whose step sets the rates of A and B",
+        ),
+        ({"optimizer": {"lr_adamw": 0.01}}, "optimizer.lr_adamw=0.01 is the rate of what AdamW updates next to"),
         ({"parallel": {"stages": 5}}, "parallel.stages=5 does not fit 4 transformer blocks; use 1 to 4."),
         (
             {"parallel": {"stages": 2}, "model": {"layers": 1}},

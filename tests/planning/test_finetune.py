@@ -40,6 +40,9 @@ CASES: dict[str, dict[str, Any]] = {
     "low-rank base": {"family": "low-rank", "quantization": {"bits": 8, "scheme": "minmax"}},
     "two stages": {"parallel": {"stages": 2, "micro_batches": 3}},
     "two stages, tied, gpt2": {"family": "gpt2", "parallel": {"stages": 2, "micro_batches": 2}},
+    "two stages, muon": {"parallel": {"stages": 2, "micro_batches": 2}, "optimizer": {"name": "muon"}},
+    "spectron": {"optimizer": {"name": "spectron"}},
+    "8-bit moments": {"lora": {"rank": 48}, "optimizer": {"name": "adamw8bit"}},
     "two replicas": {"parallel": {"replicas": 2}, "quantization": {"bits": 4}},
 }
 
@@ -100,7 +103,8 @@ def planned(name: str, bases: dict[str, Path]) -> LoraCosts:
     one = packs(config)[0]
     size = PackSize(one.shape[2], segments_of(one[0]))
     topology = Topology(parallel.stages, parallel.replicas, EACH, parallel.micro_batches)
-    return LoraCosts(LoraModel.of(config, open_weights(path, low_rank=True)), size, topology, layouts=1)
+    lora_model = LoraModel.of(config, open_weights(path, low_rank=True))
+    return LoraCosts(lora_model, size, topology, layouts=1, optimizer=config.optimizer)
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -43,6 +43,24 @@ CASES: dict[str, dict[str, Any]] = {
         "optimizer": {"name": "adamw8bit"},
         "parallel": {"micro_batch_size": 2, "micro_batches": 2},
     },
+    "muon, dense, two stages": {
+        "method": {"kind": "dense"},
+        "optimizer": {"name": "muon"},
+        "parallel": {"stages": 2, "micro_batch_size": 2, "micro_batches": 2},
+    },
+    "spectron": {
+        "optimizer": {"name": "spectron"},
+        "parallel": {"micro_batch_size": 2, "micro_batches": 2},
+    },
+    "apollo, dense": {
+        "method": {"kind": "dense"},
+        "optimizer": {"name": "apollo_mini"},
+        "parallel": {"micro_batch_size": 2, "micro_batches": 2},
+    },
+    "loro": {
+        "optimizer": {"name": "loro"},
+        "parallel": {"micro_batch_size": 2, "micro_batches": 2},
+    },
     "method 3, W frozen, two stages": {
         "method": {"kind": "blend", "rank": 16, "embedding": "low_rank"},
         "parallel": {"stages": 2, "micro_batch_size": 2, "micro_batches": 2},

@@ -128,6 +128,8 @@ def test_every_change_of_meaning_is_listed(tmp_path: Path) -> None:
             method__rank=32,
             data__seq_len=128,
             optimizer__lr=3e-5,
+            optimizer__name="muon",
+            optimizer__schedule="wsd",
             train__seed=1,
             train__precision="bf16",
             train__steps=299,
@@ -136,9 +138,10 @@ def test_every_change_of_meaning_is_listed(tmp_path: Path) -> None:
         with pytest.raises(ConfigError) as refused:
             folder.check_resume(changed, "xyz")
         text = "\n".join(refused.value.problems)
-        assert len(refused.value.problems) == 9, text
+        assert len(refused.value.problems) == 11, text
         assert "method.rank was 64 in the run's config, now 32; use another run.name or restore it." in text
         assert "optimizer.lr was 1e-05 in the run's config, now 3e-05" in text
+        assert "optimizer.name was adamw in the run's config, now muon; use another run.name or restore it." in text
         assert "train.steps was 300 in the run's config, now 299" in text
         assert "samples per step (micro_batch_size x micro_batches x replicas) was 4 in the run's config, now 8" in text
         assert "other data (fingerprint xyz)" in text

@@ -128,23 +128,26 @@ def checkpoint(folder: Path, step: int) -> dict[str, Tensor]:
 TRAINABLE: dict[str, Any] = {"blend_weight": "trainable", "embedding": "low_rank", "preset": "llama-tiny"}
 FROZEN: dict[str, Any] = {"blend_weight": "frozen"}
 EIGHT_BIT: dict[str, Any] = {"kind": "dense", "optimizer": {"name": "adamw8bit"}}  # no method 3
-KINDS = {"trainable": TRAINABLE, "frozen": FROZEN, "eight": EIGHT_BIT}
+SPECTRON: dict[str, Any] = {"kind": "low_rank", "optimizer": {"name": "spectron", "lr": 0.05}}
+MUON: dict[str, Any] = {"blend_weight": "trainable", "optimizer": {"name": "muon"}}  # W is dropped from Muon's matrices
+KINDS = {"trainable": TRAINABLE, "frozen": FROZEN, "eight": EIGHT_BIT, "spectron": SPECTRON, "muon": MUON}
+MOVED = ("trainable", "eight", "spectron")
 STOPS = (GONE - 1, 8, STEPS)  # steps after which a run is stopped and started again
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs over 1, 2 and 3 stages, the frozen one over 1 and 2.
+    """Runs over 1, 2 and 3 stages, the frozen one and Muon's over 1 and 2.
 
-    Over 2 stages also stopped before and after W is gone; and two runs that go from 1 to 2 to 3 stages.
+    Over 2 stages also stopped before and after W is gone; and three runs that go from 1 to 2 to 3 stages.
     """
     folder = tmp_path_factory.mktemp("blend")
     for stages, stop in ((1, 3), (2, 7), (3, STEPS)):
-        kinds = {name: changes for name, changes in KINDS.items() if stages < 3 or name != "frozen"}
+        kinds = {name: changes for name, changes in KINDS.items() if stages < 3 or name in MOVED}
         work = [(f"{name}{stages}", settings(stages, **changes), (STEPS,)) for name, changes in kinds.items()]
         if stages == 2:
             work += [(f"{name}2-stopped", settings(2, **changes), STOPS) for name, changes in KINDS.items()]
-        work += [(f"{name}-moved", settings(stages, **KINDS[name]), (stop,)) for name in ("trainable", "eight")]
+        work += [(f"{name}-moved", settings(stages, **KINDS[name]), (stop,)) for name in MOVED]
         run_processes(runs, stages, folder, work)
     return folder
 
@@ -184,8 +187,9 @@ def test_moments_of_8_bits_are_kept_over_any_number_of_stages(trained: Path) -> 
     assert losses(trained / "eight-moved")["train"] == pytest.approx(one["train"], rel=1e-3)
 
 
-def test_other_numbers_of_stages_go_on_with_it(trained: Path) -> None:
-    whole, moved = losses(trained / "trainable1"), losses(trained / "trainable-moved")
+@pytest.mark.parametrize("kind", ["trainable", "spectron"])
+def test_other_numbers_of_stages_go_on_with_it(kind: str, trained: Path) -> None:
+    whole, moved = losses(trained / f"{kind}1"), losses(trained / f"{kind}-moved")
     assert moved["train"] == pytest.approx(whole["train"], rel=2e-5)
 
 

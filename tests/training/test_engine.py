@@ -62,7 +62,7 @@ def tokens(step: int) -> Tensor:
 
 
 def lr_at(config: PretrainConfig, step: int) -> float:
-    from finhpc.training.optimizer import learning_rate
+    from finhpc.training.optimizers.schedules import learning_rate
 
     return learning_rate(config.optimizer, step, 20)
 
@@ -211,13 +211,13 @@ def compare_with_plain_loop(stages: int, replicas: int, cases: list[tuple[str, i
             assert_same(merged(results, "weights"), merged(whole, "weights"), 0, f"bit-equal weights, {label}")
 
 
-CHANGES = {"decay": "factors", "lr_scale_a": 1.0}  # each must change the losses
+CHANGES = {"decay": "factors", "rates": "plain"}  # each must change the losses
 
 
 def test_what_helps_low_rank_training_is_the_same_over_stages() -> None:
     helped = {
         "method": {"kind": "cola", "init": "normal"},
-        "optimizer": {"decay": "product", "weight_decay": 5.0, "lr_scale_a": 0.5, "lr_scale_b": 2.0},
+        "optimizer": {"decay": "product", "weight_decay": 5.0, "rates": "mup"},
     }
     case = "llama-low-rank-embedding"
     others = [helped | {"optimizer": helped["optimizer"] | {what: value}} for what, value in CHANGES.items()]
@@ -228,6 +228,40 @@ def test_what_helps_low_rank_training_is_the_same_over_stages() -> None:
     assert_same(merged([rank for [rank] in by_rank], "weights"), one["weights"], 1e-3, "weights")
     for what, run in zip(CHANGES, changed, strict=True):
         assert run["losses"] != pytest.approx(one["losses"], rel=1e-4), f"{what} does nothing"
+
+
+OPTIMIZERS: dict[str, tuple[str, dict[str, Any], float]] = {  # optimizer -> case, its settings, tolerance
+    "muon": ("gpt2-tied-dense", {"lr_adamw": 1e-3}, 1e-3),  # torch iterates in bfloat16
+    "spectron": ("gpt2-untied-low-rank", {"lr": 0.05}, 1e-5),
+    "loro": ("gpt2-untied-low-rank", {"rates": "loro", "exact_every": 3}, 1e-4),
+    "apollo_mini": ("llama-low-rank-embedding", {}, 1e-5),
+}
+
+
+def optimizer_run(name: str, stages: int, replicas: int, **way: Any) -> Any:
+    case, values, _ = OPTIMIZERS[name]
+    return case, stages, replicas, 2, {"optimizer": {"name": name, **values}, **way}
+
+
+@cache
+def optimizer_losses() -> dict[str, list[float]]:
+    """Of each optimizer, and of AdamW in each case, in one process."""
+    cases = sorted({case for case, _, _ in OPTIMIZERS.values()})
+    runs = [*(optimizer_run(name, 1, 1) for name in OPTIMIZERS), *((case, 1, 1, 2, {}) for case in cases)]
+    [found] = run_processes(engine_runs, 1, runs, STEPS)
+    return {name: run["losses"] for name, run in zip([*OPTIMIZERS, *cases], found, strict=True)}
+
+
+@pytest.mark.parametrize(("stages", "replicas"), [(2, 1), (2, 2)])
+def test_optimizers_are_the_same_over_stages_and_replicas(stages: int, replicas: int) -> None:
+    ways: list[dict[str, Any]] = [{}, {"sharded": True}] if replicas > 1 else [{}]
+    runs = [optimizer_run(name, stages, replicas, **way) for name in OPTIMIZERS for way in ways]
+    for rank in run_processes(engine_runs, stages * replicas, runs, STEPS):
+        for (case, *_, train), result in zip(runs, rank, strict=True):
+            name = train["optimizer"]["name"]
+            expected, tolerance = optimizer_losses()[name], OPTIMIZERS[name][2]
+            assert result["losses"] == pytest.approx(expected, rel=tolerance), train
+            assert result["losses"] != pytest.approx(optimizer_losses()[case], rel=tolerance), train
 
 
 @pytest.mark.parametrize(("stages", "replicas"), [(1, 1), (2, 2)])

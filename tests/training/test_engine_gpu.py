@@ -21,6 +21,8 @@ EXACT: dict[str, tuple[str, dict[str, Any]]] = {
     "low-rank llama": (LLAMA, {}),
     "cola": (LLAMA, {"method": {"kind": "cola"}}),
     "blend": (GPT2, {"method": {"kind": "blend", "blend_share": 0.5, "blend_weight": "trainable"}}),
+    "spectron": (GPT2, {"optimizer": {"name": "spectron", "lr": 0.05}}),
+    "apollo": (TIED, {"optimizer": {"name": "apollo_mini"}}),
     "product decay": (LLAMA, {"optimizer": {"decay": "product", "weight_decay": 5.0}}),
 }
 NEAR: dict[str, tuple[str, dict[str, Any]]] = {  # what rounds: in the last bit of a sum another value is chosen
@@ -28,6 +30,7 @@ NEAR: dict[str, tuple[str, dict[str, Any]]] = {  # what rounds: in the last bit 
     "bf16, low-rank llama": (LLAMA, {"precision": "bf16"}),
     "8 bits": (GPT2, {"bits": 8}),
     "4 bits, tied": (TIED, {"bits": 4}),
+    "muon": (TIED, {"optimizer": {"name": "muon"}}),
     "8-bit moments": (TIED, {"optimizer": {"name": "adamw8bit"}}),
 }
 MODES = [(case, mode) for case in (TIED, LLAMA) for mode in ("none", "attention", "full")]

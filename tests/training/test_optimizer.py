@@ -8,15 +8,9 @@ from torch import nn
 
 from finhpc.lowrank.layers import LowRankEmbedding, LowRankLinear
 from finhpc.settings.training import Optimizer
-from finhpc.training.optimizer import (
-    decay_products,
-    drop_parameters,
-    init_state,
-    learning_rate,
-    make_optimizer,
-    moments,
-    set_lr,
-)
+from finhpc.training.optimizers.decay import decay_products
+from finhpc.training.optimizers.schedules import learning_rate
+from finhpc.training.optimizers.stage import make_optimizer, moments, set_lr
 
 
 def test_warm_up_then_cosine_to_the_minimum() -> None:
@@ -48,6 +42,31 @@ def test_a_training_made_longer_warms_up_as_long_as_was_asked() -> None:
     assert Optimizer(warmup_steps=0).shortened(1) is None
 
 
+def test_linear_and_wsd_fall_as_they_are_named() -> None:
+    shared = {"lr": 1.0, "warmup_steps": 10, "min_lr_ratio": 0.1}
+    linear = Optimizer.model_validate({**shared, "schedule": "linear"})
+    assert learning_rate(linear, 60, 110) == pytest.approx(0.55)
+    assert learning_rate(linear, 85, 110) == pytest.approx(0.325)
+    wsd = Optimizer.model_validate({**shared, "schedule": "wsd", "cooldown_share": 0.25})
+    rates = [learning_rate(wsd, step, 120) for step in range(1, 121)]
+    assert rates[9:90] == [1.0] * 81
+    assert rates[104] == pytest.approx(0.55)  # half of the last 30 steps
+    assert rates[119] == pytest.approx(0.1)
+    longer = [learning_rate(wsd, step, 240) for step in range(1, 91)]
+    assert longer == rates[:90], "a longer run shares the stable part"
+    whole = Optimizer.model_validate({**shared, "schedule": "wsd", "cooldown_share": 1.0})
+    assert learning_rate(whole, 60, 110) == pytest.approx(learning_rate(linear, 60, 110))
+
+
+@pytest.mark.parametrize("schedule", ["linear", "wsd"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 20, 40])
+def test_other_schedules_reach_their_peak_and_their_end(schedule: str, steps: int) -> None:
+    settings = Optimizer.model_validate({"lr": 1.0, "schedule": schedule})
+    rates = [learning_rate(settings, step, steps) for step in range(1, steps + 1)]
+    assert max(rates) == 1.0
+    assert steps == 1 or rates[-1] == pytest.approx(0.1)
+
+
 def test_norms_and_biases_are_not_decayed() -> None:
     layer = nn.Linear(3, 2)
     optimizer = make_optimizer(dict(layer.named_parameters()), Optimizer(lr=0.1, weight_decay=0.5))
@@ -61,20 +80,37 @@ def test_norms_and_biases_are_not_decayed() -> None:
     assert torch.equal(layer.bias, torch.ones(2))
 
 
-def test_each_factor_has_its_own_learning_rate() -> None:
-    layer = LowRankLinear(3, 2, 2, bias=True)
-    settings = Optimizer(lr=0.1, weight_decay=0.0, lr_scale_a=0.5, lr_scale_b=4.0)
-    optimizer = make_optimizer({f"h.{name}": p for name, p in layer.named_parameters()}, settings)
-    before = {name: p.detach().clone().zero_() for name, p in layer.named_parameters()}
+@pytest.mark.parametrize(
+    ("rule", "a", "b", "embedding"),
+    [
+        ("plain", 1.0, 1.0, 1.0),
+        ("mup", 0.5, 6 / (2 * 2), 1.0),
+        ("loro", 2 / 4, 2 / 4, 1.0),
+        ("loraplus", 1.0, 16.0, 1.0),
+    ],
+)
+def test_each_factor_learns_at_the_rate_of_the_rule(rule: str, a: float, b: float, embedding: float) -> None:
+    layer, table = LowRankLinear(6, 4, 2, bias=True), LowRankEmbedding(7, 5, 3)
+    named = {f"h.{name}": p for name, p in layer.named_parameters()}
+    named |= {f"wte.{name}": p for name, p in table.named_parameters()}
+    settings = Optimizer.model_validate({"lr": 0.1, "weight_decay": 0.0, "rates": rule})
+    optimizer = make_optimizer(named, settings)
     with torch.no_grad():
-        for parameter in layer.parameters():
+        for parameter in named.values():
             parameter.zero_()
             parameter.grad = torch.ones_like(parameter)
     set_lr(optimizer, 0.01)
     optimizer.step()  # Adam's first step moves every element by the learning rate
-    moved = {name: (before[name] - p).detach() for name, p in layer.named_parameters()}
-    for name, rate in {"A.weight": 0.005, "B.weight": 0.04, "B.bias": 0.01}.items():
-        torch.testing.assert_close(moved[name], torch.full_like(moved[name], rate), rtol=1e-4, atol=0)
+    expected = {"h.A.weight": a, "h.B.weight": b, "h.B.bias": 1.0, "wte.A.weight": embedding, "wte.B.weight": embedding}
+    for name, rate in expected.items():
+        torch.testing.assert_close(named[name].detach(), torch.full_like(named[name], -0.01 * rate), rtol=1e-4, atol=0)
+
+
+def test_the_rate_of_some_rows_is_that_of_the_whole() -> None:
+    whole = {"h.0.fc.A.weight": (4, 12), "h.0.fc.B.weight": (8, 4)}
+    rows = {"h.0.fc.B.weight": nn.Parameter(torch.ones(3, 4))}  # what one replica updates
+    optimizer = make_optimizer(rows, Optimizer(rates="mup"), whole)
+    assert optimizer.param_groups[0]["lr_scale"] == 12 / (2 * 4)
 
 
 def test_decay_of_the_product_leaves_the_factors_to_it() -> None:
@@ -128,44 +164,3 @@ def test_moments_of_8_bits_follow_those_of_32() -> None:
     for key, exact in moved["adamw"].items():
         difference = float((moved["adamw8bit"][key] - exact).norm() / exact.norm())
         assert difference < (1e-5 if key == "small.weight" else 0.1), key
-
-
-@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
-def test_moments_put_back_go_on_bit_equal(name: str) -> None:
-    settings = Optimizer.model_validate({"name": name, "lr": 1e-2})
-    whole = two_sizes()
-    optimizer = make_optimizer(whole, settings)
-    for step in range(3):
-        stepped(optimizer, whole, step)
-    held = {key: {n: value.clone() for n, value in moments(optimizer, p).items()} for key, p in whole.items()}
-    again = {key: nn.Parameter(p.detach().clone()) for key, p in whole.items()}
-    other = make_optimizer(again, settings)
-    init_state(other, 3)
-    for key, parameter in again.items():
-        targets = moments(other, parameter)
-        assert targets.keys() == held[key].keys()
-        for kept, value in held[key].items():
-            targets[kept].copy_(value)
-    for step in range(3, 6):
-        stepped(optimizer, whole, step)
-        stepped(other, again, step)
-    assert all(torch.equal(again[key], p) for key, p in whole.items())
-
-
-@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
-def test_what_is_forgotten_moves_no_more_and_changes_nothing_else(name: str) -> None:
-    settings = Optimizer.model_validate({"name": name, "lr": 1e-2})
-    both, alone = two_sizes(), {"large.weight": two_sizes()["large.weight"]}
-    optimizer, other = make_optimizer(both, settings), make_optimizer(alone, settings)
-    for step in range(4):
-        if step == 2:
-            drop_parameters(optimizer, [both["small.weight"]])
-            still = both["small.weight"].detach().clone()
-        for parameter in both.values():
-            parameter.grad = torch.full_like(parameter, 0.1 * (step + 1))
-        alone["large.weight"].grad = torch.full_like(alone["large.weight"], 0.1 * (step + 1))
-        optimizer.step()
-        other.step()
-    assert torch.equal(both["small.weight"], still)
-    assert torch.equal(both["large.weight"], alone["large.weight"])
-    assert list(optimizer.state) == [both["large.weight"]]

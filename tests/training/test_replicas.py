@@ -18,10 +18,11 @@ from finhpc.models.families.registry import make_config, resolve_shape, skeleton
 from finhpc.models.initialize import random_fill
 from finhpc.settings.base import build
 from finhpc.settings.pretrain import PretrainConfig
-from finhpc.settings.training import Parallel
+from finhpc.settings.training import Optimizer, Parallel
 from finhpc.training.batches import TokenBatches
 from finhpc.training.journal import read
-from finhpc.training.optimizer import moments
+from finhpc.training.optimizers.kind import layer_of
+from finhpc.training.optimizers.stage import elementwise, moments
 from finhpc.training.workers import replicas
 from finhpc.training.workers.replicas import GradientAverager, divide
 from tests.training.processes import run_processes
@@ -31,7 +32,13 @@ from tests.training.test_engine import SEQ, VOCAB, hf_config
 
 STEPS, SAMPLES, MICRO_BATCHES = 10, 16, 2
 PRODUCT: dict[str, Any] = {"kind": "low_rank", "optimizer": {"decay": "product", "weight_decay": 5.0}}
-KINDS = {"trainable": TRAINABLE, "eight": EIGHT_BIT, "product": PRODUCT}
+OTHERS: dict[str, dict[str, Any]] = {
+    "muon": {"kind": "dense", "optimizer": {"name": "muon", "lr_adamw": 1e-3}},
+    "spectron": {"kind": "low_rank", "optimizer": {"name": "spectron", "lr": 0.05}},
+    "loro": {"kind": "low_rank", "optimizer": {"name": "loro", "rates": "loro", "exact_every": 3}},
+    "apollo": {"kind": "dense", "optimizer": {"name": "apollo_mini"}},
+}
+KINDS = {"trainable": TRAINABLE, "eight": EIGHT_BIT, "product": PRODUCT, **OTHERS}
 
 
 def settings(kind: str, count: int, sharded: bool) -> PretrainConfig:
@@ -103,7 +110,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, l
     folder = tmp_path_factory.mktemp("replicas")
     found = {}
     for count, stop in ((4, 3), (2, 7), (1, STEPS)):
-        moved = ("trainable", "eight") if count < 4 else ("trainable",)
+        moved = ("trainable", "eight", "spectron") if count < 4 else ("trainable",)
         work = [(f"{kind}-moved", settings(kind, count, count > 1), stop) for kind in moved]
         if count == 2:
             for kind in KINDS:
@@ -111,14 +118,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, l
                 work.append((f"{kind}-whole", whole, STEPS))
                 mixed = ((divided, 4), (whole, 8), (divided, STEPS))
                 work += [(f"{kind}-mixed", *way) for way in mixed if kind != "product"]
-            work.append(("product-divided", divided, STEPS))
+            work.append(("product-divided", settings("product", 2, True), STEPS))
         found[count] = run_processes(runs, count, folder, work)
     return folder, found
 
 
 @pytest.mark.parametrize(
     ("kind", "way", "starts"),
-    [("trainable", "mixed", [0, 4, 8]), ("eight", "mixed", [0, 4, 8]), ("product", "divided", [0])],
+    [(kind, "mixed", [0, 4, 8]) for kind in KINDS if kind != "product"] + [("product", "divided", [0])],
 )
 def test_divided_state_trains_and_resumes_bit_equal(kind: str, way: str, starts: list[int], trained: Any) -> None:
     folder, _ = trained
@@ -136,11 +143,11 @@ def together(folder: Path) -> dict[str, Tensor]:
     for key, value in checkpoint(folder, STEPS).items():
         name, _, rows = key.partition("[")
         parts.setdefault(name, []).append((int(rows.partition(":")[0] or 0), value))
-    ordered = {name: sorted(found, key=lambda part: part[0]) for name, found in parts.items()}
-    return {name: torch.cat([value for _, value in found]) for name, found in ordered.items()}
+    ordered = {name: [v for _, v in sorted(found, key=lambda part: part[0])] for name, found in parts.items()}
+    return {name: found[0] if len(found) == 1 else torch.cat(found) for name, found in ordered.items()}
 
 
-@pytest.mark.parametrize(("kind", "tolerance"), [("trainable", 2e-5), ("eight", 1e-3)])
+@pytest.mark.parametrize(("kind", "tolerance"), [("trainable", 2e-5), ("eight", 1e-3), ("spectron", 2e-5)])
 def test_other_numbers_of_replicas_go_on_with_it(kind: str, tolerance: float, trained: Any) -> None:
     folder, _ = trained
     moved, whole = losses(folder / f"{kind}-moved"), losses(folder / f"{kind}-whole")
@@ -171,16 +178,38 @@ def test_the_share_of_a_large_model_is_even(method: dict[str, Any], count: int) 
     named = dict(skeleton(shape).named_parameters())
     total = sum(parameter.numel() for parameter in named.values())
     seen: dict[str, int] = dict.fromkeys(named, 0)
-    for share in divide(named, count, split=True):
+    for share in divide(named, count, by_rows=set(named)):
         own = {name: len(named[name]) if rows is None else rows.stop - rows.start for name, rows in share.items()}
         numbers = sum(named[name].numel() // len(named[name]) * rows for name, rows in own.items())
         assert numbers == pytest.approx(total / count, rel=0.01)
         for name, rows in own.items():
             seen[name] += rows
     assert seen == {name: len(parameter) for name, parameter in named.items()}, "every row has one owner"
-    for share in divide(named, count, split=False):
+    for share in divide(named, count, by_rows=set()):
         assert set(share.values()) == {None}, "whole tensors"
-    assert sum(len(share) for share in divide(named, count, split=False)) == len(named)
+    assert sum(len(share) for share in divide(named, count, by_rows=set())) == len(named)
+
+
+def test_whole_tensors_and_rows_even_the_shares_out() -> None:
+    """Muon's matrices are whole, with A and B of a layer together; AdamW's embedding fills the shares up."""
+    config = build(PretrainConfig, {"model": {"preset": "gpt2-127m"}, "method": {"rank": 192}})
+    shape = make_config(resolve_shape(config.model), ranks_of(config.method), config.method.kind)
+    named = dict(skeleton(shape).named_parameters())
+    by_rows = elementwise({name: tuple(p.shape) for name, p in named.items()}, Optimizer(name="muon"))
+    assert {"transformer.wte.weight", "lm_head.A.weight", "transformer.ln_f.bias"} < by_rows
+    total = sum(parameter.numel() for parameter in named.values())
+    for count in (2, 3, 8):
+        shares, owners = divide(named, count, by_rows, layer_of), dict[str, set[int]]()
+        for replica, share in enumerate(shares):
+            for name in share.keys() - by_rows:
+                owners.setdefault(layer_of(name), set()).add(replica)
+                assert share[name] is None
+            own = sum(named[n].numel() if r is None else named[n][r].numel() for n, r in share.items())
+            assert own == pytest.approx(total / count, rel=0.01)
+        assert all(len(replicas) == 1 for replicas in owners.values())
+    few = {"h.0.a": torch.empty(100, 10), "h.0.b": torch.empty(10, 10), "wte": torch.empty(64, 10)}
+    first, second = divide(few, 2, {"wte"})
+    assert (first, second) == ({"h.0.a": None}, {"h.0.b": None, "wte": None}), "nothing is added to more than the mean"
 
 
 def averaged() -> dict[str, Any]:

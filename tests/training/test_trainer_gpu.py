@@ -32,6 +32,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "dense, dropout": {"model": {"dropout": 0.1}, "method": {"kind": "dense"}},
     "low-rank, full": {"method": {"kind": "low_rank", "rank": 8}, "train": {"recompute": "full"}},
     "blend": {"method": {"kind": "blend", "rank": 8, "blend_share": 0.75, "blend_weight": "trainable"}},
+    "muon": {"method": {"kind": "dense"}, "optimizer": {"name": "muon"}},
+    "loro": {"method": {"kind": "low_rank", "rank": 8}, "optimizer": {"name": "loro", "exact_every": 3}},
     "8-bit moments": {"method": {"kind": "dense"}, "optimizer": {"name": "adamw8bit"}},
 }
 

@@ -206,7 +206,7 @@ def _finetune(report: Report, settings: GpuBench, preset: str, bits: int, device
         row = _figures(settings, lambda: engine.train_step(packs, LR), tokens, device)
         largest = max((torch.from_numpy(step["pack"]) for step in steps), key=lambda pack: pack.shape[2])
         size = PackSize(largest.shape[2], segments_of(largest[0]))
-        costs = LoraCosts(lora_model, size, Topology.of(config), cuda=True)
+        costs = LoraCosts(lora_model, size, Topology.of(config), cuda=True, optimizer=config.optimizer)
         return row | {"predicted_bytes": costs.stages()[0].peak_bytes}
 
     for way in settings.ways:

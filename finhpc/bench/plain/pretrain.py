@@ -17,7 +17,7 @@ from finhpc.models.initialize import initial_model
 from finhpc.models.pipeline import parts_of
 from finhpc.quantization.fake import StraightThrough, is_transposed, matrices
 from finhpc.settings.pretrain import PretrainConfig
-from finhpc.training.optimizer import make_optimizer, set_lr
+from finhpc.training.optimizers.stage import make_optimizer, set_lr
 
 Step = Callable[[Tensor, float], float]  # (tokens (batch, seq), learning rate) -> loss in nats
 
@@ -138,7 +138,7 @@ def run_plain(config: PretrainConfig) -> list[dict[str, float]]:
     from finhpc.data.shards.shards import Shards
     from finhpc.planning.plan import hf_config_of
     from finhpc.training.allocator import keep_freed_memory
-    from finhpc.training.optimizer import learning_rate
+    from finhpc.training.optimizers.schedules import learning_rate
 
     cuda = config.resources.device == "cuda"
     device = torch.device("cuda" if cuda else "cpu")

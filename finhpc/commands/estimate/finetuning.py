@@ -40,7 +40,7 @@ from finhpc.settings.base import nearest
 from finhpc.settings.estimate import FinetuneEstimateConfig, PlannedBase
 from finhpc.settings.finetune import FinetuneConfig
 from finhpc.settings.pretrain import Model
-from finhpc.training.optimizer import check_optimizer
+from finhpc.training.optimizers.registry import check_optimizer, check_taken
 
 BITS = (16, 8, 4)
 STEPS_SAMPLED = 200  # steps whose packs a dry run makes
@@ -81,7 +81,7 @@ def of_examples(
     packs = [batch["pack"] for step in range(steps) for batch in batches.step(examples.train, step, 0)]
     sizes = [pack.shape[2] for pack in packs]
     largest, middle = packs[int(np.argmax(sizes))], packs[int(np.argsort(sizes)[len(sizes) // 2])]
-    costs = LoraCosts(lora_model, _size(middle), topology, cuda)
+    costs = LoraCosts(lora_model, _size(middle), topology, cuda, optimizer=config.optimizer)
     tokens = per_step * float(np.diff(examples.train.offsets).mean())
     threads, workers = config.resources.threads, config.parallel.workers
     measure = partial(lora_part_seconds, lora_model, middle, threads, workers) if measures else None
@@ -139,11 +139,12 @@ def finetuning_costs(config: FinetuneEstimateConfig) -> LoraCosts:
             check_stages(config, weights.config)
         with collect(problems):
             lora_model = LoraModel.of(config, weights)
+            check_taken(config.optimizer, lora_model.adapter_shapes)
     if problems:
         raise ConfigError(problems)
     assert lora_model is not None
     cuda = config.estimate.device != THIS_MACHINE
-    return LoraCosts(lora_model, pack_of(config), Topology.of(config), cuda)
+    return LoraCosts(lora_model, pack_of(config), Topology.of(config), cuda, optimizer=config.optimizer)
 
 
 def planned_base(model: PlannedBase) -> Weights:

@@ -24,7 +24,8 @@ from finhpc.planning.step_time import step_operations
 from finhpc.settings.estimate import EstimateConfig
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.training import Recompute
-from finhpc.training.optimizer import OPTIMIZERS, check_optimizer
+from finhpc.training.optimizers.adamw import ADAMW, ADAMW_8BIT
+from finhpc.training.optimizers.registry import OPTIMIZERS, check_optimizer
 
 MODES: tuple[Recompute, ...] = ("none", "attention", "full")
 
@@ -132,8 +133,9 @@ def not_counted(config: PretrainConfig, outline: Outline, scheme: Scheme) -> lis
             f"{memory} of W ({method.blend_weight}), {outline.replaced:,} parameters until step "
             f"{method.blend_steps(config.train.steps)}: {(6 if trained else 4) * multiplied:,} operations per token"
         )
-    if origin := OPTIMIZERS.origin(config.optimizer.name):
-        lines.append(f"optimizer.name={config.optimizer.name} of {origin}: its moments are assumed to be AdamW's two")
-    if config.optimizer.name == "adamw8bit" and scheme.name == "paper":
-        lines.append("optimizer.name=adamw8bit: the paper's scheme has moments of 4 bytes, this optimizer about 1")
+    name = config.optimizer.name
+    if OPTIMIZERS[name] not in (ADAMW, ADAMW_8BIT):
+        lines.append(f"optimizer.name={name}: the time of its step on a GPU is taken to be AdamW's")
+    if name != "adamw" and scheme.name == "paper":
+        lines.append(f"optimizer.name={name}: the paper's scheme has AdamW's two moments of 4 bytes")
     return lines

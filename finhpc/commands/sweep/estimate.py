@@ -17,6 +17,7 @@ from finhpc.settings.finetune import FinetuneConfig
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.training import TrainingConfig
 from finhpc.tracking.describe import Dataset, model_name, shape_of
+from finhpc.training.optimizers.stage import state_bytes
 
 MEASURING_S = 20.0  # spent on measuring the steps of trials; the time of further ones is calculated
 
@@ -79,7 +80,7 @@ class Estimator:
         estimate.params, estimate.steps = plan.params_total, run.train.steps
         if self.timed:
             estimate.seconds = self._seconds(of_plan(plan, cuda, self.resources is not None, self._measures))
-        estimate.disk_bytes = disk_bytes(run, plan.params_total)
+        estimate.disk_bytes = disk_bytes(run, plan.params_total, plan.outline.moments_bytes(run.optimizer))
         estimate.disk_bytes += sum(plan.outline.stored_bytes(width) for width in bits if width != 16)
         if plan.compression_ratio < 1:
             estimate.notes.append(f"method.rank={run.method.rank}: {describe_compression(plan.compression_ratio)}")
@@ -94,7 +95,8 @@ class Estimator:
         job = Finetune(run)
         estimate.steps, estimate.names = job.config.train.steps, job.names()
         estimate.params = job.counts()["params_trainable"]
-        estimate.disk_bytes = disk_bytes(job.config, estimate.params)
+        moments = state_bytes(job.lora_model.adapter_shapes.items(), job.config.optimizer)
+        estimate.disk_bytes = disk_bytes(job.config, estimate.params, moments)
         if self.timed:
             batches, here = batches_of(job.config), self.resources is not None
             numbers = of_examples(job.config, job.lora_model, job.examples, batches, cuda, here, self._measures)
@@ -116,9 +118,8 @@ class Estimator:
         return float(numbers["computing_s"]) * (statistics.median(self.ratios) if self.ratios else 1.0)
 
 
-def disk_bytes(run: TrainingConfig, trained: int) -> int:
-    """What training so many parameters leaves on disk: the model and the checkpoints that are kept."""
+def disk_bytes(run: TrainingConfig, trained: int, moments: int) -> int:
+    """What a training leaves on disk, with so many parameters and bytes of optimizer state: a model and checkpoints."""
     every = run.train.checkpoint_every or run.train.steps
     kept = min(run.train.keep_checkpoints, math.ceil(run.train.steps / every))
-    moments = 2 if run.optimizer.name == "adamw8bit" else 8
-    return trained * (4 + kept * (4 + moments))
+    return 4 * trained + kept * (4 * trained + moments)

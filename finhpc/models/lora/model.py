@@ -101,6 +101,15 @@ class LoraModel:
         return self.weights.config
 
     @property
+    def adapter_shapes(self) -> dict[str, tuple[int, int]]:
+        """The shape of each factor of the adapters, by the name that the engine gives it."""
+        rank = self.lora.rank
+        shapes: dict[str, tuple[int, int]] = {}
+        for name, (out, into) in self.targets.items():
+            shapes |= {f"{name}.A": (rank, into), f"{name}.B": (out, rank)}
+        return shapes
+
+    @property
     def dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.bf16 else torch.float32
 

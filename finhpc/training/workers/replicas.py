@@ -8,7 +8,8 @@ divides by whole tensors, so a large embedding would leave most of the state on 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from itertools import accumulate
 from math import gcd
 from typing import Any
 
@@ -28,31 +29,48 @@ def rows_of(tensor: Tensor, rows: Rows) -> Tensor:
     return tensor if rows is None else tensor[rows]
 
 
-def divide(parameters: Mapping[str, Tensor], replicas: int, split: bool) -> list[Share]:
+def divide(
+    parameters: Mapping[str, Tensor],
+    replicas: int,
+    by_rows: Collection[str],
+    unit_of: Callable[[str], str] = lambda name: name,
+) -> list[Share]:
     """The share of each replica, equal in elements.
 
-    With `split` it is a contiguous part of all parameters laid end to end, whose borders may lie between two rows of a
-    tensor. Otherwise, for an optimizer that needs whole tensors, the largest tensors are dealt out first, each to the
-    replica that has least.
+    Parameters that are not named in `by_rows` are dealt out whole, those with the same `unit_of` to one replica: the
+    largest first, each to the replica that has least. Those that are named fill the shares up: laid end to end, they
+    are divided into contiguous parts, whose borders may lie between two rows of a tensor.
     """
     shares: list[Share] = [{} for _ in range(replicas)]
-    if not split:
-        held = [0] * replicas
-        for name, parameter in sorted(parameters.items(), key=lambda item: (-item[1].numel(), item[0])):
-            least = held.index(min(held))
-            shares[least][name] = None
-            held[least] += parameter.numel()
-        return shares
-    total = sum(parameter.numel() for parameter in parameters.values())
-    begin = 0
-    for name, parameter in parameters.items():
+    held, units = [0] * replicas, dict[str, list[str]]()
+    for name in sorted(parameters.keys() - set(by_rows)):
+        units.setdefault(unit_of(name), []).append(name)
+    sizes = {unit: sum(parameters[name].numel() for name in names) for unit, names in units.items()}
+    for unit in sorted(units, key=lambda unit: (-sizes[unit], unit)):
+        least = held.index(min(held))
+        shares[least] |= dict.fromkeys(units[unit])
+        held[least] += sizes[unit]
+    rest = {name: parameter for name, parameter in parameters.items() if name in by_rows}
+    begin, borders = 0, _borders(sum(parameter.numel() for parameter in rest.values()), held)
+    for name, parameter in rest.items():
         rows = len(parameter) if parameter.dim() else 1
-        ends = [_nearest_row(total * i / replicas - begin, rows, parameter.numel() // rows) for i in range(1, replicas)]
+        ends = [_nearest_row(border - begin, rows, parameter.numel() // rows) for border in borders]
         for share, start, stop in zip(shares, [0, *ends], [*ends, rows], strict=True):
             if stop > start:
                 share[name] = None if stop - start == rows else slice(start, stop)
         begin += parameter.numel()
     return shares
+
+
+def _borders(total: int, held: list[int]) -> list[float]:
+    """Where so many elements are divided, so that each replica has as many as the others with what it holds."""
+    level, filled = 0.0, sorted(held)
+    for count in range(len(filled), 0, -1):  # those that hold more than the level get none
+        level = (total + sum(filled[:count])) / count
+        if filled[count - 1] <= level:
+            break
+    ends = list(accumulate(max(0.0, level - own) for own in held))
+    return ends[:-1]
 
 
 def _nearest_row(element: float, rows: int, per_row: int) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from finhpc.errors import CheckpointError
 from finhpc.training.checkpoint import MANIFEST, Checkpoint, key_of, open_checkpoint
-from finhpc.training.optimizer import init_state, moment_names, moments
+from finhpc.training.optimizers.stage import init_state, moment_names, moments
 from finhpc.training.workers.replicas import rows_of
 
 if TYPE_CHECKING:
