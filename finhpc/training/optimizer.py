@@ -157,12 +157,12 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def decay_products(pairs: Iterable[tuple[Tensor, Tensor]], strength: float) -> None:
     """Shrink every product B A by a gradient step on strength/2 ||B A||_F^2, in place.
 
-    `pairs`: A (rank, in) and B (out, rank). Weight decay of a dense W is such a step on ||W||_F^2; decay of the
-    factors is one on ||A||^2 + ||B||^2, which pulls the product to lower rank (M. Khodak et al., "Initialization and
-    Regularization of Factorized Neural Layers", 2021).
+    `pairs`: A (rank, in) and B (out, rank), or several of one shape stacked. Weight decay of a dense W is such a step
+    on ||W||_F^2; decay of the factors is one on ||A||^2 + ||B||^2, which pulls the product to lower rank (M. Khodak et
+    al., "Initialization and Regularization of Factorized Neural Layers", 2021).
     """
     for a, b in pairs:
-        gram_a, gram_b = a @ a.T, b.T @ b  # both before either changes
+        gram_a, gram_b = a @ a.mT, b.mT @ b  # both before either changes
         a.sub_(gram_b @ a, alpha=strength)
         b.sub_(b @ gram_a, alpha=strength)
 

@@ -125,7 +125,7 @@ def _row_key(run: Tracked) -> tuple[Any, ...]:
     kind = run.setting("method.kind")
     if kind == "dense":
         return kind, _training_bits(run), bool(run.setting("model.path"))
-    ranks = [run.setting(key) for key in ("method.ranks", "method.head", "method.embedding")]
+    ranks = [run.setting(key) for key in ("method.ranks", "method.qkv", "method.head", "method.embedding")]
     return kind, _training_bits(run), run.whole("method.rank"), *ranks
 
 
@@ -162,6 +162,7 @@ def _rank_words(run: Tracked, kind: str) -> str:
         return ""
     ranks = run.listed("method.ranks") or {}
     words = [f"{name} {rank}" for name, rank in ranks.items()]
+    words += ["q, k, v apart"] if run.setting("method.qkv") == "separate" else []
     words += ["dense head"] if run.setting("method.head") == "dense" else []
     words += ["low-rank embedding"] if run.setting("method.embedding") == "low_rank" else []
     return f" ({', '.join(words)})" if words else ""
