@@ -33,7 +33,7 @@ def ranks_of(method: Method) -> Ranks:
         raise ConfigError(problems)
     if method.kind == DENSE:
         return dict.fromkeys(LINEAR_KINDS)
-    ranks: Ranks = dict.fromkeys(LINEAR_KINDS, method.rank) | method.ranks
+    ranks: Ranks = {**dict.fromkeys(LINEAR_KINDS, method.rank), **method.ranks}
     if method.head == "dense":
         ranks["head"] = None
     if method.embedding == "dense":

@@ -211,8 +211,8 @@ def whitened(folder: Path, **changes: Any) -> DecomposeConfig:
 def test_whitened_outputs_are_nearer_and_the_weights_farther(tmp_path: Path, make: Any) -> None:
     dense = make()
     saved(dense, tmp_path / "dense")
-    best = decompose(whitened(tmp_path, rank=8, head="low_rank", out=str(tmp_path / "white")))
-    plain = decompose(settings(tmp_path, rank=8, head="low_rank"))
+    best = decompose(whitened(tmp_path, rank=8, head="low_rank", qkv="separate", out=str(tmp_path / "white")))
+    plain = decompose(settings(tmp_path, rank=8, head="low_rank", qkv="separate"))
     assert [layer["name"] for layer in best["layers"]] == [layer["name"] for layer in plain["layers"]]
     for layer, other in zip(best["layers"], plain["layers"], strict=True):
         assert layer["error_over_optimal"] < 1.001
@@ -399,7 +399,7 @@ def test_every_layer_that_a_rank_does_not_fit_is_named(tmp_path: Path) -> None:
         ({}, "no rank is set"),
         ({"rank": 4, "keep_energy": 0.5}, "rank and keep_energy both set the rank"),
         ({"ranks": {"mpl": 4}}, "ranks.mpl: unknown kind of layer"),
-        ({"ranks": {"head": 4}}, "ranks.head=4, but head=dense; add --head low_rank"),
+        ({"ranks": {"head": 4}}, "ranks.head=4, but head=dense; use head=low_rank, or remove"),
         ({"rank": 4, "calibration": {"source": ["x"]}}, "whiten is off"),
         ({"rank": 4, "whiten": True}, "calibration.source is not set"),
         (

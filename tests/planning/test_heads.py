@@ -74,7 +74,7 @@ def losses(choices: list[Choice], stages: int) -> list[list[float]]:
     for choice in choices:
         settings = config(choice, stages)
         engine = Engine(settings, hf_config_of_settings(settings), torch.device("cpu"))
-        found.append([engine.train_step(iter(TOKENS.split(2)), 0.1) for _ in range(2)])
+        found.append([engine.train_step(iter(TOKENS.split(2)), 1e-3) for _ in range(2)])
     return found
 
 

@@ -87,10 +87,8 @@ def plain_loop(case: str, steps: int, **train: Any) -> dict[str, Any]:
         residuals_outside(model)
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [
-        {"params": matrices, "weight_decay": config.optimizer.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+    decay = config.optimizer.weight_decay
+    groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=config.optimizer.betas, eps=config.optimizer.eps)
     out: dict[str, Any] = {"losses": [], "norms": []}
     for step in range(1, steps + 1):

@@ -62,8 +62,8 @@ def matrices_of(module: nn.Module, name: str) -> list[Matrix]:
         return []
     if isinstance(module, LowRankLinear):
         return [
-            Matrix(f"{name}.A", tuple(module.A.weight.shape), f"{name}.A.weight"),
-            Matrix(f"{name}.B", tuple(module.B.weight.shape), f"{name}.B.weight"),
+            Matrix(f"{name}.A", (module.A.out_features, shape[1]), f"{name}.A.weight"),
+            Matrix(f"{name}.B", (shape[0], module.rank), f"{name}.B.weight"),
         ]
     return [Matrix(name, shape, f"{name}.weight", isinstance(module, Conv1D))]
 
