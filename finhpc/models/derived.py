@@ -39,7 +39,7 @@ class DerivedWeights:
         """Yield the module and name of each derived weight, what it is made of, and whether that is cast."""
         for module in self.modules.modules():
             for name, weight in module.named_parameters(recurse=False):
-                source = weight
+                source: Tensor = weight
                 if self.bits < 16 and name in matrices(module):
                     source = rounded_weight(module, weight, self.bits)
                 casts = self.precision == "bf16-weights" or (self.precision == "bf16" and _casts(module))

@@ -234,7 +234,7 @@ def _publish(out: str, conditions: Row, ways: dict[str, Counts], began: float) -
     rows = [{"way": name} | counts.row() for name, counts in ways.items()]
     if compiled is not None:  # what a graph keeps and moves is not known
         counted = {key: value for key, value in compiled.row().items() if key in ("launches", "synchronizations")}
-        rows.append(dict.fromkeys(rows[0], None) | {"way": COMPILED} | counted)
+        rows.append({key: counted.get(key) for key in rows[0]} | {"way": COMPILED})
     ratios = {
         "launches_over_plain": ours.launches.total() / plain.launches.total(),
         "kept_over_plain": ours.kept.total() / plain.kept.total(),
