@@ -85,10 +85,8 @@ def expand(b: nn.Module, latent: Tensor, blocks: int) -> Tensor:
         products = products.view(*latent.shape[:-1], blocks, -1)  # (..., block of the latent, block of B, rows)
         return products.diagonal(dim1=-3, dim2=-2).mT.flatten(-2)  # type: ignore[no-any-return]
     biases = [None] * blocks if b.bias is None else b.bias.chunk(blocks)
-    # On a CPU a batched product of such strides takes up to ten times as long.
-    return torch.cat(
-        [F.linear(*one) for one in zip(latent.unbind(-2), split(b.weight, blocks), biases, strict=True)], -1
-    )
+    pieces = zip(latent.unbind(-2), split(b.weight, blocks), biases, strict=True)
+    return torch.cat([F.linear(z, rows, bias) for z, rows, bias in pieces], -1)
 
 
 def as_product(latent: Tensor, b: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
