@@ -84,13 +84,6 @@ def hf_config_of_settings(config: PretrainConfig, vocab_size: int | None = None)
                 f"method.kind={SVD} starts from a model, and model.path is not set; give --model.path with a model "
                 "folder, dense or from `finhpc decompose`, or use method.kind=low_rank to start from scratch."
             )
-        pairs = [kind for kind in ("head", "embedding") if ranks_of(config.method)[kind] is not None]
-        if config.model.tie_embeddings and pairs:
-            raise ConfigError(
-                f"model.tie_embeddings=true needs one dense matrix for both, and "
-                f"{' and '.join(f'method.{kind}=low_rank' for kind in pairs)} has factors of its own; use dense there, "
-                "or leave the tie out."
-            )
         return config_of_method(resolve_shape(config.model, vocab_size), config.method)
     initial = _read(config.model.path)
     _check_settings(config, initial)

@@ -44,7 +44,7 @@ class Model(Section):
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout of embeddings, attention and residuals (GPT-2)")
     tie_embeddings: bool | None = Field(
         None,
-        description="one matrix for embedding and head; default: as in the preset, unless one of the two is low-rank",
+        description="one matrix for embedding and head, if both are dense; default: as in the preset",
     )
 
 

@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM
 
 import finhpc
 from finhpc.commands.export import export
-from finhpc.errors import ConfigError
 from finhpc.models.families.registry import parameter_count, skeleton
 from finhpc.models.folder import save_model
 from finhpc.models.initialize import initial_model
 from finhpc.planning.model import hf_config_of_settings
 from finhpc.planning.outline import outline_of
+from finhpc.planning.plan import make_plan
 from finhpc.settings.base import build
 from finhpc.settings.export import ExportConfig
 from finhpc.settings.pretrain import PretrainConfig
@@ -41,29 +41,26 @@ def config(choice: Choice, stages: int = 1) -> PretrainConfig:
     return build(PretrainConfig, tree)
 
 
-def possible(choice: Choice) -> bool:
-    _, head, embedding, tied = choice
-    return not tied or (head, embedding) == ("dense", "dense")
-
-
 @pytest.mark.parametrize("choice", CHOICES)
-def test_a_tie_needs_two_dense_ends_and_is_never_dropped_in_silence(choice: Choice) -> None:
+def test_only_two_dense_ends_are_tied(choice: Choice) -> None:
     preset, head, embedding, tied = choice
-    if not possible(choice):
-        with pytest.raises(ConfigError, match=r"model\.tie_embeddings=true needs one dense matrix .*=low_rank has"):
-            hf_config_of_settings(config(choice))
-        return
     hf_config = hf_config_of_settings(config(choice))
-    of_preset = preset == "gpt2-tiny"
-    assert hf_config.tie_word_embeddings == (
-        (head, embedding) == ("dense", "dense") and (of_preset if tied is None else tied)
-    )
+    wanted = preset == "gpt2-tiny" if tied is None else tied
+    assert hf_config.tie_word_embeddings == (wanted and head == embedding == "dense")
     ends = 211 * 32 if embedding == "dense" else 8 * (211 + 32)
     ends += 0 if hf_config.tie_word_embeddings else 211 * 32 if head == "dense" else 8 * (211 + 32)
     names = dict(skeleton(hf_config).named_parameters())
     own = [p for name, p in names.items() if any(end in name for end in ("lm_head", "wte", "embed_tokens"))]
     assert sum(p.numel() for p in own) == ends
     assert outline_of(hf_config, 32).params == parameter_count(hf_config)
+
+
+def test_a_tie_that_has_no_effect_is_reported(run_shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for head, reported in (("dense", False), ("low_rank", True)):
+        settings = config(("gpt2-tiny", head, "dense", True))
+        settings.data.shards, settings.model.vocab_size = str(run_shards), None
+        make_plan(settings)
+        assert ("model.tie_embeddings=true has no effect" in capsys.readouterr().err) == reported, head
 
 
 def losses(choices: list[Choice], stages: int) -> list[list[float]]:
@@ -79,7 +76,7 @@ def losses(choices: list[Choice], stages: int) -> list[list[float]]:
 
 
 def test_two_stages_train_as_transformers_own_model() -> None:
-    choices = [choice for choice in CHOICES if possible(choice) and choice[3] is not None]
+    choices = [choice for choice in CHOICES if choice[3] is not None]
     one, two = run_processes(losses, 1, choices, 1)[0], run_processes(losses, 2, choices, 2)
     for i, choice in enumerate(choices):
         settings = config(choice)
@@ -92,7 +89,7 @@ def test_two_stages_train_as_transformers_own_model() -> None:
             assert stage[i] == pytest.approx(one[i], rel=1e-5), choice
 
 
-@pytest.mark.parametrize("choice", [choice for choice in CHOICES if possible(choice) and choice[3] is not None])
+@pytest.mark.parametrize("choice", [choice for choice in CHOICES if choice[3] is not None])
 def test_it_is_opened_and_exported(choice: Choice, tmp_path: Path) -> None:
     settings = config(choice)
     settings.method.kind = "low_rank"  # can be merged
