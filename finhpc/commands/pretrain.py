@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finhpc.cluster.connect import ray_cluster
-from finhpc.lowrank.replace import ranks_of
 from finhpc.models.files.manifest import check_manifest
 from finhpc.planning.model import DECOMPOSED, initial_fill, needs_decomposing
 from finhpc.planning.plan import check_tokenizer, describe_compression, hf_config_of, make_plan
@@ -192,13 +191,13 @@ def decompose_start(config: PretrainConfig, run: Path) -> None:
         check_manifest(out)
         return
     method = config.method
-    kinds = {kind: rank for kind, rank in ranks_of(method).items() if rank is not None and kind in method.ranks}
     finhpc.decompose(
         finhpc.DecomposeConfig(
             model=str(config.model.path),
             out=str(out),
             rank=method.rank,
-            ranks=kinds,
+            ranks=method.ranks,
+            qkv=method.qkv,
             embedding=method.embedding,
             head=method.head,
             resources=config.resources,

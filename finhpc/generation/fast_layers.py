@@ -49,12 +49,11 @@ def use_fast_layers(model: nn.Module) -> dict[str, int]:
 def _merged_is_smaller(layer: LowRankLinear) -> bool:
     if type(layer.A) is not nn.Linear:  # quantized
         return False
-    dense = layer.in_features * layer.out_features
-    return layer.rank * (layer.in_features + layer.out_features) + CALL_WEIGHTS >= dense
+    return layer.A.weight.numel() + layer.B.weight.numel() + CALL_WEIGHTS >= layer.in_features * layer.out_features
 
 
 def _merged(layer: LowRankLinear) -> nn.Linear:
-    a, b = (factor.detach() for factor in layer.pair())
+    a, b = layer.A.weight.detach(), layer.B.weight.detach()
     with torch.device("meta"):
         merged = nn.Linear(layer.in_features, layer.out_features, bias=False)
     merged.weight = nn.Parameter(layer.product(a.float(), b.float()).to(a.dtype), requires_grad=False)

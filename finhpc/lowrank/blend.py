@@ -23,8 +23,8 @@ class BlendLinear(LowRankLinear):
     alpha: Tensor
     casts_parameters = True  # to the type of its inputs, under autocast
 
-    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool) -> None:
-        super().__init__(in_features, out_features, rank, bias)
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool, blocks: int = 1) -> None:
+        super().__init__(in_features, out_features, rank, bias, blocks)
         self.W = nn.Parameter(torch.empty(out_features, in_features))
         self.register_buffer("alpha", torch.ones(()), persistent=False)
 
@@ -74,7 +74,8 @@ def blend_in(model: nn.Module, trainable: bool) -> None:
         blended: Blended
         with module.A.weight.device:
             if isinstance(module, LowRankLinear):
-                blended = BlendLinear(module.in_features, module.out_features, module.rank, module.B.bias is not None)
+                bias = module.B.bias is not None
+                blended = BlendLinear(module.in_features, module.out_features, module.rank, bias, module.blocks)
             else:
                 blended = BlendEmbedding(module.num_embeddings, module.embedding_dim, module.rank)
         blended.W.requires_grad_(trainable)

@@ -1,4 +1,4 @@
-"""Named ways to initialize A and B.
+"""Ways to initialize A and B; `registry.py` has them by name.
 
 Every scheme gets the dense matrix that a dense layer would start with, so a low-rank model and its dense twin of the
 same seed start from the same numbers.
@@ -37,6 +37,3 @@ def cola(dense: Tensor, rank: int, generator: Generator) -> tuple[Tensor, Tensor
     a = torch.randn(rank, in_features, generator=generator) * std
     b = torch.randn(out_features, rank, generator=generator) * std
     return a, b
-
-
-INITS: dict[str, Scheme] = {"spectral": spectral, "normal": normal, "cola": cola}

@@ -1,6 +1,6 @@
-"""The ways to be low-rank: `method.kind` -> the layer that replaces a linear layer.
+"""The ways to be low-rank: `method.kind` -> the layer that replaces a linear layer; `method.init` -> how it starts.
 
-A new one is one file like `cola.py`, here or in a plugin (`finhpc.plugins`). Its class says how it is initialized
+A new layer is one file like `cola.py`, here or in a plugin (`finhpc.plugins`). Its class says how it is initialized
 (`init`) and whether B A can be multiplied out (`mergeable`). `STARTED` lists the methods that start from a dense model
 and train a layer of this table.
 """
@@ -14,7 +14,9 @@ import torch
 
 from finhpc.errors import ConfigError
 from finhpc.lowrank.cola import ColaLinear
-from finhpc.lowrank.initialize import INITS
+from finhpc.lowrank.dlr import dlr
+from finhpc.lowrank.half import HalfLinear
+from finhpc.lowrank.initialize import Scheme, cola, normal, spectral
 from finhpc.lowrank.layers import LowRankLinear
 from finhpc.plugins import Registry
 from finhpc.settings.base import nearest
@@ -23,6 +25,8 @@ DENSE = "dense"
 SVD, BLEND = "svd", "blend"
 # Ways to start from a dense model's weights -> the kind of the model that is trained and saved.
 STARTED = {SVD: "low_rank", BLEND: "low_rank"}
+INITS: dict[str, Scheme] = {"spectral": spectral, "normal": normal, "cola": cola, "dlr": dlr}
+IN_BLOCKS = ("dlr",)  # of `INITS`: those that are not for the head and the embedding, which start as by default
 
 
 def _check_layer(name: str, layer: Any) -> None:
@@ -41,7 +45,7 @@ def _check_layer(name: str, layer: Any) -> None:
     elif layer.between is not LowRankLinear.between and layer.mergeable:
         problems.append("between changes A x, so B A is not the whole layer; set mergeable = False.")
     with torch.device("meta"):
-        names = {name for name, _ in layer(4, 4, 2, True).named_parameters()}
+        names = {name for name, _ in layer(4, 4, 2, True, 2).named_parameters()}
     if names != {"A.weight", "B.weight", "B.bias"}:
         problems.append(
             f"it has the parameters {', '.join(sorted(names))}; a low-rank layer has A.weight, B.weight and B.bias."
@@ -51,7 +55,7 @@ def _check_layer(name: str, layer: Any) -> None:
 
 
 LAYERS: Registry[type[LowRankLinear]] = Registry(
-    "method.kind", {"low_rank": LowRankLinear, "cola": ColaLinear}, _check_layer
+    "method.kind", {"low_rank": LowRankLinear, "cola": ColaLinear, "half": HalfLinear}, _check_layer
 )
 
 

@@ -16,8 +16,8 @@ from torch import Generator, nn
 from transformers.pytorch_utils import Conv1D
 
 from finhpc.lowrank.blend import Blended
-from finhpc.lowrank.initialize import INITS
 from finhpc.lowrank.layers import LowRank, LowRankLinear, is_factor
+from finhpc.lowrank.registry import IN_BLOCKS, INITS
 from finhpc.lowrank.replace import dense_shape
 from finhpc.models.families.registry import family_of, skeleton
 from finhpc.models.files.weights import Weights
@@ -70,7 +70,8 @@ def initialize(module: nn.Module, name: str, config: Any, seed: int, scheme: str
         full = f"{name}.{sub_name}".strip(".")
         std, generator = family.init_std(full, config), generator_of(seed, full)
         if isinstance(sub, LowRank):
-            _draw_factors(sub, std, generator, scheme)
+            outside = scheme in IN_BLOCKS and family.layer_kind(full) in ("head", "embedding")
+            _draw_factors(sub, std, generator, None if outside else scheme)
         elif not is_factor(module, sub_name):
             _draw(sub, std, generator)
 
@@ -78,7 +79,9 @@ def initialize(module: nn.Module, name: str, config: Any, seed: int, scheme: str
 def _draw_factors(layer: LowRank, std: float, generator: Generator, scheme: str | None) -> None:
     if isinstance(layer, LowRankLinear):
         dense = torch.randn(layer.out_features, layer.in_features, generator=generator) * std
-        a, b = INITS[scheme or layer.init](dense, layer.rank, generator)
+        blocks = dense.chunk(layer.blocks)
+        pairs = [INITS[scheme or layer.init](block, layer.rank, generator) for block in blocks]
+        a, b = (torch.cat(factors) for factors in zip(*pairs, strict=True))
         layer.A.weight.copy_(a)
         if layer.B.bias is not None:
             layer.B.bias.zero_()

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from finhpc.lowrank.layers import LowRankLinear
 from finhpc.models.derived import DerivedWeights
 from finhpc.models.families.parts import BLOCK, Compiled, Part, as_it_is
 from finhpc.models.families.registry import family_of
@@ -65,6 +66,14 @@ class PipelineLayer(nn.Module):
         for prefix, module in zip(self.part.names, self.part_modules, strict=True):
             for name, parameter in module.named_parameters():
                 yield f"{prefix}.{name}", parameter
+
+
+def residual_layers(layers: list[PipelineLayer]) -> dict[str, LowRankLinear]:
+    """Return the low-rank layers in blocks, by the name of the weight of B: those that `method.init=dlr` is for."""
+    blocks = [layer for layer in layers if layer.part.in_block]
+    named = [pair for layer in blocks for pair in zip(layer.part.names, layer.part_modules, strict=True)]
+    modules = [pair for prefix, module in named for pair in module.named_modules(prefix=prefix)]
+    return {f"{name}.B.weight": module for name, module in modules if isinstance(module, LowRankLinear)}
 
 
 def parts_of(config: Any, recompute: Recompute = "none", compiled: Compiled = as_it_is) -> list[Part]:

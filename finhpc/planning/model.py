@@ -23,10 +23,10 @@ from finhpc.lowrank.registry import BLEND, DENSE, LAYERS, STARTED, SVD, check_ki
 from finhpc.lowrank.replace import ranks_of
 from finhpc.models.families.registry import (
     as_low_rank,
+    config_of_method,
     dense_original,
     family_of,
     is_low_rank,
-    make_config,
     resolve_shape,
 )
 from finhpc.models.files.config import read_config
@@ -40,7 +40,7 @@ DECOMPOSED = "decomposed"  # the run folder's low-rank model, which provides the
 SHAPE_KEYS = (
     "preset", "layers", "width", "heads", "kv_heads", "mlp_width", "context", "vocab_size", "tie_embeddings",
 )  # fmt: skip
-RANK_KEYS = ("rank", "ranks", "init", "embedding", "head")
+RANK_KEYS = ("rank", "ranks", "qkv", "init", "embedding", "head")
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout")
 
 
@@ -79,20 +79,19 @@ def hf_config_of_settings(config: PretrainConfig, vocab_size: int | None = None)
     already defines.
     """
     if config.model.path is None:
-        ranks = ranks_of(config.method)
         if config.method.kind == SVD:
             raise ConfigError(
                 f"method.kind={SVD} starts from a model, and model.path is not set; give --model.path with a model "
                 "folder, dense or from `finhpc decompose`, or use method.kind=low_rank to start from scratch."
             )
-        return make_config(resolve_shape(config.model, vocab_size), ranks, config.method.kind)
+        return config_of_method(resolve_shape(config.model, vocab_size), config.method)
     initial = _read(config.model.path)
     _check_settings(config, initial)
     family_of(initial)
     if is_low_rank(initial) or config.method.kind == DENSE:
         hf_config = deepcopy(initial)
     else:
-        hf_config = as_low_rank(initial, ranks_of(config.method))
+        hf_config = as_low_rank(initial, ranks_of(config.method), qkv=config.method.qkv)
     for key in DROPOUTS:
         if hasattr(hf_config, key):
             setattr(hf_config, key, config.model.dropout)
@@ -102,7 +101,7 @@ def hf_config_of_settings(config: PretrainConfig, vocab_size: int | None = None)
 def dense_config_of(config: PretrainConfig, vocab_size: int | None = None) -> Any:
     """The transformers config of the dense model that the run's model is compared with."""
     if config.model.path is None:
-        return make_config(resolve_shape(config.model, vocab_size), ranks_of(Method(kind=DENSE)))
+        return config_of_method(resolve_shape(config.model, vocab_size), Method(kind=DENSE))
     return dense_original(_read(config.model.path))
 
 

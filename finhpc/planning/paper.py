@@ -60,7 +60,11 @@ def variables(hf_config: Any, seq_len: int) -> list[Variable]:
     kv = n * (hf_config.num_key_value_heads if llama else heads) // heads
     m = int(hf_config.intermediate_size if llama else hf_config.n_inner or 4 * n)
     ranks = getattr(hf_config, "low_rank", None) or {}
-    pairs = {"attention": 4 if llama else 2, "mlp": 3 if llama else 2}  # GPT-2 has one matrix for q, k and v
+    apart = llama or (ranks and hf_config.low_rank_qkv == "separate")  # GPT-2 has one matrix for q, k and v
+    pairs = {"attention": {"qkv": 3 if apart else 1, "out": 1}, "mlp": {"up": 2 if llama else 1, "down": 1}}
+    narrow = {
+        kind: sum(pairs[kind][key] * (ranks.get(key, ranks.get(kind)) or 0) for key in pairs[kind]) for kind in pairs
+    }
     return [
         Variable("x^e", "embedding", n),
         Variable("~x^e", "attention", n),
@@ -74,7 +78,7 @@ def variables(hf_config: Any, seq_len: int) -> list[Variable]:
         Variable("x^u", "mlp", m),
         *([Variable("x^g", "mlp", m)] if llama else []),
         Variable("x^d", "norm", n),
-        *(Variable("A x", kind, pairs[kind] * ranks[kind]) for kind in pairs if ranks.get(kind)),
+        *(Variable("A x", kind, length) for kind, length in narrow.items() if length),
     ]
 
 

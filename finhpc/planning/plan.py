@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ from finhpc.settings.training import TrainingConfig
 if TYPE_CHECKING:
     from finhpc.planning.model import InitModel
     from finhpc.planning.outline import Outline
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,11 @@ def make_plan(config: PretrainConfig) -> Plan:
     if problems:
         raise ConfigError(problems)
     assert shards is not None
+    if config.model.tie_embeddings and not hf_config.tie_word_embeddings:
+        log.warning(
+            "model.tie_embeddings=true has no effect, because the head or the embedding is low-rank; to tie them, use "
+            "method.head=dense and method.embedding=dense."
+        )
     seq_len, recompute = config.data.seq_len, config.train.recompute
     params_dense = outline_of(dense_config_of(config, shards.manifest.vocab_size), seq_len).params
     return Plan(config, shards, hf_config, outline_of(hf_config, seq_len, recompute), params_dense, init_model)

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from finhpc.settings.base import Plugins, Section, plugins_field
-from finhpc.settings.pretrain import LINEAR_KINDS
+from finhpc.settings.pretrain import RANKS, Qkv, qkv_field
 from finhpc.settings.training import Resources
 
 
@@ -32,9 +32,9 @@ class DecomposeConfig(Section):
     )
     ranks: dict[str, int] = Field(
         default_factory=dict,
-        description=f"rank by kind of layer: {', '.join(LINEAR_KINDS)}; without rank or keep_*, "
-        "kinds not named stay dense",
+        description=f"rank by kind of layer: {RANKS}; without rank or keep_*, layers not named stay dense",
     )
+    qkv: Qkv = qkv_field()
     keep_params: float | None = Field(
         None, gt=0, le=1, description="share of the parameters of each layer to keep; default: by rank"
     )

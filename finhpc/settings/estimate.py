@@ -75,7 +75,8 @@ class EstimateConfig(PretrainConfig):
 
     def problems(self) -> list[str]:
         """Return every contradiction between settings, each with its remedy."""
-        wanted, problems = self.estimate, [*self.parallel.problems(), *self.method.problems(self.train.steps)]
+        wanted, problems = self.estimate, self.parallel.problems()
+        problems += self.method.problems(self.train.steps, self.optimizer)
         if wanted.scheme == "finhpc" and wanted.zero_stage:
             problems.append(
                 f"estimate.zero_stage={wanted.zero_stage} does not exist in finhpc's training; use "

@@ -11,6 +11,17 @@ from finhpc.settings.training import Optimizer, Parallel, Resources, Run, Train
 
 OF_PRESET: dict[str, Any] = {"default": "the preset's"}  # shown by help in place of None
 LINEAR_KINDS = ("attention", "mlp", "head", "embedding")
+PROJECTIONS = ("qkv", "out", "up", "down")  # of attention, and of the MLP; a gate counts as up
+Qkv = Literal["joint", "separate"]
+RANKS = f"{', '.join(LINEAR_KINDS)}; or of one projection: {', '.join(PROJECTIONS)}"
+
+
+def qkv_field() -> Any:
+    return Field(
+        "joint",
+        description="joint: one pair for a layer that computes queries, keys and values at once (GPT-2); separate: a "
+        "pair of that rank for each; in Llama-like models they are separate layers already",
+    )
 
 
 class Model(Section):
@@ -32,7 +43,8 @@ class Model(Section):
     vocab_size: int | None = Field(None, ge=2, description="vocabulary size; default: that of the shards' tokenizer")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout of embeddings, attention and residuals (GPT-2)")
     tie_embeddings: bool | None = Field(
-        None, description="one matrix for embedding and head; default: as in the preset; never with a low-rank head"
+        None,
+        description="one matrix for embedding and head, if both are dense; default: as in the preset",
     )
 
 
@@ -43,16 +55,16 @@ class Method(Section):
         "low_rank",
         description="dense; low_rank: y = B(A x) from scratch (method 1); svd: low_rank, started from the factors of "
         "model.path (method 2); blend: y = alpha W x + (1 - alpha) B A x, alpha falling to 0 (method 3); cola: "
-        "y = B silu(A x)",
+        "y = B silu(A x); half: y = B [A1 x ; silu(A2 x)]",
     )
     rank: int = Field(64, description="rank of every layer that `ranks` does not name")
-    ranks: dict[str, int] = Field(
-        default_factory=dict, description=f"rank by kind of layer: {', '.join(LINEAR_KINDS)}; default: rank"
-    )
-    init: Literal["spectral", "normal", "cola"] | None = Field(
+    ranks: dict[str, int] = Field(default_factory=dict, description=f"rank by kind of layer: {RANKS}; default: rank")
+    qkv: Qkv = qkv_field()
+    init: Literal["spectral", "normal", "cola", "dlr"] | None = Field(
         None,
         description="initial A and B; normal: random, with the variance of the dense initialization in B A; spectral: "
-        "the SVD of a dense initialization, split into square roots; default: normal, or cola for kind cola",
+        "the SVD of a dense initialization, split into square roots; cola: normal, of CoLA's size; dlr: cola, plus "
+        "copies of the latent, which weight decay leaves; default: normal, or cola for kinds cola and half",
     )
     embedding: Literal["dense", "low_rank"] = Field("dense", description="kind of the token embedding")
     head: Literal["low_rank", "dense"] = Field("low_rank", description="kind of the output layer")
@@ -69,14 +81,20 @@ class Method(Section):
         """Return the first of `steps` steps (from 1) that is taken without W (blend)."""
         return round(self.blend_share * steps)
 
-    def problems(self, steps: int) -> list[str]:
+    def problems(self, steps: int, optimizer: Optimizer) -> list[str]:
         """Return what does not work in a training of `steps`, with its remedy."""
-        if self.kind != "blend" or (count := self.blend_steps(steps)) >= 2:
-            return []
-        return [
-            f"method.blend_share={self.blend_share} of train.steps={steps} is {count} steps, too few for alpha to "
-            "fall; raise one of them, or use method.kind=svd."
-        ]
+        problems = []
+        if self.kind == "blend" and (count := self.blend_steps(steps)) < 2:
+            problems.append(
+                f"method.blend_share={self.blend_share} of train.steps={steps} is {count} steps, too few for alpha to "
+                "fall; raise one of them, or use method.kind=svd."
+            )
+        if self.init == "dlr" and self.kind != "dense" and optimizer.decay == "product":
+            problems.append(
+                "optimizer.decay=product would shrink the copies of the latent that method.init=dlr keeps; use "
+                "optimizer.decay=factors, or another init."
+            )
+        return problems
 
 
 class Data(Section):
@@ -141,5 +159,5 @@ class PretrainConfig(Section):
         return [
             *self.parallel.problems(),
             *self.quantization.problems(self.optimizer),
-            *self.method.problems(self.train.steps),
+            *self.method.problems(self.train.steps, self.optimizer),
         ]

@@ -32,12 +32,13 @@ from deepspeed.utils.timer import NoopTimer
 from torch import Tensor, nn
 
 from finhpc.lowrank.blend import alpha_at, blend_in, set_alpha
+from finhpc.lowrank.dlr import keep_residual
 from finhpc.lowrank.registry import BLEND
 from finhpc.models.derived import set_derived
 from finhpc.models.families.registry import skeleton as make_skeleton
 from finhpc.models.initialize import Fill, random_fill
 from finhpc.models.packing.layout import pack_on
-from finhpc.models.pipeline import PipelineLayer, is_tied, parts_of
+from finhpc.models.pipeline import PipelineLayer, is_tied, parts_of, residual_layers
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.training import TrainingConfig
 from finhpc.training.allocator import keep_freed_memory
@@ -100,6 +101,8 @@ class Engine:
         self.layers = [module for module in pipeline.modules() if isinstance(module, PipelineLayer)]
         self._divide(pipeline.mpu())
         self.optimizer = make_optimizer(self.updated, config.optimizer, self._shapes())
+        dlr = isinstance(config, PretrainConfig) and config.method.init == "dlr"
+        self._residuals = residual_layers(self.layers) if dlr else {}
         self.optimizer.register_step_pre_hook(self._before_step)
         self.optimizer.register_step_post_hook(self._after_step)
         self.pipe, *_ = deepspeed.initialize(
@@ -350,6 +353,8 @@ class Engine:
             modules: Iterator[Any] = (module for layer in self.layers for module in layer.modules())
             pairs = [module.pair() for module in modules if hasattr(module, "pair")]  # low-rank layers and adapters
             decay_products(pairs, self._lr * self.config.optimizer.weight_decay)
+        if self._residuals:
+            keep_residual(self._residuals, self.updated, self.optimizer.param_groups)
         if self.sharded is not None:
             self.sharded.share_gradients(named)
 

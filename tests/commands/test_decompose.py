@@ -30,7 +30,7 @@ from finhpc.commands.decompose.layer_groups import (
 from finhpc.commands.export import export
 from finhpc.data.text.tokenizer import save
 from finhpc.errors import CheckpointError, ConfigError, RunBusyError
-from finhpc.lowrank.ranks import rank_of_energy
+from finhpc.lowrank.ranks import rank_of_energy, rank_of_params
 from finhpc.models.files.source import open_weights
 from finhpc.settings.base import build
 from finhpc.settings.decompose import DecomposeConfig
@@ -141,6 +141,39 @@ def test_kinds_of_layers(tmp_path: Path, make: Any, changes: Any, low_rank: Any)
         assert opened.lm_head.A.weight.shape == (6, 32)
 
 
+@pytest.mark.parametrize("how", [{"rank": 8, "ranks": {"out": 5}}, {"keep_energy": 0.7}, {"keep_params": 0.6}])
+def test_q_k_and_v_are_factorized_each_by_itself(tmp_path: Path, how: dict[str, Any]) -> None:
+    dense = tiny_gpt2()
+    saved(dense, tmp_path / "dense")
+    result = decompose(settings(tmp_path, qkv="separate", **how))
+    opened = finhpc.load_model(tmp_path / "low-rank")
+    assert sum(p.numel() for p in opened.parameters()) == result["params_total"]
+    with np.load(tmp_path / "low-rank" / "spectra.npz", allow_pickle=False) as held:
+        spectra = dict(held)
+    for layer in result["layers"]:
+        weight = dense.get_submodule(layer["name"]).weight.detach().double().T
+        low, blocks = opened.get_submodule(layer["name"]), 3 if "c_attn" in layer["name"] else 1
+        assert layer["blocks"] == low.blocks == blocks
+        pieces = weight.chunk(blocks)
+        singular = [torch.linalg.svdvals(piece) for piece in pieces]
+        if "keep_energy" in how:
+            assert layer["rank"] == max(rank_of_energy(values, 0.7) for values in singular)
+        elif "keep_params" in how:
+            assert layer["rank"] == rank_of_params(*pieces[0].shape, 0.6)
+        else:
+            assert layer["rank"] == (5 if "attn.c_proj" in layer["name"] else 8)
+        product = low.product(low.A.weight, low.B.weight).double()
+        for piece, mine, values in zip(pieces, product.chunk(blocks), singular, strict=True):
+            assert torch.linalg.norm(piece - mine) <= 1.001 * values[layer["rank"] :].norm()
+        optimum = torch.cat([values[layer["rank"] :] for values in singular]).norm()
+        error = float(torch.linalg.norm(weight - product).detach())
+        assert layer["error"] == pytest.approx(error / float(weight.norm()), rel=1e-5)
+        assert layer["error_over_optimal"] == pytest.approx(error / float(optimum), rel=1e-4)
+        stored = spectra[layer["name"]]
+        np.testing.assert_allclose(np.atleast_2d(stored), torch.stack(singular).numpy(), rtol=3e-3)
+    assert (tmp_path / "low-rank" / "spectra.png").stat().st_size > 10_000
+
+
 def test_shares_give_layers_ranks_of_their_own(tmp_path: Path) -> None:
     dense = tiny_llama()
     saved(dense, tmp_path / "dense")
@@ -178,8 +211,8 @@ def whitened(folder: Path, **changes: Any) -> DecomposeConfig:
 def test_whitened_outputs_are_nearer_and_the_weights_farther(tmp_path: Path, make: Any) -> None:
     dense = make()
     saved(dense, tmp_path / "dense")
-    best = decompose(whitened(tmp_path, rank=8, head="low_rank", out=str(tmp_path / "white")))
-    plain = decompose(settings(tmp_path, rank=8, head="low_rank"))
+    best = decompose(whitened(tmp_path, rank=8, head="low_rank", qkv="separate", out=str(tmp_path / "white")))
+    plain = decompose(settings(tmp_path, rank=8, head="low_rank", qkv="separate"))
     assert [layer["name"] for layer in best["layers"]] == [layer["name"] for layer in plain["layers"]]
     for layer, other in zip(best["layers"], plain["layers"], strict=True):
         assert layer["error_over_optimal"] < 1.001
@@ -365,8 +398,8 @@ def test_every_layer_that_a_rank_does_not_fit_is_named(tmp_path: Path) -> None:
     [
         ({}, "no rank is set"),
         ({"rank": 4, "keep_energy": 0.5}, "rank and keep_energy both set the rank"),
-        ({"ranks": {"mpl": 4}}, "ranks.mpl is not a kind of layer"),
-        ({"ranks": {"head": 4}}, "ranks.head=4, but head=dense; add --head low_rank"),
+        ({"ranks": {"mpl": 4}}, "ranks.mpl: unknown kind of layer"),
+        ({"ranks": {"head": 4}}, "ranks.head=4, but head=dense; use head=low_rank, or remove"),
         ({"rank": 4, "calibration": {"source": ["x"]}}, "whiten is off"),
         ({"rank": 4, "whiten": True}, "calibration.source is not set"),
         (

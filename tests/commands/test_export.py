@@ -20,8 +20,7 @@ import finhpc
 from finhpc.cli import main
 from finhpc.commands.export import export
 from finhpc.errors import CheckpointError, ConfigError, NonFiniteError
-from finhpc.lowrank.replace import ranks_of
-from finhpc.models.families.registry import make_config, parameter_count, resolve_shape
+from finhpc.models.families.registry import config_of_method, make_config, parameter_count, resolve_shape
 from finhpc.models.files import tensor_folder as folder_module
 from finhpc.models.folder import save_model
 from finhpc.models.initialize import initial_model
@@ -38,15 +37,21 @@ MODELS: dict[str, tuple[str, dict[str, Any], int]] = {  # shape, method, width
     "gpt2-dense-tied": ("gpt2-tiny", {"kind": "dense"}, 32),
     "gpt2-embedding": ("gpt2-tiny", {"rank": 6, "ranks": {"mlp": 5}, "embedding": "low_rank", "head": "dense"}, 32),
     "gpt2-tied": ("gpt2-tiny", {"rank": 6, "head": "dense"}, 32),
+    "gpt2-separate": ("gpt2-tiny", {"rank": 6, "qkv": "separate", "head": "dense", "ranks": {"out": 4}}, 32),
     "llama": ("llama-tiny", {"rank": 6, "embedding": "low_rank"}, 32),
     "llama-dense": ("llama-tiny", {"kind": "dense"}, 32),
 }
 WIDE: dict[str, tuple[str, dict[str, Any], int]] = {
     "gpt2-64": ("gpt2-tiny", {"rank": 32}, 64),
     "gpt2-64-tied": ("gpt2-tiny", {"rank": 32, "head": "dense"}, 64),
+    "gpt2-64-separate": ("gpt2-tiny", {"rank": 32, "qkv": "separate"}, 64),
     "llama-64": ("llama-tiny", {"rank": 32, "embedding": "low_rank"}, 64),
 }
-COLA: dict[str, tuple[str, dict[str, Any], int]] = {"gpt2-cola": ("gpt2-tiny", {"kind": "cola", "rank": 6}, 32)}
+NONLINEAR: dict[str, tuple[str, dict[str, Any], int]] = {
+    "cola": ("gpt2-tiny", {"kind": "cola", "rank": 6}, 32),
+    "cola-separate": ("gpt2-tiny", {"kind": "cola", "rank": 6, "qkv": "separate"}, 32),
+    "half": ("llama-tiny", {"kind": "half", "rank": 6}, 32),
+}
 TOKENS = torch.randint(0, VOCAB, (2, 16), generator=torch.Generator().manual_seed(0))
 Make = Callable[..., Path]
 
@@ -60,9 +65,9 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
     def folder(name: str, bits: int = 16) -> Path:
         key = f"{name}-{bits}"
         if key not in made:
-            preset, method, width = (MODELS | WIDE | COLA)[name]
+            preset, method, width = (MODELS | WIDE | NONLINEAR)[name]
             shape = resolve_shape(Model(preset=preset, layers=2, width=width), VOCAB)
-            config = make_config(shape, ranks_of(Method(**method)), Method(**method).kind)
+            config = config_of_method(shape, Method(**method))
             if bits < 16:
                 setattr(config, TRAINED, {"bits": bits, "scheme": "minmax"})
             torch.manual_seed(3)
@@ -125,8 +130,11 @@ def test_16_bits_give_the_same_logits(name: str, format: str, make: Make, tmp_pa
     assert generated.shape == (1, 8)
 
 
+TIED = {"gpt2": False, "gpt2-tied": True, "gpt2-separate": True, "gpt2-embedding": False, "gpt2-dense-tied": True}
+
+
 def test_the_head_is_tied_only_where_it_was(make: Make, tmp_path: Path) -> None:
-    for name, tied in {"gpt2": False, "gpt2-tied": True, "gpt2-embedding": False, "gpt2-dense-tied": True}.items():
+    for name, tied in TIED.items():
         export(settings(make(name), tmp_path / name, "merged"))
         model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
         assert model.config.tie_word_embeddings is tied, name
@@ -146,12 +154,13 @@ def test_minmax_native_computes_with_the_rounded_weights(name: str, bits: int, m
     assert model.generate(TOKENS[:1, :4], max_new_tokens=4, do_sample=False, pad_token_id=0).shape == (1, 8)
 
 
-def test_a_nonlinear_model_keeps_its_nonlinearity_and_is_never_merged(make: Make, tmp_path: Path) -> None:
-    source = make("gpt2-cola")
+@pytest.mark.parametrize("name", NONLINEAR)
+def test_a_nonlinear_model_keeps_its_nonlinearity_and_is_never_merged(name: str, make: Make, tmp_path: Path) -> None:
+    source, kind = make(name), NONLINEAR[name][1]["kind"]
     export(settings(source, tmp_path / "out", bits=8))
     expected = logits(rounded_model(source, 8))
     torch.testing.assert_close(logits(opened(tmp_path / "out")), expected, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ConfigError, match=r"format=merged does not fit a model of method\.kind=cola"):
+    with pytest.raises(ConfigError, match=rf"format=merged does not fit a model of method\.kind={kind}"):
         export(settings(source, tmp_path / "merged", format="merged"))
 
 
@@ -161,7 +170,7 @@ def _weight_of(model: Any, layer: str) -> Tensor:
     return weight.T if type(model.get_submodule(layer)).__name__ == "Conv1D" else weight
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gpt2-tied", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-separate", "llama"])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_minmax_merged_rounds_the_product(name: str, bits: int, make: Make, tmp_path: Path) -> None:
     export(settings(make(name), tmp_path / "dense", "merged"))

@@ -60,7 +60,8 @@ def config(shards: Path, path: Path | None, storage: Path | None = None, **secti
 @pytest.mark.usefixtures("quick_training")
 def test_method_2_from_a_dense_model_and_from_its_factors(run_shards: Path, dense: Path, tmp_path: Path) -> None:
     two = {"parallel": {"stages": 2, "micro_batch_size": 4}, "optimizer": {"lr": 1e-9}}
-    result = pretrain(config(run_shards, dense, tmp_path, **two))
+    apart = two | {"method": RANKS | {"qkv": "separate"}}
+    result = pretrain(config(run_shards, dense, tmp_path, **apart))
     factors = tmp_path / "run" / "decomposed"
     held = json.loads((factors / "result.json").read_text())
     assert [result[key] for key in COUNTS] == [held[key] for key in COUNTS]
@@ -68,6 +69,7 @@ def test_method_2_from_a_dense_model_and_from_its_factors(run_shards: Path, dens
     opened = load_model(result["model"])
     assert type(opened).__name__ == "LowRankGPT2LMHeadModel"
     assert opened.config.low_rank == {"attention": 8, "mlp": 8, "head": 16, "embedding": None}
+    assert opened.get_submodule("transformer.h.0.attn.c_attn").blocks == 3
     batch = torch.from_numpy(Shards.open(run_shards).eval_samples(16, 32))
     with torch.no_grad():
         start = load_model(factors)(batch, labels=batch).loss.item()
@@ -86,9 +88,9 @@ def test_method_2_from_a_dense_model_and_from_its_factors(run_shards: Path, dens
     with pytest.raises(
         ConfigError, match=r"model\.path=.*less \(fingerprint \w+\) is not the model that the run started"
     ):
-        pretrain(config(run_shards, less, tmp_path, **two))
+        pretrain(config(run_shards, less, tmp_path, **apart))
     moved = Path(shutil.copytree(dense, tmp_path / "moved"))
-    assert pretrain(config(run_shards, moved, tmp_path, **two))["mlflow_run_id"] == result["mlflow_run_id"]
+    assert pretrain(config(run_shards, moved, tmp_path, **apart))["mlflow_run_id"] == result["mlflow_run_id"]
 
 
 @pytest.mark.usefixtures("quick_training")

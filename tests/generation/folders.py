@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 from finhpc.models.families.presets import Shape
-from finhpc.models.families.registry import make_config, skeleton
+from finhpc.models.families.registry import config_of_method, make_config, skeleton
 from finhpc.models.folder import save_model
 from finhpc.models.initialize import initial_model
-from finhpc.settings.pretrain import LINEAR_KINDS
+from finhpc.settings.pretrain import LINEAR_KINDS, Method, Qkv
 from tests.tiny import tiny_shards
 
 SHAPES = {
@@ -22,10 +22,9 @@ SHAPES = {
 }
 
 
-def tiny_model(family: str, kind: str = "dense", rank: int = 32, seed: int = 0) -> Any:
+def tiny_model(family: str, kind: str = "dense", rank: int = 32, seed: int = 0, qkv: Qkv = "joint") -> Any:
     """A whole model whose logits are far enough apart that rounding chooses no other token."""
-    ranks = {name: None if kind == "dense" or name == "embedding" else rank for name in LINEAR_KINDS}
-    model = initial_model(make_config(SHAPES[family], ranks, kind), seed, None).eval()
+    model = initial_model(config_of_method(SHAPES[family], Method(kind=kind, rank=rank, qkv=qkv)), seed, None).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

@@ -11,10 +11,19 @@ from finhpc.errors import NonFiniteError
 from finhpc.generation.decoder import Decoder
 from finhpc.generation.sampling import choose, decode, row_seed
 from finhpc.settings.generate import Sampling
+from finhpc.settings.pretrain import Qkv
 from tests.generation.folders import tiny_model
 from tests.models.dense import tiny_mistral, tiny_qwen2
 
-MODELS = [("gpt2", "dense"), ("gpt2", "low_rank"), ("llama", "dense"), ("llama", "low_rank"), ("llama", "cola")]
+MODELS: list[tuple[str, str, Qkv]] = [
+    ("gpt2", "dense", "joint"),
+    ("gpt2", "low_rank", "joint"),
+    ("gpt2", "low_rank", "separate"),
+    ("gpt2", "half", "separate"),
+    ("llama", "dense", "joint"),
+    ("llama", "low_rank", "joint"),
+    ("llama", "cola", "joint"),
+]
 
 
 def generated(model: Any, prompts: list[list[int]], sampling: Sampling, **options: Any) -> list[list[int]]:
@@ -22,18 +31,18 @@ def generated(model: Any, prompts: list[list[int]], sampling: Sampling, **option
     return [[token for token in row if token is not None] for row in rows]
 
 
-@pytest.mark.parametrize(("family", "kind"), MODELS)
-def test_greedy_ids_are_transformers_own(family: str, kind: str) -> None:
-    model = tiny_model(family, kind)
+@pytest.mark.parametrize(("family", "kind", "qkv"), MODELS)
+def test_greedy_ids_are_transformers_own(family: str, kind: str, qkv: Qkv) -> None:
+    model = tiny_model(family, kind, qkv=qkv)
     prompt = torch.randint(0, 300, (1, 20), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         theirs = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=30, pad_token_id=0)
     assert generated(model, prompt.tolist(), Sampling(max_new_tokens=30)) == [theirs[0, 20:].tolist()]
 
 
-@pytest.mark.parametrize(("family", "kind"), MODELS)
-def test_the_cache_changes_no_id_and_saves_what_the_paper_counts(family: str, kind: str) -> None:
-    model = tiny_model(family, kind)
+@pytest.mark.parametrize(("family", "kind", "qkv"), MODELS)
+def test_the_cache_changes_no_id_and_saves_what_the_paper_counts(family: str, kind: str, qkv: Qkv) -> None:
+    model = tiny_model(family, kind, qkv=qkv)
     model.config.max_position_embeddings = 128
     decoder, sampling = Decoder(model), Sampling(max_new_tokens=28)
     prompt = [list(range(100))]

@@ -66,12 +66,14 @@ def test_layers_the_kernels_cannot_take_stay() -> None:
 
 def test_a_pair_is_multiplied_out_where_that_is_less_to_read() -> None:
     wide, narrow = LowRankLinear(1024, 1024, 600, True), LowRankLinear(1024, 1024, 64, True)
-    for layer in (wide, narrow):
+    wide_blocks, narrow_blocks = LowRankLinear(1024, 1024, 240, True, 4), LowRankLinear(1024, 1024, 120, True, 4)
+    for layer in (wide, narrow, wide_blocks, narrow_blocks):
         for parameter in layer.parameters():
             nn.init.normal_(parameter)
-    model, x = nn.Sequential(wide, narrow), torch.randn(3, 1024)
-    expected = wide(x).detach()
-    assert use_fast_layers(model)["merged"] == 1
-    assert isinstance(model[0], nn.Linear)
-    assert model[1] is narrow
-    torch.testing.assert_close(model[0](x).detach(), expected, rtol=1e-3, atol=1e-1)
+    model, x = nn.Sequential(wide, narrow, wide_blocks, narrow_blocks), torch.randn(3, 1024)
+    expected = {0: wide(x).detach(), 2: wide_blocks(x).detach()}
+    assert use_fast_layers(model)["merged"] == 2
+    assert (model[1], model[3]) == (narrow, narrow_blocks)
+    for i, outputs in expected.items():
+        assert isinstance(model[i], nn.Linear)
+        torch.testing.assert_close(model[i](x).detach(), outputs, rtol=1e-3, atol=1e-1)

@@ -1,8 +1,9 @@
-"""The nonlinear variant, and that a registered way to be low-rank reaches models, folders and settings."""
+"""The nonlinear variant, and that every way to be low-rank reaches models, folders and settings."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from finhpc.lowrank.cola import ColaLinear
 from finhpc.lowrank.layers import LowRankLinear
 from finhpc.lowrank.registry import LAYERS
 from finhpc.lowrank.replace import ranks_of
-from finhpc.models.families.registry import make_config, resolve_shape
+from finhpc.models.families.registry import config_of_method, resolve_shape
 from finhpc.models.folder import save_model
 from finhpc.models.initialize import initial_model
 from finhpc.settings.pretrain import Method, Model
@@ -32,15 +33,26 @@ def test_the_narrow_activations_pass_through_silu() -> None:
     assert not layer.mergeable
 
 
+METHODS: dict[str, dict[str, Any]] = {
+    "cola": {"kind": "cola"},
+    "half": {"kind": "half", "rank": 5},
+    "separate": {"qkv": "separate"},
+    "separate cola": {"kind": "cola", "qkv": "separate"},
+    "dlr": {"kind": "cola", "init": "dlr", "qkv": "separate"},
+    "ranks of projections": {"ranks": {"qkv": 3, "down": 6, "head": 5}},
+}
+
+
 @pytest.mark.parametrize("preset", ["gpt2-tiny", "llama-tiny"])
-def test_a_model_of_it_is_saved_and_opened_with_its_nonlinearity(preset: str, tmp_path: Path) -> None:
-    method = Method(kind="cola", rank=4)
+@pytest.mark.parametrize("name", METHODS)
+def test_a_model_of_it_is_saved_and_opened_with_its_structure(preset: str, name: str, tmp_path: Path) -> None:
+    method = Method(**{"rank": 4, **METHODS[name]})
     shape = resolve_shape(Model(preset=preset, layers=2, width=32), 101)
-    config = make_config(shape, ranks_of(method), method.kind)
+    config = config_of_method(shape, method)
     model = initial_model(config, seed=1, scheme=method.init).eval()
     kinds = {name: type(module) for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
     assert kinds.pop("lm_head") is LowRankLinear, "the output layer stays a linear pair"
-    assert set(kinds.values()) == {ColaLinear}
+    assert set(kinds.values()) == {LAYERS[method.kind]}
 
     weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}
     save_model(tmp_path / "model", config, weights.items(), tokenizer=None)
@@ -53,7 +65,7 @@ def test_a_model_of_it_is_saved_and_opened_with_its_nonlinearity(preset: str, tm
 def test_it_starts_as_its_authors_say_unless_told_otherwise() -> None:
     method = Method(kind="cola", rank=16)
     shape = resolve_shape(Model(preset="gpt2-tiny", layers=1, width=256), 101)
-    config = make_config(shape, ranks_of(method), method.kind)
+    config = config_of_method(shape, method)
     name = "transformer.h.0.mlp.c_fc.A.weight"
     std = initial_model(config, 1, method.init).get_parameter(name).std().item()
     assert std == pytest.approx((256 + 1024) ** -0.25 * 16**-0.25, rel=0.05)

@@ -8,8 +8,8 @@ from torch import nn
 
 from finhpc.errors import ConfigError
 from finhpc.lowrank.factorize import truncated_svd
-from finhpc.lowrank.initialize import INITS
 from finhpc.lowrank.layers import LowRankEmbedding, LowRankLinear
+from finhpc.lowrank.registry import INITS
 from finhpc.lowrank.replace import make_low_rank, ranks_of
 from finhpc.settings.pretrain import Method
 

@@ -23,7 +23,7 @@ WIDTHS = [(8, "int8"), (4, "nf4"), (8, "minmax"), (4, "minmax")]
 
 
 def low_rank(folder: Path) -> Path:
-    config = as_low_rank(tiny_gpt2().config, {"attention": 32, "mlp": 32})
+    config = as_low_rank(tiny_gpt2().config, {"attention": 32, "mlp": 32}, qkv="separate")
     model = initial_model(config, 0, "normal")
     save_model(folder, config, ((k, v) for k, v in model.state_dict().items() if k != "lm_head.weight"), None)
     return folder

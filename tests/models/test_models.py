@@ -12,9 +12,9 @@ import torch
 
 import finhpc
 from finhpc.errors import CheckpointError, ConfigError
-from finhpc.lowrank.replace import ranks_of
+from finhpc.lowrank.layers import LowRankLinear
 from finhpc.models.families.presets import PRESETS
-from finhpc.models.families.registry import family_of, make_config, parameter_count, resolve_shape, skeleton
+from finhpc.models.families.registry import config_of_method, family_of, parameter_count, resolve_shape, skeleton
 from finhpc.models.files import tensor_folder
 from finhpc.models.folder import save_model
 from finhpc.models.initialize import initial_model
@@ -24,7 +24,7 @@ from finhpc.settings.pretrain import Method, Model
 
 
 def config_of(model: dict[str, Any], method: dict[str, Any], vocab: int | None = None) -> Any:
-    return make_config(resolve_shape(Model(**model), vocab), ranks_of(Method(**method)))
+    return config_of_method(resolve_shape(Model(**model), vocab), Method(**method))
 
 
 # FinGPT-HPC, Table VI (and section IV.C for Llama2-7B); 1.5B by arithmetic, the paper's text differs.
@@ -55,6 +55,34 @@ def test_the_fused_attention_is_one_pair_and_the_low_rank_head_untied() -> None:
     assert names["transformer.h.0.attn.c_attn.B.weight"].shape == (384, 8)
     assert names["lm_head.A.weight"].shape == (8, 128)
     assert names["transformer.wte.weight"].shape == (50257, 128)
+
+
+def test_q_k_and_v_apart_have_the_parameters_of_three_pairs() -> None:
+    joint, separate = (config_of({"preset": "gpt2-tiny"}, {"rank": 8, "qkv": qkv}) for qkv in ("joint", "separate"))
+    names = dict(skeleton(separate).named_parameters())
+    assert names["transformer.h.0.attn.c_attn.A.weight"].shape == (24, 128)
+    assert names["transformer.h.0.attn.c_attn.B.weight"].shape == (384, 8)
+    blocks = joint.num_hidden_layers
+    assert parameter_count(separate) - parameter_count(joint) == blocks * 2 * 8 * 128  # two more A
+    with pytest.raises(ConfigError, match=r"method\.rank=129 does not fit transformer\.h\.\*\.attn\.c_attn \(128 x"):
+        skeleton(config_of({"preset": "gpt2-tiny"}, {"rank": 8, "ranks": {"qkv": 129}, "qkv": "separate"}))
+
+
+@pytest.mark.parametrize("preset", ["gpt2-tiny", "llama-tiny"])
+def test_a_rank_per_projection_comes_before_its_kind(preset: str) -> None:
+    method = {"rank": 8, "ranks": {"qkv": 3, "mlp": 4, "down": 5}}
+    model = skeleton(config_of({"preset": preset, "layers": 1}, method))
+    ranks = {name.rpartition(".")[2]: m.rank for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
+    llama = {"q_proj": 3, "k_proj": 3, "v_proj": 3, "o_proj": 8, "gate_proj": 4, "up_proj": 4, "down_proj": 5}
+    of_names = {name: m.rank for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
+    if preset == "llama-tiny":
+        assert ranks == llama | {"lm_head": 8}
+    else:
+        block = "transformer.h.0"
+        assert of_names == {
+            f"{block}.attn.c_attn": 3, f"{block}.attn.c_proj": 8, f"{block}.mlp.c_fc": 4, f"{block}.mlp.c_proj": 5,
+            "lm_head": 8,
+        }  # fmt: skip
 
 
 def test_ranks_by_kind_of_layer() -> None:

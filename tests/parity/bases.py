@@ -106,8 +106,14 @@ class Base:
         made = quantized_state(of, state, scheme, bits, linear)
         for name, pair in self.factors.items() if factors else ():
             a, b = (REFERENCES[scheme][0](factor, bits) for factor in pair)
-            made[f"{name}.weight"] = _turned(of.get_submodule(name), b @ a)
+            made[f"{name}.weight"] = _turned(of.get_submodule(name), _product(a, b))
         return made
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """The matrix (out, in) of its factors, by blocks of B's rows if A has the rows of several pairs."""
+    blocks = len(a) // b.shape[1]
+    return torch.cat([part @ of for part, of in zip(b.chunk(blocks), a.chunk(blocks), strict=True)])
 
 
 def _turned(module: nn.Module, rows: Tensor) -> Tensor:
@@ -178,9 +184,10 @@ NOT_IN_GGUF = ("gpt2, scaled by layer",)
 
 
 def _low_rank(model: Any, folder: Path) -> Base:
-    """Attention and MLP as B A, all else as in the model."""
+    """Attention and MLP as B A, q, k and v each by itself, all else as in the model."""
     base = _dense(model, folder)
-    config = as_low_rank(model.config, {"attention": RANK, "mlp": RANK, "head": None, "embedding": None})
+    ranks: dict[str, int | None] = {"attention": RANK, "mlp": RANK, "head": None, "embedding": None}
+    config = as_low_rank(model.config, ranks, qkv="separate")
     made = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(3)
     state, factors = dict(base.state), {}
@@ -188,7 +195,7 @@ def _low_rank(model: Any, folder: Path) -> Base:
         if hasattr(module, "A") and hasattr(module, "B"):
             a, b = (torch.randn(x.shape, generator=generator) * 0.15 for x in (module.A.weight, module.B.weight))
             factors[name] = a, b
-            state[f"{name}.weight"] = _turned(model.get_submodule(name), b @ a)
+            state[f"{name}.weight"] = _turned(model.get_submodule(name), _product(a, b))
     held = {name: tensor for name, tensor in state.items() if name.removesuffix(".weight") not in factors}
     for name, (a, b) in factors.items():
         held |= {f"{name}.A.weight": a, f"{name}.B.weight": b}

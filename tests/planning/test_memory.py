@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from finhpc.lowrank.replace import ranks_of
-from finhpc.models.families.registry import make_config, resolve_shape
+from finhpc.models.families.registry import config_of_method, resolve_shape
 from finhpc.planning.memory import Memory, Scheme, Topology
 from finhpc.planning.outline import outline_of
 from finhpc.settings.base import build
@@ -65,6 +64,10 @@ CASES: dict[str, dict[str, Any]] = {
         "method": {"kind": "blend", "rank": 16, "embedding": "low_rank"},
         "parallel": {"stages": 2, "micro_batch_size": 2, "micro_batches": 2},
     },
+    "q, k and v apart, tied dense head, two stages": {
+        "method": {"kind": "half", "rank": 16, "qkv": "separate", "head": "dense"},
+        "parallel": {"stages": 2, "micro_batch_size": 4, "micro_batches": 2},
+    },
     "dualpipev, dense, tied": {
         "method": {"kind": "dense"},
         "parallel": {"stages": 2, "micro_batch_size": 4, "micro_batches": 4, "schedule": "dualpipev"},
@@ -104,7 +107,7 @@ def settings(name: str) -> PretrainConfig:
 
 
 def hf_config(config: PretrainConfig) -> Any:
-    return make_config(resolve_shape(config.model), ranks_of(config.method), config.method.kind)
+    return config_of_method(resolve_shape(config.model), config.method)
 
 
 def counted(names: list[str]) -> list[tuple[int, int, list[int]]]:

@@ -49,7 +49,7 @@ def train(compile: str, steps: int = 4, **settings: Any) -> Trained:
         PretrainConfig,
         {
             "model": {"preset": settings.pop("preset", "gpt2-tiny"), "vocab_size": 300, "context": 64, "layers": 3},
-            "method": {"kind": settings.pop("kind", "low_rank"), "rank": 8},
+            "method": {"kind": settings.pop("kind", "low_rank"), "rank": 8, "qkv": settings.pop("qkv", "joint")},
             "data": {"seq_len": 32},
             "parallel": {"micro_batch_size": 2, "micro_batches": 2},
             "train": {"steps": steps, "compile": compile, **settings},
@@ -78,6 +78,7 @@ def eager_and_compiled(settings: dict[str, Any]) -> tuple[Trained, int, Trained,
         ({}, 2),  # attention and MLP, for all blocks
         pytest.param({"kind": "blend"}, 4, marks=pytest.mark.slow),  # with W, and from the step on where alpha is 0
         pytest.param({"kind": "cola", "recompute": "full"}, 1, marks=pytest.mark.slow),
+        pytest.param({"kind": "half", "qkv": "separate"}, 2, marks=pytest.mark.slow),
         pytest.param({"recompute": "attention", "kind": "dense"}, 2, marks=pytest.mark.slow),
         pytest.param({"preset": "llama-tiny"}, 2, marks=pytest.mark.slow),
     ],

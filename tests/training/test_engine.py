@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-from finhpc.lowrank.replace import ranks_of
-from finhpc.models.families.registry import make_config, resolve_shape
+from finhpc.lowrank.dlr import duplicates
+from finhpc.lowrank.layers import LowRankLinear, split
+from finhpc.models.families.registry import config_of_method, resolve_shape
 from finhpc.models.initialize import initial_model
 from finhpc.settings.base import build
 from finhpc.settings.pretrain import PretrainConfig
@@ -25,6 +27,10 @@ CASES = {
     "llama-low-rank-embedding": {
         "model": {"preset": "llama-tiny"},
         "method": {"kind": "low_rank", "rank": 8, "embedding": "low_rank"},
+    },
+    "gpt2-tied-separate-cola": {
+        "model": {"preset": "gpt2-tiny"},
+        "method": {"kind": "cola", "rank": 8, "ranks": {"up": 5}, "qkv": "separate", "head": "dense"},
     },
 }
 
@@ -54,7 +60,7 @@ def settings(case: str, stages: int, replicas: int, micro_batches: int, **train:
 
 
 def hf_config(config: PretrainConfig) -> Any:
-    return make_config(resolve_shape(config.model), ranks_of(config.method), config.method.kind)
+    return config_of_method(resolve_shape(config.model), config.method)
 
 
 def tokens(step: int) -> Tensor:
@@ -77,9 +83,12 @@ def plain_loop(case: str, steps: int, **train: Any) -> dict[str, Any]:
     model.train()
     if config.quantization.training_bits < 16:
         round_on_each_use(model, config.quantization.training_bits)
+    if config.method.init == "dlr":
+        residuals_outside(model)
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    decay = config.optimizer.weight_decay
+    groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=config.optimizer.betas, eps=config.optimizer.eps)
     out: dict[str, Any] = {"losses": [], "norms": []}
     for step in range(1, steps + 1):
@@ -106,8 +115,36 @@ def plain_loop(case: str, steps: int, **train: Any) -> dict[str, Any]:
         model.eval()
         out["eval"] = model(tokens(99), labels=tokens(99)).loss.item()
         out["odd"] = model(tokens(98)[:ODD], labels=tokens(98)[:ODD]).loss.item()
+        for module in list(model.modules()):  # DLR's fold
+            if config.method.init == "dlr" and parametrize.is_parametrized(module):
+                parametrize.remove_parametrizations(module, "weight")
     out["weights"] = {plain_name(n): p.detach().clone() for n, p in model.named_parameters()}
     return out
+
+
+class Residual(nn.Module):
+    """DLR as in its paper: what is trained is B, and the layer computes with B + R / sqrt(K)."""
+
+    def __init__(self, residual: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("residual", residual)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.residual
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        return weight - self.residual
+
+
+def residuals_outside(model: nn.Module) -> None:
+    """Take the residual out of every B in the blocks, and add it on each use."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, LowRankLinear) and name != "lm_head":
+            residual = torch.zeros_like(layer.B.weight)
+            for block in split(residual, layer.blocks):
+                columns, scale = duplicates(len(block), layer.rank)
+                block[torch.arange(len(block)), columns] = scale
+            parametrize.register_parametrization(layer.B, "weight", Residual(residual))
 
 
 def engine_runs(
@@ -262,6 +299,21 @@ def test_optimizers_are_the_same_over_stages_and_replicas(stages: int, replicas:
             expected, tolerance = optimizer_losses()[name], OPTIMIZERS[name][2]
             assert result["losses"] == pytest.approx(expected, rel=tolerance), train
             assert result["losses"] != pytest.approx(optimizer_losses()[case], rel=tolerance), train
+
+
+@pytest.mark.parametrize(("stages", "replicas"), [(1, 1), (2, 1), (1, 2)])
+def test_dlr_trains_as_in_its_paper(stages: int, replicas: int) -> None:
+    """With a decay that takes half of B in these steps, so that it matters where it pulls B to."""
+    dlr: dict[str, Any] = {"method": {"init": "dlr"}, "optimizer": {"weight_decay": 50.0}}
+    ways: list[dict[str, Any]] = [dlr] if replicas == 1 else [dlr, dlr | {"sharded": True}]
+    case = "gpt2-tied-separate-cola"
+    by_rank = run_processes(engine_runs, stages * replicas, [(case, stages, replicas, 4, way) for way in ways], STEPS)
+    plain = plain_loop.__wrapped__(case, STEPS, **dlr)
+    for i, way in enumerate(ways):
+        results = [rank[i] for rank in by_rank]
+        for result in results:
+            assert result["losses"] == pytest.approx(plain["losses"], rel=1e-5), way
+        assert_same(merged(results, "weights"), plain["weights"], 1e-3, f"weights, {way}")
 
 
 @pytest.mark.parametrize(("stages", "replicas"), [(1, 1), (2, 2)])

@@ -215,13 +215,12 @@ def _serve(pipe: Connection, rank: int, size: int, port: int, threads: int, cuda
 
 
 def _build(config: PretrainConfig, borders: Any, device: Any) -> tuple[Any, Any]:
-    from finhpc.lowrank.replace import ranks_of
-    from finhpc.models.families.registry import make_config, resolve_shape, skeleton
+    from finhpc.models.families.registry import config_of_method, resolve_shape, skeleton
     from finhpc.models.pipeline import estimated_costs, parts_of, stage_borders
     from finhpc.training.engine import Engine
     from finhpc.training.stages import measured_cut
 
-    hf_config = make_config(resolve_shape(config.model, None), ranks_of(config.method), config.method.kind)
+    hf_config = config_of_method(resolve_shape(config.model, None), config.method)
     cut = measured_cut(config, hf_config, device) if borders == "measured" else None
     row = parts_of(hf_config, config.train.recompute)
     costs = estimated_costs(row, skeleton(hf_config), config.data.seq_len)

@@ -20,8 +20,7 @@ from torch import Tensor
 from finhpc.bench.report import Row, publish
 from finhpc.bench.settings import RecomputeBench
 from finhpc.bench.timing import device_of, in_turn, median_ratio, spread, timed
-from finhpc.lowrank.replace import ranks_of
-from finhpc.models.families.registry import make_config, resolve_shape, skeleton
+from finhpc.models.families.registry import config_of_method, resolve_shape, skeleton
 from finhpc.models.initialize import initial_model, random_fill
 from finhpc.models.pipeline import PipelineLayer, parts_of
 from finhpc.settings.training import Recompute
@@ -40,7 +39,7 @@ def bench_recompute(settings: RecomputeBench) -> dict[str, Any]:
     began = time.perf_counter()
     device = device_of(settings.resources)
     shape = resolve_shape(settings.model, None)
-    hf_config = make_config(shape, ranks_of(settings.method), settings.method.kind)
+    hf_config = config_of_method(shape, settings.method)
     weights: Any = initial_model(hf_config, 0, "normal").to(device)
     tokens = torch.randint(0, shape.vocab_size, (settings.batch, settings.seq_len)).to(device)
     modes: tuple[Recompute, ...] = get_args(Recompute)

@@ -29,8 +29,7 @@ from finhpc.bench.profile import profiled
 from finhpc.bench.report import Row, publish
 from finhpc.bench.settings import TrainBench
 from finhpc.bench.timing import device_of, median_ratio, spread, timed
-from finhpc.lowrank.replace import ranks_of
-from finhpc.models.families.registry import make_config, resolve_shape, skeleton
+from finhpc.models.families.registry import config_of_method, resolve_shape, skeleton
 from finhpc.settings.base import build
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.training.compiler import missing_compiler
@@ -172,7 +171,7 @@ def _ways(settings: TrainBench, precision: str, device: torch.device) -> tuple[d
     def add(name: str, rank: int, make: Callable[[PretrainConfig, Any], Step], compiled: bool = False) -> None:
         config = run_config(settings, precision, rank, compiled)
         name += ", compiled" if compiled else ""
-        configs[name] = make_config(resolve_shape(config.model, None), ranks_of(config.method), config.method.kind)
+        configs[name] = config_of_method(resolve_shape(config.model, None), config.method)
         ways[name] = make(config, configs[name])
 
     first = settings.ranks[0]

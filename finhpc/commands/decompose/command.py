@@ -34,7 +34,7 @@ from finhpc.commands.decompose.layer_groups import (
     targets_of,
     whitened_groups,
 )
-from finhpc.commands.decompose.spectra import draw, save_spectra, summary
+from finhpc.commands.decompose.spectra import draw, factor_params, save_spectra, summary
 from finhpc.data.text.calibration import calibration_blocks
 from finhpc.errors import CheckpointError, ConfigError
 from finhpc.evaluation import plausible
@@ -54,7 +54,7 @@ from finhpc.models.files.tokens import check_rows
 from finhpc.models.files.weights import Weights
 from finhpc.screen import Progress
 from finhpc.settings.decompose import DecomposeConfig
-from finhpc.settings.pretrain import LINEAR_KINDS
+from finhpc.settings.pretrain import LINEAR_KINDS, Qkv
 from finhpc.training.allocator import return_freed_memory
 
 log = logging.getLogger(__name__)
@@ -184,7 +184,8 @@ def low_rank_config(weights: Weights, reports: list[Report]) -> Any:
             ranks[kind] = next(iter(of_kind.values()))
         else:
             layers |= of_kind
-    return as_low_rank(weights.config, ranks, layers)
+    qkv: Qkv = "separate" if any(report["blocks"] > 1 for report in reports) else "joint"
+    return as_low_rank(weights.config, ranks, layers, qkv)
 
 
 def _assemble(weights: Weights, groups: list[Group], reports: list[Report], work: Path) -> Path:
@@ -209,7 +210,7 @@ def _assemble(weights: Weights, groups: list[Group], reports: list[Report], work
 
 def _result(config: DecomposeConfig, weights: Weights, reports: list[Report]) -> dict[str, Any]:
     before = sum(report["out_features"] * report["in_features"] for report in reports)
-    after = sum((report["out_features"] + report["in_features"]) * report["rank"] for report in reports)
+    after = sum(factor_params(report) for report in reports)
     return {
         "status": "finished",
         "source": str(weights.path),
@@ -229,6 +230,7 @@ def _dry_run(config: DecomposeConfig, weights: Weights, targets: list[Target]) -
             "kind": target.linear.kind,
             "out_features": target.linear.out_features,
             "in_features": target.linear.in_features,
+            "blocks": target.blocks,
             "rank": target.rank,
             "error": None,
             "error_over_optimal": None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -30,13 +31,12 @@ from finhpc.lowrank.factorize import (
     whitening_root,
 )
 from finhpc.lowrank.ranks import rank_of_energy, rank_of_params
-from finhpc.lowrank.replace import rank_problems
+from finhpc.lowrank.replace import block_shape, rank_problems, unused_ranks
 from finhpc.models.files.source import opened
 from finhpc.models.files.tensor_folder import save_tensors
 from finhpc.models.files.weights import Linear, Weights
 from finhpc.models.pipeline import parts_of
 from finhpc.settings.decompose import DecomposeConfig
-from finhpc.settings.pretrain import LINEAR_KINDS
 from finhpc.training.allocator import return_freed_memory
 from finhpc.training.memory import peak_resident_bytes
 
@@ -47,10 +47,16 @@ Report = dict[str, Any]
 
 @dataclass(frozen=True)
 class Target:
-    """A layer to factorize; `rank` is None if its spectrum decides."""
+    """A layer to factorize, each of its `blocks` of rows by itself; `rank` is None if their spectra decide."""
 
     linear: Linear
     rank: int | None
+    blocks: int = 1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of a block."""
+        return block_shape((self.linear.out_features, self.linear.in_features), self.blocks, self.linear.name)
 
 
 @dataclass(frozen=True)
@@ -78,12 +84,12 @@ def targets_of(weights: Weights, config: DecomposeConfig) -> list[Target]:
     Raises one `ConfigError` for settings with no rank or several, and for all layers that their rank does not fit.
     """
     _check(config)
-    chosen = [Target(linear, _rank(linear, config)) for linear in weights.linears() if _wanted(linear, config)]
-    ranked = [
-        (linear.name, rank, (linear.out_features, linear.in_features))
-        for linear, rank in ((target.linear, target.rank) for target in chosen)
-        if rank is not None
-    ]
+    chosen = []
+    for linear in weights.linears():
+        if _wanted(linear, config):
+            target = Target(linear, None, weights.family.blocks_of(linear.name, config.qkv))
+            chosen.append(replace(target, rank=_rank(target, config)))
+    ranked = [(target.linear.name, target.rank, target.shape) for target in chosen if target.rank is not None]
     problems = rank_problems("rank", ranked, " (ranks.KIND sets one kind of layer)")
     if problems:
         raise ConfigError(problems)
@@ -91,20 +97,12 @@ def targets_of(weights: Weights, config: DecomposeConfig) -> list[Target]:
 
 
 def _check(config: DecomposeConfig) -> None:
-    problems = [
-        f"ranks.{kind} is not a kind of layer; use one of {', '.join(LINEAR_KINDS)}."
-        for kind in sorted(set(config.ranks) - set(LINEAR_KINDS))
-    ]
+    problems = unused_ranks(config.ranks, config.head, config.embedding)
     given = [name for name in ("rank", "keep_params", "keep_energy") if getattr(config, name) is not None]
     if not given and not config.ranks:
         problems.append("no rank is set; give one of --rank, --ranks.KIND, --keep_params, --keep_energy.")
     if len(given) > 1:
         problems.append(f"{' and '.join(given)} both set the rank; give one of them.")
-    problems += [
-        f"ranks.{kind}={config.ranks[kind]}, but {kind}=dense; add --{kind} low_rank, or remove the rank."
-        for kind in ("head", "embedding")
-        if kind in config.ranks and getattr(config, kind) == "dense"
-    ]
     if config.calibration.source and not config.whiten:
         problems.append("calibration.source is given, but whiten is off; add --whiten, or remove the text.")
     if problems:
@@ -114,16 +112,17 @@ def _check(config: DecomposeConfig) -> None:
 def _wanted(linear: Linear, config: DecomposeConfig) -> bool:
     if linear.kind in ("head", "embedding") and getattr(config, linear.kind) == "dense":
         return False
-    return linear.kind in config.ranks or any(
+    return not {linear.kind, linear.projection}.isdisjoint(config.ranks) or any(
         setting is not None for setting in (config.rank, config.keep_params, config.keep_energy)
     )
 
 
-def _rank(linear: Linear, config: DecomposeConfig) -> int | None:
-    if linear.kind in config.ranks:
-        return config.ranks[linear.kind]
+def _rank(target: Target, config: DecomposeConfig) -> int | None:
+    for key in (target.linear.projection, target.linear.kind):
+        if key in config.ranks:
+            return config.ranks[key]
     if config.keep_params is not None:
-        return rank_of_params(linear.out_features, linear.in_features, config.keep_params)
+        return rank_of_params(*target.shape, config.keep_params)
     return config.rank
 
 
@@ -131,8 +130,8 @@ def groups_of(targets: list[Target], weights: Weights, whiten: bool, cuda: bool)
     """Group layers of one shape, the largest groups first; whitened ones within one part of the model."""
     part_of = _parts(weights) if whiten else {}
 
-    def key(target: Target) -> tuple[int, int, int]:
-        return part_of.get(target.linear.name, 0), target.linear.out_features, target.linear.in_features
+    def key(target: Target) -> tuple[int, int, int, int]:
+        return part_of.get(target.linear.name, 0), *target.shape, target.blocks
 
     most_params, most_layers = GPU_GROUP if cuda else CPU_GROUP
     results: list[tuple[Target, ...]] = []
@@ -141,13 +140,7 @@ def groups_of(targets: list[Target], weights: Weights, whiten: bool, cuda: bool)
         width = max(1, min(most_layers, most_params // layers[0].linear.size))
         results += [tuple(layers[i : i + width]) for i in range(0, len(layers), width)]
     if not whiten:  # otherwise they stay in the order in which the text passes through the model
-        results.sort(
-            key=lambda layers: (
-                -sum(
-                    target.linear.size * min(target.linear.out_features, target.linear.in_features) for target in layers
-                )
-            )
-        )
+        results.sort(key=lambda layers: -sum(target.linear.size * min(target.shape) for target in layers))
     return [Group(index, layers) for index, layers in enumerate(results)]
 
 
@@ -218,25 +211,28 @@ def _factorize(task: Factorization, group: Group) -> None:
     weights = opened(task.source, task.stamp)
     device = torch.device("cuda" if task.cuda else "cpu")
     matrices = [weights.matrix(target.linear).to(device) for target in group.targets]
+    blocks = group.targets[0].blocks
     began = time.perf_counter()
     roots = _roots(group, device)
-    results = [] if roots else solved(matrices, lambda i, spectrum: _rank_in(group.targets[i], spectrum, task))
+    pieces = [piece for matrix in matrices for piece in matrix.chunk(blocks)]
+    results = [] if roots else solved(pieces, lambda i, spectrum: _rank_in(group.targets[i // blocks], spectrum, task))
     tensors: dict[str, Tensor] = {}
     values: dict[str, Tensor] = {}
     reports: list[Report] = []
     for i, target in enumerate(group.targets):
-        name = target.linear.name
+        name, own = target.linear.name, slice(i * blocks, (i + 1) * blocks)
         root, damping = roots.get(name, (None, None))
         if root is None:
-            spectrum, rank = results[i]
+            known = results[own]
         else:  # steeper than the weight's own spectrum, always in float64
-            spectrum = spectra([product(matrices[i].double(), root)])[0]
-            rank = _rank_in(target, spectrum, task)
-        a, b = factors(matrices[i], spectrum, rank, root)
-        reports.append(_report(target.linear, rank, matrices[i], a, b, spectrum, root, damping))
+            found = spectra([product(piece.double(), root) for piece in pieces[own]])
+            known = [(spectrum, _rank_in(target, spectrum, task)) for spectrum in found]
+        factorized = _factorized(pieces[own], known, root)
+        reports.append(_report(target, factorized, root, damping))
+        a, b = torch.cat([one.a for one in factorized]), torch.cat([one.b for one in factorized])
         tensors[f"{name}.A.weight"] = (a.T if target.linear.kind == "embedding" else a).cpu()
         tensors[f"{name}.B.weight"] = b.cpu()
-        values[name] = spectrum.values.cpu()
+        values[name] = torch.stack([one.spectrum.values for one in factorized]).squeeze(0).cpu()
     seconds = (time.perf_counter() - began) / len(reports)
     for report in reports:
         report["wall_s"] = seconds
@@ -244,6 +240,27 @@ def _factorize(task: Factorization, group: Group) -> None:
     save_tensors(tensors, group.result(task.work), {"layers": json.dumps(reports)})
     if group.moments is not None:
         group.moments.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Factorized:
+    """A matrix (out, in), or a block of its rows, and its factors: A (rank, in), B (out, rank)."""
+
+    weight: Tensor
+    spectrum: Spectrum
+    a: Tensor
+    b: Tensor
+
+
+def _factorized(pieces: list[Tensor], known: list[tuple[Spectrum, int]], root: Tensor | None) -> list[Factorized]:
+    """Factorize the blocks of a layer at one rank: the highest that one of them needs."""
+    rank = max(rank for _, rank in known)
+    results = []
+    for piece, (spectrum, own) in zip(pieces, known, strict=True):
+        if own < rank and not spectrum.resolves(rank):
+            spectrum = spectra([piece])[0]
+        results.append(Factorized(piece, spectrum, *factors(piece, spectrum, rank, root)))
+    return results
 
 
 def _roots(group: Group, device: torch.device) -> dict[str, tuple[Tensor, float]]:
@@ -261,31 +278,27 @@ def _roots(group: Group, device: torch.device) -> dict[str, tuple[Tensor, float]
     return {name: roots[owner] for name, owner in owners.items()}
 
 
-def _report(
-    linear: Linear,
-    rank: int,
-    weight: Tensor,
-    a: Tensor,
-    b: Tensor,
-    spectrum: Spectrum,
-    root: Tensor | None,
-    damping: float | None,
-) -> Report:
+def _report(target: Target, blocks: list[Factorized], root: Tensor | None, damping: float | None) -> Report:
     """Return a layer's entry in result.json.
 
     `error` is relative to the weight's norm. The optimum is of what was minimized: the error of the weight, or of its
     outputs on the calibration text.
     """
-    norm = squared_norm(weight) ** 0.5 or 1.0
-    error = error_of(weight, a, b) if root is None else residual(weight, a, b)
-    minimized = error if root is None else residual(weight, a, b, root)
-    scale = float(spectrum.values.square().sum().sqrt()) or 1.0
-    optimum = spectrum.optimum(rank)
+    linear, rank = target.linear, len(blocks[0].a)
+    norm = sum(squared_norm(one.weight) for one in blocks) ** 0.5 or 1.0
+    if root is None:
+        minimized = error = math.hypot(*(error_of(one.weight, one.a, one.b) for one in blocks))
+    else:
+        error = math.hypot(*(residual(one.weight, one.a, one.b) for one in blocks))
+        minimized = math.hypot(*(residual(one.weight, one.a, one.b, root) for one in blocks))
+    scale = math.hypot(*(float(one.spectrum.values.square().sum().sqrt()) for one in blocks)) or 1.0
+    optimum = math.hypot(*(one.spectrum.optimum(rank) for one in blocks))
     report: Report = {
         "name": linear.name,
         "kind": linear.kind,
         "out_features": linear.out_features,
         "in_features": linear.in_features,
+        "blocks": target.blocks,
         "rank": rank,
         "error": error / norm,
         "error_optimal": optimum / scale,

@@ -16,7 +16,10 @@ log = logging.getLogger(__name__)
 
 
 def save_spectra(groups: list[Group], work: Path, path: Path) -> None:
-    """Write all singular values of every layer, largest first, in float64: an .npz of name -> values."""
+    """Write all singular values of every layer, largest first, in float64: an .npz of name -> values.
+
+    A layer that was factorized in blocks has a row for each.
+    """
     values: dict[str, Any] = {}
     for group in groups:
         values |= load_file(group.spectra(work))
@@ -37,12 +40,13 @@ def draw(spectra: Path, reports: list[Report], path: Path) -> None:
     labelled = set()
     with np.load(spectra, allow_pickle=False) as stored:
         for report in reports:
-            values, role = stored[report["name"]], _role(report["name"])
-            shown = np.maximum(values / max(values[0], 1e-300), 1e-9)
-            label = None if role in labelled else role
-            labelled.add(role)
-            left.semilogy(np.arange(1, len(shown) + 1) / len(shown), shown, color=colors[role], lw=0.7, label=label)
-            left.plot(report["rank"] / len(shown), shown[report["rank"] - 1], ".", color=colors[role], ms=4)
+            role = _role(report["name"])
+            for values in np.atleast_2d(stored[report["name"]]):
+                shown = np.maximum(values / max(values[0], 1e-300), 1e-9)
+                label = None if role in labelled else role
+                labelled.add(role)
+                left.semilogy(np.arange(1, len(shown) + 1) / len(shown), shown, color=colors[role], lw=0.7, label=label)
+                left.plot(report["rank"] / len(shown), shown[report["rank"] - 1], ".", color=colors[role], ms=4)
     for role in roles:
         of_role = [report for report in reports if _role(report["name"]) == role]
         right.plot([report["error"] for report in of_role], "o-", color=colors[role], ms=3, lw=0.8, label=role)
@@ -87,9 +91,13 @@ def summary(result: dict[str, Any]) -> None:
     summary_table("decomposed model", lines)
 
 
+def factor_params(report: Report) -> int:
+    """Return the number of parameters of a layer's factors."""
+    return int((report["out_features"] + report["blocks"] * report["in_features"]) * report["rank"])
+
+
 def _grows(report: Report) -> bool:
-    out, in_ = report["out_features"], report["in_features"]
-    return bool((out + in_) * report["rank"] >= out * in_)
+    return factor_params(report) >= int(report["out_features"] * report["in_features"])
 
 
 def _role(name: str) -> str:

@@ -24,6 +24,7 @@ COLORS = {  # readable on white and on black
     "svd": "#e0812f",
     "blend": "#3fa45b",
     "cola": "#a06cc9",
+    "half": "#c2577b",
     "base": "#8a8f98",
 }
 BITS_COLORS = {16: "#3b82c4", 8: "#e0812f", 4: "#3fa45b"}
@@ -33,6 +34,7 @@ METHOD_NAMES = {
     "svd": "method 2",
     "blend": "method 3 (not in the paper)",
     "cola": "CoLA (not in the paper)",
+    "half": "half-linear latent (not in the paper)",
 }
 STYLES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (1.2, 1.4)), (0, (6, 1.5, 1.2, 1.5)))  # by rank, largest first
 MARKERS = {16: "o", 8: "s", 4: "^"}

@@ -16,7 +16,7 @@ from finhpc.commands.report.paper import PaperRow, paper_tables
 from finhpc.commands.report.runs import FINANCIAL, GENERAL, Collected, Scale, Tracked
 
 METHODS = {  # method.kind -> the suffix of the model's name, and whether the paper has the method
-    "vi": {"dense": ("", True), "low_rank": ("", True), "cola": (" (CoLA)", False)},
+    "vi": {"dense": ("", True), "low_rank": ("", True), "cola": (" (CoLA)", False), "half": (" (half-linear)", False)},
     "vii": {"dense": ("", True), "svd": ("", True), "blend": (" (method 3)", False)},
 }
 NOT_IN_PAPER = "not in the paper"
@@ -125,8 +125,8 @@ def _row_key(run: Tracked) -> tuple[Any, ...]:
     kind = run.setting("method.kind")
     if kind == "dense":
         return kind, _training_bits(run), bool(run.setting("model.path"))
-    ranks = [run.setting(key) for key in ("method.ranks", "method.head", "method.embedding")]
-    return kind, _training_bits(run), run.whole("method.rank"), *ranks
+    ranks = [run.setting(key) for key in ("method.ranks", "method.qkv", "method.head", "method.embedding")]
+    return kind, _training_bits(run), run.whole("method.rank"), *ranks, run.setting("method.init") == "dlr"
 
 
 def _training_bits(run: Tracked) -> int | None:
@@ -145,7 +145,8 @@ def _pretrained_row(found: Collected, key: str, scale: Scale, runs: list[Tracked
     label = scale.model + (f"-r{rank}" if rank else "") + _rank_words(first, kind) + after
     label += f" ({bits}-bit)" if bits else ""
     label += " (trained on)" if continued else ""
-    in_paper = in_paper and not bits and not continued
+    own = first.setting("method.qkv") == "separate" or first.setting("method.init") == "dlr"
+    in_paper = in_paper and not bits and not continued and not own
     table, paper = paper_tables()[key], None
     if in_paper and scale.params:
         paper = table.pretrained(scale.params, rank, scale.width)
@@ -157,11 +158,13 @@ def _pretrained_row(found: Collected, key: str, scale: Scale, runs: list[Tracked
 
 
 def _rank_words(run: Tracked, kind: str) -> str:
-    """The settings of ranks other than `method.rank`, in words."""
+    """The settings of structure other than `method.rank`, in words."""
     if kind == "dense":
         return ""
     ranks = run.listed("method.ranks") or {}
     words = [f"{name} {rank}" for name, rank in ranks.items()]
+    words += ["q, k, v apart"] if run.setting("method.qkv") == "separate" else []
+    words += ["DLR"] if run.setting("method.init") == "dlr" else []
     words += ["dense head"] if run.setting("method.head") == "dense" else []
     words += ["low-rank embedding"] if run.setting("method.embedding") == "low_rank" else []
     return f" ({', '.join(words)})" if words else ""

@@ -12,7 +12,7 @@ from finhpc.commands.sweep.plan import SweepPlan, free_bytes
 from finhpc.commands.sweep.trial import Trial
 from finhpc.errors import ConfigError, FinhpcError
 from finhpc.files import json_sha256
-from finhpc.planning.model import DECOMPOSED, needs_decomposing
+from finhpc.planning.model import DECOMPOSED, RANK_KEYS, needs_decomposing
 from finhpc.settings.finetune import FinetuneConfig
 from finhpc.settings.pretrain import PretrainConfig
 
@@ -26,7 +26,7 @@ def prepare_shared(plan: SweepPlan, trials: Sequence[Trial]) -> None:
     for name, config in configs.items():
         if isinstance(config, PretrainConfig) and needs_decomposing(config):
             method = config.method
-            ranks = [config.model.path, method.rank, sorted(method.ranks.items()), method.embedding, method.head]
+            ranks = [config.model.path, method.model_dump(include={*RANK_KEYS})]
             shared = plan.shared / f"decomposed-{json_sha256(ranks)[:12]}"
             if not (shared / DECOMPOSED / "result.json").is_file():
                 log.info(f"factorizing the dense model for {name} and other trials of the same ranks")

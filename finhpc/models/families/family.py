@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from finhpc.lowrank.replace import Ranks, make_low_rank
 from finhpc.models.families.parts import Flow, Part, add_positions, apply, attend, embed, head, mlp
 from finhpc.models.families.presets import Shape
 from finhpc.plugins import require
+from finhpc.settings.pretrain import Qkv
 
 Heads = tuple[Tensor, Tensor, Tensor]  # q, k, v: (batch, seq, heads, size)
 
@@ -32,6 +34,12 @@ class Family:
     attention: ClassVar[tuple[str, str]] = ("input_layernorm", "self_attn")  # norm and module in a block
     mlp: ClassVar[tuple[str, str]] = ("post_attention_layernorm", "mlp")
     output_projection: ClassVar[str] = "o_proj"  # in an attention module
+    # End of a linear layer's name -> its key in `method.ranks`.
+    projections: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv"), "o_proj": "out",
+        **dict.fromkeys(("gate_proj", "up_proj"), "up"), "down_proj": "down",
+    }  # fmt: skip
+    joint_qkv: ClassVar[str | None] = None  # end of the name of a layer that computes q, k and v at once
     norm: ClassVar[str] = "model.norm"  # after the blocks
     head: ClassVar[str] = "lm_head"
 
@@ -64,11 +72,11 @@ class Family:
     def dense_config(self, shape: Shape) -> Any:
         return self.dense_class.config_class(**self.config_fields(shape))
 
-    def low_rank_config(self, shape: Shape, ranks: Ranks, kind: str) -> Any:
+    def low_rank_config(self, shape: Shape, ranks: Ranks, kind: str, qkv: Qkv) -> Any:
         """Return the config of a low-rank model; a low-rank embedding or head is not tied."""
         tied = shape.tie_embeddings and ranks.get("head") is None and ranks.get("embedding") is None
         fields = self.config_fields(shape) | {"tie_word_embeddings": tied, "dense_tied": shape.tie_embeddings}
-        return self.low_rank_class.config_class(**fields, low_rank=ranks, low_rank_kind=kind)
+        return self.low_rank_class.config_class(**fields, low_rank=ranks, low_rank_kind=kind, low_rank_qkv=qkv)
 
     # -- modules ----------------------------------------------------------------------------
 
@@ -79,6 +87,20 @@ class Family:
         if "attn" in name:
             return "attention"
         return "mlp" if ".mlp." in name else None
+
+    def projection(self, name: str) -> str | None:
+        """Return the key in `method.ranks` of the projection of that name; None for any other module."""
+        return next((key for end, key in self.projections.items() if name.endswith(f".{end}")), None)
+
+    def rank_key(self, name: str, ranks: Ranks) -> str | None:
+        """Return the key of `ranks` for the module of that name: its projection if it is there, else its kind."""
+        projection = self.projection(name)
+        return projection if projection in ranks else self.layer_kind(name)
+
+    def blocks_of(self, name: str, qkv: Qkv) -> int:
+        """Return how many low-rank pairs take the place of the linear layer of that name."""
+        joint = self.joint_qkv is not None and name.endswith(f".{self.joint_qkv}")
+        return 3 if joint and qkv == "separate" else 1
 
     def init_std(self, name: str, config: Any) -> float:
         """Return the standard deviation that a weight is initialized with."""
@@ -124,12 +146,14 @@ class Family:
 class LowRankConfig:
     """The fields that a low-rank model's config adds to those of the dense one.
 
-    `low_rank`: kind of layer -> rank, or None if it is dense. `low_rank_kind`: `method.kind`. `low_rank_layers`:
-    ranks of single layers by name, which override their kind's. `dense_tied`: whether the dense model ties its head.
+    `low_rank`: kind of layer or projection -> rank, or None if it is dense. `low_rank_kind`: `method.kind`.
+    `low_rank_qkv`: `method.qkv`. `low_rank_layers`: ranks of single layers by name, which override their kind's.
+    `dense_tied`: whether the dense model ties its head.
     """
 
     low_rank: dict[str, int | None] | None = None
     low_rank_kind: str = "low_rank"
+    low_rank_qkv: Qkv = "joint"
     low_rank_layers: dict[str, int] | None = None
     dense_tied: bool = False
 
@@ -143,5 +167,7 @@ class LowRankModel(nn.Module):
         require(getattr(config, "finhpc_plugins", None) or (), "this model")
         check_kind(config.low_rank_kind)
         super().__init__(config)
-        kind_of = self.family.layer_kind
-        make_low_rank(self, config.low_rank or {}, kind_of, config.low_rank_layers, config.low_rank_kind)
+        ranks = config.low_rank or {}
+        key_of = partial(self.family.rank_key, ranks=ranks)
+        blocks_of = partial(self.family.blocks_of, qkv=config.low_rank_qkv)
+        make_low_rank(self, ranks, key_of, config.low_rank_layers, config.low_rank_kind, blocks_of)

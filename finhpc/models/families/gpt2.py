@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -16,7 +16,10 @@ from finhpc.models.families.presets import Shape
 class Gpt2(Family):
     embedding, positions = "transformer.wte", "transformer.wpe"
     blocks, attention, mlp = "transformer.h", ("ln_1", "attn"), ("ln_2", "mlp")
-    output_projection, norm = "c_proj", "transformer.ln_f"
+    output_projection, norm, joint_qkv = "c_proj", "transformer.ln_f", "attn.c_attn"
+    projections: ClassVar[dict[str, str]] = {
+        "attn.c_attn": "qkv", "attn.c_proj": "out", "mlp.c_fc": "up", "mlp.c_proj": "down",
+    }  # fmt: skip
 
     def config_fields(self, shape: Shape) -> dict[str, Any]:
         return {

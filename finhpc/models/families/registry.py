@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from finhpc.errors import ConfigError
 from finhpc.lowrank.registry import LAYERS, trained_kind
-from finhpc.lowrank.replace import Ranks
+from finhpc.lowrank.replace import Ranks, ranks_of
 from finhpc.models import attention
 from finhpc.models.families import gpt2, llama
 from finhpc.models.families.family import Family, LowRankConfig
@@ -22,7 +22,7 @@ from finhpc.models.families.presets import PRESETS, Shape
 from finhpc.plugins import Registry, require
 from finhpc.quantization.fake import TRAINED
 from finhpc.settings.base import nearest
-from finhpc.settings.pretrain import Model
+from finhpc.settings.pretrain import Method, Model, Qkv
 from finhpc.settings.training import Recompute
 
 PLUGINS = "finhpc_plugins"  # in config.json: modules of the plugins that the model needs
@@ -109,12 +109,17 @@ def resolve_shape(model: Model, vocab_size: int | None = None) -> Shape:
     return shape
 
 
-def make_config(shape: Shape, ranks: Ranks, kind: str = "low_rank") -> Any:
-    """Return the transformers config of a shape, dense if every rank is None. `kind`: `method.kind`."""
+def make_config(shape: Shape, ranks: Ranks, kind: str = "low_rank", qkv: Qkv = "joint") -> Any:
+    """Return the transformers config of a shape, dense if every rank is None. `kind`, `qkv`: those of `method`."""
     family = FAMILIES[shape.family]
     if any(rank is not None for rank in ranks.values()):
-        return _with_plugins(family.low_rank_config(shape, ranks, trained_kind(kind)))
+        return _with_plugins(family.low_rank_config(shape, ranks, trained_kind(kind), qkv))
     return _with_plugins(family.dense_config(shape))
+
+
+def config_of_method(shape: Shape, method: Method) -> Any:
+    """Return the transformers config of a shape made by a method; raises `ConfigError` for an unknown kind."""
+    return make_config(shape, ranks_of(method), method.kind, method.qkv)
 
 
 def with_blocks(config: Any, blocks: int) -> Any:
@@ -131,10 +136,10 @@ def is_low_rank(config: Any) -> bool:
     return str(config.model_type).startswith("lowrank_")
 
 
-def as_low_rank(config: Any, ranks: Ranks, layers: dict[str, int] | None = None) -> Any:
+def as_low_rank(config: Any, ranks: Ranks, layers: dict[str, int] | None = None, qkv: Qkv = "joint") -> Any:
     """Return the config of a dense model with low-rank layers; `layers`: ranks by name, which override their kind's.
 
-    Tied embeddings are untied if one of the two is low-rank.
+    `qkv`: `method.qkv`. Tied embeddings are untied if one of the two is low-rank.
     """
     family, tied = family_of(config), bool(config.tie_word_embeddings)
     tree = config.to_dict()
@@ -146,7 +151,7 @@ def as_low_rank(config: Any, ranks: Ranks, layers: dict[str, int] | None = None)
     )
     tree["tie_word_embeddings"] = tied and not untied
     low_rank = family.low_rank_class.config_class(
-        **tree, low_rank=ranks, low_rank_layers=layers or None, dense_tied=tied
+        **tree, low_rank=ranks, low_rank_layers=layers or None, low_rank_qkv=qkv, dense_tied=tied
     )
     low_rank.architectures = [family.low_rank_class.__name__]
     low_rank.dtype = "float32"

@@ -44,6 +44,7 @@ class Linear:
     out_features: int
     in_features: int
     transposed: bool  # stored as (in, out)
+    projection: str | None = None
 
     @property
     def size(self) -> int:
@@ -97,7 +98,7 @@ class Weights:
             shape, kind = dense_shape(module), self.family.layer_kind(name)
             if shape is not None and kind is not None:
                 transposed = isinstance(module, Conv1D | nn.Embedding)
-                linears.append(Linear(name, kind, *shape, transposed))
+                linears.append(Linear(name, kind, *shape, transposed, self.family.projection(name)))
         return linears
 
     def raw(self, name: str) -> Tensor:

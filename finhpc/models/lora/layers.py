@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from finhpc.lowrank.layers import as_product, expand, latent_of
 from finhpc.quantization.frozen import FrozenLinear
 
 
@@ -48,17 +49,17 @@ class LoraProduct(torch.autograd.Function):
 class FrozenLowRankLinear(nn.Module):
     """A frozen `LowRankLinear`: both factors are frozen and perhaps quantized."""
 
-    def __init__(self, a: FrozenLinear, b: FrozenLinear, between: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, a: FrozenLinear, b: FrozenLinear, between: Callable[[Tensor], Tensor], blocks: int = 1) -> None:
         super().__init__()
-        self.A, self.B, self.between = a, b, between
+        self.A, self.B, self.between, self.blocks = a, b, between, blocks
         self.in_features, self.out_features = a.in_features, b.out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.B(self.between(self.A(x)))  # type: ignore[no-any-return]
+        return expand(self.B, latent_of(self.A(x), self.between, self.blocks), self.blocks)
 
     def as_product(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return z and Z as `LowRankLinear.as_product`."""
-        return self.between(self.A(x)), self.B.matrix(x.dtype)
+        return as_product(latent_of(self.A(x), self.between, self.blocks), self.B.matrix(x.dtype), self.blocks)
 
 
 class LoraLinear(nn.Module):

@@ -62,7 +62,7 @@ def matrices_of(module: nn.Module, name: str) -> list[Matrix]:
         return []
     if isinstance(module, LowRankLinear):
         return [
-            Matrix(f"{name}.A", (module.rank, shape[1]), f"{name}.A.weight"),
+            Matrix(f"{name}.A", (module.A.out_features, shape[1]), f"{name}.A.weight"),
             Matrix(f"{name}.B", (shape[0], module.rank), f"{name}.B.weight"),
         ]
     return [Matrix(name, shape, f"{name}.weight", isinstance(module, Conv1D))]
@@ -171,7 +171,7 @@ class LoraModel:
         first, *second = matrices_of(module, name)
         if isinstance(module, LowRankLinear):
             pair = self._frozen(first, None, device), self._frozen(second[0], bias, device)
-            base = FrozenLowRankLinear(*pair, module.between)
+            base = FrozenLowRankLinear(*pair, module.between, module.blocks)
         elif adapted and self.lora.init in CHANGES_BASE:  # never quantized
             rows = self.rows(first).to(device)
             factors = initial_factors(self.lora, self.targets[name], self.seed, name, rows)
