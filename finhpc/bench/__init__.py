@@ -5,11 +5,16 @@ The package is called like a function, `finhpc.bench(TrainBench())`, as every co
 
 from __future__ import annotations
 
+import os
 import sys
 from types import ModuleType
 from typing import Any
 
 from finhpc.commands import COMMANDS
+
+# torch's profiler says that it starts and stops, and warns of memory that was allocated before.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 class _Callable(ModuleType):

@@ -110,6 +110,8 @@ class CountingMode(TorchDispatchMode):
             storage = x.untyped_storage()
             self.made_by[storage._cdata], self.storages[storage._cdata] = kind, storage
         written = new or (made or inputs if mutates else [])
+        if name == "_foreach_copy_":
+            written, inputs = inputs[: len(inputs) // 2], inputs[len(inputs) // 2 :]
         if name in ALLOCATES or not any(x.numel() for x in written):
             return
         counts.launches[kind] += 1
@@ -117,7 +119,7 @@ class CountingMode(TorchDispatchMode):
         read = sum(map(_bytes, new)) if name in LOOKS_UP else sum(map(_bytes, inputs))
         read -= _bytes(inputs[0]) if name in OVERWRITES else 0
         counts.moved[kind] += read + sum(map(_bytes, written))
-        if name in ("_to_copy", "copy_") and inputs[-1].dtype != written[0].dtype:
+        if name in ("_to_copy", "copy_", "_foreach_copy_") and inputs[-1].dtype != written[0].dtype:
             counts.casts += 1
             counts.cast_bytes += read + sum(map(_bytes, written))
 

@@ -88,11 +88,19 @@ def show(result: dict[str, Any], columns: Sequence[str]) -> None:
     console.print(_table(f"bench {result['bench']}", shown))
     for name, value in result.items():
         if name != "rows" and isinstance(value, list):
-            console.print(_table(name, value))
+            console.print(_table(name, [_largest(row) for row in value] if name == "profile" else value))
     console.print(", ".join(f"{name}: {_text(value)}" for name, value in result["conditions"].items()))
     for name, value in result["ratios"].items():
         console.print(f"{name} = {value:.3f}")
     console.print(f"written: {result['folder']}/result.json")
+
+
+def _largest(row: Row) -> Row:
+    """A row of a profile with its shares as words, the largest first, those of 1 % and more."""
+    shares = {name: value for name, value in row.items() if isinstance(value, float)}
+    words = [f"{name} {100 * value:.0f} %" for name, value in sorted(shares.items(), key=lambda x: -x[1])]
+    shown = [word for word in words if not word.endswith(" 0 %")]
+    return {name: value for name, value in row.items() if name not in shares} | {"time": ", ".join(shown)}
 
 
 def _table(title: str, rows: list[Row]) -> Any:

@@ -7,8 +7,9 @@ does not contain it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,21 +31,20 @@ class DerivedWeights:
         self.modules, self.precision, self.bits = modules, precision, bits
         self.are_set = False
 
-    def _derived(self, module: nn.Module, name: str, weight: Tensor) -> Tensor:
-        if self.bits < 16 and name in matrices(module):
-            weight = rounded_weight(module, weight, self.bits)
-        if self.precision == "bf16-weights" or (self.precision == "bf16" and _casts(module)):
-            weight = weight.to(torch.bfloat16)
-        return weight
-
     def set(self) -> None:
         """Make them from the trained weights as they are now."""
+        set_derived([self])
+
+    def _sources(self) -> Iterator[tuple[nn.Module, str, Tensor, bool]]:
+        """Yield the module and name of each derived weight, what it is made of, and whether that is cast."""
         for module in self.modules.modules():
             for name, weight in module.named_parameters(recurse=False):
-                derived = self._derived(module, name, weight)
-                if derived is not weight:
-                    module.__dict__[name] = derived  # found before the parameter of that name
-        self.are_set = True
+                source: Tensor = weight
+                if self.bits < 16 and name in matrices(module):
+                    source = rounded_weight(module, weight, self.bits)
+                casts = self.precision == "bf16-weights" or (self.precision == "bf16" and _casts(module))
+                if source is not weight or casts:
+                    yield module, name, source, casts and source.dtype != torch.bfloat16
 
     def drop(self) -> None:
         """Forget them: the modules compute with the trained weights again."""
@@ -64,6 +64,43 @@ class DerivedWeights:
         finally:
             if mine:
                 self.drop()
+
+
+def set_derived(every: Sequence[DerivedWeights]) -> None:
+    """Make all derived weights; a GPU casts them in one launch, and casts the gradients of each of `every` in one."""
+    plans = [list(derived._sources()) for derived in every]
+    wide = [source.detach() for plan in plans for *_, source, casts in plan if casts]
+    narrow = [torch.empty_like(source, dtype=torch.bfloat16) for source in wide]
+    if wide:
+        torch._foreach_copy_(narrow, wide)
+    made = iter(narrow)
+    for derived, plan in zip(every, plans, strict=True):
+        weights = [next(made) if casts else source for *_, source, casts in plan]
+        trained = [i for i, (*_, source, casts) in enumerate(plan) if casts and source.requires_grad]
+        if trained:
+            outs = _Cast.apply([weights[i] for i in trained], *(plan[i][2] for i in trained))  # type: ignore[no-untyped-call]
+            for i, out in zip(trained, outs, strict=True):
+                weights[i] = out
+        for (module, name, *_), weight in zip(plan, weights, strict=True):
+            module.__dict__[name] = weight  # found before the parameter of that name
+        derived.are_set = True
+
+
+class _Cast(torch.autograd.Function):
+    """Gives float32 weights the gradients of their casts, which exist already."""
+
+    @staticmethod
+    def forward(ctx: Any, casts: list[Tensor], *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return tuple(casts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        narrow = [grad for grad in grads if grad is not None]
+        wide = [torch.empty_like(grad, dtype=torch.float32) for grad in narrow]
+        torch._foreach_copy_(wide, narrow)
+        made = iter(wide)
+        return None, *(None if grad is None else next(made) for grad in grads)
 
 
 def _casts(module: nn.Module) -> bool:

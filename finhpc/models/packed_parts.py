@@ -87,7 +87,7 @@ class Attention:
 def heads_of(family: Family, hidden: Tensor, norm: nn.Module, module: Any, rotated: Any) -> Heads:
     """Return queries, keys and values (rows, heads, size) of hidden (1, rows, width)."""
     q, k, v = family.heads(module, norm(hidden), rotated)
-    return q[0], k[0], v[0]
+    return q.squeeze(0), k.squeeze(0), v.squeeze(0)  # an index would cost a fill and a copy in the backward pass
 
 
 def add_projected(family: Family, hidden: Tensor, out: Tensor, module: Any) -> Tensor:
@@ -117,4 +117,4 @@ def head(data: Flow, module: nn.Module) -> Tensor:
     layout = layout_of(pack)
     if len(layout.wanted) == 0:
         return hidden.sum().float() * 0.0
-    return head_loss(hidden[0], module, layout.wanted) * (len(layout.wanted) * layout.scale)
+    return head_loss(hidden.squeeze(0), module, layout.wanted) * (len(layout.wanted) * layout.scale)

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from finhpc.lowrank.blend import alpha_at, blend_in, set_alpha
 from finhpc.lowrank.registry import BLEND
+from finhpc.models.derived import set_derived
 from finhpc.models.families.registry import skeleton as make_skeleton
 from finhpc.models.initialize import Fill, random_fill
 from finhpc.models.packing.layout import pack_on
@@ -287,8 +288,7 @@ class Engine:
 
     def _derive(self) -> None:
         """Make the weights that all micro-batches of a step compute with."""
-        for layer in self.layers:
-            layer.derived.set()
+        set_derived([layer.derived for layer in self.layers])
 
     def _drop_derived(self) -> None:
         for layer in self.layers:

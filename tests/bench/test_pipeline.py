@@ -20,8 +20,12 @@ def settings(out: Path, **more: Any) -> PipelineBench:
     return build(PipelineBench, tree | more)
 
 
-def test_every_number_of_micro_batches_is_measured_and_drawn(tmp_path: Path) -> None:
+def test_every_number_of_micro_batches_is_measured_and_drawn(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     result = bench_pipeline(settings(tmp_path, micro_batches=[1, 4], counted=False))
+    table = [line for line in capfd.readouterr().err.splitlines() if line and line[0] in "┏┃┡│└"]
+    assert len(table) > 5
+    assert max(map(len, table)) <= 80
+    assert not any("…" in line for line in table), "nothing is cut off"
     rows = result["rows"]
     measured = [("1f1b", 1, 0.5), ("1f1b", 4, 0.8), ("dualpipev", 4, 0.8)]
     assert [(row["schedule"], row["micro_batches"], row["ideal"]) for row in rows] == measured

@@ -144,8 +144,11 @@ def _base(
             fast = lora_engine(path, bits, settings.rank, settings.batch, compiled=True)
             ours = _engine_passes(fast, arrays, settings.lr)
             ways[f"{OURS}, compiled"] = _from_start(ours, fast.trained_parameters(), start)
-            plain = plain_passes(model, arrays, pad, settings.lr, torch.compile(model, dynamic=True))
-            ways[f"{PLAIN}, compiled"] = _from_start(plain, adapters(model), start)
+            other = peft_model(
+                path, bits, settings.rank, seed=0
+            )  # the Trainer changes its model, which would compile anew
+            plain = plain_passes(other, arrays, pad, settings.lr, torch.compile(other, dynamic=True))
+            ways[f"{PLAIN}, compiled"] = _from_start(plain, adapters(other), start)
             log.info(f"{NAMES[bits]}: compiling")
             for name in ways:
                 if name.endswith("compiled"):

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from finhpc.bench.measures.generate import bench_generate
-from finhpc.bench.measures.step import counted_arrays
+from finhpc.bench.measures.step import RandomBase, counted_arrays
 from finhpc.bench.measures.train import one_process_group, operations
 from finhpc.bench.plain.finetune import padded, plain_step, random_base, with_adapters
 from finhpc.bench.plain.pretrain import model_step
@@ -35,7 +35,7 @@ from finhpc.models.initialize import random_fill
 from finhpc.models.lora.model import LoraModel
 from finhpc.models.packing.layout import segments_of
 from finhpc.planning.devices import gpu_here
-from finhpc.planning.fake_packs import PackSize, Shapes
+from finhpc.planning.fake_packs import PackSize
 from finhpc.planning.finetuning import LoraCosts
 from finhpc.planning.memory import Topology
 from finhpc.planning.model import hf_config_of_settings
@@ -174,18 +174,6 @@ def _random_weights(model: nn.Module) -> None:
 
 
 # -- finetuning -----------------------------------------------------------------------------
-
-
-class RandomBase(Shapes):
-    """A base of random weights, made on the device when they are read."""
-
-    def __init__(self, hf_config: Any, device: torch.device) -> None:
-        super().__init__(hf_config)
-        self.device = device
-
-    def read(self, name: str) -> Tensor:
-        values = torch.empty(self.shapes[name], device=self.device)
-        return values.fill_(1.0) if len(self.shapes[name]) < 2 else values.normal_(0, 0.02)
 
 
 def _finetune(report: Report, settings: GpuBench, preset: str, bits: int, device: torch.device) -> None:

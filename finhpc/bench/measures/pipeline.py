@@ -81,7 +81,8 @@ def bench_pipeline(settings: PipelineBench) -> dict[str, Any]:
         for row in rows
         if (row["cut"], row["micro_batches"]) == ("measured cost", shown[row["schedule"]])
     }
-    result = publish("pipeline", settings.bench.out, conditions, rows, ratios, began)
+    columns = "schedule", "cut", "micro_batches", "pipeline_s", "utilization", "over_ideal"
+    result = publish("pipeline", settings.bench.out, conditions, rows, ratios, began, columns)
     _picture(rows, stages, Path(result["folder"]) / "pipeline.png")
     return result
 

@@ -8,6 +8,7 @@ of any size takes seconds and no memory.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from finhpc.bench.compiled_counts import Kernels, Key, as_graphs, count_kernels
 from finhpc.bench.counts import INPUTS, CountingMode, Counts, counting
 from finhpc.bench.measures.train import one_process_group
 from finhpc.bench.plain.finetune import padded, plain_step, random_base, with_adapters
@@ -30,15 +32,19 @@ from finhpc.commands.estimate.finetuning import planned_base
 from finhpc.data.examples.batches import Batches
 from finhpc.data.examples.examples import Arrays
 from finhpc.errors import ConfigError, collect
-from finhpc.models.lora.model import Matrix
+from finhpc.models.families.registry import with_blocks
+from finhpc.models.lora.model import LoraModel, Matrix
 from finhpc.planning.fake_packs import EmptyLoraModel, Shapes
 from finhpc.planning.model import hf_config_of_settings
 from finhpc.planning.plan import check_registered
 from finhpc.quantization.frozen import FrozenLinear
+from finhpc.training.compiler import check_compiler, missing_compiler
 from finhpc.training.engine import Engine
 from finhpc.training.metrics import Metrics
 
-OURS, PLAIN = "finhpc", "plain loop"
+log = logging.getLogger(__name__)
+
+OURS, PLAIN, COMPILED = "finhpc", "plain loop", "finhpc, compiled"
 SHORT = "ours", "plain"
 LR = 1e-4
 C = TypeVar("C", StepBench, FinetuneStepBench)
@@ -52,15 +58,7 @@ def bench_step(settings: StepBench) -> dict[str, Any]:
     Raises `ConfigError` for settings that cannot work.
     """
     began = time.perf_counter()
-    config = alone(settings)
-    problems = config.problems()
-    hf_config: Any = None
-    with collect(problems):
-        check_registered(config)
-    with collect(problems):
-        hf_config = hf_config_of_settings(config)
-    if problems:
-        raise ConfigError(problems)
+    config, hf_config = _checked(settings, hf_config_of_settings)
     parallel, length = config.parallel, config.data.seq_len
     tokens = [torch.zeros(parallel.micro_batch_size, length, dtype=torch.int64)] * parallel.micro_batches
     with pretended() as mode:
@@ -81,29 +79,31 @@ def bench_step(settings: StepBench) -> dict[str, Any]:
 def bench_step_finetune(settings: FinetuneStepBench) -> dict[str, Any]:
     """Count a step of a finetuning and publish, see `bench_step`; only the base's config is read."""
     began = time.perf_counter()
-    config = alone(settings)
-    problems = config.problems()
-    base: Any = None
-    with collect(problems):
-        check_registered(config)
-    with collect(problems):
-        base = planned_base(config.model)
-    if problems:
-        raise ConfigError(problems)
+    config, base = _checked(settings, lambda config: planned_base(config.model))
     train = config.train
     model_of = Shapes(base.config), config.lora, config.quantization, train.precision == "bf16", train.recompute
     lora_model = _OnDevice(*model_of)
     arrays = counted_arrays(config)
     feed = Batches(config.parallel, config.train.seed, not config.lora.dropout)
     steps = [feed.step(arrays, step, 0) for step in range(2)]
-    packs = iter([torch.from_numpy(batch["pack"]) for batches in steps for batch in batches])
+
+    def made_packs() -> Iterator[Tensor]:
+        return iter([torch.from_numpy(batch["pack"]) for batches in steps for batch in batches])
+
+    packs = made_packs()
     rows = iter([[padded([arrays.example(int(i)) for i in b["sample"]], 0) for b in batches] for batches in steps])
+    kernels = _kernels(settings, base.config, steps[0][0]["pack"]) if _counts_compiled(settings) else {}
     with pretended() as mode:
         engine = Engine(config, base.config, CUDA, lora_model=lora_model)
-        ours = second(mode, _steps(engine, lambda: packs), engine.layers)
+        ways = {OURS: second(mode, _steps(engine, lambda: packs), engine.layers)}
         model = with_adapters(random_base(base.config, config.quantization.bits, CUDA), config.lora.rank)
         plain = plain_step(model, LR)
-        theirs = second(mode, lambda: plain(next(rows)), [model])
+        ways[PLAIN] = second(mode, lambda: plain(next(rows)), [model])
+        if kernels:
+            packs, lora_model = made_packs(), _OnDevice(*model_of)
+            with as_graphs(mode, kernels):
+                engine = Engine(config, base.config, CUDA, lora_model=lora_model)
+            ways[COMPILED] = second(mode, _steps(engine, lambda: packs), engine.layers)
     work = config.bench
     conditions = {
         "model": config.model.preset or str(config.model.path),
@@ -114,7 +114,47 @@ def bench_step_finetune(settings: FinetuneStepBench) -> dict[str, Any]:
         "precision": config.train.precision,
         "plain": "transformers and peft, padded batches, bfloat16, AdamW without clipping",
     }
-    return _publish(work.out, conditions, {OURS: ours, PLAIN: theirs}, began)
+    return _publish(work.out, conditions, ways, began)
+
+
+def _counts_compiled(config: FinetuneStepBench) -> bool:
+    """Return whether compiled graphs are counted too; logs why not."""
+    check_compiler(config.train.compile, "cpu")
+    missing = missing_compiler("cpu")
+    why = missing and f"{missing} is missing"
+    if config.quantization.bits < 16:
+        why = "a base below 16 bits runs other operations on a CPU than on a GPU"
+    if config.train.compile != "off" and why:
+        log.info(f"compiled steps are not counted: {why}.")
+    return config.train.compile != "off" and why is None
+
+
+def _kernels(config: FinetuneStepBench, hf_config: Any, pack: Any) -> dict[Key, Kernels]:
+    """The kernels of the compiled graphs, from a step of two blocks of the model on the CPU."""
+    log.info("compiling two blocks for the CPU, to count the kernels of their graphs")
+    config, cpu, small = alone(config), torch.device("cpu"), with_blocks(hf_config, 2)
+    config.parallel = config.parallel.model_copy(update={"micro_batches": 1})
+    config.train = config.train.model_copy(update={"compile": "on"})
+    one_process_group(cpu)
+
+    def step() -> None:
+        engine = Engine(config, small, cpu, lora_model=LoraModel.of(config, RandomBase(small, cpu)))
+        engine.train_step(iter([torch.from_numpy(pack)]), LR)
+
+    return count_kernels(step)
+
+
+def _checked(settings: C, model_of: Callable[[C], Any]) -> tuple[C, Any]:
+    """Return the run on one GPU, and its model; raises `ConfigError` with all that is wrong in them."""
+    config = alone(settings)
+    problems, model = config.problems(), None
+    with collect(problems):
+        check_registered(config)
+    with collect(problems):
+        model = model_of(config)
+    if problems:
+        raise ConfigError(problems)
+    return config, model
 
 
 def alone(config: C) -> C:
@@ -131,6 +171,18 @@ class _OnDevice(EmptyLoraModel):
     def _frozen(self, matrix: Matrix, bias: Tensor | None, device: torch.device) -> FrozenLinear:
         with device:
             return super()._frozen(matrix, bias, device)
+
+
+class RandomBase(Shapes):
+    """A base of random weights, made on the device when they are read."""
+
+    def __init__(self, hf_config: Any, device: torch.device) -> None:
+        super().__init__(hf_config)
+        self.device = device
+
+    def read(self, name: str) -> Tensor:
+        values = torch.empty(self.shapes[name], device=self.device)
+        return values.fill_(1.0) if len(self.shapes[name]) < 2 else values.normal_(0, 0.02)
 
 
 def counted_arrays(config: FinetuneStepBench, steps: int = 2) -> Arrays:
@@ -177,13 +229,19 @@ def second(mode: CountingMode, step: Callable[[], object], modules: Sequence[nn.
 
 
 def _publish(out: str, conditions: Row, ways: dict[str, Counts], began: float) -> dict[str, Any]:
+    compiled = ways.pop(COMPILED, None)
     ours, plain = ways[OURS], ways[PLAIN]
     rows = [{"way": name} | counts.row() for name, counts in ways.items()]
+    if compiled is not None:  # what a graph keeps and moves is not known
+        counted = {key: value for key, value in compiled.row().items() if key in ("launches", "synchronizations")}
+        rows.append({key: counted.get(key) for key in rows[0]} | {"way": COMPILED})
     ratios = {
         "launches_over_plain": ours.launches.total() / plain.launches.total(),
         "kept_over_plain": ours.kept.total() / plain.kept.total(),
         "moved_over_plain": ours.moved.total() / plain.moved.total(),
     }
+    if compiled is not None:
+        ratios["compiled_launches_over_plain"] = compiled.launches.total() / plain.launches.total()
     kinds = [
         kind for kind in (*KINDS, REST, INPUTS) if any(kind in c.launches or kind in c.kept for c in ways.values())
     ]
@@ -199,6 +257,8 @@ def _publish(out: str, conditions: Row, ways: dict[str, Counts], began: float) -
         for name, counts in ways.items()
         for what, times in counts.waits.most_common()
     ]
+    if compiled is not None:
+        ways |= {COMPILED: compiled}
     operations = {name: dict(counts.operations.most_common()) for name, counts in ways.items()}
     conditions |= {"device": "a pretended GPU", "step": "forward, backward, clipping, optimizer; the second of a run"}
     return publish(

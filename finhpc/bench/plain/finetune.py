@@ -106,7 +106,7 @@ def plain_step(model: Any, lr: float, forward: Any = None) -> Callable[[Sequence
 
     `forward`: the compiled model, if it is.
     """
-    forward = forward or model
+    forward = model if forward is None else forward  # a compiled peft model has no truth value
     model.eval()  # as transformers loads it: nothing in it drops out
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0)
 

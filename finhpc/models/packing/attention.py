@@ -174,7 +174,7 @@ def _at_once(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> T
     if (sharing := q.shape[1] // k.shape[1]) > 1:
         k, v = k.repeat_interleave(sharing, 1), v.repeat_interleave(sharing, 1)
     query, keys, values = (x.transpose(0, 1)[None] for x in (q, k, v))
-    out = F.scaled_dot_product_attention(query, keys, values, bias, scale=scale)[0].transpose(0, 1)
+    out = F.scaled_dot_product_attention(query, keys, values, bias, scale=scale).squeeze(0).transpose(0, 1)
     return out if own is None else out * own
 
 
