@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finhpc.cluster.connect import ray_cluster
-from finhpc.files import write_csv
 from finhpc.lowrank.replace import ranks_of
 from finhpc.models.files.manifest import check_manifest
 from finhpc.planning.model import DECOMPOSED, initial_fill, needs_decomposing
@@ -172,6 +171,7 @@ def _final_loss(config: PretrainConfig, folder: Path, device: torch.device) -> d
     import numpy as np
 
     from finhpc.evaluation.perplexity import SAMPLE_LOSSES, held_out_losses
+    from finhpc.files import write_csv
 
     losses = held_out_losses(folder / "model", config, config.data.final_samples, device)
     write_csv(folder / SAMPLE_LOSSES, [{"sample": i, "loss": loss} for i, loss in enumerate(losses.tolist())])

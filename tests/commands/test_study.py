@@ -132,6 +132,8 @@ def test_a_grid_widens_and_the_finals_of_several_seeds_are_compared(run_shards: 
         assert row["val_loss"] == min(losses.values()) == losses[4e-4]
     assert sum("is the highest of the 3 tried" in note for note in result["notes"]) == 2
     dense, low = result["finals"]
+    for row in (dense, low):
+        assert (row["tuning_runs"], row["tuning_tokens"], row["tuning_lr_edge"]) == (3, 3 * 3 * 4 * 32, "highest")
     assert (dense["lr"], low["lr"], low["seeds"], low["final_val_tokens"]) == (4e-4, 4e-4, 2, 310)
     finals = {
         name: [json.loads((tmp_path / f"s-final-{name}-lr0.0004-s{i}" / "result.json").read_text()) for i in (0, 1)]

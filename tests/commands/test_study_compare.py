@@ -187,7 +187,7 @@ def test_the_page_has_the_notes_the_tables_and_the_curves(tmp_path: Path) -> Non
     ]
     settings = study_of("dense", "low <&>")
     costs = Costs({"dense": [1.0], "low <&>": [1.0]}, {"dense": 1e12, "low <&>": 1e12})
-    rows = final_rows(settings, runs, costs, 1)
+    rows = [row | {"tuning_runs": 1, "tuning_lr_edge": None} for row in final_rows(settings, runs, costs, 1)]
     drawn = figure(settings, compared(runs, costs))
     assert drawn.panels == 4
     assert drawn.png[:4] == b"\x89PNG"

@@ -93,7 +93,9 @@ def _measured_runs(finals: list[Trained]) -> dict[str, PretrainConfig]:
 
 
 def _result(config: StudyConfig, screened: list[Trained], finals: list[Trained], costs: Costs) -> dict[str, Any]:
-    rows, tuning = final_rows(config, finals, costs, epoch_tokens(config)), tuning_rows(config, screened)
+    tuning = tuning_rows(config, screened)
+    spent = {row["variant"]: {f"tuning_{key}": row[key] for key in ("runs", "tokens", "lr_edge")} for row in tuning}
+    rows = [row | spent[row["variant"]] for row in final_rows(config, finals, costs, epoch_tokens(config))]
     reference = compared(finals, costs)[config.study.reference]
     screening = [
         {

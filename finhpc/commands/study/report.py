@@ -73,6 +73,8 @@ FINALS: Columns = {
     "operations_to_reference_loss": ("operations", "{:.2f}".format, "never"),
     "peak_memory_bytes": ("memory MB", lambda count: f"{count / 1e6:,.0f}", "-"),
     "epochs": ("epochs", "{:.2f}".format, "-"),
+    "tuning_runs": ("tuning runs", str, "-"),
+    "tuning_lr_edge": ("lr at an edge", str, "no"),
 }
 
 
