@@ -169,6 +169,16 @@ def test_every_problem_of_a_study_is_named_at_once(run_shards: Path, tmp_path: P
     assert not list(tmp_path.iterdir())
 
 
+def test_a_missing_compiler_is_reported_at_the_dry_run(
+    run_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    settings = config(run_shards, tmp_path)
+    settings.train.compile = "on"
+    with pytest.raises(ConfigError, match=r"study\.variants\.dense: train\.compile=on needs a C\+\+ compiler"):
+        study(settings, dry_run=True)
+
+
 def test_a_run_that_ended_with_other_settings_is_refused(run_shards: Path, tmp_path: Path) -> None:
     settings = config(run_shards, tmp_path)
     trial = trial_of(settings, SCREEN, "dense", 3e-3, 0)
