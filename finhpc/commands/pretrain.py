@@ -130,33 +130,16 @@ class Pretrain(Job):
 
     @property
     def model_use(self) -> str:
-        return "sampling text from the model" if self.config.train.sample_tokens else ""
+        train, samples = self.config.train, self.config.data.final_samples
+        uses = ["scoring the model on the held-out text"] if samples else []
+        return " and ".join([*uses, *(["sampling text from it"] if train.sample_tokens else [])])
 
     @classmethod
     def use_model(cls, settings: dict[str, Any], folder: Path, device: torch.device) -> dict[str, Any]:
-        """Draw `train.sample_tokens` tokens after `train.sample_prompt`."""
-        import torch
-
-        from finhpc.models.files.tokenizer import open_tokenizer
-        from finhpc.models.files.tokens import prompt_ids
-        from finhpc.models.folder import open_model
-
-        train = PretrainConfig.model_validate(settings).train
-        model: Any = open_model(folder / "model", device)
-        tokenizer = open_tokenizer(folder / "model")
-        ids = torch.tensor([prompt_ids(tokenizer, train.sample_prompt or tokenizer.eos_token)], device=device)
-        room = model.config.max_position_embeddings - ids.shape[1]
-        torch.manual_seed(train.seed)
-        out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max(1, min(train.sample_tokens, room)),
-            do_sample=True,
-            top_k=40,
-            temperature=0.8,
-            pad_token_id=tokenizer.eos_token_id,
-        )
-        return {"sample": str(tokenizer.decode(out[0], skip_special_tokens=True))}
+        """Score `data.final_samples` held-out samples, and draw `train.sample_tokens` tokens of text."""
+        config = PretrainConfig.model_validate(settings)
+        scores = _final_loss(config, folder, device) if config.data.final_samples else {}
+        return scores | ({"sample": _sample(config, folder, device)} if config.train.sample_tokens else {})
 
     def summary(self) -> list[tuple[str, str]]:
         plan = self.plan
@@ -180,6 +163,52 @@ class Pretrain(Job):
         config = self.config
         rank = f", method.rank (now {config.method.rank})" if config.method.kind != "dense" else ", use low_rank layers"
         return lower_batch(config, f", data.seq_len (now {config.data.seq_len}){rank}")
+
+
+def _final_loss(config: PretrainConfig, folder: Path, device: torch.device) -> dict[str, Any]:
+    """The mean loss over the final held-out samples with its standard error; each sample's goes into a CSV file.
+
+    A sample is a block of text, and blocks are independent enough to count as single observations: the standard error
+    is their standard deviation over the root of their number.
+    """
+    import numpy as np
+
+    from finhpc.evaluation.perplexity import SAMPLE_LOSSES, held_out_losses
+    from finhpc.files import write_csv
+
+    losses = held_out_losses(folder / "model", config, config.data.final_samples, device)
+    write_csv(folder / SAMPLE_LOSSES, [{"sample": i, "loss": loss} for i, loss in enumerate(losses.tolist())])
+    return {
+        "final_val_loss": float(losses.mean()),
+        "final_val_loss_se": float(losses.std(ddof=1) / np.sqrt(len(losses))) if len(losses) > 1 else None,
+        "final_val_tokens": len(losses) * (config.data.seq_len - 1),
+    }
+
+
+def _sample(config: PretrainConfig, folder: Path, device: torch.device) -> str:
+    """Text drawn from the model after `train.sample_prompt`."""
+    import torch
+
+    from finhpc.models.files.tokenizer import open_tokenizer
+    from finhpc.models.files.tokens import prompt_ids
+    from finhpc.models.folder import open_model
+
+    train = config.train
+    model: Any = open_model(folder / "model", device)
+    tokenizer = open_tokenizer(folder / "model")
+    ids = torch.tensor([prompt_ids(tokenizer, train.sample_prompt or tokenizer.eos_token)], device=device)
+    room = model.config.max_position_embeddings - ids.shape[1]
+    torch.manual_seed(train.seed)
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max(1, min(train.sample_tokens, room)),
+        do_sample=True,
+        top_k=40,
+        temperature=0.8,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    return str(tokenizer.decode(out[0], skip_special_tokens=True))
 
 
 def decompose_start(config: PretrainConfig, run: Path) -> None:

@@ -29,7 +29,7 @@ SIGNED = {"mcc", "likelihood"}  # metrics of lm-eval's that may be negative
 ROUNDING = 1e-5  # of means: the loss of memorized answers may be computed as -1e-6
 TIMED = {"data_wait_fraction", "pipeline_utilization", "pipeline_utilization_ideal"}
 CLOCKS = 0.05  # of shares of time, which clocks of several workers measured
-LOSSES = {"loss", "val_loss"}
+LOSSES = {"loss", "val_loss", "final_val_loss"}
 ROUNDED = {*LOSSES, "train_loss"}
 PERPLEXITIES = {"perplexity", "val_perplexity"}
 
@@ -71,7 +71,7 @@ def any_model(vocab_size: int) -> Bound:
 def check(what: str, figures: Mapping[str, Any], loss: Bound | None = None, remedy: str = "") -> None:
     """Raise `ImplausibleError` if `figures`, however nested, contain an impossible number.
 
-    `what`: what was scored; `loss`: bounds of `val_loss` and `loss`; `remedy`: replaces the usual advice.
+    `what`: what was scored; `loss`: bounds of `LOSSES`; `remedy`: replaces the usual advice.
     """
     problems = list(_problems(figures, loss, ""))
     if problems:

@@ -59,6 +59,12 @@ def step_operations(outline: Outline, samples: int) -> float:
     return samples * outline.seq_len * sum(part_operations(outline, kind) for kind in outline.kinds)
 
 
+def blended_operations(outline: Outline, trained: bool) -> float:
+    """Operations per token of method 3's dense weights W next to its pairs; frozen ones have no gradient."""
+    multiplied = sum(weights.count * weights.replaced for weights in outline.weights if weights.kind != "embedding")
+    return (6.0 if trained else 4.0) * multiplied
+
+
 def launches(kind: str) -> float:
     """Kernel launches of one part's passes over those of an attention or MLP part; a block's forward runs twice."""
     return 2 * 4 / 3 if kind == "block" else 1.0

@@ -13,6 +13,7 @@ and, for some runs or for a time:
 
     stages.json           how the model was cut into stages
     decomposed/           the factors of a dense model that training starts from
+    sample-losses.csv     the trained model's loss on each of `data.final_samples`
     examples.safetensors  the tokenized examples of a finetuning
     quantized             a link to the base that a sweep quantized for its trials
     stacks/               where the threads of a worker that hung stood

@@ -22,8 +22,9 @@ log = logging.getLogger(__name__)
 
 KEYS = (
     *("status", "run", "params_total", "params_trainable", "params_dense", "compression_ratio"),
-    *("train_loss", "val_loss", "val_perplexity", "steps", "tokens", "tokens_per_s", "data_wait_fraction"),
-    *("pipeline_utilization", "pipeline_utilization_ideal", "peak_memory_bytes", "peak_resident_bytes", "worker_hours"),
+    *("train_loss", "val_loss", "val_perplexity", "final_val_loss", "final_val_loss_se", "final_val_tokens"),
+    *("steps", "tokens", "tokens_per_s", "data_wait_fraction", "pipeline_utilization", "pipeline_utilization_ideal"),
+    *("peak_memory_bytes", "peak_resident_bytes", "worker_hours"),
     *("consumed_sha256", "resumed_from_step", "checkpoint", "model", "sample"),
     *("mlflow_run_id", "tracking_uri", "wall_s"),
 )  # of a result, in this order; a job adds its own

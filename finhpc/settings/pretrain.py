@@ -105,6 +105,12 @@ class Data(Section):
     )
     seq_len: int = Field(256, ge=2, description="tokens per sample; must divide the block length of the shards")
     eval_samples: int = Field(128, ge=1, description="held-out samples to score at each evaluation")
+    final_samples: int = Field(
+        0,
+        ge=0,
+        description="held-out samples, at even distances, to score the trained model on, for a loss with its standard "
+        "error; 0: none",
+    )
 
 
 class Quantization(Section):

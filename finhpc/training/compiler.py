@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from finhpc.errors import ConfigError, FinhpcError
 from finhpc.settings.training import Compile
@@ -28,6 +29,11 @@ F = TypeVar("F", bound=Callable[..., Any])
 WORTHWHILE_S = {"cpu": 600, "cuda": 120}
 RATE = {"cpu": 100e9, "cuda": 100e12}  # operations per second that these are estimated with
 GRAPHS = 256  # torch compiles a function for at most so many shapes and settings; its default of 8 is for one model
+
+
+def run_operations(model: nn.Module, tokens: float, frozen: bool = False) -> float:
+    """Return roughly the operations of a run: 6 per weight of a matrix and token, 4 if these weights are frozen."""
+    return (4 if frozen else 6) * sum(p.numel() for p in model.parameters() if p.dim() == 2) * tokens
 
 
 def missing_compiler(device: str) -> str | None:

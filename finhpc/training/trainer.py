@@ -47,6 +47,7 @@ from finhpc.settings.training import TrainingConfig
 from finhpc.training import checkpoint
 from finhpc.training.batches import Batch, BatchSource
 from finhpc.training.checkpoint import Checkpoint, Checkpointer
+from finhpc.training.compiler import run_operations
 from finhpc.training.engine import Engine
 from finhpc.training.journal import WORKER_FILE, Journal
 from finhpc.training.memory import counted_peak, peak_resident_bytes, reset_peaks
@@ -212,11 +213,10 @@ class Trainer:
         dist.barrier()  # no worker's first step waits for another to open its data
 
     def _operations(self) -> float:
-        """Roughly the operations of the run on this worker: 6 per weight and token, 4 if weights are frozen."""
+        """Roughly the operations of the run on this worker."""
         model = self.lora_model.weights.skeleton if self.lora_model else skeleton(self.hf_config)
-        weights = sum(p.numel() for p in model.parameters() if p.dim() == 2)
-        each = 4 if self.lora_model else 6
-        return each * weights * self.source.tokens(self.config.train.steps) / self.workers
+        tokens = self.source.tokens(self.config.train.steps)
+        return run_operations(model, tokens, frozen=self.lora_model is not None) / self.workers
 
     def _load(self, latest: Checkpoint) -> None:
         """Load weights, moments, counters and random state."""

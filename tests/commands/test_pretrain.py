@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +20,7 @@ from finhpc.commands.pretrain import Pretrain, pretrain
 from finhpc.data.shards.reader import ReplicaStream, local_stream
 from finhpc.data.shards.shards import Shards
 from finhpc.errors import ConfigError, RunBusyError, TrainingFailedError
+from finhpc.evaluation.perplexity import SAMPLE_LOSSES
 from finhpc.runs.folder import RunFolder
 from finhpc.runs.run import run
 from finhpc.settings.base import build
@@ -42,6 +45,7 @@ def config(shards: Path, storage: Path, **sections: Any) -> PretrainConfig:
         shards,
         storage,
         model={"layers": 3},
+        data={"final_samples": 12},
         optimizer={"lr": 3e-3, "warmup_steps": 5},
         parallel={"stages": 2, "micro_batch_size": 4, "micro_batches": 4},
         train={"steps": 60, "eval_every": 30, "checkpoint_every": 20, "sample_tokens": 8},
@@ -103,6 +107,19 @@ def test_the_saved_model_scores_what_the_run_reported(finished: tuple[PretrainCo
     with torch.no_grad():
         loss = model(held_out, labels=held_out).loss.item()
     assert loss == pytest.approx(result["val_loss"], rel=1e-5)
+
+
+def test_the_final_loss_has_the_standard_error_of_its_samples(finished: tuple[PretrainConfig, dict[str, Any]]) -> None:
+    settings, result = finished
+    model = finhpc.load_model(result["model"])
+    samples = torch.from_numpy(Shards.open(str(settings.data.shards)).eval_samples(12, 32))
+    with torch.no_grad():
+        losses = [model(sample[None], labels=sample[None]).loss.item() for sample in samples]
+    with open(Path(settings.run.storage) / "run" / SAMPLE_LOSSES, encoding="utf-8") as file:
+        assert [float(row["loss"]) for row in csv.DictReader(file)] == pytest.approx(losses, rel=1e-5)
+    assert result["final_val_loss"] == pytest.approx(statistics.fmean(losses), rel=1e-5)
+    assert result["final_val_loss_se"] == pytest.approx(statistics.stdev(losses) / math.sqrt(12), rel=1e-3)
+    assert result["final_val_tokens"] == 12 * 31
 
 
 def test_what_was_consumed_is_the_seeded_order(finished: tuple[PretrainConfig, dict[str, Any]]) -> None:

@@ -50,6 +50,9 @@ def test_starting_evaluations_and_the_end_count() -> None:
     )
     never = training_time(settings(train={"steps": 100, "eval_every": 0}), pace, 8, False, HERE)
     assert never.evaluations_s < whole.evaluations_s, "there is one after the last step"
+    scored = training_time(settings(), pace, 8, False, HERE, final_batches=10)
+    plain = training_time(settings(), pace, 8, False, HERE)
+    assert scored.evaluations_s - plain.evaluations_s == pytest.approx(10 * 0.09 / 3), "both stages by one worker"
 
 
 def test_a_busy_machine_gives_each_process_its_share() -> None:

@@ -12,10 +12,11 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from finhpc.commands.study.command import best_of, finalists, study
-from finhpc.commands.study.report import Trained, at, final_rows, time_at
+from finhpc.commands.study.command import study
+from finhpc.commands.study.compare import interval
 from finhpc.commands.study.variants import SCREEN, plan_trials, trial_of
-from finhpc.commands.sweep.trial import Trial, write_outcome
+from finhpc.commands.sweep.trial import write_outcome
+from finhpc.data.shards.shards import Shards
 from finhpc.errors import ConfigError, TrainingFailedError
 from finhpc.runs.folder import RunFolder
 from finhpc.settings.base import build, load
@@ -40,6 +41,15 @@ def config(shards: Path, storage: Path, **about: Any) -> StudyConfig:
         "study": {"variants": variants, "screen_steps": 3, "finalists": 1, "seeds": [0], "pace_steps": 2} | about,
     }
     return build(StudyConfig, tree)
+
+
+def operations_of(settings: StudyConfig, name: str) -> float:
+    """Operations of a step of 4 samples of 32 tokens, 2 layers x 32 wide: 6 per weight and token, and attention's."""
+    shapes = {"c_attn": (32, 96), "c_proj": (32, 32), "c_fc": (32, 128), "mlp": (128, 32)}
+    weights = sum(a * b if name == "dense" else 8 * (a + b) for a, b in shapes.values())
+    vocab = Shards.open(str(settings.data.shards)).manifest.vocab_size
+    head = 32 * vocab if name == "dense" else 8 * (32 + vocab)
+    return 4 * 32 * (6 * (2 * weights + head) + 2 * 3 * 2 * 32 * 32)
 
 
 def starts(storage: Path, name: str) -> int:
@@ -80,6 +90,12 @@ def test_a_study_goes_on_where_it_stopped_and_leaves_table_and_curves(run_shards
         final = json.loads((tmp_path / f"s-final-{name}-lr0.003-s0" / "result.json").read_text())
         assert row["val_loss"] == final["val_loss"] < screening[name]
         assert row["tokens"] == 9 * 4 * 32
+        assert row["final_val_loss"] == final["final_val_loss"]
+        assert row["final_val_loss_se"] == pytest.approx(final["final_val_loss_se"])
+        assert row["final_val_tokens"] == 32 * 31, "the whole split"
+        assert row["epochs"] == 9 * 4 * 32 / (96 * 64)
+        assert row["peak_memory_bytes"] == sum(final["peak_memory_bytes"])
+        assert row["operations"] == 9 * operations_of(settings, name)
         assert row["step_s"] == statistics.median(result["step_s"][name]) > 0
     assert rows["dense"]["time_to_reference_loss"] == pytest.approx(1)
     begun = yaml.safe_load((tmp_path / last.name / "config.yaml").read_text())["model"]
@@ -87,6 +103,8 @@ def test_a_study_goes_on_where_it_stopped_and_leaves_table_and_curves(run_shards
     with open(tmp_path / "s" / "table.csv", encoding="utf-8") as file:
         assert [row["variant"] for row in csv.DictReader(file)] == ["dense", "after"]
     assert (tmp_path / "s" / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert "less than study.final_tokens" in (tmp_path / "s" / "report.html").read_text()
+    assert sum("is the only one tried" in note for note in result["notes"]) == 2, "of the finalists and not of wild"
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     experiment = client.get_experiment_by_name("s")
     assert experiment is not None
@@ -95,57 +113,50 @@ def test_a_study_goes_on_where_it_stopped_and_leaves_table_and_curves(run_shards
     assert {run.data.params["model"] for run in runs} == {"gpt2-tiny"}, "the start of a variant is none of its settings"
 
 
-def curve(losses: dict[int, float], variant: str = "a", seed: int = 0, lr: float = 1e-3) -> Trained:
-    tree = {"train": {"steps": max(losses, default=1), "seed": seed}, "optimizer": {"lr": lr}}
-    trial = Trial(variant, {}, PretrainConfig, tree)
-    return Trained(variant, trial, build(PretrainConfig, tree), {"params_total": 1, "tokens": 10}, losses)
-
-
-def test_losses_between_evaluations_are_interpolated() -> None:
-    falling = {10: 5.0, 20: 4.0, 30: 3.0}
-    assert at(falling, 15) == pytest.approx(4.5)
-    assert at(falling, 99) == 3.0
-
-
-def test_times_are_steps_by_measured_seconds_and_a_start_counts() -> None:
-    variants = {"dense": {"lr": [1e-3]}, "fast": {"lr": [1e-3]}, "after": {"lr": [1e-3], "start": "dense"}}
-    settings = build(StudyConfig, {"study": {"variants": variants}})
-    runs = [curve({10: 5, 20: 4, 30: 2.9 + seed / 10}, "dense", seed) for seed in (0, 2)]
-    runs += [curve({10: 5, 20: 3, 30: 2.5}, "fast"), curve({10: 3, 20: 2.8, 30: 2.7}, "after")]
-    seconds = {"dense": [1.0, 9.0, 1.0], "fast": [0.5], "after": [0.5]}
-    dense, fast, after = final_rows(settings, runs, seconds)
-    assert dense["val_loss"] == pytest.approx(3.0)
-    assert dense["spread"] == pytest.approx(0.2)
-    assert dense["time_to_reference_loss"] == 1.0
-    assert dense["step_s_spread"] == 8.0, "the machine was not quiet"
-    assert fast["time_to_reference_loss"] == pytest.approx(20 * 0.5 / 30)
-    assert after["time_to_reference_loss_with_start"] == pytest.approx((30 + 10 * 0.5) / 30)
-    assert fast["val_loss_at_equal_time"] == 2.5, "it ended before dense did"
-
-
-def test_method_3_pays_for_its_dense_weights_as_long_as_it_has_them() -> None:
-    run = build(PretrainConfig, {"method": {"kind": "blend", "blend_share": 0.5}, "train": {"steps": 20}})
-    seconds = {"m": [3.0], "m without W": [1.0]}
-    assert time_at(run, seconds, "m", 9) == 27, "alpha is 0 from step 10 on"
-    assert time_at(run, seconds, "m", 20) == 27 + 11
-
-
-def test_the_best_go_on_at_their_best_learning_rate_with_the_reference() -> None:
-    variants = {name: {"lr": [1e-3, 2e-3]} for name in ("dense", "a", "b", "c")}
-    settings = build(StudyConfig, {"study": {"variants": variants, "finalists": 2}})
-    ends = {"dense": (6.0, 5.0), "a": (4.0, 4.5), "b": (4.4, 4.2), "c": (4.9, None)}
-    screened = [
-        curve({} if loss is None else {9: loss}, name, lr=lr)
-        for name, losses in ends.items()
-        for lr, loss in zip((1e-3, 2e-3), losses, strict=True)
-    ]
-    assert finalists(settings, screened) == {"dense": 2e-3, "a": 1e-3, "b": 2e-3}
-    assert best_of(screened)["c"].lr == 1e-3
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_grid_widens_and_the_finals_of_several_seeds_are_compared(run_shards: Path, tmp_path: Path) -> None:
+    """With so few steps, the higher a rate the better: both grids end at their highest."""
+    low_rank = {"method": {"kind": "low_rank", "rank": 8}}
+    variants: dict[str, Any] = {
+        "dense": {"settings": {"method": {"kind": "dense"}}, "lr": [1e-4, 2e-4]},
+        "low": {"settings": low_rank, "lr": [1e-4, 2e-4]},
+    }
+    settings = config(run_shards, tmp_path, variants=variants, widen=1, seeds=[0, 1], final_tokens=310)
+    result = study(settings)
+    tried = [1e-4, 2e-4, 4e-4]
+    for row in result["tuning"]:
+        assert (row["runs"], row["tokens"], row["lrs"]) == (3, 3 * 3 * 4 * 32, tried)
+        assert (row["lr"], row["lr_edge"]) == (4e-4, "highest")
+        losses = {r["lr"]: r["val_loss"] for r in result["screening"] if r["variant"] == row["variant"]}
+        assert row["val_loss"] == min(losses.values()) == losses[4e-4]
+    assert sum("is the highest of the 3 tried" in note for note in result["notes"]) == 2
+    dense, low = result["finals"]
+    for row in (dense, low):
+        assert (row["tuning_runs"], row["tuning_tokens"], row["tuning_lr_edge"]) == (3, 3 * 3 * 4 * 32, "highest")
+    assert (dense["lr"], low["lr"], low["seeds"], low["final_val_tokens"]) == (4e-4, 4e-4, 2, 310)
+    finals = {
+        name: [json.loads((tmp_path / f"s-final-{name}-lr0.0004-s{i}" / "result.json").read_text()) for i in (0, 1)]
+        for name in ("dense", "low")
+    }
+    for row, name in ((dense, "dense"), (low, "low")):
+        assert row["val_loss"] == pytest.approx(statistics.fmean(one["val_loss"] for one in finals[name]))
+        assert row["final_val_loss"] == pytest.approx(statistics.fmean(one["final_val_loss"] for one in finals[name]))
+    pairs = zip(finals["low"], finals["dense"], strict=True)
+    differences = [one["final_val_loss"] - other["final_val_loss"] for one, other in pairs]
+    assert low["difference"] == pytest.approx(statistics.fmean(differences), abs=1e-9)
+    assert low["difference_ci95"] == pytest.approx(interval(differences), abs=1e-9)
+    journals = {path: path.read_bytes() for path in tmp_path.glob("s-*/journal.jsonl")}
+    assert len(journals) == 6 + 4
+    again = study(settings)
+    assert {path: path.read_bytes() for path in tmp_path.glob("s-*/journal.jsonl")} == journals
+    assert (again["tuning"], again["screening"]) == (result["tuning"], result["screening"])
 
 
 def test_every_problem_of_a_study_is_named_at_once(run_shards: Path, tmp_path: Path) -> None:
     variants: dict[str, Any] = {
         "low": {"settings": {"method": {"rank": 900}}, "lr": [1e-3]},
+        "twice": {"settings": {"data": {"seq_len": 16}}, "lr": [1e-3, 0.001, -1.0]},
         "odd": {"settings": {"method": {"knid": "cola"}}, "lr": [1e-3, 2e-3], "start": "nobody"},
     }
     with pytest.raises(ConfigError) as caught:
@@ -153,7 +164,19 @@ def test_every_problem_of_a_study_is_named_at_once(run_shards: Path, tmp_path: P
     text = str(caught.value)
     for part in ("study.reference=dense", "unequal numbers", "start=nobody", "low: method.rank=900", "method.knid"):
         assert part in text
+    for part in ("twice: lr has 0.001 twice", "twice: lr has -1; learning rates", "twice: settings.data would score"):
+        assert part in text
     assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_compiler_is_reported_at_the_dry_run(
+    run_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    settings = config(run_shards, tmp_path)
+    settings.train.compile = "on"
+    with pytest.raises(ConfigError, match=r"study\.variants\.dense: train\.compile=on needs a C\+\+ compiler"):
+        study(settings, dry_run=True)
 
 
 def test_a_run_that_ended_with_other_settings_is_refused(run_shards: Path, tmp_path: Path) -> None:
@@ -169,7 +192,7 @@ def test_a_run_that_ended_with_other_settings_is_refused(run_shards: Path, tmp_p
         plan_trials(settings, [trial_of(settings, SCREEN, "dense", 3e-3, 0)])
 
 
-@pytest.mark.parametrize("name", ["quality", "quality-start", "figure6"])
+@pytest.mark.parametrize("name", ["methods", "quality", "quality-start", "figure6"])
 def test_the_studies_that_ship_are_whole(name: str) -> None:
     settings = load(StudyConfig, f"studies/{name}")
     names = [

@@ -20,7 +20,7 @@ from finhpc.planning.memory import Memory, Scheme, Topology
 from finhpc.planning.model import dense_config_of, hf_config_of_settings
 from finhpc.planning.outline import Outline, outline_of
 from finhpc.planning.plan import Plan, check_model
-from finhpc.planning.step_time import step_operations
+from finhpc.planning.step_time import blended_operations, step_operations
 from finhpc.settings.estimate import EstimateConfig
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.training import Recompute
@@ -118,7 +118,10 @@ def of_plan(plan: Plan, cuda: bool, here: bool, measures: bool = True) -> dict[s
     numbers["not_counted"] = not_counted(config, costs.outline, costs.memory.scheme)
     if pace is not None:
         batches = config.data.eval_samples // (topology.micro_batch_size * topology.replicas)
-        numbers |= training_time(config, pace, batches, cuda, opened).numbers(this_machine_busy(opened))
+        final = min(config.data.final_samples, plan.shards.num_samples("val", config.data.seq_len))
+        final_batches = final / topology.micro_batch_size
+        run_time = training_time(config, pace, batches, cuda, opened, final_batches)
+        numbers |= run_time.numbers(this_machine_busy(opened))
     return numbers
 
 
@@ -126,12 +129,11 @@ def not_counted(config: PretrainConfig, outline: Outline, scheme: Scheme) -> lis
     """What the figures omit, one line each: the time of method 3's W; in the paper's scheme its memory too."""
     method, lines = config.method, []
     if method.kind == BLEND:
-        trained = method.blend_weight == "trainable"
-        multiplied = sum(w.count * w.replaced for w in outline.weights if w.kind != "embedding")
+        operations = blended_operations(outline, method.blend_weight == "trainable")
         memory = "memory and time" if scheme.name == "paper" else "time"
         lines.append(
             f"{memory} of W ({method.blend_weight}), {outline.replaced:,} parameters until step "
-            f"{method.blend_steps(config.train.steps)}: {(6 if trained else 4) * multiplied:,} operations per token"
+            f"{method.blend_steps(config.train.steps)}: {operations:,.0f} operations per token"
         )
     name = config.optimizer.name
     if OPTIMIZERS[name] not in (ADAMW, ADAMW_8BIT):

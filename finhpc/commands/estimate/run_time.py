@@ -113,10 +113,13 @@ def measurable(pace: Pace, kinds: Sequence[str]) -> bool:
     return sum(pace.stage_s) * len(set(kinds)) / len(kinds) <= MEASURABLE_S
 
 
-def training_time(config: TrainingConfig, pace: Pace, eval_batches: int, cuda: bool, opened: Opened) -> RunTime:
+def training_time(
+    config: TrainingConfig, pace: Pace, eval_batches: int, cuda: bool, opened: Opened, final_batches: float = 0
+) -> RunTime:
     """The time of a single training whose evaluations have `eval_batches` micro-batches per replica.
 
-    `opened`: the time that this process took to check the run, which the run will need again.
+    `opened`: the time that this process took to check the run, which the run will need again. `final_batches`:
+    micro-batches that the trained model is scored on, by one worker.
     """
     parallel, train, slowest = config.parallel, config.train, max(pace.stage_s)
     exchanged = EXCHANGE_S * parallel.micro_batches if parallel.stages > 1 else 0.0
@@ -127,7 +130,7 @@ def training_time(config: TrainingConfig, pace: Pace, eval_batches: int, cuda: b
     return RunTime(
         opened.cpu_s + RAY_S + WORKER_S,
         train.steps * (pace.step_s + STEP_S + exchanged),
-        number * evaluation_s,
+        number * evaluation_s + final_batches * sum(pace.stage_s) * FORWARD,
         END_S,
         0.0 if cuda else parallel.workers * config.resources.threads * pace.utilization,
         parallel.workers,

@@ -43,7 +43,10 @@ class Panel:
 
 
 def drawn(key: str, panels: Sequence[Panel], ink: str, form: str, title: str | None = None) -> bytes:
-    """The panels side by side as a picture in `form`, png or svg. `key`: identifies it among others of a page."""
+    """The panels side by side, or in two columns if there are more than three, as a picture in `form`, png or svg.
+
+    `key`: identifies it among others of a page.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -60,9 +63,14 @@ def drawn(key: str, panels: Sequence[Panel], ink: str, form: str, title: str | N
         "ytick.color": ink,
     }
     buffer = io.BytesIO()
+    columns = len(panels) if len(panels) < 4 else 2
+    rows = -(-len(panels) // columns)
     with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(7.6 if len(panels) == 1 else 5.6 * len(panels), 4.3), layout="constrained")
-        for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        figure = Figure(figsize=(7.6 if columns == 1 else 5.6 * columns, 4.3 * rows), layout="constrained")
+        every = figure.subplots(rows, columns, squeeze=False).ravel()
+        for axes in every[len(panels) :]:
+            axes.set_visible(False)
+        for axes, panel in zip(every, panels, strict=False):
             axes.set_facecolor("none")
             axes.grid(alpha=0.18, color=ink, lw=0.6)
             axes.spines[["top", "right"]].set_visible(False)

@@ -56,13 +56,13 @@ class Figure:
 def make_figures(found: Collected, tables: dict[str, Table]) -> list[Figure]:
     """All figures that have something to show."""
     figures = [
-        _figure(
+        make_figure(
             "figure-6",
             "Figure 6: training loss for pretraining, methods 1 and 2",
             "Training loss against steps; each point is the mean over the seeds and the steps since the last point.",
             [_loss_panel(found, scale, rows) for scale, rows in _pretrained_rows(tables)[:PANELS]],
         ),
-        _figure(
+        make_figure(
             "figure-7",
             "Figure 7: training loss for finetuning",
             "Training loss of adapters over one frozen base, by rank and by the base's bits.",
@@ -71,14 +71,14 @@ def make_figures(found: Collected, tables: dict[str, Table]) -> list[Figure]:
                 for group in tables["viii"].groups[:PANELS]
             ],
         ),
-        _figure(
+        make_figure(
             "quality-size",
             "Quality against size",
             "Hollow: 16 bits counted as 2 bytes per parameter, because no size was logged. Circles: 16 bits; squares: "
             "8; triangles: 4.",
             _scatter(found, tables, "size"),
         ),
-        _figure(
+        make_figure(
             "quality-time",
             "Quality against time",
             "Workers x the running time of the command; for methods 2 and 3 including that of the dense model they "
@@ -277,10 +277,13 @@ def _points_panel(title: str, y: str, points: list[Point], what: str) -> Panel |
     return Panel(title, x, y, draw)
 
 
-def _figure(key: str, title: str, caption: str, panels: Sequence[Panel | None]) -> Figure | None:
+def make_figure(
+    key: str, title: str, caption: str, panels: Sequence[Panel | None], above: str | None = None
+) -> Figure | None:
+    """Draw what there is of some panels; None if there is nothing. `above`: a title inside the PNG."""
     shown = [panel for panel in panels if panel is not None]
     if not shown:
         return None
     svg = drawn(key, shown, INK, "svg").decode()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
-    return Figure(key, title, caption, len(shown), svg, drawn(key, shown, PAPER_INK, "png"))
+    return Figure(key, title, caption, len(shown), svg, drawn(key, shown, PAPER_INK, "png", above))

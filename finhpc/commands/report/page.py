@@ -1,4 +1,4 @@
-"""The report as one HTML page (`page.html.j2`), with its style and figures inside."""
+"""Pages of results as one HTML file each, with their style and figures inside, and the report (`page.html.j2`)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from importlib.resources import files
 from itertools import groupby
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import DictLoader, Environment, StrictUndefined
 
 from finhpc.commands.report.cells import COLUMNS, MISSING, Form, spread
 from finhpc.commands.report.claims import Claim
@@ -19,17 +19,31 @@ from finhpc.commands.report.tables import Group, Table
 VERDICTS = ("holds", "in part", "does not hold", "not comparable", "not measured")
 
 
+def render(package: str, template: str, figures: list[Figure], **values: Any) -> str:
+    """Return the page of a template in a package, which extends `layout.html.j2`: the style, and the figures last."""
+    here = files("finhpc.commands.report")
+    templates = {"layout.html.j2": here / "layout.html.j2", template: files(package) / template}
+    environment = Environment(
+        loader=DictLoader({name: path.read_text(encoding="utf-8") for name, path in templates.items()}),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    style = (here / "page.css").read_text(encoding="utf-8")
+    return environment.get_template(template).render(style=style, figures=figures, **values)
+
+
 def page_of(
     found: Collected, tables: dict[str, Table], claims: list[Claim], figures: list[Figure], about: dict[str, Any]
 ) -> str:
-    """The page. `about`: tracking_uri, experiments, made (when) and version."""
-    folder = files("finhpc.commands.report")
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    template = environment.from_string((folder / "page.html.j2").read_text(encoding="utf-8"))
+    """The page of the report. `about`: tracking_uri, experiments, made (when) and version."""
     first = [group for table in tables.values() for group in table.groups[:1]]
     verdicts = Counter[str](claim.verdict for claim in claims)
-    return template.render(
-        style=(folder / "page.css").read_text(encoding="utf-8"),
+    return render(
+        "finhpc.commands.report",
+        "page.html.j2",
+        figures,
         found=found,
         about=about,
         scales=list(dict.fromkeys(f"{group.scale.text}; {_machine(group)}; {_seeds(group)}" for group in first)),
@@ -38,7 +52,6 @@ def page_of(
         tables=list(tables.values()),
         all_columns=COLUMNS,
         missing=MISSING,
-        figures=figures,
         headings=lambda columns: Counter(column.over for column in columns if column.over),
         machine=_machine,
         examples=_examples,

@@ -8,6 +8,7 @@ from typing import Any
 from finhpc.commands.sweep.estimate import Estimate
 from finhpc.commands.sweep.plan import SweepPlan, check_trials
 from finhpc.commands.sweep.trial import Trial, read_record
+from finhpc.data.shards.shards import Shards
 from finhpc.errors import ConfigError, collect
 from finhpc.runs.folder import RunFolder
 from finhpc.settings.base import nearest
@@ -22,13 +23,14 @@ SCREEN, FINAL = "screen", "final"
 def trial_of(config: StudyConfig, phase: str, variant: str, lr: float, seed: int, start: Trial | None = None) -> Trial:
     """One run of a study. `start`: the run whose model it starts from."""
     tree = config.model_dump(mode="json", exclude={"study"})
-    screening = {"steps": config.study.screen_steps, "eval_every": 0, "checkpoint_every": 0}
+    targets = config.data.seq_len - 1  # per sample; its first token is not predicted
+    own: dict[str, Any] = {"optimizer": {"lr": lr}, "train": {"seed": seed}, "data": {"final_samples": 0}}
+    if phase == SCREEN:
+        own["train"] |= {"steps": config.study.screen_steps, "eval_every": 0, "checkpoint_every": 0}
+    else:
+        own["data"]["final_samples"] = -(-config.study.final_tokens // targets)
     if start:
         tree["model"] = {"path": str(RunFolder(config.run.storage, start.name).path / "model")}
-    own: dict[str, Any] = {
-        "optimizer": {"lr": lr},
-        "train": {"seed": seed} | (screening if phase == SCREEN else {}),
-    }
     for sections in (config.study.variants[variant].settings, own):
         for section, values in sections.items():
             if not isinstance(values, dict) or not isinstance(tree.get(section, {}), dict):
@@ -78,13 +80,23 @@ def check(config: StudyConfig) -> dict[str, Estimate]:
         )
     if len({len(variant.lr) for variant in variants.values()}) > 1:
         counts = ", ".join(f"{name} {len(variant.lr)}" for name, variant in variants.items())
-        problems.append(f"study.variants have unequal numbers of learning rates ({counts}); give each as many.")
+        problems.append(
+            f"study.variants have unequal numbers of learning rates ({counts}), so that some would be tuned more than "
+            "others; give each as many."
+        )
     trials: dict[str, Trial] = {}
     for name in sorted(variants, key=lambda name: variants[name].start is not None):
         start = variants[name].start
         if start is not None and (start not in variants or variants[start].start):
             problems.append(f"study.variants.{name}.start={start} is not a variant that starts from scratch.")
         found: list[str] = []
+        rates = [f"{lr:g}" for lr in variants[name].lr]
+        if twice := sorted({lr for lr in rates if rates.count(lr) > 1}):
+            found.append(f"lr has {', '.join(twice)} twice; give each learning rate once.")
+        if low := [lr for lr in variants[name].lr if lr <= 0]:
+            found.append(f"lr has {low[0]:g}; learning rates are above 0.")
+        if "data" in variants[name].settings:
+            found.append("settings.data would score it on other text than the others; set data for the whole study.")
         with collect(found):
             trial = trial_of(config, FINAL, name, variants[name].lr[0], config.study.seeds[0], trials.get(str(start)))
             trial.config()
@@ -97,6 +109,12 @@ def check(config: StudyConfig) -> dict[str, Estimate]:
     if problems:
         raise ConfigError(problems)
     return {names[trial]: estimate for trial, estimate in plan.estimates.items()}
+
+
+def epoch_tokens(config: StudyConfig) -> int:
+    """The tokens of the training text, in whole samples."""
+    shards, seq_len = Shards.open(str(config.data.shards)), config.data.seq_len
+    return shards.num_samples("train", seq_len) * seq_len
 
 
 def shortened(config: StudyConfig) -> list[str]:

@@ -22,6 +22,7 @@ from finhpc.training.journal import WORKER_FILE, latest, read
 BUSY_S = 60  # how long a trial waits while the actor of a killed sweep still works in its folder
 NOT_OF_WEIGHTS = {  # what a result says of the training's own files and losses
     "checkpoint", "model", "sample", "mlflow_run_id", "run", "status", "val_loss", "val_perplexity",
+    "final_val_loss", "final_val_loss_se", "final_val_tokens",
 }  # fmt: skip
 
 

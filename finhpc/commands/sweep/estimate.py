@@ -53,12 +53,16 @@ class Estimator:
 
         `start`: the run whose model it starts from, if that is not trained yet.
         """
+        from finhpc.training.compiler import check_compiler
+
         estimate, cuda = Estimate(), False
         with collect(estimate.problems):
             RunFolder(run.run.storage, run.run.name)
             if self.resources is not None:
                 cuda = use_cuda(run.resources, self.resources)
                 check_fits(run, cuda, self.resources)
+                if not cuda:
+                    check_compiler(run.train.compile, "cpu")
         with collect(estimate.problems):
             if isinstance(run, FinetuneConfig):
                 self._finetuning(estimate, run, cuda)

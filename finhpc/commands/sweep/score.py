@@ -15,7 +15,7 @@ from finhpc.commands.export import export
 from finhpc.data.shards.shards import Shards
 from finhpc.errors import ImplausibleError
 from finhpc.evaluation import plausible
-from finhpc.models.loading import load_model
+from finhpc.evaluation.perplexity import held_out_losses
 from finhpc.settings.base import build
 from finhpc.settings.export import ExportConfig
 from finhpc.settings.pretrain import PretrainConfig
@@ -68,16 +68,6 @@ def held_out_loss(model_folder: Path, config: PretrainConfig) -> float:
 
     Uses this process's GPU if it has one and the run may use it, else the CPU.
     """
-    shards = Shards.open(str(config.data.shards))
-    samples = torch.from_numpy(shards.eval_samples(config.data.eval_samples, config.data.seq_len))
     torch.set_num_threads(config.resources.threads)
-    device = "cuda" if config.resources.device != "cpu" and torch.cuda.is_available() else "cpu"
-    size, precision = config.parallel.micro_batch_size, config.train.precision
-    dtype = torch.bfloat16 if precision == "bf16-weights" else torch.float32
-    model: Any = load_model(model_folder, dtype, device=device)
-    losses, counts = [], []
-    with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
-        for batch in samples.to(device).split(size):
-            losses.append(float(model(input_ids=batch, labels=batch).loss))
-            counts.append(len(batch))
-    return math.fsum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
+    device = torch.device("cuda" if config.resources.device != "cpu" and torch.cuda.is_available() else "cpu")
+    return float(held_out_losses(model_folder, config, config.data.eval_samples, device).mean())
