@@ -122,6 +122,8 @@ class Engine:
         self.times = PassTimes(device)
         self.wait_s = 0.0  # waiting for data, since `take_times`
         self.before_update: Callable[[], None] | None = None  # called in each step before the weights change
+        # Packs differ in shape; NCCL has an order of its own.
+        self.exchange = Exchange() if device.type == "cpu" and not packed else None
         self._average_gradients()
         self._patch_deepspeed()
 
@@ -178,8 +180,8 @@ class Engine:
         # The time in passes gives the pipeline's utilization.
         forward, backward = self.times.timed(engine._exec_forward_pass), self.times.timed(engine._exec_backward_pass)
         patches = {schedule.ForwardPass: forward, schedule.BackwardPass: backward}
-        if self.config.parallel.schedule == "dualpipev" and self.device.type == "cpu":
-            patches |= Exchange(self.pipe).patches(engine, forward, backward)
+        if self.exchange is not None:
+            patches |= self.exchange.patches(forward, backward)
 
         def reduce_tied_grads(pipe: Any) -> None:
             self._drop_derived()  # DeepSpeed finds the tied weight by its name, whose gradient the trained one has
@@ -254,6 +256,8 @@ class Engine:
         torch.compiler.cudagraph_mark_step_begin()
         self._derive()
         loss = self.pipe.train_batch(self._labeled(inputs)).detach()
+        if self.exchange is not None:
+            self.exchange.finish()
         metrics = Metrics(self.step + 1, loss, self._norm)
         if self.device.type == "cpu":
             metrics.read()
@@ -283,6 +287,8 @@ class Engine:
         try:
             return float(self.pipe.eval_batch(self._labeled(iter(inputs)), num_micro_batches=len(inputs)).item())
         finally:
+            if self.exchange is not None:
+                self.exchange.finish()
             self.pipe.micro_batches = trained
             self._drop_derived()
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed import comm as deepspeed_comm
 from deepspeed.pipe import LayerSpec, PipelineModule
 from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
@@ -20,6 +19,9 @@ from torch import Tensor
 from finhpc.settings.training import Parallel
 
 Instruction = Callable[..., None]
+Way = tuple[str, int]  # INPUTS or GRADS, and dualpipev's phase
+Messages = list[tuple[dist.Work, Tensor]]
+INPUTS, GRADS = "inputs", "grads"
 
 
 class CutPipeline(PipelineModule):  # type: ignore[misc]
@@ -90,65 +92,118 @@ class PassTimes:
 
 
 class Exchange:
-    """dualpipev's exchanges over gloo: a pass sends its result at once, and waits only for what it needs itself.
+    """Exchanges between stages over gloo in which only a pass waits, and only for what it needs itself.
 
-    DeepSpeed collects sends and receives into groups, and each group waits for all of them before the next pass. That
-    order is kept for NCCL, which may only run such a group in one piece.
+    A result is sent as soon as it exists. gloo moves nothing before its receiver has posted a receive, so each is
+    posted while the one before it is computed with. For tensors whose shapes never change. DeepSpeed's own exchanges
+    wait for every message; they are kept for NCCL.
     """
 
-    def __init__(self, pipe: Any) -> None:
-        self._posted: list[Any] = []  # by the instruction that runs
-        self._receives: dict[tuple[str, int], list[Any]] = {}  # of which kind, for which buffer
-        self._sends: list[Any] = []
-        self._older_sends: list[Any] = []  # whose tensors must exist no longer than until the second next commit
-        self._tag = 0
-        pipe._queue_p2p = partial(self._post, pipe)
+    def __init__(self) -> None:
+        self._shapes: dict[Way, list[tuple[torch.Size, torch.dtype]]] = {}
+        self._left: dict[Way, int] = {}  # receives of this step that are not posted
+        self._posted: dict[Way, Messages] = {}  # the next ones
+        self._needed: dict[tuple[Way, int], Messages] = {}  # by the pass with a buffer
+        self._sent: dict[Way, deque[Messages]] = {}  # whose tensors must still exist
 
-    def _post(self, pipe: Any, way: Callable[..., Any], tensors: Sequence[Tensor], stage: int) -> None:
-        begin = dist.isend if way is deepspeed_comm.isend else dist.irecv
-        peer = pipe.grid.stage_to_global(stage)
-        self._posted += [begin(tensor, peer, tag=self._tag) for tensor in tensors]
+    def patches(self, forward: Instruction, backward: Instruction) -> dict[type, Instruction]:
+        """The instructions of an engine whose passes are `forward` and `backward`."""
 
-    def patches(self, engine: Any, forward: Instruction, backward: Instruction) -> dict[type, Instruction]:
-        """The instructions of an engine of class `engine`. `forward`, `backward`: its passes."""
-        ends = {"inputs": (1, 0), "grads": (0, 1)}  # the phase in which the first and the last worker send nothing
-
-        def post(instruction: Instruction, kind: str, pipe: Any, buffer_id: int, phase: int) -> list[Any]:
-            # Messages of one kind and phase keep their order; others may overtake them.
-            self._tag = 1 + 2 * phase + (kind == "grads")
-            instruction(pipe, buffer_id, phase)
-            posted, self._posted = self._posted, []
-            return posted
-
-        def receive(instruction: Instruction, kind: str) -> Instruction:
-            def run(pipe: Any, buffer_id: int, phase: int) -> None:
-                self._receives[kind, buffer_id] = post(instruction, kind, pipe, buffer_id, phase)
-
-            return run
-
-        def compute(instruction: Instruction, kind: str, send: Instruction) -> Instruction:
-            def run(pipe: Any, buffer_id: int, phase: int) -> None:
-                for work in self._receives.pop((kind, buffer_id), ()):
-                    work.wait()
-                instruction(pipe, buffer_id, phase)
-                first, last = ends[kind]
-                if (pipe.is_first_stage() and phase == first) or (pipe._is_last_rank() and phase == last):
-                    return
-                self._sends += post(send, kind, pipe, buffer_id, phase)
-
-            return run
-
-        def commit(pipe: Any) -> None:
-            for work in self._older_sends:
-                work.wait()
-            self._older_sends, self._sends = self._sends, []
+        def nothing(pipe: Any, *_: Any, **__: Any) -> None:
+            """The passes send their results."""
 
         return {
-            schedule.RecvActivation: receive(engine._exec_recv_activations, "inputs"),
-            schedule.RecvGrad: receive(engine._exec_recv_grads, "grads"),
-            schedule.ForwardPass: compute(forward, "inputs", engine._exec_send_activations),
-            schedule.BackwardPass: compute(backward, "grads", engine._exec_send_grads),
-            schedule.SendActivation: lambda pipe, buffer_id, phase: None,  # sent by the pass
-            schedule.SendGrad: lambda pipe, buffer_id, phase: None,
-            schedule.CommitP2P: commit,
+            schedule.RecvActivation: self._receive_inputs,
+            schedule.RecvGrad: self._receive_grads,
+            schedule.ForwardPass: self._computing(forward, INPUTS, self._send_outputs),
+            schedule.BackwardPass: self._computing(backward, GRADS, self._send_grads),
+            **dict.fromkeys((schedule.SendActivation, schedule.SendGrad, schedule.CommitP2P), nothing),
         }
+
+    def _computing(self, instruction: Instruction, kind: str, send: Instruction) -> Instruction:
+        def run(pipe: Any, buffer_id: int, **phase: int) -> None:
+            for work, _ in self._needed.pop(((kind, phase.get("phase", 0)), buffer_id), ()):
+                work.wait()
+            instruction(pipe, buffer_id, **phase)
+            send(pipe, buffer_id, **phase)
+
+        return run
+
+    def _receive_inputs(self, pipe: Any, buffer_id: int, phase: int = 0) -> None:
+        way, peer = (INPUTS, phase), _peer(pipe, phase, onward=False)
+        if way not in self._shapes:
+            self._shapes[way] = [(x.shape, x.dtype) for x in pipe._recv_tensor_meta(peer)]
+        tensors = self._receive(pipe, way, peer, buffer_id)
+        pipe.pipe_buffers["inputs"][buffer_id] = tuple(x.requires_grad_(x.is_floating_point()) for x in tensors)
+
+    def _receive_grads(self, pipe: Any, buffer_id: int, phase: int = 0) -> None:
+        way, outputs = (GRADS, phase), pipe.pipe_buffers["outputs"][buffer_id]
+        self._shapes[way] = [(x.shape, x.dtype) for x in outputs if x.is_floating_point()]
+        pipe.grad_layer = self._receive(pipe, way, _peer(pipe, phase, onward=True), buffer_id)
+        if "grads" in pipe.pipe_buffers:  # where dualpipev looks for them
+            pipe.pipe_buffers["grads"][buffer_id] = pipe.grad_layer
+
+    def _receive(self, pipe: Any, way: Way, peer: Any, buffer_id: int) -> list[Tensor]:
+        """Tensors that are filled when the messages in `_needed` have arrived; the next ones are posted too."""
+
+        def post() -> Messages:
+            self._left[way] -= 1
+            tensors = [torch.empty(shape, dtype=dtype) for shape, dtype in self._shapes[way]]
+            return [(dist.irecv(x, pipe.grid.stage_to_global(peer), tag=_tag(way)), x) for x in tensors]  # type: ignore[misc]
+
+        if not self._left.get(way) and way not in self._posted:
+            self._left[way] = pipe.micro_batches
+        messages = self._posted.pop(way, None) or post()
+        if self._left[way]:
+            self._posted[way] = post()
+        self._needed[way, buffer_id] = messages
+        return [x for _, x in messages]
+
+    def _send_outputs(self, pipe: Any, buffer_id: int, phase: int = 0) -> None:
+        way, peer = (INPUTS, phase), _peer(pipe, phase, onward=True)
+        if peer is None:
+            return
+        outputs = pipe.pipe_buffers["outputs"][buffer_id]
+        if way not in self._sent:
+            pipe._send_tensor_meta(outputs, peer)
+        self._send(pipe, way, peer, outputs)
+        if not torch.is_grad_enabled():
+            pipe.pipe_buffers["outputs"][buffer_id] = None
+
+    def _send_grads(self, pipe: Any, buffer_id: int, phase: int = 0) -> None:
+        peer = _peer(pipe, phase, onward=False)
+        if peer is not None:
+            inputs = pipe.pipe_buffers["inputs"][buffer_id]
+            self._send(pipe, (GRADS, phase), peer, [x.grad for x in inputs if x.is_floating_point()])
+            pipe.pipe_buffers["inputs"][buffer_id] = None
+
+    def _send(self, pipe: Any, way: Way, peer: int, tensors: Sequence[Tensor]) -> None:
+        sent = self._sent.setdefault(way, deque())
+        to = pipe.grid.stage_to_global(peer)
+        sent.append([(dist.isend(x, to, tag=_tag(way)), x) for x in (y.detach() for y in tensors)])  # type: ignore[misc]
+        self._wait(sent, 2)
+
+    def finish(self) -> None:
+        """Wait for the last messages of a step or an evaluation."""
+        for sent in self._sent.values():
+            self._wait(sent, 0)
+
+    def _wait(self, sent: deque[Messages], keep: int) -> None:
+        while len(sent) > keep:
+            for work, _ in sent.popleft():
+                work.wait()
+
+
+def _tag(way: Way) -> int:
+    """Messages of one way keep their order; those of others may overtake them."""
+    kind, phase = way
+    return 1 + 2 * phase + (kind == GRADS)
+
+
+def _peer(pipe: Any, phase: int, onward: bool) -> int | None:
+    """The worker that takes the outputs of this one's stage (`onward`), or that its inputs come from; None at the ends.
+
+    In the second phase, which only dualpipev has, data flows from the last worker to the first.
+    """
+    stage: int = pipe.stage_id + (1 if onward == (phase == 0) else -1)
+    return stage if 0 <= stage < pipe.num_stages else None
