@@ -30,7 +30,7 @@ class Loro(torch.optim.AdamW):
         self.taken: int | None = None  # steps since the moments began; the first step after a resume reads it
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         if self.taken is None:
             self.taken = int(max((float(state["step"]) for state in self.state.values()), default=0))
         self.taken += 1
@@ -43,8 +43,8 @@ class Loro(torch.optim.AdamW):
         for pair, old in zip(found, before, strict=True):
             directions = [self._direction(factor, pair.group) for factor in (pair.a, pair.b)]
             parts = (pair.split(*both) for both in (old, directions, (pair.a, pair.b)))
-            for before_step, direction, (a, b) in zip(*parts, strict=True):
-                new_a, new_b = exact_step(*before_step, *direction, pair.group["lr"] / pair.group["lr_scale"])
+            for (old_a, old_b), (d_a, d_b), (a, b) in zip(*parts, strict=True):
+                new_a, new_b = exact_step(old_a, old_b, d_a, d_b, pair.group["lr"] / pair.group["lr_scale"])
                 a.copy_(new_a)
                 b.copy_(new_b)
         for state in self.state.values():
@@ -56,7 +56,7 @@ class Loro(torch.optim.AdamW):
         """AdamW's step of a factor at a learning rate of 1, from the moments of this step."""
         state, (beta, beta_sq) = self.state[factor], group["betas"]
         mean, square = state["exp_avg"] / (1 - beta**self.taken), state["exp_avg_sq"] / (1 - beta_sq**self.taken)
-        return mean / (square.sqrt() + group["eps"])
+        return mean / (square.sqrt() + group["eps"])  # type: ignore[no-any-return]
 
 
 def exact_step(a: Tensor, b: Tensor, grad_a: Tensor, grad_b: Tensor, lr: float) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ class Spectron(torch.optim.Optimizer):
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": 0.0})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         factors: list[Tensor] = []
         momenta: list[Tensor] = []
         rates: list[Tensor] = []
@@ -59,7 +59,7 @@ def largest_singular_value(matrix: Tensor, vector: Tensor) -> Tensor:
     image = matrix @ nn.functional.normalize(matrix.T @ vector, dim=0)
     value = image.norm()
     vector.copy_(torch.where(value > 0, image / value, vector))
-    return value
+    return value  # type: ignore[no-any-return]
 
 
 def _state(factor: Tensor) -> dict[str, Tensor]:

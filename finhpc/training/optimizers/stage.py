@@ -26,7 +26,7 @@ class StageOptimizer(torch.optim.Optimizer):
             part.state = self.state
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for _, part in self.parts:
             part.step()
 
