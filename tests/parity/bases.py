@@ -142,7 +142,7 @@ def _rows(module: Any) -> Tensor:
     if isinstance(module, QuantizedMatrix):
         return module.dequantized()
     if hasattr(module, "A") and hasattr(module, "B"):
-        return _rows(module.B) @ _rows(module.A)
+        return _product(_rows(module.A), _rows(module.B))
     kind = type(module).__name__
     if kind in ("Linear8bitLt", "Linear4bit"):
         made: Tensor = dequantize_bnb_weight(module.weight, module.weight if kind == "Linear8bitLt" else None)
