@@ -30,7 +30,7 @@ class Loro(torch.optim.AdamW):
         self.taken: int | None = None  # steps since the moments began; the first step after a resume reads it
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         if self.taken is None:
             self.taken = int(max((float(state["step"]) for state in self.state.values()), default=0))
         self.taken += 1
@@ -54,9 +54,11 @@ class Loro(torch.optim.AdamW):
 
     def _direction(self, factor: nn.Parameter, group: dict[str, Any]) -> Tensor:
         """AdamW's step of a factor at a learning rate of 1, from the moments of this step."""
+        assert self.taken is not None
         state, (beta, beta_sq) = self.state[factor], group["betas"]
         mean, square = state["exp_avg"] / (1 - beta**self.taken), state["exp_avg_sq"] / (1 - beta_sq**self.taken)
-        return mean / (square.sqrt() + group["eps"])
+        direction: Tensor = mean / (square.sqrt() + group["eps"])
+        return direction
 
 
 def exact_step(a: Tensor, b: Tensor, grad_a: Tensor, grad_b: Tensor, lr: float) -> tuple[Tensor, Tensor]:
