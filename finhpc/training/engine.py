@@ -124,8 +124,7 @@ class Engine:
         self.times = PassTimes(device)
         self.wait_s = 0.0  # waiting for data, since `take_times`
         self.before_update: Callable[[], None] | None = None  # called in each step before the weights change
-        # Packs differ in shape; NCCL has an order of its own.
-        self.exchange = Exchange() if device.type == "cpu" and not packed else None
+        self.exchange = Exchange()
         self._average_gradients()
         self._patch_deepspeed()
 
@@ -182,7 +181,7 @@ class Engine:
         # The time in passes gives the pipeline's utilization.
         forward, backward = self.times.timed(engine._exec_forward_pass), self.times.timed(engine._exec_backward_pass)
         patches = {schedule.ForwardPass: forward, schedule.BackwardPass: backward}
-        if self.exchange is not None:
+        if self.device.type == "cpu" and not self.packs:  # packs differ in shape, and NCCL has an order of its own
             patches |= self.exchange.patches(forward, backward)
 
         def reduce_tied_grads(pipe: Any) -> None:
@@ -261,8 +260,7 @@ class Engine:
         torch.compiler.cudagraph_mark_step_begin()
         self._derive()
         loss = self.pipe.train_batch(self._labeled(inputs)).detach()
-        if self.exchange is not None:
-            self.exchange.finish()
+        self.exchange.finish()
         metrics = Metrics(self.step + 1, loss, self._norm)
         if self.device.type == "cpu":
             metrics.read()
@@ -292,8 +290,7 @@ class Engine:
         try:
             return float(self.pipe.eval_batch(self._labeled(iter(inputs)), num_micro_batches=len(inputs)).item())
         finally:
-            if self.exchange is not None:
-                self.exchange.finish()
+            self.exchange.finish()
             self.pipe.micro_batches = trained
             self._drop_derived()
 

@@ -26,15 +26,21 @@ def live_tensor_bytes() -> int:
     """The bytes of all CPU tensors of this process; each storage counts once."""
     storages = {}
     for thing in gc.get_objects():
-        if issubclass(type(thing), FakeTensor | FunctionalTensor):  # of torch.compile or a plan: they have no memory
+        if not issubclass(type(thing), torch.Tensor) or _has_no_memory(thing):
             continue
-        if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu":
+        if thing.device.type == "cpu":
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
             if thing.is_leaf and thing.grad is not None:
                 grad = thing.grad.untyped_storage()
                 storages[grad.data_ptr()] = grad.nbytes()
     return sum(storages.values())
+
+
+def _has_no_memory(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is one of those with which torch.compile or a plan traces code."""
+    traced = issubclass(type(tensor), FakeTensor | FunctionalTensor)
+    return traced or torch._is_functional_tensor(tensor)  # type: ignore[no-any-return]
 
 
 def counted_peak(work: Callable[[], T]) -> tuple[T, int]:

@@ -40,3 +40,15 @@ def test_gradients_are_counted() -> None:
     (weight * 2).sum().backward()
     assert abs(live_tensor_bytes() - before - 8 * MB) < 1024
     assert peak_resident_bytes() > 8 * MB
+
+
+def test_tensors_of_tracing_have_no_memory() -> None:
+    from torch._subclasses import FakeTensorMode
+
+    before = live_tensor_bytes()
+    with FakeTensorMode():
+        fake = torch.ones(MB)
+        functional = torch._to_functional_tensor(fake)
+    kept = torch.zeros(MB, dtype=torch.uint8)
+    assert live_tensor_bytes() - before == MB
+    del functional, fake, kept

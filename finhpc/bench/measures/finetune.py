@@ -144,9 +144,7 @@ def _base(
             fast = lora_engine(path, bits, settings.rank, settings.batch, compiled=True)
             ours = _engine_passes(fast, arrays, settings.lr)
             ways[f"{OURS}, compiled"] = _from_start(ours, fast.trained_parameters(), start)
-            other = peft_model(
-                path, bits, settings.rank, seed=0
-            )  # the Trainer changes its model, which would compile anew
+            other = peft_model(path, bits, settings.rank, seed=0)  # the Trainer changes its own
             plain = plain_passes(other, arrays, pad, settings.lr, torch.compile(other, dynamic=True))
             ways[f"{PLAIN}, compiled"] = _from_start(plain, adapters(other), start)
             log.info(f"{NAMES[bits]}: compiling")

@@ -231,7 +231,7 @@ def second(mode: CountingMode, step: Callable[[], object], modules: Sequence[nn.
 def _publish(out: str, conditions: Row, ways: dict[str, Counts], began: float) -> dict[str, Any]:
     compiled = ways.pop(COMPILED, None)
     ours, plain = ways[OURS], ways[PLAIN]
-    rows = [{"way": name} | counts.row() for name, counts in ways.items()]
+    rows: list[Row] = [{"way": name} | counts.row() for name, counts in ways.items()]
     if compiled is not None:  # what a graph keeps and moves is not known
         counted = {key: value for key, value in compiled.row().items() if key in ("launches", "synchronizations")}
         rows.append({key: counted.get(key) for key in rows[0]} | {"way": COMPILED})

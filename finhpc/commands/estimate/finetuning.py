@@ -83,7 +83,8 @@ def of_examples(
     largest, middle = packs[int(np.argmax(sizes))], packs[int(np.argsort(sizes)[len(sizes) // 2])]
     costs = LoraCosts(lora_model, _size(middle), topology, cuda, optimizer=config.optimizer)
     tokens = per_step * float(np.diff(examples.train.offsets).mean())
-    measure = partial(lora_part_seconds, lora_model, middle, config.resources.threads) if measures else None
+    threads, workers = config.resources.threads, config.parallel.workers
+    measure = partial(lora_part_seconds, lora_model, middle, threads, workers) if measures else None
     numbers, pace = dry_run_figures(costs, config, tokens, cuda, here, measure)
     numbers["stages"] = [asdict(stage) for stage in replace(costs, pack=_size(largest)).stages()]
     if pace is not None:
