@@ -262,7 +262,7 @@ def test_apollo_scales_the_gradient_by_the_step_of_a_projection() -> None:
         scaled = g * np.linalg.norm(m / (np.sqrt(v) + 1e-8)) / (np.linalg.norm(r) + 1e-8)
         if last:
             scaled /= max(np.linalg.norm(scaled) / (last + 1e-8), 1.01) / 1.01
-        last = np.linalg.norm(scaled)
+        last = float(np.linalg.norm(scaled))
         size = lr * np.sqrt(1 - 0.95**step) / (1 - 0.9**step)
         w = (w - size * np.sqrt(128) * scaled) * (1 - lr * decay)
     np.testing.assert_allclose(named[name].detach().numpy(), w, rtol=0, atol=1e-4)

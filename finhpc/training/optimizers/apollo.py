@@ -32,7 +32,7 @@ class ApolloMini(torch.optim.Optimizer):
         self.taken: int | None = None  # steps; the first one after a resume reads it
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         if self.taken is None:
             self.taken = int(max((float(state["step"]) for state in self.state.values()), default=0))
         self.taken += 1

@@ -30,7 +30,7 @@ class Loro(torch.optim.AdamW):
         self.taken: int | None = None  # steps since the moments began; the first step after a resume reads it
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         if self.taken is None:
             self.taken = int(max((float(state["step"]) for state in self.state.values()), default=0))
         self.taken += 1
@@ -43,8 +43,8 @@ class Loro(torch.optim.AdamW):
         for pair, old in zip(found, before, strict=True):
             directions = [self._direction(factor, pair.group) for factor in (pair.a, pair.b)]
             parts = (pair.split(*both) for both in (old, directions, (pair.a, pair.b)))
-            for (old_a, old_b), (d_a, d_b), (a, b) in zip(*parts, strict=True):
-                new_a, new_b = exact_step(old_a, old_b, d_a, d_b, pair.group["lr"] / pair.group["lr_scale"])
+            for before_step, direction, (a, b) in zip(*parts, strict=True):
+                new_a, new_b = exact_step(*before_step, *direction, pair.group["lr"] / pair.group["lr_scale"])
                 a.copy_(new_a)
                 b.copy_(new_b)
         for state in self.state.values():
@@ -54,9 +54,11 @@ class Loro(torch.optim.AdamW):
 
     def _direction(self, factor: nn.Parameter, group: dict[str, Any]) -> Tensor:
         """AdamW's step of a factor at a learning rate of 1, from the moments of this step."""
+        assert self.taken is not None
         state, (beta, beta_sq) = self.state[factor], group["betas"]
         mean, square = state["exp_avg"] / (1 - beta**self.taken), state["exp_avg_sq"] / (1 - beta_sq**self.taken)
-        return mean / (square.sqrt() + group["eps"])  # type: ignore[no-any-return]
+        direction: Tensor = mean / (square.sqrt() + group["eps"])
+        return direction
 
 
 def exact_step(a: Tensor, b: Tensor, grad_a: Tensor, grad_b: Tensor, lr: float) -> tuple[Tensor, Tensor]:

@@ -33,7 +33,7 @@ class Muon(torch.optim.Muon):
         params_with_grad: list[Tensor],
         grads: list[Tensor],
         muon_momentum_bufs: list[Tensor],
-    ) -> bool:
+    ) -> Any:
         is_complex = super()._init_group(group, params_with_grad, grads, muon_momentum_bufs)
         names = [n for n, p in zip(group["names"], group["params"], strict=True) if p.grad is not None]
         for tensors in (params_with_grad, grads, muon_momentum_bufs):

@@ -27,7 +27,7 @@ Rule = Callable[[int, int, int], tuple[float, float]]  # in, out, rank -> the ra
 RULES: dict[str, Rule] = {
     "plain": lambda inputs, outputs, rank: (1.0, 1.0),
     "mup": lambda inputs, outputs, rank: (0.5, inputs / (2 * rank)),
-    "loro": lambda inputs, outputs, rank: (rank / min(inputs, outputs),) * 2,
+    "loro": lambda inputs, outputs, rank: (rank / min(inputs, outputs), rank / min(inputs, outputs)),
     "loraplus": lambda inputs, outputs, rank: (1.0, 16.0),
 }
 

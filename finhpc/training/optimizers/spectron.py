@@ -27,7 +27,7 @@ class Spectron(torch.optim.Optimizer):
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": 0.0})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         factors: list[Tensor] = []
         momenta: list[Tensor] = []
         rates: list[Tensor] = []
@@ -57,9 +57,9 @@ class Spectron(torch.optim.Optimizer):
 def largest_singular_value(matrix: Tensor, vector: Tensor) -> Tensor:
     """The estimate of one power iteration from `vector`, (rows,), which becomes the next one's unless it is 0."""
     image = matrix @ nn.functional.normalize(matrix.T @ vector, dim=0)
-    value = image.norm()
+    value = torch.linalg.vector_norm(image)
     vector.copy_(torch.where(value > 0, image / value, vector))
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def _state(factor: Tensor) -> dict[str, Tensor]:

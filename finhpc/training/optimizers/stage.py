@@ -26,7 +26,7 @@ class StageOptimizer(torch.optim.Optimizer):
             part.state = self.state
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         for _, part in self.parts:
             part.step()
 
@@ -48,7 +48,7 @@ def make_optimizer(
         scale = rate_of(settings.rates, name, shapes) * (1.0 if taken else rest)
         undecayed = parameter.dim() < 2 or (factor_of(name) is not None and settings.decay == "product")
         decay = 0.0 if undecayed else settings.weight_decay
-        empty = {"params": [], "names": [], "weight_decay": decay, "lr_scale": scale}
+        empty: dict[str, Any] = {"params": [], "names": [], "weight_decay": decay, "lr_scale": scale}
         group = groups[taken].setdefault((decay, scale), empty)
         group["params"].append(parameter)
         group["names"].append(name)
