@@ -30,6 +30,7 @@ from finhpc.settings.training import Optimizer, Precision, Schedule, TrainingCon
 from finhpc.training.workers.replicas import BUCKET_BYTES
 
 IN_FLIGHT = 2  # buckets that are sent at a time, of `finhpc.training.workers.replicas`
+AHEAD = 3  # micro-batches of the last stage at whose peak the next inputs may have arrived, if there are more
 EXCHANGED = 2  # hidden states of dualpipev that are on their way to or from a worker
 
 
@@ -185,6 +186,11 @@ class Memory:
         sent = tokens * width * (2 if scheme.precision == "bf16-weights" else 4)
         ids = tokens * 8
         buffers = (sent + ids) if topology.stages > 1 else 0  # received tensors land there first
+        if topology.stages > 1 and topology.schedule == "1f1b" and not scheme.cuda:
+            if worker < topology.stages - 1:
+                buffers += 2 * sent  # places for the next gradients
+            elif topology.micro_batches <= AHEAD:
+                buffers = 0  # nothing more arrives at the peak
         steps = [
             Steps(
                 parts=[self.parts(topology.micro_batch_size)[kind] for kind in stage],

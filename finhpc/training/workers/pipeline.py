@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -104,7 +103,8 @@ class Exchange:
         self._left: dict[Way, int] = {}  # receives of this step that are not posted
         self._posted: dict[Way, Messages] = {}  # the next ones
         self._needed: dict[tuple[Way, int], Messages] = {}  # by the pass with a buffer
-        self._sent: dict[Way, deque[Messages]] = {}  # whose tensors must still exist
+        self._sent: Messages = []  # since the last pass began
+        self._told: set[Way] = set()  # whose shapes the receiver knows
 
     def patches(self, forward: Instruction, backward: Instruction) -> dict[type, Instruction]:
         """The instructions of an engine whose passes are `forward` and `backward`."""
@@ -124,6 +124,7 @@ class Exchange:
         def run(pipe: Any, buffer_id: int, **phase: int) -> None:
             for work, _ in self._needed.pop(((kind, phase.get("phase", 0)), buffer_id), ()):
                 work.wait()
+            self.finish()  # their receivers have places for them already
             instruction(pipe, buffer_id, **phase)
             send(pipe, buffer_id, **phase)
 
@@ -133,12 +134,14 @@ class Exchange:
         way, peer = (INPUTS, phase), _peer(pipe, phase, onward=False)
         if way not in self._shapes:
             self._shapes[way] = [(x.shape, x.dtype) for x in pipe._recv_tensor_meta(peer)]
+            pipe._grad_layer_buf.clear()  # DeepSpeed's places for what arrives
         tensors = self._receive(pipe, way, peer, buffer_id)
         pipe.pipe_buffers["inputs"][buffer_id] = tuple(x.requires_grad_(x.is_floating_point()) for x in tensors)
 
     def _receive_grads(self, pipe: Any, buffer_id: int, phase: int = 0) -> None:
         way, outputs = (GRADS, phase), pipe.pipe_buffers["outputs"][buffer_id]
         self._shapes[way] = [(x.shape, x.dtype) for x in outputs if x.is_floating_point()]
+        pipe.grad_layer = None  # before there are more
         pipe.grad_layer = self._receive(pipe, way, _peer(pipe, phase, onward=True), buffer_id)
         if "grads" in pipe.pipe_buffers:  # where dualpipev looks for them
             pipe.pipe_buffers["grads"][buffer_id] = pipe.grad_layer
@@ -164,8 +167,9 @@ class Exchange:
         if peer is None:
             return
         outputs = pipe.pipe_buffers["outputs"][buffer_id]
-        if way not in self._sent:
+        if way not in self._told:
             pipe._send_tensor_meta(outputs, peer)
+            self._told.add(way)
         self._send(pipe, way, peer, outputs)
         if not torch.is_grad_enabled():
             pipe.pipe_buffers["outputs"][buffer_id] = None
@@ -178,20 +182,14 @@ class Exchange:
             pipe.pipe_buffers["inputs"][buffer_id] = None
 
     def _send(self, pipe: Any, way: Way, peer: int, tensors: Sequence[Tensor]) -> None:
-        sent = self._sent.setdefault(way, deque())
         to = pipe.grid.stage_to_global(peer)
-        sent.append([(dist.isend(x, to, tag=_tag(way)), x) for x in (y.detach() for y in tensors)])  # type: ignore[misc]
-        self._wait(sent, 2)
+        self._sent += [(dist.isend(x, to, tag=_tag(way)), x) for x in (y.detach() for y in tensors)]  # type: ignore[misc]
 
     def finish(self) -> None:
-        """Wait for the last messages of a step or an evaluation."""
-        for sent in self._sent.values():
-            self._wait(sent, 0)
-
-    def _wait(self, sent: deque[Messages], keep: int) -> None:
-        while len(sent) > keep:
-            for work, _ in sent.popleft():
-                work.wait()
+        """Wait until all that was sent is received, and let go of it."""
+        for work, _ in self._sent:
+            work.wait()
+        self._sent.clear()
 
 
 def _tag(way: Way) -> int:
