@@ -43,8 +43,8 @@ class Loro(torch.optim.AdamW):
         for pair, old in zip(found, before, strict=True):
             directions = [self._direction(factor, pair.group) for factor in (pair.a, pair.b)]
             parts = (pair.split(*both) for both in (old, directions, (pair.a, pair.b)))
-            for before_step, direction, (a, b) in zip(*parts, strict=True):
-                new_a, new_b = exact_step(*before_step, *direction, pair.group["lr"] / pair.group["lr_scale"])
+            for (old_a, old_b), (d_a, d_b), (a, b) in zip(*parts, strict=True):
+                new_a, new_b = exact_step(old_a, old_b, d_a, d_b, pair.group["lr"] / pair.group["lr_scale"])
                 a.copy_(new_a)
                 b.copy_(new_b)
         for state in self.state.values():

@@ -57,7 +57,7 @@ class Spectron(torch.optim.Optimizer):
 def largest_singular_value(matrix: Tensor, vector: Tensor) -> Tensor:
     """The estimate of one power iteration from `vector`, (rows,), which becomes the next one's unless it is 0."""
     image = matrix @ nn.functional.normalize(matrix.T @ vector, dim=0)
-    value = torch.linalg.vector_norm(image)
+    value: Tensor = torch.linalg.vector_norm(image)
     vector.copy_(torch.where(value > 0, image / value, vector))
     return value
 
