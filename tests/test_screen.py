@@ -104,7 +104,8 @@ def a_decomposition() -> dict[str, Any]:
     layers = [
         {
             "name": f"model.layers.{block}.self_attn.{name}_proj", "kind": "attention", "out_features": 4096,
-            "in_features": 11008, "rank": 128 + block, "error": 0.123 + block, "error_over_optimal": 1.000001 + block,
+            "in_features": 11008, "blocks": 1, "rank": 128 + block, "error": 0.123 + block,
+            "error_over_optimal": 1.000001 + block,
         }
         for block in range(32) for name in "qkvo"
     ]  # fmt: skip

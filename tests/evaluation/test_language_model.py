@@ -62,11 +62,11 @@ def test_lm_eval_does_not_guess_the_kind_of_a_model_that_it_does_not_know(
 
 
 def test_perplexity_of_a_bf16_model_is_computed_in_float32(bf16: Model) -> None:
-    from finhpc.evaluation.perplexity import _losses
+    from finhpc.evaluation.perplexity import row_losses
 
     model, _ = bf16
     tokens = torch.arange(1, 33)[None]
     with torch.inference_mode():
         logits = model(tokens).logits[0, :-1].double()
     exact = torch.nn.functional.cross_entropy(logits, tokens[0, 1:])
-    assert _losses(model, tokens) == pytest.approx([float(exact)], abs=1e-5)
+    assert row_losses(model, tokens) == pytest.approx([float(exact)], abs=1e-5)

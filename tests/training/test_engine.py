@@ -204,6 +204,7 @@ def assert_same(ours: dict[str, Tensor], plain: dict[str, Tensor], relative: flo
 
 
 STEPS = 10
+WEIGHTS = 2e-3  # relative: AdamW moves the keys' bias, whose gradient is zero, by the signs of rounding errors
 RUNS = [(case, micro_batches) for case in CASES for micro_batches in ((1, 8) if case == "gpt2-tied-dense" else (4,))]
 TOPOLOGIES = [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2), pytest.param(3, 2, marks=pytest.mark.slow)]
 
@@ -241,7 +242,7 @@ def compare_with_plain_loop(stages: int, replicas: int, cases: list[tuple[str, i
             assert result["odd"] == pytest.approx(plain["odd"], rel=1e-5), f"every held-out sample counts: {label}"
         assert_same(merged(results, "raw"), plain["raw"], 1e-5, f"raw gradients, {label}")
         assert_same(merged(results, "clipped"), plain["clipped"], 1e-5, f"clipped gradients, {label}")
-        assert_same(merged(results, "weights"), plain["weights"], 1e-3, f"weights, {label}")
+        assert_same(merged(results, "weights"), plain["weights"], WEIGHTS, f"weights, {label}")
         if way.get("sharded"):
             whole = [rank[i - 1] for rank in by_rank]
             assert [result["losses"] for result in results] == [result["losses"] for result in whole], label
@@ -313,7 +314,7 @@ def test_dlr_trains_as_in_its_paper(stages: int, replicas: int) -> None:
         results = [rank[i] for rank in by_rank]
         for result in results:
             assert result["losses"] == pytest.approx(plain["losses"], rel=1e-5), way
-        assert_same(merged(results, "weights"), plain["weights"], 1e-3, f"weights, {way}")
+        assert_same(merged(results, "weights"), plain["weights"], WEIGHTS, f"weights, {way}")
 
 
 @pytest.mark.parametrize(("stages", "replicas"), [(1, 1), (2, 2)])
