@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-from finhpc.commands.estimate.run_time import measurable
+from finhpc.commands.estimate.run_time import beside_passes_s, measurable
 from finhpc.errors import ConfigError
 from finhpc.planning.costs import PretrainCosts
 from finhpc.planning.devices import (
@@ -139,5 +139,6 @@ def dry_run_figures(
     if measure_parts and not cuda and measurable(pace, costs.kinds):
         costs = replace(costs, part_s=measure_parts())
         pace, how = costs.pace(cluster), "its parts measured on this machine"
+    pace = replace(pace, exchange_s=pace.exchange_s + beside_passes_s(config))
     stages = [asdict(stage) for stage in costs.stages()]
     return numbers | {"stages": stages, **_timing(costs, pace, tokens), "how": how}, pace

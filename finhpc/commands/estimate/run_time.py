@@ -113,6 +113,12 @@ def measurable(pace: Pace, kinds: Sequence[str]) -> bool:
     return sum(pace.stage_s) * len(set(kinds)) / len(kinds) <= MEASURABLE_S
 
 
+def beside_passes_s(config: TrainingConfig) -> float:
+    """The seconds of a step on this machine that are neither in a pass nor in the optimizer."""
+    parallel = config.parallel
+    return STEP_S + (EXCHANGE_S * parallel.micro_batches if parallel.stages > 1 else 0.0)
+
+
 def training_time(
     config: TrainingConfig, pace: Pace, eval_batches: int, cuda: bool, opened: Opened, final_batches: float = 0
 ) -> RunTime:
@@ -122,14 +128,13 @@ def training_time(
     micro-batches that the trained model is scored on, by one worker.
     """
     parallel, train, slowest = config.parallel, config.train, max(pace.stage_s)
-    exchanged = EXCHANGE_S * parallel.micro_batches if parallel.stages > 1 else 0.0
     number = 1 if not train.eval_every else -(-train.steps // train.eval_every)
     if parallel.schedule == "dualpipev":
         slowest, eval_batches = 2 * slowest, max(eval_batches, 2 * parallel.stages)  # two stages per worker
     evaluation_s = (eval_batches + parallel.stages - 1) * slowest * FORWARD
     return RunTime(
         opened.cpu_s + RAY_S + WORKER_S,
-        train.steps * (pace.step_s + STEP_S + exchanged),
+        train.steps * pace.step_s,
         number * evaluation_s + final_batches * sum(pace.stage_s) * FORWARD,
         END_S,
         0.0 if cuda else parallel.workers * config.resources.threads * pace.utilization,
