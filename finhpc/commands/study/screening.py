@@ -115,10 +115,12 @@ def next_rate(rates: dict[float, float]) -> float:
         lr = tried[0] ** 2 / tried[1]
     elif edge == "highest":
         lr = tried[-1] ** 2 / tried[-2]
-    else:
+    else:  # halfway to the neighbor that is farther away or, of two at the same distance, has the lower loss
         at = tried.index(best)
-        beside = tried[at - 1], tried[at + 1]
-        lr = math.sqrt(best * min(beside, key=lambda lr: (-round(abs(math.log(lr / best)), 3), rates[lr])))
+        below, above = tried[at - 1], tried[at + 1]
+        farther = round(math.log(best / below) - math.log(above / best), 3)
+        is_below = farther > 0 or (farther == 0 and rates[below] <= rates[above])
+        lr = math.sqrt(best * (below if is_below else above))
     return float(f"{lr:g}")
 
 

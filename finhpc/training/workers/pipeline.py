@@ -93,9 +93,9 @@ class PassTimes:
 class Exchange:
     """Exchanges between stages over gloo in which only a pass waits, and only for what it needs itself.
 
-    A result is sent as soon as it exists. gloo moves nothing before its receiver has posted a receive, so each is
-    posted while the one before it is computed with. For tensors whose shapes never change. DeepSpeed's own exchanges
-    wait for every message; they are kept for NCCL.
+    A result is sent as soon as it exists. gloo moves nothing before its receiver has posted a receive, so each receive
+    is posted while the message before it is still being used. The shapes of tensors must not change. DeepSpeed's own
+    exchanges wait for every message; they are kept for packs and for NCCL, which needs their order.
     """
 
     def __init__(self) -> None:
