@@ -18,6 +18,7 @@ from finhpc.models.lora.multi_lora import Adapters
 from finhpc.settings.base import build
 from finhpc.settings.export import ExportConfig
 from finhpc.settings.generate import Sampling
+from finhpc.settings.pretrain import Qkv
 from tests.generation.folders import tiny_adapter, tiny_folder, tiny_model
 from tests.generation.test_decoding import MODELS, generated
 from tests.gpu import DEVICE, needs_gpu
@@ -39,9 +40,9 @@ def assert_ids_agree(model: Any) -> None:
     assert len(set(ids[0])) > 2
 
 
-@pytest.mark.parametrize(("family", "kind"), MODELS)
-def test_ids_are_transformers_own(family: str, kind: str) -> None:
-    model = tiny_model(family, kind)
+@pytest.mark.parametrize(("family", "kind", "qkv"), MODELS)
+def test_ids_are_transformers_own(family: str, kind: str, qkv: Qkv) -> None:
+    model = tiny_model(family, kind, qkv=qkv)
     plain = generated(model, PROMPT.tolist(), Sampling(max_new_tokens=NEW))
     assert_ids_agree(model.to(DEVICE))
     assert generated(model, PROMPT.tolist(), Sampling(max_new_tokens=NEW)) == plain, "and the CPU's"
