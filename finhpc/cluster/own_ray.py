@@ -61,7 +61,10 @@ def own_ray(cpus: int) -> Iterator[None]:
 def _start(cpus: int, stack: ExitStack) -> None:
     """Start Ray in a new folder; leaving `stack` ends both. Raises `TimeoutError` if the start takes too long."""
     import ray
+    from ray._private import auto_init_hook
 
+    # A thread of Ray Tune that still waits when a stopped sweep has left Ray would start another one.
+    auto_init_hook.enable_auto_connect = False
     base = session_base()[1]
     base.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir=base))  # mode 0700

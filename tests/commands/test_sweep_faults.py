@@ -132,6 +132,7 @@ def test_a_stopped_sweep_marks_its_runs(run_shards: Path, tmp_path: Path) -> Non
         wait_for(tmp_path, process, 1)
         process.terminate()
         assert process.wait(PATIENCE_S) == 143
+    assert "worker.py" not in (tmp_path / "stderr").read_text(), "Ray's own threads do not start it again"
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     (experiment,) = [found for found in client.search_experiments() if found.name == "finhpc"]
     status = {run.info.run_name: run.info.status for run in client.search_runs([experiment.experiment_id])}
