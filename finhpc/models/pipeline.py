@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from finhpc.lowrank.layers import LowRankLinear
 from finhpc.models.derived import DerivedWeights
@@ -66,6 +67,17 @@ class PipelineLayer(nn.Module):
         for prefix, module in zip(self.part.names, self.part_modules, strict=True):
             for name, parameter in module.named_parameters():
                 yield f"{prefix}.{name}", parameter
+
+
+def stored_by_inputs(layers: list[PipelineLayer]) -> set[str]:
+    """Return the names of the weights of `Conv1D` layers, which are (in, out)."""
+    return {
+        f"{name}.weight"
+        for layer in layers
+        for prefix, part_module in zip(layer.part.names, layer.part_modules, strict=True)
+        for name, module in part_module.named_modules(prefix=prefix)
+        if isinstance(module, Conv1D)
+    }
 
 
 def residual_layers(layers: list[PipelineLayer]) -> dict[str, LowRankLinear]:

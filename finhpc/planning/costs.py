@@ -11,7 +11,7 @@ from finhpc.models.schedule import stages_of
 from finhpc.planning.devices import Cluster
 from finhpc.planning.memory import Memory, Scheme, StageMemory, Topology
 from finhpc.planning.outline import Outline, Stages
-from finhpc.planning.step_time import ADAMW_BYTES, Pace, averaging_s, launches, part_operations, step_operations
+from finhpc.planning.step_time import Pace, averaging_s, launches, optimizer_s, part_operations, step_operations
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,18 @@ class PretrainCosts:
             turns = len(self.cut) > topology.stages and i in (topology.stages - 1, topology.stages)  # on one worker
             neighbors = (i > 0) + (i < len(self.cut) - 1) - turns
             seconds.append(compute + neighbors * 2 * hidden_bytes / link)  # hidden states there, gradients back
-        optimizer_s = largest / topology.optimizer_shares * ADAMW_BYTES / (device.memory_gb_per_s * 1e9)
-        return Pace(seconds, exchange_s, optimizer_s, topology.micro_batches, topology.schedule)
+        return Pace(seconds, exchange_s, self._optimizer_s(cluster), topology.micro_batches, topology.schedule)
+
+    def _optimizer_s(self, cluster: Cluster) -> float:
+        """Seconds of the optimizer's step on the slowest worker."""
+        outline, topology, optimizer = self.outline, self.topology, self.memory.scheme.optimizer
+        times = []
+        for stages in stages_of(topology.schedule, topology.stages):
+            kinds = [kind for stage in stages for kind in self.cut[stage]]
+            params = sum(outline.part_params(kind) for kind in kinds)
+            operations = sum(outline.part_optimizer_operations(kind, optimizer) for kind in kinds)
+            times.append(optimizer_s(params, operations, optimizer, cluster.device, cluster.reached))
+        return max(times) / topology.optimizer_shares
 
     def reached(self, rate: float) -> float:
         """The share of a matrix rate that the measured parts reach."""

@@ -16,9 +16,9 @@ from finhpc.models.pipeline import is_tied
 from finhpc.planning.devices import Cluster
 from finhpc.planning.fake_packs import LoraPart, PackSize, count_lora_parts
 from finhpc.planning.memory import StageMemory, Steps, Topology, worker_memory
-from finhpc.planning.step_time import ADAMW_BYTES, Pace, averaging_s, launches
+from finhpc.planning.step_time import Pace, averaging_s, launches, optimizer_s
 from finhpc.settings.training import Optimizer
-from finhpc.training.optimizers.stage import state_bytes
+from finhpc.training.optimizers.stage import product_operations, state_bytes
 
 LORA_LAUNCHES = 3  # kernel launches of a part with adapters over one without; measured, with SmolLM2's shapes
 
@@ -165,8 +165,11 @@ class LoraCosts:
             seconds.append(compute + 2 * sent / link)
         if (part_s := self.part_s) is not None:
             seconds = [sum(part_s[part.kind] for part in parts) for parts in self.cut]
-        largest = max(sum(part.trained for part in parts) for parts in self.cut)
+        trained = [sum(part.trained for part in parts) for parts in self.cut]
+        products = [product_operations([dict(p.adapters) for p in parts], self.optimizer) for parts in self.cut]
         shard, per_node = topology.shard_optimizer, cluster.devices_per_node
-        exchange = averaging_s(largest, topology.replicas, device, per_node, shard)
-        optimizer_s = largest / topology.optimizer_shares * ADAMW_BYTES / memory
-        return Pace(seconds, exchange, optimizer_s, topology.micro_batches)
+        exchange = averaging_s(max(trained), topology.replicas, device, per_node, shard)
+        steps = (
+            optimizer_s(*own, self.optimizer, device, cluster.reached) for own in zip(trained, products, strict=True)
+        )
+        return Pace(seconds, exchange, max(steps) / topology.optimizer_shares, topology.micro_batches)

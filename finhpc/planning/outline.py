@@ -21,7 +21,7 @@ from finhpc.models.pipeline import estimated_cost, is_tied, parts_of
 from finhpc.models.schedule import schedule_borders
 from finhpc.settings.training import Optimizer, Recompute, Schedule
 from finhpc.training.optimizers.registry import OPTIMIZERS
-from finhpc.training.optimizers.stage import state_bytes
+from finhpc.training.optimizers.stage import product_operations, state_bytes
 
 Stages = list[list[str]]  # kinds of the parts of each stage
 Matrix = tuple[int, int]  # (vectors, their length): outputs and inputs of a layer, rows of an embedding
@@ -143,6 +143,10 @@ class Outline:
     def part_moments_bytes(self, kind: str, optimizer: Optimizer, dense_too: bool) -> int:
         """Bytes of the optimizer's state for one part of that kind."""
         return sum(weights.moments_bytes(optimizer, dense_too) for weights in self._of_part(kind))
+
+    def part_optimizer_operations(self, kind: str, optimizer: Optimizer) -> float:
+        """Operations of the matrix products in a step of the optimizer for one part of that kind."""
+        return product_operations((dict(weights.shapes) for weights in self._of_part(kind)), optimizer)
 
     def part_bytes(self, kind: str, bits: int) -> int:
         """Bytes of one part of that kind at 16, 8 or 4 bits."""

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from finhpc.models.schedule import passes_seconds
 from finhpc.planning.devices import Device
 from finhpc.planning.outline import Outline
-from finhpc.settings.training import Schedule
+from finhpc.settings.training import Optimizer, Schedule
+from finhpc.training.optimizers.registry import OPTIMIZERS
 
 # Bytes moved per parameter, in float32.
 ADAMW_BYTES = 28  # weight, gradient and two moments are read, weight and moments written
@@ -79,6 +80,15 @@ def part_operations(outline: Outline, kind: str) -> float:
     elif kind == "attention" and outline.recompute == "attention" and not outline.fused:
         again = float(outline.seq_len * int(outline.hf_config.hidden_size))  # q k^T
     return 3 * forward + again
+
+
+def optimizer_s(params: int, operations: float, optimizer: Optimizer, device: Device, reached: float) -> float:
+    """Seconds of a step of the optimizer for parameters whose matrix products take so many operations.
+
+    Every optimizer is taken to read and write as much as AdamW.
+    """
+    rate = device.rate(OPTIMIZERS[optimizer.name].precision) * reached
+    return params * ADAMW_BYTES / (device.memory_gb_per_s * 1e9) + operations / rate
 
 
 def averaging_s(params: int, replicas: int, device: Device, per_node: int, shard_optimizer: bool = False) -> float:

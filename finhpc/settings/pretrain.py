@@ -166,4 +166,5 @@ class PretrainConfig(Section):
             *self.parallel.problems(),
             *self.quantization.problems(self.optimizer),
             *self.method.problems(self.train.steps, self.optimizer),
+            *self.optimizer.problems(self.train.steps),
         ]

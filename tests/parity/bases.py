@@ -36,6 +36,7 @@ from finhpc.quantization.fake import TRAINED
 from finhpc.quantization.minmax import QuantizedMatrix, TiedHead
 from finhpc.settings.base import build
 from finhpc.settings.export import ExportConfig
+from finhpc.settings.pretrain import Qkv
 from tests.models.dense import settled
 from tests.models.gguf_file import write_gguf
 from tests.parity.tokenizer_kinds import VOCAB, Kind, tokenizer_of
@@ -179,15 +180,16 @@ def _gguf(model: Any, folder: Path) -> Base:
     return _dense(model, path)
 
 
+JOINT = "low-rank, q, k and v in one"  # of families that compute them in one layer
 # A GGUF file of GPT-2 has no word for these.
 NOT_IN_GGUF = ("gpt2, scaled by layer",)
 
 
-def _low_rank(model: Any, folder: Path) -> Base:
-    """Attention and MLP as B A, q, k and v each by itself, all else as in the model."""
+def _low_rank(model: Any, folder: Path, qkv: Qkv = "separate") -> Base:
+    """Attention and MLP as B A, all else as in the model."""
     base = _dense(model, folder)
     ranks: dict[str, int | None] = {"attention": RANK, "mlp": RANK, "head": None, "embedding": None}
-    config = as_low_rank(model.config, ranks, qkv="separate")
+    config = as_low_rank(model.config, ranks, qkv=qkv)
     made = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(3)
     state, factors = dict(base.state), {}
@@ -236,6 +238,7 @@ BASES: dict[str, Callable[[Any, Path], Base]] = {
     "names of a compiled model": lambda model, folder: _renamed(model, folder, "", "_orig_mod."),
     "GGUF": _gguf,
     "low-rank": _low_rank,
+    JOINT: lambda model, folder: _low_rank(model, folder, "joint"),
     "trained in 8 bits": _trained_rounded,
     "minmax, 8 bits": lambda model, folder: _exported(8, "minmax", model, folder),
     "minmax, 4 bits": lambda model, folder: _exported(4, "minmax", model, folder),

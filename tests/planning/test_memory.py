@@ -60,6 +60,16 @@ CASES: dict[str, dict[str, Any]] = {
         "optimizer": {"name": "loro"},
         "parallel": {"micro_batch_size": 2, "micro_batches": 2},
     },
+    "relora, whole matrices at first": {
+        "method": {"kind": "dense"},
+        "optimizer": {"name": "relora", "rank": 8},
+        "parallel": {"micro_batch_size": 2, "micro_batches": 2},
+    },
+    "relora, pairs, two stages": {
+        "method": {"kind": "dense"},
+        "optimizer": {"name": "relora", "rank": 8, "dense_cycles": 0},
+        "parallel": {"stages": 2, "micro_batch_size": 2, "micro_batches": 2},
+    },
     "method 3, W frozen, two stages": {
         "method": {"kind": "blend", "rank": 16, "embedding": "low_rank"},
         "parallel": {"stages": 2, "micro_batch_size": 2, "micro_batches": 2},

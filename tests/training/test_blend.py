@@ -130,7 +130,10 @@ FROZEN: dict[str, Any] = {"blend_weight": "frozen"}
 EIGHT_BIT: dict[str, Any] = {"kind": "dense", "optimizer": {"name": "adamw8bit"}}  # no method 3
 SPECTRON: dict[str, Any] = {"kind": "low_rank", "optimizer": {"name": "spectron", "lr": 0.05}}
 MUON: dict[str, Any] = {"blend_weight": "trainable", "optimizer": {"name": "muon"}}  # W is dropped from Muon's matrices
-KINDS = {"trainable": TRAINABLE, "frozen": FROZEN, "eight": EIGHT_BIT, "spectron": SPECTRON, "muon": MUON}
+RELORA: dict[str, Any] = {"kind": "dense", "optimizer": {"name": "relora", "rank": 4, "restart_every": 3}}
+KINDS = {"trainable": TRAINABLE, "frozen": FROZEN, "eight": EIGHT_BIT, "spectron": SPECTRON, "muon": MUON} | {
+    "relora": RELORA
+}
 MOVED = ("trainable", "eight", "spectron")
 STOPS = (GONE - 1, 8, STEPS)  # steps after which a run is stopped and started again
 

@@ -271,8 +271,9 @@ def test_what_helps_low_rank_training_is_the_same_over_stages() -> None:
 OPTIMIZERS: dict[str, tuple[str, dict[str, Any], float]] = {  # optimizer -> case, its settings, tolerance
     "muon": ("gpt2-tied-dense", {"lr_adamw": 1e-3}, 1e-3),  # torch iterates in bfloat16
     "spectron": ("gpt2-untied-low-rank", {"lr": 0.05}, 1e-5),
-    "loro": ("gpt2-untied-low-rank", {"rates": "loro", "exact_every": 3}, 1e-4),
+    "loro": ("gpt2-untied-low-rank", {"rates": "loro", "restart_every": 3}, 1e-4),
     "apollo_mini": ("llama-low-rank-embedding", {}, 1e-5),
+    "relora": ("gpt2-tied-dense", {"rank": 4, "restart_every": 2}, 1e-5),
 }
 
 

@@ -33,7 +33,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "low-rank, full": {"method": {"kind": "low_rank", "rank": 8}, "train": {"recompute": "full"}},
     "blend": {"method": {"kind": "blend", "rank": 8, "blend_share": 0.75, "blend_weight": "trainable"}},
     "muon": {"method": {"kind": "dense"}, "optimizer": {"name": "muon"}},
-    "loro": {"method": {"kind": "low_rank", "rank": 8}, "optimizer": {"name": "loro", "exact_every": 3}},
+    "loro": {"method": {"kind": "low_rank", "rank": 8}, "optimizer": {"name": "loro", "restart_every": 3}},
     "8-bit moments": {"method": {"kind": "dense"}, "optimizer": {"name": "adamw8bit"}},
 }
 

@@ -24,8 +24,7 @@ from finhpc.planning.step_time import blended_operations, step_operations
 from finhpc.settings.estimate import EstimateConfig
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.training import Recompute
-from finhpc.training.optimizers.adamw import ADAMW, ADAMW_8BIT
-from finhpc.training.optimizers.registry import OPTIMIZERS, check_optimizer
+from finhpc.training.optimizers.registry import check_optimizer
 
 MODES: tuple[Recompute, ...] = ("none", "attention", "full")
 
@@ -136,8 +135,10 @@ def not_counted(config: PretrainConfig, outline: Outline, scheme: Scheme) -> lis
             f"{method.blend_steps(config.train.steps)}: {operations:,.0f} operations per token"
         )
     name = config.optimizer.name
-    if OPTIMIZERS[name] not in (ADAMW, ADAMW_8BIT):
-        lines.append(f"optimizer.name={name}: the time of its step on a GPU is taken to be AdamW's")
+    if name == "loro":
+        lines.append(
+            f"optimizer.name=loro: time of QR and SVD in its exact step, every {config.optimizer.restart_every}"
+        )
     if name != "adamw" and scheme.name == "paper":
         lines.append(f"optimizer.name={name}: the paper's scheme has AdamW's two moments of 4 bytes")
     return lines

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from transformers import AutoConfig
 from transformers.activations import ACT2FN
@@ -16,10 +16,12 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from finhpc.errors import CheckpointError, ConfigError
 from finhpc.models.families.registry import FAMILIES, check_plugins
+from finhpc.settings.pretrain import Qkv
 
 ADAPTER = "adapter_config.json"  # a folder with this file is an adapter, whatever else it contains
 OWN_CODE = "Python code of its own (auto_map), which finhpc never runs; use a model that transformers knows"
 ROPES = ("default", "linear", "dynamic", "yarn", "llama3")
+LAYOUTS = get_args(Qkv)
 ABSENT: tuple[Any, ...] = (None, False, 0, "", "none", [], {})
 # Setting -> values at which it changes nothing; without values, only its absence changes nothing.
 CHANGES: dict[str, tuple[Any, ...]] = {
@@ -57,6 +59,10 @@ def read_config(folder: Path, any_family: bool = False) -> Any:
     odd = [f"{key}={tree[key]!r}" for key, wanted in TYPES.items() if not isinstance(tree.get(key) or wanted(), wanted)]
     if odd:
         raise CheckpointError(f"{folder}/config.json is not a model's config: it has {', '.join(odd)}; correct it.")
+    if (qkv := tree.get("low_rank_qkv", LAYOUTS[0])) not in LAYOUTS:
+        raise CheckpointError(
+            f"{folder}/config.json has low_rank_qkv={qkv!r}, which is none of {', '.join(LAYOUTS)}; correct it."
+        )
     check_plugins(folder)
     if "AutoConfig" in (tree.get("auto_map") or {}):
         raise ConfigError(f"model={folder} has a config with {OWN_CODE}.")
