@@ -205,3 +205,9 @@ def test_the_page_has_the_notes_the_tables_and_the_curves(tmp_path: Path) -> Non
         assert part in text
     assert "<script" not in text
     assert 'id="screening"' not in text
+    for title in ("std error", "difference", "with start", "time, 95 %"):
+        assert f"<th>{title}</th>" not in text, "nothing to show, or the time again"
+    started = [row | {"time_to_reference_loss_with_start": 9.0} for row in rows]
+    text = page(result | {"screening": [], "finals": started}, drawn)
+    assert "<th>with start</th>" in text
+    assert "with start: including the training" in text
