@@ -136,9 +136,8 @@ def not_counted(config: PretrainConfig, outline: Outline, scheme: Scheme) -> lis
         )
     name = config.optimizer.name
     if name == "loro":
-        lines.append(
-            f"optimizer.name=loro: time of QR and SVD in its exact step, every {config.optimizer.restart_every}"
-        )
+        every = config.optimizer.restart_every
+        lines.append(f"optimizer.name=loro: time of QR and SVD in an exact step, every {every} steps")
     if name != "adamw" and scheme.name == "paper":
         lines.append(f"optimizer.name={name}: the paper's scheme has AdamW's two moments of 4 bytes")
     return lines
