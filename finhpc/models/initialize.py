@@ -90,8 +90,8 @@ def _draw_factors(layer: LowRank, std: float, generator: Generator, scheme: str 
         a, b = INITS[scheme or layer.init](dense.T, layer.rank, generator)
         layer.A.weight.copy_(a.T)
     layer.B.weight.copy_(b)
-    if isinstance(layer, Blended):
-        layer.W.copy_(dense)
+    if isinstance(layer, Blended):  # self-guided training starts at the low-rank model
+        layer.W.copy_(layer.product(layer.A.weight, layer.B.weight))
 
 
 def _draw(module: nn.Module, std: float, generator: Generator) -> None:

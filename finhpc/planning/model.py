@@ -5,7 +5,7 @@
 | dense | random | continued | - |
 | low_rank, cola | random | - | continued, if it is of the same kind |
 | svd | - | decomposed first, into RUN/decomposed | continued |
-| blend | random, W and its factors | W from it, and its factors | - |
+| blend | random factors, W = B A | W from it, and its factors | - |
 """
 
 from __future__ import annotations
@@ -58,11 +58,17 @@ class InitModel:
 
 
 def open_init_model(config: PretrainConfig, shards: Shards) -> InitModel | None:
-    """Open `model.path` and check its files and its tokenizer; None if it is not set.
+    """Open `model.path` and check its files and its tokenizer; None if it is not set and none is needed.
 
     Raises `ConfigError` for settings that do not fit it, `CheckpointError` if the folder is not a complete model.
     """
     if config.model.path is None:
+        if config.method.kind == BLEND and config.method.blend_weight == "frozen":
+            raise ConfigError(
+                f"method.kind={BLEND} with method.blend_weight=frozen takes W from a dense model, and model.path is "
+                "not set; give --model.path with a dense model, or train W from scratch with "
+                "method.blend_weight=trainable."
+            )
         return None
     folder = Path(config.model.path)
     hf_config_of_settings(config)  # refuses settings that conflict before anything large is read
@@ -115,7 +121,7 @@ def initial_fill(config: PretrainConfig, hf_config: Any, run: Path) -> Fill:
     """The function that fills the modules of the run's model with their initial weights.
 
     A run with a complete checkpoint continues from one, or ends because all are damaged; so its initial weights, which
-    a checkpoint replaces, are neither drawn nor read. Two kinds of runs need numbers before that: method 3, whose
+    a checkpoint replaces, are neither drawn nor read. Two kinds of runs need numbers before that: blends, whose
     frozen W is in no checkpoint, and training with rounded weights.
     """
     needed = config.method.kind == BLEND or config.quantization.training_bits < 16

@@ -54,7 +54,8 @@ class Method(Section):
     kind: str = Field(
         "low_rank",
         description="dense; low_rank: y = B(A x) from scratch (method 1); svd: low_rank, started from the factors of "
-        "model.path (method 2); blend: y = alpha W x + (1 - alpha) B A x, alpha falling to 0 (method 3); cola: "
+        "model.path (method 2); blend: y = alpha W x + (1 - alpha) B A x, alpha falling to 0 (method 3; without "
+        "model.path self-guided training); cola: "
         "y = B silu(A x); half: y = B [A1 x ; silu(A2 x)]",
     )
     rank: int = Field(64, description="rank of every layer that `ranks` does not name")

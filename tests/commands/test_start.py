@@ -127,6 +127,23 @@ def test_method_3_from_a_dense_model(run_shards: Path, dense: Path, tmp_path: Pa
         assert data.item() == pytest.approx(load_model(dense)(batch, labels=batch).loss.item(), rel=1e-6)
 
 
+@pytest.mark.usefixtures("quick_training")
+def test_a_blend_without_a_dense_model_trains_its_w(run_shards: Path, tmp_path: Path) -> None:
+    method = {"kind": "blend", "rank": 8, "blend_share": 0.5, "blend_start": 1.0, "blend_schedule": "cosine"}
+    changes: dict[str, Any] = {"train": {"steps": 6}, "parallel": {"stages": 2, "micro_batch_size": 4}}
+    with pytest.raises(ConfigError, match=r"blend_weight=frozen takes W from a dense model, and model\.path is"):
+        make_plan(config(run_shards, None, method=method))
+    method |= {"blend_weight": "trainable", "head": "dense", "qkv": "separate"}
+    result = pretrain(config(run_shards, None, tmp_path, method=method, **changes))
+    records, _ = read(tmp_path / "run" / "journal.jsonl")
+    assert [r["alpha"] for r in latest(records, "train").values()] == pytest.approx([1, 0.5, 0, 0, 0, 0])
+    model, batch = load_model(result["model"]), torch.from_numpy(Shards.open(run_shards).eval_samples(16, 32))
+    assert type(model).__name__ == "LowRankGPT2LMHeadModel"
+    assert model.num_parameters() == result["params_total"]
+    with torch.no_grad():
+        assert model(batch, labels=batch).loss.item() == pytest.approx(result["val_loss"], rel=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_training")
 def test_a_dense_model_is_trained_on(run_shards: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from finhpc.commands.study.command import _measured_runs
 from finhpc.commands.study.compare import (
     Compared,
     Costs,
@@ -152,6 +153,15 @@ def test_method_3_pays_for_its_dense_weights_as_long_as_it_has_them() -> None:
     assert costs.time_at(run, "m", 9) == 27, "alpha is 0 from step 10 on"
     assert costs.time_at(run, "m", 20) == 27 + 11
     assert costs.operations_at(run, "m", 20) == 9 * 5 + 11 * 2
+
+
+def test_a_blend_is_measured_without_its_dense_weights_too() -> None:
+    tree = {"method": {"kind": "blend"}, "model": {"path": "dense"}}
+    three, guided = (trained({1: 5.0}, "three", tree=tree), trained({1: 5.0}, "guided", tree=tree | {"model": {}}))
+    runs = _measured_runs([three, guided])
+    kinds = {name: run.method.kind for name, run in runs.items()}
+    expected = {"three": "blend", "three without W": "svd", "guided": "blend", "guided without W": "low_rank"}
+    assert kinds == expected, "what is trained from scratch has no model to start from"
 
 
 def reference(*ends: float) -> Compared:
