@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from functools import cached_property
 from pathlib import Path
@@ -105,7 +106,7 @@ class Finetune(Job):
 
     @property
     def params_trainable(self) -> int:
-        return sum(self.config.lora.rank * sum(shape) for shape in self.lora_model.targets.values())
+        return sum(math.prod(shape) for shape in self.lora_model.adapter_shapes.values())
 
     @property
     def fingerprints(self) -> tuple[str, str | None]:

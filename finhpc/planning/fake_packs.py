@@ -88,6 +88,10 @@ class EmptyLoraModel(LoraModel):
             return FrozenFloat(torch.empty(matrix.shape, dtype=self.dtype), bias)
         return SCHEMES[self.scheme].empty(matrix.shape, bias, bits)
 
+    def _of_rounding(self, matrix: Matrix, frozen: FrozenLinear) -> tuple[Tensor, Tensor]:
+        rank, (out, into) = self.lora.rank, matrix.shape
+        return torch.empty(rank, into), torch.empty(out, rank)
+
 
 def count_lora_parts(lora_model: LoraModel, pack: PackSize, cuda: bool) -> list[LoraPart]:
     """Every part of the model in order, for packs of that size.

@@ -62,14 +62,24 @@ class Lora(Section):
     lora_alpha: float = Field(
         16.0, gt=0, description="scale: the output of the adapter is multiplied by lora_alpha / rank"
     )
+    rslora: bool = Field(
+        False,
+        description="rsLoRA: multiply by lora_alpha / sqrt(rank) instead, so that high ranks learn as fast as low ones",
+    )
+    dora: bool = Field(
+        False,
+        description="DoRA: train the length of each row of W + B A apart from its direction; slower, dense layers only",
+    )
     targets: list[str] = Field(
         default_factory=lambda: ["all-linear"],
         description="layers with an adapter: ends of module names (q_proj), or one regular expression for whole names "
         "(.*[02468].*q_proj), as in peft; all-linear: all except the head",
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of the adapter")
-    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = Field(
-        "default", description="init_lora_weights of peft; default: A uniform (Kaiming), B zero"
+    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora", "loftq"] = Field(
+        "default",
+        description="init_lora_weights of peft; default: A uniform (Kaiming), B zero; pissa, olora: from the base's "
+        "weights; loftq: from what quantizing the base lost",
     )
 
     @field_validator("targets", mode="before")

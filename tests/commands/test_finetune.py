@@ -84,13 +84,14 @@ def losses(storage: Path) -> tuple[dict[int, float], dict[int, float]]:
 
 
 @pytest.mark.usefixtures("quick_training")
+@pytest.mark.parametrize("lora", [{}, {"dora": True, "rslora": True}])
 def test_an_adapter_that_peft_opens_and_a_resumed_run_that_is_bit_equal(
-    base: Path, news: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lora: dict[str, Any], base: Path, news: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result = finetune(config(base, news, tmp_path))
+    result = finetune(config(base, news, tmp_path, lora=lora))
     assert result["status"] == "finished"
     assert result["params_trainable"] < result["params_dense"] / 3
-    job = Finetune(config(base, news, tmp_path))
+    job = Finetune(config(base, news, tmp_path, lora=lora))
     examples = job.examples
     assert result["data"]["examples"] + result["data"]["held_out"] == 40
     batches = batches_of(job.config)
@@ -131,7 +132,7 @@ def test_an_adapter_that_peft_opens_and_a_resumed_run_that_is_bit_equal(
     shutil.rmtree(run / "checkpoints" / "step_00000006")
     shutil.rmtree(run / "model")
     (run / "result.json").unlink()
-    again = finetune(config(base, news, tmp_path))
+    again = finetune(config(base, news, tmp_path, lora=lora))
     assert again["resumed_from_step"] == 3
     assert losses(tmp_path) == unbroken
     assert again["consumed_sha256"] == result["consumed_sha256"]

@@ -42,15 +42,19 @@ def trained(base: Path, lora: Lora, out: Path) -> float:
 
 
 @pytest.mark.parametrize(
-    ("make", "init"),
+    ("make", "lora"),
     [
-        *((tiny_llama, init) for init in ("default", "gaussian", "orthogonal", "pissa", "olora")),
-        *((tiny_gpt2, init) for init in ("default", "pissa", "olora")),  # the latter read its turned matrices
+        *((tiny_llama, {"init": init}) for init in ("default", "gaussian", "orthogonal", "pissa", "olora")),
+        *((tiny_gpt2, {"init": init}) for init in ("default", "pissa", "olora")),  # these read its turned matrices
+        (tiny_llama, {"rslora": True, "lora_alpha": 3.0}),
+        (tiny_llama, {"rslora": True, "init": "pissa"}),
+        (tiny_llama, {"dora": True}),
+        (tiny_gpt2, {"dora": True, "rslora": True, "init": "olora"}),
     ],
 )
-def test_peft_opens_it_and_merging_is_the_same(tmp_path: Path, make: Any, init: Any) -> None:
+def test_peft_opens_it_and_merging_is_the_same(tmp_path: Path, make: Any, lora: dict[str, Any]) -> None:
     base = saved(make(), tmp_path / "base")
-    loss = trained(base, Lora(rank=4, init=init), tmp_path / "adapter")
+    loss = trained(base, Lora.model_validate({"rank": 4} | lora), tmp_path / "adapter")
     opened = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(tmp_path / "adapter")).eval()
     assert abs(plain_loss(opened, examples(8)).item() - loss) <= 1e-5 * loss
     model = AutoModelForCausalLM.from_pretrained(base).eval()

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from finhpc.errors import ConfigError
 from finhpc.lowrank.layers import LowRankLinear
 from finhpc.models.derived import DerivedWeights
 from finhpc.models.families.parts import BLOCKS, Compiled, Part, as_it_is
 from finhpc.models.families.registry import skeleton
 from finhpc.models.files.weights import Weights
-from finhpc.models.lora.layers import FrozenLowRankLinear, LoraLinear
+from finhpc.models.lora.layers import DoraLinear, FrozenLowRankLinear, LoraLinear
 from finhpc.models.lora.quantized_cache import QuantizedCache
 from finhpc.models.lora.targets import (
     CHANGES_BASE,
@@ -101,12 +102,14 @@ class LoraModel:
         return self.weights.config
 
     @property
-    def adapter_shapes(self) -> dict[str, tuple[int, int]]:
-        """The shape of each factor of the adapters, by the name that the engine gives it."""
+    def adapter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each parameter of the adapters, by the name that the engine gives it."""
         rank = self.lora.rank
-        shapes: dict[str, tuple[int, int]] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for name, (out, into) in self.targets.items():
             shapes |= {f"{name}.A": (rank, into), f"{name}.B": (out, rank)}
+            if self.lora.dora:
+                shapes[f"{name}.magnitude"] = (out,)
         return shapes
 
     @property
@@ -180,8 +183,27 @@ class LoraModel:
             base = self._frozen(first, bias, device)
         if not adapted:
             return base
+        if self.lora.init == "loftq" and self._quantizes(first):
+            assert isinstance(base, FrozenLinear)
+            factors = self._of_rounding(first, base)
         a, b = factors or initial_factors(self.lora, self.targets[name], self.seed, name)
-        return LoraLinear(base, a.to(device), b.to(device), scale_of(self.lora), self.lora.dropout)
+        scale, dropout = scale_of(self.lora), self.lora.dropout
+        if self.lora.dora:
+            assert isinstance(base, FrozenLinear)
+            return DoraLinear(base, a.to(device), b.to(device), scale, dropout)
+        return LoraLinear(base, a.to(device), b.to(device), scale, dropout)
+
+    def _of_rounding(self, matrix: Matrix, frozen: FrozenLinear) -> tuple[Tensor, Tensor]:
+        """Return A and B that make up for what quantizing a matrix lost."""
+        stored = frozen.matrix(torch.float32)
+        rows = self.rows(matrix).to(stored.device, torch.float32)
+        lost = rows - stored
+        if lost.norm() <= 1e-6 * rows.norm():
+            raise ConfigError(
+                f"lora.init=loftq has nothing to start from: quantization.bits={self.quantization.bits} changes "
+                f"nothing of {matrix.name}; use lora.init=default."
+            )
+        return initial_factors(self.lora, matrix.shape, self.seed, matrix.name, lost)
 
     # -- the base's matrices ----------------------------------------------------------------
 
