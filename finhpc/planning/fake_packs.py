@@ -102,7 +102,8 @@ def count_lora_parts(lora_model: LoraModel, pack: PackSize, cuda: bool) -> list[
     layers = int(lora_model.hf_config.num_hidden_layers)
     counted = min(layers, 3) if _blocks_are_alike(lora_model) else layers
     shapes = Shapes(with_blocks(lora_model.hf_config, counted))
-    lora, quantization, recompute = lora_model.lora, lora_model.quantization, lora_model.recompute
+    lora = lora_model.lora.model_copy(update={"path": None})  # its adapter has all layers of the model
+    quantization, recompute = lora_model.quantization, lora_model.recompute
     row = _count(EmptyLoraModel(shapes, lora, quantization, lora_model.bf16, recompute, lora_model.seed), pack, cuda)
     inside = [i for i, part in enumerate(row) if part.kind in BLOCKS]
     per_block = len(inside) // counted

@@ -58,6 +58,11 @@ class Base(Section):
 class Lora(Section):
     """The adapter, in the terms of peft (E. Hu et al., "LoRA", 2021)."""
 
+    path: LocalPath | None = Field(
+        None,
+        description="folder of an adapter to continue from, in peft's format and of these settings; default: a new one",
+        json_schema_extra=MAY_CHANGE,
+    )
     rank: int = Field(8, description="rank of A and B")
     lora_alpha: float = Field(
         16.0, gt=0, description="scale: the output of the adapter is multiplied by lora_alpha / rank"
@@ -116,6 +121,17 @@ class Instructions(Section):
     labels: Labels = Field(default_factory=dict, description=LABELS)
     encoding: str | None = Field(
         None, description="encoding of text and CSV files; default: UTF-8; PhraseBank: latin-1 unless it is valid UTF-8"
+    )
+    weights: dict[str, Annotated[float, Field(gt=0, le=1000)]] = Field(
+        default_factory=dict,
+        description="how often a pass takes each example of a source: fpb.txt=6 fiqa.csv=21 (0.5: half of them); "
+        "default: once",
+    )
+    temperature: float = Field(
+        1.0,
+        ge=1,
+        description="gives small sources more of a pass: size^(1/temperature); 1: as they are, 100: all about as much "
+        "as the largest",
     )
     hf_split: str = Field("train", description="split of sources hf:NAME")
     eval_source: list[Source] = Field(

@@ -81,7 +81,7 @@ def test_dora_on_a_low_rank_base_is_refused(tmp_path: Path) -> None:
     adapter = tiny_adapter(tmp_path / "adapter", model, ["model.layers.0.self_attn.q_proj"], 4, seed=0, base=base)
     magnitude = "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector"
     changed(adapter, {"use_dora": True}, **{magnitude: torch.ones(64)})
-    assert_all_refuse(adapter_ways(base, adapter, tmp_path / "out"), "use_dora=true", "of the base is low-rank")
+    assert_all_refuse(adapter_ways(base, adapter, tmp_path / "out"), "use_dora=true", "are low-rank in the base")
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

@@ -229,21 +229,23 @@ def _misfits(folder: Path, pairs: dict[str, tuple[Tensor, Tensor]], model: nn.Mo
 
 
 def _odd_magnitudes(folder: Path, magnitudes: dict[str, Tensor], dora: Iterable[str], model: nn.Module) -> list[str]:
-    """Describe the layers in `dora` whose magnitudes are missing, of another shape, or have no length to replace."""
+    """Describe the layers in `dora` whose magnitudes are missing, of another shape, or of no matrix."""
     shapes, problems = linear_shapes(model), []
-    for name in dora:
-        wanted = shapes.get(name, (0,))[0]
+    known = [name for name in dora if name in shapes]
+    if low_rank := [name for name in known if isinstance(model.get_submodule(name), LowRankLinear)]:
+        problems.append(
+            f"adapter={folder} has use_dora=true, and {len(low_rank)} of its layers are low-rank in the base, such as "
+            f"{low_rank[0]}: no matrix has the rows whose lengths it sets; merge the base first (finhpc export)."
+        )
+    for name in known:
+        wanted = shapes[name][0]
         if name not in magnitudes:
             problems.append(f"adapter={folder} has use_dora and no magnitudes of {name}; fetch or write it again.")
-        elif wanted and isinstance(model.get_submodule(name), LowRankLinear):
-            problems.append(
-                f"adapter={folder} has use_dora=true, and {name} of the base is low-rank: its rows have no length "
-                "apart from its factors; merge the base first (finhpc export --format merged)."
-            )
-        elif wanted and tuple(magnitudes[name].shape) != (wanted,):
+        elif tuple(magnitudes[name].shape) != (wanted,):
             actual = " x ".join(map(str, magnitudes[name].shape))
-            problems.append(f"adapter={folder}: {name} has {actual} magnitudes, in the base {wanted} rows; it is of "
-                            "another model.")  # fmt: skip
+            problems.append(
+                f"adapter={folder}: {name} has {actual} magnitudes, in the base {wanted} rows; it is of another model."
+            )
     return problems
 
 

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from finhpc.lowrank.layers import as_product, expand, latent_of
 from finhpc.quantization.frozen import FrozenLinear
 
+ROWS = 256  # of a matrix in float32 at a time, to find their lengths
+
 
 class LoraProduct(torch.autograd.Function):
     """The frozen product plus the adapter's, for x (rows, in), in x's dtype; without `base` only the adapter's.
@@ -81,9 +83,15 @@ class Scaled(torch.autograd.Function):
 
 @torch.no_grad()
 def row_lengths(rows: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Return the lengths (out,) of the rows of W + scale B A in float32, without the sum; `rows`: W (out, in)."""
-    rows, a, b = rows.float(), a.float(), scale * b.float()
-    squares = rows.square().sum(1) + 2 * (rows @ a.T * b).sum(1) + (b @ (a @ a.T) * b).sum(1)
+    """Return the lengths (out,) of the rows of W + scale B A in float32, without the sum; `rows`: W (out, in).
+
+    The memory is that of `ROWS` rows in float32.
+    """
+    a, b = a.float(), scale * b.float()
+    squares = (b @ (a @ a.T) * b).sum(1)
+    for part, of_b, found in zip(rows.split(ROWS), b.split(ROWS), squares.split(ROWS), strict=True):
+        wide = part.float()
+        found += torch.linalg.vector_norm(wide, dim=1).square_() + 2 * (wide @ a.T * of_b).sum(1)
     return squares.clamp_(min=0).sqrt_()
 
 
@@ -140,10 +148,22 @@ class LoraLinear(nn.Module):
 
 
 class DoraLinear(LoraLinear):
-    """`LoraLinear` of a dense `base` with a trained `magnitude` (out,): the lengths of the rows of W + scale B A."""
+    """`LoraLinear` of a dense `base` with a trained `magnitude` (out,): the lengths of the rows of W + scale B A.
 
-    def __init__(self, base: FrozenLinear, a: Tensor, b: Tensor, scale: float, dropout: float = 0.0) -> None:
+    `dtype`: of the matrix that products with `base` are computed with.
+    """
+
+    def __init__(
+        self,
+        base: FrozenLinear,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        dropout: float = 0.0,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__(base, a, b, scale, dropout)
+        self.dtype = dtype
         self.register_buffer("bias", base.bias, persistent=False)
         self.bias: Tensor | None
         base.bias = None  # the gain does not apply to it
@@ -157,14 +177,14 @@ class DoraLinear(LoraLinear):
 
     def _lengths(self) -> Tensor:
         assert isinstance(self.base, FrozenLinear)
-        return row_lengths(self.base.matrix(torch.float32), self._parameters["A"], self._parameters["B"], self.scale)  # type: ignore[arg-type]
+        return row_lengths(self.base.matrix(self.dtype), self._parameters["A"], self._parameters["B"], self.scale)  # type: ignore[arg-type]
 
     @property
     def _gain(self) -> Tensor:
         """g: made once for all passes of a step, or now."""
-        made: Tensor | None = self.__dict__.get("magnitude")
-        if made is None:
-            made = self.derive("magnitude", self.magnitude)
+        made: Tensor | None = self.magnitude
+        if isinstance(made, nn.Parameter):
+            made = self.derive("magnitude", made)
         assert made is not None
         return made
 
@@ -173,8 +193,8 @@ class DoraLinear(LoraLinear):
         assert isinstance(base, FrozenLinear)
         if self.dropout and self.training:  # the base sees all of x, and g - 1 times the rest of it (as peft)
             dropped = F.dropout(rows, self.dropout)
-            frozen = base(dropped)
-            out = base(rows) - frozen + self._scaled(frozen + self._product(dropped, None), gain)
+            frozen: Tensor = base(dropped)
+            out: Tensor = base(rows) - frozen + self._scaled(frozen + self._product(dropped, None), gain)
         else:
             out = self._scaled(self._product(rows, base), gain)
         return out.view(*x.shape[:-1], -1)
