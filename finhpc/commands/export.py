@@ -2,6 +2,7 @@
 
     native   low-rank as it is; `AutoModelForCausalLM.from_pretrained` opens it after `import finhpc`
     merged   B A multiplied out, in transformers' own architecture; opened without finhpc
+    adapter  the mean of several adapters, or an adapter of a lower rank, in peft's format
 
 An adapter's folder is exported as its base with the adapter in its weights (`finhpc.models.lora.peft_format`). Weights
 are read, converted and written a layer at a time: memory is one layer and one file
@@ -29,13 +30,15 @@ from finhpc.lowrank.layers import LowRankEmbedding, LowRankLinear, is_factor
 from finhpc.lowrank.replace import dense_shape
 from finhpc.models.families.registry import as_dense, family_of, is_low_rank, model_sizes, skeleton
 from finhpc.models.files.config import is_adapter
-from finhpc.models.files.manifest import check_manifest
+from finhpc.models.files.manifest import check_manifest, weights_fingerprint
 from finhpc.models.files.source import copy_tokenizer, find_tokenizer, locate, open_weights
 from finhpc.models.files.tensor_folder import TensorFolderWriter
 from finhpc.models.files.tokenizer import TOKENIZER_FILES, has_tokenizer, save_tokenizer
 from finhpc.models.files.tokens import GENERATION, check_rows, generation_config, stop_ids, write_stops
 from finhpc.models.files.weights import Weights
-from finhpc.models.lora.adapter_file import base_of, check_base, load_adapter
+from finhpc.models.lora.adapter_file import base_of
+from finhpc.models.lora.average import lower_rank, read_mean, write_adapter
+from finhpc.models.lora.peft_format import Adapter
 from finhpc.models.pipeline import is_tied
 from finhpc.quantization.fake import TRAINED, trained_bits
 from finhpc.quantization.per_vector import rounded
@@ -58,10 +61,13 @@ def export(config: ExportConfig, dry_run: bool = False) -> dict[str, Any]:
     _check(config)
     source, out = locate(config.model), _path(config.out)
     adapter = source if is_adapter(source) else None
+    _check_adapter(config, adapter)
     base = base_of(source) if adapter else source
-    if adapter:
-        check_base(adapter, base)
-    conversion = Conversion(config, open_weights(base, low_rank=True, floats=True), adapter)
+    weights = open_weights(base, low_rank=True, floats=True)
+    added = read_mean([adapter, *map(Path, config.average)], base, weights.skeleton) if adapter else None
+    if added is not None and config.rank is not None:
+        added = lower_rank(added, config.rank)
+    conversion = Conversion(config, weights, added)
     tokenizer = find_tokenizer(adapter) if adapter else None
     if tokenizer is None:
         tokenizer = find_tokenizer(base)
@@ -69,6 +75,9 @@ def export(config: ExportConfig, dry_run: bool = False) -> dict[str, Any]:
         check_rows(tokenizer, conversion.source_config.vocab_size, f"model={source}")
     generation_config(source)  # raises if an adapter's own is damaged
     result = _counts(config, conversion) | {"model": str(source), "out": str(out)}
+    if added is not None and config.format == "adapter":
+        total = sum(a.numel() + b.numel() for a, b in added.pairs.values())
+        result |= {"params_total": total, "compression_ratio": result["params_dense"] / total, "dtype": "float32"}
     if dry_run:
         _summary(result | {"status": "dry_run"})
         return result | {"status": "dry_run"}
@@ -76,9 +85,12 @@ def export(config: ExportConfig, dry_run: bool = False) -> dict[str, Any]:
         check_manifest(base)
     try:
         with TensorFolderWriter(out) as writer:
-            for tensors in conversion.layers():
-                writer.add(tensors)
-            size = writer.finish(conversion.target_config)
+            if added is not None and config.format == "adapter":
+                size = write_adapter(writer.partial, added, weights, weights_fingerprint(base))
+            else:
+                for tensors in conversion.layers():
+                    writer.add(tensors)
+                size = writer.finish(conversion.target_config)
             copy_tokenizer(base, writer.partial)
             if adapter:
                 _replace_tokenizer(adapter, writer.partial)
@@ -97,20 +109,20 @@ def export(config: ExportConfig, dry_run: bool = False) -> dict[str, Any]:
 class Conversion:
     """How each layer of a model is converted. `target_config`: transformers' config of the exported model.
 
-    `adapter`: a folder whose adapter is added to the weights.
+    `adapter`: is added to the weights.
     """
 
-    def __init__(self, config: ExportConfig, weights: Weights, adapter: Path | None = None) -> None:
+    def __init__(self, config: ExportConfig, weights: Weights, adapter: Adapter | None = None) -> None:
         self.weights, self.source_config = weights, weights.config
         self.merged, self.bits = config.format == "merged", config.quantization.bits
         self.scheme = SCHEMES[config.quantization.scheme] if self.bits < 16 else None
         self.dtype: torch.dtype | None = None if config.dtype == "auto" else getattr(torch, config.dtype)
         self.model = skeleton(self.source_config)
-        self.adapter = load_adapter(adapter, self.model) if adapter else None
-        if adapter and is_low_rank(self.source_config) and not self.merged:
+        self.adapter = adapter
+        if adapter and is_low_rank(self.source_config) and config.format == "native":
             raise ConfigError(
-                f"format=native does not fit model={adapter}, an adapter of a low-rank model: its B A would have to "
-                "grow by the adapter's rank; use --format merged."
+                f"format=native does not fit model={config.model}, an adapter of a low-rank model: its B A would have "
+                "to grow by the adapter's rank; use --format merged."
             )
         mergeable = all(module.mergeable for module in self.model.modules() if isinstance(module, LowRankLinear))
         if self.merged and not mergeable:
@@ -255,6 +267,25 @@ def _check(config: ExportConfig) -> None:
         raise ConfigError(problems)
 
 
+def _check_adapter(config: ExportConfig, adapter: Path | None) -> None:
+    """Raise `ConfigError` for settings of adapters that do not fit the model or each other."""
+    problems = []
+    if adapter is None and (config.average or config.format == "adapter" or config.rank is not None):
+        problems.append(
+            f"model={config.model} is no adapter, which average, rank and format=adapter need; give the folder of one."
+        )
+    if config.format == "adapter" and not config.average and config.rank is None:
+        problems.append(
+            "format=adapter would copy the adapter; give others with --average, or a lower --rank, or --format merged."
+        )
+    if config.rank is not None and config.format != "adapter":
+        problems.append(f"rank={config.rank} is of an exported adapter; use --format adapter, or leave it out.")
+    if config.format == "adapter" and (config.quantization.bits < 16 or config.dtype not in ("auto", "float32")):
+        problems.append("format=adapter writes float32; leave dtype and quantization.bits out.")
+    if problems:
+        raise ConfigError(problems)
+
+
 def _replace_tokenizer(adapter: Path, out: Path) -> None:
     """Replace the base's tokenizer and generation config by the adapter's own, if it has them."""
     if has_tokenizer(adapter):
@@ -303,6 +334,9 @@ def _summary(result: dict[str, Any]) -> None:
         needs = (
             "transformers" if result["format"] == "merged" and result["scheme"] != "minmax" else "import finhpc, then"
         )
+        if result["format"] == "adapter":
+            log.info(f"open it: peft's PeftModel.from_pretrained(BASE, {result['out']!r})")
+            return
         log.info(f"open it: {needs} AutoModelForCausalLM.from_pretrained({result['out']!r})")
 
 

@@ -20,7 +20,7 @@ from finhpc.models.files.manifest import weights_fingerprint
 from finhpc.models.files.source import copy_tokenizer, open_weights
 from finhpc.models.lora.model import LoraModel, LoraPipelineLayer
 from finhpc.models.lora.peft_format import CONFIG, save_adapter
-from finhpc.models.lora.targets import CHANGES_BASE
+from finhpc.models.lora.targets import OF_BASE
 from finhpc.settings.finetune import FinetuneQuantization, Lora
 from tests.parity.bases import Base
 
@@ -76,8 +76,17 @@ def _peft(word: str, **more: Any) -> Kind:
 
 
 STARTS = get_args(Lora.model_fields["init"].annotation)
-OURS = {f"ours, {init}": Kind("lora.init" if init in CHANGES_BASE else "", lora={"init": init}) for init in STARTS}
+OURS = {
+    f"ours, {init}": Kind("lora.init" if init in OF_BASE else "", lora={"init": init})
+    for init in STARTS
+    if init != "loftq"
+}
 OURS |= {
+    "ours, loftq": Kind("lora.init", lora={"init": "loftq"}, quantization={"bits": 4, "scheme": "minmax"}),
+    "ours, rslora": Kind(lora={"rslora": True}),
+    "ours, dora": Kind("dora", lora={"dora": True}),
+    "ours, dora of olora": Kind("lora.", lora={"dora": True, "rslora": True, "init": "olora"}),
+    "ours, dora beside nf4": Kind("dora", lora={"dora": True}, quantization={"bits": 4, "scheme": "nf4"}),
     "ours, attention and a pattern": Kind(
         lora={"targets": [r".*\.1\..*(c_attn|q_proj)", r".*\.0\.mlp\.(c_fc|up_proj)"]}
     ),

@@ -68,7 +68,7 @@ class Format:
 def _formats() -> dict[str, Format]:
     """Every format that the settings of export allow."""
     fields = ExportConfig.model_fields
-    kinds = get_args(fields["format"].annotation)
+    kinds = [kind for kind in get_args(fields["format"].annotation) if kind != "adapter"]  # not a model
     found = [Format(kind) for kind in kinds]
     found += [Format(kind, bits, name) for kind in kinds for name, scheme in SCHEMES.items() for bits in scheme.bits]
     dtypes = [dtype for dtype in get_args(fields["dtype"].annotation) if dtype not in ("auto", "float32")]
