@@ -105,8 +105,10 @@ class Run:
         for _ in range(WARM_UP - 1):
             self.step()
         config, outline = self.config, outline_of(self.hf_config, self.config.data.seq_len)
-        operations = step_operations(outline, config.parallel.samples_per_step) + counter.get_total_flops()
+        parallel = config.parallel
+        operations = step_operations(outline, parallel.samples_per_step, parallel.micro_batches * parallel.replicas)
+        operations += counter.get_total_flops()
         if config.method.kind == BLEND:
-            tokens = config.parallel.samples_per_step * config.data.seq_len
+            tokens = parallel.samples_per_step * config.data.seq_len
             operations += tokens * blended_operations(outline, config.method.blend_weight == "trainable")
         return operations
