@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +27,13 @@ from transformers.pytorch_utils import Conv1D
 
 from finhpc.errors import ConfigError, NonFiniteError, collect
 from finhpc.lowrank.layers import LowRankEmbedding, LowRankLinear, is_factor
+from finhpc.lowrank.registry import SLTRAIN
 from finhpc.lowrank.replace import dense_shape
+from finhpc.lowrank.sltrain import SparseLinear
 from finhpc.models.families.registry import as_dense, family_of, is_low_rank, model_sizes, skeleton
 from finhpc.models.files.config import is_adapter
 from finhpc.models.files.manifest import check_manifest, weights_fingerprint
-from finhpc.models.files.source import copy_tokenizer, find_tokenizer, locate, open_weights
+from finhpc.models.files.source import config_of, copy_tokenizer, find_tokenizer, locate, open_weights
 from finhpc.models.files.tensor_folder import TensorFolderWriter
 from finhpc.models.files.tokenizer import TOKENIZER_FILES, has_tokenizer, save_tokenizer
 from finhpc.models.files.tokens import GENERATION, check_rows, generation_config, stop_ids, write_stops
@@ -106,6 +108,12 @@ def export(config: ExportConfig, dry_run: bool = False) -> dict[str, Any]:
     return result
 
 
+def scored_format(model: Path) -> Literal["native", "merged"]:
+    """Return the format in which a quantized model is scored: native unless that has none."""
+    kind = getattr(config_of(model, any_family=True), "low_rank_kind", None)
+    return "merged" if kind == SLTRAIN else "native"
+
+
 class Conversion:
     """How each layer of a model is converted. `target_config`: transformers' config of the exported model.
 
@@ -125,10 +133,16 @@ class Conversion:
                 "to grow by the adapter's rank; use --format merged."
             )
         mergeable = all(module.mergeable for module in self.model.modules() if isinstance(module, LowRankLinear))
+        sparse = any(isinstance(module, SparseLinear) for module in self.model.modules())
         if self.merged and not mergeable:
             raise ConfigError(
                 f"format=merged does not fit a model of method.kind={self.source_config.low_rank_kind}: something "
                 "stands between A and B, so that no one matrix takes their place; use --format native."
+            )
+        if sparse and self.bits < 16 and not self.merged:
+            raise ConfigError(
+                f"format=native with quantization.bits={self.bits} does not fit a model of method.kind={SLTRAIN}: the "
+                "entries of S are not a matrix with vectors to round; use --format merged."
             )
         self.tied = is_tied(self.source_config)
         self.trained_bits = trained_bits(self.source_config)
@@ -161,13 +175,14 @@ class Conversion:
         embedding = isinstance(module, nn.Embedding | LowRankEmbedding)
         if isinstance(module, LowRankLinear | LowRankEmbedding):
             bias, stays = tensors.get("B.bias"), not self.merged
+            own = {"S": tensors["S"]} if isinstance(module, SparseLinear) else {}
             a, b = (self._used(tensors[f"{key}.weight"], stays) for key in ("A", "B"))
             if stays:
-                return self._store(f"{name}.A", a, None, embedding, dtype) | self._store(
-                    f"{name}.B", b, bias, False, dtype
-                )
+                stored = self._store(f"{name}.A", a, None, embedding, dtype)
+                return stored | self._store(f"{name}.B", b, bias, False, dtype) | self._cast(name, own, dtype)
             a, b = self._as_trained(f"{name}.A", a, embedding), self._as_trained(f"{name}.B", b, embedding)
-            rows = self._adapted(name, module.product(a.float(), b.float()), embedding)
+            rows = module.product(a.float(), b.float(), *(s.float() for s in own.values()))
+            rows = self._adapted(name, rows, embedding)
             return self._store(name, rows, bias, embedding, dtype)
         if dense_shape(module) is not None:
             weight = tensors["weight"]

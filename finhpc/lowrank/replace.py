@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from finhpc.errors import ConfigError
 from finhpc.lowrank.layers import LowRankEmbedding, LowRankLinear
-from finhpc.lowrank.registry import DENSE, LAYERS, check_kind
+from finhpc.lowrank.registry import DENSE, LAYERS, SLTRAIN, check_kind
 from finhpc.settings.pretrain import LINEAR_KINDS, PROJECTIONS, Method
 
 Ranks = dict[str, int | None]
@@ -121,11 +122,13 @@ def make_low_rank(
     layers: Mapping[str, int] | None = None,
     kind: str = "low_rank",
     blocks_of: BlocksOf = lambda name: 1,
+    sparse: Mapping[str, Any] | None = None,
 ) -> None:
     """Replace every chosen dense layer of `model` in place, uninitialized (method 1, FinGPT-HPC section IV.A).
 
     `layers`: ranks of single layers by name. `kind`: the registered way to be low-rank; embedding and head are plain
     factor pairs in all of them. `blocks_of`: how many pairs of that rank take the place of a layer.
+    `sparse`: share, lora_alpha and seed of SLTrain's layers.
     """
     for name, rank in target_ranks(model, ranks, kind_of, layers, blocks_of).items():
         module = model.get_submodule(name)
@@ -137,5 +140,6 @@ def make_low_rank(
                 low_rank = LowRankEmbedding(module.num_embeddings, module.embedding_dim, rank)
             else:
                 layer = LowRankLinear if kind_of(name) == "head" else LAYERS[kind]
-                low_rank = layer(shape[1], shape[0], rank, module.bias is not None, blocks_of(name))
+                own = {"name": name, **(sparse or {})} if layer is LAYERS[SLTRAIN] else {}
+                low_rank = layer(shape[1], shape[0], rank, module.bias is not None, blocks_of(name), **own)
         model.set_submodule(name, low_rank)

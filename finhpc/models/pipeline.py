@@ -21,6 +21,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from finhpc.lowrank.layers import LowRankLinear
+from finhpc.lowrank.sltrain import multiplied, set_supports
 from finhpc.models.derived import DerivedWeights
 from finhpc.models.families.parts import BLOCK, Compiled, Part, as_it_is
 from finhpc.models.families.registry import family_of
@@ -53,6 +54,7 @@ class PipelineLayer(nn.Module):
             self.part_modules.to_empty(device=device)
             for name, module in zip(part.names, self.part_modules, strict=True):
                 fill(module, name)
+            set_supports(self.part_modules)
         self.derived = DerivedWeights(self.part_modules, precision, bits)
 
     def forward(self, data: Any) -> Any:
@@ -114,7 +116,7 @@ def estimated_cost(part: Part, skeleton: nn.Module, seq_len: int) -> float:
     """
     if part.kind in ("embedding", "positions", "dropout", "norm"):
         return 0.0
-    weights = sum(p.numel() for module in part.modules(skeleton) for p in module.parameters() if p.dim() == 2)
+    weights = sum(multiplied(module) for module in part.modules(skeleton))
     config: Any = skeleton.config
     if part.kind == "attention":
         return weights + float(seq_len * config.hidden_size)

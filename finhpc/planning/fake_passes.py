@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from finhpc.lowrank.blend import blend_in
+from finhpc.lowrank.sltrain import SparseLinear
 from finhpc.models import loss
 from finhpc.models.derived import DerivedWeights
 from finhpc.models.families.parts import Part
@@ -34,7 +35,7 @@ class PartBytes:
     `forward`: the peak of its forward pass beyond its input, including what is kept and the output.
     `backward`: the peak of its backward pass beyond what is kept and its output's gradient, once the weights'
     gradients exist; `first_backward`: while they are being made. `derived`: of the weights that are cast or rounded
-    once per step, for all micro-batches.
+    once per step, for all micro-batches, and of the places of SLTrain's sparse entries.
     """
 
     kept: int
@@ -161,7 +162,9 @@ def count_parts(
             derived = DerivedWeights(nn.ModuleList(modules), precision, bits)
             with meter:
                 derived.set()
-            derived_bytes, meter.peak = meter.live, 0
+            subs = [sub for module in modules for sub in module.modules()]
+            supports = [sub.support.nbytes for sub in subs if isinstance(sub, SparseLinear)]
+            derived_bytes, meter.peak = meter.live + sum(supports), 0
 
             def make_input(part: Part = part, one: Tensor = one) -> Any:
                 # Not a leaf, as if another part had made it: only this part keeps it alive.

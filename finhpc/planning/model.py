@@ -3,7 +3,7 @@
 | method.kind | without a path | a dense model | a low-rank model |
 |---|---|---|---|
 | dense | random | continued | - |
-| low_rank, cola | random | - | continued, if it is of the same kind |
+| low_rank, cola, ... | random | - | continued, if it is of the same kind |
 | svd | - | decomposed first, into RUN/decomposed | continued |
 | blend | random factors, W = B A | W from it, and its factors | - |
 """
@@ -40,7 +40,7 @@ DECOMPOSED = "decomposed"  # the run folder's low-rank model, which provides the
 SHAPE_KEYS = (
     "preset", "layers", "width", "heads", "kv_heads", "mlp_width", "context", "vocab_size", "tie_embeddings",
 )  # fmt: skip
-RANK_KEYS = ("rank", "ranks", "qkv", "init", "embedding", "head")
+RANK_KEYS = ("rank", "ranks", "qkv", "init", "embedding", "head", "sparse_share", "lora_alpha")
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout")
 
 
@@ -90,7 +90,7 @@ def hf_config_of_settings(config: PretrainConfig, vocab_size: int | None = None)
                 f"method.kind={SVD} starts from a model, and model.path is not set; give --model.path with a model "
                 "folder, dense or from `finhpc decompose`, or use method.kind=low_rank to start from scratch."
             )
-        return config_of_method(resolve_shape(config.model, vocab_size), config.method)
+        return config_of_method(resolve_shape(config.model, vocab_size), config.method, config.train.seed)
     initial = _read(config.model.path)
     _check_settings(config, initial)
     family_of(initial)

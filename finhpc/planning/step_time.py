@@ -46,7 +46,7 @@ def forward_operations(outline: Outline, kind: str) -> float:
     if kind in ("positions", "norm", "dropout"):
         return 0.0
     own = "embedding" if kind == "head" and outline.tied else kind
-    matrices = [matrix for weights in outline.weights if weights.kind == own for matrix in weights.matrices]
+    matrices = [matrix for weights in outline.weights if weights.kind == own for matrix in weights.multiplied]
     if kind == "embedding":
         matrices = matrices[1:]  # the table is looked up, not multiplied; a low-rank one is multiplied by B
     operations = 2.0 * sum(a * b for a, b in matrices)
@@ -55,9 +55,23 @@ def forward_operations(outline: Outline, kind: str) -> float:
     return operations
 
 
-def step_operations(outline: Outline, samples: int) -> float:
-    """Operations of one step of `samples` samples."""
-    return samples * outline.seq_len * sum(part_operations(outline, kind) for kind in outline.kinds)
+def step_operations(outline: Outline, samples: int, micro_batches: int = 0) -> float:
+    """Operations of one step of `samples` samples.
+
+    `micro_batches`: of all replicas; SLTrain makes W for each.
+    """
+    making = micro_batches * sum(making_operations(outline, kind) for kind in outline.kinds)
+    return samples * outline.seq_len * sum(part_operations(outline, kind) for kind in outline.kinds) + making
+
+
+def making_operations(outline: Outline, kind: str) -> float:
+    """Operations per micro-batch of one part for W of SLTrain's layers.
+
+    W is made in the forward pass, which full recomputation repeats, and in the backward pass, where the gradients of
+    A and B are made of that of W.
+    """
+    products = 5 if kind == "block" else 4
+    return 2.0 * products * sum(weights.made for weights in outline.weights if weights.kind == kind)
 
 
 def blended_operations(outline: Outline, trained: bool) -> float:

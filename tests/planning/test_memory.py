@@ -78,6 +78,15 @@ CASES: dict[str, dict[str, Any]] = {
         "method": {"kind": "half", "rank": 16, "qkv": "separate", "head": "dense"},
         "parallel": {"stages": 2, "micro_batch_size": 4, "micro_batches": 2},
     },
+    "sltrain, bf16, two stages": {
+        "method": {"kind": "sltrain", "rank": 16, "qkv": "separate", "head": "dense"},
+        "parallel": {"stages": 2, "micro_batch_size": 4, "micro_batches": 4},
+        "train": {"precision": "bf16"},
+    },
+    "sltrain": {
+        "method": {"kind": "sltrain", "rank": 16, "sparse_share": 0.1},
+        "parallel": {"micro_batch_size": 2, "micro_batches": 2},
+    },
     "dualpipev, dense, tied": {
         "method": {"kind": "dense"},
         "parallel": {"stages": 2, "micro_batch_size": 4, "micro_batches": 4, "schedule": "dualpipev"},

@@ -135,11 +135,13 @@ FROZEN: dict[str, Any] = {"blend_weight": "frozen"}
 EIGHT_BIT: dict[str, Any] = {"kind": "dense", "optimizer": {"name": "adamw8bit"}}  # no method 3
 SPECTRON: dict[str, Any] = {"kind": "low_rank", "optimizer": {"name": "spectron", "lr": 0.05}}
 MUON: dict[str, Any] = {"blend_weight": "trainable", "optimizer": {"name": "muon"}}  # W is dropped from Muon's matrices
+SLTRAIN: dict[str, Any] = {"kind": "sltrain", "sparse_share": 0.1, "qkv": "separate", "head": "dense"}
 RELORA: dict[str, Any] = {"kind": "dense", "optimizer": {"name": "relora", "rank": 4, "restart_every": 3}}
 KINDS = {"trainable": TRAINABLE, "frozen": FROZEN, "eight": EIGHT_BIT, "spectron": SPECTRON, "muon": MUON} | {
-    "relora": RELORA
+    "relora": RELORA,
+    "sltrain": SLTRAIN,
 }
-MOVED = ("trainable", "eight", "spectron")
+MOVED = ("trainable", "eight", "spectron", "sltrain")
 STOPS = (GONE - 1, 8, STEPS)  # steps after which a run is stopped and started again
 
 
@@ -195,7 +197,7 @@ def test_moments_of_8_bits_are_kept_over_any_number_of_stages(trained: Path) -> 
     assert losses(trained / "eight-moved")["train"] == pytest.approx(one["train"], rel=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["trainable", "spectron"])
+@pytest.mark.parametrize("kind", ["trainable", "spectron", "sltrain"])
 def test_other_numbers_of_stages_go_on_with_it(kind: str, trained: Path) -> None:
     whole, moved = losses(trained / f"{kind}1"), losses(trained / f"{kind}-moved")
     assert moved["train"] == pytest.approx(whole["train"], rel=2e-5)

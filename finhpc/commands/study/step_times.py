@@ -94,9 +94,10 @@ class Run:
             self.step()
         config, outline = self.config, outline_of(self.hf_config, self.config.data.seq_len)
         shapes = {name: tuple(parameter.shape) for name, parameter in self.engine.trained_parameters().items()}
-        operations = step_operations(outline, config.parallel.samples_per_step)
+        parallel = config.parallel
+        operations = step_operations(outline, parallel.samples_per_step, parallel.micro_batches * parallel.replicas)
         operations += product_operations([shapes], config.optimizer)
         if config.method.kind == BLEND:
-            tokens = config.parallel.samples_per_step * config.data.seq_len
+            tokens = parallel.samples_per_step * config.data.seq_len
             operations += tokens * blended_operations(outline, config.method.blend_weight == "trainable")
         return operations

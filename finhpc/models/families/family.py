@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from finhpc.lowrank.registry import check_kind
 from finhpc.lowrank.replace import Ranks, make_low_rank
+from finhpc.lowrank.sltrain import set_supports
 from finhpc.models.families.parts import Flow, Part, add_positions, apply, attend, embed, head, mlp
 from finhpc.models.families.presets import Shape
 from finhpc.plugins import require
@@ -148,6 +149,7 @@ class LowRankConfig:
 
     `low_rank`: kind of layer or projection -> rank, or None if it is dense. `low_rank_kind`: `method.kind`.
     `low_rank_qkv`: `method.qkv`. `low_rank_layers`: ranks of single layers by name, which override their kind's.
+    `low_rank_sparse`: share, lora_alpha and seed of SLTrain's layers.
     `dense_tied`: whether the dense model ties its head.
     """
 
@@ -155,6 +157,7 @@ class LowRankConfig:
     low_rank_kind: str = "low_rank"
     low_rank_qkv: Qkv = "joint"
     low_rank_layers: dict[str, int] | None = None
+    low_rank_sparse: dict[str, Any] | None = None
     dense_tied: bool = False
 
 
@@ -170,4 +173,10 @@ class LowRankModel(nn.Module):
         ranks = config.low_rank or {}
         key_of = partial(self.family.rank_key, ranks=ranks)
         blocks_of = partial(self.family.blocks_of, qkv=config.low_rank_qkv)
-        make_low_rank(self, ranks, key_of, config.low_rank_layers, config.low_rank_kind, blocks_of)
+        kind, sparse = config.low_rank_kind, config.low_rank_sparse
+        make_low_rank(self, ranks, key_of, config.low_rank_layers, kind, blocks_of, sparse)
+
+    def initialize_weights(self) -> None:
+        """Called by transformers after it has read a file, which has not the places of SLTrain's entries."""
+        super().initialize_weights()  # type: ignore[misc]
+        set_supports(self)

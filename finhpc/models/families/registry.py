@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from finhpc.errors import ConfigError
-from finhpc.lowrank.registry import LAYERS, trained_kind
+from finhpc.lowrank.registry import LAYERS, SLTRAIN, trained_kind
 from finhpc.lowrank.replace import Ranks, ranks_of
 from finhpc.models import attention
 from finhpc.models.families import gpt2, llama
@@ -117,9 +117,15 @@ def make_config(shape: Shape, ranks: Ranks, kind: str = "low_rank", qkv: Qkv = "
     return _with_plugins(family.dense_config(shape))
 
 
-def config_of_method(shape: Shape, method: Method) -> Any:
-    """Return the transformers config of a shape made by a method; raises `ConfigError` for an unknown kind."""
-    return make_config(shape, ranks_of(method), method.kind, method.qkv)
+def config_of_method(shape: Shape, method: Method, seed: int = 0) -> Any:
+    """Return the transformers config of a shape made by a method; raises `ConfigError` for an unknown kind.
+
+    `seed`: `train.seed`, which draws the places of SLTrain's sparse entries.
+    """
+    config = make_config(shape, ranks_of(method), method.kind, method.qkv)
+    if method.kind == SLTRAIN:
+        config.low_rank_sparse = {"share": method.sparse_share, "lora_alpha": method.lora_alpha, "seed": seed}
+    return config
 
 
 def with_blocks(config: Any, blocks: int) -> Any:

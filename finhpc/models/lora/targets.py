@@ -12,7 +12,9 @@ from transformers.pytorch_utils import Conv1D
 
 from finhpc.errors import ConfigError
 from finhpc.lowrank.layers import LowRankLinear, is_factor
+from finhpc.lowrank.registry import SLTRAIN
 from finhpc.lowrank.replace import rank_problems
+from finhpc.lowrank.sltrain import SparseLinear
 from finhpc.models.initialize import generator_of
 from finhpc.quantization.schemes import AUTO, SCHEMES, check_scheme
 
@@ -34,7 +36,15 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return name -> every linear layer, dense or low-rank; the factors of low-rank layers are not listed."""
+    """Return name -> every linear layer, dense or low-rank; the factors of low-rank layers are not listed.
+
+    Raises `ConfigError` for a model of SLTrain's layers, which take no adapter.
+    """
+    if any(isinstance(module, SparseLinear) for module in model.modules()):
+        raise ConfigError(
+            f"a model of method.kind={SLTRAIN} takes no adapter; make it dense with `finhpc export --format merged`, "
+            "and finetune that."
+        )
     return {
         name: module
         for name, module in model.named_modules()

@@ -53,6 +53,11 @@ def factor_of(name: str) -> str | None:
     return last if last in ("A", "B") else None
 
 
+def is_sparse(name: str) -> bool:
+    """Whether a parameter has the entries of SLTrain's sparse matrix."""
+    return name.endswith(".S")
+
+
 def layer_of(name: str) -> str:
     """The name of the layer whose factor a parameter is; of other parameters, their own."""
     return name.removesuffix(".weight").rpartition(".")[0] if factor_of(name) else name

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from finhpc.settings.training import Optimizer
 from finhpc.training.optimizers.adamw import ADAMW
-from finhpc.training.optimizers.kind import OptimizerKind, Shape, factor_of
+from finhpc.training.optimizers.kind import OptimizerKind, Shape, factor_of, is_sparse
 from finhpc.training.optimizers.rates import rate_of
 from finhpc.training.optimizers.registry import OPTIMIZERS, kind_of
 
@@ -50,7 +50,8 @@ def make_optimizer(
     for name, parameter in named.items():
         taken = kinds[True].takes(name, shapes[name])
         scale = rate_of(settings.rates, name, shapes) * (1.0 if taken else rest)
-        undecayed = parameter.dim() < 2 or (factor_of(name) is not None and settings.decay == "product")
+        undecayed = parameter.dim() < 2 and not is_sparse(name)
+        undecayed |= factor_of(name) is not None and settings.decay == "product"
         decay = 0.0 if undecayed else settings.weight_decay
         empty: dict[str, Any] = {"params": [], "names": [], "weight_decay": decay, "lr_scale": scale}
         empty["by_inputs"] = by_inputs
