@@ -26,6 +26,7 @@ from finhpc.models.families.registry import (
     context_of,
     skeleton,
 )
+from finhpc.models.files.config import read_config
 from finhpc.models.files.source import open_weights
 from finhpc.models.initialize import weights_fill
 from finhpc.models.lora.peft_format import save_adapter
@@ -204,6 +205,16 @@ def test_settings_that_layers_do_not_compute_are_refused(name: str, folders: dic
     with pytest.raises(ConfigError, match="which finhpc does not compute") as caught:
         open_weights(config_of(tmp_path, **tree | settings))
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(("row", "key"), [("GPT-NeoX", "rotary_pct"), ("StableLM", "partial_rotary_factor")])
+def test_the_rotated_share_of_heads_is_read_as_older_configs_have_it(
+    row: str, key: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    tree = json.loads((folders[row] / "config.json").read_text())
+    del tree["rope_parameters"]
+    config = read_config(config_of(tmp_path, **tree | {key: 0.5}))
+    assert config.rope_parameters["partial_rotary_factor"] == 0.5
 
 
 def test_longrope_ends_where_its_frequencies_change(folders: dict[str, Path]) -> None:

@@ -25,6 +25,7 @@ from finhpc.models.families.presets import Shape
 from finhpc.settings.pretrain import Qkv
 
 FUSED = ("qkv_proj", "query_key_value")  # names of layers that compute queries, keys and values at once
+ROTATED = ("partial_rotary_factor", "rotary_pct")  # names of the share of a head that has rotary positions
 PLAN = ("embed_tokens", "layers", "norm")  # of a config class without a plan, which has Llama's names
 
 
@@ -48,6 +49,14 @@ class Described(Family):
         self.ropes_by_layer = any(isinstance(value, dict) for value in rope.values())  # type: ignore[misc]
         self.partial_rotary = "partial_rotary_factor" in rope  # type: ignore[misc]
         self.ropes = ropes  # type: ignore[misc]
+
+    def own_settings(self) -> set[str]:
+        """Return also the names that the config class reads the rotated share of a head from."""
+        own = super().own_settings()
+        if self.partial_rotary:
+            made = {name: self.dense_class.config_class(**{name: 0.5}).rope_parameters for name in ROTATED}
+            own |= {name for name, rope in made.items() if rope[ROTATED[0]] == 0.5}
+        return own
 
     def shape_problems(self, shape: Shape) -> list[str]:
         return [f"{self.label} models start from weights, not from a shape; give model.path with a model folder."]

@@ -61,7 +61,7 @@ DESCRIBED = (
     Described("Gemma", GemmaForCausalLM),
     Described("Gemma 2", Gemma2ForCausalLM),
     Described("Gemma 3", Gemma3ForCausalLM),
-    Described("Phi-3", Phi3ForCausalLM, ropes=("default", "longrope")),
+    Described("Phi-3", Phi3ForCausalLM, ropes=("default", "longrope", "su")),
     Described("SmolLM3", SmolLM3ForCausalLM),
     Described("OLMo 2", Olmo2ForCausalLM),
     Described("Granite", GraniteForCausalLM),
