@@ -186,7 +186,7 @@ class Conversion:
             return self._store(name, rows, bias, embedding, dtype)
         if dense_shape(module) is not None:
             weight = tensors["weight"]
-            rows = self._used(weight.T if isinstance(module, Conv1D) else weight)
+            rows = self._used(weight.T if isinstance(module, Conv1D) else weight, name not in self.unquantized)
             rows = self._adapted(name, self._as_trained(name, rows, embedding), embedding)
             return self._store(name, rows, tensors.get("bias"), embedding, dtype)
         return self._cast(name, tensors, dtype)
@@ -199,7 +199,7 @@ class Conversion:
         return rows if self.adapter is None or embedding else self.adapter.merged(name, rows)
 
     def _used(self, rows: Tensor, stays: bool = True) -> Tensor:
-        """Return the matrix that the model computes with. `stays`: the exported model has this matrix too."""
+        """Return the matrix that the model computes with. `stays`: the quantizer of the export takes this matrix."""
         if self.trained_bits == 16 or (stays and self.quantizer_rounds):
             return rows
         return rounded(rows.float(), self.trained_bits)
@@ -238,7 +238,8 @@ class Conversion:
                 continue
             count += 1
             rows, columns = shape[::-1] if embedding else shape
-            if (embedding and not scheme.embeddings) or not scheme.fits(rows, columns):
+            looks_up = scheme.embeddings and type(module) is nn.Embedding  # and does not scale as well
+            if (embedding and not looks_up) or not scheme.fits(rows, columns):
                 floats.append(name)
         if len(floats) == count:
             raise ConfigError(

@@ -259,6 +259,11 @@ def _check_model(config: FinetuneConfig, base: Weights) -> None:
         check_stages(config, base.config)
     with collect(problems):
         FAMILIES.check_workers_see(family_of(base.config).name)
+    if config.train.compile == "on" and family_of(base.config).whole_layers:
+        problems.append(
+            f"train.compile=on does not fit packs of {family_of(base.config).label} models, whose layers run as "
+            "transformers has them; use train.compile=off."
+        )
     if config.data.max_len > context_of(base.config):
         problems.append(
             f"data.max_len={config.data.max_len} is longer than the {context_name(base.config)} that model.path="

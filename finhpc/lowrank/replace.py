@@ -68,6 +68,11 @@ def dense_shape(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
+def _is_other_embedding(module: nn.Module) -> bool:
+    """Return whether a module is an embedding that does more than look up rows, such as Gemma's."""
+    return isinstance(module, nn.Embedding) and type(module) is not nn.Embedding
+
+
 def block_shape(shape: tuple[int, int], blocks: int, name: str) -> tuple[int, int]:
     """Return (out, in) of each of the equal blocks of a layer's rows; raises `ConfigError` if they do not divide."""
     if shape[0] % blocks:
@@ -110,6 +115,12 @@ def target_ranks(
         if shape is not None and rank is not None:
             chosen[name], shapes[name] = rank, block_shape(shape, blocks_of(name), name)
     remedy = " (method.ranks has one rank per kind of layer)"
+    scaled = [name for name in chosen if _is_other_embedding(model.get_submodule(name))]
+    if scaled:
+        raise ConfigError(
+            f"method.embedding=low_rank does not fit {', '.join(scaled)}, which also scales its rows; use "
+            "method.embedding=dense."
+        )
     if problems := rank_problems("method.rank", ((name, rank, shapes[name]) for name, rank in chosen.items()), remedy):
         raise ConfigError(problems)
     return chosen

@@ -118,9 +118,21 @@ def initial_model(hf_config: Any, seed: int, scheme: str | None) -> Any:
     initialize(model, "", hf_config, seed, scheme)
     set_supports(model)
     model.tie_weights()
-    if hasattr(model, "model") and hasattr(model.model, "rotary_emb"):  # a buffer, not a weight
-        model.model.rotary_emb = type(model.model.rotary_emb)(hf_config)
+    fill_buffers(model, model)
     return model
+
+
+@torch.no_grad()
+def fill_buffers(model: Any, module: nn.Module) -> None:
+    """Compute the buffers of `module`, a part of transformers' `model`, such as the factor of Gemma's embedding."""
+    for sub in module.modules():
+        if any(True for _ in sub.buffers(recurse=False)):
+            weights: list[Any] = list(sub.parameters())
+            for weight in weights:
+                weight._is_hf_initialized = True  # transformers leaves those as they are
+            model._init_weights(sub)
+            for weight in weights:
+                del weight._is_hf_initialized
 
 
 def generator_of(seed: int, name: str) -> Generator:

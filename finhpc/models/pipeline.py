@@ -23,9 +23,9 @@ from transformers.pytorch_utils import Conv1D
 from finhpc.lowrank.layers import LowRankLinear
 from finhpc.lowrank.sltrain import multiplied, set_supports
 from finhpc.models.derived import DerivedWeights
-from finhpc.models.families.parts import BLOCK, Compiled, Part, as_it_is
+from finhpc.models.families.parts import BLOCK, LAYER, Compiled, Part, as_it_is
 from finhpc.models.families.registry import family_of
-from finhpc.models.initialize import Fill
+from finhpc.models.initialize import Fill, fill_buffers
 from finhpc.models.recompute import whole_blocks
 from finhpc.settings.training import Precision, Recompute
 
@@ -52,6 +52,7 @@ class PipelineLayer(nn.Module):
         self.part_modules = nn.ModuleList(part.modules(skeleton))
         if any(parameter.is_meta for parameter in self.part_modules.parameters()):
             self.part_modules.to_empty(device=device)
+            fill_buffers(skeleton, self.part_modules)
             for name, module in zip(part.names, self.part_modules, strict=True):
                 fill(module, name)
             set_supports(self.part_modules)
@@ -102,6 +103,11 @@ def parts_of(config: Any, recompute: Recompute = "none", compiled: Compiled = as
     return [replace(part, run=runs.get(part.run, part.run)) for part in row]
 
 
+def has_halves(config: Any, recompute: Recompute) -> bool:
+    """Return whether stages may begin in the middle of a transformer block."""
+    return recompute != "full" and not family_of(config).whole_layers
+
+
 def is_tied(config: Any) -> bool:
     return bool(config.tie_word_embeddings)
 
@@ -118,7 +124,7 @@ def estimated_cost(part: Part, skeleton: nn.Module, seq_len: int) -> float:
         return 0.0
     weights = sum(multiplied(module) for module in part.modules(skeleton))
     config: Any = skeleton.config
-    if part.kind == "attention":
+    if part.kind in ("attention", LAYER):
         return weights + float(seq_len * config.hidden_size)
     if part.kind == BLOCK:
         return (weights + float(seq_len * config.hidden_size)) * 4 / 3

@@ -63,7 +63,8 @@ class Meter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.finhpc.linear_cross_entropy.default:
             (rows, width), vocab, size = args[0].shape, args[1].shape[0], args[1].element_size()
-            self.peak = max(self.peak, self.live + loss.peak_bytes(rows, vocab, width, size, self.device))
+            peak = loss.peak_bytes(rows, vocab, width, size, self.device, capped=bool(args[5]))
+            self.peak = max(self.peak, self.live + peak)
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
@@ -145,7 +146,7 @@ def count_parts(
         blend_in(model, trainable=blend == "trainable")
     row = parts_of(hf_config, recompute)
     dtype = torch.bfloat16 if precision == "bf16-weights" else torch.float32
-    if cuda:
+    if cuda and getattr(hf_config, "attn_logit_softcapping", None) is None:  # no kernel caps scores
         model.config._attn_implementation = "sdpa"  # type: ignore[union-attr]
     counted = {}
     with FakeTensorMode():

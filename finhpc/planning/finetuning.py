@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 
-from finhpc.models.families.parts import BLOCKS, HALVES
+from finhpc.models.families.parts import BLOCKS, HALVES, LAYER
 from finhpc.models.lora.model import LoraModel
 from finhpc.models.packed_parts import packed_parts
 from finhpc.models.packing.attention import AT_ONCE
@@ -116,11 +116,12 @@ class LoraCosts:
         for part in self.parts if parts is None else parts:
             before, after = part.input_bytes / row_bytes, part.output_bytes / row_bytes
             frozen, adapters = 2.0 * self._frozen(part, (before, after)), 2.0 * before * part.trained
-            scores = 2.0 * 2.0 * width * self.pack.pairs if part.kind in ("attention", "block") else 0.0
+            attends = part.kind in ("attention", "block", LAYER)
+            scores = 2.0 * 2.0 * width * self.pack.pairs if attends else 0.0
             forward = frozen + adapters + scores
             total += 2 * frozen + 3 * adapters + 3 * scores
             total += forward if part.kind == "block" else 0.0
-            total += scores / 2 if part.kind == "attention" and recompute == "attention" else 0.0
+            total += scores / 2 if part.kind in ("attention", LAYER) and recompute == "attention" else 0.0
         return total
 
     def _frozen(self, part: LoraPart, rows: tuple[float, float] = (1.0, 1.0)) -> float:
@@ -128,7 +129,8 @@ class LoraCosts:
 
         The attention of the last block returns fewer rows than it receives, and its second half sees only those.
         """
-        halves = HALVES if part.kind == "block" else (part.kind,)
+        blocks = HALVES if HALVES[0] in self._matrix_sizes else (LAYER,)
+        halves = blocks if part.kind == "block" else (part.kind,)
         after = {HALVES[1]: rows[1]} if part.kind == "block" else {}
         return sum(after.get(kind, rows[0]) * self._matrix_sizes[kind] for kind in halves)
 

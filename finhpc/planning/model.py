@@ -21,6 +21,7 @@ from finhpc.data.shards.shards import Shards
 from finhpc.errors import CheckpointError, ConfigError
 from finhpc.lowrank.registry import BLEND, DENSE, LAYERS, STARTED, SVD, check_kind, trained_kind
 from finhpc.lowrank.replace import ranks_of
+from finhpc.models.families.family import DROPOUTS
 from finhpc.models.families.registry import (
     as_low_rank,
     config_of_method,
@@ -41,7 +42,6 @@ SHAPE_KEYS = (
     "preset", "layers", "width", "heads", "kv_heads", "mlp_width", "context", "vocab_size", "tie_embeddings",
 )  # fmt: skip
 RANK_KEYS = ("rank", "ranks", "qkv", "init", "embedding", "head", "sparse_share", "lora_alpha")
-DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from finhpc.models.lora.model import LoraModel
 from finhpc.settings.base import build
 from finhpc.settings.finetune import FinetuneConfig
 from tests.models.dense import saved, tiny_gpt2, tiny_llama
+from tests.models.families import tiny
 from tests.models.packs import examples, packs_of, peft_model, peft_parameters, plain_loss
 from tests.training.processes import run_processes
 
@@ -65,6 +67,8 @@ def train(config: FinetuneConfig, folder: Path, packs: list[Tensor], steps: int)
         (tiny_gpt2, 2, 1, 6, False),
         (tiny_llama, 2, 2, 6, True),
         (tiny_gpt2, 1, 1, 0, True),
+        (partial(tiny, "Gemma 3"), 2, 1, 6, False),
+        (partial(tiny, "GPT-NeoX"), 2, 1, 6, False),
     ],
 )
 def test_losses_gradients_and_steps_are_pefts(

@@ -12,6 +12,7 @@ from finhpc.commands.estimate.run_time import Opened, this_machine_busy, trainin
 from finhpc.commands.estimate.tables import show_pretraining
 from finhpc.errors import ConfigError, collect
 from finhpc.lowrank.registry import BLEND
+from finhpc.models.pipeline import has_halves
 from finhpc.models.schedule import most_workers
 from finhpc.planning import paper
 from finhpc.planning.costs import PretrainCosts, topologies
@@ -91,7 +92,7 @@ def _by_recompute(costs: PretrainCosts, usable: float) -> dict[str, Any]:
     modes: dict[str, Any] = {}
     layers, topology = int(hf_config.num_hidden_layers), costs.topology
     for mode in MODES:
-        if topology.stages > most_workers(topology.schedule, layers, mode):
+        if topology.stages > most_workers(topology.schedule, layers, has_halves(hf_config, mode)):
             continue
         outline = outline_of(hf_config, seq_len, mode, fused)
         fullest = PretrainCosts(Memory(outline, costs.memory.scheme), topology).fullest

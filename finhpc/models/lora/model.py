@@ -22,6 +22,7 @@ from finhpc.models.derived import DerivedWeights
 from finhpc.models.families.parts import BLOCKS, Compiled, Part, as_it_is
 from finhpc.models.families.registry import skeleton
 from finhpc.models.files.weights import Weights
+from finhpc.models.initialize import fill_buffers
 from finhpc.models.lora.layers import DoraLinear, FrozenLowRankLinear, LoraLinear
 from finhpc.models.lora.quantized_cache import QuantizedCache
 from finhpc.models.lora.start import read_start
@@ -163,6 +164,9 @@ class LoraModel:
                     if parameter.is_meta:
                         value = self.weights.read(f"{full}.{key}").to(device, self.dtype)
                         setattr(sub, key, nn.Parameter(value, requires_grad=False))
+                for key, buffer in list(sub.named_buffers(recurse=False)):
+                    sub._buffers[key] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+        fill_buffers(self.skeleton, module)
         return module
 
     def _linear(self, module: nn.Module, name: str, device: torch.device) -> nn.Module:
