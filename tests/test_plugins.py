@@ -91,8 +91,9 @@ def test_without_its_module_it_is_refused(place: Path, capsys: pytest.CaptureFix
     assert main(["pretrain", "--data.shards", str(place / "shards"), *words, "--dry_run"]) == 2
     found = capsys.readouterr().err
     for said in (
-        "optimizer.name=momentums is not an optimizer; valid: adamw, adamw8bit, muon, spectron, loro, apollo_mini.",
-        "method.kind=glue is unknown; valid: dense, low_rank, cola, half, svd, blend. One of your own comes from",
+        "optimizer.name=momentums is not an optimizer; valid: adamw, adamw8bit, muon, spectron, loro, apollo_mini, "
+        "relora.",
+        "method.kind=glue is unknown; valid: dense, low_rank, cola, half, sltrain, svd, blend. One of your own",
     ):
         assert said in found
 

@@ -124,6 +124,7 @@ class FinetuneBench(Section):
     examples: int = Field(160, ge=1, description="examples of a pass, in whole batches; the first batch warms up")
     batch: int = Field(16, ge=1, description="examples per step")
     rank: int = Field(8, ge=1, description="rank of the adapters, on every linear layer except the head")
+    dora: bool = Field(False, description="measure DoRA instead of LoRA, on both sides")
     bits: list[Annotated[Literal[16, 8, 4], BeforeValidator(int)]] = Field(
         [16, 4], min_length=1, description="bases: bfloat16, int8, NF4"
     )

@@ -2,6 +2,7 @@
 
     native   low-rank as it is; `AutoModelForCausalLM.from_pretrained` opens it after `import finhpc`
     merged   B A multiplied out, in transformers' own architecture; opened without finhpc
+    adapter  the mean of several adapters, or an adapter of a lower rank, in peft's format
 
 An adapter's folder is exported as its base with the adapter in its weights (`finhpc.models.lora.peft_format`). Weights
 are read, converted and written a layer at a time: memory is one layer and one file
@@ -18,7 +19,7 @@ import time
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,16 +27,20 @@ from transformers.pytorch_utils import Conv1D
 
 from finhpc.errors import ConfigError, NonFiniteError, collect
 from finhpc.lowrank.layers import LowRankEmbedding, LowRankLinear, is_factor
+from finhpc.lowrank.registry import SLTRAIN
 from finhpc.lowrank.replace import dense_shape
+from finhpc.lowrank.sltrain import SparseLinear
 from finhpc.models.families.registry import as_dense, family_of, is_low_rank, model_sizes, skeleton
 from finhpc.models.files.config import is_adapter
-from finhpc.models.files.manifest import check_manifest
-from finhpc.models.files.source import copy_tokenizer, find_tokenizer, locate, open_weights
+from finhpc.models.files.manifest import check_manifest, weights_fingerprint
+from finhpc.models.files.source import config_of, copy_tokenizer, find_tokenizer, locate, open_weights
 from finhpc.models.files.tensor_folder import TensorFolderWriter
 from finhpc.models.files.tokenizer import TOKENIZER_FILES, has_tokenizer, save_tokenizer
 from finhpc.models.files.tokens import GENERATION, check_rows, generation_config, stop_ids, write_stops
 from finhpc.models.files.weights import Weights
-from finhpc.models.lora.adapter_file import base_of, check_base, load_adapter
+from finhpc.models.lora.adapter_file import base_of
+from finhpc.models.lora.average import lower_rank, read_mean, write_adapter
+from finhpc.models.lora.peft_format import Adapter
 from finhpc.models.pipeline import is_tied
 from finhpc.quantization.fake import TRAINED, trained_bits
 from finhpc.quantization.per_vector import rounded
@@ -58,10 +63,13 @@ def export(config: ExportConfig, dry_run: bool = False) -> dict[str, Any]:
     _check(config)
     source, out = locate(config.model), _path(config.out)
     adapter = source if is_adapter(source) else None
+    _check_adapter(config, adapter)
     base = base_of(source) if adapter else source
-    if adapter:
-        check_base(adapter, base)
-    conversion = Conversion(config, open_weights(base, low_rank=True, floats=True), adapter)
+    weights = open_weights(base, low_rank=True, floats=True)
+    added = read_mean([adapter, *map(Path, config.average)], base, weights.skeleton) if adapter else None
+    if added is not None and config.rank is not None:
+        added = lower_rank(added, config.rank)
+    conversion = Conversion(config, weights, added)
     tokenizer = find_tokenizer(adapter) if adapter else None
     if tokenizer is None:
         tokenizer = find_tokenizer(base)
@@ -69,6 +77,9 @@ def export(config: ExportConfig, dry_run: bool = False) -> dict[str, Any]:
         check_rows(tokenizer, conversion.source_config.vocab_size, f"model={source}")
     generation_config(source)  # raises if an adapter's own is damaged
     result = _counts(config, conversion) | {"model": str(source), "out": str(out)}
+    if added is not None and config.format == "adapter":
+        total = sum(a.numel() + b.numel() for a, b in added.pairs.values())
+        result |= {"params_total": total, "compression_ratio": result["params_dense"] / total, "dtype": "float32"}
     if dry_run:
         _summary(result | {"status": "dry_run"})
         return result | {"status": "dry_run"}
@@ -76,9 +87,12 @@ def export(config: ExportConfig, dry_run: bool = False) -> dict[str, Any]:
         check_manifest(base)
     try:
         with TensorFolderWriter(out) as writer:
-            for tensors in conversion.layers():
-                writer.add(tensors)
-            size = writer.finish(conversion.target_config)
+            if added is not None and config.format == "adapter":
+                size = write_adapter(writer.partial, added, weights, weights_fingerprint(base))
+            else:
+                for tensors in conversion.layers():
+                    writer.add(tensors)
+                size = writer.finish(conversion.target_config)
             copy_tokenizer(base, writer.partial)
             if adapter:
                 _replace_tokenizer(adapter, writer.partial)
@@ -94,29 +108,41 @@ def export(config: ExportConfig, dry_run: bool = False) -> dict[str, Any]:
     return result
 
 
+def scored_format(model: Path) -> Literal["native", "merged"]:
+    """Return the format in which a quantized model is scored: native unless that has none."""
+    kind = getattr(config_of(model, any_family=True), "low_rank_kind", None)
+    return "merged" if kind == SLTRAIN else "native"
+
+
 class Conversion:
     """How each layer of a model is converted. `target_config`: transformers' config of the exported model.
 
-    `adapter`: a folder whose adapter is added to the weights.
+    `adapter`: is added to the weights.
     """
 
-    def __init__(self, config: ExportConfig, weights: Weights, adapter: Path | None = None) -> None:
+    def __init__(self, config: ExportConfig, weights: Weights, adapter: Adapter | None = None) -> None:
         self.weights, self.source_config = weights, weights.config
         self.merged, self.bits = config.format == "merged", config.quantization.bits
         self.scheme = SCHEMES[config.quantization.scheme] if self.bits < 16 else None
         self.dtype: torch.dtype | None = None if config.dtype == "auto" else getattr(torch, config.dtype)
         self.model = skeleton(self.source_config)
-        self.adapter = load_adapter(adapter, self.model) if adapter else None
-        if adapter and is_low_rank(self.source_config) and not self.merged:
+        self.adapter = adapter
+        if adapter and is_low_rank(self.source_config) and config.format == "native":
             raise ConfigError(
-                f"format=native does not fit model={adapter}, an adapter of a low-rank model: its B A would have to "
-                "grow by the adapter's rank; use --format merged."
+                f"format=native does not fit model={config.model}, an adapter of a low-rank model: its B A would have "
+                "to grow by the adapter's rank; use --format merged."
             )
         mergeable = all(module.mergeable for module in self.model.modules() if isinstance(module, LowRankLinear))
+        sparse = any(isinstance(module, SparseLinear) for module in self.model.modules())
         if self.merged and not mergeable:
             raise ConfigError(
                 f"format=merged does not fit a model of method.kind={self.source_config.low_rank_kind}: something "
                 "stands between A and B, so that no one matrix takes their place; use --format native."
+            )
+        if sparse and self.bits < 16 and not self.merged:
+            raise ConfigError(
+                f"format=native with quantization.bits={self.bits} does not fit a model of method.kind={SLTRAIN}: the "
+                "entries of S are not a matrix with vectors to round; use --format merged."
             )
         self.tied = is_tied(self.source_config)
         self.trained_bits = trained_bits(self.source_config)
@@ -149,17 +175,18 @@ class Conversion:
         embedding = isinstance(module, nn.Embedding | LowRankEmbedding)
         if isinstance(module, LowRankLinear | LowRankEmbedding):
             bias, stays = tensors.get("B.bias"), not self.merged
+            own = {"S": tensors["S"]} if isinstance(module, SparseLinear) else {}
             a, b = (self._used(tensors[f"{key}.weight"], stays) for key in ("A", "B"))
             if stays:
-                return self._store(f"{name}.A", a, None, embedding, dtype) | self._store(
-                    f"{name}.B", b, bias, False, dtype
-                )
+                stored = self._store(f"{name}.A", a, None, embedding, dtype)
+                return stored | self._store(f"{name}.B", b, bias, False, dtype) | self._cast(name, own, dtype)
             a, b = self._as_trained(f"{name}.A", a, embedding), self._as_trained(f"{name}.B", b, embedding)
-            rows = self._adapted(name, module.product(a.float(), b.float()), embedding)
+            rows = module.product(a.float(), b.float(), *(s.float() for s in own.values()))
+            rows = self._adapted(name, rows, embedding)
             return self._store(name, rows, bias, embedding, dtype)
         if dense_shape(module) is not None:
             weight = tensors["weight"]
-            rows = self._used(weight.T if isinstance(module, Conv1D) else weight)
+            rows = self._used(weight.T if isinstance(module, Conv1D) else weight, name not in self.unquantized)
             rows = self._adapted(name, self._as_trained(name, rows, embedding), embedding)
             return self._store(name, rows, tensors.get("bias"), embedding, dtype)
         return self._cast(name, tensors, dtype)
@@ -172,7 +199,7 @@ class Conversion:
         return rows if self.adapter is None or embedding else self.adapter.merged(name, rows)
 
     def _used(self, rows: Tensor, stays: bool = True) -> Tensor:
-        """Return the matrix that the model computes with. `stays`: the exported model has this matrix too."""
+        """Return the matrix that the model computes with. `stays`: the quantizer of the export takes this matrix."""
         if self.trained_bits == 16 or (stays and self.quantizer_rounds):
             return rows
         return rounded(rows.float(), self.trained_bits)
@@ -211,7 +238,8 @@ class Conversion:
                 continue
             count += 1
             rows, columns = shape[::-1] if embedding else shape
-            if (embedding and not scheme.embeddings) or not scheme.fits(rows, columns):
+            looks_up = scheme.embeddings and type(module) is nn.Embedding  # and does not scale as well
+            if (embedding and not looks_up) or not scheme.fits(rows, columns):
                 floats.append(name)
         if len(floats) == count:
             raise ConfigError(
@@ -251,6 +279,25 @@ def _check(config: ExportConfig) -> None:
                 f"quantization.scheme={scheme} is set, but quantization.bits=16 quantizes nothing; "
                 f"use quantization.bits={SCHEMES[scheme].bits[0]}, or leave the scheme out."
             )
+    if problems:
+        raise ConfigError(problems)
+
+
+def _check_adapter(config: ExportConfig, adapter: Path | None) -> None:
+    """Raise `ConfigError` for settings of adapters that do not fit the model or each other."""
+    problems = []
+    if adapter is None and (config.average or config.format == "adapter" or config.rank is not None):
+        problems.append(
+            f"model={config.model} is no adapter, which average, rank and format=adapter need; give the folder of one."
+        )
+    if config.format == "adapter" and not config.average and config.rank is None:
+        problems.append(
+            "format=adapter would copy the adapter; give others with --average, or a lower --rank, or --format merged."
+        )
+    if config.rank is not None and config.format != "adapter":
+        problems.append(f"rank={config.rank} is of an exported adapter; use --format adapter, or leave it out.")
+    if config.format == "adapter" and (config.quantization.bits < 16 or config.dtype not in ("auto", "float32")):
+        problems.append("format=adapter writes float32; leave dtype and quantization.bits out.")
     if problems:
         raise ConfigError(problems)
 
@@ -303,6 +350,9 @@ def _summary(result: dict[str, Any]) -> None:
         needs = (
             "transformers" if result["format"] == "merged" and result["scheme"] != "minmax" else "import finhpc, then"
         )
+        if result["format"] == "adapter":
+            log.info(f"open it: peft's PeftModel.from_pretrained(BASE, {result['out']!r})")
+            return
         log.info(f"open it: {needs} AutoModelForCausalLM.from_pretrained({result['out']!r})")
 
 

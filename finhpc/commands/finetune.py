@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finhpc.errors import ConfigError, DataError, collect
-from finhpc.files import publish
+from finhpc.files import file_sha256, json_sha256, publish
 from finhpc.planning.plan import check_registered, check_stages
 from finhpc.runs.job import Job
 from finhpc.runs.result import lower_batch, millions
@@ -57,6 +58,7 @@ class Finetune(Job):
         from finhpc.models.files.manifest import check_manifest
         from finhpc.models.files.source import tokenizer_of
         from finhpc.models.files.tokens import check_rows
+        from finhpc.models.lora.adapter_file import check_base
         from finhpc.models.lora.model import LoraModel
         from finhpc.training.optimizers.registry import check_taken
 
@@ -76,6 +78,8 @@ class Finetune(Job):
             with collect(problems):
                 self.lora_model = LoraModel.of(config, base)
                 check_taken(config.optimizer, self.lora_model.adapter_shapes)
+                if config.lora.path is not None:
+                    check_base(Path(config.lora.path), base.path)
             with collect(problems):
                 tokenizer = tokenizer_of(base.path)
                 check_rows(tokenizer, base.config.vocab_size, f"model.path={base.path}")
@@ -105,11 +109,16 @@ class Finetune(Job):
 
     @property
     def params_trainable(self) -> int:
-        return sum(self.config.lora.rank * sum(shape) for shape in self.lora_model.targets.values())
+        return sum(math.prod(shape) for shape in self.lora_model.adapter_shapes.values())
 
     @property
     def fingerprints(self) -> tuple[str, str | None]:
-        return self.examples.fingerprint, self.base_fingerprint
+        from finhpc.models.lora.peft_format import TENSORS
+
+        start = self.config.lora.path
+        if start is None:
+            return self.examples.fingerprint, self.base_fingerprint
+        return self.examples.fingerprint, json_sha256([self.base_fingerprint, file_sha256(Path(start) / TENSORS)])
 
     @property
     def hf_config(self) -> Any:
@@ -250,6 +259,11 @@ def _check_model(config: FinetuneConfig, base: Weights) -> None:
         check_stages(config, base.config)
     with collect(problems):
         FAMILIES.check_workers_see(family_of(base.config).name)
+    if config.train.compile == "on" and family_of(base.config).whole_layers:
+        problems.append(
+            f"train.compile=on does not fit packs of {family_of(base.config).label} models, whose layers run as "
+            "transformers has them; use train.compile=off."
+        )
     if config.data.max_len > context_of(base.config):
         problems.append(
             f"data.max_len={config.data.max_len} is longer than the {context_name(base.config)} that model.path="

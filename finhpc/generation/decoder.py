@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from finhpc.models.attention import NAME, Attend, Scores, attend
+from finhpc.models.families.described import position_kinds
+from finhpc.models.families.parts import Ends, rotate
 from finhpc.models.families.registry import context_of, family_of
 
 
@@ -27,10 +30,13 @@ class Decoder:
         self.kv_heads: int = getattr(self.config, "num_key_value_heads", self.heads)
         self.head_size: int = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.heads
         self.context = context_of(self.config)
+        self.ends = Ends.of(self.config)
         self.rotary = self.family.rotary(self.config)
         self.device = next(model.parameters()).device
         if self.rotary is not None:
             self.rotary.to(self.device)
+        if self.family.whole_layers:
+            self.config._attn_implementation = NAME
         self.computed_tokens = 0
         self.past, self.keys, self.values, self.blocks = 0, [], [], []  # type: ignore[var-annotated]
 
@@ -48,7 +54,9 @@ class Decoder:
         self.blocks = [self._block(i) for i in range(self.config.num_hidden_layers)]
 
     def _block(self, i: int) -> tuple[Any, ...]:
-        """Return the norm, attention and output projection, and the norm and MLP of a block."""
+        """Return the norm, attention and output projection, and the norm and MLP of a block; or its one layer."""
+        if self.family.whole_layers:
+            return (self.model.get_submodule(f"{self.family.blocks}.{i}"),)
         names, mlp = self.family.block_names(i, self.family.attention), self.family.block_names(i, self.family.mlp)
         projection = f"{names[1]}.{self.family.output_projection}"
         return tuple(self.model.get_submodule(name) for name in (*names, projection, *mlp))
@@ -79,24 +87,44 @@ class Decoder:
 
     def _logits(self, tokens: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
         family, module = self.family, self.model.get_submodule
-        hidden = module(family.embedding)(tokens)
+        hidden = self.ends.embed(module(family.embedding), tokens)
         if family.positions:
             hidden = hidden + module(family.positions)(positions)
-        rotated = self.rotary(hidden, positions) if self.rotary is not None else None
+        hidden = (self._layers if family.whole_layers else self._halves)(hidden, positions, mask)
+        return self.ends.predict(module(family.norm)(hidden[:, -1]), module(family.head))
+
+    def _halves(self, hidden: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
+        rotated = rotate(self.rotary, hidden, positions, None)
         for i, (norm, attention, project, mlp_norm, mlp) in enumerate(self.blocks):
-            q, k, v = (x.transpose(1, 2) for x in family.heads(attention, norm(hidden), rotated))
+            q, k, v = (x.transpose(1, 2) for x in self.family.heads(attention, norm(hidden), rotated))
             attended = self._attend(mask, i, q, k, v, attention.scaling)
             hidden = hidden + project(attended.to(hidden.dtype))
             hidden = hidden + mlp(mlp_norm(hidden))
-        return module(family.head)(module(family.norm)(hidden[:, -1]))  # type: ignore[no-any-return]
+        return hidden
+
+    def _layers(self, hidden: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
+        kinds = position_kinds(self.config)
+        rotated = {kind: rotate(self.rotary, hidden, positions, kind) for kind in set(kinds)}
+
+        def run(module: Any, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
+            keys, values = self._store(module.layer_idx, k, v)
+            return attend(q.to(keys.dtype), keys, values, mask, scores).transpose(1, 2).to(q.dtype)
+
+        for (layer,), kind in zip(self.blocks, kinds, strict=True):
+            hidden = layer(hidden, attention_mask=Attend(run), position_embeddings=rotated[kind])
+        return hidden
+
+    def _store(self, block: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store keys and values of a block, and return all of them so far."""
+        end = self.past + k.shape[2]
+        self.keys[block][:, :, self.past : end] = k
+        self.values[block][:, :, self.past : end] = v
+        return self.keys[block][:, :, :end], self.values[block][:, :, :end]
 
     def _attend(self, mask: Tensor | None, block: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Store keys and values of a block, and attend to all of them so far: (batch, seq, heads * size)."""
         batch, heads, seq, size = q.shape
-        end = self.past + seq
-        self.keys[block][:, :, self.past : end] = k
-        self.values[block][:, :, self.past : end] = v
-        keys, values = self.keys[block][:, :, :end], self.values[block][:, :, :end]
+        keys, values = self._store(block, k, v)
         q = q.to(keys.dtype)
         if seq == 1:  # query heads that share keys take the place of several tokens' queries
             q = q.reshape(batch, self.kv_heads, heads // self.kv_heads, size)

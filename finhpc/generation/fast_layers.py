@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finhpc.lowrank.layers import LowRankLinear
+from finhpc.lowrank.sltrain import SparseLinear
 from finhpc.quantization.minmax import QuantizedLinear
 from finhpc.quantization.per_vector import unpack_bits
 
@@ -47,16 +48,20 @@ def use_fast_layers(model: nn.Module) -> dict[str, int]:
 
 
 def _merged_is_smaller(layer: LowRankLinear) -> bool:
+    if isinstance(layer, SparseLinear):  # it makes the same matrix for every product
+        return True
     if type(layer.A) is not nn.Linear:  # quantized
         return False
     return layer.A.weight.numel() + layer.B.weight.numel() + CALL_WEIGHTS >= layer.in_features * layer.out_features
 
 
 def _merged(layer: LowRankLinear) -> nn.Linear:
-    a, b = layer.A.weight.detach(), layer.B.weight.detach()
+    a, *rest = (layer.A.weight, layer.B.weight, *([layer.S] if isinstance(layer, SparseLinear) else []))
     with torch.device("meta"):
         merged = nn.Linear(layer.in_features, layer.out_features, bias=False)
-    merged.weight = nn.Parameter(layer.product(a.float(), b.float()).to(a.dtype), requires_grad=False)
+    with torch.no_grad():
+        rows = layer.product(a.float(), *(tensor.float() for tensor in rest))
+    merged.weight = nn.Parameter(rows.to(a.dtype), requires_grad=False)
     merged.bias = layer.B.bias
     return merged
 

@@ -1,7 +1,12 @@
-"""Method 3: a dense layer that fades into its factors, y = alpha W x + (1 - alpha) B A x.
+"""A dense layer that fades into its factors, y = alpha W x + (1 - alpha) B A x.
 
-FinGPT-HPC, section III.C: alpha falls from near 1 to 0 over a share of the training. At 0 the layer is a
-`LowRankLinear` and W is removed, so the saved model is an ordinary low-rank model.
+Method 3 (FinGPT-HPC, section III.C) starts from a dense model: W is its weight, A and B are the best factors of W, and
+alpha falls from near 1 to 0 over a share of the training. Without a dense model this is self-guided training (X. Wei et
+al., "Building on Efficient Foundations", 2024, arXiv 2406.16450, section 4; code StructuredFFN, `basiclinear.py`): W
+starts as B A and is trained, and alpha falls from 1 by a cosine over the first half of the training. Its authors may
+skip W in a pass with probability 1 - alpha, to save operations; here every pass computes W.
+
+At 0 the layer is a `LowRankLinear` and W is removed, so the saved model is an ordinary low-rank model.
 """
 
 from __future__ import annotations

@@ -37,3 +37,15 @@ def cola(dense: Tensor, rank: int, generator: Generator) -> tuple[Tensor, Tensor
     a = torch.randn(rank, in_features, generator=generator) * std
     b = torch.randn(out_features, rank, generator=generator) * std
     return a, b
+
+
+def sltrain(dense: Tensor, rank: int, generator: Generator) -> tuple[Tensor, Tensor]:
+    """A uniform within in^-1/2, B zero (SLTrain, 2024)."""
+    out_features, in_features = dense.shape
+    return uniform(rank * in_features, in_features, generator).view(rank, -1), torch.zeros(out_features, rank)
+
+
+def uniform(count: int, in_features: int, generator: Generator) -> Tensor:
+    """Numbers between -in^-1/2 and in^-1/2."""
+    bound = float(in_features**-0.5)
+    return torch.empty(count).uniform_(-bound, bound, generator=generator)

@@ -57,8 +57,11 @@ class LowRankLinear(nn.Module):
         """Return A and B of the shapes of `A.weight` and `B.weight` with a first dimension for blocks, if any."""
         return (split(a, self.blocks), split(b, self.blocks)) if self.blocks > 1 else (a, b)
 
-    def product(self, a: Tensor, b: Tensor) -> Tensor:
-        """Return W (out_features, in_features) of A and B of the shapes of `A.weight` and `B.weight`."""
+    def product(self, a: Tensor, b: Tensor, s: Tensor | None = None) -> Tensor:
+        """Return W (out_features, in_features) of A and B of the shapes of `A.weight` and `B.weight`.
+
+        `s`: the third tensor of an SLTrain layer.
+        """
         a, b = self.in_blocks(a, b)
         return (b @ a).reshape(self.out_features, self.in_features)
 

@@ -16,16 +16,18 @@ from finhpc.errors import ConfigError
 from finhpc.lowrank.cola import ColaLinear
 from finhpc.lowrank.dlr import dlr
 from finhpc.lowrank.half import HalfLinear
-from finhpc.lowrank.initialize import Scheme, cola, normal, spectral
+from finhpc.lowrank.initialize import Scheme, cola, normal, sltrain, spectral
 from finhpc.lowrank.layers import LowRankLinear
+from finhpc.lowrank.sltrain import SparseLinear
 from finhpc.plugins import Registry
 from finhpc.settings.base import nearest
 
 DENSE = "dense"
 SVD, BLEND = "svd", "blend"
+SLTRAIN = "sltrain"
 # Ways to start from a dense model's weights -> the kind of the model that is trained and saved.
 STARTED = {SVD: "low_rank", BLEND: "low_rank"}
-INITS: dict[str, Scheme] = {"spectral": spectral, "normal": normal, "cola": cola, "dlr": dlr}
+INITS: dict[str, Scheme] = {"spectral": spectral, "normal": normal, "cola": cola, "dlr": dlr, SLTRAIN: sltrain}
 IN_BLOCKS = ("dlr",)  # of `INITS`: those that are not for the head and the embedding, which start as by default
 
 
@@ -55,7 +57,9 @@ def _check_layer(name: str, layer: Any) -> None:
 
 
 LAYERS: Registry[type[LowRankLinear]] = Registry(
-    "method.kind", {"low_rank": LowRankLinear, "cola": ColaLinear, "half": HalfLinear}, _check_layer
+    "method.kind",
+    {"low_rank": LowRankLinear, "cola": ColaLinear, "half": HalfLinear, SLTRAIN: SparseLinear},
+    _check_layer,
 )
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from finhpc.errors import ConfigError
 from finhpc.lowrank.layers import LowRankEmbedding, LowRankLinear
-from finhpc.lowrank.registry import DENSE, LAYERS, check_kind
+from finhpc.lowrank.registry import DENSE, LAYERS, SLTRAIN, check_kind
 from finhpc.settings.pretrain import LINEAR_KINDS, PROJECTIONS, Method
 
 Ranks = dict[str, int | None]
@@ -67,6 +68,11 @@ def dense_shape(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
+def _is_other_embedding(module: nn.Module) -> bool:
+    """Return whether a module is an embedding that does more than look up rows, such as Gemma's."""
+    return isinstance(module, nn.Embedding) and type(module) is not nn.Embedding
+
+
 def block_shape(shape: tuple[int, int], blocks: int, name: str) -> tuple[int, int]:
     """Return (out, in) of each of the equal blocks of a layer's rows; raises `ConfigError` if they do not divide."""
     if shape[0] % blocks:
@@ -109,6 +115,12 @@ def target_ranks(
         if shape is not None and rank is not None:
             chosen[name], shapes[name] = rank, block_shape(shape, blocks_of(name), name)
     remedy = " (method.ranks has one rank per kind of layer)"
+    scaled = [name for name in chosen if _is_other_embedding(model.get_submodule(name))]
+    if scaled:
+        raise ConfigError(
+            f"method.embedding=low_rank does not fit {', '.join(scaled)}, which also scales its rows; use "
+            "method.embedding=dense."
+        )
     if problems := rank_problems("method.rank", ((name, rank, shapes[name]) for name, rank in chosen.items()), remedy):
         raise ConfigError(problems)
     return chosen
@@ -121,11 +133,13 @@ def make_low_rank(
     layers: Mapping[str, int] | None = None,
     kind: str = "low_rank",
     blocks_of: BlocksOf = lambda name: 1,
+    sparse: Mapping[str, Any] | None = None,
 ) -> None:
     """Replace every chosen dense layer of `model` in place, uninitialized (method 1, FinGPT-HPC section IV.A).
 
     `layers`: ranks of single layers by name. `kind`: the registered way to be low-rank; embedding and head are plain
     factor pairs in all of them. `blocks_of`: how many pairs of that rank take the place of a layer.
+    `sparse`: share, lora_alpha and seed of SLTrain's layers.
     """
     for name, rank in target_ranks(model, ranks, kind_of, layers, blocks_of).items():
         module = model.get_submodule(name)
@@ -137,5 +151,6 @@ def make_low_rank(
                 low_rank = LowRankEmbedding(module.num_embeddings, module.embedding_dim, rank)
             else:
                 layer = LowRankLinear if kind_of(name) == "head" else LAYERS[kind]
-                low_rank = layer(shape[1], shape[0], rank, module.bias is not None, blocks_of(name))
+                own = {"name": name, **(sparse or {})} if layer is LAYERS[SLTRAIN] else {}
+                low_rank = layer(shape[1], shape[0], rank, module.bias is not None, blocks_of(name), **own)
         model.set_submodule(name, low_rank)

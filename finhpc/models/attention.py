@@ -10,15 +10,18 @@ The attention named `RECOMPUTED` computes the same without storing its large int
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 NAME = "finhpc_causal"
 RECOMPUTED = "finhpc_causal_recomputed"
@@ -73,15 +76,68 @@ class CausalAttention(torch.autograd.Function):
         return *grads, None, None
 
 
+@dataclass(frozen=True)
+class Scores:
+    """How an attention module scores a key: scale q k, or cap tanh(scale q k / cap) (Gemma Team 2024, section 2).
+
+    A query sees only the last `window` keys up to its own, if there is a window.
+    """
+
+    scale: float
+    window: int | None = None
+    cap: float | None = None
+
+
+@dataclass(frozen=True)
+class Attend:
+    """Given to a decoder layer in the place of a mask, it computes the attention of all its queries itself.
+
+    `run(module, q, k, v, scores)`: (batch, heads, seq, size), keys perhaps with fewer heads, to (batch, seq, heads,
+    size).
+    """
+
+    run: Callable[[Any, Tensor, Tensor, Tensor, Scores], Tensor]
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, sees: Tensor | None, scores: Scores, dropout: float = 0.0
+) -> Tensor:
+    """Return softmax(scores) V for q (..., heads, seq, size) and keys with as many heads, or fewer, as q.
+
+    `sees`: bool, which keys a query sees; by default those up to its own. The last query is that of the last key.
+    """
+    queries, keys = query.shape[-2], key.shape[-2]
+    if scores.window is not None and keys > scores.window:
+        last = torch.arange(keys - queries, keys, device=query.device)[:, None]
+        places = torch.arange(keys, device=query.device)
+        near = places > last - scores.window
+        sees = near & (places <= last if sees is None else sees)
+    elif sees is None and (scores.cap is not None or 1 < queries < keys):
+        sees = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
+    groups = query.shape[-3] // key.shape[-3]
+    if scores.cap is None:
+        causal = sees is None and queries > 1
+        return F.scaled_dot_product_attention(
+            query, key, value, sees, dropout, is_causal=causal, scale=scores.scale, enable_gqa=groups > 1
+        )
+    if groups > 1:
+        key, value = (x.repeat_interleave(groups, -3) for x in (key, value))
+    capped = torch.tanh((query @ key.transpose(-1, -2)) * (scores.scale / scores.cap)) * scores.cap
+    p = torch.softmax(capped.masked_fill(~sees, float("-inf")), -1, dtype=torch.float32)  # type: ignore[operator]
+    return F.dropout(p, dropout).to(value.dtype) @ value
+
+
 def attention_forward(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | Attend | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     recompute: bool = False,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Compute attention for transformers: `CausalAttention` if it is faster, otherwise torch's own kernel.
@@ -89,6 +145,14 @@ def attention_forward(
     With `recompute` no probabilities are stored; torch's fused kernels never store them all and are used as they are.
     """
     seq = query.shape[2]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = Scores(scale, sliding_window, softcap)
+    if isinstance(attention_mask, Attend):
+        return attention_mask.run(module, query, key, value, scores), None
+    if softcap is not None or (sliding_window is not None and sliding_window < key.shape[2]):
+        run = partial(checkpoint, attend, use_reentrant=False) if recompute else attend
+        q, k = query.to(value.dtype), key.to(value.dtype)  # as autocast gives them to a kernel
+        return run(q, k, value, attention_mask, scores, dropout).transpose(1, 2), None
     ours = query.device.type == "cpu" and attention_mask is None and not dropout and seq == key.shape[2] <= LONGEST
     groups = query.shape[1] // key.shape[1]  # query heads that share a key and value head
     if not ours:
@@ -103,7 +167,6 @@ def attention_forward(
         )
     if groups > 1:
         key, value = _for_each_head(key, groups), _for_each_head(value, groups)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = CausalAttention.apply(  # type: ignore[no-untyped-call]
         query.to(value.dtype), key.to(value.dtype), value, scale, not recompute
     )
@@ -126,6 +189,8 @@ def recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 AttentionInterface.register(NAME, attention_forward)
 AttentionInterface.register(RECOMPUTED, partial(attention_forward, recompute=True))
+for _name in (NAME, RECOMPUTED):
+    AttentionMaskInterface.register(_name, sdpa_mask)
 
 
 def _for_each_head(x: Tensor, groups: int) -> Tensor:

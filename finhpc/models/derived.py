@@ -24,7 +24,8 @@ class DerivedWeights:
 
     While they are set, `module.weight` is the derived tensor, and `module.named_parameters()` has the trained one. With
     `bits` below 16 every matrix is rounded. With precision `bf16` the parameters of linear layers are cast, as autocast
-    does on each use; with `bf16-weights` all parameters are.
+    does on each use; with `bf16-weights` all parameters are. A module with a method
+    `derive(name, weight)` makes some of its weights itself.
     """
 
     def __init__(self, modules: nn.Module, precision: Precision, bits: int = 16) -> None:
@@ -40,6 +41,9 @@ class DerivedWeights:
         for module in self.modules.modules():
             for name, weight in module.named_parameters(recurse=False):
                 source: Tensor = weight
+                if (derive := getattr(module, "derive", None)) and (made := derive(name, weight)) is not None:
+                    yield module, name, made, False
+                    continue
                 if self.bits < 16 and name in matrices(module):
                     source = rounded_weight(module, weight, self.bits)
                 casts = self.precision == "bf16-weights" or (self.precision == "bf16" and _casts(module))

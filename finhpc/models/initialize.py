@@ -16,9 +16,11 @@ from torch import Generator, nn
 from transformers.pytorch_utils import Conv1D
 
 from finhpc.lowrank.blend import Blended
+from finhpc.lowrank.initialize import uniform
 from finhpc.lowrank.layers import LowRank, LowRankLinear, is_factor
 from finhpc.lowrank.registry import IN_BLOCKS, INITS
 from finhpc.lowrank.replace import dense_shape
+from finhpc.lowrank.sltrain import SparseLinear, set_supports
 from finhpc.models.families.registry import family_of, skeleton
 from finhpc.models.files.weights import Weights
 
@@ -90,8 +92,10 @@ def _draw_factors(layer: LowRank, std: float, generator: Generator, scheme: str 
         a, b = INITS[scheme or layer.init](dense.T, layer.rank, generator)
         layer.A.weight.copy_(a.T)
     layer.B.weight.copy_(b)
-    if isinstance(layer, Blended):
-        layer.W.copy_(dense)
+    if isinstance(layer, SparseLinear):
+        layer.S.copy_(uniform(len(layer.S), layer.in_features, generator))
+    if isinstance(layer, Blended):  # self-guided training starts at the low-rank model
+        layer.W.copy_(layer.product(layer.A.weight, layer.B.weight))
 
 
 def _draw(module: nn.Module, std: float, generator: Generator) -> None:
@@ -112,10 +116,23 @@ def initial_model(hf_config: Any, seed: int, scheme: str | None) -> Any:
     """Build the whole model on the CPU with the weights that training starts from."""
     model: Any = skeleton(hf_config).to_empty(device="cpu")
     initialize(model, "", hf_config, seed, scheme)
+    set_supports(model)
     model.tie_weights()
-    if hasattr(model, "model") and hasattr(model.model, "rotary_emb"):  # a buffer, not a weight
-        model.model.rotary_emb = type(model.model.rotary_emb)(hf_config)
+    fill_buffers(model, model)
     return model
+
+
+@torch.no_grad()
+def fill_buffers(model: Any, module: nn.Module) -> None:
+    """Compute the buffers of `module`, a part of transformers' `model`, such as the factor of Gemma's embedding."""
+    for sub in module.modules():
+        if any(True for _ in sub.buffers(recurse=False)):
+            weights: list[Any] = list(sub.parameters())
+            for weight in weights:
+                weight._is_hf_initialized = True  # transformers leaves those as they are
+            model._init_weights(sub)
+            for weight in weights:
+                del weight._is_hf_initialized
 
 
 def generator_of(seed: int, name: str) -> Generator:

@@ -24,11 +24,12 @@ WIDTHS = 4
 ALIGNED = 128  # a GPU's products are fast for a vocabulary that is a multiple of this
 
 
-def head_loss(hidden: Tensor, module: nn.Module, targets: Tensor) -> Tensor:
+def head_loss(hidden: Tensor, module: nn.Module, targets: Tensor, cap: float | None = None) -> Tensor:
     """Return the mean cross-entropy in nats, in float32, of the output layer at `targets` (rows,).
 
-    `hidden`: (rows, width). `module`: a linear layer, dense or low-rank, trained or frozen; or the embedding that is
-    tied to it. Under autocast the products have its type, and the softmax and the sum are float32 in any case.
+    `cap`: see `linear_cross_entropy`. `hidden`: (rows, width). `module`: a linear layer, dense or low-rank, trained or
+    frozen; or the embedding that is tied to it. Under autocast the products have its type, and the softmax and the sum
+    are float32 in any case.
     """
     if isinstance(module, nn.Embedding):
         weight = module.weight
@@ -39,27 +40,27 @@ def head_loss(hidden: Tensor, module: nn.Module, targets: Tensor) -> Tensor:
         hidden, weight = module.as_product(hidden)  # type: ignore[operator]
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    return linear_cross_entropy(hidden.to(dtype), weight.to(dtype), targets)
+    return linear_cross_entropy(hidden.to(dtype), weight.to(dtype), targets, cap)
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | None = None) -> Tensor:
     """Return the mean over rows of -log softmax(hidden weight^T)[target] in nats, in float32.
 
-    `hidden`: (rows, width) and `weight`: (vocab, width) of one dtype. `targets`: int64 (rows,). It can be
-    differentiated once.
+    `hidden`: (rows, width) and `weight`: (vocab, width) of one dtype. `targets`: int64 (rows,). With `cap` the logits
+    are cap * tanh(hidden weight^T / cap). It can be differentiated once.
     """
     wanted = torch.is_grad_enabled()
     loss: Tensor = _linear_cross_entropy(
-        hidden, weight, targets, wanted and hidden.requires_grad, wanted and weight.requires_grad
+        hidden, weight, targets, wanted and hidden.requires_grad, wanted and weight.requires_grad, cap or 0.0
     )[0]
     return loss
 
 
 @torch.library.custom_op("finhpc::linear_cross_entropy", mutates_args=())
 def _linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, hidden_grad: bool, weight_grad: bool
+    hidden: Tensor, weight: Tensor, targets: Tensor, hidden_grad: bool, weight_grad: bool, cap: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the loss and its gradients; a gradient that is not wanted is empty."""
+    """Return the loss and its gradients; a gradient that is not wanted is empty. `cap` 0: none."""
     rows, device = len(hidden), hidden.device.type
     matrix = _aligned(weight)
     vocab, width = matrix.shape
@@ -70,7 +71,10 @@ def _linear_cross_entropy(
     pieces = zip(hidden.split(step), targets[:, None].split(step), strict=True)
     for begin, (x, target) in zip(range(0, rows, step), pieces, strict=True):
         logits = x @ matrix.T
+        slope = _cap(logits, cap) if cap else None
         total += _to_gradient(logits[:, : len(weight)], target, rows, hidden_grad or weight_grad)
+        if slope is not None:
+            logits.mul_(slope)
         if matrix is not weight:
             logits[:, len(weight) :] = 0
         if hidden_grad:
@@ -92,15 +96,16 @@ def _rows_at_once(rows: int, vocab: int, width: int, item_bytes: int, device: st
     return -(-rows // -(-rows // most))  # pieces of equal size
 
 
-def peak_bytes(rows: int, vocab: int, width: int, item_bytes: int, device: str) -> int:
+def peak_bytes(rows: int, vocab: int, width: int, item_bytes: int, device: str, capped: bool = False) -> int:
     """Return the most bytes that `linear_cross_entropy` allocates at a time, with both gradients.
 
-    `item_bytes`: of a weight. `device`: cpu or cuda.
+    `item_bytes`: of a weight. `device`: cpu or cuda. `capped`: with `cap`.
     """
     padded = vocab + (-vocab % ALIGNED if device == "cuda" else 0)
     step = _rows_at_once(rows, padded, width, item_bytes, device)
     softmax_rows = min(step, max(1, ROW_BYTES[device] // (4 * vocab)))
-    logits, softmax = step * padded * item_bytes, softmax_rows * vocab * (4 if item_bytes == 4 else 8)
+    logits = step * padded * item_bytes * (2 if capped else 1)
+    softmax = softmax_rows * vocab * (4 if item_bytes == 4 else 8)
     product, total = padded * width * item_bytes, 4 * padded * width
     if step == rows:
         return rows * width * item_bytes + logits + max(softmax, product)
@@ -109,6 +114,14 @@ def peak_bytes(rows: int, vocab: int, width: int, item_bytes: int, device: str) 
     summing = total + logits + max(softmax, product)
     copy = padded * width * item_bytes if padded > vocab else 0
     return rows * width * item_bytes + copy + summing
+
+
+def _cap(logits: Tensor, cap: float) -> Tensor:
+    """Replace logits by cap * tanh(logits / cap); returns the slope of that, 1 - tanh^2."""
+    share = logits.div_(cap).tanh_()
+    slope = 1 - share.square()
+    share.mul_(cap)
+    return slope
 
 
 def _to_gradient(logits: Tensor, targets: Tensor, rows: int, overwrite: bool) -> Tensor:
@@ -133,7 +146,7 @@ def _aligned(weight: Tensor) -> Tensor:
 
 
 @_linear_cross_entropy.register_fake
-def _(hidden: Tensor, weight: Tensor, targets: Tensor, hidden_grad: bool, weight_grad: bool) -> Any:
+def _(hidden: Tensor, weight: Tensor, targets: Tensor, hidden_grad: bool, weight_grad: bool, cap: float) -> Any:
     loss = hidden.new_empty((), dtype=torch.float32)
     nothing = hidden.new_empty(0)
     return (
@@ -151,7 +164,7 @@ def _keep_gradients(ctx: Any, inputs: Any, output: Any) -> None:
 def _scale_gradients(ctx: Any, *gradients: Tensor) -> Any:
     scale = gradients[0]
     hidden, weight = (g * scale.to(g.dtype) if g.numel() else None for g in cast(Any, ctx).saved_tensors)
-    return hidden, weight, None, None, None
+    return hidden, weight, None, None, None, None
 
 
 _linear_cross_entropy.register_autograd(_scale_gradients, setup_context=_keep_gradients)

@@ -18,12 +18,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from finhpc.lowrank.layers import LowRankLinear
+from finhpc.lowrank.sltrain import multiplied, set_supports
 from finhpc.models.derived import DerivedWeights
-from finhpc.models.families.parts import BLOCK, Compiled, Part, as_it_is
+from finhpc.models.families.parts import BLOCK, LAYER, Compiled, Part, as_it_is
 from finhpc.models.families.registry import family_of
-from finhpc.models.initialize import Fill
+from finhpc.models.initialize import Fill, fill_buffers
 from finhpc.models.recompute import whole_blocks
 from finhpc.settings.training import Precision, Recompute
 
@@ -50,8 +52,10 @@ class PipelineLayer(nn.Module):
         self.part_modules = nn.ModuleList(part.modules(skeleton))
         if any(parameter.is_meta for parameter in self.part_modules.parameters()):
             self.part_modules.to_empty(device=device)
+            fill_buffers(skeleton, self.part_modules)
             for name, module in zip(part.names, self.part_modules, strict=True):
                 fill(module, name)
+            set_supports(self.part_modules)
         self.derived = DerivedWeights(self.part_modules, precision, bits)
 
     def forward(self, data: Any) -> Any:
@@ -66,6 +70,17 @@ class PipelineLayer(nn.Module):
         for prefix, module in zip(self.part.names, self.part_modules, strict=True):
             for name, parameter in module.named_parameters():
                 yield f"{prefix}.{name}", parameter
+
+
+def stored_by_inputs(layers: list[PipelineLayer]) -> set[str]:
+    """Return the names of the weights of `Conv1D` layers, which are (in, out)."""
+    return {
+        f"{name}.weight"
+        for layer in layers
+        for prefix, part_module in zip(layer.part.names, layer.part_modules, strict=True)
+        for name, module in part_module.named_modules(prefix=prefix)
+        if isinstance(module, Conv1D)
+    }
 
 
 def residual_layers(layers: list[PipelineLayer]) -> dict[str, LowRankLinear]:
@@ -88,6 +103,11 @@ def parts_of(config: Any, recompute: Recompute = "none", compiled: Compiled = as
     return [replace(part, run=runs.get(part.run, part.run)) for part in row]
 
 
+def has_halves(config: Any, recompute: Recompute) -> bool:
+    """Return whether stages may begin in the middle of a transformer block."""
+    return recompute != "full" and not family_of(config).whole_layers
+
+
 def is_tied(config: Any) -> bool:
     return bool(config.tie_word_embeddings)
 
@@ -102,9 +122,9 @@ def estimated_cost(part: Part, skeleton: nn.Module, seq_len: int) -> float:
     """
     if part.kind in ("embedding", "positions", "dropout", "norm"):
         return 0.0
-    weights = sum(p.numel() for module in part.modules(skeleton) for p in module.parameters() if p.dim() == 2)
+    weights = sum(multiplied(module) for module in part.modules(skeleton))
     config: Any = skeleton.config
-    if part.kind == "attention":
+    if part.kind in ("attention", LAYER):
         return weights + float(seq_len * config.hidden_size)
     if part.kind == BLOCK:
         return (weights + float(seq_len * config.hidden_size)) * 4 / 3

@@ -15,30 +15,35 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from finhpc.models.families.parts import BLOCK, HALVES, Flow, Part
+from finhpc.models.families.parts import BLOCK, HALVES, LAYER, Flow, Part
 
 
 def whole_blocks(row: list[Part]) -> list[Part]:
-    """Return the row with each block's two halves as one part, which stores only its input."""
+    """Return the row with each block, two halves or a layer, as one part, which stores only its input."""
     merged: list[Part] = []
     for part in row:
-        merged.append(_block(merged.pop(), part) if part.kind == HALVES[1] else part)
+        if part.kind == HALVES[1]:
+            merged.append(_block(merged.pop(), part))
+        else:
+            merged.append(_block(part) if part.kind == LAYER else part)
     return merged
 
 
-def _block(attention: Part, mlp: Part) -> Part:
-    split = len(attention.names)
-
+def _block(*pieces: Part) -> Part:
     def run(flow: Flow, *modules: nn.Module) -> Flow:
-        def halves(hidden: Tensor, tokens: Tensor) -> Any:
-            return mlp.run(attention.run((hidden, tokens), *modules[:split]), *modules[split:])
+        def whole(hidden: Tensor, tokens: Tensor) -> Any:
+            data, begin = (hidden, tokens), 0
+            for piece in pieces:
+                end = begin + len(piece.names)
+                data, begin = piece.run(data, *modules[begin:end]), end
+            return data
 
         draws = any(draws_random(module) for module in modules)
-        return checkpoint(halves, *flow, use_reentrant=False, preserve_rng_state=draws)  # type: ignore[no-any-return]
+        return checkpoint(whole, *flow, use_reentrant=False, preserve_rng_state=draws)  # type: ignore[no-any-return]
 
-    if prepare := getattr(attention.run, "prepare", None):
+    if prepare := getattr(pieces[0].run, "prepare", None):
         run.prepare = prepare  # type: ignore[attr-defined]
-    return Part(attention.names + mlp.names, BLOCK, run)
+    return Part(tuple(name for piece in pieces for name in piece.names), BLOCK, run)
 
 
 def draws_random(module: nn.Module) -> bool:

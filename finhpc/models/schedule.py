@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from finhpc.models.families.parts import Part
 from finhpc.models.pipeline import borders_of, stage_borders
-from finhpc.settings.training import Recompute, Schedule
+from finhpc.settings.training import Schedule
 
 FORWARD = 1 / 3  # the forward pass's share of a micro-batch's time on a stage
 SIMULATED = 4  # micro-batches per stage that are simulated; more of them add the slowest worker's time each
@@ -36,9 +36,9 @@ def stages_of(schedule: Schedule, workers: int) -> list[tuple[int, ...]]:
     return [(worker,) for worker in range(workers)]
 
 
-def most_workers(schedule: Schedule, blocks: int, recompute: Recompute) -> int:
-    """The largest number of workers that a model of so many transformer blocks can be cut for."""
-    return (blocks + 1) // 2 if schedule == "dualpipev" and recompute == "full" else blocks
+def most_workers(schedule: Schedule, blocks: int, halves: bool) -> int:
+    """The largest number of workers that a model of so many transformer blocks can be cut for; see `has_halves`."""
+    return (blocks + 1) // 2 if schedule == "dualpipev" and not halves else blocks
 
 
 def passes(schedule: Schedule, workers: int, worker: int, micro_batches: int) -> Iterator[Pass]:

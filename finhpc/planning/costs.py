@@ -11,7 +11,15 @@ from finhpc.models.schedule import stages_of
 from finhpc.planning.devices import Cluster
 from finhpc.planning.memory import Memory, Scheme, StageMemory, Topology
 from finhpc.planning.outline import Outline, Stages
-from finhpc.planning.step_time import ADAMW_BYTES, Pace, averaging_s, launches, part_operations, step_operations
+from finhpc.planning.step_time import (
+    Pace,
+    averaging_s,
+    launches,
+    making_operations,
+    optimizer_s,
+    part_operations,
+    step_operations,
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,13 @@ class PretrainCosts:
 
     def operations_per_step(self) -> float:
         """Operations of one step, over all replicas."""
-        return step_operations(self.outline, self.topology.samples_per_step)
+        topology = self.topology
+        return step_operations(self.outline, topology.samples_per_step, topology.micro_batches * topology.replicas)
+
+    def _operations(self, kind: str) -> float:
+        """Operations of one part for one micro-batch."""
+        tokens = self.topology.micro_batch_size * self.outline.seq_len
+        return tokens * part_operations(self.outline, kind) + making_operations(self.outline, kind)
 
     def pace(self, cluster: Cluster) -> Pace:
         """Seconds of one step: from measured parts if there are any, else from the cluster's rates."""
@@ -69,23 +83,32 @@ class PretrainCosts:
             measured = [sum(part_s[kind] for kind in kinds) for kinds in self.cut]
             return Pace(measured, exchange_s, 0.0, topology.micro_batches, topology.schedule)
         rate = device.rate(cluster.precision) * cluster.reached
-        tokens, link = topology.micro_batch_size * outline.seq_len, cluster.link(topology.workers)
-        hidden_bytes = 4 * tokens * int(outline.hf_config.hidden_size)
+        link = cluster.link(topology.workers)
+        hidden_bytes = 4 * topology.micro_batch_size * outline.seq_len * int(outline.hf_config.hidden_size)
         seconds = []
         for i, kinds in enumerate(self.cut):
             least = {kind: launches(kind) * device.launch_s for kind in kinds}
-            compute = sum(max(tokens * part_operations(outline, kind) / rate, least[kind]) for kind in kinds)
+            compute = sum(max(self._operations(kind) / rate, least[kind]) for kind in kinds)
             turns = len(self.cut) > topology.stages and i in (topology.stages - 1, topology.stages)  # on one worker
             neighbors = (i > 0) + (i < len(self.cut) - 1) - turns
             seconds.append(compute + neighbors * 2 * hidden_bytes / link)  # hidden states there, gradients back
-        optimizer_s = largest / topology.optimizer_shares * ADAMW_BYTES / (device.memory_gb_per_s * 1e9)
-        return Pace(seconds, exchange_s, optimizer_s, topology.micro_batches, topology.schedule)
+        return Pace(seconds, exchange_s, self._optimizer_s(cluster), topology.micro_batches, topology.schedule)
+
+    def _optimizer_s(self, cluster: Cluster) -> float:
+        """Seconds of the optimizer's step on the slowest worker."""
+        outline, topology, optimizer = self.outline, self.topology, self.memory.scheme.optimizer
+        times = []
+        for stages in stages_of(topology.schedule, topology.stages):
+            kinds = [kind for stage in stages for kind in self.cut[stage]]
+            params = sum(outline.part_params(kind) for kind in kinds)
+            operations = sum(outline.part_optimizer_operations(kind, optimizer) for kind in kinds)
+            times.append(optimizer_s(params, operations, optimizer, cluster.device, cluster.reached))
+        return max(times) / topology.optimizer_shares
 
     def reached(self, rate: float) -> float:
         """The share of a matrix rate that the measured parts reach."""
         assert self.part_s is not None
-        tokens = self.topology.micro_batch_size * self.outline.seq_len
-        operations = tokens * sum(part_operations(self.outline, kind) for kind in self.kinds)
+        operations = sum(self._operations(kind) for kind in self.kinds)
         return operations / (sum(self.part_s[kind] for kind in self.kinds) * rate)
 
 

@@ -88,6 +88,10 @@ class EmptyLoraModel(LoraModel):
             return FrozenFloat(torch.empty(matrix.shape, dtype=self.dtype), bias)
         return SCHEMES[self.scheme].empty(matrix.shape, bias, bits)
 
+    def _of_rounding(self, matrix: Matrix, frozen: FrozenLinear) -> tuple[Tensor, Tensor]:
+        rank, (out, into) = self.lora.rank, matrix.shape
+        return torch.empty(rank, into), torch.empty(out, rank)
+
 
 def count_lora_parts(lora_model: LoraModel, pack: PackSize, cuda: bool) -> list[LoraPart]:
     """Every part of the model in order, for packs of that size.
@@ -98,7 +102,8 @@ def count_lora_parts(lora_model: LoraModel, pack: PackSize, cuda: bool) -> list[
     layers = int(lora_model.hf_config.num_hidden_layers)
     counted = min(layers, 3) if _blocks_are_alike(lora_model) else layers
     shapes = Shapes(with_blocks(lora_model.hf_config, counted))
-    lora, quantization, recompute = lora_model.lora, lora_model.quantization, lora_model.recompute
+    lora = lora_model.lora.model_copy(update={"path": None})  # its adapter has all layers of the model
+    quantization, recompute = lora_model.quantization, lora_model.recompute
     row = _count(EmptyLoraModel(shapes, lora, quantization, lora_model.bf16, recompute, lora_model.seed), pack, cuda)
     inside = [i for i, part in enumerate(row) if part.kind in BLOCKS]
     per_block = len(inside) // counted

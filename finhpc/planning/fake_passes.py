@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from finhpc.lowrank.blend import blend_in
+from finhpc.lowrank.sltrain import SparseLinear
 from finhpc.models import loss
 from finhpc.models.derived import DerivedWeights
 from finhpc.models.families.parts import Part
@@ -34,7 +35,7 @@ class PartBytes:
     `forward`: the peak of its forward pass beyond its input, including what is kept and the output.
     `backward`: the peak of its backward pass beyond what is kept and its output's gradient, once the weights'
     gradients exist; `first_backward`: while they are being made. `derived`: of the weights that are cast or rounded
-    once per step, for all micro-batches.
+    once per step, for all micro-batches, and of the places of SLTrain's sparse entries.
     """
 
     kept: int
@@ -62,7 +63,8 @@ class Meter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.finhpc.linear_cross_entropy.default:
             (rows, width), vocab, size = args[0].shape, args[1].shape[0], args[1].element_size()
-            self.peak = max(self.peak, self.live + loss.peak_bytes(rows, vocab, width, size, self.device))
+            peak = loss.peak_bytes(rows, vocab, width, size, self.device, capped=bool(args[5]))
+            self.peak = max(self.peak, self.live + peak)
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
@@ -144,7 +146,7 @@ def count_parts(
         blend_in(model, trainable=blend == "trainable")
     row = parts_of(hf_config, recompute)
     dtype = torch.bfloat16 if precision == "bf16-weights" else torch.float32
-    if cuda:
+    if cuda and getattr(hf_config, "attn_logit_softcapping", None) is None:  # no kernel caps scores
         model.config._attn_implementation = "sdpa"  # type: ignore[union-attr]
     counted = {}
     with FakeTensorMode():
@@ -161,7 +163,9 @@ def count_parts(
             derived = DerivedWeights(nn.ModuleList(modules), precision, bits)
             with meter:
                 derived.set()
-            derived_bytes, meter.peak = meter.live, 0
+            subs = [sub for module in modules for sub in module.modules()]
+            supports = [sub.support.nbytes for sub in subs if isinstance(sub, SparseLinear)]
+            derived_bytes, meter.peak = meter.live + sum(supports), 0
 
             def make_input(part: Part = part, one: Tensor = one) -> Any:
                 # Not a leaf, as if another part had made it: only this part keeps it alive.

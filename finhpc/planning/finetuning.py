@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 
-from finhpc.models.families.parts import BLOCKS, HALVES
+from finhpc.models.families.parts import BLOCKS, HALVES, LAYER
 from finhpc.models.lora.model import LoraModel
 from finhpc.models.packed_parts import packed_parts
 from finhpc.models.packing.attention import AT_ONCE
@@ -16,9 +16,9 @@ from finhpc.models.pipeline import is_tied
 from finhpc.planning.devices import Cluster
 from finhpc.planning.fake_packs import LoraPart, PackSize, count_lora_parts
 from finhpc.planning.memory import StageMemory, Steps, Topology, worker_memory
-from finhpc.planning.step_time import ADAMW_BYTES, Pace, averaging_s, launches
+from finhpc.planning.step_time import Pace, averaging_s, launches, optimizer_s
 from finhpc.settings.training import Optimizer
-from finhpc.training.optimizers.stage import state_bytes
+from finhpc.training.optimizers.stage import product_operations, state_bytes
 
 LORA_LAUNCHES = 3  # kernel launches of a part with adapters over one without; measured, with SmolLM2's shapes
 
@@ -116,11 +116,12 @@ class LoraCosts:
         for part in self.parts if parts is None else parts:
             before, after = part.input_bytes / row_bytes, part.output_bytes / row_bytes
             frozen, adapters = 2.0 * self._frozen(part, (before, after)), 2.0 * before * part.trained
-            scores = 2.0 * 2.0 * width * self.pack.pairs if part.kind in ("attention", "block") else 0.0
+            attends = part.kind in ("attention", "block", LAYER)
+            scores = 2.0 * 2.0 * width * self.pack.pairs if attends else 0.0
             forward = frozen + adapters + scores
             total += 2 * frozen + 3 * adapters + 3 * scores
             total += forward if part.kind == "block" else 0.0
-            total += scores / 2 if part.kind == "attention" and recompute == "attention" else 0.0
+            total += scores / 2 if part.kind in ("attention", LAYER) and recompute == "attention" else 0.0
         return total
 
     def _frozen(self, part: LoraPart, rows: tuple[float, float] = (1.0, 1.0)) -> float:
@@ -128,7 +129,8 @@ class LoraCosts:
 
         The attention of the last block returns fewer rows than it receives, and its second half sees only those.
         """
-        halves = HALVES if part.kind == "block" else (part.kind,)
+        blocks = HALVES if HALVES[0] in self._matrix_sizes else (LAYER,)
+        halves = blocks if part.kind == "block" else (part.kind,)
         after = {HALVES[1]: rows[1]} if part.kind == "block" else {}
         return sum(after.get(kind, rows[0]) * self._matrix_sizes[kind] for kind in halves)
 
@@ -165,8 +167,11 @@ class LoraCosts:
             seconds.append(compute + 2 * sent / link)
         if (part_s := self.part_s) is not None:
             seconds = [sum(part_s[part.kind] for part in parts) for parts in self.cut]
-        largest = max(sum(part.trained for part in parts) for parts in self.cut)
+        trained = [sum(part.trained for part in parts) for parts in self.cut]
+        products = [product_operations([dict(p.adapters) for p in parts], self.optimizer) for parts in self.cut]
         shard, per_node = topology.shard_optimizer, cluster.devices_per_node
-        exchange = averaging_s(largest, topology.replicas, device, per_node, shard)
-        optimizer_s = largest / topology.optimizer_shares * ADAMW_BYTES / memory
-        return Pace(seconds, exchange, optimizer_s, topology.micro_batches)
+        exchange = averaging_s(max(trained), topology.replicas, device, per_node, shard)
+        steps = (
+            optimizer_s(*own, self.optimizer, device, cluster.reached) for own in zip(trained, products, strict=True)
+        )
+        return Pace(seconds, exchange, max(steps) / topology.optimizer_shares, topology.micro_batches)

@@ -3,9 +3,9 @@
 | method.kind | without a path | a dense model | a low-rank model |
 |---|---|---|---|
 | dense | random | continued | - |
-| low_rank, cola | random | - | continued, if it is of the same kind |
+| low_rank, cola, ... | random | - | continued, if it is of the same kind |
 | svd | - | decomposed first, into RUN/decomposed | continued |
-| blend | random, W and its factors | W from it, and its factors | - |
+| blend | random factors, W = B A | W from it, and its factors | - |
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from finhpc.data.shards.shards import Shards
 from finhpc.errors import CheckpointError, ConfigError
 from finhpc.lowrank.registry import BLEND, DENSE, LAYERS, STARTED, SVD, check_kind, trained_kind
 from finhpc.lowrank.replace import ranks_of
+from finhpc.models.families.family import DROPOUTS
 from finhpc.models.families.registry import (
     as_low_rank,
     config_of_method,
@@ -40,8 +41,7 @@ DECOMPOSED = "decomposed"  # the run folder's low-rank model, which provides the
 SHAPE_KEYS = (
     "preset", "layers", "width", "heads", "kv_heads", "mlp_width", "context", "vocab_size", "tie_embeddings",
 )  # fmt: skip
-RANK_KEYS = ("rank", "ranks", "qkv", "init", "embedding", "head")
-DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout")
+RANK_KEYS = ("rank", "ranks", "qkv", "init", "embedding", "head", "sparse_share", "lora_alpha")
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,17 @@ class InitModel:
 
 
 def open_init_model(config: PretrainConfig, shards: Shards) -> InitModel | None:
-    """Open `model.path` and check its files and its tokenizer; None if it is not set.
+    """Open `model.path` and check its files and its tokenizer; None if it is not set and none is needed.
 
     Raises `ConfigError` for settings that do not fit it, `CheckpointError` if the folder is not a complete model.
     """
     if config.model.path is None:
+        if config.method.kind == BLEND and config.method.blend_weight == "frozen":
+            raise ConfigError(
+                f"method.kind={BLEND} with method.blend_weight=frozen takes W from a dense model, and model.path is "
+                "not set; give --model.path with a dense model, or train W from scratch with "
+                "method.blend_weight=trainable."
+            )
         return None
     folder = Path(config.model.path)
     hf_config_of_settings(config)  # refuses settings that conflict before anything large is read
@@ -84,7 +90,7 @@ def hf_config_of_settings(config: PretrainConfig, vocab_size: int | None = None)
                 f"method.kind={SVD} starts from a model, and model.path is not set; give --model.path with a model "
                 "folder, dense or from `finhpc decompose`, or use method.kind=low_rank to start from scratch."
             )
-        return config_of_method(resolve_shape(config.model, vocab_size), config.method)
+        return config_of_method(resolve_shape(config.model, vocab_size), config.method, config.train.seed)
     initial = _read(config.model.path)
     _check_settings(config, initial)
     family_of(initial)
@@ -115,7 +121,7 @@ def initial_fill(config: PretrainConfig, hf_config: Any, run: Path) -> Fill:
     """The function that fills the modules of the run's model with their initial weights.
 
     A run with a complete checkpoint continues from one, or ends because all are damaged; so its initial weights, which
-    a checkpoint replaces, are neither drawn nor read. Two kinds of runs need numbers before that: method 3, whose
+    a checkpoint replaces, are neither drawn nor read. Two kinds of runs need numbers before that: blends, whose
     frozen W is in no checkpoint, and training with rounded weights.
     """
     needed = config.method.kind == BLEND or config.quantization.training_bits < 16

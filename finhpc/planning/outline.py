@@ -16,12 +16,13 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from finhpc.lowrank.layers import LowRank, is_factor
+from finhpc.lowrank.sltrain import SparseLinear
 from finhpc.models.families.registry import skeleton, with_blocks
 from finhpc.models.pipeline import estimated_cost, is_tied, parts_of
 from finhpc.models.schedule import schedule_borders
 from finhpc.settings.training import Optimizer, Recompute, Schedule
 from finhpc.training.optimizers.registry import OPTIMIZERS
-from finhpc.training.optimizers.stage import state_bytes
+from finhpc.training.optimizers.stage import product_operations, state_bytes
 
 Stages = list[list[str]]  # kinds of the parts of each stage
 Matrix = tuple[int, int]  # (vectors, their length): outputs and inputs of a layer, rows of an embedding
@@ -56,10 +57,21 @@ class Weights:
     matrices: tuple[Matrix, ...]
     vectors: int  # elements of norms and biases
     shapes: tuple[tuple[str, tuple[int, ...]], ...]  # of its parameters, by Hugging Face name with * for the block
+    sparse: int = 0  # entries of SLTrain's S
 
     @property
     def one(self) -> int:
-        return sum(a * b for a, b in self.matrices) + self.vectors
+        return sum(a * b for a, b in self.matrices) + self.vectors + self.sparse
+
+    @property
+    def multiplied(self) -> tuple[Matrix, ...]:
+        """The matrices that a token is multiplied by: of SLTrain the W that is made of A, B and S."""
+        return ((self.matrices[1][0], self.matrices[0][1]),) if self.sparse else self.matrices
+
+    @property
+    def made(self) -> int:
+        """Multiplications of B A in SLTrain's W."""
+        return self.replaced * self.matrices[1][1] if self.sparse else 0
 
     @property
     def total(self) -> int:
@@ -89,11 +101,11 @@ class Weights:
         """Bytes of one module at 16, 8 or 4 bits, in section V.B's per-vector scheme.
 
         Every vector has a float32 scale and zero point; norms and biases have 16 bits. At 4 bits a byte has two
-        weights.
+        weights. SLTrain's layers are stored as W.
         """
         if bits == 16:
             return 2 * self.one
-        return 2 * self.vectors + sum(rows * (-(-length * bits // 8) + 8) for rows, length in self.matrices)
+        return 2 * self.vectors + sum(rows * (-(-length * bits // 8) + 8) for rows, length in self.multiplied)
 
 
 @dataclass(frozen=True)
@@ -144,6 +156,10 @@ class Outline:
         """Bytes of the optimizer's state for one part of that kind."""
         return sum(weights.moments_bytes(optimizer, dense_too) for weights in self._of_part(kind))
 
+    def part_optimizer_operations(self, kind: str, optimizer: Optimizer) -> float:
+        """Operations of the matrix products in a step of the optimizer for one part of that kind."""
+        return product_operations((dict(weights.shapes) for weights in self._of_part(kind)), optimizer)
+
     def part_bytes(self, kind: str, bits: int) -> int:
         """Bytes of one part of that kind at 16, 8 or 4 bits."""
         return sum(weights.stored_bytes(bits) for weights in self._of_part(kind))
@@ -192,8 +208,9 @@ def _weights_of(name: str, module: nn.Module, kind: str, count: int) -> list[Wei
             transposed = isinstance(sub, Conv1D)  # stored (in, out)
             shapes = [tuple(p.shape) for p in own if p.dim() == 2]
             matrices = tuple((b, a) if transposed else (a, b) for a, b in shapes)
-            vectors = sum(p.numel() for p in own if p.dim() != 2)
+            sparse = sub.S.numel() if isinstance(sub, SparseLinear) else 0
+            vectors = sum(p.numel() for p in own if p.dim() != 2) - sparse
             full = re.sub(r"\.\d+\.", ".*.", f"{name}.{sub_name}" if sub_name else name)
             parameters = tuple((f"{full}.{key}", tuple(p.shape)) for key, p in named.items())
-            rows.append(Weights(full, kind, count, matrices, vectors, parameters))
+            rows.append(Weights(full, kind, count, matrices, vectors, parameters, sparse))
     return rows

@@ -133,10 +133,11 @@ def _check_seq_len(config: PretrainConfig, shards: Shards, context: int | None) 
 
 def check_stages(config: TrainingConfig, hf_config: Any) -> None:
     """Raise `ConfigError` if the transformer blocks are too few for the stages."""
+    from finhpc.models.pipeline import has_halves
     from finhpc.models.schedule import most_workers
 
     parallel, layers, recompute = config.parallel, hf_config.num_hidden_layers, config.train.recompute
-    most = most_workers(parallel.schedule, layers, recompute)
+    most = most_workers(parallel.schedule, layers, has_halves(hf_config, recompute))
     if parallel.stages > most:
         blocks, use = counted(layers, "transformer block"), f"1 to {most}" if most > 1 else "1"
         how = "" if most == layers else f" with parallel.schedule=dualpipev and train.recompute={recompute}"

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from finhpc.models.schedule import passes_seconds
 from finhpc.planning.devices import Device
 from finhpc.planning.outline import Outline
-from finhpc.settings.training import Schedule
+from finhpc.settings.training import Optimizer, Schedule
+from finhpc.training.optimizers.registry import OPTIMIZERS
 
 # Bytes moved per parameter, in float32.
 ADAMW_BYTES = 28  # weight, gradient and two moments are read, weight and moments written
@@ -45,7 +46,7 @@ def forward_operations(outline: Outline, kind: str) -> float:
     if kind in ("positions", "norm", "dropout"):
         return 0.0
     own = "embedding" if kind == "head" and outline.tied else kind
-    matrices = [matrix for weights in outline.weights if weights.kind == own for matrix in weights.matrices]
+    matrices = [matrix for weights in outline.weights if weights.kind == own for matrix in weights.multiplied]
     if kind == "embedding":
         matrices = matrices[1:]  # the table is looked up, not multiplied; a low-rank one is multiplied by B
     operations = 2.0 * sum(a * b for a, b in matrices)
@@ -54,9 +55,23 @@ def forward_operations(outline: Outline, kind: str) -> float:
     return operations
 
 
-def step_operations(outline: Outline, samples: int) -> float:
-    """Operations of one step of `samples` samples."""
-    return samples * outline.seq_len * sum(part_operations(outline, kind) for kind in outline.kinds)
+def step_operations(outline: Outline, samples: int, micro_batches: int = 0) -> float:
+    """Operations of one step of `samples` samples.
+
+    `micro_batches`: of all replicas; SLTrain makes W for each.
+    """
+    making = micro_batches * sum(making_operations(outline, kind) for kind in outline.kinds)
+    return samples * outline.seq_len * sum(part_operations(outline, kind) for kind in outline.kinds) + making
+
+
+def making_operations(outline: Outline, kind: str) -> float:
+    """Operations per micro-batch of one part for W of SLTrain's layers.
+
+    W is made in the forward pass, which full recomputation repeats, and in the backward pass, where the gradients of
+    A and B are made of that of W.
+    """
+    products = 5 if kind == "block" else 4
+    return 2.0 * products * sum(weights.made for weights in outline.weights if weights.kind == kind)
 
 
 def blended_operations(outline: Outline, trained: bool) -> float:
@@ -79,6 +94,15 @@ def part_operations(outline: Outline, kind: str) -> float:
     elif kind == "attention" and outline.recompute == "attention" and not outline.fused:
         again = float(outline.seq_len * int(outline.hf_config.hidden_size))  # q k^T
     return 3 * forward + again
+
+
+def optimizer_s(params: int, operations: float, optimizer: Optimizer, device: Device, reached: float) -> float:
+    """Seconds of a step of the optimizer for parameters whose matrix products take so many operations.
+
+    Every optimizer is taken to read and write as much as AdamW.
+    """
+    rate = device.rate(OPTIMIZERS[optimizer.name].precision) * reached
+    return params * ADAMW_BYTES / (device.memory_gb_per_s * 1e9) + operations / rate
 
 
 def averaging_s(params: int, replicas: int, device: Device, per_node: int, shard_optimizer: bool = False) -> float:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from finhpc.settings.base import Plugins, Section, plugins_field
+from finhpc.settings.base import LocalPath, Plugins, Section, plugins_field
 
 
 class ExportQuantization(Section):
@@ -23,8 +23,17 @@ class ExportConfig(Section):
     """Settings of `finhpc export`."""
 
     model: str = Field("", description="model or adapter folder, hub id or .gguf file; required")
-    format: Literal["native", "merged"] = Field(
-        "native", description="native: as it is, low-rank; merged: B A multiplied out, opens without finhpc"
+    average: list[LocalPath] = Field(
+        default_factory=list,
+        description="more adapters of the same base: what the mean of `model` and these adds to the base is exported",
+    )
+    rank: int | None = Field(
+        None, ge=1, description="lower the rank of the exported adapter, by SVD; default: the sum of what is averaged"
+    )
+    format: Literal["native", "merged", "adapter"] = Field(
+        "native",
+        description="native: as it is, low-rank; merged: B A multiplied out, opens without finhpc; adapter: a new "
+        "adapter in peft's format",
     )
     out: str = Field("", description="new folder for the exported model; required")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(

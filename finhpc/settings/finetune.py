@@ -58,9 +58,22 @@ class Base(Section):
 class Lora(Section):
     """The adapter, in the terms of peft (E. Hu et al., "LoRA", 2021)."""
 
+    path: LocalPath | None = Field(
+        None,
+        description="folder of an adapter to continue from, in peft's format and of these settings; default: a new one",
+        json_schema_extra=MAY_CHANGE,
+    )
     rank: int = Field(8, description="rank of A and B")
     lora_alpha: float = Field(
         16.0, gt=0, description="scale: the output of the adapter is multiplied by lora_alpha / rank"
+    )
+    rslora: bool = Field(
+        False,
+        description="rsLoRA: multiply by lora_alpha / sqrt(rank) instead, so that high ranks learn as fast as low ones",
+    )
+    dora: bool = Field(
+        False,
+        description="DoRA: train the length of each row of W + B A apart from its direction; slower, dense layers only",
     )
     targets: list[str] = Field(
         default_factory=lambda: ["all-linear"],
@@ -68,8 +81,10 @@ class Lora(Section):
         "(.*[02468].*q_proj), as in peft; all-linear: all except the head",
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of the adapter")
-    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = Field(
-        "default", description="init_lora_weights of peft; default: A uniform (Kaiming), B zero"
+    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora", "loftq"] = Field(
+        "default",
+        description="init_lora_weights of peft; default: A uniform (Kaiming), B zero; pissa, olora: from the base's "
+        "weights; loftq: from what quantizing the base lost",
     )
 
     @field_validator("targets", mode="before")
@@ -106,6 +121,17 @@ class Instructions(Section):
     labels: Labels = Field(default_factory=dict, description=LABELS)
     encoding: str | None = Field(
         None, description="encoding of text and CSV files; default: UTF-8; PhraseBank: latin-1 unless it is valid UTF-8"
+    )
+    weights: dict[str, Annotated[float, Field(gt=0, le=1000)]] = Field(
+        default_factory=dict,
+        description="how often a pass takes each example of a source: fpb.txt=6 fiqa.csv=21 (0.5: half of them); "
+        "default: once",
+    )
+    temperature: float = Field(
+        1.0,
+        ge=1,
+        description="gives small sources more of a pass: size^(1/temperature); 1: as they are, 100: all about as much "
+        "as the largest",
     )
     hf_split: str = Field("train", description="split of sources hf:NAME")
     eval_source: list[Source] = Field(

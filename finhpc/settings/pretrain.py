@@ -54,8 +54,9 @@ class Method(Section):
     kind: str = Field(
         "low_rank",
         description="dense; low_rank: y = B(A x) from scratch (method 1); svd: low_rank, started from the factors of "
-        "model.path (method 2); blend: y = alpha W x + (1 - alpha) B A x, alpha falling to 0 (method 3); cola: "
-        "y = B silu(A x); half: y = B [A1 x ; silu(A2 x)]",
+        "model.path (method 2); blend: y = alpha W x + (1 - alpha) B A x, alpha falling to 0 (method 3; without "
+        "model.path self-guided training); cola: "
+        "y = B silu(A x); half: y = B [A1 x ; silu(A2 x)]; sltrain: y = (lora_alpha / rank) B A x + S x, S sparse",
     )
     rank: int = Field(64, description="rank of every layer that `ranks` does not name")
     ranks: dict[str, int] = Field(default_factory=dict, description=f"rank by kind of layer: {RANKS}; default: rank")
@@ -64,10 +65,12 @@ class Method(Section):
         None,
         description="initial A and B; normal: random, with the variance of the dense initialization in B A; spectral: "
         "the SVD of a dense initialization, split into square roots; cola: normal, of CoLA's size; dlr: cola, plus "
-        "copies of the latent, which weight decay leaves; default: normal, or cola for kinds cola and half",
+        "copies of the latent, which weight decay leaves; default: normal, cola for kinds cola and half, sltrain's own",
     )
     embedding: Literal["dense", "low_rank"] = Field("dense", description="kind of the token embedding")
     head: Literal["low_rank", "dense"] = Field("low_rank", description="kind of the output layer")
+    sparse_share: float = Field(0.03, gt=0, le=0.5, description="sltrain: share of the entries of S that are trained")
+    lora_alpha: float = Field(32.0, gt=0, description="sltrain: B A is multiplied by lora_alpha / rank")
     blend_start: float = Field(0.99, gt=0, le=1, description="blend: alpha in the first step")
     blend_share: float = Field(
         0.5, gt=0, le=1, description="blend: share of train.steps after which alpha is 0", json_schema_extra=MAY_CHANGE
@@ -88,6 +91,11 @@ class Method(Section):
             problems.append(
                 f"method.blend_share={self.blend_share} of train.steps={steps} is {count} steps, too few for alpha to "
                 "fall; raise one of them, or use method.kind=svd."
+            )
+        if self.kind == "sltrain" and self.init is not None:
+            problems.append(
+                f"method.init={self.init} does not fit method.kind=sltrain, whose B starts at 0 next to a random S; "
+                "leave it out."
             )
         if self.init == "dlr" and self.kind != "dense" and optimizer.decay == "product":
             problems.append(
@@ -166,4 +174,14 @@ class PretrainConfig(Section):
             *self.parallel.problems(),
             *self.quantization.problems(self.optimizer),
             *self.method.problems(self.train.steps, self.optimizer),
+            *self.optimizer.problems(self.train.steps),
+            *self._sltrain_problems(),
+        ]
+
+    def _sltrain_problems(self) -> list[str]:
+        if self.method.kind != "sltrain" or self.quantization.training_bits == 16:
+            return []
+        return [
+            "quantization.when=during rounds matrices, and the entries of S of method.kind=sltrain are not one; use "
+            "quantization.bits=16, and quantize the trained model with `finhpc export --format merged`."
         ]

@@ -32,7 +32,8 @@ class Optimizer(Section):
         description="adamw; adamw8bit: bitsandbytes' AdamW, with 8-bit moments of matrices from 4,096 weights up; "
         "muon: orthogonalized momentum for matrices of blocks; spectron: the same for A and B of blocks, with bounded "
         "steps of B A; loro: AdamW with exact steps of B A at times; apollo_mini: AdamW's step sizes from a random "
-        "projection of each matrix of blocks; or one of a plugin. AdamW updates what the others have no rule for",
+        "projection of each matrix of blocks; relora: pairs of low rank, one after another, added to matrices "
+        "of blocks; or one of a plugin. AdamW updates what the others have no rule for",
     )
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
     lr_adamw: float | None = Field(
@@ -41,17 +42,27 @@ class Optimizer(Section):
         description="peak learning rate of what AdamW updates next to another optimizer: embeddings, head, norms, "
         "biases; default: lr",
     )
-    schedule: Literal["cosine", "linear", "wsd"] = Field(
+    schedule: Literal["cosine", "linear", "wsd", "restarts"] = Field(
         "cosine",
         description="how the learning rate falls after the warm-up; wsd: only in the last cooldown_share of the steps, "
-        "linearly",
+        "linearly; restarts: cosine, with another warm-up every restart_every steps",
     )
     cooldown_share: float = Field(0.2, gt=0, le=1, description="wsd: share of the steps in which the rate falls")
     min_lr_ratio: float = Field(0.1, ge=0, le=1, description="final learning rate divided by the peak")
     warmup_steps: int = Field(20, ge=0, description="steps in which the learning rate rises; at most half of all steps")
     betas: tuple[float, float] = Field((0.9, 0.95), description="decay rates of AdamW's two moments")
     momentum: float = Field(0.95, ge=0, lt=1, description="momentum of muon and spectron")
-    exact_every: int = Field(500, ge=1, description="loro: steps from one exact step of B A to the next")
+    restart_every: int = Field(
+        500,
+        ge=1,
+        description="steps from one exact step of B A to the next (loro), from one pair to the next (relora), from one "
+        "warm-up to the next (schedule=restarts)",
+    )
+    restart_warmup_steps: int = Field(20, ge=0, description="restarts: steps of each warm-up after the first")
+    dense_cycles: int = Field(
+        1, ge=0, description="relora: times restart_every steps at the start in which AdamW updates whole matrices"
+    )
+    rank: int = Field(64, ge=1, description="relora: rank of the pairs")
     eps: float = Field(1e-8, gt=0, description="epsilon of AdamW, added to the root of the second moment")
     weight_decay: float = Field(0.1, ge=0, description="weight decay of matrices; biases and norms have none")
     decay: Literal["factors", "product"] = Field(
@@ -63,6 +74,17 @@ class Optimizer(Section):
         "/ width for both; loraplus: 1 and 16",
     )
     grad_clip: float = Field(1.0, ge=0, description="largest gradient norm of the whole model; 0: no clipping")
+
+    def problems(self, steps: int) -> list[str]:
+        """Return what does not work in a training of `steps`, with its remedy."""
+        dense = self.dense_cycles * self.restart_every
+        if self.name != "relora" or dense < steps:
+            return []
+        return [
+            f"optimizer.name=relora trains its first pair after optimizer.dense_cycles x restart_every = "
+            f"{self.dense_cycles} x {self.restart_every} = {dense} steps, and train.steps={steps}; lower one of them, "
+            "or use optimizer.name=adamw."
+        ]
 
     def warmup(self, steps: int) -> int:
         """Return the warm-up steps of a training of `steps`: at most half, so that the rate reaches its peak."""

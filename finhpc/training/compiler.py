@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from finhpc.errors import ConfigError, FinhpcError
+from finhpc.lowrank.sltrain import multiplied
 from finhpc.settings.training import Compile
 
 log = logging.getLogger(__name__)
@@ -32,8 +33,8 @@ GRAPHS = 256  # torch compiles a function for at most so many shapes and setting
 
 
 def run_operations(model: nn.Module, tokens: float, frozen: bool = False) -> float:
-    """Return roughly the operations of a run: 6 per weight of a matrix and token, 4 if these weights are frozen."""
-    return (4 if frozen else 6) * sum(p.numel() for p in model.parameters() if p.dim() == 2) * tokens
+    """Return roughly the operations of a run: 6 per weight and token, 4 if these weights are frozen."""
+    return (4 if frozen else 6) * multiplied(model) * tokens
 
 
 def missing_compiler(device: str) -> str | None:

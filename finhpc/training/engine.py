@@ -38,7 +38,7 @@ from finhpc.models.derived import set_derived
 from finhpc.models.families.registry import skeleton as make_skeleton
 from finhpc.models.initialize import Fill, random_fill
 from finhpc.models.packing.layout import pack_on
-from finhpc.models.pipeline import PipelineLayer, is_tied, parts_of, residual_layers
+from finhpc.models.pipeline import PipelineLayer, is_tied, parts_of, residual_layers, stored_by_inputs
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.training import TrainingConfig
 from finhpc.training.allocator import keep_freed_memory
@@ -100,7 +100,7 @@ class Engine:
             pipeline = make_pipeline(specs, self.borders, parallel, dynamic_shape=lora_model is not None)
         self.layers = [module for module in pipeline.modules() if isinstance(module, PipelineLayer)]
         self._divide(pipeline.mpu())
-        self.optimizer = make_optimizer(self.updated, config.optimizer, self._shapes())
+        self.optimizer = make_optimizer(self.updated, config.optimizer, self._shapes(), stored_by_inputs(self.layers))
         dlr = isinstance(config, PretrainConfig) and config.method.init == "dlr"
         self._residuals = residual_layers(self.layers) if dlr else {}
         self.optimizer.register_step_pre_hook(self._before_step)

@@ -40,7 +40,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from finhpc.log import redirected
-from finhpc.models.families.registry import skeleton
+from finhpc.models.families.registry import family_of, skeleton
 from finhpc.models.initialize import Fill
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.training import TrainingConfig
@@ -213,7 +213,9 @@ class Trainer:
         dist.barrier()  # no worker's first step waits for another to open its data
 
     def _operations(self) -> float:
-        """Roughly the operations of the run on this worker."""
+        """Roughly the operations of the run on this worker, by which it decides to compile; 0 if it cannot."""
+        if self.lora_model and family_of(self.hf_config).whole_layers:
+            return 0.0
         model = self.lora_model.weights.skeleton if self.lora_model else skeleton(self.hf_config)
         tokens = self.source.tokens(self.config.train.steps)
         return run_operations(model, tokens, frozen=self.lora_model is not None) / self.workers

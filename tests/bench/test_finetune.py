@@ -67,6 +67,13 @@ def test_all_ways_learn_the_same_from_the_same_examples(tmp_path: Path, capfd: p
     assert json.loads((Path(result["folder"]) / "result.json").read_text())["ratios"] == result["ratios"]
 
 
+def test_both_sides_train_dora(tmp_path: Path) -> None:
+    result = bench_finetune(settings(tmp_path, dora=True, bits=[16]))
+    losses = {row["way"]: row["loss_last"] for row in result["rows"]}
+    assert losses[OURS] == pytest.approx(losses[PLAIN], rel=5e-3)
+    assert result["conditions"]["adapters"].startswith("DoRA, rank 4")
+
+
 @pytest.mark.slow
 def test_compiled_ways_learn_the_same(tmp_path: Path) -> None:
     result = bench_finetune(settings(tmp_path, compiled=True, bits=[16]))

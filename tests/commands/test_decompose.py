@@ -38,6 +38,7 @@ from finhpc.settings.export import ExportConfig
 from finhpc.training.memory import counted_peak
 from tests.data.corpus import make_texts, write_jsonl
 from tests.models.dense import logits, saved, tiny_gpt2, tiny_llama, tiny_mistral, tiny_qwen2
+from tests.models.families import tiny
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -47,7 +48,10 @@ def settings(folder: Path, **changes: Any) -> DecomposeConfig:
     return build(DecomposeConfig, {"model": str(folder / "dense"), "out": str(folder / "low-rank")} | changes)
 
 
-@pytest.mark.parametrize("make", [tiny_gpt2, tiny_llama], ids=["gpt2", "llama"])
+FAMILIES = {"gpt2": tiny_gpt2, "llama": tiny_llama, "gemma 2": partial(tiny, "Gemma 2", tie_word_embeddings=True)}
+
+
+@pytest.mark.parametrize("make", FAMILIES.values(), ids=FAMILIES)
 def test_at_full_rank_the_model_is_the_same(tmp_path: Path, make: Any) -> None:
     dense = make()
     saved(dense, tmp_path / "dense")

@@ -112,6 +112,25 @@ def test_what_is_not_counted_is_said(capfd: pytest.CaptureFixture[str]) -> None:
         estimate(config(method={"kind": "svd"}))
 
 
+def test_the_step_of_an_optimizer_has_the_time_of_its_products() -> None:
+    """Muon's, by hand: 5 (2 n^2 m + n^3) multiplications for each matrix (n, m) of a block, with q, k and v apart."""
+
+    def planned(name: str, replicas: int = 1) -> dict[str, Any]:
+        way = {"replicas": replicas, "shard_optimizer": replicas > 1}
+        given = {"method": {"kind": "dense"}, "optimizer": {"name": name}, "parallel": way}
+        found: dict[str, Any] = estimate(config(**given))["estimate"]
+        return found
+
+    adamw, muon = planned("adamw"), planned("muon")
+    products = 4 * (4 * 5 * 3 * 32**3 + 2 * 5 * (2 * 32**2 * 128 + 32**3))  # of 4 blocks
+    rate = muon["device"]["tflops"]["bf16"] * 1e12 * muon["device"]["reached"]
+    assert muon["optimizer_s"] - adamw["optimizer_s"] == pytest.approx(2 * products / rate, rel=1e-6)
+    assert planned("muon", 2)["optimizer_s"] == pytest.approx(muon["optimizer_s"] / 2)
+    assert muon["not_counted"] == []
+    loro = estimate(config(optimizer={"name": "loro", "restart_every": 70}))["estimate"]
+    assert loro["not_counted"] == ["optimizer.name=loro: time of QR and SVD in an exact step, every 70 steps"]
+
+
 def test_all_problems_come_together() -> None:
     with pytest.raises(ConfigError) as caught:
         estimate(config(estimate={"device": "tpu", "zero_stage": 1}, parallel={"stages": 9}, method={"rank": 99}))

@@ -52,6 +52,10 @@ NONLINEAR: dict[str, tuple[str, dict[str, Any], int]] = {
     "cola-separate": ("gpt2-tiny", {"kind": "cola", "rank": 6, "qkv": "separate"}, 32),
     "half": ("llama-tiny", {"kind": "half", "rank": 6}, 32),
 }
+SPARSE: dict[str, tuple[str, dict[str, Any], int]] = {
+    "sltrain": ("gpt2-tiny", {"kind": "sltrain", "rank": 6, "qkv": "separate", "sparse_share": 0.1}, 32),
+    "sltrain-llama": ("llama-tiny", {"kind": "sltrain", "rank": 6, "head": "dense"}, 32),
+}
 TOKENS = torch.randint(0, VOCAB, (2, 16), generator=torch.Generator().manual_seed(0))
 Make = Callable[..., Path]
 
@@ -65,9 +69,9 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
     def folder(name: str, bits: int = 16) -> Path:
         key = f"{name}-{bits}"
         if key not in made:
-            preset, method, width = (MODELS | WIDE | NONLINEAR)[name]
+            preset, method, width = (MODELS | WIDE | NONLINEAR | SPARSE)[name]
             shape = resolve_shape(Model(preset=preset, layers=2, width=width), VOCAB)
-            config = config_of_method(shape, Method(**method))
+            config = config_of_method(shape, Method(**method), seed=5)
             if bits < 16:
                 setattr(config, TRAINED, {"bits": bits, "scheme": "minmax"})
             torch.manual_seed(3)
@@ -109,7 +113,7 @@ def rounded_model(folder: Path, bits: int) -> Any:
     return model
 
 
-@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("name", [*MODELS, *SPARSE])
 @pytest.mark.parametrize("format", ["native", "merged"])
 def test_16_bits_give_the_same_logits(name: str, format: str, make: Make, tmp_path: Path) -> None:
     source = make(name)
@@ -123,7 +127,7 @@ def test_16_bits_give_the_same_logits(name: str, format: str, make: Make, tmp_pa
         assert type(model) is type(finhpc.load_model(source))
         assert model.num_parameters() == result["params_total"]
     twin = make_config(
-        resolve_shape(Model(preset=MODELS[name][0], layers=2, width=32), VOCAB), dict.fromkeys(LINEAR_KINDS)
+        resolve_shape(Model(preset=(MODELS | SPARSE)[name][0], layers=2, width=32), VOCAB), dict.fromkeys(LINEAR_KINDS)
     )
     assert result["params_dense"] == parameter_count(twin)
     generated = model.generate(TOKENS[:1, :4], max_new_tokens=4, do_sample=False, pad_token_id=0)
@@ -164,13 +168,20 @@ def test_a_nonlinear_model_keeps_its_nonlinearity_and_is_never_merged(name: str,
         export(settings(source, tmp_path / "merged", format="merged"))
 
 
+def test_a_sparse_model_is_quantized_only_merged(make: Make, tmp_path: Path) -> None:
+    words = r"quantization\.bits=4 does not fit a model of method\.kind=sltrain: .*; use --format merged"
+    with pytest.raises(ConfigError, match=words):
+        export(settings(make("sltrain"), tmp_path / "out", bits=4))
+    export(settings(make("sltrain"), tmp_path / "out", "merged", bits=4))
+
+
 def _weight_of(model: Any, layer: str) -> Tensor:
     """The float matrix (out, in) of a packed layer, from the same model with floats."""
     weight: Tensor = model.get_submodule(layer).weight
     return weight.T if type(model.get_submodule(layer)).__name__ == "Conv1D" else weight
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gpt2-separate", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-separate", "llama", "sltrain"])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_minmax_merged_rounds_the_product(name: str, bits: int, make: Make, tmp_path: Path) -> None:
     export(settings(make(name), tmp_path / "dense", "merged"))
@@ -263,9 +274,12 @@ def test_merged_opens_where_finhpc_cannot_be_imported(make: Make, tmp_path: Path
 
 def test_native_and_minmax_open_after_import_finhpc(make: Make, tmp_path: Path) -> None:
     export(settings(make("llama"), tmp_path / "native"))
+    export(settings(make("sltrain"), tmp_path / "sparse"))
     export(settings(make("gpt2"), tmp_path / "merged-4", "merged", 4))
-    native, merged, by_class = in_a_process(AFTER_FINHPC, tmp_path / "native", tmp_path / "merged-4")
+    folders = tmp_path / "native", tmp_path / "sparse", tmp_path / "merged-4"
+    native, sparse, merged, by_class = in_a_process(AFTER_FINHPC, *folders)
     torch.testing.assert_close(native, logits(finhpc.load_model(make("llama"))), rtol=0, atol=1e-4)
+    torch.testing.assert_close(sparse, logits(finhpc.load_model(make("sltrain"))), rtol=0, atol=1e-4)
     torch.testing.assert_close(merged, logits(opened(tmp_path / "merged-4")), rtol=0, atol=1e-5)
     assert torch.equal(merged, by_class)
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sklearn.metrics import f1_score
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -84,13 +84,14 @@ def losses(storage: Path) -> tuple[dict[int, float], dict[int, float]]:
 
 
 @pytest.mark.usefixtures("quick_training")
+@pytest.mark.parametrize("lora", [{}, {"dora": True, "rslora": True}])
 def test_an_adapter_that_peft_opens_and_a_resumed_run_that_is_bit_equal(
-    base: Path, news: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lora: dict[str, Any], base: Path, news: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result = finetune(config(base, news, tmp_path))
+    result = finetune(config(base, news, tmp_path, lora=lora))
     assert result["status"] == "finished"
     assert result["params_trainable"] < result["params_dense"] / 3
-    job = Finetune(config(base, news, tmp_path))
+    job = Finetune(config(base, news, tmp_path, lora=lora))
     examples = job.examples
     assert result["data"]["examples"] + result["data"]["held_out"] == 40
     batches = batches_of(job.config)
@@ -131,7 +132,7 @@ def test_an_adapter_that_peft_opens_and_a_resumed_run_that_is_bit_equal(
     shutil.rmtree(run / "checkpoints" / "step_00000006")
     shutil.rmtree(run / "model")
     (run / "result.json").unlink()
-    again = finetune(config(base, news, tmp_path))
+    again = finetune(config(base, news, tmp_path, lora=lora))
     assert again["resumed_from_step"] == 3
     assert losses(tmp_path) == unbroken
     assert again["consumed_sha256"] == result["consumed_sha256"]
@@ -175,6 +176,24 @@ def test_a_sweep_quantises_the_base_once(base: Path, news: Path, tmp_path: Path)
     assert again["rank2"]["val_loss"] == found["rank2"]["val_loss"]
     assert (trials / "rank2" / "quantized").resolve() == shared
     assert (shared / "weights_sha256.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.usefixtures("quick_training")
+def test_a_run_continues_from_an_adapter_of_this_base(base: Path, news: Path, run_shards: Path, tmp_path: Path) -> None:
+    first = finetune(config(base, news, tmp_path / "first"))
+    more = {"lora": {"path": first["model"]}, "optimizer": {"lr": 1e-12}}
+    second = finetune(config(base, news, tmp_path / "second", **more))
+    assert second["val_loss"] == pytest.approx(first["val_loss"], rel=1e-5)
+    file = Path(first["model"]) / "adapter_model.safetensors"
+    kept = file.read_bytes()
+    save_file({name: 2 * tensor for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(ConfigError, match="is not the model that the run started from"):
+        finetune(config(base, news, tmp_path / "second", **more))
+    file.write_bytes(kept)
+    assert finetune(config(base, news, tmp_path / "second", **more)) == second
+    other = with_tokenizer(saved(tiny_llama(context=128), tmp_path / "other"), run_shards)
+    with pytest.raises(ConfigError, match=f"was trained with {base} "):
+        Finetune(config(other, news, tmp_path / "third", data={"max_len": 100}, **more))
 
 
 def test_epochs_say_the_steps(base: Path, news: Path, tmp_path: Path) -> None:

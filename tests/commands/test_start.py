@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 
 import finhpc
 from finhpc.commands.pretrain import pretrain
+from finhpc.commands.sweep.score import score_at
 from finhpc.data.shards.shards import Shards
 from finhpc.errors import CheckpointError, ConfigError
 from finhpc.lowrank.blend import blend_in, set_alpha
 from finhpc.lowrank.replace import ranks_of
-from finhpc.models.families.registry import make_config, resolve_shape, skeleton
+from finhpc.models.families.registry import config_of_method, make_config, resolve_shape, skeleton
 from finhpc.models.files.manifest import write_manifest
 from finhpc.models.files.weights import Weights
 from finhpc.models.folder import save_model
@@ -125,6 +126,51 @@ def test_method_3_from_a_dense_model(run_shards: Path, dense: Path, tmp_path: Pa
         for row in rows:
             data = row(data)
         assert data.item() == pytest.approx(load_model(dense)(batch, labels=batch).loss.item(), rel=1e-6)
+
+
+@pytest.mark.usefixtures("quick_training")
+def test_a_blend_without_a_dense_model_trains_its_w(run_shards: Path, tmp_path: Path) -> None:
+    method = {"kind": "blend", "rank": 8, "blend_share": 0.5, "blend_start": 1.0, "blend_schedule": "cosine"}
+    changes: dict[str, Any] = {"train": {"steps": 6}, "parallel": {"stages": 2, "micro_batch_size": 4}}
+    with pytest.raises(ConfigError, match=r"blend_weight=frozen takes W from a dense model, and model\.path is"):
+        make_plan(config(run_shards, None, method=method))
+    method |= {"blend_weight": "trainable", "head": "dense", "qkv": "separate"}
+    result = pretrain(config(run_shards, None, tmp_path, method=method, **changes))
+    records, _ = read(tmp_path / "run" / "journal.jsonl")
+    assert [r["alpha"] for r in latest(records, "train").values()] == pytest.approx([1, 0.5, 0, 0, 0, 0])
+    model, batch = load_model(result["model"]), torch.from_numpy(Shards.open(run_shards).eval_samples(16, 32))
+    assert type(model).__name__ == "LowRankGPT2LMHeadModel"
+    assert model.num_parameters() == result["params_total"]
+    with torch.no_grad():
+        assert model(batch, labels=batch).loss.item() == pytest.approx(result["val_loss"], rel=1e-6)
+
+
+@pytest.mark.usefixtures("quick_training")
+def test_sltrain_goes_on_with_the_places_it_has_and_is_scored_merged(run_shards: Path, tmp_path: Path) -> None:
+    shape = resolve_shape(Model(preset="gpt2-tiny", layers=2, width=32, context=64), 300)
+    hf_config = config_of_method(shape, Method(kind="sltrain", rank=4, sparse_share=0.1, lora_alpha=8.0), seed=5)
+    model = initial_model(hf_config, 0, None)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    save_model(tmp_path / "first", hf_config, ((n, p.detach()) for n, p in model.named_parameters()), None)
+    path = with_tokenizer(tmp_path / "first", run_shards)
+    with pytest.raises(ConfigError, match=r"method\.sparse_share conflicts with model\.path"):
+        make_plan(config(run_shards, path, method={"kind": "sltrain", "sparse_share": 0.2}))
+    train = {"steps": 2, "seed": 9, "checkpoint_every": 0}
+    two = {"parallel": {"stages": 2, "micro_batch_size": 4}, "optimizer": {"lr": 1e-9}, "train": train}
+    settings = config(run_shards, path, tmp_path, method={"kind": "sltrain"}, **two)
+    result = pretrain(settings)
+    opened = load_model(result["model"])
+    assert opened.config.low_rank_sparse == {"share": 0.1, "lora_alpha": 8.0, "seed": 5}
+    assert result["params_total"] == model.num_parameters()
+    batch = torch.from_numpy(Shards.open(run_shards).eval_samples(16, 32))
+    with torch.no_grad():
+        start = load_model(path)(batch, labels=batch).loss.item()
+    assert result["val_loss"] == pytest.approx(start, rel=1e-5)
+    score = score_at(8, settings, tmp_path / "run")
+    assert score["val_loss"] == pytest.approx(result["val_loss"], rel=1e-2)
+    assert type(load_model(score["model"])).__name__ == "GPT2LMHeadModel"
 
 
 @pytest.mark.slow

@@ -192,7 +192,7 @@ def test_a_run_that_ended_with_other_settings_is_refused(run_shards: Path, tmp_p
         plan_trials(settings, [trial_of(settings, SCREEN, "dense", 3e-3, 0)])
 
 
-@pytest.mark.parametrize("name", ["methods", "quality", "quality-start", "figure6"])
+@pytest.mark.parametrize("name", ["methods", "baselines", "quality", "quality-start", "figure6"])
 def test_the_studies_that_ship_are_whole(name: str) -> None:
     settings = load(StudyConfig, f"studies/{name}")
     names = [

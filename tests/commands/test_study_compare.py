@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from finhpc.commands.study.command import _measured_runs
 from finhpc.commands.study.compare import (
     Compared,
     Costs,
@@ -154,6 +155,15 @@ def test_method_3_pays_for_its_dense_weights_as_long_as_it_has_them() -> None:
     assert costs.operations_at(run, "m", 20) == 9 * 5 + 11 * 2
 
 
+def test_a_blend_is_measured_without_its_dense_weights_too() -> None:
+    tree = {"method": {"kind": "blend"}, "model": {"path": "dense"}}
+    three, guided = (trained({1: 5.0}, "three", tree=tree), trained({1: 5.0}, "guided", tree=tree | {"model": {}}))
+    runs = _measured_runs([three, guided])
+    kinds = {name: run.method.kind for name, run in runs.items()}
+    expected = {"three": "blend", "three without W": "svd", "guided": "blend", "guided without W": "low_rank"}
+    assert kinds == expected, "what is trained from scratch has no model to start from"
+
+
 def reference(*ends: float) -> Compared:
     runs = [trained({100: 5.0, 400: end}, "dense", seed) for seed, end in enumerate(ends)]
     return Compared("dense", runs, Costs({"dense": [1.0]}, {"dense": 1.0}))
@@ -205,3 +215,9 @@ def test_the_page_has_the_notes_the_tables_and_the_curves(tmp_path: Path) -> Non
         assert part in text
     assert "<script" not in text
     assert 'id="screening"' not in text
+    for title in ("std error", "difference", "with start", "time, 95 %"):
+        assert f"<th>{title}</th>" not in text, "nothing to show, or the time again"
+    started = [row | {"time_to_reference_loss_with_start": 9.0} for row in rows]
+    text = page(result | {"screening": [], "finals": started}, drawn)
+    assert "<th>with start</th>" in text
+    assert "with start: including the training" in text

@@ -63,6 +63,22 @@ def test_a_template_that_marks_its_answers_is_taken_at_its_word(kind: str, tmp_p
     assert any("1 conversations do not teach where to end" in note for note in found.notes)
 
 
+@pytest.mark.parametrize("mask", [{"weight": 0}, {"train": False}, {"loss": False}])
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_an_answer_of_weight_0_is_read_and_not_learned(template: str, mask: dict[str, Any], tmp_path: Any) -> None:
+    tok = tokenizer(next(iter(KINDS)), template)
+    whole, all_answers = learned(tmp_path, tok, TALK).train.example(0)
+    tokens, answer = learned(tmp_path, tok, [TALK[0], TALK[1] | mask, *TALK[2:]]).train.example(0)
+    assert tokens.tolist() == whole.tolist()
+    said = tok.decode(tokens[answer])
+    assert "no 7" in said
+    assert "Fresh" not in said
+    assert 0 < answer.sum() < all_answers.sum()
+    first, answer = learned(tmp_path, tok, [*TALK[:3], TALK[3] | mask]).train.example(0)
+    assert tok.decode(first[answer]).replace(" ", "").startswith("Fresh")
+    assert len(first) < len(whole), "what follows the last learned answer is not read"
+
+
 @pytest.mark.parametrize("template", ["chatml", "zephyr", "marked"])
 def test_the_assistant_may_speak_first(template: str, tmp_path: Any) -> None:
     tok = tokenizer("metaspace first", template)

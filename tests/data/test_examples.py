@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import tracemalloc
+from collections import Counter
 
 import pytest
 from tokenizers import AddedToken
@@ -291,3 +292,50 @@ def test_the_same_examples_are_tokenized_once(tmp_path, monkeypatch):
     assert os.environ.get(tokenize.PARALLEL) == parallel
     with pytest.raises(pytest.fail.Exception, match="tokenized again"):
         make(source, seed=1)
+
+
+def shares(examples, sources=2):
+    return [int((examples.train.source == number).sum()) for number in range(sources)]
+
+
+def test_a_weight_says_how_often_a_pass_takes_each_example_of_a_source(tmp_path):
+    lines = sentences(60)
+    files = [phrases(tmp_path / "large.txt", lines[:50]), phrases(tmp_path / "small.txt", lines[50:])]
+    plain = make(files)
+    assert shares(plain) == [50, 10]
+    assert make(files, weights={"small.txt": 1.0}).fingerprint == plain.fingerprint
+    found = make(files, weights={"small.txt": 2.5, files[0]: 0.5})
+    assert shares(found) == [25, 25]
+    times = Counter(said(found.train, i)[0] for i in range(len(found.train)))
+    small = {said(plain.train, i)[0] for i in range(50, 60)}
+    assert sorted(times[text] for text in small) == [2] * 5 + [3] * 5
+    assert all(times[text] == 1 for text in times if text not in small)
+    assert make(files, seed=1, weights={"small.txt": 2.5, files[0]: 0.5}).fingerprint != found.fingerprint
+    assert [source["in_a_pass"] for source in found.counts["by_source"]] == [25, 25]
+    assert found.counts["examples"] == 60, "different ones"
+    held = make(files, weights={"small.txt": 3.0}, eval_fraction=0.5)
+    assert len(held.held_out) == len(make(files, eval_fraction=0.5).held_out), "held-out examples count once"
+
+
+def test_a_temperature_gives_small_sources_more_of_a_pass(tmp_path):
+    lines = sentences(110)
+    files = [phrases(tmp_path / "large.txt", lines[:100]), phrases(tmp_path / "small.txt", lines[100:])]
+    assert shares(make(files, temperature=2.0)) == [100, 32]  # 100 * (10 / 100) ** (1 / 2) = 31.6
+    assert shares(make(files, temperature=1000.0)) == [100, 100]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"weights": {"other.txt": 2}}, "data.weights: other.txt is no source; the sources are "),
+        ({"weights": {"a.txt": 2}}, "data.weights: a.txt names 2 sources"),
+        ({"weights": {"b.txt": 0.001}}, "data.weights: 0.001 leaves none of the 9 examples"),
+        ({"weights": {"b.txt": 2}, "temperature": 3}, "data.weights and data.temperature=3 both set the shares"),
+    ],
+)
+def test_weights_that_cannot_be_followed_are_refused(tmp_path, settings, words):
+    (tmp_path / "more").mkdir()
+    files = [phrases(tmp_path / name, sentences(9)) for name in ("a.txt", "more/a.txt", "b.txt")]
+    with pytest.raises(ConfigError) as error:
+        make(files, **settings)
+    assert words in str(error.value)

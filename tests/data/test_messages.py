@@ -103,7 +103,8 @@ def test_tool_calls_are_learned_if_the_template_renders_them(tmp_path):
         ({"content": 5}, "message 3 holds the number 5, not text"),
         ({"content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "message 3 holds a part of type image_url"),
         ({"content": "a", "function_call": {"name": "f"}}, "message 3 holds function_call, which is not read"),
-        ({"content": "a", "weight": 0}, "message 3 holds weight=0, but every answer is learned"),
+        ({"content": "a", "weight": 0.5}, "message 3 holds weight=0.5; an answer is learned (1 or true) or only read"),
+        ({"content": "a", "weight": 0}, "line 1: every answer is only read (weight 0), so nothing to learn"),
         ({"content": "a", "reasoning_content": "hm"}, "message 3 holds reasoning_content, which the tokenizer's"),
         ({"content": "", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}, "arguments of f are broken"),
         ({"role": "narrator"}, "message 3 has the role 'narrator'; roles are system"),
@@ -114,6 +115,14 @@ def test_what_cannot_be_rendered_is_refused_by_name(tmp_path, changed, message):
     path = jsonl(tmp_path / "a.jsonl", [{"messages": [*PLAIN[:2], PLAIN[2] | changed]}])
     assert message in refusal(path, TOOLS)
     assert f"{path} line 1" in refusal(path, TOOLS)
+
+
+@pytest.mark.parametrize(("role", "number"), [("user", 3), ("assistant", 4)])
+def test_turns_that_do_not_alternate_are_refused(tmp_path, role, number):
+    turns = [*PLAIN[: number - 1], {"role": role, "content": "more"}, *PLAIN[number - 1 :]]
+    path = jsonl(tmp_path / "a.jsonl", [{"messages": turns}])
+    said = f"line 1: messages {number - 1} and {number} both have the role {role}, and turns alternate"
+    assert said in refusal(path)
 
 
 @pytest.mark.parametrize("column", ["functions", "images"])

@@ -38,6 +38,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "half": {"kind": "half", "rank": 5},
     "separate": {"qkv": "separate"},
     "separate cola": {"kind": "cola", "qkv": "separate"},
+    "sltrain": {"kind": "sltrain", "qkv": "separate"},
     "dlr": {"kind": "cola", "init": "dlr", "qkv": "separate"},
     "ranks of projections": {"ranks": {"qkv": 3, "down": 6, "head": 5}},
 }

@@ -72,12 +72,18 @@ def plain_loss(model: Any, some: list[Example]) -> Tensor:
     return loss
 
 
-def peft_model(folder: Path, adapters: dict[str, Tensor], alpha: float = 16.0, **how: Any) -> Any:
-    """The base of a folder with peft's LoRA on the layers of `adapters` (name + .A or .B -> value)."""
+def peft_model(
+    folder: Path, adapters: dict[str, Tensor], alpha: float = 16.0, lora: dict[str, Any] | None = None, **how: Any
+) -> Any:
+    """The base of a folder with peft's LoRA on the layers of `adapters` (name + .A, .B or .magnitude -> value).
+
+    `lora`: more settings of peft's; `how`: of transformers'.
+    """
     base = AutoModelForCausalLM.from_pretrained(folder, **how).eval()
     rank = next(value.shape[0] for name, value in adapters.items() if name.endswith(".A"))
     targets = sorted({name.rpartition(".")[0] for name in adapters})
-    model = get_peft_model(base, LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM"))
+    settings = {"lora_alpha": alpha, "target_modules": targets, "task_type": "CAUSAL_LM"} | (lora or {})
+    model = get_peft_model(base, LoraConfig(r=rank, **settings))
     with torch.no_grad():
         for name, parameter in peft_parameters(model).items():
             parameter.copy_(adapters[name])
@@ -89,7 +95,8 @@ def peft_parameters(model: Any) -> dict[str, Any]:
     return {
         name.removeprefix("base_model.model.")
         .replace(".lora_A.default.weight", ".A")
-        .replace(".lora_B.default.weight", ".B"): parameter
+        .replace(".lora_B.default.weight", ".B")
+        .replace(".lora_magnitude_vector.default.weight", ".magnitude"): parameter
         for name, parameter in model.named_parameters()
         if "lora_" in name
     }

@@ -42,15 +42,19 @@ def trained(base: Path, lora: Lora, out: Path) -> float:
 
 
 @pytest.mark.parametrize(
-    ("make", "init"),
+    ("make", "lora"),
     [
-        *((tiny_llama, init) for init in ("default", "gaussian", "orthogonal", "pissa", "olora")),
-        *((tiny_gpt2, init) for init in ("default", "pissa", "olora")),  # the latter read its turned matrices
+        *((tiny_llama, {"init": init}) for init in ("default", "gaussian", "orthogonal", "pissa", "olora")),
+        *((tiny_gpt2, {"init": init}) for init in ("default", "pissa", "olora")),  # these read its turned matrices
+        (tiny_llama, {"rslora": True, "lora_alpha": 3.0}),
+        (tiny_llama, {"rslora": True, "init": "pissa"}),
+        (tiny_llama, {"dora": True}),
+        (tiny_gpt2, {"dora": True, "rslora": True, "init": "olora"}),
     ],
 )
-def test_peft_opens_it_and_merging_is_the_same(tmp_path: Path, make: Any, init: Any) -> None:
+def test_peft_opens_it_and_merging_is_the_same(tmp_path: Path, make: Any, lora: dict[str, Any]) -> None:
     base = saved(make(), tmp_path / "base")
-    loss = trained(base, Lora(rank=4, init=init), tmp_path / "adapter")
+    loss = trained(base, Lora.model_validate({"rank": 4} | lora), tmp_path / "adapter")
     opened = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(tmp_path / "adapter")).eval()
     assert abs(plain_loss(opened, examples(8)).item() - loss) <= 1e-5 * loss
     model = AutoModelForCausalLM.from_pretrained(base).eval()
@@ -58,6 +62,55 @@ def test_peft_opens_it_and_merging_is_the_same(tmp_path: Path, make: Any, init: 
     merge_adapter(model, load_adapter(tmp_path / "adapter", model))
     assert not torch.allclose(logits(model), before, atol=1e-3)
     assert torch.allclose(logits(model), logits(opened), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("lora", "how"),
+    [({}, {}), ({"dora": True, "rslora": True}, {}), ({}, {"bits": 4, "scheme": "nf4"}), ({"init": "pissa"}, {})],
+)
+def test_training_continues_from_an_adapter(tmp_path: Path, lora: dict[str, Any], how: dict[str, Any]) -> None:
+    base, adapter = saved(tiny_llama(), tmp_path / "base"), tmp_path / "adapter"
+    settings = Lora.model_validate({"rank": 4} | lora)
+    lora_model, layers = adapted(base, settings, **how)
+    ours, packs = parameters(layers), packs_of(examples(8), 4, 6)
+    with torch.no_grad():
+        for parameter in ours.values():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)) * 0.1)
+    values = {name: p.detach() for name, p in ours.items()}
+    save_adapter(adapter, settings, values, lora_model.weights, lora_model.quantization, "0" * 64)
+    rest = {"init": "default", "rank": 8, "lora_alpha": 32.0} if "init" in lora else {}  # written as a difference
+    again = Lora.model_validate({"rank": 4, "path": str(adapter)} | lora | rest)
+    more = adapted(base, again, **how)[1]
+    assert float(loss_of(more, packs)) == pytest.approx(float(loss_of(layers, packs)), rel=1e-5)
+    if not rest:
+        assert all(torch.equal(parameter, ours[name]) for name, parameter in parameters(more).items())
+    with torch.no_grad():
+        next(iter(parameters(more).values())).add_(1)
+    assert not torch.equal(loss_of(adapted(base, again, **how)[1], packs), loss_of(more, packs))
+
+
+@pytest.mark.parametrize(
+    ("settings", "bits", "said"),
+    [
+        ({"rank": 2}, 16, "its rank is 4, so use lora.rank=4"),
+        ({"lora_alpha": 8.0}, 16, "it is scaled by 4, not 2, so use lora.lora_alpha=16 or lora.rslora=true"),
+        ({"targets": ["q_proj"]}, 16, "it adds model.layers.0.mlp.down_proj (18)"),
+        ({"dora": True}, 16, "it has no DoRA magnitudes, so use lora.dora=false"),
+        ({}, 8, "its base had 16 bits, so use quantization.bits=16"),
+        ({"init": "gaussian"}, 16, "lora.init=gaussian is for new adapters"),
+    ],
+)
+def test_an_adapter_of_other_settings_is_no_start(
+    tmp_path: Path, settings: dict[str, Any], bits: int, said: str
+) -> None:
+    base, adapter = saved(tiny_llama(), tmp_path / "base"), tmp_path / "adapter"
+    lora_model, layers = adapted(base, Lora(rank=4))
+    values = {name: p.detach() for name, p in parameters(layers).items()}
+    save_adapter(adapter, Lora(rank=4), values, lora_model.weights, fingerprint="0" * 64)
+    with pytest.raises(ConfigError, match=re.escape(said)) as caught:
+        adapted(base, Lora.model_validate({"rank": 4, "path": str(adapter)} | settings), bits=bits)
+    assert str(caught.value).startswith(f"lora.path={adapter} does not fit the settings: ")
+    assert len(caught.value.problems) == 1
 
 
 @pytest.mark.parametrize(

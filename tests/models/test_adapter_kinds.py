@@ -10,15 +10,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from finhpc.errors import CheckpointError, ConfigError
+from finhpc.generation.generator import Generator
 from finhpc.models.families.registry import skeleton
 from finhpc.models.files.source import config_of
 from finhpc.models.loading import load_model
 from finhpc.models.lora.adapter_file import base_of, check_base, load_adapter
 from finhpc.models.lora.peft_format import CONFIG, TENSORS
+from finhpc.settings.base import build
+from finhpc.settings.generate import GenerateConfig
 from tests.models.dense import saved, tiny_gpt2, tiny_llama
-from tests.models.folders import adapter_ways, assert_all_give, assert_all_refuse, by_peft, peft_adapter
+from tests.models.folders import adapter_ways, assert_all_give, assert_all_refuse, by_peft, logits, peft_adapter
 from tests.tiny import with_tokenizer
 
 
@@ -42,6 +46,7 @@ APPLIED: dict[str, dict[str, Any]] = {
     "layers": {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [1]},
     "all but some": {"target_modules": "all-linear", "exclude_modules": ["o_proj"]},
     "head": {"target_modules": ["lm_head", "k_proj"], "embeddings": False},
+    "dora": {"target_modules": ["q_proj", "lm_head"], "use_dora": True, "use_rslora": True, "embeddings": False},
 }
 
 
@@ -51,11 +56,38 @@ def test_what_peft_applies_every_command_applies(kind: str, llama: Path, tmp_pat
     assert_all_give(adapter_ways(llama, adapter, tmp_path / "out"), by_peft(llama, adapter))
 
 
+def test_rows_of_a_batch_have_adapters_of_their_own_kind(gpt2: Path, tmp_path: Path) -> None:
+    kinds = {"dora": {"use_dora": True}, "lora": {"use_rslora": True, "r": 2}}
+    folders = {
+        name: peft_adapter(gpt2, tmp_path / name, target_modules=["c_attn", f"mlp.{layer}"], **how)
+        for (name, how), layer in zip(kinds.items(), ("c_fc", "c_proj"), strict=True)
+    }
+    tree = {"model": str(gpt2), "prompt": "a", "dtype": "float32", "sampling": {"max_new_tokens": 4}}
+    tree |= {"adapters": [str(folder) for folder in folders.values()]}
+    made = Generator(build(GenerateConfig, tree))
+    wanted = {name: by_peft(gpt2, folder) for name, folder in folders.items()}
+    wanted[None] = logits(AutoModelForCausalLM.from_pretrained(gpt2))
+    for rows in (["dora", "lora"], [None, "dora"], ["lora", None], ["dora", "dora"], [None, None]):
+        made.adapters.select(rows)
+        found = logits(made.model)
+        for i, name in enumerate(rows):
+            assert (found[i] - wanted[name][i]).abs().max() <= 2e-5 * wanted[name].abs().max(), rows
+
+
+def test_dora_on_a_low_rank_base_is_refused(tmp_path: Path) -> None:
+    from tests.generation.folders import tiny_adapter, tiny_folder, tiny_model
+
+    base, model = tiny_folder(tmp_path / "base", "llama", "low_rank"), tiny_model("llama", "low_rank")
+    adapter = tiny_adapter(tmp_path / "adapter", model, ["model.layers.0.self_attn.q_proj"], 4, seed=0, base=base)
+    magnitude = "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector"
+    changed(adapter, {"use_dora": True}, **{magnitude: torch.ones(64)})
+    assert_all_refuse(adapter_ways(base, adapter, tmp_path / "out"), "use_dora=true", "are low-rank in the base")
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "embedding": ({"target_modules": ["q_proj", "embed_tokens"]}, "LoRA of an embedding"),
     "bias": ({"target_modules": ["q_proj"], "bias": "lora_only"}, 'bias="lora_only"'),
     "bias of B": ({"target_modules": ["q_proj"], "lora_bias": True}, "lora_bias=true"),
-    "dora": ({"target_modules": ["q_proj"], "use_dora": True}, "use_dora=true"),
     "whole layers": ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, 'modules_to_save=["lm_head"]'),
     "tokens": ({"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]}, "trainable_token_indices=[1, 2]"),
     "copy of the head": ({"target_modules": ["q_proj", "lm_head"]}, "lm_head.base_layer.weight"),
@@ -103,6 +135,12 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj"
         ({}, {f"{FIRST}.lora_A.weight": None, f"{FIRST}.lora_B.weight": None}, "names layers without tensors"),
         ({"layers_to_transform": [1]}, {}, "does not choose layers whose tensors are there"),
         ({"r": 8}, {}, "has rank 4, and adapter_config.json says 8"),
+        ({"use_dora": True}, {}, "has use_dora and no magnitudes of model.layers.0.self_attn.q_proj"),
+        (
+            {"use_dora": True},
+            {f"{FIRST}.lora_magnitude_vector": torch.ones(3)},
+            "has 3 magnitudes, in the base 32 rows",
+        ),
         ({}, {f"{FIRST}.lora_A.weight": torch.ones(32), f"{FIRST}.lora_B.weight": torch.ones(32)}, "another model"),
     ],
 )

@@ -191,6 +191,17 @@ def test_settings_of_the_wrong_kind_are_one_error(
     assert said in str(caught.value)
 
 
+def test_an_unknown_layout_of_queries_keys_and_values_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    """It would count as joint, and its weights would not fit, or would be read as another model's."""
+    shutil.copy(folders["llama"] / "config.json", tmp_path)
+    for layout in ("joint", "separate"):
+        with_setting(tmp_path, low_rank_qkv=layout)
+        read_config(tmp_path)
+    with_setting(tmp_path, low_rank_qkv="apart")
+    with pytest.raises(CheckpointError, match=r"low_rank_qkv='apart', which is none of joint, separate; correct it"):
+        read_config(tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "settings"),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from finhpc.errors import ConfigError
+from finhpc.models.attention import Scores
 from finhpc.models.files.source import open_weights
 from finhpc.models.lora.model import LoraModel, LoraPipelineLayer
 from finhpc.models.packing.attention import attend_segments
@@ -111,7 +112,7 @@ def test_attention_is_that_of_a_mask(
     q, k, v, grad = attended(data.shape[2])
     wanted = masked(q, k, v, data)
     expected = torch.autograd.grad(wanted, (q, k, v), grad)
-    out = attend_segments(q, k, v, build_layout(segments_of(data[0]), data.device, fused), 0.3, keep)
+    out = attend_segments(q, k, v, build_layout(segments_of(data[0]), data.device, fused), Scores(0.3), keep)
     assert torch.allclose(out, wanted, atol=1e-12)
     for found, value in zip(torch.autograd.grad(out, (q, k, v), grad), expected, strict=True):
         assert torch.allclose(found, value, atol=1e-12)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from finhpc.models.attention import Scores
 from finhpc.models.packing.attention import attend_segments
 from finhpc.models.packing.layout import layout_of
 from tests.gpu import DEVICE, ON, needs_gpu
@@ -91,7 +92,7 @@ def test_attention_is_that_of_a_mask(longest: int, dtype: torch.dtype) -> None:
     expected = [wanted, *torch.autograd.grad(wanted, exact, grad)]
     mine = [x.detach().to(DEVICE, dtype).requires_grad_() for x in exact]
     for keep in (True, False):
-        out = attend_segments(*mine, layout_of(data.to(DEVICE)), 0.3, keep)
+        out = attend_segments(*mine, layout_of(data.to(DEVICE)), Scores(0.3), keep)
         found = [out, *torch.autograd.grad(out, mine, grad.to(out))]
         for value, right in zip(found, expected, strict=True):
             tolerance = 1e-5 if dtype == torch.float32 else 2e-2

@@ -20,7 +20,7 @@ from finhpc.models.files.manifest import weights_fingerprint
 from finhpc.models.files.source import copy_tokenizer, open_weights
 from finhpc.models.lora.model import LoraModel, LoraPipelineLayer
 from finhpc.models.lora.peft_format import CONFIG, save_adapter
-from finhpc.models.lora.targets import CHANGES_BASE
+from finhpc.models.lora.targets import OF_BASE
 from finhpc.settings.finetune import FinetuneQuantization, Lora
 from tests.parity.bases import Base
 
@@ -64,10 +64,16 @@ class Names:
 
 GPT2 = Names(["c_attn"], ["c_fc"], "wte", "ln_f", "h.0.attn.c_attn.weight", "h")
 LLAMA = Names(["q_proj", "v_proj"], ["up_proj", "down_proj"], "embed_tokens", "norm", "q_proj.weight", "layers")
+PHI3 = Names(["qkv_proj"], ["gate_up_proj", "down_proj"], "embed_tokens", "norm", "qkv_proj.weight", "layers")
+STARCODER2 = Names(["q_proj", "v_proj"], ["c_fc", "c_proj"], "embed_tokens", "norm", "q_proj.weight", "layers")
+GPT_NEOX = Names(
+    ["query_key_value"], ["dense_h_to_4h"], "embed_in", "final_layer_norm", "query_key_value.weight", "layers"
+)
 
 
 def names_of(model: nn.Module) -> Names:
-    return GPT2 if hasattr(model, "transformer") else LLAMA
+    modules = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    return next(names for names in (GPT2, PHI3, STARCODER2, GPT_NEOX, LLAMA) if {*names.all} <= modules)
 
 
 def _peft(word: str, **more: Any) -> Kind:
@@ -76,10 +82,24 @@ def _peft(word: str, **more: Any) -> Kind:
 
 
 STARTS = get_args(Lora.model_fields["init"].annotation)
-OURS = {f"ours, {init}": Kind("lora.init" if init in CHANGES_BASE else "", lora={"init": init}) for init in STARTS}
+OURS = {
+    f"ours, {init}": Kind("lora.init" if init in OF_BASE else "", lora={"init": init})
+    for init in STARTS
+    if init != "loftq"
+}
 OURS |= {
+    "ours, loftq": Kind("lora.init", lora={"init": "loftq"}, quantization={"bits": 4, "scheme": "minmax"}),
+    "ours, rslora": Kind(lora={"rslora": True}),
+    "ours, dora": Kind("dora", lora={"dora": True}),
+    "ours, dora of olora": Kind("lora.", lora={"dora": True, "rslora": True, "init": "olora"}),
+    "ours, dora beside nf4": Kind("dora", lora={"dora": True}, quantization={"bits": 4, "scheme": "nf4"}),
     "ours, attention and a pattern": Kind(
-        lora={"targets": [r".*\.1\..*(c_attn|q_proj)", r".*\.0\.mlp\.(c_fc|up_proj)"]}
+        lora={
+            "targets": [
+                r".*\.1\..*(c_attn|q_proj|qkv_proj|query_key_value)",
+                r".*\.0\.mlp\.(c_fc|up_proj|gate_up_proj|dense_h_to_4h)",
+            ]
+        }
     ),
     "ours, other alpha, dropout": Kind(lora={"lora_alpha": 3.0, "dropout": 0.1}),
     "ours, with the head": Kind("lm_head", lora={"targets": ["all-linear", "lm_head"]}),

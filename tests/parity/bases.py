@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,15 @@ from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 from transformers.pytorch_utils import Conv1D
 
 from finhpc.commands.export import export
-from finhpc.models.families.registry import as_low_rank
+from finhpc.models.families.described import FUSED
+from finhpc.models.families.registry import FAMILIES, as_low_rank
 from finhpc.quantization.fake import TRAINED
 from finhpc.quantization.minmax import QuantizedMatrix, TiedHead
 from finhpc.settings.base import build
 from finhpc.settings.export import ExportConfig
+from finhpc.settings.pretrain import Qkv
 from tests.models.dense import settled
+from tests.models.families import ROWS, tiny
 from tests.models.gguf_file import write_gguf
 from tests.parity.tokenizer_kinds import VOCAB, Kind, tokenizer_of
 
@@ -64,6 +68,11 @@ def _llama_like(config_class: Any, model_class: Any, **more: Any) -> nn.Module:
     return settled(model_class(config_class(**shape | more)))
 
 
+def _described(row: str) -> nn.Module:
+    return tiny(row, vocab_size=VOCAB, hidden_size=64, intermediate_size=96, max_position_embeddings=CONTEXT)
+
+
+LABELS = {family.label for family in FAMILIES.values() if family.whole_layers}  # a row each
 SCALED = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0}
 SCALED |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 # Name of a row -> its family, as the registry has it, and a model.
@@ -79,6 +88,7 @@ FAMILY_ROWS: dict[str, tuple[str, Callable[[], Any]]] = {
     ),
     "mistral": ("mistral", lambda: _llama_like(MistralConfig, MistralForCausalLM, head_dim=24, sliding_window=96)),
     "qwen2": ("qwen2", lambda: _llama_like(Qwen2Config, Qwen2ForCausalLM, tie_word_embeddings=True)),
+    **{row.lower(): (ROWS[row][0], partial(_described, row)) for row in ROWS if row in LABELS},
 }
 
 
@@ -179,15 +189,17 @@ def _gguf(model: Any, folder: Path) -> Base:
     return _dense(model, path)
 
 
-# A GGUF file of GPT-2 has no word for these.
-NOT_IN_GGUF = ("gpt2, scaled by layer",)
+JOINT = "low-rank, q, k and v in one"  # of families whose pairs may be apart
+# A GGUF file of GPT-2 has no word for the first; those of the others are refused.
+NOT_IN_GGUF = ("gpt2, scaled by layer", *(name for name, (kind, _) in FAMILY_ROWS.items() if not FAMILIES[kind].gguf))
 
 
-def _low_rank(model: Any, folder: Path) -> Base:
-    """Attention and MLP as B A, q, k and v each by itself, all else as in the model."""
+def _low_rank(model: Any, folder: Path, qkv: Qkv = "separate") -> Base:
+    """Attention and MLP as B A, q, k and v each by itself if they can be, all else as in the model."""
     base = _dense(model, folder)
     ranks: dict[str, int | None] = {"attention": RANK, "mlp": RANK, "head": None, "embedding": None}
-    config = as_low_rank(model.config, ranks, qkv="separate")
+    fused = any(name.endswith(FUSED) for name, _ in model.named_modules())
+    config = as_low_rank(model.config, ranks, qkv="joint" if fused else qkv)
     made = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(3)
     state, factors = dict(base.state), {}
@@ -211,7 +223,7 @@ def _trained_rounded(model: Any, folder: Path) -> Base:
     base = _saved(model, folder)
     tree = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(tree | {TRAINED: {"bits": 8, "scheme": "minmax"}}))
-    return Base(folder, base.config, quantized_state(model, base.state, "minmax", 8), {})
+    return Base(folder, base.config, quantized_state(model, base.state, "minmax", 8, trained=True), {})
 
 
 def _exported(bits: int, scheme: str, model: Any, folder: Path) -> Base:
@@ -236,6 +248,7 @@ BASES: dict[str, Callable[[Any, Path], Base]] = {
     "names of a compiled model": lambda model, folder: _renamed(model, folder, "", "_orig_mod."),
     "GGUF": _gguf,
     "low-rank": _low_rank,
+    JOINT: lambda model, folder: _low_rank(model, folder, "joint"),
     "trained in 8 bits": _trained_rounded,
     "minmax, 8 bits": lambda model, folder: _exported(8, "minmax", model, folder),
     "minmax, 4 bits": lambda model, folder: _exported(4, "minmax", model, folder),
@@ -278,19 +291,22 @@ REFERENCES: dict[str, tuple[Callable[[Tensor, int], Tensor], bool]] = {
 }
 
 
-def quantized_state(model: nn.Module, state: State, scheme: str, bits: int, linear: bool = False) -> State:
+def quantized_state(
+    model: nn.Module, state: State, scheme: str, bits: int, linear: bool = False, trained: bool = False
+) -> State:
     """The state with every matrix as the scheme leaves it; `linear`: linear layers of the blocks alone, as in
-    finetuning.
+    finetuning. `trained`: with embeddings that also scale, which an export leaves as they are.
     """
     of, embeddings = REFERENCES[scheme]
     made = dict(state)
     tied = getattr(model.config, "tie_word_embeddings", False)
     for name, module in model.named_modules():
         key = f"{name}.weight"
+        looks_up = isinstance(module, nn.Embedding) and embeddings and (trained or type(module) is nn.Embedding)
         if isinstance(module, Conv1D):
             made[key] = of(state[key].T, bits).T.contiguous()
         elif (isinstance(module, nn.Linear) and name != "lm_head") or (
-            ((isinstance(module, nn.Embedding) and embeddings) or (name == "lm_head" and not tied)) and not linear
+            (looks_up or (name == "lm_head" and not tied)) and not linear
         ):
             made[key] = of(state[key], bits)
     if tied:

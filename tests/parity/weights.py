@@ -37,7 +37,7 @@ from finhpc.settings.generate import GenerateConfig
 from finhpc.settings.training import Parallel
 from tests.models.packs import plain_loss
 from tests.parity.adapters import ADAPTERS, NONE, Kind, make_ours, make_peft
-from tests.parity.bases import BASES, FAMILY_ROWS, NOT_IN_GGUF, Base, State, state_of
+from tests.parity.bases import BASES, FAMILY_ROWS, JOINT, NOT_IN_GGUF, Base, State, state_of
 from tests.parity.pairwise import Combination, pairwise
 from tests.parity.table import Cell, Row
 from tests.parity.text import PAIRS
@@ -68,7 +68,7 @@ class Format:
 def _formats() -> dict[str, Format]:
     """Every format that the settings of export allow."""
     fields = ExportConfig.model_fields
-    kinds = get_args(fields["format"].annotation)
+    kinds = [kind for kind in get_args(fields["format"].annotation) if kind != "adapter"]  # not a model
     found = [Format(kind) for kind in kinds]
     found += [Format(kind, bits, name) for kind in kinds for name, scheme in SCHEMES.items() for bits in scheme.bits]
     dtypes = [dtype for dtype in get_args(fields["dtype"].annotation) if dtype not in ("auto", "float32")]
@@ -88,6 +88,8 @@ AXES = {
 
 def allowed(chosen: Combination) -> bool:
     """Whether there is such a combination at all."""
+    if chosen.get("base") == JOINT and not chosen.get("family", "gpt2").startswith("gpt2"):
+        return False
     if chosen.get("base") != "GGUF":
         return True
     # A GGUF file has its own tokenizer, of the byte-level kind.
@@ -109,7 +111,7 @@ def expected(chosen: Combination) -> dict[str, str]:
     """Column -> what its refusal says, of those that the base or the export's format brings with it."""
     if word := UNREADABLE.get((chosen["family"], chosen["base"])):
         return dict.fromkeys((*ADAPTER_COLUMNS, "finetune", "export"), word)
-    if chosen["base"] == "low-rank" and chosen["adapter"] != NONE and chosen["export"].startswith("native"):
+    if chosen["base"] in ("low-rank", JOINT) and chosen["adapter"] != NONE and chosen["export"].startswith("native"):
         return {"export": "format=native"}  # B A would have to grow by the adapter's rank
     return REFUSED.get(chosen["base"], {})
 

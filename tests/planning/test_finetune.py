@@ -25,6 +25,7 @@ from finhpc.quantization.schemes import SCHEMES, freeze
 from finhpc.settings.base import build
 from finhpc.settings.finetune import FinetuneConfig
 from tests.models.dense import saved
+from tests.models.families import tiny
 from tests.models.packs import examples, packs_of
 from tests.training.processes import run_processes
 
@@ -43,8 +44,14 @@ CASES: dict[str, dict[str, Any]] = {
     "two stages, muon": {"parallel": {"stages": 2, "micro_batches": 2}, "optimizer": {"name": "muon"}},
     "spectron": {"optimizer": {"name": "spectron"}},
     "8-bit moments": {"lora": {"rank": 48}, "optimizer": {"name": "adamw8bit"}},
+    "whole layers, two stages": {"family": "gemma3", "parallel": {"stages": 2, "micro_batches": 2}},
+    "whole layers recomputed": {"family": "gemma3", "train": {"recompute": "full"}},
     "two replicas": {"parallel": {"replicas": 2}, "quantization": {"bits": 4}},
 }
+GEMMA: dict[str, Any] = {
+    "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": LAYERS, "layer_types": None, "head_dim": 32,
+    "max_position_embeddings": 128, "sliding_window": 64, "tie_word_embeddings": True,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +70,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "low-rank": folder / "low-rank",
         "llama": saved(LlamaForCausalLM(llama), folder / "llama"),
         "gpt2": saved(GPT2LMHeadModel(gpt2), folder / "gpt2"),
+        "gemma3": saved(tiny("Gemma 3", **GEMMA), folder / "gemma3"),
     }
 
 

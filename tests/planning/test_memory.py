@@ -60,6 +60,16 @@ CASES: dict[str, dict[str, Any]] = {
         "optimizer": {"name": "loro"},
         "parallel": {"micro_batch_size": 2, "micro_batches": 2},
     },
+    "relora, whole matrices at first": {
+        "method": {"kind": "dense"},
+        "optimizer": {"name": "relora", "rank": 8},
+        "parallel": {"micro_batch_size": 2, "micro_batches": 2},
+    },
+    "relora, pairs, two stages": {
+        "method": {"kind": "dense"},
+        "optimizer": {"name": "relora", "rank": 8, "dense_cycles": 0},
+        "parallel": {"stages": 2, "micro_batch_size": 2, "micro_batches": 2},
+    },
     "method 3, W frozen, two stages": {
         "method": {"kind": "blend", "rank": 16, "embedding": "low_rank"},
         "parallel": {"stages": 2, "micro_batch_size": 2, "micro_batches": 2},
@@ -67,6 +77,15 @@ CASES: dict[str, dict[str, Any]] = {
     "q, k and v apart, tied dense head, two stages": {
         "method": {"kind": "half", "rank": 16, "qkv": "separate", "head": "dense"},
         "parallel": {"stages": 2, "micro_batch_size": 4, "micro_batches": 2},
+    },
+    "sltrain, bf16, two stages": {
+        "method": {"kind": "sltrain", "rank": 16, "qkv": "separate", "head": "dense"},
+        "parallel": {"stages": 2, "micro_batch_size": 4, "micro_batches": 4},
+        "train": {"precision": "bf16"},
+    },
+    "sltrain": {
+        "method": {"kind": "sltrain", "rank": 16, "sparse_share": 0.1},
+        "parallel": {"micro_batch_size": 2, "micro_batches": 2},
     },
     "dualpipev, dense, tied": {
         "method": {"kind": "dense"},

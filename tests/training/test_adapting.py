@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,19 @@ from finhpc.models.lora.model import LoraModel
 from finhpc.settings.base import build
 from finhpc.settings.finetune import FinetuneConfig
 from tests.models.dense import saved, tiny_gpt2, tiny_llama
+from tests.models.families import tiny
 from tests.models.packs import examples, packs_of, peft_model, peft_parameters, plain_loss
 from tests.training.processes import run_processes
 
 PACKS = 4  # a step
 
 
-def settings(folder: Path, stages: int, replicas: int) -> FinetuneConfig:
+def settings(folder: Path, stages: int, replicas: int, dora: bool) -> FinetuneConfig:
     return build(
         FinetuneConfig,
         {
             "model": {"path": str(folder)},
-            "lora": {"rank": 4, "init": "orthogonal"},
+            "lora": {"rank": 4, "init": "orthogonal", "dora": dora, "rslora": dora},
             "optimizer": {"lr": 1e-2, "grad_clip": 0.1, "weight_decay": 0.0},
             "parallel": {"stages": stages, "replicas": replicas, "micro_batches": PACKS // replicas},
             "train": {"steps": 2},
@@ -56,20 +58,30 @@ def train(config: FinetuneConfig, folder: Path, packs: list[Tensor], steps: int)
 
 
 @pytest.mark.parametrize(
-    ("make", "stages", "replicas", "shared"),
-    [(tiny_llama, 1, 1, 6), (tiny_llama, 2, 2, 6), (tiny_llama, 2, 1, 0), (tiny_gpt2, 1, 2, 0), (tiny_gpt2, 2, 1, 6)],
+    ("make", "stages", "replicas", "shared", "dora"),
+    [
+        (tiny_llama, 1, 1, 6, False),
+        (tiny_llama, 2, 2, 6, False),
+        (tiny_llama, 2, 1, 0, False),
+        (tiny_gpt2, 1, 2, 0, False),
+        (tiny_gpt2, 2, 1, 6, False),
+        (tiny_llama, 2, 2, 6, True),
+        (tiny_gpt2, 1, 1, 0, True),
+        (partial(tiny, "Gemma 3"), 2, 1, 6, False),
+        (partial(tiny, "GPT-NeoX"), 2, 1, 6, False),
+    ],
 )
 def test_losses_gradients_and_steps_are_pefts(
-    tmp_path: Path, make: Any, stages: int, replicas: int, shared: int
+    tmp_path: Path, make: Any, stages: int, replicas: int, shared: int, dora: bool
 ) -> None:
     folder = saved(make(), tmp_path / "base")
     some = examples(8)
     packs = packs_of(some, 8 // PACKS, shared)
-    ranks = run_processes(train, stages * replicas, settings(folder, stages, replicas), folder, packs, 2)
+    ranks = run_processes(train, stages * replicas, settings(folder, stages, replicas, dora), folder, packs, 2)
     start, after, grads = (
         {n: v for rank in ranks for n, v in rank[key].items()} for key in ("start", "after", "grads")
     )
-    plain = peft_model(folder, start)
+    plain = peft_model(folder, start, lora={"use_dora": dora, "use_rslora": dora})
     trained = peft_parameters(plain)
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0)
     for step in range(2):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import shutil
 import weakref
 from collections.abc import Iterator
@@ -15,8 +16,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from transformers import GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
 
 from finhpc.lowrank.blend import alpha_at
+from finhpc.lowrank.layers import LowRankLinear
+from finhpc.models.families.registry import as_dense
 from finhpc.models.initialize import initial_model, random_fill
 from finhpc.settings.base import build
 from finhpc.settings.pretrain import PretrainConfig
@@ -130,8 +135,13 @@ FROZEN: dict[str, Any] = {"blend_weight": "frozen"}
 EIGHT_BIT: dict[str, Any] = {"kind": "dense", "optimizer": {"name": "adamw8bit"}}  # no method 3
 SPECTRON: dict[str, Any] = {"kind": "low_rank", "optimizer": {"name": "spectron", "lr": 0.05}}
 MUON: dict[str, Any] = {"blend_weight": "trainable", "optimizer": {"name": "muon"}}  # W is dropped from Muon's matrices
-KINDS = {"trainable": TRAINABLE, "frozen": FROZEN, "eight": EIGHT_BIT, "spectron": SPECTRON, "muon": MUON}
-MOVED = ("trainable", "eight", "spectron")
+SLTRAIN: dict[str, Any] = {"kind": "sltrain", "sparse_share": 0.1, "qkv": "separate", "head": "dense"}
+RELORA: dict[str, Any] = {"kind": "dense", "optimizer": {"name": "relora", "rank": 4, "restart_every": 3}}
+KINDS = {"trainable": TRAINABLE, "frozen": FROZEN, "eight": EIGHT_BIT, "spectron": SPECTRON, "muon": MUON} | {
+    "relora": RELORA,
+    "sltrain": SLTRAIN,
+}
+MOVED = ("trainable", "eight", "spectron", "sltrain")
 STOPS = (GONE - 1, 8, STEPS)  # steps after which a run is stopped and started again
 
 
@@ -187,7 +197,7 @@ def test_moments_of_8_bits_are_kept_over_any_number_of_stages(trained: Path) -> 
     assert losses(trained / "eight-moved")["train"] == pytest.approx(one["train"], rel=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["trainable", "spectron"])
+@pytest.mark.parametrize("kind", ["trainable", "spectron", "sltrain"])
 def test_other_numbers_of_stages_go_on_with_it(kind: str, trained: Path) -> None:
     whole, moved = losses(trained / f"{kind}1"), losses(trained / f"{kind}-moved")
     assert moved["train"] == pytest.approx(whole["train"], rel=2e-5)
@@ -266,22 +276,68 @@ def first_and_last(work: list[dict[str, Any]]) -> list[list[float]]:
     return found
 
 
-def test_at_alpha_1_it_is_the_dense_model_and_everything_composes() -> None:
-    bf16 = {"train": {"precision": "bf16"}}
+GUIDED: dict[str, Any] = {"blend_weight": "trainable", "blend_start": 1.0, "blend_schedule": "cosine"}
+APART: dict[str, Any] = GUIDED | {"qkv": "separate", "optimizer": {"weight_decay": 0.0, "grad_clip": 0.0}}
+TIED: dict[str, Any] = GUIDED | {"qkv": "separate", "head": "dense"}
+
+
+@pytest.fixture(scope="module")
+def guided() -> dict[str, list[float]]:
+    """Self-guided training: the losses of `first_and_last` by variant."""
     rounded = {"quantization": {"bits": 4, "when": "during"}}
-    one = {"blend_start": 1.0, "blend_weight": "trainable"}
-    full = {"train": {"recompute": "full", "precision": "bf16"}}
-    work: list[dict[str, Any]] = [one, one | bf16 | rounded, one | full | rounded, TRAINABLE | {"blend_start": 1.0}]
-    plain, low_bits, recomputed, llama = run_processes(first_and_last, 1, work)[0]
-    assert low_bits == recomputed
-    assert plain[0] != pytest.approx(low_bits[0], rel=1e-6)
+    work: dict[str, dict[str, Any]] = {
+        "rounded": GUIDED | rounded | {"train": {"precision": "bf16"}},
+        "recomputed": GUIDED | rounded | {"train": {"precision": "bf16", "recompute": "full"}},
+        "llama": TRAINABLE | GUIDED,
+        "apart": APART,
+        "tied": TIED,
+    }
+    return dict(zip(work, run_processes(first_and_last, 1, list(work.values()))[0], strict=True))
+
+
+def test_without_a_dense_model_it_starts_as_the_low_rank_model(guided: dict[str, list[float]]) -> None:
     batch = tokens(99).reshape(-1, SEQ)
-    for preset, values in (("gpt2-tiny", plain), ("llama-tiny", llama)):
-        # The dense model of the same seed, its head its own as a low-rank one's is.
-        config = settings(preset=preset)
-        config.method.kind = "dense"
-        config.model.tie_embeddings = False
-        dense: Any = initial_model(hf_config(config), config.train.seed, None).eval()
+    for name, changes in {"llama": TRAINABLE | GUIDED, "apart": APART, "tied": TIED}.items():
+        config = settings(**changes)
+        assert config.method.blend_start == 1, "at alpha 1 only W counts"
+        plain: Any = initial_model(hf_config(config), config.train.seed, None).eval()
         with torch.no_grad():
-            expected = dense(batch, labels=batch).loss.item()
-        assert values[0] == pytest.approx(expected, rel=1e-6), preset
+            assert guided[name][0] == pytest.approx(plain(batch, labels=batch).loss.item(), rel=1e-6), name
+    assert guided["rounded"] == guided["recomputed"]
+    assert guided["rounded"][0] != pytest.approx(guided["apart"][0], rel=1e-6)
+
+
+def test_self_guided_training_is_that_of_its_paper(guided: dict[str, list[float]]) -> None:
+    """transformers' dense model in float64, with alpha W + (1 - alpha) B A for each weight; W starts as B A."""
+    config = settings(**APART)
+    start = initial_model(hf_config(config), config.train.seed, None).double()
+    leaves = {name: p.detach().requires_grad_() for name, p in start.named_parameters()}
+    layers = {name: layer for name, layer in start.named_modules() if isinstance(layer, LowRankLinear)}
+
+    def product(name: str, blocks: int) -> Tensor:
+        a, b = (leaves[f"{name}.{factor}.weight"].chunk(blocks) for factor in ("A", "B"))
+        return torch.cat([rows @ columns for rows, columns in zip(b, a, strict=True)])
+
+    w = {name: product(name, layer.blocks).detach().requires_grad_() for name, layer in layers.items()}
+    dense: Any = GPT2LMHeadModel(as_dense(hf_config(config))).double()
+    transposed = {name for name, module in dense.named_modules() if isinstance(module, Conv1D)}
+
+    def loss(alpha: float, batch: Tensor) -> Tensor:
+        weights = {name: leaf for name, leaf in leaves.items() if ".A." not in name and ".B." not in name}
+        for name, layer in layers.items():
+            mixed = (alpha * w[name] if alpha else 0) + (1 - alpha) * product(name, layer.blocks)
+            weights[f"{name}.weight"] = mixed.T if name in transposed else mixed
+            if layer.B.bias is not None:
+                weights[f"{name}.bias"] = leaves[f"{name}.B.bias"]
+        return torch.func.functional_call(dense, weights, (batch,), {"labels": batch}).loss  # type: ignore[no-any-return]
+
+    optimizer = torch.optim.AdamW([*leaves.values(), *w.values()], lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    losses = []
+    for step in range(1, GONE + 2):
+        alpha = 0.5 * (1 + math.cos(math.pi * (step - 1) / (GONE - 1))) if step < GONE else 0.0
+        value = loss(alpha, tokens(step).reshape(-1, SEQ))
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        losses.append(value.item())
+    assert guided["apart"][1:] == pytest.approx(losses, rel=1e-5)

@@ -79,6 +79,7 @@ def eager_and_compiled(settings: dict[str, Any]) -> tuple[Trained, int, Trained,
         pytest.param({"kind": "blend"}, 4, marks=pytest.mark.slow),  # with W, and from the step on where alpha is 0
         pytest.param({"kind": "cola", "recompute": "full"}, 1, marks=pytest.mark.slow),
         pytest.param({"kind": "half", "qkv": "separate"}, 2, marks=pytest.mark.slow),
+        pytest.param({"kind": "sltrain"}, 2, marks=pytest.mark.slow),
         pytest.param({"recompute": "attention", "kind": "dense"}, 2, marks=pytest.mark.slow),
         pytest.param({"preset": "llama-tiny"}, 2, marks=pytest.mark.slow),
     ],

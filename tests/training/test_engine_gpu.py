@@ -20,6 +20,7 @@ EXACT: dict[str, tuple[str, dict[str, Any]]] = {
     "low-rank": (GPT2, {}),
     "low-rank llama": (LLAMA, {}),
     "cola": (LLAMA, {"method": {"kind": "cola"}}),
+    "sltrain": (LLAMA, {"method": {"kind": "sltrain"}}),
     "blend": (GPT2, {"method": {"kind": "blend", "blend_share": 0.5, "blend_weight": "trainable"}}),
     "spectron": (GPT2, {"optimizer": {"name": "spectron", "lr": 0.05}}),
     "apollo": (TIED, {"optimizer": {"name": "apollo_mini"}}),

@@ -58,6 +58,26 @@ def test_linear_and_wsd_fall_as_they_are_named() -> None:
     assert learning_rate(whole, 60, 110) == pytest.approx(learning_rate(linear, 60, 110))
 
 
+def test_restarts_warm_up_to_the_cosine_again() -> None:
+    shared = {"lr": 1.0, "warmup_steps": 10, "min_lr_ratio": 0.1, "restart_every": 50, "restart_warmup_steps": 5}
+    restarts = Optimizer.model_validate({**shared, "schedule": "restarts"})
+    cosine = Optimizer.model_validate(shared)
+    rates = [learning_rate(restarts, step, 210) for step in range(1, 211)]
+    smooth = [learning_rate(cosine, step, 210) for step in range(1, 211)]
+    for begin in (50, 100, 150, 200):
+        end = smooth[begin + 4]  # of the fifth step of the cycle
+        assert rates[begin : begin + 5] == pytest.approx([end * i / 5 for i in (1, 2, 3, 4, 5)])
+    rising = [step for step in range(50, 210) if step % 50 < 4]
+    assert [rate for i, rate in enumerate(rates) if i not in rising] == [
+        rate for i, rate in enumerate(smooth) if i not in rising
+    ]
+    assert rates[109] == pytest.approx(0.55)  # half way down
+    cut = [learning_rate(restarts, step, 202) for step in (201, 202)]
+    assert cut == pytest.approx([0.02, 0.04]), "it ends during a warm-up, which aims at the minimum"
+    none = Optimizer.model_validate({**shared, "schedule": "restarts", "restart_warmup_steps": 0})
+    assert [learning_rate(none, step, 210) for step in range(1, 211)] == smooth
+
+
 @pytest.mark.parametrize("schedule", ["linear", "wsd"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 20, 40])
 def test_other_schedules_reach_their_peak_and_their_end(schedule: str, steps: int) -> None:

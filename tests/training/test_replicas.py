@@ -26,7 +26,7 @@ from finhpc.training.optimizers.stage import elementwise, moments
 from finhpc.training.workers import replicas
 from finhpc.training.workers.replicas import GradientAverager, divide
 from tests.training.processes import run_processes
-from tests.training.test_blend import EIGHT_BIT, TRAINABLE, checkpoint, losses
+from tests.training.test_blend import EIGHT_BIT, RELORA, TRAINABLE, checkpoint, losses
 from tests.training.test_blend import settings as blend_settings
 from tests.training.test_engine import SEQ, VOCAB, hf_config
 
@@ -35,8 +35,9 @@ PRODUCT: dict[str, Any] = {"kind": "low_rank", "optimizer": {"decay": "product",
 OTHERS: dict[str, dict[str, Any]] = {
     "muon": {"kind": "dense", "optimizer": {"name": "muon", "lr_adamw": 1e-3}},
     "spectron": {"kind": "low_rank", "optimizer": {"name": "spectron", "lr": 0.05}},
-    "loro": {"kind": "low_rank", "optimizer": {"name": "loro", "rates": "loro", "exact_every": 3}},
+    "loro": {"kind": "low_rank", "optimizer": {"name": "loro", "rates": "loro", "restart_every": 3}},
     "apollo": {"kind": "dense", "optimizer": {"name": "apollo_mini"}},
+    "relora": RELORA,
 }
 KINDS = {"trainable": TRAINABLE, "eight": EIGHT_BIT, "product": PRODUCT, **OTHERS}
 

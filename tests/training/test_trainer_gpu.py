@@ -33,7 +33,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "low-rank, full": {"method": {"kind": "low_rank", "rank": 8}, "train": {"recompute": "full"}},
     "blend": {"method": {"kind": "blend", "rank": 8, "blend_share": 0.75, "blend_weight": "trainable"}},
     "muon": {"method": {"kind": "dense"}, "optimizer": {"name": "muon"}},
-    "loro": {"method": {"kind": "low_rank", "rank": 8}, "optimizer": {"name": "loro", "exact_every": 3}},
+    "loro": {"method": {"kind": "low_rank", "rank": 8}, "optimizer": {"name": "loro", "restart_every": 3}},
+    "relora": {"method": {"kind": "dense"}, "optimizer": {"name": "relora", "rank": 4, "restart_every": 2}},
     "8-bit moments": {"method": {"kind": "dense"}, "optimizer": {"name": "adamw8bit"}},
 }
 

@@ -84,7 +84,7 @@ def bench_finetune(settings: FinetuneBench) -> dict[str, Any]:
     conditions = {
         "model": settings.model,
         "examples": f"{len(arrays)} in batches of {settings.batch}, sorted by length, batches in random order",
-        "adapters": f"rank {settings.rank} on every linear layer except the head, float32",
+        "adapters": f"{'DoRA, ' * settings.dora}rank {settings.rank} on every linear layer except the head, float32",
         "base": "bfloat16 activations; int8, nf4: bitsandbytes'",
         "optimizer": f"AdamW, lr {settings.lr}, no decay, no clipping",
         "threads": settings.resources.threads,
@@ -128,23 +128,23 @@ def _base(
     longest = max(batches, key=lambda batch: int(lengths[batch].max()))
     gc.collect()
     before = live_tensor_bytes()
-    model = peft_model(path, bits, settings.rank, seed=0)
+    model = peft_model(path, bits, settings.rank, seed=0, dora=settings.dora)
     start = {name: p.detach().clone() for name, p in adapters(model).items()}
     plain = _from_start(plain_passes(model, arrays, pad, settings.lr), adapters(model), start)
     peaks = {PLAIN: _peak(plain, [longest, longest]) - before}
     gc.collect()
     before = live_tensor_bytes()
-    engine = lora_engine(path, bits, settings.rank, settings.batch)
+    engine = lora_engine(path, bits, settings.rank, settings.batch, dora=settings.dora)
     ours = _from_start(_engine_passes(engine, arrays, settings.lr), engine.trained_parameters(), start)
     peaks[OURS] = _peak(ours, [longest, longest]) - before
     with tempfile.TemporaryDirectory() as folder:
         trainer = _from_start(trainer_passes(model, arrays, pad, settings.lr, Path(folder)), adapters(model), start)
         ways = {PLAIN: plain, TRAINER: trainer, OURS: ours}
         if settings.compiled and missing_compiler("cpu") is None:
-            fast = lora_engine(path, bits, settings.rank, settings.batch, compiled=True)
+            fast = lora_engine(path, bits, settings.rank, settings.batch, compiled=True, dora=settings.dora)
             ours = _engine_passes(fast, arrays, settings.lr)
             ways[f"{OURS}, compiled"] = _from_start(ours, fast.trained_parameters(), start)
-            other = peft_model(path, bits, settings.rank, seed=0)  # the Trainer changes its own
+            other = peft_model(path, bits, settings.rank, seed=0, dora=settings.dora)  # the Trainer changes its own
             plain = plain_passes(other, arrays, pad, settings.lr, torch.compile(other, dynamic=True))
             ways[f"{PLAIN}, compiled"] = _from_start(plain, adapters(other), start)
             log.info(f"{NAMES[bits]}: compiling")
@@ -185,14 +185,20 @@ def _base(
 
 
 def lora_engine(
-    path: Path, bits: int, rank: int, batch: int, recompute: Recompute = "none", compiled: bool = False
+    path: Path,
+    bits: int,
+    rank: int,
+    batch: int,
+    recompute: Recompute = "none",
+    compiled: bool = False,
+    dora: bool = False,
 ) -> Engine:
     """The engine of every finetuning, one stage in this process on a CPU, with adapters on every linear layer."""
     config = build(
         FinetuneConfig,
         {
             "model": {"path": str(path)},
-            "lora": {"rank": rank, "lora_alpha": 2.0 * rank},
+            "lora": {"rank": rank, "lora_alpha": 2.0 * rank, "dora": dora},
             "optimizer": {"betas": (0.9, 0.999), "grad_clip": 0.0, "weight_decay": 0.0},
             "parallel": {"micro_batch_size": batch},
             "train": {"precision": "bf16", "recompute": recompute, "compile": "on" if compiled else "off"},

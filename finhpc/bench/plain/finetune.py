@@ -29,14 +29,14 @@ CPU = torch.device("cpu")
 Passes = Callable[[Sequence[Sequence[int]]], Pass]  # batches of examples' ids -> a pass over them
 
 
-def peft_model(path: Path, bits: int, rank: int, seed: int, device: torch.device = CPU) -> Any:
+def peft_model(path: Path, bits: int, rank: int, seed: int, device: torch.device = CPU, dora: bool = False) -> Any:
     """The base of a folder with an adapter on every linear layer except the head, as the loops train it."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
     how: dict[str, Any] = {"dtype": torch.bfloat16, "quantization_config": bitsandbytes_config(bits)}
     base = AutoModelForCausalLM.from_pretrained(path, **how, device_map=None if device == CPU else device)
-    return with_adapters(base, rank)
+    return with_adapters(base, rank, dora)
 
 
 def bitsandbytes_config(bits: int) -> Any:
@@ -49,12 +49,12 @@ def bitsandbytes_config(bits: int) -> Any:
     return BitsAndBytesConfig(load_in_4bit=True, **how) if bits == 4 else None
 
 
-def with_adapters(base: Any, rank: int) -> Any:
+def with_adapters(base: Any, rank: int, dora: bool = False) -> Any:
     """peft's model: an adapter on every linear layer except the head."""
     from peft import LoraConfig, get_peft_model
 
-    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    return get_peft_model(base, lora)
+    settings: dict[str, Any] = {"lora_alpha": 2 * rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    return get_peft_model(base, LoraConfig(r=rank, use_dora=dora, **settings))
 
 
 def random_base(hf_config: Any, bits: int, device: torch.device) -> Any:
@@ -76,12 +76,12 @@ def random_base(hf_config: Any, bits: int, device: torch.device) -> Any:
 
 
 def adapters(model: Any) -> dict[str, Tensor]:
-    """finhpc's name of each of the adapters' factors -> it."""
+    """finhpc's name of each of the adapters' parameters -> it."""
     factors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             layer, _, rest = name.removeprefix("base_model.model.").partition(".lora_")
-            factors[f"{layer}.{rest[0]}"] = parameter
+            factors[f"{layer}.{rest.partition('_vector')[0].partition('.')[0]}"] = parameter
     return factors
 
 

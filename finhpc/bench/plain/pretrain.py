@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from finhpc.lowrank.blend import blend_in, set_alpha
 from finhpc.lowrank.registry import BLEND
+from finhpc.lowrank.sltrain import set_supports
 from finhpc.models.families.registry import skeleton
 from finhpc.models.initialize import initial_model
 from finhpc.models.pipeline import parts_of
@@ -64,6 +65,7 @@ def model_step(config: PretrainConfig, hf_config: Any, device: torch.device) -> 
         blend_in(model, trainable=config.method.blend_weight == "trainable")
         set_alpha(model.modules(), config.method.blend_start)
     model = model.to_empty(device=device).train()
+    set_supports(model)
     model.config._attn_implementation, model.config.use_cache = "sdpa", False  # torch's own attention, not ours
     if config.quantization.training_bits < 16:
         for module in list(model.modules()):

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from finhpc.lowrank.blas import gram
 from finhpc.models.families.parts import Part
 from finhpc.models.files.weights import Weights
-from finhpc.models.initialize import weights_fill
+from finhpc.models.initialize import fill_buffers, weights_fill
 from finhpc.models.pipeline import parts_of
 
 BATCH = 4  # samples run together
@@ -40,7 +40,8 @@ def second_moments(
             return
         modules = part.modules(weights.skeleton)
         for name, module in zip(part.names, modules, strict=True):
-            fill(module.to_empty(device=device).eval(), name)
+            fill_buffers(weights.skeleton, module.to_empty(device=device).eval())
+            fill(module, name)
         inputs = Inputs(dict(zip(part.names, modules, strict=True)), left)
         with torch.no_grad():
             flows = [inputs.watch(part, flow, modules) for flow in flows]

@@ -165,7 +165,7 @@ def _with(costs: LoraCosts, bits: int, **lora: Any) -> LoraCosts:
     old = costs.lora_model
     scheme = "minmax" if bits < 16 and old.quantization.scheme == "minmax" else "auto"
     quantization = old.quantization.model_copy(update={"bits": bits, "scheme": scheme})
-    settings = old.lora.model_copy(update=lora)
+    settings = old.lora.model_copy(update=lora | {"path": None})
     return replace(costs, lora_model=LoraModel(old.weights, settings, quantization, old.bf16, old.recompute, old.seed))
 
 

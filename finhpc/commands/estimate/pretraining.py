@@ -12,6 +12,7 @@ from finhpc.commands.estimate.run_time import Opened, this_machine_busy, trainin
 from finhpc.commands.estimate.tables import show_pretraining
 from finhpc.errors import ConfigError, collect
 from finhpc.lowrank.registry import BLEND
+from finhpc.models.pipeline import has_halves
 from finhpc.models.schedule import most_workers
 from finhpc.planning import paper
 from finhpc.planning.costs import PretrainCosts, topologies
@@ -24,8 +25,7 @@ from finhpc.planning.step_time import blended_operations, step_operations
 from finhpc.settings.estimate import EstimateConfig
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.training import Recompute
-from finhpc.training.optimizers.adamw import ADAMW, ADAMW_8BIT
-from finhpc.training.optimizers.registry import OPTIMIZERS, check_optimizer
+from finhpc.training.optimizers.registry import check_optimizer
 
 MODES: tuple[Recompute, ...] = ("none", "attention", "full")
 
@@ -92,7 +92,7 @@ def _by_recompute(costs: PretrainCosts, usable: float) -> dict[str, Any]:
     modes: dict[str, Any] = {}
     layers, topology = int(hf_config.num_hidden_layers), costs.topology
     for mode in MODES:
-        if topology.stages > most_workers(topology.schedule, layers, mode):
+        if topology.stages > most_workers(topology.schedule, layers, has_halves(hf_config, mode)):
             continue
         outline = outline_of(hf_config, seq_len, mode, fused)
         fullest = PretrainCosts(Memory(outline, costs.memory.scheme), topology).fullest
@@ -136,8 +136,9 @@ def not_counted(config: PretrainConfig, outline: Outline, scheme: Scheme) -> lis
             f"{method.blend_steps(config.train.steps)}: {operations:,.0f} operations per token"
         )
     name = config.optimizer.name
-    if OPTIMIZERS[name] not in (ADAMW, ADAMW_8BIT):
-        lines.append(f"optimizer.name={name}: the time of its step on a GPU is taken to be AdamW's")
+    if name == "loro":
+        every = config.optimizer.restart_every
+        lines.append(f"optimizer.name=loro: time of QR and SVD in an exact step, every {every} steps")
     if name != "adamw" and scheme.name == "paper":
         lines.append(f"optimizer.name={name}: the paper's scheme has AdamW's two moments of 4 bytes")
     return lines

@@ -108,10 +108,11 @@ class Scorer:
         quantized = pair.out.with_name(f".{pair.name}-quantized")
         shutil.rmtree(quantized, ignore_errors=True)
         if self.config.quantization.bits < 16:  # exported, so that the weights are exactly an export's
-            from finhpc.commands.export import export
+            from finhpc.commands.export import export, scored_format
 
             pair.out.parent.mkdir(parents=True, exist_ok=True)
-            export(ExportConfig(model=path, out=str(quantized), quantization=self.config.quantization))
+            form, quantization = scored_format(Path(path)), self.config.quantization
+            export(ExportConfig(model=path, format=form, out=str(quantized), quantization=quantization))
             path = str(quantized)
         try:
             opened = load_for_evaluation(path, adapter, self.config.dtype, self.device)

@@ -25,6 +25,8 @@ COLORS = {  # readable on white and on black
     "blend": "#3fa45b",
     "cola": "#a06cc9",
     "half": "#c2577b",
+    "sltrain": "#2f9fa8",
+    "guided": "#9a8a3c",
     "base": "#8a8f98",
 }
 BITS_COLORS = {16: "#3b82c4", 8: "#e0812f", 4: "#3fa45b"}
@@ -35,6 +37,8 @@ METHOD_NAMES = {
     "blend": "method 3 (not in the paper)",
     "cola": "CoLA (not in the paper)",
     "half": "half-linear latent (not in the paper)",
+    "sltrain": "SLTrain (not in the paper)",
+    "guided": "self-guided (not in the paper)",
 }
 STYLES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (1.2, 1.4)), (0, (6, 1.5, 1.2, 1.5)))  # by rank, largest first
 MARKERS = {16: "o", 8: "s", 4: "^"}

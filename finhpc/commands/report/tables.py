@@ -15,8 +15,15 @@ from typing import Any
 from finhpc.commands.report.paper import PaperRow, paper_tables
 from finhpc.commands.report.runs import FINANCIAL, GENERAL, Collected, Scale, Tracked
 
-METHODS = {  # method.kind -> the suffix of the model's name, and whether the paper has the method
-    "vi": {"dense": ("", True), "low_rank": ("", True), "cola": (" (CoLA)", False), "half": (" (half-linear)", False)},
+METHODS = {  # the method, see `_kind` -> the suffix of the model's name, and whether the paper has the method
+    "vi": {
+        "dense": ("", True),
+        "low_rank": ("", True),
+        "cola": (" (CoLA)", False),
+        "half": (" (half-linear)", False),
+        "sltrain": (" (SLTrain)", False),
+        "guided": (" (self-guided)", False),
+    },
     "vii": {"dense": ("", True), "svd": ("", True), "blend": (" (method 3)", False)},
 }
 NOT_IN_PAPER = "not in the paper"
@@ -108,7 +115,7 @@ def make_tables(found: Collected) -> dict[str, Table]:
 
 def _pretrained(found: Collected, key: str) -> list[Group]:
     kinds = METHODS[key]
-    runs = [run for run in found.pretrained if run.setting("method.kind") in kinds]
+    runs = [run for run in found.pretrained if _kind(run) in kinds]
     groups = []
     for scale, same_scale in _grouped(runs, found.scale):
         rows = [_pretrained_row(found, key, scale, same_row) for _, same_row in _grouped(same_scale, _row_key)]
@@ -120,9 +127,15 @@ def _pretrained(found: Collected, key: str) -> list[Group]:
     return sorted(groups, key=lambda group: (-len(group.rows), -group.scale.amount))
 
 
+def _kind(run: Tracked) -> str:
+    """Its method.kind; `guided` for a blend that started from no model."""
+    kind = run.setting("method.kind") or ""
+    return "guided" if kind == "blend" and not run.setting("model.path") else kind
+
+
 def _row_key(run: Tracked) -> tuple[Any, ...]:
     """Runs of one row have the same method, ranks, bits in training, and kind of initial weights."""
-    kind = run.setting("method.kind")
+    kind = _kind(run)
     if kind == "dense":
         return kind, _training_bits(run), bool(run.setting("model.path"))
     ranks = [run.setting(key) for key in ("method.ranks", "method.qkv", "method.head", "method.embedding")]
@@ -138,7 +151,7 @@ def _training_bits(run: Tracked) -> int | None:
 def _pretrained_row(found: Collected, key: str, scale: Scale, runs: list[Tracked]) -> Row:
     chosen, settings = _best(runs, lambda run: -run.metrics.get("val_loss", float("inf")))
     first = chosen[0]
-    kind = first.setting("method.kind") or ""
+    kind = _kind(first)
     rank = first.whole("method.rank") if kind != "dense" else None
     bits, continued = _training_bits(first), kind == "dense" and bool(first.setting("model.path"))
     after, in_paper = METHODS[key][kind]

@@ -24,7 +24,7 @@ from finhpc.commands.sweep.estimate import Estimate
 from finhpc.errors import TrainingFailedError
 from finhpc.files import write_atomic, write_csv
 from finhpc.interrupts import terminable
-from finhpc.lowrank.registry import BLEND, SVD
+from finhpc.lowrank.registry import BLEND, SVD, trained_kind
 from finhpc.runs.folder import RunFolder
 from finhpc.screen import rows_table
 from finhpc.settings.pretrain import PretrainConfig
@@ -83,12 +83,12 @@ def _train_finals(config: StudyConfig, lr_of: dict[str, float]) -> list[Trained]
 
 
 def _measured_runs(finals: list[Trained]) -> dict[str, PretrainConfig]:
-    """Name -> a run whose step is measured: each finalist, and method 3 also without its dense weights W."""
+    """Name -> a run whose step is measured: each finalist, and a blend also without its dense weights W."""
     runs = {trained.variant: trained.config for trained in reversed(finals)}
     for name, run in list(runs.items()):
         if run.method.kind == BLEND:
-            method = run.method.model_copy(update={"kind": SVD})
-            runs[name + WITHOUT_W] = run.model_copy(update={"method": method})
+            kind = trained_kind(BLEND) if run.model.path is None else SVD
+            runs[name + WITHOUT_W] = run.model_copy(update={"method": run.method.model_copy(update={"kind": kind})})
     return runs
 
 

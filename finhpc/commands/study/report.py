@@ -37,6 +37,7 @@ def _two(form: str) -> Callable[[Any], str]:
     return lambda pair: f"{form.format(pair[0])} to {form.format(pair[1])}"
 
 
+TIME, WITH_START = "time_to_reference_loss", "time_to_reference_loss_with_start"
 Columns = dict[str, tuple[str, Callable[[Any], str], str]]  # key -> title, format, text for None
 TUNING: Columns = {
     "variant": ("variant", str, ""),
@@ -67,9 +68,9 @@ FINALS: Columns = {
     "val_loss_at_equal_time": ("same time", "{:.3f}".format, "-"),
     "val_loss_at_equal_operations": ("same operations", "{:.3f}".format, "-"),
     "step_s": ("s/step", "{:.3f}".format, "-"),
-    "time_to_reference_loss": ("time", "{:.2f}".format, "never"),
+    TIME: ("time", "{:.2f}".format, "never"),
     "time_to_reference_loss_ci95": ("time, 95 %", _two("{:.2f}"), "-"),
-    "time_to_reference_loss_with_start": ("with start", "{:.2f}".format, "never"),
+    WITH_START: ("with start", "{:.2f}".format, "never"),
     "operations_to_reference_loss": ("operations", "{:.2f}".format, "never"),
     "peak_memory_bytes": ("memory MB", lambda count: f"{count / 1e6:,.0f}", "-"),
     "epochs": ("epochs", "{:.2f}".format, "-"),
@@ -132,9 +133,9 @@ def page(result: Row, drawn: Figure) -> str:
         "page.html.j2",
         [drawn],
         result=result,
-        finals=[text_of(row, FINALS) for row in result["finals"]],
-        tuning=[text_of(row, TUNING) for row in result["tuning"]],
-        screening=[text_of(row, SCREENING) for row in result["screening"]],
+        finals=texts(result["finals"], FINALS),
+        tuning=texts(result["tuning"], TUNING),
+        screening=texts(result["screening"], SCREENING),
         made=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         version=finhpc.__version__,
     )
@@ -142,17 +143,26 @@ def page(result: Row, drawn: Figure) -> str:
 
 def show(result: Row) -> None:
     """Print the tables on stderr."""
-    rows_table(f"screening of {result['study']}", [text_of(row, SCREENING) for row in result["screening"]])
-    rows_table(
-        "tuning: runs per variant, and its best learning rate", [text_of(row, TUNING) for row in result["tuning"]]
-    )
+    rows_table(f"screening of {result['study']}", texts(result["screening"], SCREENING))
+    rows_table("tuning: runs per variant, and its best learning rate", texts(result["tuning"], TUNING))
     title = f"{result['study']}, finals; time and operations: to the lowest loss of {result['reference']}, over its own"
-    rows_table(title, [text_of(row, FINALS) for row in result["finals"]])
+    rows_table(title, texts(result["finals"], FINALS))
     for note in result["notes"]:
         log.warning(note)
     log.info(f"written: report.html, result.json, table.csv and curves.png in {shlex.quote(result['folder'])}")
 
 
-def text_of(row: Row, columns: Columns) -> dict[str, str]:
-    """A row as text: short names, few digits."""
-    return {title: absent if row[key] is None else form(row[key]) for key, (title, form, absent) in columns.items()}
+def texts(rows: list[Row], columns: Columns) -> list[dict[str, str]]:
+    """Rows as text: short names, few digits; without columns that have no value in any row.
+
+    The time with that of the starting model is shown if any variant has one.
+    """
+    shown = {
+        key: column for key, column in columns.items() if column[2] != "-" or any(r[key] is not None for r in rows)
+    }
+    if all(row.get(WITH_START) == row.get(TIME) for row in rows):
+        shown.pop(WITH_START, None)
+    return [
+        {title: absent if r[key] is None else form(r[key]) for key, (title, form, absent) in shown.items()}
+        for r in rows
+    ]

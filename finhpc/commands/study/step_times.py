@@ -69,6 +69,7 @@ class Run:
         alone = config.model_copy(deep=True)
         alone.parallel.stages = alone.parallel.replicas = 1
         alone.parallel.schedule, alone.parallel.shard_optimizer = "1f1b", False
+        alone.optimizer.dense_cycles = 0  # relora's pairs, which it trains most of the time
         shards, size = Shards.open(str(config.data.shards)), config.parallel.micro_batch_size
         self.hf_config = hf_config_of(config, shards)
         tokens = config.train.steps * config.parallel.samples_per_step * config.data.seq_len
@@ -85,28 +86,18 @@ class Run:
 
     def warm_up(self) -> float:
         """Take the steps that are not measured; return the operations of a step of all replicas."""
-        from torch.utils.flop_counter import FlopCounterMode
-
         from finhpc.planning.outline import outline_of
         from finhpc.planning.step_time import blended_operations, step_operations
+        from finhpc.training.optimizers.stage import product_operations
 
-        counter, optimizer = FlopCounterMode(display=False), self.engine.optimizer
-
-        def begin(*_: Any) -> None:
-            counter.__enter__()
-
-        def end(*_: Any) -> None:
-            counter.__exit__(None, None, None)
-
-        hooks = [optimizer.register_step_pre_hook(begin), optimizer.register_step_post_hook(end)]
-        self.step()
-        for hook in hooks:
-            hook.remove()
-        for _ in range(WARM_UP - 1):
+        for _ in range(WARM_UP):
             self.step()
         config, outline = self.config, outline_of(self.hf_config, self.config.data.seq_len)
-        operations = step_operations(outline, config.parallel.samples_per_step) + counter.get_total_flops()
+        shapes = {name: tuple(parameter.shape) for name, parameter in self.engine.trained_parameters().items()}
+        parallel = config.parallel
+        operations = step_operations(outline, parallel.samples_per_step, parallel.micro_batches * parallel.replicas)
+        operations += product_operations([shapes], config.optimizer)
         if config.method.kind == BLEND:
-            tokens = config.parallel.samples_per_step * config.data.seq_len
+            tokens = parallel.samples_per_step * config.data.seq_len
             operations += tokens * blended_operations(outline, config.method.blend_weight == "trainable")
         return operations

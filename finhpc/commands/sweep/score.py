@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from finhpc.commands.export import export
+from finhpc.commands.export import export, scored_format
 from finhpc.data.shards.shards import Shards
 from finhpc.errors import ImplausibleError
 from finhpc.evaluation import plausible
@@ -38,8 +38,9 @@ def score_at(bits: int, config: PretrainConfig, run: Path, full: float | None = 
     begin = time.perf_counter()
     if not (out / "config.json").is_file():
         settings = {"bits": bits, "scheme": config.quantization.scheme}
-        source = str(run / "model")
-        export(build(ExportConfig, {"model": source, "out": str(out), "dtype": "bfloat16", "quantization": settings}))
+        source = run / "model"
+        tree = {"model": str(source), "format": scored_format(source), "out": str(out), "dtype": "bfloat16"}
+        export(build(ExportConfig, tree | {"quantization": settings}))
     loss = held_out_loss(out, config)
     figures = {
         "val_loss": loss,

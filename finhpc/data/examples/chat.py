@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple
 
-from finhpc.data.examples.messages import check_rendered
+from finhpc.data.examples.messages import ONLY_READ, check_rendered
 from finhpc.errors import ConfigError
 from finhpc.models.files.tokens import encode
 
@@ -29,19 +29,26 @@ class Conversation(NamedTuple):
 
 
 def learned(messages: list[Message], where: str) -> list[Message]:
-    """Return the messages up to the last answer; nothing is learned from what follows it.
+    """Return the messages up to the last answer that is learned; nothing is learned from what follows it.
 
     Raises `ConfigError` for an empty answer, and for a conversation without an answer.
     """
     last = 0
     for number, message in enumerate(messages, 1):
-        if message["role"] == "assistant":
+        if is_learned(message):
             last = number
             if not message["content"].strip() and "tool_calls" not in message:
                 raise ConfigError(f"{where}: the answer (message {number}) is empty; write one or remove the record.")
+    if not last and any(message["role"] == "assistant" for message in messages):
+        raise ConfigError(f"{where}: every answer is only read (weight 0), so nothing to learn; remove the record.")
     if not last:
         raise ConfigError(f"{where}: no message of the role assistant, so nothing to learn; add one or remove it.")
     return messages[:last]
+
+
+def is_learned(message: Message) -> bool:
+    """Return whether a message is an answer that is learned, and not only read."""
+    return bool(message["role"] == "assistant" and not message.get(ONLY_READ))
 
 
 def control_tokens(tokenizer: Any) -> list[str]:
@@ -62,7 +69,7 @@ def rendered(messages: list[Message], tools: Any, where: str, tokenizer: Any, co
     for number, message in enumerate(messages, 1):
         if token := next((token for token in control if token in (message.get("content") or "")), None):
             raise ConfigError(f"{where}: message {number} holds the special token {token}; remove it from the text.")
-    places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    places = [i for i, message in enumerate(messages) if is_learned(message)]
     whole = _render(tokenizer, messages, tools, where)
     check_rendered(messages, lambda given: _render(tokenizer, given, tools, where), where)
     if tools and whole == _render(tokenizer, messages, None, where):
@@ -131,13 +138,21 @@ def _marked(messages: list[Message], tools: Any, where: str, tokenizer: Any) -> 
     from transformers.utils.chat_template_utils import render_jinja_template
 
     (text,), (spans,) = render_jinja_template(
-        conversations=[[{key: value for key, value in message.items() if value is not None} for message in messages]],
+        conversations=[_told(messages)],
         tools=tools,
         chat_template=tokenizer.get_chat_template(tools=tools),
         return_assistant_tokens_mask=True,
         **tokenizer.special_tokens_map,
     )
     answers = tuple((start, stop) for start, stop in spans if stop > start)
+    turns = [message for message in messages if message["role"] == "assistant"]
+    if not all(map(is_learned, turns)):
+        if len(answers) != len(turns):
+            raise ConfigError(
+                f"{where}: the chat template marks {len(answers)} parts of {len(turns)} answers with {{% generation %}}"
+                ", so it is not known which of them has weight 0; remove the weights or the record."
+            )
+        answers = tuple(span for span, turn in zip(answers, turns, strict=True) if is_learned(turn))
     if not answers:
         raise ConfigError(
             f"{where}: the chat template marks no answer with {{% generation %}} in this conversation; correct the "
@@ -146,12 +161,18 @@ def _marked(messages: list[Message], tools: Any, where: str, tokenizer: Any) -> 
     return Conversation(text, answers, marked=True)
 
 
+def _told(messages: list[Message]) -> list[Message]:
+    """Return the messages with what a chat template is told of them."""
+    told = [{key: value for key, value in message.items() if key != ONLY_READ} for message in messages]
+    return [{key: value for key, value in message.items() if value is not None} for message in told]
+
+
 def _render(
     tokenizer: Any, messages: list[Message], tools: Any, where: str, add_generation_prompt: bool = False
 ) -> str:
     try:
         text: str = tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+            _told(messages), tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
         )
     except Exception as error:  # whatever the template's author raises, such as for roles out of turn
         raise ConfigError(f"{where}: the chat template refuses it ({error}); correct the conversation.") from None

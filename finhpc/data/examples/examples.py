@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from finhpc.data.examples.instructions import Example, Source, is_held_out, read_examples
+from finhpc.data.examples.mixing import check_weights, mixed
 from finhpc.data.examples.tokenize import Tokenized, check_tokenizer, tokenized
 from finhpc.data.shards.order import permutation
 from finhpc.errors import ConfigError, DataError
@@ -99,13 +100,15 @@ def load(path: Path) -> Examples:
 def make_examples(settings: Instructions, tokenizer: Any, seed: int, before: Path | None = None) -> Examples:
     """Read, tokenize, cut and split all sources; draw `limit` of the training examples by `seed`.
 
+    Examples of sources with weights occur several times in `train`, or some of them not at all, see `mixed`.
+
     Examples are split by the hash of their normalized input: the same input is never in both splits, for any seed,
     order of files, or source. `tokenizer`: a fast Hugging Face tokenizer. `before`: a file of examples to reuse if it
     was made from the same records, settings and tokenizer, because a chat template may write the date. Raises one
     `ConfigError` with everything that cannot be used, and if more than `max_dropped` of the examples have no room for
     their answer.
     """
-    sources = read_sources(settings)
+    sources, weights = read_sources(settings), check_weights(settings)
     given = [example for source in sources for example in source.examples]
     check_tokenizer(tokenizer, given)
     origin = _origin(given, settings, tokenizer, seed)
@@ -128,10 +131,14 @@ def make_examples(settings: Instructions, tokenizer: Any, seed: int, before: Pat
     for number, source in enumerate(counts["by_source"]):
         source["unseen"] = _unseen(number, sources[number], drawn + held_out, tokenizer)
     counts |= {"leaked": leaked, "not_drawn": len(train) - len(drawn)}
+    chosen = mixed(np.array([item.example.source for item in drawn]), weights, settings.temperature, seed)
+    in_pass = [drawn[i] for i in chosen.tolist()]
+    for number, source in enumerate(counts["by_source"]):
+        source["in_a_pass"] = sum(item.example.source == number for item in in_pass)
     notes = [*(note for source in sources for note in source.notes), *texts, *_notes(counts, settings)]
     labels = tuple(dict.fromkeys(label for source in sources for label in source.labels))
     _newest.clear()
-    _newest[key] = Examples(_arrays(drawn), _arrays(held_out), counts, labels, tuple(notes), origin)
+    _newest[key] = Examples(_arrays(in_pass), _arrays(held_out), counts, labels, tuple(notes), origin)
     return _newest[key]
 
 
@@ -158,7 +165,8 @@ def _unseen(number: int, source: Source, learned: list[Tokenized], tokenizer: An
 
 def _origin(examples: list[Example], settings: Instructions, tokenizer: Any, seed: int) -> str:
     """Return one hash of records, settings and tokenizer, before a template writes any of them."""
-    ways = settings.model_dump(include={"eval_fraction", "limit", "max_len", "cut", "max_dropped"})
+    settled = {"eval_fraction", "limit", "max_len", "cut", "max_dropped", "weights", "temperature"}
+    ways = settings.model_dump(include=settled)
     tokenizer.backend_tokenizer.no_truncation()  # set by an earlier encoding
     tokenizer.backend_tokenizer.no_padding()
     speaks = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 from finhpc.data.examples.values import is_missing, shown
@@ -17,6 +18,8 @@ ROLES = {
 }  # fmt: skip
 # Parts of a message that change what the model reads or learns: they are used or refused, never dropped.
 REFUSED = ("function_call", "tools", "functions", "images", "image", "audio", "videos", "refusal")
+MASKS = ("weight", "loss", "train")  # whether an answer is learned
+ONLY_READ = "only_read"  # in a message that is read: it is not learned, which no template is told
 RENDERED = ("tool_calls", "reasoning_content", "thinking", "reasoning")
 PASSED = ("name", "tool_call_id")
 
@@ -40,10 +43,21 @@ def messages_of(values: dict[str, Any], column: str, where: str) -> list[dict[st
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise ConfigError(f"{where}: {column} is not a list of objects; write role and content of each.")
     read_messages = [_message(message, f"{where}: message {number}") for number, message in enumerate(messages, 1)]
+    _check_turns(read_messages, where)
     system = values.get("system")
     if isinstance(system, str) and system.strip() and not any(message["role"] == "system" for message in read_messages):
         read_messages.insert(0, {"role": "system", "content": system})
     return read_messages
+
+
+def _check_turns(messages: list[dict[str, Any]], where: str) -> None:
+    """Raise `ConfigError` if the user or the assistant speaks twice in a row: a message between them is missing."""
+    for number, (before, message) in enumerate(pairwise(messages), 2):
+        if message["role"] == before["role"] in ("user", "assistant"):
+            raise ConfigError(
+                f"{where}: messages {number - 1} and {number} both have the role {message['role']}, and turns "
+                "alternate; add what is missing between them, join them, or remove the record."
+            )
 
 
 def tools_of(values: dict[str, Any], where: str) -> list[Any] | None:
@@ -81,12 +95,14 @@ def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
     given = {name: value for name, value in message.items() if not is_missing(value) and value not in ([], {}, "")}
     if unread := next((name for name in REFUSED if name in given), None):
         raise ConfigError(f"{where} holds {unread}, which is not read; remove it or the record.")
-    for name in ("weight", "loss", "train"):
-        if name in given and given[name] not in (1, True):
-            raise ConfigError(
-                f"{where} holds {name}={given[name]!r}, but every answer is learned; remove the message or the record."
-            )
     read: dict[str, Any] = {"role": ROLES[role.lower()], "content": _content(content, given, where)}
+    for name in MASKS:
+        if name in given and given[name] not in (0, 1):  # False and True, too
+            raise ConfigError(
+                f"{where} holds {name}={given[name]!r}; an answer is learned (1 or true) or only read (0 or false)."
+            )
+        if name in given and not given[name]:
+            read[ONLY_READ] = True
     read |= {name: given[name] for name in (*RENDERED, *PASSED) if name in given}
     if "tool_calls" in read:
         read["tool_calls"] = [_call(call, where) for call in read["tool_calls"]]

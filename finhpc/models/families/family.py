@@ -1,6 +1,7 @@
 """What a model family defines so that finhpc can build, cut, initialize, finetune and decode its models.
 
-A new family is one file like `gpt2.py`, with a subclass of `Family`, and one row in `registry.py` or a plugin.
+A family whose layers can run as they are is one row in `registry.py`; any other one is a file like `gpt2.py`, with a
+subclass of `Family`, and one row in `registry.py` or a plugin.
 """
 
 from __future__ import annotations
@@ -11,15 +12,20 @@ from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from finhpc.lowrank.registry import check_kind
 from finhpc.lowrank.replace import Ranks, make_low_rank
-from finhpc.models.families.parts import Flow, Part, add_positions, apply, attend, embed, head, mlp
+from finhpc.lowrank.sltrain import set_supports
+from finhpc.models.families.parts import Ends, Flow, Part, add_positions, apply, attend, embed, head, mlp
 from finhpc.models.families.presets import Shape
 from finhpc.plugins import require
 from finhpc.settings.pretrain import Qkv
 
 Heads = tuple[Tensor, Tensor, Tensor]  # q, k, v: (batch, seq, heads, size)
+EMBEDDING_DROPOUTS = ("embd_pdrop", "embedding_dropout", "hidden_dropout")  # fields of configs
+# All fields of configs for dropout.
+DROPOUTS = (*EMBEDDING_DROPOUTS, "resid_pdrop", "attn_pdrop", "attention_dropout", "residual_dropout")
 
 
 class Family:
@@ -42,6 +48,12 @@ class Family:
     joint_qkv: ClassVar[str | None] = None  # end of the name of a layer that computes q, k and v at once
     norm: ClassVar[str] = "model.norm"  # after the blocks
     head: ClassVar[str] = "lm_head"
+    dropout: ClassVar[str | None] = None  # the dropout of the embeddings, if it is a module
+    whole_layers: ClassVar[bool] = False  # blocks run by their layers' own `forward`
+    gguf: ClassVar[bool] = True  # its GGUF files are read
+    ropes: ClassVar[tuple[str, ...]] = ("default", "linear", "dynamic", "yarn", "llama3")  # kinds of rotary positions
+    ropes_by_layer: ClassVar[bool] = False  # rotary positions differ between types of layers
+    partial_rotary: ClassVar[bool] = False  # a part of a head may have no rotary positions
 
     def __init__(self, label: str, dense_class: Any) -> None:
         dense_config = dense_class.config_class
@@ -60,6 +72,10 @@ class Family:
     def shape_problems(self, shape: Shape) -> list[str]:
         """Return why a shape cannot be built, one message per problem."""
         return []
+
+    def own_settings(self) -> set[str]:
+        """Return the fields that the family's config class has itself: its modules compute them."""
+        return {*self.dense_class.config_class.__dataclass_fields__} - {*PreTrainedConfig.__dataclass_fields__}
 
     def layer_types(self, config: dict[str, Any]) -> set[str]:
         """Return the values of `layer_types` in config.json that this family computes."""
@@ -110,15 +126,25 @@ class Family:
 
     def parts(self, config: Any) -> list[Part]:
         """Return the parts of a model in forward order; a tied head uses the embedding's module again."""
-        row = [Part((self.embedding,), "embedding", embed)]
+        ends = Ends.of(config)
+        row = [Part((self.embedding,), "embedding", partial(embed, ends=ends))]
         if self.positions:
             row.append(Part((self.positions,), "positions", add_positions))
+        if self.dropout and any(getattr(config, key, 0) for key in EMBEDDING_DROPOUTS):
+            row.append(Part((self.dropout,), "dropout", apply))
+        row += self.block_parts(config)
+        row.append(Part((self.norm,), "norm", apply))
+        head_name = self.embedding if config.tie_word_embeddings else self.head
+        row.append(Part((head_name,), "head", partial(head, ends=ends)))
+        return row
+
+    def block_parts(self, config: Any) -> list[Part]:
+        """Return the parts of the blocks."""
         attention = self.attention_half(config)
+        row = []
         for i in range(config.num_hidden_layers):
             row.append(Part(self.block_names(i, self.attention), "attention", attention))
             row.append(Part(self.block_names(i, self.mlp), "mlp", mlp))
-        row.append(Part((self.norm,), "norm", apply))
-        row.append(Part((self.embedding if config.tie_word_embeddings else self.head,), "head", head))
         return row
 
     def block_names(self, i: int, names: tuple[str, str]) -> tuple[str, str]:
@@ -148,6 +174,7 @@ class LowRankConfig:
 
     `low_rank`: kind of layer or projection -> rank, or None if it is dense. `low_rank_kind`: `method.kind`.
     `low_rank_qkv`: `method.qkv`. `low_rank_layers`: ranks of single layers by name, which override their kind's.
+    `low_rank_sparse`: share, lora_alpha and seed of SLTrain's layers.
     `dense_tied`: whether the dense model ties its head.
     """
 
@@ -155,6 +182,7 @@ class LowRankConfig:
     low_rank_kind: str = "low_rank"
     low_rank_qkv: Qkv = "joint"
     low_rank_layers: dict[str, int] | None = None
+    low_rank_sparse: dict[str, Any] | None = None
     dense_tied: bool = False
 
 
@@ -170,4 +198,10 @@ class LowRankModel(nn.Module):
         ranks = config.low_rank or {}
         key_of = partial(self.family.rank_key, ranks=ranks)
         blocks_of = partial(self.family.blocks_of, qkv=config.low_rank_qkv)
-        make_low_rank(self, ranks, key_of, config.low_rank_layers, config.low_rank_kind, blocks_of)
+        kind, sparse = config.low_rank_kind, config.low_rank_sparse
+        make_low_rank(self, ranks, key_of, config.low_rank_layers, kind, blocks_of, sparse)
+
+    def initialize_weights(self) -> None:
+        """Called by transformers after it has read a file, which has not the places of SLTrain's entries."""
+        super().initialize_weights()  # type: ignore[misc]
+        set_supports(self)

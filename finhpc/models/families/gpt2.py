@@ -9,7 +9,6 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from finhpc.models.families.family import Family, Heads
-from finhpc.models.families.parts import Part, apply
 from finhpc.models.families.presets import Shape
 
 
@@ -17,6 +16,7 @@ class Gpt2(Family):
     embedding, positions = "transformer.wte", "transformer.wpe"
     blocks, attention, mlp = "transformer.h", ("ln_1", "attn"), ("ln_2", "mlp")
     output_projection, norm, joint_qkv = "c_proj", "transformer.ln_f", "attn.c_attn"
+    dropout = "transformer.drop"
     projections: ClassVar[dict[str, str]] = {
         "attn.c_attn": "qkv", "attn.c_proj": "out", "mlp.c_fc": "up", "mlp.c_proj": "down",
     }  # fmt: skip
@@ -49,12 +49,6 @@ class Gpt2(Family):
         """Residual projections shrink with depth."""
         std = float(config.initializer_range)
         return std / math.sqrt(2 * config.n_layer) if name.endswith("c_proj") else std
-
-    def parts(self, config: GPT2Config) -> list[Part]:
-        row = super().parts(config)
-        if config.embd_pdrop:
-            row.insert(2, Part(("transformer.drop",), "dropout", apply))
-        return row
 
     def heads(self, attention: Any, x: Tensor, rotated: None) -> Heads:
         q, k, v = (

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import (
     LlamaConfig,
@@ -15,7 +15,7 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from finhpc.models.families.family import Family, Heads
-from finhpc.models.families.parts import Flow
+from finhpc.models.families.parts import Flow, Rotated
 from finhpc.models.families.presets import Shape
 
 
@@ -45,7 +45,7 @@ class Llama(Family):
         return problems
 
     def attention_half(self, config: LlamaConfig) -> Attention:
-        return Attention(config)
+        return Attention(partial(self.rotary, config))
 
     def rotary(self, config: LlamaConfig) -> LlamaRotaryEmbedding:
         return LlamaRotaryEmbedding(config)
@@ -56,29 +56,14 @@ class Llama(Family):
         return *apply_rotary_pos_emb(q, k, *rotated, unsqueeze_dim=2), v
 
 
-class Attention:
+class Attention(Rotated):
     """The attention half of a decoder layer, with its rotary positions; the layers of a stage share one instance."""
-
-    def __init__(self, config: LlamaConfig) -> None:
-        self.config = config
-        self.rotated: dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}  # cos and sin
 
     def __call__(self, data: Flow, norm: nn.Module, attention: nn.Module) -> Flow:
         hidden, tokens = data
         self.prepare(data)
-        rotated = self.rotated[hidden.shape[1], hidden.dtype, hidden.device]
-        attended, _ = attention(norm(hidden), position_embeddings=rotated, attention_mask=None)
+        attended, _ = attention(norm(hidden), position_embeddings=self.of(hidden), attention_mask=None)
         return hidden + attended, tokens
-
-    @torch.no_grad()
-    def prepare(self, data: Flow) -> None:
-        """Compute the rotary positions of a sequence length once, outside of a compiled graph."""
-        hidden = data[0]
-        key = (hidden.shape[1], hidden.dtype, hidden.device)
-        if key not in self.rotated:
-            rotary = LlamaRotaryEmbedding(self.config).to(hidden.device)  # the skeleton's is on the meta device
-            positions = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
-            self.rotated[key] = rotary(hidden, positions)
 
 
 class Mistral(Llama):

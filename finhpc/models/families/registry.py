@@ -10,13 +10,28 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    GemmaForCausalLM,
+    GPTNeoXForCausalLM,
+    GraniteForCausalLM,
+    Olmo2ForCausalLM,
+    Phi3ForCausalLM,
+    Qwen3ForCausalLM,
+    SmolLM3ForCausalLM,
+    StableLmForCausalLM,
+    Starcoder2ForCausalLM,
+)
 
 from finhpc.errors import ConfigError
-from finhpc.lowrank.registry import LAYERS, trained_kind
+from finhpc.lowrank.registry import LAYERS, SLTRAIN, trained_kind
 from finhpc.lowrank.replace import Ranks, ranks_of
 from finhpc.models import attention
 from finhpc.models.families import gpt2, llama
+from finhpc.models.families.described import Described
 from finhpc.models.families.family import Family, LowRankConfig
 from finhpc.models.families.presets import PRESETS, Shape
 from finhpc.plugins import Registry, require
@@ -41,9 +56,22 @@ def _register(name: str, family: Any) -> None:
     AutoModelForCausalLM.register(low_rank, family.low_rank_class, exist_ok=True)
 
 
+DESCRIBED = (
+    Described("Qwen3", Qwen3ForCausalLM),
+    Described("Gemma", GemmaForCausalLM),
+    Described("Gemma 2", Gemma2ForCausalLM),
+    Described("Gemma 3", Gemma3ForCausalLM),
+    Described("Phi-3", Phi3ForCausalLM, ropes=("default", "longrope", "su")),
+    Described("SmolLM3", SmolLM3ForCausalLM),
+    Described("OLMo 2", Olmo2ForCausalLM),
+    Described("Granite", GraniteForCausalLM),
+    Described("StableLM", StableLmForCausalLM),
+    Described("Starcoder2", Starcoder2ForCausalLM),
+    Described("GPT-NeoX", GPTNeoXForCausalLM),
+)
 FAMILIES: Registry[Family] = Registry(
     "the model family",
-    {family.name: family for family in (gpt2.FAMILY, *llama.FAMILIES)},
+    {family.name: family for family in (gpt2.FAMILY, *llama.FAMILIES, *DESCRIBED)},
     _register,
 )
 for _name, _family in FAMILIES.own():
@@ -63,8 +91,16 @@ def family_of(config: Any) -> Family:
 
 
 def context_of(config: Any) -> int:
-    """Return the longest sequence in which every token sees all before it: the context or a shorter sliding window."""
+    """Return the longest sequence that is computed.
+
+    That is the context; for families whose layers run in finhpc's own halves a shorter sliding window, in which every
+    token sees all before it; and for longrope the length up to which all sequences have the same frequencies.
+    """
     context, window = int(config.max_position_embeddings), int(getattr(config, "sliding_window", None) or 0)
+    if family_of(config).whole_layers:
+        rope = getattr(config, "rope_parameters", None) or {}
+        longrope = rope.get("rope_type") == "longrope"
+        return min(context, int(rope["original_max_position_embeddings"])) if longrope else context
     slides = window and "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
     return min(context, window) if slides else context
 
@@ -72,8 +108,9 @@ def context_of(config: Any) -> int:
 def context_name(config: Any) -> str:
     """Return `context_of` in words, such as "context of 1024"."""
     length = context_of(config)
-    window = length < config.max_position_embeddings
-    return f"sliding window of {length}" if window else f"context of {length}"
+    if length == config.max_position_embeddings:
+        return f"context of {length}"
+    return f"{'longrope length' if family_of(config).whole_layers else 'sliding window'} of {length}"
 
 
 # -- configs --------------------------------------------------------------------------------
@@ -117,9 +154,15 @@ def make_config(shape: Shape, ranks: Ranks, kind: str = "low_rank", qkv: Qkv = "
     return _with_plugins(family.dense_config(shape))
 
 
-def config_of_method(shape: Shape, method: Method) -> Any:
-    """Return the transformers config of a shape made by a method; raises `ConfigError` for an unknown kind."""
-    return make_config(shape, ranks_of(method), method.kind, method.qkv)
+def config_of_method(shape: Shape, method: Method, seed: int = 0) -> Any:
+    """Return the transformers config of a shape made by a method; raises `ConfigError` for an unknown kind.
+
+    `seed`: `train.seed`, which draws the places of SLTrain's sparse entries.
+    """
+    config = make_config(shape, ranks_of(method), method.kind, method.qkv)
+    if method.kind == SLTRAIN:
+        config.low_rank_sparse = {"share": method.sparse_share, "lora_alpha": method.lora_alpha, "seed": seed}
+    return config
 
 
 def with_blocks(config: Any, blocks: int) -> Any:

@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from transformers import AutoConfig
 from transformers.activations import ACT2FN
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from finhpc.errors import CheckpointError, ConfigError
+from finhpc.models.families.family import Family
 from finhpc.models.families.registry import FAMILIES, check_plugins
+from finhpc.settings.pretrain import Qkv
 
 ADAPTER = "adapter_config.json"  # a folder with this file is an adapter, whatever else it contains
 OWN_CODE = "Python code of its own (auto_map), which finhpc never runs; use a model that transformers knows"
-ROPES = ("default", "linear", "dynamic", "yarn", "llama3")
+LAYOUTS = get_args(Qkv)
 ABSENT: tuple[Any, ...] = (None, False, 0, "", "none", [], {})
-# Setting -> values at which it changes nothing; without values, only its absence changes nothing.
+# Setting -> values at which it changes nothing; without values, only its absence changes nothing. A family computes
+# those that its own config class has, with the exception of `NEVER`.
 CHANGES: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale"), (1, 1.0)),
     **dict.fromkeys(("scale_emb", "embedding_scale", "partial_rotary_factor", "rotary_pct"), (1, 1.0)),
@@ -32,6 +35,7 @@ CHANGES: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("num_experts", "num_local_experts", "no_rope_layers", "attn_temperature_tuning"), ()),
     **dict.fromkeys(("compression_config", "num_nextn_predict_layers", "use_mrope"), ()),
 }
+NEVER = ("add_cross_attention", "is_encoder_decoder", "use_bidirectional_attention", "num_experts")
 TYPES: dict[str, type] = {
     **dict.fromkeys(("rope_scaling", "rope_parameters", "quantization_config", "auto_map", "low_rank"), dict),
     **dict.fromkeys(("low_rank_layers",), dict),
@@ -57,6 +61,10 @@ def read_config(folder: Path, any_family: bool = False) -> Any:
     odd = [f"{key}={tree[key]!r}" for key, wanted in TYPES.items() if not isinstance(tree.get(key) or wanted(), wanted)]
     if odd:
         raise CheckpointError(f"{folder}/config.json is not a model's config: it has {', '.join(odd)}; correct it.")
+    if (qkv := tree.get("low_rank_qkv", LAYOUTS[0])) not in LAYOUTS:
+        raise CheckpointError(
+            f"{folder}/config.json has low_rank_qkv={qkv!r}, which is none of {', '.join(LAYOUTS)}; correct it."
+        )
     check_plugins(folder)
     if "AutoConfig" in (tree.get("auto_map") or {}):
         raise ConfigError(f"model={folder} has a config with {OWN_CODE}.")
@@ -94,11 +102,13 @@ def is_adapter(folder: Path) -> bool:
 
 def check_computation(tree: dict[str, Any], where: str) -> None:
     """Raise one `ConfigError` with every setting of a config that would change the computation and is not applied."""
-    odd = [f"{key}={tree[key]}" for key, same in CHANGES.items() if _differs(tree.get(key), same)]
+    family = FAMILIES[str(tree.get("model_type")).removeprefix("lowrank_")]
+    own = family.own_settings() - {*NEVER}
+    odd = [f"{key}={tree[key]}" for key, same in CHANGES.items() if key not in own and _differs(tree.get(key), same)]
     if tree.get("is_causal") is False:
         odd.append("is_causal=False")
-    odd += _odd_layers(tree) + _odd_rope(tree)
-    act = tree.get("hidden_act", tree.get("activation_function"))
+    odd += _odd_layers(tree, family) + _odd_rope(tree, family)
+    act = next((tree[key] for key in ("hidden_act", "activation_function", "hidden_activation") if key in tree), None)
     if act is not None and act not in ACT2FN:
         odd.append(f"activation {act}")
     if "AutoModelForCausalLM" in (tree.get("auto_map") or {}):
@@ -127,23 +137,25 @@ def _differs(value: Any, same: tuple[Any, ...]) -> bool:
     return value not in ABSENT and value not in same
 
 
-def _odd_layers(tree: dict[str, Any]) -> list[str]:
+def _odd_layers(tree: dict[str, Any], family: Family) -> list[str]:
     """Describe attention layers that the family's class does not compute."""
-    family = FAMILIES[str(tree.get("model_type")).removeprefix("lowrank_")]
     odd = set(tree.get("layer_types") or []) - family.layer_types(tree)
     return [f"layer_types with {', '.join(sorted(map(str, odd)))}"] if odd else []
 
 
-def _odd_rope(tree: dict[str, Any]) -> list[str]:
+def _odd_rope(tree: dict[str, Any], family: Family) -> list[str]:
+    """Describe rotary positions that the family's class does not compute."""
     problems = []
     for key in ("rope_scaling", "rope_parameters"):
         rope = tree.get(key) or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if any(isinstance(value, dict) for value in rope.values()):
+        several = [value for value in rope.values() if isinstance(value, dict)]
+        kinds = [str(each.get("rope_type", each.get("type", "default"))) for each in several or [rope]]
+        odd = sorted({kind for kind in kinds if kind not in family.ropes})
+        if several and not family.ropes_by_layer:
             problems.append(f"{key} of several kinds of layers")
-        elif kind not in ROPES:
-            problems.append(f"{key} of type {kind}")
-        elif _differs(rope.get("partial_rotary_factor"), (1, 1.0)):
+        elif odd:
+            problems.append(f"{key} of type {', '.join(odd)}")
+        elif not family.partial_rotary and _differs(rope.get("partial_rotary_factor"), (1, 1.0)):
             problems.append(f"{key}.partial_rotary_factor={rope['partial_rotary_factor']}")
     return problems
 

@@ -64,8 +64,9 @@ class GgufFile:
             raise CheckpointError(f"{path} is cut short, damaged or no GGUF file ({reason}); fetch it again.") from None
         parsed = dict(config)
         kind = parsed.pop("model_type")
-        if kind not in FAMILIES:
-            raise ConfigError(f"model_type={kind} of {path} is not supported; supported: {', '.join(FAMILIES)}.")
+        known = [name for name, family in FAMILIES.items() if family.gguf]
+        if kind not in known:
+            raise ConfigError(f"model_type={kind} of {path} is not supported as GGUF; supported: {', '.join(known)}.")
         values = {name: field.contents() for name, field in reader.fields.items() if name not in LONG}
         parsed |= _config_fields(path, kind, values)
         self.tokens = (

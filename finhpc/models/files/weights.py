@@ -22,7 +22,8 @@ from finhpc.quantization.per_vector import rounded
 
 WRAPPERS = re.compile(r"(^|\.)(?:(?:module|_orig_mod|_fsdp_wrapped_module)\.)+")
 # Causal masks and rotary frequencies, which older checkpoints have in addition to weights.
-BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
+OLD_HEAD = re.compile(r"^embed_out\.")  # what GPT-NeoX's head is called in its checkpoints
 
 
 class Store(Protocol):
@@ -144,7 +145,7 @@ class Weights:
         """Return name -> stored name, without the prefixes that wrappers such as DDP and torch.compile add."""
         plain: dict[str, str] = {}
         for stored in self._store.shapes:
-            name = WRAPPERS.sub(r"\1", stored)
+            name = OLD_HEAD.sub("lm_head.", WRAPPERS.sub(r"\1", stored))
             if name in plain:
                 raise CheckpointError(f"{self.path} holds both {plain[name]} and {stored}; write the model again.")
             plain[name] = stored

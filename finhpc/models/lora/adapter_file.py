@@ -1,7 +1,8 @@
 """Read an adapter's folder in peft's format for a base: it is applied completely, or refused with the reasons.
 
     FOLDER/adapter_config.json          peft's LoraConfig
-    FOLDER/adapter_model.safetensors    base_model.model.NAME.lora_A.weight (rank, in), .lora_B.weight (out, rank)
+    FOLDER/adapter_model.safetensors    base_model.model.NAME.lora_A.weight (rank, in), .lora_B.weight (out, rank);
+                                        of DoRA .lora_magnitude_vector (out,), too
     FOLDER/base_quantization.json       bits and scheme of the base it was trained with, if that was quantized
     FOLDER/base_fingerprint.json        the base: its path, and one hash of its config and weights
 
@@ -22,18 +23,28 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from finhpc.errors import CheckpointError, ConfigError
+from finhpc.lowrank.layers import LowRankLinear
 from finhpc.models.files.config import is_adapter, quantizer_of, read_config
 from finhpc.models.files.manifest import weights_fingerprint
 from finhpc.models.files.source import locate, tokenizer_of
 from finhpc.models.files.tokenizer import has_tokenizer
 from finhpc.models.files.tokens import pad_alone
-from finhpc.models.lora.peft_format import CONFIG, FINGERPRINT, PREFIX, QUANTIZED, TENSORS, Adapter
+from finhpc.models.lora.peft_format import CONFIG, FINGERPRINT, MAGNITUDE, PREFIX, QUANTIZED, TENSORS, Adapter
 from finhpc.models.lora.targets import linear_shapes
 from finhpc.quantization.schemes import check_scheme
 
 MERGE = "merge it into its base with peft (merge_and_unload, save_pretrained) and give the merged model"
 # Settings of peft's LoraConfig that `load_adapter` applies, ...
-APPLIED = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "base_model_name_or_path"}
+APPLIED = {
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+    "base_model_name_or_path",
+}
 APPLIED |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "revision"}
 # ... that describe how it was trained or written and do not change what is added to the base, ...
 INERT = {"task_type", "inference_mode", "lora_dropout", "auto_mapping", "peft_version", "runtime_config"}
@@ -48,7 +59,7 @@ TYPES: dict[str, tuple[type, ...]] = {
 }
 KINDS = {  # part of a tensor's name -> what it is
     "lora_embedding_": "LoRA of an embedding",
-    "lora_magnitude_vector": "DoRA's magnitudes",
+    "lora_magnitude_vector": "DoRA's magnitudes, and use_dora is not set or their layers have no pairs",
     ".lora_B.bias": "a bias of B",
     "bias": "biases of the base",
     "token_adapter": "rows of the embedding",
@@ -79,7 +90,11 @@ def load_adapter(folder: Path, model: nn.Module) -> Adapter:
             raise CheckpointError(f"{folder / TENSORS} holds {key} but no {other}; fetch or write it again.")
         pairs[name] = tensors[key], tensors[other]
         left -= {key, other}
+    dora = {name: f"{PREFIX}{name}{MAGNITUDE}" for name in pairs} if tree.get("use_dora") else {}
+    magnitudes = {name: tensors[key] for name, key in dora.items() if key in tensors}
+    left -= set(dora.values())
     problems = _unread(folder, left) + _misfits(folder, pairs, model)
+    problems += _odd_magnitudes(folder, magnitudes, dora, model)
     if not problems:
         problems = _targets(folder, tree, pairs, model)
     scales = {}
@@ -92,7 +107,7 @@ def load_adapter(folder: Path, model: nn.Module) -> Adapter:
     if problems:
         more = [f"... and {len(problems) - 20} more."] if len(problems) > 20 else []
         raise ConfigError(problems[:20] + more)
-    return Adapter(pairs, scales, *_read_quantization(folder))
+    return Adapter(pairs, scales, *_read_quantization(folder), magnitudes)
 
 
 def check_base(folder: Path, base: Path) -> None:
@@ -210,6 +225,27 @@ def _misfits(folder: Path, pairs: dict[str, tuple[Tensor, Tensor]], model: nn.Mo
             problems.append(f"adapter={folder}: {name} is {actual}, in the base {wanted}; it is of another model.")
     if not pairs:
         problems.append(f"adapter={folder} has no LoRA tensors; give the folder of an adapter.")
+    return problems
+
+
+def _odd_magnitudes(folder: Path, magnitudes: dict[str, Tensor], dora: Iterable[str], model: nn.Module) -> list[str]:
+    """Describe the layers in `dora` whose magnitudes are missing, of another shape, or of no matrix."""
+    shapes, problems = linear_shapes(model), []
+    known = [name for name in dora if name in shapes]
+    if low_rank := [name for name in known if isinstance(model.get_submodule(name), LowRankLinear)]:
+        problems.append(
+            f"adapter={folder} has use_dora=true, and {len(low_rank)} of its layers are low-rank in the base, such as "
+            f"{low_rank[0]}: no matrix has the rows whose lengths it sets; merge the base first (finhpc export)."
+        )
+    for name in known:
+        wanted = shapes[name][0]
+        if name not in magnitudes:
+            problems.append(f"adapter={folder} has use_dora and no magnitudes of {name}; fetch or write it again.")
+        elif tuple(magnitudes[name].shape) != (wanted,):
+            actual = " x ".join(map(str, magnitudes[name].shape))
+            problems.append(
+                f"adapter={folder}: {name} has {actual} magnitudes, in the base {wanted} rows; it is of another model."
+            )
     return problems
 
 

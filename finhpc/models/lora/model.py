@@ -16,13 +16,16 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from finhpc.errors import ConfigError
 from finhpc.lowrank.layers import LowRankLinear
 from finhpc.models.derived import DerivedWeights
 from finhpc.models.families.parts import BLOCKS, Compiled, Part, as_it_is
 from finhpc.models.families.registry import skeleton
 from finhpc.models.files.weights import Weights
-from finhpc.models.lora.layers import FrozenLowRankLinear, LoraLinear
+from finhpc.models.initialize import fill_buffers
+from finhpc.models.lora.layers import DoraLinear, FrozenLowRankLinear, LoraLinear
 from finhpc.models.lora.quantized_cache import QuantizedCache
+from finhpc.models.lora.start import read_start
 from finhpc.models.lora.targets import (
     CHANGES_BASE,
     initial_factors,
@@ -87,7 +90,9 @@ class LoraModel:
 
     def __post_init__(self) -> None:
         self.scheme = scheme_of(self.quantization)
-        self.targets = target_shapes(self.weights.skeleton, self.lora, self.quantization.bits)
+        bits = self.quantization.bits
+        self.targets = target_shapes(self.weights.skeleton, self.lora, bits)
+        self.start = read_start(self.lora, self.weights.skeleton, set(self.targets), bits, self.scheme)
         self.parts()
 
     @classmethod
@@ -101,12 +106,14 @@ class LoraModel:
         return self.weights.config
 
     @property
-    def adapter_shapes(self) -> dict[str, tuple[int, int]]:
-        """The shape of each factor of the adapters, by the name that the engine gives it."""
+    def adapter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each parameter of the adapters, by the name that the engine gives it."""
         rank = self.lora.rank
-        shapes: dict[str, tuple[int, int]] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for name, (out, into) in self.targets.items():
             shapes |= {f"{name}.A": (rank, into), f"{name}.B": (out, rank)}
+            if self.lora.dora:
+                shapes[f"{name}.magnitude"] = (out,)
         return shapes
 
     @property
@@ -157,11 +164,14 @@ class LoraModel:
                     if parameter.is_meta:
                         value = self.weights.read(f"{full}.{key}").to(device, self.dtype)
                         setattr(sub, key, nn.Parameter(value, requires_grad=False))
+                for key, buffer in list(sub.named_buffers(recurse=False)):
+                    sub._buffers[key] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+        fill_buffers(self.skeleton, module)
         return module
 
     def _linear(self, module: nn.Module, name: str, device: torch.device) -> nn.Module:
         base: FrozenLinear | FrozenLowRankLinear
-        adapted, factors = name in self.targets, None
+        factors = None
         owner, owner_name = (module.B, f"{name}.B") if isinstance(module, LowRankLinear) else (module, name)
         bias = (
             None
@@ -172,16 +182,42 @@ class LoraModel:
         if isinstance(module, LowRankLinear):
             pair = self._frozen(first, None, device), self._frozen(second[0], bias, device)
             base = FrozenLowRankLinear(*pair, module.between, module.blocks)
-        elif adapted and self.lora.init in CHANGES_BASE:  # never quantized
+        elif name in self.targets and self.lora.init in CHANGES_BASE:  # never quantized
             rows = self.rows(first).to(device)
             factors = initial_factors(self.lora, self.targets[name], self.seed, name, rows)
             base = freeze(rows - scale_of(self.lora) * factors[1] @ factors[0], bias, 16, "", self.dtype, name)
         else:
             base = self._frozen(first, bias, device)
-        if not adapted:
+        if name not in self.targets:
             return base
+        if self.lora.init == "loftq" and self._quantizes(first):
+            assert isinstance(base, FrozenLinear)
+            factors = self._of_rounding(first, base)
+        if self.start is not None:
+            a, b = self.start.pairs[name]
+            factors = a.clone(), b.clone()
         a, b = factors or initial_factors(self.lora, self.targets[name], self.seed, name)
-        return LoraLinear(base, a.to(device), b.to(device), scale_of(self.lora), self.lora.dropout)
+        a, b = a.to(device, torch.float32), b.to(device, torch.float32)
+        scale, dropout = scale_of(self.lora), self.lora.dropout
+        if not self.lora.dora:
+            return LoraLinear(base, a, b, scale, dropout)
+        assert isinstance(base, FrozenLinear)
+        adapted = DoraLinear(base, a, b, scale, dropout, self.dtype)
+        if self.start is not None:
+            adapted.magnitude.data.copy_(self.start.magnitudes[name])
+        return adapted
+
+    def _of_rounding(self, matrix: Matrix, frozen: FrozenLinear) -> tuple[Tensor, Tensor]:
+        """Return A and B that make up for what quantizing a matrix lost."""
+        stored = frozen.matrix(torch.float32)
+        rows = self.rows(matrix).to(stored.device, torch.float32)
+        lost = rows - stored
+        if lost.norm() <= 1e-6 * rows.norm():
+            raise ConfigError(
+                f"lora.init=loftq has nothing to start from: quantization.bits={self.quantization.bits} changes "
+                f"nothing of {matrix.name}; use lora.init=default."
+            )
+        return initial_factors(self.lora, matrix.shape, self.seed, matrix.name, lost)
 
     # -- the base's matrices ----------------------------------------------------------------
 

@@ -8,7 +8,8 @@ folder and describes its files.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 CONFIG, TENSORS = ADAPTER, "adapter_model.safetensors"
 PREFIX = "base_model.model."
+MAGNITUDE = ".lora_magnitude_vector"  # after a layer's name
 QUANTIZED = "base_quantization.json"
 FINGERPRINT = "base_fingerprint.json"
 
@@ -37,20 +39,15 @@ FINGERPRINT = "base_fingerprint.json"
 class Adapter:
     """`pairs`: name of a layer -> A (rank, in), B (out, rank); `scales`: the factor of each B A.
 
-    `bits`, `scheme`: how the linear layers of the base were quantized in training.
+    `bits`, `scheme`: how the linear layers of the base were quantized in training. `magnitudes`: DoRA's, by the names
+    of all its layers: the length (out,) of each row of W + scale B A.
     """
 
     pairs: dict[str, tuple[Tensor, Tensor]]
     scales: dict[str, float]
     bits: int = 16
     scheme: str = ""
-
-    def delta(self, name: str) -> Tensor | None:
-        """Return what is added to the layer's W (out, in), in float32; None if it has no adapter."""
-        if name not in self.pairs:
-            return None
-        a, b = self.pairs[name]
-        return self.scales[name] * b.float() @ a.float()
+    magnitudes: dict[str, Tensor] = field(default_factory=dict)
 
     def rounded(self, name: str, rows: Tensor) -> Tensor:
         """Return a matrix (out, in) of the base as it was in training; `name`: of its layer or factor (`LAYER.A`).
@@ -61,9 +58,14 @@ class Adapter:
         return rows if name.partition(".")[0] == "lm_head" else rounded(rows, self.bits, self.scheme, name)
 
     def merged(self, name: str, rows: Tensor) -> Tensor:
-        """Return a matrix (out, in) plus the layer's adapter, if it has one."""
-        delta = self.delta(name)
-        return rows if delta is None else rows.float() + delta.to(rows.device)
+        """Return a matrix (out, in) with the layer's adapter, if it has one, in float32."""
+        if name not in self.pairs:
+            return rows
+        a, b = (factor.float() for factor in self.pairs[name])
+        total = rows.float() + (self.scales[name] * b @ a).to(rows.device)
+        if name in self.magnitudes:
+            total *= (self.magnitudes[name].to(rows.device, torch.float32) / total.norm(dim=1))[:, None]
+        return total
 
 
 def rounded(rows: Tensor, bits: int, scheme: str, name: str) -> Tensor:
@@ -81,10 +83,11 @@ def save_adapter(
     quantization: FinetuneQuantization | None = None,
     fingerprint: str | None = None,
 ) -> None:
-    """Write an adapter from `trained`: name of an adapted layer + .A or .B -> tensor, as the engine names them.
+    """Write an adapter from `trained`: name of an adapted layer + .A, .B or .magnitude -> tensor, as in the engine.
 
     pissa and olora train with a changed base: the written adapter is the difference to the base on disk, of twice the
-    rank. `fingerprint`: of the base's folder (`finhpc.models.files.manifest`), for `check_base`.
+    rank; DoRA's magnitudes fit it as they are, because they are about the sum. `fingerprint`: of the base's folder
+    (`finhpc.models.files.manifest`), for `check_base`.
     """
     names = sorted({name.rpartition(".")[0] for name in trained})
     tensors, rank, alpha = {}, settings.rank, settings.lora_alpha
@@ -95,8 +98,10 @@ def save_adapter(
             a, b = torch.cat((a, first_a)), torch.cat((b, -first_b), 1)
         tensors[f"{PREFIX}{name}.lora_A.weight"] = a.contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = b.contiguous()
+        if settings.dora:
+            tensors[f"{PREFIX}{name}{MAGNITUDE}"] = trained[f"{name}.magnitude"].float().cpu().contiguous()
     if settings.init in CHANGES_BASE:
-        rank, alpha = 2 * rank, 2 * alpha
+        rank, alpha = 2 * rank, alpha * (math.sqrt(2) if settings.rslora else 2)  # the same scale
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
     _peft_config(settings, weights, names, rank, alpha).save_pretrained(str(folder))
@@ -123,6 +128,8 @@ def _peft_config(settings: Lora, weights: Weights, names: list[str], rank: int, 
         target_modules=targets,
         lora_dropout=settings.dropout,
         fan_in_fan_out=transposed,
+        use_rslora=settings.rslora,
+        use_dora=settings.dora,
         task_type="CAUSAL_LM",
         base_model_name_or_path=str(weights.path),
         inference_mode=True,

@@ -12,7 +12,9 @@ from transformers.pytorch_utils import Conv1D
 
 from finhpc.errors import ConfigError
 from finhpc.lowrank.layers import LowRankLinear, is_factor
+from finhpc.lowrank.registry import SLTRAIN
 from finhpc.lowrank.replace import rank_problems
+from finhpc.lowrank.sltrain import SparseLinear
 from finhpc.models.initialize import generator_of
 from finhpc.quantization.schemes import AUTO, SCHEMES, check_scheme
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 ALL = "all-linear"
 CHANGES_BASE = ("pissa", "olora")  # initializations that subtract the adapter from the base
+OF_BASE = (*CHANGES_BASE, "loftq")  # those that are computed from the base's weights
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
@@ -33,7 +36,15 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return name -> every linear layer, dense or low-rank; the factors of low-rank layers are not listed."""
+    """Return name -> every linear layer, dense or low-rank; the factors of low-rank layers are not listed.
+
+    Raises `ConfigError` for a model of SLTrain's layers, which take no adapter.
+    """
+    if any(isinstance(module, SparseLinear) for module in model.modules()):
+        raise ConfigError(
+            f"a model of method.kind={SLTRAIN} takes no adapter; make it dense with `finhpc export --format merged`, "
+            "and finetune that."
+        )
     return {
         name: module
         for name, module in model.named_modules()
@@ -81,6 +92,15 @@ def target_shapes(model: nn.Module, settings: Lora, bits: int) -> dict[str, tupl
         problems.append(f"lora.targets is empty; name some of {', '.join(ends)}, or use {ALL}.")
     if "lm_head" in chosen and getattr(model.config, "tie_word_embeddings", False):
         problems.append("lora.targets=lm_head does not fit a model whose head is its embedding; leave it out.")
+    problems += _misfits(model, settings, bits, chosen)
+    if problems:
+        raise ConfigError(problems)
+    return chosen
+
+
+def _misfits(model: nn.Module, settings: Lora, bits: int, chosen: dict[str, tuple[int, int]]) -> list[str]:
+    """Describe what of rank, initialization and kind does not fit the layers chosen, or the base's bits."""
+    problems = []
     if settings.rank < 1:
         problems.append(f"lora.rank={settings.rank} is too small; use 1 or more.")
     else:
@@ -92,15 +112,19 @@ def target_shapes(model: nn.Module, settings: Lora, bits: int) -> dict[str, tupl
             f"lora.init={settings.init} changes the base's weights, and quantized ones cannot be changed exactly; "
             "use quantization.bits=16 or lora.init=default."
         )
-    low_rank = [name for name in chosen if isinstance(model.get_submodule(name), LowRankLinear)]
-    if settings.init in CHANGES_BASE and low_rank:
+    if settings.init == "loftq" and bits == 16:
         problems.append(
-            f"lora.init={settings.init} needs dense layers, and {len(low_rank)} of the adapted ones are low-rank; "
-            "use lora.init=default."
+            "lora.init=loftq starts from what quantizing the base lost, and quantization.bits=16 loses nothing; use "
+            "quantization.bits=8 or 4, or lora.init=default."
         )
-    if problems:
-        raise ConfigError(problems)
-    return chosen
+    low_rank = [name for name in chosen if isinstance(model.get_submodule(name), LowRankLinear)]
+    needs_dense = {f"init={settings.init}": settings.init in OF_BASE, "dora=true": settings.dora}
+    problems += [
+        f"lora.{setting} needs dense layers, and {len(low_rank)} of the adapted ones are low-rank; leave it out."
+        for setting, chosen_here in needs_dense.items()
+        if chosen_here and low_rank
+    ]
+    return problems
 
 
 def is_pattern(target: str) -> bool:
@@ -117,10 +141,14 @@ def _matches(name: str, target: str) -> bool:
 def initial_factors(
     settings: Lora, shape: tuple[int, int], seed: int, name: str, rows: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return A (rank, in) and B (out, rank) in float32, drawn as in peft. `rows`: the matrix, for `CHANGES_BASE`."""
+    """Return A (rank, in) and B (out, rank) in float32, drawn as in peft.
+
+    `rows`: what they are computed from for `OF_BASE`: the matrix, or for loftq the matrix minus the quantized one; a
+    matrix that stays in float has none of these, and its adapter begins as by default.
+    """
     out, into = shape
     rank, generator = settings.rank, generator_of(seed, f"{name}.lora")
-    if settings.init == "default":
+    if settings.init == "default" or (settings.init == "loftq" and rows is None):
         a = torch.empty(rank, into)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
         return a, torch.zeros(out, rank)
@@ -136,7 +164,12 @@ def initial_factors(
 
 
 def factors_from_base(rows: Tensor, settings: Lora) -> tuple[Tensor, Tensor]:
-    """Return A and B of pissa (largest singular values) or olora (first columns of QR) of a matrix (out, in)."""
+    """Return A and B of a matrix (out, in): of its largest singular values, or for olora of the first columns of QR.
+
+    pissa, olora: peft's `pissa_init` and `olora_init`. loftq: one step of Y. Li et al., "LoftQ", 2023, algorithm 1, on
+    a base that is quantized already, as peft's `replace_lora_weights_loftq`, but divided by the adapter's scale, so
+    that base and adapter together come closest to the matrix for any `lora_alpha`.
+    """
     rank = settings.rank
     if settings.init == "olora":
         q, r = torch.linalg.qr(rows)
@@ -147,7 +180,8 @@ def factors_from_base(rows: Tensor, settings: Lora) -> tuple[Tensor, Tensor]:
 
 
 def scale_of(settings: Lora) -> float:
-    return settings.lora_alpha / settings.rank
+    """Return the factor of B A; rslora: D. Kalajdzievski, "A Rank Stabilization Scaling Factor for LoRA", 2023."""
+    return settings.lora_alpha / (math.sqrt(settings.rank) if settings.rslora else settings.rank)
 
 
 def scheme_of(quantization: FinetuneQuantization) -> str:

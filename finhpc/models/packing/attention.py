@@ -8,14 +8,16 @@ fused kernel takes a short pack at once, with a mask, and of a longer one all se
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from finhpc.models.attention import QUERIES, SCORE_BYTES
+from finhpc.models.attention import QUERIES, SCORE_BYTES, Scores, attend
 from finhpc.models.packing.layout import Layout, SegmentGroup, indices
 
 AT_ONCE = 1024  # tokens of packs whose segments are attended at once: launches take longer than hidden products
@@ -26,32 +28,43 @@ LONGEST = 1024  # tokens: for longer segments, stored probabilities would be mos
 class SegmentAttention(torch.autograd.Function):
     """softmax(scale Q K^T + mask) V for q (T, heads, size), k and v (T, shared heads, size) of one dtype; as q.
 
+    A query sees only the last `window` tokens up to itself, if there is a window.
+
     Stores the probabilities for the backward pass or, without `keep`, recomputes them bit-identically. The gradients of
     a prefix are sums over all segments that continue it. Padding gets zeros.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, keep: bool = True) -> Tensor:
-        out = torch.zeros_like(q)
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layout: Layout,
+        scale: float,
+        keep: bool = True,
+        window: int | None = None,
+    ) -> Tensor:
+        out = torch.zeros_like(q, memory_format=torch.contiguous_format)
         stored: list[Tensor] = []
         for group in _groups(layout, q):
             query, keys, values = _queries(q, group, k.shape[1]), _keys(k, group), _keys(v, group)
             result = torch.empty_like(query)
             for begin, end, seen in _blocks(group):
-                p = _probabilities(query, keys, begin, end, seen, scale)
+                p = _probabilities(query, keys, begin, end, seen, scale, window)
                 part = torch.bmm(p, values[:, :seen])
                 result[:, :, begin:end] = part.view(*result.shape[:2], end - begin, -1)
                 if _keeps(group, keep):
                     stored.append(p)
             _put(out, result, group)
         ctx.save_for_backward(q, k, v, *stored)
-        ctx.layout, ctx.scale, ctx.keep = layout, scale, keep
+        ctx.layout, ctx.scale, ctx.keep, ctx.window = layout, scale, keep, window
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         q, k, v, *stored = ctx.saved_tensors
-        d_q, d_k, d_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        d_q, d_k, d_v = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         probabilities = iter(stored)
         for group in _groups(ctx.layout, q):
             query, keys, values = _queries(q, group, k.shape[1]), _keys(k, group), _keys(v, group)
@@ -64,7 +77,7 @@ class SegmentAttention(torch.autograd.Function):
                 p = (
                     next(probabilities)
                     if _keeps(group, ctx.keep)
-                    else _probabilities(query, keys, begin, end, seen, ctx.scale)
+                    else _probabilities(query, keys, begin, end, seen, ctx.scale, ctx.window)
                 )
                 rows = grad[:, :, begin:end].reshape(len(grad), -1, grad.shape[-1])
                 d_values[:, :seen] += torch.bmm(p.transpose(1, 2), rows)
@@ -78,7 +91,7 @@ class SegmentAttention(torch.autograd.Function):
             _put(d_q, d_query, group)
             _add(d_k, d_keys, group)
             _add(d_v, d_values, group)
-        return d_q, d_k, d_v, None, None, None
+        return d_q, d_k, d_v, None, None, None, None
 
 
 def _groups(layout: Layout, q: Tensor) -> Iterator[SegmentGroup]:
@@ -144,7 +157,9 @@ def _own(group: SegmentGroup, x: Tensor) -> tuple[Tensor, Tensor]:
     return (rows, flat) if group.places is None else (rows[group.places], flat[group.places])
 
 
-def _probabilities(query: Tensor, keys: Tensor, begin: int, end: int, seen: int, scale: float) -> Tensor:
+def _probabilities(
+    query: Tensor, keys: Tensor, begin: int, end: int, seen: int, scale: float, window: int | None
+) -> Tensor:
     """(segments * shared heads, sharing * (end - begin), seen)."""
     count = end - begin
     rows = query[:, :, begin:end].reshape(len(query), -1, query.shape[-1])
@@ -152,17 +167,24 @@ def _probabilities(query: Tensor, keys: Tensor, begin: int, end: int, seen: int,
     hidden = torch.ones(count, count, dtype=torch.bool, device=query.device).triu_(1)
     own = scores.view(len(query), -1, count, seen)[..., seen - count :]
     own.masked_fill_(hidden, float("-inf"))
+    if window is not None and window < seen:
+        far = torch.ones(count, seen, dtype=torch.bool, device=query.device).tril_(seen - count - window)
+        scores.view(len(query), -1, count, seen).masked_fill_(far, float("-inf"))
     return torch.softmax(scores, -1)
 
 
-def attend_segments(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, keep: bool) -> Tensor:
+def attend_segments(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scores: Scores, keep: bool) -> Tensor:
     """(T, heads, size) from the same and k, v (T, shared heads, size); see `SegmentAttention`.
 
     torch's fused kernel stores no probabilities, whatever `keep` is.
     """
-    if layout.fused and layout.groups:
-        return (_at_once if len(q) <= AT_ONCE else _by_group)(q, k, v, layout, scale)
-    return SegmentAttention.apply(q, k, v, layout, scale, keep)  # type: ignore[no-untyped-call, no-any-return]
+    longest = max((group.rows.shape[1] + len(group.prefix) for group in layout.groups), default=0)
+    window = scores.window if scores.window is not None and scores.window < longest else None
+    if not layout.groups or (scores.cap is None and not layout.fused):
+        return SegmentAttention.apply(q, k, v, layout, scores.scale, keep, window)  # type: ignore[no-untyped-call, no-any-return]
+    if scores.cap is None and window is None and len(q) <= AT_ONCE:
+        return _at_once(q, k, v, layout, scores.scale)
+    return _by_group(q, k, v, layout, scores, keep)
 
 
 def _at_once(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:
@@ -197,16 +219,16 @@ def _visible(layout: Layout, size: int, like: Tensor) -> tuple[Tensor, Tensor | 
     return bias[None, None], own
 
 
-def _by_group(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:
+def _by_group(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scores: Scores, keep: bool) -> Tensor:
     """Like `attend_segments`; shorter segments repeat their last row, which nothing else sees or copies back."""
     out = torch.zeros_like(q)
+    run = partial(checkpoint, attend, use_reentrant=False) if scores.cap is not None and not keep else attend
     for index, group in enumerate(layout.groups):
         query = q.index_select(0, group.rows.reshape(-1)).view(*group.rows.shape, *q.shape[1:]).transpose(1, 2)
         keys, values = (_seen(x, group, q.shape[1]) for x in (k, v))
         if (key := ("mask", index)) not in layout.cache:
             layout.cache[key] = _mask(group)
-        mask = layout.cache[key]
-        attended = F.scaled_dot_product_attention(query, keys, values, mask, is_causal=mask is None, scale=scale)
+        attended = run(query, keys, values, layout.cache[key], scores)
         places, rows = _own(group, attended.transpose(1, 2).reshape(*group.rows.shape, -1))
         out = out.index_copy(0, places, rows.view(-1, *q.shape[1:]))
     return out

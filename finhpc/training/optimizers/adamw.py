@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,7 @@ def _adamw8bit(groups: Groups, settings: Optimizer) -> torch.optim.Optimizer:
     return optimizer
 
 
-def _state8bit(parameter: Tensor) -> dict[str, Tensor]:
+def _state8bit(parameter: Tensor, *_: Any) -> dict[str, Tensor]:
     """Moments of one byte with a scale for each 256 of them; small tensors have float32 moments."""
     if parameter.numel() < SMALLEST_8BIT:
         return {name: torch.zeros_like(parameter, dtype=torch.float32) for name in ("state1", "state2")}

@@ -10,6 +10,7 @@ The random vector follows from the parameter's name and the step; a new one is d
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from finhpc.models.initialize import generator_of
 from finhpc.settings.training import Optimizer
-from finhpc.training.optimizers.kind import Groups, OptimizerKind, block_matrix
+from finhpc.training.optimizers.kind import Groups, OptimizerKind, Shape, block_matrix
 
 SCALE, RENEWED_EVERY, GROWTH, TINY = 128.0, 200, 1.01, 1e-8
 MOMENTS, NORM = ("exp_avg", "exp_avg_sq"), "scaled_norm"
@@ -68,11 +69,20 @@ def _projected(grad: Tensor, name: str, draw: int) -> Tensor:
     return grad @ random if grad.shape[0] >= grad.shape[1] else random @ grad
 
 
-def _state(parameter: Tensor) -> dict[str, Tensor]:
+def _state(parameter: Tensor, *_: Any) -> dict[str, Tensor]:
     state = {name: parameter.new_zeros(max(parameter.shape), dtype=torch.float32) for name in MOMENTS}
     return state | {NORM: torch.zeros((), device=parameter.device)}
 
 
+def _products(name: str, shapes: Mapping[str, Shape], settings: Optimizer) -> float:
+    return float(math.prod(shapes[name]))
+
+
 APOLLO_MINI = OptimizerKind(
-    ApolloMini, (*MOMENTS, NORM), takes=block_matrix, what="matrices in transformer blocks", state=_state
+    ApolloMini,
+    (*MOMENTS, NORM),
+    takes=block_matrix,
+    what="matrices in transformer blocks",
+    state=_state,
+    products=_products,
 )

@@ -7,18 +7,22 @@ of a low-rank layer or adapter are called A and B.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from sys import maxsize
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from finhpc.settings.training import Optimizer
 
-Groups = list[dict[str, Any]]  # each with its params, their names, weight_decay and lr_scale
+# Each with its params, their names, weight_decay, lr_scale, and by_inputs: the names of those stored (in, out).
+Groups = list[dict[str, Any]]
 Shape = tuple[int, ...]
 Takes = Callable[[str, Shape], bool]
+Products = Callable[[str, Mapping[str, Shape], Optimizer], float]
+State = Callable[[Tensor, Optimizer, int], dict[str, Tensor]]  # a parameter, the settings, steps taken -> tensors
 
 _BLOCK = re.compile(r"\.(\d+|\*)\.")  # planning has a single block, which stands for all
 
@@ -33,6 +37,11 @@ def block_matrix(name: str, shape: Shape) -> bool:
     return len(shape) == 2 and _BLOCK.search(name) is not None
 
 
+def block_dense(name: str, shape: Shape) -> bool:
+    """Whether a parameter is a dense matrix inside a transformer block."""
+    return block_matrix(name, shape) and factor_of(name) is None
+
+
 def block_factor(name: str, shape: Shape) -> bool:
     """Whether a parameter is A or B of a pair inside a transformer block."""
     return block_matrix(name, shape) and factor_of(name) is not None
@@ -42,6 +51,11 @@ def factor_of(name: str) -> str | None:
     """A or B if a parameter is that factor of a low-rank layer or adapter."""
     last = name.removesuffix(".weight").rpartition(".")[2]
     return last if last in ("A", "B") else None
+
+
+def is_sparse(name: str) -> bool:
+    """Whether a parameter has the entries of SLTrain's sparse matrix."""
+    return name.endswith(".S")
 
 
 def layer_of(name: str) -> str:
@@ -94,9 +108,9 @@ def pairs(groups: Groups) -> list[Pair]:
 class OptimizerKind:
     """How to make an optimizer, and what it keeps.
 
-    `make(groups, settings)` gets groups of parameters, each with `params`, their `names`, `weight_decay` and
-    `lr_scale`. `moments` names the tensors that it keeps per parameter, which checkpoints contain; `state` makes them
-    for a parameter, by default as float32 zeros of its shape.
+    `make(groups, settings)` gets groups of parameters, each with `params`, their `names`, `weight_decay`, `lr_scale`
+    and `by_inputs`. `moments` names the tensors that it keeps per parameter, which checkpoints contain; `state` makes
+    those that exist after some steps, by default all of them as float32 zeros of the parameter's shape.
 
     `elementwise`: an element's step depends on nothing but that element's gradient and moments, which have the
     parameter's shape. Then replicas may divide a tensor among them; otherwise they divide whole tensors, and both
@@ -105,8 +119,12 @@ class OptimizerKind:
     `takes(name, shape)`: whether it has a rule for a parameter; AdamW updates the others. A model needs one of them,
     or of those that `needs` accepts; `what` describes these.
 
-    `own_rates`: its step sets the rates of A and B, so `optimizer.rates` is refused. `of_products`: its step changes A
-    and B as factors of their product, so layers with something between A and B are refused.
+    `products(name, shapes, settings)`: the multiplications of a step's matrix products for the parameter `name`, in the
+    `precision` of these products; `shapes`: of its whole layer, by name.
+
+    `ranked`: it trains pairs of `optimizer.rank`. `own_rates`: its step sets the rates of A and B, so `optimizer.rates`
+    is refused. `of_products`: its step changes A and B as factors of their product, so layers with something between A
+    and B are refused.
     """
 
     make: Callable[[Groups, Optimizer], torch.optim.Optimizer]
@@ -114,17 +132,22 @@ class OptimizerKind:
     elementwise: bool = False
     takes: Takes = everything
     what: str = "every parameter"
-    state: Callable[[Tensor], dict[str, Tensor]] | None = None
+    state: State | None = None
     needs: Takes | None = None
+    products: Products = lambda name, shapes, settings: 0.0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    ranked: bool = False
     own_rates: bool = False
     of_products: bool = False
 
-    def first_state(self, parameter: Tensor) -> dict[str, Tensor]:
-        """The tensors of a parameter before the first step, on its device."""
+    def state_after(self, steps: int, parameter: Tensor, settings: Optimizer) -> dict[str, Tensor]:
+        """The tensors of a parameter that exist after so many steps, as new ones, on its device."""
         if self.state is not None:
-            return self.state(parameter)
+            return self.state(parameter, settings, steps)
         return {name: torch.zeros_like(parameter, dtype=torch.float32) for name in self.moments}
 
-    def state_bytes(self, shape: Shape) -> int:
-        """The bytes of the tensors of a parameter of that shape."""
-        return sum(tensor.nbytes for tensor in self.first_state(torch.empty(shape, device="meta")).values())
+    def state_bytes(self, shape: Shape, settings: Optimizer) -> int:
+        """The most bytes of the tensors of a parameter of that shape, in the first step or the last."""
+        empty = torch.empty(shape, device="meta")
+        states = (self.state_after(steps, empty, settings) for steps in (1, maxsize))
+        return max(sum(tensor.nbytes for tensor in state.values()) for state in states)

@@ -1,4 +1,4 @@
-"""LORO: AdamW on the factors, and every `optimizer.exact_every` steps an exact step of their product.
+"""LORO: AdamW on the factors, and every `optimizer.restart_every` steps an exact step of their product.
 
 Z. Mo, L.-K. Huang, S. J. Pan, "Parameter and Memory Efficient Pretraining via Low-rank Riemannian Optimization", 2025
 (ICLR; code LORO-main, `loro_optim.py`). The product W = B A moves against the gradient projected onto the tangent space
@@ -26,7 +26,7 @@ class Loro(torch.optim.AdamW):
 
     def __init__(self, groups: Groups, settings: Optimizer) -> None:
         super().__init__(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
-        self.exact_every = settings.exact_every
+        self.restart_every = settings.restart_every
         self.taken: int | None = None  # steps since the moments began; the first step after a resume reads it
 
     @torch.no_grad()
@@ -34,7 +34,7 @@ class Loro(torch.optim.AdamW):
         if self.taken is None:
             self.taken = int(max((float(state["step"]) for state in self.state.values()), default=0))
         self.taken += 1
-        if self.taken < self.exact_every:
+        if self.taken < self.restart_every:
             super().step()
             return
         found = [pair for pair in pairs(self.param_groups) if block_factor(pair.name, tuple(pair.a.shape))]
@@ -84,7 +84,7 @@ def exact_step(a: Tensor, b: Tensor, grad_a: Tensor, grad_b: Tensor, lr: float) 
     return (roots[:, None] * right[:rank]) @ q_v.T, q_u @ (left[:, :rank] * roots)
 
 
-def _state(parameter: Tensor) -> dict[str, Tensor]:
+def _state(parameter: Tensor, *_: Any) -> dict[str, Tensor]:
     moments = {name: torch.zeros_like(parameter, dtype=torch.float32) for name in MOMENTS}
     return moments | {"step": torch.zeros((), device=parameter.device)}  # begins again with the moments
 

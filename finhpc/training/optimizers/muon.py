@@ -57,4 +57,20 @@ def _make(groups: Groups, settings: Optimizer) -> torch.optim.Optimizer:
     return Muon(groups, settings.lr, settings.momentum)
 
 
-MUON = OptimizerKind(_make, ("momentum_buffer",), takes=block_matrix, what="matrices in transformer blocks")
+def _products(name: str, shapes: Mapping[str, Shape], settings: Optimizer) -> float:
+    """Five iterations X <- a X + (b X X^T + c (X X^T)^2) X of each matrix."""
+    sides = (
+        sorted(piece.shape)
+        for piece in pieces(name, torch.empty(shapes[name], device="meta"), matrices_in(name, shapes))
+    )
+    return sum(5.0 * (2 * n**2 * m + n**3) for n, m in sides)
+
+
+MUON = OptimizerKind(
+    _make,
+    ("momentum_buffer",),
+    takes=block_matrix,
+    what="matrices in transformer blocks",
+    products=_products,
+    precision="bf16",
+)

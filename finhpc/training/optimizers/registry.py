@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from finhpc.errors import ConfigError
+from finhpc.lowrank.replace import rank_problems
 from finhpc.plugins import Registry
 from finhpc.settings.base import nearest
 from finhpc.settings.training import Optimizer
@@ -17,6 +18,7 @@ from finhpc.training.optimizers.apollo import APOLLO_MINI
 from finhpc.training.optimizers.kind import OptimizerKind, Shape, everything
 from finhpc.training.optimizers.loro import LORO
 from finhpc.training.optimizers.muon import MUON
+from finhpc.training.optimizers.relora import RELORA
 from finhpc.training.optimizers.spectron import SPECTRON
 
 # A dense matrix, and a pair, of a transformer block.
@@ -32,9 +34,9 @@ def _check_kind(name: str, kind: Any) -> None:
         raise ConfigError(f"optimizer.name={name} takes neither a dense matrix nor a pair of a transformer block.")
     for parameter in taken.values():
         parameter.grad = torch.ones_like(parameter)
-    group = {"params": list(taken.values()), "names": list(taken), "weight_decay": 0.0, "lr_scale": 1.0}
+    group = {"params": list(taken.values()), "names": list(taken), "by_inputs": set()}
     try:
-        optimizer = kind.make([group], Optimizer())
+        optimizer = kind.make([group | {"weight_decay": 0.0, "lr_scale": 1.0}], Optimizer())
         optimizer.step()
     except Exception as error:
         raise ConfigError(
@@ -48,13 +50,13 @@ def _check_state(name: str, kind: OptimizerKind, parameter: Tensor, state: Mappi
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
     if "step" not in kind.moments:
         tensors.pop("step", None)
-    if set(tensors) != set(kind.moments):
+    expected = kind.state_after(1, parameter, Optimizer())
+    if set(tensors) != set(expected) or not set(expected) <= set(kind.moments):
         raise ConfigError(
             f"optimizer.name={name} stores {', '.join(sorted(tensors)) or 'nothing'} for a parameter and names "
             f"{', '.join(sorted(kind.moments)) or 'nothing'} as moments; name all of them, for checkpoints."
         )
-    expected = {key: (value.shape, value.dtype) for key, value in kind.first_state(parameter).items()}
-    if odd := [key for key, value in tensors.items() if (value.shape, value.dtype) != expected.get(key)]:
+    if odd := [k for k, v in tensors.items() if (v.shape, v.dtype) != (expected[k].shape, expected[k].dtype)]:
         raise ConfigError(
             f"optimizer.name={name} stores {', '.join(odd)} in another shape or type than float32 of the parameter's "
             "shape, or what its OptimizerKind's `state` makes; use these, or give `state`."
@@ -70,6 +72,7 @@ OPTIMIZERS: Registry[OptimizerKind] = Registry(
         "spectron": SPECTRON,
         "loro": LORO,
         "apollo_mini": APOLLO_MINI,
+        "relora": RELORA,
     },
     _check_kind,
 )
@@ -99,12 +102,21 @@ def check_optimizer(settings: Optimizer) -> None:
             f"optimizer.rates={settings.rates} does not work with optimizer.name={settings.name}, whose step sets the "
             "rates of A and B; leave rates out."
         )
+    if settings.schedule == "restarts" and settings.restart_warmup_steps >= settings.restart_every:
+        problems.append(
+            f"optimizer.restart_warmup_steps={settings.restart_warmup_steps} leaves nothing of "
+            f"optimizer.restart_every={settings.restart_every} for the cosine; use {settings.restart_every - 1} or "
+            "fewer."
+        )
     if problems:
         raise ConfigError(problems)
 
 
 def check_taken(settings: Optimizer, shapes: Mapping[str, Shape]) -> None:
-    """Raise `ConfigError` if the optimizer updates none of the trained parameters, Hugging Face name -> shape."""
+    """Raise `ConfigError` if the optimizer updates none of the trained parameters, or its rank does not fit them.
+
+    `shapes`: Hugging Face name -> shape.
+    """
 
     def fits(kind: OptimizerKind) -> bool:
         return any((kind.needs or kind.takes)(name, shape) for name, shape in shapes.items())
@@ -116,3 +128,7 @@ def check_taken(settings: Optimizer, shapes: Mapping[str, Shape]) -> None:
             f"optimizer.name={settings.name} updates {kind.what}, and this model trains none; use one of "
             f"{', '.join(others)}."
         )
+    if kind is not None and kind.ranked:
+        ranked = [(name, settings.rank, shape) for name, shape in shapes.items() if kind.takes(name, shape)]
+        if problems := rank_problems("optimizer.rank", [(name, rank, (a, b)) for name, rank, (a, b) in ranked]):
+            raise ConfigError(problems)

@@ -8,13 +8,14 @@ rho (s(A) + s(B) + rho) <= lr. Algorithm 3: one power iteration per step gives s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from finhpc.settings.training import Optimizer
-from finhpc.training.optimizers.kind import Groups, OptimizerKind, block_factor, pairs
+from finhpc.training.optimizers.kind import Groups, OptimizerKind, Shape, block_factor, blocks_of, pair_of, pairs
 from finhpc.training.optimizers.newton_schulz import orthogonalize
 
 MOMENTUM, POWER = "momentum_buffer", "power_vector"
@@ -62,7 +63,7 @@ def largest_singular_value(matrix: Tensor, vector: Tensor) -> Tensor:
     return value
 
 
-def _state(factor: Tensor) -> dict[str, Tensor]:
+def _state(factor: Tensor, *_: Any) -> dict[str, Tensor]:
     rows = factor.shape[0]
     return {
         MOMENTUM: torch.zeros_like(factor, dtype=torch.float32),
@@ -74,6 +75,14 @@ def _make(groups: Groups, settings: Optimizer) -> torch.optim.Optimizer:
     return Spectron(groups, settings.lr, settings.momentum)
 
 
+def _products(name: str, shapes: Mapping[str, Shape], settings: Optimizer) -> float:
+    """The Gram matrix of each factor, its polynomial (see `newton_schulz`), and the product of both."""
+    count = blocks_of(*(shapes[other] for other in pair_of(name)))
+    rows, columns = shapes[name]
+    n, m = sorted((rows // count, columns))
+    return count * (2.0 * n**2 * m + 17 * n**3)
+
+
 SPECTRON = OptimizerKind(
     _make,
     (MOMENTUM, POWER),
@@ -81,4 +90,5 @@ SPECTRON = OptimizerKind(
     what="A and B of pairs in transformer blocks",
     state=_state,
     own_rates=True,
+    products=_products,
 )

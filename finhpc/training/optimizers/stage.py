@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from finhpc.settings.training import Optimizer
 from finhpc.training.optimizers.adamw import ADAMW
-from finhpc.training.optimizers.kind import OptimizerKind, Shape, factor_of
+from finhpc.training.optimizers.kind import OptimizerKind, Shape, factor_of, is_sparse
 from finhpc.training.optimizers.rates import rate_of
 from finhpc.training.optimizers.registry import OPTIMIZERS, kind_of
 
@@ -18,9 +18,9 @@ from finhpc.training.optimizers.registry import OPTIMIZERS, kind_of
 class StageOptimizer(torch.optim.Optimizer):
     """One or two optimizers as one, each with parameters of its own; they share their groups and state with it."""
 
-    def __init__(self, parts: list[tuple[OptimizerKind, torch.optim.Optimizer]]) -> None:
+    def __init__(self, parts: list[tuple[OptimizerKind, torch.optim.Optimizer]], settings: Optimizer) -> None:
         super().__init__([group for _, part in parts for group in part.param_groups], {})
-        self.parts = parts
+        self.parts, self.settings = parts, settings
         for _, part in parts:
             self.state.update(part.state)
             part.state = self.state
@@ -32,12 +32,16 @@ class StageOptimizer(torch.optim.Optimizer):
 
 
 def make_optimizer(
-    named: Mapping[str, nn.Parameter], settings: Optimizer, shapes: Mapping[str, Shape] | None = None
+    named: Mapping[str, nn.Parameter],
+    settings: Optimizer,
+    shapes: Mapping[str, Shape] | None = None,
+    by_inputs: Collection[str] = (),
 ) -> StageOptimizer:
     """The optimizer of those parameters; weight decay is for matrices, never for biases and norms.
 
     `named`: Hugging Face name -> parameter, or some rows of it; the factors of low-rank layers are called A and B.
-    `shapes`: of the whole parameters of the stage, if `named` are only some of them.
+    `shapes`: of the whole parameters of the stage, if `named` are only some of them. `by_inputs`: the names of matrices
+    that are stored (in, out).
     """
     shapes = shapes or {name: tuple(parameter.shape) for name, parameter in named.items()}
     kinds = {True: OPTIMIZERS[settings.name], False: ADAMW}
@@ -46,14 +50,16 @@ def make_optimizer(
     for name, parameter in named.items():
         taken = kinds[True].takes(name, shapes[name])
         scale = rate_of(settings.rates, name, shapes) * (1.0 if taken else rest)
-        undecayed = parameter.dim() < 2 or (factor_of(name) is not None and settings.decay == "product")
+        undecayed = parameter.dim() < 2 and not is_sparse(name)
+        undecayed |= factor_of(name) is not None and settings.decay == "product"
         decay = 0.0 if undecayed else settings.weight_decay
         empty: dict[str, Any] = {"params": [], "names": [], "weight_decay": decay, "lr_scale": scale}
+        empty["by_inputs"] = by_inputs
         group = groups[taken].setdefault((decay, scale), empty)
         group["params"].append(parameter)
         group["names"].append(name)
     parts = [(kinds[taken], kinds[taken].make(list(own.values()), settings)) for taken, own in groups.items() if own]
-    return StageOptimizer(parts)
+    return StageOptimizer(parts, settings)
 
 
 def elementwise(shapes: Mapping[str, Shape], settings: Optimizer) -> set[str]:
@@ -63,7 +69,14 @@ def elementwise(shapes: Mapping[str, Shape], settings: Optimizer) -> set[str]:
 
 def state_bytes(shapes: Iterable[tuple[str, Shape]], settings: Optimizer) -> int:
     """The bytes that the optimizer keeps for parameters: (Hugging Face name, shape)."""
-    return sum(kind_of(name, shape, settings).state_bytes(shape) for name, shape in shapes)
+    return sum(kind_of(name, shape, settings).state_bytes(shape, settings) for name, shape in shapes)
+
+
+def product_operations(shapes: Iterable[Mapping[str, Shape]], settings: Optimizer) -> float:
+    """Operations of the matrix products in a step of the optimizer; `shapes`: of each layer's parameters, by name."""
+    kind = OPTIMIZERS[settings.name]
+    each = (kind.products(n, own, settings) for own in shapes for n, shape in own.items() if kind.takes(n, shape))
+    return 2 * sum(each)
 
 
 def moment_names(optimizer: StageOptimizer) -> list[str]:
@@ -78,7 +91,7 @@ def moments(optimizer: StageOptimizer, parameter: Tensor) -> dict[str, Tensor]:
 
 
 def init_state(optimizer: StageOptimizer, step: int) -> None:
-    """Make the state of an optimizer that has taken `step` steps, as before the first; the caller fills the moments."""
+    """Make the state of an optimizer that has taken `step` steps; the caller fills the moments."""
     for kind, part in optimizer.parts:
         for i, group in enumerate(part.param_groups):
             for j, parameter in enumerate(group["params"]):
@@ -89,7 +102,7 @@ def init_state(optimizer: StageOptimizer, step: int) -> None:
                     continue
                 on = parameter.device if parameter.device.type == "cuda" else None
                 state["step"] = torch.tensor(float(step), device=on)
-                state.update(kind.first_state(parameter.detach()))
+                state.update(kind.state_after(step, parameter.detach(), optimizer.settings))
 
 
 def drop_parameters(optimizer: StageOptimizer, dropped: Iterable[Tensor]) -> None:

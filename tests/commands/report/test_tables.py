@@ -138,11 +138,16 @@ def test_other_ranks_methods_and_unknown_shapes_stand_alone(store: Store) -> Non
     store.pretrain("odd", "low_rank", 80)
     store.pretrain("dense", "dense")
     store.pretrain("method-3", "blend", 96, start="dense")
+    store.pretrain("guided", "blend", 96)
     store.pretrain("from-hub", "svd", 96, settings={"model": {"path": "/hub/gpt2"}})
     store.pretrain("rounded", "low_rank", 96, settings={"quantization": {"bits": 4, "when": "during"}})
     tables = make_tables(store.collected())
     rows = {row.label: row for key in ("vi", "vii") for group in tables[key].groups for row in group.rows}
     assert rows["gpt2-small-cpu-r80"].paper is None
+    assert [r.kind for g in tables["vi"].groups for r in g.rows if "self-guided" in r.label] == ["guided"]
+    assert [row.label for group in tables["vii"].groups for row in group.rows if row.kind == "blend"] == [
+        "gpt2-small-cpu-r96 (method 3)"
+    ]
     assert rows["gpt2-small-cpu-r96 (method 3)"].paper is None
     assert rows["gpt2-small-cpu-r96 (method 3)"].remark == "not in the paper"
     assert rows["gpt2-r96"].paper is None  # MLflow does not say how wide it is
