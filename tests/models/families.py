@@ -51,7 +51,10 @@ ROWS: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"head_dim": 12, "sliding_window": WINDOW, "layer_types": SLIDES, "query_pre_attn_scalar": 10},
     ),
     "Phi-3": ("phi3", "Phi3", {"sliding_window": WINDOW}),
-    "Phi-4, longrope": ("phi3", "Phi3", {"rope_parameters": LONGROPE, "tie_word_embeddings": True}),
+    "Phi-4, longrope": (
+        "phi3", "Phi3",
+        {"rope_parameters": LONGROPE, "original_max_position_embeddings": 80, "tie_word_embeddings": True},
+    ),
     "SmolLM3": ("smollm3", "SmolLM3", {"no_rope_layers": [1, 0, 1], "tie_word_embeddings": True}),
     "OLMo 2": ("olmo2", "Olmo2", {}),
     "Granite": (
