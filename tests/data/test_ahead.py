@@ -29,6 +29,8 @@ def test_as_many_as_wanted_are_made_before_they_are_consumed() -> None:
 
 
 def test_an_error_comes_in_its_place_and_an_unfinished_thread_ends() -> None:
+    before = set(threading.enumerate())
+
     def items() -> Iterator[int]:
         yield 1
         raise ValueError("damaged")
@@ -40,4 +42,5 @@ def test_an_error_comes_in_its_place_and_an_unfinished_thread_ends() -> None:
     endless = ahead(iter(int, 1), 2)
     next(endless)
     endless.close()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("read-ahead")]
+    left = set(threading.enumerate()) - before
+    assert not [thread for thread in left if thread.name.startswith("read-ahead")]

@@ -76,7 +76,10 @@ def test_a_gpu_takes_its_time_to_launch_however_little_there_is_to_compute() -> 
     model = outline("llama2-7b")
     [launched], [computed] = (
         costs(model, Topology(1, 1, 1, 1)).pace(replace(cluster(1), device=device)).stage_s
-        for device in (replace(DEVICES["a100-80gb"], tflops={"bf16": 1e9}), replace(DEVICES["a100-80gb"], launch_s=0.0))
+        for device in (
+            replace(DEVICES["a100-80gb"], tflops={"bf16": 1e9, "fp32": 1e9}),
+            replace(DEVICES["a100-80gb"], launch_s=0.0),
+        )
     )
     assert launched == pytest.approx(len(model.kinds) * 1e-3)
     assert computed > 10 * launched, "what is computed covers it, as a rule"
