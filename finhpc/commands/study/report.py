@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+import textwrap
 from collections.abc import Callable
 from datetime import datetime
 from functools import partial
@@ -111,11 +112,13 @@ def figure(config: StudyConfig, every: dict[str, Compared]) -> Figure:
     panels = [Panel(f"training, mean of {SMOOTH} steps", AXES["tokens"][1], "training loss (nats)", draw_training)]
     for axis, (title, below, _) in AXES.items():
         panels.append(Panel(title, below, "validation loss (nats)", partial(draw_validation, axis=axis)))
-    caption = (
-        f"Thin: each of {len(config.study.seeds)} seeds; thick: their mean. Dashed: the lowest loss of "
-        f"{config.study.reference}. Curves of variants that start from another one's model begin at its end."
-    )
-    drawn = make_figure("curves", "Loss curves", caption, panels, f"{config.run.name}. {caption}")
+    caption = f"Dashed: the lowest loss of {config.study.reference}."
+    if (seeds := len(config.study.seeds)) > 1:
+        caption = f"Thin: each of {seeds} seeds; thick: their mean. {caption}"
+    if any(variant.start for variant in config.study.variants.values()):
+        caption += " Curves of variants that start from another one's model begin at its end."
+    above = textwrap.fill(f"{config.run.name}. {caption}", 110)
+    drawn = make_figure("curves", "Loss curves", caption, panels, above)
     assert drawn is not None
     return drawn
 
