@@ -58,7 +58,7 @@ def test_truncated_svd_refuses_an_impossible_rank() -> None:
         truncated_svd(torch.zeros(8, 12), 9)
 
 
-@pytest.mark.parametrize("name", sorted(set(INITS) - {"sltrain"}))  # whose B starts at 0, beside S
+@pytest.mark.parametrize("name", sorted(set(INITS) - {"sltrain"}))  # its B starts at 0
 def test_every_scheme_starts_both_factors_away_from_zero(name: str) -> None:
     generator = torch.Generator().manual_seed(0)
     dense = torch.randn(64, 48, generator=generator) * 0.02

@@ -1,4 +1,4 @@
-"""Means of adapters and adapters of a lower rank, beside peft's own."""
+"""Averaged adapters and adapters of a lower rank are compared with peft's."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_what_has_no_mean_is_refused_together(base: Path, tmp_path: Path) -> Non
     with pytest.raises(ConfigError) as caught:
         exported(first, tmp_path / "out", format="merged", average=[str(dora), str(third)])
     assert f"average: {dora} has use_dora=true" in str(caught.value)
-    assert f"average: {third} was trained beside a base of 4 bits nf4" in str(caught.value)
+    assert f"average: {third} was trained on a base of 4 bits nf4" in str(caught.value)
     other = saved(tiny_llama(layers=2), tmp_path / "other")
     foreign = peft_adapter(other, tmp_path / "foreign", target_modules=["q_proj"])
     changed(foreign, {"base_model_name_or_path": str(base)})

@@ -1,4 +1,4 @@
-"""rsLoRA, DoRA and LoftQ: losses and gradients beside peft's, and DoRA beside its own formula."""
+"""Losses and gradients of rsLoRA, DoRA and LoftQ are compared with peft's, and DoRA's also with its formula."""
 
 from __future__ import annotations
 

@@ -198,7 +198,7 @@ def test_an_unknown_layout_of_queries_keys_and_values_is_refused(folders: dict[s
         with_setting(tmp_path, low_rank_qkv=layout)
         read_config(tmp_path)
     with_setting(tmp_path, low_rank_qkv="apart")
-    with pytest.raises(CheckpointError, match=r"low_rank_qkv='apart', which is none of joint, separate; correct it"):
+    with pytest.raises(CheckpointError, match=r"low_rank_qkv='apart', which is unknown; it must be joint or separate"):
         read_config(tmp_path)
 
 

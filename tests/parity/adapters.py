@@ -92,7 +92,7 @@ OURS |= {
     "ours, rslora": Kind(lora={"rslora": True}),
     "ours, dora": Kind("dora", lora={"dora": True}),
     "ours, dora of olora": Kind("lora.", lora={"dora": True, "rslora": True, "init": "olora"}),
-    "ours, dora beside nf4": Kind("dora", lora={"dora": True}, quantization={"bits": 4, "scheme": "nf4"}),
+    "ours, dora on nf4": Kind("dora", lora={"dora": True}, quantization={"bits": 4, "scheme": "nf4"}),
     "ours, attention and a pattern": Kind(
         lora={
             "targets": [

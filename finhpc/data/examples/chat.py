@@ -138,7 +138,7 @@ def _marked(messages: list[Message], tools: Any, where: str, tokenizer: Any) -> 
     from transformers.utils.chat_template_utils import render_jinja_template
 
     (text,), (spans,) = render_jinja_template(
-        conversations=[_told(messages)],
+        conversations=[_for_template(messages)],
         tools=tools,
         chat_template=tokenizer.get_chat_template(tools=tools),
         return_assistant_tokens_mask=True,
@@ -161,10 +161,11 @@ def _marked(messages: list[Message], tools: Any, where: str, tokenizer: Any) -> 
     return Conversation(text, answers, marked=True)
 
 
-def _told(messages: list[Message]) -> list[Message]:
-    """Return the messages with what a chat template is told of them."""
-    told = [{key: value for key, value in message.items() if key != ONLY_READ} for message in messages]
-    return [{key: value for key, value in message.items() if value is not None} for message in told]
+def _for_template(messages: list[Message]) -> list[Message]:
+    """Return the messages as chat templates expect them: without our own mark and without empty values."""
+    return [
+        {key: value for key, value in message.items() if key != ONLY_READ and value is not None} for message in messages
+    ]
 
 
 def _render(
@@ -172,7 +173,7 @@ def _render(
 ) -> str:
     try:
         text: str = tokenizer.apply_chat_template(
-            _told(messages), tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+            _for_template(messages), tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
         )
     except Exception as error:  # whatever the template's author raises, such as for roles out of turn
         raise ConfigError(f"{where}: the chat template refuses it ({error}); correct the conversation.") from None

@@ -19,7 +19,7 @@ ROLES = {
 # Parts of a message that change what the model reads or learns: they are used or refused, never dropped.
 REFUSED = ("function_call", "tools", "functions", "images", "image", "audio", "videos", "refusal")
 MASKS = ("weight", "loss", "train")  # whether an answer is learned
-ONLY_READ = "only_read"  # in a message that is read: it is not learned, which no template is told
+ONLY_READ = "only_read"  # key of a message that is read but not learned; chat templates do not get it
 RENDERED = ("tool_calls", "reasoning_content", "thinking", "reasoning")
 PASSED = ("name", "tool_call_id")
 

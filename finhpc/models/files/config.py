@@ -63,7 +63,7 @@ def read_config(folder: Path, any_family: bool = False) -> Any:
         raise CheckpointError(f"{folder}/config.json is not a model's config: it has {', '.join(odd)}; correct it.")
     if (qkv := tree.get("low_rank_qkv", LAYOUTS[0])) not in LAYOUTS:
         raise CheckpointError(
-            f"{folder}/config.json has low_rank_qkv={qkv!r}, which is none of {', '.join(LAYOUTS)}; correct it."
+            f"{folder}/config.json has low_rank_qkv={qkv!r}, which is unknown; it must be {' or '.join(LAYOUTS)}."
         )
     check_plugins(folder)
     if "AutoConfig" in (tree.get("auto_map") or {}):

@@ -32,12 +32,12 @@ def read_mean(folders: Sequence[Path], base: Path, model: nn.Module) -> Adapter:
         for folder, adapter in zip(folders, adapters, strict=True):
             if adapter.magnitudes:
                 problems.append(
-                    f"average: {folder} has use_dora=true, and rows that DoRA stretches have no mean of such a form; "
+                    f"average: {folder} has use_dora=true, and the mean of DoRA adapters is not an adapter; "
                     "leave it out, or average the merged models."
                 )
             if (adapter.bits, adapter.scheme) != (adapters[0].bits, adapters[0].scheme):
                 problems.append(
-                    f"average: {folder} was trained beside a base of {adapter.bits} bits {adapter.scheme}, and "
+                    f"average: {folder} was trained on a base of {adapter.bits} bits {adapter.scheme}, and "
                     f"{folders[0]} of {adapters[0].bits} {adapters[0].scheme}; average adapters of one kind of base."
                 )
     if problems:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from finhpc.models.initialize import generator_of
 from finhpc.settings.training import Optimizer
-from finhpc.training.optimizers.kind import Groups, OptimizerKind, Shape, block_matrix
+from finhpc.training.optimizers.kind import Groups, OptimizerKind, Shape, block_matrix, steps_taken
 
 SCALE, RENEWED_EVERY, GROWTH, TINY = 128.0, 200, 1.01, 1e-8
 MOMENTS, NORM = ("exp_avg", "exp_avg_sq"), "scaled_norm"
@@ -35,7 +35,7 @@ class ApolloMini(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         if self.taken is None:
-            self.taken = int(max((float(state["step"]) for state in self.state.values()), default=0))
+            self.taken = steps_taken(self)
         self.taken += 1
         for group in self.param_groups:
             for name, parameter in zip(group["names"], group["params"], strict=True):

@@ -104,6 +104,11 @@ def pairs(groups: Groups) -> list[Pair]:
     return found
 
 
+def steps_taken(optimizer: torch.optim.Optimizer) -> int:
+    """Return how many steps the state of an optimizer counts, of the parameter that has most; 0 before the first."""
+    return int(max((float(state["step"]) for state in optimizer.state.values()), default=0))
+
+
 @dataclass(frozen=True)
 class OptimizerKind:
     """How to make an optimizer, and what it keeps.

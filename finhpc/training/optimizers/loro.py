@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from finhpc.settings.training import Optimizer
-from finhpc.training.optimizers.kind import Groups, OptimizerKind, block_factor, pairs
+from finhpc.training.optimizers.kind import Groups, OptimizerKind, block_factor, pairs, steps_taken
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -32,7 +32,7 @@ class Loro(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         if self.taken is None:
-            self.taken = int(max((float(state["step"]) for state in self.state.values()), default=0))
+            self.taken = steps_taken(self)
         self.taken += 1
         if self.taken < self.restart_every:
             super().step()

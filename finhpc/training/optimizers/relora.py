@@ -25,7 +25,7 @@ from torch.optim.adamw import adamw
 
 from finhpc.models.initialize import generator_of
 from finhpc.settings.training import Optimizer
-from finhpc.training.optimizers.kind import Groups, OptimizerKind, Shape, block_dense
+from finhpc.training.optimizers.kind import Groups, OptimizerKind, Shape, block_dense, steps_taken
 
 ALPHA = 32.0  # s x rank: the default of their code
 WHOLE = ("exp_avg", "exp_avg_sq")
@@ -44,7 +44,7 @@ class Relora(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         if self.taken is None:
-            self.taken = int(max((float(state["step"]) for state in self.state.values()), default=0))
+            self.taken = steps_taken(self)
         self.taken += 1
         if not _has_pairs(self.settings, self.taken):
             super().step()
