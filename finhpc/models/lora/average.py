@@ -66,7 +66,10 @@ def lower_rank(adapter: Adapter, rank: int) -> Adapter:
     Raises `ConfigError` for DoRA, whose magnitudes are about the sum with the base's weights.
     """
     if adapter.magnitudes:
-        raise ConfigError(f"rank={rank} does not fit an adapter with use_dora=true, whose magnitudes would not fit it.")
+        raise ConfigError(
+            f"rank={rank} does not fit an adapter with use_dora=true, because its magnitudes belong to its own rank; "
+            "leave rank out, or merge the adapter with --format merged."
+        )
     pairs = {}
     for name, (a, b) in adapter.pairs.items():
         scaled = adapter.scales[name] * b.float()
