@@ -425,3 +425,24 @@ def test_settings_that_do_nothing_with_an_optimizer_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"optimizer\.rates=mup does not work with optimizer\.name=spectron, whose"):
         check_optimizer(settings(name="spectron", rates="mup"))
     check_optimizer(settings(name="muon", rates="mup", lr_adamw=1e-3))
+
+
+@pytest.mark.parametrize(
+    ("values", "unused"),
+    [
+        ({"momentum": 0.9}, ["momentum"]),
+        ({"name": "loro", "momentum": 0.9, "rank": 8}, ["momentum", "rank"]),
+        ({"name": "muon", "momentum": 0.9, "dense_cycles": 2, "restart_every": 7}, ["dense_cycles", "restart_every"]),
+        ({"schedule": "restarts", "restart_every": 70, "cooldown_share": 0.5}, ["cooldown_share"]),
+        ({"name": "relora", "rank": 8, "restart_every": 70, "restart_warmup_steps": 7}, ["restart_warmup_steps"]),
+        ({"schedule": "wsd", "cooldown_share": 0.5}, []),
+    ],
+)
+def test_settings_of_other_optimizers_and_schedules_are_refused(values: dict[str, Any], unused: list[str]) -> None:
+    if not unused:
+        check_optimizer(settings(**values))
+        return
+    with pytest.raises(ConfigError) as caught:
+        check_optimizer(settings(**values))
+    assert [problem.split("=")[0] for problem in caught.value.problems] == [f"optimizer.{name}" for name in unused]
+    assert f"optimizer.schedule={values.get('schedule', 'cosine')}; leave {unused[0]} out." in str(caught.value)
