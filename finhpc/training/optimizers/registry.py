@@ -15,7 +15,7 @@ from finhpc.settings.base import nearest
 from finhpc.settings.training import Optimizer
 from finhpc.training.optimizers.adamw import ADAMW, ADAMW_8BIT
 from finhpc.training.optimizers.apollo import APOLLO_MINI
-from finhpc.training.optimizers.kind import OWN, OptimizerKind, Shape, everything
+from finhpc.training.optimizers.kind import OWN, OptimizerKind, Shape
 from finhpc.training.optimizers.loro import LORO
 from finhpc.training.optimizers.muon import MUON
 from finhpc.training.optimizers.relora import RELORA
@@ -93,11 +93,6 @@ def check_optimizer(settings: Optimizer) -> None:
             "comes from --plugins MODULE."
         )
     kind, problems = OPTIMIZERS[settings.name], []
-    if settings.lr_adamw is not None and kind.takes is everything:
-        problems.append(
-            f"optimizer.lr_adamw={settings.lr_adamw} is the rate of what AdamW updates next to another optimizer, and "
-            f"{settings.name} updates everything; set optimizer.lr, or leave lr_adamw out."
-        )
     read = kind.reads + SCHEDULES[settings.schedule]
     problems += [
         f"optimizer.{name}={getattr(settings, name)} does nothing with optimizer.name={settings.name} and "
