@@ -10,9 +10,9 @@ import torch
 
 from finhpc.commands.export import export
 from finhpc.generation.adapters import read_adapters
+from finhpc.generation.decode import decode
 from finhpc.generation.decoder import Decoder
 from finhpc.generation.fast_layers import use_fast_layers
-from finhpc.generation.sampling import decode
 from finhpc.models.loading import load_model
 from finhpc.models.lora.multi_lora import Adapters
 from finhpc.settings.base import build
@@ -78,8 +78,7 @@ def test_each_row_goes_through_its_own_adapter(tmp_path: Path) -> None:
     adapters = Adapters(model, read_adapters(given, model.config, source))
     names = ["a2", None, "a0", "a1", "a0"]
     prompts, sampling = [[3 + i, 1, 4] for i in range(len(names))], Sampling(max_new_tokens=12)
-    adapters.select(names)
-    mixed = generated(model, prompts, sampling)
+    mixed = generated(model, prompts, sampling, adapters=adapters, names=names)
     for name, prompt, ids in zip(names, prompts, mixed, strict=True):
         adapters.select([name])
         assert generated(model, [prompt], sampling) == [ids], name
