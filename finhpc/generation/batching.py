@@ -253,7 +253,7 @@ class Batcher:
         finite = are_finite(logits)
         ids = _choose(rows, logits, finite)
         scores = _score(rows, logits, ids)
-        return [self._next(row, *of) for row, *of in zip(rows, finite, ids, scores, strict=True)]
+        return list(map(self._next, rows, finite, ids, scores))
 
     def _next(self, row: Row, finite: bool, chosen: int, score: Score | None) -> Token:
         request, name = row.request, row.request.name

@@ -88,8 +88,8 @@ class Decoder:
         rotated = {kind: rotate(self.rotary, hidden, positions, kind) for kind in set(kinds)}
 
         def run(module: Any, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
-            rows = (x[0].transpose(0, 1) for x in (q, k, v))
-            return cache.attend(module.layer_idx, *rows, scores)[None].to(q.dtype)
+            queries, keys, values = (x[0].transpose(0, 1) for x in (q, k, v))
+            return cache.attend(module.layer_idx, queries, keys, values, scores)[None].to(q.dtype)
 
         for (layer,), kind in zip(self.blocks, kinds, strict=True):
             hidden = layer(hidden, attention_mask=Attend(run), position_embeddings=rotated[kind])

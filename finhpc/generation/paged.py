@@ -102,7 +102,9 @@ class PagedCache:
 
     def begin(self, spans: Sequence[Span]) -> Pass:
         """Set the rows of the next pass; equal numbers of new tokens stand together, the longest first."""
-        size, positions, slots = self.block_size, [], []
+        size = self.block_size
+        positions: list[int] = []
+        slots: list[int] = []
         for span in spans:
             places = range(span.past, span.past + span.new)
             positions += places

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from finhpc.settings.generate import Sampling
 
+SORTED = 1024  # most likely ids, which nearly always sum up to top_p; all are sorted otherwise
 DAMAGED = "The model's logits are NaN or infinite; its weights are damaged."
 
 
@@ -39,13 +40,19 @@ def choose(logits: Tensor, sampling: Sampling, draws: Sequence[torch.Generator])
     if sampling.top_k:
         smallest = logits.topk(min(sampling.top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, float("-inf"))
-    probabilities = torch.softmax(logits, -1)
+    rows = torch.softmax(logits, -1).unbind()
     if sampling.top_p < 1:
-        ordered, order = probabilities.sort(-1, descending=True)
-        ordered[ordered.cumsum(-1) - ordered >= sampling.top_p] = 0  # by the sum before it; the first always stays
-        probabilities = torch.zeros_like(probabilities).scatter_(-1, order, ordered)
-    pairs = zip(probabilities, draws, strict=True)
-    return [int(torch.multinomial(row, 1, generator=draw)) for row, draw in pairs]
+        rows = tuple(_most_likely(row, sampling.top_p) for row in rows)
+    return [int(torch.multinomial(row, 1, generator=draw)) for row, draw in zip(rows, draws, strict=True)]
+
+
+def _most_likely(probabilities: Tensor, top_p: float) -> Tensor:
+    """Return the largest of `probabilities` (vocab,) that sum up to `top_p`, and 0 for all others."""
+    ordered, order = probabilities.topk(min(SORTED, len(probabilities)))
+    if float(ordered.sum()) < top_p:
+        ordered, order = probabilities.sort(descending=True)
+    ordered[ordered.cumsum(-1) - ordered >= top_p] = 0  # by the sum before it; the first always stays
+    return torch.zeros_like(probabilities).scatter_(-1, order, ordered)
 
 
 def scores_of(logits: Tensor, ids: Sequence[int], top: int) -> list[Score]:

@@ -63,12 +63,14 @@ class Choice:
         rows.pop(NONE, None)
         self.products = [(n, torch.tensor(of, device=device)) for n, of in rows.items() if len(of) >= MANY]
         few = {n: of for n, of in rows.items() if len(of) < MANY}
-        self.members = tuple(sorted(few))
         if not few:
             self.gather = None
             return
-        if 2 * len(few) >= slots:  # computing for all is cheaper than copying their weights
+        most = max(8, 2 * len(few))  # computing for some more is cheaper than copying weights for others
+        if slots <= most:
             self.members = tuple(range(slots))
+        elif len(self.members) > most or not set(few).issubset(self.members):
+            self.members = tuple(sorted(few))
         width = max(map(len, few.values()))
         gather, places, targets = [0] * (width * len(self.members)), [], []
         for i, number in enumerate(self.members):
