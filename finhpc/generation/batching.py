@@ -21,7 +21,7 @@ from finhpc.generation.blocks import Blocks
 from finhpc.generation.decoder import Decoder
 from finhpc.generation.paged import Span
 from finhpc.generation.requests import Request, Row, Stats, Token
-from finhpc.generation.sampling import DAMAGED, Score, are_finite, choose, row_seed, scores_of
+from finhpc.generation.sampling import DAMAGED, Score, are_finite, choose, scores_of
 from finhpc.generation.schedule import Schedule
 from finhpc.models.lora.multi_lora import NONE, Adapters
 from finhpc.models.lora.peft_format import Adapter
@@ -126,7 +126,7 @@ class Batcher:
         )
 
     def _has_work(self) -> bool:
-        return bool(self._inbox or self._cancelled or self.schedule.rows)
+        return bool(self._inbox or self._cancelled or self.schedule.running or self.schedule.waiting)
 
     def _problems(self, request: Request) -> list[str]:
         ids, new, context = request.ids, request.sampling.max_new_tokens, self.decoder.context
@@ -181,13 +181,12 @@ class Batcher:
                 self._arrive(entry)
             else:
                 self._change_adapter(*entry)
-        rows = [row for row in self.schedule.rows if row.request.name in cancelled]
+        rows = [row for row in self.schedule.rows if row.request.name in cancelled] if cancelled else []
         return [self._end(row, Token(row.request.name, None, finish="cancelled")) for row in rows]
 
     def _arrive(self, request: Request) -> None:
         number = NONE if request.adapter is None else self._numbers()[request.adapter]
-        draw = torch.Generator().manual_seed(row_seed(request.sampling.seed, request.row))
-        self.schedule.waiting.append(Row(request, number, list(request.ids), draw))
+        self.schedule.waiting.append(Row(request, number, list(request.ids)))
         self.tokens_in += len(request.ids)
 
     def _numbers(self) -> dict[str, int]:
@@ -285,7 +284,9 @@ def _choose(rows: list[Row], logits: Tensor, finite: list[bool]) -> list[int]:
     ids = [0] * len(rows)
     for places in alike.values():
         some = logits if len(places) == len(rows) else logits[places]
-        chosen = choose(some, rows[places[0]].request.sampling, [rows[i].draw for i in places])
+        how = rows[places[0]].request.sampling
+        draws = [rows[i].generator() for i in places] if how.temperature else []
+        chosen = choose(some, how, draws)
         for i, token in zip(places, chosen, strict=True):
             ids[i] = token
     return ids

@@ -139,7 +139,7 @@ class PagedCache:
         count = -(-length // self.block_size)
         starts: list[int] = []
         for span in spans:
-            table = span.table[:count]
+            table = span.table[: -(-(span.past + span.new) // self.block_size)]
             gap = starts[1] - starts[0] if len(starts) > 1 else 0
             in_a_row = len(table) == count and all(b - a == 1 for a, b in pairwise(table))
             if not in_a_row or (starts and (table[0] <= starts[-1] or (gap and table[0] - starts[-1] != gap))):

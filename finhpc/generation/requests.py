@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from finhpc.generation.blocks import Table
-from finhpc.generation.sampling import Score
+from finhpc.generation.sampling import Score, row_seed
 from finhpc.settings.generate import Sampling
 
 
@@ -70,7 +70,7 @@ class Row:
     request: Request
     adapter: int
     ids: list[int]
-    draw: torch.Generator
+    draw: torch.Generator | None = None
     keys: list[bytes] = field(default_factory=list)
     table: Table = field(default_factory=Table)
     computed: int = 0
@@ -80,6 +80,12 @@ class Row:
     @property
     def generated(self) -> int:
         return len(self.ids) - len(self.request.ids)
+
+    def generator(self) -> torch.Generator:
+        """Return what draws its ids, also after a preemption."""
+        if self.draw is None:
+            self.draw = torch.Generator().manual_seed(row_seed(self.request.sampling.seed, self.request.row))
+        return self.draw
 
     @property
     def most(self) -> int:

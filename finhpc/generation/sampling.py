@@ -12,6 +12,7 @@ from torch import Tensor
 from finhpc.settings.generate import Sampling
 
 SORTED = 1024  # most likely ids, which nearly always sum up to top_p; all are sorted otherwise
+COLDEST = 1e-6  # a lower temperature is this one: float32 could not divide by it
 DAMAGED = "The model's logits are NaN or infinite; its weights are damaged."
 
 
@@ -36,7 +37,8 @@ def choose(logits: Tensor, sampling: Sampling, draws: Sequence[torch.Generator])
     """Choose an id per row of finite `logits` (rows, vocab): the most likely, or a sample. `draws`: one a row."""
     if not sampling.temperature:
         return logits.argmax(-1).tolist()  # type: ignore[no-any-return]
-    logits = logits.float().cpu() / sampling.temperature  # sampled on the CPU: the same ids from a seed on every device
+    logits = logits.float().cpu()  # sampled on the CPU: the same ids from a seed on every device
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(sampling.temperature, COLDEST)
     if sampling.top_k:
         smallest = logits.topk(min(sampling.top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, float("-inf"))

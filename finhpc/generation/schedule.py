@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 from finhpc.generation.blocks import Blocks, chain
 from finhpc.generation.requests import Row
 
@@ -15,7 +17,7 @@ class Schedule:
 
     def __init__(self, blocks: Blocks, max_batch: int, prefill_tokens: int, keeps: bool) -> None:
         self.blocks, self.max_batch, self.prefill_tokens, self.keeps = blocks, max_batch, prefill_tokens, keeps
-        self.waiting: list[Row] = []
+        self.waiting: deque[Row] = deque()
         self.running: list[Row] = []
         self.roots: dict[int, str] = {}
         self.fresh: list[int] = []  # blocks that were given out since the last pass
@@ -39,7 +41,7 @@ class Schedule:
         if self.preemptions > preemptions:
             return chosen
         while self.waiting and len(self.running) < self.max_batch and budget > 0 and self._admit(self.waiting[0]):
-            row = self.waiting.pop(0)
+            row = self.waiting.popleft()
             self.running.append(row)  # all that run came before all that wait
             row.new = min(len(row.ids) - row.computed, budget)
             self._grow(row)
@@ -72,7 +74,7 @@ class Schedule:
         while blocks.blocks_of(end) - len(row.table.blocks) > blocks.free:
             last = self.running.pop()
             self.reset(last)
-            self.waiting.insert(0, last)
+            self.waiting.appendleft(last)
             self.preemptions += 1
             if last is row:
                 return False

@@ -119,12 +119,14 @@ def test_rows_have_their_adapters(tmp_path: Path, kind: str) -> None:
     assert_rows_have_their_adapters(load_model(source), source, tmp_path)
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, Sampling(max_new_tokens=12, temperature=2.0, seed=3)])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(max_new_tokens=30), Sampling(max_new_tokens=30, temperature=2.0, seed=3)]
+)
 def test_preemption_changes_no_id(sampling: Sampling) -> None:
     model, prompts = tiny_model("llama"), prompts_of()
     plain = batcher_of(model)
     wanted = ids_of(served(plain, requests_of(prompts, sampling)))
-    tiny = batcher_of(model, blocks=8)
+    tiny = batcher_of(model, blocks=12)
     assert ids_of(served(tiny, requests_of(prompts, sampling), 1)) == wanted
     assert tiny.stats().preemptions >= 2
     assert plain.stats().preemptions == 0
@@ -157,7 +159,7 @@ def test_an_adapter_finds_no_blocks_of_another(tmp_path: Path) -> None:
     assert batcher.stats().prefix_hits == 0
     batcher.remove_adapter("a0")
     served(batcher, [])
-    batcher.add_adapter("a0", load_adapter(tmp_path / "a1", model))
+    batcher.add_adapter("a0", load_adapter(tmp_path / "a1", tiny_model("llama")))
     assert ids_of(served(batcher, [Request("r", prompt, "a0", GREEDY)])) == ids_of(
         served(batcher, [Request("r", prompt, "a1", GREEDY)])
     )
@@ -174,7 +176,7 @@ def test_random_traffic_loses_no_block(tmp_path: Path) -> None:
     for step in range(400):
         if step < 300 and draw.random() < 0.4:
             ids = draw.choice([[], *beginnings]) + prompts_of((draw.randrange(1, 30),))[0]
-            sampling = Sampling(max_new_tokens=draw.randrange(1, 25), temperature=draw.choice([0.0, 1.0]))
+            sampling = Sampling(max_new_tokens=draw.randrange(1, 50), temperature=draw.choice([0.0, 1.0]))
             batcher.add(Request(str(step), ids, draw.choice([None, "a0", "a1"]), sampling))
             live.add(str(step))
         if live and draw.random() < 0.1:
@@ -191,7 +193,7 @@ def test_random_traffic_loses_no_block(tmp_path: Path) -> None:
     while batcher.wait(0):
         ended += sum(token.finish is not None for token in batcher.step())
     assert ended > 100
-    assert batcher.stats().preemptions > 5
+    assert batcher.stats().preemptions >= 3
     assert batcher.stats().prefix_hits > 100
     assert_nothing_is_lost(batcher)
 
@@ -222,10 +224,13 @@ def test_first_come_first_served() -> None:
     batcher = batcher_of(tiny_model("gpt2"), max_batch=2)
     for request in requests_of(prompts_of((60, 3, 40, 2, 3))):
         batcher.add(request)
-    order: list[str] = []
+    order = []
     while batcher.wait(0):
-        order += [token.request for token in batcher.step() if token.request not in order]
-    assert order[2:] == ["2", "3", "4"], "no request is overtaken in the queue"
+        batcher.step()
+        order.append([row.request.name for row in batcher.schedule.running])
+    order = [names for names in order if names]
+    assert order == sorted(order), "no request is overtaken in the queue"
+    assert {name for names in order for name in names} == set("01234")
 
 
 def test_a_prompt_is_computed_in_parts_while_others_generate() -> None:
@@ -240,10 +245,11 @@ def test_a_prompt_is_computed_in_parts_while_others_generate() -> None:
 def test_damage_ends_one_request(tmp_path: Path) -> None:
     source = tiny_folder(tmp_path / "model", "llama", tokenizer=False)
     model: Any = load_model(source)
+    layer = "model.layers.0.mlp.down_proj"  # before keys and values of the next one
     good, bad = (
-        load_adapter(tiny_adapter(tmp_path / name, model, LAYERS, 4, seed=0), model) for name in ("good", "bad")
+        load_adapter(tiny_adapter(tmp_path / name, model, [layer], 4, seed=0), model) for name in ("good", "bad")
     )
-    bad.pairs[LAYERS[0]][0][0, 0] = float("nan")
+    bad.pairs[layer][0][0, 0] = float("nan")
     prompts = prompts_of()
     adapters = Adapters(model, {"good": good, "bad": bad})
     names = ["good", "bad", None, "bad", "good", "bad", None, "good"]
@@ -318,7 +324,7 @@ def test_adapters_come_and_go(tmp_path: Path) -> None:
     tokens += batcher.step()
     batcher.add_adapter("b", made["b"])
     batcher.remove_adapter("a")
-    with pytest.raises(ConfigError, match="adapter a is not loaded; did you mean 'b'"):
+    with pytest.raises(ConfigError, match="adapter a is not loaded; valid: b"):
         batcher.add(Request("late", prompts[0], "a", GREEDY))
     batcher.add(Request("b", prompts[0], "b", GREEDY))
     batcher.add_adapter("a", made["b"])
@@ -369,5 +375,6 @@ def test_what_never_fits_is_refused() -> None:
     assert "adapter x is not loaded" in refusal([1], "x")
     batcher.add(Request("r", [1] * 52, None, GREEDY))
     assert "request r is being computed already" in refusal([1])
-    served(batcher, [])
+    while batcher.wait(0):
+        batcher.step()
     assert_nothing_is_lost(batcher)

@@ -103,6 +103,7 @@ def test_draws_follow_the_probabilities_that_are_left() -> None:
     assert shares(top_k=2) == pytest.approx(torch.tensor([0.625, 0.375, 0, 0]), abs=0.03)
     assert shares(top_p=0.79) == pytest.approx(torch.tensor([0.625, 0.375, 0, 0]), abs=0.03)
     assert shares(top_p=0.1) == pytest.approx(torch.tensor([1.0, 0, 0, 0]))
+    assert shares(temperature=1e-60) == pytest.approx(torch.tensor([1.0, 0, 0, 0]))
     cold = torch.tensor([0.25, 0.09, 0.0225, 0.0025]) / 0.365
     assert shares(temperature=0.5) == pytest.approx(cold, abs=0.03)
 
@@ -135,7 +136,7 @@ def test_damaged_weights_are_said(temperature: float) -> None:
     with torch.no_grad():
         model.transformer.ln_f.weight[0] = float("nan")
     with pytest.raises(NonFiniteError, match="NaN or infinite"):
-        generated(model, [[1, 2]], Sampling(temperature=temperature))
+        generated(model, [[1, 2]], Sampling(temperature=temperature, max_new_tokens=4))
 
 
 @pytest.mark.parametrize("make", [tiny_mistral, tiny_qwen2])
