@@ -35,7 +35,7 @@ class Decoder:
         if self.family.whole_layers:
             self.config._attn_implementation = NAME
         self.computed_tokens = self.cache_bytes = 0
-        self.find_modules()
+        self.blocks: list[tuple[Any, ...]] = []
 
     def find_modules(self) -> None:
         """Look up the model's modules again, after some were replaced."""
@@ -50,7 +50,8 @@ class Decoder:
         return tuple(self.model.get_submodule(name) for name in (*names, projection, *mlp))
 
     def make_cache(self, blocks: int, block_size: int) -> PagedCache:
-        """Return an empty cache."""
+        """Return an empty cache, for the modules that the model has now."""
+        self.find_modules()
         dtype = dtype_of(self.model.dtype, self.device.type)
         cache = PagedCache(self.config, blocks, block_size, dtype, self.device)
         self.cache_bytes = cache.bytes

@@ -68,4 +68,4 @@ def layouts(settings: GenerateBench, decoder: Decoder) -> list[Row]:
     token = cache.token_bytes * decoder.config.num_hidden_layers
     lengths = [len(request.ids) + request.sampling.max_new_tokens for request in requests]
     found = cache_bytes(token, lengths, settings.prompt + settings.new, decoder.context, BLOCK)
-    return [{"layout": name, "bytes": count, "used": found["tokens"] / count} for name, count in found.items()]
+    return [{"layout": name, "cache_bytes": count, "used": found["tokens"] / count} for name, count in found.items()]
