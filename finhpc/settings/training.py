@@ -40,7 +40,7 @@ class Optimizer(Section):
         None,
         gt=0,
         description="peak learning rate of what AdamW updates next to another optimizer: embeddings, head, norms, "
-        "biases; default: lr",
+        "biases; with adamw and others that update everything, of these too; default: lr",
     )
     schedule: Literal["cosine", "linear", "wsd", "restarts"] = Field(
         "cosine",

@@ -77,7 +77,7 @@ def test_the_weights_that_an_optimizer_updates_are_counted(shards: Path) -> None
             {"optimizer": {"name": "spectron", "rates": "mup"}},
             "optimizer.rates=mup does not work with optimizer.name=spectron, whose step sets the rates of A and B",
         ),
-        ({"optimizer": {"lr_adamw": 0.01}}, "optimizer.lr_adamw=0.01 is the rate of what AdamW updates next to"),
+        ({"optimizer": {"momentum": 0.9}}, "optimizer.momentum=0.9 does nothing with optimizer.name=adamw and"),
         ({"parallel": {"stages": 5}}, "parallel.stages=5 does not fit 4 transformer blocks; use 1 to 4."),
         (
             {"parallel": {"stages": 2}, "model": {"layers": 1}},

@@ -26,6 +26,7 @@ from finhpc.settings.pretrain import Qkv
 
 FUSED = ("qkv_proj", "query_key_value")  # names of layers that compute queries, keys and values at once
 ROTATED = ("partial_rotary_factor", "rotary_pct")  # names of the share of a head that has rotary positions
+NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 PLAN = ("embed_tokens", "layers", "norm")  # of a config class without a plan, which has Llama's names
 
 
@@ -45,7 +46,8 @@ class Described(Family):
         embedding, *dropout, blocks, norm = (f"{dense_class.base_model_prefix}.{name}" for name in plan)
         self.embedding, self.blocks, self.norm = embedding, blocks, norm  # type: ignore[misc]
         self.dropout = dropout[0] if dropout else None  # type: ignore[misc]
-        rope = dense_class.config_class().rope_parameters
+        # Some classes' default ids of special tokens lie outside their default vocabulary, which transformers reports.
+        rope = dense_class.config_class(**NO_TOKENS).rope_parameters
         self.ropes_by_layer = any(isinstance(value, dict) for value in rope.values())  # type: ignore[misc]
         self.partial_rotary = "partial_rotary_factor" in rope  # type: ignore[misc]
         self.ropes = ropes  # type: ignore[misc]
@@ -54,7 +56,7 @@ class Described(Family):
         """Return also the names that the config class reads the rotated share of a head from."""
         own = super().own_settings()
         if self.partial_rotary:
-            made = {name: self.dense_class.config_class(**{name: 0.5}).rope_parameters for name in ROTATED}
+            made = {name: self.dense_class.config_class(**{name: 0.5}, **NO_TOKENS).rope_parameters for name in ROTATED}
             own |= {name for name, rope in made.items() if rope[ROTATED[0]] == 0.5}
         return own
 

@@ -24,6 +24,9 @@ Takes = Callable[[str, Shape], bool]
 Products = Callable[[str, Mapping[str, Shape], Optimizer], float]
 State = Callable[[Tensor, Optimizer, int], dict[str, Tensor]]  # a parameter, the settings, steps taken -> tensors
 
+# Settings of some optimizers or schedules, which are refused with the others.
+OWN = ("momentum", "rank", "dense_cycles", "restart_every", "restart_warmup_steps", "cooldown_share")
+
 _BLOCK = re.compile(r"\.(\d+|\*)\.")  # planning has a single block, which stands for all
 
 
@@ -127,9 +130,9 @@ class OptimizerKind:
     `products(name, shapes, settings)`: the multiplications of a step's matrix products for the parameter `name`, in the
     `precision` of these products; `shapes`: of its whole layer, by name.
 
-    `ranked`: it trains pairs of `optimizer.rank`. `own_rates`: its step sets the rates of A and B, so `optimizer.rates`
-    is refused. `of_products`: its step changes A and B as factors of their product, so layers with something between A
-    and B are refused.
+    `reads`: the settings in `OWN` that it reads; the others must keep their defaults. `own_rates`: its step sets the
+    rates of A and B, so `optimizer.rates` is refused. `of_products`: its step changes A and B as factors of their
+    product, so layers with something between A and B are refused.
     """
 
     make: Callable[[Groups, Optimizer], torch.optim.Optimizer]
@@ -141,7 +144,7 @@ class OptimizerKind:
     needs: Takes | None = None
     products: Products = lambda name, shapes, settings: 0.0
     precision: Literal["fp32", "bf16"] = "fp32"
-    ranked: bool = False
+    reads: tuple[str, ...] = ()
     own_rates: bool = False
     of_products: bool = False
 

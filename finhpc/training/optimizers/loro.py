@@ -96,4 +96,5 @@ LORO = OptimizerKind(
     state=_state,
     needs=block_factor,
     of_products=True,
+    reads=("restart_every",),
 )

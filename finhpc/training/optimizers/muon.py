@@ -73,4 +73,5 @@ MUON = OptimizerKind(
     what="matrices in transformer blocks",
     products=_products,
     precision="bf16",
+    reads=("momentum",),
 )

@@ -15,10 +15,11 @@ from finhpc.settings.base import nearest
 from finhpc.settings.training import Optimizer
 from finhpc.training.optimizers.adamw import ADAMW, ADAMW_8BIT
 from finhpc.training.optimizers.apollo import APOLLO_MINI
-from finhpc.training.optimizers.kind import OptimizerKind, Shape, everything
+from finhpc.training.optimizers.kind import OWN, OptimizerKind, Shape
 from finhpc.training.optimizers.loro import LORO
 from finhpc.training.optimizers.muon import MUON
 from finhpc.training.optimizers.relora import RELORA
+from finhpc.training.optimizers.schedules import SCHEDULES
 from finhpc.training.optimizers.spectron import SPECTRON
 
 # A dense matrix, and a pair, of a transformer block.
@@ -92,11 +93,13 @@ def check_optimizer(settings: Optimizer) -> None:
             "comes from --plugins MODULE."
         )
     kind, problems = OPTIMIZERS[settings.name], []
-    if settings.lr_adamw is not None and kind.takes is everything:
-        problems.append(
-            f"optimizer.lr_adamw={settings.lr_adamw} is the rate of what AdamW updates next to another optimizer, and "
-            f"{settings.name} updates everything; set optimizer.lr, or leave lr_adamw out."
-        )
+    read = kind.reads + SCHEDULES[settings.schedule]
+    problems += [
+        f"optimizer.{name}={getattr(settings, name)} does nothing with optimizer.name={settings.name} and "
+        f"optimizer.schedule={settings.schedule}; leave {name} out."
+        for name in OWN
+        if name not in read and getattr(settings, name) != Optimizer.model_fields[name].default
+    ]
     if settings.rates != "plain" and kind.own_rates:
         problems.append(
             f"optimizer.rates={settings.rates} does not work with optimizer.name={settings.name}, whose step sets the "
@@ -128,7 +131,7 @@ def check_taken(settings: Optimizer, shapes: Mapping[str, Shape]) -> None:
             f"optimizer.name={settings.name} updates {kind.what}, and this model trains none; use one of "
             f"{', '.join(others)}."
         )
-    if kind is not None and kind.ranked:
+    if kind is not None and "rank" in kind.reads:
         ranked = [(name, settings.rank, shape) for name, shape in shapes.items() if kind.takes(name, shape)]
         if problems := rank_problems("optimizer.rank", [(name, rank, (a, b)) for name, rank, (a, b) in ranked]):
             raise ConfigError(problems)

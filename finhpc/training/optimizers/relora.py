@@ -129,5 +129,5 @@ RELORA = OptimizerKind(
     what="dense matrices in transformer blocks",
     state=_state,
     products=_products,
-    ranked=True,
+    reads=("rank", "restart_every", "dense_cycles"),
 )

@@ -17,6 +17,14 @@ import math
 
 from finhpc.settings.training import Optimizer
 
+# What each schedule reads of `finhpc.training.optimizers.kind.OWN`.
+SCHEDULES: dict[str, tuple[str, ...]] = {
+    "cosine": (),
+    "linear": (),
+    "wsd": ("cooldown_share",),
+    "restarts": ("restart_every", "restart_warmup_steps"),
+}
+
 
 def learning_rate(settings: Optimizer, step: int, steps: int) -> float:
     """The learning rate of a step (from 1 to `steps`): a warm-up, at most half of the steps, then the schedule."""

@@ -91,4 +91,5 @@ SPECTRON = OptimizerKind(
     state=_state,
     own_rates=True,
     products=_products,
+    reads=("momentum",),
 )

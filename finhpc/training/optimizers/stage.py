@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from finhpc.settings.training import Optimizer
 from finhpc.training.optimizers.adamw import ADAMW
-from finhpc.training.optimizers.kind import OptimizerKind, Shape, factor_of, is_sparse
+from finhpc.training.optimizers.kind import OptimizerKind, Shape, block_matrix, everything, factor_of, is_sparse
 from finhpc.training.optimizers.rates import rate_of
 from finhpc.training.optimizers.registry import OPTIMIZERS, kind_of
 
@@ -49,7 +49,8 @@ def make_optimizer(
     groups: dict[bool, dict[tuple[float, float], dict[str, Any]]] = {True: {}, False: {}}
     for name, parameter in named.items():
         taken = kinds[True].takes(name, shapes[name])
-        scale = rate_of(settings.rates, name, shapes) * (1.0 if taken else rest)
+        main = taken if kinds[True].takes is not everything else block_matrix(name, shapes[name])
+        scale = rate_of(settings.rates, name, shapes) * (1.0 if main else rest)
         undecayed = parameter.dim() < 2 and not is_sparse(name)
         undecayed |= factor_of(name) is not None and settings.decay == "product"
         decay = 0.0 if undecayed else settings.weight_decay
