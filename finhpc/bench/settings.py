@@ -169,6 +169,7 @@ class GenerateBench(Section):
     adapters: int = Field(8, ge=2, description="adapters over one base, one per row of a batch")
     adapter_rank: int = Field(8, ge=1, description="rank of each")
     adapters_model: str = Field("smollm2-135m", description="preset of that base")
+    requests: int = Field(32, ge=2, description="requests of mixed lengths over that base, one at a time and batched")
     resources: Resources = Field(default_factory=lambda: Resources(threads=2))
 
 

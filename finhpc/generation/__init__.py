@@ -1,1 +1,1 @@
-"""Text from a model: prompts, adapters, the cached decoder, sampling."""
+"""Text from a model: prompts, adapters, batches of requests over a cache in blocks, sampling."""

@@ -13,16 +13,18 @@ import torch
 
 from finhpc.errors import ConfigError
 from finhpc.generation.adapters import parse_adapter, read_adapters, resolve_adapter_model
+from finhpc.generation.decode import passes
 from finhpc.generation.decoder import Decoder
 from finhpc.generation.fast_layers import use_fast_layers
 from finhpc.generation.prompts import Prompt
-from finhpc.generation.sampling import decode
+from finhpc.generation.requests import Request, Token
 from finhpc.models.families.registry import context_of
 from finhpc.models.files.source import config_of, find_tokenizer, locate, tokenizer_of
 from finhpc.models.files.tokenizer import has_tokenizer
 from finhpc.models.files.tokens import check_rows, decoded, generation_config, prompt_ids, stop_ids
 from finhpc.models.loading import load_model
 from finhpc.models.lora.multi_lora import Adapters, round_for
+from finhpc.models.lora.peft_format import Adapter
 from finhpc.settings.generate import GenerateConfig
 from finhpc.settings.training import Resources
 
@@ -54,7 +56,7 @@ class Inputs:
     config: Any
     folders: dict[str | None, Path]
     tokenizers: dict[str | None, Any]
-    adapters: dict[str, Any]
+    adapters: dict[str, Adapter]
 
 
 def open_inputs(config: GenerateConfig) -> Inputs:
@@ -73,28 +75,51 @@ def open_inputs(config: GenerateConfig) -> Inputs:
     return Inputs(path, own, folders, _tokenizers(folders, own.vocab_size), adapters)
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A model that is ready to generate. `tokenizers`, `stop`: of the model (None) and of each adapter.
+
+    `read`: the adapters that are attached, as they were read.
+    """
+
+    model: Any
+    decoder: Decoder
+    adapters: Adapters
+    read: dict[str, Adapter]
+    tokenizers: dict[str | None, Any]
+    stop: dict[str | None, set[int]]
+    fast_layers: dict[str, int]
+    model_bytes: int
+
+
+def open_model(config: GenerateConfig) -> Opened:
+    """Open `config.model`. Raises `ConfigError` with every misfit, `CheckpointError` if files are damaged."""
+    config = resolve_adapter_model(config)
+    device = _device(config.resources)
+    inputs = open_inputs(config)
+    model: Any = load_model(inputs.path, _dtype(config, inputs.config, device), device)
+    if device.type == "cpu":
+        copy_mapped_weights(model)
+    round_for(model, inputs.adapters)
+    fast_layers = use_fast_layers(model)
+    model_bytes = tensor_bytes(model)
+    adapters = Adapters(model, inputs.adapters)
+    stop = {
+        name: set(stop_ids(inputs.tokenizers[name], model.generation_config, generation_config(path)))
+        for name, path in inputs.folders.items()
+    }
+    return Opened(model, Decoder(model), adapters, inputs.adapters, inputs.tokenizers, stop, fast_layers, model_bytes)
+
+
 class Generator:
-    """Opens `config.model`. Raises `ConfigError` with every misfit, `CheckpointError` if files are damaged."""
+    """Opens `config.model`, see `open_model`, and continues prompts with `config.sampling`."""
 
     def __init__(self, config: GenerateConfig) -> None:
-        config = resolve_adapter_model(config)
-        self.config = config
-        device = _device(config.resources)
-        inputs = open_inputs(config)
-        adapters, self.tokenizers = inputs.adapters, inputs.tokenizers
-        self.model: Any = load_model(inputs.path, _dtype(config, inputs.config, device), device)
-        if device.type == "cpu":
-            copy_mapped_weights(self.model)
-        round_for(self.model, adapters)
-        self.fast_layers = use_fast_layers(self.model)
-        self.model_bytes = tensor_bytes(self.model)
-        self.adapters = Adapters(self.model, adapters)
-        self.decoder = Decoder(self.model)
-        self.stop: set[int] = set()
-        if config.sampling.stop_at_eos:
-            for name, path in inputs.folders.items():
-                configs = (self.model.generation_config, generation_config(path))
-                self.stop |= set(stop_ids(self.tokenizers[name], *configs))
+        self.config = config = resolve_adapter_model(config)
+        opened = open_model(config)
+        self.model, self.decoder, self.adapters = opened.model, opened.decoder, opened.adapters
+        self.tokenizers, self.fast_layers, self.model_bytes = opened.tokenizers, opened.fast_layers, opened.model_bytes
+        self.stop: set[int] = set().union(*opened.stop.values()) if config.sampling.stop_at_eos else set()
         self.counts = Counts()
 
     def encode(self, text: str, adapter: str | None = None) -> list[int]:
@@ -115,32 +140,35 @@ class Generator:
             log.info(f"a prompt of {len(ids)} tokens was cut to its last {room}: its context is full")
         return ids[-room:]
 
-    def stream(self, batch: Sequence[list[int]], adapters: Sequence[str | None]) -> Iterator[list[int | None]]:
-        """Yield the next id of each row of a batch of ids, see `finhpc.generation.sampling.decode`."""
-        begin = time.perf_counter()
-        self.adapters.select(adapters)
-        sampling, first = self.config.sampling, self.counts.prompts
-        for ids in decode(self.decoder, batch, sampling, self.stop, self.config.cache, first):
-            if self.counts.first_token_s is None:
+    def answers(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, list[int], str]]:
+        """Yield each prompt with its new ids and text, in order; at most `config.batch` are computed at once."""
+        encoded = [self.encode(prompt.text, prompt.adapter) for prompt in prompts]
+        new: list[list[int]] = [[] for _ in prompts]
+        ended: set[int] = set()
+        done = 0
+        for token in self._tokens(encoded, [prompt.adapter for prompt in prompts]):
+            place = int(token.request)
+            new[place] += [] if token.id is None else [token.id]
+            ended |= set() if token.finish is None else {place}
+            while done in ended:
+                yield prompts[done], new[done], self.text(encoded[done], new[done], prompts[done].adapter)
+                done += 1
+
+    def _tokens(self, prompts: Sequence[list[int]], adapters: Sequence[str | None]) -> Iterator[Token]:
+        """Yield the tokens of requests that are named by their places, and count them."""
+        begin, first, sampling = time.perf_counter(), self.counts.prompts, self.config.sampling
+        requests = [
+            Request(str(i), ids, adapter, sampling, stop=self.stop, row=first + i)
+            for i, (ids, adapter) in enumerate(zip(prompts, adapters, strict=True))
+        ]
+        for tokens in passes(self.decoder, requests, self.config.batch, self.config.cache, self.adapters):
+            if self.counts.first_token_s is None and tokens:
                 self.counts.first_token_s = time.perf_counter() - begin
-            self.counts.new_tokens += sum(token is not None for token in ids)
-            yield ids
-        self.counts.prompts += len(batch)
+            self.counts.new_tokens += len(tokens)
+            yield from tokens
+        self.counts.prompts += len(prompts)
         self.counts.decode_s += time.perf_counter() - begin
         self.counts.cache_bytes = max(self.counts.cache_bytes, self.decoder.cache_bytes)
-
-    def answers(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, list[int], str]]:
-        """Yield each prompt with its new ids and text, in order; `config.batch` prompts are computed at once."""
-        for begin in range(0, len(prompts), self.config.batch):
-            batch = prompts[begin : begin + self.config.batch]
-            encoded = [self.encode(prompt.text, prompt.adapter) for prompt in batch]
-            new: list[list[int]] = [[] for _ in batch]
-            for ids in self.stream(encoded, [prompt.adapter for prompt in batch]):
-                for row, token in zip(new, ids, strict=True):
-                    if token is not None:
-                        row.append(token)
-            for prompt, before, row in zip(batch, encoded, new, strict=True):
-                yield prompt, row, self.text(before, row, prompt.adapter)
 
     def text(self, before: list[int], ids: list[int], adapter: str | None) -> str:
         """Return the text of `ids` after the prompt `before`, so that the two join, without the end token."""
@@ -151,8 +179,8 @@ class Generator:
         """Generate after `ids` and write each piece of text as soon as it is complete; returns the whole text."""
         new: list[int] = []
         written = ""
-        for row in self.stream([ids], [adapter]):
-            new += [token for token in row if token is not None]
+        for token in self._tokens([ids], [adapter]):
+            new += [] if token.id is None else [token.id]
             text = self.text(ids, new, adapter)
             if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # part of a character
                 write(text[len(written) :])

@@ -1,54 +1,26 @@
-"""Generate ids after prompts, one token of every row at a time."""
+"""Choose ids from logits, and log probabilities of ids."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from finhpc.errors import NonFiniteError
-from finhpc.generation.decoder import Decoder
 from finhpc.settings.generate import Sampling
 
+SORTED = 1024  # most likely ids, which nearly always sum up to top_p; all are sorted otherwise
+COLDEST = 1e-6  # a lower temperature is this one: float32 could not divide by it
+DAMAGED = "The model's logits are NaN or infinite; its weights are damaged."
 
-def decode(
-    decoder: Decoder,
-    prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
-    stop: Collection[int] = (),
-    cache: bool = True,
-    first: int = 0,
-) -> Iterator[list[int | None]]:
-    """Yield the next id of every row, None for rows that have ended, until all have.
 
-    `prompts` are not empty and fit the context together with the new ids. A row ends after an id of `stop`, which is
-    yielded too. `first`: number of the first row in the whole input, which seeds its sampling. Without `cache` whole
-    rows are computed again for every token. Raises `NonFiniteError` if logits are NaN.
-    """
-    longest = max(map(len, prompts))
-    padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=decoder.device)
-    rows = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-    tokens = torch.tensor(rows, device=decoder.device)
-    length = longest + sampling.max_new_tokens
-    draws = [torch.Generator().manual_seed(row_seed(sampling.seed, first + i)) for i in range(len(prompts))]
-    running = [True] * len(prompts)
-    decoder.reset(len(prompts), length, padding)
-    passed = tokens
-    for step in range(sampling.max_new_tokens):
-        if step and not cache:
-            decoder.reset(len(prompts), length, padding)
-            passed = tokens
-        chosen = choose(decoder(passed), sampling, draws)
-        ids = chosen.tolist()
-        yield [token if alive else None for token, alive in zip(ids, running, strict=True)]
-        running = [alive and token not in stop for token, alive in zip(ids, running, strict=True)]
-        if not any(running):
-            return
-        passed = chosen[:, None]
-        if not cache:
-            tokens = torch.cat((tokens, passed), 1)
+class Score(NamedTuple):
+    """Log probability of an id, and (id, log probability) of the most likely ids at its place."""
+
+    logprob: float
+    top: list[tuple[int, float]]
 
 
 def row_seed(seed: int, row: int) -> int:
@@ -56,24 +28,41 @@ def row_seed(seed: int, row: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {row}".encode()).digest()[:8], "big") >> 1
 
 
-def choose(logits: Tensor, sampling: Sampling, draws: Sequence[torch.Generator]) -> Tensor:
-    """Choose an id per row of `logits` (batch, vocab): the most likely, or a sample. `draws`: each row's generator."""
+def are_finite(logits: Tensor) -> list[bool]:
+    """Return for each row of `logits` (rows, vocab) whether an id can be chosen from it."""
+    return torch.isfinite(logits.amax(-1)).tolist()  # type: ignore[no-any-return]
+
+
+def choose(logits: Tensor, sampling: Sampling, draws: Sequence[torch.Generator]) -> list[int]:
+    """Choose an id per row of finite `logits` (rows, vocab): the most likely, or a sample. `draws`: one a row."""
     if not sampling.temperature:
-        best, ids = logits.max(-1)
-        if not bool(torch.isfinite(best).all()):
-            raise NonFiniteError("The model's logits are NaN or infinite; its weights are damaged.")
-        return ids
-    device = logits.device
-    logits = logits.float().cpu() / sampling.temperature  # sampled on the CPU: the same ids from a seed on every device
+        return logits.argmax(-1).tolist()  # type: ignore[no-any-return]
+    logits = logits.float().cpu()  # sampled on the CPU: the same ids from a seed on every device
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(sampling.temperature, COLDEST)
     if sampling.top_k:
         smallest = logits.topk(min(sampling.top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, float("-inf"))
-    probabilities = torch.softmax(logits, -1)
-    if not bool(torch.isfinite(probabilities).all()):
-        raise NonFiniteError("The model's logits are NaN or infinite; its weights are damaged.")
+    rows = torch.softmax(logits, -1).unbind()
     if sampling.top_p < 1:
-        ordered, order = probabilities.sort(-1, descending=True)
-        ordered[ordered.cumsum(-1) - ordered >= sampling.top_p] = 0  # by the sum before it; the first always stays
-        probabilities = torch.zeros_like(probabilities).scatter_(-1, order, ordered)
-    pairs = zip(probabilities, draws, strict=True)
-    return torch.cat([torch.multinomial(row, 1, generator=draw) for row, draw in pairs]).to(device)
+        rows = tuple(_most_likely(row, sampling.top_p) for row in rows)
+    return [int(torch.multinomial(row, 1, generator=draw)) for row, draw in zip(rows, draws, strict=True)]
+
+
+def _most_likely(probabilities: Tensor, top_p: float) -> Tensor:
+    """Return the largest of `probabilities` (vocab,) that sum up to `top_p`, and 0 for all others."""
+    ordered, order = probabilities.topk(min(SORTED, len(probabilities)))
+    if float(ordered.sum()) < top_p:
+        ordered, order = probabilities.sort(descending=True)
+    ordered[ordered.cumsum(-1) - ordered >= top_p] = 0  # by the sum before it; the first always stays
+    return torch.zeros_like(probabilities).scatter_(-1, order, ordered)
+
+
+def scores_of(logits: Tensor, ids: Sequence[int], top: int) -> list[Score]:
+    """Return the score of an id per row of `logits` (rows, vocab), in float32, and of the `top` most likely ones."""
+    log_probs = torch.log_softmax(logits.float(), -1)
+    own = log_probs.gather(1, torch.tensor(ids, device=logits.device)[:, None])[:, 0].tolist()
+    if not top:
+        return [Score(value, []) for value in own]
+    values, places = (x.tolist() for x in log_probs.topk(min(top, logits.shape[-1])))
+    best = (list(zip(*pair, strict=True)) for pair in zip(places, values, strict=True))
+    return [Score(value, pairs) for value, pairs in zip(own, best, strict=True)]

@@ -22,6 +22,7 @@ def settings(tmp_path: Path, **more: Any) -> GenerateBench:
         "new": 10,
         "adapters": 2,
         "adapters_model": "llama-tiny",
+        "requests": 9,
         "bench": {"repeats": 1, "out": str(tmp_path)},
         "resources": {"device": "cpu", "threads": torch.get_num_threads()},
     }
@@ -37,7 +38,8 @@ def test_every_way_is_measured_beside_transformers(
     table = [line for line in capfd.readouterr().err.splitlines() if line and line[0] in "┏┃┡│└"]
     assert max(map(len, table)) <= 80
     assert not any("…" in line for line in table), "nothing is cut off"
-    assert set(result["ratios"]) == {"gpt2_tiny_r32_over_dense", "cache_speedup", "mixed_adapters_over_single"}
+    compared = {"cache_speedup", "mixed_adapters_over_single", "batched_over_one_at_a_time"}
+    assert set(result["ratios"]) == {"gpt2_tiny_r32_over_dense"} | compared
     assert [row["batch"] for row in result["rows"]] == [1] * 7 + [2] * 7
     dense, _, *low_rank = result["rows"][:7]
     assert dense["over_dense"] == 1
@@ -52,6 +54,11 @@ def test_every_way_is_measured_beside_transformers(
         result["one_base"][0]["models_bytes"]
         > result["one_base"][0]["base_bytes"] + result["one_base"][0]["adapter_bytes"]
     )
+    assert [(row["at_once"], row["requests"]) for row in result["batching"]] == [(1, 9), (8, 9), (9, 9)]
+    assert result["batching"][0]["over_one_at_a_time"] == 1
+    used = {row["layout"]: row["used"] for row in result["cache_layouts"]}
+    assert list(used) == ["tokens", "paged", "contiguous, longest", "contiguous, context"]
+    assert used["tokens"] == 1 > max(used["paged"], used["contiguous, longest"]) > used["contiguous, context"]
 
 
 def test_wrong_models_are_named(tmp_path: Path) -> None:

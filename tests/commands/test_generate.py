@@ -17,9 +17,9 @@ from finhpc.cli import main
 from finhpc.commands.export import export
 from finhpc.commands.generate import generate
 from finhpc.errors import CheckpointError, ConfigError
+from finhpc.generation.decode import decode
 from finhpc.generation.decoder import Decoder
 from finhpc.generation.generator import Generator
-from finhpc.generation.sampling import decode
 from finhpc.models.loading import load_model
 from finhpc.settings.base import build
 from finhpc.settings.export import ExportConfig

@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
+from finhpc.generation.decoder import Decoder
+from finhpc.generation.paged import Span
 from finhpc.models.families.presets import Shape
 from finhpc.models.families.registry import config_of_method, make_config, skeleton
 from finhpc.models.folder import save_model
@@ -79,3 +82,22 @@ def tiny_adapter(folder: Path, model: Any, names: list[str], rank: int, seed: in
     config.base_model_name_or_path = None if base is None else str(base)
     config.save_pretrained(str(folder))
     return folder
+
+
+class Passes:
+    """Logits of a decoder after each part of some rows; their blocks of 8 tokens are mixed."""
+
+    def __init__(self, decoder: Decoder, rows: int, length: int) -> None:
+        count = -(-length // 8)
+        self.decoder, self.past = decoder, [0] * rows
+        self.cache = decoder.make_cache(rows * count, 8)
+        self.tables = [list(range(i, rows * count, rows)) for i in range(rows)]
+
+    def __call__(self, parts: list[list[int]]) -> Tensor:
+        """Return the logits (rows, vocab) after one more part of each row, all of one length."""
+        spans = [Span(*of) for of in zip(self.tables, self.past, map(len, parts), strict=True)]
+        self.cache.begin(spans)
+        hidden = self.decoder(torch.tensor([token for part in parts for token in part]), self.cache)
+        self.past = [past + len(part) for past, part in zip(self.past, parts, strict=True)]
+        ends = torch.tensor([len(part) for part in parts]).cumsum(0) - 1
+        return self.decoder.predict(hidden[ends])

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from finhpc.errors import NonFiniteError
+from finhpc.generation.decode import decode
 from finhpc.generation.decoder import Decoder
-from finhpc.generation.sampling import choose, decode, row_seed
+from finhpc.generation.sampling import choose, row_seed
 from finhpc.settings.generate import Sampling
 from finhpc.settings.pretrain import Qkv
 from tests.generation.folders import tiny_model
@@ -95,13 +96,14 @@ def test_draws_follow_the_probabilities_that_are_left() -> None:
     def shares(**settings: float) -> torch.Tensor:
         sampling = Sampling.model_validate({"temperature": 1.0, **settings})
         draws = [torch.Generator().manual_seed(i) for i in range(4000)]
-        ids = choose(logits.expand(4000, -1), sampling, draws)
+        ids = torch.tensor(choose(logits.expand(4000, -1), sampling, draws))
         return torch.bincount(ids, minlength=4) / 4000
 
     assert shares() == pytest.approx(torch.tensor([0.5, 0.3, 0.15, 0.05]), abs=0.03)
     assert shares(top_k=2) == pytest.approx(torch.tensor([0.625, 0.375, 0, 0]), abs=0.03)
     assert shares(top_p=0.79) == pytest.approx(torch.tensor([0.625, 0.375, 0, 0]), abs=0.03)
     assert shares(top_p=0.1) == pytest.approx(torch.tensor([1.0, 0, 0, 0]))
+    assert shares(temperature=1e-60) == pytest.approx(torch.tensor([1.0, 0, 0, 0]))
     cold = torch.tensor([0.25, 0.09, 0.0225, 0.0025]) / 0.365
     assert shares(temperature=0.5) == pytest.approx(cold, abs=0.03)
 
@@ -130,8 +132,11 @@ def test_seeds_and_places_draw_independently() -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_damaged_weights_are_said(temperature: float) -> None:
+    model = tiny_model("gpt2")
+    with torch.no_grad():
+        model.transformer.ln_f.weight[0] = float("nan")
     with pytest.raises(NonFiniteError, match="NaN or infinite"):
-        choose(torch.full((1, 4), float("nan")), Sampling(temperature=temperature), [torch.Generator()])
+        generated(model, [[1, 2]], Sampling(temperature=temperature, max_new_tokens=4))
 
 
 @pytest.mark.parametrize("make", [tiny_mistral, tiny_qwen2])

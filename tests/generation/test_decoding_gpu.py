@@ -10,9 +10,9 @@ import torch
 
 from finhpc.commands.export import export
 from finhpc.generation.adapters import read_adapters
+from finhpc.generation.decode import decode
 from finhpc.generation.decoder import Decoder
 from finhpc.generation.fast_layers import use_fast_layers
-from finhpc.generation.sampling import decode
 from finhpc.models.loading import load_model
 from finhpc.models.lora.multi_lora import Adapters
 from finhpc.settings.base import build
@@ -20,6 +20,16 @@ from finhpc.settings.export import ExportConfig
 from finhpc.settings.generate import Sampling
 from finhpc.settings.pretrain import Qkv
 from tests.generation.folders import tiny_adapter, tiny_folder, tiny_model
+from tests.generation.test_batching import (
+    GREEDY,
+    assert_nothing_is_lost,
+    assert_rows_have_their_adapters,
+    batcher_of,
+    ids_of,
+    prompts_of,
+    requests_of,
+    served,
+)
 from tests.generation.test_decoding import MODELS, generated
 from tests.gpu import DEVICE, needs_gpu
 
@@ -78,8 +88,7 @@ def test_each_row_goes_through_its_own_adapter(tmp_path: Path) -> None:
     adapters = Adapters(model, read_adapters(given, model.config, source))
     names = ["a2", None, "a0", "a1", "a0"]
     prompts, sampling = [[3 + i, 1, 4] for i in range(len(names))], Sampling(max_new_tokens=12)
-    adapters.select(names)
-    mixed = generated(model, prompts, sampling)
+    mixed = generated(model, prompts, sampling, adapters=adapters, names=names)
     for name, prompt, ids in zip(names, prompts, mixed, strict=True):
         adapters.select([name])
         assert generated(model, [prompt], sampling) == [ids], name
@@ -94,3 +103,25 @@ def test_draws_are_the_cpus() -> None:
     decoder = Decoder(model.to(DEVICE))
     assert list(decode(decoder, prompts, sampling)) == plain
     assert list(decode(decoder, prompts, sampling, cache=False)) == plain
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("family", "kind", "qkv"), MODELS)
+def test_batches_over_a_paged_cache_give_the_ids_of_each_request(
+    family: str, kind: str, qkv: Qkv, dtype: torch.dtype
+) -> None:
+    model, prompts = tiny_model(family, kind, qkv=qkv).to(DEVICE, dtype), prompts_of()
+    alone = [generated(model, [prompt], GREEDY)[0] for prompt in prompts]
+    for settings in ({}, {"blocks": 8}):
+        batcher = batcher_of(model, **settings)
+        assert batcher.cache.data.dtype == dtype
+        assert batcher.cache.data.is_cuda
+        found = ids_of(served(batcher, requests_of(prompts), every=1))
+        if dtype == torch.float32:
+            assert found == alone
+        assert_nothing_is_lost(batcher)
+
+
+def test_a_paged_batch_mixes_adapters(tmp_path: Path) -> None:
+    source = tiny_folder(tmp_path / "model", "llama", tokenizer=False)
+    assert_rows_have_their_adapters(load_model(source, device=DEVICE), source, tmp_path)

@@ -55,7 +55,7 @@ def generator(base: Path, adapter: Path | None = None) -> Generator:
 
 def generated(base: Path, adapter: Path | None = None) -> Tensor:
     made = generator(base, adapter)
-    made.adapters.select([adapter.name if adapter else None] * len(TOKENS))
+    made.adapters.select([adapter.name if adapter else None])
     return logits(made.model)
 
 

@@ -22,7 +22,7 @@ from finhpc.models.lora.peft_format import CONFIG, TENSORS
 from finhpc.settings.base import build
 from finhpc.settings.generate import GenerateConfig
 from tests.models.dense import saved, tiny_gpt2, tiny_llama
-from tests.models.folders import adapter_ways, assert_all_give, assert_all_refuse, by_peft, logits, peft_adapter
+from tests.models.folders import TOKENS, adapter_ways, assert_all_give, assert_all_refuse, by_peft, logits, peft_adapter
 from tests.tiny import with_tokenizer
 
 
@@ -68,7 +68,7 @@ def test_rows_of_a_batch_have_adapters_of_their_own_kind(gpt2: Path, tmp_path: P
     wanted = {name: by_peft(gpt2, folder) for name, folder in folders.items()}
     wanted[None] = logits(AutoModelForCausalLM.from_pretrained(gpt2))
     for rows in (["dora", "lora"], [None, "dora"], ["lora", None], ["dora", "dora"], [None, None]):
-        made.adapters.select(rows)
+        made.adapters.select(rows, [TOKENS.shape[1]] * len(rows))
         found = logits(made.model)
         for i, name in enumerate(rows):
             assert (found[i] - wanted[name][i]).abs().max() <= 2e-5 * wanted[name].abs().max(), rows

@@ -35,6 +35,7 @@ from finhpc.settings.export import ExportConfig
 from finhpc.settings.finetune import Lora
 from finhpc.settings.generate import Sampling
 from finhpc.settings.training import Recompute
+from tests.generation.folders import Passes
 from tests.generation.test_decoding import generated
 from tests.models.dense import saved
 from tests.models.families import ROWS, tiny
@@ -114,10 +115,11 @@ def test_packs_give_pefts_loss_and_gradients_and_export_merges_them(
 @pytest.mark.parametrize("row", ROWS)
 def test_decoding_is_transformers_own(row: str, folders: dict[str, Path]) -> None:
     model, plain, tokens = load_model(folders[row]), opened(folders[row]), ids()
-    decoder = Decoder(model)
-    decoder.reset(2, 40, torch.tensor([0, 5]))
+    rows = [tokens[0].tolist(), tokens[1, 5:].tolist()]
+    passed = Passes(Decoder(model), 2, 40)
     with torch.no_grad():
-        first, last = decoder(tokens[:, :33]), [decoder(tokens[:, i : i + 1]) for i in range(33, 40)][-1]
+        first = passed([row[: len(row) - 7] for row in rows])
+        last = [passed([[row[i]] for row in rows]) for i in range(-7, 0)][-1]
         torch.testing.assert_close(first[0], plain(tokens[:1, :33]).logits[0, -1], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(last[0], plain(tokens[:1]).logits[0, -1], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(last[1], plain(tokens[1:, 5:]).logits[0, -1], rtol=1e-4, atol=1e-4)
@@ -142,10 +144,8 @@ def test_bfloat16_is_near(row: str, folders: dict[str, Path]) -> None:
     exact, half = (loss_of(adapted(folders[row], LORA, bf16=bf16)[1], packs_of(some, 4, 6)) for bf16 in (False, True))
     half.backward()
     assert half.item() == pytest.approx(exact.item(), rel=0.02)
-    decoders = [Decoder(load_model(folders[row], dtype)) for dtype in (torch.float32, torch.bfloat16)]
-    for decoder in decoders:
-        decoder.reset(2, 40)
-    plain, rounded = (decoder(ids()[:, :20]) for decoder in decoders)
+    models = [load_model(folders[row], dtype) for dtype in (torch.float32, torch.bfloat16)]
+    plain, rounded = (Passes(Decoder(model), 2, 40)(ids()[:, :20].tolist()) for model in models)
     assert rounded.dtype == torch.bfloat16
     assert torch.cosine_similarity(plain, rounded.float(), dim=-1).min() > 0.99
 

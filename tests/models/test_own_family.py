@@ -32,6 +32,7 @@ from finhpc.models.pipeline import PipelineLayer, estimated_costs, parts_of, sta
 from finhpc.settings.pretrain import Method, Model
 from finhpc.settings.finetune import FinetuneQuantization, Lora
 from tests.models import mixer
+from tests.generation.folders import Passes
 from tests.models.packs import examples, packs_of
 
 AutoConfig.register("mixer", mixer.MixerConfig)
@@ -84,10 +85,10 @@ for ids, answer in some:
 torch.testing.assert_close(data, total / count, rtol=1e-5, atol=1e-5)
 
 # generation: cached keys and values, rows of different lengths
-decoder = Decoder(model)
-decoder.reset(2, 12, torch.tensor([0, 3]))
-with torch.no_grad():
-    first, last = decoder(tokens[:, :11]), decoder(tokens[:, 11:])
+rows = [tokens[0].tolist(), tokens[1, 3:].tolist()]
+passed = Passes(Decoder(model), 2, 12)
+passed([row[:-1] for row in rows])
+last = passed([row[-1:] for row in rows])
 torch.testing.assert_close(last[0], expected[0, -1])
 torch.testing.assert_close(last[1], model(tokens[1:, 3:]).logits[0, -1])
 

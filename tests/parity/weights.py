@@ -35,6 +35,7 @@ from finhpc.settings.export import ExportConfig
 from finhpc.settings.finetune import Instructions
 from finhpc.settings.generate import GenerateConfig
 from finhpc.settings.training import Parallel
+from tests.generation.folders import Passes
 from tests.models.packs import plain_loss
 from tests.parity.adapters import ADAPTERS, NONE, Kind, make_ours, make_peft
 from tests.parity.bases import BASES, FAMILY_ROWS, JOINT, NOT_IN_GGUF, Base, State, state_of
@@ -226,11 +227,10 @@ class _Case:
         if adapter is not None:
             tree |= {"adapters": [f"a={adapter}"], "adapter": "a"}
         generator = Generator(build(GenerateConfig, tree | {"prompt": "unused"}))
-        generator.adapters.select([generator.config.adapter] * len(self.tokens))
-        decoder, found = generator.decoder, []
-        decoder.reset(len(self.tokens), self.tokens.shape[1])
-        for part in (self.tokens[:, :13], *self.tokens[:, 13:].split(1, dim=1)):
-            found.append(decoder(part))
+        generator.adapters.select([generator.config.adapter])
+        passed = Passes(generator.decoder, *self.tokens.shape)
+        parts = (self.tokens[:, :13], *self.tokens[:, 13:].split(1, dim=1))
+        found = [passed(part.tolist()) for part in parts]
         worst = self.differ(torch.stack(found, 1), self.wanted[:, 12:])
         file = self.folder / "prompts.jsonl"
         file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt, _ in PAIRS))

@@ -17,15 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from finhpc.bench.measures.batching import batching, layouts
 from finhpc.bench.report import Row, publish
 from finhpc.bench.settings import GenerateBench
 from finhpc.bench.timing import device_of, in_turn, median_ratio, spread
 from finhpc.commands.export import export
 from finhpc.errors import ConfigError
+from finhpc.generation.decode import decode
 from finhpc.generation.decoder import Decoder
 from finhpc.generation.fast_layers import use_fast_layers
 from finhpc.generation.generator import tensor_bytes
-from finhpc.generation.sampling import decode
 from finhpc.models.families.presets import PRESETS
 from finhpc.models.families.registry import make_config, skeleton
 from finhpc.models.loading import load_model
@@ -47,7 +48,8 @@ SHOWN = ("model", "batch", "way", "first_token_s", "tokens_per_s", "over_dense",
 
 
 def bench_generate(settings: GenerateBench) -> dict[str, Any]:
-    """Measure and publish; `ratios`: SHAPE_rRANK_over_dense of each model, cache_speedup, mixed_adapters_over_single.
+    """Measure and publish; `ratios`: SHAPE_rRANK_over_dense of each model, cache_speedup, mixed_adapters_over_single,
+    batched_over_one_at_a_time.
 
     The ratios are tokens/s at the first of `batches`. Raises `ConfigError` for a model that is not PRESET:RANK.
     """
@@ -58,11 +60,13 @@ def bench_generate(settings: GenerateBench) -> dict[str, Any]:
     rows: list[Row] = []
     ratios: dict[str, float] = {}
     for preset, rank in shapes:
-        more, ratio = _shape(settings, preset, rank, device, bandwidth)
-        rows += more
+        of_shape, ratio = _shape(settings, preset, rank, device, bandwidth)
+        rows += of_shape
         ratios[f"{re.sub('[^a-z0-9]', '_', preset)}_r{rank}_over_dense"] = ratio
     ratios["cache_speedup"], cache = _cache(settings, *shapes[0], device)
-    ratios["mixed_adapters_over_single"], adapters = _adapters(settings, device)
+    decoder, adapters = adapted(settings, device)
+    ratios["mixed_adapters_over_single"], one_base = _adapters(settings, decoder, adapters)
+    ratios["batched_over_one_at_a_time"], batched = batching(settings, decoder, adapters)
     conditions = {
         "precision": settings.precision,
         "tokens": f"{settings.prompt} + {settings.new}, greedy, no end of text",
@@ -72,9 +76,13 @@ def bench_generate(settings: GenerateBench) -> dict[str, Any]:
         "memory_read_gb_per_s": bandwidth / 1e9,
         "hf_dense": "transformers' generate on the dense model, with its own cache",
     }
-    return publish(
-        "generate", settings.bench.out, conditions, rows, ratios, began, SHOWN, cache_tokens=cache, one_base=adapters
-    )
+    more = {
+        "cache_tokens": cache,
+        "one_base": one_base,
+        "batching": batched,
+        "cache_layouts": layouts(settings, decoder),
+    }
+    return publish("generate", settings.bench.out, conditions, rows, ratios, began, SHOWN, **more)
 
 
 def _parse(entry: str) -> tuple[str, int]:
@@ -157,12 +165,13 @@ def theirs(model: Any, tokens: Tensor) -> Way:
     return run
 
 
-def ours(decoder: Decoder, tokens: Tensor, cache: bool = True) -> Way:
+def ours(decoder: Decoder, tokens: Tensor, cache: bool = True, **adapted: Any) -> Way:
+    """Our decoder; `adapted`: `adapters` and their `names`, one a row."""
     prompts = tokens.tolist()
 
     def run(new: int) -> float:
         begin = time.perf_counter()
-        for _ in decode(decoder, prompts, Sampling(max_new_tokens=new), cache=cache):
+        for _ in decode(decoder, prompts, Sampling(max_new_tokens=new), cache=cache, **adapted):
             pass
         return time.perf_counter() - begin
 
@@ -253,25 +262,27 @@ def _cache(settings: GenerateBench, preset: str, rank: int, device: torch.device
     return seconds[False] / seconds[True], rows
 
 
-def _adapters(settings: GenerateBench, device: torch.device) -> tuple[float, list[Row]]:
-    """Speed with one adapter per row over that with a single adapter; memory compared with that of N models."""
+def adapted(settings: GenerateBench, device: torch.device) -> tuple[Decoder, Adapters]:
+    """Return a dense model with random adapters."""
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     model = random_model(settings.adapters_model, None, 16, dtype, device)
-    base_bytes = tensor_bytes(model)
     made = {str(i): random_adapter(model, settings.adapter_rank) for i in range(settings.adapters)}
     adapters = Adapters(model, made)
-    decoder = Decoder(model)
-    tokens = torch.randint(0, model.config.vocab_size, (settings.adapters, settings.prompt), device=device)
-    run = ours(decoder, tokens)
+    return Decoder(model), adapters
+
+
+def _adapters(settings: GenerateBench, decoder: Decoder, adapters: Adapters) -> tuple[float, list[Row]]:
+    """Speed with one adapter per row over that with a single adapter; memory compared with that of N models."""
+    base_bytes = tensor_bytes(decoder.model) - adapters.bytes
+    tokens = torch.randint(0, decoder.config.vocab_size, (settings.adapters, settings.prompt), device=decoder.device)
     names: dict[str, list[str | None]] = {
         "base alone": [None] * settings.adapters,
         "one adapter": ["0"] * settings.adapters,
-        f"{settings.adapters} adapters": [*made],
+        f"{settings.adapters} adapters": [*adapters.names],
     }
 
     def measure(way: str) -> float:
-        adapters.select(names[way])
-        return run(settings.new)
+        return ours(decoder, tokens, adapters=adapters, names=names[way])(settings.new)
 
     log.info(f"{settings.adapters} adapters over one {settings.adapters_model}")
     measure("base alone")

@@ -22,8 +22,8 @@ from finhpc.commands.export import export
 from finhpc.errors import ConfigError, TrainingFailedError
 from finhpc.evaluation import plausible
 from finhpc.files import file_stamps, json_sha256, redact
+from finhpc.generation.decode import decode
 from finhpc.generation.generator import Generator
-from finhpc.generation.sampling import decode
 from finhpc.models.files.source import config_of, locate
 from finhpc.models.lora.peft_format import CONFIG as ADAPTER
 from finhpc.models.lora.peft_format import QUANTIZED

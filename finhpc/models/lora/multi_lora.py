@@ -1,23 +1,28 @@
-"""Several LoRA adapters on one base in memory; each row of a batch uses its own.
+"""Several LoRA adapters on one base in memory; each token of a batch goes through its own.
 
-B. Chen et al., "Punica", 2023, gather A and B of each row in a kernel; here they are gathered once per batch, and a
-layer is one product with the base and two batched ones.
+L. Chen et al., "Punica", 2023, section 4, gather A and B of each row in a kernel. Here rows are gathered instead: those
+of an adapter with many rows are one product, all others are padded to a batch of products, one item an adapter. So no
+weight is copied when the rows of a batch change, and how rows are gathered is computed once for all layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from finhpc.errors import ConfigError
 from finhpc.models.files.config import quantizer_of
 from finhpc.models.lora.layers import row_lengths
 from finhpc.models.lora.peft_format import Adapter, round_base
 
 COLUMNS = 1024  # of a base's matrix that are read at a time
+MANY = 16  # rows for which an adapter gets a product of its own
+NONE = 0  # the number of the adapter that adds nothing
 
 
 class Pair(NamedTuple):
@@ -29,74 +34,135 @@ class Pair(NamedTuple):
     magnitude: Tensor | None
 
 
-class MultiLoraLinear(nn.Module):
-    """`base` and N adapters: A (N + 1, rank, in), B (N + 1, out, rank), scaled; the last of them adds nothing.
+@dataclass
+class Choice:
+    """The adapter of every row of the next batch; all layers share one.
 
-    Ranks below the largest are padded with zeros. Maps (batch, ..., in) to (batch, ..., out). `gains`: if some adapter
-    is a DoRA, g (N + 1, out) of `finhpc.models.lora.layers`, 1 for the others.
+    `only`: that of all rows, otherwise `numbers`, one a row. `products`: adapters with many rows, and those rows. The
+    others are `members`, `gather` their rows (members * padded rows), of which the products in `places` belong to
+    `targets`.
+    """
+
+    only: int | None = NONE
+    numbers: Tensor | None = None
+    products: list[tuple[int, Tensor]] = field(default_factory=list)
+    members: tuple[int, ...] = ()
+    gather: Tensor | None = None
+    places: Tensor | None = None
+    targets: Tensor | None = None
+
+    def set(self, numbers: Sequence[int], slots: int, device: torch.device) -> None:
+        """Choose an adapter below `slots` for each row."""
+        rows: dict[int, list[int]] = {}
+        for row, number in enumerate(numbers):
+            rows.setdefault(number, []).append(row)
+        self.only = numbers[0] if len(rows) == 1 else None
+        if self.only is not None:
+            return
+        self.numbers = torch.tensor(numbers, device=device)
+        rows.pop(NONE, None)
+        self.products = [(n, torch.tensor(of, device=device)) for n, of in rows.items() if len(of) >= MANY]
+        few = {n: of for n, of in rows.items() if len(of) < MANY}
+        if not few:
+            self.gather = None
+            return
+        most = max(8, 2 * len(few))  # computing for some more is cheaper than copying weights for others
+        if slots <= most:
+            self.members = tuple(range(slots))
+        elif len(self.members) > most or not set(few).issubset(self.members):
+            self.members = tuple(sorted(few))
+        width = max(map(len, few.values()))
+        gather, places, targets = [0] * (width * len(self.members)), [], []
+        for i, number in enumerate(self.members):
+            for j, row in enumerate(few.get(number, ())):
+                gather[i * width + j] = row
+                places.append(i * width + j)
+                targets.append(row)
+        self.gather, self.places, self.targets = (torch.tensor(x, device=device) for x in (gather, places, targets))
+
+
+class MultiLoraLinear(nn.Module):
+    """`base` and adapters by number: A (slots, rank, in), B (slots, out, rank), scaled; number 0 adds nothing.
+
+    Ranks below the largest are padded with zeros. Maps (..., in) to (..., out), where rows of all leading dimensions
+    are those of `choice`. `gains`: if some adapter is a DoRA, g (slots, out) of `finhpc.models.lora.layers`, 1 for the
+    others.
     """
 
     A: Tensor
     B: Tensor
     gains: Tensor | None
 
-    def __init__(self, base: nn.Module, pairs: Sequence[Pair | None], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, base: nn.Module, like: Pair, choice: Choice, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.base = base
-        present = [pair for pair in pairs if pair is not None]
-        rank = max(len(pair.a) for pair in present)
-        a_all = torch.zeros(len(pairs) + 1, rank, present[0].a.shape[1])
-        b_all = torch.zeros(len(pairs) + 1, present[0].b.shape[0], rank)
-        gains = torch.ones(len(pairs) + 1, b_all.shape[1], device=device)
-        doras = any(pair.magnitude is not None for pair in present)
-        rows = _rows(base, a_all.shape[2], dtype, device) if doras else None
-        for i, pair in enumerate(pairs):
-            if pair is not None:
-                a_all[i, : len(pair.a)], b_all[i, :, : len(pair.a)] = pair.a, pair.scale * pair.b.float()
-            if pair is not None and pair.magnitude is not None:
-                assert rows is not None
-                lengths = row_lengths(rows, pair.a.to(device), pair.b.to(device), pair.scale)
-                gains[i] = pair.magnitude.to(device) / lengths
-        self.register_buffer("A", a_all.to(device, dtype))
-        self.register_buffer("B", b_all.to(device, dtype))
-        self.register_buffer("gains", gains if doras else None)
-        self.selected: tuple[Tensor, Tensor] | None = None
-        self.gain: Tensor | None = None
+        self.base, self.choice = base, choice
+        self.register_buffer("A", torch.zeros(1, 0, like.a.shape[1], dtype=dtype, device=device))
+        self.register_buffer("B", torch.zeros(1, like.b.shape[0], 0, dtype=dtype, device=device))
+        self.register_buffer("gains", None)
+        self.stacked: tuple[tuple[int, ...], Tensor, Tensor] | None = None
 
-    def select(self, rows: list[int]) -> None:
-        """Set the adapter's number of each row of the batches that follow."""
+    def reserve(self, slots: int, rank: int) -> None:
+        """Make room for numbers below `slots` and for ranks up to `rank`."""
+        self.stacked = None
+        more, wider = max(0, slots - len(self.A)), max(0, rank - self.A.shape[1])
+        if more or wider:
+            self.A, self.B = F.pad(self.A, (0, 0, 0, wider, 0, more)), F.pad(self.B, (0, wider, 0, 0, 0, more))
+        if more and self.gains is not None:
+            self.gains = F.pad(self.gains, (0, 0, 0, more), value=1.0)
+
+    @torch.no_grad()
+    def put(self, number: int, pair: Pair | None) -> None:
+        """Set an adapter, for whose number and rank there is room; None removes it."""
+        self.stacked = None
+        self.A[number], self.B[number] = 0, 0
         if self.gains is not None:
-            numbers = rows[:1] if len(set(rows)) == 1 else rows
-            self.gain = self.gains[torch.tensor(numbers, device=self.gains.device)][:, None]
-        if set(rows) == {len(self.A) - 1}:
-            self.selected = None
-        elif len(set(rows)) == 1:
-            self.selected = self.A[rows[0]], self.B[rows[0]]
-        else:
-            index = torch.tensor(rows, device=self.A.device)
-            in_order = rows == list(range(len(rows)))
-            a, b = (x[: len(rows)] if in_order else x[index] for x in (self.A, self.B))
-            self.selected = a.transpose(1, 2), b.transpose(1, 2)
+            self.gains[number] = 1
+        if pair is None:
+            return
+        self.A[number, : len(pair.a)] = pair.a.to(self.A)
+        self.B[number, :, : len(pair.a)] = (pair.scale * pair.b.float()).to(self.B)
+        if pair.magnitude is not None:
+            device = self.A.device
+            if self.gains is None:
+                self.gains = torch.ones(len(self.A), self.B.shape[1], device=device)
+            rows = _rows(self.base, self.A.shape[2], self.A.dtype, device)
+            lengths = row_lengths(rows, pair.a.to(device), pair.b.to(device), pair.scale)
+            self.gains[number] = pair.magnitude.to(device) / lengths
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.base(x)
-        if self.selected is None:
+        choice = self.choice
+        if choice.only == NONE:
             return out
-        a, b = self.selected
-        if a.dim() == 2:
-            out = out + F.linear(F.linear(x, a), b)
-        else:
-            narrow = torch.bmm(x.reshape(len(x), -1, x.shape[-1]), a)
-            out = torch.baddbmm(out.reshape(len(x), -1, out.shape[-1]), narrow, b).view(out.shape)
-        return out if self.gain is None else self._scaled(out)
+        if choice.only is not None:
+            out = out + F.linear(F.linear(x, self.A[choice.only]), self.B[choice.only])
+            return out if self.gains is None else self._scaled(out, self.gains[choice.only])
+        rows, sums = x.reshape(-1, x.shape[-1]), out.reshape(-1, out.shape[-1])
+        for number, of in choice.products:
+            sums.index_add_(0, of, F.linear(F.linear(rows[of], self.A[number]), self.B[number]))
+        if choice.gather is not None:
+            a, b = self._members(choice.members)
+            narrow = torch.bmm(rows[choice.gather].view(len(a), -1, rows.shape[-1]), a.transpose(1, 2))
+            wide = torch.bmm(narrow, b.transpose(1, 2)).view(-1, sums.shape[-1])
+            sums.index_add_(0, choice.targets, wide[choice.places])  # type: ignore[arg-type]
+        out = sums.view(out.shape)
+        return out if self.gains is None else self._scaled(out, self.gains[choice.numbers])
 
-    def _scaled(self, out: Tensor) -> Tensor:
+    def _members(self, members: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Return A and B of some adapters, which are copied only when other ones are needed than before."""
+        if len(members) == len(self.A):
+            return self.A, self.B
+        if self.stacked is None or self.stacked[0] != members:
+            index = torch.tensor(members, device=self.A.device)
+            self.stacked = members, self.A[index], self.B[index]
+        return self.stacked[1:]
+
+    def _scaled(self, out: Tensor, gain: Tensor) -> Tensor:
         """Return g * (out - bias) + bias, in out's dtype."""
-        assert self.gain is not None
         bias: Tensor | None = getattr(self.base, "bias", None)
-        rows = out.reshape(len(out), -1, out.shape[-1]).float()
+        rows = out.reshape(-1, out.shape[-1]).float()
         shift = rows.new_zeros(()) if bias is None else bias.float()
-        return torch.addcmul(shift, rows - shift, self.gain).to(out.dtype).view(out.shape)
+        return torch.addcmul(shift, rows - shift, gain).to(out.dtype).view(out.shape)
 
 
 @torch.no_grad()
@@ -113,31 +179,90 @@ def _rows(base: nn.Module, columns: int, dtype: torch.dtype, device: torch.devic
 
 
 class Adapters:
-    """The adapters attached to a model. `names`: in the order of their numbers."""
+    """The adapters attached to a model, each with a number. `numbers`: of those that can be chosen by name."""
 
     def __init__(self, model: Any, adapters: Mapping[str, Adapter]) -> None:
-        self.names = list(adapters)
-        self.layers: list[MultiLoraLinear] = []
-        for name in sorted({name for adapter in adapters.values() for name in adapter.pairs}):
-            pairs = [
-                Pair(*adapter.pairs[name], adapter.scales[name], adapter.magnitudes.get(name))
-                if name in adapter.pairs
-                else None
-                for adapter in adapters.values()
-            ]
-            layer = MultiLoraLinear(model.get_submodule(name), pairs, model.dtype, model.device)
-            model.set_submodule(name, layer)
-            self.layers.append(layer)
+        self.model, self.choice = model, Choice()
+        self.numbers: dict[str, int] = {}
+        self.layers: dict[str, MultiLoraLinear] = {}
+        self.taken = {NONE}
+        self.rounded = {(adapter.bits, adapter.scheme) for adapter in adapters.values()} or {(16, "")}
+        self._reserve(len(adapters) + 1, adapters.values())
+        for name, adapter in adapters.items():
+            self.add(name, adapter)
 
-    def select(self, names: Sequence[str | None]) -> None:
-        """Set the adapter of each row of the next batch; None: only the base."""
-        rows = [len(self.names) if name is None else self.names.index(name) for name in names]
-        for layer in self.layers:
-            layer.select(rows)
+    @property
+    def names(self) -> list[str]:
+        return list(self.numbers)
+
+    def check(self, name: str, adapter: Adapter) -> None:
+        """Raise `ConfigError` if the base is not rounded as in the training of an adapter."""
+        if not quantizer_of(self.model.config) and (adapter.bits, adapter.scheme) not in self.rounded:
+            own, bases = (
+                " and ".join(map(_in_words, pairs)) for pairs in ([(adapter.bits, adapter.scheme)], self.rounded)
+            )
+            raise ConfigError(
+                f"adapter {name} was trained with a base of {own}, but the one in memory has {bases}; open the "
+                "model again with adapters of one kind."
+            )
+
+    def add(self, name: str, adapter: Adapter) -> int:
+        """Attach an adapter; returns its number, the lowest that is free."""
+        number = next(n for n in range(len(self.taken) + 1) if n not in self.taken)
+        self._reserve(number + 1, [adapter])
+        for layer_name, layer in self.layers.items():
+            layer.put(number, _pair(adapter, layer_name))
+        self.taken.add(number)
+        self.numbers[name] = number
+        return number
+
+    def free(self, number: int) -> None:
+        """Detach the adapter of that number, which nothing uses any more."""
+        for layer in self.layers.values():
+            layer.put(number, None)
+        self.taken.discard(number)
+        self.numbers = {name: other for name, other in self.numbers.items() if other != number}
+
+    def _reserve(self, slots: int, adapters: Iterable[Adapter]) -> None:
+        for adapter in adapters:
+            for name in sorted(adapter.pairs):
+                pair = _pair(adapter, name)
+                assert pair is not None
+                if name not in self.layers:
+                    base = self.model.get_submodule(name)
+                    layer = MultiLoraLinear(base, pair, self.choice, self.model.dtype, self.model.device)
+                    self.model.set_submodule(name, layer)
+                    self.layers[name] = layer
+                self.layers[name].reserve(slots, len(pair.a))
+        self.slots = max(slots, *(len(layer.A) for layer in self.layers.values()), 1)
+        for layer in self.layers.values():
+            layer.reserve(self.slots, 0)
+
+    def select(self, names: Sequence[str | None], counts: Sequence[int] | None = None) -> None:
+        """Set the adapter of each row of the next batch, or of so many rows in turn; None: only the base."""
+        self.choose([NONE if name is None else self.numbers[name] for name in names], counts)
+
+    def choose(self, numbers: Sequence[int], counts: Sequence[int] | None = None) -> None:
+        """Set the adapters as `select` does, by their numbers."""
+        if counts is not None and len(set(numbers)) > 1:
+            numbers = [number for number, count in zip(numbers, counts, strict=True) for _ in range(count)]
+        self.choice.set(numbers, self.slots, self.model.device)
 
     @property
     def bytes(self) -> int:
-        return sum(tensor.nbytes for layer in self.layers for tensor in layer.buffers(recurse=False))
+        return sum(tensor.nbytes for layer in self.layers.values() for tensor in layer.buffers(recurse=False))
+
+
+def _in_words(rounding: tuple[int, str]) -> str:
+    """Return bits and scheme, such as "8 bits minmax"."""
+    return f"{rounding[0]} bits {rounding[1]}".strip()
+
+
+def _pair(adapter: Adapter, layer: str) -> Pair | None:
+    """Return what an adapter has of a layer."""
+    if layer not in adapter.pairs:
+        return None
+    return Pair(*adapter.pairs[layer], adapter.scales[layer], adapter.magnitudes.get(layer))
 
 
 def attach(model: Any, adapters: Mapping[str, Adapter]) -> Adapters:
