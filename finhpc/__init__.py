@@ -6,6 +6,7 @@ The packages from the top down; an import points down, never up or in a circle:
 - `bench`           finhpc compared with plain code for the same work
 - `commands`        one file or folder per command, and the table of commands
 - `runs`            one training run: folder, workers, progress, result
+- `serving`         a model behind OpenAI's API: requests, adapters, metrics, Ray Serve
 - `tracking`        MLflow, mirrored from the run's journal
 - `planning`        a run's checks, model config and first weights; its memory and time, counted from the code
 - `training`        engine, trainer, checkpoints, journal: torch and DeepSpeed, no Ray
@@ -42,6 +43,7 @@ if TYPE_CHECKING:  # what editors and mypy see; at run time each name is importe
     from finhpc.settings.export import ExportConfig as ExportConfig
     from finhpc.settings.finetune import FinetuneConfig as FinetuneConfig
     from finhpc.settings.generate import GenerateConfig as GenerateConfig
+    from finhpc.settings.generate import ServeConfig as ServeConfig
     from finhpc.settings.prepare import PrepareConfig as PrepareConfig
     from finhpc.settings.pretrain import PretrainConfig as PretrainConfig
     from finhpc.settings.report import ReportConfig as ReportConfig
@@ -61,6 +63,7 @@ if TYPE_CHECKING:  # what editors and mypy see; at run time each name is importe
     export: Command[ExportConfig]
     evaluate: Command[EvaluateConfig]
     generate: Command[GenerateConfig]
+    serve: Command[ServeConfig]
     report: Command[ReportConfig]
     reproduce: Command[ReproduceConfig]
     ui: Command[UiConfig]

@@ -141,6 +141,7 @@ DRY: dict[str, str] = {
     "export": "--model model --out out",
     "evaluate": "--model model --tasks fpb boolq perplexity --data.folder data --data.shards shards",
     "generate": "--model model --prompts prompts.txt --out out.jsonl",
+    "serve": "--model model --port 58321",
     "reproduce": "--finance data/fpb.txt",
 }
 REFUSED = {  # what each says of its dry run

@@ -113,6 +113,7 @@ def test_its_settings_are_settings(
 def test_the_other_commands_name_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:
     """Those of Ray, make and the shell, which other tests run."""
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    calls = (DOCS / "commands" / "serve.md").read_text(encoding="utf-8")
     for words in OTHERS:
         words = [word for word in words if not re.match(r"[A-Z_]+=", word)]
         match words:
@@ -130,6 +131,8 @@ def test_the_other_commands_name_what_is_there(capsys: pytest.CaptureFixture[str
             case ["cluster/start.sh", *_] | ["ray" | "kubectl" | "docker", *_]:
                 files = [word for word in words if word.startswith("cluster/")]
                 assert all((ROOT / file).is_file() for file in files), files
+            case ["curl", address, *_] if address.startswith("http://127.0.0.1:8000/"):
+                assert f"`POST {address.partition('8000')[2]}`" in calls or "/v1/models" in address
             case ["export" | "source" | "umask" | "mkdir" | "openssl" | "chmod" | "pip", *_]:
                 pass
             case _:
@@ -208,7 +211,7 @@ SMALLER = {
     "finetune": "--train.steps 2",
     "evaluate": "--limit 4 --bootstrap 20",
 }
-NOT_RUN = ("ui", "bench")  # a server; minutes each (tests/bench runs them small)
+NOT_RUN = ("ui", "serve", "bench")  # servers; minutes each (tests/bench runs them small)
 
 
 def smaller(words: tuple[str, ...]) -> list[str]:

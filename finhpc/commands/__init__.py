@@ -206,6 +206,7 @@ ROWS: tuple[Command[Any], ...] = (
         "generate:GenerateConfig",
         "generate:generate",
     ),
+    _own("serve", "serve a model and its adapters with OpenAI's API", "generate:ServeConfig", "serve:serve"),
     _own(
         "report",
         "write tables and figures of tracked runs as a web page",

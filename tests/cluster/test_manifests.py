@@ -6,6 +6,7 @@ import copy
 import re
 import subprocess
 import sys
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
 BIN = Path(sys.executable).parent
 KUBERNETES = "1.32"
-KUBERAY = ("kuberay-cluster.yaml", "kuberay-job.yaml")
+KUBERAY = ("kuberay-cluster.yaml", "kuberay-job.yaml", "kuberay-service.yaml")
 SCHEMA = Draft202012Validator(yaml.safe_load((Path(__file__).parent / "kuberay.yaml").read_text()))
 
 
@@ -64,10 +65,16 @@ def test_ray_up_would_refuse_a_mistyped_key() -> None:
 # -- Kubernetes -----------------------------------------------------------------------------
 
 
+def cluster_of(manifest: dict[str, Any]) -> Any:
+    """The part of a RayCluster, RayJob or RayService that describes the cluster."""
+    spec = manifest["spec"]
+    return spec.get("rayClusterSpec") or spec.get("rayClusterConfig") or spec
+
+
 def problems(manifest: dict[str, Any]) -> list[str]:
-    """What is wrong with a RayCluster or RayJob: its own fields, and its pods by Kubernetes' schema."""
+    """What is wrong with a RayCluster, RayJob or RayService: its own fields, and its pods by Kubernetes' schema."""
     found = [f"{error.json_path}: {error.message}" for error in SCHEMA.iter_errors(manifest)]
-    spec = manifest["spec"].get("rayClusterSpec", manifest["spec"])
+    spec = cluster_of(manifest)
     for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
         pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, "spec": group["template"]["spec"]}
         try:
@@ -106,7 +113,7 @@ def test_a_wrong_field_would_be_refused(path: str, value: object) -> None:
 @pytest.mark.parametrize("name", KUBERAY)
 def test_ray_on_kubernetes_asks_for_a_token_and_shares_a_volume(name: str) -> None:
     manifest = read(name)
-    spec = manifest["spec"].get("rayClusterSpec", manifest["spec"])
+    spec = cluster_of(manifest)
     assert spec["authOptions"] == {"mode": "token"}
     assert spec["rayVersion"] == version("ray")
     claim = read("kuberay-volume.yaml")
@@ -135,6 +142,33 @@ def test_the_rayjobs_command_is_one_that_finhpc_takes(tmp_path: Path) -> None:
         settings.parallel.workers
         == read("kuberay-job.yaml")["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["replicas"]
     )
+
+
+def test_serve_takes_the_rayservices_config() -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    from finhpc.serving.token import VARIABLE
+    from finhpc.settings.base import load
+    from finhpc.settings.generate import ServeConfig
+
+    manifest = read("kuberay-service.yaml")
+    config = ServeDeploySchema.model_validate(yaml.safe_load(manifest["spec"]["serveConfigV2"]))
+    (application,) = config.applications
+    module, _, function = application.import_path.partition(":")
+    assert callable(getattr(import_module(module), function))
+    settings = load(ServeConfig, None, application.args)
+    (workers,) = cluster_of(manifest)["workerGroupSpecs"]
+    pod = workers["template"]["spec"]
+    (container,) = pod["containers"]
+    assert settings.state is not None
+    assert all(path.startswith("/shared/") for path in (settings.model, settings.state))
+    assert settings.replicas == workers["replicas"]
+    assert settings.resources.cpus_per_worker == float(container["resources"]["limits"]["cpu"])
+    assert settings.drain_s < pod["terminationGracePeriodSeconds"]
+    assert {"containerPort": config.http_options.port, "name": "serve"} in container["ports"]
+    (token,) = (each for each in container["env"] if each["name"] == VARIABLE)
+    assert token["valueFrom"]["secretKeyRef"]["name"] in (CLUSTER / "kuberay-service.yaml").read_text().split("spec:")[0]
+    assert "value" not in token, "no token in the file"
 
 
 # -- containers -----------------------------------------------------------------------------
