@@ -295,9 +295,10 @@ def _follow(shared: Shared, stop: threading.Event) -> None:
             looked = now
             if (status := _status()) != problem and not stop.is_set():
                 problem = status
-                log.warning(f"a replica is not well: {_cause(Exception(), status)}") if status else log.info(
-                    "all replicas are well again"
-                )
+                if status:
+                    log.warning(f"a replica is not well: {_cause(Exception(), status)}")
+                else:
+                    log.info("all replicas are well again")
         sums = metrics.totals(shared)
         requests, tokens = sums.get(metrics.REQUESTS, 0), sums.get(metrics.NEW_TOKENS, 0)
         if now - shown[2] >= LINE_EVERY_S and (requests, tokens) != shown[:2]:

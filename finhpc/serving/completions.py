@@ -63,6 +63,7 @@ async def respond(served: Served, asked: Completion | Chat) -> Response:
     """Answer a request, at once or as a stream. Raises `ApiError`."""
     model = await served.find(asked.model)
     limits = served.limits
+    form: Format
     if isinstance(asked, Chat):
         prompts = [await asyncio.to_thread(model.chat_ids, asked.messages)]
         form, most = ChatFormat(model.texts), asked.max_completion_tokens
@@ -166,13 +167,14 @@ def _whole(job: Job) -> dict[str, Any]:
 
 def _parts(job: Job, choice: Choice, text: str, scored: list[Scored], first: bool = True) -> tuple[str, Any]:
     """Return the text and log probabilities of a part of an answer; the first part begins with the echo."""
-    wanted = choice.request.logprobs is not None
     echo = choice.echo if first else None
-    start = len(choice.echo or "")
-    logprobs = job.format.logprobs(scored, start) if wanted else None
-    if echo is not None and wanted:
+    whole = (echo or "") + text
+    if choice.request.logprobs is None:
+        return whole, None
+    logprobs = job.format.logprobs(scored, len(choice.echo or ""))
+    if echo is not None:
         logprobs = job.format.echoed(choice.request.ids, choice.prompt_logprobs, logprobs)
-    return (echo or "") + text, logprobs
+    return whole, logprobs
 
 
 async def _events(

@@ -184,9 +184,9 @@ def test_an_answer_that_takes_too_long_ends(tmp_path: Path) -> None:
 def test_a_server_that_drains_finishes_what_it_has(tmp_path: Path) -> None:
     base, adapters = folders(tmp_path)
     with serving(config_of(base, tmp_path / "state", adapters)) as server, ThreadPoolExecutor(8) as pool:
-        long = json.dumps(GOOD | {"max_tokens": 110, "ignore_eos": True, "model": "base:a1"})
+        long = json.dumps(GOOD | {"max_tokens": 110, "ignore_eos": True, "model": "base:a1", "n": 4})
         running = [pool.submit(send, server, long) for _ in range(8)]
-        wait_until(lambda: server.served.engine.batcher.stats().running == 8)
+        wait_until(lambda: server.served.engine.in_work == 32)
         server.served.shared.drain()
         status, answer = send(server, json.dumps(GOOD))
         assert (status, answer["error"]["code"]) == (503, "draining")
@@ -195,7 +195,7 @@ def test_a_server_that_drains_finishes_what_it_has(tmp_path: Path) -> None:
         for each in running:
             status, answer = each.result()
             assert status == 200
-            assert answer["usage"]["completion_tokens"] == 110
+            assert answer["usage"]["completion_tokens"] == 440
 
 
 def test_a_model_that_breaks_ends_all_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
