@@ -63,6 +63,7 @@ class Finetune(Job):
         from finhpc.models.lora.adapter_file import check_base
         from finhpc.models.lora.model import LoraModel
         from finhpc.training.optimizers.registry import check_taken
+        from finhpc.training.workers.eva import check_inputs
 
         config = config.model_copy(deep=True)
         problems = config.problems()
@@ -91,7 +92,9 @@ class Finetune(Job):
             else:
                 earlier = Path(config.run.storage) / config.run.name / EXAMPLES
                 self.examples = make_examples(config.data, tokenizer, config.train.seed, earlier)
-                batches_of(config, self.examples)  # for its problems
+                packing = batches_of(config, self.examples)  # for its problems
+                if config.lora.init == "eva":
+                    check_inputs(self.examples.train, packing, config.lora.rank)
                 _set_steps(config, len(self.examples.train))
                 _check_scored(config, self.examples)
         if problems:

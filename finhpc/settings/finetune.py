@@ -81,10 +81,10 @@ class Lora(Section):
         "(.*[02468].*q_proj), as in peft; all-linear: all except the head",
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of the adapter")
-    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora", "loftq"] = Field(
+    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora", "loftq", "eva"] = Field(
         "default",
         description="init_lora_weights of peft; default: A uniform (Kaiming), B zero; pissa, olora: from the base's "
-        "weights; loftq: from what quantizing the base lost",
+        "weights; loftq: from what quantizing the base lost; eva: from the inputs of the layers",
     )
 
     @field_validator("targets", mode="before")

@@ -44,7 +44,7 @@ from finhpc.models.initialize import Fill
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.training import TrainingConfig
 from finhpc.training import checkpoint
-from finhpc.training.batches import Batch, BatchSource
+from finhpc.training.batches import Batch, BatchSource, PackedBatches
 from finhpc.training.best import Best
 from finhpc.training.checkpoint import Checkpoint, Checkpointer
 from finhpc.training.compiler import run_operations
@@ -56,6 +56,7 @@ from finhpc.training.metrics import Metrics
 from finhpc.training.optimizers.schedules import learning_rate
 from finhpc.training.stages import saved_cut
 from finhpc.training.watchdog import Watchdog
+from finhpc.training.workers.eva import begin_with_inputs
 from finhpc.training.workers.resume import latest_valid, load_state, resume_best, stored_state
 from finhpc.training.workers.stop import Stop
 
@@ -206,6 +207,9 @@ class Trainer:
         self.stop = Stop(self.folder, self.world_rank, self.attempt)
         if latest is not None:
             self._load(latest)
+        elif self.lora_model is not None and self.lora_model.lora.init == "eva":
+            assert isinstance(self.source, PackedBatches)
+            begin_with_inputs(self.engine, self.source)
         if self.journal:
             parallel = self.config.parallel
             self.journal.write(

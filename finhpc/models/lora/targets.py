@@ -148,7 +148,7 @@ def initial_factors(
     """
     out, into = shape
     rank, generator = settings.rank, generator_of(seed, f"{name}.lora")
-    if settings.init == "default" or (settings.init == "loftq" and rows is None):
+    if settings.init in ("default", "eva") or (settings.init == "loftq" and rows is None):
         a = torch.empty(rank, into)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
         return a, torch.zeros(out, rank)
