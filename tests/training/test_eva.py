@@ -17,8 +17,9 @@ from finhpc.data.examples.examples import Arrays, Examples
 from finhpc.errors import ConfigError
 from finhpc.models.files.source import open_weights
 from finhpc.models.lora.model import LoraModel
+from finhpc.models.lora.targets import target_shapes
 from finhpc.settings.base import build
-from finhpc.settings.finetune import FinetuneConfig
+from finhpc.settings.finetune import FinetuneConfig, Lora
 from finhpc.settings.training import Parallel
 from finhpc.training.batches import PackedBatches
 from finhpc.training.workers.eva import EXAMPLES, PACKS, begin_with_inputs, check_inputs
@@ -107,6 +108,11 @@ def test_stages_and_replicas_begin_alike(tmp_path: Path) -> None:
     assert {name for rank in four for name in rank} == set(one)
     for rank in four:
         assert all(torch.equal(value, one[name]) for name, value in rank.items())
+
+
+def test_an_adapter_of_the_head_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"lora.init=eva does not analyze the inputs of lm_head"):
+        target_shapes(tiny_llama(), Lora(init="eva", targets=["all-linear", "lm_head"]), 16)
 
 
 def test_more_components_than_inputs_are_refused() -> None:

@@ -112,6 +112,11 @@ def _misfits(model: nn.Module, settings: Lora, bits: int, chosen: dict[str, tupl
             f"lora.init={settings.init} changes the base's weights, and quantized ones cannot be changed exactly; "
             "use quantization.bits=16 or lora.init=default."
         )
+    if settings.init == "eva" and "lm_head" in chosen:
+        problems.append(
+            "lora.init=eva does not analyze the inputs of lm_head, which lora.targets names; leave it out, or use "
+            "lora.init=default."
+        )
     if settings.init == "loftq" and bits == 16:
         problems.append(
             "lora.init=loftq starts from what quantizing the base lost, and quantization.bits=16 loses nothing; use "
