@@ -22,6 +22,7 @@ from finhpc.training.checkpoint import Checkpoint
 if TYPE_CHECKING:
     import torch
 
+    from finhpc.data.examples.batches import Batches
     from finhpc.data.examples.examples import Examples
     from finhpc.models.files.weights import Weights
     from finhpc.training.trainer import Trainer
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 
 # In the run folder:
 EXAMPLES = "examples.safetensors"  # the examples that the workers read
+F1 = "val_weighted_f1"  # a metric of evaluations, of label answers
 QUANTIZED = "quantized"  # a link to the base that a sweep quantized for its trials
 
 
@@ -61,6 +63,7 @@ class Finetune(Job):
         from finhpc.models.lora.adapter_file import check_base
         from finhpc.models.lora.model import LoraModel
         from finhpc.training.optimizers.registry import check_taken
+        from finhpc.training.workers.eva import check_inputs
 
         config = config.model_copy(deep=True)
         problems = config.problems()
@@ -89,7 +92,11 @@ class Finetune(Job):
             else:
                 earlier = Path(config.run.storage) / config.run.name / EXAMPLES
                 self.examples = make_examples(config.data, tokenizer, config.train.seed, earlier)
+                packing = batches_of(config, self.examples)  # for its problems
+                if config.lora.init == "eva":
+                    check_inputs(self.examples.train, packing, config.lora.rank)
                 _set_steps(config, len(self.examples.train))
+                _check_scored(config, self.examples)
         if problems:
             raise ConfigError(problems)
         assert base is not None
@@ -140,22 +147,30 @@ class Finetune(Job):
 
     @classmethod
     def trainer(cls, settings: dict[str, Any], folder: Path, device: torch.device, fingerprint: str) -> Trainer:
+        from finhpc.data.examples.choices.candidates import Candidates, candidates_of
+        from finhpc.evaluation.label_scores import HeldOutScore
         from finhpc.models.lora.model import LoraModel
         from finhpc.training.batches import PackedBatches
+        from finhpc.training.best import Best
         from finhpc.training.trainer import Trainer
 
         config = FinetuneConfig.model_validate(settings)
         base = open_base(config)
         quantized = folder / QUANTIZED
+        examples, train = _open_examples(folder, fingerprint), config.train
+        packing = batches_of(config, examples)
+        labels = Candidates(candidates_of(examples)) if train.best_by == F1 else None
         return Trainer(
             config=config,
             hf_config=base.config,
             fill=None,
             device=device,
             folder=folder,
-            source=PackedBatches(_open_examples(folder, fingerprint), batches_of(config), config.data.eval_limit),
+            source=PackedBatches(examples, packing, config.data.eval_limit, labels),
             lora_model=LoraModel.of(config, base, quantized if quantized.is_dir() else None),
             labels={"dataset": fingerprint},
+            best=Best(train.best_by, train.patience) if train.best_by else None,
+            score=HeldOutScore(examples, labels.answers) if labels else None,
         )
 
     def counts(self) -> dict[str, Any]:
@@ -200,7 +215,7 @@ class Finetune(Job):
     def use_model(cls, settings: dict[str, Any], folder: Path, device: torch.device) -> dict[str, Any]:
         """Score the labels of held-out examples, as `finhpc evaluate` would with the adapter on its base."""
         from finhpc.data.examples.examples import load
-        from finhpc.evaluation.label_scores import label_scores
+        from finhpc.evaluation.label_scores import label_scores, mean_weighted_f1
         from finhpc.evaluation.models import load_for_evaluation
         from finhpc.models.files.source import tokenizer_of
 
@@ -211,9 +226,7 @@ class Finetune(Job):
         model, _ = load_for_evaluation(config.model.path, str(folder / "model"), dtype, str(device))
         tokenizer, examples = tokenizer_of(Path(config.model.path)), load(folder / EXAMPLES)
         scores = label_scores(model, tokenizer, examples, config.data.eval_limit)
-        n = sum(score["n"] for score in scores.values())
-        f1 = sum(score["weighted_f1"] * score["n"] for score in scores.values()) / n
-        return {"scores": scores, "held_out_weighted_f1": f1}
+        return {"scores": scores, "held_out_weighted_f1": mean_weighted_f1(scores)}
 
     def summary(self) -> list[tuple[str, str]]:
         counts, bits = self.examples.counts, self.config.quantization.bits
@@ -235,11 +248,13 @@ class Finetune(Job):
         return lower_batch(config, f", data.max_len (now {config.data.max_len}){bits}{full}")
 
 
-def batches_of(config: FinetuneConfig) -> Any:
-    """How the run's examples are packed into batches."""
+def batches_of(config: FinetuneConfig, examples: Examples) -> Batches:
+    """Return how the run's examples are packed into batches; raises `ConfigError` if they have no labels to choose."""
     from finhpc.data.examples.batches import Batches
+    from finhpc.data.examples.choices.candidates import Candidates
 
-    return Batches(config.parallel, config.train.seed, share_prefix=not config.lora.dropout)
+    candidates = Candidates.of(config.data, examples) if config.data.loss == "labels" else None
+    return Batches(config.parallel, config.train.seed, share_prefix=not config.lora.dropout, candidates=candidates)
 
 
 def open_base(config: FinetuneConfig) -> Weights:
@@ -288,6 +303,24 @@ def _set_steps(config: FinetuneConfig, examples: int) -> None:
         train.epochs = None  # the user set the steps
         return
     train.steps = steps
+
+
+def _check_scored(config: FinetuneConfig, examples: Examples) -> None:
+    """Raise `ConfigError` if the best evaluation is asked for by a metric that the data cannot give."""
+    from finhpc.evaluation.label_scores import labeled
+
+    by = config.train.best_by
+    if by == F1 and len(examples.held_out) and not labeled(examples, config.data.eval_limit)[0]:
+        raise ConfigError(
+            f"train.best_by={by} scores labels, and the answers of the held-out examples are texts; use "
+            "train.best_by=val_loss."
+        )
+    if by is not None and not len(examples.held_out):
+        raise ConfigError(
+            f"train.best_by={by} compares evaluations, and no examples are held out "
+            f"(data.eval_fraction={config.data.eval_fraction:g}); raise data.eval_fraction, give data.eval_source, or "
+            "leave train.best_by out."
+        )
 
 
 def _open_examples(folder: Path, fingerprint: str) -> Examples:

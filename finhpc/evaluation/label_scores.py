@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import nn
 
+from finhpc.data.examples.choices.candidates import Answer, candidates_of
 from finhpc.data.examples.examples import Examples
 from finhpc.evaluation.language_model import LanguageModel
 from finhpc.evaluation.metrics import majority, weighted_f1
 
-MOST_LABELS = 20  # a source with more different answers has texts as answers, not labels
 BATCH = 16
-Answer = tuple[int, ...]  # its tokens
+Row = tuple[int, int, bool]  # places among the labels of an example's own and of the chosen one; several were best
 
 
 def labeled(examples: Examples, limit: int | None) -> tuple[list[int], dict[int, list[Answer]]]:
     """Return the indices of the first `limit` held-out examples whose answers are labels, and each source's labels."""
-    answers = _answers(examples)
+    answers = candidates_of(examples)
     return [i for i, source in enumerate(examples.held_out.source[:limit].tolist()) if source in answers], answers
 
 
@@ -40,16 +41,42 @@ def label_scores(model: nn.Module, tokenizer: Any, examples: Examples, limit: in
         golds.append(labels.index(tuple(tokens[answer].tolist())))
         requests += [(("", ""), tokens[:first].tolist(), list(label)) for label in labels]
     likelihoods = iter(score for score, _ in lm._loglikelihood_tokens(requests, disable_tqdm=True))
-    names = _names(examples, answers)
-    rows: dict[str, list[tuple[int, int, bool]]] = {}
+    rows: dict[int, Row] = {}
     for i, gold in zip(chosen, golds, strict=True):
         scores = [next(likelihoods) for _ in answers[sources[i]]]
-        is_tied = scores.count(max(scores)) > 1
-        rows.setdefault(names[sources[i]], []).append((gold, int(np.argmax(scores)), is_tied))
-    return {name: _scored(of_name) for name, of_name in rows.items()}
+        rows[i] = gold, int(np.argmax(scores)), scores.count(max(scores)) > 1
+    return _by_name(examples, answers, rows)
 
 
-def _scored(rows: list[tuple[int, int, bool]]) -> dict[str, Any]:
+def mean_weighted_f1(scores: dict[str, dict[str, Any]]) -> float:
+    """Return the mean of the sources' weighted F1, weighted by the number of examples."""
+    n = sum(score["n"] for score in scores.values())
+    return float(sum(score["weighted_f1"] * score["n"] for score in scores.values()) / n)
+
+
+class HeldOutScore:
+    """Rates choices among the labels of held-out examples as `label_scores` does, by `mean_weighted_f1`."""
+
+    def __init__(self, examples: Examples, answers: dict[int, list[Answer]]) -> None:
+        self.examples, self.answers = examples, answers
+
+    def __call__(self, choices: Mapping[int, tuple[int, int]]) -> float:
+        rows = {i: (gold, guess, False) for i, (gold, guess) in sorted(choices.items())}
+        return mean_weighted_f1(_by_name(self.examples, self.answers, rows))
+
+
+def _by_name(
+    examples: Examples, answers: dict[int, list[Answer]], rows: Mapping[int, Row]
+) -> dict[str, dict[str, Any]]:
+    """Return the scores of each name's examples."""
+    names, sources = _names(examples, answers), examples.held_out.source.tolist()
+    of_names: dict[str, list[Row]] = {}
+    for i, row in rows.items():
+        of_names.setdefault(names[sources[i]], []).append(row)
+    return {name: _scored(of_name) for name, of_name in of_names.items()}
+
+
+def _scored(rows: list[Row]) -> dict[str, Any]:
     pairs = [(gold, guess) for gold, guess, _ in rows]
     return {
         "acc": float(np.mean([gold == guess for gold, guess in pairs])),
@@ -68,31 +95,3 @@ def _names(examples: Examples, answers: dict[int, list[Answer]]) -> dict[int, st
         choices.setdefault(named[source], set()).add(tuple(labels))
     files = {source: Path(str(examples.counts["by_source"][source]["source"])).name for source in answers}
     return {source: name if len(choices[name]) == 1 else f"{name} of {files[source]}" for source, name in named.items()}
-
-
-def _answers(examples: Examples) -> dict[int, list[Answer]]:
-    """Return the different answers of each source whose answers are labels: its template's, or few.
-
-    Sources with the same labels share them. Labels that no example has are included, as in `finhpc evaluate`.
-    """
-    listed = {i: tuple(source.get("labels") or ()) for i, source in enumerate(examples.counts["by_source"])}
-    found: dict[int, set[Answer]] = {}
-    several: set[int] = set()  # sources with conversations of more than one answer
-    for arrays in (examples.train, examples.held_out):
-        for i in range(len(arrays)):
-            tokens, answer = arrays.example(i)
-            if np.count_nonzero(np.diff(answer.astype(np.int8)) == 1) + int(answer[0]) > 1:
-                several.add(int(arrays.source[i]))
-            of_source = found.setdefault(int(arrays.source[i]), set())
-            if listed[int(arrays.source[i])] or len(of_source) <= MOST_LABELS:
-                of_source.add(tuple(tokens[answer].tolist()))
-    for source, labels in found.items():
-        labels.update(map(tuple, examples.counts["by_source"][source].get("unseen", ())))
-    for source, labels in found.items():
-        if listed[source]:
-            labels.update(*(found[other] for other in found if listed[other] == listed[source]))
-    return {
-        source: sorted(labels)
-        for source, labels in found.items()
-        if listed[source] or (len(labels) <= MOST_LABELS and source not in several)
-    }

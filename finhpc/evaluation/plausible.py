@@ -24,7 +24,7 @@ from finhpc.errors import ImplausibleError
 
 MARGIN = 1.0  # nats
 ANY_MODEL = 10.0  # x ln(vocabulary)
-SHARES = {"acc", "acc_norm", "f1", "weighted_f1", "held_out_weighted_f1"}
+SHARES = {"acc", "acc_norm", "f1", "weighted_f1", "held_out_weighted_f1", "val_weighted_f1"}
 SIGNED = {"mcc", "likelihood"}  # metrics of lm-eval's that may be negative
 ROUNDING = 1e-5  # of means: the loss of memorized answers may be computed as -1e-6
 TIMED = {"data_wait_fraction", "pipeline_utilization", "pipeline_utilization_ideal"}

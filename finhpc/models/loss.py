@@ -27,9 +27,17 @@ ALIGNED = 128  # a GPU's products are fast for a vocabulary that is a multiple o
 def head_loss(hidden: Tensor, module: nn.Module, targets: Tensor, cap: float | None = None) -> Tensor:
     """Return the mean cross-entropy in nats, in float32, of the output layer at `targets` (rows,).
 
-    `cap`: see `linear_cross_entropy`. `hidden`: (rows, width). `module`: a linear layer, dense or low-rank, trained or
-    frozen; or the embedding that is tied to it. Under autocast the products have its type, and the softmax and the sum
+    `cap`: see `linear_cross_entropy`. `hidden`: (rows, width). `module`: see `logits_product`. The softmax and the sum
     are float32 in any case.
+    """
+    return linear_cross_entropy(*logits_product(hidden, module), targets, cap)
+
+
+def logits_product(hidden: Tensor, module: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return hidden states (rows, k) and a matrix (vocab, k), in the type of products, whose product are the logits.
+
+    `module`: a linear layer, dense or low-rank, trained or frozen; or the embedding that is tied to it. Under autocast
+    products have its type.
     """
     if isinstance(module, nn.Embedding):
         weight = module.weight
@@ -40,7 +48,7 @@ def head_loss(hidden: Tensor, module: nn.Module, targets: Tensor, cap: float | N
         hidden, weight = module.as_product(hidden)  # type: ignore[operator]
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    return linear_cross_entropy(hidden.to(dtype), weight.to(dtype), targets, cap)
+    return hidden.to(dtype), weight.to(dtype)
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | None = None) -> Tensor:

@@ -18,6 +18,8 @@ from finhpc.models.families import parts
 from finhpc.models.families.family import DROPOUTS, Family, Heads
 from finhpc.models.families.parts import HALVES, LAYER, Compiled, Ends, Flow, Part, as_it_is, rotate
 from finhpc.models.families.registry import family_of
+from finhpc.models.label_loss import candidate_scores, label_loss
+from finhpc.models.loss import logits_product
 from finhpc.models.packing.attention import attend_segments
 from finhpc.models.packing.layout import POSITION, TOKEN, Layout, layout_of
 from finhpc.models.recompute import whole_blocks
@@ -142,10 +144,30 @@ def _rotated(family: Family, config: Any, x: Tensor, pack: Tensor, kind: str | N
 def head(data: Flow, module: nn.Module, ends: Ends) -> Tensor:
     """Return the pack's share of the mean cross-entropy over all targets, in nats, times the number of packs.
 
-    See `PACKS`. A pack without targets has one row and loss 0.
+    See `PACKS`. A pack without targets has one row and loss 0. In a pack with candidates each example counts as one
+    target, and its loss is that of the choice among them.
     """
     hidden, pack = data
     layout = layout_of(pack)
     if len(layout.wanted) == 0:
         return hidden.sum().float() * 0.0
+    if layout.candidates is not None:
+        product = logits_product(ends.scaled(hidden.squeeze(0)), module)
+        return label_loss(*product, layout.candidates, ends.cap).float() * layout.scale
     return ends.loss(hidden.squeeze(0), module, layout.wanted) * (len(layout.wanted) * layout.scale)
+
+
+@torch.no_grad()
+def chosen(data: Flow, module: nn.Module, config: Any) -> list[tuple[int, int]]:
+    """Return for each example of a pack with candidates which it wants most, and which the model chooses.
+
+    `data`: what the head takes. Of equal ones the first counts.
+    """
+    hidden, pack = data
+    candidates, ends = layout_of(pack).candidates, Ends.of(config)
+    if candidates is None:
+        return []
+    scores = candidate_scores(*logits_product(ends.scaled(hidden.squeeze(0)), module), candidates, ends.cap)
+    table = scores.new_full((2, candidates.examples, candidates.most), -torch.inf)
+    table[:, candidates.example, candidates.place] = torch.stack((candidates.shares.to(scores.dtype), scores))
+    return [(gold, guess) for gold, guess in table.argmax(-1).T.tolist()]

@@ -21,7 +21,7 @@ from finhpc.models.families.parts import BLOCKS
 from finhpc.models.families.registry import family_of, skeleton, with_blocks
 from finhpc.models.files.weights import Weights
 from finhpc.models.lora.model import LoraModel, LoraPipelineLayer, Matrix
-from finhpc.models.packing.layout import FIELDS, LAYOUT, Segments, build_layout
+from finhpc.models.packing.layout import CHOICE_FIELDS, FIELDS, LAYOUT, Segments, build_layout
 from finhpc.models.pipeline import is_tied
 from finhpc.planning.fake_passes import Meter, PartBytes, run_passes
 from finhpc.quantization.frozen import FrozenFloat, FrozenLinear
@@ -54,6 +54,10 @@ class PackSize:
 
     tokens: int
     segments: Segments
+
+    @property
+    def fields(self) -> int:
+        return FIELDS + (0 if self.segments.choices is None else CHOICE_FIELDS)
 
     @property
     def pairs(self) -> float:
@@ -130,7 +134,7 @@ def _count(lora_model: EmptyLoraModel, pack: PackSize, cuda: bool) -> list[LoraP
     assert lora_model.skeleton is not None  # made here, on the meta device, so that it is not counted
     counted, meter = [], Meter("cuda" if cuda else "cpu")
     with FakeTensorMode(), meter:
-        data = torch.zeros(1, FIELDS, pack.tokens, dtype=torch.int64)
+        data = torch.zeros(1, pack.fields, pack.tokens, dtype=torch.int64)
         setattr(data, LAYOUT, build_layout(pack.segments, data.device, fused=cuda))
         rows, input_bytes, requires_grad = pack.tokens, 0, False
         for part in lora_model.parts():

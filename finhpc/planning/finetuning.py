@@ -11,7 +11,7 @@ from finhpc.models.families.parts import BLOCKS, HALVES, LAYER
 from finhpc.models.lora.model import LoraModel
 from finhpc.models.packed_parts import packed_parts
 from finhpc.models.packing.attention import AT_ONCE
-from finhpc.models.packing.layout import CACHED_LAYOUTS, FIELDS
+from finhpc.models.packing.layout import CACHED_LAYOUTS
 from finhpc.models.pipeline import is_tied
 from finhpc.planning.devices import Cluster
 from finhpc.planning.fake_packs import LoraPart, PackSize, count_lora_parts
@@ -73,7 +73,7 @@ class LoraCosts:
         weights = sum(part.weights_bytes for part in parts)
         if last and not first and is_tied(self.lora_model.hf_config):
             weights += self.parts[0].weights_bytes  # a stage without the embedding reads the matrix for its head
-        ids = 8 * FIELDS * self.pack.tokens
+        ids = 8 * self.pack.fields * self.pack.tokens
         hidden = [part.input_bytes for part in parts] + [parts[-1].output_bytes]
         steps = Steps(
             parts=[part.passes for part in parts],

@@ -142,9 +142,11 @@ class RunFolder:
         return self._read_json("result.json")
 
     def is_finished(self, steps: int) -> bool:
-        """Whether the run took at least `steps` steps and finished."""
+        """Whether the run finished, with at least `steps` steps or early because its evaluations got no better."""
         result = self.result()
-        return result is not None and result["status"] == "finished" and result["steps"] >= steps
+        if result is None or result["status"] != "finished":
+            return False
+        return bool(result.get("stopped_early")) or result["steps"] >= steps
 
     def _write_json(self, name: str, value: Mapping[str, Any]) -> None:
         write_json(self.path / name, value, indent=2)

@@ -25,7 +25,7 @@ KEYS = (
     *("train_loss", "val_loss", "val_perplexity", "final_val_loss", "final_val_loss_se", "final_val_tokens"),
     *("steps", "tokens", "tokens_per_s", "data_wait_fraction", "pipeline_utilization", "pipeline_utilization_ideal"),
     *("peak_memory_bytes", "peak_resident_bytes", "worker_hours"),
-    *("consumed_sha256", "resumed_from_step", "checkpoint", "model", "sample"),
+    *("consumed_sha256", "resumed_from_step", "checkpoint", "model", "model_step", "stopped_early", "sample"),
     *("mlflow_run_id", "tracking_uri", "wall_s"),
 )  # of a result, in this order; a job adds its own
 
@@ -47,25 +47,37 @@ def collect(job: Job, folder: Path, wall_s: float, use_model: UseModel) -> dict[
     `use_model` calls the job's method of that name where a worker has run.
     Raises `ImplausibleError` for figures that cannot be true.
     """
-    from finhpc.training.checkpoint import list_complete
+    from finhpc.training import best
+    from finhpc.training.checkpoint import list_complete, open_checkpoint
 
     checkpoint = next(iter(list_complete(folder / "checkpoints")), None)
-    if checkpoint is None or checkpoint.step != job.config.train.steps:
+    early = checkpoint is not None and bool(checkpoint.manifest.get(best.STOPPED))
+    if checkpoint is None or not (early or checkpoint.step == job.config.train.steps):
         raise CheckpointError(
             f"{folder}/checkpoints has no checkpoint of the last step; run the same command again to write it."
         )
     checkpoint.check_sizes()  # the workers wrote or verified it just now
-    job.save_model(folder / "model", checkpoint)
+    chosen = checkpoint
+    if best.STEP in checkpoint.manifest:
+        chosen = open_checkpoint(folder / "checkpoints" / f"step_{checkpoint.manifest[best.STEP]:08d}")
+        chosen.check_sizes()
+    job.save_model(folder / "model", chosen)
     records, _ = read(folder / WORKER_FILE)
     earlier = earlier_worker_hours(records, time.time() - wall_s)
-    result = _measured(job, records) | {
-        "status": "finished",
-        "consumed_sha256": checkpoint.manifest["consumed"],
-        "checkpoint": str(checkpoint.path),
-        "model": str(folder / "model"),
-        "wall_s": wall_s,
-        "worker_hours": earlier + wall_s * job.config.parallel.workers / 3600,
-    }
+    result = (
+        _measured(job, records)
+        | _losses(latest(records, "eval").get(chosen.step))
+        | {
+            "status": "finished",
+            "consumed_sha256": checkpoint.manifest["consumed"],
+            "checkpoint": str(checkpoint.path),
+            "model": str(folder / "model"),
+            "model_step": chosen.step,
+            "stopped_early": early,
+            "wall_s": wall_s,
+            "worker_hours": earlier + wall_s * job.config.parallel.workers / 3600,
+        }
+    )
     if job.model_use:
         log.info(job.model_use)
         result |= use_model()
@@ -98,8 +110,7 @@ def _measured(job: Job, records: list[Record]) -> dict[str, Any]:
         last = train[max(train)]
         result |= {"steps": last["step"], "tokens": last["tokens"], "train_loss": last["train_loss"]}
     if evals:
-        last = evals[max(evals)]
-        result |= {"val_loss": last["val_loss"], "val_perplexity": last["val_perplexity"]}
+        result |= _losses(evals[max(evals)])
     steps = [record for record in newest if record["kind"] == "train"]
     for key in ("tokens_per_s", "pipeline_utilization", "data_wait_fraction"):
         values = sorted(record[key] for record in steps if key in record)
@@ -110,6 +121,10 @@ def _measured(job: Job, records: list[Record]) -> dict[str, Any]:
         elif record["kind"] == "start" and record["step"]:
             result["resumed_from_step"] = record["step"]
     return result
+
+
+def _losses(evaluation: Record | None) -> dict[str, Any]:
+    return {key: evaluation[key] for key in ("val_loss", "val_perplexity")} if evaluation else {}
 
 
 def last_that_trained(records: list[Record]) -> list[Record]:
@@ -157,12 +172,19 @@ def summary(job: Job, result: dict[str, Any]) -> list[tuple[str, str]]:
         ("waiting for data", _number(result["data_wait_fraction"], "{:.1%}")),
         ("peak memory per worker", memory),
         ("checkpoint", str(result["checkpoint"])),
-        ("model", str(result["model"])),
+        ("model", str(result["model"]) + _of_step(result)),
     ]
     if result["sample"]:
         rows.append(("sample", " ".join(result["sample"].split())))
     rows.append(("compare runs", compare_command(job.config)))
     return rows
+
+
+def _of_step(result: dict[str, Any]) -> str:
+    """Which step the model is of, if it is not the last one."""
+    if result["model_step"] in (None, result["steps"]):
+        return ""
+    return f", of step {result['model_step']:,}, the best evaluation"
 
 
 def lower_batch(config: TrainingConfig, then: str) -> str:

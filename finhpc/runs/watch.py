@@ -130,8 +130,7 @@ class Watcher:
             self.also()
         records, self.offset = read(self.journal, self.offset)
         self.has_trained |= any(record["kind"] == "train" for record in records)
-        steps = self.job.config.train.steps
-        if any(record["kind"] == "finished" and record["step"] >= steps for record in records):
+        if any(record["kind"] == "finished" for record in records):
             self.finished_time = min(self.finished_time, time.monotonic())
         return time.monotonic() - self.finished_time > GRACE_S
 

@@ -81,10 +81,10 @@ class Lora(Section):
         "(.*[02468].*q_proj), as in peft; all-linear: all except the head",
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of the adapter")
-    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora", "loftq"] = Field(
+    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora", "loftq", "eva"] = Field(
         "default",
         description="init_lora_weights of peft; default: A uniform (Kaiming), B zero; pissa, olora: from the base's "
-        "weights; loftq: from what quantizing the base lost",
+        "weights; loftq: from what quantizing the base lost; eva: from the inputs of the layers",
     )
 
     @field_validator("targets", mode="before")
@@ -104,6 +104,22 @@ class FinetuneQuantization(Section):
 
 class Instructions(Section):
     """Examples: a prompt and an answer. Only the answer counts for the loss."""
+
+    loss: Literal["answers", "labels"] = Field(
+        "answers",
+        description="answers: cross-entropy of the answers' tokens over the vocabulary; labels: of the answer among "
+        "the labels of its source, as they are chosen for scores",
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="loss=labels: the share of the wanted distribution that all labels divide evenly"
+    )
+    class_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        default_factory=dict,
+        description="loss=labels: factors of the losses of examples, by label: negative=2 neutral=0.5; default: 1",
+    )
+    balanced: bool = Field(
+        False, description="loss=labels: rarer labels count more, so that all labels count as much in a pass"
+    )
 
     source: list[Source] = Field(
         default_factory=list,
@@ -173,6 +189,16 @@ class FinetuneTrain(Train):
     epochs: float | None = Field(
         1.0, gt=0, description="passes over the examples; ignored if train.steps is given", json_schema_extra=MAY_CHANGE
     )
+    best_by: Literal["val_loss", "val_weighted_f1"] | None = Field(
+        None,
+        description="metric of the evaluation that the model is taken from, whose checkpoint is kept: the held-out "
+        "loss, or the weighted F1 of held-out labels; default: none, the model of the last step",
+    )
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="evaluations without a better train.best_by after which the run ends; default: it takes all steps",
+    )
 
 
 class FinetuneConfig(Section):
@@ -191,9 +217,27 @@ class FinetuneConfig(Section):
 
     def problems(self) -> list[str]:
         """Return every contradiction between settings, each with its remedy."""
+        train, data = self.train, self.data
+        problems = [
+            f"data.{name}={str(getattr(data, name)).lower()} is for data.loss=labels, and data.loss is {data.loss}; "
+            f"use data.loss=labels, or leave data.{name} out."
+            for name in ("label_smoothing", "class_weights", "balanced")
+            if getattr(data, name) and data.loss != "labels"
+        ]
+        if train.patience is not None and train.best_by is None:
+            problems.append(
+                f"train.patience={train.patience} waits for better evaluations, and train.best_by does not name their "
+                "metric; use train.best_by=val_loss, or leave train.patience out."
+            )
+        if train.patience is not None and not train.eval_every:
+            problems.append(
+                f"train.patience={train.patience} counts evaluations, and train.eval_every=0 has only one, at the end; "
+                "set train.eval_every."
+            )
         if self.parallel.schedule == "dualpipev":
-            return [
+            problems.append(
                 "parallel.schedule=dualpipev needs micro-batches of one shape, but packs of examples differ in length; "
                 "use parallel.schedule=1f1b."
-            ]
-        return self.parallel.problems()
+            )
+            return problems
+        return problems + self.parallel.problems()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -15,6 +15,7 @@ from finhpc.settings.training import Parallel
 
 if TYPE_CHECKING:
     from finhpc.data.examples.batches import Batches
+    from finhpc.data.examples.choices.candidates import Candidates
     from finhpc.data.examples.examples import Examples
 
 MicroBatch = dict[str, Any]  # int64: tokens (micro_batch_size, seq_len), sample and position (micro_batch_size,)
@@ -82,11 +83,15 @@ class TokenBatches:
 
 @dataclass(frozen=True)
 class PackedBatches:
-    """Examples; each micro-batch is one pack. `limit`: held-out examples of an evaluation; None for all."""
+    """Examples; each micro-batch is one pack. `limit`: held-out examples of an evaluation; None for all.
+
+    `labels`: what `choices` chooses among.
+    """
 
     examples: Examples
     packing: Batches
     limit: int | None = None
+    labels: Candidates | None = None
     _begun: dict[int, Ints] = field(default_factory=dict)  # epoch -> tokens of its first 0, 1, 2, ... examples
 
     @property
@@ -102,6 +107,15 @@ class PackedBatches:
     def held_out(self, replica: int) -> list[Tensor]:
         batches = self.packing.held_out(self.examples.held_out, replica, self.limit)
         return [torch.from_numpy(batch["pack"]) for batch in batches]
+
+    def choices(self, replica: int) -> tuple[list[Ints], list[int]]:
+        """A replica's packs in which held-out examples with labels choose among them, and these examples in order."""
+        assert self.labels is not None
+        held_out = self.examples.held_out
+        ids = [i for i in range(self.scored) if int(held_out.source[i]) in self.labels.answers]
+        packing = replace(self.packing, candidates=self.labels)
+        batches = packing.held_out(held_out.take(ids), replica)
+        return [batch["pack"] for batch in batches], [ids[i] for batch in batches for i in batch["sample"].tolist()]
 
     def filler(self) -> tuple[int, Tensor | None]:
         return 0, None

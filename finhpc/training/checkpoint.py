@@ -33,6 +33,7 @@ from torch import Tensor
 
 from finhpc.errors import CheckpointError
 from finhpc.files import write_json
+from finhpc.training import best
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -198,7 +199,8 @@ class Checkpointer:
     """Saves one worker's part of each checkpoint in a background thread.
 
     `attempt` is the same for all workers of one start and differs between starts, so that files of a killed start are
-    never mistaken for new ones. Worker 0 completes the checkpoint and removes all but the `keep` newest.
+    never mistaken for new ones. Worker 0 completes the checkpoint and removes all but the `keep` newest, and the best
+    one if the run keeps it.
     """
 
     def __init__(self, folder: Path, keep: int, attempt: str, world_rank: int, workers: int) -> None:
@@ -269,6 +271,8 @@ class Checkpointer:
         }
         write_json(path / MANIFEST, manifest)
         for old in list_complete(self.folder)[self.keep :]:
+            if old.step == extra.get(best.STEP):
+                continue
             (old.path / MANIFEST).unlink()  # first, so that a partly removed checkpoint does not look complete
             shutil.rmtree(old.path, ignore_errors=True)
 

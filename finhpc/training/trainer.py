@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -45,17 +44,20 @@ from finhpc.models.initialize import Fill
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.training import TrainingConfig
 from finhpc.training import checkpoint
-from finhpc.training.batches import Batch, BatchSource
+from finhpc.training.batches import Batch, BatchSource, PackedBatches
+from finhpc.training.best import Best
 from finhpc.training.checkpoint import Checkpoint, Checkpointer
 from finhpc.training.compiler import run_operations
 from finhpc.training.engine import Engine
+from finhpc.training.held_out import Score, evaluate
 from finhpc.training.journal import WORKER_FILE, Journal
 from finhpc.training.memory import counted_peak, peak_resident_bytes, reset_peaks
 from finhpc.training.metrics import Metrics
 from finhpc.training.optimizers.schedules import learning_rate
 from finhpc.training.stages import saved_cut
 from finhpc.training.watchdog import Watchdog
-from finhpc.training.workers.resume import latest_valid, load_state, stored_state
+from finhpc.training.workers.eva import begin_with_inputs
+from finhpc.training.workers.resume import latest_valid, load_state, resume_best, stored_state
 from finhpc.training.workers.stop import Stop
 
 if TYPE_CHECKING:
@@ -80,8 +82,9 @@ class Trainer:
     """One worker's training from its start to its end.
 
     `fill` sets the initial weights; with `lora_model` the weights are those of a frozen base, and adapters are
-    trained. `labels` go into the manifest of every checkpoint. `on_eval` is called on rank 0 after each evaluation
-    except the last.
+    trained. `labels` go into the manifest of every checkpoint. With `best`, the checkpoint of the best evaluation is
+    kept, and the run may stop early. `score` rates the labels that the model chooses for held-out examples. `on_eval`
+    is called on rank 0 after each evaluation except the last.
     """
 
     config: TrainingConfig
@@ -92,6 +95,8 @@ class Trainer:
     source: BatchSource
     lora_model: LoraModel | None = None
     labels: dict[str, Any] = field(default_factory=dict)
+    best: Best | None = None
+    score: Score | None = None
     on_eval: Callable[[dict[str, Any]], None] | None = None
 
     # Set by `run` and `_set_up`.
@@ -134,22 +139,28 @@ class Trainer:
     def _train(self, watchdog: Watchdog) -> None:
         train = self.config.train
         self.started = time.perf_counter()
-        if self.engine.step == train.steps:  # resumed after the last step: its evaluation may be missing
+        if self._is_over:  # resumed after the last step: its evaluation may be missing
             self._evaluate(self.engine.step)
-        for step in range(self.engine.step + 1, train.steps + 1):
+        while not self._is_over:
+            step = self.engine.step + 1
             self._step(step)
             watchdog.settle()
-            last, stops = step == train.steps, self.stop.is_due(step)
-            if last or _is_due(step, train.eval_every):
-                self._evaluate(step)
-            if last or stops or _is_due(step, train.checkpoint_every):
+            stops, improved = self.stop.is_due(step), False
+            if step == train.steps or _is_due(step, train.eval_every):
+                improved = self._evaluate(step)
+            if self._is_over or stops or improved or _is_due(step, train.checkpoint_every):
                 self._checkpoint(step)
             if stops:
                 break
         self.checkpointer.wait()
         dist.barrier()
-        if self.engine.step == train.steps:
+        if self._is_over:
             self._finish()
+
+    @property
+    def _is_over(self) -> bool:
+        """Whether no step is left to take."""
+        return self.engine.step >= self.config.train.steps or (self.best is not None and self.best.stops)
 
     @property
     def step(self) -> int:
@@ -196,6 +207,9 @@ class Trainer:
         self.stop = Stop(self.folder, self.world_rank, self.attempt)
         if latest is not None:
             self._load(latest)
+        elif self.lora_model is not None and self.lora_model.lora.init == "eva":
+            assert isinstance(self.source, PackedBatches)
+            begin_with_inputs(self.engine, self.source)
         if self.journal:
             parallel = self.config.parallel
             self.journal.write(
@@ -226,6 +240,8 @@ class Trainer:
         load_state(self.engine, latest)
         self.resumed_from = latest.step
         self.consumed = int(latest.manifest["consumed"], 16) if self.world_rank == 0 else 0
+        if self.best is not None:
+            resume_best(self.best, latest, self.workers)
         if not checkpoint.load_random_state(latest, self.world_rank, self.workers):
             torch.manual_seed(hash((config.train.seed, latest.step, self.world_rank)))
             if config.model.dropout if isinstance(config, PretrainConfig) else config.lora.dropout:
@@ -239,7 +255,7 @@ class Trainer:
         Each sample's hash is added to `consumed`, modulo 2^256. The sum shows which sample was read at which position
         of the run, by any worker: it does not depend on the number of replicas and interruptions.
         """
-        if self.engine.stage > 0 or self.engine.step >= self.config.train.steps:
+        if self.engine.stage > 0 or self._is_over:
             return iter(())
         stream = self.source.stream(self.engine.step, self.engine.replica)
         first = list(islice(stream, 1))
@@ -312,17 +328,18 @@ class Trainer:
             "data_wait_fraction": sums[1].item() / (span * self.config.parallel.replicas),
         }
 
-    def _evaluate(self, step: int) -> None:
+    def _evaluate(self, step: int) -> bool:
+        """Score and record the model; returns whether it is the best so far of a run that keeps the best."""
         self._record()
-        loss = held_out_loss(self.engine, self.source)
-        if loss is None:
-            return
-        perplexity = math.exp(loss) if loss < 700 else float("inf")
-        record = {"step": step, "tokens": self.source.tokens(step), "val_loss": loss, "val_perplexity": perplexity}
+        figures = evaluate(self.engine, self.source, self.score)
+        if figures is None:
+            return False
+        record = {"step": step, "tokens": self.source.tokens(step), **figures}
         if self.journal:
             self.journal.write("eval", **record)
         if self.on_eval and self.world_rank == 0 and step < self.config.train.steps:
             self.on_eval(record)
+        return self.best is not None and self.best.improves(record)
 
     def _checkpoint(self, step: int) -> None:
         self._record()
@@ -334,6 +351,7 @@ class Trainer:
             "samples": step * parallel.samples_per_step,
             "stages": parallel.stages,
             "replicas": parallel.replicas,
+            **(self.best.labels if self.best else {}),
         }
         file = f"stage-{engine.stage:05d}-replica-{engine.replica:05d}.safetensors"
         self.checkpointer.save(step, file if state else None, state, extra)
@@ -359,22 +377,6 @@ class Trainer:
                 resumed_from_step=self.resumed_from,
                 train_wall_s=time.perf_counter() - self.started,
             )
-
-
-def held_out_loss(engine: Engine, source: BatchSource) -> float | None:
-    """The mean loss over every held-out sample, for any topology; None if there are no held-out samples.
-
-    The engine needs complete micro-batches, equally many per replica. Copies of a sample fill them, and their share
-    is subtracted from the mean.
-    """
-    held_out = source.held_out(engine.replica)
-    if not held_out:
-        return None
-    loss = engine.evaluate(held_out)
-    copies, filler = source.filler()
-    if filler is not None:
-        loss += (loss - engine.evaluate([filler])) * copies / source.scored
-    return loss
 
 
 def sample_hash(position: int, sample: int) -> int:

@@ -94,7 +94,7 @@ def test_an_adapter_that_peft_opens_and_a_resumed_run_that_is_bit_equal(
     job = Finetune(config(base, news, tmp_path, lora=lora))
     examples = job.examples
     assert result["data"]["examples"] + result["data"]["held_out"] == 40
-    batches = batches_of(job.config)
+    batches = batches_of(job.config, examples)
     read_ids = [int(i) for step in range(6) for i in batches.samples(len(examples.train), step)]
     assert result["tokens"] == sum(len(examples.train.example(i)[0]) for i in read_ids)
 
@@ -176,6 +176,21 @@ def test_a_sweep_quantises_the_base_once(base: Path, news: Path, tmp_path: Path)
     assert again["rank2"]["val_loss"] == found["rank2"]["val_loss"]
     assert (trials / "rank2" / "quantized").resolve() == shared
     assert (shared / "weights_sha256.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("train", "eval_fraction", "told"),
+    [
+        ({"best_by": "val_loss"}, 0.0, r"train.best_by=val_loss compares evaluations, and no examples are held out"),
+        ({"patience": 2}, 0.25, r"train.patience=2 waits for better evaluations, .* use train.best_by=val_loss"),
+        ({"patience": 2, "best_by": "val_loss", "eval_every": 0}, 0.25, r"train.eval_every=0 has only one"),
+    ],
+)
+def test_the_best_of_nothing_is_refused(
+    train: dict[str, Any], eval_fraction: float, told: str, base: Path, news: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=told):
+        Finetune(config(base, news, tmp_path, train=train, data={"eval_fraction": eval_fraction}))
 
 
 @pytest.mark.usefixtures("quick_training")

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from finhpc.data.examples.choices.candidates import candidates_of
 from finhpc.data.examples.examples import load, make_examples
 from finhpc.data.examples.instructions import read_examples
 from finhpc.errors import ConfigError
-from finhpc.evaluation.label_scores import _answers, label_scores
+from finhpc.evaluation.label_scores import label_scores
 from finhpc.evaluation.language_model import LanguageModel
 from finhpc.evaluation.models import load_for_evaluation
 from finhpc.evaluation.scores import score
@@ -139,9 +140,9 @@ def test_a_label_that_no_record_has_can_be_chosen_in_finetuning_too(tmp_path: Pa
     model, words = load_for_evaluation(str(write_model(tmp_path / "model")))
     files = {"source": [str(tmp_path / "a.csv")], "eval_source": [str(tmp_path / "b.csv")]}
     examples = make_examples(Instructions(**files), words, 0)
-    assert [len(found) for found in _answers(examples).values()] == [3, 3]
+    assert [len(found) for found in candidates_of(examples).values()] == [3, 3]
     examples.save(tmp_path / "examples.safetensors")
-    assert _answers(load(tmp_path / "examples.safetensors")) == _answers(examples)
+    assert candidates_of(load(tmp_path / "examples.safetensors")) == candidates_of(examples)
     held_out = label_scores(model, words, examples, None)["phrasebank"]
     (task,) = prepared(tmp_path, ["stance"], files={"stance": str(tmp_path / "b.csv")})
     scores, _ = score(LanguageModel(model, words, 4), task, 0, 0)

@@ -7,10 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from finhpc.data.examples.choices.candidates import Choice
+from finhpc.data.examples.choices.packs import label_pack
 from finhpc.models.families.registry import as_low_rank
 from finhpc.models.files.source import open_weights
 from finhpc.models.folder import save_model
@@ -46,6 +49,7 @@ CASES: dict[str, dict[str, Any]] = {
     "8-bit moments": {"lora": {"rank": 48}, "optimizer": {"name": "adamw8bit"}},
     "whole layers, two stages": {"family": "gemma3", "parallel": {"stages": 2, "micro_batches": 2}},
     "whole layers recomputed": {"family": "gemma3", "train": {"recompute": "full"}},
+    "labels": {"data": {"loss": "labels"}},
     "two replicas": {"parallel": {"replicas": 2}, "quantization": {"bits": 4}},
 }
 GEMMA: dict[str, Any] = {
@@ -83,7 +87,12 @@ def settings(name: str, bases: dict[str, Path]) -> tuple[FinetuneConfig, Path]:
 def packs(config: FinetuneConfig) -> list[torch.Tensor]:
     parallel = config.parallel
     count = parallel.micro_batches * parallel.replicas
-    return packs_of(examples(EACH, prefix=8, longest=40), EACH, 8) * count
+    some = examples(EACH, prefix=8, longest=40)
+    if config.data.loss == "labels":
+        labels: list[tuple[int, ...]] = [(5,), (5, 6), (7, 8, 9)]
+        choices = [Choice(np.array(tokens[:-answer]), labels, 0, [1.0, 0.0, 0.0]) for tokens, answer in some]
+        return [torch.from_numpy(label_pack(choices, True, EACH * count, count))] * count
+    return packs_of(some, EACH, 8) * count
 
 
 def counted(names: list[str], bases: dict[str, Path]) -> list[tuple[int, int]]:

@@ -157,7 +157,7 @@ def engine_runs(
     """In one process of the group: each run's losses, norms, this stage's gradients and weights."""
     from finhpc.training.batches import TokenBatches
     from finhpc.training.engine import Engine
-    from finhpc.training.trainer import held_out_loss
+    from finhpc.training.held_out import held_out_loss
 
     class Recorder(Engine):
         """Keeps the gradients of the first step, before and after clipping."""

@@ -35,7 +35,7 @@ def dry_run(config: PretrainConfig | FinetuneConfig) -> dict[str, Any]:
     else:
         for note in job.examples.notes:
             log.info(note)
-        batches = batches_of(job.config)
+        batches = batches_of(job.config, job.examples)
         tokens = PackedBatches(job.examples, batches).tokens(steps)
         estimate = of_examples(job.config, job.lora_model, job.examples, batches, cuda, here)
     rows = [

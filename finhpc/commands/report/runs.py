@@ -90,9 +90,10 @@ class Tracked:
 
     @property
     def complete(self) -> bool:
-        """Finished with all its steps: not failed, killed, or stopped early by a scheduler."""
+        """Finished with all its steps, or by its own patience: not failed, killed, or stopped by a scheduler."""
         steps, planned = self.metrics.get("steps"), self.whole("train.steps")
-        return self.status == "FINISHED" and not (steps is not None and planned is not None and steps < planned)
+        short = steps is not None and planned is not None and steps < planned
+        return self.status == "FINISHED" and (not short or self.whole("train.patience") is not None)
 
     @property
     def scored_only(self) -> bool:

@@ -102,7 +102,7 @@ class Estimator:
         moments = state_bytes(job.lora_model.adapter_shapes.items(), job.config.optimizer)
         estimate.disk_bytes = disk_bytes(job.config, estimate.params, moments)
         if self.timed:
-            batches, here = batches_of(job.config), self.resources is not None
+            batches, here = batches_of(job.config, job.examples), self.resources is not None
             numbers = of_examples(job.config, job.lora_model, job.examples, batches, cuda, here, self._measures)
             estimate.seconds = self._seconds(numbers)
         estimate.datasets, estimate.notes = list(job.datasets), list(job.examples.notes)
@@ -126,4 +126,6 @@ def disk_bytes(run: TrainingConfig, trained: int, moments: int) -> int:
     """What a training leaves on disk, with so many parameters and bytes of optimizer state: a model and checkpoints."""
     every = run.train.checkpoint_every or run.train.steps
     kept = min(run.train.keep_checkpoints, math.ceil(run.train.steps / every))
+    if isinstance(run, FinetuneConfig) and run.train.best_by is not None:
+        kept += 1
     return 4 * trained + kept * (4 * trained + moments)

@@ -136,7 +136,9 @@ class SweepPlan:
     def has_ended(self, trial: Trial) -> bool:
         """Whether nothing is left to do: a finished trial of fewer steps than it should have by now goes on."""
         outcome = read_outcome(self.run_folder(trial.name))
-        shorter = outcome.get("status") == "finished" and outcome["steps"] < self.estimates[trial.name].steps
+        early = bool(outcome.get("stopped_early"))
+        finished = outcome.get("status") == "finished"
+        shorter = finished and not early and outcome["steps"] < self.estimates[trial.name].steps
         return bool(outcome) and not shorter
 
     @cached_property

@@ -15,13 +15,15 @@ from typing import Any
 
 import numpy as np
 
+from finhpc.data.examples.choices.candidates import Candidates
+from finhpc.data.examples.choices.packs import label_pack
 from finhpc.data.examples.examples import Arrays
 from finhpc.data.examples.layout import Group, Ints, Piece, groups, pack, piece, size
 from finhpc.data.shards.order import permutation
 from finhpc.models.packing.layout import IGNORED
 from finhpc.settings.training import Parallel
 
-MicroBatch = dict[str, Any]  # pack: int64 (1, FIELDS, T); sample, position: int64 (micro_batch_size,)
+MicroBatch = dict[str, Any]  # pack: int64 (1, FIELDS or more, T); sample, position: int64 (micro_batch_size,)
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class Batches:
     """Divides a run's examples into micro-batches.
 
     `share_prefix`: off if the adapter has dropout, which differs from example to example.
-    `multiple`, `length`: what T is rounded up to, or is.
+    `multiple`, `length`: what T is rounded up to, or is. `candidates`: the examples choose among them, instead of
+    predicting the tokens of their answers.
     """
 
     parallel: Parallel
@@ -37,6 +40,7 @@ class Batches:
     share_prefix: bool = True
     multiple: int = 1
     length: int | None = None
+    candidates: Candidates | None = None
 
     def order(self, examples: int, epoch: int) -> Ints:
         """Return ids of the examples in the order of an epoch."""
@@ -64,11 +68,10 @@ class Batches:
         """Return a replica's micro-batches of one step."""
         samples = self.samples(len(train), step)
         pieces = [piece(train, int(index)) for index in samples]
-        targets = _targets(pieces)
         packs = self.parallel.micro_batches * self.parallel.replicas
         results: list[MicroBatch] = []
         for chosen in self._grouped(pieces)[replica]:
-            array = self._packed(pieces, chosen, targets, packs)
+            array = self._packed(train, samples, pieces, chosen, packs, learned=True)
             position = step * len(samples) + np.array(chosen, np.int64)
             results.append({"pack": array, "sample": samples[chosen], "position": position})
         return results
@@ -84,15 +87,21 @@ class Batches:
         replicas = self.parallel.replicas
         packs = -(-number // (self.parallel.micro_batch_size * replicas)) * replicas
         pieces = [piece(arrays, int(index)) for index in order]
-        targets = _targets(pieces)
         results: list[MicroBatch] = []
         for chosen in np.array_split(np.arange(number), packs)[replica::replicas] if packs else []:
-            array = self._packed(pieces, chosen.tolist(), targets, packs)
+            array = self._packed(arrays, order, pieces, chosen.tolist(), packs, learned=False)
             results.append({"pack": array, "sample": order[chosen]})
         return results
 
-    def _packed(self, pieces: list[Piece], chosen: list[int], targets: int, packs: int) -> Ints:
+    def _packed(
+        self, arrays: Arrays, ids: Ints, pieces: list[Piece], chosen: list[int], packs: int, learned: bool
+    ) -> Ints:
+        """Return the pack of the `chosen` ones of a step's or an evaluation's examples, with these `ids`."""
+        if self.candidates is not None:
+            choices = [self.candidates.choice(arrays, int(ids[i]), learned) for i in chosen]
+            return label_pack(choices, self.share_prefix, len(pieces), packs, self.multiple, self.length)
         part = [pieces[i] for i in chosen]
+        targets = sum(int((one.target != IGNORED).sum()) for one in pieces)
         return pack(part, groups(part, self.share_prefix), targets, packs, self.multiple, self.length)
 
     def longest(self, arrays: Arrays) -> int:
@@ -156,7 +165,3 @@ def _deal(loads: list[int], replicas: int) -> list[list[int]]:
         free = [mine for mine in dealt if len(mine) < len(loads) // replicas]
         min(free, key=lambda mine: sum(loads[i] for i in mine)).append(index)
     return dealt
-
-
-def _targets(pieces: Sequence[Piece]) -> int:
-    return sum(int((one.target != IGNORED).sum()) for one in pieces)

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from finhpc.data.examples.instructions import Example, Source, is_held_out, read_examples
+from finhpc.data.examples.labels import MOST
 from finhpc.data.examples.mixing import check_weights, mixed
 from finhpc.data.examples.tokenize import Tokenized, check_tokenizer, tokenized
 from finhpc.data.shards.order import permutation
@@ -46,6 +47,17 @@ class Arrays(NamedTuple):
         """Return the tokens of one example, and a mask of its answer."""
         part = slice(self.offsets[index], self.offsets[index + 1])
         return self.tokens[part], self.answer[part]
+
+    def take(self, indices: list[int]) -> Arrays:
+        """Return some of the examples, in this order."""
+        some = [self.example(index) for index in indices]
+        lengths = np.array([len(tokens) for tokens, _ in some], np.int64)
+        return Arrays(
+            np.concatenate([np.empty(0, np.int32), *(tokens for tokens, _ in some)]),
+            np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)]),
+            np.concatenate([np.empty(0, np.bool_), *(answer for _, answer in some)]),
+            self.source[indices],
+        )
 
 
 @dataclass(frozen=True)
@@ -130,6 +142,7 @@ def make_examples(settings: Instructions, tokenizer: Any, seed: int, before: Pat
     counts = _counts(sources, items, drawn, held_out)
     for number, source in enumerate(counts["by_source"]):
         source["unseen"] = _unseen(number, sources[number], drawn + held_out, tokenizer)
+        source["answers"] = _answers(number, sources[number], drawn + held_out, source["unseen"])
     counts |= {"leaked": leaked, "not_drawn": len(train) - len(drawn)}
     chosen = mixed(np.array([item.example.source for item in drawn]), weights, settings.temperature, seed)
     in_pass = [drawn[i] for i in chosen.tolist()]
@@ -161,6 +174,20 @@ def _unseen(number: int, source: Source, learned: list[Tokenized], tokenizer: An
         for label in source.labels
         if label not in seen
     ]
+
+
+def _answers(number: int, source: Source, learned: list[Tokenized], unseen: list[list[int]]) -> list[list[Any]]:
+    """Return each label of a source, and the ids that it has as an answer; none if its answers are texts."""
+    found: dict[tuple[str, tuple[int, ...]], None] = {}
+    for example, row in learned:
+        if example.source == number and row is not None and (name := example.label or example.answer.strip()):
+            found[name, tuple(row.tokens[row.answer].tolist())] = None
+            if len(found) > MOST:
+                return []
+    seen = {label for label, _ in found}
+    others = [label for label in source.labels if label not in seen] if unseen else []
+    pairs = zip(others, unseen, strict=True)
+    return [[label, list(ids)] for label, ids in found] + [[label, ids] for label, ids in pairs]
 
 
 def _origin(examples: list[Example], settings: Instructions, tokenizer: Any, seed: int) -> str:

@@ -87,7 +87,11 @@ class Ends:
 
     def loss(self, rows: Tensor, module: nn.Module, targets: Tensor) -> Tensor:
         """Return `head_loss` of hidden states."""
-        return head_loss(rows if self.logits == 1 else rows * self.logits, module, targets, self.cap)
+        return head_loss(self.scaled(rows), module, targets, self.cap)
+
+    def scaled(self, rows: Tensor) -> Tensor:
+        """Return hidden states by the factor of their logits."""
+        return rows if self.logits == 1 else rows * self.logits
 
     def predict(self, rows: Tensor, module: nn.Module) -> Tensor:
         """Return the logits of hidden states."""

@@ -112,6 +112,11 @@ def _misfits(model: nn.Module, settings: Lora, bits: int, chosen: dict[str, tupl
             f"lora.init={settings.init} changes the base's weights, and quantized ones cannot be changed exactly; "
             "use quantization.bits=16 or lora.init=default."
         )
+    if settings.init == "eva" and "lm_head" in chosen:
+        problems.append(
+            "lora.init=eva does not analyze the inputs of lm_head, which lora.targets names; leave it out, or use "
+            "lora.init=default."
+        )
     if settings.init == "loftq" and bits == 16:
         problems.append(
             "lora.init=loftq starts from what quantizing the base lost, and quantization.bits=16 loses nothing; use "
@@ -148,7 +153,7 @@ def initial_factors(
     """
     out, into = shape
     rank, generator = settings.rank, generator_of(seed, f"{name}.lora")
-    if settings.init == "default" or (settings.init == "loftq" and rows is None):
+    if settings.init in ("default", "eva") or (settings.init == "loftq" and rows is None):
         a = torch.empty(rank, into)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
         return a, torch.zeros(out, rank)

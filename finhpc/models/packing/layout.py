@@ -3,6 +3,9 @@
 A pack is an int64 tensor (1, FIELDS, T): T tokens with their properties. A token sees itself, the tokens before it in
 its own segment, and the whole segment that its segment continues. So a prefix that several examples share is stored and
 computed once; without dropout that is exact.
+
+A pack whose examples choose among candidate answers is (1, FIELDS + CHOICE_FIELDS, T). Column j of the additional
+fields is the j-th token of any candidate, and the j-th candidate; they have nothing to do with token j of the pack.
 """
 
 from __future__ import annotations
@@ -22,6 +25,17 @@ TARGET = 4  # id that it predicts, or IGNORED
 TARGETS = 5  # targets of the whole step or evaluation, over all packs; the same number for every token
 PACKS = 6  # packs of the whole step or evaluation, over all replicas; the same number for every token
 FIELDS = 7
+
+# Of a candidate's token:
+ROW = 7  # the token of the pack that predicts it, from 1; 0: there are no more
+TOKEN_ID = 8
+CANDIDATE = 9  # number of its candidate
+LATER = 10  # 1: it is not its candidate's first one
+# Of a candidate:
+EXAMPLE = 11  # number of its example, from 1; 0: there are no more
+PLACE = 12  # its place among the candidates of its example
+SHARE = 13  # what its example wants of it: the bits of a float64
+CHOICE_FIELDS = 7
 
 IGNORED = -100
 Span = tuple[int, int]  # first row of a segment, and the one after its last
@@ -45,6 +59,26 @@ class SegmentGroup:
 
 
 @dataclass(frozen=True)
+class Candidates:
+    """The answers that the examples of a pack choose among.
+
+    For each token of a candidate: `rows`, its place in the rows that predict a token; `tokens`, its id; `of`, its
+    candidate. `later`: the tokens that are not the first of their candidate. For each candidate: its `example`, its
+    `place` among those of its example, and `shares`, what the example wants of it.
+    """
+
+    rows: Tensor
+    tokens: Tensor
+    of: Tensor
+    later: Tensor
+    example: Tensor
+    place: Tensor
+    shares: Tensor
+    examples: int
+    most: int  # candidates of an example
+
+
+@dataclass(frozen=True)
 class Layout:
     """The structure of a pack, built once and used by every layer.
 
@@ -60,6 +94,7 @@ class Layout:
     predicting: Tensor
     scale: float
     fused: bool = False
+    candidates: Candidates | None = None
     cache: dict[Any, Any] = field(default_factory=dict)  # values that layers derive from it, such as rotary positions
 
     def cut(self, index: int, segments: int) -> list[SegmentGroup]:
@@ -75,6 +110,19 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class Choices:
+    """`Candidates` in plain numbers."""
+
+    rows: list[int]
+    tokens: list[int]
+    of: list[int]
+    later: list[int]
+    example: list[int]
+    place: list[int]
+    shares: list[float]
+
+
+@dataclass(frozen=True)
 class Segments:
     """A layout in plain numbers. `groups`: (the prefix's span or None, the segments' spans)."""
 
@@ -82,6 +130,7 @@ class Segments:
     targets: list[int]
     wanted: list[int]
     scale: float
+    choices: Choices | None = None
 
 
 _recent: OrderedDict[bytes, Layout] = OrderedDict()
@@ -155,7 +204,25 @@ def segments_of(fields: Tensor) -> Segments:
         groups.append((prefix, similar))
     targets = (fields[TARGET] != IGNORED).nonzero()[:, 0]
     scale = int(fields[PACKS, 0]) / max(1, int(fields[TARGETS, 0]))
-    return Segments(groups, targets.tolist(), fields[TARGET][targets].tolist(), scale)
+    choices = _choices_of(fields, targets) if len(fields) > FIELDS else None
+    return Segments(groups, targets.tolist(), fields[TARGET][targets].tolist(), scale, choices)
+
+
+def _choices_of(fields: Tensor, targets: Tensor) -> Choices | None:
+    """Read the candidates; `targets`: the rows that predict a token. None if there are none."""
+    tokens = fields[:, fields[ROW] > 0]
+    candidates = fields[:, fields[EXAMPLE] > 0]
+    if not candidates.shape[1]:
+        return None
+    return Choices(
+        torch.searchsorted(targets, tokens[ROW] - 1).tolist(),
+        tokens[TOKEN_ID].tolist(),
+        tokens[CANDIDATE].tolist(),
+        tokens[LATER].nonzero()[:, 0].tolist(),
+        (candidates[EXAMPLE] - 1).tolist(),
+        candidates[PLACE].tolist(),
+        candidates[SHARE].contiguous().view(torch.float64).tolist(),
+    )
 
 
 def build_layout(segments: Segments, device: torch.device, fused: bool | None = None) -> Layout:
@@ -166,7 +233,22 @@ def build_layout(segments: Segments, device: torch.device, fused: bool | None = 
         groups.append(group_of(tuple(spans), before, device))
     targets, wanted = indices(segments.targets, device), indices(segments.wanted, device)
     predicting = targets if segments.targets else torch.zeros(1, dtype=torch.int64, device=device)
-    return Layout(groups, targets, wanted, predicting, segments.scale, fused)
+    candidates = None if segments.choices is None else _candidates(segments.choices, device)
+    return Layout(groups, targets, wanted, predicting, segments.scale, fused, candidates)
+
+
+def _candidates(choices: Choices, device: torch.device) -> Candidates:
+    return Candidates(
+        indices(choices.rows, device),
+        indices(choices.tokens, device),
+        indices(choices.of, device),
+        indices(choices.later, device),
+        indices(choices.example, device),
+        indices(choices.place, device),
+        on(torch.tensor(choices.shares, dtype=torch.float32), device),
+        max(choices.example) + 1,
+        max(choices.place) + 1,
+    )
 
 
 def _by_prefix(segments: Segments) -> list[tuple[Span | None, list[Span]]]:
@@ -198,5 +280,9 @@ def group_of(spans: tuple[Span, ...], before: Span | None, device: torch.device)
 
 def indices(values: Any, device: torch.device) -> Tensor:
     """Return an int64 tensor on `device`, without waiting for a GPU."""
-    indices = torch.tensor(values, dtype=torch.int64)
-    return indices.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else indices.to(device)
+    return on(torch.tensor(values, dtype=torch.int64), device)
+
+
+def on(values: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the CPU to a device, without waiting for a GPU."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)

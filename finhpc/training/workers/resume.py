@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from finhpc.errors import CheckpointError
+from finhpc.training.best import STEP, Best
 from finhpc.training.checkpoint import MANIFEST, Checkpoint, key_of, open_checkpoint
 from finhpc.training.optimizers.stage import init_state, moment_names, moments
 from finhpc.training.workers.replicas import rows_of
@@ -103,6 +104,31 @@ def _read(pieces: Any) -> tuple[bool, str | None]:
     except CheckpointError as error:
         return False, str(error)
     return False, None
+
+
+def resume_best(best: Best, latest: Checkpoint, workers: int) -> None:
+    """Continue with the best evaluation that `latest` records, unless its checkpoint was lost; all call this together.
+
+    That happens only if newer checkpoints, one of a better evaluation among them, were damaged.
+    """
+    step = latest.manifest.get(STEP, latest.step)
+    checkpoint, error = _open(latest.path.with_name(f"step_{step:08d}"))
+    lost = error or (checkpoint and _wrong_size(checkpoint))
+    if _from_first([lost], workers)[0]:
+        log.info(
+            f"the checkpoint of the best evaluation, of step {step}, is lost ({lost}); the best is searched for anew "
+            f"after step {latest.step}."
+        )
+        return
+    best.resume(latest.manifest)
+
+
+def _wrong_size(checkpoint: Checkpoint) -> str | None:
+    try:
+        checkpoint.check_sizes()
+    except CheckpointError as error:
+        return str(error)
+    return None
 
 
 def load_state(engine: Engine, latest: Checkpoint) -> None:

@@ -1,0 +1,1 @@
+"""Choices among candidate answers: what the candidates of an example are, and packs of them."""
