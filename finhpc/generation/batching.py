@@ -216,6 +216,7 @@ class Batcher:
         self.schedule.remove(row, damaged)
         with self._changed:
             self._names.discard(row.request.name)
+            self._cancelled.discard(row.request.name)  # a later request may have its name
         return token
 
     def _compute(self, rows: list[Row]) -> list[Token]:

@@ -17,7 +17,7 @@ from finhpc.generation.adapters import read_adapters
 from finhpc.generation.batching import Batcher
 from finhpc.generation.decoder import Decoder
 from finhpc.generation.fast_layers import use_fast_layers
-from finhpc.generation.requests import Request, Token
+from finhpc.generation.requests import Request, Row, Token
 from finhpc.models.loading import load_model
 from finhpc.models.lora.adapter_file import load_adapter
 from finhpc.models.lora.multi_lora import Adapters
@@ -214,6 +214,21 @@ def test_a_cancelled_request_ends_and_others_go_on() -> None:
     found = [[token.id for token in tokens if token.request == str(i) and token.id is not None] for i in range(8)]
     assert found[1:7] == alone[1:7]
     assert found[0] == alone[0][: len(found[0])]
+    assert_nothing_is_lost(batcher)
+
+
+def test_a_request_cancelled_in_its_last_pass_cancels_no_later_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    batcher, last = batcher_of(tiny_model("gpt2")), GREEDY.model_copy(update={"max_new_tokens": 1})
+    compute = batcher._compute
+
+    def cancelled_meanwhile(rows: list[Row]) -> list[Token]:
+        batcher.cancel("r")
+        return compute(rows)
+
+    monkeypatch.setattr(batcher, "_compute", cancelled_meanwhile)
+    for _ in range(2):
+        batcher.add(Request("r", [1, 2], None, last))
+        assert [token.finish for token in batcher.step()] == ["length"]
     assert_nothing_is_lost(batcher)
 
 
