@@ -6,6 +6,7 @@
 # make slow    the tests that take minutes
 # make test-gpu  the tests that need a CUDA device
 # make bench-gpu  check one GPU and measure it, in at most 8 minutes
+# make runtimes  build .venv-runtimes with ONNX Runtime and llama.cpp, which exported models are for (up to an hour)
 # make docs    build the documentation into site/, refusing broken links
 
 PYTHON ?= python3.11
@@ -18,7 +19,7 @@ TEST_PROCESSES ?= 2
 # The tests of correctness that bench-gpu begins with: two minutes of them
 GPU_TESTS ?= tests/training tests/models tests/quantization tests/planning/test_memory_gpu.py
 
-.PHONY: setup demo test style pytest slow test-gpu bench-gpu docs clean
+.PHONY: setup demo test style pytest slow test-gpu bench-gpu runtimes docs clean
 
 setup: .venv/.ready
 
@@ -53,6 +54,10 @@ test-gpu: setup
 
 bench-gpu: setup
 	status=0; timeout 120 $(BIN)/python -m pytest -m gpu -q $(GPU_TESTS) || status=$$?; $(BIN)/finhpc bench gpu; exit $$status
+
+runtimes:
+	test -x .venv-runtimes/bin/python || $(PYTHON) -m venv .venv-runtimes
+	.venv-runtimes/bin/python -m pip install --quiet --disable-pip-version-check onnxruntime-genai llama-cpp-python
 
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

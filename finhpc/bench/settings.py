@@ -236,3 +236,19 @@ class GpuBench(Section):
     warm_up: int = Field(3, ge=1, description="steps before them")
     new: int = Field(64, ge=2, description="tokens generated after each prompt")
     resources: Resources = Field(default_factory=lambda: Resources(threads=4))
+
+
+class ExportBench(Section):
+    """Settings of `finhpc bench export`."""
+
+    bench: Bench = Field(default_factory=Bench)
+    model: str | None = Field(None, description="model folder, hub id or .gguf file; required")
+    text: str | None = Field(None, description="file of plain text for perplexity and the prompt; required")
+    formats: list[Literal["onnx", "gguf"]] = Field(["onnx", "gguf"], min_length=1, description="each is measured")
+    bits: list[Annotated[Literal[8, 4], BeforeValidator(int)]] = Field([8, 4], min_length=1, description="each, too")
+    prompt: int = Field(128, ge=1, description="tokens of the prompt")
+    new: int = Field(64, ge=2, description="tokens generated after it")
+    windows: int = Field(8, ge=1, description="windows of the text, for perplexity")
+    seq_len: int = Field(512, ge=2, description="tokens of a window")
+    python: str | None = Field(None, description="interpreter that has the runtimes; default: this one")
+    resources: Resources = Field(default_factory=lambda: Resources(threads=2, device="cpu"))

@@ -232,6 +232,7 @@ ROWS: tuple[Command[Any], ...] = (
     _bench("finetune", "finetuning with LoRA"),
     _bench("context", "finetuning on long inputs"),
     _bench("generate", "generating text"),
+    _bench("export", "exported models in the runtimes they are for"),
     _own(
         "reproduce",
         "run the whole paper at one scale, up to the report",

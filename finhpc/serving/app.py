@@ -81,7 +81,7 @@ class Replica:
 def application(config: ServeConfig, plan: Plan, gpus: bool) -> Application:
     """Return the application, with `config.replicas` replicas."""
     limits, resources = config.limits, config.resources
-    deployment = Replica.options(
+    deployment = Replica.options(  # type: ignore[attr-defined]  # the decorator makes a Deployment of the class
         num_replicas=config.replicas,
         ray_actor_options={
             "num_cpus": resources.cpus_per_worker,

@@ -9,10 +9,9 @@ import asyncio
 import hashlib
 import hmac
 import logging
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
 
 from fastapi.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from finhpc.serving.metrics import Metrics
 from finhpc.serving.protocol import ApiError
@@ -20,9 +19,6 @@ from finhpc.settings.generate import Limits
 
 log = logging.getLogger(__name__)
 
-Scope, Message = MutableMapping[str, Any], MutableMapping[str, Any]
-Receive, Send = Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 OPEN = ("/health", "/ready")  # without a token
 CLOSED = 499  # the client left; nginx's code
 
@@ -34,7 +30,7 @@ class ClientGone(Exception):
 class Guard:
     """`token_sha256`: hex digest of the token; `paths`: the app's, others are counted as one."""
 
-    def __init__(self, app: App, token_sha256: str, limits: Limits, metrics: Metrics, paths: set[str]) -> None:
+    def __init__(self, app: ASGIApp, token_sha256: str, limits: Limits, metrics: Metrics, paths: set[str]) -> None:
         self.app, self.token_sha256, self.limits, self.metrics, self.paths = app, token_sha256, limits, metrics, paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -99,7 +95,7 @@ class Guard:
             raise ApiError(408, f"The body did not arrive within {limit:g} s; send it again.", "timeout") from None
 
 
-async def _until_gone(app: App, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
+async def _until_gone(app: ASGIApp, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
     """Run the app on a body that was read, and cancel it when the client leaves. Raises `ClientGone` then."""
     gone = asyncio.Event()
     unread = [{"type": "http.request", "body": body, "more_body": False}]

@@ -123,7 +123,7 @@ class Served:
         for name, folder in given.items():
             self._serve(name, str(folder), opened.tokenizers[name], opened.stop[name])
         self.refused: dict[str, str] = {}  # name of a listed adapter that cannot be served -> why
-        self._roots = [Path(folder).resolve() for folder in (*config.adapter_root, *given.values())]
+        self._roots = [folder.resolve() for folder in (*map(Path, config.adapter_root), *given.values())]
         self._changing = asyncio.Lock()
         self._stamp: tuple[int, int] | None = None
 

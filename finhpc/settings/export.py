@@ -15,7 +15,8 @@ class ExportQuantization(Section):
     bits: Literal[16, 8, 4] = Field(16, description="bits per weight; 16: not quantized")
     scheme: str = Field(
         "minmax",
-        description="minmax: per vector, 8 or 4 bits, needs finhpc to open; int8 (8 bits), nf4 (4 bits): bitsandbytes",
+        description="minmax: per vector, 8 or 4 bits, needs finhpc to open; int8 (8 bits), nf4 (4 bits): bitsandbytes; "
+        "not for gguf and onnx, which have their own",
     )
 
 
@@ -30,10 +31,14 @@ class ExportConfig(Section):
     rank: int | None = Field(
         None, ge=1, description="lower the rank of the exported adapter, by SVD; default: the sum of what is averaged"
     )
-    format: Literal["native", "merged", "adapter"] = Field(
+    adapters: list[str] = Field(
+        default_factory=list,
+        description="NAME=FOLDER of adapters of `model`, each exported as its own file (gguf and onnx; repeatable)",
+    )
+    format: Literal["native", "merged", "adapter", "gguf", "onnx"] = Field(
         "native",
         description="native: as it is, low-rank; merged: B A multiplied out, opens without finhpc; adapter: a new "
-        "adapter in peft's format",
+        "adapter in peft's format; gguf: merged, a file for llama.cpp; onnx: as it is, a folder for onnxruntime-genai",
     )
     out: str = Field("", description="new folder for the exported model; required")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(

@@ -26,6 +26,7 @@ from finhpc.evaluation.language_model import LanguageModel
 from finhpc.evaluation.models import load_for_evaluation, subjects
 from finhpc.generation.generator import Generator
 from finhpc.log import redirected
+from finhpc.models.export.formats import RUNTIMES
 from finhpc.models.files import source
 from finhpc.models.files import tokenizer as tokenizer_file
 from finhpc.models.loading import load_model
@@ -69,7 +70,8 @@ class Format:
 def _formats() -> dict[str, Format]:
     """Every format that the settings of export allow."""
     fields = ExportConfig.model_fields
-    kinds = [kind for kind in get_args(fields["format"].annotation) if kind != "adapter"]  # not a model
+    others = {"adapter", *RUNTIMES}  # not a model, or not for transformers
+    kinds = [kind for kind in get_args(fields["format"].annotation) if kind not in others]
     found = [Format(kind) for kind in kinds]
     found += [Format(kind, bits, name) for kind in kinds for name, scheme in SCHEMES.items() for bits in scheme.bits]
     dtypes = [dtype for dtype in get_args(fields["dtype"].annotation) if dtype not in ("auto", "float32")]
