@@ -26,7 +26,7 @@ from finhpc.settings.pretrain import Method, Model
 from tests.models.dense import saved, tiny_llama
 from tests.models.folders import peft_adapter
 from tests.models.runtimes import IDS, apart, exported, greedy_in, greedy_of, logits_in, logits_of, needs
-from tests.tiny import tiny_shards, with_tokenizer
+from tests.tiny import tiny_shards
 
 needs("onnxruntime_genai")
 
@@ -156,7 +156,7 @@ def test_adapters_are_switched_while_the_model_runs(make: Make, tmp_path: Path) 
     import numpy as np
     import onnxruntime_genai as og
 
-    base = with_tokenizer(saved(tiny_llama(layers=2), tmp_path / "base"))
+    base = make("llama-tied")
     kinds: dict[str, dict[str, Any]] = {
         "one": {"target_modules": ["q_proj", "down_proj"], "r": 4, "lora_alpha": 8},
         "two": {"target_modules": ["q_proj", "up_proj"], "r": 2, "lora_alpha": 30, "use_rslora": True},
@@ -184,6 +184,8 @@ def test_adapters_are_switched_while_the_model_runs(make: Make, tmp_path: Path) 
 
 
 def test_what_the_format_cannot_express_is_named(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="heads of 8: ONNX Runtime turns heads of multiples of 16"):
+        exported(saved(tiny_llama(layers=1), tmp_path / "narrow"), tmp_path / "out", "onnx")
     shape = resolve_shape(Model(preset="gpt2-tiny", layers=1, width=32, vocab_size=VOCAB), VOCAB)
     for kind in ("half", "sltrain"):
         config = config_of_method(shape, Method(kind=kind, rank=8))

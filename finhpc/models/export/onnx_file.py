@@ -51,6 +51,9 @@ class Onnx(Runtime):
         act = getattr(config, "hidden_act", None) or getattr(config, "activation_function", None)
         if act not in ("silu", *ACTIVATIONS):
             problems.append(f"the activation {act}; it writes silu, {', '.join(ACTIVATIONS)}")
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        if kind != "gpt2" and width % 16:
+            problems.append(f"heads of {width}: ONNX Runtime turns heads of multiples of 16")
         problems += [
             f"the adapter {name} with use_dora=true; merge it into its base"
             for name, adapter in source.adapters.items()
