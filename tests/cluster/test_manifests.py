@@ -167,9 +167,8 @@ def test_serve_takes_the_rayservices_config() -> None:
     assert settings.drain_s < pod["terminationGracePeriodSeconds"]
     assert {"containerPort": config.http_options.port, "name": "serve"} in container["ports"]
     (token,) = (each for each in container["env"] if each["name"] == VARIABLE)
-    assert (
-        token["valueFrom"]["secretKeyRef"]["name"] in (CLUSTER / "kuberay-service.yaml").read_text().split("spec:")[0]
-    )
+    comment = (CLUSTER / "kuberay-service.yaml").read_text().split("spec:")[0]
+    assert token["valueFrom"]["secretKeyRef"]["name"] in comment
     assert "value" not in token, "no token in the file"
 
 

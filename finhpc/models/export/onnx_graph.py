@@ -77,7 +77,7 @@ class Graph:
         """Store a tensor in its own type."""
         tensor = tensor.detach().contiguous()
         raw = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
-        content = memoryview(raw.numpy()).cast("B") if tensor.numel() else memoryview(b"")
+        content = raw.numpy().data.cast("B") if tensor.numel() else memoryview(b"")
         proto = self.onnx.TensorProto(name=name, data_type=TYPES[tensor.dtype], dims=tensor.shape)
         if len(content) <= SMALL:
             proto.raw_data = bytes(content)
