@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import EvaConfig, LoraConfig, get_eva_state_dict
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -74,29 +73,15 @@ def inputs_of(folder: Path, train: Arrays, name: str) -> Tensor:
     return torch.cat(rows).double()
 
 
-def peft_components(folder: Path, train: Arrays) -> dict[str, Tensor]:
-    """What peft begins with, for the same examples one at a time, with all tokens and no other ranks."""
-    packing = Batches(Parallel(micro_batch_size=EXAMPLES), 0)
-    order = [int(index) for step in range(PACKS) for index in packing.samples(len(train), step)]
-    feed = [{"input_ids": torch.from_numpy(train.example(index)[0][:-1]).long()[None]} for index in order]
-    eva = EvaConfig(rho=1.0, use_label_mask=False)
-    settings = LoraConfig(r=RANK, init_lora_weights="eva", eva_config=eva, target_modules="all-linear")
-    base = AutoModelForCausalLM.from_pretrained(folder)
-    found: dict[str, Tensor] = get_eva_state_dict(base, feed, settings, show_progress_bar=False)
-    return found
-
-
 @pytest.mark.parametrize("dora", [False, True])
 def test_a_has_the_directions_in_which_inputs_vary_most(tmp_path: Path, dora: bool) -> None:
     folder, train = saved(tiny_llama(layers=2), tmp_path / "base"), arrays(40)
     (found,) = run_processes(begun, 1, folder, 1, 1, train, RANK, dora)
-    theirs = peft_components(folder, train)
     for name in ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj", "model.layers.1.self_attn.v_proj"):
         rows, a = inputs_of(folder, train, name), found[f"{name}.A"].double()
         rows = rows - rows.mean(0)
         best = torch.linalg.svdvals(rows)[:RANK].square().sum()
         assert (rows @ a.T).square().sum() > 0.95 * best
-        assert (rows @ a.T).square().sum() > 0.98 * (rows @ theirs[name].double().T).square().sum()
         torch.testing.assert_close(a @ a.T, torch.eye(RANK, dtype=torch.float64), atol=1e-4, rtol=0)
         assert not found[f"{name}.B"].any()
 
@@ -121,7 +106,7 @@ def test_more_components_than_inputs_are_refused() -> None:
     train = arrays(40)
     marks = np.zeros(len(train.answer), bool)
     marks[train.offsets[1:] - 1] = True
-    one_each = train._replace(answer=marks)
+    one_each = Arrays(train.tokens, train.offsets, marks, train.source)
     check_inputs(one_each, packing, PACKS * EXAMPLES // 2)
     with pytest.raises(ConfigError, match=r"lora.rank=129, and 256 examples have 256 tokens .* use lora.rank=128"):
         check_inputs(one_each, packing, PACKS * EXAMPLES // 2 + 1)
