@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from finhpc.bench.settings import PrepareBench
+from finhpc.bench.settings import ExportBench, GenerateBench, PrepareBench
 from finhpc.cli import parse
 from finhpc.errors import ConfigError
 from finhpc.settings.base import build, flatten, keys, load, marked, recipes, to_yaml
@@ -180,3 +180,9 @@ def test_on_and_off_are_no_booleans(value: str) -> None:
     """YAML reads them as such, in files and on the command line."""
     words = ["--train.compile", value]
     assert load(PretrainConfig, None, parse(words, PretrainConfig)[1]).train.compile == value
+
+
+@pytest.mark.parametrize("kind", [GenerateBench, ExportBench])
+def test_lists_of_bits_are_read_from_words(kind: type[GenerateBench | ExportBench]) -> None:
+    """Pydantic does not turn words into the numbers of a Literal by itself."""
+    assert build(kind, {"bits": ["8", "4"]}).bits == [8, 4]

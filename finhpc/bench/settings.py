@@ -157,7 +157,7 @@ class GenerateBench(Section):
         ["gpt2-127m:192", "gpt2-1.5b:384"], min_length=1, description="PRESET:RANK, each compared with its dense shape"
     )
     batches: list[int] = Field([1, 16], min_length=1, description="prompts at once; the first counts for the ratios")
-    bits: list[Literal[16, 8, 4]] = Field(
+    bits: list[Annotated[Literal[16, 8, 4], BeforeValidator(int)]] = Field(
         [16, 8, 4], min_length=1, description="of the low-rank models; the first counts"
     )
     schemes: list[Literal["minmax", "int8", "nf4"]] = Field(
