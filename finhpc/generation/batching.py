@@ -2,7 +2,8 @@
 
 G. Yu et al., "Orca", 2022, section 3: scheduling by iterations. W. Kwon et al., "PagedAttention", 2023, section 4.5:
 when blocks run out, the last request to come gives back its own and is computed again later. A. Agrawal et al.,
-"Sarathi-Serve", 2024, section 4: prompts are computed in parts beside the next ids of others, which need not wait.
+"Sarathi-Serve", 2024, section 4: prompts are computed in parts, in the same pass as the next ids of
+others, which need not wait.
 
 A request is what it knows: its ids, of which the first `computed` have keys and values in its blocks. A pass computes
 some of the rest: one id while it is generating, more after it came or was preempted. So an id does not depend on when

@@ -50,7 +50,7 @@ class Schedule:
         return chosen
 
     def _admit(self, row: Row) -> bool:
-        """Give a waiting row the blocks that are there already, if there is room for its others beside what runs."""
+        """Give a waiting row the cached blocks it can share, if its other blocks fit next to those of running rows."""
         blocks, shared = self.blocks, []
         if self.keeps and not row.request.prompt_logprobs:
             row.keys = chain(self._root(row), row.ids, blocks.size, row.keys)

@@ -100,7 +100,7 @@ def blocks_of(config: ServeConfig, model_config: Any, device: str = "cpu") -> in
         blocks = min(config.limits.max_running * -(-context // size), most)
     if blocks < 1:
         raise ConfigError(
-            f"cache.bytes={config.cache.bytes or 'a quarter of the free memory'} holds no block of "
+            f"cache.bytes={config.cache.bytes or 'a quarter of the free memory'} is too small for a block of "
             f"{size} tokens, which takes {each:,} bytes; give more, or smaller blocks (--cache.block_size)."
         )
     return int(blocks)

@@ -285,9 +285,9 @@ def test_log_probabilities_are_the_models_own() -> None:
     model, [prompt] = tiny_model("llama"), prompts_of((30,))
     for other in (0, 3):
         batcher = batcher_of(model, blocks=9 if other else 64)
-        beside = requests_of(prompts_of()[:other])
+        others = requests_of(prompts_of()[:other])
         asked = Request("scored", prompt, None, GREEDY, logprobs=3, prompt_logprobs=True)
-        tokens = served(batcher, [*beside, asked, Request("not", prompt, None, GREEDY)], 1)["scored"]
+        tokens = served(batcher, [*others, asked, Request("not", prompt, None, GREEDY)], 1)["scored"]
         ids = [*prompt, *(int(token.id or 0) for token in tokens)]
         with torch.no_grad():
             logits = model(torch.tensor([ids[:-1]])).logits[0]

@@ -92,7 +92,7 @@ def test_every_problem_is_listed_at_once(files: tuple[Path, dict[str, Path]], tm
         assert words in problems
     with pytest.raises(ConfigError, match=r"wide has rank 80, and limits.max_adapter_rank=64"):
         check(settings(files, adapters=[f"wide={wide}"]))
-    with pytest.raises(ConfigError, match=r"holds no block of 32 tokens, which takes 16,384 bytes; give more"):
+    with pytest.raises(ConfigError, match=r"is too small for a block of 32 tokens, which takes 16,384 bytes;"):
         check(settings(files, **{"cache.bytes": 1000, "cache.block_size": 32}))
     with pytest.raises(ConfigError, match="model is not set"):
         resolved(load(ServeConfig, None, {}))

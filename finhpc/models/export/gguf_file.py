@@ -3,7 +3,7 @@
     FOLDER/model.gguf    settings, tokenizer, chat template, weights
     FOLDER/NAME.gguf     a LoRA adapter, `llama-cli --lora NAME.gguf`
 
-The names of settings and tensors are those of the `gguf` package; what stands beside them here (permuted rows,
+The names of settings and tensors are those of the `gguf` package; what this file adds (permuted rows,
 rotary factors) follows llama.cpp's converter, `convert_hf_to_gguf.py` and `convert_lora_to_gguf.py`, and
 llama.cpp's readers, `src/llama-model.cpp` and `src/llama-adapter.cpp`.
 """

@@ -1,4 +1,4 @@
-"""An ONNX graph that is built node by node, its weights in a file beside it that is written a tensor at a time."""
+"""Builds an ONNX graph node by node, and writes its weights a tensor at a time to a second file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-DATA = "model.onnx.data"  # beside model.onnx: a protobuf message holds at most 2 GB
+DATA = "model.onnx.data"  # a file of its own, because a protobuf message holds at most 2 GB
 ALIGNMENT = 64
 SMALL = 1024  # bytes of a tensor that stays in the graph, where shapes are computed from it
 MICROSOFT = "com.microsoft"  # ONNX Runtime's own operators

@@ -84,7 +84,7 @@ class OnnxLayers:
         self.graph.weight(name, self._narrow(tensor))
 
     def _narrow(self, tensor: Tensor) -> Tensor:
-        """Return what is not quantized in 16 bits beside quantized matrices, unless it exceeds float16."""
+        """Return a tensor that is not quantized in 16 bits if the matrices are, unless it exceeds float16."""
         if self.bits == 16:
             return tensor
         half = tensor.half()
