@@ -16,7 +16,8 @@ class PrepareConfig(Section):
         default_factory=list, description="files or folders of text, hf:NAME, or docs (repeatable)"
     )
     tokenizer: str = Field(
-        "train:8192", description="gpt2, a tokenizer folder or hub id, or train:N to train one of N tokens"
+        "train:8192",
+        description="gpt2, a model's or tokenizer's folder, .gguf file or hub id, or train:N to train one of N tokens",
     )
     out: str = Field("", description="folder for the shards; required")
     block_len: int = Field(1024, ge=2, description="tokens per block (a row of a shard)")

@@ -13,7 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finhpc.commands.export import export
-from finhpc.errors import ConfigError
+from finhpc.data.text import tokenizer as prepared
+from finhpc.errors import ConfigError, FinhpcError
 from finhpc.models.files.manifest import weights_fingerprint
 from finhpc.models.files.source import copy_tokenizer, open_weights, tokenizer_of
 from finhpc.models.lora.adapter_file import base_of
@@ -144,3 +145,15 @@ def test_a_gguf_file_without_tokenizer_is_refused_where_one_is_needed(tmp_path: 
     shutil.copy(path, tmp_path / "bare.bin")
     with pytest.raises(ConfigError, match=r"is not a \.gguf file"):
         open_weights(tmp_path / "bare.bin")
+
+
+def test_text_is_prepared_with_the_tokenizer_of_a_gguf_file(base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prepared.save(str(base), out, lambda: iter(()))
+    text = "Net income rose 12.5 %.\n\nGuidance was cut."
+    assert prepared.Encoder(out).encode([text])[0].tolist()[:-1] == tokenizer_of(base)(text).input_ids
+    write_gguf(tiny_llama(layers=1), tmp_path / "bare.gguf")
+    (tmp_path / "cut.gguf").write_bytes(base.read_bytes()[:1000])
+    for name, reason in (("bare", "without a token"), ("cut", "cut short"), ("missing", "is not a folder")):
+        with pytest.raises(FinhpcError, match=reason):
+            prepared.save(str(tmp_path / f"{name}.gguf"), out, lambda: iter(()))

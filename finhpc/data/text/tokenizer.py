@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from finhpc.data.shards.shards import Tokens
 from finhpc.data.text import bpe
-from finhpc.errors import ConfigError, DataError
+from finhpc.errors import ConfigError, DataError, FinhpcError
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +36,8 @@ SMALLEST_VOCAB = 257  # every byte, and end-of-text
 def save(spec: str, folder: Path, sample: Callable[[], Iterator[str]]) -> None:
     """Save the tokenizer `spec` in `folder`, so that `transformers.AutoTokenizer` opens it.
 
-    `spec` is `gpt2`, `train:N`, a folder or a hub id; `sample` returns the text that `train:N` learns from. Raises
-    `ConfigError` if the tokenizer cannot be fetched or has no end-of-text token.
+    `spec` is `gpt2`, `train:N`, a folder, a .gguf file or a hub id; `sample` returns the text that `train:N` learns
+    from. Raises `ConfigError` if the tokenizer cannot be fetched or has no end-of-text token.
     """
     if folder.exists():
         shutil.rmtree(folder)
@@ -226,22 +226,25 @@ def _gpt2_files() -> tuple[Path, Path]:
 
 
 def _copy(spec: str, folder: Path) -> None:
-    """Save any tokenizer that transformers can open."""
-    if not Path(spec).is_dir() and (os.path.isabs(spec) or spec.startswith(".") or spec.count("/") > 1):
+    """Save the tokenizer of a GGUF file, or any that transformers can open."""
+    gguf = Path(spec).suffix.lower() == ".gguf" and Path(spec).is_file()
+    if not gguf and not Path(spec).is_dir() and (os.path.isabs(spec) or spec.startswith(".") or spec.count("/") > 1):
         raise ConfigError(
-            f"tokenizer={spec} is not a folder; give a folder with tokenizer.json, a hub id, gpt2 or train:N."
+            f"tokenizer={spec} is not a folder; give a folder with tokenizer.json, a .gguf file, a hub id, gpt2 or "
+            "train:N."
         )
+    from finhpc.models.files.source import tokenizer_of
     from finhpc.models.files.tokenizer import read_tokenizer
 
     try:
-        tokenizer = read_tokenizer(spec)
-    except ConfigError:
+        tokenizer = tokenizer_of(Path(spec)) if gguf else read_tokenizer(spec)
+    except FinhpcError:
         raise
     except Exception as error:  # the library raises many kinds, from a missing file to a dead network
         reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"tokenizer={spec} cannot be opened ({reason}); give a folder with tokenizer.json, a hub id that can "
-            "be reached, gpt2 or train:N."
+            f"tokenizer={spec} cannot be opened ({reason}); give a folder with tokenizer.json, a .gguf file, a "
+            "hub id that can be reached, gpt2 or train:N."
         ) from None
     if not tokenizer.is_fast:
         raise ConfigError(f"tokenizer={spec} has no tokenizer.json (a slow tokenizer); convert it to a fast one.")
