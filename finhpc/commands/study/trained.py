@@ -15,7 +15,7 @@ from finhpc.commands.sweep.tuning import train_trials
 from finhpc.errors import ImplausibleError, TrainingFailedError
 from finhpc.evaluation.perplexity import SAMPLE_LOSSES
 from finhpc.settings.pretrain import PretrainConfig
-from finhpc.settings.study import StudyConfig
+from finhpc.settings.sweep import StudyConfig
 from finhpc.training.journal import WORKER_FILE, latest, read
 
 log = logging.getLogger(__name__)
