@@ -163,7 +163,7 @@ def draw_layouts(rows: list[Row], file: Path) -> None:
         places = [k + (i - (len(names) - 1) / 2) * width for k in range(len(mixes))]
         bars = axes.bar(places, [100 * row["used"] for row in mine], width * 0.95, label=name)
         axes.bar_label(bars, [_size(row["cache_bytes"]) for row in mine], fontsize=7)
-    axes.set_xticks(range(len(mixes)), [f"{mix} requests" if mix == "these" else mix for mix in mixes])
+    axes.set_xticks(range(len(mixes)), ["the bench's own" if mix == "these" else mix for mix in mixes])
     axes.set(ylabel="% of the memory with keys and values", ylim=(0, 110))
     axes.legend(ncols=len(names), loc="upper center", bbox_to_anchor=(0.5, 1.15), frameon=False, fontsize=8)
     figure.savefig(file, dpi=150)
