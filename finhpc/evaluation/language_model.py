@@ -2,8 +2,9 @@
 
 Log-probabilities are computed only at the positions of the answers, not over the vocabulary at every token of the
 prompt, and answers that share all tokens except the last are read from one row. The decoder of `finhpc.generation`
-computes the rows, and what several begin with only once; a family that only transformers knows runs as it is, in padded
-batches.
+computes the rows, and what several begin with only once: examples per second of processor time were 1.1 (WinoGrande's
+lengths) to 2.2 (labels of three tokens) times those of padded batches, and 4.6 with 300 tokens of examples before each
+prompt (16 rows, one thread). Padded batches remain for families that only transformers knows, which are scored as well.
 
 They are float32 for any model, and an answer's are summed in float64. lm-eval computes them in the model's type by
 default; in bfloat16 a log-probability of -3 is a multiple of 1/64, so that answers tie.

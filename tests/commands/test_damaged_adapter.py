@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import finhpc
-from finhpc.errors import CheckpointError
+from finhpc.errors import FinhpcError
 from finhpc.evaluation.models import subjects
 from finhpc.settings.base import build
 from finhpc.settings.generate import GenerateConfig
@@ -49,5 +49,5 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> Paths:
 
 @pytest.mark.parametrize("command", [generate, serve, evaluate])
 def test_it_is_refused_before_anything_starts(command: Callable[[str, str], object], paths: Paths) -> None:
-    with pytest.raises(CheckpointError, match="holds NaN or infinity; train the adapter again"):
+    with pytest.raises(FinhpcError, match="holds NaN or infinity; train the adapter again"):
         command(*paths)
