@@ -6,7 +6,7 @@
 # make slow    the tests that take minutes
 # make test-gpu  the tests that need a CUDA device
 # make bench-gpu  check one GPU and measure it, in at most 8 minutes
-# make runtimes  build .venv-runtimes with ONNX Runtime and llama.cpp, which exported models are for (up to an hour)
+# make runtimes  build .venv-runtimes with ONNX Runtime and llama.cpp, which exported models are for
 # make docs    build the documentation into site/, refusing broken links
 
 PYTHON ?= python3.11
@@ -57,7 +57,7 @@ bench-gpu: setup
 
 runtimes:
 	test -x .venv-runtimes/bin/python || $(PYTHON) -m venv .venv-runtimes
-	.venv-runtimes/bin/python -m pip install --quiet --disable-pip-version-check onnxruntime-genai llama-cpp-python
+	.venv-runtimes/bin/python -m pip install --quiet --disable-pip-version-check onnxruntime-genai xllamacpp
 
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

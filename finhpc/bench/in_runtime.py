@@ -12,9 +12,13 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
+
+Losses = Callable[[list[int]], list[float]]  # of each token of a window after the first
+Logits = Callable[[list[int]], Any]  # (tokens, vocabulary)
 
 
 def main() -> None:
@@ -32,12 +36,33 @@ def main() -> None:
         ids += tokens
         answer["tokens_per_s"] = (len(ids) - 1) / (time.perf_counter() - begin)
         answer["ids"] = ids
-        answer["peak_rss_bytes"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        answer["peak_rss_bytes"] = peak_memory()
     if request["windows"]:
-        of = LOGITS[request["format"]](request)
-        losses = [loss for ids in request["windows"] for loss in _losses(of(ids), ids)]
+        of = LOSSES[request["format"]](request)
+        losses = [loss for ids in request["windows"] for loss in of(ids)]
         answer["perplexity"] = math.exp(sum(losses) / len(losses))
     Path(sys.argv[2]).write_text(json.dumps(answer), encoding="utf-8")
+
+
+def peak_memory() -> int:
+    """Return the most bytes that this process had in memory.
+
+    Linux counts for getrusage also what the process that started this one had.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return 1024 * int(next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM")))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def of_logits(logits: Callable[[dict[str, Any]], Logits]) -> Callable[[dict[str, Any]], Losses]:
+    """Return what opens a model and gives the loss of each token of a window after the first."""
+
+    def opened(request: dict[str, Any]) -> Losses:
+        rows = logits(request)
+        return lambda ids: _losses(rows(ids), ids)
+
+    return opened
 
 
 def _losses(rows: Any, ids: list[int]) -> list[float]:
@@ -70,7 +95,7 @@ def onnx_tokens(request: dict[str, Any]) -> Iterator[int]:
         yield int(generator.get_next_tokens()[0])
 
 
-def onnx_logits(request: dict[str, Any]) -> Callable[[list[int]], Any]:
+def onnx_logits(request: dict[str, Any]) -> Logits:
     import numpy as np
     import onnxruntime as ort
 
@@ -92,35 +117,67 @@ def onnx_logits(request: dict[str, Any]) -> Callable[[list[int]], Any]:
     return logits
 
 
-def _llama_cpp(request: dict[str, Any], length: int, every: bool) -> Any:
-    from llama_cpp import Llama
+class LlamaCpp:
+    """llama.cpp's server in this process, with room for `length` tokens; `adapters`: files of LoRA adapters it adds."""
 
-    threads = {"n_threads": request["threads"], "n_threads_batch": request["threads"]}
-    return Llama(request["path"], n_ctx=length, n_batch=512, logits_all=every, verbose=False, **threads)
+    def __init__(self, request: dict[str, Any], length: int, adapters: Sequence[str] = ()) -> None:
+        import xllamacpp
+
+        how = xllamacpp.CommonParams()
+        how.model.path, how.n_ctx, how.n_parallel = request["path"], length, 1
+        how.cpuparams.n_threads = how.cpuparams_batch.n_threads = request["threads"]
+        how.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(path, 1.0) for path in adapters]
+        how.cache_ram_mib, how.swa_full, how.verbosity = 0, True, 0
+        self.server = xllamacpp.Server(how)
+
+    def ask(self, path: str, **body: Any) -> Any:
+        address = f"{self.server.listening_address}/{path}"
+        asked = Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        with urlopen(asked) as answer:
+            return json.load(answer)
+
+    def greedy(self, ids: list[int], new: int) -> list[int]:
+        """Continue a prompt; what it has in common with the previous one is not computed again."""
+        how = {"temperature": 0.0, "ignore_eos": True, "return_tokens": True}
+        found: list[int] = self.ask("completion", prompt=ids, n_predict=new, **how)["tokens"]
+        return found
+
+    def log_probability(self, ids: list[int], token: int) -> float:
+        """Return the log probability of a token after ids: it is forced, and the server tells what it had been."""
+        answer = self._forced(ids, token, 1)
+        return self.log_probabilities(ids)[token] if answer is None else float(answer["logprob"])
+
+    def log_probabilities(self, ids: list[int]) -> dict[int, float]:
+        """Return the log probability of every token after ids, which takes longer."""
+        (plain,) = self.ask("tokenize", content="a")["tokens"][-1:]
+        answer = self._forced(ids, plain, 1 << 30)
+        assert answer is not None
+        return {int(each["id"]): float(each["logprob"]) for each in answer["top_logprobs"]}
+
+    def _forced(self, ids: list[int], token: int, count: int) -> Any:
+        """Return what the server tells about a next token; None if the token alone is no text in UTF-8."""
+        how = {"temperature": 0.0, "n_probs": count, "logit_bias": [[token, 1e6]]}
+        told = self.ask("completion", prompt=ids, n_predict=1, **how).get("completion_probabilities")
+        return told[0] if told else None
 
 
 def gguf_tokens(request: dict[str, Any]) -> Iterator[int]:
     """Yield -1 when the model is open, then greedy ids."""
-    llama = _llama_cpp(request, len(request["prompt"]) + request["new"] + 1, every=False)
+    prompt, new = request["prompt"], request["new"]
+    model = LlamaCpp(request, len(prompt) + new + 1)
     yield -1
-    for i, token in enumerate(llama.generate(request["prompt"], temp=0.0, repeat_penalty=1.0)):
-        yield int(token)
-        if i + 1 == request["new"]:
-            return
+    first = model.greedy(prompt, 1)
+    yield from first
+    yield from model.greedy(prompt + first, new - 1)
 
 
-def gguf_logits(request: dict[str, Any]) -> Callable[[list[int]], Any]:
-    llama = _llama_cpp(request, max(map(len, request["windows"])), every=True)
-
-    def logits(ids: list[int]) -> Any:
-        llama.reset()
-        llama.eval(ids)
-        return llama.scores[: len(ids)].copy()
-
-    return logits
+def gguf_losses(request: dict[str, Any]) -> Losses:
+    """The server gives probabilities of the last position only, so each token is a request of its own."""
+    model = LlamaCpp(request, max(map(len, request["windows"])) + 1)
+    return lambda ids: [-model.log_probability(ids[:i], ids[i]) for i in range(1, len(ids))]
 
 
-def native_logits(request: dict[str, Any]) -> Callable[[list[int]], Any]:
+def native_logits(request: dict[str, Any]) -> Logits:
     import torch
 
     import finhpc
@@ -136,7 +193,7 @@ def native_logits(request: dict[str, Any]) -> Callable[[list[int]], Any]:
 
 
 TOKENS = {"onnx": onnx_tokens, "gguf": gguf_tokens}
-LOGITS = {"onnx": onnx_logits, "gguf": gguf_logits, "native": native_logits}
+LOSSES = {"onnx": of_logits(onnx_logits), "gguf": gguf_losses, "native": of_logits(native_logits)}
 
 if __name__ == "__main__":
     main()

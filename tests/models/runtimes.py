@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,13 @@ import torch
 from torch import Tensor
 
 import finhpc
-from finhpc.bench.in_runtime import LOGITS, TOKENS
+from finhpc.bench.in_runtime import TOKENS, LlamaCpp, onnx_logits
 from finhpc.commands.export import export
 from finhpc.settings.base import build
 from finhpc.settings.export import ExportConfig
 
 REMEDIES = {
-    "llama_cpp": "llama.cpp is not installed here; run pip install llama-cpp-python (it is compiled: minutes)",
+    "xllamacpp": "llama.cpp is not installed here; run pip install xllamacpp",
     "onnxruntime_genai": 'onnxruntime-genai is not installed here; run pip install "finhpc[onnx]"',
 }
 IDS = [(7 * i + 3) % 300 for i in range(24)]
@@ -36,10 +35,22 @@ def request(path: Path, new: int = 0) -> dict[str, Any]:
     return {"path": str(path), "prompt": IDS, "new": new, "threads": 1, "windows": [IDS]}
 
 
-def logits_in(form: str, path: Path) -> Tensor:
-    """Logits (tokens, vocabulary) of `IDS` in a format's runtime."""
-    of: Callable[[list[int]], Any] = LOGITS[form](request(path))
-    return torch.tensor(of(IDS)).float()
+def logits_in_onnx(path: Path) -> Tensor:
+    """Logits (tokens, vocabulary) of `IDS` in ONNX Runtime."""
+    return torch.tensor(onnx_logits(request(path))(IDS)).float()
+
+
+def llama_cpp(path: Path, *adapters: Path) -> LlamaCpp:
+    return LlamaCpp(request(path), 64, [str(adapter) for adapter in adapters])
+
+
+def log_probabilities_in(model: LlamaCpp, vocab: int) -> Tensor:
+    """Log probabilities (tokens, vocabulary) after each of `IDS` in llama.cpp, which gives one position per request."""
+    rows = torch.full((len(IDS), vocab), torch.nan)
+    for i, row in enumerate(rows):
+        for token, value in model.log_probabilities(IDS[: i + 1]).items():
+            row[token] = value
+    return rows
 
 
 def greedy_in(form: str, path: Path, new: int) -> list[int]:

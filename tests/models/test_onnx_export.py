@@ -25,7 +25,7 @@ from finhpc.models.initialize import initial_model
 from finhpc.settings.pretrain import Method, Model
 from tests.models.dense import saved, tiny_llama
 from tests.models.folders import peft_adapter
-from tests.models.runtimes import IDS, apart, exported, greedy_in, greedy_of, logits_in, logits_of, needs
+from tests.models.runtimes import IDS, apart, exported, greedy_in, greedy_of, logits_in_onnx, logits_of, needs
 from tests.tiny import tiny_shards
 
 needs("onnxruntime_genai")
@@ -77,7 +77,7 @@ def test_the_graph_computes_what_the_model_computes(name: str, make: Make, tmp_p
     source, out = make(name), tmp_path / "out"
     result = exported(source, out, "onnx")
     assert result["size_bytes"] == sum((out / file).stat().st_size for file in ("model.onnx", "model.onnx.data"))
-    torch.testing.assert_close(logits_in("onnx", out), logits_of(finhpc.load_model(source)), rtol=0, atol=2e-5)
+    torch.testing.assert_close(logits_in_onnx(out), logits_of(finhpc.load_model(source)), rtol=0, atol=2e-5)
     assert greedy_in("onnx", out, 16) == greedy_of(source, 16)
 
 
@@ -125,7 +125,7 @@ def test_few_bits_compute_with_the_stored_numbers(name: str, bits: int, make: Ma
     model = finhpc.load_model(make(name))
     plain = logits_of(model)
     round_as_stored(model, bits, result["not_quantised"])
-    found, wanted = logits_in("onnx", tmp_path / "out"), logits_of(model)
+    found, wanted = logits_in_onnx(tmp_path / "out"), logits_of(model)
     assert apart(found, wanted) < 0.03
     assert apart(found, plain) < (0.06 if bits == 8 else 0.6)
     assert len(greedy_in("onnx", tmp_path / "out", 8)) == 8
@@ -165,9 +165,7 @@ def test_adapters_are_switched_while_the_model_runs(make: Make, tmp_path: Path) 
         peft_adapter(base, tmp_path / name, **kind)
     result = exported(base, tmp_path / "out", "onnx", adapters=[f"{name}={tmp_path / name}" for name in kinds])
     assert result["adapters"] == [*kinds]
-    torch.testing.assert_close(
-        logits_in("onnx", tmp_path / "out"), logits_of(finhpc.load_model(base)), rtol=0, atol=2e-5
-    )
+    torch.testing.assert_close(logits_in_onnx(tmp_path / "out"), logits_of(finhpc.load_model(base)), rtol=0, atol=2e-5)
     model = og.Model(str(tmp_path / "out"))
     adapters = og.Adapters(model)
     for name in kinds:

@@ -2,8 +2,8 @@
 
 For each number of bits and each format the model is exported, opened in a process of its own with
 `resources.threads`, and measured: bytes on disk, peak resident memory of that process, time to the first token after a
-prompt, tokens per second after it, and perplexity on a text. finhpc's own export of as many bits, and the model in 16,
-are what the perplexities are compared with.
+prompt, tokens per second after it, and perplexity on a text, next to that of finhpc's own export of as many bits and of
+the model in 16.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from finhpc.settings.export import ExportConfig, ExportQuantization
 
 log = logging.getLogger(__name__)
 
-PACKAGES = {"onnx": ("onnxruntime", "onnxruntime_genai"), "gguf": ("llama_cpp",)}
-REMEDY = {"onnx": 'pip install "finhpc[onnx]"', "gguf": "pip install llama-cpp-python"}
+PACKAGES = {"onnx": ("onnxruntime", "onnxruntime_genai"), "gguf": ("xllamacpp",)}
+REMEDY = {"onnx": 'pip install "finhpc[onnx]"', "gguf": "pip install xllamacpp"}
 TIMES = ("peak_rss_bytes", "open_s", "first_token_s", "tokens_per_s")
 COLUMNS = (
     "format", "bits", "scheme", "file_bytes", "peak_rss_bytes", "open_s", "first_token_s", "tokens_per_s", "perplexity",
-    "perplexity_over_finhpc",
+    "perplexity_over_finhpc", "perplexity_over_16_bits",
 )  # fmt: skip
 
 
 def bench_export(settings: ExportBench) -> dict[str, Any]:
-    """Measure and publish; `ratios`: perplexity of each way over that of finhpc's export of as many bits.
+    """Measure and publish; `ratios`: perplexity of each way over that of finhpc's export of as many bits, or of 16.
 
     Raises `ConfigError` for no model, no text, a text that is too short, or a runtime that `python` does not have.
     """
@@ -52,6 +52,7 @@ def bench_export(settings: ExportBench) -> dict[str, Any]:
     python = settings.python or sys.executable
     for form in settings.formats:
         _need(python, form)
+        _export(path, path / "measured", form, settings.bits[0], dry_run=True)
     prompt, windows = _ids(settings, path)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as place:
@@ -67,14 +68,16 @@ def bench_export(settings: ExportBench) -> dict[str, Any]:
                 times = [_run(python, request) for _ in range(settings.bench.repeats)]
                 answer: Row = {key: statistics.median(each[key] for each in times) for key in TIMES}
                 answer |= _run(python, request | {"new": 0, "windows": windows})
-                ratio = answer["perplexity"] / own[bits]["perplexity"]
                 row = {"format": form, "bits": bits, "scheme": made["scheme"], "file_bytes": made["size_bytes"]}
-                rows.append(row | answer | {"perplexity_over_finhpc": ratio})
+                rows.append(row | answer)
+    ratios = {}
+    for row in (*own.values(), *rows):
+        for name, base in (("finhpc", own[row["bits"]]), ("16_bits", own[16])):
+            row[f"perplexity_over_{name}"] = row["perplexity"] / base["perplexity"]
+            if row is not base:
+                way = f"perplexity_{row['format'].partition(' ')[0]}_{row['bits']}"
+                ratios[f"{way}_over_{name}"] = row[f"perplexity_over_{name}"]
     rows = [*own.values(), *rows]
-    ratios = {
-        f"perplexity_{row['format']}_{row['bits']}_over_finhpc": row["perplexity_over_finhpc"]
-        for row in rows[len(own) :]
-    }
     conditions = {
         "model": settings.model,
         "threads": settings.resources.threads,
@@ -92,12 +95,12 @@ def _own(settings: ExportBench, path: Path, place: Path, bits: int, windows: lis
     request = {"format": "native", "path": str(place / f"finhpc-{bits}"), "prompt": [], "new": 0}
     answer = _run(sys.executable, request | {"threads": settings.resources.threads, "windows": windows})
     row = {"format": f"finhpc {form}", "bits": bits, "scheme": made["scheme"], "file_bytes": made["size_bytes"]}
-    return row | dict.fromkeys(TIMES) | answer | {"perplexity_over_finhpc": 1.0}
+    return row | dict.fromkeys(TIMES) | answer
 
 
-def _export(path: Path, out: Path, form: str, bits: int) -> dict[str, Any]:
+def _export(path: Path, out: Path, form: str, bits: int, dry_run: bool = False) -> dict[str, Any]:
     how = {"model": str(path), "out": str(out), "format": form, "quantization": ExportQuantization(bits=bits)}  # type: ignore[arg-type]
-    return export(ExportConfig.model_validate(how))
+    return export(ExportConfig.model_validate(how), dry_run)
 
 
 def _run(python: str, request: dict[str, Any]) -> dict[str, Any]:
@@ -106,8 +109,9 @@ def _run(python: str, request: dict[str, Any]) -> dict[str, Any]:
         asked, answered = Path(place, "request.json"), Path(place, "answer.json")
         asked.write_text(json.dumps(request), encoding="utf-8")
         command = [python, in_runtime.__file__, str(asked), str(answered)]
-        threads = {"OMP_NUM_THREADS": str(request["threads"])}
-        done = subprocess.run(command, env=os.environ | threads, capture_output=True, text=True)
+        # Safe path: files beside in_runtime.py are not modules of their own.
+        settings = {"OMP_NUM_THREADS": str(request["threads"]), "PYTHONSAFEPATH": "1"}
+        done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
         if done.returncode:
             raise ConfigError(
                 f"{request['path']} does not run in {request['format']}'s runtime: {done.stderr.strip()[-500:]}"

@@ -35,21 +35,34 @@ class Architecture:
 
     `name`: its `general.architecture`. `activations`: those it computes. `permuted`: rotary positions turn pairs of
     neighbors, so that rows of queries and keys change their places. `head_sizes`: heads may be of another size than
-    width / heads.
+    width / heads. `norms_from_zero`: the model adds 1 to the weights of norms, llama.cpp does not. `windows`: every so
+    many layers one sees all tokens, the others those of a window.
     """
 
     name: str
     activations: tuple[str, ...]
     permuted: bool = False
     head_sizes: bool = False
+    norms_from_zero: bool = False
+    windows: int = 0
 
 
 TANH = ("gelu_pytorch_tanh", "gelu_new")
+
+
+def _gemma(name: str, windows: int = 0) -> Architecture:
+    return Architecture(name, TANH[:1], head_sizes=True, norms_from_zero=True, windows=windows)
+
+
 ARCHITECTURES = {
     "gpt2": Architecture("gpt2", TANH),
     "llama": Architecture("llama", ("silu",), permuted=True, head_sizes=True),
     "mistral": Architecture("llama", ("silu",), permuted=True, head_sizes=True),
     "qwen2": Architecture("qwen2", ("silu",)),
+    "qwen3": Architecture("qwen3", ("silu",), head_sizes=True),
+    "gemma": _gemma("gemma"),
+    "gemma2": _gemma("gemma2", windows=2),
+    "gemma3_text": _gemma("gemma3", windows=6),
 }
 
 
@@ -83,7 +96,7 @@ class Gguf(Runtime):
         writer.add_file_type({8: 7, 4: 2}.get(source.bits, FILE_TYPES[model.stored_dtype]))
         if source.bits < 16:
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        _add_shape(writer, model.target_config)
+        _add_shape(writer, model.target_config, _arch(model))
         add_tokenizer(writer, source.tokenizer, source.stops, model.target_config.vocab_size)
         factors = _rope_factors(model.target_config)
         if factors is not None:
@@ -125,14 +138,19 @@ def _misfits(model: Layers) -> list[str]:
     keys = ("hidden_activation", "hidden_act", "activation_function")
     act = next(value for key in keys if (value := getattr(config, key, None)))
     problems = [] if act in arch.activations else [f"the activation {act}"]
-    for key in ("scale_attn_by_inverse_layer_idx", "mlp_bias", "use_sliding_window"):
+    for key in ("scale_attn_by_inverse_layer_idx", "mlp_bias", "use_sliding_window", "use_bidirectional_attention"):
         if getattr(config, key, False):
             problems.append(f"{key}=true")
     if getattr(config, "scale_attn_weights", True) is False:
         problems.append("scale_attn_weights=false")
-    width, heads = config.hidden_size, config.num_attention_heads
-    if not arch.head_sizes and (getattr(config, "head_dim", None) or width // heads) != width // heads:
+    width, heads, size = config.hidden_size, config.num_attention_heads, _head_size(config)
+    if not arch.head_sizes and size != width // heads:
         problems.append(f"head_dim={config.head_dim} with {heads} heads and a width of {width}")
+    scale = getattr(config, "query_pre_attn_scalar", size)
+    if scale != size:
+        problems.append(f"query_pre_attn_scalar={scale} with heads of {size}")
+    if arch.windows and config.layer_types != [_window(i, arch) for i in range(config.num_hidden_layers)]:
+        problems.append(f"layer_types in which not one layer in {arch.windows} sees all tokens")
     kind = _rope(config).get("rope_type", "default")
     fits = ("default", "linear", "llama3") if arch.permuted else ("default", "linear")
     if kind not in fits:
@@ -140,8 +158,18 @@ def _misfits(model: Layers) -> list[str]:
     return [f"{problem}; use --format merged." for problem in problems]
 
 
-def _rope(config: Any) -> dict[str, Any]:
-    return dict(getattr(config, "rope_parameters", None) or {})
+def _head_size(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _window(layer: int, arch: Architecture) -> str:
+    return "sliding_attention" if (layer + 1) % arch.windows else "full_attention"
+
+
+def _rope(config: Any, layers: str = "full_attention") -> dict[str, Any]:
+    """Return the rotary positions of the layers of a type; most models have the same in all."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return dict(rope.get(layers, rope))
 
 
 def _rope_factors(config: Any) -> np.ndarray[Any, Any] | None:
@@ -155,7 +183,7 @@ def _rope_factors(config: Any) -> np.ndarray[Any, Any] | None:
     return factors
 
 
-def _add_shape(writer: Any, config: Any) -> None:
+def _add_shape(writer: Any, config: Any, arch: Architecture) -> None:
     import gguf
 
     heads, kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
@@ -168,7 +196,7 @@ def _add_shape(writer: Any, config: Any) -> None:
         writer.add_feed_forward_length(config.n_inner or 4 * config.n_embd)
         writer.add_layer_norm_eps(config.layer_norm_epsilon)
         return
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    size = _head_size(config)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count_kv(kv_heads or heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
@@ -179,6 +207,15 @@ def _add_shape(writer: Any, config: Any) -> None:
     if _rope(config).get("rope_type") == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(_rope(config)["factor"]))
+    if arch.windows:
+        writer.add_sliding_window(config.sliding_window)
+        writer.add_rope_freq_base_swa(float(_rope(config, "sliding_attention")["rope_theta"]))
+    for key, add in (
+        ("attn_logit_softcapping", writer.add_attn_logit_softcapping),
+        ("final_logit_softcapping", writer.add_final_logit_softcapping),
+    ):
+        if getattr(config, key, None):
+            add(float(getattr(config, key)))
 
 
 # -- tensors --------------------------------------------------------------------------------
@@ -225,6 +262,8 @@ def _stored(name: str, tensor: Tensor, model: Layers) -> np.ndarray[Any, Any]:
         tensor = tensor.T
     if arch.permuted:
         tensor = _permuted(layer, tensor, config)
+    if arch.norms_from_zero and layer.endswith("norm"):
+        tensor = tensor + 1
     return np.ascontiguousarray(tensor.numpy())
 
 

@@ -70,7 +70,11 @@ def _split(step: dict[str, Any]) -> str:
 
 def _is_metaspace(tree: dict[str, Any], normalizers: list[dict[str, Any]]) -> bool:
     """Return whether spaces become SentencePiece's mark, and nothing else happens before BPE."""
-    steps = _listed(tree.get("pre_tokenizer"), "pretokenizers")
+    spaces = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+    # Gemma's tokenizers also split at spaces, after they have replaced them all.
+    steps = [
+        step for step in _listed(tree.get("pre_tokenizer"), "pretokenizers") if not (normalizers and step == spaces)
+    ]
     if steps:
         return not normalizers and [step["type"] for step in steps] == ["Metaspace"] and steps[0].get("split") is False
     kinds = [step["type"] for step in normalizers]
