@@ -24,6 +24,7 @@ from finhpc.generation.paged import Span
 from finhpc.generation.requests import Request, Row, Stats, Token
 from finhpc.generation.sampling import DAMAGED, Score, are_finite, choose, scores_of
 from finhpc.generation.schedule import Schedule
+from finhpc.models.constant import filled
 from finhpc.models.lora.multi_lora import NONE, Adapters
 from finhpc.models.lora.peft_format import Adapter
 from finhpc.settings.base import nearest
@@ -224,10 +225,14 @@ class Batcher:
         rows.sort(key=lambda row: (row.new, row.computed > 0, -row.computed))  # as attention groups them
         self.cache.clear(self.schedule.fresh)
         self.schedule.fresh = []
-        self.cache.begin([Span(row.table.blocks, row.computed, row.new) for row in rows])
-        if self.adapters is not None:
-            self.adapters.choose([row.adapter for row in rows], [row.new for row in rows])
         ids = [token for row in rows for token in row.ids[row.computed : row.computed + row.new]]
+        more = filled(len(ids)) - len(ids) if self.decoder.device.type == "cpu" else 0
+        self.cache.begin([Span(row.table.blocks, row.computed, row.new) for row in rows], more)
+        if self.adapters is not None:
+            counts = [row.new for row in rows]
+            counts[-1] += more
+            self.adapters.choose([row.adapter for row in rows], counts)
+        ids += [0] * more
         hidden = self.decoder(torch.tensor(ids, device=self.decoder.device), self.cache)
         complete, last, begin = [], [], 0
         for row in rows:

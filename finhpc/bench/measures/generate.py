@@ -267,6 +267,7 @@ def adapted(settings: GenerateBench, device: torch.device) -> tuple[Decoder, Ada
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     model = random_model(settings.adapters_model, None, 16, dtype, device)
     made = {str(i): random_adapter(model, settings.adapter_rank) for i in range(settings.adapters)}
+    use_fast_layers(model)
     adapters = Adapters(model, made)
     return Decoder(model), adapters
 
