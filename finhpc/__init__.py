@@ -43,14 +43,14 @@ if TYPE_CHECKING:  # what editors and mypy see; at run time each name is importe
     from finhpc.settings.export import ExportConfig as ExportConfig
     from finhpc.settings.finetune import FinetuneConfig as FinetuneConfig
     from finhpc.settings.generate import GenerateConfig as GenerateConfig
-    from finhpc.settings.generate import ServeConfig as ServeConfig
     from finhpc.settings.prepare import PrepareConfig as PrepareConfig
     from finhpc.settings.pretrain import PretrainConfig as PretrainConfig
     from finhpc.settings.report import ReportConfig as ReportConfig
     from finhpc.settings.report import UiConfig as UiConfig
     from finhpc.settings.reproduce import ReproduceConfig as ReproduceConfig
-    from finhpc.settings.study import StudyConfig as StudyConfig
+    from finhpc.settings.serve import ServeConfig as ServeConfig
     from finhpc.settings.sweep import FinetuneSweepConfig as FinetuneSweepConfig
+    from finhpc.settings.sweep import StudyConfig as StudyConfig
     from finhpc.settings.sweep import SweepConfig as SweepConfig
 
     prepare: Command[PrepareConfig]

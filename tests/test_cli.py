@@ -18,7 +18,7 @@ from finhpc.settings.base import load
 from finhpc.settings.finetune import FinetuneConfig
 from finhpc.settings.prepare import PrepareConfig
 from finhpc.settings.pretrain import PretrainConfig
-from finhpc.settings.study import StudyConfig
+from finhpc.settings.sweep import StudyConfig
 from tests.tiny import tiny_shards
 
 

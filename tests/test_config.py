@@ -16,8 +16,7 @@ from finhpc.settings.finetune import FinetuneConfig
 from finhpc.settings.prepare import PrepareConfig
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.reproduce import Recipe
-from finhpc.settings.study import StudyConfig
-from finhpc.settings.sweep import SweepConfig
+from finhpc.settings.sweep import StudyConfig, SweepConfig
 from finhpc.settings.training import Run
 
 

@@ -6,9 +6,11 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+import grimp
 import pytest
 
 ROOT = Path(__file__).parent.parent
+FILES_OF_PRETRAINING, LINES_OF_PRETRAINING = 118, 16_500  # that `finhpc pretrain` imports, directly or not
 FILES_PER_FOLDER, LINES_PER_FILE, LINES_PER_FUNCTION, LINES_PER_JOB = 15, 400, 60, 15
 SOURCES = sorted((ROOT / "finhpc").rglob("*.py"))
 
@@ -54,6 +56,18 @@ def test_functions_are_short() -> None:
 
 def test_every_parameter_has_a_type() -> None:
     assert not [(place, names) for path in SOURCES for place, f in functions(path) if (names := untyped(f))]
+
+
+def test_pretraining_stands_alone() -> None:
+    """What a reader of the command must have at hand; finetuning and evaluation give the trainer what only they use."""
+    graph = grimp.build_graph("finhpc", exclude_type_checking_imports=True)
+    modules = graph.find_upstream_modules("finhpc.commands.pretrain") | {"finhpc.commands.pretrain"}
+    assert not [name for name in modules if name.startswith(("finhpc.models.lora.adapter", "finhpc.data.examples"))]
+    paths = [ROOT / f"{name.replace('.', '/')}.py" for name in modules]
+    files = [path if path.is_file() else path.with_suffix("") / "__init__.py" for path in paths]
+    lines = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
+    assert len(files) <= FILES_OF_PRETRAINING
+    assert lines <= LINES_OF_PRETRAINING
 
 
 def test_jobs_hold_no_logic_and_cluster_holds_no_python() -> None:

@@ -171,7 +171,7 @@ ROWS: tuple[Command[Any], ...] = (
     _own(
         "study",
         "compare variants: screen all, train the best on several seeds",
-        "study:StudyConfig",
+        "sweep:StudyConfig",
         "study.command:study",
         ("studies/*",),
     ),
@@ -206,7 +206,7 @@ ROWS: tuple[Command[Any], ...] = (
         "generate:GenerateConfig",
         "generate:generate",
     ),
-    _own("serve", "serve a model and its adapters with OpenAI's API", "generate:ServeConfig", "serve:serve"),
+    _own("serve", "serve a model and its adapters with OpenAI's API", "serve:ServeConfig", "serve:serve"),
     _own(
         "report",
         "write tables and figures of tracked runs as a web page",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,8 +62,8 @@ class Finetune(Job):
         from finhpc.models.files.tokens import check_rows
         from finhpc.models.lora.adapter_file import check_base
         from finhpc.models.lora.model import LoraModel
+        from finhpc.training.finetuning.eva import check_inputs
         from finhpc.training.optimizers.registry import check_taken
-        from finhpc.training.workers.eva import check_inputs
 
         config = config.model_copy(deep=True)
         problems = config.problems()
@@ -150,8 +150,11 @@ class Finetune(Job):
         from finhpc.data.examples.choices.candidates import Candidates, candidates_of
         from finhpc.evaluation.label_scores import HeldOutScore
         from finhpc.models.lora.model import LoraModel
-        from finhpc.training.batches import PackedBatches
-        from finhpc.training.best import Best
+        from finhpc.training import held_out
+        from finhpc.training.finetuning import choices
+        from finhpc.training.finetuning.batches import PackedBatches
+        from finhpc.training.finetuning.best import Best
+        from finhpc.training.finetuning.eva import begin_with_inputs
         from finhpc.training.trainer import Trainer
 
         config = FinetuneConfig.model_validate(settings)
@@ -160,17 +163,20 @@ class Finetune(Job):
         examples, train = _open_examples(folder, fingerprint), config.train
         packing = batches_of(config, examples)
         labels = Candidates(candidates_of(examples)) if train.best_by == F1 else None
+        source = PackedBatches(examples, packing, config.data.eval_limit, labels)
+        score = HeldOutScore(examples, labels.answers) if labels else None
         return Trainer(
             config=config,
             hf_config=base.config,
             fill=None,
             device=device,
             folder=folder,
-            source=PackedBatches(examples, packing, config.data.eval_limit, labels),
+            source=source,
             lora_model=LoraModel.of(config, base, quantized if quantized.is_dir() else None),
             labels={"dataset": fingerprint},
+            begin=partial(begin_with_inputs, source=source) if config.lora.init == "eva" else None,
             best=Best(train.best_by, train.patience) if train.best_by else None,
-            score=HeldOutScore(examples, labels.answers) if labels else None,
+            evaluate=partial(choices.evaluate, score=score) if score else held_out.evaluate,
         )
 
     def counts(self) -> dict[str, Any]:

@@ -173,7 +173,7 @@ def _final_loss(config: PretrainConfig, folder: Path, device: torch.device) -> d
     """
     import numpy as np
 
-    from finhpc.evaluation.perplexity import SAMPLE_LOSSES, held_out_losses
+    from finhpc.evaluation.sample_losses import SAMPLE_LOSSES, held_out_losses
     from finhpc.files import write_csv
 
     losses = held_out_losses(folder / "model", config, config.data.final_samples, device)

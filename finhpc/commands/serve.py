@@ -10,12 +10,13 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from finhpc.cluster.connect import cluster_resources, dead_process, ray_cluster, room_in, use_cuda
+from finhpc.cluster.watched import POLL_S, check_ray, watch
 from finhpc.errors import ConfigError, FinhpcError, TrainingFailedError
 from finhpc.files import private_folder
 from finhpc.interrupts import Terminated, removed_at_once
@@ -25,16 +26,16 @@ from finhpc.serving.plan import Memory
 from finhpc.serving.served import model_name
 from finhpc.serving.shared import Shared
 from finhpc.serving.token import VARIABLE, given_token
-from finhpc.settings.generate import ServeConfig
+from finhpc.settings.serve import ServeConfig
 
 log = logging.getLogger(__name__)
 
-POLL_S = 0.2
 LINE_EVERY_S = 10.0
 STATUS_EVERY_S = 5.0
 SETTLE_S = 1.5  # until all replicas have noticed, and counted what they had accepted before
 FLUSH_S = 0.3  # for the last bytes of answers to leave the proxy
-START_S = 30.0  # to end Serve
+END_S = 30.0  # for Serve to end
+START_AGAIN = "; start the server again."
 
 
 def serve(config: ServeConfig, dry_run: bool = False) -> dict[str, Any]:
@@ -122,37 +123,15 @@ def _deployed(config: ServeConfig, token: str) -> Iterator[None]:
         ray_serve.run(application(config, Plan.of(config, token, alone), gpus), name=NAME)
 
     try:
-        if error := _in_thread(start, dead_process):
+        if error := watch(start, lambda: None, START_AGAIN):
             if isinstance(error, FinhpcError):
                 raise error
             raise TrainingFailedError(f"the server did not start: {_cause(error, _status())}") from None
         yield
     finally:
         if dead_process() is None:
-            _in_thread(ray_serve.shutdown, dead_process, START_S)
-
-
-def _in_thread(
-    work: Callable[[], object], dead: Callable[[], str | None], most_s: float = float("inf")
-) -> Exception | None:
-    """Run `work` in a thread and return its exception; signals raise here, and not inside Ray, which swallows them."""
-    raised: list[Exception] = []
-    ended = threading.Event()
-
-    def run() -> None:
-        try:
-            work()
-        except Exception as error:
-            raised.append(error)
-        finally:
-            ended.set()
-
-    deadline = time.monotonic() + most_s
-    threading.Thread(target=run, daemon=True, name="finhpc-serve").start()
-    while not ended.wait(POLL_S) and time.monotonic() < deadline:
-        if name := dead():
-            raise TrainingFailedError(f"Ray's process {name} died (killed, or out of memory?); start the server again.")
-    return raised[0] if raised else None
+            deadline = time.monotonic() + END_S
+            watch(ray_serve.shutdown, lambda: time.monotonic() > deadline, START_AGAIN)
 
 
 def _runs() -> bool:
@@ -258,10 +237,7 @@ def _watch(config: ServeConfig, shared: Shared) -> dict[str, Any]:
     try:
         while True:
             time.sleep(POLL_S)
-            if name := dead_process():
-                raise TrainingFailedError(
-                    f"Ray's process {name} died (killed, or out of memory?); start the server again."
-                )
+            check_ray(START_AGAIN)
     except (KeyboardInterrupt, Terminated):
         _drain(config, shared)
     finally:

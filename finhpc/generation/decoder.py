@@ -2,6 +2,10 @@
 
 transformers' `generate` spends much of a small model's time in Python. Here a pass calls the model's own modules
 (dense, low-rank, quantized, with adapters) by the names of its family, on one flat row of all tokens without padding.
+
+Nothing is compiled. With `torch.compile` around all but the attention, a pass of SmolLM2-135M over 1, 8 and 32 requests
+took 0.94 to 1.07 of the time on one CPU core, float32 and bfloat16, after 7 to 38 s of compiling for each number of
+rows: reading weights takes most of it, and the rest is attention over blocks that differ in each pass.
 """
 
 from __future__ import annotations
@@ -49,10 +53,10 @@ class Decoder:
         projection = f"{names[1]}.{self.family.output_projection}"
         return tuple(self.model.get_submodule(name) for name in (*names, projection, *mlp))
 
-    def make_cache(self, blocks: int, block_size: int) -> PagedCache:
-        """Return an empty cache, for the modules that the model has now."""
+    def make_cache(self, blocks: int, block_size: int, dtype: torch.dtype | None = None) -> PagedCache:
+        """Return an empty cache, for the modules that the model has now; `dtype`: by default the fastest here."""
         self.find_modules()
-        dtype = dtype_of(self.model.dtype, self.device.type)
+        dtype = dtype or dtype_of(self.model.dtype, self.device.type)
         cache = PagedCache(self.config, blocks, block_size, dtype, self.device)
         self.cache_bytes = cache.bytes
         return cache

@@ -231,19 +231,20 @@ def block_bytes(config: Any, block_size: int, device: str) -> int:
 
 
 def cache_bytes(
-    token_bytes: int, lengths: Sequence[int], longest: int, context: int, block_size: int
+    token_bytes: int, lengths: Sequence[int], ends: Sequence[int], longest: int, context: int, block_size: int
 ) -> dict[str, int]:
-    """Return the bytes of keys and values of requests with so many `lengths` tokens, by layout.
+    """Return the bytes of keys and values of requests with so many `lengths` tokens at some moment, by layout.
 
     `token_bytes`: of a token in all layers. `tokens`: what they are; `paged`: in whole blocks, of which the last of a
-    request is partly empty; `contiguous, longest`: a row of `longest` tokens each, the longest a request may become;
-    `contiguous, context`: of the model's context, where no limit is known. What a layout takes beyond the tokens is
-    its fragmentation (Kwon et al. 2023, section 3).
+    request is partly empty; `rows: own end`: a row each of its tokens at its end, which nobody knows before; `rows:
+    longest`: of the longest that a request may become; `rows: context`: of the model's context, where no limit is
+    known. What a layout takes beyond the tokens is its fragmentation (Kwon et al. 2023, section 3).
     """
     counts = {
         "tokens": sum(lengths),
         "paged": sum(-(-length // block_size) * block_size for length in lengths),
-        "contiguous, longest": len(lengths) * longest,
-        "contiguous, context": len(lengths) * context,
+        "rows: own end": sum(ends),
+        "rows: longest": len(lengths) * longest,
+        "rows: context": len(lengths) * context,
     }
     return {name: count * token_bytes for name, count in counts.items()}

@@ -27,6 +27,7 @@ class Request:
     sampling: Sampling
     logprobs: int | None = None
     prompt_logprobs: bool = False
+    score_from: int = 0
     stop: Collection[int] = ()
     row: int = 0
 
@@ -36,7 +37,7 @@ class Token:
     """A new id of a request, or its end.
 
     `finish`: None if more will come, otherwise stop, length, cancelled or error. `prompt_logprobs`, with the first
-    token of a request that asked: a score per id of its prompt, None for the first.
+    token of a request that asked: a score per id of its prompt from `score_from` on, None for the very first.
     """
 
     request: str
@@ -75,7 +76,21 @@ class Row:
     table: Table = field(default_factory=Table)
     computed: int = 0
     new: int = 0
-    scores: list[Score | None] = field(default_factory=list)
+    scores: list[Score] = field(default_factory=list)  # of ids of the prompt from `scored` on
+
+    @property
+    def scored(self) -> int:
+        """Place of the first id of the prompt that is scored; nothing comes before the very first."""
+        return max(1, self.request.score_from)
+
+    @property
+    def shareable(self) -> int:
+        """Tokens at the beginning whose hidden states are not needed, so that their blocks may be another request's."""
+        return min(len(self.ids), self.scored if self.request.prompt_logprobs else len(self.ids)) - 1
+
+    @property
+    def prompt_scores(self) -> list[Score | None]:
+        return [*([None] if self.request.score_from == 0 else []), *self.scores]
 
     @property
     def generated(self) -> int:

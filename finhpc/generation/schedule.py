@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from collections import deque
 
+import torch
+from torch import Tensor
+
 from finhpc.generation.blocks import Blocks, chain
+from finhpc.generation.decoder import Decoder
+from finhpc.generation.paged import PagedCache, Span
 from finhpc.generation.requests import Row
+from finhpc.models.constant import filled
+from finhpc.models.lora.multi_lora import Adapters
 
 
 class Schedule:
@@ -52,9 +59,9 @@ class Schedule:
     def _admit(self, row: Row) -> bool:
         """Give a waiting row the cached blocks it can share, if its other blocks fit next to those of running rows."""
         blocks, shared = self.blocks, []
-        if self.keeps and not row.request.prompt_logprobs:
+        if self.keeps and row.shareable >= blocks.size:
             row.keys = chain(self._root(row), row.ids, blocks.size, row.keys)
-            shared = blocks.findable(row.keys[: (len(row.ids) - 1) // blocks.size])  # one token must be computed
+            shared = blocks.findable(row.keys[: row.shareable // blocks.size])
         own = blocks.blocks_of(len(row.ids)) - sum(blocks.users[block] > 0 for block in shared)
         owed = sum(1 + blocks.blocks_of(len(other.ids)) - len(other.table.blocks) for other in self.running)
         if own + owed > blocks.free:
@@ -93,3 +100,24 @@ class Schedule:
         """Forget a row that has ended; what it computed is not used again if it is damaged."""
         self.blocks.release(row.table, forget=damaged)
         (self.running if row in self.running else self.waiting).remove(row)
+
+
+def hidden_states(
+    decoder: Decoder, cache: PagedCache, schedule: Schedule, rows: list[Row], adapters: Adapters | None = None
+) -> Tensor:
+    """Compute a pass: the hidden states (tokens, width) of `rows`' new tokens, which it sorts as attention groups them.
+
+    More hidden states may follow that belong to nothing. Without `adapters` the model is used as it is.
+    """
+    rows.sort(key=lambda row: (row.new, row.computed > 0, -row.computed))
+    cache.clear(schedule.fresh)
+    schedule.fresh = []
+    ids = [token for row in rows for token in row.ids[row.computed : row.computed + row.new]]
+    more = filled(len(ids)) - len(ids) if decoder.device.type == "cpu" else 0
+    cache.begin([Span(row.table.blocks, row.computed, row.new) for row in rows], more)
+    if adapters is not None:
+        counts = [row.new for row in rows]
+        counts[-1] += more
+        adapters.choose([row.adapter for row in rows], counts)
+    ids += [0] * more
+    return decoder(torch.tensor(ids, device=decoder.device), cache)

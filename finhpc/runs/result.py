@@ -47,19 +47,18 @@ def collect(job: Job, folder: Path, wall_s: float, use_model: UseModel) -> dict[
     `use_model` calls the job's method of that name where a worker has run.
     Raises `ImplausibleError` for figures that cannot be true.
     """
-    from finhpc.training import best
-    from finhpc.training.checkpoint import list_complete, open_checkpoint
+    from finhpc.training.checkpoint import BEST_STEP, STOPPED_EARLY, list_complete, open_checkpoint
 
     checkpoint = next(iter(list_complete(folder / "checkpoints")), None)
-    early = checkpoint is not None and bool(checkpoint.manifest.get(best.STOPPED))
+    early = checkpoint is not None and bool(checkpoint.manifest.get(STOPPED_EARLY))
     if checkpoint is None or not (early or checkpoint.step == job.config.train.steps):
         raise CheckpointError(
             f"{folder}/checkpoints has no checkpoint of the last step; run the same command again to write it."
         )
     checkpoint.check_sizes()  # the workers wrote or verified it just now
     chosen = checkpoint
-    if best.STEP in checkpoint.manifest:
-        chosen = open_checkpoint(folder / "checkpoints" / f"step_{checkpoint.manifest[best.STEP]:08d}")
+    if BEST_STEP in checkpoint.manifest:
+        chosen = open_checkpoint(folder / "checkpoints" / f"step_{checkpoint.manifest[BEST_STEP]:08d}")
         chosen.check_sizes()
     job.save_model(folder / "model", chosen)
     records, _ = read(folder / WORKER_FILE)

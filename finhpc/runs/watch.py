@@ -11,10 +11,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from finhpc.cluster import watched
 from finhpc.cluster.connect import dead_process
 from finhpc.cluster.own_ray import ray_node
-from finhpc.errors import TrainingFailedError
-from finhpc.interrupts import Terminated, terminable_again
 from finhpc.runs.folder import RunFolder
 from finhpc.runs.job import Job
 from finhpc.training import watchdog
@@ -22,7 +21,7 @@ from finhpc.training.journal import WORKER_FILE, read
 
 log = logging.getLogger(__name__)
 
-POLL_S = 0.2
+RESUMES = ", and with it the workers. The same command resumes from the newest checkpoint."
 RESOURCES_POLL_S = 2.0
 PATIENCE_S = 4.0  # a placement on free nodes takes less
 END_S = 2.0  # for Ray Train's controller to end on request; a stopped job has 3 s in all by default
@@ -33,46 +32,8 @@ RECENT_S = 60.0  # a hang explains a failure that came at most this much later
 def watch(
     work: Callable[[], object], poll: Callable[[], bool | None], ask_to_end: Callable[[], float] = lambda: 0.0
 ) -> Exception | None:
-    """Run `work` in a thread until it ends or `poll` returns True; return the exception it raised.
-
-    On SIGTERM and SIGHUP `ask_to_end` is called; `work` then has as many seconds as that returns to end by itself,
-    unless another signal comes. The main thread stays free for signals: a handler that raises inside Ray's own waiting
-    is swallowed there. `poll` may raise, which ends `work`. Raises `TrainingFailedError` if a process of Ray's own
-    died: Ray would wait for minutes and then end this process.
-    """
-    raised: list[Exception] = []
-    ended = threading.Event()  # a signal in `Thread.join` makes Python 3.11 believe that the thread has ended
-
-    def run() -> None:
-        try:
-            work()
-        except Exception as error:
-            raised.append(error)
-        finally:
-            ended.set()
-
-    thread = threading.Thread(target=run, daemon=True, name="ray-train")
-    thread.start()
-    try:
-        while not ended.wait(POLL_S):
-            if poll():
-                return None
-            if name := dead_process():
-                # Now: Ray may end this process before the error is shown.
-                log.info(f"Ray's process {name} died; stopping.")
-                raise TrainingFailedError(
-                    f"Ray's process {name} died (killed, or out of memory?), and with it the workers. "
-                    "The same command resumes from the newest checkpoint."
-                )
-    except Terminated:
-        with terminable_again():
-            deadline = time.monotonic() + ask_to_end()
-            while time.monotonic() < deadline and dead_process() is None and not ended.wait(POLL_S):
-                pass
-        raise
-    finally:
-        _end_training(thread, ended)
-    return raised[0] if raised else None
+    """Run `work`, which trains, as `finhpc.cluster.watched` does; at the end, workers that still train are ended."""
+    return watched.watch(work, poll, RESUMES, ask_to_end, _end_training)
 
 
 def _end_training(thread: threading.Thread, ended: threading.Event) -> None:

@@ -27,7 +27,7 @@ from finhpc.serving.shared import Shared
 from finhpc.serving.token import read_token
 from finhpc.serving.web import make_app
 from finhpc.settings.base import load
-from finhpc.settings.generate import ServeConfig
+from finhpc.settings.serve import ServeConfig
 from finhpc.training.allocator import ENVIRONMENT
 
 log = logging.getLogger(__name__)

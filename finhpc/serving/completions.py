@@ -22,7 +22,8 @@ from finhpc.serving.guard import place_of
 from finhpc.serving.protocol import FAILED, ApiError, Chat, Completion, Sampled
 from finhpc.serving.served import Served
 from finhpc.serving.texts import Answer, Scored
-from finhpc.settings.generate import Limits, Sampling
+from finhpc.settings.generate import Sampling
+from finhpc.settings.serve import Limits
 
 log = logging.getLogger(__name__)
 

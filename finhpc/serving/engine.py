@@ -15,7 +15,7 @@ from finhpc.errors import ConfigError
 from finhpc.generation.batching import Batcher
 from finhpc.generation.requests import Request, Token
 from finhpc.serving.protocol import ApiError
-from finhpc.settings.generate import Limits
+from finhpc.settings.serve import Limits
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from finhpc.serving.metrics import Metrics
 from finhpc.serving.protocol import ApiError
-from finhpc.settings.generate import Limits
+from finhpc.settings.serve import Limits
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from finhpc.serving.metrics import Metrics
 from finhpc.serving.plan import blocks_of, generate_config
 from finhpc.serving.served import Served
 from finhpc.serving.shared import Shared
-from finhpc.settings.generate import ServeConfig
+from finhpc.settings.serve import ServeConfig
 
 
 def open_served(config: ServeConfig, replica: str) -> tuple[Served, Metrics]:

@@ -15,7 +15,8 @@ from finhpc.generation.generator import Inputs, open_inputs
 from finhpc.generation.paged import block_bytes
 from finhpc.models.families.registry import context_of
 from finhpc.serving.served import NAME, check_rank, model_name
-from finhpc.settings.generate import GenerateConfig, Sampling, ServeConfig
+from finhpc.settings.generate import GenerateConfig, Sampling
+from finhpc.settings.serve import ServeConfig
 
 FREE_SHARE = 0.25  # of free memory for the cache, by default
 

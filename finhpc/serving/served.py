@@ -23,7 +23,7 @@ from finhpc.serving.engine import Engine
 from finhpc.serving.protocol import ApiError, Message
 from finhpc.serving.shared import Shared
 from finhpc.serving.texts import TokenTexts
-from finhpc.settings.generate import Limits, ServeConfig
+from finhpc.settings.serve import Limits, ServeConfig
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import stat
 from pathlib import Path
 
 from finhpc.errors import ConfigError
-from finhpc.settings.generate import ServeConfig
+from finhpc.settings.serve import ServeConfig
 
 VARIABLE = "FINHPC_SERVE_TOKEN"
 SHORTEST = 16

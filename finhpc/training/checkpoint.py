@@ -33,10 +33,10 @@ from torch import Tensor
 
 from finhpc.errors import CheckpointError
 from finhpc.files import write_json
-from finhpc.training import best
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+BEST_STEP, STOPPED_EARLY = "best_step", "stopped_early"  # in manifests of runs that keep the best evaluation
 PIECE_BYTES = 1 << 26  # of a file, read or written at a time
 DTYPES = {
     **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
@@ -271,7 +271,7 @@ class Checkpointer:
         }
         write_json(path / MANIFEST, manifest)
         for old in list_complete(self.folder)[self.keep :]:
-            if old.step == extra.get(best.STEP):
+            if old.step == extra.get(BEST_STEP):
                 continue
             (old.path / MANIFEST).unlink()  # first, so that a partly removed checkpoint does not look complete
             shutil.rmtree(old.path, ignore_errors=True)

@@ -43,27 +43,27 @@ from finhpc.models.families.registry import family_of, skeleton
 from finhpc.models.initialize import Fill
 from finhpc.settings.pretrain import PretrainConfig
 from finhpc.settings.training import TrainingConfig
-from finhpc.training import checkpoint
-from finhpc.training.batches import Batch, BatchSource, PackedBatches
-from finhpc.training.best import Best
+from finhpc.training import checkpoint, held_out
+from finhpc.training.batches import Batch, BatchSource
 from finhpc.training.checkpoint import Checkpoint, Checkpointer
 from finhpc.training.compiler import run_operations
 from finhpc.training.engine import Engine
-from finhpc.training.held_out import Score, evaluate
 from finhpc.training.journal import WORKER_FILE, Journal
 from finhpc.training.memory import counted_peak, peak_resident_bytes, reset_peaks
 from finhpc.training.metrics import Metrics
 from finhpc.training.optimizers.schedules import learning_rate
 from finhpc.training.stages import saved_cut
 from finhpc.training.watchdog import Watchdog
-from finhpc.training.workers.eva import begin_with_inputs
-from finhpc.training.workers.resume import latest_valid, load_state, resume_best, stored_state
+from finhpc.training.workers.resume import latest_valid, load_state, stored_state
 from finhpc.training.workers.stop import Stop
 
 if TYPE_CHECKING:
     from finhpc.models.lora.model import LoraModel
+    from finhpc.training.finetuning.best import Best
 
 log = logging.getLogger(__name__)
+
+Evaluate = Callable[[Engine, Any], dict[str, float] | None]  # (engine, source) -> figures; None: nothing is held out
 
 TIMES_EVERY = 10  # steps between sums of busy times over all workers
 
@@ -82,9 +82,9 @@ class Trainer:
     """One worker's training from its start to its end.
 
     `fill` sets the initial weights; with `lora_model` the weights are those of a frozen base, and adapters are
-    trained. `labels` go into the manifest of every checkpoint. With `best`, the checkpoint of the best evaluation is
-    kept, and the run may stop early. `score` rates the labels that the model chooses for held-out examples. `on_eval`
-    is called on rank 0 after each evaluation except the last.
+    trained. `labels` go into the manifest of every checkpoint. `begin` is called before the first step of a run. With
+    `best`, the checkpoint of the best evaluation is kept, and the run may stop early. `evaluate` returns an
+    evaluation's figures. `on_eval` is called on rank 0 after each evaluation except the last.
     """
 
     config: TrainingConfig
@@ -95,8 +95,9 @@ class Trainer:
     source: BatchSource
     lora_model: LoraModel | None = None
     labels: dict[str, Any] = field(default_factory=dict)
+    begin: Callable[[Engine], None] | None = None
     best: Best | None = None
-    score: Score | None = None
+    evaluate: Evaluate = held_out.evaluate
     on_eval: Callable[[dict[str, Any]], None] | None = None
 
     # Set by `run` and `_set_up`.
@@ -207,9 +208,8 @@ class Trainer:
         self.stop = Stop(self.folder, self.world_rank, self.attempt)
         if latest is not None:
             self._load(latest)
-        elif self.lora_model is not None and self.lora_model.lora.init == "eva":
-            assert isinstance(self.source, PackedBatches)
-            begin_with_inputs(self.engine, self.source)
+        elif self.begin is not None:
+            self.begin(self.engine)
         if self.journal:
             parallel = self.config.parallel
             self.journal.write(
@@ -241,7 +241,7 @@ class Trainer:
         self.resumed_from = latest.step
         self.consumed = int(latest.manifest["consumed"], 16) if self.world_rank == 0 else 0
         if self.best is not None:
-            resume_best(self.best, latest, self.workers)
+            self.best.resume(latest, self.workers)
         if not checkpoint.load_random_state(latest, self.world_rank, self.workers):
             torch.manual_seed(hash((config.train.seed, latest.step, self.world_rank)))
             if config.model.dropout if isinstance(config, PretrainConfig) else config.lora.dropout:
@@ -331,7 +331,7 @@ class Trainer:
     def _evaluate(self, step: int) -> bool:
         """Score and record the model; returns whether it is the best so far of a run that keeps the best."""
         self._record()
-        figures = evaluate(self.engine, self.source, self.score)
+        figures = self.evaluate(self.engine, self.source)
         if figures is None:
             return False
         record = {"step": step, "tokens": self.source.tokens(step), **figures}

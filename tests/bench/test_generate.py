@@ -23,6 +23,7 @@ def settings(tmp_path: Path, **more: Any) -> GenerateBench:
         "adapters": 2,
         "adapters_model": "llama-tiny",
         "requests": 9,
+        "precision": "fp32",
         "bench": {"repeats": 1, "out": str(tmp_path)},
         "resources": {"device": "cpu", "threads": torch.get_num_threads()},
     }
@@ -39,7 +40,7 @@ def test_every_way_is_measured_beside_transformers(
     assert max(map(len, table)) <= 80
     assert not any("…" in line for line in table), "nothing is cut off"
     compared = {"cache_speedup", "mixed_adapters_over_single", "batched_over_one_at_a_time"}
-    assert set(result["ratios"]) == {"gpt2_tiny_r32_over_dense"} | compared
+    assert set(result["ratios"]) == {"gpt2_tiny_r32_over_dense", "over_hf_padded", "over_hf_continuous"} | compared
     assert [row["batch"] for row in result["rows"]] == [1] * 7 + [2] * 7
     dense, _, *low_rank = result["rows"][:7]
     assert dense["over_dense"] == 1
@@ -56,9 +57,18 @@ def test_every_way_is_measured_beside_transformers(
     )
     assert [(row["at_once"], row["requests"]) for row in result["batching"]] == [(1, 9), (8, 9), (9, 9)]
     assert result["batching"][0]["over_one_at_a_time"] == 1
-    used = {row["layout"]: row["used"] for row in result["cache_layouts"]}
-    assert list(used) == ["tokens", "paged", "contiguous, longest", "contiguous, context"]
-    assert used["tokens"] == 1 > max(used["paged"], used["contiguous, longest"]) > used["contiguous, context"]
+    ways = {row["way"]: row for row in result["beside_transformers"]}
+    assert list(ways) == ["batched", "one at a time", "HF padded", "HF continuous"]
+    assert {row["equal_ids"] for row in ways.values()} == {9}, "the same ids, whoever computes them"
+    assert ways["batched"]["ours_over_it"] == 1
+    assert ways["one at a time"]["cache_bytes"] < ways["batched"]["cache_bytes"]
+    layouts = {(row["mix"], row["layout"]): row["used"] for row in result["cache_layouts"]}
+    for mix in ("these", "ShareGPT", "Alpaca"):
+        names = ("tokens", "paged", "rows: own end", "rows: longest", "rows: context")
+        tokens, paged, own, longest, context = (layouts[mix, name] for name in names)
+        assert tokens == 1 >= own > longest > context
+        assert mix == "these" or paged > own, "of requests that go on, and are not shorter than a block"
+    assert (Path(result["folder"]) / "cache-layouts.png").is_file()
 
 
 def test_wrong_models_are_named(tmp_path: Path) -> None:

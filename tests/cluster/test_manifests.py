@@ -149,7 +149,7 @@ def test_serve_takes_the_rayservices_config() -> None:
 
     from finhpc.serving.token import VARIABLE
     from finhpc.settings.base import load
-    from finhpc.settings.generate import ServeConfig
+    from finhpc.settings.serve import ServeConfig
 
     manifest = read("kuberay-service.yaml")
     config = ServeDeploySchema.model_validate(yaml.safe_load(manifest["spec"]["serveConfigV2"]))

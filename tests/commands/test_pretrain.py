@@ -20,7 +20,7 @@ from finhpc.commands.pretrain import Pretrain, pretrain
 from finhpc.data.shards.reader import ReplicaStream, local_stream
 from finhpc.data.shards.shards import Shards
 from finhpc.errors import ConfigError, RunBusyError, TrainingFailedError
-from finhpc.evaluation.perplexity import SAMPLE_LOSSES
+from finhpc.evaluation.sample_losses import SAMPLE_LOSSES
 from finhpc.runs.folder import RunFolder
 from finhpc.runs.run import run
 from finhpc.settings.base import build

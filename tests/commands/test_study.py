@@ -21,7 +21,7 @@ from finhpc.errors import ConfigError, TrainingFailedError
 from finhpc.runs.folder import RunFolder
 from finhpc.settings.base import build, load
 from finhpc.settings.pretrain import PretrainConfig
-from finhpc.settings.study import StudyConfig
+from finhpc.settings.sweep import StudyConfig
 from finhpc.training.journal import read
 from tests.test_docs import documented
 

@@ -26,7 +26,7 @@ from finhpc.commands.study.trained import Trained
 from finhpc.commands.sweep.trial import Trial
 from finhpc.settings.base import build
 from finhpc.settings.pretrain import PretrainConfig
-from finhpc.settings.study import StudyConfig
+from finhpc.settings.sweep import StudyConfig
 
 PER_STEP = 4 * 256  # tokens of a step with the default settings
 

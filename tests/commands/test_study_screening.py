@@ -15,7 +15,7 @@ from finhpc.commands.study.variants import SCREEN, trial_of
 from finhpc.commands.sweep.trial import Trial
 from finhpc.settings.base import build
 from finhpc.settings.pretrain import PretrainConfig
-from finhpc.settings.study import StudyConfig
+from finhpc.settings.sweep import StudyConfig
 
 INF = math.inf
 

@@ -62,7 +62,7 @@ def test_lm_eval_does_not_guess_the_kind_of_a_model_that_it_does_not_know(
 
 
 def test_perplexity_of_a_bf16_model_is_computed_in_float32(bf16: Model) -> None:
-    from finhpc.evaluation.perplexity import row_losses
+    from finhpc.evaluation.sample_losses import row_losses
 
     model, _ = bf16
     tokens = torch.arange(1, 33)[None]

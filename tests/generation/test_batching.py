@@ -84,9 +84,10 @@ def test_ids_are_those_of_each_request_alone(family: str, kind: str, qkv: Qkv, e
     assert_nothing_is_lost(batcher)
 
 
+@pytest.mark.parametrize("kind", ["dense", "low_rank"])
 @pytest.mark.parametrize(("bits", "scheme"), [(8, "minmax"), (4, "minmax"), (8, "int8"), (4, "nf4")])
-def test_quantised_models_with_several_adapters(tmp_path: Path, bits: int, scheme: str) -> None:
-    source, out = tiny_folder(tmp_path / "model", "llama", "low_rank", tokenizer=False), tmp_path / "q"
+def test_quantized_models_with_several_adapters(tmp_path: Path, bits: int, scheme: str, kind: str) -> None:
+    source, out = tiny_folder(tmp_path / "model", "llama", kind, tokenizer=False), tmp_path / "q"
     tree = {"model": str(source), "out": str(out), "quantization": {"bits": bits, "scheme": scheme}}
     export(build(ExportConfig, tree))
     model: Any = load_model(out)
@@ -95,7 +96,8 @@ def test_quantised_models_with_several_adapters(tmp_path: Path, bits: int, schem
 
 
 def assert_rows_have_their_adapters(model: Any, source: Path, folder: Path) -> None:
-    given = [f"a{i}={tiny_adapter(folder / f'a{i}', model, LAYERS[: 1 + i % 2], 2 + i, seed=i)}" for i in range(3)]
+    dense = tiny_model("llama")  # of the same shapes
+    given = [f"a{i}={tiny_adapter(folder / f'a{i}', dense, LAYERS[: 1 + i % 2], 2 + i, seed=i)}" for i in range(3)]
     adapters = Adapters(model, read_adapters(given, model.config, source))
     names = ["a2", None, "a0", "a1", "a0", "a2", None, "a1"]
     prompts = prompts_of()
@@ -303,6 +305,27 @@ def test_log_probabilities_are_the_models_own() -> None:
             assert [token for token, _ in top] == row.topk(3).indices.tolist()
             assert [value for _, value in top] == pytest.approx(row.topk(3).values.tolist(), abs=1e-4)
         assert all(token.prompt_logprobs is None for token in tokens[1:])
+
+
+def test_prompts_that_are_scored_share_what_comes_before() -> None:
+    model, (beginning, *ends) = tiny_model("llama"), prompts_of((50, 3, 6, 9, 12))
+    none = GREEDY.model_copy(update={"max_new_tokens": 0})
+    batcher = batcher_of(model, prefill_tokens=512)
+    asked = [
+        Request(str(i), beginning + end, None, none, logprobs=i, prompt_logprobs=True, score_from=50)
+        for i, end in enumerate(ends)
+    ]
+    found = served(batcher, asked)
+    assert batcher.stats().prefix_hits == 3 * 48, "the 50th id predicts the first that is scored"
+    for i, end in enumerate(ends):
+        with torch.no_grad():
+            wanted = torch.log_softmax(model(torch.tensor([beginning + end])).logits[0, 49:-1], -1)
+        [token] = found[str(i)]
+        assert token.prompt_logprobs is not None
+        own = [float(wanted[place, following]) for place, following in enumerate(end)]
+        assert [score.logprob for score in token.prompt_logprobs if score] == pytest.approx(own, abs=1e-4)
+        assert all(len(score.top) == i for score in token.prompt_logprobs if score)
+    assert_nothing_is_lost(batcher)
 
 
 def test_a_prompt_alone_can_be_scored() -> None:

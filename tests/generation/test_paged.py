@@ -120,17 +120,18 @@ def test_keys_depend_on_everything_before() -> None:
 
 
 def test_bytes_of_layouts() -> None:
-    found = cache_bytes(10, [5, 32, 33], longest=100, context=1000, block_size=32)
+    found = cache_bytes(10, [5, 32, 33], [5, 40, 90], longest=100, context=1000, block_size=32)
     assert found == {
         "tokens": 700,
         "paged": 10 * (32 + 32 + 64),
-        "contiguous, longest": 3000,
-        "contiguous, context": 30_000,
+        "rows: own end": 1350,
+        "rows: longest": 3000,
+        "rows: context": 30_000,
     }
     cache = PagedCache(CONFIG, 3, 16, torch.float32, torch.device("cpu"))
     assert cache.bytes == 3 * block_bytes(CONFIG, 16, "cpu") == 3 * 2 * 2 * 2 * 16 * 8 * 4
     assert block_bytes(CONFIG, 16, "cuda") == block_bytes(CONFIG, 16, "cpu") // 2
     draw = random.Random(0)
     lengths = [draw.randint(1, 1000) for _ in range(200)]
-    found = cache_bytes(1, lengths, longest=1000, context=2048, block_size=32)
-    assert found["paged"] < 1.04 * found["tokens"] < 0.6 * found["contiguous, longest"]
+    found = cache_bytes(1, lengths, lengths, longest=1000, context=2048, block_size=32)
+    assert found["paged"] < 1.04 * found["tokens"] < 0.6 * found["rows: longest"]

@@ -39,7 +39,7 @@ def test_an_interrupted_training_is_over_before_ray_is_left(tmp_path: Path) -> N
     free = ray.available_resources()["CPU"]
     with pytest.raises(KeyboardInterrupt):
         watch(ray_trainer.fit, look)
-    assert not [thread for thread in threading.enumerate() if thread.name == "ray-train"]
+    assert not [thread for thread in threading.enumerate() if thread.name == "finhpc-ray"]
     # Ray learns a moment after a worker ended that its CPUs are free.
     until = time.monotonic() + 180
     while ray.available_resources().get("CPU", 0) < free and time.monotonic() < until:

@@ -13,8 +13,7 @@ from finhpc.commands.sweep.command import sweep
 from finhpc.settings.base import build
 from finhpc.settings.finetune import FinetuneConfig
 from finhpc.settings.pretrain import PretrainConfig
-from finhpc.settings.study import StudyConfig
-from finhpc.settings.sweep import FinetuneSweepConfig, SweepConfig
+from finhpc.settings.sweep import FinetuneSweepConfig, StudyConfig, SweepConfig
 from tests.models.dense import saved, tiny_llama
 from tests.tiny import WORDS, pretrain_tree, with_tokenizer
 

@@ -20,7 +20,8 @@ from finhpc.serving.served import Served
 from finhpc.serving.shared import Shared
 from finhpc.serving.web import make_app
 from finhpc.settings.base import load
-from finhpc.settings.generate import GenerateConfig, ServeConfig
+from finhpc.settings.generate import GenerateConfig
+from finhpc.settings.serve import ServeConfig
 from tests.generation.folders import tiny_adapter, tiny_folder, tiny_model
 from tests.waiting import free_port, wait_until
 

@@ -27,7 +27,7 @@ from finhpc.serving.plan import blocks_of, check, memory_of, resolved
 from finhpc.serving.served import model_name
 from finhpc.serving.token import VARIABLE, given_token, read_token
 from finhpc.settings.base import load
-from finhpc.settings.generate import ServeConfig
+from finhpc.settings.serve import ServeConfig
 from tests.generation.folders import tiny_adapter, tiny_model
 from tests.serving.server import NAMES, folders, generated
 from tests.waiting import free_port, last_words, wait_until

@@ -17,10 +17,9 @@ from finhpc.log import redirected
 from finhpc.runs.folder import RunFolder
 from finhpc.runs.result import collect
 from finhpc.settings.finetune import FinetuneConfig
-from finhpc.training.best import Best
 from finhpc.training.checkpoint import MANIFEST, open_checkpoint
+from finhpc.training.finetuning.best import Best
 from finhpc.training.journal import latest, read
-from finhpc.training.workers.resume import resume_best
 from tests.commands.test_finetune import LABELS, config
 from tests.models.dense import saved, tiny_llama
 from tests.tiny import WORDS, with_tokenizer
@@ -59,12 +58,12 @@ def test_it_goes_on_where_a_checkpoint_was_written(tmp_path: Path) -> None:
     best, _ = taken("val_loss", [2.0, 1.0, 3.0], patience=2)
     of_best = written(tmp_path, 2)
     latest = open_checkpoint(written(tmp_path, 3, **best.labels))
-    resume_best(again := Best("val_loss", 2), latest, 1)
+    (again := Best("val_loss", 2)).resume(latest, 1)
     assert again == best
     (of_best / "rank-0.safetensors").write_bytes(b"12")
     lines: list[str] = []
     with redirected(lines.append):
-        resume_best(anew := Best("val_loss", 2), latest, 1)
+        (anew := Best("val_loss", 2)).resume(latest, 1)
     assert (anew.step, anew.waited) == (None, 0)
     assert "of step 2, is lost" in lines[0]
 

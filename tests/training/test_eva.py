@@ -20,8 +20,8 @@ from finhpc.models.lora.targets import target_shapes
 from finhpc.settings.base import build
 from finhpc.settings.finetune import FinetuneConfig, Lora
 from finhpc.settings.training import Parallel
-from finhpc.training.batches import PackedBatches
-from finhpc.training.workers.eva import EXAMPLES, PACKS, begin_with_inputs, check_inputs
+from finhpc.training.finetuning.batches import PackedBatches
+from finhpc.training.finetuning.eva import EXAMPLES, PACKS, begin_with_inputs, check_inputs
 from tests.models.dense import saved, tiny_llama
 from tests.models.packs import examples
 from tests.training.processes import run_processes

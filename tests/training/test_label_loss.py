@@ -77,9 +77,9 @@ def choose(config: Any, folder: Path, packs: list[Tensor], examples: Examples, l
     """What `train` returns, and the choices of an evaluation before it."""
     from finhpc.models.files.source import open_weights
     from finhpc.models.lora.model import LoraModel
-    from finhpc.training.batches import PackedBatches
     from finhpc.training.engine import Engine
-    from finhpc.training.held_out import evaluate, held_out_choices
+    from finhpc.training.finetuning.batches import PackedBatches
+    from finhpc.training.finetuning.choices import evaluate, held_out_choices
 
     lora_model = LoraModel.of(config, open_weights(folder, low_rank=True))
     engine = Engine(config, lora_model.hf_config, torch.device("cpu"), lora_model=lora_model)

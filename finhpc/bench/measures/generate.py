@@ -12,12 +12,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from finhpc.bench.measures.batching import batching, layouts
+from finhpc.bench.measures.batching import batching, beside_transformers, draw_layouts, layouts
 from finhpc.bench.report import Row, publish
 from finhpc.bench.settings import GenerateBench
 from finhpc.bench.timing import device_of, in_turn, median_ratio, spread
@@ -49,7 +50,7 @@ SHOWN = ("model", "batch", "way", "first_token_s", "tokens_per_s", "over_dense",
 
 def bench_generate(settings: GenerateBench) -> dict[str, Any]:
     """Measure and publish; `ratios`: SHAPE_rRANK_over_dense of each model, cache_speedup, mixed_adapters_over_single,
-    batched_over_one_at_a_time.
+    batched_over_one_at_a_time, over_hf_padded, over_hf_continuous. cache-layouts.png shows `cache_layouts`.
 
     The ratios are tokens/s at the first of `batches`. Raises `ConfigError` for a model that is not PRESET:RANK.
     """
@@ -67,6 +68,8 @@ def bench_generate(settings: GenerateBench) -> dict[str, Any]:
     decoder, adapters = adapted(settings, device)
     ratios["mixed_adapters_over_single"], one_base = _adapters(settings, decoder, adapters)
     ratios["batched_over_one_at_a_time"], batched = batching(settings, decoder, adapters)
+    over, beside = beside_transformers(settings, decoder, adapters)
+    ratios |= over
     conditions = {
         "precision": settings.precision,
         "tokens": f"{settings.prompt} + {settings.new}, greedy, no end of text",
@@ -80,9 +83,12 @@ def bench_generate(settings: GenerateBench) -> dict[str, Any]:
         "cache_tokens": cache,
         "one_base": one_base,
         "batching": batched,
+        "beside_transformers": beside,
         "cache_layouts": layouts(settings, decoder),
     }
-    return publish("generate", settings.bench.out, conditions, rows, ratios, began, SHOWN, **more)
+    result = publish("generate", settings.bench.out, conditions, rows, ratios, began, SHOWN, **more)
+    draw_layouts(more["cache_layouts"], Path(result["folder"]) / "cache-layouts.png")
+    return result
 
 
 def _parse(entry: str) -> tuple[str, int]:
@@ -183,8 +189,9 @@ def _shape(
 ) -> tuple[list[Row], float]:
     """Rows of one shape, and the low-rank model's speed over transformers' on the dense one at the first batch."""
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-    dense = random_model(preset, None, 16, dtype, device)
-    models: dict[str, tuple[Any, int]] = {THEIRS: (dense, 16), DENSE: (dense, 16)}
+    models: dict[str, tuple[Any, int]] = {
+        way: (random_model(preset, None, 16, dtype, device), 16) for way in (THEIRS, DENSE)
+    }
     for bits in settings.bits:
         if bits == 16 or "minmax" in settings.schemes:
             models[f"rank {rank}, {bits} bits"] = (random_model(preset, rank, bits, dtype, device), bits)

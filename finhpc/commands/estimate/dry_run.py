@@ -17,7 +17,7 @@ from finhpc.runs.run import check_run, mlflow_checked
 from finhpc.screen import summary_table
 from finhpc.settings.finetune import FinetuneConfig
 from finhpc.settings.pretrain import PretrainConfig
-from finhpc.training.batches import PackedBatches
+from finhpc.training.finetuning.batches import PackedBatches
 
 log = logging.getLogger(__name__)
 

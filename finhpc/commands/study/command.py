@@ -28,7 +28,7 @@ from finhpc.lowrank.registry import BLEND, SVD, trained_kind
 from finhpc.runs.folder import RunFolder
 from finhpc.screen import rows_table
 from finhpc.settings.pretrain import PretrainConfig
-from finhpc.settings.study import StudyConfig
+from finhpc.settings.sweep import StudyConfig
 from finhpc.tracking.store import check_store
 
 log = logging.getLogger(__name__)

@@ -27,7 +27,7 @@ from finhpc.commands.report.curves import Curve, mean_curve, steps_to
 from finhpc.commands.study.trained import Trained, by_variant
 from finhpc.lowrank.registry import BLEND
 from finhpc.settings.pretrain import PretrainConfig
-from finhpc.settings.study import StudyConfig
+from finhpc.settings.sweep import StudyConfig
 
 Row = dict[str, Any]
 Interval = tuple[float, float]

@@ -9,7 +9,7 @@ from typing import Any
 
 from finhpc.commands.study.compare import Compared, at
 from finhpc.commands.study.trained import Trained
-from finhpc.settings.study import StudyConfig
+from finhpc.settings.sweep import StudyConfig
 
 Row = dict[str, Any]
 QUIET = 0.2  # the largest relative spread of step times at which their median is reliable

@@ -18,7 +18,7 @@ from finhpc.commands.report.figures import Figure, make_figure
 from finhpc.commands.report.page import render
 from finhpc.commands.study.compare import Compared
 from finhpc.screen import rows_table
-from finhpc.settings.study import StudyConfig
+from finhpc.settings.sweep import StudyConfig
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from finhpc.commands.study.trained import Trained, by_variant, train
 from finhpc.commands.study.variants import SCREEN, trial_of
 from finhpc.errors import TrainingFailedError
-from finhpc.settings.study import StudyConfig
+from finhpc.settings.sweep import StudyConfig
 
 log = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from finhpc.commands.study.variants import plan_trials
 from finhpc.commands.sweep.trial import Trial, read_outcome
 from finhpc.commands.sweep.tuning import train_trials
 from finhpc.errors import ImplausibleError, TrainingFailedError
-from finhpc.evaluation.perplexity import SAMPLE_LOSSES
+from finhpc.evaluation.sample_losses import SAMPLE_LOSSES
 from finhpc.settings.pretrain import PretrainConfig
-from finhpc.settings.study import StudyConfig
+from finhpc.settings.sweep import StudyConfig
 from finhpc.training.journal import WORKER_FILE, latest, read
 
 log = logging.getLogger(__name__)

@@ -13,8 +13,7 @@ from finhpc.errors import ConfigError, collect
 from finhpc.runs.folder import RunFolder
 from finhpc.settings.base import nearest
 from finhpc.settings.pretrain import PretrainConfig
-from finhpc.settings.study import StudyConfig
-from finhpc.settings.sweep import Sweep
+from finhpc.settings.sweep import StudyConfig, Sweep
 from finhpc.tracking.describe import model_name
 
 SCREEN, FINAL = "screen", "final"

@@ -15,7 +15,7 @@ from finhpc.commands.export import export, scored_format
 from finhpc.data.shards.shards import Shards
 from finhpc.errors import ImplausibleError
 from finhpc.evaluation import plausible
-from finhpc.evaluation.perplexity import held_out_losses
+from finhpc.evaluation.sample_losses import held_out_losses
 from finhpc.settings.base import build
 from finhpc.settings.export import ExportConfig
 from finhpc.settings.pretrain import PretrainConfig

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from finhpc.errors import CheckpointError
-from finhpc.training.best import STEP, Best
 from finhpc.training.checkpoint import MANIFEST, Checkpoint, key_of, open_checkpoint
 from finhpc.training.optimizers.stage import init_state, moment_names, moments
 from finhpc.training.workers.replicas import rows_of
@@ -106,29 +105,15 @@ def _read(pieces: Any) -> tuple[bool, str | None]:
     return False, None
 
 
-def resume_best(best: Best, latest: Checkpoint, workers: int) -> None:
-    """Continue with the best evaluation that `latest` records, unless its checkpoint was lost; all call this together.
-
-    That happens only if newer checkpoints, one of a better evaluation among them, were damaged.
-    """
-    step = latest.manifest.get(STEP, latest.step)
-    checkpoint, error = _open(latest.path.with_name(f"step_{step:08d}"))
-    lost = error or (checkpoint and _wrong_size(checkpoint))
-    if _from_first([lost], workers)[0]:
-        log.info(
-            f"the checkpoint of the best evaluation, of step {step}, is lost ({lost}); the best is searched for anew "
-            f"after step {latest.step}."
-        )
-        return
-    best.resume(latest.manifest)
-
-
-def _wrong_size(checkpoint: Checkpoint) -> str | None:
+def what_is_wrong(path: Path, workers: int) -> str | None:
+    """What is wrong with a checkpoint by its manifest and its files' sizes, on all workers; None if nothing is."""
+    error: str | None = None
     try:
-        checkpoint.check_sizes()
-    except CheckpointError as error:
-        return str(error)
-    return None
+        open_checkpoint(path).check_sizes()
+    except CheckpointError as damage:
+        error = str(damage)
+    found: str | None = _from_first([error], workers)[0]
+    return found
 
 
 def load_state(engine: Engine, latest: Checkpoint) -> None:

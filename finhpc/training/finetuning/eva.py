@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from finhpc.errors import ConfigError
 from finhpc.models.lora.layers import LoraLinear
 from finhpc.settings.training import Parallel
-from finhpc.training.batches import PackedBatches
+from finhpc.training.finetuning.batches import PackedBatches
 
 if TYPE_CHECKING:
     from finhpc.data.examples.batches import Batches

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from finhpc.training.checkpoint import BEST_STEP, STOPPED_EARLY, Checkpoint
+from finhpc.training.workers.resume import what_is_wrong
+
+log = logging.getLogger(__name__)
+
 LOWER_IS_BETTER = {"val_loss"}
-STEP, STATE, STOPPED = "best_step", "best", "stopped_early"  # keys of a manifest
+STATE = "best"  # a key of a manifest
 
 
 @dataclass
@@ -50,10 +56,20 @@ class Best:
         if self.step is None:
             return {}
         state = {"value": self.value, "seen": self.seen, "waited": self.waited}
-        return {STEP: self.step, STATE: state, STOPPED: self.stops}
+        return {BEST_STEP: self.step, STATE: state, STOPPED_EARLY: self.stops}
 
-    def resume(self, manifest: Mapping[str, Any]) -> None:
-        """Continue from what a checkpoint's manifest records."""
-        if STEP in manifest:
-            self.step = manifest[STEP]
+    def resume(self, latest: Checkpoint, workers: int) -> None:
+        """Continue with the best evaluation that `latest` records, unless its checkpoint was lost; all call this.
+
+        That happens only if newer checkpoints, one of a better evaluation among them, were damaged.
+        """
+        manifest = latest.manifest
+        step = manifest.get(BEST_STEP, latest.step)
+        if lost := what_is_wrong(latest.path.with_name(f"step_{step:08d}"), workers):
+            log.info(
+                f"the checkpoint of the best evaluation, of step {step}, is lost ({lost}); the best is searched for "
+                f"anew after step {latest.step}."
+            )
+        elif BEST_STEP in manifest:
+            self.step = manifest[BEST_STEP]
             self.value, self.seen, self.waited = (manifest[STATE][key] for key in ("value", "seen", "waited"))

@@ -1,0 +1,1 @@
+"""What finetuning gives to the trainer: packs of examples, choices among labels, the best evaluation, EVA."""
