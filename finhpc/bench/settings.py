@@ -252,3 +252,34 @@ class ExportBench(Section):
     seq_len: int = Field(512, ge=2, description="tokens of a window")
     python: str | None = Field(None, description="interpreter that has the runtimes; default: this one")
     resources: Resources = Field(default_factory=lambda: Resources(threads=2, device="cpu"))
+
+
+class ServeBench(Section):
+    """Settings of `finhpc bench serve`."""
+
+    bench: Bench = Field(default_factory=lambda: Bench(repeats=2))
+    model: str | None = Field(None, description="model folder or hub id; default: random weights of the preset's shape")
+    preset: str = Field("smollm2-135m", description="shape of the model if none is given")
+    users: list[Annotated[int, Field(ge=1)]] = Field(
+        [1, 8, 32, 64], min_length=1, description="users at once, each measured; with minutes: the first"
+    )
+    requests: int = Field(2, ge=1, description="requests of each user, on average")
+    fewest: int = Field(16, ge=1, description="requests in all, at least")
+    seconds: float = Field(60, gt=0, description="after which users begin no further request")
+    prompt: int = Field(256, ge=4, description="tokens of the longest prompt; the shortest has a quarter")
+    new: int = Field(128, ge=4, description="tokens of the longest answer; the shortest has a quarter")
+    adapters: int = Field(8, ge=0, description="random adapters, which requests name in turn; 0: the model alone")
+    adapter_rank: int = Field(8, ge=1, description="rank of each")
+    precision: Literal["fp32", "bf16"] = Field("bf16", description="of the weights")
+    cache_bytes: int = Field(2 << 30, ge=1, description="memory for keys and values, of each server")
+    vllm: str | None = Field(
+        None, description="interpreter that has vLLM, whose server is measured on the merged model; default: not"
+    )
+    vllm_adapters: bool = Field(True, description="measure vLLM with the adapters, too")
+    minutes: float | None = Field(
+        None,
+        gt=0,
+        description="load finhpc alone for so long instead and record its memory; an adapter comes and goes",
+    )
+    visit_s: float = Field(30, gt=0, description="seconds between two visits of that adapter")
+    resources: Resources = Field(default_factory=lambda: Resources(threads=2, device="cpu"))

@@ -92,7 +92,7 @@ def _state(config: ServeConfig) -> Iterator[Path]:
 
 @contextmanager
 def _deployed(config: ServeConfig, token: str) -> Iterator[None]:
-    """Start Serve's proxy and the replicas, and end both after the block."""
+    """Start the replicas, and Serve's proxy if there are several, and end them after the block."""
     os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
     from ray import serve as ray_serve
 
@@ -112,14 +112,15 @@ def _deployed(config: ServeConfig, token: str) -> Iterator[None]:
             "finhpc.serving.app:build, or use another cluster."
         )
     log.info(f"opening the model in {counted(config.replicas, 'replica')}")
+    alone = config.replicas == 1 and "RAY_ADDRESS" not in os.environ  # and thus on this machine
 
     def start() -> None:
         ray_serve.start(
-            proxy_location="HeadOnly",
+            proxy_location="Disabled" if alone else "HeadOnly",
             http_options={"host": config.host, "port": config.port},
             logging_config={"enable_access_log": False, "log_level": "WARNING"},
         )
-        ray_serve.run(application(config, Plan.of(config, token), gpus), name=NAME)
+        ray_serve.run(application(config, Plan.of(config, token, alone), gpus), name=NAME)
 
     try:
         if error := watch(start, lambda: None, START_AGAIN):

@@ -70,7 +70,7 @@ class Decoder:
         if family.positions:
             hidden = hidden + module(family.positions)(positions)
         hidden = (self._layers if family.whole_layers else self._halves)(hidden, positions, cache)
-        self.computed_tokens += len(ids)
+        self.computed_tokens += len(cache.current.slots)
         return hidden[0]
 
     @torch.inference_mode()

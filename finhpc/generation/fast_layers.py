@@ -1,7 +1,8 @@
 """Replace layers by ones that are faster when few tokens are computed at a time.
 
 Decoding reads every weight once per token, so bytes decide: B (A x) stays if the factors have fewer bytes than B A,
-otherwise B A is multiplied out; quantized rows go to kernels that multiply codes, and are never turned into floats.
+otherwise B A is multiplied out; quantized rows go to kernels that multiply codes, and are never turned into floats;
+other weights are brought into oneDNN's layout once, because torch's product does that in every call.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from finhpc.lowrank.layers import LowRankLinear
 from finhpc.lowrank.sltrain import SparseLinear
+from finhpc.models.constant import can_be_packed, pack, product
 from finhpc.quantization.minmax import QuantizedLinear
 from finhpc.quantization.per_vector import unpack_bits
 
@@ -26,11 +29,12 @@ GROUPS = (256, 128, 64, 32)  # columns that share a scale in torch's 4-bit kerne
 
 
 def use_fast_layers(model: nn.Module) -> dict[str, int]:
-    """Replace layers of `model` by faster ones; returns how many of each kind: merged, kernel_8, kernel_4.
+    """Replace layers of `model` by faster ones; returns how many of each kind: merged, kernel_8, kernel_4, packed.
 
-    A new layer takes over the tensors of the old one, so memory does not grow; `model` must not be saved afterwards.
+    A new layer takes over the tensors of the old one, so memory does not grow, except by a head that is packed and is
+    the embedding, too; `model` must not be saved afterwards.
     """
-    counts = {"merged": 0, "kernel_8": 0, "kernel_4": 0}
+    counts = {"merged": 0, "kernel_8": 0, "kernel_4": 0, "packed": 0}
     for name, module in list(model.named_modules()):
         fast: Any = None
         if isinstance(module, LowRankLinear) and module.mergeable and _merged_is_smaller(module):
@@ -44,6 +48,10 @@ def use_fast_layers(model: nn.Module) -> dict[str, int]:
         if fast is not None:
             model.set_submodule(name, fast)
             counts[kind] += 1
+    for name, module in list(model.named_modules()):
+        if type(module) in (nn.Linear, Conv1D) and name and can_be_packed(module.weight):
+            model.set_submodule(name, PackedLinear(module))
+            counts["packed"] += 1
     return counts
 
 
@@ -64,6 +72,22 @@ def _merged(layer: LowRankLinear) -> nn.Linear:
     merged.weight = nn.Parameter(rows.to(a.dtype), requires_grad=False)
     merged.bias = layer.B.bias
     return merged
+
+
+class PackedLinear(nn.Module):
+    """y = W x + bias, see `finhpc.models.constant`."""
+
+    packed: Tensor
+    bias: Tensor | None
+
+    def __init__(self, layer: nn.Linear | Conv1D) -> None:
+        super().__init__()
+        weight = layer.weight.detach()
+        self.register_buffer("packed", pack(weight.T.contiguous() if isinstance(layer, Conv1D) else weight))
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return product(x, self.packed, self.bias)
 
 
 class KernelLinear(nn.Module):

@@ -18,6 +18,7 @@ from finhpc.generation.decoder import Decoder
 from finhpc.generation.fast_layers import use_fast_layers
 from finhpc.generation.prompts import Prompt
 from finhpc.generation.requests import Request, Token
+from finhpc.models.constant import PACKED
 from finhpc.models.families.registry import context_of
 from finhpc.models.files.source import config_of, find_tokenizer, locate, tokenizer_of
 from finhpc.models.files.tokenizer import has_tokenizer
@@ -211,8 +212,9 @@ def tensor_bytes(model: torch.nn.Module) -> int:
     """Return the bytes of all weights, their scales and buffers, counting shared memory once."""
     tensors = [*model.parameters(), *model.buffers()]
     tensors += [scale for parameter in model.parameters() for scale in _scales(parameter)]
-    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
-    return sum(storages.values())
+    packed = [x for x in tensors if x.layout == PACKED]  # without a storage that torch knows
+    plain = [x.untyped_storage() for x in tensors if x.layout != PACKED]
+    return sum(x.nbytes for x in packed) + sum({x.data_ptr(): x.nbytes() for x in plain}.values())
 
 
 def _scales(parameter: torch.Tensor) -> list[torch.Tensor]:

@@ -70,7 +70,10 @@ class Group:
 
 
 class Pass(NamedTuple):
-    """What a pass computes: `positions` and `slots` (places in the cache) of its tokens, and their groups."""
+    """What a pass computes: `positions` and `slots` (places in the cache) of its tokens, and their groups.
+
+    There may be more positions than slots: those of rows that belong to no request.
+    """
 
     positions: Tensor
     slots: Tensor
@@ -100,8 +103,11 @@ class PagedCache:
         if blocks:
             self.data[:, :, :, torch.tensor(blocks, device=self.device)] = 0
 
-    def begin(self, spans: Sequence[Span]) -> Pass:
-        """Set the rows of the next pass; equal numbers of new tokens stand together, the longest first."""
+    def begin(self, spans: Sequence[Span], more: int = 0) -> Pass:
+        """Set the rows of the next pass; equal numbers of new tokens stand together, the longest first.
+
+        `more` rows after them belong to no request.
+        """
         size = self.block_size
         positions: list[int] = []
         slots: list[int] = []
@@ -109,8 +115,9 @@ class PagedCache:
             places = range(span.past, span.past + span.new)
             positions += places
             slots += [span.table[place // size] * size + place % size for place in places]
-        flat = torch.tensor([positions, slots], device=self.device)
-        self.current = Pass(flat[0], flat[1], self._groups(spans, flat[0]))
+        count = len(positions)
+        flat = torch.tensor([positions + [0] * more, slots + [0] * more], device=self.device)
+        self.current = Pass(flat[0], flat[1, :count], self._groups(spans, flat[0]))
         return self.current
 
     def _groups(self, spans: Sequence[Span], positions: Tensor) -> list[Group]:
@@ -163,7 +170,9 @@ class PagedCache:
         q (tokens, heads, size), k and v (tokens, kv_heads, size) are those of the rows of `begin`.
         """
         assert self.current is not None
-        flat = self.flat[layer]
+        flat, count, more = self.flat[layer], len(self.current.slots), len(q) - len(self.current.slots)
+        if more:
+            return F.pad(self.attend(layer, q[:count], k[:count], v[:count], scores), (0, 0, 0, 0, 0, more))
         stored = torch.stack((k, v)).transpose(1, 2).to(flat.dtype)  # (2, kv_heads, tokens, size)
         flat.index_copy_(2, self.current.slots, stored)
         q = q.to(flat.dtype)

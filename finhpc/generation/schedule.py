@@ -11,6 +11,7 @@ from finhpc.generation.blocks import Blocks, chain
 from finhpc.generation.decoder import Decoder
 from finhpc.generation.paged import PagedCache, Span
 from finhpc.generation.requests import Row
+from finhpc.models.constant import filled
 from finhpc.models.lora.multi_lora import Adapters
 
 
@@ -106,13 +107,17 @@ def hidden_states(
 ) -> Tensor:
     """Compute a pass: the hidden states (tokens, width) of `rows`' new tokens, which it sorts as attention groups them.
 
-    Without `adapters` the model is used as it is.
+    More hidden states may follow that belong to nothing. Without `adapters` the model is used as it is.
     """
     rows.sort(key=lambda row: (row.new, row.computed > 0, -row.computed))
     cache.clear(schedule.fresh)
     schedule.fresh = []
-    cache.begin([Span(row.table.blocks, row.computed, row.new) for row in rows])
-    if adapters is not None:
-        adapters.choose([row.adapter for row in rows], [row.new for row in rows])
     ids = [token for row in rows for token in row.ids[row.computed : row.computed + row.new]]
+    more = filled(len(ids)) - len(ids) if decoder.device.type == "cpu" else 0
+    cache.begin([Span(row.table.blocks, row.computed, row.new) for row in rows], more)
+    if adapters is not None:
+        counts = [row.new for row in rows]
+        counts[-1] += more
+        adapters.choose([row.adapter for row in rows], counts)
+    ids += [0] * more
     return decoder(torch.tensor(ids, device=decoder.device), cache)

@@ -1,7 +1,8 @@
 """The server as an application of Ray Serve: each replica opens the model and runs its own batcher.
 
-`finhpc serve` deploys it on one machine. On a cluster, a Serve config file names `finhpc.serving.app:build` as
-`import_path` and gives settings of `finhpc serve` as `args`; its pods have the token in FINHPC_SERVE_TOKEN.
+`finhpc serve` deploys it on one machine, where a single replica listens itself and several have Serve's proxy. On a
+cluster, a Serve config file names `finhpc.serving.app:build` as `import_path` and gives settings of `finhpc serve` as
+`args`; its pods have the token in FINHPC_SERVE_TOKEN.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from finhpc.serving.token import read_token
 from finhpc.serving.web import make_app
 from finhpc.settings.base import load
 from finhpc.settings.serve import ServeConfig
+from finhpc.training.allocator import ENVIRONMENT
 
 log = logging.getLogger(__name__)
 
@@ -37,18 +39,23 @@ TRIES = 3  # of a replica's start, if the first replica does not start either
 
 @dataclass(frozen=True)
 class Plan:
-    """What every replica gets. `token_sha256`: None if each reads the token of its own environment."""
+    """What every replica gets. `token_sha256`: None if each reads the token of its own environment.
+
+    `listens`: it answers on the settings' host and port itself.
+    """
 
     settings: dict[str, Any]
     fingerprint: str
     driver: Driver
     token_sha256: str | None
+    listens: bool
 
     @classmethod
-    def of(cls, config: ServeConfig, token: str | None) -> Plan:
+    def of(cls, config: ServeConfig, token: str | None, listens: bool) -> Plan:
         """The plan of a checked config, whose `state` is set."""
         digest = None if token is None else hashlib.sha256(token.encode()).hexdigest()
-        return cls(config.model_dump(), weights_fingerprint(locate(config.model)), Driver.here(), digest)
+        fingerprint = weights_fingerprint(locate(config.model))
+        return cls(config.model_dump(), fingerprint, Driver.here(), digest, listens)
 
 
 @serve.deployment(name=NAME)
@@ -68,9 +75,10 @@ class Replica:
             )
         self.served, self.metrics = open_served(config, serve.get_replica_context().replica_id.unique_id)
         self.token_sha256 = plan.token_sha256 or hashlib.sha256(read_token(config).encode()).hexdigest()
+        self.address = (config.host, config.port) if plan.listens else None
 
     async def __serve_build_asgi_app__(self) -> Any:
-        return make_app(self.served, self.metrics, self.token_sha256)
+        return make_app(self.served, self.metrics, self.token_sha256, self.address)
 
     def check_health(self) -> None:
         """Raise if the model stopped working, so that Serve starts another replica."""
@@ -86,6 +94,8 @@ def application(config: ServeConfig, plan: Plan, gpus: bool) -> Application:
         ray_actor_options={
             "num_cpus": resources.cpus_per_worker,
             "num_gpus": resources.gpus_per_worker if gpus else 0,
+            # Threads with arenas of their own would each keep the largest pass they ever computed.
+            "runtime_env": {"env_vars": {} if gpus else ENVIRONMENT},
         },
         # Serve's own queue is never the one that fills up, so that a refused request gets OpenAI's error.
         max_ongoing_requests=limits.max_running + limits.max_queue + SPARE,
@@ -109,4 +119,4 @@ def build(args: dict[str, Any]) -> Application:
         raise ConfigError("state is not set; give a folder that all replicas see, such as /shared/serve.")
     check(config)
     Shared(Path(config.state)).create(listed(config))
-    return application(config, Plan.of(config, None), gpus=config.resources.device == "cuda")
+    return application(config, Plan.of(config, None, listens=False), gpus=config.resources.device == "cuda")

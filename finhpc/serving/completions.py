@@ -14,8 +14,9 @@ from typing import Any
 
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from finhpc.generation.requests import Request, Token
+from finhpc.generation.requests import Request
 from finhpc.generation.sampling import Score
+from finhpc.serving.engine import Tokens
 from finhpc.serving.formats import ChatFormat, CompletionFormat, Format
 from finhpc.serving.guard import place_of
 from finhpc.serving.protocol import FAILED, ApiError, Chat, Completion, Sampled
@@ -134,28 +135,30 @@ def _sampling(asked: Sampled, most: int, seed: int) -> Sampling:
     )
 
 
-async def _tokens(served: Served, job: Job, queue: asyncio.Queue[Token], deadline: float) -> AsyncIterator[Choice]:
+async def _tokens(served: Served, job: Job, queue: Tokens, deadline: float) -> AsyncIterator[Choice]:
     """Give each choice its tokens until all have ended; yields the choice of each token.
 
     Raises `ApiError` for a failed one, and when the time is over.
     """
     by_name = {choice.request.name: choice for choice in job.choices}
-    while any(choice.answer.finish is None for choice in job.choices):
-        try:
-            async with asyncio.timeout_at(deadline):
-                token = await queue.get()
-        except TimeoutError:
-            text = f"The answer was not complete within {served.limits.request_timeout_s:g} s; ask for fewer tokens."
-            raise ApiError(504, text, "timeout") from None
-        choice = by_name[token.request]
-        if token.finish in ("error", "cancelled"):
-            raise ApiError(503, token.error or "The request was cancelled; try again.", "unavailable", retry_s=1)
-        if token.prompt_logprobs is not None:
-            choice.prompt_logprobs = token.prompt_logprobs
-        choice.answer.add(token.id, token.finish, token.finish == "stop", token.logprob, token.top)
-        if choice.answer.stopped:
-            served.engine.cancel(token.request)
-        yield choice
+    alarm = asyncio.get_running_loop().call_at(deadline, queue.put_nowait, None)
+    try:
+        while any(choice.answer.finish is None for choice in job.choices):
+            if (token := await queue.get()) is None:
+                most = served.limits.request_timeout_s
+                text = f"The answer was not complete within {most:g} s; ask for fewer tokens."
+                raise ApiError(504, text, "timeout")
+            choice = by_name[token.request]
+            if token.finish in ("error", "cancelled"):
+                raise ApiError(503, token.error or "The request was cancelled; try again.", "unavailable", retry_s=1)
+            if token.prompt_logprobs is not None:
+                choice.prompt_logprobs = token.prompt_logprobs
+            choice.answer.add(token.id, token.finish, token.finish == "stop", token.logprob, token.top)
+            if choice.answer.stopped:
+                served.engine.cancel(token.request)
+            yield choice
+    finally:
+        alarm.cancel()
 
 
 def _whole(job: Job) -> dict[str, Any]:
@@ -178,14 +181,13 @@ def _parts(job: Job, choice: Choice, text: str, scored: list[Scored], first: boo
     return whole, logprobs
 
 
-async def _events(
-    served: Served, job: Job, queue: asyncio.Queue[Token], deadline: float, usage: bool
-) -> AsyncIterator[str]:
+async def _events(served: Served, job: Job, queue: Tokens, deadline: float, usage: bool) -> AsyncIterator[str]:
     """Yield the events of a stream. An error after its start is an event, too, and ends it."""
-    head = job.head(stream=True) | ({"usage": None} if usage else {})
+    head = job.head(stream=True)
+    alike = json.dumps(head | ({"usage": None} if usage else {}), ensure_ascii=False).removesuffix("}")
 
-    def event(choices: list[dict[str, Any]], **more: Any) -> str:
-        return f"data: {json.dumps(head | {'choices': choices} | more, ensure_ascii=False)}\n\n"
+    def event(choices: list[dict[str, Any]]) -> str:
+        return f'data: {alike}, "choices": {json.dumps(choices, ensure_ascii=False)}}}\n\n'
 
     if opening := [part for choice in job.choices if (part := job.format.opening(choice.index))]:
         yield event(opening)
@@ -204,7 +206,7 @@ async def _events(
         yield f"data: {json.dumps(body)}\n\n"
         return
     if usage:
-        yield event([], usage=job.usage)
+        yield f"data: {json.dumps(head | {'choices': [], 'usage': job.usage}, ensure_ascii=False)}\n\n"
     yield "data: [DONE]\n\n"
 
 

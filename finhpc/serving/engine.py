@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 IDLE_S = 0.5
 RETRY_S = 1  # for a client that was refused because the queue is full
+Tokens = asyncio.Queue[Token | None]  # None: the time is over
 BROKEN = "The model stopped working; the server starts it again."
 
 
@@ -30,7 +31,7 @@ class Engine:
     def __init__(self, batcher: Batcher, limits: Limits, first: Histogram, between: Histogram) -> None:
         self.batcher, self.limits, self.first, self.between = batcher, limits, first, between
         self.failure: str | None = None  # what ended the thread
-        self._queues: dict[str, asyncio.Queue[Token]] = {}
+        self._queues: dict[str, Tokens] = {}
         self._times: dict[str, tuple[float, bool]] = {}  # of the newest token, or the start; whether one has come
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
@@ -53,7 +54,7 @@ class Engine:
         return len(self._queues)
 
     @asynccontextmanager
-    async def submitted(self, requests: Sequence[Request]) -> AsyncIterator[asyncio.Queue[Token]]:
+    async def submitted(self, requests: Sequence[Request]) -> AsyncIterator[Tokens]:
         """Add requests and yield the queue of their tokens; whatever is unfinished at the end is cancelled.
 
         Raises `ApiError` if too many wait or one does not fit.
@@ -64,7 +65,7 @@ class Engine:
         if len(self._queues) + len(requests) > room:
             text = f"The server's queue of {self.limits.max_queue} requests is full; try again later."
             raise ApiError(429, text, "queue_full", retry_s=RETRY_S)
-        queue: asyncio.Queue[Token] = asyncio.Queue()
+        queue: Tokens = asyncio.Queue()
         try:
             for request in requests:
                 self._queues[request.name], self._times[request.name] = queue, (time.monotonic(), False)

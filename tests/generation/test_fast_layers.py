@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from finhpc.generation.fast_layers import KernelLinear, use_fast_layers
+from finhpc.generation.fast_layers import KernelLinear, PackedLinear, use_fast_layers
 from finhpc.generation.generator import tensor_bytes
 from finhpc.lowrank.layers import LowRankLinear
+from finhpc.models.constant import can_be_packed
 from finhpc.quantization.minmax import MinMax, QuantizedLinear
 
 
@@ -75,5 +79,32 @@ def test_a_pair_is_multiplied_out_where_that_is_less_to_read() -> None:
     assert use_fast_layers(model)["merged"] == 2
     assert (model[1], model[3]) == (narrow, narrow_blocks)
     for i, outputs in expected.items():
-        assert isinstance(model[i], nn.Linear)
+        assert isinstance(model[i], PackedLinear)
         torch.testing.assert_close(model[i](x).detach(), outputs, rtol=1e-3, atol=1e-1)
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 3e-3), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("rows", [1, 7, 64, 300])
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_packed_weights_compute_as_plain_ones(kind: str, rows: int, dtype: torch.dtype, most: float) -> None:
+    torch.manual_seed(0)
+    layer: Any = nn.Linear(96, 200, bias=rows != 7) if kind == "linear" else Conv1D(200, 96)
+    nn.init.normal_(layer.weight)
+    layer = layer.to(dtype)
+    if not can_be_packed(layer.weight):
+        pytest.skip("no products of this type on this processor")
+    rows_of_weight = layer.weight if kind == "linear" else layer.weight.T
+    x = torch.randn(1, rows, 96).to(dtype)
+    exact = x.double() @ rows_of_weight.double().T + (0 if layer.bias is None else layer.bias.double())
+    model, before = nn.Sequential(layer), tensor_bytes(layer)
+    assert use_fast_layers(model)["packed"] == 1
+    assert isinstance(model[0], PackedLinear)
+    out = model(x)
+    assert (out.shape, out.dtype) == ((1, rows, 200), dtype)
+    assert (out.double() - exact).norm() < most * exact.norm(), "as near as a product of such matrices"
+    assert tensor_bytes(model) == before
+
+
+def test_other_layers_are_not_packed() -> None:
+    layers = [nn.Linear(64, 32).half(), nn.Embedding(10, 64).to(torch.bfloat16), nn.LayerNorm(64).to(torch.bfloat16)]
+    assert not any(use_fast_layers(nn.Sequential(*layers)).values())

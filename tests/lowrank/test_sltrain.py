@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from finhpc.errors import ConfigError
-from finhpc.generation.fast_layers import use_fast_layers
+from finhpc.generation.fast_layers import PackedLinear, use_fast_layers
 from finhpc.lowrank.sltrain import SparseLinear, multiplied
 from finhpc.models.families.registry import config_of_method, dense_original, resolve_shape, skeleton
 from finhpc.models.initialize import initial_model
@@ -159,7 +159,7 @@ def test_decoding_multiplies_it_out() -> None:
     layer, x = made(True, 3), torch.randn(2, 10)
     model, expected = nn.Sequential(layer), layer(x).detach()
     assert use_fast_layers(model)["merged"] == 1
-    assert isinstance(model[0], nn.Linear)
+    assert isinstance(model[0], PackedLinear)
     torch.testing.assert_close(model(x).detach(), expected, rtol=1e-5, atol=1e-5)
 
 

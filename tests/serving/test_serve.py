@@ -8,6 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -247,22 +249,38 @@ def test_a_server_from_its_start_to_its_drain(files: tuple[Path, dict[str, Path]
 
         wait_until(lambda: metric("finhpc_cache_blocks_used") == metric("finhpc_requests_running") == 0)
         assert new_tokens < metric("finhpc_new_tokens_total") <= new_tokens + 100
+        answers: list[tuple[float, float, int]] = []  # begin, end, tokens
+        refusals: set[tuple[int, str | None]] = set()
+        ending = threading.Event()
+
+        def ask_on(number: int) -> None:
+            """Ask again and again, so that a request is always in work, until the server is to end."""
+            while not ending.is_set():
+                begin = time.monotonic()
+                try:
+                    answer = server.ask(f"base:a{number % 3}", 120, n=4)
+                except openai.InternalServerError as error:
+                    refusals.add((error.status_code, error.code))
+                else:
+                    answers.append((begin, time.monotonic(), answer.usage.completion_tokens))
+
         with ThreadPoolExecutor(24) as pool:
-            running = [pool.submit(server.ask, f"base:a{i % 3}", 120, n=4) for i in range(24)]
-
-            def accepted() -> float:
-                ended = sum(each.done() for each in running)  # first, so that none is counted twice
-                return ended + metric("finhpc_requests_in_flight") - 1  # without this one
-
-            wait_until(lambda: accepted() >= 24)
-            assert not all(each.done() for each in running)
-            assert server.stop() == 0
-            assert [each.result().usage.completion_tokens for each in running] == [480] * 24
+            asking = [pool.submit(ask_on, number) for number in range(24)]
+            wait_until(lambda: metric("finhpc_requests_in_flight") > 24)  # this one, too
+            ending.set()
+            server.process.send_signal(signal.SIGTERM)
+            signaled = time.monotonic()
+            assert server.process.wait(400) == 0
+            for each in asking:
+                each.result()
+        assert sum(begin < signaled < end for begin, end, _ in answers) >= 2, "accepted ones finish"
+        assert {tokens for _, _, tokens in answers} == {480}
+        assert refusals <= {(503, "draining")}
         lines = server.log.read_text().splitlines()
         result = json.loads((tmp_path / "out").read_text().splitlines()[-1])
     assert (result["status"], result["adapters"]) == ("finished", ["a0", "a1", "a2"])
     assert result["requests"] >= 16
-    assert result["new_tokens"] >= 480 * 24
+    assert result["new_tokens"] >= 480 * len(answers)
     noise = [line for line in lines if any(word in line for word in ("INFO", "WARNING", "pid=", "Traceback"))]
     assert not noise, noise
     assert any("all requests have finished" in line for line in lines)

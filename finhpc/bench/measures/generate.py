@@ -189,8 +189,9 @@ def _shape(
 ) -> tuple[list[Row], float]:
     """Rows of one shape, and the low-rank model's speed over transformers' on the dense one at the first batch."""
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-    dense = random_model(preset, None, 16, dtype, device)
-    models: dict[str, tuple[Any, int]] = {THEIRS: (dense, 16), DENSE: (dense, 16)}
+    models: dict[str, tuple[Any, int]] = {
+        way: (random_model(preset, None, 16, dtype, device), 16) for way in (THEIRS, DENSE)
+    }
     for bits in settings.bits:
         if bits == 16 or "minmax" in settings.schemes:
             models[f"rank {rank}, {bits} bits"] = (random_model(preset, rank, bits, dtype, device), bits)
@@ -273,6 +274,7 @@ def adapted(settings: GenerateBench, device: torch.device) -> tuple[Decoder, Ada
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     model = random_model(settings.adapters_model, None, 16, dtype, device)
     made = {str(i): random_adapter(model, settings.adapter_rank) for i in range(settings.adapters)}
+    use_fast_layers(model)
     adapters = Adapters(model, made)
     return Decoder(model), adapters
 
