@@ -248,8 +248,8 @@ class ExportBench(Section):
     bits: list[Annotated[Literal[8, 4], BeforeValidator(int)]] = Field([8, 4], min_length=1, description="each, too")
     prompt: int = Field(128, ge=1, description="tokens of the prompt")
     new: int = Field(64, ge=2, description="tokens generated after it")
-    windows: int = Field(8, ge=1, description="windows of the text, for perplexity")
-    seq_len: int = Field(512, ge=2, description="tokens of a window")
+    windows: int = Field(4, ge=1, description="windows of the text, for perplexity")
+    seq_len: int = Field(256, ge=2, description="tokens of a window")
     python: str | None = Field(None, description="interpreter that has the runtimes; default: this one")
     resources: Resources = Field(default_factory=lambda: Resources(threads=2, device="cpu"))
 

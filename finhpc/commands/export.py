@@ -132,9 +132,10 @@ def _check(config: ExportConfig) -> None:
                 f"quantization.scheme={scheme} is set, but quantization.bits=16 quantizes nothing; "
                 f"use quantization.bits={SCHEMES[scheme].bits[0]}, or leave the scheme out."
             )
-    if config.adapters and config.format not in RUNTIMES:
+    files = [name for name, runtime in RUNTIMES.items() if runtime.adapters]
+    if config.adapters and config.format not in files:
         problems.append(
-            f"adapters is for format={' and '.join(RUNTIMES)}; leave it out, or give an adapter's folder as --model to "
+            f"adapters is for format={' and '.join(files)}; leave it out, or give an adapter's folder as --model to "
             "add it to the weights."
         )
     if config.format in RUNTIMES and scheme != "minmax":

@@ -16,7 +16,7 @@ class ExportQuantization(Section):
     scheme: str = Field(
         "minmax",
         description="minmax: per vector, 8 or 4 bits, needs finhpc to open; int8 (8 bits), nf4 (4 bits): bitsandbytes; "
-        "not for gguf and onnx, which have their own",
+        "not for gguf, onnx and executorch, which have their own",
     )
 
 
@@ -35,10 +35,11 @@ class ExportConfig(Section):
         default_factory=list,
         description="NAME=FOLDER of adapters of `model`, each exported as its own file (gguf and onnx; repeatable)",
     )
-    format: Literal["native", "merged", "adapter", "gguf", "onnx"] = Field(
+    format: Literal["native", "merged", "adapter", "gguf", "onnx", "executorch"] = Field(
         "native",
         description="native: as it is, low-rank; merged: B A multiplied out, opens without finhpc; adapter: a new "
-        "adapter in peft's format; gguf: merged, a file for llama.cpp; onnx: as it is, a folder for onnxruntime-genai",
+        "adapter in peft's format; gguf: merged, a file for llama.cpp; onnx: as it is, a folder for onnxruntime-genai; "
+        "executorch: as it is, a program for ExecuTorch",
     )
     out: str = Field("", description="new folder for the exported model; required")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import finhpc
 from finhpc.errors import ConfigError
@@ -40,12 +40,27 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-tied": ("llama-tiny", {"kind": "dense"}),
     "llama-cola": ("llama-tiny", {"kind": "cola", "rank": 32}),
 }
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB, "hidden_size": WIDTH, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": 0, "bos_token_id": 0,
+    "max_position_embeddings": 64,
+}  # fmt: skip
+DENSE: dict[str, Callable[[], Any]] = {
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, head_dim=32, sliding_window=None)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True)),
+}
 Make = Callable[[str], Path]
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_shards(tmp_path_factory.mktemp("data") / "shards", blocks=8)
+
+
+def preset_model(preset: str, method: dict[str, Any], tied: bool) -> Any:
+    sizes = {"layers": 2, "width": WIDTH, "vocab_size": VOCAB, "tie_embeddings": tied or None}
+    shape = resolve_shape(Model.model_validate({"preset": preset} | sizes), VOCAB)
+    return initial_model(config_of_method(shape, Method(**method)), seed=1, scheme="spectral")
 
 
 @pytest.fixture(scope="module")
@@ -55,24 +70,20 @@ def make(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Make:
 
     def folder(name: str) -> Path:
         if name not in made:
-            preset, method = MODELS[name]
-            sizes = {"layers": 2, "width": WIDTH, "vocab_size": VOCAB, "tie_embeddings": "tied" in name or None}
-            shape = resolve_shape(Model.model_validate({"preset": preset} | sizes), VOCAB)
-            config = config_of_method(shape, Method(**method))
-            model = initial_model(config, seed=1, scheme="spectral")
             torch.manual_seed(3)
+            model = DENSE[name]() if name in DENSE else preset_model(*MODELS[name], tied="tied" in name)
             with torch.no_grad():
                 for parameter in model.parameters():  # biases and norms too are no longer 0 and 1
                     parameter.add_(0.1 * torch.randn_like(parameter))
             made[name] = tmp_path_factory.mktemp(name) / "model"
             weights = {n: p.detach().contiguous() for n, p in model.named_parameters()}
-            save_model(made[name], config, weights.items(), shards / "tokenizer")
+            save_model(made[name], model.config, weights.items(), shards / "tokenizer")
         return made[name]
 
     return folder
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, *DENSE])
 def test_the_graph_computes_what_the_model_computes(name: str, make: Make, tmp_path: Path) -> None:
     source, out = make(name), tmp_path / "out"
     result = exported(source, out, "onnx")
@@ -91,7 +102,7 @@ def stored_numbers(folder: Path) -> int:
     return sum(int(torch.tensor(list(each.dims)).prod()) for each in floats if each.name not in tables)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, *DENSE])
 def test_factors_stay_factors(name: str, make: Make, tmp_path: Path) -> None:
     result = exported(make(name), tmp_path / "out", "onnx", dtype="float16")
     model = finhpc.load_model(make(name))
@@ -117,7 +128,7 @@ def round_as_stored(model: nn.Module, bits: int, floats: list[str]) -> None:
             rows.copy_(values.flatten(1)[:, : rows.shape[1]])
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, *DENSE])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_few_bits_compute_with_the_stored_numbers(name: str, bits: int, make: Make, tmp_path: Path) -> None:
     """What is left between the two are activations, which ONNX Runtime rounds to 8 bits in blocks."""

@@ -47,12 +47,14 @@ class Runtime:
 
     `merged`: low-rank pairs are multiplied out. `schemes`: bits -> how the runtime stores a matrix in so few.
     `opens`: what opens the result. `needs_tokenizer_files`: the tokenizer is not in the model's own file.
+    `adapters`: it opens adapters from files of their own.
     """
 
     merged: ClassVar[bool]
     schemes: ClassVar[dict[int, str]]
     opens: ClassVar[str]
     needs_tokenizer_files: ClassVar[bool] = False
+    adapters: ClassVar[bool] = True
 
     def check(self, model: Layers, source: Source) -> list[str]:
         """Return the names of matrices that stay floats; raises `ConfigError` for what the format cannot express."""
