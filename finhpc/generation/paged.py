@@ -9,6 +9,8 @@ for each request is cheaper from some 200 tokens on.
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -89,7 +91,7 @@ class PagedCache:
     def __init__(self, config: Any, blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> None:
         layers, kv_heads, head_size = shape_of(config)
         self.block_size, self.device = block_size, device
-        self.data = torch.zeros(layers, 2, kv_heads, blocks, block_size, head_size, dtype=dtype, device=device)
+        self.data = _zeros((layers, 2, kv_heads, blocks, block_size, head_size), dtype, device)
         self.flat = self.data.view(layers, 2, kv_heads, blocks * block_size, head_size)
         self.token_bytes = 2 * kv_heads * head_size * self.data.element_size()  # of a layer
         self.current: Pass | None = None
@@ -210,6 +212,14 @@ class PagedCache:
         q = q.view(group.requests, group.new, -1, size).transpose(1, 2)
         found = attend(q, keys, values, sees, Scores(scores.scale, None, scores.cap))
         return found.transpose(1, 2).flatten(0, 1)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return zeros; on a CPU in a mapping of their own, because malloc may clear what it has kept, page by page."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 def shape_of(config: Any) -> tuple[int, int, int]:
