@@ -271,9 +271,10 @@ class ServeBench(Section):
     adapters: int = Field(8, ge=0, description="random adapters, which requests name in turn; 0: the model alone")
     adapter_rank: int = Field(8, ge=1, description="rank of each")
     precision: Literal["fp32", "bf16"] = Field("bf16", description="of the weights")
-    cache_bytes: int = Field(2 << 30, ge=1, description="memory for keys and values, of each server")
+    cache_bytes: int = Field(1 << 30, ge=1, description="memory for keys and values, of each server")
     vllm: str | None = Field(
-        None, description="interpreter that has vLLM, whose server is measured on the merged model; default: not"
+        None,
+        description="interpreter that has vLLM, whose server is measured on the merged model; default: not",
     )
     vllm_adapters: bool = Field(True, description="measure vLLM with the adapters, too")
     minutes: float | None = Field(

@@ -18,7 +18,8 @@ from finhpc.settings.serve import ServeConfig
 def open_served(config: ServeConfig, replica: str) -> tuple[Served, Metrics]:
     """Open the model of a checked config, whose `state` exists; `replica`: its name in the metrics."""
     shared = Shared(Path(str(config.state)))
-    opened = open_model(generate_config(config))
+    how = generate_config(config)
+    opened = open_model(how.model_copy(update={"resources": how.resources.model_copy(update={"threads": 1})}))
     batcher = Batcher(
         opened.decoder,
         opened.adapters,
@@ -28,5 +29,5 @@ def open_served(config: ServeConfig, replica: str) -> tuple[Served, Metrics]:
         prefill_tokens=config.cache.prefill_tokens,
     )
     metrics = Metrics(replica, shared, batcher.stats)
-    engine = Engine(batcher, config.limits, metrics.first, metrics.between)
+    engine = Engine(batcher, config.limits, metrics.first, metrics.between, config.resources.threads)
     return Served(config, locate(config.model), opened, engine, shared), metrics

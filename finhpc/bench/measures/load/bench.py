@@ -30,7 +30,8 @@ from finhpc.settings.export import ExportConfig
 
 log = logging.getLogger(__name__)
 
-OURS, MERGED, THEIR_ADAPTERS = "finhpc", "vLLM, merged", "vLLM, adapters"
+OURS, OUR_MERGED = "finhpc", "finhpc, merged"
+MERGED, THEIR_ADAPTERS = "vLLM, merged", "vLLM, adapters"
 WARM_UP = 8  # users, requests each: 2
 SHOWN = (
     "way", "users", "requests", "errors", "requests_per_s", "tokens_per_s", "first_token_p50_ms", "first_token_p95_ms",
@@ -90,6 +91,9 @@ def _open(
         return servers
     merged = place / "merged"
     export(ExportConfig.model_validate({"model": str(model), "out": str(merged), "format": "merged"}))
+    if adapters:
+        alone = finhpc_server(str(merged), {}, words, threads, place / "finhpc-merged.log")
+        servers[OUR_MERGED] = stack.enter_context(alone)
     how = {"dtype": _dtype(settings), "max-num-seqs": str(most), "max-model-len": str(settings.prompt + settings.new)}
     how["kv-cache-memory-bytes"] = str(settings.cache_bytes)
     servers[MERGED] = stack.enter_context(vllm_server(settings.vllm, merged, {}, how, threads, place / "vllm.log"))
@@ -110,7 +114,7 @@ def _measure(settings: ServeBench, servers: dict[str, Server], rows: int) -> dic
     for way, server in servers.items():
         log.info(f"{way}: warming up")
         warm = requests_of(settings, server.models, rows, 2 * WARM_UP, -1)
-        run(server, WARM_UP, [each | {"max_tokens": 8} for each in warm], settings.seconds, way == OURS)
+        run(server, WARM_UP, [each | {"max_tokens": 8} for each in warm], settings.seconds, way in (OURS, OUR_MERGED))
     loads: dict[tuple[str, int], list[Load]] = {(way, users): [] for users in settings.users for way in servers}
     for round_ in range(settings.bench.repeats):
         for users in settings.users:
@@ -118,7 +122,7 @@ def _measure(settings: ServeBench, servers: dict[str, Server], rows: int) -> dic
                 seed = round_ * 1_000_000 + users  # no prompt is sent twice, so that none is found in a cache
                 server, count = servers[way], max(settings.fewest, settings.requests * users)
                 requests = requests_of(settings, server.models, rows, count, seed)
-                load = run(server, users, requests, settings.seconds, way == OURS)
+                load = run(server, users, requests, settings.seconds, way in (OURS, OUR_MERGED))
                 loads[way, users].append(load)
                 log.info(
                     f"{way}, {users} users: {load.tokens_per_s:,.1f} tokens/s, {len(load.answers)} requests in "
@@ -140,8 +144,11 @@ def _ratios(settings: ServeBench, loads: dict[tuple[str, int], list[Load]]) -> d
         if users > 1:
             compare(f"{users}_users_over_one_at_a_time", (OURS, users), (OURS, 1))
     for users in settings.users:
-        compare(f"{users}_users_over_vllm_merged", (OURS, users), (MERGED, users))
-        compare(f"{users}_users_over_vllm_adapters", (OURS, users), (THEIR_ADAPTERS, users))
+        ours = OUR_MERGED if (OUR_MERGED, users) in rates else OURS
+        compare(f"{users}_users_merged_over_vllm_merged", (ours, users), (MERGED, users))
+        if settings.adapters:
+            compare(f"{users}_users_adapters_over_vllm_merged", (OURS, users), (MERGED, users))
+            compare(f"{users}_users_adapters_over_vllm_adapters", (OURS, users), (THEIR_ADAPTERS, users))
     return ratios
 
 
