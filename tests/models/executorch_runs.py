@@ -29,7 +29,7 @@ def main() -> None:
 
 def run(path: Path, ids: list[int], new: int) -> dict[str, Any]:
     program = Runtime.get().load_program(path)
-    sizes = {name: program.load_method(name).execute([])[0] for name in ("get_max_seq_len", "get_max_context_len")}
+    told = {name: list(program.load_method(name).execute([])) for name in program.method_names if name != "forward"}
     forward = program.load_method("forward")
 
     def after(tokens: list[int], at: int) -> torch.Tensor:
@@ -41,7 +41,7 @@ def run(path: Path, ids: list[int], new: int) -> dict[str, Any]:
     greedy = [int(rows[-1].argmax())]
     while len(greedy) < new:
         greedy.append(int(after(greedy[-1:], len(ids) + len(greedy) - 1).argmax()))
-    return {"sizes": sizes, "logits": [row.tolist() for row in rows], "greedy": greedy}
+    return {"told": told, "logits": [row.tolist() for row in rows], "greedy": greedy}
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from finhpc.models.initialize import initial_model
 from finhpc.settings.pretrain import Method, Model
 from tests.models.dense import saved, tiny_llama
 from tests.models.runtimes import IDS, apart, exported, greedy_of, logits_of
+from tests.tiny import tiny_shards
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama-tiny", {"rank": 32}),
@@ -34,6 +35,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 RUNS = Path(__file__).with_name("executorch_runs.py")
 CASES = [("llama", 16), ("llama", 8), ("llama", 4), ("llama-cola", 16), ("gpt2", 8)]
 UNQUANTIZED = {"llama": ["model.embed_tokens"], "gpt2": ["transformer.wte", "transformer.wpe"]}
+TOLD = {
+    "get_max_seq_len": [63], "get_max_context_len": [64], "get_vocab_size": [300], "use_kv_cache": [True],
+    "enable_dynamic_shape": [True], "get_bos_id": [0], "get_eos_ids": [0],
+}  # fmt: skip
 BOUNDS = {16: 1e-5, 8: 0.06, 4: 0.6}  # of weights as large as these; activations are rounded to 8 bits, too
 
 
@@ -46,7 +51,9 @@ def made(name: str, folder: Path) -> Path:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    save_model(folder, config, {n: p.detach().contiguous() for n, p in model.named_parameters()}.items(), None)
+    shards = tiny_shards(folder.with_name(f"{folder.name}-shards"), blocks=8)
+    weights = {n: p.detach().contiguous() for n, p in model.named_parameters()}
+    save_model(folder, config, weights.items(), shards / "tokenizer")
     return folder
 
 
@@ -64,7 +71,7 @@ def test_executorch_computes_what_the_model_computes(name: str, bits: int, tmp_p
     wanted = logits_of(model)[len(IDS) // 2 - 1 :]
     assert apart(torch.tensor(answer["logits"]), wanted) < BOUNDS[bits]
     assert bits < 16 or answer["greedy"] == greedy_of(folder, 8)
-    assert answer["sizes"] == {"get_max_seq_len": 63, "get_max_context_len": 64}
+    assert answer["told"] == TOLD
     size = (out / "model.pte").stat().st_size
     assert answer["result"]["size_bytes"] == size
     if bits < 16:

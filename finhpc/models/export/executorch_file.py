@@ -126,8 +126,9 @@ def _opened(model: Layers, bits: int) -> nn.Module:
             linear.weight.copy_(module.weight.T)
             linear.bias.copy_(module.bias)
             opened.set_submodule(name, linear)
-    how = {8: (torch.int8, PerAxis(0)), 4: (torch.int4, PerGroup(GROUP))}[bits]
-    scheme = Int8DynamicActivationIntxWeightConfig(weight_dtype=how[0], weight_granularity=how[1])
+    granularity = PerAxis(0) if bits == 8 else PerGroup(GROUP)
+    kind = getattr(torch, f"int{bits}")
+    scheme = Int8DynamicActivationIntxWeightConfig(weight_dtype=kind, weight_granularity=granularity)
     quantize_(opened, scheme, lambda module, _: isinstance(module, nn.Linear) and _fits(module, bits))
     return opened  # type: ignore[no-any-return]
 
