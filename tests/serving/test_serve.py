@@ -92,6 +92,10 @@ def test_every_problem_is_listed_at_once(files: tuple[Path, dict[str, Path]], tm
     problems = "\n".join(caught.value.problems)
     for words in ("name=a b is not a name", "adapters=x:y is not a name", "missing is not a folder", "nowhere"):
         assert words in problems
+    foreign = tiny_adapter(tmp_path / "foreign", tiny_model("llama"), NAMES[:1], 2, 1)
+    (foreign / "base_fingerprint.json").write_text(json.dumps({"path": "elsewhere", "sha256": "0" * 64}))
+    with pytest.raises(ConfigError, match=r"was trained with elsewhere .* is another model; give its own base"):
+        check(settings(files, adapters=[f"foreign={foreign}"]))
     with pytest.raises(ConfigError, match=r"wide has rank 80, and limits.max_adapter_rank=64"):
         check(settings(files, adapters=[f"wide={wide}"]))
     with pytest.raises(ConfigError, match=r"is too small for a block of 32 tokens, which takes 16,384 bytes;"):

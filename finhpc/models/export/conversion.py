@@ -50,12 +50,14 @@ class Conversion:
                 f"format={config.format} does not fit model={config.model}, an adapter of a low-rank model: its B A "
                 "would have to grow by the adapter's rank; use --format merged."
             )
-        mergeable = all(module.mergeable for module in self.model.modules() if isinstance(module, LowRankLinear))
+        kinds = {type(module) for module in self.model.modules() if isinstance(module, LowRankLinear)}
+        mergeable = all(kind.mergeable for kind in kinds)
         sparse = any(isinstance(module, SparseLinear) for module in self.model.modules())
         if self.merged and not mergeable:
             raise ConfigError(
                 f"format={config.format} does not fit a model of method.kind={self.source_config.low_rank_kind}: "
-                "something stands between A and B, so that no one matrix takes their place; use --format native."
+                "something stands between A and B, so that no one matrix takes their place; use --format "
+                f"{' or '.join(_unmerged(kinds))}."
             )
         if sparse and self.bits < 16 and not self.merged:
             raise ConfigError(
@@ -186,3 +188,8 @@ class Conversion:
             tied_head = [family.head] if self.tied else []
             target.quantization_config = self.scheme.config(self.bits, [*self.unquantized, *tied_head])
         return target
+
+
+def _unmerged(kinds: set[type[LowRankLinear]]) -> list[str]:
+    """Return the formats in which low-rank layers of these kinds are written as they are."""
+    return ["native", *(name for name, runtime in RUNTIMES.items() if kinds and kinds <= {*runtime.layers})]

@@ -35,7 +35,7 @@ PRESENT = "present.{}.{}"
 
 class Onnx(Runtime):
     merged, schemes, opens = False, {8: "MatMulNBits", 4: "MatMulNBits"}, "onnxruntime_genai.Model(FOLDER)"
-    needs_tokenizer_files = True
+    needs_tokenizer_files, layers = True, KINDS
 
     def check(self, model: Layers, source: Source) -> list[str]:
         need("onnx")
@@ -45,7 +45,7 @@ class Onnx(Runtime):
         kind = str(config.model_type).removeprefix("lowrank_")
         if kind not in BLOCKS:
             problems.append(f"model_type={kind}; it writes {', '.join(BLOCKS)}")
-        odd = {type(each) for each in model.target.modules() if isinstance(each, LowRankLinear)} - {*KINDS}
+        odd = {type(each) for each in model.target.modules() if isinstance(each, LowRankLinear)} - {*self.layers}
         if odd:
             problems.append(f"a model of method.kind={config.low_rank_kind}; it writes low_rank and cola")
         act = getattr(config, "hidden_act", None) or getattr(config, "activation_function", None)

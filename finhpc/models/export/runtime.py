@@ -45,12 +45,14 @@ class Source:
 class Runtime:
     """A format for another runtime than transformers.
 
-    `merged`: low-rank pairs are multiplied out. `schemes`: bits -> how the runtime stores a matrix in so few.
+    `merged`: low-rank pairs are multiplied out; if not, `layers` are the low-rank layers that it writes. `schemes`:
+    bits -> how the runtime stores a matrix in so few.
     `opens`: what opens the result. `needs_tokenizer_files`: the tokenizer is not in the model's own file.
     `adapters`: it opens adapters from files of their own.
     """
 
     merged: ClassVar[bool]
+    layers: ClassVar[tuple[type, ...]] = ()
     schemes: ClassVar[dict[int, str]]
     opens: ClassVar[str]
     needs_tokenizer_files: ClassVar[bool] = False
