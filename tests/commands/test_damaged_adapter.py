@@ -1,7 +1,4 @@
-"""An adapter whose weights are not numbers is refused by every command that would use it.
-
-Attention may turn NaN into finite numbers, so that texts of such an adapter would look sound for a while.
-"""
+"""An adapter whose weights are not numbers is refused by every command that would use it, before anything starts."""
 
 from __future__ import annotations
 
