@@ -1,6 +1,6 @@
-"""An adapter whose weights are not numbers is refused by every command that would use it.
+"""An adapter whose weights are not numbers is refused by every command that would use it, before anything starts.
 
-Attention may turn NaN into finite numbers, so that texts of such an adapter would look sound for a while.
+torch's attention on a CPU gives 0 for queries of NaN over a few keys: short texts of such an adapter would look sound.
 """
 
 from __future__ import annotations

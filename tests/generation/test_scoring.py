@@ -27,6 +27,8 @@ from tests.models.families import ROWS, tiny
 BEGINNING, OTHER, *ENDS = prompts_of((50, 19, 3, 6, 9, 12, 1, 30))
 TEXTS = [*(BEGINNING + end for end in ENDS), *(OTHER + end for end in ENDS[:3]), OTHER, ENDS[0], BEGINNING[:20]]
 LAST = [1 + i % 4 for i in range(len(TEXTS))]  # never more than a text has
+TEXTS.append([*BEGINNING, 299])  # of whose last ids others have computed some
+LAST.append(20)
 
 
 def plain(model: Any) -> list[Tensor]:
