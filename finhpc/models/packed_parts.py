@@ -178,5 +178,5 @@ def chosen(data: Flow, module: nn.Module, config: Any) -> list[Chosen]:
     scores = candidate_scores(*logits_product(ends.scaled(hidden.squeeze(0)), module), candidates, ends.cap)
     table = scores.new_full((2, candidates.examples, candidates.most), -torch.inf)
     table[:, candidates.example, candidates.place] = torch.stack((candidates.shares.to(scores.dtype), scores))
-    places = table.argmax(-1).T.tolist()
-    return [Chosen(*of_one, scores) for of_one, scores in zip(places, table[1].tolist(), strict=True)]
+    wanted, best = table.argmax(-1).tolist()
+    return [Chosen(*of_one) for of_one in zip(wanted, best, table[1].tolist(), strict=True)]
