@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from finhpc.data.examples.batches import Batches
     from finhpc.data.examples.examples import Examples
     from finhpc.models.files.weights import Weights
-    from finhpc.training.trainer import Trainer
+    from finhpc.training.trainer import Begin, Evaluate, Trainer
 
 log = logging.getLogger(__name__)
 
@@ -148,6 +148,7 @@ class Finetune(Job):
     @classmethod
     def trainer(cls, settings: dict[str, Any], folder: Path, device: torch.device, fingerprint: str) -> Trainer:
         from finhpc.data.examples.choices.candidates import Candidates, candidates_of
+        from finhpc.data.examples.choices.preferences import Preferences
         from finhpc.evaluation.label_scores import HeldOutScore
         from finhpc.models.lora.model import LoraModel
         from finhpc.training import held_out
@@ -155,6 +156,7 @@ class Finetune(Job):
         from finhpc.training.finetuning.batches import PackedBatches
         from finhpc.training.finetuning.best import Best
         from finhpc.training.finetuning.eva import begin_with_inputs
+        from finhpc.training.finetuning.reference import begin_with_reference
         from finhpc.training.trainer import Trainer
 
         config = FinetuneConfig.model_validate(settings)
@@ -165,6 +167,13 @@ class Finetune(Job):
         labels = Candidates(candidates_of(examples)) if train.best_by == F1 else None
         source = PackedBatches(examples, packing, config.data.eval_limit, labels)
         score = HeldOutScore(examples, labels.answers) if labels else None
+        evaluate: Evaluate = partial(choices.evaluate, score=score) if score else held_out.evaluate
+        begin: list[Begin] = [partial(begin_with_inputs, source=source)] if config.lora.init == "eva" else []
+        if isinstance(packing.candidates, Preferences):
+            begin.append(partial(begin_with_reference, source=source, folder=folder))
+            evaluate = choices.evaluate_pairs
+            if any((folder / "checkpoints").glob("step_*")):
+                packing.candidates.load(folder)
         return Trainer(
             config=config,
             hf_config=base.config,
@@ -174,9 +183,9 @@ class Finetune(Job):
             source=source,
             lora_model=LoraModel.of(config, base, quantized if quantized.is_dir() else None),
             labels={"dataset": fingerprint},
-            begin=partial(begin_with_inputs, source=source) if config.lora.init == "eva" else None,
+            begin=begin,
             best=Best(train.best_by, train.patience) if train.best_by else None,
-            evaluate=partial(choices.evaluate, score=score) if score else held_out.evaluate,
+            evaluate=evaluate,
         )
 
     def counts(self) -> dict[str, Any]:
@@ -205,7 +214,7 @@ class Finetune(Job):
         save_adapter(partial, config.lora, adapters, base, config.quantization, self.base_fingerprint)
         copy_tokenizer(base.path, partial)
         # Tokens that end the answers it learned, at which generation stops, here and elsewhere.
-        chats = any(source["format"] == "chat" for source in self.examples.counts["by_source"])
+        chats = any(source["template"] == "chat" for source in self.examples.counts["by_source"])
         stops = [self.tokenizer.eos_token_id, end_of_turn(self.tokenizer) if chats else None]
         write_stops(partial, [token for token in stops if token is not None], base.config)
         publish(partial, folder, over=True)
@@ -255,11 +264,20 @@ class Finetune(Job):
 
 
 def batches_of(config: FinetuneConfig, examples: Examples) -> Batches:
-    """Return how the run's examples are packed into batches; raises `ConfigError` if they have no labels to choose."""
+    """Return how the run's examples are packed into batches.
+
+    Raises `ConfigError` if they have no labels to choose, or are pairs without `data.loss=preferences`.
+    """
     from finhpc.data.examples.batches import Batches
     from finhpc.data.examples.choices.candidates import Candidates
+    from finhpc.data.examples.choices.preferences import Preferences, check_loss
 
-    candidates = Candidates.of(config.data, examples) if config.data.loss == "labels" else None
+    check_loss(config.data, examples)
+    candidates: Candidates | Preferences | None = None
+    if config.data.loss == "labels":
+        candidates = Candidates.of(config.data, examples)
+    if config.data.loss == "preferences":
+        candidates = Preferences.of(config.data)
     return Batches(config.parallel, config.train.seed, share_prefix=not config.lora.dropout, candidates=candidates)
 
 

@@ -1,4 +1,8 @@
-"""The loss of a choice among a few answers: -log softmax over their log-likelihoods, not over the vocabulary.
+"""The loss of a choice among a few answers: -log softmax over their scores, not over the vocabulary.
+
+An answer's score is its log-likelihood. For preferences (R. Rafailov et al., "Direct Preference Optimization", 2023,
+equation 7) it is beta times its log-likelihood less the reference's; between two answers, -log softmax is then
+-log sigmoid of the difference.
 
 An answer's log-likelihood is the sum over its tokens of logit - log sum exp of the vocabulary's logits. All answers of
 an example follow the same prompt, so the normalizer of their first tokens is the same and drops out: of one-token
@@ -17,7 +21,7 @@ from finhpc.models.packing.layout import Candidates
 
 
 def candidate_scores(hidden: Tensor, weight: Tensor, candidates: Candidates, cap: float | None = None) -> Tensor:
-    """Return the log-likelihood of each candidate, up to a constant of its example, in at least float32.
+    """Return the score of each candidate, up to a constant of its example, in at least float32.
 
     `hidden` (rows, width) of the rows that predict a token, and `weight` (vocab, width): their product are the logits;
     `cap` as in `linear_cross_entropy`.
@@ -29,7 +33,7 @@ def candidate_scores(hidden: Tensor, weight: Tensor, candidates: Candidates, cap
     if len(later := candidates.later):
         normalizers = _normalizers(rows[later], weight, cap)
         scores = scores.index_add(0, candidates.of[later], normalizers, alpha=-1)
-    return scores
+    return scores * candidates.scales - candidates.offsets
 
 
 def label_loss(hidden: Tensor, weight: Tensor, candidates: Candidates, cap: float | None = None) -> Tensor:

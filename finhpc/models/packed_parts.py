@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -157,9 +157,17 @@ def head(data: Flow, module: nn.Module, ends: Ends) -> Tensor:
     return ends.loss(hidden.squeeze(0), module, layout.wanted) * (len(layout.wanted) * layout.scale)
 
 
+class Chosen(NamedTuple):
+    """The places of the candidate that an example wants most and of the one with the highest score; all scores."""
+
+    wanted: int
+    best: int
+    scores: list[float]
+
+
 @torch.no_grad()
-def chosen(data: Flow, module: nn.Module, config: Any) -> list[tuple[int, int]]:
-    """Return for each example of a pack with candidates which it wants most, and which the model chooses.
+def chosen(data: Flow, module: nn.Module, config: Any) -> list[Chosen]:
+    """Return what the model chooses for each example of a pack with candidates.
 
     `data`: what the head takes. Of equal ones the first counts.
     """
@@ -170,4 +178,5 @@ def chosen(data: Flow, module: nn.Module, config: Any) -> list[tuple[int, int]]:
     scores = candidate_scores(*logits_product(ends.scaled(hidden.squeeze(0)), module), candidates, ends.cap)
     table = scores.new_full((2, candidates.examples, candidates.most), -torch.inf)
     table[:, candidates.example, candidates.place] = torch.stack((candidates.shares.to(scores.dtype), scores))
-    return [(gold, guess) for gold, guess in table.argmax(-1).T.tolist()]
+    wanted, best = table.argmax(-1).tolist()
+    return [Chosen(*of_one) for of_one in zip(wanted, best, table[1].tolist(), strict=True)]

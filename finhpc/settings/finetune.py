@@ -42,6 +42,12 @@ def _word(value: Any) -> str:
     return " ".join(str(value).split())
 
 
+LOSSES = {  # the values of data.loss that read a setting
+    "beta": ("preferences",),
+    "label_smoothing": ("labels", "preferences"),
+    "class_weights": ("labels",),
+    "balanced": ("labels",),
+}
 Labels = Annotated[dict[str, str], BeforeValidator(_label_mapping)]
 
 
@@ -103,15 +109,22 @@ class FinetuneQuantization(Section):
 
 
 class Instructions(Section):
-    """Examples: a prompt and an answer. Only the answer counts for the loss."""
+    """Examples: a prompt and an answer, or two answers of which one is preferred. Only answers count for the loss."""
 
-    loss: Literal["answers", "labels"] = Field(
+    loss: Literal["answers", "labels", "preferences"] = Field(
         "answers",
         description="answers: cross-entropy of the answers' tokens over the vocabulary; labels: of the answer among "
-        "the labels of its source, as they are chosen for scores",
+        "the labels of its source, as they are chosen for scores; preferences: DPO on pairs of answers",
+    )
+    beta: float = Field(
+        0.1, gt=0, description="loss=preferences: DPO's beta; higher keeps the model closer to what it began as"
     )
     label_smoothing: float = Field(
-        0.0, ge=0, lt=1, description="loss=labels: the share of the wanted distribution that all labels divide evenly"
+        0.0,
+        ge=0,
+        lt=1,
+        description="loss=labels: the share of the wanted distribution that all labels divide evenly; loss=preferences:"
+        " of pairs that are taken to be the wrong way round",
     )
     class_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
         default_factory=dict,
@@ -219,10 +232,10 @@ class FinetuneConfig(Section):
         """Return every contradiction between settings, each with its remedy."""
         train, data = self.train, self.data
         problems = [
-            f"data.{name}={str(getattr(data, name)).lower()} is for data.loss=labels, and data.loss is {data.loss}; "
-            f"use data.loss=labels, or leave data.{name} out."
-            for name in ("label_smoothing", "class_weights", "balanced")
-            if getattr(data, name) and data.loss != "labels"
+            f"data.{name}={str(getattr(data, name)).lower()} is for data.loss={' and '.join(losses)}, and data.loss is "
+            f"{data.loss}; use data.loss={losses[0]}, or leave data.{name} out."
+            for name, losses in LOSSES.items()
+            if name in data.model_fields_set and getattr(data, name) and data.loss not in losses
         ]
         if train.patience is not None and train.best_by is None:
             problems.append(

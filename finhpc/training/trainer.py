@@ -28,7 +28,7 @@ import hashlib
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -64,6 +64,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Evaluate = Callable[[Engine, Any], dict[str, float] | None]  # (engine, source) -> figures; None: nothing is held out
+Begin = Callable[[Engine], None]
 
 TIMES_EVERY = 10  # steps between sums of busy times over all workers
 
@@ -82,8 +83,8 @@ class Trainer:
     """One worker's training from its start to its end.
 
     `fill` sets the initial weights; with `lora_model` the weights are those of a frozen base, and adapters are
-    trained. `labels` go into the manifest of every checkpoint. `begin` is called before the first step of a run. With
-    `best`, the checkpoint of the best evaluation is kept, and the run may stop early. `evaluate` returns an
+    trained. `labels` go into the manifest of every checkpoint. All of `begin` are called before the first step of a
+    run. With `best`, the checkpoint of the best evaluation is kept, and the run may stop early. `evaluate` returns an
     evaluation's figures. `on_eval` is called on rank 0 after each evaluation except the last.
     """
 
@@ -95,7 +96,7 @@ class Trainer:
     source: BatchSource
     lora_model: LoraModel | None = None
     labels: dict[str, Any] = field(default_factory=dict)
-    begin: Callable[[Engine], None] | None = None
+    begin: Sequence[Begin] = ()
     best: Best | None = None
     evaluate: Evaluate = held_out.evaluate
     on_eval: Callable[[dict[str, Any]], None] | None = None
@@ -208,8 +209,9 @@ class Trainer:
         self.stop = Stop(self.folder, self.world_rank, self.attempt)
         if latest is not None:
             self._load(latest)
-        elif self.begin is not None:
-            self.begin(self.engine)
+        else:
+            for begin in self.begin:
+                begin(self.engine)
         if self.journal:
             parallel = self.config.parallel
             self.journal.write(

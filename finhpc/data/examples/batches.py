@@ -17,6 +17,7 @@ import numpy as np
 
 from finhpc.data.examples.choices.candidates import Candidates
 from finhpc.data.examples.choices.packs import label_pack
+from finhpc.data.examples.choices.preferences import Preferences
 from finhpc.data.examples.examples import Arrays
 from finhpc.data.examples.layout import Group, Ints, Piece, groups, pack, piece, size
 from finhpc.data.shards.order import permutation
@@ -40,7 +41,7 @@ class Batches:
     share_prefix: bool = True
     multiple: int = 1
     length: int | None = None
-    candidates: Candidates | None = None
+    candidates: Candidates | Preferences | None = None
 
     def order(self, examples: int, epoch: int) -> Ints:
         """Return ids of the examples in the order of an epoch."""

@@ -7,19 +7,22 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
 from finhpc.data.examples.chat import Conversation, learned
+from finhpc.data.examples.choices.sides import sides_of
 from finhpc.data.examples.messages import messages_of, tools_of
 from finhpc.data.examples.schema import Table, fields_of, guesses, open_sources
 from finhpc.data.examples.tables import Record
+from finhpc.data.examples.templates import template
 from finhpc.data.examples.values import each
 from finhpc.errors import ConfigError, collect
 from finhpc.settings.finetune import Instructions
 
 LETTERS = re.compile(r"[\W_]+")
+WRITTEN = "context_target"  # the template of prompts that a file contains in full
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Example:
 
     `cut`: characters [start, stop) of the prompt whose end may be cut. `end`: an end token follows the answer.
     `input`: the text by which examples are split into training and held-out ones. `chat`: the rendered conversation.
+    `rejected`: the other side of a pair, of which this is the chosen one.
     """
 
     prompt: str
@@ -41,6 +45,7 @@ class Example:
     messages: list[dict[str, Any]] | None = None
     tools: Any = None
     chat: Conversation | None = None
+    rejected: Example | None = None
 
     @cached_property
     def key(self) -> bytes:
@@ -50,7 +55,8 @@ class Example:
     @property
     def content(self) -> str:
         """Everything that is learned, before a chat template and a tokenizer."""
-        return json.dumps([self.prompt, self.answer, self.messages, self.tools], default=str)
+        rejected = self.rejected.content if self.rejected else None
+        return json.dumps([self.prompt, self.answer, self.messages, self.tools, rejected], default=str)
 
 
 def split_key(text: str) -> bytes:
@@ -87,26 +93,45 @@ def read_examples(sources: list[str], settings: Instructions) -> list[Source]:
             examples = each(table.records, partial(_example, table=table, source=number))
             if not examples:
                 raise ConfigError(f"data.source={spec} has no examples; give a file with records.")
-            template = table.form.name if table.form else "chat"
+            chats = examples[0].messages is not None
+            used = table.form.name if table.form else "chat" if chats else WRITTEN
             labels = table.meaning.labels if table.meaning else ()
             notes = [*table.reading.notes, *guesses(table)]
-            results.append(Source(spec, table.format, template, labels, examples, table.reading.skipped, notes))
+            results.append(Source(spec, table.format, used, labels, examples, table.reading.skipped, notes))
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
     return results
 
 
 def _example(record: Record, table: Table, source: int) -> Example:
+    if table.format == "preference":
+        return _from_pair(record, table.columns, source)
     if table.form is None:
-        return _from_chat(record, table.columns["messages"], source)
+        messages = messages_of(record.values, table.columns["messages"], record.where)
+        return _of_chat(messages, tools_of(record.values, record.where), source, record.where)
     form = table.form
     raw, label = fields_of(record, table)
     prompt, cut, key = form.render(raw)
     return Example(prompt, form.separator + form.answer_of(raw), key, source, record.where, cut, form.end, label)
 
 
-def _from_chat(record: Record, column: str, source: int) -> Example:
-    messages = learned(messages_of(record.values, column, record.where), record.where)
+def _of_chat(messages: list[dict[str, Any]], tools: Any, source: int, where: str) -> Example:
+    messages = learned(messages, where)
     first = next((message for message in messages if message["role"] == "user"), messages[0])
-    tools = tools_of(record.values, record.where)
-    return Example("", "", first["content"].strip(), source, record.where, (0, 0), messages=messages, tools=tools)
+    return Example("", "", first["content"].strip(), source, where, (0, 0), messages=messages, tools=tools)
+
+
+def _from_pair(record: Record, columns: dict[str, str], source: int) -> Example:
+    """Return the chosen side, with the rejected one."""
+    form, tools = template(WRITTEN), tools_of(record.values, record.where)
+
+    def of_side(prompt: Any, answer: Any) -> Example:
+        if not isinstance(answer, str):
+            return _of_chat(answer, tools, source, record.where)
+        text, _, key = form.render({"context": prompt})
+        end = form.separator + answer
+        return Example(text, end, key, source, record.where, (0, 0), form.end)
+
+    prompt, *sides = sides_of(record.values, columns, record.where)
+    chosen, rejected = (of_side(prompt, side) for side in sides)
+    return replace(chosen, rejected=rejected)

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 from finhpc.data.examples import labels
+from finhpc.data.examples.choices.sides import SIDES
 from finhpc.data.examples.labels import Meaning
 from finhpc.data.examples.records import read_records, split_name
 from finhpc.data.examples.tables import Reading, Record
@@ -49,8 +50,10 @@ FORMATS = {
     "context_target": Format("context_target", {"context": ("context", "prompt"), "target": ("target", "completion")}),
     "labelled": Format("phrasebank", {"input": INPUT, "label": LABEL[:2]}),
     "chat": Format("", {"messages": MESSAGES}),
+    "preference": Format("", {"prompt": ("prompt", "question", "instruction"), **{side: (side,) for side in SIDES}}),
 }
 BY_COLUMNS = (  # formats that are known by columns of these names
+    ("preference", set(SIDES)),
     ("alpaca", {"instruction", "output"}),
     ("context_target", {"context", "target"}),
     ("context_target", {"prompt", "completion"}),
@@ -78,7 +81,7 @@ class Table:
     """A source whose records are read and checked, but not rendered.
 
     `named`: the user named the format; `guessed`: neither the user nor the command did. `form`: its template, None for
-    conversations. `columns`: the column of each field. `words`: how often each label occurs, as it is written.
+    conversations and pairs. `columns`: the column of each field. `words`: how often each label occurs, as written.
     """
 
     reading: Reading
@@ -148,7 +151,8 @@ def _open(spec: str, settings: RecordSettings, format: str | None) -> Table:
     path, named = split_name(spec, FORMATS)
     reading = read_records(path, settings.encoding, settings.hf_split, named or format)
     kind = named or format or _detect(reading, settings)
-    form = None if kind == "chat" else template(settings.template or FORMATS[kind].template, settings.templates)
+    name = settings.template or FORMATS[kind].template
+    form = template(name, settings.templates) if FORMATS[kind].template else None
     guessed = (named or format or "labelled") == "labelled"
     table = Table(reading, kind, named is not None, guessed, form, _columns(form, kind, reading, settings))
     if form is not None and form.chooses:
@@ -165,12 +169,13 @@ def _detect(reading: Reading, settings: RecordSettings) -> str:
     if reading.format:
         return reading.format
     if fields := set(settings.columns):
-        by_field = (("chat", {"messages"}), ("alpaca", {"instruction", "output"}),
+        by_field = (("chat", {"messages"}), ("preference", set(SIDES)), ("alpaca", {"instruction", "output"}),
                     ("context_target", {"context", "target"}), ("conll", {"entity"}))  # fmt: skip
         return next((kind for kind, names in by_field if names & fields), "labelled")
-    if have & set(MESSAGES):
+    kind = next((kind for kind, needed in BY_COLUMNS if needed <= have), None)
+    if kind != "preference" and have & set(MESSAGES):
         return "chat"
-    if kind := next((kind for kind, needed in BY_COLUMNS if needed <= have), None):
+    if kind:
         return kind
     if have & set(INPUT) and have & set(FORMATS["labelled"].columns["label"]):
         if {"text", "label"} <= have and _is_tfns(reading.source):
@@ -197,9 +202,9 @@ def _is_tfns(source: str) -> bool:
 
 def _columns(form: Template | None, kind: str, reading: Reading, settings: RecordSettings) -> dict[str, str]:
     """Return the column of each field of the template. Raises `ConfigError` for missing columns."""
-    fields = form.fields if form else ("messages",)
+    fields = form.fields if form else tuple(FORMATS[kind].columns)
     if unknown := [name for name in settings.columns if name not in fields]:
-        what = f"template {form.name}" if form else "a conversation"
+        what = f"template {form.name}" if form else f"the format {kind}"
         raise ConfigError([f"data.columns: {name} is not a field of {what}; {nearest(name, list(fields))}"
                            for name in unknown])  # fmt: skip
     found: dict[str, str] = {}
@@ -212,6 +217,8 @@ def _columns(form: Template | None, kind: str, reading: Reading, settings: Recor
             found[name] = column
         elif name == "input" and form is not None and form.without_input and name not in settings.columns:
             found[name] = name  # it is empty in every record
+        elif kind == "preference" and name == "prompt" and name not in settings.columns:
+            continue  # conversations begin with it
         else:
             missing.append(
                 f"{reading.source}: no column {' or '.join(map(repr, wanted))} for {name}; columns: "
@@ -227,8 +234,8 @@ def _check_used(opened: list[Table], settings: RecordSettings) -> None:
     problems = []
     if settings.template and all(table.form is None for table in opened):
         problems.append(
-            f"data.template={settings.template} is not for conversations, which the tokenizer's chat template renders; "
-            "leave it out."
+            f"data.template={settings.template} is not for conversations, which the tokenizer's chat template renders, "
+            "and pairs; leave it out."
         )
     if settings.labels and not any(table.form is not None and table.form.chooses for table in opened):
         problems.append("data.labels is given, but the answers of all sources are text; leave it out.")
@@ -312,7 +319,7 @@ def _label(record: Record, table: Table) -> str:
 def guesses(table: Table) -> list[str]:
     """Return the line that reports what was guessed: format, template, and the meaning of labels."""
     columns = list(dict.fromkeys(table.columns.values()))
-    if table.form is None:  # used with the messages, see `finhpc.data.examples.messages`
+    if table.form is None:  # read with the messages, see `finhpc.data.examples.messages`
         columns += [name for name in ("system", "tools") if name in table.reading.columns]
     used = ", ".join(columns)
     if unused := [name for name in table.reading.columns if name not in columns]:

@@ -34,6 +34,14 @@ class Row(NamedTuple):
         return cls(np.array(tokens, np.int32), np.array(answer, np.bool_))
 
 
+class Pair(NamedTuple):
+    """The rows of both sides of a pair, each after the prompt."""
+
+    where: str
+    chosen: Row
+    rejected: Row
+
+
 class Tokenized(NamedTuple):
     """An example and its row, None if `max_len` leaves no room for the answer and a token of the input."""
 
@@ -48,23 +56,28 @@ def tokenized(
 
     For a prompt and its answer: the prompt's ids as inference reads them, then the answer's ids: those of the whole
     text, unless these do not begin with the prompt's own. Special tokens in a text are plain text. For a conversation:
-    the ids that `apply_chat_template` gives; one with several answers may be split into several examples. `tokenizer`:
-    one that passes `check_tokenizer`. Raises `ConfigError` for conversations that the template refuses and, unless
-    `may_cut`, for examples that are too long.
+    the ids that `apply_chat_template` gives; one with several answers may be split into several examples. For a pair:
+    the prompt, the chosen answer, which is masked, and the rejected one; pairs are never cut. `tokenizer`: one that
+    passes `check_tokenizer`. Raises `ConfigError` for conversations that the template refuses and, unless `may_cut`,
+    for examples that are too long.
     """
+    others, _ = _rendered([example.rejected for example in examples if example.rejected is not None], tokenizer)
     examples, notes = _rendered(examples, tokenizer)
+    sides = iter(others)
+    examples = [each if each.rejected is None else replace(each, rejected=next(sides)) for each in examples]
     results: list[Tokenized] = []
     long: list[str] = []
     for first in range(0, len(examples), BATCH):
         batch = examples[first : first + BATCH]
         with _all_cores():
-            rows = _rows(batch, tokenizer)
+            rows = _with_rejected(batch, _rows(batch, tokenizer), tokenizer)
         for example, row in zip(batch, rows, strict=True):
-            if len(row.tokens) <= max_len:
+            if (needed := _length(example, row)) <= max_len:
                 results.append(Tokenized(example, row))
             else:
-                long.append(f"{example.where}: {len(row.tokens):,} tokens")
-                results.append(Tokenized(example, _shorter(example, tokenizer, max_len)))
+                long.append(f"{example.where}: {needed:,} tokens")
+                short = None if example.rejected is not None else _shorter(example, tokenizer, max_len)
+                results.append(Tokenized(example, short))
     if long and not may_cut:
         more = f" and {len(long) - 5:,} more" if len(long) > 5 else ""
         raise ConfigError(
@@ -148,6 +161,37 @@ def _rows(examples: list[Example], tokenizer: Any) -> list[Row]:
         for (i, chat), ids, offsets in zip(talks.items(), encoded["input_ids"], encoded["offset_mapping"], strict=True):
             results[i] = _talk(chat, ids, offsets, tokenizer, added)
     return [results[i] for i in range(len(examples))]
+
+
+def _with_rejected(batch: list[Example], rows: list[Row], tokenizer: Any) -> list[Row]:
+    """Return the rows, with the rejected answer after the chosen one in those of pairs."""
+    pairs = [i for i, example in enumerate(batch) if example.rejected is not None]
+    others = _rows([other for example in batch if (other := example.rejected) is not None], tokenizer)
+    sides = [Pair(batch[i].where, rows[i], other) for i, other in zip(pairs, others, strict=True)]
+    results = dict(zip(pairs, each(sides, _joined), strict=True))
+    return [results.get(i, row) for i, row in enumerate(rows)]
+
+
+def _joined(pair: Pair) -> Row:
+    (first, last), (begin, end) = (np.flatnonzero(row.answer)[[0, -1]] for row in (pair.chosen, pair.rejected))
+    tokens, rejected = pair.chosen.tokens[: last + 1], pair.rejected.tokens[begin : end + 1]
+    if not np.array_equal(tokens[:first], pair.rejected.tokens[:begin]):
+        raise ConfigError(
+            f"{pair.where}: the tokenizer joins the end of the prompt to the beginning of an answer, so that chosen "
+            "and rejected follow different prompts; change the prompt's last character, or remove the record."
+        )
+    if np.array_equal(tokens[first:], rejected):
+        raise ConfigError(f"{pair.where}: chosen and rejected have the same tokens; remove the record.")
+    mask = np.concatenate([pair.chosen.answer[: last + 1], np.zeros(len(rejected), np.bool_)])
+    return Row(np.concatenate([tokens, rejected]), mask)
+
+
+def _length(example: Example, row: Row) -> int:
+    """Return the tokens of an example; of a pair, those of its longer side."""
+    if example.rejected is None:
+        return len(row.tokens)
+    first, last = np.flatnonzero(row.answer)[[0, -1]].tolist()
+    return int(first + max(last + 1 - first, len(row.tokens) - last - 1))
 
 
 def _with_offsets(texts: list[str], tokenizer: Any, plain: bool = False) -> Any:

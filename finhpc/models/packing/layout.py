@@ -34,8 +34,10 @@ LATER = 10  # 1: it is not its candidate's first one
 # Of a candidate:
 EXAMPLE = 11  # number of its example, from 1; 0: there are no more
 PLACE = 12  # its place among the candidates of its example
-SHARE = 13  # what its example wants of it: the bits of a float64
-CHOICE_FIELDS = 7
+SHARE = 13  # what its example wants of it; this and the next two are the bits of a float64
+SCALE = 14  # its score is its log-likelihood times this,
+OFFSET = 15  # minus this
+CHOICE_FIELDS = 9
 
 IGNORED = -100
 Span = tuple[int, int]  # first row of a segment, and the one after its last
@@ -64,7 +66,8 @@ class Candidates:
 
     For each token of a candidate: `rows`, its place in the rows that predict a token; `tokens`, its id; `of`, its
     candidate. `later`: the tokens that are not the first of their candidate. For each candidate: its `example`, its
-    `place` among those of its example, and `shares`, what the example wants of it.
+    `place` among those of its example, and `shares`, what the example wants of it. Its score is its log-likelihood
+    times `scales`, minus `offsets`.
     """
 
     rows: Tensor
@@ -76,6 +79,8 @@ class Candidates:
     shares: Tensor
     examples: int
     most: int  # candidates of an example
+    scales: Tensor | float = 1.0
+    offsets: Tensor | float = 0.0
 
 
 @dataclass(frozen=True)
@@ -120,6 +125,8 @@ class Choices:
     example: list[int]
     place: list[int]
     shares: list[float]
+    scales: list[float]
+    offsets: list[float]
 
 
 @dataclass(frozen=True)
@@ -221,7 +228,7 @@ def _choices_of(fields: Tensor, targets: Tensor) -> Choices | None:
         tokens[LATER].nonzero()[:, 0].tolist(),
         (candidates[EXAMPLE] - 1).tolist(),
         candidates[PLACE].tolist(),
-        candidates[SHARE].contiguous().view(torch.float64).tolist(),
+        *(candidates[field].contiguous().view(torch.float64).tolist() for field in (SHARE, SCALE, OFFSET)),
     )
 
 
@@ -248,6 +255,8 @@ def _candidates(choices: Choices, device: torch.device) -> Candidates:
         on(torch.tensor(choices.shares, dtype=torch.float32), device),
         max(choices.example) + 1,
         max(choices.place) + 1,
+        on(torch.tensor(choices.scales, dtype=torch.float32), device),
+        on(torch.tensor(choices.offsets, dtype=torch.float32), device),
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from finhpc.data.ahead import ahead
-from finhpc.data.examples.batches import Batches
+from finhpc.data.examples.batches import Batches, MicroBatch
 from finhpc.data.examples.choices.candidates import Candidates
 from finhpc.data.examples.examples import Examples
 from finhpc.training.batches import Batch, Ints
@@ -49,8 +49,12 @@ class PackedBatches:
         held_out = self.examples.held_out
         ids = [i for i in range(self.scored) if int(held_out.source[i]) in self.labels.answers]
         packing = replace(self.packing, candidates=self.labels)
-        batches = packing.held_out(held_out.take(ids), replica)
-        return [batch["pack"] for batch in batches], [ids[i] for batch in batches for i in batch["sample"].tolist()]
+        packs, places = _in_packs(packing.held_out(held_out.take(ids), replica))
+        return packs, [ids[i] for i in places]
+
+    def pairs(self, replica: int, split: str, limit: int | None = None) -> tuple[list[Ints], list[int]]:
+        """A replica's packs of the first `limit` examples of a split, and these examples in order."""
+        return _in_packs(self.packing.held_out(getattr(self.examples, split), replica, limit))
 
     def filler(self) -> tuple[int, Tensor | None]:
         return 0, None
@@ -62,3 +66,7 @@ class PackedBatches:
             self._begun.clear()
             self._begun[epochs] = np.concatenate([[0], np.cumsum(lengths)])
         return epochs * int(self._begun[epochs][-1]) + int(self._begun[epochs][rest])
+
+
+def _in_packs(batches: list[MicroBatch]) -> tuple[list[Ints], list[int]]:
+    return [batch["pack"] for batch in batches], [i for batch in batches for i in batch["sample"].tolist()]

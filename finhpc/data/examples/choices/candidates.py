@@ -13,17 +13,23 @@ from finhpc.data.examples.layout import Ints
 from finhpc.errors import ConfigError
 from finhpc.settings.finetune import Instructions
 
+PREFERENCE = "preference"  # the format of sources of pairs
 MOST_LABELS = 20  # a source with more different answers has texts as answers, not labels
 Answer = tuple[int, ...]  # its tokens
 
 
 class Choice(NamedTuple):
-    """An example's prompt, the answers that can follow, which of them does, and what the loss wants of each."""
+    """An example's prompt, the answers that can follow, which of them does, and what the loss wants of each.
+
+    An answer's score is its log-likelihood times `scale`, minus its `offset`.
+    """
 
     prompt: Ints
     answers: list[Answer]
     gold: int
     shares: list[float]
+    scale: float = 1.0
+    offsets: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -88,10 +94,13 @@ def candidates_of(examples: Examples) -> dict[int, list[Answer]]:
     Sources with the same labels share them. Labels that no example has are included, as in `finhpc evaluate`.
     """
     listed = {i: tuple(source.get("labels") or ()) for i, source in enumerate(examples.counts["by_source"])}
+    pairs = {i for i, source in enumerate(examples.counts["by_source"]) if source.get("format") == PREFERENCE}
     found: dict[int, set[Answer]] = {}
     several: set[int] = set()  # sources with conversations of more than one answer
     for arrays in (examples.train, examples.held_out):
         for i in range(len(arrays)):
+            if int(arrays.source[i]) in pairs:
+                continue
             tokens, answer = arrays.example(i)
             if np.count_nonzero(np.diff(answer.astype(np.int8)) == 1) + int(answer[0]) > 1:
                 several.add(int(arrays.source[i]))

@@ -19,8 +19,10 @@ from finhpc.models.packing.layout import (
     FIELDS,
     IGNORED,
     LATER,
+    OFFSET,
     PLACE,
     ROW,
+    SCALE,
     SHARE,
     TOKEN_ID,
 )
@@ -81,21 +83,22 @@ def _begins(pieces: Sequence[Piece], grouping: Sequence[Group]) -> list[int]:
 def _columns(choices: Sequence[Choice], owned: Sequence[Sequence[Piece]], begins: list[int]) -> Ints:
     """Return int64 (CHOICE_FIELDS, columns): the candidates of a pack and their tokens."""
     tokens: list[list[int]] = []
-    candidates: list[tuple[int, int, float]] = []
+    candidates: list[tuple[int, int, float, float, float]] = []
     piece = 0
     for example, (choice, mine) in enumerate(zip(choices, owned, strict=True), 1):
-        for place, (answer, share) in enumerate(zip(choice.answers, choice.shares, strict=True)):
+        of_each = zip(choice.answers, choice.shares, choice.offsets or [0.0] * len(choice.answers), strict=True)
+        for place, (answer, share, offset) in enumerate(of_each):
             begin = begins[piece + (place if len(mine) > 1 else 0)] + len(choice.prompt)  # its first row, from 1
             tokens += [[begin + i, token, len(candidates), int(i > 0)] for i, token in enumerate(answer)]
-            candidates.append((example, place, share))
+            candidates.append((example, place, share, choice.scale, offset))
         piece += len(mine)
     columns = np.zeros((CHOICE_FIELDS, max(len(tokens), len(candidates))), np.int64)
     if candidates:
-        numbers, places, shares = zip(*candidates, strict=True)
-        bits = np.array(shares, np.float64).view(np.int64)
+        numbers, places, *floats = zip(*candidates, strict=True)
+        bits = np.array(floats, np.float64).view(np.int64)
         for fields, values in (
             ([ROW, TOKEN_ID, CANDIDATE, LATER], np.array(tokens).T),
-            ([EXAMPLE, PLACE, SHARE], np.array([numbers, places, bits])),
+            ([EXAMPLE, PLACE, SHARE, SCALE, OFFSET], np.array([numbers, places, *bits])),
         ):
             columns[np.array(fields) - FIELDS, : values.shape[1]] = values
     return columns
