@@ -12,8 +12,7 @@ from functools import cached_property, partial
 from typing import Any
 
 from finhpc.data.examples.chat import Conversation, learned
-from finhpc.data.examples.choices.sides import sides_of
-from finhpc.data.examples.messages import messages_of, tools_of
+from finhpc.data.examples.messages import messages_of, sides_of, tools_of
 from finhpc.data.examples.schema import Table, fields_of, guesses, open_sources
 from finhpc.data.examples.tables import Record
 from finhpc.data.examples.templates import template

@@ -12,8 +12,8 @@ from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 from finhpc.data.examples import labels
-from finhpc.data.examples.choices.sides import SIDES
 from finhpc.data.examples.labels import Meaning
+from finhpc.data.examples.messages import SIDES
 from finhpc.data.examples.records import read_records, split_name
 from finhpc.data.examples.tables import Reading, Record
 from finhpc.data.examples.templates import LABELS, Template, template

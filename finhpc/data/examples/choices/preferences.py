@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from finhpc.data.examples.choices.candidates import PREFERENCE, Choice
-from finhpc.data.examples.choices.sides import SIDES
 from finhpc.data.examples.examples import SPLITS, Arrays, Examples
+from finhpc.data.examples.messages import SIDES
 from finhpc.errors import ConfigError, DataError
 from finhpc.files import write_atomic
 from finhpc.settings.finetune import Instructions
