@@ -196,12 +196,13 @@ def test_what_the_format_cannot_express_is_named(make: Make, tmp_path: Path, mon
     with pytest.raises(ConfigError, match="heads of 8: ONNX Runtime turns heads of multiples of 16"):
         exported(saved(tiny_llama(layers=1), tmp_path / "narrow"), tmp_path / "out", "onnx")
     shape = resolve_shape(Model(preset="gpt2-tiny", layers=1, width=32, vocab_size=VOCAB), VOCAB)
-    for kind in ("half", "sltrain"):
+    for kind, other in (("half", "native"), ("sltrain", "merged")):
         config = config_of_method(shape, Method(kind=kind, rank=8))
         model = initial_model(config, seed=1, scheme="spectral")
         weights = {n: p.detach().contiguous() for n, p in model.named_parameters()}
         save_model(tmp_path / kind, config, weights.items(), None)
-        with pytest.raises(ConfigError, match=rf"method\.kind={kind}; it writes low_rank and cola"):
+        words = rf"method\.kind={kind}; it writes low_rank and cola; or use --format {other}"
+        with pytest.raises(ConfigError, match=words):
             exported(tmp_path / kind, tmp_path / "out", "onnx")
     monkeypatch.setattr(onnx_file, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r'needs the package onnx, .*pip install "finhpc\[onnx\]"'):

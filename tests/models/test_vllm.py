@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import tomllib
 from pathlib import Path
@@ -125,16 +126,18 @@ def test_vllm_gives_the_text_of_generate(tmp_path: Path) -> None:
     small = tmp_path / "llama-small-adapter"
     exported(tmp_path / "llama-adapter", small, "adapter", rank=2)
     case("llama, its adapter", folders["llama"], texts(folders["llama"], small), small)
-    case("sparse factors", folders["llama-sparse"], [])
+    exported(folders["llama-low"], tmp_path / "packed", "native", bits=8)
+    refused = {"packed": tmp_path / "packed", "sparse factors": folders["llama-sparse"]}
+    for name, folder in refused.items():
+        cases[name] = cases["llama, merged"] | {"model": str(folder)}
 
     answers = in_one_process(cases, tmp_path)
-    error = answers.pop("sparse factors")["error"]
-    assert "method.kind=sltrain" in error
-    assert "--format merged" in error
+    errors = {name: answers.pop(name).get("error", "") for name in refused}
+    assert "Unknown quantization method: " in errors["packed"]
+    assert re.search(r"method\.kind=sltrain .*; run finhpc export --format merged", errors["sparse factors"])
     found = {
         name: answer.get("error") or [tokenizer.decode(ids, skip_special_tokens=True) for ids in answer["ids"]]
         for name, answer in answers.items()
     }
-    del wanted["sparse factors"]
     assert found == wanted
     assert len({text for each in wanted.values() for text in each}) > 10, "the models must differ"

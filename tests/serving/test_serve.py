@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,7 +23,7 @@ from openai import OpenAI
 
 import finhpc
 from finhpc.cli import main
-from finhpc.errors import ConfigError
+from finhpc.errors import ConfigError, FinhpcError
 from finhpc.serving.plan import blocks_of, check, memory_of, resolved
 from finhpc.serving.served import model_name
 from finhpc.serving.token import VARIABLE, given_token, read_token
@@ -104,6 +105,15 @@ def test_every_problem_is_listed_at_once(files: tuple[Path, dict[str, Path]], tm
         resolved(load(ServeConfig, None, {}))
     with pytest.raises(ConfigError, match=r"3 are more than limits.max_adapters=2"):
         check(settings(files, **{"limits.max_adapters": 2}))
+
+
+def test_a_runs_folder_is_named_with_the_model_in_it(files: tuple[Path, dict[str, Path]], tmp_path: Path) -> None:
+    shutil.copytree(files[0], tmp_path / "pretrained" / "model")
+    shutil.copytree(files[1]["a0"], tmp_path / "finetuned" / "model")
+    with pytest.raises(FinhpcError, match=rf"has no config.json; its model is {tmp_path}/pretrained/model\."):
+        check(settings(files, model=str(tmp_path / "pretrained"), adapters=[]))
+    with pytest.raises(FinhpcError, match=rf"has no adapter_config.json; its adapter is {tmp_path}/finetuned/model\."):
+        check(settings(files, adapters=[f"a={tmp_path / 'finetuned'}"]))
 
 
 def test_a_port_in_use_is_named(files: tuple[Path, dict[str, Path]], capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,7 +60,8 @@ class Onnx(Runtime):
             if adapter.magnitudes
         ]
         if problems:
-            raise ConfigError([f"format=onnx does not fit {problem}; or use --format native." for problem in problems])
+            other = "merged" if any(each.mergeable for each in odd) else "native"
+            raise ConfigError([f"format=onnx does not fit {problem}; or use --format {other}." for problem in problems])
         layers = OnnxLayers(None, model, source.bits, {})  # type: ignore[arg-type]  # nothing is written yet
         matrices = [name for name, parameter in model.target.named_parameters() if parameter.dim() == 2]
         names = [name.removesuffix(".weight") for name in matrices]

@@ -173,4 +173,7 @@ def _check_folder(folder: Path) -> None:
         raise ConfigError(
             f"model={folder} is a folder of GGUF files ({', '.join(files[:5])}); give one of the files itself."
         )
-    raise CheckpointError(f"{folder} has no config.json; give a model folder in Hugging Face's layout.")
+    model = folder / "model"  # of a run's folder
+    is_run = is_adapter(model) or (model / "config.json").is_file()
+    remedy = f"its model is {model}" if is_run else "give a model folder in Hugging Face's layout"
+    raise CheckpointError(f"{folder} has no config.json; {remedy}.")

@@ -292,7 +292,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG
     if not file.is_file():
         problem = f"has no {CONFIG}" if folder.is_dir() else "is not a folder on this machine"
-        raise ConfigError(f"adapter={folder} {problem}; give the folder of an adapter in peft's format.")
+        model = folder / "model"  # of a run's folder
+        remedy = f"its adapter is {model}" if is_adapter(model) else "give the folder of an adapter in peft's format"
+        raise ConfigError(f"adapter={folder} {problem}; {remedy}.")
     try:
         tree: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         tree.get("peft_type")
