@@ -31,7 +31,7 @@ GROUP = 32  # weights of a row that share a scale, in 4 bits
 class Executorch(Runtime):
     merged, schemes, adapters = False, {8: "8da8w", 4: "8da4w"}, False  # bits of activations and weights
     opens = "executorch.runtime.Runtime.get().load_program(FILE)"
-    needs_tokenizer_files = True
+    needs_tokenizer_files, layers = True, KINDS
 
     def check(self, model: Layers, source: Source) -> list[str]:
         for package in ("executorch", "torchao"):
@@ -44,7 +44,7 @@ class Executorch(Runtime):
         kind = str(config.model_type).removeprefix("lowrank_")
         if kind not in FAMILIES:
             problems.append(f"model_type={kind}; it writes {', '.join(FAMILIES)}")
-        odd = {type(each) for each in model.target.modules() if isinstance(each, LowRankLinear)} - {*KINDS}
+        odd = {type(each) for each in model.target.modules() if isinstance(each, LowRankLinear)} - {*self.layers}
         if odd:
             problems.append(f"a model of method.kind={config.low_rank_kind}; it writes low_rank and cola")
         if problems:
