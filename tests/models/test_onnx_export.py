@@ -120,11 +120,11 @@ def round_as_stored(model: nn.Module, bits: int, floats: list[str]) -> None:
             if weight is None or weight.dim() < 2 or name in floats:
                 continue
             rows = weight.T if type(module).__name__ == "Conv1D" else weight
-            block = block_of(rows.shape[1], bits)
-            q, scales = quantized(rows, bits, block)
-            if bits == 4:
+            own = 8 if name.startswith(("lm_head", "model.embed_tokens", "transformer.wte")) else bits
+            q, scales = quantized(rows, own, block_of(rows.shape[1], own))
+            if own == 4:
                 q = torch.stack((q & 15, q >> 4), -1).flatten(-2)
-            values = (q.float() - (1 << (bits - 1))) * scales.float()[..., None]
+            values = (q.float() - (1 << (own - 1))) * scales.float()[..., None]
             rows.copy_(values.flatten(1)[:, : rows.shape[1]])
 
 

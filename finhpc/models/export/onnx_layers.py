@@ -63,6 +63,12 @@ class OnnxLayers:
         module = self.modules[name]
         return not isinstance(module, nn.Embedding) or module.weight.shape[1] % 32 == 0
 
+    def bits_of(self, name: str) -> int:
+        """Return the bits of a matrix: 8 for those of the embedding and the head where others have 4."""
+        family = family_of(self.model.target_config)
+        at_an_end = any(f"{name}.".startswith(f"{end}.") for end in (family.embedding, family.head))
+        return 8 if self.bits == 4 and at_an_end else self.bits
+
     def _is_table(self, name: str) -> bool:
         return isinstance(self.modules[name], nn.Embedding)
 
@@ -75,7 +81,8 @@ class OnnxLayers:
     def _store_blocks(self, name: str, rows: Tensor) -> None:
         for i, part in enumerate(self._blocks(name, rows)):
             key = name if self._is_table(name) else f"{name}.{i}"
-            packed, scales = quantized(part, self.bits, block_of(part.shape[1], self.bits))
+            bits = self.bits_of(name)
+            packed, scales = quantized(part, bits, block_of(part.shape[1], bits))
             self._rows[key], self._columns[key] = part.shape
             self.graph.weight(f"{key}.q", packed)
             self.graph.weight(f"{key}.scales", scales)
@@ -100,15 +107,15 @@ class OnnxLayers:
         if not self.is_quantized(name):
             rows = graph.node("Gather", f"{name}.weight", ids, axis=0)
             return rows if graph.kinds[f"{name}.weight"] == torch.float32 else graph.node("Cast", rows, to=1)
-        width = self._columns[name]
-        shape = graph.numbers(f"{name}.shape", [self._rows[name], width * self.bits // 8])
+        width, bits = self._columns[name], self.bits_of(name)
+        shape = graph.numbers(f"{name}.shape", [self._rows[name], width * bits // 8])
         packed = graph.node("Reshape", f"{name}.q", shape)
         inputs = (packed, ids, graph.widened(f"{name}.scales"))
         how: dict[str, Any] = {
             "gather_axis": 0,
             "quantize_axis": 1,
-            "block_size": block_of(width, self.bits),
-            "bits": self.bits,
+            "block_size": block_of(width, bits),
+            "bits": bits,
         }
         return graph.node("GatherBlockQuantized", *inputs, domain=MICROSOFT, **how)
 
@@ -147,8 +154,8 @@ class OnnxLayers:
         how: dict[str, Any] = {
             "K": columns,
             "N": self._rows[key],
-            "bits": self.bits,
-            "block_size": block_of(columns, self.bits),
+            "bits": self.bits_of(key),
+            "block_size": block_of(columns, self.bits_of(key)),
         }
         inputs = (x, f"{key}.q", self.graph.widened(f"{key}.scales"))
         return self.graph.node("MatMulNBits", *inputs, domain=MICROSOFT, accuracy_level=INT8, **how)
