@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,7 @@ def application(config: ServeConfig, plan: Plan, gpus: bool) -> Application:
         ray_actor_options={
             "num_cpus": resources.cpus_per_worker,
             "num_gpus": resources.gpus_per_worker if gpus else 0,
-            "runtime_env": {"env_vars": {} if gpus else PROCESS},
+            "runtime_env": {"env_vars": {} if gpus else PROCESS | _cores(config, plan)},
         },
         # Serve's own queue is never the one that fills up, so that a refused request gets OpenAI's error.
         max_ongoing_requests=limits.max_running + limits.max_queue + SPARE,
@@ -109,6 +110,18 @@ def application(config: ServeConfig, plan: Plan, gpus: bool) -> Application:
         logging_config=LoggingConfig(enable_access_log=False, log_level="WARNING"),
     )
     return deployment.bind(plan)
+
+
+def _cores(config: ServeConfig, plan: Plan) -> dict[str, str]:
+    """Return the variable that gives each OpenMP thread a core, if the one replica here has as many as there are cores.
+
+    Threads that wake each other up for every operation otherwise take turns on one core and leave another idle: 60 us
+    instead of 28 for a product of one row, 576 x 576 in bfloat16, on two cores.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    if not plan.listens or config.resources.threads < len(cores):
+        return {}
+    return {"GOMP_CPU_AFFINITY": " ".join(map(str, cores))}
 
 
 def build(args: dict[str, Any]) -> Application:
