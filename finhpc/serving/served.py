@@ -19,6 +19,7 @@ from finhpc.models.families.registry import context_of
 from finhpc.models.files.source import find_tokenizer
 from finhpc.models.files.tokens import check_rows, generation_config, prompt_ids, stop_ids
 from finhpc.models.lora.peft_format import Adapter
+from finhpc.screen import counted
 from finhpc.serving.engine import Engine
 from finhpc.serving.protocol import ApiError, Message
 from finhpc.serving.shared import Shared
@@ -91,7 +92,7 @@ class Model:
         if most is None:
             return min(left, limits.max_new_tokens, default or left)
         if most > left:
-            text = f"{len(ids):,} tokens of the prompt and {most:,} new ones exceed the context of {self.context:,}"
+            text = f"The prompt's {counted(len(ids), 'token')} and {most:,} new ones exceed the context of {self.context:,}"
             raise ApiError(400, f"{text}; ask for fewer.", "context_length_exceeded", "max_tokens")
         if most > limits.max_new_tokens or (most == 0 and not echo):
             text = f"max_tokens={most} is not between 1 and {limits.max_new_tokens:,} (0: only with echo); correct it."
