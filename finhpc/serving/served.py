@@ -92,7 +92,8 @@ class Model:
         if most is None:
             return min(left, limits.max_new_tokens, default or left)
         if most > left:
-            text = f"The prompt's {counted(len(ids), 'token')} and {most:,} new ones exceed the context: {self.context:,}"
+            prompt = counted(len(ids), "token")
+            text = f"The prompt's {prompt} and {most:,} new ones exceed the context of {self.context:,}"
             raise ApiError(400, f"{text}; ask for fewer.", "context_length_exceeded", "max_tokens")
         if most > limits.max_new_tokens or (most == 0 and not echo):
             text = f"max_tokens={most} is not between 1 and {limits.max_new_tokens:,} (0: only with echo); correct it."
