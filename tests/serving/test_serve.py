@@ -314,12 +314,16 @@ def test_a_token_is_made_and_printed_once(files: tuple[Path, dict[str, Path]], t
 
 
 @pytest.mark.slow
-def test_what_fails_when_a_part_is_killed(files: tuple[Path, dict[str, Path]], tmp_path: Path) -> None:
-    """Under load: a replica, the proxy, the controller. No request hangs, and the server answers again."""
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_what_fails_when_a_part_is_killed(files: tuple[Path, dict[str, Path]], replicas: int, tmp_path: Path) -> None:
+    """Under load: a replica, the proxy, the controller. No request hangs, and the server answers again.
+
+    A single replica listens itself, without a proxy.
+    """
     import psutil
 
     root, extra = files[0].parent, files[1]["a2"]
-    words = ["--replicas", "2", "--resources.cpus_per_worker", "0.5", "--adapter_root", str(root)]
+    words = ["--replicas", str(replicas), "--resources.cpus_per_worker", "0.5", "--adapter_root", str(root)]
     some = {name: path for name, path in files[1].items() if name != "a2"}
     with started(tmp_path, (files[0], some), *words) as server:
         client: Any = server.client()
@@ -337,7 +341,7 @@ def test_what_fails_when_a_part_is_killed(files: tuple[Path, dict[str, Path]], t
             except openai.APIError:
                 return False
 
-        for title in ("ServeReplica", "ProxyActor", "ServeController"):
+        for title in ("ServeReplica", *["ProxyActor"] * (replicas > 1), "ServeController"):
             outcomes: list[str] = []
 
             def load(outcomes: list[str] = outcomes) -> None:
@@ -356,6 +360,9 @@ def test_what_fails_when_a_part_is_killed(files: tuple[Path, dict[str, Path]], t
             assert "APITimeoutError" not in outcomes, "a request hangs"
             assert outcomes.count("ok") >= (20 if title == "ServeController" else 1)
             wait_until(works)
+        if replicas == 1:
+            assert server.stop() == 0, last_words(server.log)
+            return
         (files[0] / "config.json").write_text((files[0] / "config.json").read_text() + "\n")  # another version
         processes("ServeReplica")[0].kill()
         wait_until(lambda: "changed since the server started" in server.log.read_text(), server.process, server.log)
