@@ -154,7 +154,10 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:
             bench_serve(settings(tmp_path, **more))
 
 
-def test_a_server_is_measured_under_load(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_server_is_measured_under_load(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     result = finhpc.bench(settings(tmp_path))
     assert [(row["way"], row["users"], row["requests"]) for row in result["rows"]] == [
         ("finhpc", 1, 4), ("finhpc", 2, 6),
@@ -170,7 +173,9 @@ def test_a_server_is_measured_under_load(tmp_path: Path, capfd: pytest.CaptureFi
     assert set(result["ratios"]) == {"2_users_over_one_at_a_time"}
     assert (Path(result["folder"]) / "serve.png").stat().st_size > 1000
     assert json.loads((Path(result["folder"]) / "result.json").read_text())["rows"] == result["rows"]
-    assert "2_users_over_one_at_a_time = " in capfd.readouterr().err
+    shown = capfd.readouterr().err
+    assert "2_users_over_one_at_a_time = " in shown
+    assert not any("…" in line for line in shown.splitlines()), "nothing is cut off"
 
 
 @pytest.mark.slow

@@ -33,10 +33,8 @@ log = logging.getLogger(__name__)
 OURS, OUR_MERGED = "finhpc", "finhpc, merged"
 MERGED, THEIR_ADAPTERS = "vLLM, merged", "vLLM, adapters"
 WARM_UP = 8  # users, requests each: 2
-SHOWN = (
-    "way", "users", "requests", "errors", "requests_per_s", "tokens_per_s", "first_token_p50_ms", "first_token_p95_ms",
-    "first_token_p99_ms", "token_p50_ms", "token_p95_ms", "token_p99_ms", "resident_bytes", "blocks_used",
-)  # fmt: skip
+SHOWN = ("way", "users", "errors", "requests_per_s", "tokens_per_s", "resident_bytes", "blocks_used")
+LATENCY = tuple(f"{name}_p{point}_ms" for name in ("first_token", "token") for point in (50, 95, 99))
 
 
 def bench_serve(settings: ServeBench) -> dict[str, Any]:
@@ -57,9 +55,9 @@ def bench_serve(settings: ServeBench) -> dict[str, Any]:
             servers = _open(settings, model, adapters, place, stack)
             loads = _measure(settings, servers, config_of(model).vocab_size)
     rows = [row_of(way, of) for (way, _), of in loads.items()]
-    result = publish(
-        "serve", settings.bench.out, _conditions(settings, servers), rows, _ratios(settings, loads), began, SHOWN
-    )
+    latency = [{name: row[name] for name in ("way", "users", *LATENCY)} for row in rows]
+    conditions, ratios = _conditions(settings, servers), _ratios(settings, loads)
+    result = publish("serve", settings.bench.out, conditions, rows, ratios, began, SHOWN, latency=latency)
     draw_levels(rows, Path(result["folder"]) / "serve.png")
     failed = [f"{way}, {users} users: {error}" for (way, users), of in loads.items() for x in of for error in x.errors]
     if failed:
