@@ -23,7 +23,7 @@ from finhpc.serving.token import VARIABLE
 START_S = 600.0  # vLLM compiles when it starts
 STOP_S = 90.0
 POLL_S = 0.2
-ANSWER_S = 30.0
+ANSWER_S = 120.0
 
 
 class Server:

@@ -66,12 +66,15 @@ def soak(settings: ServeBench, model: Path, adapters: dict[str, Path], place: Pa
         **percentiles("first_token", load.first),
         **percentiles("token", load.between),
     }
-    result = publish("soak", settings.bench.out, conditions, minutes, {}, began, SHOWN, totals=[totals])
-    draw_soak(minutes, blocks, Path(result["folder"]) / "soak.png")
     problems = [*visits.errors, *load.errors]
     problems += [f"{totals['blocks_most']} of {blocks} blocks were in use"] * (totals["blocks_most"] > blocks)
     problems += [f"{left} blocks are in use without a request"] * (left > 0)
     problems += ["the server has ended"] * (not served)
+    more: dict[str, Any] = {"totals": [totals]}
+    if problems:
+        more["problems"] = [{"problem": text} for text in problems]
+    result = publish("soak", settings.bench.out, conditions, minutes, {}, began, SHOWN, **more)
+    draw_soak(minutes, blocks, Path(result["folder"]) / "soak.png")
     if problems:
         raise DataError(f"{len(problems)} problems in {settings.minutes:g} minutes, such as: {problems[0]}")
     return result
@@ -97,10 +100,12 @@ class _Visits:
         (asked,) = requests_of(self.settings, [f"base:{LATE}"], self.rows, 1, self.count)
         try:
             self._post("/v1/load_lora_adapter", {"lora_name": LATE, "lora_path": str(self.folder)})
-            answer = json.loads(self._post("/v1/completions", asked | {"temperature": 0, "ignore_eos": True}))
-            if answer["usage"]["completion_tokens"] != asked["max_tokens"]:
-                self.errors.append(f"the adapter {LATE} answered {answer['usage']}")
-            self._post("/v1/unload_lora_adapter", {"lora_name": LATE})
+            try:
+                answer = json.loads(self._post("/v1/completions", asked | {"temperature": 0, "ignore_eos": True}))
+                if answer["usage"]["completion_tokens"] != asked["max_tokens"]:
+                    self.errors.append(f"the adapter {LATE} answered {answer['usage']}")
+            finally:
+                self._post("/v1/unload_lora_adapter", {"lora_name": LATE})
         except (OSError, ValueError, KeyError) as error:
             self.errors.append(f"visit {self.count} of the adapter {LATE}: {type(error).__name__}: {error}")
 

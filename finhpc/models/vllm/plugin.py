@@ -12,7 +12,7 @@ from finhpc.models.families.family import Family
 from finhpc.models.families.registry import FAMILIES
 
 FAMILY_NAMES = ("gpt2", "llama", "mistral", "qwen2")  # others scale or cap logits, which vLLM does in their own classes
-MODEL = "finhpc.models.vllm_model:LowRankForCausalLM"  # a name, so that vLLM imports it in the process that needs it
+MODEL = "finhpc.models.vllm.model:LowRankForCausalLM"  # a name, so that vLLM imports it in the process that needs it
 
 
 def register() -> None:
@@ -30,7 +30,7 @@ def _body_class(family: Family) -> Any:
     """Return what vLLM makes a model's body with: everything but the head, which it computes itself."""
 
     def _from_config(cls: type[Any], /, config: Any, **how: Any) -> Any:
-        from finhpc.models.vllm_model import body
+        from finhpc.models.vllm.model import body
 
         return body(family.low_rank_class._from_config(config, **how))
 

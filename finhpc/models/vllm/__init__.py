@@ -1,0 +1,1 @@
+"""Low-rank models in vLLM, with their factors."""
