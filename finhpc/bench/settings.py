@@ -280,7 +280,8 @@ class ServeBench(Section):
     minutes: float | None = Field(
         None,
         gt=0,
-        description="load finhpc alone for so long instead and record its memory; an adapter comes and goes",
+        description="load finhpc alone for so long and record its memory, while an adapter comes and goes; default: "
+        "measure each of users in turn",
     )
     visit_s: float = Field(30, gt=0, description="seconds between two visits of that adapter")
     resources: Resources = Field(default_factory=lambda: Resources(threads=2, device="cpu"))

@@ -232,10 +232,11 @@ class FinetuneConfig(Section):
         """Return every contradiction between settings, each with its remedy."""
         train, data = self.train, self.data
         problems = [
-            f"data.{name}={str(getattr(data, name)).lower()} is for data.loss={' and '.join(losses)}, and data.loss is "
+            f"data.{name}={str(getattr(data, name)).lower()} is for data.loss={' or '.join(losses)}, and data.loss is "
             f"{data.loss}; use data.loss={losses[0]}, or leave data.{name} out."
             for name, losses in LOSSES.items()
-            if name in data.model_fields_set and getattr(data, name) and data.loss not in losses
+            if getattr(data, name) != Instructions.model_fields[name].get_default(call_default_factory=True)
+            and data.loss not in losses
         ]
         if train.patience is not None and train.best_by is None:
             problems.append(

@@ -16,6 +16,7 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.profiler import ProfilerActivity, profile
 
+from finhpc.models.constant import PACKED
 from finhpc.training.allocator import trim_heap
 
 T = TypeVar("T")
@@ -28,7 +29,9 @@ def live_tensor_bytes() -> int:
     for thing in gc.get_objects():
         if not issubclass(type(thing), torch.Tensor) or _has_no_memory(thing):
             continue
-        if thing.device.type == "cpu":
+        if thing.layout == PACKED:  # without a storage that torch knows
+            storages[id(thing)] = thing.nbytes
+        elif thing.device.type == "cpu":
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
             if thing.is_leaf and thing.grad is not None:

@@ -64,5 +64,5 @@ def test_texts_and_unknown_labels_are_refused(tmp_path: Path) -> None:
 def test_settings_of_labels_are_refused_without_their_loss() -> None:
     config = build(FinetuneConfig, {"data": {"label_smoothing": 0.1, "balanced": True}})
     told = "\n".join(config.problems())
-    assert "data.label_smoothing=0.1 is for data.loss=labels, and data.loss is answers" in told
+    assert "data.label_smoothing=0.1 is for data.loss=labels or preferences, and data.loss is answers" in told
     assert "data.balanced=true is for data.loss=labels" in told
