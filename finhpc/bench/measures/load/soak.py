@@ -63,14 +63,13 @@ def soak(settings: ServeBench, model: Path, adapters: dict[str, Path], place: Pa
         "resident_growth_bytes": minutes[-1]["resident_bytes"] - minutes[len(minutes) // 4]["resident_bytes"],
         "blocks_most": max(row["blocks_used"] for row in minutes),
         "blocks_left": left,
-        **percentiles("first_token", load.first),
-        **percentiles("token", load.between),
     }
+    latency = percentiles("first_token", load.first) | percentiles("token", load.between)
     problems = [*visits.errors, *load.errors]
     problems += [f"{totals['blocks_most']} of {blocks} blocks were in use"] * (totals["blocks_most"] > blocks)
     problems += [f"{left} blocks are in use without a request"] * (left > 0)
     problems += ["the server has ended"] * (not served)
-    more: dict[str, Any] = {"totals": [totals]}
+    more: dict[str, Any] = {"totals": [totals], "latency": [latency]}
     if problems:
         more["problems"] = [{"problem": text} for text in problems]
     result = publish("soak", settings.bench.out, conditions, minutes, {}, began, SHOWN, **more)
