@@ -34,10 +34,7 @@ log = logging.getLogger(__name__)
 PACKAGES = {"onnx": ("onnxruntime", "onnxruntime_genai"), "gguf": ("xllamacpp",)}
 REMEDY = {"onnx": 'pip install "finhpc[onnx]"', "gguf": "pip install xllamacpp"}
 TIMES = ("peak_rss_bytes", "open_s", "first_token_s", "tokens_per_s")
-COLUMNS = (
-    "format", "bits", "scheme", "file_bytes", "peak_rss_bytes", "open_s", "first_token_s", "tokens_per_s", "perplexity",
-    "perplexity_over_finhpc", "perplexity_over_16_bits",
-)  # fmt: skip
+SHOWN = ("format", "bits", "file_bytes", "peak_rss_bytes", "first_token_s", "tokens_per_s", "perplexity")
 
 
 def bench_export(settings: ExportBench) -> dict[str, Any]:
@@ -85,7 +82,7 @@ def bench_export(settings: ExportBench) -> dict[str, Any]:
         "perplexity": f"{settings.windows} windows of {settings.seq_len} tokens of {settings.text}",
         "finhpc": "its own export with minmax; native, or merged where it has none",
     }
-    return publish("export", settings.bench.out, conditions, rows, ratios, began, COLUMNS)
+    return publish("export", settings.bench.out, conditions, rows, ratios, began, SHOWN)
 
 
 def _own(settings: ExportBench, path: Path, place: Path, bits: int, windows: list[list[int]]) -> Row:
