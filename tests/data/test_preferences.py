@@ -112,9 +112,10 @@ def test_a_choice_scales_and_shifts_the_scores_by_the_reference(tmp_path: Path) 
     plain = preferences.choice(pairs.train, 0)
     assert (plain.scale, plain.offsets, plain.shares) == (1.0, None, [0.9, 0.1])
     assert preferences.choice(pairs.train, 0, learned=False).shares == [1.0, 0.0]
-    preferences.reference = {"train": np.array([[-3.0, -4.0]]), "held_out": np.zeros((0, 2))}
+    preferences.reference = {"train": np.array([[-3.0, -4.0]]), "held_out": np.array([[-5.0, -7.0]])}
     choice = preferences.choice(pairs.train, 0)
     assert (choice.scale, choice.offsets) == (0.5, [-1.5, -2.0])
+    assert preferences.choice(pairs.train, 0, learned=False).offsets == [-2.5, -3.5]
     preferences.save(tmp_path)
     again = Preferences(0.5)
     again.load(tmp_path)
