@@ -233,7 +233,7 @@ ROWS: tuple[Command[Any], ...] = (
     _bench("context", "finetuning on long inputs"),
     _bench("generate", "generating text"),
     _bench("export", "exported models in the runtimes they are for"),
-    _bench("serve", "a server under load, beside vLLM's", function="load.bench:bench_serve"),
+    _bench("serve", "a server under load, compared with vLLM's", function="load.bench:bench_serve"),
     _own(
         "reproduce",
         "run the whole paper at one scale, up to the report",

@@ -30,7 +30,7 @@ def settings(tmp_path: Path, **more: Any) -> GenerateBench:
     return build(GenerateBench, tree | more)
 
 
-def test_every_way_is_measured_beside_transformers(
+def test_every_way_is_measured_against_transformers(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
@@ -57,7 +57,7 @@ def test_every_way_is_measured_beside_transformers(
     )
     assert [(row["at_once"], row["requests"]) for row in result["batching"]] == [(1, 9), (8, 9), (9, 9)]
     assert result["batching"][0]["over_one_at_a_time"] == 1
-    ways = {row["way"]: row for row in result["beside_transformers"]}
+    ways = {row["way"]: row for row in result["against_transformers"]}
     assert list(ways) == ["batched", "one at a time", "HF padded", "HF continuous"]
     assert {row["equal_ids"] for row in ways.values()} == {9}, "the same ids, whoever computes them"
     assert ways["batched"]["ours_over_it"] == 1

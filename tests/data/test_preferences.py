@@ -74,6 +74,8 @@ def test_only_the_last_answer_of_a_conversation_counts(tmp_path: Path) -> None:
             "differ before their last",
         ),
         ({"chosen": [*ASKED, answer(GOOD)], "rejected": [*ASKED]}, "do not both end with an answer"),
+        ({"chosen": [*ASKED, answer(GOOD)], "rejected": []}, "do not both end with an answer"),
+        ({"chosen": [], "rejected": []}, "do not both end with an answer"),
     ],
 )
 def test_pairs_that_prefer_nothing_or_do_not_belong_together_are_refused(
@@ -98,11 +100,11 @@ def test_a_pair_that_is_too_long_is_dropped_and_not_cut(tmp_path: Path) -> None:
 
 def test_pairs_and_their_loss_need_each_other(tmp_path: Path) -> None:
     pairs = made(tmp_path, {"prompt": USER, "chosen": GOOD, "rejected": BAD})
-    with pytest.raises(ConfigError, match=r"has pairs of chosen and rejected; use data\.loss=preferences"):
+    with pytest.raises(ConfigError, match=r"with pairs of chosen and rejected; use data\.loss=preferences"):
         check_loss(Instructions(loss="answers"), pairs)
     check_loss(Instructions(loss="preferences"), pairs)
     answers = made(tmp_path, {"prompt": USER, "completion": GOOD})
-    with pytest.raises(ConfigError, match=r"data\.loss=preferences, and .* has no pairs"):
+    with pytest.raises(ConfigError, match=r"data\.loss=preferences does not fit .* records without pairs"):
         check_loss(Instructions(loss="preferences"), answers)
 
 

@@ -128,7 +128,7 @@ def test_a_model_without_a_template_says_so(tmp_path: Path) -> None:
 def test_a_seed_gives_the_draws_of_generate(server: Server, files: tuple[Path, dict[str, Path]]) -> None:
     how = {"temperature": 1.0, "top_p": 0.9, "seed": 7}
     expected = generated(*files, PROMPTS[1], "a0", max_new_tokens=24, **how)
-    with ThreadPoolExecutor(4) as pool:  # beside others
+    with ThreadPoolExecutor(4) as pool:  # while others run
         others = [pool.submit(ask, server, "base:a1", PROMPTS[0], temperature=1.0) for _ in range(3)]
         assert ask(server, "base:a0", PROMPTS[1], **how).choices[0].text == expected
         assert len({other.result().choices[0].text for other in others}) > 1, "without a seed they differ"

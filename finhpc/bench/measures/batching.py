@@ -69,7 +69,7 @@ def batching(settings: GenerateBench, decoder: Decoder, adapters: Adapters) -> t
     return float(rows[-1]["over_one_at_a_time"]), rows
 
 
-def beside_transformers(
+def against_transformers(
     settings: GenerateBench, decoder: Decoder, adapters: Adapters
 ) -> tuple[dict[str, float], list[Row]]:
     """Tokens/s of mixed requests without adapters, which transformers cannot mix, over those of its two ways.

@@ -106,7 +106,7 @@ def _run(python: str, request: dict[str, Any]) -> dict[str, Any]:
         asked, answered = Path(place, "request.json"), Path(place, "answer.json")
         asked.write_text(json.dumps(request), encoding="utf-8")
         command = [python, in_runtime.__file__, str(asked), str(answered)]
-        # Safe path: files beside in_runtime.py are not modules of their own.
+        # Otherwise files next to in_runtime.py would hide modules of the standard library.
         settings = {"OMP_NUM_THREADS": str(request["threads"]), "PYTHONSAFEPATH": "1"}
         done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
         if done.returncode:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finhpc.bench.measures.batching import batching, beside_transformers, draw_layouts, layouts
+from finhpc.bench.measures.batching import against_transformers, batching, draw_layouts, layouts
 from finhpc.bench.report import Row, publish
 from finhpc.bench.settings import GenerateBench
 from finhpc.bench.timing import device_of, in_turn, median_ratio, spread
@@ -68,7 +68,7 @@ def bench_generate(settings: GenerateBench) -> dict[str, Any]:
     decoder, adapters = adapted(settings, device)
     ratios["mixed_adapters_over_single"], one_base = _adapters(settings, decoder, adapters)
     ratios["batched_over_one_at_a_time"], batched = batching(settings, decoder, adapters)
-    over, beside = beside_transformers(settings, decoder, adapters)
+    over, beside = against_transformers(settings, decoder, adapters)
     ratios |= over
     conditions = {
         "precision": settings.precision,
@@ -83,7 +83,7 @@ def bench_generate(settings: GenerateBench) -> dict[str, Any]:
         "cache_tokens": cache,
         "one_base": one_base,
         "batching": batched,
-        "beside_transformers": beside,
+        "against_transformers": beside,
         "cache_layouts": layouts(settings, decoder),
     }
     result = publish("generate", settings.bench.out, conditions, rows, ratios, began, SHOWN, **more)

@@ -198,7 +198,7 @@ def _conversations(values: dict[str, Any], columns: dict[str, str], where: str) 
         before = []
     whole = {name: [*before, *each] for name, each in turns.items()}
     prompt = whole["chosen"][:-1]
-    if any(each[-1]["role"] != "assistant" for each in whole.values()) or not prompt:
+    if not prompt or not all(each and each[-1]["role"] == "assistant" for each in whole.values()):
         raise ConfigError(f"{where}: chosen and rejected do not both end with an answer to a prompt; correct them.")
     if whole["rejected"][:-1] != prompt:
         raise ConfigError(

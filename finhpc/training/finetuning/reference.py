@@ -20,8 +20,9 @@ log = logging.getLogger(__name__)
 def begin_with_reference(engine: Engine, source: PackedBatches, folder: Path) -> None:
     """Score all pairs with the model as it begins, and write the scores into the run folder, for a resumed run.
 
-    Adapters begin without an effect, so this is the base (or the adapter that training continues from), as TRL takes
-    it for a peft model and computes in advance with `precompute_ref_log_probs`. Every worker keeps all scores.
+    New adapters begin without an effect (those of loftq make up for what quantizing lost), so this is the base, or the
+    adapter that training continues from. TRL computes it in advance, too, with `precompute_ref_log_probs`. Every worker
+    keeps all scores.
     """
     preferences = source.packing.candidates
     assert isinstance(preferences, Preferences)

@@ -96,9 +96,8 @@ def _open(
     how["kv-cache-memory-bytes"] = str(settings.cache_bytes)
     servers[MERGED] = stack.enter_context(vllm_server(settings.vllm, merged, {}, how, threads, place / "vllm.log"))
     if settings.vllm_adapters and adapters:
-        how["max-lora-rank"] = str(
-            1 << max(3, (settings.adapter_rank - 1).bit_length())
-        )  # it takes powers of 2 from 8 on
+        # vLLM takes powers of 2 from 8 on.
+        how["max-lora-rank"] = str(1 << max(3, (settings.adapter_rank - 1).bit_length()))
         theirs = vllm_server(settings.vllm, merged, adapters, how, threads, place / "vllm-adapters.log")
         try:
             servers[THEIR_ADAPTERS] = stack.enter_context(theirs)

@@ -82,6 +82,6 @@ def check_loss(settings: Instructions, examples: Examples) -> None:
     """Raise `ConfigError` for sources that do not fit `data.loss`: preferences are pairs, and pairs are preferences."""
     wanted = settings.loss == "preferences"
     if others := [s["source"] for s in examples.counts["by_source"] if (s["format"] == PREFERENCE) != wanted]:
-        what = "no pairs" if wanted else f"pairs of {' and '.join(SIDES)}"
+        what = "records without pairs" if wanted else f"pairs of {' and '.join(SIDES)}"
         remedy = "use data.loss=answers, or leave them out" if wanted else "use data.loss=preferences"
-        raise ConfigError(f"data.loss={settings.loss}, and {', '.join(others)} has {what}; {remedy}.")
+        raise ConfigError(f"data.loss={settings.loss} does not fit {', '.join(others)}, with {what}; {remedy}.")
